@@ -1,0 +1,32 @@
+"""Sparse attention for video sequences: methods make a `BlockPlan`, backends compute from it. Needs torch alone."""
+
+from __future__ import annotations
+
+from .backends import BACKENDS
+from .engine import SparseAttention
+from .functional import sparse_attention
+from .layout import VideoLayout
+from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, resolve_method
+from .plan import BlockPlan
+from .records import CallRecord, RunReport
+from .schedule import DenseSchedule, StepInfo
+
+__all__ = [
+    "BACKENDS",
+    "METHODS",
+    "SVG",
+    "SVG2",
+    "BlockPlan",
+    "CallRecord",
+    "DenseSchedule",
+    "Method",
+    "PlanMemory",
+    "Radial",
+    "RandomBlocks",
+    "RunReport",
+    "SparseAttention",
+    "StepInfo",
+    "VideoLayout",
+    "resolve_method",
+    "sparse_attention",
+]

@@ -1,0 +1,65 @@
+"""Backends compute attention from a `BlockPlan`. One file each; this one knows their names and picks."""
+
+from __future__ import annotations
+
+from .base import Backend, Capability, Request
+from .flex import FlexBackend
+from .gather import GatherBackend
+from .reference import ReferenceBackend
+from .sdpa import SdpaBackend
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (FlexBackend(), GatherBackend(), ReferenceBackend(), SdpaBackend())}
+
+# Best first. On the CPU compiled FlexAttention wins on the uniform blocks of long sequences, one SDPA per query tile on
+# ragged runs and wherever a compilation of many seconds would not pay (measured: benchmarks/results/cpu_speed.md); on
+# CUDA a launch per tile would be far too many.
+COMPILE_PAYS = 4096  # queries
+PREFERENCE = {
+    ("cpu", "uniform"): ("flex", "gather", "reference"),
+    ("cpu", "ragged"): ("gather", "flex", "reference"),
+    ("cuda", "uniform"): ("flex", "gather", "reference"),
+    ("cuda", "ragged"): ("flex", "gather", "reference"),
+}
+
+
+def check_backend(name: str) -> str:
+    """Return the name of a backend, or "auto".
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose auto, {', '.join(BACKENDS)}.")
+    return name
+
+
+def pick(name: str, request: Request, *, ragged: bool) -> Backend:
+    """The backend for a call.
+
+    Args:
+        name: a backend, which then runs or raises, or "auto".
+        request: what the call needs.
+        ragged: the plan is no uniform block mask.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the named backend cannot run this call, or with "auto" none can; says why for each.
+    """
+    if check_backend(name) != "auto":
+        reason = BACKENDS[name].declines(request)
+        if reason:
+            raise RuntimeError(f"backend {name!r} cannot run this call: it {reason}. Choose another, or 'auto'.")
+        return BACKENDS[name]
+    if request.dense and not request.lse:
+        return BACKENDS["sdpa"]
+    reasons = {}
+    kind = "ragged" if ragged or request.queries < COMPILE_PAYS else "uniform"
+    for candidate in PREFERENCE.get((request.device.type, kind), tuple(BACKENDS)):
+        reason = BACKENDS[candidate].declines(request)
+        if reason is None:
+            return BACKENDS[candidate]
+        reasons[candidate] = reason
+    raise RuntimeError("no backend can run this call: " + "; ".join(f"{n} {why}" for n, why in reasons.items()) + ".")
+
+
+__all__ = ["BACKENDS", "Backend", "Capability", "Request", "check_backend", "pick"]

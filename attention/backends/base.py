@@ -1,0 +1,110 @@
+"""What a backend is: its limits as data, and one function that computes attention from a plan."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..plan import BlockPlan
+
+ANY_HEAD_DIM = 2**31
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a backend can run.
+
+    Args:
+        devices: device types, such as "cpu".
+        dtypes: of q, k and v.
+        max_head_dim: largest head dimension.
+        lse: device types where it can return the log-sum-exp.
+        backward: device types where gradients flow.
+        sparse: skips what the plan skips; without it the backend takes dense plans only.
+    """
+
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    max_head_dim: int
+    lse: tuple[str, ...]
+    backward: tuple[str, ...]
+    sparse: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call needs; `Backend.declines` reads it.
+
+    Args:
+        device, dtype, head_dim: of q, k and v.
+        queries: length of q.
+        dense: the plan covers every pair.
+        lse: the log-sum-exp is wanted.
+        grad: an input requires a gradient.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    queries: int
+    dense: bool
+    lse: bool
+    grad: bool
+
+
+class Backend(abc.ABC):
+    """Computes attention from a `BlockPlan`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    capability: ClassVar[Capability]
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this machine cannot run the backend on `device`; None when it can."""
+        if device.type not in self.capability.devices:
+            return f"runs on {', '.join(self.capability.devices)}, not on {device.type}"
+        return None
+
+    def declines(self, request: Request) -> str | None:
+        """Why the backend cannot run this call; None when it can."""
+        limits = self.capability
+        reason = self.unavailable(request.device)
+        if reason:
+            return reason
+        if request.dtype not in limits.dtypes:
+            known = ", ".join(str(d).removeprefix("torch.") for d in limits.dtypes)
+            return f"takes {known}, not {str(request.dtype).removeprefix('torch.')}"
+        if request.head_dim > limits.max_head_dim:
+            return f"takes head dimensions up to {limits.max_head_dim}, not {request.head_dim}"
+        if request.lse and request.device.type not in limits.lse:
+            return f"returns no log-sum-exp on {request.device.type}"
+        if request.grad and request.device.type not in limits.backward:
+            return f"has no backward on {request.device.type}"
+        if not request.dense and not limits.sparse:
+            return "computes dense attention only"
+        return None
+
+    def describe(self) -> str:
+        """The limits in one line."""
+        limits = self.capability
+        dtypes = "/".join(str(d).removeprefix("torch.") for d in limits.dtypes)
+        head_dim = "any head_dim" if limits.max_head_dim >= ANY_HEAD_DIM else f"head_dim <= {limits.max_head_dim}"
+        lse, backward = ("/".join(where) or "nowhere" for where in (limits.lse, limits.backward))
+        kind = "any plan" if limits.sparse else "dense plans"
+        return f"{'/'.join(limits.devices)}; {dtypes}; {head_dim}; {kind}; LSE on {lse}; backward on {backward}"
+
+    @abc.abstractmethod
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute attention.
+
+        Args:
+            q, k, v: `[B, H, N, D]`, not permuted.
+            plan: on the same device, its orders not yet applied.
+            scale: multiplies the scores.
+            return_lse: whether the second result is `[B, H, n_q]` float32 or None.
+        """

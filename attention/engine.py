@@ -1,0 +1,245 @@
+"""`SparseAttention`: one method, one schedule and one backend at work in one model."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .backends import check_backend
+from .functional import check_inputs, choose_backend
+from .layout import VideoLayout
+from .methods import Method, PlanMemory, resolve_method
+from .records import CallRecord, RunReport
+from .schedule import DenseSchedule, StepInfo
+from .timing import Span
+
+logger = logging.getLogger(__name__)
+
+KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
+
+_engines: weakref.WeakValueDictionary[int, SparseAttention] = weakref.WeakValueDictionary()
+_ids = itertools.count()
+
+DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class _Pending:
+    """A record whose numbers may still be on their way from the GPU."""
+
+    step: StepInfo
+    layer: int
+    reason: str
+    backend: str
+    density: torch.Tensor | float
+    plan_span: Span | None
+    attention_span: Span
+    details: dict[str, torch.Tensor]
+
+
+class SparseAttention:
+    """Sparse self-attention for the layers of one model.
+
+    The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
+    masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts.
+
+    Args:
+        method: a `Method` or the name of one.
+        num_layers: transformer blocks of the model.
+        schedule: the steps and layers that stay dense; the method's own when None.
+        backend: a backend's name, which then runs or raises, or "auto".
+        model: name of the component, for the report.
+
+    Raises:
+        ValueError: unknown method or backend.
+    """
+
+    def __init__(
+        self,
+        method: Method | str,
+        *,
+        num_layers: int,
+        schedule: DenseSchedule | None = None,
+        backend: str = "auto",
+        model: str = "transformer",
+    ) -> None:
+        self.method = resolve_method(method)
+        self.num_layers = num_layers
+        self.schedule = schedule if schedule is not None else self.method.schedule
+        self.backend = check_backend(backend)
+        self.model = model
+        self.step = StepInfo()
+        self.layout: VideoLayout | None = None
+        self.id = next(_ids)
+        _engines[self.id] = self
+        self._records: list[_Pending] = []
+        self._notes: list[str] = []
+        self._checked: tuple[int, int] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every plan, centroid and record."""
+        self._call_memory: dict[tuple, dict[str, Any]] = {}
+        self._layout_memory: dict[tuple, dict[str, Any]] = {}
+        self._records.clear()
+        self._notes.clear()
+
+    def enter(self, step: StepInfo, layout: VideoLayout) -> None:
+        """Say where the following calls are: once per forward pass of the model.
+
+        Raises:
+            ValueError: the method cannot do what it is set to on this layout.
+        """
+        if step.run != self.step.run:
+            self._call_memory.clear()
+            self._records = [r for r in self._records if r.step.run > step.run - KEPT_RUNS]
+        if layout != self.layout:
+            self.method.check(layout)
+        self.step, self.layout = step, layout
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        dense: DenseAttention = F.scaled_dot_product_attention,
+    ) -> torch.Tensor:
+        """Attention of one layer.
+
+        Args:
+            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
+            layer: block number, counted from 0.
+            dense: computes the calls that stay dense, `(q, k, v) -> out`.
+
+        Returns:
+            `[B, H, N, D]`, like `q`.
+
+        Raises:
+            ValueError: NaN or infinity in q or k.
+            RuntimeError: a named backend cannot run the call.
+        """
+        reason = self.dense_reason(q, layer)
+        if reason:
+            with Span(q.device) as span:
+                out = dense(q, k, v)
+            self._record(layer, reason, "dense", 1.0, None, span, {})
+            return out
+
+        with Span(q.device) as plan_span:
+            self._check_finite(q, k, layer)
+            plan = self.method.plan(q, k, v, self.layout, self._memory(q, layer))
+        check_inputs(q, k, v, plan)
+        chosen = choose_backend(q, k, v, plan, self.backend)
+        with Span(q.device) as span:
+            out, _ = chosen.attend(q, k, v, plan, q.shape[-1] ** -0.5, False)
+        density = plan.pairs().double().mean() / (plan.n_q * plan.n_kv)
+        self._record(layer, "", chosen.name, density, plan_span, span, plan.details)
+        if self.backend == "auto":
+            self.note(
+                f"backend auto: {chosen.name} for {'uniform' if plan.block else 'ragged'} plans on {q.device.type}"
+            )
+        return out
+
+    def dense_reason(self, q: torch.Tensor, layer: int) -> str:
+        """Why the layer stays dense now, empty when it is sparse."""
+        if self.layout is None:
+            return "unknown layout"
+        if q.shape[2] != self.layout.tokens:
+            self.note(f"a call with {q.shape[2]} tokens does not fit the layout's {self.layout.tokens}: it stays dense")
+            return "unknown layout"
+        return self.schedule.dense_reason(self.step, layer, self.num_layers)
+
+    def note(self, text: str) -> None:
+        """Log a choice or a fallback once and keep it for the report."""
+        if text not in self._notes:
+            self._notes.append(text)
+            logger.info("%s: %s", self.model, text)
+
+    def report(self) -> RunReport:
+        """Everything since the last `reset`, of the last few runs."""
+        config = {f.name: getattr(self.method, f.name) for f in fields(self.method)} | {"schedule": self.schedule}
+        records = tuple(self._finish(r) for r in self._records)
+        return RunReport(self.method.name, {**config, "backend": self.backend}, records, tuple(self._notes))
+
+    def _memory(self, q: torch.Tensor, layer: int) -> PlanMemory:
+        place = (self.layout, q.device)
+        call = (layer, self.step.branch, tuple(q.shape[:2]), *place)
+        return PlanMemory(self._call_memory.setdefault(call, {}), self._layout_memory.setdefault(place, {}))
+
+    def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> None:
+        """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.
+
+        On CUDA the check waits for the GPU, so there it runs once a step.
+        """
+        place = (self.step.run, self.step.step)
+        if q.device.type == "cuda" and self._checked == place:
+            return
+        self._checked = place
+        for name, x in (("q", q), ("k", k)):
+            # One NaN or infinity survives a sum of magnitudes, and a sum is one pass without a mask in memory.
+            if not torch.isfinite(x.detach().float().abs().sum()):
+                bad = int((~torch.isfinite(x)).sum())
+                raise ValueError(
+                    f"{bad} of {x.numel()} values of {name} are NaN or infinite (or their sum overflows) in layer "
+                    f"{layer} at step {self.step.step}: no plan can be made from them. Check the weights and the dtype "
+                    f"({x.dtype}); bfloat16 overflows less than float16."
+                )
+
+    def _record(
+        self,
+        layer: int,
+        reason: str,
+        backend: str,
+        density: torch.Tensor | float,
+        plan_span: Span | None,
+        span: Span,
+        details: dict[str, Any],
+    ) -> None:
+        self._records.append(_Pending(self.step, layer, reason, backend, density, plan_span, span, details))
+
+    def _finish(self, r: _Pending) -> CallRecord:
+        return CallRecord(
+            run=r.step.run,
+            step=r.step.step,
+            num_steps=r.step.num_steps,
+            branch=r.step.branch,
+            model=self.model,
+            layer=r.layer,
+            method=self.method.name,
+            density=float(r.density),
+            reason=r.reason,
+            backend=r.backend,
+            plan_seconds=r.plan_span.seconds() if r.plan_span else 0.0,
+            attention_seconds=r.attention_span.seconds(),
+            details={k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.details.items()},
+        )
+
+
+# `torch.compile` cannot trace a step that looks at data to decide what to compute, so a compiled block sees one opaque
+# operator. `site` is a tensor, not numbers: a Python int per layer would compile every layer anew.
+@torch.library.custom_op("vidaccel::engine_attention", mutates_args=())
+def engine_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
+    """The call of an engine as one operator.
+
+    Args:
+        q, k, v: `[B, H, N, D]`.
+        site: `[2]` int64 on the CPU: the engine's `id`, the layer.
+
+    Returns:
+        `[B, H, N, D]` contiguous.
+    """
+    engine, layer = site.tolist()
+    return _engines[engine](q, k, v, layer).contiguous()
+
+
+@engine_attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

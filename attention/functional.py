@@ -1,0 +1,74 @@
+"""`sparse_attention`: attention from a plan, without a model around it."""
+
+from __future__ import annotations
+
+import torch
+
+from .backends import Backend, Request, pick
+from .plan import BlockPlan
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in which each query reads the keys its plan names.
+
+    Args:
+        q: `[B, H, n_q, D]`.
+        k, v: `[B, H, n_kv, D]`, same dtype and device as `q`.
+        plan: its batch and head dimensions are 1 or B and H.
+        backend: a backend's name, which runs or raises, or "auto".
+        scale: multiplies the scores; `D ** -0.5` when None.
+        return_lse: also return the natural log-sum-exp of the scaled scores.
+
+    Returns:
+        `[B, H, n_q, D]` in the dtype of `q`, and with `return_lse` also `[B, H, n_q]` float32. A query without keys
+        gives 0 and -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices of q, k, v and the plan disagree, or the backend is unknown.
+        RuntimeError: the backend cannot run this call.
+    """
+    check_inputs(q, k, v, plan)
+    chosen = choose_backend(q, k, v, plan, backend, return_lse=return_lse)
+    out, lse = chosen.attend(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def choose_backend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, backend: str, *, return_lse: bool = False
+) -> Backend:
+    """The backend that will run this call; see `backends.pick`."""
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    request = Request(q.device, q.dtype, q.shape[-1], q.shape[2], plan.is_dense, return_lse, grad)
+    return pick(backend, request, ragged=plan.block is None)
+
+
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> None:
+    """Raise a `ValueError` that names the disagreement between q, k, v and the plan, if there is one."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if any(x.ndim != 4 for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be [B, H, N, D], got {shapes}.")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in batch, heads and head_dim, and k with v in length, got {shapes}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first.")
+    if not q.device == k.device == v.device == plan.device:
+        raise ValueError(
+            f"q, k, v and the plan must lie on one device, got {q.device}, {k.device}, {v.device} and {plan.device}; "
+            "move the plan with plan.to(device)."
+        )
+    if (q.shape[2], k.shape[2]) != (plan.n_q, plan.n_kv):
+        raise ValueError(
+            f"the plan is for {plan.n_q} queries and {plan.n_kv} keys, but q has {q.shape[2]} and k has {k.shape[2]}."
+        )
+    for axis, size, lead in zip(("batch", "heads"), q.shape[:2], plan.lead, strict=True):
+        if lead not in (1, size):
+            raise ValueError(f"the plan's {axis} dimension is {lead}, but q has {size}; it must be that or 1.")

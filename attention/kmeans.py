@@ -1,0 +1,70 @@
+"""Batched k-means in torch: Lloyd's iterations over every batch entry and head at once."""
+
+from __future__ import annotations
+
+import torch
+
+
+def kmeans(
+    x: torch.Tensor, clusters: int, iterations: int, centroids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cluster tokens by squared Euclidean distance.
+
+    Distances are taken from tokens and centroids with the mean token removed, in float32, and without the token's own
+    norm: the nearest centroid is the one with the largest `x.c - |c|^2 / 2`. That norm is the largest term and the same
+    for every centroid; carried along in half precision it makes most distances equal.
+
+    Args:
+        x: `[B, H, N, D]`.
+        clusters: number of clusters C, at most N.
+        iterations: of assignment and update, at least 1; fewer where nothing moves any more (checked on the CPU only, a
+            GPU would have to wait).
+        centroids: `[B, H, C, D]` float32 to start from, those of the last step; tokens at even distances when None.
+
+    Returns:
+        `(labels [B, H, N] int64, centroids [B, H, C, D] float32)`; the labels belong to the centroids *before* their
+        last update, and a cluster that lost all its tokens keeps its centroid.
+
+    Raises:
+        ValueError: more clusters than tokens, or no iteration.
+    """
+    tokens = x.shape[2]
+    if not 1 <= clusters <= tokens or iterations < 1:
+        raise ValueError(
+            f"kmeans got clusters={clusters} and iterations={iterations}: clusters must lie between 1 and the {tokens} "
+            "tokens, iterations be at least 1."
+        )
+    mean = x.float().mean(2, keepdim=True)
+    points = x.float() - mean
+    if centroids is None:
+        # Even distances in a video sequence spread the first centroids over frames and places.
+        picks = torch.linspace(0, tokens - 1, clusters, device=x.device).round().long()
+        centers = points[:, :, picks]
+    else:
+        centers = centroids - mean
+    labels = None
+    for _ in range(iterations):
+        previous, labels = labels, assign(points, centers)
+        centers = update(points, labels, centers)
+        if previous is not None and x.device.type == "cpu" and previous.equal(labels):
+            break
+    return labels, centers + mean
+
+
+def assign(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """The nearest of `centers [B, H, C, D]` for each of `points [B, H, N, D]`: `[B, H, N]` int64."""
+    half_norm = centers.square().sum(-1).unsqueeze(-2) / 2
+    return (points @ centers.transpose(-1, -2) - half_norm).argmax(-1)
+
+
+def update(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """The mean point of each cluster, the old center where there is none."""
+    sums = torch.zeros_like(centers).scatter_add_(2, labels.unsqueeze(-1).expand(points.shape), points)
+    counts = cluster_sizes(labels, centers.shape[2]).unsqueeze(-1)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), centers)
+
+
+def cluster_sizes(labels: torch.Tensor, clusters: int) -> torch.Tensor:
+    """Tokens per cluster, `[B, H, C]` int64."""
+    zeros = torch.zeros(*labels.shape[:2], clusters, dtype=torch.int64, device=labels.device)
+    return zeros.scatter_add_(2, labels, torch.ones_like(labels))

@@ -1,0 +1,70 @@
+"""What every sparse-attention method is: a frozen config that turns queries and keys into a `BlockPlan`."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ..layout import VideoLayout
+from ..plan import BlockPlan
+from ..schedule import DenseSchedule
+
+
+@dataclass
+class PlanMemory:
+    """What a method may keep between calls. The engine owns it: methods themselves hold no state.
+
+    Args:
+        call: of one (model, layer, guidance branch, layout); emptied when a run starts.
+        layout: shared by every layer of one layout and device; holds what needs nothing else, such as static masks.
+    """
+
+    call: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """Base of the method configs.
+
+    Args:
+        schedule: the steps and layers that stay dense; every method has its own default.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    good_for: ClassVar[str]
+    costs: ClassVar[str]
+    source: ClassVar[str]
+
+    schedule: DenseSchedule = field(default_factory=DenseSchedule)
+
+    def check(self, layout: VideoLayout) -> None:  # noqa: B027 (most methods can do every layout)
+        """Raise a `ValueError` if the method cannot do what it is set to on this layout; called before a run works."""
+
+    @abc.abstractmethod
+    def plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
+    ) -> BlockPlan:
+        """Decide what each query reads.
+
+        Args:
+            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding, `N = layout.tokens`.
+            layout: where the video tokens are.
+            memory: what this method left behind in earlier calls.
+        """
+
+
+def check_fraction(owner: str, name: str, value: float, *, fix: str) -> None:
+    """Raise a `ValueError` unless `0 < value <= 1`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{owner} {name} is {value!r}: it must be above 0 and at most 1; {fix}.")
+
+
+def check_count(owner: str, name: str, value: int, least: int) -> None:
+    """Raise a `ValueError` unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.")

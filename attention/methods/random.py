@@ -1,0 +1,52 @@
+"""The control: blocks at random. A method that does not beat it at equal density knows nothing about the video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from ..layout import VideoLayout
+from ..plan import BlockPlan
+from ..schedule import DenseSchedule
+from .base import Method, PlanMemory, check_count, check_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomBlocks(Method):
+    """Uniform blocks kept at random, the same number for each row of blocks, anew for each head, layer and step.
+
+    Args:
+        density: share of the key blocks each query block reads, in (0, 1].
+        block_size: tokens per block.
+        seed: of the generator; the same seed draws the same plans in the same order.
+    """
+
+    name: ClassVar[str] = "random"
+    summary: ClassVar[str] = "blocks kept at random, as a control"
+    good_for: ClassVar[str] = "knowing what a density is worth without a method"
+    costs: ClassVar[str] = "quality"
+    source: ClassVar[str] = "-"
+
+    density: float = 0.3
+    block_size: int = 16
+    seed: int = 0
+    schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.2))
+
+    def __post_init__(self) -> None:
+        check_fraction("RandomBlocks", "density", self.density, fix="0.3 keeps 30 % of the pairs")
+        check_count("RandomBlocks", "block_size", self.block_size, 1)
+
+    def plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
+    ) -> BlockPlan:
+        if "generator" not in memory.layout:
+            memory.layout["generator"] = torch.Generator().manual_seed(self.seed)
+        batch, heads, length = q.shape[:3]
+        blocks = -(-length // self.block_size)
+        kept = max(1, round(self.density * blocks))
+        scores = torch.rand(batch, heads, blocks, blocks, generator=memory.layout["generator"])
+        chosen = scores.topk(kept, dim=-1).indices
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+        return BlockPlan.from_block_mask(mask, self.block_size, self.block_size, length, length).to(q.device)

@@ -1,0 +1,196 @@
+"""Sparse VideoGen: each head is spatial or temporal, found online, and both are one band in their own token order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from ..layout import VideoLayout
+from ..plan import BlockPlan
+from ..schedule import DenseSchedule
+from .base import Method, PlanMemory, check_count, check_fraction
+
+# Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
+# one for every call would pay for its masks again.
+ROW_SETS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVG(Method):
+    """Sparse VideoGen (arXiv 2502.01776, sections 4.1 to 4.3).
+
+    A *spatial* head looks at the same and nearby frames: a band around the diagonal of the frame-major sequence. A
+    *temporal* head looks at the same place in all frames: the same band once the tokens are ordered patch by patch.
+    Each sparse call decides for each head by a sample of query rows: the true output against the output under either
+    mask, by mean squared error. The masks judged are the masks executed.
+
+    Args:
+        density: share of all query-key pairs computed, text and first frame included, in (0, 1]; the width of the band
+            follows from it. The smallest possible value depends on the layout.
+        profile_rows: query rows sampled over the whole sequence, at least 1.
+        tile: queries per tile; by the length of the sequence when None.
+        sink: every query also reads the whole first frame.
+        seed: of the choice of rows.
+        schedule: dense steps and layers; a quarter of the steps by default, as in the paper.
+
+    Raises:
+        ValueError: a value outside its bound.
+    """
+
+    name: ClassVar[str] = "svg"
+    summary: ClassVar[str] = "heads profiled online as spatial or temporal, each a band in its own token order"
+    good_for: ClassVar[str] = "any resolution and length; cheap planning that follows each head"
+    costs: ClassVar[str] = "one of two fixed shapes per head; heads that are neither lose detail"
+    source: ClassVar[str] = "Sparse VideoGen, arXiv 2502.01776"
+
+    density: float = 0.3
+    profile_rows: int = 32
+    tile: int | None = None
+    sink: bool = True
+    seed: int = 0
+    schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.25))
+
+    def __post_init__(self) -> None:
+        check_fraction("SVG", "density", self.density, fix="0.3 computes 30 % of the pairs")
+        check_count("SVG", "profile_rows", self.profile_rows, 1)
+        if self.tile is not None:
+            check_count("SVG", "tile", self.tile, 1)
+
+    def check(self, layout: VideoLayout) -> None:
+        self.band_width(layout)
+
+    def plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
+    ) -> BlockPlan:
+        if "svg" not in memory.layout:
+            memory.layout["svg"] = _Static(self, layout, q.device)
+        static: _Static = memory.layout["svg"]
+        calls = memory.call.get("svg_calls", 0)
+        memory.call["svg_calls"] = calls + 1
+        temporal = static.profile(q, k, v, calls % ROW_SETS)
+        return static.combine(temporal).with_details(temporal=temporal.float().mean(0))
+
+    def band_width(self, layout: VideoLayout) -> int:
+        """Tokens on either side of a tile that give the wanted density, the nearest from above.
+
+        Raises:
+            ValueError: even the narrowest band computes more than `density`.
+        """
+        low, high = 0, layout.video_tokens
+        least = self._density(layout, low)
+        if least > self.density:
+            raise ValueError(
+                f"SVG density {self.density} is below {least:.3f}, the least for {layout} with tiles of "
+                f"{self.tile_size(layout)} queries: raise density to that"
+                + (", use a smaller tile" if self.tile_size(layout) > 1 else "")
+                + (" or sink=False" if self.sink else "")
+                + "."
+            )
+        while low < high:
+            middle = (low + high) // 2
+            if self._density(layout, middle) >= self.density:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def tile_size(self, layout: VideoLayout) -> int:
+        """Queries per tile, about a hundredth of the sequence: large where a kernel wants it, small where a tile would be
+        much of the whole."""
+        if self.tile is not None:
+            return self.tile
+        return min(128, max(8, 1 << (layout.tokens // 100).bit_length() >> 1))
+
+    def band(self, layout: VideoLayout, width: int, temporal: bool, device: torch.device | str = "cpu") -> BlockPlan:
+        """The plan of a spatial or a temporal head, broadcast over batch and heads.
+
+        Both orders put the text first. With a sink the keys of the first frame come next, in one run; the keys behind
+        them keep the order of the band.
+        """
+        text, video, frame = layout.text_tokens, layout.video_tokens, layout.tokens_per_frame
+        size = self.tile_size(layout)
+        starts = torch.arange(0, video, size)
+        ends = (starts + size).clamp(max=video)
+        low, high = (starts - width).clamp(min=0), (ends + width).clamp(max=video)
+        prefix = text
+        if self.sink:
+            prefix += frame
+            if temporal:  # keys below a position that are not of the first frame: each patch starts with one that is
+                low, high = (x - (x + layout.frames - 1) // layout.frames for x in (low, high))
+            else:
+                low, high = ((x - frame).clamp(min=0) for x in (low, high))
+        run_start = torch.stack([torch.zeros_like(low), low + prefix], -1)
+        run_len = torch.stack([torch.full_like(low, prefix), high - low], -1)
+        tile_start, tile_len = starts + text, ends - starts
+        if text:  # one tile of text queries, which read everything
+            tile_start, tile_len = (torch.cat([torch.tensor([x]), t]) for x, t in ((0, tile_start), (text, tile_len)))
+            run_start = torch.cat([torch.tensor([[0, 0]]), run_start])
+            run_len = torch.cat([torch.tensor([[layout.tokens, 0]]), run_len])
+        q_order = layout.token_major_order() if temporal else layout.video_last_order()
+        kv_order = q_order
+        if self.sink and temporal:
+            kv_order = torch.cat([layout.video_last_order()[:prefix], _without_first_frame(q_order, layout)])
+        plan = BlockPlan(
+            layout.tokens,
+            layout.tokens,
+            *(x.int()[None, None] for x in (tile_start, tile_len, run_start, run_len)),
+            q_order[None, None],
+            kv_order[None, None],
+        )
+        return plan.to(device)
+
+    def _density(self, layout: VideoLayout, width: int) -> float:
+        return self.band(layout, width, temporal=False).density()
+
+
+def _without_first_frame(order: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+    """The entries of an order that are video but not of the first frame."""
+    later = (order >= layout.text_before + layout.tokens_per_frame) & (order < layout.video.stop)
+    return order[later]
+
+
+class _Static:
+    """What of a config and a layout never changes: both plans, and the rows that are profiled with their masks."""
+
+    def __init__(self, config: SVG, layout: VideoLayout, device: torch.device) -> None:
+        width = config.band_width(layout)
+        self.spatial, self.temporal = (config.band(layout, width, t, device) for t in (False, True))
+        rows = min(config.profile_rows, layout.tokens)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.rows = [
+            torch.randperm(layout.tokens, generator=generator)[:rows].sort().values.to(device) for _ in range(ROW_SETS)
+        ]
+        # [2, R, N]: additive would need a float each, a bool is a quarter of that
+        self.masks = [torch.cat([p.rows(r)[0] for p in (self.spatial, self.temporal)]) for r in self.rows]
+
+    def profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, which: int) -> torch.Tensor:
+        """Which heads are temporal, `[B, H]` bool."""
+        queries = q[:, :, self.rows[which]].float() * q.shape[-1] ** -0.5
+        scores = queries @ k.float().transpose(-1, -2)
+        weights = torch.softmax(scores, -1)
+        values = v.float()
+        full = weights @ values
+        errors = []
+        for mask in self.masks[which]:
+            kept = weights * mask
+            # Renormalising the kept weights is the softmax under the mask. A row always keeps its own tile.
+            masked = (kept @ values) / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            errors.append((masked - full).square().mean((-1, -2)))
+        return errors[1] < errors[0]
+
+    def combine(self, temporal: torch.Tensor) -> BlockPlan:
+        """One plan `[B, H]` from the decision."""
+        choice = temporal.unsqueeze(-1)
+        spatial, other = self.spatial, self.temporal
+        return BlockPlan(
+            spatial.n_q,
+            spatial.n_kv,
+            spatial.tile_start.expand(*temporal.shape, -1).contiguous(),
+            spatial.tile_len.expand(*temporal.shape, -1).contiguous(),
+            torch.where(choice.unsqueeze(-1), other.run_start, spatial.run_start),
+            torch.where(choice.unsqueeze(-1), other.run_len, spatial.run_len),
+            torch.where(choice, other.q_order, spatial.q_order),
+            torch.where(choice, other.kv_order, spatial.kv_order),
+        )

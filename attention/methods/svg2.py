@@ -1,0 +1,200 @@
+"""SVG2: queries and keys permuted into semantic clusters; each query cluster reads the key clusters that matter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from ..kmeans import cluster_sizes, kmeans
+from ..layout import VideoLayout
+from ..plan import BlockPlan
+from ..schedule import DenseSchedule
+from .base import Method, PlanMemory, check_count, check_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVG2(Method):
+    """Sparse VideoGen 2 (arXiv 2505.18875, sections 4.1 and 4.2).
+
+    k-means on the queries and on the keys of each head, warm-started from the last step; each sequence is permuted by
+    its own labels; the score of a pair of clusters is that of their centroids, weighted by the keys in the cluster, and
+    each query cluster keeps the best key clusters until their share of the softmax passes `top_p`. Text tokens stay
+    outside: they read and are read by everything.
+
+    Args:
+        q_clusters, k_clusters: clusters of queries and of keys; when None `0.36 sqrt(N)` and `1.8 sqrt(N)`, which is
+            the paper's (100, 500) at 75,600 tokens and (9, 43) at 576.
+        top_p: share of the estimated softmax mass to keep, in (0, 1].
+        min_ratio: share of the key clusters that is always kept, in [0, 1].
+        density: when given, replaces `top_p`: each call finds the `top_p` that computes this share of all pairs, the
+            mean over its heads, in (0, 1].
+        init_iterations: k-means iterations at the first sparse step of a run. step_iterations: at every later one.
+        schedule: dense steps and layers; 30 % of the steps by default, as in the paper.
+
+    Raises:
+        ValueError: a value outside its bound.
+    """
+
+    name: ClassVar[str] = "svg2"
+    summary: ClassVar[str] = (
+        "k-means permutes queries and keys, each query cluster keeps the key clusters of highest mass"
+    )
+    good_for: ClassVar[str] = "the best quality at a density; follows the content, not the grid"
+    costs: ClassVar[str] = "k-means at every step; ragged plans"
+    source: ClassVar[str] = "Sparse VideoGen 2, arXiv 2505.18875"
+
+    q_clusters: int | None = None
+    k_clusters: int | None = None
+    top_p: float = 0.9
+    min_ratio: float = 0.1
+    density: float | None = None
+    init_iterations: int = 50
+    step_iterations: int = 2
+    schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.3))
+
+    def __post_init__(self) -> None:
+        for name in ("q_clusters", "k_clusters"):
+            if getattr(self, name) is not None:
+                check_count("SVG2", name, getattr(self, name), 1)
+        check_fraction("SVG2", "top_p", self.top_p, fix="0.9 keeps 90 % of the estimated mass")
+        if self.density is not None:
+            check_fraction(
+                "SVG2", "density", self.density, fix="0.3 computes 30 % of the pairs, None leaves it to top_p"
+            )
+        if isinstance(self.min_ratio, bool) or not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"SVG2 min_ratio is {self.min_ratio!r}: it must lie between 0 and 1; 0.1 is the paper's.")
+        check_count("SVG2", "init_iterations", self.init_iterations, 1)
+        check_count("SVG2", "step_iterations", self.step_iterations, 1)
+
+    def check(self, layout: VideoLayout) -> None:
+        self.cluster_counts(layout.video_tokens)
+
+    def cluster_counts(self, tokens: int) -> tuple[int, int]:
+        """Clusters of queries and of keys for a number of video tokens.
+
+        Raises:
+            ValueError: more clusters were asked for than there are tokens.
+        """
+        counts = []
+        for name, factor in (("q_clusters", 0.36), ("k_clusters", 1.8)):
+            asked = getattr(self, name)
+            if asked is not None and asked > tokens:
+                raise ValueError(
+                    f"SVG2 {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None."
+                )
+            counts.append(asked or min(tokens, max(2, round(factor * math.sqrt(tokens)))))
+        return counts[0], counts[1]
+
+    def plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
+    ) -> BlockPlan:
+        q_clusters, k_clusters = self.cluster_counts(layout.video_tokens)
+        q_labels, q_centroids = self._cluster(q, q_clusters, layout, memory.call, "svg2_q")
+        k_labels, k_centroids = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
+        q_sizes, k_sizes = cluster_sizes(q_labels, q_clusters), cluster_sizes(k_labels, k_clusters)
+        mass = cluster_mass(q_centroids, k_centroids, k_sizes)
+        top_p = self.top_p if self.density is None else _top_p_for(self, mass, q_sizes, k_sizes, layout)
+        selected = _select(mass, top_p, self.min_ratio)
+        plan = _with_text(q_labels, k_labels, q_sizes, k_sizes, selected, layout)
+        deciles = torch.linspace(0, 1, 11, device=q.device)
+        return plan.with_details(
+            q_cluster_sizes=torch.quantile(q_sizes.float().flatten(), deciles),
+            k_cluster_sizes=torch.quantile(k_sizes.float().flatten(), deciles),
+            top_p=top_p,
+        )
+
+    def _cluster(
+        self, x: torch.Tensor, clusters: int, layout: VideoLayout, memory: dict, key: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels `[B, H, video tokens]` and centroids, from those of the last step where there are any."""
+        start = memory.get(key)
+        iterations = self.init_iterations if start is None else self.step_iterations
+        labels, centroids = kmeans(x[:, :, layout.video], clusters, iterations, start)
+        memory[key] = centroids
+        return labels, centroids
+
+
+def select_clusters(
+    q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor, top_p: float, min_ratio: float
+) -> torch.Tensor:
+    """The key clusters that each query cluster reads (arXiv 2505.18875, section 4.2).
+
+    Args:
+        q_centroids: `[B, H, Cq, D]`. k_centroids: `[B, H, Ck, D]`.
+        k_sizes: `[B, H, Ck]`, keys per cluster; an empty cluster has no mass.
+        top_p: mass to keep; the cluster that crosses it is kept too.
+        min_ratio: the best `int(min_ratio * Ck)` clusters are kept whatever their mass.
+
+    Returns:
+        `[B, H, Cq, Ck]` bool.
+    """
+    return _select(cluster_mass(q_centroids, k_centroids, k_sizes), top_p, min_ratio)
+
+
+def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
+    """Estimated softmax mass of each key cluster for each query cluster, `[B, H, Cq, Ck]`; rows sum to 1."""
+    scores = q_centroids.float() @ k_centroids.float().transpose(-1, -2) * q_centroids.shape[-1] ** -0.5
+    return torch.softmax(scores + k_sizes.float().log().unsqueeze(-2), -1)
+
+
+def _ranked(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key clusters by falling mass, and the mass that lies before each of them."""
+    ordered, ranking = mass.sort(dim=-1, descending=True, stable=True)
+    return ranking, ordered.cumsum(-1) - ordered
+
+
+def _select(mass: torch.Tensor, top_p: float | torch.Tensor, min_ratio: float) -> torch.Tensor:
+    ranking, before = _ranked(mass)
+    keep = before < top_p
+    # With min_ratio 0 the best cluster is kept all the same: no query may read nothing.
+    keep[..., : max(1, int(min_ratio * mass.shape[-1]))] = True
+    return torch.zeros_like(keep).scatter_(-1, ranking, keep)
+
+
+def _top_p_for(
+    config: SVG2, mass: torch.Tensor, q_sizes: torch.Tensor, k_sizes: torch.Tensor, layout: VideoLayout
+) -> torch.Tensor:
+    """The `top_p` (0-dim) at which this call computes `config.density` of all pairs, by bisection without a sync.
+
+    One value for all heads lets a diffuse head read more than a sharp one.
+    """
+    ranking, before = _ranked(mass)
+    forced = max(1, int(config.min_ratio * mass.shape[-1]))
+    keys = k_sizes.unsqueeze(-2).expand(mass.shape).gather(-1, ranking).double()
+    queries = q_sizes.unsqueeze(-1).double()
+    heads = mass.shape[0] * mass.shape[1]
+    text_pairs = layout.tokens**2 - layout.video_tokens**2
+    wanted = config.density * layout.tokens**2 - text_pairs
+    low, high = mass.new_zeros(()), mass.new_ones(())
+    for _ in range(20):
+        middle = (low + high) / 2
+        keep = before < middle
+        keep[..., :forced] = True
+        enough = (keys * keep * queries).sum() / heads >= wanted
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return high
+
+
+def _with_text(
+    q_labels: torch.Tensor,
+    k_labels: torch.Tensor,
+    q_sizes: torch.Tensor,
+    k_sizes: torch.Tensor,
+    selected: torch.Tensor,
+    layout: VideoLayout,
+) -> BlockPlan:
+    """The plan of a selection, with the text tokens as one more cluster that is read by all and reads all."""
+    orders = []
+    for labels in (q_labels, k_labels):
+        order = labels.argsort(stable=True, dim=-1) + layout.text_before
+        text = layout.video_last_order(labels.device)[: layout.text_tokens]
+        orders.append(torch.cat([order, text.expand(*order.shape[:2], -1)], -1))
+    if layout.text_tokens:
+        lead = q_sizes.shape[:2]
+        text_size = q_sizes.new_full((*lead, 1), layout.text_tokens)
+        q_sizes, k_sizes = torch.cat([q_sizes, text_size], -1), torch.cat([k_sizes, text_size], -1)
+        selected = torch.nn.functional.pad(selected, (0, 1, 0, 1), value=True)
+    return BlockPlan.from_clusters(q_sizes, k_sizes, selected, *orders)

@@ -1,0 +1,317 @@
+"""`BlockPlan`: which keys every tile of queries reads, and in which token order. The one interface of this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .runs import expand_runs, merge_segments
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """The sparsity of one attention call: query tiles, and the runs of keys each tile reads.
+
+    `Bp` is 1 or the batch size, `Hp` is 1 or the number of heads: a dimension of 1 holds for all. Tile and run
+    positions count in the *permuted* sequences: permuted query `i` is token `q_order[..., i]`, permuted key `j` is
+    token `kv_order[..., j]`; an order of `None` is the sequence itself. Tiles ascend, do not overlap and cover every
+    query; a tile of length 0 is padding. The runs of a tile ascend and do not overlap; a run of length 0 is padding. A
+    tile without any run gives an output of 0 and a log-sum-exp of -inf.
+
+    Args:
+        n_q: number of queries.
+        n_kv: number of keys.
+        tile_start: `[Bp, Hp, T]` int32, first permuted query of the tile.
+        tile_len: `[Bp, Hp, T]` int32, queries in the tile; any length, backends cut to what suits them.
+        run_start: `[Bp, Hp, T, R]` int32, first permuted key of the run.
+        run_len: `[Bp, Hp, T, R]` int32, keys in the run; unaligned.
+        q_order: `[1|B, 1|H, n_q]` int64 or None.
+        kv_order: `[1|B, 1|H, n_kv]` int64 or None.
+        block: `(queries, keys)` when tiles and runs are multiples of a uniform block, None for ragged plans.
+        is_dense: known, without a look at the runs, to cover every pair.
+        details: facts for a report (head kinds, cluster sizes), never read by a backend.
+
+    Raises:
+        ValueError: tensors whose shapes, dtypes or devices disagree.
+    """
+
+    n_q: int
+    n_kv: int
+    tile_start: torch.Tensor
+    tile_len: torch.Tensor
+    run_start: torch.Tensor
+    run_len: torch.Tensor
+    q_order: torch.Tensor | None = None
+    kv_order: torch.Tensor | None = None
+    block: tuple[int, int] | None = None
+    is_dense: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+    # Block masks by block size: a static plan serves every layer and step, and building one costs milliseconds.
+    _block_masks: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.n_q < 1 or self.n_kv < 1:
+            raise ValueError(f"BlockPlan needs at least one query and one key, got n_q={self.n_q}, n_kv={self.n_kv}.")
+        lead = self.tile_start.shape
+        if self.tile_start.ndim != 3 or self.tile_len.shape != lead:
+            raise ValueError(
+                f"BlockPlan tiles must both be [Bp, Hp, T], got {tuple(lead)} and {tuple(self.tile_len.shape)}."
+            )
+        if self.run_start.ndim != 4 or self.run_start.shape[:3] != lead or self.run_len.shape != self.run_start.shape:
+            raise ValueError(
+                f"BlockPlan runs must both be [Bp, Hp, T, R] with the tiles' {tuple(lead)} in front, got "
+                f"{tuple(self.run_start.shape)} and {tuple(self.run_len.shape)}."
+            )
+        for name, order, length in (("q_order", self.q_order, self.n_q), ("kv_order", self.kv_order, self.n_kv)):
+            if order is not None and (order.ndim != 3 or order.shape[-1] != length or order.dtype != torch.int64):
+                raise ValueError(
+                    f"BlockPlan.{name} must be int64 [1|B, 1|H, {length}], got {order.dtype} {tuple(order.shape)}."
+                )
+        if len({t.device for t in self._tensors()}) > 1:
+            raise ValueError(f"BlockPlan tensors lie on several devices: {[str(t.device) for t in self._tensors()]}.")
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def dense(cls, n_q: int, n_kv: int, device: torch.device | str | None = None) -> BlockPlan:
+        """Every query reads every key."""
+        tile = torch.zeros(1, 1, 1, dtype=torch.int32, device=device)
+        run = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
+        return cls(n_q, n_kv, tile, tile + n_q, run, run + n_kv, is_dense=True)
+
+    @classmethod
+    def from_block_mask(cls, mask: torch.Tensor, block_q: int, block_k: int, n_q: int, n_kv: int) -> BlockPlan:
+        """Uniform blocks.
+
+        Args:
+            mask: `[nq, nk]`, `[H, nq, nk]` or `[B, H, nq, nk]` bool (`B`, `H` may be 1) with `nq = ceil(n_q /
+                block_q)`, `nk = ceil(n_kv / block_k)`; the last block of either axis may be shorter.
+            block_q: queries per block. block_k: keys per block. n_q: queries. n_kv: keys.
+
+        Raises:
+            ValueError: the mask has other dimensions, or is not bool.
+        """
+        if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
+            raise ValueError(f"mask must be bool with 2 to 4 dimensions, got {mask.dtype} with {mask.ndim}.")
+        q_sizes, k_sizes = _block_sizes(n_q, block_q, mask.device), _block_sizes(n_kv, block_k, mask.device)
+        if mask.shape[-2:] != (q_sizes.numel(), k_sizes.numel()):
+            raise ValueError(
+                f"mask covers {tuple(mask.shape[-2:])} blocks, but n_q={n_q} in blocks of {block_q} and n_kv={n_kv} in "
+                f"blocks of {block_k} make ({q_sizes.numel()}, {k_sizes.numel()})."
+            )
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+        lead = mask.shape[:2]
+        plan = cls.from_clusters(q_sizes.expand(*lead, -1), k_sizes.expand(*lead, -1), mask, n_q=n_q, n_kv=n_kv)
+        return replace(plan, block=(block_q, block_k))
+
+    @classmethod
+    def from_clusters(
+        cls,
+        q_sizes: torch.Tensor,
+        k_sizes: torch.Tensor,
+        selected: torch.Tensor,
+        q_order: torch.Tensor | None = None,
+        kv_order: torch.Tensor | None = None,
+        *,
+        n_q: int | None = None,
+        n_kv: int | None = None,
+        max_runs: int | None = None,
+    ) -> BlockPlan:
+        """Clusters of queries that each read some clusters of keys; neighbouring selected clusters become one run.
+
+        Args:
+            q_sizes: `[Bp, Hp, Cq]` integer, queries per cluster in permuted order; 0 is an empty cluster.
+            k_sizes: `[Bp, Hp, Ck]` integer, keys per cluster in permuted order.
+            selected: `[Bp, Hp, Cq, Ck]` bool.
+            q_order: `[1|B, 1|H, n_q]` int64, tokens sorted by query cluster. kv_order: likewise for keys.
+            n_q, n_kv: the sequence lengths; read from the orders or from the sizes (a host sync) when not given.
+            max_runs: run slots per tile; found from the data (a host sync) when not given.
+
+        Raises:
+            ValueError: shapes disagree, or the sizes of some head do not add up to the sequence length.
+        """
+        expected = (*q_sizes.shape, k_sizes.shape[-1])
+        if q_sizes.ndim != 3 or k_sizes.shape[:2] != q_sizes.shape[:2] or selected.shape != expected:
+            raise ValueError(
+                f"from_clusters needs q_sizes [B, H, Cq], k_sizes [B, H, Ck], selected [B, H, Cq, Ck], got "
+                f"{tuple(q_sizes.shape)}, {tuple(k_sizes.shape)}, {tuple(selected.shape)}."
+            )
+        n_q = _sequence_length("q", n_q, q_order, q_sizes)
+        n_kv = _sequence_length("kv", n_kv, kv_order, k_sizes)
+        run_start, run_len = merge_segments(selected, k_sizes, max_runs)
+        tile_len = q_sizes.int()
+        tile_start = (q_sizes.cumsum(-1) - q_sizes).int()
+        return cls(n_q, n_kv, tile_start, tile_len, run_start, run_len, q_order, kv_order)
+
+    def with_details(self, **details: Any) -> BlockPlan:
+        """The same plan, carrying more facts for the report."""
+        return replace(self, details={**self.details, **details})
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The same plan on another device."""
+        names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order")
+        moved = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if t is None else t.to(device) for name, t in moved.items()})
+
+    # -- what it says ---------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the plan's tensors lie."""
+        return self.tile_start.device
+
+    @property
+    def lead(self) -> tuple[int, int]:
+        """`(Bp, Hp)`, broadcast over tiles and both orders."""
+        shapes = [t.shape[:2] for t in self._tensors()]
+        return tuple(torch.broadcast_shapes(*shapes))
+
+    def pairs(self) -> torch.Tensor:
+        """Query-key pairs computed, `[Bp, Hp]` int64."""
+        return (self.tile_len.long() * self.run_len.sum(-1)).sum(-1)
+
+    def density(self) -> float:
+        """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""
+        return float(self.pairs().double().mean()) / (self.n_q * self.n_kv)
+
+    def tile_of_query(self) -> torch.Tensor:
+        """The tile of each permuted query, `[Bp, Hp, n_q]` int64."""
+        ends = (self.tile_start + self.tile_len).long().contiguous()
+        positions = torch.arange(self.n_q, device=self.device).expand(*ends.shape[:2], -1).contiguous()
+        return torch.searchsorted(ends, positions, right=True)
+
+    def keys_of_tile(self) -> torch.Tensor:
+        """The permuted keys each tile reads, `[Bp, Hp, T, n_kv]` bool."""
+        return expand_runs(self.run_start, self.run_len, self.n_kv)
+
+    def rows(self, queries: torch.Tensor) -> torch.Tensor:
+        """The keys that some queries read, without building the rest of the mask.
+
+        Args:
+            queries: `[R]` int64, positions in the sequence (not permuted).
+
+        Returns:
+            `[Bp, Hp, R, n_kv]` bool over keys in sequence order.
+        """
+        batch, heads = self.lead
+        positions = queries.expand(batch, heads, -1)
+        if self.q_order is not None:
+            positions = invert(self.q_order).expand(batch, heads, -1).gather(-1, positions)
+        tiles = self.tile_of_query().expand(batch, heads, -1).gather(-1, positions).unsqueeze(-1)
+        run_start, run_len = (
+            x.expand(batch, heads, -1, -1).gather(2, tiles.expand(*tiles.shape[:3], x.shape[-1]))
+            for x in (self.run_start, self.run_len)
+        )
+        mask = expand_runs(run_start, run_len, self.n_kv)
+        if self.kv_order is None:
+            return mask
+        columns = invert(self.kv_order).unsqueeze(2).expand(mask.shape)
+        return mask.gather(-1, columns)
+
+    def to_dense_mask(self) -> torch.Tensor:
+        """The whole mask `[Bp, Hp, n_q, n_kv]` bool in sequence order. For tests: it is quadratic."""
+        return self.rows(torch.arange(self.n_q, device=self.device))
+
+    def to_block_mask(self, block_size: int | tuple[int, int] = 128) -> BlockMask:
+        """A FlexAttention `BlockMask` over the *permuted* sequences (see `attention/block_mask.py`)."""
+        from .block_mask import build_block_mask
+
+        key = (block_size, block_size) if isinstance(block_size, int) else block_size
+        if key not in self._block_masks:
+            self._block_masks[key] = build_block_mask(self, key)
+        return self._block_masks[key]
+
+    def cut(self, max_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cut tiles to at most `max_rows` queries, for backends that work on bounded tiles.
+
+        Returns:
+            `(start, length, tile)`, each `[Bp, Hp, n_q // max_rows + T]` int32: pieces in order with the tile whose
+            runs they read, padded with length 0. The shape depends on no value, so a GPU step needs no sync.
+        """
+        pieces = (self.tile_len.long() + max_rows - 1) // max_rows
+        ends = pieces.cumsum(-1)
+        slots = self.n_q // max_rows + self.tile_len.shape[-1]
+        index = torch.arange(slots, device=self.device).expand(*ends.shape[:2], -1).contiguous()
+        tile = torch.searchsorted(ends.contiguous(), index, right=True)
+        real = tile < ends.shape[-1]
+        tile = tile.clamp(max=ends.shape[-1] - 1)
+        offset = (index - (ends - pieces).gather(-1, tile)) * max_rows
+        start = self.tile_start.long().gather(-1, tile) + offset
+        left = self.tile_len.long().gather(-1, tile) - offset
+        length = torch.where(real, left.clamp(0, max_rows), 0)
+        return torch.where(real, start, self.n_q).int(), length.int(), tile.int()
+
+    def validate(self) -> BlockPlan:
+        """Check every promise of the class docstring (several host syncs) and return the plan.
+
+        Raises:
+            ValueError: tiles that overlap or miss a query, runs that overlap or leave the sequence, an order that is no
+                permutation.
+        """
+        ends = self.tile_start + self.tile_len
+        covered = self.tile_start[..., 0].eq(0).all() and ends[..., -1].eq(self.n_q).all()
+        if not covered or not (self.tile_start[..., 1:] == ends[..., :-1]).all():
+            raise ValueError("the tiles of this BlockPlan do not cover each query exactly once.")
+        run_ends = self.run_start + self.run_len
+        if (self.run_len < 0).any() or (self.run_start < 0).any() or (run_ends > self.n_kv).any():
+            raise ValueError(f"a run of this BlockPlan leaves the {self.n_kv} keys.")
+        inside = expand_runs(self.run_start, self.run_len, self.n_kv).sum(-1)
+        if not inside.equal(self.run_len.sum(-1)):
+            raise ValueError("two runs of one tile of this BlockPlan overlap.")
+        for name, order, length in (("q_order", self.q_order, self.n_q), ("kv_order", self.kv_order, self.n_kv)):
+            if order is not None and not (order.sort(-1).values == torch.arange(length, device=self.device)).all():
+                raise ValueError(f"BlockPlan.{name} is not a permutation of {length} tokens.")
+        return self
+
+    def _tensors(self) -> list[torch.Tensor]:
+        tensors = [self.tile_start, self.tile_len, self.run_start, self.run_len, self.q_order, self.kv_order]
+        return [t for t in tensors if t is not None]
+
+
+def permute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Tokens of `x [B, H, N, D]` in `order [1|B, 1|H, N]`; `None` leaves them."""
+    if order is None:
+        return x
+    return x.gather(2, order.expand(*x.shape[:3]).unsqueeze(-1).expand(x.shape))
+
+
+def unpermute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Undo `permute`. Takes `[B, H, N, D]` or `[B, H, N]`."""
+    if order is None:
+        return x
+    index = order.expand(*x.shape[:3])
+    if x.ndim == 4:
+        index = index.unsqueeze(-1).expand(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format).scatter_(2, index, x)
+
+
+def invert(order: torch.Tensor) -> torch.Tensor:
+    """The inverse permutation along the last dimension."""
+    positions = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, positions)
+
+
+def _block_sizes(length: int, block: int, device: torch.device) -> torch.Tensor:
+    """Tokens per block when `length` tokens are cut into blocks of `block`, `[ceil(length / block)]` int64."""
+    if block < 1:
+        raise ValueError(f"the block size is {block}: it must be at least 1.")
+    count = -(-length // block)
+    sizes = torch.full((count,), block, dtype=torch.int64, device=device)
+    sizes[-1] = length - (count - 1) * block
+    return sizes
+
+
+def _sequence_length(name: str, given: int | None, order: torch.Tensor | None, sizes: torch.Tensor) -> int:
+    """The sequence length, checked against the cluster sizes where that costs no GPU sync."""
+    length = given if given is not None else order.shape[-1] if order is not None else int(sizes[0, 0].sum())
+    if sizes.device.type == "cpu" and not (sizes.sum(-1) == length).all():
+        raise ValueError(
+            f"the {name} cluster sizes add up to {sorted(set(sizes.sum(-1).flatten().tolist()))}, "
+            f"but the sequence has {length} tokens."
+        )
+    return length

@@ -1,0 +1,106 @@
+"""Which steps and layers keep dense attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where in a denoising run an attention call happens.
+
+    Args:
+        run: number of the run, counted from 0.
+        step: denoising step, counted from 0.
+        num_steps: steps of the run, None when unknown.
+        sigma: noise level of the step in [0, 1] for flow models, None when unknown.
+        branch: the guidance branch, such as "cond" or "uncond".
+    """
+
+    run: int = 0
+    step: int = 0
+    num_steps: int | None = None
+    sigma: float | None = None
+    branch: str = "cond"
+
+
+@dataclass(frozen=True)
+class DenseSchedule:
+    """The steps and layers that stay dense, because early steps set the composition and some layers see globally.
+
+    A whole number counts; a float from 0.0 to 1.0 is a fraction, rounded up so that a small fraction keeps something.
+
+    Args:
+        first_steps: steps at the start of a run.
+        last_steps: steps at its end.
+        first_layers: transformer blocks at the input.
+        last_layers: blocks at the output.
+        sigma_above: dense while the noise level is above this (one schedule for any number of steps).
+        sigma_below: dense once the noise level is below this.
+
+    Raises:
+        ValueError: a negative count, or a fraction or sigma outside [0, 1].
+    """
+
+    first_steps: int | float = 0
+    last_steps: int | float = 0
+    first_layers: int | float = 0
+    last_layers: int | float = 0
+    sigma_above: float | None = None
+    sigma_below: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("first_steps", "last_steps", "first_layers", "last_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ValueError(
+                    f"DenseSchedule.{name} is {value!r}: give a count (int >= 0) or a fraction (0.0 to 1.0)."
+                )
+            if isinstance(value, float) and value > 1:
+                raise ValueError(
+                    f"DenseSchedule.{name} is {value}: a float is a fraction and at most 1.0; "
+                    f"write {math.ceil(value)} for a count."
+                )
+        for name in ("sigma_above", "sigma_below"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"DenseSchedule.{name} is {value!r}: a noise level lies between 0 and 1.")
+
+    def dense_reason(self, step: StepInfo, layer: int, num_layers: int) -> str:
+        """Why this call stays dense, in words; empty when it may be sparse.
+
+        Raises:
+            ValueError: the schedule needs the number of steps (for a fraction, or the last ones) and it is unknown.
+        """
+        if step.step < _count(self.first_steps, step.num_steps, "first_steps"):
+            return "first steps"
+        if self.last_steps:
+            last = _count(self.last_steps, step.num_steps, "last_steps")
+            if step.num_steps is None:
+                raise ValueError(
+                    "DenseSchedule.last_steps needs the number of steps of the run, which is unknown here."
+                )
+            if step.step >= step.num_steps - last:
+                return "last steps"
+        if layer < _count(self.first_layers, num_layers, "first_layers"):
+            return "first layers"
+        if layer >= num_layers - _count(self.last_layers, num_layers, "last_layers"):
+            return "last layers"
+        if step.sigma is not None and self.sigma_above is not None and step.sigma > self.sigma_above:
+            return f"sigma above {self.sigma_above}"
+        if step.sigma is not None and self.sigma_below is not None and step.sigma < self.sigma_below:
+            return f"sigma below {self.sigma_below}"
+        return ""
+
+
+def _count(value: int | float, total: int | None, name: str) -> int:
+    """A count from a count or a fraction of `total`."""
+    if isinstance(value, int):
+        return value
+    if value == 0:
+        return 0
+    if total is None:
+        raise ValueError(f"DenseSchedule.{name}={value} is a fraction of a number of steps that is unknown here.")
+    # 0.3 * 10 is 3.0000000000000004 in floating point: that must be 3, not 4.
+    return math.ceil(round(value * total, 9))

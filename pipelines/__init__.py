@@ -1,0 +1,8 @@
+"""diffusers pipelines: acceleration of the ones that exist."""
+
+from __future__ import annotations
+
+from .accelerate import Handle, accelerate
+from .specs import SPECS, ModelSpec, find_transformers, supported_pipelines
+
+__all__ = ["SPECS", "Handle", "ModelSpec", "accelerate", "find_transformers", "supported_pipelines"]

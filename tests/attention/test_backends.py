@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from plans import clusters, masked_attention, uniform
+
+from vidaccel import BlockPlan, sparse_attention
+from vidaccel.attention import BACKENDS
+from vidaccel.attention.backends import Request, pick
+
+SPARSE = [name for name, backend in BACKENDS.items() if backend.capability.sparse]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# FlexAttention compiles for every new combination of shapes, so all plans here share one.
+B, H, N, D = 2, 2, 150, 32
+
+PLANS = {
+    "uniform": lambda: uniform(B, H, N, N, 32, 32),
+    "broadcast": lambda: uniform(1, 1, N, N, 32, 32),
+    "ragged": lambda: clusters(B, H, N, N, 7, 20),
+    "skewed": lambda: clusters(B, H, N, N, 7, 20, skew=8.0),
+    "one key": lambda: uniform(B, H, N, N, 32, 1, share=0.03),
+    "all": lambda: uniform(B, H, N, N, 32, 32, share=1.1),
+}
+
+
+def tokens(dtype: torch.dtype = torch.float32, n: int = N, d: int = D, heads: int = H):
+    return tuple(torch.randn(B, heads, n, d).to(dtype) for _ in range(3))
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_backend_computes_what_the_plan_says(backend, kind):
+    plan, mask = PLANS[kind]()
+    q, k, v = tokens()
+    expected, _ = masked_attention(q, k, v, mask)
+    got = sparse_attention(q, k, v, plan, backend=backend)
+    assert (got - expected).abs().max() <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_within_its_error(backend, dtype):
+    plan, mask = PLANS["ragged"]()
+    q, k, v = tokens(dtype)
+    expected, _ = masked_attention(q, k, v, mask)
+    got = sparse_attention(q, k, v, plan, backend=backend)
+    assert got.dtype == dtype
+    assert (got - expected).abs().max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("d", [16, 96, 128])
+def test_head_dimensions(backend, d):
+    plan, mask = PLANS["ragged"]()
+    q, k, v = tokens(d=d)
+    assert (sparse_attention(q, k, v, plan, backend=backend) - masked_attention(q, k, v, mask)[0]).abs().max() <= 2e-6
+
+
+def test_cross_lengths():
+    plan, mask = clusters(B, H, 40, 90, 5, 9)
+    q, (k, v) = torch.randn(B, H, 40, D), torch.randn(2, B, H, 90, D)
+    expected = masked_attention(q, k, v, mask)[0]
+    for backend in ("reference", "gather"):
+        assert (sparse_attention(q, k, v, plan, backend=backend) - expected).abs().max() <= 2e-6
+
+
+def test_the_reference_in_float64_is_the_definition_and_returns_its_lse():
+    plan, mask = PLANS["ragged"]()
+    q, k, v = tokens(torch.float64)
+    expected, lse = masked_attention(q, k, v, mask, scale=0.3)
+    out, sums = sparse_attention(q, k, v, plan, backend="reference", scale=0.3, return_lse=True)
+    assert (out - expected).abs().max() <= 1e-12
+    torch.testing.assert_close(sums, lse.float())
+
+
+@pytest.mark.parametrize("backend", SPARSE)
+def test_rows_without_keys_give_zero_not_nan(backend):
+    blocks = torch.zeros(5, 5, dtype=torch.bool)
+    blocks[1:, 0] = True
+    plan = BlockPlan.from_block_mask(blocks, 32, 32, N, N)
+    q, k, v = tokens()
+    out = sparse_attention(q, k, v, plan, backend=backend)
+    assert out[:, :, :32].eq(0).all() and out[:, :, 32:].ne(0).any() and out.isfinite().all()
+    _, lse = sparse_attention(q, k, v, plan, return_lse=True)
+    assert lse[:, :, :32].eq(float("-inf")).all() and lse[:, :, 32:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+def test_gradients_are_those_of_masked_attention(backend):
+    plan, mask = clusters(1, 2, 40, 40, 5, 9)
+    mask[..., 0, 0] = True  # SDPA's own gradient is NaN for a row without keys; compare where it is defined
+    plan = BlockPlan.from_block_mask(mask, 1, 1, 40, 40)
+    inputs = [torch.randn(1, 2, 40, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(1, 2, 40, 16, dtype=torch.float64)
+    rows = mask.any(-1, keepdim=True)
+    got = torch.autograd.grad((sparse_attention(*inputs, plan, backend=backend) * weight * rows).sum(), inputs)
+    expected = torch.autograd.grad((masked_attention(*inputs, mask | ~rows)[0] * weight * rows).sum(), inputs)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_strided_inputs_need_no_copy_by_the_caller():
+    plan, mask = PLANS["ragged"]()
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens())
+    assert not q.is_contiguous()
+    expected = masked_attention(q, k, v, mask)[0]
+    for backend in SPARSE:
+        assert (sparse_attention(q, k, v, plan, backend=backend) - expected).abs().max() <= 2e-6
+
+
+def test_flex_skips_what_the_plan_skips():
+    """A sixteenth of the blocks must cost well under half of all blocks: eager FlexAttention would cost more."""
+    import time
+
+    n = 4096
+    q, k, v = (torch.randn(1, 2, n, 64) for _ in range(3))
+    seconds = {}
+    for name, share in (("all", 1.1), ("few", 0.0)):
+        blocks = torch.rand(n // 64, n // 64) < share
+        blocks |= torch.eye(n // 64).bool().repeat_interleave(4, 0)[: n // 64] | torch.eye(n // 64).bool()
+        plan = BlockPlan.from_block_mask(blocks, 64, 64, n, n)
+        for _ in range(4):
+            start = time.perf_counter()
+            sparse_attention(q, k, v, plan, backend="flex")
+            seconds[name] = min(seconds.get(name, 1e9), time.perf_counter() - start)
+    assert seconds["few"] < 0.5 * seconds["all"]
+
+
+class TestPick:
+    def request(self, **changes) -> Request:
+        values = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "queries": 100}
+        return Request(**{**values, "dense": False, "lse": False, "grad": False, **changes})
+
+    def test_dense_goes_to_sdpa(self):
+        assert pick("auto", self.request(dense=True), ragged=False).name == "sdpa"
+
+    def test_auto_follows_what_is_measured_to_be_fast(self):
+        assert pick("auto", self.request(), ragged=True).name == "gather"
+        assert pick("auto", self.request(), ragged=False).name == "gather"
+        assert pick("auto", self.request(queries=8000), ragged=False).name == "flex"
+
+    def test_auto_respects_what_is_needed(self):
+        assert pick("auto", self.request(lse=True), ragged=True).name == "reference"
+        assert pick("auto", self.request(queries=8000, grad=True), ragged=False).name == "gather"
+
+    def test_auto_without_a_compiler_takes_the_next(self, monkeypatch):
+        monkeypatch.setattr("vidaccel.attention.backends.flex._cpp_compiler", lambda: False)
+        assert pick("auto", self.request(queries=8000), ragged=False).name == "gather"
+        with pytest.raises(RuntimeError, match="'flex'.*C\\+\\+ compiler"):
+            pick("flex", self.request(), ragged=False)
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "message"),
+        [
+            ("sdpa", {}, "dense attention only"),
+            ("gather", {"lse": True}, "no log-sum-exp on cpu"),
+            ("flex", {"grad": True}, "no backward on cpu"),
+            ("flex", {"head_dim": 300}, "up to 256, not 300"),
+            ("flex", {"dtype": torch.float64}, "not float64"),
+            ("reference", {"device": torch.device("meta")}, "not on meta"),
+        ],
+    )
+    def test_a_named_backend_runs_or_says_why_not(self, name, changes, message):
+        with pytest.raises(RuntimeError, match=message):
+            pick(name, self.request(**changes), ragged=True)
+
+    def test_unknown_names_list_the_known(self):
+        with pytest.raises(ValueError, match="unknown backend 'cuda'.*flex.*gather"):
+            pick("cuda", self.request(), ragged=True)
+
+    def test_auto_says_why_nothing_runs(self):
+        with pytest.raises(RuntimeError, match="flex runs on cpu, cuda, not on meta"):
+            pick("auto", self.request(device=torch.device("meta")), ragged=True)
+
+    def test_every_backend_describes_itself(self):
+        for backend in BACKENDS.values():
+            assert "head_dim" in backend.describe() and backend.summary
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v, p: (q[:, :, :-1], k, v, p), "150 queries and 150 keys, but q has 149"),
+        (lambda q, k, v, p: (q, k.half(), v, p), "one dtype"),
+        (lambda q, k, v, p: (q, k[:, :1], v[:, :1], p), "agree in batch, heads"),
+        (lambda q, k, v, p: (q[0], k[0], v[0], p), r"\[B, H, N, D\]"),
+        (lambda q, k, v, p: (q.to("meta"), k, v, p), "one device"),
+        (lambda q, k, v, p: (q[:, :1], k[:, :1], v[:, :1], p), "heads dimension is 2, but q has 1"),
+    ],
+)
+def test_disagreement_with_the_plan_is_named(change, message):
+    q, k, v, plan = change(*tokens(), PLANS["uniform"]()[0])
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(q, k, v, plan)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, VideoLayout, sparse_attention
+from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, resolve_method
+
+LAYOUT = VideoLayout(5, 8, 8)
+NEVER = DenseSchedule()
+
+
+def tokens(layout: VideoLayout = LAYOUT, batch: int = 1):
+    return tuple(torch.randn(batch, 2, layout.tokens, 16) for _ in range(3))
+
+
+def make(method="svg2", **options) -> SparseAttention:
+    return SparseAttention(method, num_layers=2, **{"schedule": NEVER, **options})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_call_is_sparse_attention_from_the_methods_plan(name):
+    q, k, v = tokens()
+    engine = make(name)
+    engine.enter(StepInfo(num_steps=4), LAYOUT)
+    plan = resolve_method(name).plan(q, k, v, LAYOUT, PlanMemory())
+    torch.testing.assert_close(engine(q, k, v, 0), sparse_attention(q, k, v, plan))
+    (record,) = engine.report().records
+    assert record.density == pytest.approx(plan.density()) and record.reason == ""
+    assert record.plan_seconds > 0 and record.attention_seconds > 0
+
+
+def test_dense_calls_are_dense_and_recorded_with_the_reason():
+    q, k, v = tokens()
+    engine = make(schedule=DenseSchedule(first_steps=1, first_layers=1))
+    for step in range(2):
+        engine.enter(StepInfo(step=step, num_steps=2), LAYOUT)
+        outs = [engine(q, k, v, layer) for layer in range(2)]
+    assert outs[0].equal(F.scaled_dot_product_attention(q, k, v))
+    assert [r.reason for r in engine.report().records] == ["first steps", "first steps", "first layers", ""]
+    assert engine.report().dense_reasons() == {"first steps": 2, "first layers": 1}
+
+
+def test_the_methods_own_schedule_holds_unless_another_is_given():
+    method = SVG2(schedule=DenseSchedule(first_steps=3))
+    assert SparseAttention(method, num_layers=1).schedule.first_steps == 3
+    assert SparseAttention(method, num_layers=1, schedule=NEVER).schedule == NEVER
+
+
+def test_state_is_kept_per_layer_branch_and_layout_and_emptied_by_a_new_run():
+    engine = make("svg2")
+    other = VideoLayout(3, 8, 8)
+    for run, step, branch, layout in [(0, 0, "cond", LAYOUT), (0, 0, "uncond", LAYOUT), (0, 1, "cond", LAYOUT)]:
+        engine.enter(StepInfo(run, step, 2, None, branch), layout)
+        for layer in range(2):
+            engine(*tokens(layout), layer)
+    assert len(engine._call_memory) == 4
+    engine.enter(StepInfo(0, 1, 2, None, "cond"), other)
+    engine(*tokens(other), 0)
+    assert len(engine._call_memory) == 5
+    engine.enter(StepInfo(1, 0, 2, None, "cond"), LAYOUT)
+    assert not engine._call_memory
+
+
+def test_a_batch_of_two_branches_equals_two_calls():
+    """CFG in one batch or in two calls: the same result."""
+    q, k, v = tokens(batch=2)
+    both = make("svg2")
+    both.enter(StepInfo(num_steps=1), LAYOUT)
+    one = both(q, k, v, 0)
+    apart = make("svg2")
+    for i, branch in enumerate(("cond", "uncond")):
+        apart.enter(StepInfo(num_steps=1, branch=branch), LAYOUT)
+        torch.testing.assert_close(apart(q[i : i + 1], k[i : i + 1], v[i : i + 1], 0), one[i : i + 1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_and_infinity_are_refused_with_place_and_count(bad, which):
+    inputs = tokens()
+    inputs[which][0, 0, 3, 2] = bad
+    engine = make("svg")
+    engine.enter(StepInfo(step=7, num_steps=9), LAYOUT)
+    with pytest.raises(ValueError, match=rf"1 of 10240 values of {'qk'[which]} .*layer 1 at step 7"):
+        engine(*inputs, 1)
+
+
+def test_a_call_that_does_not_fit_the_layout_stays_dense_and_says_so_once(caplog):
+    engine = make("svg2")
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    q, k, v = tokens(VideoLayout(1, 5, 5))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert engine(q, k, v, 0).equal(F.scaled_dot_product_attention(q, k, v))
+    assert len([r for r in caplog.records if "25 tokens does not fit" in r.getMessage()]) == 1
+    assert any("25 tokens" in note for note in engine.report().notes)
+
+
+def test_auto_says_once_what_it_chose():
+    engine = make("svg2")
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    for layer in range(2):
+        engine(*tokens(), layer)
+    assert engine.report().notes == ("backend auto: gather for ragged plans on cpu",)
+
+
+def test_a_named_backend_that_cannot_run_raises():
+    engine = make("svg2", backend="sdpa")
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    with pytest.raises(RuntimeError, match="dense attention only"):
+        engine(*tokens(), 0)
+
+
+def test_a_layout_the_method_cannot_do_is_refused_before_the_run_works():
+    engine = make(SVG(density=0.05), schedule=DenseSchedule(first_steps=1.0))
+    with pytest.raises(ValueError, match="density 0.05 is below"):
+        engine.enter(StepInfo(num_steps=4), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [("sparge3", ValueError, "unknown method 'sparge3'.*radial, svg, svg2"), (3, TypeError, "config such as")],
+)
+def test_unknown_methods_list_the_known(method, error, message):
+    with pytest.raises(error, match=message):
+        make(method)
+
+
+def test_the_report_sums_up_and_prints():
+    engine = make(RandomBlocks(density=0.25), schedule=DenseSchedule(first_steps=1))
+    for run in range(2):
+        for step in range(3):
+            engine.enter(StepInfo(run, step, 3), LAYOUT)
+            for layer in range(2):
+                engine(*tokens(), layer)
+    report = engine.report()
+    assert report.runs() == [0, 1] and len(report.last().records) == 6
+    assert report.density_by_step() == pytest.approx({0: 1.0, 1: 0.25, 2: 0.25})
+    assert report.density_map().shape == (2, 3) and report.density_map()[1].tolist() == pytest.approx([1, 0.25, 0.25])
+    assert report.mean_density() == pytest.approx(0.5)
+    text = str(report)
+    assert "random" in text and "first steps (2)" in text and "gather" in text and "mean density 0.500" in text
+    engine.reset()
+    assert "no attention call" in str(engine.report())
+
+
+def test_records_of_old_runs_are_dropped():
+    engine = make(RandomBlocks())
+    for run in range(12):
+        engine.enter(StepInfo(run, 0, 1), LAYOUT)
+        engine(*tokens(), 0)
+    assert engine.report().runs() == list(range(4, 12))
+
+
+def test_reports_are_json(tmp_path):
+    import json
+
+    for method in (SVG(density=0.5), SVG2()):
+        engine = make(method)
+        engine.enter(StepInfo(num_steps=1), LAYOUT)
+        engine(*tokens(), 0)
+        assert json.loads(json.dumps(engine.report().to_dict()))["records"][0]["details"]
+
+
+def test_no_quadratic_memory():
+    """One plan and call at 16,384 tokens: an N x N tensor of floats would be a gigabyte."""
+    import resource
+
+    layout = VideoLayout(16, 32, 32)
+    q, k, v = (torch.randn(1, 1, layout.tokens, 8) for _ in range(3))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for method in (SVG(density=0.1, sink=False), SVG2(density=0.05, init_iterations=2)):
+        engine = make(method, backend="gather")
+        engine.enter(StepInfo(num_steps=1), layout)
+        engine(q, k, v, 0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB

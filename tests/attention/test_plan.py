@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from plans import clusters, uniform
+
+from vidaccel import BlockPlan
+
+SHAPES = [(1, 1, 64, 64), (2, 3, 75, 83), (1, 2, 7, 130)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lead", ["full", "broadcast"])
+def test_uniform_blocks_mean_their_mask(shape, lead):
+    batch, heads, n_q, n_kv = shape
+    plan, mask = uniform(*((1, 1) if lead == "broadcast" else (batch, heads)), n_q, n_kv, 16, 12)
+    assert plan.validate().to_dense_mask().equal(mask)
+    assert plan.density() == pytest.approx(mask.double().mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("skew", [1.0, 6.0])
+def test_clusters_mean_their_mask(shape, skew):
+    plan, mask = clusters(*shape, c_q=9, c_k=30, share=0.4, skew=skew)
+    assert plan.validate().to_dense_mask().equal(mask)
+    assert plan.density() == pytest.approx(mask.double().mean().item(), abs=1e-12)
+
+
+def test_neighbouring_clusters_merge_into_one_run_across_empty_ones():
+    sizes = torch.tensor([[[4, 0, 3, 5, 2]]])
+    selected = torch.tensor([[[[True, False, True, False, True]]]])
+    plan = BlockPlan.from_clusters(torch.tensor([[[6]]]), sizes, selected)
+    runs = list(zip(plan.run_start.flatten().tolist(), plan.run_len.flatten().tolist(), strict=True))
+    assert runs == [(0, 7), (12, 2)]
+
+
+def test_a_dense_plan_is_dense():
+    plan = BlockPlan.dense(5, 9)
+    assert plan.density() == 1.0 and plan.is_dense and plan.validate().to_dense_mask().all()
+
+
+def test_rows_are_rows_of_the_mask():
+    plan, mask = clusters(2, 2, 75, 83, 9, 20)
+    rows = torch.tensor([0, 74, 13])
+    assert plan.rows(rows).equal(mask[:, :, rows])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 200])
+def test_cut_covers_every_query_once_with_the_tile_it_belongs_to(rows):
+    plan, _ = clusters(2, 2, 75, 83, 9, 20, skew=4.0)
+    start, length, tile = plan.cut(rows)
+    assert length.max() <= rows
+    owner = plan.tile_of_query()
+    for b in range(2):
+        for h in range(2):
+            pieces = [
+                (s, n, t) for s, n, t in zip(*(x[b, h].tolist() for x in (start, length, tile)), strict=True) if n
+            ]
+            assert [i for s, n, _ in pieces for i in range(s, s + n)] == list(range(75))
+            assert all(owner[b, h, s : s + n].eq(t).all() for s, n, t in pieces)
+
+
+@pytest.mark.parametrize("block", [(32, 32), (16, 12), (128, 128)])
+def test_block_mask_agrees_with_the_plan(block):
+    """FlexAttention's own expansion of the mask function is what the plan says, and no needed block is left out."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    plan, _ = clusters(2, 3, 75, 83, 9, 20, share=0.3, skew=3.0)
+    mask = plan.to_block_mask(block)
+    permuted = plan.keys_of_tile().gather(2, plan.tile_of_query().unsqueeze(-1).expand(-1, -1, -1, 83))
+    assert create_mask(mask.mask_mod, 2, 3, 75, 83, device="cpu").equal(permuted)
+
+    touched = torch.nn.functional.pad(permuted, (0, -83 % block[1], 0, -75 % block[0]))
+    touched = touched.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0])).any(-1).any(-2)
+    assert mask.to_dense().bool().equal(touched)
+
+
+def test_block_masks_are_built_once():
+    plan, _ = uniform(1, 1, 64, 64, 16, 16)
+    assert plan.to_block_mask(32) is plan.to_block_mask((32, 32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BlockPlan.dense(0, 4), "n_q=0"),
+        (lambda: BlockPlan.from_block_mask(torch.ones(2, 2), 16, 16, 32, 32), "bool"),
+        (lambda: BlockPlan.from_block_mask(torch.ones(2, 2).bool(), 16, 16, 33, 32), r"make \(3, 2\)"),
+        (lambda: BlockPlan.from_block_mask(torch.ones(2, 2).bool(), 0, 16, 33, 32), "block size is 0"),
+        (
+            lambda: BlockPlan.from_clusters(
+                torch.tensor([[[4], [5]]]), torch.tensor([[[4], [4]]]), torch.ones(1, 2, 1, 1).bool()
+            ),
+            r"add up to \[4, 5\]",
+        ),
+        (
+            lambda: BlockPlan.from_clusters(torch.ones(1, 1, 3), torch.ones(1, 1, 3), torch.ones(1, 1, 3).bool()),
+            "from_clusters needs",
+        ),
+    ],
+)
+def test_bad_plans_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_validate_finds_broken_promises():
+    plan, _ = clusters(1, 1, 20, 20, 3, 4, share=0.9)
+    twice = torch.zeros(1, 1, 20, dtype=torch.int64)
+    with pytest.raises(ValueError, match="not a permutation"):
+        BlockPlan(20, 20, plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, twice).validate()
+    with pytest.raises(ValueError, match="cover each query"):
+        BlockPlan(20, 20, plan.tile_start + 1, plan.tile_len, plan.run_start, plan.run_len).validate()
+    with pytest.raises(ValueError, match="leaves the 20 keys"):
+        BlockPlan(20, 20, plan.tile_start, plan.tile_len, plan.run_start, plan.run_len + 20).validate()
+    both = torch.cat([plan.run_start] * 2, -1), torch.cat([plan.run_len] * 2, -1)
+    with pytest.raises(ValueError, match="overlap"):
+        BlockPlan(20, 20, plan.tile_start, plan.tile_len, *both).validate()

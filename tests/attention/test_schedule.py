@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from vidaccel import DenseSchedule
+from vidaccel.attention import StepInfo
+
+
+def dense_steps(schedule: DenseSchedule, steps: int) -> list[int]:
+    return [s for s in range(steps) if schedule.dense_reason(StepInfo(step=s, num_steps=steps), 5, 10)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        (DenseSchedule(), 10, []),
+        (DenseSchedule(first_steps=2, last_steps=1), 10, [0, 1, 9]),
+        (DenseSchedule(first_steps=0.3), 10, [0, 1, 2]),
+        (DenseSchedule(first_steps=0.25), 10, [0, 1, 2]),
+        (DenseSchedule(first_steps=0.1, last_steps=0.1), 20, [0, 1, 18, 19]),
+        (DenseSchedule(first_steps=1.0), 3, [0, 1, 2]),
+    ],
+)
+def test_steps_by_count_and_by_fraction(schedule, steps, expected):
+    assert dense_steps(schedule, steps) == expected
+
+
+def test_layers_by_count_and_by_fraction():
+    schedule = DenseSchedule(first_layers=1, last_layers=0.2)
+    dense = [layer for layer in range(10) if schedule.dense_reason(StepInfo(), layer, 10)]
+    assert dense == [0, 8, 9]
+
+
+def test_sigma_bounds_and_the_reason_given():
+    schedule = DenseSchedule(sigma_above=0.9, sigma_below=0.1)
+    reasons = [schedule.dense_reason(StepInfo(sigma=s), 0, 1) for s in (0.95, 0.5, 0.05, None)]
+    assert reasons == ["sigma above 0.9", "", "sigma below 0.1", ""]
+
+
+def test_unknown_number_of_steps_is_an_error_only_where_it_is_needed():
+    assert DenseSchedule(first_steps=3).dense_reason(StepInfo(step=1), 0, 1) == "first steps"
+    for schedule in (DenseSchedule(first_steps=0.3), DenseSchedule(last_steps=1)):
+        with pytest.raises(ValueError, match="unknown"):
+            schedule.dense_reason(StepInfo(step=1), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"first_steps": -1}, "first_steps is -1"),
+        ({"first_steps": 1.5}, "write 2 for a count"),
+        ({"last_layers": "all"}, "last_layers is 'all'"),
+        ({"sigma_above": 2.0}, "sigma_above is 2.0"),
+    ],
+)
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        DenseSchedule(**values)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vidaccel import SVG2, BlockPlan, VideoLayout, sparse_attention
+from vidaccel.attention import PlanMemory
+from vidaccel.attention.methods.svg2 import select_clusters
+
+LAYOUT = VideoLayout(5, 8, 8)
+
+
+@pytest.fixture
+def golden():
+    return load_file(Path(__file__).parents[1] / "data" / "svg2_selection.safetensors")
+
+
+def selection(golden) -> torch.Tensor:
+    return select_clusters(golden["q_centroids"], golden["k_centroids"], golden["k_sizes"], top_p=0.9, min_ratio=0.1)
+
+
+def test_selection_is_that_of_the_published_implementation(golden):
+    assert selection(golden).equal(golden["selected"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather", "flex"])
+def test_attention_from_the_selection_is_that_of_the_published_implementation(golden, backend):
+    plan = BlockPlan.from_clusters(golden["q_sizes"], golden["k_sizes"], selection(golden)).validate()
+    out = sparse_attention(golden["q"], golden["k"], golden["v"], plan, backend=backend)
+    torch.testing.assert_close(out, golden["output"], atol=2e-6, rtol=1e-4)
+
+
+def test_top_p_keeps_the_cluster_that_crosses_it():
+    # masses .5, .3, .2 by equal scores and sizes 5, 3, 2
+    sizes = torch.tensor([[[3, 5, 2]]])
+    zeros = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
+    kept = [select_clusters(*zeros, sizes, p, 0.0)[0, 0, 0].tolist() for p in (0.4, 0.6, 0.81)]
+    assert kept == [[False, True, False], [True, True, False], [True, True, True]]
+
+
+def test_min_ratio_keeps_the_best_whatever_the_mass():
+    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 10, 4)
+    q[..., 0], k[..., 3, 0] = 50.0, 50.0  # all mass on cluster 3
+    sizes = torch.ones(1, 1, 10, dtype=torch.int64)
+    assert select_clusters(q, k, sizes, 0.5, 0.0).sum() == 1
+    kept = select_clusters(q, k, sizes, 0.5, 0.39)
+    assert kept.sum() == 3 and kept[0, 0, 0, 3]
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, VideoLayout(5, 8, 8, 3, 9)])
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_the_density_asked_for_is_computed(layout, density):
+    q, k, v = torch.randn(3, 2, 3, layout.tokens, 16)
+    plan = SVG2(density=density, min_ratio=0.0).plan(q, k, v, layout, PlanMemory()).validate()
+    assert plan.density() == pytest.approx(density, abs=0.02)
+
+
+def test_top_p_of_one_is_dense():
+    q, k, v = torch.randn(3, 1, 2, LAYOUT.tokens, 16)
+    assert SVG2(top_p=1.0).plan(q, k, v, LAYOUT, PlanMemory()).density() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_text_reads_and_is_read_by_everything():
+    layout = VideoLayout(5, 8, 8, 3, 9)
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 16)
+    mask = SVG2(density=0.3).plan(q, k, v, layout, PlanMemory()).to_dense_mask()
+    text = torch.ones(layout.tokens, dtype=torch.bool)
+    text[layout.video] = False
+    assert mask[:, :, text].all() and mask[..., text].all() and not mask.all()
+
+
+def test_structure_in_the_tokens_is_found():
+    """Queries and keys in groups, scattered over the sequence: at 30 % of the pairs nearly nothing is lost."""
+    groups = torch.randint(0, 12, (LAYOUT.tokens,))
+    centers = torch.randn(12, 32) * 3
+    q, k = (centers[groups] + torch.randn(LAYOUT.tokens, 32) * 0.1 for _ in range(2))
+    v = torch.randn(LAYOUT.tokens, 32)
+    q, k, v = (x.expand(1, 1, -1, -1) for x in (q, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    plan = SVG2(density=0.3, q_clusters=16, k_clusters=32).plan(q, k, v, LAYOUT, PlanMemory())
+    error = (sparse_attention(q, k, v, plan) - dense).square().mean() / dense.square().mean()
+    assert error < 1e-3
+
+
+def test_warm_start_goes_on_from_the_last_step():
+    q, k, v = torch.randn(3, 1, 2, LAYOUT.tokens, 16)
+    memory = PlanMemory()
+    method = SVG2()
+    method.plan(q, k, v, LAYOUT, memory)
+    first = {name: x.clone() for name, x in memory.call.items()}
+    method.plan(q, k, v, LAYOUT, memory)
+    assert set(first) == {"svg2_q", "svg2_k"}
+    # Nothing changed in q and k, and k-means had converged or nearly so: the centroids stay close.
+    for name, x in memory.call.items():
+        assert (x - first[name]).abs().mean() < 0.05 * x.abs().mean()
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(75_600, (99, 495)), (576, (9, 43)), (8448, (33, 165)), (2, (2, 2))])
+def test_cluster_counts_scale_with_the_sequence(tokens, expected):
+    assert SVG2().cluster_counts(tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"min_ratio": -0.1}, "min_ratio is -0.1"),
+        ({"density": 2}, "density is 2"),
+        ({"q_clusters": 0}, "q_clusters is 0"),
+        ({"init_iterations": 0}, "init_iterations is 0"),
+    ],
+)
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        SVG2(**values)
+
+
+def test_more_clusters_than_tokens_are_refused():
+    with pytest.raises(ValueError, match="k_clusters is 1000, but there are only 320"):
+        SVG2(k_clusters=1000).check(LAYOUT)

@@ -1,0 +1,38 @@
+"""Plans of every kind for the tests, each with the mask it must mean, made in a slow and obvious way."""
+
+from __future__ import annotations
+
+import torch
+
+from vidaccel import BlockPlan
+
+
+def uniform(batch: int, heads: int, n_q: int, n_kv: int, block_q: int, block_k: int, share: float = 0.5):
+    """A random block mask and its dense mask."""
+    blocks = torch.rand(batch, heads, -(-n_q // block_q), -(-n_kv // block_k)) < share
+    dense = blocks.repeat_interleave(block_q, 2)[:, :, :n_q].repeat_interleave(block_k, 3)[..., :n_kv]
+    return BlockPlan.from_block_mask(blocks, block_q, block_k, n_q, n_kv), dense
+
+
+def clusters(batch: int, heads: int, n_q: int, n_kv: int, c_q: int, c_k: int, share: float = 0.5, skew: float = 1.0):
+    """Ragged clusters with orders of their own per head, some empty, and their dense mask."""
+    q_labels, k_labels = ((torch.rand(batch, heads, n) ** skew * c).long() for n, c in ((n_q, c_q), (n_kv, c_k)))
+    selected = torch.rand(batch, heads, c_q, c_k) < share
+    sizes = [
+        torch.stack([torch.bincount(row, minlength=c) for row in labels.flatten(0, 1)]).view(batch, heads, c)
+        for labels, c in ((q_labels, c_q), (k_labels, c_k))
+    ]
+    orders = [labels.argsort(stable=True, dim=-1) for labels in (q_labels, k_labels)]
+    dense = torch.zeros(batch, heads, n_q, n_kv, dtype=torch.bool)
+    for b in range(batch):
+        for h in range(heads):
+            dense[b, h] = selected[b, h][q_labels[b, h]][:, k_labels[b, h]]
+    return BlockPlan.from_clusters(*sizes, selected, *orders), dense
+
+
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None = None):
+    """The definition in float64: output and log-sum-exp, 0 and -inf where a row has no key."""
+    scores = q.double() @ k.double().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    return weights @ v.double(), scores.logsumexp(-1)
