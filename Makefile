@@ -1,0 +1,65 @@
+# `make help` lists the targets. Each of them first makes .venv when it is missing or out of date.
+
+# The Python that .venv is made with: python3, or else the first newer one found. To choose: `make PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; exit; }; done)
+
+# Where torch comes from, if not from the configured index. On Linux, PyPI's own torch brings several GB of CUDA libraries;
+# `make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo` installs the CPU build.
+TORCH_INDEX ?=
+
+PYTEST_ARGS ?=
+PROMPT ?= a red circle moves left on a grey background
+METHODS ?=
+BENCHMARKS ?= quality cpu_speed
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# With two OpenMP threads spinning between small operations, a small model is many times slower than with one.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@echo
+	@echo "  Variables: PYTHON, TORCH_INDEX, PROMPT, METHODS, PYTEST_ARGS, BENCHMARKS (see the top of the Makefile)"
+
+install: $(STAMP) ## make .venv and install the package in it (editable), with the versions of constraints.txt
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; give one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@rm -f $(STAMP)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt setuptools
+	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[test]"
+	@touch $(STAMP)
+
+demo: $(STAMP) ## make a video from a prompt, dense and accelerated side by side, with the built-in model
+	@mkdir -p demo_out
+	$(BIN)/vidaccel generate "$(PROMPT)" --model demo --compare --out demo_out/demo.mp4 $(METHODS:%=--method %)
+	@echo
+	@echo "The video: demo_out/demo.mp4. The comparison, to be opened in a browser: demo_out/report.html"
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## repair style and formatting where that is safe
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## run the benchmarks; the tables go to benchmarks/results/
+	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
+
+clean: ## delete .venv and what the demo and builds left
+	rm -rf $(VENV) demo_out build *.egg-info .pytest_cache .ruff_cache

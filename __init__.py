@@ -1,0 +1,131 @@
+"""vidaccel: pre-trained video diffusion models, faster.
+
+The names of the public API are looked up on first use, so that ``import vidaccel`` loads neither torch nor diffusers.
+
+This folder is the package, whatever the folder is called, and its modules exist once in a process, under the name
+``vidaccel``. ComfyUI loads a node pack by path, under a name made from the folder's path; pytest loads the root of a
+checkout under the folder's name. If submodules were then imported below that other name, each class would exist twice,
+``isinstance`` would fail between the copies, and ``save_pretrained`` would record a module path of the machine. So
+under any other name this file only finds (or loads) the package ``vidaccel`` and passes attribute access on to it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+# The public API: name -> the submodule that defines it, or the submodule itself where both have one name.
+_PUBLIC = {
+    "METHODS": ".attention",
+    "BlockPlan": ".attention",
+    "DenseSchedule": ".attention",
+    "Radial": ".attention",
+    "SVG": ".attention",
+    "SVG2": ".attention",
+    "SparseAttention": ".attention",
+    "VideoLayout": ".attention",
+    "accelerate": ".pipelines",
+    "attention": ".attention",
+    "demo": ".demo",
+    "pipelines": ".pipelines",
+    "sparse_attention": ".attention",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+_NAME = "vidaccel"
+
+
+def _version_in(init_file: str) -> str:
+    """The version that a package's ``__init__.py`` states, read without running it."""
+    try:
+        with open(init_file, encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("__version__"):
+                    return line.split("=", 1)[1].strip().strip("\"'")
+    except OSError:
+        pass
+    return "of unknown version"
+
+
+def _same_file(first: str | None, second: str) -> bool:
+    return first is not None and os.path.realpath(first) == os.path.realpath(second)
+
+
+def _load_once() -> ModuleType:
+    """Return the one module ``vidaccel`` of this process, loading this folder as it if there is none yet.
+
+    Two folders cannot both be ``vidaccel``. One that is loaded already stays, since others hold its classes. One that
+    is only installed gives way to this folder, which somebody asked for by path. Either way a warning names both.
+    """
+    log = logging.getLogger(_NAME)
+    loaded = sys.modules.get(_NAME)
+    if loaded is not None:
+        other = getattr(loaded, "__file__", None)
+        if not _same_file(other, __file__):
+            log.warning(
+                "vidaccel %s is already loaded from %s, so that copy is used and the one in %s (%s) is not. "
+                "Keep one of them: uninstall the first (pip uninstall vidaccel) or remove the second.",
+                getattr(loaded, "__version__", "of unknown version"),
+                other,
+                os.path.dirname(__file__),
+                __version__,
+            )
+        return loaded
+
+    spec = importlib.util.find_spec(_NAME)
+    # A spec without an origin is a plain folder that happens to have the name and lies on sys.path.
+    if spec is not None and spec.origin is not None:
+        if _same_file(spec.origin, __file__):
+            return importlib.import_module(_NAME)
+        log.warning(
+            "vidaccel %s is installed in %s, but the copy in %s (%s) was loaded by path first, so that one is used. "
+            "Keep one of them: uninstall the first (pip uninstall vidaccel) or remove the second.",
+            _version_in(spec.origin),
+            os.path.dirname(spec.origin),
+            os.path.dirname(__file__),
+            __version__,
+        )
+
+    folder = os.path.dirname(os.path.realpath(__file__))
+    path = os.path.join(folder, "__init__.py")
+    spec = importlib.util.spec_from_file_location(_NAME, path, submodule_search_locations=[folder])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_NAME] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[_NAME]
+        raise
+    return module
+
+
+def __getattr__(name: str) -> object:
+    if _package is not None:
+        return getattr(_package, name)
+    submodule = _PUBLIC.get(name)
+    if submodule is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(submodule, __name__)
+    value = module if submodule == f".{name}" else getattr(module, name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return dir(_package) if _package is not None else sorted(__all__)
+
+
+# The module that this one stands for, or None in `vidaccel` itself.
+_package: ModuleType | None = None
+if __name__ != _NAME:
+    _package = _load_once()
+    del __version__, __all__  # so that these, too, are the package's
+    # No submodule can be imported below another name: that would be its second copy.
+    __path__ = []

@@ -1,0 +1,61 @@
+"""What holds for every test: one CPU thread, no network, the same random numbers, and one copy of the package."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+# Before torch and huggingface_hub are imported, since both read these once; child processes inherit them.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# `python -m pytest` puts the current folder on sys.path. There `demo` or `report` would be second copies of modules of
+# the package, and `nodes` would be in the way of ComfyUI's.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+# What several tests build on (tiny pipelines, plans with known masks).
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+if importlib.util.find_spec("vidaccel") is None:
+    # A checkout that is not installed: load the folder by path, as ComfyUI does, and it becomes `vidaccel`.
+    spec = importlib.util.spec_from_file_location("vidaccel_checkout", ROOT / "__init__.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+import vidaccel  # noqa: E402 - importable only now
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return f"vidaccel {vidaccel.__version__} from {vidaccel.__path__[0]}; torch {torch.__version__}, {device}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,83 @@
+"""The wheel holds the package and its data, no more, and works from another place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A wheel, built from a copy of the checkout, since building leaves files in the folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    leave_out = shutil.ignore_patterns(
+        ".*", "__pycache__", "build", "dist", "*.egg-info", "demo_out", "*venv*", "results"
+    )
+    shutil.copytree(root, folder / "checkout", ignore=leave_out, symlinks=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    command += ["--disable-pip-version-check", "--wheel-dir", str(folder), str(folder / "checkout")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    [built] = folder.glob("*.whl")
+    return built
+
+
+def _files(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+def test_name_says_any_platform(wheel, project):
+    assert wheel.name == f"vidaccel-{project['project']['version']}-py3-none-any.whl"
+
+
+def test_it_holds_the_modules_and_the_data_and_nothing_else(wheel, root, project, package_folders):
+    expected = set()
+    for name, folder in package_folders.items():
+        patterns = ["*.py", *project["tool"]["setuptools"]["package-data"].get(name, [])]
+        expected |= {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    expected = {"vidaccel/" + file.relative_to(root).as_posix() for file in expected}
+    held = {name for name in _files(wheel) if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_it_holds_the_demo_model_and_the_templates(wheel):
+    held = _files(wheel)
+    assert "vidaccel/demo/weights/model_index.json" in held
+    assert [name for name in held if name.startswith("vidaccel/demo/weights/") and name.endswith(".safetensors")]
+    assert [name for name in held if name.endswith(".j2")]
+
+
+def test_it_holds_the_licence_and_the_command(wheel):
+    held = _files(wheel)
+    assert [name for name in held if name.endswith(".dist-info/licenses/LICENSE")]
+    with zipfile.ZipFile(wheel) as archive:
+        [entry_points] = [name for name in held if name.endswith("entry_points.txt")]
+        assert "vidaccel = vidaccel.cli:main" in archive.read(entry_points).decode()
+
+
+def test_it_works_from_where_it_is_unpacked(wheel, tmp_path, fresh, root):
+    unpacked = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    out = fresh(
+        """
+        import torch, vidaccel
+        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+        plan = vidaccel.BlockPlan.from_block_mask(mask, 4, 4, 8, 8)
+        q = torch.randn(1, 1, 8, 16)
+        out = vidaccel.sparse_attention(q, q, q, plan, backend="reference")
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
+        print(vidaccel.__file__, vidaccel.demo.path(), sep="\\n")
+        """,
+        unpacked,
+    )
+    for line in out.splitlines():
+        assert Path(line).is_relative_to(unpacked)
+    assert (Path(out.splitlines()[1]) / "model_index.json").exists()
