@@ -1,0 +1,125 @@
+"""The charts of a comparison page, as SVG that takes the page's text colour and font."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#3d7fd0", "#d97b29", "#2f9e6e", "#9a63c4", "#c4476b", "#8a8a2f")
+"""Lines of the charts: readable on white and on near-black."""
+INK = "#0a0b0c"
+"""Stands for the page's own text colour in a figure; `figure_svg` replaces it."""
+
+
+def line_chart(series: dict[str, tuple[float, ...]], ylabel: str, least_span: float) -> Figure:
+    """One line per method over the frames. Infinite values (identical frames) are left out.
+
+    Args:
+        series: method -> value per frame.
+        ylabel: what the values are.
+        least_span: the vertical axis covers at least this much, so that rounding does not look like a trend.
+    """
+    figure, axes = _figure(2.9)
+    for (name, values), colour in zip(series.items(), itertools.cycle(COLOURS)):
+        finite = np.where(np.isfinite(values), values, np.nan)
+        axes.plot(finite, label=name, color=colour, linewidth=1.8, marker=".")
+    low, high = axes.get_ylim()
+    if high - low < least_span:
+        axes.set_ylim(high - least_span, high)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_xlabel("frame")
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", color=INK, alpha=0.12)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(axes, len(series))
+    return figure
+
+
+def heat_map(values: np.ndarray, label: str, rows: str = "layer") -> Figure:
+    """`values [layers, steps]` in [0, 1]; NaN stays empty. `label` says what they are, `rows` what the rows are."""
+    figure, axes = _figure(1.5 + 0.11 * min(30, max(len(values), 8)))
+    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest", origin="upper")
+    axes.set_xlabel("step")
+    axes.set_ylabel(rows)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.03)
+    _tint(bar.ax)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def quantile_chart(deciles: dict[str, np.ndarray]) -> Figure:
+    """Sizes of clusters from the smallest to the largest: the median of all calls, and the band of the middle 80 %.
+
+    Args:
+        deciles: name -> `[calls, 11]`, the sizes in tokens at 0, 10, ..., 100 % of a call's clusters.
+    """
+    figure, axes = _figure(2.9)
+    percent = np.linspace(0, 100, 11)
+    for (name, values), colour in zip(deciles.items(), itertools.cycle(COLOURS)):
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=0)
+        axes.fill_between(percent, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(percent, middle, color=colour, linewidth=1.8, label=f"{name} clusters")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("clusters, smallest to largest (%)")
+    axes.set_ylabel("tokens in the cluster")
+    _legend(axes, len(deciles))
+    return figure
+
+
+def figure_svg(figure: Figure, name: str) -> str:
+    """A figure as SVG to be put into a page: text stays text, `INK` becomes the page's text colour.
+
+    Args:
+        figure: what to draw.
+        name: starts every id of the figure, so that two figures of one page do not share any.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    # In a page the parser knows both namespaces, and the size is the page's business.
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    """An empty chart of a phone's width (charts are scaled up on a desk, never down to unreadable)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.9, height), layout="constrained")
+    axes = figure.add_subplot()
+    _tint(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _tint(axes: Axes) -> None:
+    """Everything but the data in the page's text colour."""
+    axes.tick_params(color=INK, labelcolor=INK, labelsize=9, which="both")
+    axes.xaxis.label.set(color=INK, size=9.5)
+    axes.yaxis.label.set(color=INK, size=9.5)
+    for spine in axes.spines.values():
+        spine.set(color=INK, alpha=0.4)
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    """Above the data, never on it."""
+    axes.legend(frameon=False, labelcolor=INK, ncols=min(4, entries), loc="lower left", bbox_to_anchor=(0, 1.0))

@@ -1,0 +1,191 @@
+"""Requests that cannot be met: one line that names value, bound and fix, exit code 2, and no weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
+    """`refused(*options)` -> the message. Weights are missing *and* loading them is an error of the test."""
+    from vidaccel import generation
+
+    def load(*_, **__):
+        raise AssertionError("weights were about to be loaded")
+
+    monkeypatch.setattr(generation, "load", load)
+
+    def run(*options, code=2):
+        given = [str(o) for o in options]
+        for name, value in (("--model", tiny_configs), ("--out", tmp_path / "out.mp4")):
+            if name not in given:
+                given += [name, str(value)]
+        prompt = [] if given[0] == "" else ["a dot"]
+        result = vidaccel("generate", *prompt, *given)
+        assert result.exit_code == code, (result.output, result.exception)
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert not list(tmp_path.glob("*.mp4"))
+        return result.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "sgv"], ["--method sgv", "dense, radial, svg, svg2"]),
+        (["--backend", "cuda"], ["--backend cuda", "auto, flex, gather, reference, sdpa"]),
+        (["--backend", "sdpa"], ["--backend sdpa", "computes dense attention only", "--backend auto"]),
+        (["--density", "0"], ["--density is 0.0", "above 0 and at most 1"]),
+        (["--density", "1.5"], ["--density is 1.5", "above 0 and at most 1"]),
+        (["--density", "nan"], ["--density is nan"]),
+        (["--density", "0.5", "--method", "dense"], ["--density needs a sparse method"]),
+        (["--density", "0.01", "--method", "svg"], ["--method svg", "density 0.01 is below", "raise density"]),
+        (["--density", "0.01", "--method", "radial"], ["--method radial", "0.01", "is possible"]),
+        (["--set", "svg2.top_p=1.5"], ["--method svg2", "top_p is 1.5", "at most 1"]),
+        (["--set", "radial.decay=-1", "--method", "radial"], ["--method radial", "decay is -1", "above 0"]),
+        (["--set", "svg2.topp=0.5"], ["svg2 has no such setting", "top_p"]),
+        (["--set", "svg2.top_p"], ["METHOD.SETTING=VALUE"]),
+        (["--set", "radial.decay=1"], ["--set radial", "not among those to run (svg2)"]),
+        (["--dense-steps", "1.5"], ["--dense-steps is 1.5", "a count", "a fraction (0.0 to 1.0)"]),
+        (["--dense-layers", "few"], ["--dense-layers is few", "a count"]),
+        (["--dense-steps", "-1"], ["--dense-steps is -1"]),
+        (["--compare", "--method", "dense"], ["--compare needs a method other than dense"]),
+        (["--report", "page.html"], ["--compare"]),
+        (["--steps", "0"], ["--steps is 0", "at least 1"]),
+        (["--seed", "-1"], ["--seed is -1", "between 0 and"]),
+        (["--seed", 2**63], ["--seed is 9223372036854775808", "between 0 and 9223372036854775807"]),
+        (["--guidance-scale", "0.5"], ["--guidance-scale is 0.5", "at least 1"]),
+        (["--fps", "0"], ["--fps is 0", "above 0"]),
+        (["--threads", "0"], ["--threads is 0"]),
+        (["--dtype", "int8"], ["--dtype is int8", "auto, float32, bfloat16, float16"]),
+        (["--device", "gpu"], ["--device gpu", "auto, cpu, cuda"]),
+        (["--device", "meta"], ["--device meta", "auto, cpu, cuda"]),
+        (["--device", "cpu", "--offload"], ["--offload", "cpu"]),
+        (["--image", "missing.png"], ["--image missing.png", "no such file"]),
+        (["--frames", "0"], ["--frames is 0", "at least 1"]),
+        # diffusers computes 34 // 4 * 4 + 1 = 33 and 36 // 4 * 4 + 1 = 37.
+        (["--frames", "34"], ["--frames is 34", "4k+1", "round it to 33", "33 or 37"]),
+        (["--frames", "36"], ["--frames is 36", "round it to 37", "33 or 37"]),
+        (["--height", "100"], ["--height is 100", "multiple of 16", "96 or 112"]),
+        (["--width", "8"], ["--width is 8", "multiple of 16", "Give 16."]),
+        # 1040 pixels are 65 tokens; the tiny model has 64 positions.
+        (["--width", "1040"], ["65 tokens along an axis", "64 positions"]),
+        (["--model", "no/such/folder"], ["--model no/such/folder", "owner/name"]),
+    ],
+)
+def test_options(refused, options, words):
+    message = refused(*options)
+    for word in words:
+        assert word in message
+
+
+def test_empty_prompt(vidaccel, tmp_path):
+    result = vidaccel("generate", "  ", "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 2
+    assert "prompt is empty" in result.stderr
+
+
+def test_out_in_a_missing_folder(refused, tmp_path):
+    message = refused("--out", tmp_path / "missing" / "out.mp4")
+    assert f"no folder {tmp_path / 'missing'}" in message
+
+
+def test_out_with_another_extension(refused, tmp_path):
+    assert "must end in .mp4" in refused("--out", tmp_path / "out.gif")
+    assert "must end in .mp4" in refused("--out", tmp_path)
+
+
+def test_out_that_is_a_folder(vidaccel, tmp_path):
+    folder = tmp_path / "sub.mp4"
+    folder.mkdir()
+    result = vidaccel("generate", "a dot", "--out", folder)
+    assert result.exit_code == 2
+    assert "is a folder" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that nobody can write to")
+def test_out_in_an_unwritable_folder(refused):
+    # Permission bits do not stop root, who runs the tests in containers; /proc stops everybody.
+    assert "the folder /proc is not writable" in refused("--out", "/proc/out.mp4")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(refused):
+    message = refused("--device", "cuda")
+    assert "no CUDA device" in message
+    assert "--device cpu" in message
+
+
+def test_a_folder_that_is_no_pipeline(refused, tiny_configs):
+    (tiny_configs / "model_index.json").unlink()
+    assert "is no diffusers pipeline: it has no model_index.json" in refused("--model", tiny_configs)
+
+
+def test_a_pipeline_without_a_spec(refused, tiny_configs, edit_json):
+    edit_json(tiny_configs / "model_index.json", _class_name="StableDiffusionPipeline")
+    message = refused("--model", tiny_configs)
+    assert "is a StableDiffusionPipeline, which is not supported; supported:" in message
+    assert "WanPipeline" in message
+
+
+def test_video_to_video_is_for_python(refused, tiny_configs, edit_json):
+    edit_json(tiny_configs / "model_index.json", _class_name="WanVideoToVideoPipeline")
+    assert "no input video" in refused("--model", tiny_configs)
+
+
+def test_a_broken_model_index(refused, tiny_configs):
+    (tiny_configs / "model_index.json").write_text("{")
+    assert "cannot be read as JSON" in refused("--model", tiny_configs)
+
+
+def test_an_incomplete_pipeline(refused, tiny_configs):
+    (tiny_configs / "vae" / "config.json").unlink()
+    assert "needs vae/config.json" in refused("--model", tiny_configs)
+
+
+def test_what_the_model_needs_is_read_from_it(refused, tiny_configs, edit_json):
+    """Wan 2.2's 5B model: an autoencoder of 16x."""
+    edit_json(tiny_configs / "vae" / "config.json", scale_factor_spatial=16, scale_factor_temporal=8)
+    assert "multiple of 32 (autoencoder 16x, patches of 2). Give 32 or 64." in refused(
+        "--height", "48", "--frames", "9"
+    )
+    assert "makes 8k+1 frames" in refused("--frames", "13")
+
+
+def test_image_to_video_needs_an_image(refused, tiny_configs, edit_json, tmp_path):
+    picture = tmp_path / "first.png"
+    picture.write_bytes(b"")
+    assert "takes no picture" in refused("--image", picture)
+    edit_json(tiny_configs / "model_index.json", _class_name="WanImageToVideoPipeline")
+    assert "give --image FILE" in refused()
+
+
+def test_a_hub_model_that_is_not_there(refused, monkeypatch, tmp_path):
+    """Offline, an id of the hub ends in one line as well."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refused("--model", "nobody/no-such-model")
+    assert "--model nobody/no-such-model" in message
+    assert "hub" in message
+
+
+def test_missing_weights(vidaccel, tiny_configs, tmp_path):
+    """What only loading can find out is one line as well."""
+    size = ("--frames", 9, "--height", 64, "--width", 64, "--method", "dense")
+    result = vidaccel("generate", "a dot", "--model", tiny_configs, "--out", tmp_path / "out.mp4", *size)
+    assert result.exit_code == 2
+    assert "cannot be loaded" in result.stderr
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_values_of_the_wrong_type(vidaccel, tmp_path):
+    result = vidaccel("generate", "a dot", "--steps", "many", "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 2
+    assert "--steps" in result.stderr
+    assert "Traceback" not in result.stderr

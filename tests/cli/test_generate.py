@@ -1,0 +1,228 @@
+"""`vidaccel generate` from a real, tiny Wan pipeline: the videos, the page, the numbers, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vidaccel.video import read_mp4
+
+SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
+PROMPT = "a <b>dot</b> & more"
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_model, tmp_path_factory):
+    """The folder of one run of `--compare` with the three methods that have a paper."""
+    from typer.testing import CliRunner
+
+    from vidaccel.cli import app
+
+    folder = tmp_path_factory.mktemp("compared")
+    # Half of the two steps dense, so that there is something of both kinds; "gather", so that nothing is compiled.
+    options = [
+        PROMPT,
+        "--model",
+        tiny_model,
+        "--compare",
+        "--density",
+        0.7,
+        "--dense-steps",
+        0.5,
+        "--backend",
+        "gather",
+    ]
+    options += [*SMALL, "--seed", 3, "--set", "radial.sink=0", "--out", folder / "clip.mp4"]
+    result = CliRunner().invoke(app, ["generate", *map(str, options)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return folder
+
+
+def test_one_video_a_method(compared):
+    """--out is the first method; nothing half-written stays behind."""
+    names = {"clip.mp4", "clip.dense.mp4", "clip.radial.mp4", "clip.svg.mp4"}
+    assert {f.name for f in compared.iterdir()} == names | {"report.html", "report.json", "report.png"}
+    for name in names:
+        frames, fps = read_mp4(compared / name)
+        assert frames.shape == (9, 64, 64, 3)
+        assert fps == 16
+
+
+def test_the_numbers(compared):
+    numbers = json.loads((compared / "report.json").read_text())
+    assert numbers["prompt"] == PROMPT
+    assert numbers["tokens"] == 3 * 4 * 4
+    assert numbers["settings"]["seed"] == "3"
+    by_name = {v["name"]: v for v in numbers["videos"]}
+    assert list(by_name) == ["dense", "svg2", "radial", "svg"]
+    assert "attention" not in by_name["dense"]
+    for name in ("svg2", "radial", "svg"):
+        video = by_name[name]
+        assert video["file"] == ("clip.mp4" if name == "svg2" else f"clip.{name}.mp4")
+        assert video["seconds"] > video["decode_seconds"] > 0
+        assert video["warm_up_seconds"] > 0
+        assert len(video["against_dense"]["psnr"]) == len(video["against_dense"]["ssim"]) == 9
+        attention = video["attention"]
+        density = np.array(attention["density_layers_x_steps"])
+        assert density.shape == (2, 2)
+        assert (density[:, 0] == 1).all()
+        assert attention["dense_calls"]["first steps"] == 4  # 2 layers, with and without the prompt
+        assert attention["backends"]["gather"] == attention["calls"] - sum(attention["dense_calls"].values())
+        # In the sparse step attention skipped pairs, and so the video is another one.
+        assert density[-1, 1] < 1
+        assert video["against_dense"]["psnr_mean"] < 100
+    assert by_name["svg"]["attention"]["density_layers_x_steps"][1][1] == pytest.approx(0.7, abs=0.05)
+    assert by_name["radial"]["attention"]["config"]["sink"] == 0
+    assert len(by_name["svg2"]["attention"]["key_cluster_size_deciles"]) == 11
+    assert 0 <= by_name["svg"]["attention"]["temporal_head_share"] <= 1
+
+
+def test_the_page_is_complete_and_asks_nobody(compared):
+    page = (compared / "report.html").read_text()
+    assert page.count('<video src="data:video/mp4;base64,') == 4
+    assert page.count('class="sheet" src="data:image/png;base64,') == 1
+    # PSNR, SSIM, a density map each for three methods, head kinds and cluster sizes.
+    assert page.count("<svg") == page.count("</svg>") == 2 + 3 + 1 + 1
+    for words in ("PSNR per frame", "SSIM per frame", "Density per layer and step", "Temporal heads", "Cluster sizes"):
+        assert words in page
+    assert "first steps (4)" in page
+    assert "against the dense video of the same seed" in page
+    # No address of anything: neither a link, nor a script, a style sheet, a font or a picture from elsewhere.
+    assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]|@import|<link|<script[^>]+src|url\((?!#)", page)
+    # The prompt is text, not markup.
+    assert "a &lt;b&gt;dot&lt;/b&gt; &amp; more" in page
+    assert "<b>" not in page
+    # Every id is there once, and every reference inside a figure meets one.
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(ids)
+
+
+def test_dense_is_the_pipeline_as_it_is(tiny_model, compared):
+    """The dense video of --compare is what diffusers alone makes from the seed."""
+    from diffusers import WanPipeline
+
+    from vidaccel.video import write_mp4
+
+    pipe = WanPipeline.from_pretrained(tiny_model)
+    frames = pipe(
+        prompt=PROMPT, negative_prompt="", num_frames=9, height=64, width=64, num_inference_steps=2,
+        generator=torch.Generator("cpu").manual_seed(3),
+    ).frames[0]  # fmt: skip
+    expected = write_mp4((frames * 255).round().astype(np.uint8), compared.parent / "expected.mp4")
+    assert np.array_equal(read_mp4(expected)[0], read_mp4(compared / "clip.dense.mp4")[0])
+
+
+def test_density_one_equals_dense(vidaccel, tiny_model, tmp_path):
+    """Nothing is skipped at 100 %, and identical frames are called so."""
+    options = ("--compare", "--method", "svg", "--density", 1, "--backend", "reference", "--no-warm-up")
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options, *SMALL, "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 0, (result.output, result.exception)
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    svg = numbers["videos"][1]
+    assert svg["warm_up_seconds"] is None
+    assert svg["attention"]["mean_density"] == 1
+    assert min(svg["against_dense"]["ssim"]) > 0.999
+    assert svg["against_dense"]["psnr_mean"] is None or svg["against_dense"]["psnr_mean"] > 60
+
+
+def test_without_compare(vidaccel, tiny_model, tmp_path):
+    """Several methods, no reference: a video each and no page; an existing file is replaced."""
+    (tmp_path / "out.mp4").write_bytes(b"old")
+    options = ("--method", "dense", "--method", "random", "--method", "dense", "--backend", "gather", "--fps", 8)
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options, *SMALL, "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert {f.name for f in tmp_path.iterdir()} == {"out.mp4", "out.random.mp4"}
+    assert "100 %" in result.stdout
+    frames, fps = read_mp4(tmp_path / "out.mp4")
+    assert (frames.shape[0], fps) == (9, 8)
+
+
+def test_defaults_of_a_real_model(tiny_configs):
+    """Frames, size, steps and guidance come from the pipeline's own signature."""
+    from vidaccel.request import Settings, inspect_model
+
+    settings = Settings("a dot", steps=7).checked(inspect_model(str(tiny_configs)))
+    values = (settings.frames, settings.height, settings.width, settings.steps, settings.guidance_scale)
+    assert values == (81, 480, 832, 7, 5.0)
+
+
+def test_image_to_video(vidaccel, tiny_model, tmp_path):
+    """The picture reaches the pipeline: another one, another video."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+    from PIL import Image
+
+    parts = WanPipeline.from_pretrained(tiny_model).components
+    # Noise, a mask of 4 and the picture's latents side by side.
+    config = dict(parts.pop("transformer").config, in_channels=4 + 4 + 4)
+    parts.update(transformer=WanTransformer3DModel.from_config(config), image_encoder=None, image_processor=None)
+    WanImageToVideoPipeline(**parts).save_pretrained(tmp_path / "i2v")
+    videos = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (50, 40), colour).save(tmp_path / "first.png")
+        options = ("--image", tmp_path / "first.png", "--method", "random", "--backend", "gather", *SMALL)
+        result = vidaccel("generate", "a dot", "--model", tmp_path / "i2v", *options, "--out", tmp_path / "out.mp4")
+        assert result.exit_code == 0, (result.output, result.exception)
+        videos.append(read_mp4(tmp_path / "out.mp4")[0])
+    assert videos[0].shape == (9, 64, 64, 3)
+    assert not np.array_equal(*videos)
+    (tmp_path / "first.png").write_bytes(b"no picture")
+    result = vidaccel("generate", "a dot", "--model", tmp_path / "i2v", *options, "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 2
+    assert "is no picture" in result.stderr
+
+
+def test_a_failing_encoder_is_one_line(vidaccel, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidaccel.video.encoder", lambda: "false")
+    options = ("--method", "dense", *SMALL, "--out", tmp_path / "out.mp4")
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
+    assert result.exit_code == 1
+    assert "Error: ffmpeg could not write" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(number, code, tiny_model, tmp_path, child_environment):
+    """Ctrl-C in the middle of denoising: its own exit code, one line, and nothing under the final name."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    code_to_run = """
+import sys
+from vidaccel import generation
+from vidaccel.cli import main
+original = generation.generate
+def generate(pipe, settings, name, *args, on_step, **kwargs):
+    def told(done, total):
+        on_step(done, total)
+        print(f"step {done} of {name}", flush=True)
+    return original(pipe, settings, name, *args, on_step=told, **kwargs)
+generation.generate = generate
+main()
+"""
+    size = ("--frames", 9, "--height", 64, "--width", 64, "--device", "cpu", "--threads", 1)
+    options = ("--model", tiny_model, "--method", "random", "--method", "dense", "--backend", "gather", *size)
+    arguments = ["generate", "a dot", *options, "--steps", 900, "--out", folder / "out.mp4"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code_to_run, *map(str, arguments)],
+        env=child_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if line.startswith("step 3 of"):
+                process.send_signal(number)
+                break
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    if number == signal.SIGINT:
+        assert errors.strip().splitlines()[-1].startswith("Interrupted:")
+    assert list(folder.iterdir()) == []

@@ -1,0 +1,66 @@
+"""`vidaccel methods` and `vidaccel info`, and how quickly the command answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from vidaccel.attention import METHODS
+from vidaccel.attention.backends import BACKENDS
+
+
+def _words(text: str) -> str:
+    """Without line breaks: tables wrap their cells."""
+    return " ".join(text.split())
+
+
+def test_methods_says_everything_about_each(vidaccel, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    result = vidaccel("methods")
+    assert result.exit_code == 0, result.output
+    shown = _words(result.stdout)
+    assert "dense" in shown
+    for name, method in METHODS.items():
+        for text in (name, method.summary, method.good_for, method.costs, method.source):
+            assert _words(text) in shown
+    assert "top_p=0.9" in shown
+    assert "first_steps=" in shown
+
+
+def test_info_says_what_can_run_here(vidaccel, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    result = vidaccel("info")
+    assert result.exit_code == 0, result.output
+    shown = _words(result.stdout)
+    assert torch.__version__.split("+")[0] in shown
+    for name, backend in BACKENDS.items():
+        assert f"{name} {backend.unavailable(torch.device('cpu')) or 'yes'}" in shown
+
+
+def test_why_a_backend_cannot_run(vidaccel, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(BACKENDS["gather"], "unavailable", lambda device: "needs a Tuesday")
+    assert "needs a Tuesday" in _words(vidaccel("info").stdout)
+    result = vidaccel("generate", "a dot", "--backend", "gather", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--backend gather cannot be used here: it needs a Tuesday" in result.stderr
+
+
+def test_help_imports_nothing_heavy(child_environment, tmp_path):
+    """`vidaccel --help` answers at once: it loads no torch, no numpy."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from vidaccel.cli import app
+for arguments in (["--help"], ["generate", "--help"]):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+print([name for name in ("torch", "numpy", "diffusers", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,171 @@
+"""Video files: H.264 in MP4 that browsers play, written whole or not at all, and contact sheets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+CRF = 16
+"""Quality of H.264: 0 is lossless, 23 is x264's default; 16 is hard to tell from the source."""
+
+
+class EncodingError(RuntimeError):
+    """ffmpeg could not encode a video."""
+
+
+@contextlib.contextmanager
+def staged(path: str | Path) -> Iterator[Path]:
+    """A hidden temporary name beside `path`; what was written there takes the final name when the block succeeds.
+
+    The temporary file is removed on any way out, so nobody ever sees half a file under the final name. It lies in the
+    same folder because a rename is atomic within one file system only.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(data: bytes, path: str | Path) -> Path:
+    """Write a whole file, or nothing when that fails."""
+    with staged(path) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
+    """Encode a video as H.264 with 4:2:0 colour, the one kind every browser plays.
+
+    Args:
+        frames: `[F, H, W, 3]` uint8, RGB; `H` and `W` even, as 4:2:0 needs.
+        path: where to, ending in ".mp4"; an existing file is replaced.
+        fps: frames per second.
+
+    Raises:
+        ValueError: frames of another shape or dtype, an odd size, or `fps` not above 0.
+        EncodingError: the encoder failed; nothing is left behind.
+    """
+    frames = np.ascontiguousarray(_checked(frames))
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 with 4:2:0 colour needs an even width and height, got {width}x{height}.")
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}: it must be above 0.")
+    with staged(path) as temporary:
+        # fmt: off
+        command = [
+            encoder(), "-hide_banner", "-loglevel", "error", "-y",
+            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-",
+            # Players assume BT.709 for video; ffmpeg converts RGB with BT.601 unless told, which shifts colours.
+            "-vf", "scale=out_color_matrix=bt709:out_range=tv",
+            "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv",
+            "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-movflags", "+faststart",
+            "-f", "mp4", str(temporary),
+        ]
+        # fmt: on
+        # A session of its own: Ctrl-C in a terminal must reach this process, which then ends the encoder, not both.
+        done = subprocess.run(command, input=memoryview(frames).cast("B"), capture_output=True, start_new_session=True)
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise EncodingError(f"ffmpeg could not write {path}: {lines[-1] if lines else f'exit {done.returncode}'}")
+    return Path(path)
+
+
+def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
+    """Decode a video: frames `[F, H, W, 3]` uint8 RGB, and frames per second.
+
+    Raises:
+        OSError: the file is missing or holds no video.
+    """
+    import imageio_ffmpeg
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    reader = imageio_ffmpeg.read_frames(str(path))
+    try:
+        meta = next(reader)
+        width, height = meta["size"]
+        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+    finally:
+        reader.close()
+    return np.stack(frames), float(meta["fps"])
+
+
+def encoder() -> str:
+    """The ffmpeg that imageio-ffmpeg brings, or the one that IMAGEIO_FFMPEG_EXE names."""
+    import imageio_ffmpeg
+
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def contact_sheet(videos: Mapping[str, np.ndarray], columns: int = 7, width: int = 1400) -> np.ndarray:
+    """A labelled picture: one row per video, one column per evenly spaced frame.
+
+    Args:
+        videos: name -> `[F, H, W, 3]` uint8; the same `F`, `H` and `W` in all.
+        columns: frames per row, the first and the last among them; fewer when the video has fewer.
+        width: width of the picture in pixels.
+
+    Returns:
+        `[h, width, 3]` uint8.
+
+    Raises:
+        ValueError: no video, or videos of different shapes.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    shapes = {np.shape(frames) for frames in videos.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"a contact sheet needs videos of one shape, got {sorted(shapes)}.")
+    count, height, frame_width, _ = shapes.pop()
+    chosen = np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int))
+
+    label_font, frame_font = ImageFont.load_default(size=20), ImageFont.load_default(size=16)
+    longest = max(label_font.getlength(name) for name in videos)
+    margin, gap, header = 16, 6, 30
+    left = int(margin + longest + 14)
+    cell_width = (width - left - margin - gap * (len(chosen) - 1)) // len(chosen)
+    # A short video must not fill the page with two huge frames.
+    cell_width = max(16, min(cell_width, width // 5))
+    cell_height = max(8, round(cell_width * height / frame_width))
+    total = margin + header + len(videos) * (cell_height + gap) - gap + margin
+
+    sheet = Image.new("RGB", (width, total), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, frame in enumerate(chosen):
+        x = left + column * (cell_width + gap) + cell_width / 2
+        draw.text((x, margin + header / 2 - 4), f"frame {frame}", fill="#666666", font=frame_font, anchor="mm")
+    for row, (name, frames) in enumerate(videos.items()):
+        y = margin + header + row * (cell_height + gap)
+        draw.text((left - 14, y + cell_height / 2), name, fill="#222222", font=label_font, anchor="rm")
+        for column, frame in enumerate(chosen):
+            picture = Image.fromarray(frames[frame]).resize((cell_width, cell_height), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (left + column * (cell_width + gap), y))
+    return np.asarray(sheet)
+
+
+def png(image: np.ndarray) -> bytes:
+    """A picture `[H, W, 3]` uint8 as PNG."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _checked(frames: np.ndarray) -> np.ndarray:
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"frames must be uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}.")
+    return frames
