@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+CHUNK = 1024  # tokens whose distances are held at once
+
 
 def kmeans(
     x: torch.Tensor, clusters: int, iterations: int, centroids: torch.Tensor | None = None
@@ -52,9 +54,15 @@ def kmeans(
 
 
 def assign(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """The nearest of `centers [B, H, C, D]` for each of `points [B, H, N, D]`: `[B, H, N]` int64."""
-    half_norm = centers.square().sum(-1).unsqueeze(-2) / 2
-    return (points @ centers.transpose(-1, -2) - half_norm).argmax(-1)
+    """The nearest of `centers [B, H, C, D]` for each of `points [B, H, N, D]`: `[B, H, N]` int64.
+
+    Works on some tokens at a time: all distances at once would be `N * C` numbers for each head.
+    """
+    half_norm = centers.square().sum(-1).flatten(0, 1).unsqueeze(-2) / 2
+    columns = centers.flatten(0, 1).transpose(-1, -2).contiguous()
+    chunks = points.flatten(0, 1).split(CHUNK, dim=1)
+    nearest = [torch.baddbmm(half_norm, chunk, columns, beta=-1).argmax(-1) for chunk in chunks]
+    return torch.cat(nearest, 1).view(points.shape[:3])
 
 
 def update(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:

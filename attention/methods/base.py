@@ -42,6 +42,22 @@ class Method(abc.ABC):
 
     schedule: DenseSchedule = field(default_factory=DenseSchedule)
 
+    @classmethod
+    def for_density(cls, layout: VideoLayout, density: float, **settings: Any) -> Method:
+        """A config of this method that computes about `density` of all pairs on a layout.
+
+        Args:
+            layout: methods whose density follows from the geometry search on it.
+            density: pairs computed over pairs in dense attention, in (0, 1].
+            settings: further fields.
+
+        Raises:
+            ValueError: a density out of range, or out of reach on this layout.
+        """
+        method = cls(density=density, **settings)
+        method.check(layout)
+        return method
+
     def check(self, layout: VideoLayout) -> None:  # noqa: B027 (most methods can do every layout)
         """Raise a `ValueError` if the method cannot do what it is set to on this layout; called before a run works."""
 

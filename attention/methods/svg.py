@@ -97,8 +97,8 @@ class SVG(Method):
         return low
 
     def tile_size(self, layout: VideoLayout) -> int:
-        """Queries per tile, about a hundredth of the sequence: large where a kernel wants it, small where a tile would be
-        much of the whole."""
+        """Queries per tile, about a hundredth of the sequence: kernels want large ones, but a tile must stay a small
+        part of the whole."""
         if self.tile is not None:
             return self.tile
         return min(128, max(8, 1 << (layout.tokens // 100).bit_length() >> 1))

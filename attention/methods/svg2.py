@@ -103,7 +103,7 @@ class SVG2(Method):
         return plan.with_details(
             q_cluster_sizes=torch.quantile(q_sizes.float().flatten(), deciles),
             k_cluster_sizes=torch.quantile(k_sizes.float().flatten(), deciles),
-            top_p=top_p,
+            top_p=top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p,
         )
 
     def _cluster(
@@ -157,23 +157,24 @@ def _select(mass: torch.Tensor, top_p: float | torch.Tensor, min_ratio: float) -
 def _top_p_for(
     config: SVG2, mass: torch.Tensor, q_sizes: torch.Tensor, k_sizes: torch.Tensor, layout: VideoLayout
 ) -> torch.Tensor:
-    """The `top_p` (0-dim) at which this call computes `config.density` of all pairs, by bisection without a sync.
+    """The `top_p` at which this call computes `config.density` of all pairs, `[B, 1, 1, 1]`, by bisection without a sync.
 
-    One value for all heads lets a diffuse head read more than a sharp one.
+    One value for all heads lets a diffuse head read more than a sharp one; one for each batch entry keeps a video from
+    depending on its neighbours in the batch.
     """
     ranking, before = _ranked(mass)
     forced = max(1, int(config.min_ratio * mass.shape[-1]))
     keys = k_sizes.unsqueeze(-2).expand(mass.shape).gather(-1, ranking).double()
     queries = q_sizes.unsqueeze(-1).double()
-    heads = mass.shape[0] * mass.shape[1]
     text_pairs = layout.tokens**2 - layout.video_tokens**2
-    wanted = config.density * layout.tokens**2 - text_pairs
-    low, high = mass.new_zeros(()), mass.new_ones(())
+    wanted = (config.density * layout.tokens**2 - text_pairs) * mass.shape[1]
+    low = mass.new_zeros(mass.shape[0], 1, 1, 1)
+    high = torch.ones_like(low)
     for _ in range(20):
         middle = (low + high) / 2
         keep = before < middle
         keep[..., :forced] = True
-        enough = (keys * keep * queries).sum() / heads >= wanted
+        enough = (keys * keep * queries).sum((1, 2, 3), keepdim=True) >= wanted
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return high
 
