@@ -4,9 +4,11 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; exit; }; done)
 
-# Where torch comes from, if not from the configured index. On Linux, PyPI's own torch brings several GB of CUDA libraries;
-# `make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo` installs the CPU build.
-TORCH_INDEX ?=
+# A second index for torch. PyPI's build for Linux brings several GB of CUDA libraries, so on a machine without an NVIDIA
+# driver it is PyTorch's own index of CPU builds; when that cannot be reached, PyPI's build is taken after all. `make
+# TORCH_INDEX= demo` asks PyPI alone.
+TORCH_INDEX ?= $(shell test "$$(uname -s)" = Linux && ! command -v nvidia-smi >/dev/null && \
+	echo https://download.pytorch.org/whl/cpu)
 
 PYTEST_ARGS ?=
 PROMPT ?= a red circle moves left on a grey background
@@ -34,10 +36,11 @@ install: $(STAMP) ## make .venv and install the package in it (editable), with t
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; give one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "Installing into $(VENV); the first time this downloads for some minutes."
 	@rm -f $(STAMP)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt setuptools
-	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet -c constraints.txt --no-deps --retries 1 --timeout 30 $(TORCH_INDEX:%=--extra-index-url %) torch
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[test]"
 	@touch $(STAMP)
 

@@ -34,6 +34,7 @@ _PUBLIC = {
     "attention": ".attention",
     "demo": ".demo",
     "pipelines": ".pipelines",
+    "restore": ".pipelines",
     "sparse_attention": ".attention",
 }
 

@@ -16,6 +16,7 @@ from .backends import check_backend
 from .functional import check_inputs, choose_backend
 from .layout import VideoLayout
 from .methods import Method, PlanMemory, resolve_method
+from .plan import BlockPlan
 from .records import CallRecord, RunReport
 from .schedule import DenseSchedule, StepInfo
 from .timing import Span
@@ -79,17 +80,44 @@ class SparseAttention:
         self.layout: VideoLayout | None = None
         self.id = next(_ids)
         _engines[self.id] = self
-        self._records: list[_Pending] = []
-        self._notes: list[str] = []
+        self._dense: dict[int, weakref.WeakMethod] = {}
         self._checked: tuple[int, int] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget every plan, centroid and record."""
-        self._call_memory: dict[tuple, dict[str, Any]] = {}
+        self.forget()
+        self._finished: list[CallRecord] = []
+        self._pending: list[_Pending] = []
+        self._notes: list[str] = []
+
+    def forget(self) -> None:
+        """Forget every plan and centroid, which can be gigabytes on a large model; the records stay."""
         self._layout_memory: dict[tuple, dict[str, Any]] = {}
-        self._records.clear()
-        self._notes.clear()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self._call_memory: dict[tuple, dict[str, Any]] = {}
+        self._run_memory: dict[str, Any] = {}
+        self._grad_plans: dict[tuple, BlockPlan] = {}
+
+    def bind_dense(self, layer: int, attention: DenseAttention) -> None:
+        """Let a layer's dense calls go through a bound method, held weakly; torch's SDPA without one.
+
+        Args:
+            layer: block number.
+            attention: `(q, k, v) -> out`, all `[B, H, N, D]`.
+        """
+        self._dense[layer] = weakref.WeakMethod(attention)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dense": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy must not answer for the original in compiled blocks, which find their engine by its id.
+        self.__dict__.update(state)
+        self.id = next(_ids)
+        _engines[self.id] = self
 
     def enter(self, step: StepInfo, layout: VideoLayout) -> None:
         """Say where the following calls are: once per forward pass of the model.
@@ -98,8 +126,10 @@ class SparseAttention:
             ValueError: the method cannot do what it is set to on this layout.
         """
         if step.run != self.step.run:
-            self._call_memory.clear()
-            self._records = [r for r in self._records if r.step.run > step.run - KEPT_RUNS]
+            self._forget_run()
+            self._finished = [r for r in self._all_records() if r.run > step.run - KEPT_RUNS]
+            self._pending = []
+        self._grad_plans = {}
         if layout != self.layout:
             self.method.check(layout)
         self.step, self.layout = step, layout
@@ -110,14 +140,12 @@ class SparseAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         layer: int,
-        dense: DenseAttention = F.scaled_dot_product_attention,
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
             q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
             layer: block number, counted from 0.
-            dense: computes the calls that stay dense, `(q, k, v) -> out`.
 
         Returns:
             `[B, H, N, D]`, like `q`.
@@ -129,23 +157,23 @@ class SparseAttention:
         reason = self.dense_reason(q, layer)
         if reason:
             with Span(q.device) as span:
-                out = dense(q, k, v)
+                out = self._dense_attention(layer)(q, k, v)
             self._record(layer, reason, "dense", 1.0, None, span, {})
             return out
 
         with Span(q.device) as plan_span:
             self._check_finite(q, k, layer)
-            plan = self.method.plan(q, k, v, self.layout, self._memory(q, layer))
-        check_inputs(q, k, v, plan)
-        chosen = choose_backend(q, k, v, plan, self.backend)
+            plan = self._plan(q, k, v, layer)
+            check_inputs(q, k, v, plan)
+            chosen = choose_backend(q, k, v, plan, self.backend)
+            chosen.prepare(plan)
         with Span(q.device) as span:
             out, _ = chosen.attend(q, k, v, plan, q.shape[-1] ** -0.5, False)
         density = plan.pairs().double().mean() / (plan.n_q * plan.n_kv)
         self._record(layer, "", chosen.name, density, plan_span, span, plan.details)
         if self.backend == "auto":
-            self.note(
-                f"backend auto: {chosen.name} for {'uniform' if plan.block else 'ragged'} plans on {q.device.type}"
-            )
+            kind = "dense" if plan.is_dense else "uniform" if plan.block else "ragged"
+            self.note(f"backend auto: {chosen.name} for {kind} plans on {q.device.type}")
         return out
 
     def dense_reason(self, q: torch.Tensor, layer: int) -> str:
@@ -153,26 +181,53 @@ class SparseAttention:
         if self.layout is None:
             return "unknown layout"
         if q.shape[2] != self.layout.tokens:
-            self.note(f"a call with {q.shape[2]} tokens does not fit the layout's {self.layout.tokens}: it stays dense")
+            self.note(
+                f"a call with {q.shape[2]} tokens does not fit the layout's {self.layout.tokens}: it stays dense",
+                logging.WARNING,
+            )
             return "unknown layout"
         return self.schedule.dense_reason(self.step, layer, self.num_layers)
 
-    def note(self, text: str) -> None:
-        """Log a choice or a fallback once and keep it for the report."""
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Log a choice (info) or a fallback (warning) once and keep it for the report."""
         if text not in self._notes:
             self._notes.append(text)
-            logger.info("%s: %s", self.model, text)
+            logger.log(level, "%s: %s", self.model, text)
 
     def report(self) -> RunReport:
         """Everything since the last `reset`, of the last few runs."""
         config = {f.name: getattr(self.method, f.name) for f in fields(self.method)} | {"schedule": self.schedule}
-        records = tuple(self._finish(r) for r in self._records)
-        return RunReport(self.method.name, {**config, "backend": self.backend}, records, tuple(self._notes))
+        config["backend"] = self.backend
+        return RunReport(self.method.name, config, tuple(self._all_records()), tuple(self._notes))
+
+    def _all_records(self) -> list[CallRecord]:
+        return self._finished + [self._finish(r) for r in self._pending]
+
+    def _dense_attention(self, layer: int) -> DenseAttention:
+        bound = self._dense[layer]() if layer in self._dense else None
+        return bound or F.scaled_dot_product_attention
+
+    def _plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> BlockPlan:
+        """The method's plan. With gradients, a second call in one forward pass gets the plan of the first.
+
+        Gradient checkpointing runs a layer again in the backward pass. A method with a memory would plan anew then, and
+        the gradient would be of another function than the one that was computed.
+        """
+        key = (layer, tuple(q.shape))
+        if key in self._grad_plans:
+            return self._grad_plans[key]
+        with torch.no_grad():
+            plan = self.method.plan(q, k, v, self.layout, self._memory(q, layer))
+        if torch.is_grad_enabled():
+            self._grad_plans[key] = plan
+        return plan
 
     def _memory(self, q: torch.Tensor, layer: int) -> PlanMemory:
         place = (self.layout, q.device)
         call = (layer, self.step.branch, tuple(q.shape[:2]), *place)
-        return PlanMemory(self._call_memory.setdefault(call, {}), self._layout_memory.setdefault(place, {}))
+        return PlanMemory(
+            self._call_memory.setdefault(call, {}), self._layout_memory.setdefault(place, {}), self._run_memory
+        )
 
     def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> None:
         """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.
@@ -184,11 +239,11 @@ class SparseAttention:
             return
         self._checked = place
         for name, x in (("q", q), ("k", k)):
-            # One NaN or infinity survives a sum of magnitudes, and a sum is one pass without a mask in memory.
-            if not torch.isfinite(x.detach().float().abs().sum()):
+            # NaN and infinity survive a sum (opposite infinities make NaN), and a sum needs no second tensor.
+            if not torch.isfinite(x.detach().sum(dtype=torch.float32)):
                 bad = int((~torch.isfinite(x)).sum())
                 raise ValueError(
-                    f"{bad} of {x.numel()} values of {name} are NaN or infinite (or their sum overflows) in layer "
+                    f"{bad} of {x.numel()} values of {name} are NaN or infinite in layer "
                     f"{layer} at step {self.step.step}: no plan can be made from them. Check the weights and the dtype "
                     f"({x.dtype}); bfloat16 overflows less than float16."
                 )
@@ -203,7 +258,7 @@ class SparseAttention:
         span: Span,
         details: dict[str, Any],
     ) -> None:
-        self._records.append(_Pending(self.step, layer, reason, backend, density, plan_span, span, details))
+        self._pending.append(_Pending(self.step, layer, reason, backend, density, plan_span, span, details))
 
     def _finish(self, r: _Pending) -> CallRecord:
         return CallRecord(

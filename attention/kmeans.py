@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-CHUNK = 1024  # tokens whose distances are held at once
+CHUNK = 1024  # tokens whose distances are held at once, so that they stay in a CPU's cache
+GPU_DISTANCES = 2**27  # distances held at once on a GPU, over all heads: half a GiB
 
 
 def kmeans(
@@ -36,8 +37,9 @@ def kmeans(
             f"kmeans got clusters={clusters} and iterations={iterations}: clusters must lie between 1 and the {tokens} "
             "tokens, iterations be at least 1."
         )
-    mean = x.float().mean(2, keepdim=True)
-    points = x.float() - mean
+    points = x.float()
+    mean = points.mean(2, keepdim=True)
+    points = points - mean
     if centroids is None:
         # Even distances in a video sequence spread the first centroids over frames and places.
         picks = torch.linspace(0, tokens - 1, clusters, device=x.device).round().long()
@@ -60,7 +62,8 @@ def assign(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     """
     half_norm = centers.square().sum(-1).flatten(0, 1).unsqueeze(-2) / 2
     columns = centers.flatten(0, 1).transpose(-1, -2).contiguous()
-    chunks = points.flatten(0, 1).split(CHUNK, dim=1)
+    rows = CHUNK if points.device.type == "cpu" else max(CHUNK, GPU_DISTANCES // half_norm.numel())
+    chunks = points.flatten(0, 1).split(rows, dim=1)
     nearest = [torch.baddbmm(half_norm, chunk, columns, beta=-1).argmax(-1) for chunk in chunks]
     return torch.cat(nearest, 1).view(points.shape[:3])
 

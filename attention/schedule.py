@@ -67,6 +67,11 @@ class DenseSchedule:
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"DenseSchedule.{name} is {value!r}: a noise level lies between 0 and 1.")
 
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether it can only be followed when the number of steps of a run is known."""
+        return bool(self.last_steps) or (isinstance(self.first_steps, float) and self.first_steps > 0)
+
     def dense_reason(self, step: StepInfo, layer: int, num_layers: int) -> str:
         """Why this call stays dense, in words; empty when it may be sparse.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..attention import StepInfo
@@ -12,16 +14,19 @@ class StepClock:
 
     Timesteps fall within a run. One that rises, or a new table of timesteps in the scheduler, starts a run; the same
     one again is another guidance branch of the same step. One clock serves all transformers of a pipeline, so the
-    second transformer of Wan 2.2 goes on counting where the first stopped.
+    second transformer of Wan 2.2 goes on counting where the first stopped. Steps count from the first one that is run:
+    video-to-video at half strength starts at step 0 of half as many.
 
     Args:
-        scheduler: the pipeline's, for the number of steps and the noise levels; None when there is no pipeline.
+        scheduler: gives the pipeline's scheduler of now (people swap it between runs), for the number of steps and the
+            noise levels; gives None when there is no pipeline.
     """
 
-    def __init__(self, scheduler: object | None) -> None:
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Callable[[], object | None]) -> None:
+        self._scheduler = scheduler
         self._run = -1
-        self._step = -1
+        self._place = -1
+        self._first = 0
         self._last: float | None = None
         self._table: torch.Tensor | None = None
         self._passes: dict[str, int] = {}
@@ -36,29 +41,39 @@ class StepClock:
             branches: names for the passes of one step, in order.
         """
         value = float(timestep.max())
-        table = getattr(self.scheduler, "timesteps", None)
-        if self._last is None or value > self._last or (table is not None and table is not self._table):
-            self._run, self._step = self._run + 1, -1
-        if self._step < 0 or value != self._last:
-            self._step = self._index(value, table)
-            self._passes = {}
-        self._last, self._table = value, table
+        scheduler = self._scheduler()
+        table = getattr(scheduler, "timesteps", None)
         number = self._passes.get(model, 0)
+        # Without a scheduler nothing else tells a loop at one timestep (a profiler's, say) from ever more branches.
+        repeated = table is None and value == self._last and number >= len(branches)
+        new_table = table is not None and table is not self._table
+        starts = self._last is None or value > self._last or new_table or repeated
+        if starts:
+            self._run, self._place = self._run + 1, -1
+        if starts or value != self._last:
+            self._place = self._find(value, table)
+            self._passes, number = {}, 0
+        if starts:
+            self._first = self._place
+        self._last, self._table = value, table
         self._passes[model] = number + 1
         branch = branches[number] if number < len(branches) else f"pass {number}"
-        return StepInfo(self._run, self._step, None if table is None else len(table), self._sigma(), branch)
+        steps = None if table is None else len(table) - self._first
+        return StepInfo(self._run, self._place - self._first, steps, self._sigma(scheduler), branch)
 
-    def _index(self, value: float, table: torch.Tensor | None) -> int:
-        """The step of a timestep: its place in the scheduler's table, else one more than the last."""
+    def _find(self, value: float, table: torch.Tensor | None) -> int:
+        """The place of a timestep in the scheduler's table, else one more than the last."""
         if table is not None:
             places = (table.float() - value).abs() < 1e-3 * max(1.0, abs(value))
-            places = places.nonzero().flatten().tolist()
             # A second-order scheduler has each timestep twice: take the first place not behind the last step.
-            for place in places:
-                if place > self._step:
+            for place in places.nonzero().flatten().tolist():
+                if place > self._place:
                     return place
-        return self._step + 1
+        return self._place + 1
 
-    def _sigma(self) -> float | None:
-        sigmas = getattr(self.scheduler, "sigmas", None)
-        return None if sigmas is None or self._step >= len(sigmas) else float(sigmas[self._step])
+    def _sigma(self, scheduler: object | None) -> float | None:
+        """The noise level of the step; None for schedulers whose levels are not a flow's, from 0 to 1."""
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is None or self._place >= len(sigmas) or float(sigmas.max()) > 1.001:
+            return None
+        return float(sigmas[self._place])

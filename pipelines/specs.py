@@ -77,13 +77,13 @@ def find_transformers(pipe: object) -> dict[str, tuple[torch.nn.Module, ModelSpe
     """
     components = getattr(pipe, "components", None) or {"transformer": pipe}
     by_class = {name: spec for spec in SPECS for name in spec.transformers}
-    found = {
-        name: (component, spec)
-        for name, component in components.items()
-        # Unwrapped class names through the whole inheritance, so that a subclass of a known transformer is one.
-        for spec in [next((by_class[c.__name__] for c in type(component).__mro__ if c.__name__ in by_class), None)]
-        if spec is not None
-    }
+    found = {}
+    for name, component in components.items():
+        component = getattr(component, "_orig_mod", component)  # what torch.compile wrapped
+        # Through the whole inheritance, so that a subclass of a known transformer is one.
+        spec = next((by_class[c.__name__] for c in type(component).__mro__ if c.__name__ in by_class), None)
+        if spec is not None:
+            found[name] = (component, spec)
     if not found:
         raise TypeError(
             f"{type(pipe).__name__} has no transformer that vidaccel knows. Supported pipelines: "

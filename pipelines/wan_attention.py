@@ -27,8 +27,18 @@ class SparseWanAttnProcessor:
     def __init__(self, engine: SparseAttention, layer: int, replaced: object) -> None:
         self.engine = engine
         self.layer = layer
-        self.site = torch.tensor([engine.id, layer])
         self._attention_backend = getattr(replaced, "_attention_backend", None)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Make this processor the one whose dense attention the engine uses in this layer."""
+        self.site = torch.tensor([self.engine.id, self.layer])
+        self.engine.bind_dense(self.layer, self._dense)
+
+    def __setstate__(self, state: dict) -> None:
+        # A copy has a copy of the engine, with an id of its own.
+        self.__dict__.update(state)
+        self._bind()
 
     def __call__(
         self,
@@ -61,7 +71,7 @@ class SparseWanAttnProcessor:
         if torch.compiler.is_compiling():
             out = engine_attention(query, key, value, self.site)
         else:
-            out = self.engine(query, key, value, self.layer, self._dense)
+            out = self.engine(query, key, value, self.layer)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         for module in attn.to_out:
             out = module(out)

@@ -96,6 +96,9 @@ class Backend(abc.ABC):
         kind = "any plan" if limits.sparse else "dense plans"
         return f"{'/'.join(limits.devices)}; {dtypes}; {head_dim}; {kind}; LSE on {lse}; backward on {backward}"
 
+    def prepare(self, plan: BlockPlan) -> None:  # noqa: B027 (most backends take a plan as it is)
+        """Make of a plan what `attend` will need of it, so that this is timed as planning."""
+
     @abc.abstractmethod
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import shutil
+import sys
 from collections.abc import Callable
 
 import torch
@@ -36,24 +39,33 @@ class FlexBackend(Backend):
 
     def unavailable(self, device: torch.device) -> str | None:
         reason = super().unavailable(device)
-        if reason is None and device.type == "cpu" and not _cpp_compiler():
-            return "needs a C++ compiler on the CPU and found none (install g++ or set CXX)"
+        if reason is None and device.type == "cpu":
+            # What torch demands of a CPU when it lowers FlexAttention, asked before a run instead of in its middle.
+            if sys.platform == "darwin" or not _avx2():
+                reason = "needs a CPU with AVX2, and not macOS"
+            elif not _cpp_compiler():
+                reason = "needs a C++ compiler on the CPU and found none (install g++ or set CXX)"
+        if reason is None and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            reason = 'needs triton on CUDA and found none (pip install "vidaccel[gpu]")'
         return reason
+
+    def prepare(self, plan: BlockPlan) -> None:
+        plan.to_block_mask(block_size(plan))
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mask = plan.to_block_mask(block_size(plan, q.device))
+        mask = plan.to_block_mask(block_size(plan))
         queries, keys, values = permute(q, plan.q_order), permute(k, plan.kv_order), permute(v, plan.kv_order)
         with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
             out, lse = compiled_flex_attention()(queries, keys, values, mask, scale, return_lse)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse, plan.q_order)
 
 
-def block_size(plan: BlockPlan, device: torch.device) -> tuple[int, int]:
+def block_size(plan: BlockPlan) -> tuple[int, int]:
     """FlexAttention's `(queries, keys)` block: 128 on CUDA, whose kernels need it; on the CPU the plan's own blocks, so
     that none is partly covered, or small ones for ragged plans, where the share of partly covered blocks decides."""
-    if device.type == "cuda":
+    if plan.device.type == "cuda":
         return 128, 128
     if plan.block is not None:
         return plan.block
@@ -75,7 +87,10 @@ def compiled_flex_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor 
 
 @functools.cache
 def _cpp_compiler() -> bool:
-    import os
-
     named = os.environ.get("CXX", "").split()
     return any(shutil.which(name) for name in [*named[:1], "g++", "clang++", "c++"])
+
+
+def _avx2() -> bool:
+    """Whether torch uses AVX2 or more; ATEN_CPU_CAPABILITY=default switches it off."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")

@@ -20,10 +20,12 @@ class PlanMemory:
     Args:
         call: of one (model, layer, guidance branch, layout); emptied when a run starts.
         layout: shared by every layer of one layout and device; holds what needs nothing else, such as static masks.
+        run: shared by every layer; emptied when a run starts.
     """
 
     call: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,10 @@ class Method(abc.ABC):
 
     def check(self, layout: VideoLayout) -> None:  # noqa: B027 (most methods can do every layout)
         """Raise a `ValueError` if the method cannot do what it is set to on this layout; called before a run works."""
+
+    def expected_density(self, layout: VideoLayout) -> float | None:
+        """Share of the pairs that a sparse call computes on a layout; None where it depends on the content."""
+        return None
 
     @abc.abstractmethod
     def plan(

@@ -141,12 +141,15 @@ class Radial(Method):
         text = (start < layout.video.start) | ((start + block).clamp(max=layout.tokens) > layout.video.stop)
         return mask.logical_or_(text).logical_or_(text[:, None])
 
-    def density(self, layout: VideoLayout) -> float:
+    def expected_density(self, layout: VideoLayout) -> float:
         """Token pairs computed in a sparse step over those of a dense one, from 0 to 1; equals the plan's density."""
         mask, block = self.block_mask(layout), self.resolved_block_size(layout)
         missing = mask.shape[0] * block - layout.tokens  # tokens that the last block is short of
         keys = mask.sum(-1) * block - mask[:, -1] * missing
         return (int(keys.sum()) * block - int(keys[-1]) * missing) / layout.tokens**2
+
+    def check(self, layout: VideoLayout) -> None:
+        self.block_mask(layout)
 
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
@@ -167,12 +170,14 @@ class Radial(Method):
                     f"Radial got {name} with {x.shape[-2]} tokens, but {layout} has {layout.tokens}; "
                     "pass the layout of this sequence."
                 )
-        key = f"{replace(self, schedule=DenseSchedule())!r} {layout!r} {q.device}"
-        if key not in memory.layout:
+        if self not in memory.layout:
             block = self.resolved_block_size(layout)
-            plan = BlockPlan.from_block_mask(self.block_mask(layout), block, block, layout.tokens, layout.tokens)
-            memory.layout[key] = plan.to(q.device).with_details(block_size=block)
-        return memory.layout[key]
+            mask = self.block_mask(layout)
+            plan = BlockPlan.from_block_mask(mask, block, block, layout.tokens, layout.tokens)
+            if mask.all():
+                plan = BlockPlan.dense(layout.tokens, layout.tokens)
+            memory.layout[self] = plan.to(q.device).with_details(block_size=block)
+        return memory.layout[self]
 
     @classmethod
     def for_density(
@@ -356,10 +361,10 @@ def _bisect(
     """Configs and their densities: both ends of `1..steps`, then ever closer to where the wanted density is crossed."""
     low, high, tried = 1, steps, {}
     for n in (low, high):
-        tried[n] = config_at(n).density(layout)
+        tried[n] = config_at(n).expected_density(layout)
         yield config_at(n), tried[n]
     while high - low > 1 and tried[low] < density < tried[high]:
         middle = (low + high) // 2
-        tried[middle] = config_at(middle).density(layout)
+        tried[middle] = config_at(middle).expected_density(layout)
         yield config_at(middle), tried[middle]
         low, high = (middle, high) if tried[middle] < density else (low, middle)

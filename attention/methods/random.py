@@ -15,12 +15,12 @@ from .base import Method, PlanMemory, check_count, check_fraction
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBlocks(Method):
-    """Uniform blocks kept at random, the same number for each row of blocks, anew for each head, layer and step.
+    """Uniform blocks kept at random, as many in each row of blocks, anew for each head, layer and step of a run.
 
     Args:
         density: share of the key blocks each query block reads, in (0, 1].
         block_size: tokens per block.
-        seed: of the generator; the same seed draws the same plans in the same order.
+        seed: of the generator, which starts anew with each run.
     """
 
     name: ClassVar[str] = "random"
@@ -38,15 +38,18 @@ class RandomBlocks(Method):
         check_fraction("RandomBlocks", "density", self.density, fix="0.3 keeps 30 % of the pairs")
         check_count("RandomBlocks", "block_size", self.block_size, 1)
 
+    def expected_density(self, layout: VideoLayout) -> float | None:
+        return self.density
+
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
-        if "generator" not in memory.layout:
-            memory.layout["generator"] = torch.Generator().manual_seed(self.seed)
+        if "generator" not in memory.run:
+            memory.run["generator"] = torch.Generator().manual_seed(self.seed)
         batch, heads, length = q.shape[:3]
         blocks = -(-length // self.block_size)
         kept = max(1, round(self.density * blocks))
-        scores = torch.rand(batch, heads, blocks, blocks, generator=memory.layout["generator"])
+        scores = torch.rand(batch, heads, blocks, blocks, generator=memory.run["generator"])
         chosen = scores.topk(kept, dim=-1).indices
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
         return BlockPlan.from_block_mask(mask, self.block_size, self.block_size, length, length).to(q.device)

@@ -15,6 +15,7 @@ from .base import Method, PlanMemory, check_count, check_fraction
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
 ROW_SETS = 4
+PROFILED_HEADS = 4  # at once: float32 copies of all heads would be gigabytes on a large model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,12 @@ class SVG(Method):
 
     Args:
         density: share of all query-key pairs computed, text and first frame included, in (0, 1]; the width of the band
-            follows from it. The smallest possible value depends on the layout.
+            follows from it. The smallest possible value depends on the layout. Temporal heads compute up to 3 % less,
+            since the first frame and their band overlap elsewhere.
         profile_rows: query rows sampled over the whole sequence, at least 1.
         tile: queries per tile; by the length of the sequence when None.
-        sink: every query also reads the whole first frame.
+        sink: whether every query also reads the whole first frame; when None, where that frame is at most a third of
+            `density`, so not in short videos.
         seed: of the choice of rows.
         schedule: dense steps and layers; a quarter of the steps by default, as in the paper.
 
@@ -48,7 +51,7 @@ class SVG(Method):
     density: float = 0.3
     profile_rows: int = 32
     tile: int | None = None
-    sink: bool = True
+    sink: bool | None = None
     seed: int = 0
     schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.25))
 
@@ -64,16 +67,18 @@ class SVG(Method):
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
-        if "svg" not in memory.layout:
-            memory.layout["svg"] = _Static(self, layout, q.device)
-        static: _Static = memory.layout["svg"]
+        if self not in memory.layout:
+            # Not as inference tensors, which a later training step in the same process could not use.
+            with torch.inference_mode(False):
+                memory.layout[self] = _Static(self, layout, q.device)
+        static: _Static = memory.layout[self]
         calls = memory.call.get("svg_calls", 0)
         memory.call["svg_calls"] = calls + 1
         temporal = static.profile(q, k, v, calls % ROW_SETS)
         return static.combine(temporal).with_details(temporal=temporal.float().mean(0))
 
     def band_width(self, layout: VideoLayout) -> int:
-        """Tokens on either side of a tile that give the wanted density, the nearest from above.
+        """Tokens on either side of a tile that give a spatial head the wanted density, the nearest from above.
 
         Raises:
             ValueError: even the narrowest band computes more than `density`.
@@ -85,7 +90,7 @@ class SVG(Method):
                 f"SVG density {self.density} is below {least:.3f}, the least for {layout} with tiles of "
                 f"{self.tile_size(layout)} queries: raise density to that"
                 + (", use a smaller tile" if self.tile_size(layout) > 1 else "")
-                + (" or sink=False" if self.sink else "")
+                + (" or sink=False" if self._has_sink(layout) else "")
                 + "."
             )
         while low < high:
@@ -115,7 +120,7 @@ class SVG(Method):
         ends = (starts + size).clamp(max=video)
         low, high = (starts - width).clamp(min=0), (ends + width).clamp(max=video)
         prefix = text
-        if self.sink:
+        if self._has_sink(layout):
             prefix += frame
             if temporal:  # keys below a position that are not of the first frame: each patch starts with one that is
                 low, high = (x - (x + layout.frames - 1) // layout.frames for x in (low, high))
@@ -130,7 +135,7 @@ class SVG(Method):
             run_len = torch.cat([torch.tensor([[layout.tokens, 0]]), run_len])
         q_order = layout.token_major_order() if temporal else layout.video_last_order()
         kv_order = q_order
-        if self.sink and temporal:
+        if self._has_sink(layout) and temporal:
             kv_order = torch.cat([layout.video_last_order()[:prefix], _without_first_frame(q_order, layout)])
         plan = BlockPlan(
             layout.tokens,
@@ -140,6 +145,14 @@ class SVG(Method):
             kv_order[None, None],
         )
         return plan.to(device)
+
+    def expected_density(self, layout: VideoLayout) -> float | None:
+        return self._density(layout, self.band_width(layout))
+
+    def _has_sink(self, layout: VideoLayout) -> bool:
+        if self.sink is not None:
+            return self.sink
+        return layout.tokens_per_frame / layout.tokens <= self.density / 3
 
     def _density(self, layout: VideoLayout, width: int) -> float:
         return self.band(layout, width, temporal=False).density()
@@ -167,13 +180,15 @@ class _Static:
 
     def profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, which: int) -> torch.Tensor:
         """Which heads are temporal, `[B, H]` bool."""
-        queries = q[:, :, self.rows[which]].float() * q.shape[-1] ** -0.5
-        scores = queries @ k.float().transpose(-1, -2)
-        weights = torch.softmax(scores, -1)
+        heads = (x.split(PROFILED_HEADS, dim=1) for x in (q[:, :, self.rows[which]], k, v))
+        return torch.cat([self._profile(*some, self.masks[which]) for some in zip(*heads, strict=True)], dim=1)
+
+    def _profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        weights = torch.softmax(q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-1, -2), -1)
         values = v.float()
         full = weights @ values
         errors = []
-        for mask in self.masks[which]:
+        for mask in masks:
             kept = weights * mask
             # Renormalising the kept weights is the softmax under the mask. A row always keeps its own tile.
             masked = (kept @ values) / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -29,8 +29,8 @@ class SVG2(Method):
             the paper's (100, 500) at 75,600 tokens and (9, 43) at 576.
         top_p: share of the estimated softmax mass to keep, in (0, 1].
         min_ratio: share of the key clusters that is always kept, in [0, 1].
-        density: when given, replaces `top_p`: each call finds the `top_p` that computes this share of all pairs, the
-            mean over its heads, in (0, 1].
+        density: when given, replaces `top_p` and `min_ratio`: each call finds the `top_p` that computes this share of
+            all pairs, the mean over its heads, in (0, 1]. Each query cluster keeps its best key cluster all the same.
         init_iterations: k-means iterations at the first sparse step of a run. step_iterations: at every later one.
         schedule: dense steps and layers; 30 % of the steps by default, as in the paper.
 
@@ -71,6 +71,15 @@ class SVG2(Method):
 
     def check(self, layout: VideoLayout) -> None:
         self.cluster_counts(layout.video_tokens)
+        least = 1 - (layout.video_tokens / layout.tokens) ** 2
+        if self.density is not None and self.density <= least:
+            raise ValueError(
+                f"SVG2 density is {self.density}, but {layout.text_tokens} of the {layout.tokens} tokens are text, "
+                f"which stays dense and makes {least:.3f} of the pairs: raise density."
+            )
+
+    def expected_density(self, layout: VideoLayout) -> float | None:
+        return self.density
 
     def cluster_counts(self, tokens: int) -> tuple[int, int]:
         """Clusters of queries and of keys for a number of video tokens.
@@ -96,8 +105,11 @@ class SVG2(Method):
         k_labels, k_centroids = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
         q_sizes, k_sizes = cluster_sizes(q_labels, q_clusters), cluster_sizes(k_labels, k_clusters)
         mass = cluster_mass(q_centroids, k_centroids, k_sizes)
-        top_p = self.top_p if self.density is None else _top_p_for(self, mass, q_sizes, k_sizes, layout)
-        selected = _select(mass, top_p, self.min_ratio)
+        if self.density is None:
+            top_p, forced = self.top_p, int(self.min_ratio * k_clusters)
+        else:
+            top_p, forced = _top_p_for(self.density, mass, q_sizes, k_sizes, layout), 1
+        selected = _select(mass, top_p, forced)
         plan = _with_text(q_labels, k_labels, q_sizes, k_sizes, selected, layout)
         deciles = torch.linspace(0, 1, 11, device=q.device)
         return plan.with_details(
@@ -131,7 +143,8 @@ def select_clusters(
     Returns:
         `[B, H, Cq, Ck]` bool.
     """
-    return _select(cluster_mass(q_centroids, k_centroids, k_sizes), top_p, min_ratio)
+    mass = cluster_mass(q_centroids, k_centroids, k_sizes)
+    return _select(mass, top_p, int(min_ratio * mass.shape[-1]))
 
 
 def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
@@ -146,34 +159,32 @@ def _ranked(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ranking, ordered.cumsum(-1) - ordered
 
 
-def _select(mass: torch.Tensor, top_p: float | torch.Tensor, min_ratio: float) -> torch.Tensor:
+def _select(mass: torch.Tensor, top_p: float | torch.Tensor, forced: int) -> torch.Tensor:
     ranking, before = _ranked(mass)
     keep = before < top_p
-    # With min_ratio 0 the best cluster is kept all the same: no query may read nothing.
-    keep[..., : max(1, int(min_ratio * mass.shape[-1]))] = True
+    keep[..., : max(1, forced)] = True  # at least one: no query may read nothing
     return torch.zeros_like(keep).scatter_(-1, ranking, keep)
 
 
 def _top_p_for(
-    config: SVG2, mass: torch.Tensor, q_sizes: torch.Tensor, k_sizes: torch.Tensor, layout: VideoLayout
+    density: float, mass: torch.Tensor, q_sizes: torch.Tensor, k_sizes: torch.Tensor, layout: VideoLayout
 ) -> torch.Tensor:
-    """The `top_p` at which this call computes `config.density` of all pairs, `[B, 1, 1, 1]`, by bisection without a sync.
+    """The `top_p` at which this call computes `density` of all pairs, `[B, 1, 1, 1]`, by bisection without a sync.
 
     One value for all heads lets a diffuse head read more than a sharp one; one for each batch entry keeps a video from
     depending on its neighbours in the batch.
     """
     ranking, before = _ranked(mass)
-    forced = max(1, int(config.min_ratio * mass.shape[-1]))
     keys = k_sizes.unsqueeze(-2).expand(mass.shape).gather(-1, ranking).double()
     queries = q_sizes.unsqueeze(-1).double()
     text_pairs = layout.tokens**2 - layout.video_tokens**2
-    wanted = (config.density * layout.tokens**2 - text_pairs) * mass.shape[1]
+    wanted = (density * layout.tokens**2 - text_pairs) * mass.shape[1]
     low = mass.new_zeros(mass.shape[0], 1, 1, 1)
     high = torch.ones_like(low)
     for _ in range(20):
         middle = (low + high) / 2
         keep = before < middle
-        keep[..., :forced] = True
+        keep[..., :1] = True
         enough = (keys * keep * queries).sum((1, 2, 3), keepdim=True) >= wanted
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return high

@@ -8,7 +8,10 @@ from vidaccel import BlockPlan, sparse_attention
 from vidaccel.attention import BACKENDS
 from vidaccel.attention.backends import Request, pick
 
-SPARSE = [name for name, backend in BACKENDS.items() if backend.capability.sparse]
+SPARSE = [
+    pytest.param(name, marks=[pytest.mark.compiler] if name == "flex" else [])
+    for name in ("flex", "gather", "reference")
+]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # FlexAttention compiles for every new combination of shapes, so all plans here share one.
 B, H, N, D = 2, 2, 150, 32
@@ -99,15 +102,16 @@ def test_gradients_are_those_of_masked_attention(backend):
         torch.testing.assert_close(one, other)
 
 
-def test_strided_inputs_need_no_copy_by_the_caller():
+@pytest.mark.parametrize("backend", SPARSE)
+def test_strided_inputs_need_no_copy_by_the_caller(backend):
     plan, mask = PLANS["ragged"]()
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens())
     assert not q.is_contiguous()
     expected = masked_attention(q, k, v, mask)[0]
-    for backend in SPARSE:
-        assert (sparse_attention(q, k, v, plan, backend=backend) - expected).abs().max() <= 2e-6
+    assert (sparse_attention(q, k, v, plan, backend=backend) - expected).abs().max() <= 2e-6
 
 
+@pytest.mark.compiler
 def test_flex_skips_what_the_plan_skips():
     """A sixteenth of the blocks must cost well under half of all blocks: eager FlexAttention would cost more."""
     import time
@@ -134,6 +138,7 @@ class TestPick:
     def test_dense_goes_to_sdpa(self):
         assert pick("auto", self.request(dense=True), ragged=False).name == "sdpa"
 
+    @pytest.mark.compiler
     def test_auto_follows_what_is_measured_to_be_fast(self):
         assert pick("auto", self.request(), ragged=True).name == "gather"
         assert pick("auto", self.request(), ragged=False).name == "gather"
@@ -154,9 +159,9 @@ class TestPick:
         [
             ("sdpa", {}, "dense attention only"),
             ("gather", {"lse": True}, "no log-sum-exp on cpu"),
-            ("flex", {"grad": True}, "no backward on cpu"),
-            ("flex", {"head_dim": 300}, "up to 256, not 300"),
-            ("flex", {"dtype": torch.float64}, "not float64"),
+            pytest.param("flex", {"grad": True}, "no backward on cpu", marks=pytest.mark.compiler),
+            pytest.param("flex", {"head_dim": 300}, "up to 256, not 300", marks=pytest.mark.compiler),
+            pytest.param("flex", {"dtype": torch.float64}, "not float64", marks=pytest.mark.compiler),
             ("reference", {"device": torch.device("meta")}, "not on meta"),
         ],
     )

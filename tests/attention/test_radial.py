@@ -113,7 +113,7 @@ def test_the_golden_masks_are_there() -> None:
 def test_exact_and_published_agree_where_frames_are_whole_blocks(block: int, decay: float) -> None:
     layout = VideoLayout(21, 32, 40)
     exact, published = Radial(block, decay), Radial(block, decay, rule="published")
-    assert exact.density(layout) == pytest.approx(published.density(layout), rel=0.1)
+    assert exact.expected_density(layout) == pytest.approx(published.expected_density(layout), rel=0.1)
     assert (exact.block_mask(layout) ^ published.block_mask(layout)).float().mean() < 0.03
 
 
@@ -169,14 +169,16 @@ def test_mask_does_not_depend_on_the_shape_of_a_frame() -> None:
 @pytest.mark.parametrize("layout", [VideoLayout(9, 8, 8), VideoLayout(33, 16, 16), VideoLayout(11, 13, 17, 5, 7)])
 def test_density_rises_with_decay_and_near_and_falls_with_thinning(layout: VideoLayout) -> None:
     base = Radial(decay=0.05, min_window=0)
-    decays = [replace(base, decay=x).density(layout) for x in (0.01, 0.05, 0.2, 0.5, 0.8, 1.0, 1.3, 2, 3, 5, 9, 40)]
+    decays = [
+        replace(base, decay=x).expected_density(layout) for x in (0.01, 0.05, 0.2, 0.5, 0.8, 1.0, 1.3, 2, 3, 5, 9, 40)
+    ]
     assert decays == sorted(decays)
     assert decays[0] < 0.55
     assert decays[-1] == 1
-    nears = [replace(base, near=x).density(layout) for x in (0.01, 0.1, 0.3, 0.5, 0.7, 1.0)]
+    nears = [replace(base, near=x).expected_density(layout) for x in (0.01, 0.1, 0.3, 0.5, 0.7, 1.0)]
     assert nears == sorted(nears)
     assert nears[0] < nears[-1]
-    thinned = [replace(base, thinning=x).density(layout) for x in (1, 2, 4, 8)]
+    thinned = [replace(base, thinning=x).expected_density(layout) for x in (1, 2, 4, 8)]
     assert thinned == sorted(thinned, reverse=True)
     assert thinned[-1] < thinned[0]
     masks = [replace(base, decay=x).block_mask(layout) for x in (0.2, 0.8, 1.3, 3)]
@@ -195,7 +197,7 @@ def test_density_rises_with_decay_and_near_and_falls_with_thinning(layout: Video
 )
 def test_density_is_near_the_published_one(config: Radial, layout: VideoLayout, published: float) -> None:
     # The published generator's block density at 720p; it does not take these grids without padding.
-    assert config.density(layout) == pytest.approx(published, abs=0.015)
+    assert config.expected_density(layout) == pytest.approx(published, abs=0.015)
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -231,26 +233,29 @@ def test_automatic_block_size(layout: VideoLayout, block: int) -> None:
 # -- plans ----------------------------------------------------------------------------------------------------------
 
 
-def test_plan_is_kept_per_config_layout_and_device() -> None:
-    layout, other = VideoLayout(5, 8, 8), VideoLayout(5, 4, 16)
+def test_plan_is_kept_per_config_in_the_memory_of_a_layout() -> None:
+    layout = VideoLayout(5, 8, 8)
     q, memory = torch.zeros(2, 3, layout.tokens, 4), PlanMemory()
     plan = Radial(16).plan(q, q, q, layout, memory)
     assert plan.lead == (1, 1)
     assert plan.details["block_size"] == 16
     assert Radial(16).plan(q, q, q, layout, memory) is plan
-    # The schedule changes when a mask is used, not what it is.
-    assert Radial(16, schedule=DenseSchedule()).plan(q, q, q, layout, memory) is plan
     assert Radial(16, decay=0.9).plan(q, q, q, layout, memory) is not plan
-    assert Radial(16).plan(q, q, q, other, memory) is not plan
-    moved = Radial(16).plan(*[q.to("meta")] * 3, layout, memory)
+    moved = Radial(16).plan(*[q.to("meta")] * 3, layout, PlanMemory())
     assert moved.device.type == "meta"
+
+
+def test_a_mask_of_all_blocks_is_a_dense_plan() -> None:
+    layout = VideoLayout(1, 8, 8)
+    q = torch.zeros(1, 1, layout.tokens, 4)
+    assert Radial(16).plan(q, q, q, layout, PlanMemory()).is_dense
 
 
 @pytest.mark.parametrize("layout", RAGGED, ids=name)
 def test_density_of_config_and_plan_agree(layout: VideoLayout) -> None:
     q = torch.zeros(1, 1, layout.tokens, 4)
     plan = Radial(16).plan(q, q, q, layout, PlanMemory())
-    assert plan.density() == pytest.approx(Radial(16).density(layout), abs=1e-12)
+    assert plan.density() == pytest.approx(Radial(16).expected_density(layout), abs=1e-12)
 
 
 def test_attention_through_the_plan_equals_masked_attention() -> None:
@@ -280,7 +285,7 @@ def test_plan_needs_the_layout_of_the_sequence() -> None:
 def test_for_density_comes_close(layout: VideoLayout, density: float, sink: bool) -> None:
     config = Radial.for_density(layout, density, sink=sink)
     assert config.sink is sink
-    assert config.density(layout) == pytest.approx(density, abs=0.02)
+    assert config.expected_density(layout) == pytest.approx(density, abs=0.02)
     assert config.block_mask(layout).diagonal().all()
 
 
@@ -291,7 +296,7 @@ def test_for_density_keeps_what_is_given() -> None:
     )
     assert (config.block_size, config.near, config.min_window, config.thinning) == (64, 0.5, 0.5, 2)
     assert config.schedule is schedule
-    assert config.density(VideoLayout(33, 16, 16)) == pytest.approx(0.3, abs=0.05)
+    assert config.expected_density(VideoLayout(33, 16, 16)) == pytest.approx(0.3, abs=0.05)
 
 
 def test_for_density_prefers_the_published_form() -> None:
@@ -301,7 +306,7 @@ def test_for_density_prefers_the_published_form() -> None:
 
 @pytest.mark.parametrize("layout", [VideoLayout(1, 8, 8), VideoLayout(2, 8, 8), VideoLayout(3, 1, 1)], ids=name)
 def test_for_density_on_hardly_any_video(layout: VideoLayout) -> None:
-    assert Radial.for_density(layout, 1.0).density(layout) == 1
+    assert Radial.for_density(layout, 1.0).expected_density(layout) == 1
 
 
 def test_for_density_says_what_is_reachable() -> None:

@@ -91,16 +91,15 @@ def test_rows_are_drawn_from_the_whole_sequence():
     memory = PlanMemory()
     q, k, v = torch.randn(3, 1, 1, layout.tokens, 4)
     SVG(density=0.5).plan(q, k, v, layout, memory)
-    rows = torch.cat(memory.layout["svg"].rows)
+    (static,) = memory.layout.values()
+    rows = torch.cat(static.rows)
     assert rows.max() > 0.9 * layout.tokens and rows.min() < 0.1 * layout.tokens
 
 
 def test_a_new_layout_has_its_own_band():
-    method, memory = SVG(density=0.5), PlanMemory()
     for layout in (VideoLayout(9, 8, 8), VideoLayout(5, 8, 8)):
         q, k, v = torch.randn(3, 1, 2, layout.tokens, 8)
-        memory.layout = {}
-        assert method.plan(q, k, v, layout, memory).validate().n_q == layout.tokens
+        assert SVG(density=0.5).plan(q, k, v, layout, PlanMemory()).validate().n_q == layout.tokens
 
 
 @pytest.mark.parametrize(
@@ -119,4 +118,29 @@ def test_bad_values_are_named(values, message):
 
 def test_a_density_that_no_band_reaches_is_refused_with_the_least():
     with pytest.raises(ValueError, match=r"density 0.05 is below 0\.\d+.*sink=False"):
-        SVG(density=0.05).check(VideoLayout(9, 8, 8))
+        SVG(density=0.05, sink=True).check(VideoLayout(9, 8, 8))
+
+
+def test_the_first_frame_is_read_whole_where_it_is_a_small_part():
+    long, short = VideoLayout(21, 8, 8), VideoLayout(9, 8, 8)
+    for layout, sink in ((long, True), (short, False)):
+        mask = SVG(density=0.3).band(layout, 16, temporal=False).to_dense_mask()
+        assert bool(mask[..., : layout.tokens_per_frame].all()) == sink
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_short_videos_need_no_settings(frames):
+    layout = VideoLayout(frames, 8, 8)
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 8)
+    plan = SVG().plan(q, k, v, layout, PlanMemory()).validate()
+    assert plan.density() == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_plan_made_in_inference_mode_serves_a_training_step():
+    layout, memory = VideoLayout(5, 8, 8), PlanMemory()
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 8)
+    with torch.inference_mode():
+        SVG().plan(q, k, v, layout, memory)
+    q.requires_grad_()
+    sparse_attention(q, k, v, SVG().plan(q, k, v, layout, memory)).sum().backward()
+    assert q.grad is not None

@@ -26,7 +26,7 @@ def test_selection_is_that_of_the_published_implementation(golden):
     assert selection(golden).equal(golden["selected"])
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather", "flex"])
+@pytest.mark.parametrize("backend", ["reference", "gather", pytest.param("flex", marks=pytest.mark.compiler)])
 def test_attention_from_the_selection_is_that_of_the_published_implementation(golden, backend):
     plan = BlockPlan.from_clusters(golden["q_sizes"], golden["k_sizes"], selection(golden)).validate()
     out = sparse_attention(golden["q"], golden["k"], golden["v"], plan, backend=backend)
@@ -51,11 +51,16 @@ def test_min_ratio_keeps_the_best_whatever_the_mass():
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, VideoLayout(5, 8, 8, 3, 9)])
-@pytest.mark.parametrize("density", [0.2, 0.5])
+@pytest.mark.parametrize("density", [0.15, 0.3, 0.5])
 def test_the_density_asked_for_is_computed(layout, density):
     q, k, v = torch.randn(3, 2, 3, layout.tokens, 16)
-    plan = SVG2(density=density, min_ratio=0.0).plan(q, k, v, layout, PlanMemory()).validate()
+    plan = SVG2(density=density).plan(q, k, v, layout, PlanMemory()).validate()
     assert plan.density() == pytest.approx(density, abs=0.02)
+
+
+def test_a_density_below_that_of_the_text_is_refused():
+    with pytest.raises(ValueError, match=r"density is 0.1, but 64 of the 384 tokens are text.*0\.306"):
+        SVG2(density=0.1).check(VideoLayout(5, 8, 8, 0, 64))
 
 
 def test_top_p_of_one_is_dense():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel, WanPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel, WanPipeline
 from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
@@ -68,9 +70,10 @@ def test_the_report_knows_every_call(pipe):
     assert "first steps (6)" in str(report) and "density" in str(report)
 
 
-def test_every_run_is_its_own(pipe):
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_every_run_is_its_own(pipe, method):
     """The same seed gives the same video again, at another size in between: nothing of a run reaches the next."""
-    with vidaccel.accelerate(pipe, SVG2(density=0.4), schedule=SPARSE):
+    with vidaccel.accelerate(pipe, method, schedule=SPARSE):
         first = generate(pipe)
         generate(pipe, frames=9, size=96, steps=2)
         assert generate(pipe).equal(first)
@@ -107,7 +110,7 @@ def test_both_branches_in_one_batch_equal_two_calls():
 
 def test_accelerating_twice_is_refused_and_the_first_stays(pipe):
     handle = vidaccel.accelerate(pipe, "svg2", schedule=SPARSE)
-    with pytest.raises(RuntimeError, match="accelerated already.*remove"):
+    with pytest.raises(RuntimeError, match=r"accelerated already.*restore\(pipe\)"):
         vidaccel.accelerate(pipe, "svg")
     generate(pipe, steps=2)
     assert handle.report().records
@@ -115,6 +118,56 @@ def test_accelerating_twice_is_refused_and_the_first_stays(pipe):
     handle.remove()
     with vidaccel.accelerate(pipe, SVG(density=0.6)):
         generate(pipe, steps=2)
+
+
+def test_restore_undoes_what_nobody_holds_a_handle_of(pipe):
+    before = generate(pipe)
+    vidaccel.accelerate(pipe, "svg2", schedule=SPARSE)
+    vidaccel.restore(pipe)
+    vidaccel.restore(pipe)
+    assert generate(pipe).equal(before)
+    assert not pipe.transformer._forward_pre_hooks
+
+
+def test_a_scheduler_swapped_after_accelerate_is_followed(pipe):
+    with vidaccel.accelerate(pipe, "svg2", schedule=DenseSchedule(first_steps=0.5)) as handle:
+        generate(pipe, steps=4)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        generate(pipe, steps=6)
+        report = handle.report().last()
+    assert {r.num_steps for r in report.records} == {6}
+    assert {r.step for r in report.records if r.reason} == {0, 1, 2}
+
+
+def test_a_transformer_alone_needs_a_schedule_of_whole_numbers():
+    transformer = make_transformer()
+    with pytest.raises(ValueError, match=r"no pipeline.*first_steps=\.\.\."):
+        vidaccel.accelerate(transformer, "svg2")
+    with torch.no_grad(), vidaccel.accelerate(transformer, "svg2", schedule=DenseSchedule(first_steps=1)) as handle:
+        for timestep in (900.0, 500.0):
+            transformer(torch.randn(1, 4, 5, 8, 8), torch.tensor([timestep]), torch.randn(1, 6, 16))
+    assert [bool(r.reason) for r in handle.report().records] == [True] * 3 + [False] * 3
+
+
+def test_a_copy_of_an_accelerated_pipeline_is_its_own(pipe):
+    with vidaccel.accelerate(pipe, SVG2(density=0.4), schedule=SPARSE) as handle:
+        expected = generate(pipe)
+        copied = copy.deepcopy(pipe)
+        first, second = (p.transformer.blocks[0].attn1.processor for p in (pipe, copied))
+        assert first.engine is not second.engine and first.site.tolist() != second.site.tolist()
+        assert second.site.tolist() == [second.engine.id, 0]
+        calls = len(handle.report().records)
+        assert generate(copied).equal(expected)
+        assert len(handle.report().records) == calls
+
+
+def test_removing_frees_what_the_method_remembered(pipe):
+    handle = vidaccel.accelerate(pipe, "svg2", schedule=SPARSE)
+    generate(pipe)
+    engine = handle._installed[0].engine
+    assert engine._call_memory
+    handle.remove()
+    assert not engine._call_memory and not engine._layout_memory and handle.report().records
 
 
 def test_an_error_inside_the_context_still_removes(pipe):
@@ -145,13 +198,32 @@ def test_fused_projections(pipe):
         torch.testing.assert_close(generate(pipe), before, atol=1e-4, rtol=1e-4)
 
 
-def test_training_through_a_sparse_layer_reaches_the_weights():
+def gradients(transformer) -> list[torch.Tensor]:
+    """Of all self-attention projections, for one fixed input."""
+    torch.manual_seed(3)
+    inputs = torch.randn(1, 4, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 16)
+    transformer.zero_grad()
+    transformer(*inputs).sample.square().mean().backward()
+    return [block.attn1.to_q.weight.grad.clone() for block in transformer.blocks]
+
+
+def test_gradients_at_full_density_are_the_dense_ones():
     transformer = make_transformer()
-    with vidaccel.accelerate(transformer, SVG2(density=0.5), schedule=DenseSchedule()):
-        out = transformer(torch.randn(1, 4, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 16)).sample
-        out.square().mean().backward()
-    grad = transformer.blocks[1].attn1.to_q.weight.grad
-    assert grad is not None and grad.isfinite().all() and grad.abs().sum() > 0
+    expected = gradients(transformer)
+    with vidaccel.accelerate(transformer, SVG2(top_p=1.0), schedule=DenseSchedule()):
+        torch.testing.assert_close(gradients(transformer), expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_gradient_checkpointing_changes_no_gradient(method):
+    """The layer is run again in the backward pass: by then a method that remembers would make another plan."""
+    transformer = make_transformer()
+    with vidaccel.accelerate(transformer, method, schedule=DenseSchedule()):
+        expected = gradients(transformer)
+    transformer.enable_gradient_checkpointing()
+    with vidaccel.accelerate(transformer, method, schedule=DenseSchedule()):
+        for one, other in zip(gradients(transformer), expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_unknown_pipelines_name_the_supported():

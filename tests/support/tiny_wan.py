@@ -30,13 +30,13 @@ def make_scheduler() -> UniPCMultistepScheduler:
 
 def make_pipe(cls: type = WanPipeline, **components) -> WanPipeline:
     parts = {"transformer": make_transformer(), "scheduler": make_scheduler(), **components}
-    pipe = cls(tokenizer=None, text_encoder=None, vae=None, **parts)
+    pipe = cls(**{"tokenizer": None, "text_encoder": None, "vae": None, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def generate(
-    pipe, steps: int = 4, frames: int = 17, size: int = 64, guidance_scale: float = 5.0, seed: int = 0, **kwargs
+    pipe, steps: int = 4, frames: int = 17, size: int = 64, guidance_scale: float = 5.0, seed: int = 0, **more
 ):
     """Latents `[1, 4, (frames - 1) // 4 + 1, size // 8, size // 8]`."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,12 +44,12 @@ def generate(
     return pipe(
         prompt_embeds=embeds[0],
         negative_prompt_embeds=embeds[1],
-        num_frames=frames,
+        **({} if "video" in more and "strength" in more else {"num_frames": frames}),
         height=size,
         width=size,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=generator,
         output_type="latent",
-        **kwargs,
+        **more,
     ).frames

@@ -19,8 +19,14 @@ class Handle:
 
     def __init__(self, pipe: object, method: Method, backend: str, schedule: DenseSchedule | None) -> None:
         self.method = method
-        self._clock = StepClock(getattr(pipe, "scheduler", None))
-        self._installed = []
+        schedule = schedule if schedule is not None else method.schedule
+        if not hasattr(pipe, "scheduler") and schedule.needs_num_steps:
+            raise ValueError(
+                f"{schedule} counts in fractions of a run or from its end, but {type(pipe).__name__} is no pipeline, "
+                "so the number of steps is unknown: pass schedule=DenseSchedule(first_steps=...) with a whole number."
+            )
+        self._clock = StepClock(lambda: getattr(pipe, "scheduler", None))
+        self._installed: list[_Installed] = []
         try:
             for name, (transformer, spec) in find_transformers(pipe).items():
                 self._installed.append(_Installed(name, transformer, spec, method, backend, schedule, self._clock))
@@ -76,10 +82,23 @@ def accelerate(
 
     Raises:
         TypeError: no transformer of the pipeline is known; names the supported pipelines.
-        ValueError: unknown method or backend.
+        ValueError: unknown method or backend; a transformer alone with a schedule that needs the number of steps.
         RuntimeError: the pipeline is accelerated already.
     """
     return Handle(pipe, resolve_method(method), check_backend(backend), schedule)
+
+
+def restore(pipe: Any) -> None:
+    """Undo `accelerate` where the handle is lost, as after running a notebook cell twice. Does nothing otherwise.
+
+    Raises:
+        TypeError: no transformer of the pipeline is known.
+    """
+    for transformer, _ in find_transformers(pipe).values():
+        for hook in list(transformer._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
+            if isinstance(owner, _Installed):
+                owner.remove()
 
 
 class _Installed:
@@ -99,7 +118,8 @@ class _Installed:
         processors = transformer.attn_processors
         if any(hasattr(p, "engine") and isinstance(p.engine, SparseAttention) for p in processors.values()):
             raise RuntimeError(
-                f"{name} is accelerated already: call remove() on the first handle before accelerating again."
+                f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
+                "accelerating again."
             )
         if any(getattr(processors[n], "_parallel_config", None) is not None for n in names):
             raise RuntimeError(
@@ -131,4 +151,5 @@ class _Installed:
         ours = {n: self._originals[n] for n, own in self._own.items() if current.get(n) is own}
         self.transformer.set_attn_processor({**current, **ours})
         self._hook.remove()
+        self.engine.forget()
         self.active = False
