@@ -6,6 +6,7 @@ from .backends import BACKENDS
 from .engine import SparseAttention
 from .functional import sparse_attention
 from .layout import VideoLayout
+from .merge import merge
 from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, resolve_method
 from .plan import BlockPlan
 from .records import CallRecord, RunReport
@@ -27,6 +28,7 @@ __all__ = [
     "SparseAttention",
     "StepInfo",
     "VideoLayout",
+    "merge",
     "resolve_method",
     "sparse_attention",
 ]

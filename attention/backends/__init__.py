@@ -7,12 +7,16 @@ from .flex import FlexBackend
 from .gather import GatherBackend
 from .reference import ReferenceBackend
 from .sdpa import SdpaBackend
+from .triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (FlexBackend(), GatherBackend(), ReferenceBackend(), SdpaBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (FlexBackend(), GatherBackend(), ReferenceBackend(), SdpaBackend(), TritonBackend())
+}
 
 # Best first. On the CPU compiled FlexAttention wins on the uniform blocks of long sequences, one SDPA per query tile on
 # ragged runs and wherever a compilation of many seconds would not pay (measured: benchmarks/results/cpu_speed.md); on
-# CUDA a launch per tile would be far too many.
+# CUDA a launch per tile would be far too many. "triton" is in no list: it has not been measured on a GPU yet, so it
+# runs only when asked for by name.
 COMPILE_PAYS = 4096  # queries
 PREFERENCE = {
     ("cpu", "uniform"): ("flex", "gather", "reference"),

@@ -45,6 +45,9 @@ class FlexBackend(Backend):
                 reason = "needs a CPU with AVX2, and not macOS"
             elif not _cpp_compiler():
                 reason = "needs a C++ compiler on the CPU and found none (install g++ or set CXX)"
+            elif " " in torch.__file__:
+                # torch passes the folder of its libraries to the linker unquoted.
+                reason = f"cannot be compiled with a space in the path of torch ({os.path.dirname(torch.__file__)})"
         if reason is None and device.type == "cuda" and importlib.util.find_spec("triton") is None:
             reason = 'needs triton on CUDA and found none (pip install "vidaccel[gpu]")'
         return reason

@@ -43,7 +43,7 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--density", "1.5"], ["--density is 1.5", "above 0 and at most 1"]),
         (["--density", "nan"], ["--density is nan"]),
         (["--density", "0.5", "--method", "dense"], ["--density needs a sparse method"]),
-        (["--density", "0.01", "--method", "svg"], ["--method svg", "density 0.01 is below", "raise density"]),
+        (["--density", "0.001", "--method", "svg"], ["--method svg", "density 0.001 is below", "raise density"]),
         (["--density", "0.01", "--method", "radial"], ["--method radial", "0.01", "is possible"]),
         (["--set", "svg2.top_p=1.5"], ["--method svg2", "top_p is 1.5", "at most 1"]),
         (["--set", "radial.decay=-1", "--method", "radial"], ["--method radial", "decay is -1", "above 0"]),

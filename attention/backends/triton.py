@@ -1,0 +1,90 @@
+"""The project's own Triton kernels: ragged and uniform plans alike, forward and backward."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from ..plan import BlockPlan
+from .base import Backend, Capability, Request
+
+MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+
+
+class TritonBackend(Backend):
+    """Computes the pairs of the plan, rounded up to tiles of keys at the end of each run.
+
+    On the CPU it runs only in Triton's interpreter (environment variable `TRITON_INTERPRET=1`, set before the first
+    import of triton), which is for tests, and slow.
+
+    Args:
+        gather_kv: read keys and values through the plan's `kv_order` in the kernel, instead of copying them in order
+            first. That saves the memory of one more k and v; which is faster has not been measured.
+    """
+
+    name = "triton"
+    summary = "own Triton kernels, forward and backward, ragged and uniform plans; not yet measured on a GPU"
+    capability = Capability(
+        devices=("cuda", "cpu"),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        max_head_dim=256,
+        lse=("cuda", "cpu"),
+        backward=("cuda", "cpu"),
+        sparse=True,
+    )
+
+    def __init__(self, gather_kv: bool = False) -> None:
+        self.gather_kv = gather_kv
+
+    def unavailable(self, device: torch.device) -> str | None:
+        reason = super().unavailable(device)
+        if reason is not None:
+            return reason
+        if importlib.util.find_spec("triton") is None:
+            return 'needs triton, which is not installed: pip install "vidaccel[gpu]" (Linux)'
+        if device.type == "cpu":
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                return None
+            return (
+                "runs on cuda; on the cpu only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before the "
+                "first import of triton"
+            )
+        found = _compute_capability(device)
+        if found < MIN_COMPUTE_CAPABILITY:
+            needed = ".".join(map(str, MIN_COMPUTE_CAPABILITY))
+            return f"needs a GPU of compute capability {needed} or higher, and this one has {found[0]}.{found[1]}"
+        return None
+
+    def declines(self, request: Request) -> str | None:
+        reason = super().declines(request)
+        if reason is None and request.device.type == "cpu" and request.dtype == torch.bfloat16:
+            return "takes float16 and float32 in Triton's interpreter, which computes bfloat16 products wrongly"
+        return reason
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from ..kernels.block_sparse import block_sparse_attention
+
+        out, lse = block_sparse_attention(
+            q,
+            k,
+            v,
+            plan.tile_start,
+            plan.tile_len,
+            plan.run_start,
+            plan.run_len,
+            plan.q_order,
+            plan.kv_order,
+            float(scale),
+            self.gather_kv,
+        )
+        return out, lse if return_lse else None
+
+
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    # torch.compile traces through the choice of a backend, and knows this way of asking.
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor

@@ -1,0 +1,376 @@
+"""The backward pass of attention over a `BlockPlan`, without atomics, hence the same bits in every run.
+
+With P the attention weights and D_i = sum_d dO_id O_id - dLSE_i (FlashAttention-2, arXiv 2307.08691, section 3.1.2; the
+log-sum-exp has the gradient P with respect to the scores, so its own gradient enters by D alone):
+
+    dV = P^T dO,    dS = P * (dO V^T - D),    dQ = scale * dS K,    dK = scale * dS^T Q
+
+Three kernels. The first makes D. The second makes dQ with the walk of the forward pass. The third makes dK and dV: one
+program a block of `BLOCK_N` keys, aligned in permuted order, that walks the query tiles which read any of its keys.
+Which of the keys such a tile reads is one 64-bit word per (tile, key block), since runs may start and end inside of a
+block; hence `BLOCK_N <= 64` there. The words take `8 * T * ceil(n_kv / BLOCK_N)` bytes per plan entry, the lists of
+tiles half as much, and making them some more for a moment. All shapes depend on no value, so there is no host sync.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..plan import BlockPlan
+from .block_sparse import (
+    LOG2E,
+    Tiles,
+    choose_tiles,
+    keys_in_order,
+    load_rows,
+    make_walk,
+    next_full_tile,
+    on_device,
+    order_args,
+    padded,
+    plan_strides,
+    rows_contiguous,
+    store_rows,
+    token_rows,
+)
+
+# Keyed like FORWARD_TILES; initial values, not yet tuned by measurement.
+QUERY_TILES = {
+    (9, 64, 2): Tiles(128, 64, 8, 2),
+    (9, 128, 2): Tiles(64, 64, 4, 2),
+    (9, 256, 2): Tiles(64, 32, 8, 2),
+    (10, 64, 2): Tiles(128, 64, 8, 2),
+    (10, 128, 2): Tiles(64, 64, 4, 2),
+    (10, 256, 2): Tiles(64, 32, 8, 2),
+    (0, 64, 2): Tiles(64, 32, 4, 2),
+    (0, 128, 2): Tiles(64, 32, 4, 1),
+    (0, 256, 2): Tiles(32, 16, 4, 1),
+    (0, 64, 4): Tiles(32, 32, 4, 1),
+    (0, 128, 4): Tiles(16, 32, 8, 1),
+    (0, 256, 4): Tiles(16, 16, 8, 1),
+}
+KEY_TILES = {
+    (9, 64, 2): Tiles(64, 64, 4, 2),
+    (9, 128, 2): Tiles(64, 64, 8, 2),
+    (9, 256, 2): Tiles(32, 32, 8, 1),
+    (10, 64, 2): Tiles(64, 64, 4, 2),
+    (10, 128, 2): Tiles(64, 64, 8, 2),
+    (10, 256, 2): Tiles(32, 32, 8, 1),
+    (0, 64, 2): Tiles(32, 64, 4, 2),
+    (0, 128, 2): Tiles(32, 32, 4, 1),
+    (0, 256, 2): Tiles(16, 32, 4, 1),
+    (0, 64, 4): Tiles(32, 32, 4, 1),
+    (0, 128, 4): Tiles(16, 32, 4, 1),
+    (0, 256, 4): Tiles(16, 16, 4, 1),
+}
+CHUNK = 64  # key blocks a program of _key_bits_kernel, and rows a program of _delta_kernel
+
+
+@triton.jit
+def _delta_kernel(
+    grad_ptr, out_ptr, grad_lse_ptr, delta_ptr, grad_sb, grad_sh, grad_sn, out_sb, out_sh, out_sn, heads, n_q,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(n_q, BLOCK_M)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = head // heads
+    h = head % heads
+    d = tl.arange(0, D_PAD)
+    inside = rows < n_q
+    grad = load_rows(grad_ptr + b * grad_sb + h * grad_sh, rows, grad_sn, inside, d, D, D_PAD, True)
+    out = load_rows(out_ptr + b * out_sb + h * out_sh, rows, out_sn, inside, d, D, D_PAD, True)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    delta -= tl.load(grad_lse_ptr + head * n_q + rows, mask=inside, other=0.0)
+    tl.store(delta_ptr + head * n_q + rows, delta, mask=inside)
+
+
+@triton.jit
+def _query_tile(
+    q, grad, lse2, delta, dq, k_ptr, v_ptr, k_sn, v_sn, rows, inside, d, qk_scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    p = tl.exp2(scores - lse2[:, None])
+    v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+    grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    grad_scores = p * (grad_p - delta[:, None])
+    return tl.dot(grad_scores.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["pieces", "tiles", "slots"])
+def _query_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, dq_ptr, lse_ptr, delta_ptr,
+    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, grad_sb, grad_sh, grad_sn, dq_sb, dq_sh, dq_sn,
+    q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
+    piece_start_ptr, piece_len_ptr, piece_tile_ptr,
+    full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+    plan_sb, plan_sh, heads, n_q, pieces, tiles, slots, scale, qk_scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(0) % pieces
+    head = (tl.program_id(0) // pieces).to(tl.int64)
+    b = head // heads
+    h = head % heads
+    entry = b * plan_sb + h * plan_sh
+    size = tl.load(piece_len_ptr + entry * pieces + piece)
+    if size == 0:
+        return
+    start = tl.load(piece_start_ptr + entry * pieces + piece)
+    tile = entry * tiles + tl.load(piece_tile_ptr + entry * pieces + piece)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, D_PAD)
+    inside_m = offs_m < size
+    q_rows = token_rows(
+        q_order_ptr + b * q_order_sb + h * q_order_sh if Q_ORDERED else q_ptr, start + offs_m, inside_m, Q_ORDERED, True
+    )
+    q = load_rows(q_ptr + b * q_sb + h * q_sh, q_rows, q_sn, inside_m, d, D, D_PAD, True)
+    grad = load_rows(grad_ptr + b * grad_sb + h * grad_sh, q_rows, grad_sn, inside_m, d, D, D_PAD, True)
+    lse2 = tl.load(lse_ptr + head * n_q + q_rows, mask=inside_m, other=0.0) * 1.4426950408889634
+    delta = tl.load(delta_ptr + head * n_q + q_rows, mask=inside_m, other=0.0)
+    k_ptr += b * k_sb + h * k_sh
+    v_ptr += b * v_sb + h * v_sh
+    if GATHER_KV:
+        kv_order_ptr += b * kv_order_sb + h * kv_order_sh
+    dq = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+
+    slot = tile * slots
+    key = tl.load(full_start_ptr + slot)
+    left = tl.load(full_tiles_ptr + slot)
+    for _ in range(tl.load(full_count_ptr + tile)):
+        rows = token_rows(kv_order_ptr, key + offs_n, offs_n < BLOCK_N, GATHER_KV, False)
+        dq = _query_tile(
+            q, grad, lse2, delta, dq, k_ptr, v_ptr, k_sn, v_sn, rows, offs_n < BLOCK_N, d, qk_scale, D, D_PAD, False
+        )
+        slot, key, left = next_full_tile(full_start_ptr, full_tiles_ptr, slot, key, left, BLOCK_N)
+
+    slot = tile * slots
+    for i in range(tl.load(tail_count_ptr + tile)):
+        key = tl.load(tail_start_ptr + slot + i)
+        inside = offs_n < tl.load(tail_len_ptr + slot + i)
+        rows = token_rows(kv_order_ptr, key + offs_n, inside, GATHER_KV, True)
+        dq = _query_tile(q, grad, lse2, delta, dq, k_ptr, v_ptr, k_sn, v_sn, rows, inside, d, qk_scale, D, D_PAD, True)
+    store_rows(dq_ptr + b * dq_sb + h * dq_sh, q_rows, dq_sn, inside_m, d, dq * scale, D)
+
+
+@triton.jit
+def _low_bits(count):
+    """An int64 with the lowest `count` bits set, 0 to 64."""
+    one = tl.full(count.shape, 1, tl.int64)
+    # A shift by 64 is undefined, and by 63 followed by minus one it would overflow.
+    return tl.where(count >= 64, -one, (one << tl.minimum(count, 62)) * tl.where(count == 63, 2, 1) - 1)
+
+
+@triton.jit(do_not_specialize=["blocks", "slots"])
+def _key_bits_kernel(
+    run_start_ptr, run_len_ptr, bits_ptr, blocks, slots, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    chunks = tl.cdiv(blocks, CHUNK)
+    tile = (tl.program_id(0) // chunks).to(tl.int64)
+    block = (tl.program_id(0) % chunks) * CHUNK + tl.arange(0, CHUNK)
+    first = block * BLOCK_N
+    bits = tl.zeros([CHUNK], tl.int64)
+    for slot in range(slots):
+        start = tl.load(run_start_ptr + tile * slots + slot) - first
+        end = start + tl.load(run_len_ptr + tile * slots + slot)
+        low = tl.minimum(tl.maximum(start, 0), BLOCK_N).to(tl.int64)
+        high = tl.minimum(tl.maximum(end, 0), BLOCK_N).to(tl.int64)
+        bits = bits | (_low_bits(high) & ~_low_bits(low))
+    tl.store(bits_ptr + tile * blocks + block, bits, mask=block < blocks)
+
+
+@triton.jit(do_not_specialize=["blocks", "tiles"])
+def _key_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
+    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, grad_sb, grad_sh, grad_sn,
+    dk_sb, dk_sh, dk_sn, dv_sb, dv_sh, dv_sn,
+    q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
+    tile_start_ptr, tile_len_ptr, bits_ptr, block_ptr, readers_ptr, steps_ptr,
+    plan_sb, plan_sh, heads, n_q, n_kv, blocks, tiles, scale, qk_scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q_ORDERED: tl.constexpr, KV_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
+):  # fmt: skip
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    b = head // heads
+    h = head % heads
+    entry = b * plan_sb + h * plan_sh
+    block = tl.load(block_ptr + entry * blocks + tl.program_id(0) % blocks)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, D_PAD)
+    keys = block * BLOCK_N + offs_n
+    inside_n = keys < n_kv
+    tokens = token_rows(
+        kv_order_ptr + b * kv_order_sb + h * kv_order_sh if KV_ORDERED else k_ptr, keys, inside_n, KV_ORDERED, True
+    )
+    rows = tokens if GATHER_KV else keys
+    k = load_rows(k_ptr + b * k_sb + h * k_sh, rows, k_sn, inside_n, d, D, D_PAD, True)
+    v = load_rows(v_ptr + b * v_sb + h * v_sh, rows, v_sn, inside_n, d, D, D_PAD, True)
+    q_ptr += b * q_sb + h * q_sh
+    grad_ptr += b * grad_sb + h * grad_sh
+    if Q_ORDERED:
+        q_order_ptr += b * q_order_sb + h * q_order_sh
+    lse_ptr += head * n_q
+    delta_ptr += head * n_q
+    tile_start_ptr += entry * tiles
+    tile_len_ptr += entry * tiles
+    bits_ptr += entry * tiles * blocks + block
+    readers_ptr += (entry * blocks + block) * (tiles + 1)
+    dk = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    dv = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+
+    reader = 0
+    tile = tl.load(readers_ptr)
+    start = tl.load(tile_start_ptr + tile)
+    left = tl.load(tile_len_ptr + tile)
+    for _ in range(tl.load(steps_ptr + entry * blocks + block)):
+        bits = tl.load(bits_ptr + tile.to(tl.int64) * blocks)
+        inside_m = offs_m < left
+        read = ((bits >> offs_n.to(tl.int64)) & 1) != 0
+        q_rows = token_rows(q_order_ptr, start + offs_m, inside_m, Q_ORDERED, True)
+        q = load_rows(q_ptr, q_rows, q_sn, inside_m, d, D, D_PAD, True)
+        lse2 = tl.load(lse_ptr + q_rows, mask=inside_m, other=0.0) * 1.4426950408889634
+        delta = tl.load(delta_ptr + q_rows, mask=inside_m, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
+        # Rows beyond the tile are 0 in q, the gradient, the log-sum-exp and delta: they add nothing.
+        p = tl.exp2(tl.where(read[:, None], scores - lse2[None, :], float("-inf")))
+        grad = load_rows(grad_ptr, q_rows, grad_sn, inside_m, d, D, D_PAD, True)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+        grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        grad_scores = p * (grad_p - delta[None, :])
+        dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision="ieee")
+        # One piece on: within the tile, or to the next tile that reads this block.
+        done = left <= BLOCK_M
+        reader += done.to(tl.int32)
+        tile = tl.load(readers_ptr + reader)
+        start = tl.where(done, tl.load(tile_start_ptr + tile), start + BLOCK_M)
+        left = tl.where(done, tl.load(tile_len_ptr + tile), left - BLOCK_M)
+    store_rows(dk_ptr + b * dk_sb + h * dk_sh, tokens, dk_sn, inside_n, d, dk * scale, D)
+    store_rows(dv_ptr + b * dv_sb + h * dv_sh, tokens, dv_sn, inside_n, d, dv, D)
+
+
+class Readers(NamedTuple):
+    """The plan seen from its key blocks, on the device. `K` blocks of `BLOCK_N` permuted keys.
+
+    Args:
+        tile_start, tile_len: `[Bp, Hp, T]` int32, of the plan.
+        bits: `[Bp, Hp, T, K]` int64; bit n says that the tile reads key n of the block.
+        block: `[Bp, Hp, K]` int32, the blocks, those with most work first.
+        readers: `[Bp, Hp, K, T + 1]` int32, the tiles that read any key of the block, then whatever.
+        steps: `[Bp, Hp, K]` int32, pieces of `BLOCK_M` queries of all these tiles together.
+    """
+
+    tile_start: torch.Tensor
+    tile_len: torch.Tensor
+    bits: torch.Tensor
+    block: torch.Tensor
+    readers: torch.Tensor
+    steps: torch.Tensor
+
+
+def make_readers(plan: BlockPlan, block_m: int, block_n: int) -> Readers:
+    """Transpose a plan; no host sync."""
+    lead, tiles = plan.tile_len.shape[:2], plan.tile_len.shape[-1]
+    blocks = -(-plan.n_kv // block_n)
+    bits = torch.empty(*lead, tiles, blocks, dtype=torch.int64, device=plan.device)
+    grid = (bits[..., 0].numel() * triton.cdiv(blocks, CHUNK),)
+    with on_device(bits):
+        _key_bits_kernel[grid](
+            plan.run_start.contiguous(), plan.run_len.contiguous(), bits, blocks, plan.run_len.shape[-1],
+            BLOCK_N=block_n, CHUNK=CHUNK,
+        )  # fmt: skip
+    reads = ((bits != 0) & (plan.tile_len > 0).unsqueeze(-1)).transpose(-1, -2)
+    pieces = (plan.tile_len + block_m - 1) // block_m
+    steps = (reads * pieces.unsqueeze(-2)).sum(-1, dtype=torch.int32)
+    place = torch.where(reads, reads.cumsum(-1) - 1, tiles)
+    index = torch.arange(tiles, dtype=torch.int32, device=plan.device).expand(reads.shape)
+    readers = torch.zeros(*lead, blocks, tiles + 1, dtype=torch.int32, device=plan.device).scatter_(-1, place, index)
+    block = steps.argsort(-1, descending=True).int().contiguous()
+    return Readers(plan.tile_start.contiguous(), plan.tile_len.contiguous(), bits, block, readers, steps.contiguous())
+
+
+@torch.library.custom_op("vidaccel::block_sparse_attention_backward", mutates_args=())
+def block_sparse_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tile_start: torch.Tensor,
+    tile_len: torch.Tensor,
+    run_start: torch.Tensor,
+    run_len: torch.Tensor,
+    q_order: torch.Tensor | None,
+    kv_order: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    gather_kv: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `block_sparse_attention`.
+
+    Args:
+        grad_out: `[B, H, n_q, D]`. grad_lse: `[B, H, n_q]` float32.
+        out, lse: what the forward pass returned; the rest are its arguments.
+
+    Returns:
+        The gradients of q, k and v, in their shapes, dtypes and layouts.
+    """
+    dq, dk, dv = _results(q, k, v)
+    q, grad_out, out = (rows_contiguous(x) for x in (q, grad_out, out))
+    plan = BlockPlan(q.shape[2], k.shape[2], tile_start, tile_len, run_start, run_len)
+    (batch, heads), dim = q.shape[:2], q.shape[3]
+    shape = {"D": dim, "D_PAD": padded(dim)}
+    delta = torch.empty_like(lse)
+    orders = {"Q_ORDERED": q_order is not None, "GATHER_KV": kv_order is not None and gather_kv}
+    k, v, load_order = keys_in_order(k, v, kv_order, gather_kv)
+    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
+    with on_device(q):
+        _delta_kernel[(batch * heads * triton.cdiv(plan.n_q, CHUNK),)](
+            grad_out, out, grad_lse.contiguous(), delta, *grad_out.stride()[:3], *out.stride()[:3], heads, plan.n_q,
+            **shape, BLOCK_M=CHUNK,
+        )  # fmt: skip
+
+        tiles = choose_tiles(QUERY_TILES, q, tile_len)
+        walk = make_walk(plan, tiles.block_m, tiles.block_n)
+        pieces = walk.piece_len.shape[-1]
+        _query_kernel[(pieces * batch * heads,)](
+            q, k, v, grad_out, dq, lse, delta, *inputs, *dq.stride()[:3],
+            *order_args(q_order), *order_args(load_order), *walk,
+            *plan_strides(tile_len.shape), heads, plan.n_q, pieces, tile_len.shape[-1], walk.full_start.shape[-1],
+            scale, scale * LOG2E, **shape, **orders, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+
+        tiles = choose_tiles(KEY_TILES, q, tile_len)
+        readers = make_readers(plan, tiles.block_m, tiles.block_n)
+        blocks = readers.block.shape[-1]
+        _key_kernel[(blocks * batch * heads,)](
+            q, k, v, grad_out, dk, dv, lse, delta, *inputs, *dk.stride()[:3], *dv.stride()[:3],
+            *order_args(q_order), *order_args(kv_order), *readers,
+            *plan_strides(tile_len.shape), heads, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
+            scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@block_sparse_attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return _results(q, k, v)
+
+
+def _results(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Memory for the gradients."""
+    return tuple(torch.empty_like(rows_contiguous(x)) for x in inputs)

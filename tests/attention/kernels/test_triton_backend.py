@@ -1,0 +1,63 @@
+"""What the backend says of itself and of machines that cannot run it."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vidaccel.attention.backends import PREFERENCE, Request
+from vidaccel.attention.backends.triton import TritonBackend
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def request(**changes) -> Request:
+    values = {"device": CPU, "dtype": torch.float32, "head_dim": 64, "queries": 100}
+    return Request(**{**values, "dense": False, "lse": True, "grad": True, **changes})
+
+
+def test_a_missing_triton_names_the_extra(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    for device in (CPU, CUDA):
+        assert 'pip install "vidaccel[gpu]"' in TritonBackend().unavailable(device)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
+def test_old_gpus_are_declined_with_their_compute_capability(monkeypatch, capability, runs):
+    pytest.importorskip("triton")
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    reason = TritonBackend().unavailable(CUDA)
+    assert reason is None if runs else "8.0 or higher, and this one has 7.5" in reason
+
+
+def test_the_cpu_needs_the_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "set TRITON_INTERPRET=1 before" in TritonBackend().declines(request())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert TritonBackend().declines(request()) is None
+    assert TritonBackend().declines(request(dtype=torch.float16)) is None
+    assert "bfloat16" in TritonBackend().declines(request(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 320}, "up to 256, not 320"),
+        ({"dtype": torch.float64}, "not float64"),
+        ({"device": torch.device("meta")}, "not on meta"),
+    ],
+)
+def test_what_it_does_not_take(monkeypatch, changes, message):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert message in TritonBackend().declines(request(**changes))
+
+
+def test_auto_does_not_choose_a_kernel_that_was_not_measured():
+    assert not any("triton" in names for names in PREFERENCE.values())
