@@ -11,7 +11,7 @@ TORCH_INDEX ?= $(shell test "$$(uname -s)" = Linux && ! command -v nvidia-smi >/
 	echo https://download.pytorch.org/whl/cpu)
 
 PYTEST_ARGS ?=
-PROMPT ?= a red circle moves left on a grey background
+PROMPT ?= a blue triangle moves right on a white background
 METHODS ?=
 BENCHMARKS ?= quality cpu_speed
 

@@ -186,7 +186,7 @@ class Radial(Method):
         density: float,
         *,
         block_size: int | None = None,
-        sink: bool | int = True,
+        sink: bool | int | None = None,
         near: float | None = None,
         min_window: float | None = None,
         thinning: int | None = None,
@@ -202,13 +202,16 @@ class Radial(Method):
         Args:
             layout: the grid the density is meant for.
             density: token pairs computed over all token pairs, above 0 to 1.
-            block_size, sink, schedule: as in `Radial`.
+            block_size, schedule: as in `Radial`.
+            sink: as in `Radial`; when None one frame, where that is at most a third of `density`, else none.
             near, min_window, thinning: fixed when given, searched when None.
 
         Raises:
             ValueError: a density out of range, or outside what this layout reaches with these settings.
         """
         check_fraction("Radial.for_density", "density", density, fix="0.25 is usual")
+        if sink is None:
+            sink = layout.tokens_per_frame / layout.tokens <= density / 3
         base = cls(block_size, sink=sink) if schedule is None else cls(block_size, sink=sink, schedule=schedule)
         best, found, reached = base, math.inf, []
         for config_at, steps in _searches(base, layout, near, min_window, thinning):

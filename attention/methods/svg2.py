@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,8 +24,9 @@ class SVG2(Method):
     outside: they read and are read by everything.
 
     Args:
-        q_clusters, k_clusters: clusters of queries and of keys; when None `0.36 sqrt(N)` and `1.8 sqrt(N)`, which is
-            the paper's (100, 500) at 75,600 tokens and (9, 43) at 576.
+        q_clusters, k_clusters: clusters of queries and of keys; when None `9.45 N^0.21` and `1.8 N^0.5`, which is the
+            paper's (100, 500) at 75,600 tokens, (63, 165) at 8,448 and (36, 43) at 576. Short sequences need relatively
+            many query clusters: one that spans a whole object and its background has no keys to leave out.
         top_p: share of the estimated softmax mass to keep, in (0, 1].
         min_ratio: share of the key clusters that is always kept, in [0, 1].
         density: when given, replaces `top_p` and `min_ratio`: each call finds the `top_p` that computes this share of
@@ -88,13 +88,13 @@ class SVG2(Method):
             ValueError: more clusters were asked for than there are tokens.
         """
         counts = []
-        for name, factor in (("q_clusters", 0.36), ("k_clusters", 1.8)):
+        for name, rule in (("q_clusters", 9.45 * tokens**0.21), ("k_clusters", 1.8 * tokens**0.5)):
             asked = getattr(self, name)
             if asked is not None and asked > tokens:
                 raise ValueError(
                     f"SVG2 {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None."
                 )
-            counts.append(asked or min(tokens, max(2, round(factor * math.sqrt(tokens)))))
+            counts.append(asked or min(tokens, max(2, round(rule))))
         return counts[0], counts[1]
 
     def plan(

@@ -312,7 +312,7 @@ def test_for_density_on_hardly_any_video(layout: VideoLayout) -> None:
 def test_for_density_says_what_is_reachable() -> None:
     layout = VideoLayout(9, 8, 8)
     with pytest.raises(ValueError, match=r"density 0\.05 .* blocks of 8, sink=True: 0\.182 to 1\.000 is possible"):
-        Radial.for_density(layout, 0.05)
+        Radial.for_density(layout, 0.05, sink=True)
     with pytest.raises(ValueError, match=r"density 0\.99 .* to 0\.[0-9]+ is possible"):
         Radial.for_density(layout, 0.99, near=0.1)
 
