@@ -62,7 +62,7 @@ format: $(STAMP) ## repair style and formatting where that is safe
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## run the benchmarks; the tables go to benchmarks/results/
-	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
+	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/$$name.py; done
 
 clean: ## delete .venv and what the demo and builds left
 	rm -rf $(VENV) demo_out build *.egg-info .pytest_cache .ruff_cache

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .runs import count_below
+from .runs import FEW_RUNS, count_below
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from .plan import BlockPlan
-
-FEW_RUNS = 4  # compared one by one in the mask function
 
 
 def build_block_mask(plan: BlockPlan, block_size: tuple[int, int]) -> BlockMask:

@@ -172,7 +172,7 @@ class SparseAttention:
         density = plan.pairs().double().mean() / (plan.n_q * plan.n_kv)
         self._record(layer, "", chosen.name, density, plan_span, span, plan.details)
         if self.backend == "auto":
-            kind = "dense" if plan.is_dense else "uniform" if plan.block else "ragged"
+            kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             self.note(f"backend auto: {chosen.name} for {kind} plans on {q.device.type}")
         return out
 

@@ -48,7 +48,7 @@ def choose_backend(
     """The backend that will run this call; see `backends.pick`."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     request = Request(q.device, q.dtype, q.shape[-1], q.shape[2], plan.is_dense, return_lse, grad)
-    return pick(backend, request, ragged=plan.block is None)
+    return pick(backend, request, scattered=plan.is_scattered)
 
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> None:

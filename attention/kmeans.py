@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-CHUNK = 1024  # tokens whose distances are held at once, so that they stay in a CPU's cache
+CHUNK = 4096  # tokens whose distances are held at once; all of them would be N x C numbers for each head
 GPU_DISTANCES = 2**27  # distances held at once on a GPU, over all heads: half a GiB
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .runs import expand_runs, merge_segments
+from .runs import FEW_RUNS, expand_runs, merge_segments
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -176,6 +176,11 @@ class BlockPlan:
         """`(Bp, Hp)`, broadcast over tiles and both orders."""
         shapes = [t.shape[:2] for t in self._tensors()]
         return tuple(torch.broadcast_shapes(*shapes))
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether tiles read many short runs at any place (clusters), not blocks of one size nor a few long runs."""
+        return self.block is None and self.run_start.shape[-1] > FEW_RUNS
 
     def pairs(self) -> torch.Tensor:
         """Query-key pairs computed, `[Bp, Hp]` int64."""

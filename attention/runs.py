@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+FEW_RUNS = 4  # up to so many runs a tile a plan counts as a few long ones, which can be compared one by one
+
 
 def merge_segments(
     selected: torch.Tensor, sizes: torch.Tensor, max_runs: int | None = None

@@ -9,6 +9,7 @@ turns, so that a slow minute of the machine hits all of them. Results go to `ben
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 import time
 from pathlib import Path
@@ -95,7 +96,7 @@ def measure_backends(density: float, rounds: int) -> list[dict]:
     """One attention call per kind of plan and backend: what `auto` chooses from."""
     import torch
 
-    from vidaccel import SVG2, Radial, VideoLayout, sparse_attention
+    from vidaccel import SVG, SVG2, Radial, VideoLayout, sparse_attention
     from vidaccel.attention import BACKENDS, BlockPlan, PlanMemory
 
     layout = VideoLayout(33, 16, 16)
@@ -105,7 +106,8 @@ def measure_backends(density: float, rounds: int) -> list[dict]:
         "uniform blocks of 64 (radial)": Radial.for_density(layout, density, block_size=64).plan(
             q, k, v, layout, PlanMemory()
         ),
-        "ragged (svg2)": SVG2(density=density).plan(q, k, v, layout, PlanMemory()),
+        "bands (svg)": SVG(density=density).plan(q, k, v, layout, PlanMemory()),
+        "scattered runs (svg2)": SVG2(density=density).plan(q, k, v, layout, PlanMemory()),
     }
     rows = []
     for kind, plan in plans.items():
@@ -154,7 +156,11 @@ def main(density: float = 0.2, rounds: int = 7, threads: int = 0, backend: str =
         "64, float32) on the latents of 129 frames of 256x256. Dense is torch's SDPA in the same process. Median of "
         f"{rounds} with the smallest and largest in brackets; the warm-up step before each (first plan, 50 k-means "
         "iterations, compilation) is not counted. Attention includes permutations, planning is apart. The second table "
-        "is one attention call on random q, k, v per kind of plan.",
+        "is one attention call on random q, k, v per kind of plan.\n\n"
+        "OMP_WAIT_POLICY: "
+        + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)")
+        + ". PASSIVE, which "
+        "helps small models, makes each of the many calls of `gather` wait for its threads.",
         steps,
         backends,
     )

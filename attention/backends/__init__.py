@@ -13,16 +13,16 @@ BACKENDS: dict[str, Backend] = {
     b.name: b for b in (FlexBackend(), GatherBackend(), ReferenceBackend(), SdpaBackend(), TritonBackend())
 }
 
-# Best first. On the CPU compiled FlexAttention wins on the uniform blocks of long sequences, one SDPA per query tile on
-# ragged runs and wherever a compilation of many seconds would not pay (measured: benchmarks/results/cpu_speed.md); on
+# Best first. On the CPU compiled FlexAttention wins on the blocks and bands of long sequences, one SDPA per query tile
+# on scattered runs and wherever a compilation would not pay (measured: benchmarks/results/cpu_speed.md); on
 # CUDA a launch per tile would be far too many. "triton" is in no list: it has not been measured on a GPU yet, so it
 # runs only when asked for by name.
 COMPILE_PAYS = 4096  # queries
 PREFERENCE = {
-    ("cpu", "uniform"): ("flex", "gather", "reference"),
-    ("cpu", "ragged"): ("gather", "flex", "reference"),
-    ("cuda", "uniform"): ("flex", "gather", "reference"),
-    ("cuda", "ragged"): ("flex", "gather", "reference"),
+    ("cpu", "regular"): ("flex", "gather", "reference"),
+    ("cpu", "scattered"): ("gather", "flex", "reference"),
+    ("cuda", "regular"): ("flex", "gather", "reference"),
+    ("cuda", "scattered"): ("flex", "gather", "reference"),
 }
 
 
@@ -37,13 +37,13 @@ def check_backend(name: str) -> str:
     return name
 
 
-def pick(name: str, request: Request, *, ragged: bool) -> Backend:
+def pick(name: str, request: Request, *, scattered: bool) -> Backend:
     """The backend for a call.
 
     Args:
         name: a backend, which then runs or raises, or "auto".
         request: what the call needs.
-        ragged: the plan is no uniform block mask.
+        scattered: the plan's tiles read many short runs (`BlockPlan.is_scattered`).
 
     Raises:
         ValueError: the name is unknown.
@@ -57,7 +57,7 @@ def pick(name: str, request: Request, *, ragged: bool) -> Backend:
     if request.dense and not request.lse:
         return BACKENDS["sdpa"]
     reasons = {}
-    kind = "ragged" if ragged or request.queries < COMPILE_PAYS else "uniform"
+    kind = "scattered" if scattered or request.queries < COMPILE_PAYS else "regular"
     for candidate in PREFERENCE.get((request.device.type, kind), tuple(BACKENDS)):
         reason = BACKENDS[candidate].declines(request)
         if reason is None:

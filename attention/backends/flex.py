@@ -67,12 +67,13 @@ class FlexBackend(Backend):
 
 def block_size(plan: BlockPlan) -> tuple[int, int]:
     """FlexAttention's `(queries, keys)` block: 128 on CUDA, whose kernels need it; on the CPU the plan's own blocks, so
-    that none is partly covered, or small ones for ragged plans, where the share of partly covered blocks decides."""
+    that none is partly covered, or large ones for bands, whose masks are then quick to build, and small
+    ones for scattered runs, where the share of partly covered blocks decides."""
     if plan.device.type == "cuda":
         return 128, 128
     if plan.block is not None:
         return plan.block
-    return (64, 64) if plan.n_q >= 2048 else (32, 32)
+    return (128, 128) if not plan.is_scattered else (64, 64) if plan.n_q >= 2048 else (32, 32)
 
 
 @functools.cache

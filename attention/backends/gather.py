@@ -1,4 +1,4 @@
-"""Dense attention of each query tile over its gathered runs of keys: ragged plans without a compiler."""
+"""Dense attention of each query tile over its gathered runs of keys: any plan without a compiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GatherBackend(Backend):
     """
 
     name = "gather"
-    summary = "one dense SDPA per query tile on its gathered keys; best for ragged plans on the CPU"
+    summary = "one dense SDPA per query tile on its gathered keys; best for scattered plans on the CPU"
     capability = Capability(
         devices=("cpu", "cuda"),
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -55,6 +55,7 @@ def _attend_tiles(
     """Attention of every tile of plan entry `(b, h)`, `[B', H', n_q, D]`."""
     starts, lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
     run_starts, run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
+    join = _Joiner(max(map(sum, run_lengths)), k, v)
     outputs = []
     for tile, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         if length == 0:
@@ -63,14 +64,30 @@ def _attend_tiles(
         if not runs:
             outputs.append(q.new_zeros(*q.shape[:2], length, v.shape[-1]))
             continue
-        keys, values = _join(k, runs), _join(v, runs)
+        keys, values = join(runs)
         for row in range(start, start + length, MAX_TILE_ROWS):
             piece = q[:, :, row : min(row + MAX_TILE_ROWS, start + length)]
             outputs.append(F.scaled_dot_product_attention(piece, keys, values, scale=scale))
     return torch.cat(outputs, 2)
 
 
-def _join(x: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
-    """The tokens of the runs, a view where there is one run."""
-    parts = [x[:, :, start : start + length] for start, length in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+class _Joiner:
+    """Brings the keys and values of some runs together: a view where there is one run, else a copy.
+
+    Without gradients all copies go through one buffer: memory that is new for each tile costs more than the copy.
+    """
+
+    def __init__(self, longest: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.sources = (k, v)
+        grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        self.buffers = None if grad else [x.new_empty(*x.shape[:2], longest, x.shape[-1]) for x in (k, v)]
+
+    def __call__(self, runs: list[tuple[int, int]]) -> list[torch.Tensor]:
+        if len(runs) == 1:
+            ((start, length),) = runs
+            return [x[:, :, start : start + length] for x in self.sources]
+        parts = [[x[:, :, start : start + length] for start, length in runs] for x in self.sources]
+        if self.buffers is None:
+            return [torch.cat(p, 2) for p in parts]
+        total = sum(length for _, length in runs)
+        return [torch.cat(p, 2, out=b[:, :, :total]) for p, b in zip(parts, self.buffers, strict=True)]

@@ -136,23 +136,23 @@ class TestPick:
         return Request(**{**values, "dense": False, "lse": False, "grad": False, **changes})
 
     def test_dense_goes_to_sdpa(self):
-        assert pick("auto", self.request(dense=True), ragged=False).name == "sdpa"
+        assert pick("auto", self.request(dense=True), scattered=False).name == "sdpa"
 
     @pytest.mark.compiler
     def test_auto_follows_what_is_measured_to_be_fast(self):
-        assert pick("auto", self.request(), ragged=True).name == "gather"
-        assert pick("auto", self.request(), ragged=False).name == "gather"
-        assert pick("auto", self.request(queries=8000), ragged=False).name == "flex"
+        assert pick("auto", self.request(), scattered=True).name == "gather"
+        assert pick("auto", self.request(), scattered=False).name == "gather"
+        assert pick("auto", self.request(queries=8000), scattered=False).name == "flex"
 
     def test_auto_respects_what_is_needed(self):
-        assert pick("auto", self.request(lse=True), ragged=True).name == "reference"
-        assert pick("auto", self.request(queries=8000, grad=True), ragged=False).name == "gather"
+        assert pick("auto", self.request(lse=True), scattered=True).name == "reference"
+        assert pick("auto", self.request(queries=8000, grad=True), scattered=False).name == "gather"
 
     def test_auto_without_a_compiler_takes_the_next(self, monkeypatch):
         monkeypatch.setattr("vidaccel.attention.backends.flex._cpp_compiler", lambda: False)
-        assert pick("auto", self.request(queries=8000), ragged=False).name == "gather"
+        assert pick("auto", self.request(queries=8000), scattered=False).name == "gather"
         with pytest.raises(RuntimeError, match="'flex'.*C\\+\\+ compiler"):
-            pick("flex", self.request(), ragged=False)
+            pick("flex", self.request(), scattered=False)
 
     @pytest.mark.parametrize(
         ("name", "changes", "message"),
@@ -167,15 +167,15 @@ class TestPick:
     )
     def test_a_named_backend_runs_or_says_why_not(self, name, changes, message):
         with pytest.raises(RuntimeError, match=message):
-            pick(name, self.request(**changes), ragged=True)
+            pick(name, self.request(**changes), scattered=True)
 
     def test_unknown_names_list_the_known(self):
         with pytest.raises(ValueError, match="unknown backend 'cuda'.*flex.*gather"):
-            pick("cuda", self.request(), ragged=True)
+            pick("cuda", self.request(), scattered=True)
 
     def test_auto_says_why_nothing_runs(self):
         with pytest.raises(RuntimeError, match="flex runs on cpu, cuda, not on meta"):
-            pick("auto", self.request(device=torch.device("meta")), ragged=True)
+            pick("auto", self.request(device=torch.device("meta")), scattered=True)
 
     def test_every_backend_describes_itself(self):
         for backend in BACKENDS.values():

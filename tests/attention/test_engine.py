@@ -106,7 +106,7 @@ def test_auto_says_once_what_it_chose():
     engine.enter(StepInfo(num_steps=1), LAYOUT)
     for layer in range(2):
         engine(*tokens(), layer)
-    assert engine.report().notes == ("backend auto: gather for ragged plans on cpu",)
+    assert engine.report().notes == ("backend auto: gather for scattered plans on cpu",)
 
 
 def test_a_named_backend_that_cannot_run_raises():
