@@ -145,7 +145,7 @@ def main(density: float = 0.2, rounds: int = 7, threads: int = 0, backend: str =
     steps, model = measure_steps(density, rounds, backend)
     backends = measure_backends(density, rounds)
     with (out / "cpu_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, steps[0])
+        writer = csv.DictWriter(file, steps[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(steps)
     write_markdown(

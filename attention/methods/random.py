@@ -15,11 +15,15 @@ from .base import Method, PlanMemory, check_count, check_fraction
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBlocks(Method):
-    """Uniform blocks kept at random, as many in each row of blocks, anew for each head, layer and step of a run.
+    """Uniform blocks kept at random, as many in each row of blocks, drawn for each head and layer.
+
+    Redrawn at each step, its errors differ from step to step and partly cancel over a run, which no fixed mask can do:
+    that is the control of methods that plan anew at each step. `redraw=False` is the control of fixed masks.
 
     Args:
         density: share of the key blocks each query block reads, in (0, 1].
         block_size: tokens per block.
+        redraw: new blocks at every step; else those of a layer's first call in a run stay, the same for a whole batch.
         seed: of the generator, which starts anew with each run.
     """
 
@@ -31,6 +35,7 @@ class RandomBlocks(Method):
 
     density: float = 0.3
     block_size: int = 16
+    redraw: bool = True
     seed: int = 0
     schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.2))
 
@@ -44,12 +49,18 @@ class RandomBlocks(Method):
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
+        if "random" in memory.call:
+            return memory.call["random"]
         if "generator" not in memory.run:
             memory.run["generator"] = torch.Generator().manual_seed(self.seed)
         batch, heads, length = q.shape[:3]
+        batch = batch if self.redraw else 1
         blocks = -(-length // self.block_size)
         kept = max(1, round(self.density * blocks))
         scores = torch.rand(batch, heads, blocks, blocks, generator=memory.run["generator"])
         chosen = scores.topk(kept, dim=-1).indices
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
-        return BlockPlan.from_block_mask(mask, self.block_size, self.block_size, length, length).to(q.device)
+        plan = BlockPlan.from_block_mask(mask, self.block_size, self.block_size, length, length).to(q.device)
+        if not self.redraw:
+            memory.call["random"] = plan
+        return plan

@@ -157,6 +157,16 @@ def test_records_of_old_runs_are_dropped():
     assert engine.report().runs() == list(range(4, 12))
 
 
+def test_the_fixed_control_keeps_its_plan_for_a_run():
+    engine, memories = make(RandomBlocks(redraw=False)), []
+    for run, step in ((0, 0), (0, 1), (1, 0)):
+        engine.enter(StepInfo(run, step, 2), LAYOUT)
+        engine(*tokens(batch=2), 0)
+        memories.append(engine._call_memory[next(iter(engine._call_memory))]["random"])
+    assert memories[0] is memories[1] is not memories[2]
+    assert memories[0].to_dense_mask().equal(memories[2].to_dense_mask())  # the same seed
+
+
 def test_reports_are_json(tmp_path):
     import json
 

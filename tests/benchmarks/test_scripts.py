@@ -27,7 +27,7 @@ def test_quality(tmp_path):
     arguments = ["--prompts", "2", "--steps", "3", "--densities", "0.5", "--processes", "1"]
     run("quality.py", *arguments, "--out", str(tmp_path))
     rows = table(tmp_path / "quality.csv")
-    assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2", "random"]
+    assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2", "random", "random, fixed"]
     assert all(0.4 < float(r["density of sparse calls"]) < 0.6 for r in rows[1:])
     assert all(float(r["psnr mean"]) > 0 for r in rows[1:]) and rows[0]["psnr mean"] == ""
     assert (tmp_path / "quality.png").stat().st_size > 5000 and "| dense |" in (tmp_path / "quality.md").read_text()
