@@ -42,7 +42,7 @@ class SVG2(Method):
     summary: ClassVar[str] = (
         "k-means permutes queries and keys, each query cluster keeps the key clusters of highest mass"
     )
-    good_for: ClassVar[str] = "the best quality at a density; follows the content, not the grid"
+    good_for: ClassVar[str] = "quality from about a third of the pairs up; follows the content, not the grid"
     costs: ClassVar[str] = "k-means at every step; ragged plans"
     source: ClassVar[str] = "Sparse VideoGen 2, arXiv 2505.18875"
 
