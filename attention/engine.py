@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .backends import check_backend
-from .functional import check_inputs, choose_backend
+from .functional import attend, check_inputs, choose_backend
 from .layout import VideoLayout
 from .methods import Method, PlanMemory, resolve_method
 from .plan import BlockPlan
@@ -168,7 +168,7 @@ class SparseAttention:
             chosen = choose_backend(q, k, v, plan, self.backend)
             chosen.prepare(plan)
         with Span(q.device) as span:
-            out, _ = chosen.attend(q, k, v, plan, q.shape[-1] ** -0.5, False)
+            out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
         density = plan.pairs().double().mean() / (plan.n_q * plan.n_kv)
         self._record(layer, "", chosen.name, density, plan_span, span, plan.details)
         if self.backend == "auto":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from .backends import Backend, Request, pick
+from .merge import merge
 from .plan import BlockPlan
+from .skipped import attend_skipped
 
 
 def sparse_attention(
@@ -38,8 +40,23 @@ def sparse_attention(
     """
     check_inputs(q, k, v, plan)
     chosen = choose_backend(q, k, v, plan, backend, return_lse=return_lse)
-    out, lse = chosen.attend(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
+    out, lse = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale, return_lse)
     return (out, lse) if return_lse else out
+
+
+def attend(
+    backend: Backend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    scale: float,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `Backend.attend` computes, merged with the means of the skipped clusters if the plan has them."""
+    if plan.skipped is None:
+        return backend.attend(q, k, v, plan, scale, return_lse)
+    return merge(*backend.attend(q, k, v, plan, scale, True), *attend_skipped(q, plan, scale))
 
 
 def choose_backend(
@@ -47,7 +64,8 @@ def choose_backend(
 ) -> Backend:
     """The backend that will run this call; see `backends.pick`."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    request = Request(q.device, q.dtype, q.shape[-1], q.shape[2], plan.is_dense, return_lse, grad)
+    lse = return_lse or plan.skipped is not None
+    request = Request(q.device, q.dtype, q.shape[-1], q.shape[2], plan.is_dense, lse, grad)
     return pick(backend, request, scattered=plan.is_scattered)
 
 

@@ -55,24 +55,52 @@ def kmeans(
     return labels, centers + mean
 
 
+def chain_order(centers: torch.Tensor) -> torch.Tensor:
+    """An order of `centers [B, H, C, D]` in which neighbours are alike, `[B, H, C]` int64.
+
+    Each is followed by the nearest one that is left, beginning with the one farthest from all others. Clusters that are
+    read together then lie side by side and join into fewer, longer runs. C small steps, no host sync.
+    """
+    distance = torch.cdist(centers, centers)
+    current = distance.sum(-1).argmax(-1, keepdim=True)
+    order = [current]
+    for _ in range(centers.shape[2] - 1):
+        column = current.unsqueeze(-2).expand(*distance.shape[:3], 1)
+        distance.scatter_(-1, column, torch.inf)
+        row = current.unsqueeze(-1).expand(*current.shape, distance.shape[-1])
+        current = distance.gather(2, row).argmin(-1)
+        order.append(current)
+    return torch.cat(order, -1)
+
+
 def assign(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     """The nearest of `centers [B, H, C, D]` for each of `points [B, H, N, D]`: `[B, H, N]` int64.
 
     Works on some tokens at a time: all distances at once would be `N * C` numbers for each head.
     """
-    half_norm = centers.square().sum(-1).flatten(0, 1).unsqueeze(-2) / 2
-    columns = centers.flatten(0, 1).transpose(-1, -2).contiguous()
-    rows = CHUNK if points.device.type == "cpu" else max(CHUNK, GPU_DISTANCES // half_norm.numel())
-    chunks = points.flatten(0, 1).split(rows, dim=1)
-    nearest = [torch.baddbmm(half_norm, chunk, columns, beta=-1).argmax(-1) for chunk in chunks]
-    return torch.cat(nearest, 1).view(points.shape[:3])
+    half_norm = centers.square().sum(-1, keepdim=True).transpose(-1, -2) / 2
+    columns = centers.transpose(-1, -2).contiguous()
+    if points.device.type == "cpu":  # head by head, because a batched product is slower here
+        shape, points = points.shape[:3], points.flatten(0, 1)
+        heads = zip(points, half_norm.flatten(0, 1), columns.flatten(0, 1), strict=True)
+        nearest = [
+            torch.cat([torch.addmm(norm, chunk, column, beta=-1).argmax(-1) for chunk in head.split(CHUNK)])
+            for head, norm, column in heads
+        ]
+        return torch.stack(nearest).view(shape)
+    rows = max(CHUNK, GPU_DISTANCES // half_norm.numel())
+    chunks = points.split(rows, dim=2)
+    return torch.cat([(chunk @ columns).sub_(half_norm).argmax(-1) for chunk in chunks], 2)
 
 
 def update(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     """The mean point of each cluster, the old center where there is none."""
-    sums = torch.zeros_like(centers).scatter_add_(2, labels.unsqueeze(-1).expand(points.shape), points)
-    counts = cluster_sizes(labels, centers.shape[2]).unsqueeze(-1)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), centers)
+    batch, heads, clusters, width = centers.shape
+    # Whole rows added by `index_add_` take a fifth of the time of `scatter_add_`, which adds number by number.
+    first = torch.arange(batch * heads, device=labels.device).view(batch, heads, 1) * clusters
+    sums = torch.zeros_like(centers).view(-1, width).index_add_(0, (labels + first).flatten(), points.flatten(0, 2))
+    counts = cluster_sizes(labels, clusters).unsqueeze(-1)
+    return torch.where(counts > 0, sums.view_as(centers) / counts.clamp(min=1), centers)
 
 
 def cluster_sizes(labels: torch.Tensor, clusters: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .runs import FEW_RUNS, expand_runs, merge_segments
+from .skipped import SkippedClusters
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -36,6 +37,8 @@ class BlockPlan:
         is_dense: known, without a look at the runs, to cover every pair.
         selection: `(selected [Bp, Hp, T, C] bool, sizes [Bp, Hp, C])` when the runs were made from key clusters: the
             same fact in a form that some backends want. None for other plans.
+        skipped: the means of those clusters, when what a tile skips shall enter through them (`attention/skipped.py`).
+            A backend does not see it: `sparse_attention` and the engine merge that part with the backend's.
         details: facts for a report (head kinds, cluster sizes), never read by a backend.
 
     Raises:
@@ -53,6 +56,7 @@ class BlockPlan:
     block: tuple[int, int] | None = None
     is_dense: bool = False
     selection: tuple[torch.Tensor, torch.Tensor] | None = None
+    skipped: SkippedClusters | None = None
     details: dict[str, Any] = field(default_factory=dict)
     # Block masks by block size: a static plan serves every layer and step, and building one costs milliseconds.
     _block_masks: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
@@ -75,6 +79,8 @@ class BlockPlan:
                 raise ValueError(
                     f"BlockPlan.{name} must be int64 [1|B, 1|H, {length}], got {order.dtype} {tuple(order.shape)}."
                 )
+        if self.skipped is not None and self.selection is None:
+            raise ValueError("BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters.")
         if len({t.device for t in self._tensors()}) > 1:
             raise ValueError(f"BlockPlan tensors lie on several devices: {[str(t.device) for t in self._tensors()]}.")
 
@@ -162,7 +168,8 @@ class BlockPlan:
         moved = {name: getattr(self, name) for name in names}
         selection = None if self.selection is None else tuple(t.to(device) for t in self.selection)
         tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}
-        return replace(self, **tensors, selection=selection)
+        skipped = None if self.skipped is None else self.skipped.to(device)
+        return replace(self, **tensors, selection=selection, skipped=skipped)
 
     # -- what it says ---------------------------------------------------------------------------------------------
 
@@ -183,8 +190,12 @@ class BlockPlan:
         return self.block is None and self.run_start.shape[-1] > FEW_RUNS
 
     def pairs(self) -> torch.Tensor:
-        """Query-key pairs computed, `[Bp, Hp]` int64."""
-        return (self.tile_len.long() * self.run_len.sum(-1)).sum(-1)
+        """Query-key pairs computed, `[Bp, Hp]` int64; a mean key of a skipped cluster counts as one key."""
+        keys = self.run_len.sum(-1)
+        if self.skipped is not None:
+            selected, sizes = self.selection
+            keys = keys + (~selected & (sizes > 0).unsqueeze(-2)).sum(-1)
+        return (self.tile_len.long() * keys).sum(-1)
 
     def density(self) -> float:
         """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""
@@ -195,6 +206,14 @@ class BlockPlan:
         ends = (self.tile_start + self.tile_len).long().contiguous()
         positions = torch.arange(self.n_q, device=self.device).expand(*ends.shape[:2], -1).contiguous()
         return torch.searchsorted(ends, positions, right=True)
+
+    def tile_of_token(self) -> torch.Tensor:
+        """The tile of each query in sequence order, `[1|B, 1|H, n_q]` int64."""
+        tiles = self.tile_of_query()
+        if self.q_order is None:
+            return tiles
+        batch, heads = (max(pair) for pair in zip(tiles.shape[:2], self.q_order.shape[:2], strict=True))
+        return tiles.expand(batch, heads, -1).gather(-1, invert(self.q_order).expand(batch, heads, -1))
 
     def keys_of_tile(self) -> torch.Tensor:
         """The permuted keys each tile reads, `[Bp, Hp, T, n_kv]` bool."""

@@ -26,6 +26,7 @@ METHODS = {
     "radial": ("radial", {}),
     "svg": ("svg", {}),
     "svg2": ("svg2", {}),
+    "svg2, compensated": ("svg2", {"compensate": True}),
     "random": ("random", {}),
     "random, fixed": ("random", {"redraw": False}),
 }

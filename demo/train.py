@@ -82,7 +82,7 @@ def transformer(
     small_steps: SmallSteps = 1100,
     full_steps: FullSteps = 1000,
     focus_steps: FocusSteps = 800,
-    object_steps: ObjectSteps = 1200,
+    object_steps: ObjectSteps = 1900,
     clips: Clips = 3000,
     full_clips: FullClips = 1500,
     bf16: Bf16 = True,

@@ -12,6 +12,8 @@ from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
 
+SINK_SHARE = 0.2  # of a density: a method that decides whether to read the first frame whole spends no more on it
+
 
 @dataclass
 class PlanMemory:
@@ -78,6 +80,11 @@ class Method(abc.ABC):
             layout: where the video tokens are.
             memory: what this method left behind in earlier calls.
         """
+
+
+def first_frame_pays(layout: VideoLayout, density: float) -> bool:
+    """Whether reading the first frame whole leaves enough of a density for the rest: not in short videos."""
+    return layout.tokens_per_frame / layout.tokens <= SINK_SHARE * density
 
 
 def check_fraction(owner: str, name: str, value: float, *, fix: str) -> None:

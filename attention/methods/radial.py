@@ -21,7 +21,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, check_count, check_fraction
+from .base import Method, PlanMemory, check_count, check_fraction, first_frame_pays
 
 _THIN_BELOW = 128  # tokens; the published generator uses it at any block size
 _BLOCKS_PER_FRAME = 8  # at least so many where a size is chosen here
@@ -203,7 +203,7 @@ class Radial(Method):
             layout: the grid the density is meant for.
             density: token pairs computed over all token pairs, above 0 to 1.
             block_size, schedule: as in `Radial`.
-            sink: as in `Radial`; when None one frame, where that is at most a third of `density`, else none.
+            sink: as in `Radial`; when None one frame, where that is at most a fifth of `density`, else none.
             near, min_window, thinning: fixed when given, searched when None.
 
         Raises:
@@ -211,7 +211,7 @@ class Radial(Method):
         """
         check_fraction("Radial.for_density", "density", density, fix="0.25 is usual")
         if sink is None:
-            sink = layout.tokens_per_frame / layout.tokens <= density / 3
+            sink = first_frame_pays(layout, density)
         base = cls(block_size, sink=sink) if schedule is None else cls(block_size, sink=sink, schedule=schedule)
         best, found, reached = base, math.inf, []
         for config_at, steps in _searches(base, layout, near, min_window, thinning):

@@ -10,7 +10,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, check_count, check_fraction
+from .base import Method, PlanMemory, check_count, check_fraction, first_frame_pays
 
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
@@ -33,7 +33,7 @@ class SVG(Method):
             since the first frame and their band overlap elsewhere.
         profile_rows: query rows sampled over the whole sequence, at least 1.
         tile: queries per tile; by the length of the sequence when None.
-        sink: whether every query also reads the whole first frame; when None, where that frame is at most a third of
+        sink: whether every query also reads the whole first frame; when None, where that frame is at most a fifth of
             `density`, so not in short videos.
         seed: of the choice of rows.
         schedule: dense steps and layers; a quarter of the steps by default, as in the paper.
@@ -152,7 +152,7 @@ class SVG(Method):
     def _has_sink(self, layout: VideoLayout) -> bool:
         if self.sink is not None:
             return self.sink
-        return layout.tokens_per_frame / layout.tokens <= self.density / 3
+        return first_frame_pays(layout, self.density)
 
     def _density(self, layout: VideoLayout, width: int) -> float:
         return self.band(layout, width, temporal=False).density()

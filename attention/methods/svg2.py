@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
-from ..kmeans import cluster_sizes, kmeans
+from ..kmeans import chain_order, cluster_sizes, kmeans, update
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
+from ..skipped import SkippedClusters
 from .base import Method, PlanMemory, check_count, check_fraction
 
 
@@ -24,11 +26,15 @@ class SVG2(Method):
     outside: they read and are read by everything.
 
     Args:
-        q_clusters, k_clusters: clusters of queries and of keys; when None `9.45 N^0.21` and `1.8 N^0.5`, which is the
-            paper's (100, 500) at 75,600 tokens, (63, 165) at 8,448 and (36, 43) at 576. Short sequences need relatively
-            many query clusters: one that spans a whole object and its background has no keys to leave out.
+        q_clusters, k_clusters: clusters of queries and of keys; when None `0.364 N^0.5`, at least 36, and `1.8 N^0.5`,
+            which is the paper's (100, 500) at 75,600 tokens, (36, 165) at 8,448 and (36, 43) at 576. Short sequences
+            need relatively many query clusters: one that spans a whole object and its background has no keys to leave
+            out.
         top_p: share of the estimated softmax mass to keep, in (0, 1].
         min_ratio: share of the key clusters that is always kept, in [0, 1].
+        compensate: let the clusters that a query does not read enter through their mean key and mean value (see
+            `attention/skipped.py`). Those pairs count in the density: one per query and skipped cluster, which is
+            little in long sequences and much in short ones. Needs a backend that returns the log-sum-exp.
         density: when given, replaces `top_p` and `min_ratio`: each call finds the `top_p` that computes this share of
             all pairs, the mean over its heads, in (0, 1]. Each query cluster keeps its best key cluster all the same.
         init_iterations: k-means iterations at the first sparse step of a run. step_iterations: at every later one.
@@ -51,6 +57,7 @@ class SVG2(Method):
     top_p: float = 0.9
     min_ratio: float = 0.1
     density: float | None = None
+    compensate: bool = False
     init_iterations: int = 50
     step_iterations: int = 2
     schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.3))
@@ -71,11 +78,14 @@ class SVG2(Method):
 
     def check(self, layout: VideoLayout) -> None:
         self.cluster_counts(layout.video_tokens)
-        least = 1 - (layout.video_tokens / layout.tokens) ** 2
+        text_pairs = layout.tokens**2 - layout.video_tokens**2
+        mean_pairs = layout.video_tokens * self.cluster_counts(layout.video_tokens)[1] if self.compensate else 0
+        least = (text_pairs + mean_pairs) / layout.tokens**2
         if self.density is not None and self.density <= least:
             raise ValueError(
                 f"SVG2 density is {self.density}, but {layout.text_tokens} of the {layout.tokens} tokens are text, "
-                f"which stays dense and makes {least:.3f} of the pairs: raise density."
+                f"which stays dense{' (and compensate=True reads a mean of each cluster)' if self.compensate else ''}, "
+                f"and makes {least:.3f} of the pairs: raise density."
             )
 
     def expected_density(self, layout: VideoLayout) -> float | None:
@@ -88,7 +98,7 @@ class SVG2(Method):
             ValueError: more clusters were asked for than there are tokens.
         """
         counts = []
-        for name, rule in (("q_clusters", 9.45 * tokens**0.21), ("k_clusters", 1.8 * tokens**0.5)):
+        for name, rule in (("q_clusters", max(36, 0.364 * tokens**0.5)), ("k_clusters", 1.8 * tokens**0.5)):
             asked = getattr(self, name)
             if asked is not None and asked > tokens:
                 raise ValueError(
@@ -108,9 +118,13 @@ class SVG2(Method):
         if self.density is None:
             top_p, forced = self.top_p, int(self.min_ratio * k_clusters)
         else:
-            top_p, forced = _top_p_for(self.density, mass, q_sizes, k_sizes, layout), 1
+            top_p, forced = _top_p_for(self.density, mass, q_sizes, k_sizes, layout, self.compensate), 1
         selected = _select(mass, top_p, forced)
         plan = _with_text(q_labels, k_labels, q_sizes, k_sizes, selected, layout)
+        if self.compensate:
+            v_means = update(v[:, :, layout.video].float(), k_labels, torch.zeros_like(k_centroids))
+            text = (0, 0, 0, int(layout.text_tokens > 0))  # the text's own cluster, which is never skipped
+            plan = replace(plan, skipped=SkippedClusters(*(F.pad(x, text) for x in (k_centroids, v_means))))
         deciles = torch.linspace(0, 1, 11, device=q.device)
         return plan.with_details(
             q_cluster_sizes=torch.quantile(q_sizes.float().flatten(), deciles),
@@ -125,6 +139,11 @@ class SVG2(Method):
         start = memory.get(key)
         iterations = self.init_iterations if start is None else self.step_iterations
         labels, centroids = kmeans(x[:, :, layout.video], clusters, iterations, start)
+        if start is None:
+            # Later steps start from these centroids, so they keep this order at no cost.
+            order = chain_order(centroids)
+            centroids = centroids.gather(2, order.unsqueeze(-1).expand(centroids.shape))
+            labels = order.argsort(-1).gather(-1, labels)
         memory[key] = centroids
         return labels, centroids
 
@@ -167,27 +186,34 @@ def _select(mass: torch.Tensor, top_p: float | torch.Tensor, forced: int) -> tor
 
 
 def _top_p_for(
-    density: float, mass: torch.Tensor, q_sizes: torch.Tensor, k_sizes: torch.Tensor, layout: VideoLayout
+    density: float,
+    mass: torch.Tensor,
+    q_sizes: torch.Tensor,
+    k_sizes: torch.Tensor,
+    layout: VideoLayout,
+    compensate: bool,
 ) -> torch.Tensor:
-    """The `top_p` at which this call computes `density` of all pairs, `[B, 1, 1, 1]`, by bisection without a sync.
+    """The smallest `top_p` at which this call computes `density` of all pairs, `[B, 1, 1, 1]`, without a host sync.
 
     One value for all heads lets a diffuse head read more than a sharp one; one for each batch entry keeps a video from
     depending on its neighbours in the batch.
     """
     ranking, before = _ranked(mass)
-    keys = k_sizes.unsqueeze(-2).expand(mass.shape).gather(-1, ranking).double()
-    queries = q_sizes.unsqueeze(-1).double()
+    keys = k_sizes.unsqueeze(-2).expand(mass.shape).gather(-1, ranking)
+    clusters = 0
+    if compensate:  # each query reads the mean of a cluster unless it reads its tokens
+        clusters = (k_sizes > 0).sum((1, 2)).unsqueeze(-1)
+        keys = (keys - 1).clamp(min=0)
+    pairs = (keys * q_sizes.unsqueeze(-1)).flatten(1)
     text_pairs = layout.tokens**2 - layout.video_tokens**2
-    wanted = (density * layout.tokens**2 - text_pairs) * mass.shape[1]
-    low = mass.new_zeros(mass.shape[0], 1, 1, 1)
-    high = torch.ones_like(low)
-    for _ in range(20):
-        middle = (low + high) / 2
-        keep = before < middle
-        keep[..., :1] = True
-        enough = (keys * keep * queries).sum((1, 2, 3), keepdim=True) >= wanted
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return high
+    wanted = (density * layout.tokens**2 - text_pairs) * mass.shape[1] - clusters * layout.video_tokens
+    # Raising top_p takes in the pairs of clusters in the order of the mass that lies before them; the best cluster of
+    # each row, before which there is none, comes first and is kept anyway.
+    thresholds, order = before.flatten(1).sort(-1)
+    total = pairs.gather(-1, order).cumsum(-1)
+    last = (total < wanted).sum(-1, keepdim=True).clamp(max=total.shape[-1] - 1)
+    above = torch.nextafter(thresholds.gather(-1, last), thresholds.new_tensor(torch.inf))
+    return above.view(-1, 1, 1, 1)
 
 
 def _with_text(
@@ -208,5 +234,5 @@ def _with_text(
         lead = q_sizes.shape[:2]
         text_size = q_sizes.new_full((*lead, 1), layout.text_tokens)
         q_sizes, k_sizes = torch.cat([q_sizes, text_size], -1), torch.cat([k_sizes, text_size], -1)
-        selected = torch.nn.functional.pad(selected, (0, 1, 0, 1), value=True)
+        selected = F.pad(selected, (0, 1, 0, 1), value=True)
     return BlockPlan.from_clusters(q_sizes, k_sizes, selected, *orders)

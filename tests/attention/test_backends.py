@@ -76,6 +76,27 @@ def test_the_reference_in_float64_is_the_definition_and_returns_its_lse():
     torch.testing.assert_close(sums, lse.float())
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gather_returns_the_lse_too(dtype):
+    plan, mask = PLANS["ragged"]()
+    q, k, v = tokens(dtype)
+    expected, lse = masked_attention(q.double(), k.double(), v.double(), mask)
+    out, sums = sparse_attention(q, k, v, plan, backend="gather", return_lse=True)
+    assert out.dtype == dtype and (out.double() - expected).abs().max() <= TOLERANCE[dtype]
+    assert sums.dtype == torch.float32 and (sums - lse).abs().max() <= 2e-5
+
+
+def test_gather_keeps_what_the_gradient_of_the_queries_alone_needs():
+    plan, mask = clusters(1, 2, 40, 40, 5, 9)
+    mask[..., 0] = True
+    plan = BlockPlan.from_block_mask(mask, 1, 1, 40, 40)
+    q, k, v = (torch.randn(1, 2, 40, 16, dtype=torch.float64) for _ in range(3))
+    q.requires_grad_()
+    (got,) = torch.autograd.grad(sparse_attention(q, k, v, plan, backend="gather").square().sum(), q)
+    (expected,) = torch.autograd.grad(masked_attention(q, k, v, mask)[0].square().sum(), q)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("backend", SPARSE)
 def test_rows_without_keys_give_zero_not_nan(backend):
     blocks = torch.zeros(5, 5, dtype=torch.bool)
@@ -145,7 +166,7 @@ class TestPick:
         assert pick("auto", self.request(queries=8000), scattered=False).name == "flex"
 
     def test_auto_respects_what_is_needed(self):
-        assert pick("auto", self.request(lse=True), scattered=True).name == "reference"
+        assert pick("auto", self.request(lse=True, queries=2**16), scattered=False).name == "gather"
         assert pick("auto", self.request(queries=8000, grad=True), scattered=False).name == "gather"
 
     def test_auto_without_a_compiler_takes_the_next(self, monkeypatch):
@@ -158,7 +179,7 @@ class TestPick:
         ("name", "changes", "message"),
         [
             ("sdpa", {}, "dense attention only"),
-            ("gather", {"lse": True}, "no log-sum-exp on cpu"),
+            pytest.param("flex", {"lse": True}, "no log-sum-exp on cpu", marks=pytest.mark.compiler),
             pytest.param("flex", {"grad": True}, "no backward on cpu", marks=pytest.mark.compiler),
             pytest.param("flex", {"head_dim": 300}, "up to 256, not 300", marks=pytest.mark.compiler),
             pytest.param("flex", {"dtype": torch.float64}, "not float64", marks=pytest.mark.compiler),

@@ -1,0 +1,139 @@
+"""Centroid compensation: against its definition written out, exact where it must be, and of use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vidaccel import SVG2, BlockPlan, VideoLayout, sparse_attention
+from vidaccel.attention import PlanMemory
+from vidaccel.attention.skipped import SkippedClusters
+
+LAYOUT = VideoLayout(4, 6, 6)
+SETTINGS = {"q_clusters": 6, "k_clusters": 12, "init_iterations": 4}
+
+
+def clustered(layout: VideoLayout, spread: float, seed: int = 0) -> list[torch.Tensor]:
+    """q, k, v `[2, 2, N, 16]` in float32 around a few centers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 2, layout.tokens, 16)
+    centers = torch.randn(10, 16, generator=generator) * 2
+    picks = torch.randint(0, 10, shape[:3], generator=generator)
+    noise = torch.randn(3, *shape, generator=generator)
+    return [centers[picks] + spread * noise[0], centers[picks.flip(2)] + spread * noise[1], noise[2]]
+
+
+def plan_of(q, k, v, layout, **settings) -> BlockPlan:
+    return SVG2(**{**SETTINGS, **settings}).plan(q, k, v, layout, PlanMemory())
+
+
+def written_out(q, k, v, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition in float64: each key is itself where it is read, and the mean of its cluster where it is not."""
+    read = plan.to_dense_mask().expand(*q.shape[:2], -1, -1)
+    order = plan.kv_order.expand(*k.shape[:2], -1)
+    sizes = plan.selection[1].expand(*k.shape[:2], -1)
+    q, k, v = q.double(), k.double(), v.double()
+    means = [torch.empty_like(k), torch.empty_like(v)]
+    for b in range(k.shape[0]):
+        for h in range(k.shape[1]):
+            for members in order[b, h].split(sizes[b, h].tolist()):
+                for mean, x in zip(means, (k, v), strict=True):
+                    mean[b, h, members] = x[b, h, members].mean(0)
+    scale = q.shape[-1] ** -0.5
+    scores = torch.where(read, q @ k.transpose(-1, -2), q @ means[0].transpose(-1, -2)) * scale
+    weights = scores.softmax(-1)
+    out = (weights * read) @ v + (weights * ~read) @ means[1]
+    return out, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, VideoLayout(4, 6, 6, text_before=3, text_after=5)])
+@pytest.mark.parametrize("backend", ["gather", "reference", "auto"])
+def test_equals_attention_to_the_means_of_what_is_skipped(layout, backend):
+    q, k, v = clustered(layout, 0.5)
+    plan = plan_of(q, k, v, layout, density=0.45, compensate=True)
+    expected, sums = written_out(q, k, v, plan)
+    out, lse = sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=3e-6)
+    torch.testing.assert_close(lse.double(), sums, atol=3e-6, rtol=3e-6)
+
+
+def test_half_precision_keeps_its_dtype():
+    q, k, v = (x.bfloat16() for x in clustered(LAYOUT, 0.5))
+    plan = plan_of(q, k, v, LAYOUT, density=0.45, compensate=True)
+    out = sparse_attention(q, k, v, plan)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - written_out(q, k, v, plan)[0]).abs().max() < 2e-2
+
+
+def test_dense_attention_comes_out_when_the_keys_of_a_cluster_are_equal():
+    q, _, v = clustered(LAYOUT, 0.5)
+    k = clustered(LAYOUT, 0.0)[1]
+    plan = plan_of(q, k, v, LAYOUT, k_clusters=40, init_iterations=30, density=0.5, compensate=True)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    error = (sparse_attention(q, k, v, plan) - dense).abs().max()
+    # Values of a cluster have equal weights too, so that their mean stands for them exactly.
+    assert plan.density() < 0.6 and error < 1e-5
+
+
+def test_a_query_that_reads_everything_is_left_as_it_is():
+    q, k, v = clustered(LAYOUT, 0.5)
+    plan = plan_of(q, k, v, LAYOUT, top_p=1.0, min_ratio=1.0, compensate=True)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(sparse_attention(q, k, v, plan), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_it_lowers_the_error_at_equal_density():
+    layout, errors = VideoLayout(8, 8, 8), {False: 0.0, True: 0.0}
+    for seed in range(4):
+        q, k, v = clustered(layout, 0.3, seed)
+        dense = F.scaled_dot_product_attention(q, k, v)
+        for compensate in errors:
+            plan = plan_of(q, k, v, layout, k_clusters=20, density=0.3, compensate=compensate)
+            assert plan.density() == pytest.approx(0.3, abs=0.02)
+            errors[compensate] += float((sparse_attention(q, k, v, plan) - dense).norm())
+    assert errors[True] < 0.8 * errors[False]
+
+
+def test_the_density_counts_one_key_for_each_skipped_cluster():
+    sizes = torch.tensor([[[3, 5, 0, 2]]])
+    selected = torch.tensor([[[[True, False, False, False], [True, True, False, True]]]])
+    plan = BlockPlan.from_clusters(torch.tensor([[[4, 6]]]), sizes, selected)
+    means = torch.zeros(1, 1, 4, 8)
+    with_means = BlockPlan(
+        **{f: getattr(plan, f) for f in ("n_q", "n_kv", "tile_start", "tile_len", "run_start", "run_len", "selection")},
+        skipped=SkippedClusters(means, means),
+    )
+    assert plan.pairs().item() == 4 * 3 + 6 * 10
+    assert with_means.pairs().item() == 4 * (3 + 2) + 6 * 10  # the empty cluster has no mean
+    assert with_means.to("cpu").skipped is not None
+
+
+def test_means_without_a_selection_are_refused():
+    dense = BlockPlan.dense(4, 4)
+    means = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="from_clusters"):
+        BlockPlan(
+            4,
+            4,
+            dense.tile_start,
+            dense.tile_len,
+            dense.run_start,
+            dense.run_len,
+            skipped=SkippedClusters(means, means),
+        )
+
+
+def test_a_density_that_the_means_alone_exceed_is_refused():
+    with pytest.raises(ValueError, match="mean of each cluster.*raise density"):
+        SVG2(k_clusters=72, density=0.4, compensate=True).check(LAYOUT)
+
+
+def test_gradients_reach_the_queries_through_both_parts():
+    q, k, v = clustered(LAYOUT, 0.5)
+    q.requires_grad_()
+    with torch.no_grad():
+        plan = plan_of(q, k, v, LAYOUT, density=0.45, compensate=True)
+    (ours,) = torch.autograd.grad(sparse_attention(q, k, v, plan).square().sum(), q)
+    (theirs,) = torch.autograd.grad(written_out(q, k, v, plan)[0].square().sum(), q)
+    torch.testing.assert_close(ours, theirs.float(), atol=1e-4, rtol=1e-3)
