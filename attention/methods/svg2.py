@@ -37,7 +37,9 @@ class SVG2(Method):
             little in long sequences and much in short ones. Needs a backend that returns the log-sum-exp.
         density: when given, replaces `top_p` and `min_ratio`: each call finds the `top_p` that computes this share of
             all pairs, the mean over its heads, in (0, 1]. Each query cluster keeps its best key cluster all the same.
-        init_iterations: k-means iterations at the first sparse step of a run. step_iterations: at every later one.
+        init_iterations: k-means iterations at the first sparse step of a run.
+        step_iterations: at every later one; 1 here and 2 in the paper, which costs twice as much and lowered the error
+            of a call by 0.2 % on the demo model.
         schedule: dense steps and layers; 30 % of the steps by default, as in the paper.
 
     Raises:
@@ -59,7 +61,7 @@ class SVG2(Method):
     density: float | None = None
     compensate: bool = False
     init_iterations: int = 50
-    step_iterations: int = 2
+    step_iterations: int = 1
     schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.3))
 
     def __post_init__(self) -> None:
