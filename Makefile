@@ -24,10 +24,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-9s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables: PYTHON, TORCH_INDEX, PROMPT, METHODS, PYTEST_ARGS, BENCHMARKS (see the top of the Makefile)"
 
@@ -63,6 +63,10 @@ format: $(STAMP) ## repair style and formatting where that is safe
 
 bench: $(STAMP) ## run the benchmarks; the tables go to benchmarks/results/
 	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/$$name.py; done
+
+bench-gpu: $(STAMP) ## run the benchmarks that need a CUDA device
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/step.py --model wan-1.3b
 
 clean: ## delete .venv and what the demo and builds left
 	rm -rf $(VENV) demo_out build *.egg-info .pytest_cache .ruff_cache

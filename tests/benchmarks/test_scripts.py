@@ -27,7 +27,15 @@ def test_quality(tmp_path):
     arguments = ["--prompts", "2", "--steps", "3", "--densities", "0.5", "--processes", "1"]
     run("quality.py", *arguments, "--out", str(tmp_path))
     rows = table(tmp_path / "quality.csv")
-    assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2", "random", "random, fixed"]
+    assert [r["method"] for r in rows] == [
+        "dense",
+        "radial",
+        "svg",
+        "svg2",
+        "svg2, compensated",
+        "random",
+        "random, fixed",
+    ]
     assert all(0.4 < float(r["density of sparse calls"]) < 0.6 for r in rows[1:])
     assert all(float(r["psnr mean"]) > 0 for r in rows[1:]) and rows[0]["psnr mean"] == ""
     assert (tmp_path / "quality.png").stat().st_size > 5000 and "| dense |" in (tmp_path / "quality.md").read_text()
@@ -42,3 +50,51 @@ def test_cpu_speed(tmp_path):
     rows = table(tmp_path / "cpu_speed.csv")
     assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2"]
     assert all(0.15 < float(r["density"]) < 0.25 for r in rows[1:])
+
+
+def test_attention_goes_on_where_it_stopped(tmp_path):
+    arguments = ["--shapes", "tiny", "--densities", "0.5", "--dtype", "float32", "--repeats", "3", "--device", "cpu"]
+    arguments += ["--methods", "dense", "svg", "skewed clusters", "--out", str(tmp_path)]
+    run("attention.py", *arguments, "--budget-seconds", "0")
+    assert not (tmp_path / "attention.jsonl").exists() or not (tmp_path / "attention.jsonl").read_text()
+    run("attention.py", *arguments)
+    rows = table(tmp_path / "attention.csv")
+    gather = {r["plan"]: r for r in rows if r["implementation"] == "gather"}
+    assert set(gather) == {"dense", "svg", "skewed clusters"}
+    assert all(float(r["ms"]) > 0 and float(r["max_error"]) < 1e-5 and r["note"] == "" for r in gather.values())
+    assert 0.45 < float(gather["svg"]["density"]) < 0.55 and float(gather["svg"]["vs_dense"]) > 0
+    assert "| cpu | tiny | svg |" in (tmp_path / "attention.md").read_text()
+    assert (tmp_path / "attention.png").stat().st_size > 5000
+    stamp = (tmp_path / "attention.jsonl").read_text()
+    run("attention.py", *arguments)  # nothing left to do
+    assert (tmp_path / "attention.jsonl").read_text() == stamp
+
+
+def test_attention_backward(tmp_path):
+    arguments = ["--shapes", "tiny", "--densities", "0.5", "--dtype", "float32", "--repeats", "3", "--device", "cpu"]
+    run("attention.py", *arguments, "--methods", "dense", "svg", "--backward", "--out", str(tmp_path))
+    rows = table(tmp_path / "attention.csv")
+    assert {r["implementation"] for r in rows} == {"sdpa flash", "gather"} and {r["pass"] for r in rows} == {"backward"}
+    assert all(float(r["ms"]) > 0 for r in rows)
+
+
+def test_step(tmp_path):
+    size = ["--frames", "9", "--height", "64", "--width", "64"]
+    run(
+        "step.py",
+        "--model",
+        "tiny",
+        *size,
+        "--steps",
+        "2",
+        "--density",
+        "0.6",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    )
+    rows = table(tmp_path / "step-tiny-64x64x9.csv")
+    assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2"]
+    assert all(float(r["attention ms"]) > 0 for r in rows) and float(rows[3]["planning ms"]) > 0
+    assert float(rows[0]["density"]) == 1 and all(0.4 < float(r["density"]) < 0.8 for r in rows[1:])

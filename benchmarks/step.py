@@ -1,0 +1,141 @@
+"""One denoising step of a whole transformer with random weights, dense and with each method: where its time goes.
+
+    python benchmarks/step.py --model wan-1.3b                        # 480p, 81 frames, on a GPU
+    python benchmarks/step.py --model wan-14b --height 720 --width 1280 --layers 8
+    python benchmarks/step.py --model tiny --frames 9 --height 64 --width 64 --device cpu
+
+Random weights have the speed of trained ones. k-means takes as long as on real tokens, and plans have the density that
+was asked for; which head is spatial or temporal is meaningless. Needs diffusers. `--layers` measures fewer layers than
+the model has, where memory or time is short; the time outside attention shrinks with them. Results go to
+`benchmarks/results/step-*`, one table per model and size.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from common import RESULTS, environment_line, write_markdown
+
+# What differs from `WanTransformer3DModel`'s defaults, which are those of Wan 2.1 14B.
+MODELS = {
+    "tiny": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2, "text_dim": 64},
+    "wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "wan-14b": {},
+}
+METHODS = ("radial", "svg", "svg2")
+
+
+def measure(transformer, inputs: dict, config, schedule, backend: str, steps: int, device) -> dict[str, float | str]:
+    """Median seconds of a step after a warm-up, and of planning and attention in it."""
+    import torch
+
+    from vidaccel import accelerate
+
+    seconds, planning, attention = [], [], []
+    with torch.inference_mode(), accelerate(transformer, config, backend=backend, schedule=schedule) as handle:
+        for number in range(steps + 1):
+            before = len(handle.report().records)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            transformer(timestep=torch.tensor([900.0 - number], device=device), **inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            spent = time.perf_counter() - start
+            records = handle.report().records[before:]
+            if number == 0:
+                first = spent  # compiles, and begins k-means
+                continue
+            seconds.append(spent)
+            planning.append(sum(r.plan_seconds for r in records))
+            attention.append(sum(r.attention_seconds for r in records))
+        notes = handle.report().notes
+    low, middle, high = (1000 * f(seconds) for f in (min, statistics.median, max))
+    return {
+        "density": round(statistics.mean(r.density for r in records), 3),
+        "backend": records[0].backend,
+        "seconds": middle / 1000,
+        "step ms": f"{middle:.1f} ({low:.1f} to {high:.1f})",
+        "planning ms": round(1000 * statistics.median(planning), 1),
+        "attention ms": round(1000 * statistics.median(attention), 1),
+        "first step s": round(first, 1),
+        "peak MiB": round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else "",
+        "notes": "; ".join(notes),
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="tiny, wan-1.3b or wan-14b.")] = "wan-1.3b",
+    frames: Annotated[int, typer.Option(help="Pixel frames, 4k+1.")] = 81,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
+    density: Annotated[float, typer.Option(help="Of the sparse calls.")] = 0.25,
+    layers: Annotated[int, typer.Option(help="Fewer layers than the model has; 0 is all.")] = 0,
+    steps: Annotated[int, typer.Option(help="Measured steps, after one that is not counted.")] = 5,
+    backend: str = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
+    out: Path = RESULTS,
+) -> None:
+    """Measure dense and every method on random weights."""
+    if model not in MODELS:
+        raise typer.BadParameter(f"--model is {model!r}: choose {', '.join(MODELS)}.")
+    if frames % 4 != 1 or height % 16 or width % 16:
+        raise typer.BadParameter(f"{frames} frames of {height}x{width}: frames must be 4k+1, sizes multiples of 16.")
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from vidaccel import DenseSchedule, VideoLayout
+    from vidaccel.attention import METHODS as CLASSES
+
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    kind = getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype)
+    settings = MODELS[model] | ({"num_layers": layers} if layers else {})
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device(device):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(kind)
+        transformer = WanTransformer3DModel(**settings).eval()
+        torch.set_default_dtype(default)
+    config = transformer.config
+    latent = (1, config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    inputs = {
+        "hidden_states": torch.randn(latent, generator=generator, device=device, dtype=kind),
+        "encoder_hidden_states": torch.randn(1, 512, config.text_dim, generator=generator, device=device, dtype=kind),
+        "return_dict": False,
+    }
+    layout = VideoLayout(latent[2], latent[3] // 2, latent[4] // 2)
+    rows = []
+    for name in ("dense", *METHODS):
+        method = CLASSES[METHODS[0] if name == "dense" else name].for_density(layout, density, schedule=DenseSchedule())
+        schedule = DenseSchedule(first_steps=10**6) if name == "dense" else None
+        row = measure(transformer, inputs, method, schedule, backend, steps, device)
+        base = rows[0]["seconds"] if rows else row["seconds"]
+        rows.append({"method": name, "step speed-up": f"{base / row['seconds']:.2f}x", **row})
+        print(name, row["step ms"], "ms", flush=True)
+    table = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    stem = f"step-{model}-{width}x{height}x{frames}"
+    with (out / f"{stem}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    write_markdown(
+        out / f"{stem}.md",
+        f"One step of {model}, {frames} frames of {width}x{height}: {layout.tokens} tokens",
+        f"`python benchmarks/step.py --model {model} --frames {frames} --height {height} --width {width} --density "
+        f"{density} --layers {layers} --steps {steps}`; random weights, {config.num_layers} layers of "
+        f"{config.num_attention_heads} heads of {config.attention_head_dim}, {kind}; {environment_line(device.type)}. "
+        f"Median of {steps} with the smallest and largest in brackets. The first step, which compiles kernels and "
+        "begins k-means, is apart.",
+        table,
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
