@@ -107,6 +107,11 @@ def _load_once() -> ModuleType:
     return module
 
 
+async def comfy_entrypoint() -> object:
+    """What ComfyUI calls when this folder lies in its `custom_nodes`."""
+    return await importlib.import_module(f"{_NAME}.nodes").comfy_entrypoint()
+
+
 def __getattr__(name: str) -> object:
     if _package is not None:
         return getattr(_package, name)

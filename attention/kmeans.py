@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
+
 import torch
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 4096  # tokens whose distances are held at once; all of them would be N x C numbers for each head
 GPU_DISTANCES = 2**27  # distances held at once on a GPU, over all heads: half a GiB
 
 
 def kmeans(
-    x: torch.Tensor, clusters: int, iterations: int, centroids: torch.Tensor | None = None
+    x: torch.Tensor,
+    clusters: int,
+    iterations: int,
+    centroids: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cluster tokens by squared Euclidean distance.
 
@@ -23,29 +33,40 @@ def kmeans(
         iterations: of assignment and update, at least 1; fewer where nothing moves any more (checked on the CPU only, a
             GPU would have to wait).
         centroids: `[B, H, C, D]` float32 to start from, those of the last step; tokens at even distances when None.
+        implementation: "torch", "triton" (the same up to ties, without a float32 copy of the tokens), or "auto": triton
+            on CUDA where it is installed.
 
     Returns:
         `(labels [B, H, N] int64, centroids [B, H, C, D] float32)`; the labels belong to the centroids *before* their
         last update, and a cluster that lost all its tokens keeps its centroid.
 
     Raises:
-        ValueError: more clusters than tokens, or no iteration.
+        ValueError: more clusters than tokens, no iteration, or an unknown implementation.
     """
+    if implementation not in ("auto", "torch", "triton"):
+        raise ValueError(f"kmeans got implementation={implementation!r}: choose auto, torch or triton.")
     tokens = x.shape[2]
     if not 1 <= clusters <= tokens or iterations < 1:
         raise ValueError(
             f"kmeans got clusters={clusters} and iterations={iterations}: clusters must lie between 1 and the {tokens} "
             "tokens, iterations be at least 1."
         )
-    points = x.float()
-    mean = points.mean(2, keepdim=True)
-    points = points - mean
+    mean = x.mean(2, keepdim=True, dtype=torch.float32)
     if centroids is None:
         # Even distances in a video sequence spread the first centroids over frames and places.
         picks = torch.linspace(0, tokens - 1, clusters, device=x.device).round().long()
-        centers = points[:, :, picks]
+        centers = x[:, :, picks] - mean
     else:
         centers = centroids - mean
+    if implementation == "triton" or (implementation == "auto" and x.is_cuda and _has_triton()):
+        from .kernels.kmeans import assign as nearest
+        from .kernels.kmeans import update as means
+
+        for _ in range(iterations):
+            labels = nearest(x, mean, centers)
+            centers = means(x, mean, labels, centers)
+        return labels, centers + mean
+    points = x - mean
     labels = None
     for _ in range(iterations):
         previous, labels = labels, assign(points, centers)
@@ -53,6 +74,14 @@ def kmeans(
         if previous is not None and x.device.type == "cpu" and previous.equal(labels):
             break
     return labels, centers + mean
+
+
+@functools.cache
+def _has_triton() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        logger.warning('k-means on the GPU runs in plain torch, which is slower: pip install "vidaccel[gpu]"')
+    return found
 
 
 def chain_order(centers: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .runs import FEW_RUNS, expand_runs, merge_segments
+from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments
 from .skipped import SkippedClusters
 
 if TYPE_CHECKING:
@@ -263,18 +263,7 @@ class BlockPlan:
             `(start, length, tile)`, each `[Bp, Hp, n_q // max_rows + T]` int32: pieces in order with the tile whose
             runs they read, padded with length 0. The shape depends on no value, so a GPU step needs no sync.
         """
-        pieces = (self.tile_len.long() + max_rows - 1) // max_rows
-        ends = pieces.cumsum(-1)
-        slots = self.n_q // max_rows + self.tile_len.shape[-1]
-        index = torch.arange(slots, device=self.device).expand(*ends.shape[:2], -1).contiguous()
-        tile = torch.searchsorted(ends.contiguous(), index, right=True)
-        real = tile < ends.shape[-1]
-        tile = tile.clamp(max=ends.shape[-1] - 1)
-        offset = (index - (ends - pieces).gather(-1, tile)) * max_rows
-        start = self.tile_start.long().gather(-1, tile) + offset
-        left = self.tile_len.long().gather(-1, tile) - offset
-        length = torch.where(real, left.clamp(0, max_rows), 0)
-        return torch.where(real, start, self.n_q).int(), length.int(), tile.int()
+        return cut_segments(self.tile_start, self.tile_len, self.n_q, max_rows)
 
     def validate(self) -> BlockPlan:
         """Check every promise of the class docstring (several host syncs) and return the plan.

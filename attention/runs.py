@@ -21,7 +21,8 @@ def merge_segments(
     Args:
         selected: `[..., T, C]` bool, the segments each of T query tiles reads.
         sizes: `[..., C]` integer, tokens per segment.
-        max_runs: number of run slots R. Without it R is the largest number of runs, which needs one host sync.
+        max_runs: number of run slots R. Without it R is on the CPU the largest number of runs, and on other devices,
+            which would have to be waited for, the largest that C segments can make.
 
     Returns:
         `(run_start, run_len)`, each `[..., T, R]` int32, unused slots at the end with length 0.
@@ -36,7 +37,10 @@ def merge_segments(
     begins = selected.clone()
     begins[..., 1:] &= ~selected[..., :-1]
     run_of = begins.cumsum(-1) - 1
-    slots = max_runs if max_runs is not None else max(1, int(begins.sum(-1).max()))
+    if max_runs is not None:
+        slots = max_runs
+    else:
+        slots = max(1, int(begins.sum(-1).max())) if begins.device.type == "cpu" else (begins.shape[-1] + 1) // 2
 
     # One slot more than asked for takes the writes of segments that belong to no run.
     shape = (*selected.shape[:-1], slots + 1)
@@ -46,6 +50,34 @@ def merge_segments(
     run_start.scatter_(-1, torch.where(begins, run_of, slots), starts)
     run_len.scatter_add_(-1, torch.where(selected, run_of, slots), sizes)
     return run_start[..., :-1].int(), run_len[..., :-1].int()
+
+
+def cut_segments(
+    start: torch.Tensor, length: torch.Tensor, total: int, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cut segments of an axis to pieces of at most `most` members.
+
+    Args:
+        start, length: `[..., S]` integer; the segments do not overlap.
+        total: length of the axis.
+        most: members of a piece.
+
+    Returns:
+        `(start, length, segment)`, each `[..., total // most + S]` int32: the pieces in order with the segment each is
+        of; unused slots at the end with start `total` and length 0. The shape depends on no value.
+    """
+    start, length = start.long(), length.long()
+    pieces = (length + most - 1) // most
+    ends = pieces.cumsum(-1)
+    slots = total // most + length.shape[-1]
+    index = torch.arange(slots, device=length.device).expand(*ends.shape[:-1], -1).contiguous()
+    segment = torch.searchsorted(ends.contiguous(), index, right=True)
+    real = segment < ends.shape[-1]
+    segment = segment.clamp(max=ends.shape[-1] - 1)
+    offset = (index - (ends - pieces).gather(-1, segment)) * most
+    left = length.gather(-1, segment) - offset
+    first = torch.where(real, start.gather(-1, segment) + offset, total)
+    return first.int(), torch.where(real, left.clamp(0, most), 0).int(), segment.int()
 
 
 def expand_runs(run_start: torch.Tensor, run_len: torch.Tensor, length: int) -> torch.Tensor:

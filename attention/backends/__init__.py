@@ -15,14 +15,13 @@ BACKENDS: dict[str, Backend] = {
 
 # Best first. On the CPU compiled FlexAttention wins on the blocks and bands of long sequences, one SDPA per query tile
 # on scattered runs and wherever a compilation would not pay (measured: benchmarks/results/cpu_speed.md); on
-# CUDA a launch per tile would be far too many. "triton" is in no list: it has not been measured on a GPU yet, so it
-# runs only when asked for by name.
+# CUDA a launch per tile would be far too many. The order on CUDA is by design, not yet by measurement.
 COMPILE_PAYS = 4096  # queries
 PREFERENCE = {
     ("cpu", "regular"): ("flex", "gather", "reference"),
     ("cpu", "scattered"): ("gather", "flex", "reference"),
-    ("cuda", "regular"): ("flex", "gather", "reference"),
-    ("cuda", "scattered"): ("flex", "gather", "reference"),
+    ("cuda", "regular"): ("triton", "flex", "gather", "reference"),
+    ("cuda", "scattered"): ("triton", "flex", "gather", "reference"),
 }
 
 

@@ -14,6 +14,38 @@ ANY_HEAD_DIM = 2**31
 
 
 @dataclass(frozen=True)
+class Precision:
+    """In which formats attention multiplies.
+
+    Args:
+        qk: "int8" computes Q K^T in 8 bits: Q and K quantised token by token, K less its mean over all keys; no
+            gradient. None: in the dtype of the inputs.
+        pv: "fp8" computes P V in float8_e4m3, with one scale per channel of V; only with `qk="int8"`. None: in the
+            dtype of the inputs.
+
+    Raises:
+        ValueError: another value, or `pv` without `qk`.
+    """
+
+    qk: str | None = None
+    pv: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("qk", "int8"), ("pv", "fp8")):
+            value = getattr(self, name)
+            if value is not None and value != known:
+                raise ValueError(f'{name}={value!r} is unknown: choose "{known}", or None for the dtype of the inputs.')
+        if self.pv is not None and self.qk is None:
+            raise ValueError(f'pv={self.pv!r} needs qk="int8": there is no kernel with P V alone in 8 bits.')
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in (("qk", self.qk), ("pv", self.pv)) if value is not None)
+
+
+AS_INPUTS = Precision()
+
+
+@dataclass(frozen=True)
 class Capability:
     """What a backend can run.
 
@@ -24,6 +56,7 @@ class Capability:
         lse: device types where it can return the log-sum-exp.
         backward: device types where gradients flow.
         sparse: skips what the plan skips; without it the backend takes dense plans only.
+        qk, pv: the values of `Precision` that it can compute with, besides None.
     """
 
     devices: tuple[str, ...]
@@ -32,6 +65,12 @@ class Capability:
     lse: tuple[str, ...]
     backward: tuple[str, ...]
     sparse: bool
+    qk: tuple[str, ...] = ()
+    pv: tuple[str, ...] = ()
+
+    def includes(self, precision: Precision) -> bool:
+        """Whether it can compute with these formats."""
+        return precision.qk in (None, *self.qk) and precision.pv in (None, *self.pv)
 
 
 @dataclass(frozen=True)
@@ -44,6 +83,7 @@ class Request:
         dense: the plan covers every pair.
         lse: the log-sum-exp is wanted.
         grad: an input requires a gradient.
+        precision: in which formats to multiply.
     """
 
     device: torch.device
@@ -53,6 +93,7 @@ class Request:
     dense: bool
     lse: bool
     grad: bool
+    precision: Precision = AS_INPUTS
 
 
 class Backend(abc.ABC):
@@ -83,6 +124,10 @@ class Backend(abc.ABC):
             return f"returns no log-sum-exp on {request.device.type}"
         if request.grad and request.device.type not in limits.backward:
             return f"has no backward on {request.device.type}"
+        if not limits.includes(request.precision):
+            return f"does not compute with {request.precision}"
+        if request.grad and request.precision != AS_INPUTS:
+            return f"has no backward with {request.precision}: call it under torch.no_grad(), or train without"
         if not request.dense and not limits.sparse:
             return "computes dense attention only"
         return None
@@ -94,7 +139,9 @@ class Backend(abc.ABC):
         head_dim = "any head_dim" if limits.max_head_dim >= ANY_HEAD_DIM else f"head_dim <= {limits.max_head_dim}"
         lse, backward = ("/".join(where) or "nowhere" for where in (limits.lse, limits.backward))
         kind = "any plan" if limits.sparse else "dense plans"
-        return f"{'/'.join(limits.devices)}; {dtypes}; {head_dim}; {kind}; LSE on {lse}; backward on {backward}"
+        text = f"{'/'.join(limits.devices)}; {dtypes}; {head_dim}; {kind}; LSE on {lse}; backward on {backward}"
+        formats = [f"{name} {value}" for name in ("qk", "pv") for value in getattr(limits, name)]
+        return "; ".join([text, *formats])
 
     def prepare(self, plan: BlockPlan) -> None:  # noqa: B027 (most backends take a plan as it is)
         """Make of a plan what `attend` will need of it, so that this is timed as planning."""
@@ -111,3 +158,16 @@ class Backend(abc.ABC):
             scale: multiplies the scores.
             return_lse: whether the second result is `[B, H, n_q]` float32 or None.
         """
+
+    def attend_quantized(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: BlockPlan,
+        scale: float,
+        return_lse: bool,
+        precision: Precision,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Like `attend`, with the formats of `precision`, which the backend's capability includes."""
+        raise NotImplementedError(f"backend {self.name!r} does not compute with {precision}.")

@@ -8,9 +8,10 @@ import os
 import torch
 
 from ..plan import BlockPlan
-from .base import Backend, Capability, Request
+from .base import Backend, Capability, Precision, Request
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+FP8_COMPUTE_CAPABILITY = (8, 9)
 
 
 class TritonBackend(Backend):
@@ -33,6 +34,8 @@ class TritonBackend(Backend):
         lse=("cuda", "cpu"),
         backward=("cuda", "cpu"),
         sparse=True,
+        qk=("int8",),
+        pv=("fp8",),
     )
 
     def __init__(self, gather_kv: bool = False) -> None:
@@ -61,6 +64,11 @@ class TritonBackend(Backend):
         reason = super().declines(request)
         if reason is None and request.device.type == "cpu" and request.dtype == torch.bfloat16:
             return "takes float16 and float32 in Triton's interpreter, which computes bfloat16 products wrongly"
+        if reason is None and request.precision.pv == "fp8":
+            found = (0, 0) if request.device.type == "cpu" else _compute_capability(request.device)
+            if found < FP8_COMPUTE_CAPABILITY:
+                here = "this is the cpu" if found == (0, 0) else f"this one has {found[0]}.{found[1]}"
+                return f'takes pv="fp8" on GPUs of compute capability 8.9 or higher, and {here}; leave pv out'
         return reason
 
     def attend(
@@ -80,6 +88,24 @@ class TritonBackend(Backend):
             plan.kv_order,
             float(scale),
             self.gather_kv,
+        )
+        return out, lse if return_lse else None
+
+    def attend_quantized(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: BlockPlan,
+        scale: float,
+        return_lse: bool,
+        precision: Precision,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from ..kernels.block_sparse_int8 import block_sparse_attention_int8
+
+        runs = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
+        out, lse = block_sparse_attention_int8(
+            q, k, v, *runs, float(scale), self.gather_kv, fp8_values=precision.pv == "fp8"
         )
         return out, lse if return_lse else None
 

@@ -1,17 +1,7 @@
 """Attention over a `BlockPlan` as Triton kernels: the forward pass, and the operator that autograd and compile see.
 
 One program computes one *piece*: at most `BLOCK_M` queries of one tile, of one head. It walks the runs of keys of that
-tile with an online softmax (FlashAttention-2, arXiv 2307.08691) in base 2 and float32.
-
-How runs become tiles of `BLOCK_N` keys: each run is cut, from its own first key, into whole tiles and one tail. The
-program walks all whole tiles first, without any mask, then all tails, each masked. Softmax does not care about the
-order, and both walks are flat loops, so that the loads of the next tile can be under way while this one is computed.
-Runs start anywhere: a tile is loaded row by row, and a row lies where it lies.
-
-What that costs: a tail takes as long as a whole tile. With runs of mean length L, about `BLOCK_N / (2 * L)` more pairs
-are computed than the plan names: 21 % for runs of 150 keys and tiles of 64, nothing for plans of aligned blocks.
-Packing the tails of several runs into one tile would save most of it, but needs a list of key positions per tile (4
-bytes for every tail key of every query tile) and a gather in place of contiguous rows.
+tile with an online softmax (FlashAttention-2, arXiv 2307.08691) in base 2 and float32; how is in `walk.py`.
 
 Orders: the rows of queries are read, and the outputs written, through `q_order`, since each is touched once. Keys and
 values are read by many tiles, so by default they are copied in permuted order first (`gather_kv=False`: the memory of
@@ -30,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan, permute
+from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
 LOG2E = math.log2(math.e)
 
@@ -81,187 +72,111 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-class Walk(NamedTuple):
-    """What a query piece reads, on the device, with shapes that depend on no value. `P` pieces, `R + 1` slots.
-
-    Args:
-        piece_start, piece_len, piece_tile: `[Bp, Hp, P]` int32; first permuted query, queries (0 is padding), tile;
-            the pieces with most keys first, so that what remains at the end of a head is short.
-        full_start, full_tiles: `[Bp, Hp, T, R + 1]` int32; of the runs with a whole tile: first key, whole tiles.
-        full_count: `[Bp, Hp, T]` int32, whole tiles of all runs together.
-        tail_start, tail_len: `[Bp, Hp, T, R + 1]` int32; of the runs with a tail: its first key, its keys.
-        tail_count: `[Bp, Hp, T]` int32, tails.
-    """
-
-    piece_start: torch.Tensor
-    piece_len: torch.Tensor
-    piece_tile: torch.Tensor
-    full_start: torch.Tensor
-    full_tiles: torch.Tensor
-    full_count: torch.Tensor
-    tail_start: torch.Tensor
-    tail_len: torch.Tensor
-    tail_count: torch.Tensor
-
-
-def make_walk(plan: BlockPlan, block_m: int, block_n: int) -> Walk:
-    """Cut a plan to pieces of `block_m` queries and its runs to tiles of `block_n` keys; no host sync."""
-    full = plan.run_len // block_n
-    tail = plan.run_len - full * block_n
-    full_start, full_tiles = _to_front(full, plan.run_start, full)
-    tail_start, tail_len = _to_front(tail, plan.run_start + full * block_n, tail)
-    full_count = full.sum(-1, dtype=torch.int32)
-    tail_count = (tail > 0).sum(-1, dtype=torch.int32)
-    start, length, tile = plan.cut(block_m)
-    work = (full_count + tail_count).gather(-1, tile.long()).masked_fill(length == 0, -1)
-    order = work.argsort(-1, descending=True)
-    pieces = [x.gather(-1, order).contiguous() for x in (start, length, tile)]
-    return Walk(*pieces, full_start, full_tiles, full_count.contiguous(), tail_start, tail_len, tail_count.contiguous())
-
-
-def _to_front(size: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
-    """The entries of `values [..., R]` where `size > 0`, moved to the front: `[..., R + 1]` contiguous.
-
-    The last slot takes what is dropped, so a kernel may look one entry past the last one it uses.
-    """
-    kept = size > 0
-    slots = size.shape[-1]
-    place = torch.where(kept, kept.cumsum(-1) - 1, slots)
-    shape = (*size.shape[:-1], slots + 1)
-    return [torch.zeros(shape, dtype=x.dtype, device=x.device).scatter_(-1, place, x) for x in values]
-
-
-# -- device code shared with the backward pass ----------------------------------------------------------------------
-
-
-@triton.jit
-def load_rows(ptr, rows, stride, inside, d, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a matrix, `[len(rows), D_PAD]`; 0 outside of `inside` (when MASKED) and beyond `D`."""
-    at = ptr + rows.to(tl.int64)[:, None] * stride + d[None, :]
-    if MASKED:
-        tile = tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    elif D < D_PAD:
-        tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
-def store_rows(ptr, rows, stride, inside, d, tile, D: tl.constexpr):
-    """Write rows of a matrix in its dtype."""
-    at = ptr + rows.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(at, tile.to(ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def token_rows(order_ptr, positions, inside, ORDERED: tl.constexpr, MASKED: tl.constexpr):
-    """The tokens at permuted positions."""
-    if not ORDERED:
-        rows = positions
-    elif MASKED:
-        rows = tl.load(order_ptr + positions, mask=inside, other=0)
-    else:
-        rows = tl.load(order_ptr + positions)
-    return rows
-
-
-@triton.jit
-def next_full_tile(start_ptr, tiles_ptr, slot, key, left, BLOCK_N: tl.constexpr):
-    """One whole tile on: within the run, or to the run in the next slot."""
-    done = left == 1
-    slot += done.to(tl.int64)
-    key = tl.where(done, tl.load(start_ptr + slot), key + BLOCK_N)
-    left = tl.where(done, tl.load(tiles_ptr + slot), left - 1)
-    return slot, key, left
+# Of the fp8 variant (`block_sparse_int8.py`): the power of two that lifts its weights; how many products may be added
+# before their sum moves to float32, at most the keys of a tile.
+FP8_LIFT = tl.constexpr(8.0)
+FP8_ADDED = tl.constexpr(32)
 
 
 # -- the forward kernel ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _attend_tile(
-    q, m, total, acc, k_ptr, v_ptr, k_sn, v_sn, rows, inside, d, qk_scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: `m` row maxima, `total` row sums, `acc` unnormalised output."""
-    k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+def _attend_tile(state, inputs, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """One step of the online softmax: `m` row maxima, `total` row sums, `acc` unnormalised output.
+
+    Where k is int8, its rows lie in permuted order, and `factor` holds the scale of each query; else it is one number.
+    Where v is fp8 (and k int8), the weights are lifted by 2 ** 8, to use what e4m3 can hold, which is 2 ** -9 to 448.
+    """
+    m, total, acc = state
+    q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr = inputs
+    d = tl.arange(0, D_PAD)
+    if k_ptr.dtype.element_ty == tl.int8:
+        k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
+        k_scale = tl.load(k_scale_ptr + keys, mask=inside, other=0.0)
+        # The scales of queries are above 0, so the maximum can be taken before them, and then they cost no step of
+        # their own: they are multiplied in where the maximum is subtracted, by one instruction.
+        scores = tl.dot(q, tl.trans(k)).to(tl.float32) * k_scale[None, :]
+    else:
+        k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
     # A tile has at least one key, so the new maximum is finite and the differences are never inf - inf.
-    new_m = tl.maximum(m, tl.max(scores, 1))
+    if k_ptr.dtype.element_ty == tl.int8:
+        new_m = tl.maximum(m, tl.max(scores, 1) * factor)
+        subtracted = new_m - FP8_LIFT if v_ptr.dtype.element_ty == tl.float8e4nv else new_m
+        p = tl.exp2(tl.fma(scores, factor[:, None], -subtracted[:, None]))
+    else:
+        new_m = tl.maximum(m, tl.max(scores, 1))
+        p = tl.exp2(scores - new_m[:, None])
     shrink = tl.exp2(m - new_m)
-    p = tl.exp2(scores - new_m[:, None])
-    v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    if v_ptr.dtype.element_ty == tl.float8e4nv:
+        # The tensor cores of compute capability 9 add fp8 products in few bits: after so many the sum moves to float32.
+        v = load_rows(v_ptr, keys, v_sn, inside, d, D, D_PAD, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], max_num_imprecise_acc=FP8_ADDED)
+    else:
+        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return new_m, total * shrink + tl.sum(p, 1), acc
 
 
 @triton.jit(do_not_specialize=["pieces", "tiles", "slots"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_shift_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn,
     q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
     piece_start_ptr, piece_len_ptr, piece_tile_ptr,
     full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
-    plan_sb, plan_sh, heads, n_q, pieces, tiles, slots, qk_scale,
+    plan_sb, plan_sh, heads, n_q, n_kv, pieces, tiles, slots, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
 ):  # fmt: skip
-    # The programs of a head lie side by side: those that run at a time share its keys in the L2 cache.
-    piece = tl.program_id(0) % pieces
-    head = (tl.program_id(0) // pieces).to(tl.int64)
-    b = head // heads
-    h = head % heads
-    entry = b * plan_sb + h * plan_sh
-    size = tl.load(piece_len_ptr + entry * pieces + piece)
+    b, h, start, size, tile = find_piece(
+        piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles
+    )
     if size == 0:
         return
-    start = tl.load(piece_start_ptr + entry * pieces + piece)
-    tile = entry * tiles + tl.load(piece_tile_ptr + entry * pieces + piece)
-
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
+    head = b * heads + h
     d = tl.arange(0, D_PAD)
-    inside_m = offs_m < size
+    inside_m = tl.arange(0, BLOCK_M) < size
+    positions = start + tl.arange(0, BLOCK_M)
     q_rows = token_rows(
-        q_order_ptr + b * q_order_sb + h * q_order_sh if Q_ORDERED else q_ptr, start + offs_m, inside_m, Q_ORDERED, True
+        q_order_ptr + b * q_order_sb + h * q_order_sh if Q_ORDERED else q_ptr, positions, inside_m, Q_ORDERED, True
     )
-    q = load_rows(q_ptr + b * q_sb + h * q_sh, q_rows, q_sn, inside_m, d, D, D_PAD, True)
-    k_ptr += b * k_sb + h * k_sh
-    v_ptr += b * v_sb + h * v_sh
+    q_ptr += b * q_sb + h * q_sh
+    if q_ptr.dtype.element_ty == tl.int8:
+        q = load_rows(q_ptr, positions, q_sn, inside_m, d, D, D_PAD, True)
+        factor = tl.load(q_scale_ptr + head * n_q + positions, mask=inside_m, other=1.0)
+        k_scale_ptr += head * n_kv
+    else:
+        q = load_rows(q_ptr, q_rows, q_sn, inside_m, d, D, D_PAD, True)
+        factor = qk_scale
     if GATHER_KV:
         kv_order_ptr += b * kv_order_sb + h * kv_order_sh
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-
-    slot = tile * slots
-    key = tl.load(full_start_ptr + slot)
-    left = tl.load(full_tiles_ptr + slot)
-    for _ in range(tl.load(full_count_ptr + tile)):
-        rows = token_rows(kv_order_ptr, key + offs_n, offs_n < BLOCK_N, GATHER_KV, False)
-        m, total, acc = _attend_tile(
-            q, m, total, acc, k_ptr, v_ptr, k_sn, v_sn, rows, offs_n < BLOCK_N, d, qk_scale, D, D_PAD, False
-        )
-        slot, key, left = next_full_tile(full_start_ptr, full_tiles_ptr, slot, key, left, BLOCK_N)
-
-    slot = tile * slots
-    for i in range(tl.load(tail_count_ptr + tile)):
-        key = tl.load(tail_start_ptr + slot + i)
-        inside = offs_n < tl.load(tail_len_ptr + slot + i)
-        rows = token_rows(kv_order_ptr, key + offs_n, inside, GATHER_KV, True)
-        m, total, acc = _attend_tile(
-            q, m, total, acc, k_ptr, v_ptr, k_sn, v_sn, rows, inside, d, qk_scale, D, D_PAD, True
-        )
+    m, total, acc = walk_keys(
+        _attend_tile, (m, total, acc),
+        (q, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, factor, k_scale_ptr),
+        tile, slots, kv_order_ptr,
+        full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+        D, D_PAD, BLOCK_N, GATHER_KV,
+    )  # fmt: skip
 
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    lse = m + tl.log2(tl.where(empty, 1.0, total))
+    if v_ptr.dtype.element_ty == tl.float8e4nv:
+        out *= tl.load(v_scale_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
+        lse -= FP8_LIFT
+    lse *= 0.6931471805599453
+    if q_ptr.dtype.element_ty == tl.int8:
+        lse += tl.load(lse_shift_ptr + head * n_q + positions, mask=inside_m, other=0.0)
     store_rows(out_ptr + b * out_sb + h * out_sh, q_rows, out_sn, inside_m, d, out, D)
-    tl.store(lse_ptr + head * n_q + q_rows, lse, mask=inside_m)
+    tl.store(lse_ptr + head * n_q + q_rows, tl.where(empty, float("-inf"), lse), mask=inside_m)
 
 
 # -- launch -----------------------------------------------------------------------------------------------------------
@@ -299,7 +214,45 @@ def keys_in_order(
     return rows_contiguous(k), rows_contiguous(v), kv_order
 
 
-def _results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: BlockPlan,
+    q_order: torch.Tensor | None,
+    kv_order: torch.Tensor | None,
+    qk_scale: float,
+    tiles: Tiles,
+    scales: tuple[torch.Tensor | None, ...] = (None, None, None, None),
+) -> None:
+    """Run the forward kernel into `out` and `lse`.
+
+    Args:
+        q, k, v: `[B, H, N, D]` with `stride(-1) == 1`; int8 q and k, and fp8 v, in permuted order.
+        plan: tiles and runs; its own orders are not read.
+        q_order: where a permuted query lies in `out`, and in q unless that is int8. kv_order: likewise in k and v.
+        qk_scale: multiplies the scores, in base 2; not read for int8.
+        scales: the scales of q, k and v and what to add to the log-sum-exp, where q and k are int8 (v: fp8).
+    """
+    walk = make_walk(plan, tiles.block_m, tiles.block_n)
+    (batch, heads), dim = q.shape[:2], q.shape[3]
+    pieces = walk.piece_len.shape[-1]
+    with on_device(q):
+        _forward_kernel[(pieces * batch * heads,)](
+            q, k, v, out, lse, *scales,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            *order_args(q_order), *order_args(kv_order), *walk,
+            *plan_strides(plan.tile_len.shape), heads, plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
+            walk.full_start.shape[-1], qk_scale,
+            D=dim, D_PAD=max(padded(dim), 32 // q.element_size()), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+
+
+def results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the output and the log-sum-exp."""
     return torch.empty_like(rows_contiguous(q)), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
@@ -330,30 +283,17 @@ def block_sparse_attention(
         `[B, H, n_q, D]` in the dtype and memory layout of q, and the log-sum-exp `[B, H, n_q]` float32. The latter is
         always written: it is 4 bytes a row, and the backward pass needs it.
     """
-    out, lse = _results(q)
-    q = rows_contiguous(q)
+    out, lse = results(q)
     plan = BlockPlan(q.shape[2], k.shape[2], tile_start, tile_len, run_start, run_len)
     tiles = choose_tiles(FORWARD_TILES, q, tile_len)
-    walk = make_walk(plan, tiles.block_m, tiles.block_n)
     k, v, kv_order = keys_in_order(k, v, kv_order, gather_kv)
-    pieces = walk.piece_len.shape[-1]
-    with on_device(q):
-        _forward_kernel[(pieces * q.shape[0] * q.shape[1],)](
-            q, k, v, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *order_args(q_order), *order_args(kv_order), *walk,
-            *plan_strides(tile_len.shape), q.shape[1], plan.n_q, pieces, tile_len.shape[-1],
-            walk.full_start.shape[-1], scale * LOG2E,
-            D=q.shape[3], D_PAD=padded(q.shape[3]), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+    launch_forward(rows_contiguous(q), k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, tiles)
     return out, lse
 
 
 @block_sparse_attention.register_fake
 def _(q, k, v, tile_start, tile_len, run_start, run_len, q_order, kv_order, scale, gather_kv=False):
-    return _results(q)
+    return results(q)
 
 
 def _save(ctx, inputs, output) -> None:

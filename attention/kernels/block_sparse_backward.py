@@ -26,17 +26,13 @@ from .block_sparse import (
     Tiles,
     choose_tiles,
     keys_in_order,
-    load_rows,
-    make_walk,
-    next_full_tile,
     on_device,
     order_args,
     padded,
     plan_strides,
     rows_contiguous,
-    store_rows,
-    token_rows,
 )
+from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
 # Keyed like FORWARD_TILES; initial values, not yet tuned by measurement.
 QUERY_TILES = {
@@ -90,10 +86,11 @@ def _delta_kernel(
 
 
 @triton.jit
-def _query_tile(
-    q, grad, lse2, delta, dq, k_ptr, v_ptr, k_sn, v_sn, rows, inside, d, qk_scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _query_tile(state, inputs, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """What a tile of keys adds to the gradient of the queries."""
+    (dq,) = state
+    q, grad, lse2, delta, k_ptr, v_ptr, k_sn, v_sn, qk_scale = inputs
+    d = tl.arange(0, D_PAD)
     k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     if MASKED:
@@ -102,7 +99,7 @@ def _query_tile(
     v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
     grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
     grad_scores = p * (grad_p - delta[:, None])
-    return tl.dot(grad_scores.to(k.dtype), k, dq, input_precision="ieee")
+    return (tl.dot(grad_scores.to(k.dtype), k, dq, input_precision="ieee"),)
 
 
 @triton.jit(do_not_specialize=["pieces", "tiles", "slots"])
@@ -116,50 +113,31 @@ def _query_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(0) % pieces
-    head = (tl.program_id(0) // pieces).to(tl.int64)
-    b = head // heads
-    h = head % heads
-    entry = b * plan_sb + h * plan_sh
-    size = tl.load(piece_len_ptr + entry * pieces + piece)
+    b, h, start, size, tile = find_piece(
+        piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles
+    )
     if size == 0:
         return
-    start = tl.load(piece_start_ptr + entry * pieces + piece)
-    tile = entry * tiles + tl.load(piece_tile_ptr + entry * pieces + piece)
-
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
+    head = b * heads + h
     d = tl.arange(0, D_PAD)
-    inside_m = offs_m < size
+    inside_m = tl.arange(0, BLOCK_M) < size
     q_rows = token_rows(
-        q_order_ptr + b * q_order_sb + h * q_order_sh if Q_ORDERED else q_ptr, start + offs_m, inside_m, Q_ORDERED, True
-    )
+        q_order_ptr + b * q_order_sb + h * q_order_sh if Q_ORDERED else q_ptr,
+        start + tl.arange(0, BLOCK_M), inside_m, Q_ORDERED, True,
+    )  # fmt: skip
     q = load_rows(q_ptr + b * q_sb + h * q_sh, q_rows, q_sn, inside_m, d, D, D_PAD, True)
     grad = load_rows(grad_ptr + b * grad_sb + h * grad_sh, q_rows, grad_sn, inside_m, d, D, D_PAD, True)
     lse2 = tl.load(lse_ptr + head * n_q + q_rows, mask=inside_m, other=0.0) * 1.4426950408889634
     delta = tl.load(delta_ptr + head * n_q + q_rows, mask=inside_m, other=0.0)
-    k_ptr += b * k_sb + h * k_sh
-    v_ptr += b * v_sb + h * v_sh
     if GATHER_KV:
         kv_order_ptr += b * kv_order_sb + h * kv_order_sh
-    dq = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-
-    slot = tile * slots
-    key = tl.load(full_start_ptr + slot)
-    left = tl.load(full_tiles_ptr + slot)
-    for _ in range(tl.load(full_count_ptr + tile)):
-        rows = token_rows(kv_order_ptr, key + offs_n, offs_n < BLOCK_N, GATHER_KV, False)
-        dq = _query_tile(
-            q, grad, lse2, delta, dq, k_ptr, v_ptr, k_sn, v_sn, rows, offs_n < BLOCK_N, d, qk_scale, D, D_PAD, False
-        )
-        slot, key, left = next_full_tile(full_start_ptr, full_tiles_ptr, slot, key, left, BLOCK_N)
-
-    slot = tile * slots
-    for i in range(tl.load(tail_count_ptr + tile)):
-        key = tl.load(tail_start_ptr + slot + i)
-        inside = offs_n < tl.load(tail_len_ptr + slot + i)
-        rows = token_rows(kv_order_ptr, key + offs_n, inside, GATHER_KV, True)
-        dq = _query_tile(q, grad, lse2, delta, dq, k_ptr, v_ptr, k_sn, v_sn, rows, inside, d, qk_scale, D, D_PAD, True)
+    (dq,) = walk_keys(
+        _query_tile, (tl.zeros([BLOCK_M, D_PAD], tl.float32),),
+        (q, grad, lse2, delta, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, qk_scale),
+        tile, slots, kv_order_ptr,
+        full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+        D, D_PAD, BLOCK_N, GATHER_KV,
+    )  # fmt: skip
     store_rows(dq_ptr + b * dq_sb + h * dq_sh, q_rows, dq_sn, inside_m, d, dq * scale, D)
 
 

@@ -214,8 +214,8 @@ def _top_p_for(
     thresholds, order = before.flatten(1).sort(-1)
     total = pairs.gather(-1, order).cumsum(-1)
     last = (total < wanted).sum(-1, keepdim=True).clamp(max=total.shape[-1] - 1)
-    above = torch.nextafter(thresholds.gather(-1, last), thresholds.new_tensor(torch.inf))
-    return above.view(-1, 1, 1, 1)
+    passed = thresholds.gather(-1, last)
+    return torch.nextafter(passed, torch.full_like(passed, torch.inf)).view(-1, 1, 1, 1)
 
 
 def _with_text(

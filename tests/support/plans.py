@@ -36,3 +36,14 @@ def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores, -1).nan_to_num(0.0)
     return weights @ v.double(), scores.logsumexp(-1)
+
+
+# By name, for 2 heads of n tokens: a plan and its dense mask.
+KINDS = {
+    "uniform": lambda n: uniform(1, 2, n, n, 32, 32),
+    "small blocks": lambda n: uniform(1, 2, n, n, 8, 5, share=0.3),
+    "broadcast": lambda n: uniform(1, 1, n, n, 32, 32),
+    "ragged": lambda n: clusters(1, 2, n, n, 5, 20),
+    "skewed": lambda n: clusters(1, 2, n, n, 6, 20, skew=8.0),
+    "all": lambda n: uniform(1, 1, n, n, 32, 32, share=1.1),
+}

@@ -5,8 +5,10 @@ The environment variable is set for that import and for these tests only: other 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
 
 import pytest
@@ -18,7 +20,10 @@ EARLY = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
 if INTERPRET and not EARLY and importlib.util.find_spec("triton") is not None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import vidaccel.attention.kernels.block_sparse_backward  # noqa: F401 - the kernels become interpreted ones
+        from vidaccel.attention import kernels
+
+        for module in pkgutil.iter_modules(kernels.__path__):  # the kernels become interpreted ones
+            importlib.import_module(f"{kernels.__name__}.{module.name}")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from plans import clusters, masked_attention, uniform
+from plans import KINDS, clusters, masked_attention
 
 from vidaccel import BlockPlan
 from vidaccel.attention import SVG, SVG2, PlanMemory, Radial, VideoLayout
@@ -74,15 +74,10 @@ def with_gaps(n):
 
 
 PLANS = {
-    "uniform": lambda n: uniform(1, 2, n, n, 32, 32),
-    "small blocks": lambda n: uniform(1, 2, n, n, 8, 5, share=0.3),
-    "broadcast": lambda n: uniform(1, 1, n, n, 32, 32),
-    "ragged": lambda n: clusters(1, 2, n, n, 5, 20),
-    "skewed": lambda n: clusters(1, 2, n, n, 6, 20, skew=8.0),
+    **KINDS,
     "one giant": one_giant,
     "text": text_rows,
     "gaps": with_gaps,
-    "all": lambda n: uniform(1, 1, n, n, 32, 32, share=1.1),
 }
 
 

@@ -7,47 +7,13 @@ thing, or how fast.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from gpu_compiler import SHARED, run_with_compiler
 
 pytest.importorskip("triton")
 
 SCRIPT = """
-import json, re, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from vidaccel.attention.kernels import block_sparse as forward, block_sparse_backward as backward
-
-POINTERS = {"i64": "q_order kv_order bits", "fp32": "lse delta grad_lse", "dtype": "q k v out grad dq dk dv"}
-
-
-def compile_kernel(kernel, architecture, dtype, constants, tiles):
-    types = {f"{name}_ptr": kind for kind, names in POINTERS.items() for name in names.split()}
-    signature, aligned = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + types.get(name, "i32").replace("dtype", dtype)
-        else:
-            signature[name] = "fp32" if name.endswith("scale") else "i32"
-        if name not in constants and re.search("(_ptr|_s[bhn])$", name):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values, aligned)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    assert len(binary.asm["cubin"]) > 1000
-    text = binary.asm["ttgir"]
-    return {"kernel": kernel.__name__, "shared": binary.metadata.shared, "copies": text.count("async_copy_global"),
-            "tensor_cores": text.count("mma")}
-
 
 architecture, dim, dtype, ordered = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
@@ -68,9 +34,6 @@ found.append(compile_kernel(backward._delta_kernel, architecture, dtype, {"D": d
 found.append(compile_kernel(backward._key_bits_kernel, architecture, dtype, {"BLOCK_N": 64, "CHUNK": 64}, small))
 print(json.dumps(found))
 """
-# Shared memory a program may have, in bytes (CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability").
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @pytest.mark.parametrize(
@@ -87,18 +50,8 @@ SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 9
     ],
 )
 def test_kernels_compile(tmp_path, architecture, dim, dtype, ordered):
-    import vidaccel
-
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    # By path: a checkout need not be installed, nor its folder be called vidaccel.
-    root = Path(vidaccel.__file__).parent
-    start = f"import importlib.util as u; s = u.spec_from_file_location('vidaccel', {str(root / '__init__.py')!r}, "
-    start += f"submodule_search_locations=[{str(root)!r}]); import sys; m = u.module_from_spec(s); "
-    start += "sys.modules['vidaccel'] = m; s.loader.exec_module(m)\n"
-    command = [sys.executable, "-c", start + SCRIPT, str(architecture), str(dim), dtype, str(ordered)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = {result["kernel"]: result for result in json.loads(done.stdout.splitlines()[-1])}
+    found = run_with_compiler(SCRIPT, tmp_path, architecture, dim, dtype, ordered)
+    results = {result["kernel"]: result for result in found}
     assert len(results) == 5
     for result in results.values():
         assert result["shared"] <= SHARED[architecture], result

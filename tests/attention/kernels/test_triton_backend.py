@@ -59,5 +59,6 @@ def test_what_it_does_not_take(monkeypatch, changes, message):
     assert message in TritonBackend().declines(request(**changes))
 
 
-def test_auto_does_not_choose_a_kernel_that_was_not_measured():
-    assert not any("triton" in names for names in PREFERENCE.values())
+def test_auto_chooses_it_first_on_cuda_and_never_on_the_cpu():
+    for (device, _), names in PREFERENCE.items():
+        assert (names[0] == "triton") == (device == "cuda") and ("triton" in names) == (device == "cuda")

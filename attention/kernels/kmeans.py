@@ -1,0 +1,146 @@
+"""One iteration of k-means as Triton kernels: the nearest centroid of each token, and the mean token of each centroid.
+
+Tokens are read where they lie, in their own dtype and strides: neither a float32 copy of them nor the `[N, C]` matrix
+of distances is ever in memory. Sums are taken in a fixed order, without atomics, so a run can be repeated bit for bit.
+No value is read on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..runs import cut_segments
+from .block_sparse import on_device, padded, rows_contiguous
+from .walk import load_rows
+
+TOKENS = 64  # per program of the assignment
+CENTROIDS = 64  # compared at a time
+PIECE = 256  # members that one program adds up: a cluster of half the sequence is the work of many programs
+ADDED = 32  # of them at a time
+
+
+def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """The nearest centroid of each token, `[B, H, N]` int64; of equally near ones the first.
+
+    Args:
+        x: `[B, H, N, D]`, any strides.
+        mean: `[B, H, 1, D]` float32, subtracted from each token: without it, bfloat16 distances are mostly ties.
+        centers: `[B, H, C, D]` float32, relative to the mean.
+    """
+    x, mean, centers = rows_contiguous(x), mean.contiguous(), centers.contiguous()
+    batch, heads, tokens, dim = x.shape
+    clusters = centers.shape[2]
+    half_norm = centers.square().sum(-1) / 2
+    labels = torch.empty(batch, heads, tokens, dtype=torch.int64, device=x.device)
+    with on_device(x):
+        _assign_kernel[(triton.cdiv(tokens, TOKENS), batch * heads)](
+            x, mean, centers, half_norm, labels, *x.stride()[:3], heads, tokens, clusters,
+            D=dim, D_PAD=padded(dim), BLOCK_N=TOKENS, BLOCK_C=min(CENTROIDS, padded(clusters)),
+            # 16-bit tokens have no more digits than TF32 keeps, save those that the mean brings in.
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
+        )  # fmt: skip
+    return labels
+
+
+def update(x: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """The mean of each cluster's tokens relative to `mean`, `[B, H, C, D]` float32; the old center where there is none.
+
+    Args:
+        x, mean, centers: as for `assign`.
+        labels: `[B, H, N]` int64 in `[0, C)`.
+    """
+    x = rows_contiguous(x)
+    batch, heads, tokens, dim = x.shape
+    clusters = centers.shape[2]
+    ordered, order = labels.sort(dim=-1, stable=True)
+    ids = torch.arange(clusters, device=x.device).expand(batch, heads, clusters).contiguous()
+    ends = torch.searchsorted(ordered, ids, right=True)
+    sizes = ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
+    start, length, _ = cut_segments(ends - sizes, sizes, tokens, PIECE)
+    pieces = start.shape[-1]
+    sums = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=x.device)
+    out = torch.empty(batch, heads, clusters, dim, dtype=torch.float32, device=x.device)
+    count = (sizes + PIECE - 1) // PIECE
+    first = (count.cumsum(-1) - count).int()
+    mean, centers, sizes, count = (t.contiguous() for t in (mean, centers, sizes.int(), count.int()))
+    with on_device(x):
+        _sum_kernel[(pieces, batch * heads)](
+            x, order, start, length, sums, *x.stride()[:3], heads, tokens, pieces,
+            D=dim, D_PAD=padded(dim), BLOCK=ADDED, num_warps=4,
+        )  # fmt: skip
+        _mean_kernel[(clusters, batch * heads)](
+            sums, first, count, sizes, mean, centers, out, clusters, pieces, D=dim, D_PAD=padded(dim), num_warps=1,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _assign_kernel(
+    x_ptr, mean_ptr, center_ptr, half_norm_ptr, label_ptr, x_sb, x_sh, x_sn, heads, tokens, clusters,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < tokens
+    d = tl.arange(0, D_PAD)
+    x_ptr += (head // heads) * x_sb + (head % heads) * x_sh
+    x = load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
+    x -= tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
+    center_ptr += head * clusters * D
+    half_norm_ptr += head * clusters
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    label = tl.zeros([BLOCK_N], tl.int32)
+    for start in range(0, clusters, BLOCK_C):
+        ids = start + tl.arange(0, BLOCK_C)
+        real = ids < clusters
+        c = load_rows(center_ptr, ids, D, real, d, D, D_PAD, True)
+        half_norm = tl.load(half_norm_ptr + ids, mask=real, other=float("inf"))
+        score = tl.dot(x, tl.trans(c), input_precision=PRECISION) - half_norm[None, :]
+        top, place = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
+        better = top > best
+        best = tl.where(better, top, best)
+        label = tl.where(better, start + place, label)
+    tl.store(label_ptr + head * tokens + rows, label.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _sum_kernel(
+    x_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of the tokens of one piece of a cluster."""
+    head = tl.program_id(1).to(tl.int64)
+    at = head * pieces + tl.program_id(0)
+    start = tl.load(start_ptr + at)
+    length = tl.load(length_ptr + at)
+    d = tl.arange(0, D_PAD)
+    x_ptr += (head // heads) * x_sb + (head % heads) * x_sh
+    total = tl.zeros([D_PAD], tl.float32)
+    for offset in range(0, length, BLOCK):
+        members = offset + tl.arange(0, BLOCK)
+        inside = members < length
+        rows = tl.load(order_ptr + head * tokens + start + members, mask=inside, other=0)
+        total += tl.sum(load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32), 0)
+    tl.store(sum_ptr + at * D + d, total, mask=d < D)
+
+
+@triton.jit
+def _mean_kernel(
+    sum_ptr, first_ptr, count_ptr, size_ptr, mean_ptr, center_ptr, out_ptr, clusters, pieces,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """The center of one cluster from the sums of its pieces."""
+    head = tl.program_id(1).to(tl.int64)
+    at = head * clusters + tl.program_id(0)
+    first = tl.load(first_ptr + at)
+    size = tl.load(size_ptr + at)
+    d = tl.arange(0, D_PAD)
+    total = tl.zeros([D_PAD], tl.float32)
+    for piece in range(tl.load(count_ptr + at)):
+        total += tl.load(sum_ptr + (head * pieces + first + piece) * D + d, mask=d < D, other=0.0)
+    mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)
+    old = tl.load(center_ptr + at * D + d, mask=d < D, other=0.0)
+    center = tl.where(size > 0, total / tl.maximum(size, 1).to(tl.float32) - mean, old)
+    tl.store(out_ptr + at * D + d, center, mask=d < D)

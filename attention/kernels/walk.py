@@ -1,0 +1,163 @@
+"""How a kernel walks the keys of a query tile: the plan cut to pieces and tiles, and the device code that does it.
+
+How runs become tiles of `BLOCK_N` keys: each run is cut, from its own first key, into whole tiles and one tail. The
+program walks all whole tiles first, without any mask, then all tails, each masked. Softmax does not care about the
+order, and both walks are flat loops, so that the loads of the next tile can be under way while this one is computed.
+Runs start anywhere: a tile is loaded row by row, and a row lies where it lies.
+
+What that costs: a tail takes as long as a whole tile. With runs of mean length L, about `BLOCK_N / (2 * L)` more pairs
+are computed than the plan names: 21 % for runs of 150 keys and tiles of 64, nothing for plans of aligned blocks.
+Packing the tails of several runs into one tile would save most of it, but needs a list of key positions per tile (4
+bytes for every tail key of every query tile) and a gather in place of contiguous rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..plan import BlockPlan
+
+
+class Walk(NamedTuple):
+    """What a query piece reads, on the device, with shapes that depend on no value. `P` pieces, `R + 1` slots.
+
+    Args:
+        piece_start, piece_len, piece_tile: `[Bp, Hp, P]` int32; first permuted query, queries (0 is padding), tile;
+            the pieces with most keys first, so that what remains at the end of a head is short.
+        full_start, full_tiles: `[Bp, Hp, T, R + 1]` int32; of the runs with a whole tile: first key, whole tiles.
+        full_count: `[Bp, Hp, T]` int32, whole tiles of all runs together.
+        tail_start, tail_len: `[Bp, Hp, T, R + 1]` int32; of the runs with a tail: its first key, its keys.
+        tail_count: `[Bp, Hp, T]` int32, tails.
+    """
+
+    piece_start: torch.Tensor
+    piece_len: torch.Tensor
+    piece_tile: torch.Tensor
+    full_start: torch.Tensor
+    full_tiles: torch.Tensor
+    full_count: torch.Tensor
+    tail_start: torch.Tensor
+    tail_len: torch.Tensor
+    tail_count: torch.Tensor
+
+
+def make_walk(plan: BlockPlan, block_m: int, block_n: int) -> Walk:
+    """Cut a plan to pieces of `block_m` queries and its runs to tiles of `block_n` keys; no host sync."""
+    full = plan.run_len // block_n
+    tail = plan.run_len - full * block_n
+    full_start, full_tiles = _to_front(full, plan.run_start, full)
+    tail_start, tail_len = _to_front(tail, plan.run_start + full * block_n, tail)
+    full_count = full.sum(-1, dtype=torch.int32)
+    tail_count = (tail > 0).sum(-1, dtype=torch.int32)
+    start, length, tile = plan.cut(block_m)
+    work = (full_count + tail_count).gather(-1, tile.long()).masked_fill(length == 0, -1)
+    order = work.argsort(-1, descending=True)
+    pieces = [x.gather(-1, order).contiguous() for x in (start, length, tile)]
+    return Walk(*pieces, full_start, full_tiles, full_count.contiguous(), tail_start, tail_len, tail_count.contiguous())
+
+
+def _to_front(size: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
+    """The entries of `values [..., R]` where `size > 0`, moved to the front: `[..., R + 1]` contiguous.
+
+    The last slot takes what is dropped, so a kernel may look one entry past the last one it uses.
+    """
+    kept = size > 0
+    slots = size.shape[-1]
+    place = torch.where(kept, kept.cumsum(-1) - 1, slots)
+    shape = (*size.shape[:-1], slots + 1)
+    return [torch.zeros(shape, dtype=x.dtype, device=x.device).scatter_(-1, place, x) for x in values]
+
+
+# -- device code -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, inside, d, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a matrix, `[len(rows), D_PAD]`; 0 outside of `inside` (when MASKED) and beyond `D`."""
+    at = ptr + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    if MASKED:
+        tile = tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    elif D < D_PAD:
+        tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def store_rows(ptr, rows, stride, inside, d, tile, D: tl.constexpr):
+    """Write rows of a matrix in its dtype."""
+    at = ptr + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def token_rows(order_ptr, positions, inside, ORDERED: tl.constexpr, MASKED: tl.constexpr):
+    """The tokens at permuted positions."""
+    if not ORDERED:
+        rows = positions
+    elif MASKED:
+        rows = tl.load(order_ptr + positions, mask=inside, other=0)
+    else:
+        rows = tl.load(order_ptr + positions)
+    return rows
+
+
+@triton.jit
+def find_piece(piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles):
+    """The piece of this program: `(b, h, start, size, tile)`; `tile` counts over all plan entries, size 0 is no work.
+
+    The programs of a head lie side by side: those that run at a time share its keys in the L2 cache.
+    """
+    head = (tl.program_id(0) // pieces).to(tl.int64)
+    b = head // heads
+    h = head % heads
+    entry = b * plan_sb + h * plan_sh
+    at = entry * pieces + tl.program_id(0) % pieces
+    tile = entry * tiles + tl.load(piece_tile_ptr + at)
+    return b, h, tl.load(piece_start_ptr + at), tl.load(piece_len_ptr + at), tile
+
+
+@triton.jit
+def _next_full_tile(start_ptr, tiles_ptr, slot, key, left, BLOCK_N: tl.constexpr):
+    """One whole tile on: within the run, or to the run in the next slot."""
+    done = left == 1
+    slot += done.to(tl.int64)
+    key = tl.where(done, tl.load(start_ptr + slot), key + BLOCK_N)
+    left = tl.where(done, tl.load(tiles_ptr + slot), left - 1)
+    return slot, key, left
+
+
+@triton.jit
+def walk_keys(
+    STEP: tl.constexpr, state, inputs, tile, slots, kv_order_ptr,
+    full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, GATHER_KV: tl.constexpr,
+):  # fmt: skip
+    """`state = STEP(state, inputs, keys, rows, inside, D, D_PAD, MASKED)` for each tile of keys that `tile` reads.
+
+    `keys` are permuted positions, `rows` the tokens there when GATHER_KV (else the same), `inside` which of them count
+    (all, unless MASKED). `state` and `inputs` are tuples.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    slot = tile * slots
+    key = tl.load(full_start_ptr + slot)
+    left = tl.load(full_tiles_ptr + slot)
+    for _ in range(tl.load(full_count_ptr + tile)):
+        keys = key + offs_n
+        inside = offs_n < BLOCK_N
+        rows = token_rows(kv_order_ptr, keys, inside, GATHER_KV, False)
+        state = STEP(state, inputs, keys, rows, inside, D, D_PAD, False)
+        slot, key, left = _next_full_tile(full_start_ptr, full_tiles_ptr, slot, key, left, BLOCK_N)
+
+    slot = tile * slots
+    for i in range(tl.load(tail_count_ptr + tile)):
+        keys = tl.load(tail_start_ptr + slot + i) + offs_n
+        inside = offs_n < tl.load(tail_len_ptr + slot + i)
+        rows = token_rows(kv_order_ptr, keys, inside, GATHER_KV, True)
+        state = STEP(state, inputs, keys, rows, inside, D, D_PAD, True)
+    return state

@@ -1,0 +1,36 @@
+"""Planning a step on an accelerator reads nothing on the host: shown with tensors on `meta`, which have no values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vidaccel import SVG2, VideoLayout
+from vidaccel.attention import PlanMemory
+from vidaccel.attention.runs import merge_segments
+
+LAYOUT = VideoLayout(3, 4, 5, text_before=2, text_after=3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"density": 0.6}, {"density": 0.8, "compensate": True}])
+def test_svg2_plans_both_the_first_and_a_later_step(settings):
+    q, k, v = (torch.empty(2, 3, LAYOUT.tokens, 16, device="meta", dtype=torch.bfloat16) for _ in range(3))
+    memory = PlanMemory()
+    method = SVG2(q_clusters=5, k_clusters=9, init_iterations=3, **settings)
+    for _ in range(2):
+        plan = method.plan(q, k, v, LAYOUT, memory)
+    assert plan.device.type == "meta" and plan.run_start.shape[-1] == 5  # nine clusters and the text make at most five
+    assert plan.cut(16)[0].shape == (2, 3, LAYOUT.tokens // 16 + 6)
+    assert plan.pairs().shape == (2, 3) and plan.tile_of_token().shape == (2, 3, LAYOUT.tokens)
+
+
+def test_the_check_can_fail():
+    with pytest.raises(RuntimeError, match="meta"):
+        int(torch.empty(3, device="meta").sum())
+
+
+def test_the_run_slots_of_an_accelerator_hold_every_selection():
+    worst = torch.tensor([[True, False, True, False, True]])
+    run_start, run_len = merge_segments(worst, torch.tensor([2, 3, 4, 5, 6]), max_runs=3)
+    assert run_start.tolist() == [[0, 5, 14]] and run_len.tolist() == [[2, 4, 6]]
+    assert merge_segments(worst.to("meta"), torch.empty(5, dtype=torch.int64, device="meta"))[0].shape == (1, 3)
