@@ -24,10 +24,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-gpu clean
+.PHONY: help install demo test test-comfyui lint format bench bench-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Variables: PYTHON, TORCH_INDEX, PROMPT, METHODS, PYTEST_ARGS, BENCHMARKS (see the top of the Makefile)"
 
@@ -52,6 +52,11 @@ demo: $(STAMP) ## make a video from a prompt, dense and accelerated side by side
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-comfyui: $(STAMP) ## run the tests of the nodes in a real ComfyUI: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI
+	@test -f "$(COMFYUI_PATH)/main.py" || { echo "Give the folder of a ComfyUI 0.19 or newer, and the Python it runs \
+	with: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/python" >&2; exit 1; }
+	COMFYUI_PATH="$(COMFYUI_PATH)" COMFYUI_PYTHON="$(or $(COMFYUI_PYTHON),python3)" $(BIN)/python -m pytest tests/nodes
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

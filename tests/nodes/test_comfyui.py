@@ -117,7 +117,7 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "log.txt"
-    options = "--cpu --disable-auto-launch --disable-api-nodes --listen 127.0.0.1".split()
+    options = ["--cpu", "--disable-auto-launch", "--disable-api-nodes", "--listen", "127.0.0.1"]
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", *options, "--port", str(port)]
     command += ["--base-directory", str(folder), "--database-url", "sqlite:///:memory:"]
     with log.open("w") as file:
@@ -183,8 +183,8 @@ def graph(node: str | None = None, size: int = 128, frames: int = 17, **inputs) 
 def test_the_pack_loads_quickly_and_without_a_warning(server):
     log = server.log.read_text()
     (line,) = [line for line in log.splitlines() if "vidaccel-pack" in line and "seconds" in line]
-    assert float(line.split("seconds")[0].split()[-1]) < 2
-    assert "IMPORT FAILED" not in log and "vidaccel is already loaded" not in log
+    assert float(line.split("seconds")[0].split()[-1]) < 2 and "IMPORT FAILED" not in line
+    assert "is already loaded" not in log and "WARNING:vidaccel" not in log
 
 
 def test_every_input_of_every_node_has_a_tooltip(server):

@@ -101,7 +101,7 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-# -- what each model shows: (kind, tokens before, tokens after, tensors are [B, H, N, D], output too) --------------------
+# What each model shows: (kind, tokens before, tokens after, whether tensors are [B, H, N, D], whether the output is).
 SHAPES = [
     ("WanModel", 0, 0, False, False),
     ("HunyuanVideo", 10, 0, True, False),
