@@ -13,6 +13,18 @@ from .report_node import ReportHandle, ReportType
 CATEGORY = "video acceleration/sparse attention"
 
 
+def _density() -> Any:
+    return io.Float.Input(
+        "density",
+        default=0.3,
+        min=0.02,
+        max=1.0,
+        step=0.01,
+        tooltip="Share of attention that is computed in the sparse steps. Lower is faster and drifts further from the "
+        "dense video.",
+    )
+
+
 def _common(start: float, layers: int) -> list[Any]:
     """The inputs that every method has, with its defaults."""
     return [
@@ -105,15 +117,7 @@ class SparseAttentionSVG2(io.ComfyNode):
             "of keys that matter to it. The video changes: compare with density 1 from the same seed."
         )
         inputs = [
-            io.Float.Input(
-                "density",
-                default=0.3,
-                min=0.02,
-                max=1.0,
-                step=0.01,
-                tooltip="Share of attention that is computed in the sparse steps. Lower is faster and drifts further "
-                "from the dense video.",
-            ),
+            _density(),
             io.Boolean.Input(
                 "compensate",
                 default=True,
@@ -137,18 +141,7 @@ class SparseAttentionSVG(io.ComfyNode):
             "Sparse VideoGen: finds for each head whether it looks at nearby frames or at one place over time, and "
             "computes that band. Heads that are neither lose detail."
         )
-        inputs = [
-            io.Float.Input(
-                "density",
-                default=0.3,
-                min=0.02,
-                max=1.0,
-                step=0.01,
-                tooltip="Share of attention that is computed in the sparse steps.",
-            ),
-            *_common(0.25, 1),
-        ]
-        return _schema("SVG", "SVG", text, inputs)
+        return _schema("SVG", "SVG", text, [_density(), *_common(0.25, 1)])
 
     @classmethod
     def execute(cls, model: Any, density: float, **settings: Any) -> io.NodeOutput:
