@@ -151,10 +151,18 @@ class NativeSession:
         """
         split = options.get("skip_reshape", False)
         length = q.shape[2 if split else 1]
-        if options.get("mask") is not None or k.shape != q.shape or v.shape != q.shape:
-            return None
+        if k.shape != q.shape or v.shape != q.shape or length < now.grid.tokens:
+            return None  # cross-attention, or a refiner of the text
         layout = now.grid.layout(length)
+        if options.get("mask") is not None:
+            self.engine.note("calls with an attention mask stay dense", logging.WARNING)
+            return None
         if layout is None or q.shape[0] % len(now.steps):
+            self.engine.note(
+                f"calls over {length} tokens stay dense: the video has {now.grid.tokens}, and nothing tells what the "
+                "others are",
+                logging.WARNING,
+            )
             return None
         layer, now.layer = now.layer, now.layer + 1
         if layer >= self.engine.num_layers:

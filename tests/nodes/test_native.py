@@ -159,6 +159,7 @@ def test_cross_attention_masks_and_refiners_are_passed_on():
     for out, expected in zip(forward(clone, calls), forward(Patcher("HunyuanVideo"), calls), strict=True):
         assert out.equal(expected)
     assert session.report().records == ()
+    assert session.report().notes == ("calls with an attention mask stay dense",)
 
 
 def test_what_was_there_before_gets_every_call_that_is_not_sparse():
@@ -224,6 +225,7 @@ def test_reference_and_context_tokens_of_wan():
     # The same length without a word about what the tokens are: nothing is guessed.
     (out,) = forward(clone, [lambda attend: attend(*map(flat, (q, k, v)))])
     assert out.equal(comfy_attention(*map(flat, (q, k, v)), HEADS)) and len(session.report().records) == 1
+    assert "calls over 222 tokens stay dense: the video has 144" in session.report().notes[-1]
 
 
 def test_an_unknown_model_stays_dense_and_says_so(caplog):
