@@ -226,6 +226,20 @@ def test_another_size_and_the_first_one_again(server):
     assert again["status"]["status_str"] == "success"
 
 
+@pytest.mark.parametrize("family", ["Wan", "VACE", "HunyuanVideo", "Mochi", "LTXV", "Cosmos Predict2"])
+def test_native_model_classes(family):
+    script = ROOT / "tests" / "nodes" / "native_models.py"
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(script), COMFYUI, family]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])[family]
+    assert found["difference"] < 1e-5 and found["changed by sparsity"] > 1e-3
+    assert found["sparse calls"] == found["layers"] > 0 and found["notes"] == []
+    assert (found["text tokens"] > 0) == (family in ("HunyuanVideo", "Mochi"))
+    # Mochi's prompt also modulates every token, so that all queries change with it.
+    assert found["text where it was expected"] or family == "Mochi"
+
+
 def test_bad_values_are_refused_and_the_queue_goes_on(server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.queue(graph("SVG2", density=7.0, compensate=True))
