@@ -1,18 +1,21 @@
-"""ComfyUI nodes. `geometry` and `native` hold the logic and need no ComfyUI; the rest is loaded by ComfyUI alone."""
+"""ComfyUI nodes. The logic is in plain modules; only files named `*_nodes.py` or `*_node.py` import ComfyUI."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-
-async def comfy_entrypoint() -> Any:
-    """What ComfyUI calls for the list of nodes."""
+if TYPE_CHECKING:
     from comfy_api.latest import ComfyExtension
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """The nodes of this package, as ComfyUI asks for them when it starts."""
+    from comfy_api.latest import ComfyExtension, io
 
     from . import report_node, sparse_nodes
 
-    class VidaccelExtension(ComfyExtension):
-        async def get_node_list(self) -> list[type]:
+    class VideoAcceleration(ComfyExtension):
+        async def get_node_list(self) -> list[type[io.ComfyNode]]:
             return [*sparse_nodes.NODES, *report_node.NODES]
 
-    return VidaccelExtension()
+    return VideoAcceleration()

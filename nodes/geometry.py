@@ -1,9 +1,13 @@
-"""Where the video tokens are in the attention calls of ComfyUI's native models, as data."""
+"""Where the video tokens are in the sequences of ComfyUI's native models, as data: the next model is one row."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..attention import VideoLayout
 
@@ -11,103 +15,185 @@ Patch = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """The self-attention calls of one class of native models.
+class Inputs:
+    """What one forward pass of a native model is given, as ComfyUI's APPLY_MODEL wrappers see it.
 
     Args:
-        family: its name in messages.
-        patch: the attributes of the model that hold the patch size `(frames, height, width)`, or the size itself.
-        blocks: the attributes that hold its lists of transformer blocks; together they are its layers.
-        others: where tokens lie that are not of the latent video: "none", "before" or "after" it, or "wan": reference
-            frames before it, context latents after it, both told by the conditioning.
+        model: the diffusion model.
+        latent: shape `[B, C, T, H, W]` of the noisy latent.
+        text: tokens of the text condition (`c_crossattn`).
+        conditions: the other conditions by name, such as `reference_latent` or `num_tokens`.
     """
 
-    family: str
-    patch: str | tuple[str, ...] | Patch
-    blocks: tuple[str, ...]
-    others: str
+    model: Any
+    latent: tuple[int, ...]
+    text: int
+    conditions: Mapping[str, Any]
 
-    def patch_of(self, model: Any) -> Patch:
-        """The patch size of a model in latent frames, rows and columns."""
-        if isinstance(self.patch, str):
-            value = getattr(model, self.patch)
-            return (1, value, value) if isinstance(value, int) else tuple(int(x) for x in value)
-        if isinstance(self.patch[0], str):
-            time, *space = (int(getattr(model, name)) for name in self.patch)
-            return (time, space[0], space[-1])
-        return self.patch
-
-    def layers_of(self, model: Any) -> int:
-        """The number of self-attention calls over the video in one forward pass."""
-        return sum(len(getattr(model, name, ())) for name in self.blocks)
-
-
-# By the name of the class of `model.diffusion_model`, so that nothing of ComfyUI is imported. A class that is not here
-# stays dense: subclasses of a known one (Wan's audio and animation models) add tokens of their own.
-GEOMETRIES = {
-    "WanModel": Geometry("Wan", "patch_size", ("blocks",), "wan"),
-    "CameraWanModel": Geometry("Wan camera", "patch_size", ("blocks",), "wan"),
-    "VaceWanModel": Geometry("Wan VACE", "patch_size", ("blocks", "vace_blocks"), "wan"),
-    "HunyuanVideo": Geometry("HunyuanVideo", "patch_size", ("double_blocks", "single_blocks"), "before"),
-    "AsymmDiTJoint": Geometry("Mochi", "patch_size", ("blocks",), "after"),
-    "LTXVModel": Geometry("LTX-Video", (1, 1, 1), ("transformer_blocks",), "after"),
-    "MiniTrainDIT": Geometry("Cosmos Predict2", ("patch_temporal", "patch_spatial"), ("blocks",), "none"),
-}
+    def tokens(self, name: str, patch: Patch) -> int:
+        """Tokens of a condition that is a latent `[B, C, (T,) H, W]`, or of a list of such; 0 without it."""
+        value = self.conditions.get(name)
+        if value is None:
+            return 0
+        latents = value if isinstance(value, (list, tuple)) else [value]
+        return sum(math.prod(grid(x.shape, patch)) for x in latents)
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The token grid of one forward pass, and how many tokens of other kinds may surround it.
+class Geometry:
+    """The self-attention sequence of one class of native models.
 
     Args:
-        frames, height, width: in patches.
-        before: tokens before the video, None where the length of the call tells.
-        others: as in `Geometry`.
+        family: its name in messages.
+        patch: model -> latent frames, rows and columns that make one token.
+        blocks: attributes with the transformer blocks, in the order in which they run, each with the value of
+            `transformer_options["block_type"]` while it does. Several restart `block_index` at 0.
+        extra_blocks: attributes with blocks that run between those under the same `block_index`.
+        around: `(inputs, patch) -> (frames, before, after)`: latent frames of the inputs that belong to the video, and
+            tokens around it that do not (text, reference frames, context); None where that cannot be told.
+        text_apart: whether text has attention calls of its own (cross-attention) instead of a place in the sequence.
     """
 
-    frames: int
-    height: int
-    width: int
-    others: str
-    before: int = 0
-    after: bool = False
+    family: str
+    patch: Callable[[Any], Patch]
+    blocks: tuple[tuple[str, str], ...]
+    around: Callable[[Inputs, Patch], tuple[int, int, int] | None]
+    extra_blocks: tuple[str, ...] = ()
+    text_apart: bool = True
 
-    @property
-    def tokens(self) -> int:
-        """Video tokens."""
-        return self.frames * self.height * self.width
+    def block_offsets(self, model: Any) -> dict[str, int]:
+        """Number of the first block of each block type; types that share their numbers are not listed twice."""
+        offsets, count = {}, 0
+        for name, kind in self.blocks:
+            offsets[kind] = count
+            count += len(getattr(model, name))
+        return offsets
 
-    def layout(self, length: int) -> VideoLayout | None:
-        """The layout of a call over `length` tokens; None where it cannot be a self-attention over this video."""
-        extra = length - self.tokens
-        if extra < 0:
+    def main_layers(self, model: Any) -> int:
+        """Transformer blocks without the extra ones."""
+        return sum(len(getattr(model, name)) for name, _ in self.blocks)
+
+    def layers(self, model: Any) -> int:
+        """All blocks whose self-attention runs over the video."""
+        return self.main_layers(model) + sum(len(getattr(model, name, ())) for name in self.extra_blocks)
+
+    def layout(self, inputs: Inputs) -> VideoLayout | None:
+        """The sequence of a forward pass; None where it holds no video of a known arrangement."""
+        if len(inputs.latent) != 5:
+            return None  # an image, or several latents packed into one
+        patch = self.patch(inputs.model)
+        if len(patch) != 3:
             return None
-        before = {"none": 0, "before": extra, "after": 0, "wan": self.before}[self.others]
-        after = extra - before
-        allowed = self.others == "after" or (self.others == "wan" and self.after)
-        if after < 0 or (after and not allowed):
+        found = self.around(inputs, patch)
+        if found is None:
             return None
-        return VideoLayout(self.frames, self.height, self.width, text_before=before, text_after=after)
+        frames, before, after = found
+        if frames < 1:
+            return None
+        return VideoLayout(
+            *grid((*inputs.latent[:2], frames, *inputs.latent[3:]), patch), text_before=before, text_after=after
+        )
+
+    def ambiguous(self, inputs: Inputs, layout: VideoLayout) -> bool:
+        """Whether a cross-attention call could have the lengths of a self-attention call."""
+        image = inputs.conditions.get("clip_fea")
+        image = 0 if image is None else image.shape[-2]
+        return self.text_apart and layout.tokens in (inputs.text, image, inputs.text + image)
 
 
-def grid_of(geometry: Geometry, model: Any, latent: Any, conditioning: dict[str, Any]) -> Grid | None:
-    """The grid of a forward pass.
+def grid(latent: tuple[int, ...], patch: Patch) -> tuple[int, int, int]:
+    """Tokens `(frames, rows, columns)` of a latent `[B, C, (T,) H, W]`; what is no multiple of the patch is padded."""
+    sizes = (1, *latent[2:]) if len(latent) == 4 else latent[2:]
+    return tuple(-(-size // step) for size, step in zip(sizes, patch, strict=True))
 
-    Args:
-        geometry: of the model. model: the diffusion model.
-        latent: `[B, C, T, H, W]`, the noisy latent; None is returned for any other shape (packed latents, images).
-        conditioning: the keyword arguments of the pass.
-    """
-    if getattr(latent, "ndim", 0) != 5:
+
+def _whole_patch(model: Any) -> Patch:
+    return tuple(int(size) for size in model.patch_size)
+
+
+def _square_patch(model: Any) -> Patch:
+    return 1, int(model.patch_size), int(model.patch_size)
+
+
+def _cosmos_patch(model: Any) -> Patch:
+    return int(model.patch_temporal), int(model.patch_spatial), int(model.patch_spatial)
+
+
+def _alone(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
+    return inputs.latent[2], 0, 0
+
+
+def _wan(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
+    """A reference image before, reference frames (`time_dim_concat`) and context latents after the video."""
+    before = inputs.tokens("reference_latent", patch) if getattr(inputs.model, "ref_conv", None) is not None else 0
+    after = inputs.tokens("time_dim_concat", patch) + inputs.tokens("context_latents", patch)
+    return inputs.latent[2], before, after
+
+
+def _hunyuan(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
+    """Text before the video (behind it until ComfyUI 0.13), a reference image directly before it."""
+    text, conditions = inputs.text, inputs.conditions
+    if getattr(inputs.model, "byt5_in", None) is not None and conditions.get("txt_byt5") is not None:
+        text += conditions["txt_byt5"].shape[1]
+    if conditions.get("clip_fea") is not None:
+        text += conditions["clip_fea"].shape[1]
+    reference = inputs.tokens("ref_latent", patch)
+    video_first = getattr(inputs.model.double_blocks[0], "flipped_img_txt", False)
+    return (inputs.latent[2], reference, text) if video_first else (inputs.latent[2], text + reference, 0)
+
+
+def _mochi(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
+    """Behind the video, the part of the text that is not padding."""
+    return inputs.latent[2], 0, min(inputs.text, int(inputs.conditions.get("num_tokens", 256)))
+
+
+def _ltxv(inputs: Inputs, patch: Patch) -> tuple[int, int, int] | None:
+    """Guide frames are the last frames of the latent; those of their tokens that the mask drops are not there."""
+    frames, height, width = inputs.latent[2:]
+    guides = inputs.conditions.get("keyframe_idxs")
+    if guides is None or guides.shape[2] == 0:
+        return frames, 0, 0
+    mask, per_frame = inputs.conditions.get("denoise_mask"), height * width
+    if mask is None or guides.shape[2] % per_frame or guides.shape[2] >= frames * per_frame:
         return None
-    time, height, width = geometry.patch_of(model)
-    frames = latent.shape[2]
-    joined = conditioning.get("time_dim_concat")
-    if joined is not None:
-        frames += joined.shape[2]
-    grid = (-(-frames // time), -(-latent.shape[3] // height), -(-latent.shape[4] // width))
-    before = 0
-    reference = conditioning.get("reference_latent")
-    if geometry.others == "wan" and reference is not None and getattr(model, "ref_conv", None) is not None:
-        before = (reference.shape[-2] // height) * (reference.shape[-1] // width)
-    return Grid(*grid, geometry.others, before, conditioning.get("context_latents") is not None)
+    kept = (mask[0] >= 0).all(dim=0).expand(frames, height, width).flatten()
+    video = frames - guides.shape[2] // per_frame
+    if not bool(kept[: video * per_frame].all()):
+        return None
+    return video, 0, int(torch.count_nonzero(kept[video * per_frame :]))
+
+
+_WAN_BLOCKS = (("blocks", "double"),)
+
+# By the class of `model.diffusion_model`, by its name alone: a subclass is another model. Wan's audio, pose and
+# animation models, for example, add tokens of their own.
+GEOMETRIES: dict[str, Geometry] = {
+    "WanModel": Geometry("Wan", _whole_patch, _WAN_BLOCKS, _wan),
+    "VaceWanModel": Geometry("Wan VACE", _whole_patch, _WAN_BLOCKS, _wan, extra_blocks=("vace_blocks",)),
+    "CameraWanModel": Geometry("Wan Camera", _whole_patch, _WAN_BLOCKS, _wan),
+    "HunyuanVideo": Geometry(
+        "HunyuanVideo",
+        _whole_patch,
+        (("double_blocks", "double"), ("single_blocks", "single")),
+        _hunyuan,
+        text_apart=False,
+    ),
+    "AsymmDiTJoint": Geometry("Mochi", _square_patch, (("blocks", ""),), _mochi, text_apart=False),
+    "LTXVModel": Geometry("LTX-Video", lambda model: (1, 1, 1), (("transformer_blocks", ""),), _ltxv),
+    "MiniTrainDIT": Geometry("Cosmos-Predict2", _cosmos_patch, (("blocks", ""),), _alone),
+}
+
+
+def supported_models() -> str:
+    """The families, for messages."""
+    return ", ".join(geometry.family for geometry in GEOMETRIES.values())
+
+
+def find_geometry(model: Any) -> Geometry | None:
+    """The geometry of a diffusion model (also of one that torch.compile wrapped); None where it is not known."""
+    return GEOMETRIES.get(type(unwrap(model)).__name__)
+
+
+def unwrap(model: Any) -> Any:
+    """The module that `torch.compile` wrapped, or the module itself."""
+    return getattr(model, "_orig_mod", model)

@@ -1,266 +1,338 @@
-"""Sparse attention in ComfyUI's native video models: an attention override, and the wrapper that tells it where it is.
+"""Sparse attention in ComfyUI's native models: the attention override and the wrapper that tells it where it is.
 
-No ComfyUI module is imported here: a `ModelPatcher` is used through its public methods, so tests can run all of it.
+`patch.sparsify` gives a clone of a MODEL one APPLY_MODEL wrapper. In each forward pass that wrapper works out the token
+grid, the step and the guidance branches, and puts an attention override into a copy of `transformer_options`, in front
+of the one that was there. The override takes the self-attention calls over the video. Every other call
+(cross-attention, text refiners, calls with a mask) and every call that stays dense goes to the former override, or to
+ComfyUI's own function, untouched. Nothing is patched on a module or a class, and the original MODEL stays as it is.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..attention import DenseSchedule, Method, RunReport, SparseAttention, StepInfo
-from .geometry import GEOMETRIES, Geometry, Grid, grid_of
+from ..attention import (
+    CallRecord,
+    DenseSchedule,
+    Method,
+    RunReport,
+    SparseAttention,
+    StepInfo,
+    VideoLayout,
+)
+from ..attention.backends import check_backend
+from ..attention.engine import KEPT_RUNS
+from ..attention.timing import Span
+from .calls import ForwardPass, unfit_reason
+from .geometry import Geometry, Inputs, find_geometry, supported_models, unwrap
+from .sampling import DensePart, branches_of, step_of
 
 logger = logging.getLogger(__name__)
 
-KEY = "vidaccel"
+KEY = "vidaccel_sparse_attention"
 OVERRIDE = "optimized_attention_override"
-# What ComfyUI's `patcher_extension` calls these places.
-APPLY_MODEL, ON_PRE_RUN, ON_CLEANUP = "apply_model", "on_pre_run", "on_cleanup"
-# percent_to_sigma and the sampler's own levels differ in the last digits: a bound must not lose a step by that.
-SLACK = 1e-4
+KEPT_LAYOUTS = 4  # resolutions whose engines stay alive
+
+Attention = Callable[..., torch.Tensor]
 
 
-@dataclass
-class Pass:
-    """One forward pass: set up by the wrapper, read by the override. `layer` counts its self-attention calls."""
+class NativeAttention:
+    """Sparse attention at work in one patched MODEL: its state and its report.
 
-    grid: Grid
-    steps: list[StepInfo]
-    layer: int = 0
-
-
-@dataclass
-class _Dense:
-    """What dense calls of the engine go through: the attention that was there before, for the call at work."""
-
-    attention: Callable[..., torch.Tensor] | None = None
-    heads: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        given = {**self.options, "skip_reshape": True, "skip_output_reshape": True}
-        return self.attention(q, k, v, self.heads, **given)
-
-
-class NativeSession:
-    """Sparse attention of one patched clone of a model.
+    State belongs to this object, is kept per layer, guidance branch and layout, and is emptied when a sampler starts
+    and when it ends (finished or interrupted).
 
     Args:
-        method: its config.
-        model: the diffusion model (`model.model.diffusion_model`), one of `GEOMETRIES`.
-        start_percent, end_percent: the part of sampling that is sparse, from 0 to 1.
-        percent_to_sigma: ComfyUI's, of this model.
-        first_layers, last_layers: blocks that stay dense.
-        min_tokens: shorter videos stay dense.
-        backend: as for `vidaccel.accelerate`.
+        method_for: layout -> the method to use on it.
+        name: of the method.
+        settings: what the report shows as its settings.
+        dense: steps and layers that stay dense.
+        min_tokens: videos with fewer tokens stay dense.
+        backend: a backend's name, which then runs or raises, or "auto".
 
     Raises:
-        ValueError: a value outside its bounds.
+        ValueError: unknown backend, or a negative `min_tokens`.
     """
 
     def __init__(
         self,
-        method: Method,
-        model: Any,
-        percent_to_sigma: Callable[[float], float],
+        method_for: Callable[[VideoLayout], Method],
         *,
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
-        first_layers: int = 0,
-        last_layers: int = 0,
+        name: str,
+        settings: dict[str, Any],
+        dense: DensePart,
         min_tokens: int = 0,
         backend: str = "auto",
     ) -> None:
-        if not 0 <= start_percent < end_percent <= 1:
-            raise ValueError(
-                f"start_percent is {start_percent} and end_percent {end_percent}: both must lie between 0 and 1, and "
-                "the first below the second."
-            )
-        self.geometry: Geometry = GEOMETRIES[type(model).__name__]
-        self.model = model
-        self.min_tokens = min_tokens
-        # Noise levels are compared as parts of the highest one, since some models' go beyond 1.
-        self.highest = max(1.0, float(percent_to_sigma(1e-6)))
-        above = None if start_percent <= 0 else round(min(1.0, self._level(percent_to_sigma(start_percent)) + SLACK), 5)
-        below = None if end_percent >= 1 else round(max(0.0, self._level(percent_to_sigma(end_percent)) - SLACK), 5)
-        self.engine = SparseAttention(
-            method,
-            num_layers=self.geometry.layers_of(model),
-            schedule=DenseSchedule(
-                first_layers=first_layers, last_layers=last_layers, sigma_above=above, sigma_below=below
-            ),
-            backend=backend,
-            model=self.geometry.family,
-        )
-        self._dense = _Dense()
-        for layer in range(self.engine.num_layers):
-            self.engine.bind_dense(layer, self._dense.attend)
+        if min_tokens < 0:
+            raise ValueError(f"min_tokens is {min_tokens}: it must be 0 or more.")
+        self.method_for, self.name, self.settings = method_for, name, settings
+        self.dense, self.min_tokens, self.backend = dense, min_tokens, check_backend(backend)
+        self._engines: dict[VideoLayout, SparseAttention] = {}
+        self._dense_calls: list[tuple[list[CallRecord], Span]] = []
+        self._notes: list[str] = []
+        self._branches: dict[Any, str] = {}
+        self._levels: list[float] = []
+        self._override: tuple[Attention | None, bool, Attention] | None = None
+        self._lock = threading.Lock()  # ComfyUI runs the branches on several GPUs from a thread each
         self._run = -1
+        self._reported = -1
 
-    def report(self) -> RunReport:
-        """What the last runs did."""
-        return self.engine.report()
+    # -- what the sampler calls ----------------------------------------------------------------------------------------
 
-    def start_run(self, *_: object) -> None:
-        """A sampler begins: what was learnt of the last video is forgotten."""
+    def begin(self) -> None:
+        """A sampler starts."""
         self._run += 1
+        self._forget()
+        self._dense_calls = [c for c in self._dense_calls if c[0][0].run > self._run - KEPT_RUNS]
 
-    def end_run(self, *_: object) -> None:
-        """A sampler has ended, or was interrupted: free the memory, keep the records."""
-        self.engine.forget()
+    def end(self) -> None:
+        """A sampler ends, also by an interruption: records stay, centroids (gigabytes, maybe) go."""
+        self._forget()
 
-    def begin_pass(
-        self, latent: torch.Tensor, sigma: torch.Tensor, options: dict[str, Any], conditioning: dict[str, Any]
-    ) -> Pass | None:
-        """The state of a forward pass; None, said once, where it cannot be sparse."""
-        grid = grid_of(self.geometry, self.model, latent, conditioning)
-        if grid is None:
-            self.engine.note(f"a latent of shape {tuple(latent.shape)} is no video: it stays dense", logging.WARNING)
-            return None
-        if grid.tokens < self.min_tokens:
-            self.engine.note(f"{grid.tokens} tokens are below min_tokens ({self.min_tokens}): dense")
-            return None
-        level = float(sigma.flatten()[0])
-        step, steps = _place(level, options.get("sample_sigmas"))
-        branches = _branches(options)
-        infos = [StepInfo(max(self._run, 0), step, steps, min(1.0, self._level(level)), b) for b in branches]
-        return Pass(grid, infos)
+    def _forget(self) -> None:
+        self._branches, self._levels = {}, []
+        for engine in self._engines.values():
+            engine.forget()
 
-    def attend(
+    def forward(
         self,
-        now: Pass,
-        attention: Callable[..., torch.Tensor],
+        executor: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_concat: torch.Tensor | None = None,
+        c_crossattn: torch.Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **conditions: Any,
+    ) -> torch.Tensor:
+        """One forward pass: the APPLY_MODEL wrapper. `executor.class_obj` is ComfyUI's BaseModel.
+
+        Raises:
+            ValueError: the method cannot do what it is set to on this video.
+        """
+        options = dict(transformer_options or {})
+        # Not those of another forward pass: a model that does not set them must not seem to.
+        for name in ("block_index", "block_type"):
+            options.pop(name, None)
+        current = self._enter(executor.class_obj, x, t, c_crossattn, options, conditions)
+        options[KEY] = current
+        options[OVERRIDE] = self._override_before(options.get(OVERRIDE))
+        out = executor(x, t, c_concat, c_crossattn, control, options, **conditions)
+        # A cache of another node may skip the whole model: then there was no call at all.
+        if current.layout is not None and current.offered and not current.calls:
+            self.note(
+                f"no attention call had the {current.layout.tokens} tokens of {current.layout}, so all stayed dense. "
+                "This version of the model may add tokens that are not known here.",
+                logging.WARNING,
+            )
+        return out
+
+    def _enter(
+        self,
+        base: Any,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor | None,
+        options: dict[str, Any],
+        conditions: dict[str, Any],
+    ) -> ForwardPass:
+        if self._run < 0:
+            self.begin()  # a sampler that calls nobody when it starts
+        sigma = options.get("sigmas", t)
+        sigma = float(torch.as_tensor(sigma).max())
+        step = self._step(sigma, options.get("sample_sigmas"))
+        branches = branches_of(options, self._branches)
+        model = unwrap(base.diffusion_model)
+        geometry = find_geometry(model)
+        current = ForwardPass(step, branches, x.shape[0], None, "", geometry)
+        if geometry is None:
+            self.note(
+                f"{type(model).__name__} is no model that sparse attention knows, so it stays dense. "
+                f"Known: {supported_models()}.",
+                logging.WARNING,
+            )
+            return current
+        inputs = Inputs(model, tuple(x.shape), 0 if text is None else text.shape[1], conditions)
+        layout = geometry.layout(inputs)
+        if layout is None:
+            self.note(
+                f"a latent of shape {tuple(x.shape)} holds no video of a known arrangement: dense", logging.WARNING
+            )
+            return current
+        if geometry.ambiguous(inputs, layout):
+            self.note(
+                f"the text is as long as the video ({layout.tokens} tokens), so self- and cross-attention cannot be "
+                "told apart: dense",
+                logging.WARNING,
+            )
+            return current
+        current.layout = layout
+        current.offsets, current.main_layers = geometry.block_offsets(model), geometry.main_layers(model)
+        if layout.video_tokens < self.min_tokens:
+            current.reason = f"fewer than {self.min_tokens} tokens"
+        else:
+            current.reason = self.dense.step_reason(sigma, base.model_sampling.percent_to_sigma)
+            self._engine(layout, geometry, model)
+        return current
+
+    def _step(self, sigma: float, table: torch.Tensor | None) -> StepInfo:
+        if table is not None and len(table) > 1:
+            step, count = step_of(sigma, table.tolist())
+            return StepInfo(self._run, step, count, sigma)
+        if not self._levels or sigma != self._levels[-1]:
+            self._levels.append(sigma)
+        return StepInfo(self._run, len(self._levels) - 1, None, sigma)
+
+    def _engine(self, layout: VideoLayout, geometry: Geometry, model: Any) -> SparseAttention:
+        """The engine of a layout: a new one asks the method whether it can do it."""
+        if layout not in self._engines:
+            method = self.method_for(layout)
+            method.check(layout)
+            while len(self._engines) >= KEPT_LAYOUTS:
+                del self._engines[next(iter(self._engines))]
+            self._engines[layout] = SparseAttention(
+                method,
+                num_layers=geometry.layers(model),
+                schedule=DenseSchedule(),  # which calls stay dense is decided here, so that they stay ComfyUI's own
+                backend=self.backend,
+                model=geometry.family,
+            )
+        return self._engines[layout]
+
+    # -- what the model calls ------------------------------------------------------------------------------------------
+
+    def _override_before(self, former: Attention | None) -> Attention:
+        """The override, in front of a former one. The same function in every step: torch.compile guards on it."""
+        compiling = "torch._dynamo" in sys.modules
+        if self._override is None or self._override[:2] != (former, compiling):
+
+            def override(func, q, k, v, heads, *args, **kwargs):
+                inner = func if former is None else lambda *a, **kw: former(func, *a, **kw)
+                current = (kwargs.get("transformer_options") or {}).get(KEY)
+                return self._attend(current, inner, q, k, v, heads, args, kwargs)
+
+            # A compiled model must not trace into a choice by data. Without dynamo there is nothing to keep out, and
+            # importing it takes seconds.
+            made = torch.compiler.disable(override) if compiling else override
+            self._override = (former, compiling, made)
+        return self._override[2]
+
+    def _attend(
+        self,
+        current: ForwardPass | None,
+        inner: Attention,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         heads: int,
-        options: dict[str, Any],
-    ) -> torch.Tensor | None:
-        """One attention call; None where it is none of ours (cross-attention, masks, other lengths).
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """One attention call of the model, in either of ComfyUI's tensor layouts.
 
         Args:
-            now: the forward pass.
-            attention: what would run without us, called as ComfyUI's attention functions are.
-            q, k, v: `[B, N, H * D]`, or `[B, H, N, D]` with `skip_reshape`.
-            heads: H. options: the other keyword arguments.
+            current: the forward pass, None outside of one.
+            inner: what computes a call that is not taken: `(q, k, v, heads, ...) -> out`.
+            q, k, v: `[B, N, H * D]`, or `[B, H, N, D]` with `skip_reshape=True`.
+            heads: H.
+            args, kwargs: the other arguments of the call, `mask` first.
+
+        Returns:
+            `[B, N, H * D]`, or `[B, H, N, D]` with `skip_output_reshape=True`.
         """
-        split = options.get("skip_reshape", False)
-        length = q.shape[2 if split else 1]
-        if k.shape != q.shape or v.shape != q.shape or length < now.grid.tokens:
-            return None  # cross-attention, or a refiner of the text
-        layout = now.grid.layout(length)
-        if options.get("mask") is not None:
-            self.engine.note("calls with an attention mask stay dense", logging.WARNING)
-            return None
-        if layout is None or q.shape[0] % len(now.steps):
-            self.engine.note(
-                f"calls over {length} tokens stay dense: the video has {now.grid.tokens}, and nothing tells what the "
-                "others are",
-                logging.WARNING,
-            )
-            return None
-        layer, now.layer = now.layer, now.layer + 1
-        if layer >= self.engine.num_layers:
-            self.engine.note(f"more than {self.engine.num_layers} self-attention calls: the rest stay dense")
-            return None
+        if current is not None:
+            current.offered += 1
+        split = kwargs.get("skip_reshape", False)
+        length = 2 if split else 1
+        if (
+            current is None
+            or current.layout is None
+            or len(args) > 1  # a calling convention that is not known
+            or q.shape[0] != current.batch
+            or not q.shape[length] == k.shape[length] == v.shape[length] == current.layout.tokens
+        ):
+            return inner(q, k, v, heads, *args, **kwargs)
+
+        layer = current.layer(kwargs.get("transformer_options") or {})
+        mask = args[0] if args else kwargs.get("mask")
+        reason = current.reason or self.dense.layer_reason(layer) or unfit_reason(q, k, v, heads, split, mask, kwargs)
+        if reason:
+            with Span(q.device) as span:
+                out = inner(q, k, v, heads, *args, **kwargs)
+            self._record(current, layer, reason, span)
+            return out
         if not split:
             q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        self._dense.attention, self._dense.heads, self._dense.options = attention, heads, options
-        parts = []
-        # Branches that ComfyUI stacked in one batch are computed apart, as if they had been called apart: what a method
-        # remembers of one must not meet the other, and a batch must give what single calls give.
-        for step, *qkv in zip(now.steps, *(x.chunk(len(now.steps)) for x in (q, k, v)), strict=True):
-            self.engine.enter(step, layout)
-            parts.append(self.engine(*qkv, layer))
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return out if options.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
+        out = self._sparse(current, layer, q, k, v)
+        return out if kwargs.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
 
-    def _level(self, sigma: float) -> float:
-        return float(sigma) / self.highest
+    def _sparse(
+        self, current: ForwardPass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Each guidance branch of the batch on its own, so that a batch of two gives what two calls give."""
+        engine = self._engines[current.layout]
+        branches = current.branches if current.batch % len(current.branches) == 0 else ["batch"]
+        parts = [x.chunk(len(branches)) for x in (q, k, v)]
+        outs = []
+        for branch, *qkv in zip(branches, *parts, strict=True):
+            with self._lock:
+                engine.enter(replace(current.step, branch=branch), current.layout)
+                outs.append(engine(*qkv, layer))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
+    # -- what the report node calls ------------------------------------------------------------------------------------
 
-def patch_model(model: Any, method: Method, **settings: Any) -> tuple[Any, NativeSession | None]:
-    """A clone of a model with sparse attention.
+    def note(self, text: str, level: int = logging.INFO) -> None:
+        """Log a fallback or a choice once and keep it for the report."""
+        if text not in self._notes:
+            self._notes.append(text)
+            logger.log(level, "Sparse Attention (%s): %s", self.name, text)
 
-    Args:
-        model: a ComfyUI `ModelPatcher`; stays as it is.
-        method: what to do. settings: those of `NativeSession`.
+    def report(self) -> RunReport:
+        """What was done in the last runs, dense calls and their reasons included."""
+        reports = [engine.report() for engine in self._engines.values()]
+        records = [record for report in reports for record in report.records]
+        for calls, span in self._dense_calls:
+            records += [replace(call, attention_seconds=span.seconds() / len(calls)) for call in calls]
+        records = [record for record in records if record.run > self._run - KEPT_RUNS]
+        # A stable sort: the calls of one layer stay in the order of the guidance branches.
+        records.sort(key=lambda r: (r.run, r.step, r.layer))
+        notes = dict.fromkeys([*self._notes, *(note for report in reports for note in report.notes)])
+        return RunReport(self.name, self.settings, tuple(records), tuple(notes))
 
-    Returns:
-        The clone and its session; the clone unpatched and None, with a warning, where the model is not known.
+    def news(self) -> RunReport:
+        """The runs since the last call of this (two samplers may share a model); the last run if there are none."""
+        report = self.report()
+        records = tuple(record for record in report.records if record.run > self._reported)
+        self._reported = self._run
+        return replace(report, records=records) if records else report.last()
 
-    Raises:
-        ValueError: the model has sparse attention from this package already, or a value is outside its bounds.
-    """
-    clone = model.clone()
-    diffusion = model.get_model_object("diffusion_model")
-    known = type(diffusion).__name__
-    if known not in GEOMETRIES:
-        families = ", ".join(dict.fromkeys(g.family for g in GEOMETRIES.values()))
-        logger.warning("sparse attention leaves %s dense: known are %s.", known, families)
-        return clone, None
-    options = clone.model_options["transformer_options"] = {**clone.model_options.get("transformer_options", {})}
-    before = options.get(OVERRIDE)
-    if KEY in options:
-        raise ValueError("this model has a Sparse Attention node already: keep one of the two.")
-    sampling = model.get_model_object("model_sampling")
-    session = NativeSession(method, diffusion, sampling.percent_to_sigma, **settings)
-    options[KEY] = None  # the mark of a patched model; the wrapper puts the pass in its place
-    options[OVERRIDE] = make_override(session, before)
-    clone.add_wrapper_with_key(APPLY_MODEL, KEY, make_wrapper(session))
-    clone.add_callback_with_key(ON_PRE_RUN, KEY, session.start_run)
-    clone.add_callback_with_key(ON_CLEANUP, KEY, session.end_run)
-    return clone, session
-
-
-def make_override(session: NativeSession, before: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-    """The attention override: a plain function, since old versions of ComfyUI copy what they find in the options."""
-
-    @torch.compiler.disable
-    def override(func, q, k, v, heads, *args, **kwargs):
-        def attention(*inner, **options):
-            return before(func, *inner, **options) if before is not None else func(*inner, **options)
-
-        now = (kwargs.get("transformer_options") or {}).get(KEY)
-        if now is not None and not args:
-            out = session.attend(now, attention, q, k, v, heads, kwargs)
-            if out is not None:
-                return out
-        return attention(q, k, v, heads, *args, **kwargs)
-
-    return override
-
-
-def make_wrapper(session: NativeSession) -> Callable[..., Any]:
-    """The wrapper of one forward pass, which hands the override its place through the options."""
-
-    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-        options = {**(transformer_options or {})}
-        options[KEY] = session.begin_pass(x, t, options, kwargs)
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-    return wrapper
-
-
-def _place(sigma: float, levels: torch.Tensor | None) -> tuple[int, int | None]:
-    """The step of a noise level among the sampler's, which end with 0, and how many there are."""
-    if levels is None or len(levels) < 2:
-        return 0, None
-    return int((levels[:-1].float().cpu() - sigma).abs().argmin()), len(levels) - 1
-
-
-def _branches(options: dict[str, Any]) -> list[str]:
-    """A name for each conditioning that is stacked in the batch; one for a batch that says nothing."""
-    kinds = options.get("cond_or_uncond") or [0]
-    ids = options.get("uuids") or [None] * len(kinds)
-    names = ("cond", "uncond")
-    # Several prompts on one side are told apart by their ids.
-    return [
-        names[kind] if kinds.count(kind) == 1 and ids[i] is None else f"{names[kind]} {ids[i]}"
-        for i, kind in enumerate(kinds)
-    ]
+    def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:
+        """A call that stayed dense: one record for each branch of its batch, as a sparse call has."""
+        calls = [
+            CallRecord(
+                run=current.step.run,
+                step=current.step.step,
+                num_steps=current.step.num_steps,
+                branch=branch,
+                model=current.geometry.family,
+                layer=layer,
+                method=self.name,
+                density=1.0,
+                reason=reason,
+                backend="ComfyUI",
+                plan_seconds=0.0,
+                attention_seconds=0.0,
+                details={},
+            )
+            for branch in current.branches
+        ]
+        self._dense_calls.append((calls, span))

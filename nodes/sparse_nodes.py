@@ -1,179 +1,192 @@
-"""The nodes that patch a native model: Load Diffusion Model, one of these, KSampler."""
+"""The nodes that go between Load Diffusion Model and KSampler: sparse attention in a native video model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..attention import BACKENDS, SVG, SVG2, Radial
-from .native import patch_model
-from .report_node import ReportHandle, ReportType
+from ..attention import BACKENDS, SVG, SVG2, Method, Radial, VideoLayout
+from ..attention.methods.base import check_fraction
+from .geometry import supported_models
+from .patch import sparsify
+from .report_node import Report
+from .schema import accepted
 
 CATEGORY = "video acceleration/sparse attention"
+SPARSE_BACKENDS = ["auto", *(name for name, backend in BACKENDS.items() if backend.capability.sparse)]
+QUALITY = (
+    "The video differs from the dense one of the same seed, the more so the lower the density and the fewer steps stay "
+    "dense; raise both when details flicker or motion changes. Cross-attention, masked calls, text and reference "
+    f"tokens are not touched. Models: {supported_models()}; any other stays dense and says so in the log."
+)
 
 
-def _density() -> Any:
-    return io.Float.Input(
-        "density",
-        default=0.3,
-        min=0.02,
-        max=1.0,
-        step=0.01,
-        tooltip="Share of attention that is computed in the sparse steps. Lower is faster and drifts further from the "
-        "dense video.",
-    )
-
-
-def _common(start: float, layers: int) -> list[Any]:
-    """The inputs that every method has, with its defaults."""
+def _inputs(dense_start: float, dense_layers: str, special: list[io.Input]) -> list[io.Input]:
+    """The inputs that every method has, with those of one method in their midst."""
     return [
+        io.Model.Input(
+            "model",
+            tooltip="A native video model. It stays as it is; the output is a clone. A model that has a Sparse "
+            "Attention node before it already is refused.",
+        ),
         io.Float.Input(
-            "start_percent",
-            default=start,
+            "density",
+            default=0.3,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="Share of all query-key pairs that a sparse attention call computes. 1 computes all of them. Lower "
+            "is less work and further from the dense video.",
+        ),
+        io.Float.Input(
+            "dense_start_percent",
+            default=dense_start,
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Sampling before this point stays dense: the first steps decide on the composition. With two "
-            "samplers (Wan 2.2) it counts over both.",
+            tooltip="Share of the sampling that stays dense at its start, where composition and motion are decided. "
+            "Two samplers that follow one another (Wan 2.2) share one scale, as start and end percent of other nodes.",
         ),
         io.Float.Input(
-            "end_percent",
-            default=1.0,
+            "dense_end_percent",
+            default=0.0,
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Sampling after this point is dense again.",
+            tooltip="Share of the sampling that stays dense at its end, where fine detail is made. Start and end "
+            "together must stay below 1.",
         ),
-        io.Int.Input(
-            "dense_first_layers",
-            default=layers,
-            min=0,
-            max=100,
-            tooltip="So many transformer blocks at the input stay dense.",
-        ),
-        io.Int.Input(
-            "dense_last_layers",
-            default=0,
-            min=0,
-            max=100,
-            tooltip="So many transformer blocks at the output stay dense.",
+        io.String.Input(
+            "dense_layers",
+            default=dense_layers,
+            tooltip='Transformer layers that stay dense, counted from 0: numbers and ranges such as "0, 1, 36-39". '
+            "Empty for none.",
         ),
         io.Int.Input(
             "min_tokens",
-            default=4000,
+            default=4096,
             min=0,
             max=10_000_000,
-            tooltip="Videos with fewer tokens stay dense: there planning costs more than it saves.",
+            tooltip="Videos with fewer tokens stay dense, because planning would cost more than it saves. A token is a "
+            "patch of the latent: 81 frames of Wan at 480x832 have 32,760.",
         ),
+        *special,
         io.Combo.Input(
             "backend",
-            options=["auto", *BACKENDS],
+            options=SPARSE_BACKENDS,
             default="auto",
-            tooltip="What computes attention. auto picks what can run here and the report says which; a name runs or "
-            "raises an error that says why it cannot.",
+            **accepted(io.Combo.Input, advanced=True),
+            tooltip="What computes the sparse calls. auto chooses for the device, and the report says what; one "
+            "that is chosen by name runs, or the node says why it cannot.",
         ),
     ]
 
 
-def _schema(name: str, title: str, text: str, inputs: list[Any]) -> io.Schema:
+def _schema(name: str, words: list[str], description: str, inputs: list[io.Input]) -> io.Schema:
     return io.Schema(
         node_id=f"VidaccelSparseAttention{name}",
-        display_name=f"Sparse Attention ({title})",
+        display_name=f"Sparse Attention ({name})",
         category=CATEGORY,
-        description=text,
-        inputs=[
-            io.Model.Input(
-                "model", tooltip="A native video model: Wan, HunyuanVideo, Mochi, LTX-Video, Cosmos Predict2."
-            ),
-            *inputs,
+        description=f"{description} {QUALITY}",
+        inputs=inputs,
+        outputs=[
+            io.Model.Output(display_name="model", tooltip="The model with sparse attention."),
+            Report.Output(display_name="report", tooltip="For the node Sparse Attention Report."),
         ],
-        outputs=[io.Model.Output(display_name="model"), ReportType.Output(display_name="report")],
+        **accepted(io.Schema, search_aliases=["vidaccel", "video acceleration", "speed up video", *words]),
     )
 
 
-def _patch(model: Any, method: Any, dense_first_layers: int, dense_last_layers: int, **settings: Any) -> io.NodeOutput:
-    reason = None if settings["backend"] == "auto" else _declines(settings["backend"])
-    if reason:
-        raise ValueError(f"backend {settings['backend']!r} {reason}. Choose another, or auto.")
-    layers = {"first_layers": dense_first_layers, "last_layers": dense_last_layers}
-    clone, session = patch_model(model, method, **layers, **settings)
-    return io.NodeOutput(clone, ReportHandle(session))
+def _patched(
+    model: Any, method_for: Callable[[VideoLayout], Method], name: str, settings: dict[str, Any], common: dict[str, Any]
+) -> io.NodeOutput:
+    return io.NodeOutput(*sparsify(model, method_for, name=name, settings=settings, **common))
 
 
-def _declines(backend: str) -> str | None:
-    import comfy.model_management
-
-    return BACKENDS[backend].unavailable(comfy.model_management.get_torch_device())
-
-
-class SparseAttentionSVG2(io.ComfyNode):
-    """SVG2 on a native model."""
+class VidaccelSparseAttentionSVG2(io.ComfyNode):
+    """SVG2 in a native model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        text = (
-            "Sparse VideoGen 2: clusters queries and keys by content, and each cluster of queries reads the clusters "
-            "of keys that matter to it. The video changes: compare with density 1 from the same seed."
-        )
-        inputs = [
-            _density(),
+        clusters = {"default": 0, "min": 0, "max": 4096, **accepted(io.Int.Input, advanced=True)}
+        special = [
             io.Boolean.Input(
                 "compensate",
-                default=True,
-                tooltip="Let skipped clusters enter through their mean. Closer to the dense video at the same density.",
+                default=False,
+                **accepted(io.Boolean.Input, advanced=True),
+                tooltip="Let the keys that a query skips enter through the mean of their cluster. Nearer to the dense "
+                "video at low densities, for some more work per call.",
             ),
-            *_common(0.3, 0),
+            io.Int.Input(
+                "query_clusters",
+                **clusters,
+                tooltip="Clusters of queries in each head. 0 follows the length of the video.",
+            ),
+            io.Int.Input(
+                "key_clusters",
+                **clusters,
+                tooltip="Clusters of keys in each head. 0 follows the length of the video.",
+            ),
         ]
-        return _schema("SVG2", "SVG2", text, inputs)
+        description = (
+            "Sparse VideoGen 2: groups queries and keys by content, and each group of queries reads the groups of keys "
+            "that matter to it. Of the three methods it keeps most of the picture at a given density, and spends the "
+            "most time on planning."
+        )
+        words = ["sparse videogen 2", "semantic clustering"]
+        return _schema("SVG2", words, description, _inputs(0.3, "", special))
 
     @classmethod
-    def execute(cls, model: Any, density: float, compensate: bool, **settings: Any) -> io.NodeOutput:
-        return _patch(model, SVG2(density=density, compensate=compensate), **settings)
+    def execute(
+        cls, model: Any, density: float, compensate: bool, query_clusters: int, key_clusters: int, **common: Any
+    ) -> io.NodeOutput:
+        clusters = {"q_clusters": query_clusters or None, "k_clusters": key_clusters or None}
+        method = SVG2(density=density, compensate=compensate, **clusters)
+        settings = {"density": density, "compensate": compensate, **clusters}
+        return _patched(model, lambda layout: method, "SVG2", settings, common)
 
 
-class SparseAttentionSVG(io.ComfyNode):
-    """Sparse VideoGen on a native model."""
+class VidaccelSparseAttentionSVG(io.ComfyNode):
+    """SVG in a native model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        text = (
-            "Sparse VideoGen: finds for each head whether it looks at nearby frames or at one place over time, and "
-            "computes that band. Heads that are neither lose detail."
+        description = (
+            "Sparse VideoGen: finds out for each head whether it looks at nearby frames or at one place through time, "
+            "and computes only that band. Planning is cheap; heads that are of neither kind lose detail."
         )
-        return _schema("SVG", "SVG", text, [_density(), *_common(0.25, 1)])
+        return _schema("SVG", ["sparse videogen"], description, _inputs(0.25, "", []))
 
     @classmethod
-    def execute(cls, model: Any, density: float, **settings: Any) -> io.NodeOutput:
-        return _patch(model, SVG(density=density), **settings)
+    def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:
+        method = SVG(density=density)
+        return _patched(model, lambda layout: method, "SVG", {"density": density}, common)
 
 
-class SparseAttentionRadial(io.ComfyNode):
-    """Radial Attention on a native model."""
+class VidaccelSparseAttentionRadial(io.ComfyNode):
+    """Radial Attention in a native model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        text = (
-            "Radial Attention: a fixed mask, whole for near frames and narrower the further frames lie apart. Its "
-            "density falls as videos grow longer; with few frames little can be skipped. Blind to content."
+        description = (
+            "Radial Attention: near frames are read whole, far ones ever less. One fixed pattern for all heads and "
+            "steps, blind to content, with no planning after the first call; meant for long videos. With few frames "
+            "little can be left out."
         )
-        inputs = [
-            io.Float.Input(
-                "decay",
-                default=0.2,
-                min=0.05,
-                max=4.0,
-                step=0.05,
-                tooltip="Width of the windows: 0.2 for Wan 2.1, 0.8 for Wan 2.2, 0.95 for HunyuanVideo, 1 for long "
-                "videos. Higher computes more.",
-            ),
-            *_common(0.24, 1),
-        ]
-        return _schema("Radial", "Radial", text, inputs)
+        return _schema("Radial", ["radial attention", "long video"], description, _inputs(0.25, "0", []))
 
     @classmethod
-    def execute(cls, model: Any, decay: float, **settings: Any) -> io.NodeOutput:
-        return _patch(model, Radial(decay=decay), **settings)
+    def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:
+        check_fraction("Radial", "density", density, fix="0.3 computes 30 % of the pairs")
+        return _patched(
+            model, lambda layout: Radial.for_density(layout, density), "Radial", {"density": density}, common
+        )
 
 
-NODES = [SparseAttentionSVG2, SparseAttentionSVG, SparseAttentionRadial]
+NODES: list[type[io.ComfyNode]] = [
+    VidaccelSparseAttentionSVG2,
+    VidaccelSparseAttentionSVG,
+    VidaccelSparseAttentionRadial,
+]

@@ -1,283 +1,382 @@
-"""The attention override on the calls that ComfyUI's native models make, without ComfyUI.
+"""The attention override against recorded calls of every native model, without ComfyUI.
 
-The shapes, layouts and keyword arguments are those of ComfyUI 0.19 and 0.33. `test_comfyui.py` runs the real thing.
+`test_native_comfyui.py` runs the models themselves.
 """
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from native_calls import HEAD_DIM, HEADS, RECORDED, WAN, Executor, Recorded, dense, model_of, with_cross
 
 from vidaccel import SVG, SVG2, Radial, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
-from vidaccel.nodes import native
+from vidaccel.nodes.native import KEY, OVERRIDE, NativeAttention
+from vidaccel.nodes.sampling import DensePart
 
-HEADS, DIM = 2, 16
-LATENT = (1, 4, 3, 12, 16)  # [B, C, T, H, W]: 3 x 6 x 8 patches of (1, 2, 2)
-GRID = (3, 6, 8)
-VIDEO = 144
+SIGMAS = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
 
 
-def model_of(kind: str) -> object:
-    """A stand-in with the attributes that ComfyUI's class `kind` has."""
-    space = {
-        "WanModel": {"patch_size": (1, 2, 2), "blocks": [0] * 3, "ref_conv": object()},
-        "HunyuanVideo": {"patch_size": [1, 2, 2], "double_blocks": [0], "single_blocks": [0] * 2},
-        "AsymmDiTJoint": {"patch_size": 2, "blocks": [0] * 3},
-        "LTXVModel": {"transformer_blocks": [0] * 3},
-        "MiniTrainDIT": {"patch_temporal": 1, "patch_spatial": 2, "blocks": [0] * 3},
-        "Flux": {},
-    }[kind]
-    return type(kind, (), space)()
-
-
-class Patcher:
-    """The part of ComfyUI's `ModelPatcher` that `patch_model` uses."""
-
-    def __init__(self, kind: str, options: dict | None = None) -> None:
-        self.kind, self.model_options = kind, {"transformer_options": options or {}}
-        self.wrappers: list = []
-        self.callbacks: dict = {}
-        sampling = SimpleNamespace(percent_to_sigma=lambda p: 1.0 - p)
-        self.objects = {"diffusion_model": model_of(kind), "model_sampling": sampling}
-
-    def clone(self) -> Patcher:
-        other = Patcher(self.kind, dict(self.model_options["transformer_options"]))
-        other.objects = self.objects
-        return other
-
-    def get_model_object(self, name: str) -> object:
-        return self.objects[name]
-
-    def add_wrapper_with_key(self, place: str, key: str, wrapper) -> None:
-        assert (place, key) == ("apply_model", "vidaccel")
-        self.wrappers.append(wrapper)
-
-    def add_callback_with_key(self, place: str, key: str, callback) -> None:
-        self.callbacks[place] = callback
-
-
-def comfy_attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **_):
-    """What ComfyUI's attention functions do with their arguments."""
-    if not skip_reshape:
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-
-def forward(patcher: Patcher, calls, latent=LATENT, sigma=0.5, options=None, **conditioning):
-    """One forward pass: each of `calls` gets `attend(q, k, v, **kwargs)`, which goes through the override."""
-    shared = {"sample_sigmas": torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), **(options or {})}
-    shared = {**patcher.model_options["transformer_options"], **shared}
-
-    def executor(x, t, c_concat, c_crossattn, control, transformer_options, **_):
-        def attend(q, k, v, heads=HEADS, **kwargs):
-            kwargs["transformer_options"] = transformer_options
-            override = transformer_options.get("optimized_attention_override")
-            if override is None:
-                return comfy_attention(q, k, v, heads, **kwargs)
-            return override(comfy_attention, q, k, v, heads=heads, **kwargs)
-
-        return [call(attend) for call in calls]
-
-    for wrapper in patcher.wrappers:
-        inner = executor
-        executor = lambda *a, wrapper=wrapper, inner=inner, **k: wrapper(inner, *a, **k)  # noqa: E731
-    batch = len(shared.get("cond_or_uncond", [0])) * latent[0]
-    return executor(
-        torch.zeros(batch, *latent[1:]), torch.full((batch,), sigma), None, None, None, shared, **conditioning
+def session_of(method=None, **options: Any) -> NativeAttention:
+    method = method or SVG2(density=0.6)
+    return NativeAttention(
+        method if callable(method) else lambda layout: method,
+        name="test",
+        settings={},
+        **{"dense": DensePart(), **options},
     )
 
 
-def qkv(tokens: int, batch: int = 1, seed: int = 0) -> list[torch.Tensor]:
-    """`[B, H, N, D]`"""
-    return list(torch.randn(3, batch, HEADS, tokens, DIM, generator=torch.Generator().manual_seed(seed)))
+def step(session: NativeAttention, executor: Executor, sigma: float = 0.5, **options: Any) -> Executor:
+    """One forward pass."""
+    recorded = executor.recorded
+    x = torch.zeros(len(executor.seeds), 16, *recorded.latent)
+    text = torch.zeros(len(executor.seeds), recorded.text, 8)
+    given = {"sigmas": torch.tensor([sigma]), "sample_sigmas": SIGMAS, "cond_or_uncond": [0], **options}
+    session.forward(executor, x, torch.tensor([sigma]), None, text, None, given, **recorded.conditions)
+    return executor
 
 
-def flat(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(1, 2).flatten(2)
+def expected(method, q, k, v, layout, flat: bool) -> torch.Tensor:
+    """What the override must give: `sparse_attention` with the method's plan, each batch entry on its own."""
+    outs = []
+    for one in zip(*(x.split(1) for x in (q, k, v)), strict=True):
+        outs.append(sparse_attention(*one, method.plan(*one, layout, PlanMemory())))
+    out = torch.cat(outs)
+    return out.transpose(1, 2).flatten(2) if flat else out
 
 
-# What each model shows: (kind, tokens before, tokens after, whether tensors are [B, H, N, D], whether the output is).
-SHAPES = [
-    ("WanModel", 0, 0, False, False),
-    ("HunyuanVideo", 10, 0, True, False),
-    ("AsymmDiTJoint", 0, 7, True, False),
-    ("MiniTrainDIT", 0, 0, True, False),
-    ("LTXVModel", 0, 0, False, False),
-    ("LTXVModel", 0, 9, False, False),
+@pytest.fixture(params=RECORDED)
+def recorded(request) -> Recorded:
+    return RECORDED[request.param]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SVG2(density=0.6), SVG(density=0.6, sink=False), Radial(block_size=8, decay=0.05, near=0.3, min_window=0)],
+)
+def test_calls_over_the_video_are_sparse_attention_and_no_others(recorded, method):
+    session = session_of(method)
+    played = step(session, Executor(recorded, 2), cond_or_uncond=[0, 1])
+    assert [place for place in range(len(recorded.calls)) if place not in played.asked] == list(recorded.video)
+    for place, (inputs, out) in enumerate(zip(played.inputs, played.outputs, strict=True)):
+        if place in recorded.video:
+            torch.testing.assert_close(out, expected(method, *inputs, recorded.layout, flat=True))
+            assert not torch.allclose(out, dense(*inputs, HEADS, skip_reshape=True), atol=1e-3)
+        else:
+            assert out.equal(dense(*inputs, HEADS, skip_reshape=True))
+    records = session.report().records
+    assert {r.layer for r in records} == set(recorded.video.values())
+    assert {r.branch for r in records} == {"cond", "uncond"} and all(r.reason == "" for r in records)
+
+
+def test_layers_are_numbered_as_they_run(recorded):
+    session = session_of(dense=DensePart(layers=frozenset([0])))
+    played = step(session, Executor(recorded))
+    assert played.asked == [p for p in range(len(recorded.calls)) if recorded.video.get(p, 0) == 0]
+    assert session.report().dense_reasons() == {"dense layer": 1}
+
+
+def test_density_one_is_dense(recorded):
+    played = step(session_of(SVG2(density=1.0)), Executor(recorded))
+    for inputs, out in zip(played.inputs, played.outputs, strict=True):
+        torch.testing.assert_close(out, dense(*inputs, HEADS, skip_reshape=True))
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_the_output_can_keep_its_heads_apart(name):
+    flat, apart = (step(session_of(), Executor(RECORDED[name], **kw)) for kw in ({}, {"skip_output_reshape": True}))
+    for one, other in zip(flat.outputs, apart.outputs, strict=True):
+        assert one.equal(other.transpose(1, 2).flatten(2))
+
+
+def test_declined_calls_go_to_the_override_that_was_there(recorded):
+    seen = []
+
+    def former(func, q, k, v, heads, *args, **kwargs):
+        seen.append(q.shape)
+        return -func(q, k, v, heads, *args, **kwargs)
+
+    played = step(session_of(), Executor(recorded), **{OVERRIDE: former})
+    assert len(seen) == len(played.asked) == len(recorded.calls) - len(recorded.video)
+    for place in played.asked:
+        assert played.outputs[place].equal(-dense(*played.inputs[place], HEADS, skip_reshape=True))
+
+
+def test_dense_steps_go_to_the_override_that_was_there():
+    def former(func, *args, **kwargs):
+        return torch.zeros_like(args[0])
+
+    session = session_of(dense=DensePart(start=0.5))
+    played = step(session, Executor(RECORDED["wan"]), sigma=0.75, **{OVERRIDE: former})
+    assert not any(out.any() for out in played.outputs)
+    assert session.report().dense_reasons() == {"first 50% of the sampling": 2}
+
+
+def test_the_override_is_one_function_in_all_steps():
+    """torch.compile guards on it: a new one in each step would compile each step anew."""
+    found = []
+
+    class Keep(Executor):
+        def __call__(self, x, t, c_concat, c_crossattn, control, transformer_options, **conditions):
+            found.append(transformer_options[OVERRIDE])
+            return x
+
+    session = session_of()
+    for sigma in (1.0, 0.75):
+        step(session, Keep(RECORDED["wan"]), sigma)
+    step(session, Keep(RECORDED["wan"]), 0.5, **{OVERRIDE: dense})
+    assert found[0] is found[1] is not found[2]
+
+
+def test_the_options_of_the_caller_stay_as_they_are():
+    options = {"sigmas": torch.tensor([0.5]), "block_index": 3, OVERRIDE: lambda func, *args, **kw: func(*args, **kw)}
+    before = dict(options)
+    wan = RECORDED["wan"]
+    session_of().forward(Executor(wan), torch.zeros(1, 16, 5, 8, 8), torch.ones(1), None, None, None, options)
+    assert options == before and KEY not in options
+
+
+def run(session: NativeAttention, recorded: Recorded, passes: list[dict[str, Any]]) -> dict[tuple, torch.Tensor]:
+    """A run of four steps; the last self-attention output of each step and batch entry, by seed."""
+    session.begin()
+    outputs = {}
+    for sigma in SIGMAS[:-1].tolist():
+        for one in passes:
+            seeds = [round(10 * sigma) + seed * 100 for seed in one["seeds"]]
+            played = step(session, Executor(recorded, seeds=seeds), sigma, **one["options"])
+            for entry, seed in enumerate(one["seeds"]):
+                outputs[sigma, seed] = played.outputs[list(recorded.video)[-1]][entry]
+    session.end()
+    return outputs
+
+
+BATCHED = [{"seeds": [1, 2], "options": {"cond_or_uncond": [1, 0], "uuids": ["n", "p"]}}]
+SEPARATE = [
+    {"seeds": [2], "options": {"cond_or_uncond": [0], "uuids": ["p"]}},
+    {"seeds": [1], "options": {"cond_or_uncond": [1], "uuids": ["n"]}},
 ]
 
 
-@pytest.mark.parametrize("method", [SVG2(density=0.6, init_iterations=3), SVG(density=0.6), Radial(block_size=16)])
-@pytest.mark.parametrize(("kind", "before", "after", "split", "split_out"), SHAPES)
-def test_equals_sparse_attention_with_the_plan_of_the_method(kind, before, after, split, split_out, method):
-    latent = (1, 4, 3, 6, 8) if kind == "LTXVModel" else LATENT
-    layout = VideoLayout(*GRID, text_before=before, text_after=after)
-    q, k, v = qkv(layout.tokens)
-    clone, session = native.patch_model(Patcher(kind), method)
-    clone.callbacks["on_pre_run"]()
-    given = (q, k, v) if split else tuple(map(flat, (q, k, v)))
-    (out,) = forward(clone, [lambda attend: attend(*given, skip_reshape=split, skip_output_reshape=split_out)], latent)
-    expected = sparse_attention(q, k, v, method.plan(q, k, v, layout, PlanMemory()))
-    torch.testing.assert_close(out, expected if split_out else flat(expected), atol=1e-6, rtol=1e-5)
-    (record,) = session.report().records
-    assert not record.reason and record.density < 1 and (record.step, record.num_steps) == (2, 4)
+@pytest.mark.parametrize("method", [SVG2(density=0.6), SVG(density=0.6)])
+def test_branches_in_one_batch_equal_branches_apart(recorded, method):
+    batched, separate = run(session_of(method), recorded, BATCHED), run(session_of(method), recorded, SEPARATE)
+    for key, value in batched.items():
+        torch.testing.assert_close(value, separate[key], msg=str(key))
 
 
-def test_the_output_keeps_the_layout_that_was_asked_for():
-    q, k, v = qkv(VIDEO)
-    clone, _ = native.patch_model(Patcher("MiniTrainDIT"), SVG(density=0.6))
-    both = [
-        lambda attend: attend(q, k, v, skip_reshape=True, skip_output_reshape=True),
-        lambda attend: attend(q, k, v, skip_reshape=True),
+def test_two_prompts_of_one_side_have_a_state_each():
+    session = session_of()
+    options = {"cond_or_uncond": [1, 0, 0], "uuids": ["n", "p", "q"]}
+    step(session, Executor(RECORDED["wan"], 3), **options)
+    assert {r.branch for r in session.report().records} == {"cond", "cond #2", "uncond"}
+    apart = session_of()
+    for entry, (kind, uuid) in enumerate(zip(*options.values(), strict=True)):
+        step(apart, Executor(RECORDED["wan"], seeds=[entry]), cond_or_uncond=[kind], uuids=[uuid])
+    assert len(apart._engines[RECORDED["wan"].layout]._call_memory) == 6
+
+
+def test_a_latent_batch_stays_together_within_a_branch():
+    session = session_of()
+    step(session, Executor(RECORDED["wan"], 4), cond_or_uncond=[0, 1])
+    assert {key[2] for key in session._engines[RECORDED["wan"].layout]._call_memory} == {(2, HEADS)}
+
+
+def test_a_run_begins_without_the_state_of_the_last():
+    wan = RECORDED["wan"]
+    session, fresh = session_of(), session_of()
+    run(session, wan, [{"seeds": [7], "options": {}}])
+    assert not session._engines[wan.layout]._call_memory  # gigabytes on a large model
+    first = run(fresh, wan, BATCHED)
+    for key, value in run(session, wan, BATCHED).items():
+        assert value.equal(first[key])
+    assert session.report().runs() == [0, 1]
+
+
+def test_an_interrupted_run_leaves_nothing_behind():
+    class Interrupted(Executor):
+        def __call__(self, *args, **kwargs):
+            super().__call__(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    wan, session = RECORDED["wan"], session_of()
+    session.begin()
+    with pytest.raises(KeyboardInterrupt):
+        step(session, Interrupted(wan, seeds=[5]), sigma=1.0)
+    session.end()
+    fresh = run(session_of(), wan, BATCHED)
+    for key, value in run(session, wan, BATCHED).items():
+        assert value.equal(fresh[key])
+
+
+def test_another_resolution_has_its_own_plan():
+    session = session_of(lambda layout: Radial.for_density(layout, 0.7))
+    for name in ("wan", "wan odd size", "wan"):
+        recorded = RECORDED[name]
+        session.begin()
+        played = step(session, Executor(recorded))
+        method = Radial.for_density(recorded.layout, 0.7)
+        for place in recorded.video:
+            torch.testing.assert_close(
+                played.outputs[place], expected(method, *played.inputs[place], recorded.layout, flat=True)
+            )
+    assert list(session._engines) == [RECORDED["wan"].layout, RECORDED["wan odd size"].layout]
+    assert session.report().runs() == [0, 1, 2]
+
+
+def test_an_unknown_model_stays_dense_and_says_so_once(caplog):
+    unknown = Recorded(model_of("HumoWanModel", **WAN), (5, 8, 8), VideoLayout(5, 4, 4), RECORDED["wan"].calls, {})
+    session = session_of()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            played = step(session, Executor(unknown))
+            for inputs, out in zip(played.inputs, played.outputs, strict=True):
+                assert out.equal(dense(*inputs, HEADS, skip_reshape=True))
+    assert len(caplog.records) == 1 and "HumoWanModel is no model" in caplog.text and "Wan VACE" in caplog.text
+    assert session.report().records == () and "HumoWanModel" in session.report().notes[0]
+
+
+def test_a_model_under_torch_compile_is_known_by_what_was_compiled():
+    wan = RECORDED["wan"]
+    compiled = Recorded(SimpleNamespace(_orig_mod=wan.model), wan.latent, wan.layout, wan.calls, wan.video)
+    session = session_of()
+    step(session, Executor(compiled))
+    assert session.report().mean_density() == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltxv", "cosmos predict2"])
+def test_text_as_long_as_the_video_stays_dense(name, caplog):
+    """Then nothing tells a self-attention call from a cross-attention call."""
+    known = RECORDED[name]
+    recorded = Recorded(
+        known.model, known.latent, known.layout, [(80, 80, *c[2:]) for c in known.calls], {}, known.heads_apart, text=80
+    )
+    session = session_of()
+    played = step(session, Executor(recorded))
+    assert len(played.asked) == len(recorded.calls)
+    assert "as long as the video" in session.report().notes[0] and "as long as" in caplog.text
+
+
+def test_calls_that_fit_no_layout_stay_dense_and_are_noted(caplog):
+    """A later version of a model with tokens that the geometry does not know."""
+    wan = RECORDED["wan"]
+    changed = Recorded(wan.model, wan.latent, wan.layout, with_cross(81, [0, 1], "double"), {})
+    session = session_of()
+    played = step(session, Executor(changed))
+    assert len(played.asked) == 4
+    assert "no attention call had the 80 tokens" in session.report().notes[0] and "no attention call" in caplog.text
+
+
+def test_packed_latents_and_images_stay_dense():
+    session, wan = session_of(), RECORDED["wan"]
+    for shape in ((1, 16, 64), (1, 16, 8, 8)):
+        session.forward(Executor(wan), torch.zeros(shape), torch.ones(1), None, None, None, {})
+    assert [note.split(" holds")[0] for note in session.report().notes] == [
+        "a latent of shape (1, 16, 64)",
+        "a latent of shape (1, 16, 8, 8)",
     ]
-    split, joined = forward(clone, both)
-    assert split.shape == (1, HEADS, VIDEO, DIM) and joined.equal(flat(split))
 
 
-def test_density_one_is_dense():
-    q, k, v = map(flat, qkv(VIDEO))
-    clone, _ = native.patch_model(Patcher("WanModel"), SVG2(density=1.0))
-    (out,) = forward(clone, [lambda attend: attend(q, k, v)])
-    torch.testing.assert_close(out, comfy_attention(q, k, v, HEADS), atol=2e-6, rtol=1e-5)
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"mask": torch.ones(80, 80, dtype=torch.bool).tril()}, "attention mask"),
+        ({"attn_precision": torch.float64}, "attention in another precision"),
+        ({"scale": 0.1}, "another scale of the scores"),
+    ],
+)
+def test_calls_with_more_than_plain_attention_are_never_touched(extra, reason):
+    wan = RECORDED["wan"]
+    alone = Recorded(wan.model, wan.latent, wan.layout, [(80, 80, 0, "double")], {})
+    session = session_of()
+    played = step(session, Executor(alone, **extra))
+    assert played.asked == [0]
+    assert played.outputs[0].equal(dense(*played.inputs[0], HEADS, skip_reshape=True, mask=extra.get("mask")))
+    assert session.report().dense_reasons() == {reason: 1}
 
 
-def test_cross_attention_masks_and_refiners_are_passed_on():
-    clone, session = native.patch_model(Patcher("HunyuanVideo"), SVG(density=0.6))
-    q, k, v = qkv(VIDEO + 10)
-    text = qkv(10)
-    mask = torch.zeros(1, 1, 1, VIDEO + 10)
-    calls = [
-        lambda attend: attend(*text, skip_reshape=True),  # the refiner
-        lambda attend: attend(q, k[:, :, :10], v[:, :, :10], skip_reshape=True),
-        lambda attend: attend(q, k, v, mask=mask, skip_reshape=True),
-    ]
-    for out, expected in zip(forward(clone, calls), forward(Patcher("HunyuanVideo"), calls), strict=True):
-        assert out.equal(expected)
-    assert session.report().records == ()
-    assert session.report().notes == ("calls with an attention mask stay dense",)
+def test_the_usual_scale_and_precision_are_sparse():
+    session = session_of()
+    step(session, Executor(RECORDED["wan"], scale=HEAD_DIM**-0.5, attn_precision=torch.float32))
+    assert session.report().dense_reasons() == {}
 
 
-def test_what_was_there_before_gets_every_call_that_is_not_sparse():
-    seen = []
+def test_grouped_keys_and_other_batches_are_not_touched():
+    wan, session = RECORDED["wan"], session_of()
 
-    def earlier(func, q, k, v, heads, **kwargs):
-        seen.append(q.shape)
-        return func(q, k, v, heads, **kwargs)
+    class Odd(Executor):
+        def __call__(self, x, t, c_concat, c_crossattn, control, transformer_options, **conditions):
+            q = torch.randn(1, 80, 32)
+            kwargs = {"transformer_options": {**transformer_options, "block_index": 0, "block_type": "double"}}
+            override = transformer_options[OVERRIDE]
+            answer = lambda *args, **kw: "dense"  # noqa: E731
+            assert override(answer, q, q[..., :16], q[..., :16], HEADS, enable_gqa=True, **kwargs) == "dense"
+            assert override(answer, q.expand(5, 80, 32), *[q.expand(5, 80, 32)] * 2, HEADS, **kwargs) == "dense"
+            assert override(answer, q, q, q, HEADS) == "dense"  # an auxiliary model that passes no options on
+            return x
 
-    first = Patcher("WanModel", {"optimized_attention_override": earlier})
-    clone, _ = native.patch_model(first, SVG(density=0.6), first_layers=1)
-    q, k, v = map(flat, qkv(VIDEO))
-    calls = [
-        lambda attend: attend(q, k, v),
-        lambda attend: attend(q, k[:, :5], v[:, :5]),
-        lambda attend: attend(q, k, v),
-    ]
-    dense, cross, sparse = forward(clone, calls)
-    assert len(seen) == 2  # the dense first layer and the cross-attention
-    assert cross.equal(comfy_attention(q, k[:, :5], v[:, :5], HEADS))
-    torch.testing.assert_close(dense, comfy_attention(q, k, v, HEADS))
-    assert (sparse - dense).abs().max() > 1e-3
-    assert first.model_options["transformer_options"] == {"optimized_attention_override": earlier}
+    step(session, Odd(wan))
+    assert session.report().dense_reasons() == {"keys or values of another shape": 1}
 
 
-def test_stacked_and_separate_guidance_branches_give_the_same():
-    q, k, v = (flat(x) for x in qkv(VIDEO, batch=2))
-    method = SVG2(density=0.5, init_iterations=3)
-    ids = ["a", "b"]
-
-    def video(stacked: bool) -> torch.Tensor:
-        clone, session = native.patch_model(Patcher("WanModel"), method)
-        clone.callbacks["on_pre_run"]()
-        outs = []
-        for sigma in (1.0, 0.75):  # the second step starts from the centroids of its own branch
-            if stacked:
-                both = {"cond_or_uncond": [0, 1], "uuids": ids}
-                (out,) = forward(clone, [lambda attend: attend(q, k, v)], sigma=sigma, options=both)
-            else:
-                parts = []
-                for i in range(2):
-                    one = {"cond_or_uncond": [i], "uuids": [ids[i]]}
-                    part = [lambda attend, i=i: attend(q[i : i + 1], k[i : i + 1], v[i : i + 1])]
-                    parts += forward(clone, part, sigma=sigma, options=one)
-                out = torch.cat(parts)
-            outs.append(out)
-        assert len(session.report().records) == 4
-        return torch.stack(outs)
-
-    torch.testing.assert_close(video(True), video(False), atol=1e-6, rtol=1e-5)
+def test_few_tokens_stay_dense():
+    session = session_of(SVG(density=0.01), min_tokens=81)  # which this method could not even plan
+    played = step(session, Executor(RECORDED["wan"]))
+    assert len(played.asked) == 4
+    assert session.report().dense_reasons() == {"fewer than 81 tokens": 2}
+    step(session_of(min_tokens=80), played)
+    assert len(played.asked) == 6
 
 
-def test_reference_and_context_tokens_of_wan():
-    before, after = 6 * 8, 30
-    layout = VideoLayout(*GRID, text_before=before, text_after=after)
-    q, k, v = qkv(layout.tokens)
-    method = SVG(density=0.7)
-    clone, session = native.patch_model(Patcher("WanModel"), method)
-    given = {"reference_latent": torch.zeros(1, 16, 12, 16), "context_latents": [torch.zeros(1)]}
-    (out,) = forward(clone, [lambda attend: attend(*map(flat, (q, k, v)))], **given)
-    expected = sparse_attention(q, k, v, method.plan(q, k, v, layout, PlanMemory()))
-    torch.testing.assert_close(out, flat(expected), atol=1e-6, rtol=1e-5)
-    # The same length without a word about what the tokens are: nothing is guessed.
-    (out,) = forward(clone, [lambda attend: attend(*map(flat, (q, k, v)))])
-    assert out.equal(comfy_attention(*map(flat, (q, k, v)), HEADS)) and len(session.report().records) == 1
-    assert "calls over 222 tokens stay dense: the video has 144" in session.report().notes[-1]
+def test_what_a_method_cannot_do_is_said_before_the_model_works():
+    executor = Executor(RECORDED["wan"])
+    with pytest.raises(ValueError, match=r"SVG density 0\.01 is below"):
+        step(session_of(SVG(density=0.01)), executor)
+    assert not executor.inputs
 
 
-def test_an_unknown_model_stays_dense_and_says_so(caplog):
-    clone, session = native.patch_model(Patcher("Flux"), SVG(density=0.6))
-    assert session is None and "Flux" in caplog.text and "HunyuanVideo" in caplog.text
-    assert "optimized_attention_override" not in clone.model_options["transformer_options"]
+def test_steps_by_percentage_of_the_schedule():
+    session = session_of(dense=DensePart(start=0.25, end=0.25))
+    run(session, RECORDED["wan"], BATCHED)
+    report = session.report()
+    assert [density == 1 for density in report.density_by_step().values()] == [True, False, False, True]
+    assert {r.num_steps for r in report.records} == {4}
+    assert report.dense_reasons() == {"first 25% of the sampling": 4, "last 25% of the sampling": 4}
 
 
-def test_the_sparse_part_of_sampling():
-    clone, session = native.patch_model(Patcher("WanModel"), SVG(density=0.6), start_percent=0.25, end_percent=0.6)
-    q, k, v = map(flat, qkv(VIDEO))
-    for sigma in (1.0, 0.75 + 1e-7, 0.5, 0.25):  # a bound that differs in the last digit loses no step
-        forward(clone, [lambda attend: attend(q, k, v)], sigma=sigma)
-    assert [bool(r.reason) for r in session.report().records] == [True, False, False, True]
-    assert "sigma" in session.report().records[0].reason
+def test_steps_are_counted_without_a_table_of_sigmas():
+    session = session_of()
+    session.begin()
+    for sigma in (0.9, 0.9, 0.4):
+        step(session, Executor(RECORDED["wan"]), sigma, sample_sigmas=None)
+    assert [r.step for r in session.report().records] == [0, 0, 0, 0, 1, 1]
 
 
-def test_a_run_forgets_the_last_one_and_sizes_may_change():
-    clone, session = native.patch_model(Patcher("WanModel"), SVG2(density=0.5, init_iterations=3))
-    q, k, v = map(flat, qkv(VIDEO))
-    small = tuple(map(flat, qkv(2 * 6 * 8, seed=1)))
-    results = []
-    for tensors, latent in (((q, k, v), LATENT), (small, (1, 4, 2, 12, 16)), ((q, k, v), LATENT)):
-        clone.callbacks["on_pre_run"]()
-        results += forward(clone, [lambda attend, tensors=tensors: attend(*tensors)], latent)
-        clone.callbacks["on_cleanup"]()
-    assert results[0].equal(results[2]) and results[1].shape[1] == 96
-    assert [r.run for r in session.report().records] == [0, 1, 2]
+def test_news_are_the_runs_since_the_last_time():
+    session = session_of()
+    for _ in range(2):
+        run(session, RECORDED["wan"], BATCHED)
+    assert session.news().runs() == [0, 1]
+    assert session.news().runs() == [1]
+    run(session, RECORDED["wan"], BATCHED)
+    assert session.news().runs() == [2]
 
 
-def test_short_videos_and_images_stay_dense():
-    q, k, v = map(flat, qkv(VIDEO))
-    clone, session = native.patch_model(Patcher("WanModel"), SVG(density=0.6), min_tokens=1000)
-    (out,) = forward(clone, [lambda attend: attend(q, k, v)])
-    assert out.equal(comfy_attention(q, k, v, HEADS)) and "below min_tokens (1000)" in session.report().notes[0]
-    clone, session = native.patch_model(Patcher("WanModel"), SVG(density=0.6))
-    forward(clone, [lambda attend: attend(q, k, v)], latent=(1, 4, 12, 16))
-    assert "no video" in session.report().notes[0]
+def test_records_do_not_pile_up():
+    session = session_of(dense=DensePart(start=0.5))
+    for _ in range(11):
+        run(session, RECORDED["wan"], BATCHED)
+    assert session.report().runs() == list(range(3, 11))
+    assert len(session._dense_calls) == 8 * 2 * 2
 
 
-def test_two_clones_do_not_meet_and_one_model_takes_one_node():
-    base = Patcher("WanModel")
-    one, first = native.patch_model(base, SVG(density=0.6))
-    two, second = native.patch_model(base, Radial(block_size=16))
-    q, k, v = map(flat, qkv(VIDEO))
-    forward(one, [lambda attend: attend(q, k, v)])
-    assert len(first.report().records) == 1 and second.report().records == ()
-    with pytest.raises(ValueError, match="already: keep one"):
-        native.patch_model(two, SVG(density=0.6))
-    assert base.model_options["transformer_options"] == {} and base.wrappers == []
-
-
-def test_bad_percents_are_refused():
-    with pytest.raises(ValueError, match="start_percent is 0.8 and end_percent 0.3"):
-        native.patch_model(Patcher("WanModel"), SVG(density=0.6), start_percent=0.8, end_percent=0.3)
+@pytest.mark.parametrize(
+    ("options", "message"), [({"min_tokens": -1}, "min_tokens is -1"), ({"backend": "cudnn"}, "unknown backend")]
+)
+def test_bad_values_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        session_of(**options)

@@ -1,0 +1,75 @@
+"""One forward pass of a native model, and which of its attention calls can be sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..attention import StepInfo, VideoLayout
+from .geometry import Geometry
+
+
+@dataclass
+class ForwardPass:
+    """One forward pass of the model, and a count of its self-attention calls.
+
+    Args:
+        step: where the sampler is.
+        branches: guidance branches in the order in which they lie in the batch.
+        batch: B of its attention calls.
+        layout: the sequence of its self-attention calls; None where there is no video that is known.
+        reason: why the whole pass stays dense, empty when it may be sparse.
+        geometry: of the model, None when it is not known.
+        offsets, main_layers: see `Geometry`.
+    """
+
+    step: StepInfo
+    branches: list[str]
+    batch: int
+    layout: VideoLayout | None
+    reason: str
+    geometry: Geometry | None
+    offsets: dict[str, int] = field(default_factory=dict)
+    main_layers: int = 0
+    offered: int = 0
+    calls: int = 0
+    extra: int = 0
+    seen: set[int] = field(default_factory=set)
+
+    def layer(self, options: dict[str, Any]) -> int:
+        """The number of the layer that makes the next self-attention call.
+
+        Models that say their `block_index` are believed, so blocks that another node skips do not shift the count. A
+        second call under one index is that of an extra block (VACE) and counted behind the others.
+        """
+        self.calls += 1
+        index = options.get("block_index")
+        if index is None:
+            return self.calls - 1
+        layer = self.offsets.get(options.get("block_type", ""), 0) + int(index)
+        if layer in self.seen:
+            self.extra += 1
+            return self.main_layers + self.extra - 1
+        self.seen.add(layer)
+        return layer
+
+
+def unfit_reason(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, split: bool, mask: Any, kwargs: dict[str, Any]
+) -> str:
+    """Why a self-attention call cannot be sparse, empty when it can."""
+    if mask is not None:
+        return "attention mask"
+    if q.shape != k.shape or q.shape != v.shape:
+        return "keys or values of another shape"
+    if not q.dtype == k.dtype == v.dtype:
+        return "queries, keys and values of different dtypes"
+    if kwargs.get("attn_precision") not in (None, q.dtype):
+        return "attention in another precision"
+    head_dim = q.shape[-1] if split else q.shape[-1] // heads
+    scale = kwargs.get("scale")
+    if scale is not None and abs(scale * head_dim**0.5 - 1) > 1e-6:
+        return "another scale of the scores"
+    return ""

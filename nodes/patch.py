@@ -1,0 +1,96 @@
+"""Sparse attention put into a MODEL of ComfyUI, as a clone of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..attention import BACKENDS, Method, VideoLayout
+from ..attention.backends import check_backend
+from .geometry import find_geometry, unwrap
+from .native import KEY, NativeAttention
+from .sampling import DensePart, parse_layers
+
+
+def sparsify(
+    model: Any,
+    method_for: Callable[[VideoLayout], Method],
+    *,
+    name: str,
+    settings: dict[str, Any],
+    dense_start_percent: float = 0.0,
+    dense_end_percent: float = 0.0,
+    dense_layers: str = "",
+    min_tokens: int = 0,
+    backend: str = "auto",
+) -> tuple[Any, NativeAttention]:
+    """A clone of a MODEL with sparse attention; the MODEL itself stays as it is.
+
+    Args:
+        model: ComfyUI's ModelPatcher.
+        method_for: layout -> the method to use on it.
+        name: of the method.
+        settings: of the method, for the report.
+        dense_start_percent, dense_end_percent: shares of the sampling that stay dense, see `DensePart`.
+        dense_layers: layers that stay dense, such as "0, 1, 36-39".
+        min_tokens: videos with fewer tokens stay dense.
+        backend: a backend's name, which then runs or raises, or "auto".
+
+    Returns:
+        The clone, and the object that holds its state and report.
+
+    Raises:
+        ValueError: no model, one that has sparse attention already, a layer it does not have, a value out of bounds, or
+            a backend that cannot run on its device.
+    """
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if diffusion_model is None:
+        raise ValueError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        raise ValueError(
+            "this MODEL has sparse attention already: two methods cannot share one model. Connect the MODEL from "
+            "before the other Sparse Attention node."
+        )
+    check_runs(backend, model.load_device)
+    geometry = find_geometry(diffusion_model)
+    layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(unwrap(diffusion_model)))
+    common = {
+        "dense_start_percent": dense_start_percent,
+        "dense_end_percent": dense_end_percent,
+        "dense_layers": dense_layers,
+        "min_tokens": min_tokens,
+        "backend": backend,
+    }
+    session = NativeAttention(
+        method_for,
+        name=name,
+        settings=settings | common,
+        dense=DensePart(dense_start_percent, dense_end_percent, layers),
+        min_tokens=min_tokens,
+        backend=backend,
+    )
+
+    # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.
+    def wrapper(executor, *args, **kwargs):
+        return session.forward(executor, *args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: session.begin())
+    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda patcher: session.end())
+    return clone, session
+
+
+def check_runs(backend: str, device: torch.device) -> None:
+    """Raise a `ValueError` unless a backend can compute sparse attention on a device."""
+    if check_backend(backend) == "auto":
+        return
+    reason = BACKENDS[backend].unavailable(device)
+    if reason is None and not BACKENDS[backend].capability.sparse:
+        reason = "computes dense attention only"
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run this model: it {reason}. Choose another, or auto.")

@@ -1,0 +1,121 @@
+"""Where a sampler of ComfyUI is: the step, the guidance branches of a batch, and which steps and layers stay dense."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Noise levels of one step that were computed on different ways differ in the last digits: 0.88888890 and 0.88888889.
+SIGMA_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class DensePart:
+    """The part of the sampling, and the layers, that stay dense.
+
+    Percentages are ComfyUI's: of the whole schedule of noise levels, which two samplers that follow one another (the
+    two models of Wan 2.2) share. With the usual schedulers they are shares of the steps.
+
+    Args:
+        start: share of the sampling that stays dense at its start, in [0, 1].
+        end: share that stays dense at its end, in [0, 1].
+        layers: transformer blocks, counted from 0.
+
+    Raises:
+        ValueError: a share out of bounds, or shares that leave nothing.
+    """
+
+    start: float = 0.0
+    end: float = 0.0
+    layers: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"dense_{name}_percent is {value}: it is a share and lies between 0 and 1.")
+        if self.start + self.end >= 1:
+            raise ValueError(
+                f"dense_start_percent {self.start} and dense_end_percent {self.end} leave no step sparse: together "
+                "they must stay below 1. To sample densely, take the model from before this node."
+            )
+
+    def step_reason(self, sigma: float, percent_to_sigma: Callable[[float], Any]) -> str:
+        """Why a step stays dense, empty when it may be sparse.
+
+        Args:
+            sigma: noise level of the step.
+            percent_to_sigma: of the model's `model_sampling`.
+        """
+        slack = SIGMA_TOLERANCE * max(1.0, abs(sigma))
+        if self.start > 0 and sigma > float(percent_to_sigma(self.start)) + slack:
+            return f"first {self.start:.0%} of the sampling"
+        if self.end > 0 and sigma <= float(percent_to_sigma(1 - self.end)) + slack:
+            return f"last {self.end:.0%} of the sampling"
+        return ""
+
+    def layer_reason(self, layer: int) -> str:
+        """Why a layer stays dense, empty when it may be sparse."""
+        return "dense layer" if layer in self.layers else ""
+
+
+def parse_layers(text: str, count: int | None = None) -> frozenset[int]:
+    """Layer numbers from a list such as "0, 1, 36-39".
+
+    Args:
+        text: numbers and ranges, counted from 0, both ends of a range included; empty for none.
+        count: transformer blocks of the model, None when unknown.
+
+    Raises:
+        ValueError: something else in the text, or a layer that the model does not have.
+    """
+    layers: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ValueError(f'dense_layers has {part!r}: write layer numbers and ranges such as "0, 1, 36-39".')
+        if count is not None and last >= count:
+            raise ValueError(f"dense_layers has {part!r}, but the model has {count} layers: 0 to {count - 1}.")
+        layers.update(range(first, last + 1))
+    return frozenset(layers)
+
+
+def step_of(sigma: float, levels: list[float]) -> tuple[int, int]:
+    """The step that a noise level belongs to, and how many there are.
+
+    A sampler that evaluates the model between two levels is still in the step that began at the higher one.
+
+    Args:
+        sigma: noise level of the forward pass.
+        levels: the sampler's noise levels (`sample_sigmas`), falling, the last one being where it ends.
+    """
+    steps = max(1, len(levels) - 1)
+    slack = SIGMA_TOLERANCE * max(1.0, abs(sigma))
+    begun = sum(level >= sigma - slack for level in levels[:steps])
+    return max(0, begun - 1), steps
+
+
+def branches_of(options: Mapping[str, Any], known: dict[Any, str]) -> list[str]:
+    """A name for each condition in a batch, in its order: "cond", "uncond", and "cond 2" for a second prompt.
+
+    Args:
+        options: `transformer_options` with `cond_or_uncond` (0 is positive, 1 negative) and `uuids`.
+        known: names by uuid that were given before in the same run; new ones are added. The same condition thus has one
+            name, whether it comes alone or in a batch with others.
+    """
+    kinds = list(options.get("cond_or_uncond") or [0])
+    uuids = options.get("uuids")
+    if uuids is None or len(uuids) != len(kinds):
+        uuids = [(kind, kinds[:place].count(kind)) for place, kind in enumerate(kinds)]
+    window = getattr(options.get("context_window"), "index_list", None)
+    names = []
+    for kind, uuid in zip(kinds, uuids, strict=True):
+        if uuid not in known:
+            base = {0: "cond", 1: "uncond"}.get(kind, f"cond {kind}")
+            taken = sum(name == base or name.startswith(f"{base} #") for name in known.values())
+            known[uuid] = base if not taken else f"{base} #{taken + 1}"
+        names.append(known[uuid] if not window else f"{known[uuid]}, frames from {window[0]}")
+    return names

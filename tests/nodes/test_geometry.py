@@ -1,0 +1,136 @@
+"""The token grids of native models, from the shapes that ComfyUI gives them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vidaccel import VideoLayout
+from vidaccel.nodes.geometry import GEOMETRIES, Inputs, find_geometry, grid, supported_models
+
+
+def layout(family: str, latent: tuple[int, ...], text: int = 512, model: dict | None = None, **conditions: Any):
+    attributes = {"patch_size": (1, 2, 2), "blocks": [None] * 3} | (model or {})
+    geometry = GEOMETRIES[family]
+    return geometry.layout(Inputs(SimpleNamespace(**attributes), (1, 16, *latent), text, conditions))
+
+
+def test_sizes_of_published_models():
+    """81 frames at 480x832 and 720x1280, HunyuanVideo's 129 frames, LTX-Video's 97 at 512x768."""
+    assert layout("WanModel", (21, 60, 104)) == VideoLayout(21, 30, 52)
+    assert layout("WanModel", (21, 90, 160)).tokens == 75_600
+    hunyuan = {"double_blocks": [SimpleNamespace()], "patch_size": [1, 2, 2]}
+    assert layout("HunyuanVideo", (33, 90, 160), 256, hunyuan) == VideoLayout(33, 45, 80, text_before=256)
+    assert layout("LTXVModel", (13, 16, 24)) == VideoLayout(13, 16, 24)
+    cosmos = {"patch_temporal": 1, "patch_spatial": 2}
+    assert layout("MiniTrainDIT", (24, 88, 160), model=cosmos) == VideoLayout(24, 44, 80)
+    assert layout("AsymmDiTJoint", (28, 60, 106), 256, {"patch_size": 2}, num_tokens=31) == VideoLayout(
+        28, 30, 53, text_after=31
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"), [((21, 60, 104), (21, 30, 52)), ((1, 61, 105), (1, 31, 53)), ((5, 1, 1), (5, 1, 1))]
+)
+def test_odd_sizes_are_padded(size, tokens):
+    assert grid((1, 16, *size), (1, 2, 2)) == tokens
+
+
+def test_wan_reference_before_and_context_behind():
+    latent = torch.zeros(1, 16, 8, 8)
+    conditions = {"reference_latent": latent, "context_latents": [latent[:, :, None], torch.zeros(1, 16, 2, 4, 6)]}
+    with_reference = {"ref_conv": object()}
+    found = layout("WanModel", (5, 8, 8), model=with_reference, **conditions)
+    assert found == VideoLayout(5, 4, 4, text_before=16, text_after=16 + 12)
+    # A model without the layer for it ignores a reference.
+    assert layout("WanModel", (5, 8, 8), model={"ref_conv": None}, reference_latent=latent) == VideoLayout(5, 4, 4)
+
+
+def test_wan_subject_frames_are_not_video():
+    subject = torch.zeros(1, 16, 3, 8, 8)
+    assert layout("WanModel", (5, 8, 8), time_dim_concat=subject) == VideoLayout(5, 4, 4, text_after=48)
+
+
+def hunyuan(**attributes: Any) -> dict[str, Any]:
+    return {"patch_size": [1, 2, 2], "double_blocks": [SimpleNamespace()], **attributes}
+
+
+def test_hunyuan_text_is_the_sum_of_its_encoders():
+    extra = {"txt_byt5": torch.zeros(1, 20, 4), "clip_fea": torch.zeros(1, 9, 4)}
+    assert layout("HunyuanVideo", (5, 8, 8), 30, hunyuan(byt5_in=object()), **extra).text_before == 59
+    assert layout("HunyuanVideo", (5, 8, 8), 30, hunyuan(byt5_in=None), **extra).text_before == 39
+
+
+def test_hunyuan_text_behind_the_video_in_old_versions():
+    old = hunyuan(double_blocks=[SimpleNamespace(flipped_img_txt=True)])
+    reference = torch.zeros(1, 16, 1, 8, 8)
+    assert layout("HunyuanVideo", (5, 8, 8), 30, old, ref_latent=reference) == VideoLayout(5, 4, 4, 16, 30)
+
+
+def test_hunyuan_images_are_no_video():
+    """HunyuanImage has the same class with a patch of two numbers and a latent without frames."""
+    assert layout("HunyuanVideo", (8, 8), 30, hunyuan(patch_size=[2, 2])) is None
+
+
+def test_mochi_text_is_cut_to_its_tokens():
+    for text, given, tokens in ((256, {}, 256), (256, {"num_tokens": 9}, 9), (5, {"num_tokens": 9}, 5)):
+        assert layout("AsymmDiTJoint", (5, 8, 8), text, {"patch_size": 2}, **given).text_after == tokens
+
+
+def ltxv(mask: torch.Tensor | None, guides: int, frames: int = 5):
+    """`guides` tokens of guide frames of 16 tokens each."""
+    return layout("LTXVModel", (frames, 4, 4), keyframe_idxs=torch.zeros(1, 3, guides, 2), denoise_mask=mask)
+
+
+def test_ltxv_guides_are_behind_the_video():
+    mask = torch.ones(1, 1, 5, 4, 4)
+    assert ltxv(mask, 16) == VideoLayout(4, 4, 4, text_after=16)
+    assert ltxv(mask, 32) == VideoLayout(3, 4, 4, text_after=32)
+    mask[:, :, -1, 0] = -1
+    assert ltxv(mask, 32) == VideoLayout(3, 4, 4, text_after=28)
+    assert ltxv(torch.ones(1, 1, 5, 1, 1), 16) == VideoLayout(4, 4, 4, text_after=16)
+    assert ltxv(None, 0) == VideoLayout(5, 4, 4)
+
+
+def test_ltxv_guides_that_cannot_be_placed_give_no_layout():
+    mask = torch.ones(1, 1, 5, 4, 4)
+    assert ltxv(None, 16) is None  # which of their tokens are there is not known
+    assert ltxv(mask, 17) is None  # made for another resolution
+    assert ltxv(mask, 80) is None  # nothing but guides
+    mask[:, :, 0, 0, 0] = -1
+    assert ltxv(mask, 16) is None  # a hole in the video itself
+
+
+def test_text_as_long_as_the_video_is_ambiguous_where_text_is_apart():
+    for family, text, image, ambiguous in (
+        ("WanModel", 80, None, True),
+        ("WanModel", 79, None, False),
+        ("WanModel", 7, 80, True),
+        ("WanModel", 30, 50, True),
+        ("HunyuanVideo", 80, None, False),
+    ):
+        conditions = {} if image is None else {"clip_fea": torch.zeros(1, image, 4)}
+        inputs = Inputs(None, (1, 16, 5, 8, 8), text, conditions)
+        assert GEOMETRIES[family].ambiguous(inputs, VideoLayout(5, 4, 4)) is ambiguous
+
+
+def test_layers_are_counted_over_all_blocks():
+    model = SimpleNamespace(double_blocks=[None] * 20, single_blocks=[None] * 40)
+    geometry = GEOMETRIES["HunyuanVideo"]
+    assert geometry.layers(model) == 60 and geometry.block_offsets(model) == {"double": 0, "single": 20}
+    vace = SimpleNamespace(blocks=[None] * 30, vace_blocks=[None] * 15)
+    assert GEOMETRIES["VaceWanModel"].layers(vace) == 45 and GEOMETRIES["VaceWanModel"].main_layers(vace) == 30
+
+
+def test_a_subclass_is_another_model():
+    """Wan's animation models inherit from WanModel and put frames in front of the video."""
+    wan = type("WanModel", (), {})
+    assert find_geometry(wan()) is GEOMETRIES["WanModel"]
+    assert find_geometry(type("AnimateWanModel", (wan,), {})()) is None
+
+
+def test_messages_name_every_family():
+    assert supported_models().split(", ") == [geometry.family for geometry in GEOMETRIES.values()]

@@ -1,0 +1,115 @@
+"""Steps, branches and what stays dense, from the numbers a sampler gives."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from vidaccel.nodes.sampling import DensePart, branches_of, parse_layers, step_of
+
+
+def shifted(percent: float, shift: float = 8.0) -> float:
+    """ComfyUI's `percent_to_sigma` of a flow model."""
+    time = 1 - percent
+    return shift * time / (1 + (shift - 1) * time)
+
+
+@pytest.mark.parametrize("steps", [4, 20, 50])
+@pytest.mark.parametrize("start", [0.25, 0.3, 0.5])
+def test_percentages_are_shares_of_the_steps(steps, start):
+    dense = DensePart(start=start, end=0.1)
+    sigmas = [shifted(step / steps) for step in range(steps)]
+    reasons = [dense.step_reason(sigma, shifted) for sigma in sigmas]
+    first = sum(reason.startswith("first") for reason in reasons)
+    last = sum(reason.startswith("last") for reason in reasons)
+    assert first == -(-round(start * steps, 9) // 1)
+    assert last == int(0.1 * steps + 1e-9)
+    assert reasons[first] == ""
+
+
+def test_the_last_digits_of_a_sigma_lose_no_step():
+    sigma = shifted(0.3)
+    for computed in (sigma * (1 + 1e-7), sigma, sigma * (1 - 1e-7)):
+        assert DensePart(start=0.3).step_reason(computed, shifted) == ""
+        assert DensePart(end=0.7).step_reason(computed, shifted) == "last 70% of the sampling"
+    levels = [1.0, 0.88888890, 0.5, 0.0]
+    assert step_of(0.88888889, levels) == (1, 3)
+
+
+def test_nothing_dense_is_nothing_dense():
+    for sigma in (1.0, 80.0, 0.0):
+        assert DensePart().step_reason(sigma, shifted) == ""
+
+
+def test_two_samplers_share_one_scale():
+    """Wan 2.2: the second sampler's table holds only its own steps."""
+    levels = [shifted(step / 20) for step in range(10, 21)]
+    assert [step_of(sigma, levels)[0] for sigma in levels[:-1]] == list(range(10))
+    assert all(not DensePart(start=0.3).step_reason(sigma, shifted) for sigma in levels[:-1])
+
+
+def test_steps_between_two_levels_belong_to_the_first():
+    """Samplers of second order evaluate the model there; ones that add noise go above the first."""
+    levels = [1.0, 0.6, 0.3, 0.0]
+    assert [step_of(sigma, levels)[0] for sigma in (1.2, 1.0, 0.8, 0.6, 0.4, 0.3, 0.1)] == [0, 0, 0, 1, 1, 2, 2]
+    assert step_of(0.5, [0.5]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"start": -0.1}, "dense_start_percent is -0.1"),
+        ({"end": 1.5}, "dense_end_percent is 1.5"),
+        ({"start": float("nan")}, "dense_start_percent is nan"),
+        ({"start": 0.6, "end": 0.4}, "leave no step sparse"),
+        ({"start": 1.0}, "take the model from before this node"),
+    ],
+)
+def test_bad_shares_are_refused(shares, message):
+    with pytest.raises(ValueError, match=message):
+        DensePart(**shares)
+
+
+def test_layers_from_a_list():
+    assert parse_layers("") == parse_layers(" , ") == frozenset()
+    assert parse_layers("0, 1,36 - 38", 39) == {0, 1, 36, 37, 38}
+
+
+@pytest.mark.parametrize("text", ["one", "-1", "3-1", "1.5", "0;1"])
+def test_other_lists_of_layers_are_refused(text):
+    with pytest.raises(ValueError, match=r"dense_layers has .* write layer numbers"):
+        parse_layers(text)
+
+
+def test_a_layer_that_the_model_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"dense_layers has '30', but the model has 30 layers: 0 to 29"):
+        parse_layers("0,30", 30)
+
+
+def test_branches_keep_their_names_in_any_company():
+    known = {}
+    both = {"cond_or_uncond": [1, 0], "uuids": ["n", "p"]}
+    assert branches_of(both, known) == ["uncond", "cond"]
+    assert branches_of({"cond_or_uncond": [0], "uuids": ["p"]}, known) == ["cond"]
+    assert branches_of({"cond_or_uncond": [0, 0], "uuids": ["q", "p"]}, known) == ["cond #2", "cond"]
+    assert branches_of({"cond_or_uncond": [2], "uuids": ["m"]}, known) == ["cond 2"]
+    assert len(set(known.values())) == len(known) == 4
+
+
+def test_branches_without_ids_are_told_by_their_kind():
+    known = {}
+    assert branches_of({}, known) == ["cond"]
+    assert branches_of({"cond_or_uncond": [0, 1, 0]}, known) == ["cond", "uncond", "cond #2"]
+    assert branches_of({"cond_or_uncond": [1]}, known) == ["uncond"]
+
+
+def test_each_context_window_has_its_own_state():
+    known = {}
+    first, second = (
+        branches_of(
+            {"cond_or_uncond": [0], "uuids": ["p"], "context_window": SimpleNamespace(index_list=frames)}, known
+        )
+        for frames in ([0, 1, 2], [2, 3, 4])
+    )
+    assert first == ["cond, frames from 0"] and second == ["cond, frames from 2"]

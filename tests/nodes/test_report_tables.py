@@ -1,0 +1,74 @@
+"""What the report node shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vidaccel.attention import CallRecord, RunReport
+from vidaccel.nodes.tables import report_image, report_text
+
+
+def record(run: int = 0, step: int = 0, layer: int = 0, **changes) -> CallRecord:
+    values = {
+        "num_steps": 2,
+        "branch": "cond",
+        "model": "Wan",
+        "method": "SVG2",
+        "density": 0.25,
+        "reason": "",
+        "backend": "triton",
+        "plan_seconds": 0.5,
+        "attention_seconds": 1.5,
+        "details": {},
+    }
+    return CallRecord(run=run, step=step, layer=layer, **(values | changes))
+
+
+DENSE = {"density": 1.0, "reason": "first 30% of the sampling", "backend": "ComfyUI", "plan_seconds": 0.0}
+
+
+def report(*records: CallRecord, notes: tuple[str, ...] = ()) -> RunReport:
+    return RunReport("SVG2", {"density": 0.25, "dense_layers": "", "q_clusters": None}, records, notes)
+
+
+def test_the_table_says_what_each_step_did():
+    calls = [record(layer=layer, **DENSE) for layer in range(2)] + [record(step=1, layer=layer) for layer in range(2)]
+    lines = report_text(report(*calls, notes=("backend auto: triton",))).splitlines()
+    assert lines[0] == "SVG2: density 0.25"
+    assert lines[2] == "Wan, 2 layers"
+    assert " ".join(lines[4].split()) == "1/2 1.000 0 of 2 0 ms 3.0 s ComfyUI; first 30% of the sampling (2)"
+    assert " ".join(lines[5].split()) == "2/2 0.250 2 of 2 1.0 s 3.0 s triton"
+    assert lines[6] == "Mean density 0.625; planning 1.0 s, attention 6.0 s."
+    assert lines[7] == "Note: backend auto: triton"
+
+
+def test_two_samplings_of_one_model_have_a_table_each():
+    text = report_text(report(record(run=3), record(run=4), record(run=4, step=1)))
+    assert text.count("Mean density") == 2 and text.count("2/2") == 1
+
+
+def test_no_call_is_said_and_why():
+    text = report_text(report(notes=("ThatModel is no model that sparse attention knows",)))
+    assert "No attention call over a video was seen." in text and "Note: ThatModel" in text
+
+
+def test_the_picture_is_an_image_of_comfyui():
+    values = [record(step=step, layer=layer, density=0.2 + 0.1 * layer) for step in range(4) for layer in range(3)]
+    image = report_image(report(*values))
+    assert image.dtype == torch.float32 and image.shape[0] == 1 and image.shape[3] == 3 and image.shape[1] > 200
+    assert image.min() >= 0 and image.max() == 1
+    assert image[0, 0, 0].tolist() == [1, 1, 1]
+    other = report_image(report(*values[:6], record(step=3, layer=2, density=1.0)))
+    assert not image.equal(other)
+    assert torch.equal(image, report_image(report(*values)))
+
+
+def test_runs_stand_side_by_side_even_of_unequal_depth():
+    one = report_image(report(record(run=0), record(run=1, layer=1)))
+    alone = report_image(report(record(run=1, layer=1)))
+    assert one.shape[1:] == alone.shape[1:] and not np.array_equal(one, alone)
+
+
+def test_an_empty_report_is_an_empty_picture():
+    assert report_image(report()).shape[3] == 3
