@@ -1,0 +1,259 @@
+"""`AutoencoderDCV`: the deep-compression video autoencoder DC-AE-V as a diffusers model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+
+from .blocks import Past
+from .coder import Decoder, Encoder
+from .presets import preset
+from .tiling import Tiles, run_tiled
+
+logger = logging.getLogger(__name__)
+
+TEMPORAL_COMPRESSION = 4
+TAILS = ("cached", "replicate", "independent")
+
+
+class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """DC-AE-V (DC-VideoGen, arXiv 2509.25182, section 3.1): 32x or 64x in space, 4x in time.
+
+    Videos are `[B, 3, T, H, W]` in [-1, 1], latents `[B, C, T/4, H/f, W/f]`. A video is run chunk by chunk, each
+    convolution remembering one frame of the chunk before, so memory does not grow with length. There is no first frame
+    of its own: T is 4k, not 4k + 1. Latents come unscaled; a transformer sees `latent * config.scaling_factor`.
+
+    Args:
+        in_channels: of pixels.
+        latent_channels: of latents.
+        block_out_channels: channels of the stages, full resolution first. The first counts only as a step: half
+            resolution is reached by pixel-unshuffle. Each stage but the last halves space, and the last but one is
+            followed by the step of 4x in time.
+        layers_per_block: residual blocks of each stage; the first must be 0.
+        chunk_size: pixel frames of a chunk.
+        scaling_factor: 1 / standard deviation of the latents.
+        pad_frames: copies of the first frame put before a video, and dropped after decoding; 0 for published DC-AE-V.
+        tail: what becomes of frames behind the last whole chunk. "cached" runs a short chunk that remembers the one
+            before; "replicate" repeats the last frame to a whole chunk and crops; "independent" runs a short chunk that
+            remembers nothing, with the seam that the published code has.
+
+    Raises:
+        ValueError: a configuration that does not fit together, with the value and what would fit.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("ResBlock", "Downsample", "Upsample")
+    _repeated_blocks = ("ResBlock",)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 32,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024, 1024),
+        layers_per_block: tuple[int, ...] = (0, 5, 10, 4, 4, 4, 4),
+        chunk_size: int = 40,
+        scaling_factor: float = 1.0,
+        pad_frames: int = 0,
+        tail: str = "cached",
+    ) -> None:
+        super().__init__()
+        _check_config(block_out_channels, layers_per_block, chunk_size, scaling_factor, pad_frames, tail)
+        widths, layers = tuple(block_out_channels[1:]), tuple(layers_per_block[1:])
+        self.encoder = Encoder(in_channels, latent_channels, widths, layers)
+        self.decoder = Decoder(latent_channels, in_channels, widths, layers)
+        self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 2)
+        self.temporal_compression_ratio = TEMPORAL_COMPRESSION
+        self.use_slicing = False
+        self.use_tiling = False
+        # Chunks one after the other; when False, all whole chunks of a video side by side, for the same result.
+        self.use_framewise_encoding = True
+        self.use_framewise_decoding = True
+        self.enable_tiling()
+        self.disable_tiling()
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> AutoencoderDCV:
+        """An untrained autoencoder of a published variant, such as "f32t4c32".
+
+        Raises:
+            ValueError: no such variant.
+        """
+        return cls(**{**preset(name), **changes})
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Encode and decode in overlapping tiles, so that memory does not grow with the frame's size.
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: pixels of a tile; 16 latent pixels by default.
+            tile_sample_stride_height, tile_sample_stride_width: pixels between the starts of two tiles; three quarters
+                of a tile by default. What overlaps is blended linearly.
+
+        Raises:
+            ValueError: a number that is no multiple of the compression, or a stride that exceeds its tile.
+        """
+        factor = self.spatial_compression_ratio
+        sizes = [tile_sample_min_height, tile_sample_min_width]
+        strides = [tile_sample_stride_height, tile_sample_stride_width]
+        for index in range(2):
+            sizes[index] = sizes[index] if sizes[index] is not None else 16 * factor
+            default = max(sizes[index] * 3 // 4 // factor, 1) * factor
+            strides[index] = strides[index] if strides[index] is not None else default
+        for value in (*sizes, *strides):
+            if value <= 0 or value % factor:
+                raise ValueError(f"Sizes and strides of tiles must be multiples of {factor} pixels, not {value}.")
+        self._tile_rows, self._tile_columns = (Tiles(size, stride) for size, stride in zip(sizes, strides, strict=True))
+        self.use_tiling = True
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> EncoderOutput | tuple[torch.Tensor]:
+        """Latents `[B, C, T/4, H/f, W/f]` of a video `[B, 3, T, H, W]` in [-1, 1], not yet scaled.
+
+        Raises:
+            ValueError: T (with `pad_frames`) is no multiple of 4, or H or W none of the compression.
+        """
+        self._check_video(x)
+        if self.config.pad_frames:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, self.config.pad_frames, -1, -1), x], dim=2)
+        latent = self._tiled(self._sliced(self._encode, x.shape[0]), x, 1 / self.spatial_compression_ratio)
+        return EncoderOutput(latent=latent) if return_dict else (latent,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """The video `[B, 3, 4*T, H*f, W*f]` of unscaled latents `[B, C, T, H, W]`.
+
+        Raises:
+            ValueError: latents of another number of channels.
+        """
+        self._check_latent(z)
+        sample = self._tiled(self._sliced(self._decode, z.shape[0]), z, self.spatial_compression_ratio)
+        sample = sample[:, :, self.config.pad_frames :]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The video of `decode`, chunk by chunk: at most `chunk_size` frames are held at a time.
+
+        Tiles and slices are not used. Raises as `decode` does.
+        """
+        self._check_latent(z)
+        skip = self.config.pad_frames
+        for chunk in self._stream(self.decoder, z, self.config.chunk_size // TEMPORAL_COMPRESSION, framewise=True):
+            if skip < chunk.shape[2]:
+                yield chunk[:, :, skip:]
+            skip = max(0, skip - chunk.shape[2])
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Encode and decode."""
+        return self.decode(self.encode(sample).latent, return_dict=return_dict)
+
+    # -- chunks, slices, tiles -----------------------------------------------------------------------------------------
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        chunks = self._stream(self.encoder, x, self.config.chunk_size, self.use_framewise_encoding)
+        return torch.cat(list(chunks), dim=2)
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        size = self.config.chunk_size // TEMPORAL_COMPRESSION
+        return torch.cat(list(self._stream(self.decoder, z, size, self.use_framewise_decoding)), dim=2)
+
+    def _stream(self, coder: Encoder | Decoder, x: torch.Tensor, size: int, framewise: bool) -> Iterator[torch.Tensor]:
+        """`coder` of each chunk of `size` frames of `x`, in order."""
+        whole = x.shape[2] // size
+        past: list[Past] | None = None
+        if framewise or whole < 2:
+            for number in range(whole):
+                out, past = coder(x[:, :, number * size : (number + 1) * size], past)
+                yield out
+        else:
+            folded = x[:, :, : whole * size].unflatten(2, (whole, size)).movedim(2, 1).flatten(0, 1)
+            out, past = coder(folded, past, whole)
+            yield out.unflatten(0, (-1, whole)).movedim(1, 2).flatten(2, 3)
+        rest = x[:, :, whole * size :]
+        if not rest.shape[2]:
+            return
+        if self.config.tail == "replicate":
+            missing = size - rest.shape[2]
+            out, _ = coder(torch.cat([rest, rest[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2), past)
+            yield out[:, :, : out.shape[2] * rest.shape[2] // size]
+        else:
+            yield coder(rest, past if self.config.tail == "cached" else None)[0]
+
+    def _sliced(
+        self, function: Callable[[torch.Tensor], torch.Tensor], batch: int
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        if not self.use_slicing or batch == 1:
+            return function
+        return lambda x: torch.cat([function(one) for one in x.split(1)])
+
+    def _tiled(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, scale: float) -> torch.Tensor:
+        rows, columns = self._tile_rows, self._tile_columns
+        if scale > 1:
+            rows, columns = rows.scaled(1 / scale), columns.scaled(1 / scale)
+        if not self.use_tiling or (x.shape[-2] <= rows.size and x.shape[-1] <= columns.size):
+            return function(x)
+        return run_tiled(function, x, rows, columns, scale)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check_video(self, x: torch.Tensor) -> None:
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels:
+            raise ValueError(f"A video must be [B, {self.config.in_channels}, T, H, W], not {list(x.shape)}.")
+        frames, pad = x.shape[2], self.config.pad_frames
+        if frames < 1 or (frames + pad) % TEMPORAL_COMPRESSION:
+            low = max((frames + pad) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION - pad, 0)
+            choices = [f for f in (low, low + TEMPORAL_COMPRESSION) if f > 0]
+            raise ValueError(
+                f"The video has {frames} frames, but this autoencoder takes {TEMPORAL_COMPRESSION}k"
+                f"{f' - {pad}' if pad else ''} of them: give {' or '.join(map(str, choices))}."
+            )
+        factor = self.spatial_compression_ratio
+        if x.shape[3] % factor or x.shape[4] % factor or not x.shape[3] or not x.shape[4]:
+            raise ValueError(
+                f"Frames are {x.shape[3]}x{x.shape[4]} (height x width), but both must be multiples of {factor}: pad "
+                f"them to {-(-x.shape[3] // factor) * factor}x{-(-x.shape[4] // factor) * factor} and crop the result."
+            )
+
+    def _check_latent(self, z: torch.Tensor) -> None:
+        if z.ndim != 5 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(f"Latents must be [B, {self.config.latent_channels}, T, H, W], not {list(z.shape)}.")
+        if self.config.pad_frames >= TEMPORAL_COMPRESSION * z.shape[2]:
+            raise ValueError(f"Latents of {z.shape[2]} frames are nothing but the {self.config.pad_frames} of padding.")
+
+
+def _check_config(
+    widths: tuple[int, ...], layers: tuple[int, ...], chunk_size: int, scaling_factor: float, pad_frames: int, tail: str
+) -> None:
+    if len(widths) != len(layers) or len(widths) < 3:
+        raise ValueError(
+            f"block_out_channels has {len(widths)} entries and layers_per_block {len(layers)}: they need the same "
+            "number, at least 3."
+        )
+    if layers[0] != 0 or min(layers) < 0:
+        raise ValueError(f"layers_per_block is {tuple(layers)}: it must start with 0 and have nothing below 0.")
+    for number, width in enumerate(widths[1:], start=1):
+        if width < 4 or width % 4:
+            raise ValueError(f"block_out_channels[{number}] is {width}: it must be a positive multiple of 4.")
+        # Every step gathers 4 pixels; the shortcuts average or repeat whole groups of channels.
+        if number > 1 and widths[number - 1] * 4 % width:
+            raise ValueError(
+                f"block_out_channels[{number}] is {width}: it must divide 4 times the one before it, "
+                f"{widths[number - 1] * 4}."
+            )
+    if chunk_size < TEMPORAL_COMPRESSION or chunk_size % TEMPORAL_COMPRESSION:
+        raise ValueError(f"chunk_size is {chunk_size}: it must be a positive multiple of {TEMPORAL_COMPRESSION}.")
+    if not 0 < scaling_factor < float("inf"):
+        raise ValueError(f"scaling_factor is {scaling_factor}: it must be positive.")
+    if pad_frames < 0:
+        raise ValueError(f"pad_frames is {pad_frames}: it must not be negative.")
+    if tail not in TAILS:
+        raise ValueError(f"tail is {tail!r}: it must be one of {', '.join(TAILS)}.")

@@ -1,0 +1,124 @@
+"""Encoder and decoder of DC-AE-V: what runs on one chunk of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .blocks import ChannelRMSNorm, ChunkConv3d, Downsample, Past, ResBlock, Upsample, shuffle, unshuffle
+
+SPACE = (1, 2, 2)
+TIME = (4, 1, 1)
+
+
+def steps(widths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The factor (time, height, width) between each stage and the next, outermost first."""
+    return [SPACE] * (len(widths) - 2) + [TIME]
+
+
+class Stage(nn.Module):
+    """Residual blocks, with a step in size before or after them.
+
+    Args:
+        channels: of the residual blocks.
+        layers: how many there are.
+        upsampler, downsampler: the step before or behind them.
+    """
+
+    def __init__(
+        self, channels: int, layers: int, upsampler: Upsample | None = None, downsampler: Downsample | None = None
+    ) -> None:
+        super().__init__()
+        self.upsampler = upsampler
+        self.resnets = nn.ModuleList(ResBlock(channels) for _ in range(layers))
+        self.downsampler = downsampler
+
+    def parts(self) -> list[nn.Module]:
+        """The modules in the order in which they run."""
+        return [part for part in (self.upsampler, *self.resnets, self.downsampler) if part is not None]
+
+
+class _Coder(nn.Module):
+    """What encoder and decoder have in common: a chain of modules, each with its past."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+
+    def _run(
+        self, chain: list[nn.Module], x: torch.Tensor, past: list[Past] | None, fold: int
+    ) -> tuple[torch.Tensor, list[Past]]:
+        remembered = []
+        for number, module in enumerate(chain):
+            before = None if past is None else past[number]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, now = self._gradient_checkpointing_func(module, x, before, fold)
+            else:
+                x, now = module(x, before, fold)
+            remembered.append(now)
+        return x, remembered
+
+
+class Encoder(_Coder):
+    """Pixels to latents.
+
+    Args:
+        in_channels, latent_channels: of pixels and of latents.
+        widths: channels of the stages, from half resolution inwards.
+        layers: residual blocks of each.
+    """
+
+    def __init__(self, in_channels: int, latent_channels: int, widths: Sequence[int], layers: Sequence[int]) -> None:
+        super().__init__()
+        self.conv_in = ChunkConv3d(in_channels, widths[0] // 4)
+        factors = steps(widths)
+        self.down_blocks = nn.ModuleList()
+        for number, width in enumerate(widths):
+            last = number == len(widths) - 1
+            down = None if last else Downsample(width, widths[number + 1], factors[number])
+            self.down_blocks.append(Stage(width, layers[number], downsampler=down))
+        self.conv_out = ChunkConv3d(widths[-1], latent_channels)
+
+    def forward(
+        self, x: torch.Tensor, past: list[Past] | None = None, fold: int = 1
+    ) -> tuple[torch.Tensor, list[Past]]:
+        """`[B, in_channels, T, H, W] -> [B, latent_channels, T/4, H/f, W/f]`, and what the next chunk remembers."""
+        x, first = self.conv_in(x, None if past is None else past[0], fold)
+        chain = [part for stage in self.down_blocks for part in stage.parts()] + [self.conv_out]
+        x, rest = self._run(chain, unshuffle(x, SPACE), None if past is None else past[1:], fold)
+        return x, [first, *rest]
+
+
+class Decoder(_Coder):
+    """Latents to pixels: the encoder mirrored.
+
+    Args:
+        latent_channels, out_channels: of latents and of pixels.
+        widths: channels of the stages, from half resolution inwards.
+        layers: residual blocks of each.
+    """
+
+    def __init__(self, latent_channels: int, out_channels: int, widths: Sequence[int], layers: Sequence[int]) -> None:
+        super().__init__()
+        self.conv_in = ChunkConv3d(latent_channels, widths[-1])
+        factors = steps(widths)
+        self.up_blocks = nn.ModuleList()
+        for number in reversed(range(len(widths))):
+            last = number == len(widths) - 1
+            up = None if last else Upsample(widths[number + 1], widths[number], factors[number])
+            self.up_blocks.append(Stage(widths[number], layers[number], upsampler=up))
+        self.norm_out = ChannelRMSNorm(widths[0])
+        self.conv_out = ChunkConv3d(widths[0], out_channels * 4)
+
+    def forward(
+        self, x: torch.Tensor, past: list[Past] | None = None, fold: int = 1
+    ) -> tuple[torch.Tensor, list[Past]]:
+        """`[B, latent_channels, T, H, W] -> [B, out_channels, 4*T, H*f, W*f]`, and what the next chunk remembers."""
+        chain = [self.conv_in] + [part for stage in self.up_blocks for part in stage.parts()]
+        x, rest = self._run(chain, x, None if past is None else past[:-1], fold)
+        x = functional.silu(self.norm_out(x))
+        x, last = self.conv_out(x, None if past is None else past[-1], fold)
+        return shuffle(x, SPACE), [*rest, last]
