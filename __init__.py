@@ -22,8 +22,11 @@ __version__ = "0.1.0"
 
 # The public API: name -> the submodule that defines it, or the submodule itself where both have one name.
 _PUBLIC = {
+    "AutoencoderDCV": ".autoencoders",
     "METHODS": ".attention",
     "BlockPlan": ".attention",
+    "DCVideoGenImageToVideoPipeline": ".pipelines",
+    "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",
     "Radial": ".attention",
     "SVG": ".attention",
@@ -32,6 +35,7 @@ _PUBLIC = {
     "VideoLayout": ".attention",
     "accelerate": ".pipelines",
     "attention": ".attention",
+    "autoencoders": ".autoencoders",
     "demo": ".demo",
     "pipelines": ".pipelines",
     "restore": ".pipelines",

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .blocks import Past
 from .coder import Decoder, Encoder
@@ -68,8 +69,8 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         widths, layers = tuple(block_out_channels[1:]), tuple(layers_per_block[1:])
         self.encoder = Encoder(in_channels, latent_channels, widths, layers)
         self.decoder = Decoder(latent_channels, in_channels, widths, layers)
-        self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 2)
-        self.temporal_compression_ratio = TEMPORAL_COMPRESSION
+        self.spatial_compression_ratio = self.config.scale_factor_spatial
+        self.temporal_compression_ratio = self.config.scale_factor_temporal
         self.use_slicing = False
         self.use_tiling = False
         # Chunks one after the other; when False, all whole chunks of a video side by side, for the same result.
@@ -77,6 +78,21 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_framewise_decoding = True
         self.enable_tiling()
         self.disable_tiling()
+
+    @property
+    def config(self) -> FrozenDict:
+        """The saved configuration, and what follows from it under the names that Wan's pipelines read."""
+        channels = self._internal_dict["latent_channels"]
+        return FrozenDict(
+            {
+                **self._internal_dict,
+                "z_dim": channels,
+                "latents_mean": [0.0] * channels,
+                "latents_std": [1 / self._internal_dict["scaling_factor"]] * channels,
+                "scale_factor_spatial": 2 ** (len(self._internal_dict["block_out_channels"]) - 2),
+                "scale_factor_temporal": TEMPORAL_COMPRESSION,
+            }
+        )
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> AutoencoderDCV:
@@ -117,6 +133,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         self._tile_rows, self._tile_columns = (Tiles(size, stride) for size, stride in zip(sizes, strides, strict=True))
         self.use_tiling = True
 
+    @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> EncoderOutput | tuple[torch.Tensor]:
         """Latents `[B, C, T/4, H/f, W/f]` of a video `[B, 3, T, H, W]` in [-1, 1], not yet scaled.
 
@@ -129,6 +146,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         latent = self._tiled(self._sliced(self._encode, x.shape[0]), x, 1 / self.spatial_compression_ratio)
         return EncoderOutput(latent=latent) if return_dict else (latent,)
 
+    @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """The video `[B, 3, 4*T, H*f, W*f]` of unscaled latents `[B, C, T, H, W]`.
 

@@ -50,7 +50,14 @@ def patch_grid(transformer: torch.nn.Module, hidden_states: torch.Tensor) -> Vid
 WAN = ModelSpec(
     family="Wan 2.1 / 2.2",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
-    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline"),
+    pipelines=(
+        "WanPipeline",
+        "WanImageToVideoPipeline",
+        "WanVideoToVideoPipeline",
+        "WanVACEPipeline",
+        "DCVideoGenPipeline",
+        "DCVideoGenImageToVideoPipeline",
+    ),
     blocks="blocks",
     self_attention="attn1",
     processor=SparseWanAttnProcessor,

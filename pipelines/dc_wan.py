@@ -1,0 +1,274 @@
+"""DC-VideoGen: Wan pipelines whose transformer works in the latent space of a deep-compression autoencoder.
+
+Source: DC-VideoGen (arXiv 2509.25182). Everything but sizes is diffusers' own: prompts, LoRA, callbacks, offloading.
+"""
+
+# No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
+import logging
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+
+from ..autoencoders import AutoencoderDCV
+from .canvas import Canvas
+from .published import PublishedLayoutMixin
+
+logger = logging.getLogger(__name__)
+
+
+class _DCVideoGen(PublishedLayoutMixin):
+    """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
+
+    def _canvas(self, frames: int, height: int, width: int) -> Canvas:
+        """The canvas for a video.
+
+        Raises:
+            ValueError: a size under 1, or a pipeline that is not made for this autoencoder.
+        """
+        transformer = self.transformer if self.transformer is not None else self.transformer_2
+        if self.config.expand_timesteps:
+            raise ValueError(
+                f"{type(self).__name__} does not do expand_timesteps (Wan 2.2 TI2V 5B): adapt a model with one "
+                "timestep for all tokens."
+            )
+        if transformer.config.out_channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"The transformer makes {transformer.config.out_channels} channels and the autoencoder has "
+                f"{self.vae.config.latent_channels}: they do not belong together."
+            )
+        canvas = Canvas.for_video(
+            frames,
+            height,
+            width,
+            patch=tuple(transformer.config.patch_size),
+            spatial=self.vae.spatial_compression_ratio,
+            temporal=self.vae.temporal_compression_ratio,
+            pad_frames=self.vae.config.pad_frames,
+        )
+        if canvas.is_larger:
+            logger.info("%s", canvas)
+        return canvas
+
+    def _cropped(self, output: Any, canvas: Canvas, output_type: str | None, return_dict: bool) -> Any:
+        video = output[0]
+        if output_type != "latent":
+            video = canvas.crop(video)
+        return WanPipelineOutput(frames=video) if return_dict else (video,)
+
+
+class DCVideoGenPipeline(_DCVideoGen, WanPipeline):
+    """Text to video with DC-VideoGen.
+
+    `from_pretrained` loads a folder in diffusers' layout (as the recipe `ae_adapt` and `save_pretrained` write it) or
+    one of the published repositories, which it converts into a cache first.
+
+    Example:
+        ```python
+        pipe = DCVideoGenPipeline.from_pretrained("path/to/model", dtype=torch.bfloat16).to("cuda")
+        video = pipe("a cat walks on grass", height=720, width=1280, num_frames=80).frames[0]
+        ```
+    """
+
+    # The same as the parent's, for the type of the autoencoder, which diffusers checks when it loads.
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderDCV,
+        scheduler: SchedulerMixin,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 80,
+        *args: Any,
+        output_type: str | None = "np",
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> WanPipelineOutput | tuple:
+        """Generate videos. Arguments are those of `diffusers.WanPipeline`, but for these:
+
+        Args:
+            height, width: pixels, any number. What the model cannot do is made larger and cropped in the middle.
+            num_frames: any number; the model makes 4k frames, and those behind `num_frames` are dropped.
+            output_type: "latent" gives `[B, C, T/4, H/f, W/f]` of the canvas, uncropped and scaled.
+
+        Raises:
+            ValueError: sizes under 1, or what `WanPipeline` refuses.
+        """
+        canvas = self._canvas(num_frames, height, width)
+        output = super().__call__(
+            prompt,
+            negative_prompt,
+            canvas.height,
+            canvas.width,
+            canvas.causal_frames,
+            *args,
+            output_type=output_type,
+            return_dict=False,
+            **kwargs,
+        )
+        return self._cropped(output, canvas, output_type, return_dict)
+
+
+class DCVideoGenImageToVideoPipeline(_DCVideoGen, WanImageToVideoPipeline):
+    """Image to video with DC-VideoGen: the transformer also sees 4 mask channels and the latents of the image.
+
+    `from_pretrained` loads what `DCVideoGenPipeline.from_pretrained` does.
+    """
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderDCV,
+        scheduler: SchedulerMixin,
+        image_processor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            image_processor=image_processor,
+            image_encoder=image_encoder,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
+
+    def __call__(
+        self,
+        image: Any,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 80,
+        *args: Any,
+        last_image: Any = None,
+        output_type: str | None = "np",
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> WanPipelineOutput | tuple:
+        """Generate videos that start with `image`. Arguments are those of `diffusers.WanImageToVideoPipeline`, but for:
+
+        Args:
+            height, width, num_frames, output_type: as for `DCVideoGenPipeline`. Where the canvas is larger, the edge of
+                the picture is repeated outwards.
+            last_image: with which the video ends. The published weights were not trained with one.
+
+        Raises:
+            ValueError: sizes under 1, or what `WanImageToVideoPipeline` refuses.
+        """
+        canvas = self._canvas(num_frames, height, width)
+        output = super().__call__(
+            self._on_canvas(image, canvas),
+            prompt,
+            negative_prompt,
+            canvas.height,
+            canvas.width,
+            canvas.causal_frames,
+            *args,
+            last_image=self._on_canvas(last_image, canvas),
+            output_type=output_type,
+            return_dict=False,
+            **kwargs,
+        )
+        return self._cropped(output, canvas, output_type, return_dict)
+
+    def _on_canvas(self, image: Any, canvas: Canvas) -> Any:
+        """The picture resized to the video and extended to the canvas; as it came where they are the same."""
+        if image is None or not canvas.is_larger_in_space:
+            return image
+        pixels = self.video_processor.preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
+        extended = functional.pad(pixels.float(), canvas.margins, mode="replicate")
+        return self.video_processor.postprocess(extended, output_type="pil")[0]
+
+    def prepare_latents(
+        self,
+        image: torch.Tensor,
+        batch_size: int,
+        num_channels_latents: int = 32,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 77,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise `[B, C, T, H, W]` and condition `[B, 4 + C, T, H, W]`: a mask, 1 where a picture is given, and the
+        scaled latents of a video that shows the picture for 4 frames and then mid-grey.
+        """
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"There are {len(generator)} generators for {batch_size} videos: give one, or as many as videos."
+            )
+        factor, temporal = self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
+        count = (num_frames - 1) // temporal + 1
+        shape = (batch_size, num_channels_latents, count, height // factor, width // factor)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        else:
+            latents = latents.to(device=device, dtype=dtype)
+        condition = image_condition(self.vae, image, count, last_image)
+        return latents, condition.to(device, dtype).expand(batch_size, -1, -1, -1, -1)
+
+
+def image_condition(
+    vae: torch.nn.Module, image: torch.Tensor, latent_frames: int, last_image: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What an image-to-video transformer sees beside the noise: `[B, 4 + C, T, H/f, W/f]`.
+
+    Args:
+        vae: an `AutoencoderDCV`.
+        image: `[B, 3, H, W]` in [-1, 1], the first frame.
+        latent_frames: T.
+        last_image: like `image`, the last frame.
+    """
+    temporal = vae.temporal_compression_ratio
+    frames = latent_frames * temporal - vae.config.pad_frames
+    video = image.new_zeros(image.shape[0], image.shape[1], frames, *image.shape[2:])
+    video[:, :, :temporal] = image.unsqueeze(2)
+    if last_image is not None:
+        video[:, :, -temporal:] = last_image.unsqueeze(2)
+    encoded = vae.encode(video.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+    mask = encoded.new_zeros(encoded.shape[0], 4, *encoded.shape[2:])
+    mask[:, :, 0] = 1
+    if last_image is not None:
+        mask[:, :, -1] = 1
+    return torch.cat([mask, encoded], dim=1)
+
+
+__all__ = ["DCVideoGenImageToVideoPipeline", "DCVideoGenPipeline", "image_condition"]
