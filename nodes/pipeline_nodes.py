@@ -1,0 +1,305 @@
+"""The nodes that run diffusers pipelines: load one, accelerate it, make a video."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import InputImpl, Types, io
+
+from ..attention import BACKENDS
+from ..request import DTYPES, MAX_SEED, Settings
+from . import pipelines, previews
+from .report_node import Report
+from .residency import Residency
+from .schema import accepted
+
+if TYPE_CHECKING:
+    import torch
+
+CATEGORY = "video acceleration/pipelines"
+SPARSE_BACKENDS = ["auto", *(name for name, backend in BACKENDS.items() if backend.capability.sparse)]
+
+Pipeline = io.Custom("VIDACCEL_PIPELINE")
+
+
+def _roots() -> list[str]:
+    import folder_paths
+
+    return folder_paths.get_folder_paths("diffusers")
+
+
+class VidaccelLoadPipeline(io.ComfyNode):
+    """A diffusers pipeline from a folder, the hub or this package."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelLoadPipeline",
+            display_name="Load Video Pipeline",
+            category=CATEGORY,
+            description="Loads a video pipeline of diffusers (Wan 2.1 and 2.2). The embedded demo is a tiny model that "
+            "draws moving shapes; it needs no download and runs on a CPU.",
+            inputs=[
+                io.Combo.Input(
+                    "pipeline",
+                    options=[pipelines.DEMO_NAME, *pipelines.find_pipelines(_roots())],
+                    default=pipelines.DEMO_NAME,
+                    tooltip="The embedded demo, or a folder below models/diffusers that holds a model_index.json.",
+                ),
+                io.String.Input(
+                    "hub_id",
+                    default="",
+                    tooltip="A pipeline of the Hugging Face hub, as owner/name, or the path of a folder; it is taken "
+                    "instead of the one above. A pipeline that is not in the hub's cache yet is downloaded: several "
+                    "GB.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", *DTYPES],
+                    default="auto",
+                    **accepted(io.Combo.Input, advanced=True),
+                    tooltip="Of the weights. auto is bfloat16 on a GPU, float32 on a CPU and for the demo. The "
+                    "autoencoder stays in float32.",
+                ),
+            ],
+            outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Accelerate Pipeline or Generate Video.")],
+            **accepted(io.Schema, search_aliases=["vidaccel", "diffusers", "load wan", "demo"]),
+        )
+
+    @classmethod
+    def execute(cls, pipeline: str, hub_id: str, dtype: str) -> io.NodeOutput:
+        with pipelines.plain_messages():
+            location = pipelines.locate(pipeline, hub_id, _roots())
+        return io.NodeOutput(pipelines.load(location, dtype, _residency()))
+
+
+class VidaccelAcceleratePipeline(io.ComfyNode):
+    """Sparse attention for a pipeline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelAcceleratePipeline",
+            display_name="Accelerate Pipeline",
+            category=CATEGORY,
+            description="Sparse attention for a pipeline. svg2 follows content and keeps most of the picture; svg "
+            "finds spatial and temporal heads; radial is one fixed pattern for long videos. The video differs from the "
+            "dense one of the same seed, the more so the lower the density and the fewer steps stay dense. The "
+            "pipeline that comes in stays dense, so that one graph can make both videos.",
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
+                io.Combo.Input(
+                    "method",
+                    options=list(pipelines.METHODS),
+                    default="svg2",
+                    tooltip="svg2: best picture at a density, most planning. svg: cheap planning, any size. radial: "
+                    "hardly any planning, for long videos.",
+                ),
+                io.Float.Input(
+                    "density",
+                    default=0.3,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of all query-key pairs that a sparse attention call computes. Lower is less work "
+                    "and further from the dense video.",
+                ),
+                io.Float.Input(
+                    "dense_start_percent",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps that stays dense at the start, where composition and motion are "
+                    "decided.",
+                ),
+                io.Float.Input(
+                    "dense_end_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps that stays dense at the end, where fine detail is made. Start and end "
+                    "together must stay below 1.",
+                ),
+                io.Int.Input(
+                    "dense_layers",
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="So many transformer blocks at the input stay dense.",
+                ),
+                io.Boolean.Input(
+                    "compensate",
+                    default=False,
+                    **accepted(io.Boolean.Input, advanced=True),
+                    tooltip="svg2 alone: let the keys that a query skips enter through the mean of their cluster. "
+                    "Nearer to the dense video at low densities, for some more work per call.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=SPARSE_BACKENDS,
+                    default="auto",
+                    **accepted(io.Combo.Input, advanced=True),
+                    tooltip="What computes the sparse calls. auto chooses for the device, and the report says what; "
+                    "one that is chosen by name runs, or the node says why it cannot.",
+                ),
+            ],
+            outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
+            **accepted(io.Schema, search_aliases=["vidaccel", "sparse attention", "speed up video", "svg2", "radial"]),
+        )
+
+    @classmethod
+    def execute(
+        cls, pipeline: pipelines.VideoPipeline, dense_start_percent: float, dense_end_percent: float, **settings: Any
+    ) -> io.NodeOutput:
+        acceleration = pipelines.Acceleration(dense_start=dense_start_percent, dense_end=dense_end_percent, **settings)
+        return io.NodeOutput(pipeline.accelerated(acceleration))
+
+
+class VidaccelGenerateVideo(io.ComfyNode):
+    """A video from a pipeline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        own = "0 takes the model's own."
+        return io.Schema(
+            node_id="VidaccelGenerateVideo",
+            display_name="Generate Video",
+            category=CATEGORY,
+            description="Makes a video with a pipeline, dense or accelerated. The same seed starts from the same noise "
+            "with every method and on every device.",
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="From Load Video Pipeline or Accelerate Pipeline."),
+                io.String.Input("prompt", multiline=True, default="", tooltip="What the video shows."),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What it should not show. Used where guidance is above 1.",
+                ),
+                io.Int.Input(
+                    "width", default=0, min=0, max=8192, step=8, tooltip=f"Pixels, a multiple of 16 for Wan. {own}"
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=8192, step=8, tooltip=f"Pixels, a multiple of 16 for Wan. {own}"
+                ),
+                io.Int.Input("frames", default=0, min=0, max=4097, tooltip=f"4k + 1 for Wan: 33, 81, ... {own}"),
+                io.Int.Input("steps", default=0, min=0, max=1000, tooltip=f"Denoising steps. {own}"),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip=f"How closely the video follows the prompt; 1 is without guidance and half the work. {own}",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Of the initial noise.",
+                ),
+                io.Float.Input(
+                    "fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second of the VIDEO output."
+                ),
+                io.Image.Input(
+                    "image", optional=True, tooltip="The first frame, for an image-to-video pipeline; scaled to size."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The frames."),
+                io.Video.Output(display_name="video", tooltip="For ComfyUI's Save Video."),
+                Report.Output(display_name="report", tooltip="For Sparse Attention Report."),
+            ],
+            **accepted(io.Schema, search_aliases=["vidaccel", "text to video", "sample video", "diffusers"]),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        pipeline: pipelines.VideoPipeline,
+        guidance: float,
+        image: torch.Tensor | None = None,
+        **given: Any,
+    ) -> io.NodeOutput:
+        with pipelines.plain_messages():
+            own = ("width", "height", "frames", "steps")  # 0: the model's own
+            sizes = {name: given.pop(name) or None for name in own}
+            settings = Settings(**given, **sizes, guidance_scale=guidance or None)
+        made = pipelines.generate(pipeline, settings, image=image, on_step=_progress(pipeline.pipe))
+        video = InputImpl.VideoFromComponents(
+            Types.VideoComponents(
+                images=made.frames, audio=None, frame_rate=Fraction(settings.fps).limit_denominator(1001)
+            )
+        )
+        return io.NodeOutput(made.frames, video, made.report)
+
+
+def _residency() -> Residency:
+    """Weights move as ComfyUI's own models do: it makes room for the part at work and takes back what others need."""
+    import torch
+    from comfy import model_management
+    from comfy.model_patcher import ModelPatcher
+
+    class Part(torch.nn.Module):
+        """What ComfyUI moves. It sets `device` and others, which a model of diffusers does not let itself be set."""
+
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    device = model_management.get_torch_device()
+    patchers: dict[int, ModelPatcher] = {}
+
+    def load(module: torch.nn.Module, working_memory: int) -> None:
+        patcher = patchers.get(id(module))
+        if patcher is None:
+            offload = model_management.unet_offload_device()
+            patcher = patchers[id(module)] = ModelPatcher(Part(module), load_device=device, offload_device=offload)
+        # Whole: these modules cannot run with a part of their weights elsewhere.
+        model_management.load_models_gpu([patcher], memory_required=working_memory, force_full_load=True)
+
+    return Residency(device, load, model_management.throw_exception_if_processing_interrupted)
+
+
+def _progress(pipe: Any) -> pipelines.StepCallback:
+    """ComfyUI's progress bar, with a preview where the user has switched them on; stops where the user asks to."""
+    import comfy.model_management
+    import comfy.utils
+
+    bars: list[Any] = []
+
+    def on_step(step: int, steps: int, latents: torch.Tensor) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if not bars:
+            bars.append(comfy.utils.ProgressBar(steps))
+        bars[0].update_absolute(step, steps, _preview(pipe, latents))
+
+    return on_step
+
+
+def _preview(pipe: Any, latents: torch.Tensor) -> tuple[str, Any, int] | None:
+    """A picture of the middle frame, as ComfyUI's progress bar takes it."""
+    import latent_preview
+    from comfy import latent_formats
+    from comfy.cli_args import LatentPreviewMethod, args
+    from PIL import Image
+
+    if args.preview_method == LatentPreviewMethod.NoPreviews:
+        return None
+    latent = previews.preview_latent(pipe, latents)
+    if previews.decodes_quickly(pipe):
+        pixels = (previews.decode_frame(pipe, latent) * 255).byte().cpu().numpy()
+        return "JPEG", Image.fromarray(pixels), latent_preview.MAX_PREVIEW_RESOLUTION
+    known = {16: latent_formats.Wan21, 48: latent_formats.Wan22}.get(latent.shape[1])
+    if known is None:
+        return None
+    previewer = latent_preview.get_previewer(latent.device, known())
+    return previewer and previewer.decode_latent_to_preview_image("JPEG", latent)
+
+
+NODES: list[type[io.ComfyNode]] = [VidaccelLoadPipeline, VidaccelAcceleratePipeline, VidaccelGenerateVideo]

@@ -1,0 +1,364 @@
+"""Video pipelines of diffusers under ComfyUI: which there are, loading one, accelerating it, making a video with it.
+
+No ComfyUI module is imported here: the nodes hand in what moves weights, what stops a run and what shows progress, so
+that tests can run all of it. diffusers is imported inside functions, since it takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..request import (
+    DEMO,
+    BadInput,
+    ModelFacts,
+    Settings,
+    build_method,
+    check_backend,
+    choose_dtype,
+    first_line,
+    inspect_model,
+)
+from .residency import Residency
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from ..attention import Method, RunReport, VideoLayout
+
+DEMO_NAME = "demo (embedded)"
+METHODS = ("svg2", "svg", "radial")
+NEEDED = ("diffusers", "transformers", "accelerate", "ftfy")
+
+StepCallback = Callable[[int, int, Any], None]
+"""Called with (steps done, steps of the run, latents after the step) at the end of every denoising step."""
+
+
+# -- which pipelines there are -----------------------------------------------------------------------------------------
+
+
+def find_pipelines(roots: list[str]) -> dict[str, Path]:
+    """The pipelines that `save_pretrained` wrote below some folders.
+
+    Args:
+        roots: ComfyUI's folders for diffusers models, those that do not exist included.
+
+    Returns:
+        Path below its root, with "/" -> folder. The first of two of one name counts, as with ComfyUI's own models.
+    """
+    found: dict[str, Path] = {}
+    for root in roots:
+        for folder, below, files in os.walk(root, followlinks=True):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            if "model_index.json" in files:
+                below.clear()  # the parts of a pipeline are no pipelines
+                found.setdefault(Path(folder).relative_to(root).as_posix(), Path(folder))
+    return found
+
+
+def locate(choice: str, hub_id: str, roots: list[str]) -> str:
+    """What `inspect_model` is to look at: the hub id or folder that was typed, otherwise what was chosen.
+
+    Raises:
+        BadInput: the chosen folder is gone.
+    """
+    if hub_id.strip():
+        return hub_id.strip()
+    if choice == DEMO_NAME:
+        return DEMO
+    found = find_pipelines(roots)
+    if choice not in found:
+        raise BadInput(f"pipeline {choice} is no longer in models/diffusers; there are {', '.join(found) or 'none'}.")
+    return str(found[choice])
+
+
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """Messages of the checks that the command line shares, in the words of a node: inputs instead of options."""
+    words = {
+        r"--model (\S+)": r"pipeline \1",
+        r"--(height|width|frames|steps|seed|fps)\b": r"\1",
+        r"--guidance-scale": "guidance",
+        r"--method (\S+):": r"method \1:",
+        r"--backend (\S+)": r"backend \1",
+        r"give --image FILE": "connect an IMAGE to image",
+        r"--image: ": "image: ",
+        r", or see `vidaccel info`": "",
+        r": this command has no input video; use it from Python": ", which needs an input video; no node has one",
+        r'neither "demo", nor a folder here, nor a hub id': "neither a folder on this machine nor a hub id",
+    }
+    try:
+        yield
+    except BadInput as error:
+        text = str(error)
+        for pattern, plain in words.items():
+            text = re.sub(pattern, plain, text)
+        raise BadInput(text) from error
+
+
+# -- what is on the wire -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """A method and what stays dense, before the size of the video is known.
+
+    Args:
+        method: one of `METHODS`.
+        density: pairs computed over all pairs, in the sparse steps.
+        dense_start, dense_end: shares of the steps at the start and the end that stay dense.
+        dense_layers: so many transformer blocks at the input stay dense.
+        compensate: skipped clusters enter through their mean (svg2).
+        backend: a name, or "auto".
+
+    Raises:
+        BadInput: a value out of its bounds, or a setting that the method lacks.
+    """
+
+    method: str = "svg2"
+    density: float = 0.3
+    dense_start: float = 0.3
+    dense_end: float = 0.0
+    dense_layers: int = 0
+    compensate: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise BadInput(f"method {self.method} is unknown; known: {', '.join(METHODS)}.")
+        if not 0 < self.density <= 1:
+            raise BadInput(f"density is {self.density}: it must be above 0 and at most 1 (1 computes all pairs).")
+        for name in ("dense_start", "dense_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: it is a share of the steps, between 0 and 1.")
+        if self.dense_start + self.dense_end >= 1:
+            raise BadInput(
+                f"dense_start {self.dense_start} and dense_end {self.dense_end} leave no step sparse: together they "
+                "must stay below 1. For a dense video, connect the pipeline from before this node."
+            )
+        if self.dense_layers < 0:
+            raise BadInput(f"dense_layers is {self.dense_layers}: it must be 0 or more.")
+        if self.compensate and self.method != "svg2":
+            raise BadInput(f"compensate is for svg2 alone: switch it off for {self.method}.")
+
+    def shown(self) -> dict[str, Any]:
+        """The settings for a report, without those that do not apply."""
+        return {name: value for name, value in vars(self).items() if name != "method" and value not in (False, 0)}
+
+    def method_for(self, layout: VideoLayout) -> Method:
+        """The method at the size of a video.
+
+        Raises:
+            BadInput: it cannot do what is asked at this size.
+        """
+        extra = {"compensate": True} if self.compensate else {}
+        method = build_method(
+            self.method,
+            layout,
+            density=self.density,
+            overrides=extra,
+            dense_steps=float(self.dense_start),
+            dense_layers=self.dense_layers,
+        )
+        return replace(method, schedule=replace(method.schedule, last_steps=float(self.dense_end)))
+
+
+@dataclass(frozen=True, eq=False)
+class VideoPipeline:
+    """A loaded pipeline and how to accelerate it. Immutable: `accelerated` gives another one with the same weights.
+
+    Args:
+        facts: what its configs say.
+        pipe: the diffusers pipeline; dense between two runs, whatever `acceleration` says.
+        residency: sees to it that the part at work is on the device.
+        acceleration: None for dense attention.
+    """
+
+    facts: ModelFacts
+    pipe: DiffusionPipeline
+    residency: Residency
+    acceleration: Acceleration | None = None
+
+    def accelerated(self, acceleration: Acceleration) -> VideoPipeline:
+        """The same weights with another acceleration, this object as it is.
+
+        Raises:
+            BadInput: the backend cannot run on the device.
+        """
+        with plain_messages():
+            check_backend(acceleration.backend, self.residency.device, sparse=True)
+        return replace(self, acceleration=acceleration)
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What a run made.
+
+    Args:
+        frames: `[F, H, W, 3]` float32 on the CPU, in [0, 1], as ComfyUI's IMAGE.
+        report: for the report node.
+    """
+
+    frames: torch.Tensor
+    report: GenerationReport
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """The report of one generation, which the report node asks for with `news`.
+
+    Args:
+        run: of the accelerated attention, or an empty one of a dense run.
+    """
+
+    run: RunReport
+
+    def news(self) -> RunReport:
+        """The run that this report was made with."""
+        return self.run
+
+
+# -- loading and running -----------------------------------------------------------------------------------------------
+
+
+def require_packages() -> None:
+    """Raise BadInput when a package that pipelines need is not installed: native models run without them."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: with ComfyUI's Python, "
+            f"pip install -r {Path(__file__).resolve().parents[1] / 'requirements.txt'}"
+        )
+
+
+def load(model: str, dtype: str, residency: Residency) -> VideoPipeline:
+    """Load a pipeline; its weights stay in main memory until they are used.
+
+    Args:
+        model: "demo", a folder, or a hub id.
+        dtype: "auto" or a name of `request.DTYPES`.
+        residency: for its device; hooks itself into the pipeline.
+
+    Raises:
+        BadInput: there is no such pipeline, it is not one that can be accelerated, or its weights cannot be read.
+    """
+    require_packages()
+    with plain_messages():
+        facts = inspect_model(model)
+        chosen = choose_dtype(dtype, residency.device, model)
+        import torch
+
+        from ..pipelines.loading import load_pipeline
+
+        try:
+            # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
+            with torch.inference_mode(False):
+                pipe = load_pipeline(facts.location, chosen, "cpu")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"pipeline {facts.name} cannot be loaded: {first_line(error)}") from error
+    residency.attach(pipe)
+    return VideoPipeline(facts, pipe, residency)
+
+
+def generate(
+    pipeline: VideoPipeline, settings: Settings, *, image: torch.Tensor | None = None, on_step: StepCallback
+) -> Generation:
+    """Make a video. The initial noise comes from a CPU generator, so a seed gives the same one on every device.
+
+    Args:
+        pipeline: what to run.
+        settings: None in a field takes the model's own value.
+        image: `[1, H, W, 3]` in [0, 1], the first frame for an image-to-video pipeline; scaled to the video's size.
+        on_step: called at the end of every step; may raise to stop the run.
+
+    Raises:
+        BadInput: the model cannot do this size, length or picture; nothing has run then.
+        RuntimeError: the model made NaN or infinite values.
+    """
+    with tempfile.TemporaryDirectory() as folder, plain_messages():
+        if image is not None:
+            settings = replace(settings, image=_as_file(image, Path(folder)))
+        settings = settings.checked(pipeline.facts)
+        layout = pipeline.facts.layout(settings.frames, settings.height, settings.width)
+        method = pipeline.acceleration.method_for(layout) if pipeline.acceleration else None
+        inputs = {"image": _picture(settings)} if image is not None else {}
+    pipeline.residency.begin(pipeline.pipe, layout, settings)
+    return _run(pipeline, settings, method, inputs, on_step)
+
+
+def _run(
+    pipeline: VideoPipeline, settings: Settings, method: Method | None, inputs: dict[str, Any], on_step: StepCallback
+) -> Generation:
+    import torch
+
+    from ..pipelines import accelerate
+
+    def step_ended(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, settings.steps, tensors["latents"])
+        return {}
+
+    start = time.perf_counter()
+    accelerated = nullcontext() if method is None else accelerate(pipeline.pipe, method, backend=_backend(pipeline))
+    with accelerated as handle:
+        frames = pipeline.pipe(
+            prompt=settings.prompt,
+            negative_prompt=settings.negative_prompt,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.frames,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            callback_on_step_end=step_ended,
+            output_type="pt",
+            **inputs,
+        ).frames[0]
+        report = _dense_report() if handle is None else handle.report().last()
+    frames = frames.permute(0, 2, 3, 1).float().cpu().contiguous()
+    if not frames.isfinite().all():
+        raise RuntimeError("the model made NaN or infinite values instead of a video: load it with another dtype.")
+    if pipeline.acceleration is not None:
+        report = replace(report, config=pipeline.acceleration.shown())
+    made = (
+        f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, guidance "
+        f"{settings.guidance_scale:g}, seed {settings.seed}: {time.perf_counter() - start:.1f} s with text and decoding"
+    )
+    return Generation(frames, GenerationReport(replace(report, notes=(*report.notes, made))))
+
+
+def _backend(pipeline: VideoPipeline) -> str:
+    return pipeline.acceleration.backend if pipeline.acceleration else "auto"
+
+
+def _dense_report() -> RunReport:
+    from ..attention import RunReport
+
+    note = "nothing was accelerated: Accelerate Pipeline, before Generate Video, does that"
+    return RunReport("dense", {"attention": "the pipeline's own"}, (), (note,))
+
+
+def _as_file(image: torch.Tensor, folder: Path) -> Path:
+    """The first picture of an IMAGE as a file, which is what `Settings` checks."""
+    from PIL import Image
+
+    pixels = (image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
+    Image.fromarray(pixels).save(folder / "image.png")
+    return folder / "image.png"
+
+
+def _picture(settings: Settings) -> Any:
+    from PIL.Image import Resampling
+
+    from ..request import open_image
+
+    return open_image(settings.image).resize((settings.width, settings.height), Resampling.LANCZOS)
