@@ -46,6 +46,9 @@ __all__ = ["__version__", *_PUBLIC]
 
 _NAME = "vidaccel"
 
+# Where ComfyUI looks for the pages of help, below this folder.
+WEB_DIRECTORY = "nodes/web"
+
 
 def _version_in(init_file: str) -> str:
     """The version that a package's ``__init__.py`` states, read without running it."""

@@ -77,6 +77,13 @@ def working_memory(pipe: DiffusionPipeline, layout: VideoLayout, settings: Setti
         if part is not None:
             width = part.config.num_attention_heads * part.config.attention_head_dim
             needs[name] = 16 * layout.tokens * width * part.dtype.itemsize
-    channels = getattr(pipe.vae.config, "decoder_base_dim", None) or pipe.vae.config.base_dim
-    needs["vae"] = 16 * settings.height * settings.width * channels * pipe.vae.dtype.itemsize
+    needs["vae"] = round(16 * settings.height * settings.width * _decoder_width(pipe.vae) * pipe.vae.dtype.itemsize)
     return needs
+
+
+def _decoder_width(vae: torch.nn.Module) -> float:
+    """Channels of the last stage of an autoencoder, per pixel and frame of those it decodes at a time (four)."""
+    config = vae.config
+    if "block_out_channels" in config:  # DC-AE-V: a whole chunk at once, at half resolution
+        return config.block_out_channels[1] / 4 * config.chunk_size / 4
+    return getattr(config, "decoder_base_dim", None) or config.base_dim

@@ -1,140 +1,17 @@
-"""The nodes in a real ComfyUI: its server, its model classes, its samplers, on the CPU with random weights.
-
-Needs the folder of a ComfyUI (`COMFYUI_PATH`) and a Python that can run it (`COMFYUI_PYTHON`, this one by default).
-"""
+"""The nodes for native models in a real ComfyUI: its server and its samplers, on the CPU with random weights."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
-import urllib.request
-import uuid
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from comfy_server import COMFYUI, PACK, PYTHON, ROOT, WHY_SKIPPED
 
-ROOT = Path(__file__).parents[2]
-COMFYUI = os.environ.get("COMFYUI_PATH")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not COMFYUI, reason="set COMFYUI_PATH to the folder of a ComfyUI to run the nodes in it"),
-]
-
-# Without a text encoder's weights: a node that makes a conditioning of random numbers.
-TEST_NODE = """
-import torch
-
-class RandomConditioning:
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {"default": 0})}})
-    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
-
-    def make(self, seed):
-        text = torch.randn(1, 20, 4096, generator=torch.Generator().manual_seed(seed))
-        return ([[text, {}]],)
-
-NODE_CLASS_MAPPINGS = {"RandomConditioning": RandomConditioning}
-"""
-
-
-def tiny_wan() -> dict[str, torch.Tensor]:
-    """The state dict of a text-to-video Wan with 2 layers and 2 heads of 128, as ComfyUI's loader knows it."""
-    generator = torch.Generator().manual_seed(0)
-    dim, ffn, text = 256, 512, 4096
-
-    def linear(name: str, out: int, inside: int) -> dict[str, torch.Tensor]:
-        weight = torch.randn(out, inside, generator=generator) * inside**-0.5
-        return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(out)}
-
-    state = linear("text_embedding.0", dim, text) | linear("text_embedding.2", dim, dim)
-    state |= linear("time_embedding.0", dim, 256) | linear("time_embedding.2", dim, dim)
-    state |= linear("time_projection.1", 6 * dim, dim) | linear("head.head", 64, dim)
-    state["head.modulation"] = torch.randn(1, 2, dim, generator=generator) * 0.1
-    state["patch_embedding.weight"] = torch.randn(dim, 16, 1, 2, 2, generator=generator) * 0.1
-    state["patch_embedding.bias"] = torch.zeros(dim)
-    for i in range(2):
-        block = f"blocks.{i}"
-        for attention in ("self_attn", "cross_attn"):
-            for part in "qkvo":
-                state |= linear(f"{block}.{attention}.{part}", dim, dim)
-            for norm in ("norm_q", "norm_k"):
-                state[f"{block}.{attention}.{norm}.weight"] = torch.ones(dim)
-        state |= {f"{block}.norm3.weight": torch.ones(dim), f"{block}.norm3.bias": torch.zeros(dim)}
-        state |= linear(f"{block}.ffn.0", ffn, dim) | linear(f"{block}.ffn.2", dim, ffn)
-        state[f"{block}.modulation"] = torch.randn(1, 6, dim, generator=generator) * 0.1
-    return state
-
-
-class Server:
-    """A running ComfyUI, spoken to over HTTP."""
-
-    def __init__(self, url: str, folder: Path, process: subprocess.Popen, log: Path) -> None:
-        self.url, self.folder, self.process, self.log = url, folder, process, log
-
-    def get(self, path: str) -> dict:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return json.load(answer)
-
-    def queue(self, graph: dict) -> dict:
-        """The history entry of a graph once it has run.
-
-        Raises:
-            urllib.error.HTTPError: the server refuses the graph.
-        """
-        body = json.dumps({"prompt": graph, "client_id": uuid.uuid4().hex}).encode()
-        request = urllib.request.Request(f"{self.url}/prompt", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            number = json.load(answer)["prompt_id"]
-        for _ in range(600):
-            entry = self.get(f"/history/{number}").get(number)
-            if entry and entry["status"].get("status_str") in ("success", "error"):
-                return entry
-            time.sleep(0.2)
-        raise TimeoutError(self.log.read_text()[-2000:])
-
-    def latent(self, entry: dict, node: str) -> torch.Tensor:
-        (found,) = entry["outputs"][node]["latents"]
-        return load_file(self.folder / "output" / found["subfolder"] / found["filename"])["latent_tensor"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comfyui")
-    for name in ("custom_nodes", "models/diffusion_models", "output", "input", "temp", "user"):
-        (folder / name).mkdir(parents=True)
-    (folder / "custom_nodes" / "vidaccel-pack").symlink_to(ROOT)
-    (folder / "custom_nodes" / "test_node.py").write_text(TEST_NODE)
-    from safetensors.torch import save_file
-
-    save_file(tiny_wan(), folder / "models" / "diffusion_models" / "tiny_wan.safetensors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "log.txt"
-    options = ["--cpu", "--disable-auto-launch", "--disable-api-nodes", "--listen", "127.0.0.1"]
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", *options, "--port", str(port)]
-    command += ["--base-directory", str(folder), "--database-url", "sqlite:///:memory:"]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=COMFYUI, stdout=file, stderr=subprocess.STDOUT)
-    running = Server(f"http://127.0.0.1:{port}", folder, process, log)
-    try:
-        for _ in range(300):
-            try:
-                running.get("/queue")
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, log.read_text()[-3000:]
-                time.sleep(0.2)
-        yield running
-    finally:
-        process.terminate()
-        process.wait(20)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED)]
 
 
 def graph(node: str | None = None, size: int = 128, frames: int = 17, **inputs) -> dict:
@@ -184,14 +61,17 @@ def graph(node: str | None = None, size: int = 128, frames: int = 17, **inputs) 
 
 def test_the_pack_loads_quickly_and_without_a_warning(server):
     log = server.log.read_text()
-    (line,) = [line for line in log.splitlines() if "vidaccel-pack" in line and "seconds" in line]
+    (line,) = [line for line in log.splitlines() if f"/{PACK}" in line and "seconds" in line]
     assert float(line.split("seconds")[0].split()[-1]) < 2 and "IMPORT FAILED" not in line
     assert "is already loaded" not in log and "WARNING:vidaccel" not in log
 
 
 def test_every_input_of_every_node_has_a_tooltip(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Vidaccel")}
-    assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial")} | {"VidaccelReport"}
+    others = ("Report", "LoadPipeline", "AcceleratePipeline", "GenerateVideo")
+    assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial")} | {
+        f"Vidaccel{name}" for name in others
+    }
     for info in nodes.values():
         assert info["category"].startswith("video acceleration") and info["description"]
         for kind in {"required", "optional"} & set(info["input"]):
@@ -216,7 +96,7 @@ def test_each_method_runs_and_reports(server, node, inputs):
     text = entry["outputs"]["text"]["text"][0]
     assert "Mean density" in text and "first 20% of the sampling" in text and f"{node}: density" in text
     (picture,) = entry["outputs"]["map"]["images"]
-    assert (server.folder / "temp" / picture["filename"]).stat().st_size > 2000
+    assert server.file(picture).stat().st_size > 2000
 
 
 def test_another_size_and_the_first_one_again(server):
@@ -230,13 +110,12 @@ def test_another_size_and_the_first_one_again(server):
 
 def test_the_model_classes_in_comfyuis_own_python():
     """`test_native_comfyui.py`, where the Python that runs these tests cannot import ComfyUI."""
-    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    if python == sys.executable:
+    if sys.executable == PYTHON:
         pytest.skip("this Python runs them itself")
-    if subprocess.run([python, "-c", "import pytest"], capture_output=True).returncode:
-        pytest.skip(f"{python} has no pytest: install it there to run ComfyUI's model classes")
+    if subprocess.run([PYTHON, "-c", "import pytest"], capture_output=True).returncode:
+        pytest.skip(f"{PYTHON} has no pytest: install it there to run ComfyUI's model classes")
     tests = ROOT / "tests" / "nodes" / "test_native_comfyui.py"
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plain_websocket import WebSocket
+import websocket
 
 EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Page:
-    """One page of a browser of its own.
+    """A browser of its own, of which the tab that was opened last is driven.
 
     Args:
         folder: for its profile.
@@ -33,15 +33,16 @@ class Page:
         port_file = folder / "DevToolsActivePort"
         self._wait(lambda: port_file.exists() and port_file.read_text().count("\n"), "Chromium did not start")
         port, path = port_file.read_text().split("\n")[:2]
-        self._socket = WebSocket(f"ws://127.0.0.1:{port}{path}", timeout=120)
+        self._socket = websocket.create_connection(f"ws://127.0.0.1:{port}{path}", timeout=120)
         self._count, self._session = 0, None
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self._call("Emulation.setDeviceMetricsOverride", **size)
+        self._size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
 
     def open(self, url: str) -> None:
-        """Go to an address."""
+        """Go to an address, in a new tab: an old one might ask whether to leave."""
+        self._session = None
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._call("Emulation.setDeviceMetricsOverride", **self._size)
         self._call("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:
@@ -82,7 +83,7 @@ class Page:
             message["sessionId"] = self._session
         self._socket.send(json.dumps(message))
         while True:
-            answer = json.loads(self._socket.receive())
+            answer = json.loads(self._socket.recv())
             if answer.get("id") == self._count:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")

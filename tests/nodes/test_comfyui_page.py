@@ -1,0 +1,61 @@
+"""ComfyUI's page in a headless Chromium: the nodes are found, and the template opens."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+from chromium import EXECUTABLE, Page
+from comfy_server import COMFYUI, PACK, WHY_SKIPPED
+from workflow_files import server_form
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED),
+    pytest.mark.skipif(not EXECUTABLE, reason="install chromium to open ComfyUI's page"),
+]
+
+DIALOGS = "[...document.querySelectorAll('[role=dialog]')].map(d => d.innerText)"
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    server.post("/settings/Comfy.TutorialCompleted", True)
+    opened = Page(tmp_path_factory.mktemp("chromium"))
+    yield opened
+    opened.close()
+
+
+def test_the_template_opens_without_missing_nodes(server, page, tmp_path):
+    page.open(f"{server.url}/?template=demo_compare&source={PACK}")
+    # The page shows its own default workflow first.
+    page.until("!!(window.app && app.graph && app.graph._nodes.some(n => n.type == 'VidaccelGenerateVideo'))", 120)
+    assert page.run("app.graph._nodes.filter(n => n.has_errors).length") == 0
+    assert not [text for text in page.run(DIALOGS) if "issing" in text]
+    sent = page.run("app.graphToPrompt().then(p => p.output)")
+    filed = server_form("demo_compare")
+    assert {k: v["class_type"] for k, v in sent.items()} == {k: v["class_type"] for k, v in filed.items()}
+    for number, node in filed.items():  # newer versions of ComfyUI's own nodes have more inputs
+        assert node["inputs"].items() <= sent[number]["inputs"].items(), node["class_type"]
+    page.run("app.canvas.ds.scale = 1; app.canvas.setDirty(true, true)")
+    picture = Path(os.environ.get("VIDACCEL_SCREENSHOTS", tmp_path)) / "comfyui_demo_compare.png"
+    page.screenshot(picture)
+    assert iio.imread(picture).std() > 10  # not an empty page
+
+
+@pytest.mark.parametrize("words", ["vidaccel", "sparse attention", "generate video"])
+def test_the_search_finds_the_nodes(server, page, words):
+    page.open(server.url)
+    page.until("!!(window.app && app.graph && app.graph._nodes && document.querySelector('canvas'))", 120)
+    page.run("app.graph.clear()")
+    for _ in range(20):  # the page takes a while to listen
+        page.double_click(800, 700)
+        time.sleep(1)
+        if page.run("document.activeElement.tagName") == "INPUT":
+            break
+    page.type(words)
+    wanted = "Generate Video" if words == "generate video" else "Sparse Attention (SVG2)"
+    page.until(f"document.body.innerText.includes({wanted!r})", 30)

@@ -1,0 +1,148 @@
+"""The nodes for diffusers pipelines in a real ComfyUI, over HTTP and a WebSocket, with the embedded demo model."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import urllib.error
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from comfy_server import COMFYUI, ROOT, WHY_SKIPPED
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED)]
+
+PREVIEWS = (1, 4)  # binary messages with a picture: without and with metadata
+
+
+def graph(accelerate: bool = False, pipeline: str = "demo (embedded)", hub_id: str = "", **inputs) -> dict:
+    """One video of the demo model, saved as a film and as pictures."""
+    settings = {"prompt": "a blue square moves up on a white background", "negative_prompt": "", "seed": 0, "fps": 16.0}
+    settings |= {"width": 64, "height": 64, "frames": 9, "steps": 3, "guidance": 2.0}
+    made = {
+        "load": {
+            "class_type": "VidaccelLoadPipeline",
+            "inputs": {"pipeline": pipeline, "hub_id": hub_id, "dtype": "auto"},
+        },
+        "make": {"class_type": "VidaccelGenerateVideo", "inputs": {"pipeline": ["load", 0], **settings}},
+        "save": {
+            "class_type": "SaveVideo",
+            "inputs": {"video": ["make", 1], "filename_prefix": "film", "format": "auto", "codec": "auto"},
+        },
+        "frames": {"class_type": "SaveImage", "inputs": {"images": ["make", 0], "filename_prefix": "frame"}},
+        "report": {"class_type": "VidaccelReport", "inputs": {"report": ["make", 2], "after": ["make", 0]}},
+        "text": {"class_type": "PreviewAny", "inputs": {"source": ["report", 0]}},
+    }
+    if accelerate:
+        chosen = {"method": "svg2", "density": 0.4, "dense_start_percent": 0.3, "dense_end_percent": 0.0}
+        chosen |= {"dense_layers": 0, "compensate": False, "backend": "auto"}
+        chosen |= {name: inputs.pop(name) for name in list(inputs) if name in chosen}
+        made["fast"] = {"class_type": "VidaccelAcceleratePipeline", "inputs": {"pipeline": ["load", 0], **chosen}}
+        made["make"]["inputs"]["pipeline"] = ["fast", 0]
+    made["make"]["inputs"] |= inputs
+    return made
+
+
+def test_demo_compare_as_shipped(server):
+    shipped = json.loads((ROOT / "workflows" / "api" / "demo_compare.json").read_text())
+    entry = server.queue(shipped)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    films = [
+        found for out in entry["outputs"].values() for found in out.get("images", []) if "mp4" in found["filename"]
+    ]
+    frames = iio.imread(server.file(films[0]))
+    assert frames.shape == (33, 128, 260, 3)  # dense, a gap of 4 pixels, accelerated
+    dense, fast = frames[:, :, :128].astype(float), frames[:, :, 132:].astype(float)
+    assert dense.std() > 20 and 0 < np.abs(dense - fast).mean() < 12
+    (text,) = [out["text"][0] for out in entry["outputs"].values() if "text" in out]
+    assert "svg2" in text.lower() and "Mean density" in text
+
+
+def test_outputs_history_and_another_size(server):
+    entry = server.queue(graph(accelerate=True))
+    (film,) = entry["outputs"]["save"]["images"]
+    assert iio.imread(server.file(film)).shape == (9, 64, 64, 3)
+    pictures = entry["outputs"]["frames"]["images"]
+    assert len(pictures) == 9 and iio.imread(server.file(pictures[0])).shape == (64, 64, 3)
+    assert "Mean density" in entry["outputs"]["text"]["text"][0]
+
+    other = server.queue(graph(accelerate=True, width=96, height=48, frames=5))
+    (film,) = other["outputs"]["save"]["images"]
+    assert iio.imread(server.file(film)).shape == (5, 48, 96, 3)
+
+
+def test_a_pipeline_of_the_folder_makes_the_same_video(server):
+    choices = server.get("/object_info/VidaccelLoadPipeline")["VidaccelLoadPipeline"]["input"]["required"]["pipeline"]
+    choices = choices[0] if isinstance(choices[0], list) else choices[1]["options"]
+    assert "my demo" in choices and "no pipeline" not in choices
+    first = server.queue(graph(seed=3))["outputs"]["frames"]["images"]
+    second = server.queue(graph(seed=3, pipeline="my demo"))["outputs"]["frames"]["images"]
+    assert np.array_equal(iio.imread(server.file(first[-1])), iio.imread(server.file(second[-1])))
+
+
+def test_progress_and_previews_on_the_websocket(server):
+    with server.events() as events:
+        number = server.submit(graph(accelerate=True, steps=4, seed=11))
+        progress, pictures = [], []
+        while True:
+            message = events.recv()
+            if isinstance(message, bytes):
+                if struct.unpack(">I", message[:4])[0] in PREVIEWS:
+                    pictures.append(message[message.find(b"\xff\xd8") :])
+                continue
+            event = json.loads(message)
+            if event["type"] == "progress" and event["data"]["node"] == "make":
+                progress.append((event["data"]["value"], event["data"]["max"]))
+            if event["type"] in ("execution_success", "execution_error"):
+                break
+    assert event["type"] == "execution_success" and event["data"]["prompt_id"] == number
+    assert [p for p in progress if p[0]] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    height, width, _ = iio.imread(pictures[-1]).shape
+    assert height == width >= 64  # newer versions enlarge it
+
+
+def test_an_interrupt_stops_within_a_step_and_the_queue_goes_on(server):
+    with server.events() as events:
+        server.submit(graph(accelerate=True, steps=500, frames=33, width=128, height=128))
+        stopped = None
+        while True:
+            message = events.recv()
+            if isinstance(message, bytes):
+                continue
+            event = json.loads(message)
+            if event["type"] == "progress" and event["data"]["value"] == 2 and stopped is None:
+                server.post("/interrupt")
+                stopped = time.monotonic()
+            if event["type"] == "progress":
+                last = event["data"]["value"]
+            assert event["type"] not in ("execution_success", "execution_error"), event
+            if event["type"] == "execution_interrupted":
+                break
+    # A step takes about a second on a slow CPU; the check is before every use of a part of the pipeline.
+    assert last <= 4 and time.monotonic() - stopped < 10
+    assert server.queue(graph(accelerate=True, seed=12))["status"]["status_str"] == "success"
+
+
+def test_bad_input_is_one_readable_error_and_the_queue_goes_on(server):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.submit(graph(accelerate=True, density=7.0))
+    assert refused.value.code == 400 and "density" in refused.value.read().decode()
+    folder = str(server.folder / "models" / "diffusers" / "no pipeline")
+    for changed, message in (
+        (graph(frames=10), "4k+1 frames"),
+        (graph(width=72), "multiple of 16"),
+        (graph(hub_id=folder), "no diffusers pipeline"),
+        (graph(hub_id="not a pipeline"), "nor a hub id"),
+        (graph(accelerate=True, dense_start_percent=0.8, dense_end_percent=0.3), "leave no step sparse"),
+        (graph(accelerate=True, backend="triton"), "backend triton"),
+        (graph(accelerate=True, method="radial", compensate=True), "compensate"),
+        (graph(prompt="  "), "prompt is empty"),
+    ):
+        try:
+            said = json.dumps(server.queue(changed)["status"])
+        except urllib.error.HTTPError as error:
+            said = error.read().decode()
+        assert message in said, (message, said[-1500:])
+    assert server.queue(graph(seed=13))["status"]["status_str"] == "success"

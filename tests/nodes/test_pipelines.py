@@ -1,0 +1,194 @@
+"""Pipelines as the nodes run them, without a ComfyUI."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+
+from vidaccel import demo
+from vidaccel.nodes import pipelines
+from vidaccel.nodes.pipelines import Acceleration, BadInput, find_pipelines, generate, load, locate
+from vidaccel.nodes.residency import Residency
+from vidaccel.nodes.tables import report_image, report_text
+from vidaccel.request import Settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def moved():
+    return []
+
+
+@pytest.fixture(scope="module")
+def pipeline(moved):
+    return load("demo", "auto", Residency(CPU, lambda part, memory: moved.append((type(part).__name__, memory))))
+
+
+def settings(**changes):
+    given = {"frames": 9, "height": 64, "width": 64, "steps": 3, "guidance_scale": 2.0, "seed": 1}
+    return Settings("a red circle moves left on a grey background", **{**given, **changes})
+
+
+def ignore(step, steps, latents):
+    pass
+
+
+def processors(pipeline):
+    return {type(p).__name__ for p in pipeline.pipe.transformer.attn_processors.values()}
+
+
+def test_dense_and_accelerated_from_one_pipeline(pipeline, moved):
+    moved.clear()
+    dense = generate(pipeline, settings(), on_step=ignore)
+    fast = generate(pipeline.accelerated(Acceleration(density=0.5)), settings(), on_step=ignore)
+    again = generate(pipeline, settings(), on_step=ignore)
+    assert dense.frames.shape == (9, 64, 64, 3) and dense.frames.dtype == torch.float32
+    assert dense.frames.min() >= 0 and dense.frames.max() <= 1
+    assert torch.equal(dense.frames, again.frames)
+    assert 0 < (dense.frames - fast.frames).abs().mean() < 0.2
+    assert "svg2: density 0.5" in report_text(fast.report.news())
+    assert "nothing was accelerated" in report_text(dense.report.news())
+    assert report_image(fast.report.news()).shape[-1] == 3
+    # Each part was brought in once a run, in the order of its work, and with an estimate of what it needs.
+    names = [name for name, _ in moved]
+    assert names[:3] == ["UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"] and len(names) == 9
+    assert all(memory > 0 for name, memory in moved if name != "UMT5EncoderModel")
+
+
+def test_the_callback_counts_steps_and_sees_latents(pipeline):
+    seen = []
+    generate(pipeline, settings(), on_step=lambda step, steps, latents: seen.append((step, steps, latents.shape)))
+    assert seen == [(n, 3, (1, 8, 3, 8, 8)) for n in (1, 2, 3)]
+
+
+def test_a_run_that_is_stopped_leaves_the_pipeline_as_it_was(pipeline):
+    class Stopped(Exception):
+        pass
+
+    def stop(step, steps, latents):
+        if step == 2:
+            raise Stopped
+
+    before = processors(pipeline)
+    with pytest.raises(Stopped):
+        generate(pipeline.accelerated(Acceleration()), settings(), on_step=stop)
+    assert processors(pipeline) == before
+    assert generate(pipeline, settings(steps=1), on_step=ignore).frames.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 10}, "frames is 10: this model makes 4k"),
+        ({"width": 72}, "width is 72: it must be a multiple of 16"),
+        ({"height": 100_000}, "positions of this model"),
+    ],
+)
+def test_a_video_that_the_model_cannot_make(pipeline, changes, message):
+    with pytest.raises(BadInput, match=message):
+        generate(pipeline, settings(**changes), on_step=lambda *_: pytest.fail("it ran"))
+
+
+def test_a_picture_for_a_model_of_text(pipeline):
+    with pytest.raises(BadInput, match=r"^image: WanPipeline takes no picture"):
+        generate(pipeline, settings(), image=torch.zeros(1, 64, 64, 3), on_step=ignore)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"density": 0.0}, "density is 0.0"),
+        ({"density": 1.5}, "at most 1"),
+        ({"method": "magic"}, "known: svg2, svg, radial"),
+        ({"dense_start": 0.6, "dense_end": 0.4}, "leave no step sparse"),
+        ({"dense_end": -0.1}, "between 0 and 1"),
+        ({"dense_layers": -1}, "0 or more"),
+        ({"compensate": True, "method": "radial"}, "compensate is for svg2 alone"),
+    ],
+)
+def test_an_acceleration_that_cannot_be(changes, message):
+    with pytest.raises(BadInput, match=message):
+        Acceleration(**changes)
+
+
+def test_a_backend_that_this_machine_lacks(pipeline):
+    if not torch.cuda.is_available():
+        with pytest.raises(BadInput, match=r"^backend triton cannot be used here"):
+            pipeline.accelerated(Acceleration(backend="triton"))
+    with pytest.raises(BadInput, match=r"^backend magic is unknown"):
+        pipeline.accelerated(Acceleration(backend="magic"))
+
+
+def test_the_end_of_the_schedule_stays_dense(pipeline):
+    fast = pipeline.accelerated(Acceleration(density=0.5, dense_start=0.2, dense_end=0.2))
+    made = generate(fast, settings(steps=5), on_step=ignore)
+    sparse = {record.step for record in made.report.news().records if not record.reason}
+    assert sparse == {1, 2, 3}
+
+
+def test_finding_pipelines_and_choosing_one(tmp_path):
+    shutil.copytree(demo.path(), tmp_path / "b" / "mine")
+    (tmp_path / "b" / "no pipeline").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "model_index.json").write_text("{}")
+    roots = [str(tmp_path), str(tmp_path / "missing")]
+    assert find_pipelines(roots) == {"b/mine": tmp_path / "b" / "mine"}
+    assert locate("b/mine", "", roots) == str(tmp_path / "b" / "mine")
+    assert locate(pipelines.DEMO_NAME, "", roots) == "demo"
+    assert locate("b/mine", " owner/name ", roots) == "owner/name"
+    with pytest.raises(BadInput, match="gone is no longer in models/diffusers; there are b/mine"):
+        locate("gone", "", roots)
+
+
+@pytest.mark.parametrize("model", ["{}", "/no/such/folder"])
+def test_a_folder_that_is_no_pipeline(tmp_path, model):
+    with pytest.raises(BadInput, match=r"^pipeline .* (is no diffusers pipeline|is neither a folder)"):
+        load(model.format(tmp_path), "auto", Residency(CPU, lambda *_: None))
+
+
+def test_weights_that_are_damaged(tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(demo.path(), folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        load(str(folder), "auto", Residency(CPU, lambda *_: None))
+
+
+def test_packages_that_are_missing(monkeypatch):
+    monkeypatch.setattr(pipelines, "NEEDED", ("torch", "no_such_package"))
+    with pytest.raises(BadInput, match=r"^no_such_package is not installed: .*requirements\.txt"):
+        load("demo", "auto", Residency(CPU, lambda *_: None))
+
+
+def test_nan_is_an_error_and_no_black_video(pipeline):
+    head = pipeline.pipe.vae.decoder.conv_out.bias
+    kept = head.detach().clone()
+    try:
+        with torch.no_grad():
+            head.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="NaN or infinite"):
+            generate(pipeline, settings(steps=1), on_step=ignore)
+    finally:
+        with torch.no_grad():
+            head.copy_(kept)
+
+
+def test_image_to_video(tmp_path):
+    parts = WanPipeline.from_pretrained(demo.path()).components
+    config = {**parts["transformer"].config, "in_channels": 8 + 4 + 8, "num_layers": 1}
+    parts["transformer"] = WanTransformer3DModel.from_config(config)
+    WanImageToVideoPipeline(**parts).save_pretrained(tmp_path / "i2v")
+    loaded = load(str(tmp_path / "i2v"), "float32", Residency(CPU, lambda *_: None))
+    factor = loaded.facts.size_multiple[0]
+    size = {"height": 2 * factor, "width": 2 * factor, "frames": 5, "steps": 2}
+    with pytest.raises(BadInput, match="connect an IMAGE to image"):
+        generate(loaded, settings(**size), on_step=ignore)
+    pictures = [torch.full((1, 20, 30, 3), value) for value in (0.1, 0.9)]
+    made = [generate(loaded, settings(**size), image=picture, on_step=ignore).frames for picture in pictures]
+    assert made[0].shape == (5, 2 * factor, 2 * factor, 3) and not np.allclose(*made)
