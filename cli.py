@@ -1,4 +1,7 @@
-"""The command line: `vidaccel generate`, `methods` and `info`. Parsing and messages; the work is elsewhere."""
+"""The command line: `vidaccel generate`, `methods` and `info`; `convert` and `adapt` are in `model_commands`.
+
+Parsing and messages; the work is elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import model_commands
+
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
@@ -29,11 +34,12 @@ DEFAULT_METHODS = ("svg2",)
 DEFAULT_COMPARED = ("svg2", "radial", "svg")
 
 app = typer.Typer(
-    help="Faster pre-trained video diffusion models, by sparse attention and without training.",
+    help="Faster pre-trained video diffusion models: sparse attention, and deep-compression autoencoders.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+model_commands.register(app)
 
 
 def main() -> None:
@@ -48,7 +54,8 @@ def generate_command(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The video to write, an .mp4.")] = Path("out.mp4"),
     model: Annotated[
-        str, typer.Option(help='"demo" (built in), a folder of a diffusers pipeline, or a hub id owner/name.')
+        str,
+        typer.Option(help='"demo" or "demo-dc" (built in), a folder of a diffusers pipeline, or a hub id owner/name.'),
     ] = "demo",
     method: Annotated[
         list[str] | None,
@@ -63,7 +70,9 @@ def generate_command(
     ] = False,
     negative_prompt: Annotated[str, typer.Option(help="What the video should not show.")] = "",
     image: Annotated[Path | None, typer.Option(help="The first frame, for image-to-video models.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4k+1 for Wan. (default: the model's)")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames, 4k+1 for Wan, any for DC-VideoGen. (default: the model's)")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. (default: the model's)")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. (default: the model's)")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's)")] = None,
@@ -91,6 +100,9 @@ def generate_command(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
     offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part that is at work.")] = False,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")] = None,
     warm_up: Annotated[
         bool, typer.Option(help="With --compare: one uncounted step before each run, so that compilation is not timed.")
@@ -150,7 +162,17 @@ def generate_command(
             import torch
 
             torch.set_num_threads(threads)
-        videos = _run(facts, settings, methods, files, place, chosen_dtype, backend, offload, warm_up and compare)
+        videos = _run(
+            facts,
+            settings,
+            methods,
+            files,
+            place,
+            chosen_dtype,
+            backend,
+            warm_up and compare,
+            {"offload": offload, "tiling": vae_tiling},
+        )
         if not compare:
             _print_summary(videos, files)
             return
@@ -305,8 +327,8 @@ def _run(
     device: torch.device,
     dtype: torch.dtype,
     backend: str,
-    offload: bool,
     warm: bool,
+    loading: dict[str, bool],
 ) -> list[GeneratedVideo]:
     """Make every video and write each as soon as it is there, so that Ctrl-C in a later run loses nothing."""
     from .generation import generate, load, warm_up
@@ -314,9 +336,9 @@ def _run(
 
     videos = []
     with _progress() as progress:
-        loading = progress.add_task(f"loading {facts.name}", total=None)
-        pipe = load(facts, dtype, device, offload=offload)
-        progress.remove_task(loading)
+        wait = progress.add_task(f"loading {facts.name}", total=None)
+        pipe = load(facts, dtype, device, **loading)
+        progress.remove_task(wait)
         for name, method in methods.items():
             task = progress.add_task(f"{name}: warm-up" if warm else name, total=settings.steps)
             warm_seconds = warm_up(pipe, settings, method, backend=backend) if warm else None

@@ -33,7 +33,9 @@ class GenerationError(RuntimeError):
     """The model ran and made nothing usable."""
 
 
-def load(model: ModelFacts, dtype: torch.dtype, device: torch.device, *, offload: bool = False) -> DiffusionPipeline:
+def load(
+    model: ModelFacts, dtype: torch.dtype, device: torch.device, *, offload: bool = False, tiling: bool = False
+) -> DiffusionPipeline:
     """Load the weights and place them.
 
     Raises:
@@ -42,7 +44,8 @@ def load(model: ModelFacts, dtype: torch.dtype, device: torch.device, *, offload
     from .pipelines.loading import load_pipeline
 
     try:
-        return load_pipeline(model.location, dtype, device, offload=offload)
+        chosen = {"pipeline_class": model.pipeline_class, "offload": offload, "tiling": tiling}
+        return load_pipeline(model.location, dtype, device, **chosen)
     except (OSError, ValueError) as error:
         raise BadInput(f"--model {model.name} cannot be loaded: {first_line(error)}") from error
 

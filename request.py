@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .attention.layout import VideoLayout
     from .attention.methods.base import Method
 
-DEMO = "demo"
+DEMOS = ("demo", "demo-dc")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 
@@ -40,6 +40,8 @@ class ModelFacts:
         size_factor: pixels per latent pixel.
         patch: `(frames, height, width)` of the transformer's patches.
         max_positions: longest axis of the token grid that the rotary embedding covers, None when unknown.
+        pad_frames: frames that the autoencoder puts before a video, for a DC-VideoGen model; None for others.
+            Such a model makes any size and length, on a larger canvas that is cropped.
     """
 
     name: str
@@ -49,6 +51,12 @@ class ModelFacts:
     size_factor: int
     patch: tuple[int, int, int]
     max_positions: int | None
+    pad_frames: int | None = None
+
+    @property
+    def makes_any_size(self) -> bool:
+        """Whether sizes that the model cannot make are made larger and cropped."""
+        return self.pad_frames is not None
 
     @property
     def size_multiple(self) -> tuple[int, int]:
@@ -64,6 +72,12 @@ class ModelFacts:
         """The token grid of a video of `frames` x `height` x `width` pixels."""
         from .attention.layout import VideoLayout
 
+        if self.pad_frames is not None:
+            from .pipelines.canvas import Canvas
+
+            factors = {"spatial": self.size_factor, "temporal": self.frame_factor, "pad_frames": self.pad_frames}
+            canvas = Canvas.for_video(frames, height, width, patch=self.patch, **factors)
+            return VideoLayout(*canvas.tokens(self.patch, self.size_factor))
         latent_frames = (frames - 1) // self.frame_factor + 1
         multiple_h, multiple_w = self.size_multiple
         return VideoLayout(latent_frames // self.patch[0], height // multiple_h, width // multiple_w)
@@ -73,7 +87,8 @@ def inspect_model(model: str) -> ModelFacts:
     """Read what a model is, from `model_index.json` and the configs of its autoencoder and transformer.
 
     Args:
-        model: "demo", a folder that `save_pretrained` of a pipeline wrote, or a hub id "owner/name".
+        model: one of `DEMOS`, a folder that `save_pretrained` of a pipeline wrote or that holds an adapter to another
+            autoencoder, or a hub id "owner/name".
 
     Raises:
         BadInput: no such model, a folder that is no pipeline, or a pipeline class that cannot be accelerated.
@@ -83,6 +98,9 @@ def inspect_model(model: str) -> ModelFacts:
     location = _locate(model)
     read = _folder_reader(Path(location)) if Path(location).is_dir() else _hub_reader(location)
     index = read("model_index.json")
+    adapter = read("adapter.json") if index is None else None
+    if adapter is not None:
+        return _adapter_facts(model, location, adapter, read("vae/config.json"))
     if index is None:
         raise BadInput(
             f"--model {model} is no diffusers pipeline: it has no model_index.json (give the folder that holds it)."
@@ -98,6 +116,8 @@ def inspect_model(model: str) -> ModelFacts:
     vae = read("vae/config.json")
     if transformer is None or vae is None:
         raise BadInput(f"--model {model} is incomplete: it needs vae/config.json and transformer/config.json.")
+    if vae.get("_class_name") == "AutoencoderDCV":
+        return _deep_compression_facts(model, location, pipeline_class, vae, transformer)
     return ModelFacts(
         name=model,
         location=location,
@@ -110,19 +130,48 @@ def inspect_model(model: str) -> ModelFacts:
     )
 
 
+def _adapter_facts(model: str, location: str, adapter: dict[str, Any], vae: dict[str, Any] | None) -> ModelFacts:
+    """Of a folder with adapter-only weights (see `pipelines.adapted`)."""
+    transformer = adapter.get("transformer", {})
+    if vae is None or not {"in_channels", "out_channels"} <= set(transformer):
+        raise BadInput(
+            f"--model {model} holds an adapter that is incomplete: it needs vae/config.json, and the transformer's "
+            "config in adapter.json."
+        )
+    image = transformer["in_channels"] != transformer["out_channels"]
+    pipeline_class = "DCVideoGenImageToVideoPipeline" if image else "DCVideoGenPipeline"
+    return _deep_compression_facts(model, location, pipeline_class, vae, transformer)
+
+
+def _deep_compression_facts(
+    model: str, location: str, pipeline_class: str, vae: dict[str, Any], transformer: dict[str, Any]
+) -> ModelFacts:
+    return ModelFacts(
+        name=model,
+        location=location,
+        pipeline_class=pipeline_class,
+        frame_factor=4,
+        size_factor=2 ** (len(vae.get("block_out_channels", ())) - 2),
+        patch=tuple(transformer.get("patch_size", (1, 1, 1))),
+        max_positions=transformer.get("rope_max_seq_len"),
+        pad_frames=int(vae.get("pad_frames", 0)),
+    )
+
+
 def _locate(model: str) -> str:
-    if model == DEMO:
+    if model in DEMOS:
         from . import demo
 
         try:
-            return str(demo.path())
+            return str(demo.path(model))
         except OSError as error:
-            raise BadInput(f"--model demo: {error}") from error
+            raise BadInput(f"--model {model}: {error}") from error
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         return model
-    raise BadInput(f'--model {model} is neither "demo", nor a folder here, nor a hub id of the form owner/name.')
+    known = " nor ".join(f'"{name}"' for name in DEMOS)
+    raise BadInput(f"--model {model} is neither {known}, nor a folder here, nor a hub id of the form owner/name.")
 
 
 def _folder_reader(folder: Path) -> Callable[[str], dict[str, Any] | None]:
@@ -209,7 +258,7 @@ class Settings:
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         whole = replace(self, **missing)
         factor = model.frame_factor
-        if (whole.frames - 1) % factor:
+        if not model.makes_any_size and (whole.frames - 1) % factor:
             rounded = whole.frames // factor * factor + 1
             below = (whole.frames - 1) // factor * factor + 1
             raise BadInput(
@@ -218,7 +267,7 @@ class Settings:
             )
         for option, multiple in zip(("height", "width"), model.size_multiple, strict=True):
             value = getattr(whole, option)
-            if value % multiple:
+            if not model.makes_any_size and value % multiple:
                 below = value // multiple * multiple
                 nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
                 raise BadInput(
@@ -243,11 +292,11 @@ class Settings:
 
 def _defaults(model: ModelFacts) -> dict[str, Any]:
     """Frames, sizes, steps, guidance: those the demo model is measured with, or those of the pipeline's `__call__`."""
-    if model.name == DEMO:
+    if model.name in DEMOS:
         from .demo import modeling
 
         return {
-            "frames": 33,
+            "frames": 32 if model.makes_any_size else 33,
             "height": 128,
             "width": 128,
             "steps": modeling.STEPS,
@@ -358,7 +407,7 @@ def choose_dtype(name: str, device: torch.device, model: str) -> torch.dtype:
         raise BadInput(f"--dtype is {name}: it must be auto, {', '.join(DTYPES)}.")
     if name == "auto":
         # The demo model was trained and measured in float32, and CPUs are slow in bfloat16.
-        name = "bfloat16" if device.type == "cuda" and model != DEMO else "float32"
+        name = "bfloat16" if device.type == "cuda" and model not in DEMOS else "float32"
     return getattr(torch, name)
 
 

@@ -65,6 +65,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         tail: str = "cached",
     ) -> None:
         super().__init__()
+        _check_channels(in_channels=in_channels, latent_channels=latent_channels)
         _check_config(block_out_channels, layers_per_block, chunk_size, scaling_factor, pad_frames, tail)
         widths, layers = tuple(block_out_channels[1:]), tuple(layers_per_block[1:])
         self.encoder = Encoder(in_channels, latent_channels, widths, layers)
@@ -158,12 +159,16 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample = sample[:, :, self.config.pad_frames :]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
+    @apply_forward_hook
     def decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         """The video of `decode`, chunk by chunk: at most `chunk_size` frames are held at a time.
 
         Tiles and slices are not used. Raises as `decode` does.
         """
         self._check_latent(z)
+        return self._decode_chunks(z)
+
+    def _decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         skip = self.config.pad_frames
         for chunk in self._stream(self.decoder, z, self.config.chunk_size // TEMPORAL_COMPRESSION, framewise=True):
             if skip < chunk.shape[2]:
@@ -228,7 +233,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"A video must be [B, {self.config.in_channels}, T, H, W], not {list(x.shape)}.")
         frames, pad = x.shape[2], self.config.pad_frames
         if frames < 1 or (frames + pad) % TEMPORAL_COMPRESSION:
-            low = max((frames + pad) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION - pad, 0)
+            low = (frames + pad) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION - pad
             choices = [f for f in (low, low + TEMPORAL_COMPRESSION) if f > 0]
             raise ValueError(
                 f"The video has {frames} frames, but this autoencoder takes {TEMPORAL_COMPRESSION}k"
@@ -246,6 +251,12 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"Latents must be [B, {self.config.latent_channels}, T, H, W], not {list(z.shape)}.")
         if self.config.pad_frames >= TEMPORAL_COMPRESSION * z.shape[2]:
             raise ValueError(f"Latents of {z.shape[2]} frames are nothing but the {self.config.pad_frames} of padding.")
+
+
+def _check_channels(**channels: int) -> None:
+    for name, value in channels.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1.")
 
 
 def _check_config(

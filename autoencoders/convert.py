@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -69,6 +70,7 @@ def infer_config(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
     shapes = {name: tuple(shape) for name, shape in shapes.items()}
     layers: dict[int, int] = {}
     widths: dict[int, int] = {}
+    count = 0
     for name, shape in shapes.items():
         match = _STAGE.fullmatch(name)
         if match and match[1] == "encoder":
@@ -78,6 +80,8 @@ def infer_config(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
                 layers[stage] += 1
             if match[4].endswith("conv") and match[5] == "weight":
                 widths[stage] = shape[1]
+            # Behind a step in size there is one more stage. Without blocks it has no keys of its own.
+            count = max(count, stage + (match[4] == "conv.conv"))
     try:
         first, last = shapes["encoder.project_in.conv.conv.weight"], shapes["encoder.project_out.conv.weight"]
     except KeyError as error:
@@ -85,8 +89,7 @@ def infer_config(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
             f"The checkpoint has no {error.args[0]}, so it is no published DC-AE-V. Its keys begin with "
             f"{', '.join(list(shapes)[:3])}."
         ) from None
-    count = max(layers, default=0)
-    # A last stage without blocks has no keys of its own; the output convolution tells its width.
+    # The output convolution tells the width of a last stage without blocks.
     widths.setdefault(count, last[1])
     missing = [stage for stage in range(1, count + 1) if stage not in widths]
     if missing or not count:
@@ -113,7 +116,9 @@ def check_shapes(shapes: Mapping[str, Iterable[int]], config: Mapping[str, Any],
     """
     names = published_names(config)
     with torch.device("meta"):
-        wanted = AutoencoderDCV(**config).state_dict()
+        # The `config` of a model also has what follows from its arguments.
+        arguments = inspect.signature(AutoencoderDCV.__init__).parameters
+        wanted = AutoencoderDCV(**{key: value for key, value in config.items() if key in arguments}).state_dict()
     missing = [name for name in names if name not in shapes]
     unknown = [name for name in shapes if name not in names]
     wrong = [
@@ -166,10 +171,12 @@ def to_published(state: Mapping[str, Value], config: Mapping[str, Any]) -> dict[
 
 def strip_prefix(state: Mapping[str, Value]) -> dict[str, Value]:
     """Names without the "model." or "module." that all of them begin with."""
-    for prefix in ("model.", "module."):
+    state = dict(state)
+    # One may stand before the other, in either order.
+    for prefix in ("model.", "module.", "model."):
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return dict(state)
+    return state
 
 
 def read_published(path: str | Path) -> dict[str, torch.Tensor]:
@@ -205,17 +212,15 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
 def _parameters(content: Any, path: Path) -> dict[str, torch.Tensor]:
     if isinstance(content, dict) and isinstance(content.get("ema_model_state_dict"), dict):
         averages = content["ema_model_state_dict"]
-        if len(averages) != 1 and not _is_parameters(averages):
+        if len(averages) > 1 and not _is_parameters(averages):
             raise CheckpointError(f"{path} has several averages ({', '.join(map(str, averages))}): keep one of them.")
-        content = averages if _is_parameters(averages) else next(iter(averages.values()))
+        content = averages if _is_parameters(averages) else next(iter(averages.values()), {})
     elif isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
         content = content["model_state_dict"]
     if not _is_parameters(content):
-        kind = (
-            f"the keys {', '.join(map(str, list(content)[:5]))}"
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
+        kind = f"a {type(content).__name__}"
+        if isinstance(content, dict):
+            kind = f"the keys {', '.join(map(str, list(content)[:5]))}" if content else "no parameters"
         raise CheckpointError(
             f"{path} holds {kind}, but a DC-AE-V checkpoint holds ema_model_state_dict or model_state_dict."
         )

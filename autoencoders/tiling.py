@@ -50,24 +50,32 @@ def run_tiled(
         scale: pixels of the output per pixel of `x`.
     """
     height, width = x.shape[-2:]
-    total, weight = None, None
-    for top in rows.starts(height):
-        for left in columns.starts(width):
+    down, across = _weights(height, rows, scale, x.device), _weights(width, columns, scale, x.device)
+    total = None
+    for top, vertical in down:
+        for left, horizontal in across:
             tile = function(x[..., top : top + rows.size, left : left + columns.size])
-            h, w = tile.shape[-2:]
-            y, z = round(top * scale), round(left * scale)
             if total is None:
-                shape = (*tile.shape[:-2], round(height * scale), round(width * scale))
-                total = tile.new_zeros(shape)
-                weight = tile.new_zeros(shape[-2:], dtype=torch.float32)
-            ramp = _ramp(h, rows, scale, tile.device)[:, None] * _ramp(w, columns, scale, tile.device)
-            total[..., y : y + h, z : z + w] += tile * ramp.to(tile.dtype)
-            weight[y : y + h, z : z + w] += ramp
-    return total.div_(weight.to(total.dtype))
+                total = tile.new_zeros(*tile.shape[:-2], round(height * scale), round(width * scale))
+            y, z, (h, w) = round(top * scale), round(left * scale), tile.shape[-2:]
+            weight = (vertical[:, None] * horizontal).to(tile.dtype)
+            total[..., y : y + h, z : z + w].addcmul_(tile, weight)
+    return total
+
+
+def _weights(length: int, tiles: Tiles, scale: float, device: torch.device) -> list[tuple[int, torch.Tensor]]:
+    """Where each tile starts, and the weights of its output pixels: over all tiles they sum to 1 at each pixel."""
+    ramps = [
+        (start, _ramp(round(min(tiles.size, length) * scale), tiles, scale, device)) for start in tiles.starts(length)
+    ]
+    total = torch.zeros(round(length * scale), device=device)
+    for start, ramp in ramps:
+        total[round(start * scale) :][: ramp.shape[0]] += ramp
+    return [(start, ramp / total[round(start * scale) :][: ramp.shape[0]]) for start, ramp in ramps]
 
 
 def _ramp(length: int, tiles: Tiles, scale: float, device: torch.device) -> torch.Tensor:
-    """Weights of a tile, rising over the overlap, level, and falling; never zero."""
+    """Rises over the overlap, is level, and falls; never zero."""
     overlap = min(round((tiles.size - tiles.stride) * scale), length)
     place = torch.arange(length, device=device) + 0.5
     edge = torch.minimum(place, length - place) / max(overlap, 1)

@@ -5,6 +5,10 @@
 
     pipe = WanPipeline.from_pretrained(vidaccel.demo.path())
 
+The same model in the latent space of a deep-compression autoencoder:
+
+    pipe = vidaccel.DCVideoGenPipeline.from_pretrained(vidaccel.demo.path("demo-dc"))
+
 Importing this module loads neither torch nor diffusers.
 """
 
@@ -14,19 +18,32 @@ from pathlib import Path
 
 from .world import held_out_prompts
 
-__all__ = ["HELD_OUT_PROMPTS", "path"]
+__all__ = ["DC", "HELD_OUT_PROMPTS", "WAN", "path"]
+
+WAN, DC = "demo", "demo-dc"
+"""Names of the two models."""
+
+# Folder of each, and the file without which it is not there. The second holds an adapter to the first.
+_FOLDERS = {WAN: ("weights", "model_index.json"), DC: ("weights_dc", "adapter.json")}
 
 HELD_OUT_PROMPTS: tuple[str, ...] = held_out_prompts()
 """The 64 captions that training never sees."""
 
 
-def path() -> Path:
-    """Folder of the shipped pipeline, for `WanPipeline.from_pretrained`.
+def path(model: str = WAN) -> Path:
+    """Folder of a shipped model, for `from_pretrained`.
+
+    Args:
+        model: "demo" for `WanPipeline`, "demo-dc" for `vidaccel.DCVideoGenPipeline`.
 
     Raises:
+        ValueError: there is no such model.
         FileNotFoundError: when the weights are not installed with the package.
     """
-    folder = Path(__file__).resolve().parent / "weights"
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no pipeline: reinstall vidaccel with its package data, or train one")
+    if model not in _FOLDERS:
+        raise ValueError(f"there is no built-in model {model!r}: give {' or '.join(_FOLDERS)}")
+    name, marker = _FOLDERS[model]
+    folder = Path(__file__).resolve().parent / name
+    if not (folder / marker).is_file():
+        raise FileNotFoundError(f"{folder} holds no model: reinstall vidaccel with its package data, or train one")
     return folder

@@ -43,8 +43,8 @@ class VidaccelLoadPipeline(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "pipeline",
-                    options=[pipelines.DEMO_NAME, *pipelines.find_pipelines(_roots())],
-                    default=pipelines.DEMO_NAME,
+                    options=[*pipelines.EMBEDDED, *pipelines.find_pipelines(_roots())],
+                    default=next(iter(pipelines.EMBEDDED)),
                     tooltip="The embedded demo, or a folder below models/diffusers that holds a model_index.json.",
                 ),
                 io.String.Input(

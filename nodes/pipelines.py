@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..request import (
-    DEMO,
+    DEMOS,
     BadInput,
     ModelFacts,
     Settings,
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from ..attention import Method, RunReport, VideoLayout
 
-DEMO_NAME = "demo (embedded)"
+# What the menu shows -> what it is called elsewhere.
+EMBEDDED = {f"{name} (embedded)": name for name in DEMOS}
 METHODS = ("svg2", "svg", "radial")
 NEEDED = ("diffusers", "transformers", "accelerate", "ftfy")
 
@@ -74,8 +75,8 @@ def locate(choice: str, hub_id: str, roots: list[str]) -> str:
     """
     if hub_id.strip():
         return hub_id.strip()
-    if choice == DEMO_NAME:
-        return DEMO
+    if choice in EMBEDDED:
+        return EMBEDDED[choice]
     found = find_pipelines(roots)
     if choice not in found:
         raise BadInput(f"pipeline {choice} is no longer in models/diffusers; there are {', '.join(found) or 'none'}.")
@@ -95,7 +96,7 @@ def plain_messages() -> Iterator[None]:
         r"--image: ": "image: ",
         r", or see `vidaccel info`": "",
         r": this command has no input video; use it from Python": ", which needs an input video; no node has one",
-        r'neither "demo", nor a folder here, nor a hub id': "neither a folder on this machine nor a hub id",
+        r'neither "demo" nor "demo-dc", nor a folder here': "neither a folder on this machine",
     }
     try:
         yield
@@ -263,7 +264,7 @@ def load(model: str, dtype: str, residency: Residency) -> VideoPipeline:
         try:
             # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
             with torch.inference_mode(False):
-                pipe = load_pipeline(facts.location, chosen, "cpu")
+                pipe = load_pipeline(facts.location, chosen, "cpu", pipeline_class=facts.pipeline_class)
         except (OSError, ValueError) as error:
             raise BadInput(f"pipeline {facts.name} cannot be loaded: {first_line(error)}") from error
     residency.attach(pipe)

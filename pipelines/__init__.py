@@ -1,19 +1,28 @@
-"""diffusers pipelines: acceleration of the ones that exist, and DC-VideoGen."""
+"""diffusers pipelines: acceleration of the ones that exist, and DC-VideoGen.
+
+DC-VideoGen's classes are looked up on first use, because diffusers' own, on which they are built, take seconds to
+import.
+"""
 
 from __future__ import annotations
 
-from .dc_wan import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
+import importlib
+
 from .handle import Handle, accelerate, restore
 from .specs import SPECS, ModelSpec, find_transformers, supported_pipelines
 
-__all__ = [
-    "SPECS",
-    "DCVideoGenImageToVideoPipeline",
-    "DCVideoGenPipeline",
-    "Handle",
-    "ModelSpec",
-    "accelerate",
-    "find_transformers",
-    "restore",
-    "supported_pipelines",
-]
+_LATER = {
+    "DCVideoGenImageToVideoPipeline": ".dc_wan",
+    "DCVideoGenPipeline": ".dc_wan",
+    "convert_repository": ".published",
+}
+
+__all__ = ["SPECS", "Handle", "ModelSpec", "accelerate", "find_transformers", "restore", "supported_pipelines", *_LATER]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LATER[name], __name__), name)
+    globals()[name] = value
+    return value

@@ -73,6 +73,10 @@ class Canvas:
         """The frame count for which diffusers' Wan pipelines, which count 4k + 1, make as many latent frames."""
         return (self.latent_frames - 1) * self.temporal + 1
 
+    def tokens(self, patch: tuple[int, int, int], spatial: int) -> tuple[int, int, int]:
+        """The grid of tokens: frames, rows, columns."""
+        return self.latent_frames // patch[0], self.height // (spatial * patch[1]), self.width // (spatial * patch[2])
+
     @property
     def is_larger_in_space(self) -> bool:
         return (self.height, self.width) != (self.asked_height, self.asked_width)

@@ -65,7 +65,7 @@ class DCVideoGenPipeline(_DCVideoGen, WanPipeline):
     """Text to video with DC-VideoGen.
 
     `from_pretrained` loads a folder in diffusers' layout (as the recipe `ae_adapt` and `save_pretrained` write it) or
-    one of the published repositories, which it converts into a cache first.
+    one of the published repositories, which it converts into a cache first, or adapter-only weights.
 
     Example:
         ```python

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..autoencoders.convert import CheckpointError, load_published
+from .adapted import is_adapter, load_adapted
 from .open_clip import convert_image_encoder
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class PublishedLayoutMixin:
             autoencoder: file or folder of the DC-AE-V where the model has none.
             base: folder or hub id of the Wan pipeline that has the text encoder and whatever else the model lacks.
 
+        A folder with adapter-only weights is loaded onto its base model (see `pipelines.adapted`).
         A published layout is converted once into a cache (`VIDACCEL_CACHE`, else `~/.cache/vidaccel`), in which large
         files that need no conversion are links.
 
@@ -57,6 +59,8 @@ class PublishedLayoutMixin:
         """
         parts = {name: kwargs.pop(name, None) for name in ("autoencoder", "base")}
         folder = _local_folder(str(pretrained_model_name_or_path), kwargs)
+        if folder is not None and is_adapter(folder):
+            return load_adapted(cls, folder, **parts, **kwargs)
         if folder is not None and not (folder / "model_index.json").is_file():
             pretrained_model_name_or_path = cached_conversion(folder, cls.__name__, **parts)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -133,7 +137,7 @@ def convert_repository(
     channels = vae.config.latent_channels if vae else _read(autoencoder_path / "config.json").get("latent_channels")
     _check_transformer(config, channels, image, transformer)
 
-    with _beside(target) as draft:
+    with beside(target) as draft:
         for name, folder in {**folders, "transformer": transformer}.items():
             _take(folder, draft / name, link)
         if vae is None:
@@ -263,7 +267,7 @@ def _take(folder: Path, target: Path, link: bool) -> None:
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def beside(target: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `target` at the end, or vanishes on an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -277,4 +281,11 @@ def _beside(target: Path) -> Iterator[Path]:
         raise
 
 
-__all__ = ["CheckpointError", "LayoutError", "PublishedLayoutMixin", "cached_conversion", "convert_repository"]
+__all__ = [
+    "CheckpointError",
+    "LayoutError",
+    "PublishedLayoutMixin",
+    "beside",
+    "cached_conversion",
+    "convert_repository",
+]

@@ -1,0 +1,143 @@
+"""Adapter-only weights of a model that was moved to another autoencoder: what they are on disk, and loading them.
+
+A folder with `adapter.json` (what it belongs to), `embedder_head.safetensors` (parameters that were trained as they
+are), `pytorch_lora_weights.safetensors` (a LoRA on the rest, as diffusers reads it), and often the autoencoder in
+`vae/`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from .. import demo
+from ..autoencoders import AutoencoderDCV
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+FULL_FILE = "embedder_head.safetensors"
+FACTS_FILE = "adapter.json"
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be loaded; the message says what does not fit, and the fix."""
+
+
+def new_embedding(channels: int, inner: int) -> nn.Conv3d:
+    """A patch embedding for patches of (1, 1, 1), Xavier: `[B, channels, T, H, W] -> [B, inner, T, H, W]`."""
+    embedding = nn.Conv3d(channels, inner, kernel_size=1)
+    nn.init.xavier_uniform_(embedding.weight.data.flatten(1))
+    nn.init.zeros_(embedding.bias)
+    return embedding
+
+
+def retarget(transformer: WanTransformer3DModel, in_channels: int, out_channels: int) -> WanTransformer3DModel:
+    """Give a Wan transformer a new embedder and a head that starts at zero, for latents with patches of (1, 1, 1)."""
+    inner, dtype = transformer.proj_out.in_features, transformer.proj_out.weight.dtype
+    transformer.patch_embedding = new_embedding(in_channels, inner).to(dtype)
+    transformer.proj_out = nn.Linear(inner, out_channels, dtype=dtype)
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    transformer.rope.patch_size = (1, 1, 1)
+    transformer.register_to_config(patch_size=(1, 1, 1), in_channels=in_channels, out_channels=out_channels)
+    return transformer
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapter-only weights."""
+    return (folder / FACTS_FILE).is_file() and not (folder / "model_index.json").is_file()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What an adapter belongs to: `base`, `autoencoder`, `lora`, and the config of the transformer.
+
+    Raises:
+        AdapterError: `adapter.json` cannot be read, or lacks one of them.
+    """
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        missing = {"base", "autoencoder", "lora", "transformer"} - set(facts)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / FACTS_FILE} cannot be read: {error}") from error
+    if missing:
+        raise AdapterError(
+            f"{folder / FACTS_FILE} lacks {', '.join(sorted(missing))}: it was written by something else."
+        )
+    return facts
+
+
+def base_location(base: str) -> str:
+    """Folder or hub id of a base model; "demo" is the built-in Wan model."""
+    return str(demo.path()) if base == demo.WAN else base
+
+
+def load_adapter(transformer: nn.Module, folder: Path) -> nn.Module:
+    """Load an adapter into a transformer that `retarget` has prepared; its LoRA stays apart.
+
+    Raises:
+        AdapterError: it belongs to a model of another shape.
+    """
+    from safetensors.torch import load_file
+
+    facts = read_facts(folder)
+    own = dict(transformer.named_parameters())
+    for name, value in load_file(folder / FULL_FILE).items():
+        if name not in own or own[name].shape != value.shape:
+            there = list(own[name].shape) if name in own else "absent"
+            raise AdapterError(
+                f"{folder}: {name} is {list(value.shape)} in the adapter and {there} in the model; it was made for "
+                f"{facts['base']} with {facts['autoencoder']}."
+            )
+        with torch.no_grad():
+            own[name].copy_(value)
+    if facts["lora"]:
+        transformer.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=None)
+    return transformer
+
+
+def load_adapted(
+    pipeline_class: type,
+    folder: Path,
+    base: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    **options: Any,
+) -> Any:
+    """A pipeline from adapter-only weights and the base model they belong to, the LoRA merged.
+
+    Args:
+        pipeline_class: `DCVideoGenPipeline` or `DCVideoGenImageToVideoPipeline`.
+        folder: with the adapter.
+        base, autoencoder: instead of those that the adapter names.
+        options: of `from_pretrained` for the base pipeline, such as `dtype`.
+
+    Raises:
+        AdapterError: it does not fit the base model.
+        OSError: the base model or the autoencoder is not there.
+    """
+    facts = read_facts(folder)
+    location = base_location(str(base if base is not None else facts["base"]))
+    own = folder / "vae"
+    autoencoder = autoencoder or (own if own.is_dir() else facts["autoencoder"])
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    of = (lambda name: dtype.get(name, dtype.get("default"))) if isinstance(dtype, dict) else (lambda name: dtype)
+    config = facts["transformer"]
+    transformer = WanTransformer3DModel.from_pretrained(location, subfolder="transformer", dtype=of("transformer"))
+    if len(transformer.blocks) != config["num_layers"]:
+        raise AdapterError(
+            f"{folder} belongs to a model of {config['num_layers']} layers, and {location} has "
+            f"{len(transformer.blocks)}: give the model it was made from, {facts['base']}, with base=."
+        )
+    retarget(transformer, config["in_channels"], config["out_channels"])
+    load_adapter(transformer, folder)
+    if facts["lora"]:
+        transformer.fuse_lora()
+        transformer.unload_lora()
+    vae = AutoencoderDCV.from_pretrained(autoencoder, dtype=of("vae"))
+    # Through diffusers' own class, because the base is one of its pipelines.
+    stock = next(c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers."))
+    parts = stock.from_pretrained(location, transformer=None, vae=None, **options).components
+    return pipeline_class(**{**parts, "transformer": transformer.eval(), "vae": vae})
