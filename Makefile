@@ -72,6 +72,8 @@ bench: $(STAMP) ## run the benchmarks; the tables go to benchmarks/results/
 bench-gpu: $(STAMP) ## run the benchmarks that need a CUDA device
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/step.py --model wan-1.3b
+	$(BIN)/python benchmarks/dc_videogen.py --model wan-1.3b
+	$(BIN)/python benchmarks/dc_videogen.py --model wan-14b
 
 clean: ## delete .venv and what the demo and builds left
 	rm -rf $(VENV) demo_out build *.egg-info .pytest_cache .ruff_cache

@@ -25,6 +25,7 @@ _PUBLIC = {
     "AutoencoderDCV": ".autoencoders",
     "METHODS": ".attention",
     "BlockPlan": ".attention",
+    "DCGenPipeline": ".pipelines",
     "DCVideoGenImageToVideoPipeline": ".pipelines",
     "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",

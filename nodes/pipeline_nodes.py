@@ -38,8 +38,9 @@ class VidaccelLoadPipeline(io.ComfyNode):
             node_id="VidaccelLoadPipeline",
             display_name="Load Video Pipeline",
             category=CATEGORY,
-            description="Loads a video pipeline of diffusers (Wan 2.1 and 2.2). The embedded demo is a tiny model that "
-            "draws moving shapes; it needs no download and runs on a CPU.",
+            description="Loads a video pipeline of diffusers: Wan 2.1 and 2.2, DC-VideoGen. The embedded demos are "
+            "tiny models that draw moving shapes, one in Wan's latents and one in DC-AE-V's (demo-dc); they need no "
+            "download and run on a CPU.",
             inputs=[
                 io.Combo.Input(
                     "pipeline",

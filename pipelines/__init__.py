@@ -1,6 +1,6 @@
-"""diffusers pipelines: acceleration of the ones that exist, and DC-VideoGen.
+"""diffusers pipelines: acceleration of the ones that exist, DC-VideoGen and DC-Gen.
 
-DC-VideoGen's classes are looked up on first use, because diffusers' own, on which they are built, take seconds to
+The classes of the last two are looked up on first use, because diffusers' own, on which they are built, take seconds to
 import.
 """
 
@@ -12,6 +12,9 @@ from .handle import Handle, accelerate, restore
 from .specs import SPECS, ModelSpec, find_transformers, supported_pipelines
 
 _LATER = {
+    "DCGenFluxPipeline": ".dc_gen",
+    "DCGenPipeline": ".dc_gen",
+    "DCGenSanaPipeline": ".dc_gen",
     "DCVideoGenImageToVideoPipeline": ".dc_wan",
     "DCVideoGenPipeline": ".dc_wan",
     "convert_repository": ".published",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+# diffusers' Wan pipelines refuse other heights and widths.
+_PIXELS = 16
 
 
 def _up(value: int, multiple: int) -> int:
@@ -59,8 +63,8 @@ class Canvas:
         latent_frames = _up(frames + pad_frames, temporal * patch[0]) // temporal
         return cls(
             latent_frames * temporal - pad_frames,
-            _up(height, spatial * patch[1]),
-            _up(width, spatial * patch[2]),
+            _up(height, math.lcm(spatial * patch[1], _PIXELS)),
+            _up(width, math.lcm(spatial * patch[2], _PIXELS)),
             frames,
             height,
             width,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.video_processor import VideoProcessor
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
@@ -24,22 +25,19 @@ logger = logging.getLogger(__name__)
 class _DCVideoGen(PublishedLayoutMixin):
     """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
 
+    _sees_image = False
+
     def _canvas(self, frames: int, height: int, width: int) -> Canvas:
         """The canvas for a video.
 
         Raises:
-            ValueError: a size under 1, or a pipeline that is not made for this autoencoder.
+            ValueError: a size under 1, or components that do not belong together.
         """
-        transformer = self.transformer if self.transformer is not None else self.transformer_2
+        transformer = self._checked_transformer()
         if self.config.expand_timesteps:
             raise ValueError(
                 f"{type(self).__name__} does not do expand_timesteps (Wan 2.2 TI2V 5B): adapt a model with one "
                 "timestep for all tokens."
-            )
-        if transformer.config.out_channels != self.vae.config.latent_channels:
-            raise ValueError(
-                f"The transformer makes {transformer.config.out_channels} channels and the autoencoder has "
-                f"{self.vae.config.latent_channels}: they do not belong together."
             )
         canvas = Canvas.for_video(
             frames,
@@ -53,6 +51,28 @@ class _DCVideoGen(PublishedLayoutMixin):
         if canvas.is_larger:
             logger.info("%s", canvas)
         return canvas
+
+    def _checked_transformer(self) -> torch.nn.Module:
+        """The transformer; the first of two."""
+        if self.vae is None or "chunk_size" not in self.vae.config:
+            raise ValueError(
+                f"The vae of {type(self).__name__} is {'None' if self.vae is None else type(self.vae).__name__}: it "
+                "must be an AutoencoderDCV."
+            )
+        transformers = [model for model in (self.transformer, self.transformer_2) if model is not None]
+        if not transformers:
+            raise ValueError(f"{type(self).__name__} has no transformer: load it with one.")
+        channels = self.vae.config.latent_channels
+        wanted = 2 * channels + 4 if self._sees_image else channels
+        for model in transformers:
+            given, made = model.config.in_channels, model.config.out_channels
+            if (given, made) != (wanted, channels):
+                raise ValueError(
+                    f"The transformer takes {given} channels and makes {made}, but {type(self).__name__} with an "
+                    f"autoencoder of {channels} latent channels needs one that takes {wanted} and makes {channels}: "
+                    "they do not belong together."
+                )
+        return transformers[0]
 
     def _cropped(self, output: Any, canvas: Canvas, output_type: str | None, return_dict: bool) -> Any:
         video = output[0]
@@ -140,6 +160,8 @@ class DCVideoGenImageToVideoPipeline(_DCVideoGen, WanImageToVideoPipeline):
     `from_pretrained` loads what `DCVideoGenPipeline.from_pretrained` does.
     """
 
+    _sees_image = True
+
     def __init__(
         self,
         tokenizer: AutoTokenizer,
@@ -210,9 +232,13 @@ class DCVideoGenImageToVideoPipeline(_DCVideoGen, WanImageToVideoPipeline):
         """The picture resized to the video and extended to the canvas; as it came where they are the same."""
         if image is None or not canvas.is_larger_in_space:
             return image
-        pixels = self.video_processor.preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
+        # The pipeline's own processor would round the size down to what the autoencoder can do.
+        processor = VideoProcessor(vae_scale_factor=1)
+        pixels = processor.preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
         extended = functional.pad(pixels.float(), canvas.margins, mode="replicate")
-        return self.video_processor.postprocess(extended, output_type="pil")[0]
+        if isinstance(image, torch.Tensor):
+            return processor.postprocess(extended, output_type="pt")
+        return processor.postprocess(extended, output_type="pil")[0]
 
     def prepare_latents(
         self,
@@ -242,8 +268,12 @@ class DCVideoGenImageToVideoPipeline(_DCVideoGen, WanImageToVideoPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         else:
             latents = latents.to(device=device, dtype=dtype)
-        condition = image_condition(self.vae, image, count, last_image)
-        return latents, condition.to(device, dtype).expand(batch_size, -1, -1, -1, -1)
+        if batch_size % image.shape[0]:
+            raise ValueError(
+                f"There are {image.shape[0]} images for {batch_size} videos: give one, or one for each prompt."
+            )
+        condition = image_condition(self.vae, image, count, last_image).to(device, dtype)
+        return latents, condition.repeat_interleave(batch_size // image.shape[0], dim=0)
 
 
 def image_condition(
@@ -256,14 +286,25 @@ def image_condition(
         image: `[B, 3, H, W]` in [-1, 1], the first frame.
         latent_frames: T.
         last_image: like `image`, the last frame.
+
+    Raises:
+        ValueError: `last_image` for a video of one latent frame.
     """
-    temporal = vae.temporal_compression_ratio
-    frames = latent_frames * temporal - vae.config.pad_frames
+    temporal, pad = vae.temporal_compression_ratio, vae.config.pad_frames
+    frames = latent_frames * temporal - pad
+    if last_image is not None and latent_frames < 2:
+        raise ValueError(
+            f"The video has {frames} frames, one latent frame, which shows the first image: with last_image give "
+            f"num_frames of at least {frames + 1}."
+        )
     video = image.new_zeros(image.shape[0], image.shape[1], frames, *image.shape[2:])
-    video[:, :, :temporal] = image.unsqueeze(2)
+    # The frames of the first latent frame, which begins with the padding.
+    video[:, :, : max(temporal - pad, 1)] = image.unsqueeze(2)
     if last_image is not None:
         video[:, :, -temporal:] = last_image.unsqueeze(2)
-    encoded = vae.encode(video.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+    # Not vae.device: with offloading its weights are elsewhere until it runs.
+    video = video.to(get_module_execution_device(vae), vae.dtype)
+    encoded = vae.encode(video).latent * vae.config.scaling_factor
     mask = encoded.new_zeros(encoded.shape[0], 4, *encoded.shape[2:])
     mask[:, :, 0] = 1
     if last_image is not None:

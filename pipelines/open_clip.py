@@ -90,7 +90,10 @@ def build_image_encoder(state: dict[str, torch.Tensor], head_dim: int = 80) -> C
     model = CLIPVisionModel(config)
     prefix = next(iter(model.state_dict())).startswith("vision_model.")
     named = {f"vision_model.{k}" if prefix else k: v for k, v in state.items()}
-    missing, unknown = model.load_state_dict(named, strict=False, assign=True)
+    try:
+        missing, unknown = model.load_state_dict(named, strict=False, assign=True)
+    except RuntimeError as error:  # shapes, one a line behind the first
+        raise CheckpointError(f"The CLIP checkpoint does not fit: {str(error).splitlines()[-1].strip()}") from error
     missing = [name for name in missing if not name.endswith("position_ids")]
     if missing or unknown:
         raise CheckpointError(f"The CLIP checkpoint does not fit: {', '.join((missing + unknown)[:3])}.")
@@ -109,6 +112,8 @@ def convert_image_encoder(path: Path, folder: Path) -> None:
         published = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files raise errors of many kinds
         raise CheckpointError(f"{path} cannot be read: download it again ({type(error).__name__}).") from error
+    if not isinstance(published, dict):
+        raise CheckpointError(f"{path} holds a {type(published).__name__}, not parameters by name.")
     model = build_image_encoder(vision_state_dict(published))
     model.save_pretrained(folder / "image_encoder")
     size = model.config.image_size

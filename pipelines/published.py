@@ -62,7 +62,15 @@ class PublishedLayoutMixin:
         if folder is not None and is_adapter(folder):
             return load_adapted(cls, folder, **parts, **kwargs)
         if folder is not None and not (folder / "model_index.json").is_file():
-            pretrained_model_name_or_path = cached_conversion(folder, cls.__name__, **parts)
+            return super().from_pretrained(cached_conversion(folder, cls.__name__, **parts), **kwargs)
+        unused = [f"{name}=" for name, value in parts.items() if value is not None]
+        if unused:
+            raise LayoutError(
+                f"{pretrained_model_name_or_path} is loaded as a diffusers pipeline, which has no use for "
+                f"{' and '.join(unused)}: give components instead, such as vae=."
+            )
+        if folder is not None:
+            pretrained_model_name_or_path = folder
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
@@ -72,31 +80,57 @@ def _local_folder(location: str, options: dict[str, Any]) -> Path | None:
     if path.is_dir():
         return path
     import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     chosen = {k: options[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in options}
     try:
         hub.hf_hub_download(location, "model_index.json", **chosen)
+    except HFValidationError:
+        raise LayoutError(f"{location} is neither a folder nor the name of a model on the hub.") from None
     except LocalEntryNotFoundError:
-        return None  # offline, or not cached: diffusers' own message is the right one
+        return _downloaded(location, chosen)
     except EntryNotFoundError:
         return Path(hub.snapshot_download(location, **chosen))
     return None
+
+
+def _downloaded(location: str, options: dict[str, Any]) -> Path | None:
+    """Without the hub: the folder of a published layout that was downloaded before. None leaves it to diffusers."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(hub.snapshot_download(location, **{**options, "local_files_only": True}))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any(folder.glob("transformer*/config.json")) else None
 
 
 def cached_conversion(
     source: Path, pipeline_class: str, autoencoder: str | Path | None = None, base: str | Path | None = None
 ) -> Path:
     """Convert a published layout into the cache, or find it there. Arguments and errors of `convert_repository`."""
-    stamp = [str(source.resolve()), pipeline_class, str(autoencoder), str(base)]
-    stamp += [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in sorted(source.rglob("*")) if p.is_file()]
+    stamp = [str(source.resolve()), pipeline_class]
+    for place in (source, autoencoder, base):
+        stamp += [str(place), *([] if place is None else _stamps(Path(place).expanduser()))]
     key = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
     root = Path(os.environ.get("VIDACCEL_CACHE", "~/.cache/vidaccel")).expanduser()
     target = root / "converted" / f"{source.name}-{key}"
     if not (target / "model_index.json").is_file():
         logger.warning("%s is in a published layout: converting it once, into %s.", source, target)
-        convert_repository(source, target, pipeline_class, autoencoder=autoencoder, base=base, link=True)
+        try:
+            convert_repository(source, target, pipeline_class, autoencoder=autoencoder, base=base, link=True)
+        except (LayoutError, OSError):
+            # Another process, such as the next rank of a launch, may have put it there first.
+            if not (target / "model_index.json").is_file():
+                raise
     return target
+
+
+def _stamps(place: Path) -> list[str]:
+    """Name, size and time of a file, or of all files in a folder; nothing for what is not on this machine."""
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
 
 
 def convert_repository(
@@ -197,9 +231,10 @@ def _find_components(source: Path, base: str | Path | None, image: bool) -> tupl
         clip = next(iter(sorted(source.glob("*clip*.pth"))), None)
     missing = [n for n in wanted if n not in found and not (clip is not None and n in _IMAGE)]
     if missing:
+        example = "I2V-14B-720P" if image else "T2V-14B"
         raise LayoutError(
             f"{source} lacks {', '.join(missing)}: give the Wan pipeline they come from with base=, for example "
-            "base='Wan-AI/Wan2.1-T2V-14B-Diffusers'."
+            f"base='Wan-AI/Wan2.1-{example}-Diffusers'."
         )
     return found, clip
 

@@ -1,0 +1,70 @@
+"""DC-AE-V as the stock nodes of ComfyUI use an autoencoder. No ComfyUI module is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .. import demo
+from ..request import BadInput
+
+if TYPE_CHECKING:
+    from ..autoencoders import AutoencoderDCV
+
+EMBEDDED = f"{demo.DC} (embedded)"
+_NAMES = ("dc-ae-v", "dc_ae_v", "dcae-v", "dc-ae_v")
+
+
+class LatentScale(nn.Module):
+    """An autoencoder with the two calls that ComfyUI makes, on latents as a transformer sees them (scaled).
+
+    A video whose frames are no multiple of 4 is extended by its last frame.
+    """
+
+    def __init__(self, autoencoder: AutoencoderDCV) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, T, H, W]` in [-1, 1] to `[B, C, ceil(T/4), H/f, W/f]`."""
+        missing = -(x.shape[2] + self.autoencoder.config.pad_frames) % self.autoencoder.temporal_compression_ratio
+        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        return self.autoencoder.encode(x).latent * self.autoencoder.config.scaling_factor
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """`[B, C, T, H, W]` to `[B, 3, 4*T, H*f, W*f]`."""
+        return self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample
+
+    def working_memory(self, pixels: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes beside the weights for frames `[..., H, W]`: four tensors of a chunk at half resolution."""
+        config = self.autoencoder.config
+        height, width = pixels[-2:]
+        return config.chunk_size * height * width // 4 * config.block_out_channels[1] * 4 * dtype.itemsize
+
+
+def choices(files: list[str]) -> list[str]:
+    """What the menu offers: the embedded autoencoder, and those of ComfyUI's VAE files whose name says DC-AE-V."""
+    return [EMBEDDED, *(name for name in files if any(word in name.lower() for word in _NAMES))]
+
+
+def load(location: str | Path) -> AutoencoderDCV:
+    """An autoencoder from a published file, a diffusers folder, or "demo-dc (embedded)".
+
+    Raises:
+        BadInput: there is none, or it is another model; one line.
+    """
+    from ..autoencoders import AutoencoderDCV
+    from ..autoencoders.convert import CheckpointError, load_published
+
+    path = demo.path(demo.DC) / "vae" if location == EMBEDDED else Path(location).expanduser()
+    try:
+        # ComfyUI runs nodes in inference mode, whose tensors could not be moved in place later.
+        with torch.inference_mode(False):
+            if path.is_dir():
+                return AutoencoderDCV.from_pretrained(path, dtype=torch.float32)
+            return load_published(path)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise BadInput(f"autoencoder: {' '.join(str(error).split())}") from error

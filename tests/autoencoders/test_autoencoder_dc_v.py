@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_dc import DEEP, SMALL, load_golden, make_autoencoder, make_latents, make_video
+
+import vidaccel
+from vidaccel.autoencoders import PRESETS, AutoencoderDCV, blocks, preset
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_golden()
+
+
+def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+# -- against the reference ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framewise", [True, False])
+def test_latent_and_reconstruction_are_the_reference_s(golden, framewise):
+    model, wanted = golden
+    model.use_framewise_encoding = model.use_framewise_decoding = framewise
+    latent = model.encode(wanted["input"]).latent
+    assert latent.shape == wanted["latent"].shape and _error(latent, wanted["latent"]) < 1e-4
+    reconstruction = model.decode(wanted["latent"]).sample
+    assert reconstruction.shape == wanted["reconstruction"].shape
+    assert _error(reconstruction, wanted["reconstruction"]) < 1e-4
+    assert _error(model(wanted["input"]).sample, wanted["reconstruction"]) < 1e-4
+
+
+def test_the_reference_needs_its_chunk_length(golden):
+    """The comparison above can fail: with chunks of another length the latents are others."""
+    model, wanted = golden
+    other = AutoencoderDCV.from_config({**model.config, "chunk_size": 12})
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert _error(other.encode(wanted["input"]).latent, wanted["latent"]) > 1e-2
+
+
+# -- as a diffusers model ----------------------------------------------------------------------------------------------
+
+
+def test_shapes_and_tuples():
+    model, video = make_autoencoder(), make_video(8, 16, 24, batch=2)
+    latent = model.encode(video).latent
+    assert latent.shape == (2, 4, 2, 4, 6)
+    assert model.decode(latent).sample.shape == video.shape
+    assert model.encode(video, return_dict=False)[0].equal(latent)
+    assert model.decode(latent, return_dict=False)[0].equal(model(video, return_dict=False)[0])
+
+
+def test_what_the_config_tells_pipelines():
+    model = make_autoencoder(**DEEP)
+    assert (model.spatial_compression_ratio, model.temporal_compression_ratio) == (32, 4)
+    assert (model.config.scale_factor_spatial, model.config.scale_factor_temporal, model.config.z_dim) == (32, 4, 4)
+    assert model.config.latents_mean == [0.0] * 4 and model.config.latents_std == [2.0] * 4
+
+
+def test_save_and_load(tmp_path):
+    model, video = make_autoencoder(pad_frames=4, tail="replicate"), make_video(12)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {k for k in saved if not k.startswith("_")} == {*SMALL, "in_channels", "pad_frames", "tail"}
+    loaded = AutoencoderDCV.from_pretrained(tmp_path)
+    assert {k: loaded.config[k] for k in saved if not k.startswith("_")} == {
+        k: v for k, v in json.loads(json.dumps(model.config)).items() if k in saved and not k.startswith("_")
+    }
+    assert vidaccel.AutoencoderDCV is AutoencoderDCV
+    assert loaded(video).sample.equal(model(video).sample)
+    half = AutoencoderDCV.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+
+
+def test_presets_are_the_published_variants():
+    assert list(PRESETS) == ["f32t4c32", "f32t4c64", "f32t4c128", "f32t4c256", "f64t4c128"]
+    for name, billions in (("f32t4c32", 2.14), ("f64t4c128", 2.72)):
+        with torch.device("meta"):
+            model = AutoencoderDCV.from_preset(name, tail="independent")
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+        assert f"f{model.spatial_compression_ratio}t4c{model.config.latent_channels}" == name
+        assert model.config.chunk_size == 40 and model.config.tail == "independent"
+    with pytest.raises(ValueError, match="no DC-AE-V variant 'f16'.*f32t4c32"):
+        preset("f16")
+
+
+def test_presets_are_copies():
+    preset("f32t4c32")["latent_channels"] = 1
+    assert preset("f32t4c32")["latent_channels"] == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": (8, 8)}, "block_out_channels has 2 entries and layers_per_block 4.*at least 3"),
+        ({"block_out_channels": (8, 8), "layers_per_block": (0, 1)}, "2 entries.*2.*at least 3"),
+        ({"layers_per_block": (1, 1, 1, 1)}, r"layers_per_block is \(1, 1, 1, 1\): it must start with 0"),
+        ({"layers_per_block": (0, 1, -1, 1)}, "nothing below 0"),
+        ({"block_out_channels": (8, 6, 16, 16)}, r"block_out_channels\[1\] is 6.*multiple of 4"),
+        ({"block_out_channels": (8, 8, 12, 16)}, r"block_out_channels\[2\] is 12: it must divide.*32"),
+        ({"chunk_size": 10}, "chunk_size is 10.*multiple of 4"),
+        ({"chunk_size": 0}, "chunk_size is 0.*multiple of 4"),
+        ({"scaling_factor": 0.0}, "scaling_factor is 0.0.*positive"),
+        ({"scaling_factor": float("nan")}, "scaling_factor is nan.*positive"),
+        ({"pad_frames": -1}, "pad_frames is -1.*negative"),
+        ({"tail": "wrap"}, "tail is 'wrap'.*cached, replicate, independent"),
+        ({"latent_channels": 0}, "latent_channels is 0.*at least 1"),
+        ({"in_channels": 0}, "in_channels is 0.*at least 1"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AutoencoderDCV(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 10, 16, 16), "10 frames.*4k of them: give 8 or 12"),
+        ((1, 3, 2, 16, 16), "2 frames.*give 4"),
+        ((1, 3, 8, 18, 16), "18x16.*multiples of 4: pad them to 20x16 and crop"),
+        ((1, 3, 8, 16, 15), "16x15.*pad them to 16x16"),
+        ((1, 4, 8, 16, 16), r"\[B, 3, T, H, W\], not \[1, 4, 8, 16, 16\]"),
+        ((3, 8, 16, 16), r"\[B, 3, T, H, W\], not \[3, 8, 16, 16\]"),
+    ],
+)
+def test_a_video_that_does_not_fit_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        make_autoencoder().encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("pad", "frames"), [(3, 2), (3, 8), (5, 1), (9, 2)])
+def test_the_frames_that_are_suggested_are_right(pad, frames):
+    """Every number that the message offers is one that the autoencoder takes."""
+    model = make_autoencoder(pad_frames=pad)
+    with pytest.raises(ValueError, match=f"4k - {pad} of them: give ") as caught:
+        model.encode(make_video(frames))
+    offered = [int(word) for word in str(caught.value).rstrip(".").split("give ")[1].split(" or ")]
+    assert offered
+    for number in offered:
+        assert model(make_video(number)).sample.shape[2] == number
+
+
+def test_latents_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"\[B, 4, T, H, W\], not \[1, 5, 2, 4, 4\]"):
+        make_autoencoder().decode(torch.zeros(1, 5, 2, 4, 4))
+    padded = make_autoencoder(pad_frames=4)
+    for decode in (padded.decode, lambda z: list(padded.decode_chunks(z))):
+        with pytest.raises(ValueError, match="1 frames are nothing but the 4 of padding"):
+            decode(make_latents(1))
+
+
+# -- the same numbers in other ways ------------------------------------------------------------------------------------
+
+
+def test_slicing_gives_the_same():
+    model, video = make_autoencoder(), make_video(8, batch=3)
+    latent, sample = model.encode(video).latent, model(video).sample
+    model.enable_slicing()
+    batches = []
+    hook = model.encoder.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[0]))
+    torch.testing.assert_close(model.encode(video).latent, latent)
+    torch.testing.assert_close(model(video).sample, sample)
+    hook.remove()
+    assert set(batches) == {1}
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 60_000])
+def test_convolutions_split_along_time_give_the_same(monkeypatch, limit):
+    model, video = make_autoencoder(), make_video(12, batch=2)
+    latent, sample = model.encode(video).latent, model(video).sample
+    monkeypatch.setattr(blocks, "MAX_ELEMENTS", limit)
+    pieces = []
+    convolve = torch.nn.functional.conv3d
+    monkeypatch.setattr(
+        torch.nn.functional, "conv3d", lambda x, *args: (pieces.append(x.shape[2] - 2), convolve(x, *args))[1]
+    )
+    torch.testing.assert_close(model.encode(video).latent, latent)
+    torch.testing.assert_close(model(video).sample, sample)
+    assert (max(pieces) == 1) == (limit == 1) and len(set(pieces)) > (limit > 1)
+
+
+def test_what_is_split_stays_under_the_limit(monkeypatch):
+    monkeypatch.setattr(blocks, "MAX_ELEMENTS", 30_000)
+    sizes = []
+    convolve = torch.nn.functional.conv3d
+
+    def record(x, *args):
+        out = convolve(x, *args)
+        if out.shape[2] > 1:
+            sizes.append(max(x.numel(), out.numel()))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "conv3d", record)
+    make_autoencoder()(make_video(8))
+    assert sizes and max(sizes) <= 30_000
+
+
+@pytest.mark.parametrize("framewise", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(framewise):
+    """Three chunks, so that gradients also flow through what is remembered."""
+    model, video = make_autoencoder().requires_grad_(True).train(), make_video(20)
+    model.use_framewise_encoding = model.use_framewise_decoding = framewise
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(video).sample.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    assert model.encoder.gradient_checkpointing and model.decoder.gradient_checkpointing
+    calls = []
+    model.encoder.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    checkpointed = gradients()
+    assert len(calls) == (6 if framewise else 4)  # each chunk, and each again in the backward pass
+    for name, gradient in plain.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradients_flow_through_what_is_remembered():
+    model, video = make_autoencoder(), make_video(16).requires_grad_(True)
+    model.encode(video).latent[:, :, 2:].sum().backward()
+    of_frame = video.grad.abs().sum((0, 1, 3, 4))
+    assert of_frame[7] > 0 and of_frame[8] > 0
+
+
+def test_channels_last_gives_the_same():
+    model, video = make_autoencoder(), make_video(12)
+    latent, sample = model.encode(video).latent, model(video).sample
+    model.to(memory_format=torch.channels_last_3d)
+    video = video.contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(model.encode(video).latent, latent, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(video).sample, sample, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("framewise", [True, False])
+def test_bfloat16_is_near_float32(framewise):
+    model, video = make_autoencoder(), make_video(20)
+    model.use_framewise_encoding = model.use_framewise_decoding = framewise
+    latent, sample = model.encode(video).latent, model.decode(make_latents(5)).sample
+    model.to(torch.bfloat16)
+    got = model.encode(video.bfloat16()).latent, model.decode(make_latents(5).bfloat16()).sample
+    assert got[0].dtype == got[1].dtype == torch.bfloat16
+    assert _error(got[0].float(), latent) < 0.03 and _error(got[1].float(), sample) < 0.03
+
+
+def test_compiled_gives_the_same():
+    model, video = make_autoencoder(), make_video(12)
+    with torch.no_grad():
+        wanted = model(video).sample
+        torch._dynamo.reset()
+        got = torch.compile(model, fullgraph=False, backend="aot_eager")(video).sample
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.compiler
+def test_compiled_for_the_cpu_gives_the_same():
+    """The residual blocks, which are most of the work, as diffusers compiles them."""
+    model, video = make_autoencoder(layers_per_block=(0, 1, 0, 0)), make_video(12)
+    with torch.no_grad():
+        wanted = model.encode(video).latent
+        torch._dynamo.reset()
+        model.compile_repeated_blocks()
+        torch.testing.assert_close(model.encode(video).latent, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_repeated_blocks_compile_without_a_break():
+    model, video = make_autoencoder(layers_per_block=(0, 3, 2, 2)), make_video(8)
+    wanted = model.encode(video).latent
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model.encode(video).latent, wanted)

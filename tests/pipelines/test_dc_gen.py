@@ -1,0 +1,148 @@
+"""DC-Gen image pipelines, with diffusers' own classes at tiny sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SanaTransformer2DModel,
+)
+
+from vidaccel.pipelines import DCGenFluxPipeline, DCGenPipeline, DCGenSanaPipeline
+
+NAMES = ("flux", "sana")
+
+
+def autoencoder(stages: int = 4, channels: int = 8) -> AutoencoderDC:
+    """Compresses `2 ** (stages - 1)` times."""
+    torch.manual_seed(0)
+    shape = {"block_out_channels": (8,) * stages, "layers_per_block": (1,) * stages}
+    settings = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in shape.items()}
+    kinds = {f"{side}_block_types": "ResBlock" for side in ("encoder", "decoder")}
+    heads = {f"{side}_qkv_multiscales": ((),) * stages for side in ("encoder", "decoder")}
+    return AutoencoderDC(
+        latent_channels=channels, attention_head_dim=4, scaling_factor=0.5, **settings, **kinds, **heads
+    )
+
+
+def pipeline(name: str, vae: AutoencoderDC | None = None):
+    vae = vae if vae is not None else autoencoder()
+    torch.manual_seed(1)
+    if name == "flux":
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=8,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=10,
+            axes_dims_rope=(4, 4, 8),
+        )
+        empty = {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        pipe = DCGenFluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **empty)
+    else:
+        transformer = SanaTransformer2DModel(
+            patch_size=1,
+            in_channels=8,
+            out_channels=8,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=12,
+            sample_size=32,
+        )
+        parts = {"text_encoder": None, "tokenizer": None, "scheduler": DPMSolverMultistepScheduler()}
+        pipe = DCGenSanaPipeline(vae=vae, transformer=transformer, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, **changes):
+    generator = torch.Generator().manual_seed(0)
+    text = {"prompt_embeds": torch.randn(1, 6, 12, generator=torch.Generator().manual_seed(9))}
+    if isinstance(pipe, DCGenFluxPipeline):
+        text["pooled_prompt_embeds"] = torch.zeros(1, 10)
+    else:
+        ones = torch.ones(1, 6)
+        text |= {"prompt_attention_mask": ones, "negative_prompt_embeds": torch.zeros(1, 6, 12)}
+        text |= {"negative_prompt_attention_mask": ones, "negative_prompt": None}
+    given = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "np", **text, **changes}
+    return pipe(generator=generator, **given).images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_size_comes_out_as_asked(name):
+    pipe = pipeline(name)
+    for height, width in ((64, 96), (50, 33)):
+        images = generate(pipe, height=height, width=width)
+        assert images.shape == (1, height, width, 3) and np.isfinite(images).all()
+    assert generate(pipe, height=50, width=33, output_type="pil")[0].size == (33, 50)
+    assert generate(pipe, height=50, width=33, output_type="pt").shape == (1, 3, 50, 33)
+    assert generate(pipe, output_type="latent").shape == (1, 8, 8, 12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_transformer_sees_one_token_a_latent_pixel(name):
+    pipe, shapes = pipeline(name), []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs.get("hidden_states", args[0] if args else None).shape),
+        with_kwargs=True,
+    )
+    generate(pipe)
+    hook.remove()
+    assert shapes[0][1:] == ((8 * 12, 8) if name == "flux" else (8, 8, 12))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_latents_are_decoded_where_they_belong(name):
+    """A picture of one latent pixel is the same whether the pipeline or the autoencoder decodes it."""
+    pipe = pipeline(name)
+    latents = generate(pipe, output_type="latent")
+    with torch.no_grad():
+        wanted = pipe.vae.decode(latents / 0.5).sample / 2 + 0.5
+    np.testing.assert_allclose(generate(pipe)[0], wanted[0].permute(1, 2, 0).clamp(0, 1).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_through_the_class_that_finds_the_family(name, tmp_path):
+    pipe = pipeline(name)
+    pipe.save_pretrained(tmp_path / name)
+    absent = [part for part, component in pipe.components.items() if component is None]
+    loaded = DCGenPipeline.from_pretrained(tmp_path / name, **dict.fromkeys(absent))
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe)
+    np.testing.assert_allclose(generate(loaded), generate(pipe), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_callbacks_see_every_step(name):
+    seen = []
+    generate(pipeline(name), callback_on_step_end=lambda pipe, step, t, tensors: seen.append(step) or {})
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_that_do_not_belong_together(name):
+    with pytest.raises(ValueError, match="makes 8 channels and the autoencoder has 16"):
+        generate(pipeline(name, autoencoder(channels=16)))
+    with pytest.raises(ValueError, match="height is 0"):
+        generate(pipeline(name), height=0)
+
+
+def test_other_families_are_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ValueError, match="is a WanPipeline; DC-Gen here is for FLUX and SANA"):
+        DCGenPipeline.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="from_pretrained"):
+        DCGenPipeline()
