@@ -218,8 +218,21 @@ def methods_command() -> None:
 
 
 @app.command("info")
-def info_command() -> None:
-    """Versions, devices, and which backends can run here."""
+def info_command(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Instead: tokens and rough memory of a video, before any weights are read.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="With --plan: the model, as for generate.")] = "demo",
+    frames: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
+    height: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
+    width: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
+    dtype: Annotated[str, typer.Option(help="With --plan: of the weights at work.")] = "bfloat16",
+) -> None:
+    """Versions, devices, and which backends can run here; or what a video will take."""
+    if plan:
+        with _plain_errors():
+            _print_plan(model, frames, height, width, dtype)
+        return
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -242,6 +255,23 @@ def info_command() -> None:
     console.print(versions)
     console.print()
     console.print(table)
+
+
+def _print_plan(model: str, frames: int | None, height: int | None, width: int | None, dtype: str) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from .plan import plan
+    from .request import Settings, choose_dtype, inspect_model
+
+    facts = inspect_model(model)
+    settings = Settings("a plan", frames=frames, height=height, width=width)
+    itemsize = choose_dtype(dtype, torch.device("cpu"), model).itemsize
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in plan(facts, settings.sized(facts), itemsize):
+        table.add_row(name, text)
+    Console().print(table)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .attention.layout import VideoLayout
     from .attention.methods.base import Method
+    from .pipelines.canvas import Canvas
 
 DEMOS = ("demo", "demo-dc")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,15 +69,21 @@ class ModelFacts:
         """Whether the pipeline starts from a picture."""
         return "ImageToVideo" in self.pipeline_class
 
+    def canvas(self, frames: int, height: int, width: int) -> Canvas | None:
+        """What is generated for a video, where sizes that the model cannot make are made larger; None elsewhere."""
+        if self.pad_frames is None:
+            return None
+        from .pipelines.canvas import Canvas
+
+        factors = {"spatial": self.size_factor, "temporal": self.frame_factor, "pad_frames": self.pad_frames}
+        return Canvas.for_video(frames, height, width, patch=self.patch, **factors)
+
     def layout(self, frames: int, height: int, width: int) -> VideoLayout:
         """The token grid of a video of `frames` x `height` x `width` pixels."""
         from .attention.layout import VideoLayout
 
-        if self.pad_frames is not None:
-            from .pipelines.canvas import Canvas
-
-            factors = {"spatial": self.size_factor, "temporal": self.frame_factor, "pad_frames": self.pad_frames}
-            canvas = Canvas.for_video(frames, height, width, patch=self.patch, **factors)
+        canvas = self.canvas(frames, height, width)
+        if canvas is not None:
             return VideoLayout(*canvas.tokens(self.patch, self.size_factor))
         latent_frames = (frames - 1) // self.frame_factor + 1
         multiple_h, multiple_w = self.size_multiple
@@ -254,6 +261,21 @@ class Settings:
         Raises:
             BadInput: frames or a size that the model cannot make, or an image missing or unasked for.
         """
+        whole = self.sized(model)
+        if model.needs_image and whole.image is None:
+            raise BadInput(f"{model.pipeline_class} starts from a picture: give --image FILE.")
+        if whole.image is not None and not model.needs_image:
+            raise BadInput(f"--image: {model.pipeline_class} takes no picture, only a prompt.")
+        if whole.image is not None:
+            open_image(whole.image)
+        return whole
+
+    def sized(self, model: ModelFacts) -> Settings:
+        """The request with the model's defaults filled in, of which only frames and sizes are checked.
+
+        Raises:
+            BadInput: frames or a size that the model cannot make.
+        """
         defaults = _defaults(model)
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         whole = replace(self, **missing)
@@ -281,12 +303,6 @@ class Settings:
                 f"{whole.frames} frames of {whole.width}x{whole.height} make {longest} tokens along an axis, above the "
                 f"{model.max_positions} positions of this model. Give a shorter or smaller video."
             )
-        if model.needs_image and whole.image is None:
-            raise BadInput(f"{model.pipeline_class} starts from a picture: give --image FILE.")
-        if whole.image is not None and not model.needs_image:
-            raise BadInput(f"--image: {model.pipeline_class} takes no picture, only a prompt.")
-        if whole.image is not None:
-            open_image(whole.image)
         return whole
 
 

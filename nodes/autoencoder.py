@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import demo
+from ..memory import decoder_bytes
 from ..request import BadInput
 
 if TYPE_CHECKING:
@@ -39,10 +40,8 @@ class LatentScale(nn.Module):
         return self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample
 
     def working_memory(self, pixels: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bytes beside the weights for frames `[..., H, W]`: four tensors of a chunk at half resolution."""
-        config = self.autoencoder.config
-        height, width = pixels[-2:]
-        return config.chunk_size * height * width // 4 * config.block_out_channels[1] * 4 * dtype.itemsize
+        """Bytes beside the weights for frames `[..., H, W]`."""
+        return decoder_bytes(self.autoencoder.config, *pixels[-2:], dtype.itemsize)
 
 
 def choices(files: list[str]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..memory import decoder_bytes, transformer_bytes
+
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
@@ -66,24 +68,12 @@ class Residency:
 
 
 def working_memory(pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings) -> dict[str, int]:
-    """A rough estimate of what each part needs beside its weights, in bytes, for ComfyUI to make room.
-
-    A transformer block holds about 16 tensors of the width of the model (the feed-forward layer is four wide or more),
-    an autoencoder decodes four frames at a time with four tensors of its base width in full resolution.
-    """
+    """A rough estimate of what each part needs beside its weights, in bytes, for ComfyUI to make room."""
     needs = {}
     for name in ("transformer", "transformer_2"):
         part = getattr(pipe, name, None)
         if part is not None:
             width = part.config.num_attention_heads * part.config.attention_head_dim
-            needs[name] = 16 * layout.tokens * width * part.dtype.itemsize
-    needs["vae"] = round(16 * settings.height * settings.width * _decoder_width(pipe.vae) * pipe.vae.dtype.itemsize)
+            needs[name] = transformer_bytes(layout.tokens, width, part.dtype.itemsize)
+    needs["vae"] = decoder_bytes(pipe.vae.config, settings.height, settings.width, pipe.vae.dtype.itemsize)
     return needs
-
-
-def _decoder_width(vae: torch.nn.Module) -> float:
-    """Channels of the last stage of an autoencoder, per pixel and frame of those it decodes at a time (four)."""
-    config = vae.config
-    if "block_out_channels" in config:  # DC-AE-V: a whole chunk at once, at half resolution
-        return config.block_out_channels[1] / 4 * config.chunk_size / 4
-    return getattr(config, "decoder_base_dim", None) or config.base_dim

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..autoencoders import AutoencoderDCV
 from ..autoencoders.convert import CheckpointError, load_published
 from .adapted import is_adapter, load_adapted
 from .open_clip import convert_image_encoder
@@ -110,9 +111,9 @@ def cached_conversion(
     source: Path, pipeline_class: str, autoencoder: str | Path | None = None, base: str | Path | None = None
 ) -> Path:
     """Convert a published layout into the cache, or find it there. Arguments and errors of `convert_repository`."""
-    stamp = [str(source.resolve()), pipeline_class]
+    stamp = [pipeline_class]
     for place in (source, autoencoder, base):
-        stamp += [str(place), *([] if place is None else _stamps(Path(place).expanduser()))]
+        stamp += _stamps(place)
     key = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
     root = Path(os.environ.get("VIDACCEL_CACHE", "~/.cache/vidaccel")).expanduser()
     target = root / "converted" / f"{source.name}-{key}"
@@ -127,10 +128,13 @@ def cached_conversion(
     return target
 
 
-def _stamps(place: Path) -> list[str]:
-    """Name, size and time of a file, or of all files in a folder; nothing for what is not on this machine."""
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+def _stamps(place: str | Path | None) -> list[str]:
+    """Path, size and time of a file, or of all files in a folder; the name alone of what is not on this machine."""
+    path = Path(place or "").expanduser().resolve()
+    if place is None or not path.exists():
+        return [str(place)]
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [str(path), *(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
 
 
 def convert_repository(
@@ -266,7 +270,8 @@ def _model_index(draft: Path, pipeline_class: str) -> dict[str, Any]:
     from diffusers import __version__
 
     classes = {
-        "vae": ["vidaccel", "AutoencoderDCV"],
+        # diffusers looks for ModelMixin in the module too, so the package alone would not do.
+        "vae": [AutoencoderDCV.__module__, AutoencoderDCV.__name__],
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],

@@ -146,3 +146,48 @@ def test_bad_input_is_one_readable_error_and_the_queue_goes_on(server):
             said = error.read().decode()
         assert message in said, (message, said[-1500:])
     assert server.queue(graph(seed=13))["status"]["status_str"] == "success"
+
+
+def test_the_deep_compression_model_makes_any_size(server):
+    entry = server.queue(graph(pipeline="demo-dc (embedded)", width=104, height=72, frames=10))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (film,) = entry["outputs"]["save"]["images"]
+    assert iio.imread(server.file(film)).shape == (10, 72, 104, 3)
+
+
+def test_dc_ae_v_with_the_stock_encode_and_decode(server):
+    """A video of the demo, encoded and decoded by ComfyUI's own nodes, also in tiles, is nearly the same."""
+    made = graph(width=128, height=128, frames=33, steps=6, seed=5)
+    loaded = {"autoencoder": "demo-dc (embedded)", "path": ""}
+    made["dc"] = {"class_type": "VidaccelLoadDCAEV", "inputs": loaded}
+    made["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["make", 0], "vae": ["dc", 0]}}
+    made["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["encode", 0], "vae": ["dc", 0]}}
+    tiles = {"tile_size": 96, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
+    made["tiled"] = {"class_type": "VAEDecodeTiled", "inputs": {"samples": ["encode", 0], "vae": ["dc", 0], **tiles}}
+    made["latent"] = {"class_type": "SaveLatent", "inputs": {"samples": ["encode", 0], "filename_prefix": "dc"}}
+    for name in ("decode", "tiled"):
+        inputs = {"images": [name, 0], "filename_prefix": name}
+        made[f"save_{name}"] = {"class_type": "SaveImage", "inputs": inputs}
+    entry = server.queue(made)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert server.latent(entry, "latent").shape == (1, 32, 9, 4, 4)
+    pictures = {
+        name: [iio.imread(server.file(found)).astype(float) for found in entry["outputs"][name]["images"]]
+        for name in ("frames", "save_decode", "save_tiled")
+    }
+    assert [len(pictures[name]) for name in pictures] == [33, 36, 36]  # 33 frames became 36, the last repeated
+    for name, bound in (("save_decode", 12), ("save_tiled", 20)):
+        error = [np.abs(a - b).mean() for a, b in zip(pictures["frames"], pictures[name], strict=False)]
+        assert np.mean(error) < bound, (name, error)
+
+
+def test_a_file_that_is_no_autoencoder(server):
+    made = {"dc": {"class_type": "VidaccelLoadDCAEV", "inputs": {"autoencoder": "demo-dc (embedded)", "path": "/no"}}}
+    image = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 4, "color": 0}}
+    made |= {
+        "image": image,
+        "encode": {"class_type": "VAEEncode", "inputs": {"pixels": ["image", 0], "vae": ["dc", 0]}},
+    }
+    made["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["encode", 0], "filename_prefix": "x"}}
+    said = json.dumps(server.queue(made)["status"])
+    assert "autoencoder: There is no file /no" in said

@@ -1,0 +1,70 @@
+"""`vidaccel info --plan`: what a video will take, before any weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .memory import decoder_bytes, transformer_bytes, video_bytes
+from .request import BadInput, ModelFacts, Settings
+
+TILE = 512
+"""Pixels of the side of a tile, as `AutoencoderDCV.enable_tiling` has it by default at 32x."""
+
+
+def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
+    """Tokens and rough memory of a video with a model in a folder: names and texts.
+
+    Args:
+        facts: of the model.
+        settings: the request, checked.
+        itemsize: bytes a value of the weights; the autoencoder runs in four.
+
+    Raises:
+        BadInput: a model that is not in a folder here, or whose configs cannot be read.
+    """
+    folder = Path(facts.location)
+    if not folder.is_dir():
+        raise BadInput(f"--model {facts.name}: --plan needs the folder of a model that is on this machine.")
+    frames, height, width = settings.frames, settings.height, settings.width
+    layout = facts.layout(frames, height, width)
+    vae, transformer = _config(folder, "vae"), _config(folder, "transformer")
+    inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    rows = [("model", f"{facts.name} ({facts.pipeline_class})"), ("video", f"{frames} frames of {width}x{height}")]
+    canvas = facts.canvas(frames, height, width)
+    if canvas is not None and canvas.is_larger:
+        rows.append(("made as", f"{canvas.frames} frames of {canvas.width}x{canvas.height}, cropped"))
+    rows += [
+        ("tokens", f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width})"),
+        ("pairs a dense call", f"{layout.tokens**2:,}"),
+        ("weights on disk", ", ".join(f"{name} {_gb(size)}" for name, size in _weights(folder).items())),
+        ("a forward pass, about", _gb(transformer_bytes(layout.tokens, inner, itemsize))),
+        ("decoding, about", _gb(decoder_bytes(vae, height, width, 4))),
+        ("decoding in tiles, about", _gb(decoder_bytes(vae, min(height, TILE), min(width, TILE), 4))),
+        ("the decoded video", _gb(video_bytes(frames, height, width))),
+    ]
+    return rows
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    adapter = folder / "adapter.json"
+    if part == "transformer" and adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8"))["transformer"]
+    try:
+        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / part / 'config.json'} cannot be read: {error}") from error
+
+
+def _weights(folder: Path) -> dict[str, int]:
+    """Bytes of the weights of each part."""
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        part = file.relative_to(folder).parts[0] if file.parent != folder else "adapter"
+        sizes[part] = sizes.get(part, 0) + file.stat().st_size
+    return sizes
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
