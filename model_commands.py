@@ -106,7 +106,7 @@ def _write_published(source: Path, target: Path) -> None:
 
 
 def adapt_command(
-    recipe: Annotated[str, typer.Argument(help="autoencoder, or ae-adapt.")],
+    recipe: Annotated[str, typer.Argument(help="autoencoder, or ae-adapt.")] = "",
     config: Annotated[str, typer.Option(help="YAML file, or the name of a ready one (see --list).")] = "",
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: phases.lora.steps=2000; repeatable.")
@@ -128,6 +128,8 @@ def adapt_command(
             for file in sorted(lora.config_folder().glob("*.yaml")):
                 typer.echo(f"{file.stem}: {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
             return
+        if not recipe:
+            raise ConfigError("the recipe is missing: give autoencoder or ae-adapt.")
         if not config:
             raise ConfigError("--config is missing: give a YAML file, or the name of a ready one (--list).")
         from .lora.__main__ import main

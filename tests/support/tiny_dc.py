@@ -72,6 +72,36 @@ def make_dc_pipe(cls: type, **components):
     return pipe
 
 
+def make_picture(height: int = 50, width: int = 60, seed: int = 0) -> object:
+    """A PIL image of noise."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def generate_dc(pipe, frames: int = 8, height: int = 32, width: int = 64, prompts: int = 1, seed: int = 0, **more):
+    """A video, or what `output_type` says; prompts are embeddings, and for image to video the picture is noise."""
+    if "ImageToVideo" in type(pipe).__name__:
+        more = {"image": make_picture(), **more}
+    embeds = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(9)).expand(-1, prompts, -1, -1)
+    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), "output_type": "pt", **more}
+    if "prompt" not in more:
+        options |= {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    return pipe(height=height, width=width, num_frames=frames, **options).frames
+
+
+def seen_by_transformer(pipe, **more) -> list[torch.Tensor]:
+    """What the transformer is given, call by call."""
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    generate_dc(pipe, output_type="latent", **more)
+    hook.remove()
+    return seen
+
+
 def make_text() -> dict[str, object]:
     """A tokenizer of letters and a text encoder, as components of a pipeline."""
     from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
