@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,24 @@ def test_quality(tmp_path):
     stamp = (tmp_path / "quality.jsonl").read_text()
     run("quality.py", *arguments, "--out", str(tmp_path))  # nothing left to do
     assert (tmp_path / "quality.jsonl").read_text() == stamp
+
+
+def test_dc_videogen(tmp_path):
+    run("dc_videogen.py", "--model", "tiny", "--sizes", "tiny", "--device", "cpu", "--out", str(tmp_path))
+    deep, base = table(tmp_path / "dc_videogen-tiny-cpu.csv")
+    assert deep["latents"].startswith("DC-AE-V") and base["latents"] == "Wan"
+    assert (int(deep["tokens"]), int(base["tokens"])) == (2 * 2 * 2, 3 * 4 * 4)
+    assert float(deep["step_ms"]) > 0 and float(deep["video_ratio"]) > 0 and base["video_ratio"] == ""
+
+
+@pytest.mark.slow
+def test_dc_demo(tmp_path):
+    run("dc_demo.py", "--clips", "2", "--rounds", "1", "--prompts", "2", "--out", str(tmp_path))
+    result = json.loads((tmp_path / "dc_demo.json").read_text())
+    assert [row["tokens"] for row in result["speed"]] == [576, 128]
+    assert [row["model"] for row in result["accuracy"]] == ["demo", "demo-dc"]
+    assert len(result["reconstruction"]) == 12
+    assert (tmp_path / "dc_demo.jpg").stat().st_size > 5000 and "| demo-dc |" in (tmp_path / "dc_demo.md").read_text()
 
 
 @pytest.mark.slow
