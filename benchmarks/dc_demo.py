@@ -186,7 +186,7 @@ def main(
     write_sheet(videos, out / "dc_demo.jpg")
     text = (
         f"{facts['environment']}. 128x128 pixels; {clips} scenes for reconstruction, {rounds} timed runs of each model "
-        f"in turns (median, and lowest to highest), {prompts} held-out prompts with seeds from {seed_offset}, 20 steps, "
+        f"in turns (median, lowest to highest), {prompts} held-out prompts with seeds from {seed_offset}, 20 steps, "
         "guidance 2. `dc_demo.jpg` shows six of the prompts from each model, in the order of the last table."
     )
     write_markdown(out / "dc_demo.md", "The built-in DC-VideoGen model", text, *tables.values())

@@ -64,3 +64,21 @@ print([name for name in ("torch", "numpy", "diffusers", "matplotlib") if name in
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_says_what_a_video_takes(vidaccel):
+    text = _words(vidaccel("info", "--plan", "--frames", "33", "--height", "128", "--width", "128").stdout)
+    assert "576 (9 x 8 x 8)" in text and "331,776" in text and "transformer 7.8 MB" in text
+
+
+def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):
+    arguments = ("--model", "demo-dc", "--frames", "81", "--height", "2160", "--width", "3840")
+    text = _words(vidaccel("info", "--plan", *arguments).stdout)
+    assert "84 frames of 3840x2176, cropped" in text and "171,360 (21 x 68 x 120)" in text
+    whole, tiled = (float(part.split()[0]) for part in text.split("about ")[2:4])
+    assert whole > 20 * tiled
+
+
+def test_a_plan_of_what_cannot_be_made(vidaccel):
+    result = vidaccel("info", "--plan", "--frames", "10")
+    assert result.exit_code == 2 and "4k+1 frames" in result.stderr

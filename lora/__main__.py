@@ -1,0 +1,47 @@
+"""`python -m vidaccel.lora RECIPE --config FILE`, or the same after `accelerate launch -m`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, print the result; 2 for settings that cannot be used, 1 for a loss of NaN, 130 when stopped."""
+    # Before torch is imported: OpenMP threads that spin between small operations make a small model many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from . import run
+    from .recipes import RECIPES
+
+    parser = argparse.ArgumentParser(prog="vidaccel.lora", description="Train one of the recipes.")
+    parser.add_argument("recipe", help=", ".join(RECIPES))
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a ready one")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change a setting; repeatable")
+    parser.add_argument("--resume", help='"latest", "auto", or the folder of a checkpoint')
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("vidaccel").setLevel(logging.INFO)
+    from .checkpoint import CheckpointError
+    from .config import ConfigError
+    from .trainer import Diverged, Stopped
+
+    try:
+        result = run(given.recipe, given.config, given.set, given.resume)
+    except (ConfigError, CheckpointError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(stopped)
+        return 130
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""SANA, moved from its own `AutoencoderDC` to a deeper one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
+from torch import nn
+from torch.nn import functional
+
+from ...pipelines.dc_gen import DCGenSanaPipeline
+from ..config import ConfigError
+from ..flow import TIMESTEPS
+from .base import Text
+from .image import ImageBackbone
+
+
+class SanaBackbone(ImageBackbone):
+    """Text to image with SANA 1.0 and 1.5."""
+
+    pipeline_class, transformer_class, vae_class = SanaPipeline, SanaTransformer2DModel, AutoencoderDC
+    text_parts = ("text_encoder", "tokenizer")
+    trained_fully = ("patch_embed.proj.", "proj_out.")
+    lora_targets = (
+        r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.conv_(inverted|point))"
+        r"|time_embed\.(emb\.timestep_embedder\.linear_[12]|linear)"
+    )
+    text_length = 300
+    embedding_name = "patch_embed.proj"
+
+    def check_base(self) -> None:
+        channels = int(AutoencoderDC.load_config(self.base, subfolder="vae").get("latent_channels", 32))
+        found = self.config.get("_class_name"), self.config.get("in_channels"), self.config.get("patch_size", 1)
+        if found != ("SanaTransformer2DModel", channels, 1):
+            raise ConfigError(
+                f"model.base: {self.base} has a {found[0]} that takes {found[1]} channels in patches of {found[2]}; "
+                f"ae_adapt takes a SanaTransformer2DModel with the {channels} of its autoencoder in patches of 1."
+            )
+        if self.config.get("guidance_embeds"):
+            raise ConfigError(f"model.base: {self.base} is a distilled SANA (Sprint), which ae_adapt does not do.")
+
+    def new_embedding(self) -> nn.Conv2d:
+        embedding = nn.Conv2d(self.latent_channels, self._inner, kernel_size=1)
+        nn.init.xavier_uniform_(embedding.weight.data.flatten(1))
+        nn.init.zeros_(embedding.bias)
+        return embedding
+
+    @property
+    def _inner(self) -> int:
+        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+
+    def swap(self, transformer: SanaTransformer2DModel) -> None:
+        transformer.patch_embed.proj = self.new_embedding()
+        transformer.proj_out = nn.Linear(self._inner, self.latent_channels)
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.proj_out.bias)
+        transformer.register_to_config(in_channels=self.latent_channels, out_channels=self.latent_channels)
+
+    def embed(self, embedding: nn.Module, latents: torch.Tensor, old: bool) -> torch.Tensor:
+        return embedding(latents)
+
+    def old_latents(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return vae.encode(pixels).latent * vae.config.scaling_factor
+
+    def encode_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
+        # The pipeline puts an instruction before prompts, and none before the empty one.
+        instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        made = []
+        for prompt in prompts:
+            states, mask, _, _ = pipe.encode_prompt(
+                prompt,
+                do_classifier_free_guidance=False,
+                device=self.device,
+                max_sequence_length=self.text_length,
+                complex_human_instruction=instruction if prompt else None,
+            )
+            made.append({"states": states[0].float().cpu()[mask[0].bool().cpu()].clone()})
+        return made
+
+    def velocity(
+        self,
+        model: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        texts: Sequence[Text],
+        conditions: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        states, mask = self._padded(texts)
+        made = model(
+            hidden_states=latents[:, :, 0],
+            encoder_hidden_states=states.to(latents.device, self.dtype),
+            encoder_attention_mask=mask.to(latents.device),
+            timestep=sigma * TIMESTEPS * self.config.get("timestep_scale", 1.0),
+            return_dict=False,
+        )[0]
+        return made[:, :, None]
+
+    def _padded(self, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `[B, n, D]` with as many positions as the longest has, and which of them count, `[B, n]`."""
+        lengths = [text["states"].shape[0] for text in texts]
+        longest = max(lengths)
+        states = [
+            functional.pad(text["states"], (0, 0, 0, longest - n)) for text, n in zip(texts, lengths, strict=True)
+        ]
+        return torch.stack(states), (torch.arange(longest) < torch.tensor(lengths)[:, None]).float()
+
+    def assemble(self, base: DiffusionPipeline, vae: nn.Module, transformer: nn.Module) -> DCGenSanaPipeline:
+        components = {name: getattr(base, name, None) for name in (*self.text_parts, "scheduler")}
+        return DCGenSanaPipeline(**components, vae=vae, transformer=transformer)
+
+    def prompt_inputs(self, text: Text, negative: Text) -> dict[str, Any]:
+        made: dict[str, Any] = {"negative_prompt": None}
+        both, masks = self._padded([text, negative])
+        for name, states, mask in zip(("", "negative_"), both, masks, strict=True):
+            made[f"{name}prompt_embeds"] = states[None].to(self.device, self.dtype)
+            made[f"{name}prompt_attention_mask"] = mask[None].to(self.device)
+        return made

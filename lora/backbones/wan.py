@@ -1,0 +1,288 @@
+"""Wan: text-to-video and image-to-video transformers of diffusers, moved to `AutoencoderDCV`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from torch import nn
+from torch.nn import functional
+
+from ...autoencoders import AutoencoderDCV
+from ...demo.text import use_padded_cross_attention
+from ...pipelines.adapted import new_embedding, retarget
+from ...pipelines.dc_wan import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
+from ..config import ConfigError
+from ..flow import TIMESTEPS
+from .base import Backbone, SampleRequest, Text
+from .wan_encoding import WanEncoder, WanTextEncoder
+
+LORA_TARGETS = (
+    r"blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
+    r"|condition_embedder\.(time_embedder\.linear_[12]|time_proj)"
+)
+"""Self-attention, feed-forward, time embedding and projection; neither cross-attention nor the text embedding."""
+
+
+class WanBackbone(Backbone):
+    """A Wan model in diffusers' layout.
+
+    Args:
+        base: folder or hub id of the pipeline.
+        autoencoder: folder or hub id of the `AutoencoderDCV`.
+        dtype: of the frozen weights.
+        device: where encoders and teacher run.
+        merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
+            prompts are short. Text to video only.
+        autoencoder_dtype: in which the new autoencoder encodes; it is saved as it was.
+        guidance: not used by Wan.
+
+    Raises:
+        ConfigError: something is missing or does not fit together; the message says what fits.
+    """
+
+    trained_fully = ("patch_embedding.", "proj_out.")
+    lora_targets = LORA_TARGETS
+    text_length = 512
+
+    def __init__(
+        self,
+        base: str,
+        autoencoder: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        merge_text_padding: bool = False,
+        autoencoder_dtype: torch.dtype = torch.float32,
+        guidance: float | None = None,
+    ) -> None:
+        self.base, self.autoencoder_path = base, autoencoder
+        self.dtype, self.device = dtype, torch.device(device)
+        self.config = read_config(WanTransformer3DModel, base, "transformer")
+        vae = read_config(AutoencoderKLWan, base, "vae")
+        new = read_config(AutoencoderDCV, autoencoder)
+        if new.get("pad_frames"):
+            raise ConfigError(
+                f"model.autoencoder: {autoencoder} has pad_frames {new['pad_frames']}; ae_adapt takes one with 0, "
+                "whose latent frames stand for 4 pixel frames each."
+            )
+        self.latent_channels = int(new["latent_channels"])
+        self.image = _check_fit(base, self.config, vae, WanPipeline.load_config(base))
+        stride = vae.get("scale_factor_spatial", 8) * self.config["patch_size"][1]
+        self.factor = 2 ** (len(new["block_out_channels"]) - 2)
+        if self.factor % stride:
+            raise ConfigError(
+                f"a token of {base} is {stride} pixels wide, and one of {autoencoder} {self.factor}: the second must "
+                "be a multiple of the first."
+            )
+        if merge_text_padding and self.image:
+            raise ConfigError("model.merge_text_padding is for text-to-video models: set it to false.")
+        self.merge_text_padding = merge_text_padding
+        self.autoencoder = AutoencoderDCV.from_pretrained(autoencoder, dtype=autoencoder_dtype)
+        self.autoencoder.requires_grad_(False).eval()
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the new embedder takes: latents, and for image to video 4 of the mask and the image's."""
+        return 2 * self.latent_channels + 4 if self.image else self.latent_channels
+
+    def check_size(self, frames: int, height: int, width: int) -> str | None:
+        if frames % 4:
+            return f"clips of {frames} frames do not fit: their number must be a multiple of 4."
+        if height % self.factor or width % self.factor:
+            return f"{height}x{width} must be a multiple of {self.factor}, the autoencoder's factor."
+        return None
+
+    # -- modules -------------------------------------------------------------------------------------------------------
+
+    def student(self) -> WanTransformer3DModel:
+        transformer = WanTransformer3DModel.from_pretrained(self.base, subfolder="transformer", dtype=self.dtype)
+        retarget(transformer, self.in_channels, self.latent_channels)
+        # They are trained, so they stay float32 whatever the others are.
+        transformer.patch_embedding.float()
+        transformer.proj_out.float()
+        if self.merge_text_padding:
+            use_padded_cross_attention(transformer)
+        return transformer.requires_grad_(False)
+
+    def aligner(self) -> Aligner:
+        return Aligner(new_embedding(self.in_channels, self._inner), "latents", "condition")
+
+    def teacher(self) -> Aligner:
+        transformer = WanTransformer3DModel.from_pretrained(self.base, subfolder="transformer", dtype=self.dtype)
+        embedding = transformer.patch_embedding.float()
+        return Aligner(embedding, "teacher", "teacher_condition").requires_grad_(False).to(self.device)
+
+    @property
+    def _inner(self) -> int:
+        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+
+    def velocity(
+        self,
+        model: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        texts: Sequence[Text],
+        conditions: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        if self.image:
+            latents = torch.cat([latents, conditions["condition"].to(latents)], dim=1)
+        embeds = conditions.get("image_embeds")
+        return model(
+            hidden_states=latents,
+            timestep=sigma * TIMESTEPS,
+            encoder_hidden_states=self.pad(texts).to(latents.device, self.dtype),
+            encoder_hidden_states_image=None if embeds is None else embeds.to(self.dtype),
+            return_dict=False,
+        )[0]
+
+    def pad(self, texts: Sequence[Text]) -> torch.Tensor:
+        """States `[B, 512, D]`, zero behind each prompt; with `merge_text_padding` as many as are needed and one."""
+        states = [text["states"] for text in texts]
+        length = self.text_length
+        if self.merge_text_padding:
+            length = min(length, max(state.shape[0] for state in states) + 1)
+        cut = [state[:length] for state in states]
+        return torch.stack([functional.pad(state, (0, 0, 0, length - state.shape[0])) for state in cut])
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def parts(self, align: bool) -> tuple[str, ...]:
+        if align:
+            return ("latents", "teacher", *(("condition", "teacher_condition") if self.image else ()))
+        embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
+        return ("latents", *(("condition",) if self.image else ()), *embeds)
+
+    def encoder(self, parts: Sequence[str]) -> WanEncoder:
+        return WanEncoder(self.base, self.autoencoder, tuple(parts), self.device)
+
+    def text_encoder(self) -> WanTextEncoder:
+        return WanTextEncoder(self.base, self.dtype, self.device, self.text_length)
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
+        components = {"tokenizer": None, "text_encoder": None, "vae": self.autoencoder.to(self.device)}
+        components |= {
+            "scheduler": _pipeline(self.base, self.image, ("scheduler",)).scheduler,
+            "transformer": transformer,
+        }
+        if self.image and self.config.get("image_dim") is not None:
+            eye = _pipeline(self.base, True, ("image_encoder", "image_processor"))
+            components |= {"image_encoder": eye.image_encoder.to(self.device), "image_processor": eye.image_processor}
+        pipe = (DCVideoGenImageToVideoPipeline if self.image else DCVideoGenPipeline)(**components)
+        pipe.set_progress_bar_config(disable=True)
+        inputs = {}
+        if self.image:
+            inputs["image"] = (request.image[None] + 1) / 2
+        embeds = [self.pad([text]).to(self.device, self.dtype) for text in texts]
+        video = pipe(
+            prompt_embeds=embeds[0],
+            negative_prompt_embeds=embeds[1] if request.guidance_scale > 1 else None,
+            height=request.height,
+            width=request.width,
+            num_frames=request.frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="pt",
+            **inputs,
+        ).frames[0]
+        return video.transpose(0, 1).float().cpu() * 2 - 1
+
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        shared = (
+            "tokenizer",
+            "text_encoder",
+            "scheduler",
+            *(("image_encoder", "image_processor") if self.image else ()),
+        )
+        base = _pipeline(self.base, self.image, shared, self.dtype)
+        components = {name: getattr(base, name, None) for name in shared}
+        cls = DCVideoGenImageToVideoPipeline if self.image else DCVideoGenPipeline
+        pipe = cls(
+            **components, vae=AutoencoderDCV.from_pretrained(self.autoencoder_path), transformer=transformer.to("cpu")
+        )
+        beside = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(beside, ignore_errors=True)
+        pipe.save_pretrained(beside, safe_serialization=True)
+        forget_paths(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.replace(folder)
+
+
+class Aligner(nn.Module):
+    """A patch embedding that takes its parts of a batch.
+
+    Args:
+        embedding: the convolution.
+        latents, condition: names of the parts; the second is used where the batch has it.
+    """
+
+    def __init__(self, embedding: nn.Conv3d, latents: str, condition: str) -> None:
+        super().__init__()
+        self.patch_embedding = embedding
+        self.names = (latents, condition)
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens `[B, D, T, H, W]`."""
+        return self.patch_embedding(torch.cat([batch[name] for name in self.names if name in batch], dim=1))
+
+
+def _check_fit(base: str, config: Mapping, vae: Mapping, index: Mapping) -> bool:
+    """Whether the model is image to video.
+
+    Raises:
+        ConfigError: a model that cannot be adapted.
+    """
+    if config.get("_class_name") != "WanTransformer3DModel":
+        raise ConfigError(
+            f"model.base: {base} has a {config.get('_class_name')}; ae_adapt takes WanTransformer3DModel."
+        )
+    if index.get("expand_timesteps") or (index.get("transformer_2") or [None])[0] is not None:
+        raise ConfigError(
+            f"model.base: {base} is a Wan 2.2 model with two transformers or a timestep for each token, which "
+            "DCVideoGenPipeline does not do: give a Wan 2.1 model."
+        )
+    z, given = int(vae.get("z_dim", 16)), int(config["in_channels"])
+    if given not in (z, 2 * z + 4) or int(config["out_channels"]) != z:
+        raise ConfigError(
+            f"model.base: the patch embedding of {base} takes {given} channels and its head makes "
+            f"{config['out_channels']}, but with its autoencoder of {z} latent channels a text-to-video model takes "
+            f"{z} and makes {z}, an image-to-video model takes {2 * z + 4} and makes {z}. Models with other inputs "
+            "(VACE, control, first and last frame) do not fit."
+        )
+    patch = tuple(config["patch_size"])
+    if patch[0] != 1 or patch[1] != patch[2] or not math.log2(patch[1]).is_integer():
+        raise ConfigError(f"model.base: {base} has patches of {patch}; ae_adapt takes (1, p, p), p a power of 2.")
+    return given != z
+
+
+def forget_paths(folder: Path) -> None:
+    """Remove where the parts were loaded from, which diffusers and transformers write into their configs."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(cls: type, location: str, subfolder: str | None = None) -> dict:
+    try:
+        return dict(cls.load_config(location, subfolder=subfolder))
+    except (OSError, ValueError) as error:
+        where = f"{location}/{subfolder}" if subfolder else location
+        raise ConfigError(f"model: {where} has no readable config.json of a {cls.__name__}: {error}") from error
+
+
+def _pipeline(
+    base: str, image: bool, keep: Sequence[str], dtype: torch.dtype = torch.float32
+) -> WanPipeline | WanImageToVideoPipeline:
+    """The base pipeline with only some of its components."""
+    cls = WanImageToVideoPipeline if image else WanPipeline
+    every = ("tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae")
+    every += ("image_encoder", "image_processor") if image else ()
+    return cls.from_pretrained(base, dtype=dtype, **{name: None for name in every if name not in keep})

@@ -1,0 +1,253 @@
+"""Checkpoints that are whole or absent: written beside, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+_FORMAT = 1
+_PREFIX = "step_"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read, or that belongs to another run; the message says what to do."""
+
+
+@dataclass
+class Checkpoint:
+    """The state of a run after an optimiser step.
+
+    Args:
+        phase: name of the phase.
+        step: optimiser steps done in it.
+        total_steps: optimiser steps done in all phases.
+        seconds: training time of the phase.
+        global_batch: clips an optimiser step, over all processes.
+        trained: result of the phases before, by parameter name.
+        weights: the parameters that this phase trains.
+        average: their averages, empty without.
+        state: optimiser, averaging and scaler; nested dicts and lists of tensors and numbers.
+        random: states of the random generators, one entry a process.
+    """
+
+    phase: str
+    step: int
+    total_steps: int
+    seconds: float
+    global_batch: int
+    trained: Tensors = field(default_factory=dict)
+    weights: Tensors = field(default_factory=dict)
+    average: Tensors = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    random: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        names = ("phase", "step", "total_steps", "seconds", "global_batch")
+        return {"format": _FORMAT} | {name: getattr(self, name) for name in names}
+
+
+class CheckpointFolder:
+    """The checkpoints of a run, as folders `step_00000123`.
+
+    Args:
+        folder: where they lie.
+        keep_last: how many stay.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+
+    def saved(self) -> list[Path]:
+        """The checkpoints in the order in which they were written, which need not be that of their steps."""
+        found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
+        whole = [path for path in found if (path / "checkpoint.json").is_file()]
+        return sorted(whole, key=lambda path: ((path / "checkpoint.json").stat().st_mtime_ns, path.name))
+
+    def find(self, which: str | Path) -> Path:
+        """The folder of "latest" or of a path.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if str(which) == "latest":
+            saved = self.saved()
+            if not saved:
+                raise CheckpointError(f"{self.folder} has no checkpoint to resume from: start without --resume.")
+            return saved[-1]
+        path = Path(which)
+        if not (path / "checkpoint.json").is_file():
+            known = ", ".join(p.name for p in self.saved()) or "none"
+            raise CheckpointError(f"{path} is no checkpoint (no checkpoint.json); in {self.folder}: {known}.")
+        return path
+
+    def save(self, checkpoint: Checkpoint, config: str) -> Path:
+        """Write a checkpoint and its settings (YAML), then delete the oldest ones.
+
+        Raises:
+            CheckpointError: it could not be written, for example because the disk is full; what was there before is
+                untouched and nothing is left behind.
+        """
+        target = self.folder / f"{_PREFIX}{checkpoint.total_steps:08d}"
+        try:
+            with _draft(target) as draft:
+                for name in ("trained", "weights", "average"):
+                    _write_tensors(draft / f"{name}.safetensors", getattr(checkpoint, name))
+                with open(draft / "state.pt", "wb") as file:
+                    torch.save({"state": checkpoint.state, "random": checkpoint.random}, file)
+                    _flush(file)
+                _write(draft / "config.yaml", config.encode())
+                _write(draft / "checkpoint.json", json.dumps(checkpoint._facts, indent=2).encode())
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch.save reports a failed write as RuntimeError.
+            last = self.saved()
+            raise CheckpointError(
+                f"the checkpoint {target} could not be written: {error}. {_free_space(self.folder)} "
+                f"{f'The last good one is {last[-1]}.' if last else 'There is no earlier one.'}"
+            ) from error
+        for old in self.saved()[: -self.keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def load(self, path: Path) -> Checkpoint:
+        """Read a checkpoint onto the CPU.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or of another version of the format.
+        """
+        try:
+            facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+            if facts.pop("format") != _FORMAT:
+                raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
+            tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "average")}
+            other = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except CheckpointError:
+            raise
+        except Exception as error:  # safetensors, pickle and zip each have their own
+            raise CheckpointError(f"{path} is damaged ({error}): resume from an earlier one.") from error
+        return Checkpoint(**facts, **tensors, **other)
+
+    def clean(self) -> None:
+        """Delete what an interrupted write left, and put back what it was about to replace."""
+        for old in self.folder.glob(f".{_PREFIX}*.old.part"):
+            target = old.with_name(old.name[1 : -len(".old.part")])
+            if not target.exists():
+                os.replace(old, target)
+        for path in self.folder.glob(f".{_PREFIX}*.part"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the generators of Python, numpy and torch, as numbers and tensors."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_tensors(
+    tensors: Tensors, path: str | Path, metadata: dict[str, str] | None = None, flush: bool = True
+) -> Path:
+    """Write a safetensors file whole, or not at all; `flush` also survives a loss of power, but takes time."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _write_tensors(beside, tensors, metadata, flush)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its name when the block succeeds and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        _flush_folder(draft)
+        if target.exists():
+            # The same step again, after a resume from before it. One rename cannot replace a folder that is not empty.
+            old = target.with_name(f".{target.name}.old.part")
+            os.replace(target, old)
+            os.replace(draft, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(draft, target)
+        _flush_folder(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        _flush(file)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # folders cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, flush: bool = True) -> None:
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    if flush:
+        with open(path, "rb+") as file:
+            _flush(file)
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    return f"{free / 2**20:.0f} MiB are free there."

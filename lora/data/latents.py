@@ -1,0 +1,159 @@
+"""Encoded clips: read from a cache that is filled once, or encoded anew in each step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..backbones.base import Encoder, Text, TextEncoder
+from ..draws import Place
+from ..recipes.base import Batch, Process
+from ..settings import SizeSettings
+from .cache import TensorCache
+from .plan import Pick, without
+from .source import Source, sturdy_pixels
+
+logger = logging.getLogger(__name__)
+
+_NOWHERE = Place(0, 0, 1, 0)
+
+
+class Latents:
+    """The parts of the clips of a source, as `Clips`.
+
+    Without a cache, `load` gives pixels and captions, and `complete` encodes them.
+
+    Args:
+        source: of the clips.
+        sizes: of the clips.
+        encoder, text_encoder: what encodes them.
+        cache: where encodings are kept, or None. Endless sources are not cached, but their texts are.
+        held_out: indices that are not trained on.
+        prompts: further texts that will be asked for.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sizes: Sequence[SizeSettings],
+        encoder: Encoder,
+        text_encoder: TextEncoder,
+        cache: TensorCache | None,
+        held_out: Sequence[int] = (),
+        prompts: Sequence[str] = (),
+    ) -> None:
+        self.source, self.sizes, self.cache = source, tuple(sizes), cache
+        self.members = without(source.members(self.sizes), held_out)
+        self.identities = dict(encoder.identities)
+        self.text_identity = text_encoder.identity
+        self.cached = cache is not None and self.members is not None
+        self._texts = Texts(text_encoder, cache)
+        self._encoder, self._prompts = encoder, tuple(prompts)
+
+    def __getstate__(self) -> dict:
+        """What background processes get: no models."""
+        return {**self.__dict__, "_encoder": None, "_texts": None}
+
+    def load(self, pick: Pick) -> Batch:
+        if not self.cached:
+            pixels, index = sturdy_pixels(self.source, pick, self.members, self.sizes)
+            return {"pixels": pixels, "caption": self.source.caption(index)}
+        parts = {name: self.cache.read(*self._key(pick, name)) for name in self.identities}
+        missing = [name for name, value in parts.items() if value is None]
+        if missing:
+            file = self.cache.path(*self._key(pick, missing[0]))
+            raise RuntimeError(f"{file}, which was there when the run began, is gone or damaged: delete it and resume.")
+        values = {name: part["tensor"] for name, part in parts.items()}
+        return {**values, "caption": self.source.caption(pick.index)}
+
+    def complete(self, batch: Batch) -> Batch:
+        """The batch with whatever parts it lacks, and `texts`, its captions encoded."""
+        if "pixels" in batch:
+            batch = {**batch, **self._encoder.encode(batch["pixels"])}
+        return {**batch, "texts": self._texts[batch["caption"]]}
+
+    def texts(self, prompts: Sequence[str]) -> list[Text]:
+        """Prompts, encoded."""
+        return self._texts[prompts]
+
+    def fill(self, process: Process) -> None:
+        """Encode what the cache lacks, each process a share. Clips that cannot be read are dropped."""
+        if self.cache is None:
+            return
+        self._texts.fill(sorted({*self.source.captions(), *self._prompts}), process)
+        self._texts.encoder.release()
+        if not self.cached:
+            if self.members is None and process.is_main:
+                logger.info("clips that are endless are not cached: set data.clips to have them encoded once.")
+            return
+        picks = [self._pick(size, index) for size, indices in self.members.items() for index in indices]
+        missing = [pick for pick in picks if not self._has(pick)]
+        for number, pick in enumerate(missing[process.index :: process.count]):
+            if process.is_main and number % 100 == 0:
+                logger.info("encoding clips: %d of %d", number * process.count, len(missing))
+            try:
+                pixels = self.source.pixels(pick)
+            except OSError as error:
+                logger.warning("%s; it is left out.", error)
+                continue
+            for name, value in self._encoder.encode(pixels[None]).items():
+                self.cache.write({"tensor": value[0].cpu()}, *self._key(pick, name))
+        self._encoder.release()
+        process.wait()
+        self.members = {
+            size: [index for index in indices if self._has(self._pick(size, index))]
+            for size, indices in self.members.items()
+        }
+
+    def _pick(self, size: int, index: int) -> Pick:
+        chosen = self.sizes[size]
+        return Pick(index, (chosen.frames, chosen.height, chosen.width), _NOWHERE)
+
+    def _key(self, pick: Pick, part: str) -> tuple[str, ...]:
+        return self.source.identity(pick), part, self.identities[part]
+
+    def _has(self, pick: Pick) -> bool:
+        return all(self.cache.has(*self._key(pick, name)) for name in self.identities)
+
+
+class Texts:
+    """Encoded captions, remembered.
+
+    Args:
+        encoder: of the captions.
+        cache: where they are kept on disk, or None.
+        limit: how many stay in memory.
+    """
+
+    def __init__(self, encoder: TextEncoder, cache: TensorCache | None, limit: int = 4096) -> None:
+        self.encoder, self.cache, self.limit = encoder, cache, limit
+        self._known: dict[str, Text] = {}
+
+    def __getitem__(self, captions: Sequence[str]) -> list[Text]:
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        if missing:
+            if len(self._known) + len(missing) > self.limit:
+                self._known = {c: self._known[c] for c in set(captions) & set(self._known)}
+            self._known.update(self._read(missing))
+        return [self._known[caption] for caption in captions]
+
+    def fill(self, captions: Sequence[str], process: Process) -> None:
+        """Encode the captions that the cache lacks, each process a share."""
+        share = captions[process.index :: process.count]
+        for first in range(0, len(share), 16):
+            self._read([c for c in share[first : first + 16] if not self.cache.has(*self._key(c))])
+        process.wait()
+
+    def _read(self, captions: list[str]) -> dict[str, Text]:
+        found = {} if self.cache is None else {c: self.cache.read(*self._key(c)) for c in captions}
+        found = {caption: states for caption, states in found.items() if states is not None}
+        missing = [caption for caption in captions if caption not in found]
+        if missing:
+            for caption, states in zip(missing, self.encoder.encode(missing), strict=True):
+                found[caption] = states
+                if self.cache is not None:
+                    self.cache.write(states, *self._key(caption))
+        return found
+
+    def _key(self, caption: str) -> tuple[str, ...]:
+        return caption, "text 2", self.encoder.identity

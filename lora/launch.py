@@ -1,0 +1,61 @@
+"""Start a recipe: settings checked first, then models and data, then training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def config_folder() -> Path:
+    """The folder of the ready settings (`*.yaml`)."""
+    return Path(__file__).resolve().parent / "configs"
+
+
+def run(
+    recipe: str, config_file: str | Path, overrides: Sequence[str] = (), resume: str | None = None
+) -> dict[str, Any]:
+    """Train.
+
+    Args:
+        recipe: "autoencoder" or "ae_adapt".
+        config_file: YAML; the bare name of a file in `config_folder()` is found there.
+        overrides: "a.b=value".
+        resume: None, "latest", "auto" (latest, or from the start without any), or the folder of a checkpoint.
+
+    Returns:
+        Paths and numbers of the result; empty in processes other than the main one.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+        CheckpointError: a checkpoint that cannot be written, read or continued.
+        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        Diverged: the loss is no number any more.
+    """
+    from .config import ConfigError, load
+    from .recipes import find
+
+    cls = find(recipe)
+    file = Path(config_file)
+    ready = config_folder() / f"{file.name.removesuffix('.yaml')}.yaml"
+    if not file.exists() and file.parent == Path() and ready.is_file():
+        file = ready
+    config = load(cls.Config, file, overrides)
+    if find(config.recipe) is not cls:
+        raise ConfigError(f"{file} is for the recipe {config.recipe}, not for {recipe}.")
+    if config.loop.threads:
+        import torch
+
+        torch.set_num_threads(config.loop.threads)
+    import diffusers
+    import transformers
+
+    # Bars of two libraries, which say nothing about training.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    from .recipes.base import Process
+    from .trainer import Trainer, make_accelerator
+
+    accelerator = make_accelerator(config)
+    process = Process(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    return Trainer(cls(config, process), accelerator).run(resume)

@@ -1,0 +1,65 @@
+"""Optimisers and learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from .settings import PhaseSettings
+
+
+def learning_rate(settings: PhaseSettings, step: int, seconds: float = 0.0) -> float:
+    """The learning rate of step `step` (from 0), `seconds` into the phase."""
+    peak = settings.learning_rate
+    if step < settings.warmup:
+        return peak * (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return peak
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    if settings.max_minutes is not None:
+        done = max(done, seconds / (60 * settings.max_minutes))
+    done = min(1.0, done)
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+    return peak * (settings.final_rate + (1 - settings.final_rate) * fall)
+
+
+def make_optimizer(
+    settings: PhaseSettings, parameters: Mapping[str, nn.Parameter], scale: Callable[[str], float]
+) -> torch.optim.Optimizer:
+    """The optimiser of a phase; each group has the key `scale`, what the learning rate is multiplied by.
+
+    Weight decay is for matrices, not for vectors.
+    """
+    groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((scale(name), parameter.ndim >= 2), {})[name] = parameter
+    if settings.optimizer == "muon":
+        from ..demo.optimizer import Muon
+
+        if len({factor for factor, _ in groups}) > 1:
+            raise ValueError("muon has one learning rate for all parameters: use adamw for this phase.")
+        factor = next(iter(groups))[0]
+        optimizer = Muon(
+            parameters.items(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+        )
+        for group in optimizer.param_groups:
+            group["scale"] = factor
+        return optimizer
+    listed = [
+        {
+            "params": list(members.values()),
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            "scale": factor,
+        }
+        for (factor, is_matrix), members in groups.items()
+    ]
+    return torch.optim.AdamW(listed, lr=settings.learning_rate, betas=settings.betas)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group to `rate` times its `scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]

@@ -1,0 +1,40 @@
+"""Pictures and videos that validation leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def strips(videos: Sequence[torch.Tensor], columns: int = 6) -> np.ndarray:
+    """A picture `[h, w, 3]` of bytes: one row a video `[3, T, H, W]` in [-1, 1], evenly spaced frames side by side."""
+    rows = []
+    for video in videos:
+        count = min(columns, video.shape[1])
+        picks = torch.linspace(0, video.shape[1] - 1, count).round().long()
+        rows.append(torch.cat(list(video[:, picks].transpose(0, 1)), dim=2))
+    return _bytes(torch.cat(rows, dim=1).permute(1, 2, 0))
+
+
+def write_picture(picture: np.ndarray, path: Path) -> None:
+    """Write a picture as PNG."""
+    from PIL import Image
+
+    Image.fromarray(picture).save(path)
+
+
+def write_video(video: torch.Tensor, path: Path, fps: float = 16) -> None:
+    """Write a video `[3, T, H, W]` in [-1, 1] as H.264; its size must be even."""
+    import imageio.v2 as imageio
+
+    # The default of 16 would resize what is no multiple of it.
+    with imageio.get_writer(path, fps=fps, codec="libx264", macro_block_size=2) as writer:
+        for frame in _bytes(video.permute(1, 2, 3, 0)):
+            writer.append_data(frame)
+
+
+def _bytes(pixels: torch.Tensor) -> np.ndarray:
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,236 @@
+"""Recipe `autoencoder`: trains an `AutoencoderDCV` on clips of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ...autoencoders import AutoencoderDCV
+from ..config import ConfigError, Settings, setting
+from ..data.plan import Pick, Plan, without
+from ..data.source import Source, held_out, open_source, sturdy_pixels
+from ..draws import Draws, Place, derive_seed
+from ..pictures import strips, write_picture
+from ..reconstruction import LossSettings, Reconstruction, quality
+from ..settings import PhaseSettings, RunSettings, SizeSettings
+from .base import Batch, Phase, Recipe
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """The autoencoder.
+
+    Args:
+        start: folder of a trained one to go on from; None for a new one of the fields below.
+        latent_channels, block_out_channels, layers_per_block, chunk_size: of `AutoencoderDCV`.
+        norm_gain: weight with which the norms of the residual blocks start; below 1 they start nearer to nothing.
+    """
+
+    start: str | None = None
+    latent_channels: int = setting(32, low=1)
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024, 1024)
+    layers_per_block: tuple[int, ...] = (0, 5, 10, 4, 4, 4, 4)
+    chunk_size: int = setting(40, low=4)
+    norm_gain: float = setting(1.0, above=0)
+
+
+@dataclass(frozen=True)
+class AutoencoderPhase(PhaseSettings):
+    """A phase of the training.
+
+    Args:
+        name: of the phase.
+        sizes: of its clips; None for those of `data`.
+        train: "all", or "decoder", which leaves the latents as they are.
+    """
+
+    name: str = "train"
+    sizes: tuple[SizeSettings, ...] | None = None
+    train: Literal["all", "decoder"] = "all"
+
+
+@dataclass(frozen=True)
+class ValidationSettings(Settings):
+    """What is measured on the side.
+
+    Args:
+        clips: how many clips; of a folder the first ones, which are then not trained on.
+        size: of these clips; None for the last of `data.sizes`.
+    """
+
+    clips: int = setting(4, low=1)
+    size: SizeSettings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings(RunSettings):
+    """Settings of the recipe `autoencoder`.
+
+    Args:
+        statistics_clips: clips over which the standard deviation of the latents is measured at the end.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    phases: tuple[AutoencoderPhase, ...] = (AutoencoderPhase(steps=100_000),)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    statistics_clips: int = setting(64, low=1)
+
+    def check(self) -> Iterator[str]:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            yield f"phases are named {', '.join(names)}: give each a name of its own."
+        if self.loss.adversarial and self.loss.discriminator_rate != 1:
+            for number, phase in enumerate(self.phases):
+                if phase.optimizer == "muon":
+                    yield f"phases.{number}.optimizer is muon: with a discriminator_rate of its own, use adamw."
+        factor = 2 ** (len(self.model.block_out_channels) - 2)
+        where = [("data.sizes", self.data.sizes)]
+        where += [(f"phases.{i}.sizes", phase.sizes or ()) for i, phase in enumerate(self.phases)]
+        where += [("validation.size", (self.validation.size,) if self.validation.size else ())]
+        for name, sizes in where:
+            for size in sizes:
+                if self.model.start is None and (size.height % factor or size.width % factor):
+                    yield f"{name}: {size.height}x{size.width} is no multiple of {factor}, the autoencoder's factor."
+                if size.frames % 4:
+                    yield f"{name}: {size.frames} frames are no multiple of 4."
+
+
+class TrainAutoencoder(Recipe):
+    """Trains DC-AE-V (DC-VideoGen, arXiv 2509.25182, section 3.1) and writes it to `out/autoencoder`.
+
+    The averaged weights are written where a phase has `ema_decay`. `scaling_factor` in its config is 1 / the standard
+    deviation of the latents over the training set.
+    """
+
+    Config = AutoencoderSettings
+    config: AutoencoderSettings
+
+    def prepare(self) -> None:
+        config = self.config
+        self.source = open_source(config.data, config.seed, random_crops=True, need_captions=False)
+        self.validation_size = config.validation.size or config.data.sizes[-1]
+        self.held_out = held_out(self.source, self.validation_size, config.validation.clips)
+        self.build()  # the shape must be one that exists
+        if config.loss.perceptual:
+            from ..reconstruction import perceptual_network
+
+            perceptual_network()
+
+    def build(self) -> AutoencoderDCV:
+        """The autoencoder as training starts."""
+        settings = self.config.model
+        if settings.start is not None:
+            try:
+                return AutoencoderDCV.from_pretrained(settings.start)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"model.start: {settings.start} is no autoencoder: {error}") from error
+        try:
+            autoencoder = AutoencoderDCV(
+                latent_channels=settings.latent_channels,
+                block_out_channels=settings.block_out_channels,
+                layers_per_block=settings.layers_per_block,
+                chunk_size=settings.chunk_size,
+            )
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from error
+        if settings.norm_gain != 1:
+            for name, module in autoencoder.named_modules():
+                if name.endswith(".norm"):
+                    nn.init.constant_(module.weight, settings.norm_gain)
+        return autoencoder
+
+    def phases(self) -> list[AutoencoderTraining]:
+        return [AutoencoderTraining(self, settings) for settings in self.config.phases]
+
+    def validation_clips(self) -> torch.Tensor:
+        """The clips that are measured, `[B, 3, T, H, W]`."""
+        return torch.stack([self._clip(self.validation_size, index) for index in self.held_out])
+
+    def _clip(self, size: SizeSettings, index: int) -> torch.Tensor:
+        place = Place(0, 0, 1, derive_seed("clip", index))
+        return self.source.pixels(Pick(index, (size.frames, size.height, size.width), place))
+
+    def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        autoencoder = self.build()
+        prefix = "autoencoder."
+        weights = {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
+        autoencoder.load_state_dict({**autoencoder.state_dict(), **weights})
+        autoencoder.to(self.process.device).eval()
+        deviation = self._deviation(autoencoder)
+        autoencoder.register_to_config(scaling_factor=round(1 / deviation, 6))
+        folder = Path(self.config.out) / "autoencoder"
+        autoencoder.save_pretrained(folder, safe_serialization=True)
+        clips = self.validation_clips().to(self.process.device)
+        with torch.no_grad():
+            measured = quality(torch.cat([autoencoder(clip).sample for clip in clips.split(1)]), clips)
+        return {"autoencoder": str(folder), "latent_std": deviation, **measured}
+
+    def _deviation(self, autoencoder: AutoencoderDCV) -> float:
+        """Standard deviation of the latents over clips of the training set, in all sizes of `data`."""
+        total = torch.zeros(3, dtype=torch.float64)
+        clips = _Pixels(self.source, self.config.data.sizes, self.held_out)
+        plan = Plan(clips.sizes, clips.members, 1, seed=derive_seed(self.config.seed, "statistics"))
+        for (pick,) in plan.micro_batches(0, self.config.statistics_clips):
+            with torch.no_grad():
+                latent = autoencoder.encode(clips.load(pick)["pixels"][None].to(self.process.device)).latent
+            values = latent.double().cpu()
+            total += torch.stack([torch.tensor(values.numel()), values.sum(), values.square().sum()])
+        mean, square = total[1:] / total[0]
+        return float((square - mean.square()).sqrt())
+
+
+class AutoencoderTraining(Phase):
+    """One phase of `TrainAutoencoder`."""
+
+    def __init__(self, recipe: TrainAutoencoder, settings: AutoencoderPhase) -> None:
+        super().__init__(settings.name, settings)
+        self.recipe = recipe
+        self.settings: AutoencoderPhase
+
+    def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
+        autoencoder = self.recipe.build()
+        if self.recipe.config.loop.gradient_checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        module = Reconstruction(autoencoder, self.recipe.config.loss)
+        module.load_state_dict({**module.state_dict(), **trained})
+        if self.settings.train == "decoder":
+            autoencoder.encoder.requires_grad_(False)
+        return module
+
+    def clips(self) -> _Pixels:
+        sizes = self.settings.sizes or self.recipe.config.data.sizes
+        return _Pixels(self.recipe.source, sizes, self.recipe.held_out)
+
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        started = draws.places[0].step >= self.recipe.config.loss.adversarial_from
+        return model(batch["pixels"], started)
+
+    def learning_rate_scale(self, name: str) -> float:
+        return self.recipe.config.loss.discriminator_rate if name.startswith("discriminator.") else 1.0
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        process = self.recipe.process
+        autoencoder = getattr(model, "module", model).autoencoder
+        clips = self.recipe.validation_clips().to(process.device)
+        made = torch.cat([autoencoder(clip).sample.float() for clip in clips.split(1)])
+        if process.is_main:
+            pairs = [clip for pair in zip(clips, made, strict=True) for clip in pair]
+            write_picture(strips(pairs), folder / f"{step:08d}.png")
+        return quality(made, clips)
+
+
+class _Pixels:
+    """The clips of a source as they are, without those held out."""
+
+    def __init__(self, source: Source, sizes: tuple[SizeSettings, ...], held_out: list[int]) -> None:
+        self.source, self.sizes = source, sizes
+        self.members = without(source.members(sizes), held_out)
+
+    def load(self, pick: Pick) -> Batch:
+        return {"pixels": sturdy_pixels(self.source, pick, self.members, self.sizes)[0]}

@@ -1,0 +1,151 @@
+"""What a recipe is: settings, and phases that each train some parameters of a module with a loss."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from ..data.plan import Pick
+from ..draws import Draws
+from ..settings import PhaseSettings, RunSettings, SizeSettings
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+class Clips(Protocol):
+    """A data set: which clips there are, and how one is made. It is copied to background processes.
+
+    Attributes:
+        sizes: of the clips.
+        members: indices of the clips by number of the size; None for an endless set, whose indices are seeds.
+    """
+
+    sizes: Sequence[SizeSettings]
+    members: Mapping[int, Sequence[int]] | None
+
+    def load(self, pick: Pick) -> Batch:
+        """The parts of one clip; tensors of a batch are stacked, everything else is listed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of the processes of a run.
+
+    Args:
+        device: on which it computes.
+        index, count: its number, and how many there are.
+    """
+
+    device: torch.device
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+class Phase(ABC):
+    """One phase. The trainer calls `setup`, `clips`, then `loss` in each micro-step, `validate`, and `close`.
+
+    Args:
+        name: unique in the recipe.
+        settings: steps, learning rate and so on.
+    """
+
+    def __init__(self, name: str, settings: PhaseSettings) -> None:
+        self.name, self.settings = name, settings
+
+    @abstractmethod
+    def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The module whose parameters with `requires_grad` are trained.
+
+        Args:
+            trained: results of the phases before, by parameter name; to be copied in. An interrupted run comes here
+                with the same values, so a phase must depend on the ones before by these alone.
+        """
+
+    @abstractmethod
+    def clips(self) -> Clips:
+        """What is trained on; called after `setup`."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a micro-batch, a mean over its clips, and further numbers for the log.
+
+        Args:
+            model: what `setup` gave, wrapped for several processes; call it, do not reach into it.
+            batch: of `clips`, on the device.
+            draws: the random numbers to use.
+        """
+
+    def learning_rate_scale(self, name: str) -> float:
+        """What the learning rate of a parameter is multiplied by."""
+        return 1.0
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Numbers for the log, and files in `folder`. The model has its averaged weights and is in eval mode.
+
+        It runs in every process, so that a sharded model can be called; only the main one should write files.
+        """
+        return {}
+
+    def close(self) -> None:  # noqa: B027 - most phases have nothing to let go of
+        """Let go of what only this phase needs."""
+
+
+class Recipe(ABC):
+    """A training recipe.
+
+    Args:
+        config: its settings.
+        process: the one that it runs in.
+    """
+
+    Config: ClassVar[type[RunSettings]]
+
+    def __init__(self, config: RunSettings, process: Process) -> None:
+        self.config, self.process = config, process
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Check what the settings name (models, folders) and load it. Nothing of the run is written before.
+
+        Raises:
+            ConfigError: it does not exist or does not fit together.
+        """
+
+    @abstractmethod
+    def phases(self) -> Sequence[Phase]:
+        """The phases in order, those with 0 steps included; called before `prepare`, so they load nothing yet."""
+
+    @abstractmethod
+    def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Write the result below `config.out`; called in the main process.
+
+        Returns:
+            What to tell the user: paths and numbers.
+        """
+
+
+def load_trained(module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
+    """Copy results of earlier phases into the parameters that have their names; others are left alone."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in trained:
+                parameter.copy_(trained[name])

@@ -1,0 +1,145 @@
+"""The settings that every recipe has: the loop, a phase, the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .config import Settings, setting
+
+
+@dataclass(frozen=True)
+class SizeSettings(Settings):
+    """The size of the clips of a step.
+
+    Args:
+        frames, height, width: pixel frames and pixels.
+        batch_size: clips a process and micro-step; None for the phase's.
+        share: how often a step has this size, against the shares of the others.
+    """
+
+    frames: int = setting(low=1)
+    height: int = setting(low=8)
+    width: int = setting(low=8)
+    batch_size: int | None = setting(None, low=1)
+    share: float = setting(1.0, above=0)
+
+
+@dataclass(frozen=True)
+class PhaseSettings(Settings):
+    """One phase of training.
+
+    Args:
+        steps: optimiser steps; 0 skips the phase.
+        learning_rate: the peak.
+        warmup: steps in which it rises linearly to the peak.
+        schedule: what follows: "constant", or "cosine" or "linear" down to `final_rate` of the peak. With
+            `max_minutes` these two end when the time does, if that is earlier.
+        optimizer: "adamw", or "muon" (Muon for matrices, AdamW for the rest).
+        betas, weight_decay: of AdamW.
+        clip: bound of the gradient norm; None for none.
+        ema_decay: of the averaged weights, which are the result of the phase; 0 for none.
+        batch_size: clips a process and micro-step.
+        accumulate: micro-steps an optimiser step.
+        max_minutes: the phase ends after this time, wherever it is; None for no limit.
+    """
+
+    steps: int = setting(low=0)
+    learning_rate: float = setting(1e-4, above=0)
+    warmup: int = setting(0, low=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final_rate: float = setting(0.0, low=0, high=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[float, float] = setting((0.9, 0.99), low=0, below=1)
+    weight_decay: float = setting(0.0, low=0)
+    clip: float | None = setting(1.0, above=0)
+    ema_decay: float = setting(0.0, low=0, below=1)
+    batch_size: int = setting(1, low=1)
+    accumulate: int = setting(1, low=1)
+    max_minutes: float | None = setting(None, above=0, free=True)
+
+
+@dataclass(frozen=True)
+class LoopSettings(Settings):
+    """What the loop does beside training.
+
+    Args:
+        mixed_precision: of the forward pass; trained weights stay float32.
+        gradient_checkpointing: trade time for memory.
+        save_every: steps between checkpoints; one is always written when a phase ends.
+        keep_last: how many checkpoints stay.
+        log_every: steps.
+        validate_every: steps; 0 for the end of each phase alone.
+        tracker: "auto" (tensorboard where it is installed), "none", or a name that accelerate knows, such as "wandb".
+            Numbers always go to log.jsonl as well.
+        threads: CPU threads of torch; None leaves them.
+        device: "auto" (a GPU if there is one) or "cpu".
+    """
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    save_every: int = setting(500, low=1, free=True)
+    keep_last: int = setting(2, low=1, free=True)
+    log_every: int = setting(20, low=1, free=True)
+    validate_every: int = setting(0, low=0, free=True)
+    tracker: str = setting("auto", free=True)
+    threads: int | None = setting(None, low=1, free=True)
+    device: Literal["auto", "cpu"] = "auto"
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """What is trained on.
+
+    Args:
+        kind: "demo" (the procedural world), "videos" or "images" (a folder with metadata.jsonl or metadata.csv).
+        folder: of videos or images.
+        sizes: the clips' sizes. A step has one of them; a video goes to the one whose shape is nearest.
+        fps: frames per second that videos are sampled at; None takes every frame.
+        clips: of the demo world: how many scenes there are; None for endless new ones. Of a video folder: the most
+            clips that are taken from one video.
+        zoom: of the demo world: scenes are enlarged by one of these.
+        decoder: of videos.
+        missing_captions: "error", or "skip" what has none.
+        cache: folder for encoded clips and texts; None encodes them anew in each step.
+        workers: processes that prepare clips in the background.
+    """
+
+    kind: Literal["demo", "videos", "images"] = "demo"
+    folder: str | None = None
+    sizes: tuple[SizeSettings, ...] = (SizeSettings(32, 128, 128),)
+    fps: float | None = setting(None, above=0)
+    clips: int | None = setting(None, low=1)
+    zoom: tuple[float, ...] = setting((1.0,), low=1, high=2)
+    decoder: Literal["imageio", "torchcodec"] = "imageio"
+    missing_captions: Literal["error", "skip"] = "error"
+    cache: str | None = setting(None, free=True)
+    workers: int = setting(0, low=0, free=True)
+
+    def check(self) -> Iterator[str]:
+        if not self.sizes:
+            yield "sizes is empty: give at least one, such as {frames: 80, height: 480, width: 832}."
+        if not self.zoom:
+            yield "zoom is empty: give at least one factor, such as [1]."
+        if self.kind != "demo" and self.folder is None:
+            yield f"folder is missing: kind is {self.kind}, so say where the {self.kind} are."
+        if self.kind == "images" and any(size.frames != 1 for size in self.sizes):
+            yield "sizes of images have 1 frame: set frames: 1."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """Base of a recipe's settings.
+
+    Args:
+        recipe: its name.
+        out: folder of the run: checkpoints, log, validation, result.
+        seed: of everything random.
+    """
+
+    recipe: str = setting()
+    out: str = setting(free=True)
+    seed: int = setting(0, low=0, high=2**31 - 1)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    data: DataSettings = field(default_factory=DataSettings)

@@ -1,0 +1,48 @@
+"""Whole tensors from sharded ones and back, so that a checkpoint does not depend on how a model was spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def whole(value: Any) -> Any:
+    """A copy on the CPU; of sharded tensors (FSDP 2) the whole, for which every process must call this."""
+    if isinstance(value, torch.Tensor):
+        gathered = value.full_tensor() if hasattr(value, "full_tensor") else value
+        return gathered.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: whole(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [whole(entry) for entry in value]
+    return value
+
+
+def copy_whole(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    with torch.no_grad():
+        target.copy_(_like(source, target))
+
+
+def optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """What `whole` made of an optimiser's state, sharded as its parameters are (in the order of its groups)."""
+    numbered = {}
+    for number, entries in state["state"].items():
+        parameter = parameters[int(number)]
+        numbered[int(number)] = {
+            name: _like(v, parameter) if isinstance(v, torch.Tensor) and v.shape == parameter.shape else v
+            for name, v in entries.items()
+        }
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in state["param_groups"]]
+    return {"state": numbered, "param_groups": groups}
+
+
+def _like(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if not hasattr(target, "full_tensor"):
+        return source.to(target.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(source.to(target.device), target.device_mesh, target.placements)

@@ -1,0 +1,413 @@
+"""Recipe `ae_adapt` on real Wan pipelines and a real `AutoencoderDCV`, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+
+from vidaccel.lora import run
+from vidaccel.lora.backbones import wan
+from vidaccel.lora.backbones.wan import WanBackbone
+from vidaccel.lora.config import ConfigError, build
+from vidaccel.lora.draws import Draws, Place
+from vidaccel.lora.recipes.ae_adapt import AEAdapt, AEAdaptSettings, on_one_grid
+from vidaccel.lora.recipes.base import Process
+from vidaccel.lora.ship import ship
+from vidaccel.lora.trainer import Stopped
+from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
+from vidaccel.pipelines.adapted import load_adapter
+
+SIZE = {"frames": 8, "height": 64, "width": 64}
+
+
+def write(folder: Path, base: Path, autoencoder: Path, **sections) -> Path:
+    """Settings of a run of 2 steps a phase, in `folder/a.yaml`."""
+    content = {
+        "recipe": "ae_adapt",
+        "out": str(folder / "run"),
+        "model": {"base": str(base), "autoencoder": str(autoencoder)},
+        "data": {"kind": "demo", "clips": 6, "sizes": [SIZE], "cache": str(folder / "cache")},
+        "phases": {
+            "align": {"steps": 2, "batch_size": 2},
+            "head": {"steps": 2, "learning_rate": 0.01},
+            "lora": {"steps": 2, "rank": 2, "alpha": 6, "warmup": 0, "learning_rate": 0.01},
+        },
+        "validation": {"clips": 2, "prompts": ["a red circle"], "steps": 1, "guidance_scale": 2},
+        "loop": {"tracker": "none", "device": "cpu", "log_every": 1},
+    }
+    for name, section in sections.items():
+        content[name] = {**content.get(name, {}), **section}
+    file = folder / "a.yaml"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def recipe(file: Path) -> AEAdapt:
+    made = AEAdapt(build(AEAdaptSettings, json.loads(file.read_text())), Process(torch.device("cpu")))
+    made.prepare()
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_base, autoencoder_folder) -> tuple[Path, dict]:
+    """A run of all phases."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run("ae-adapt", write(folder, text_base, autoencoder_folder))
+
+
+def test_the_pipeline_loads_and_generates(finished, autoencoder_folder):
+    pipe = DCVideoGenPipeline.from_pretrained(finished[1]["pipeline"])
+    config = pipe.transformer.config
+    assert (tuple(config.patch_size), config.in_channels, config.out_channels) == ((1, 1, 1), 4, 4)
+    assert type(pipe.transformer) is WanTransformer3DModel and pipe.vae.config.scaling_factor == 1.5
+    assert pipe.text_encoder is not None and pipe.tokenizer is not None
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe("a red circle", height=64, width=64, num_frames=8, num_inference_steps=1, output_type="pt").frames
+    assert video.shape == (1, 8, 3, 64, 64) and video.isfinite().all()
+
+
+def test_no_file_of_the_result_names_a_path_of_this_machine(finished, text_base, autoencoder_folder):
+    for file in Path(finished[1]["pipeline"]).rglob("*.json"):
+        text = file.read_text()
+        assert str(text_base) not in text and str(autoencoder_folder) not in text, file
+
+
+def test_the_adapter_is_what_changed(finished, text_base, autoencoder_folder):
+    """Base, adapter and nothing else give the weights of the pipeline, with the LoRA apart or merged."""
+    adapter = Path(finished[1]["adapter"])
+    assert {file.name for file in adapter.iterdir()} == {
+        "adapter.json",
+        "embedder_head.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
+    assert json.loads((adapter / "adapter.json").read_text())["base"] == str(text_base)
+    transformer = load_adapter(WanBackbone(str(text_base), str(autoencoder_folder)).student(), adapter)
+    merged = WanTransformer3DModel.from_pretrained(finished[1]["pipeline"], subfolder="transformer")
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 2, 2),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 5, 64),
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(transformer(**inputs).sample, merged(**inputs).sample, rtol=1e-4, atol=1e-5)
+    changed = {name for name in load_file(adapter / "pytorch_lora_weights.safetensors")}
+    assert any("attn1.to_q" in name for name in changed) and not any("attn2" in name for name in changed)
+    assert any("time_proj" in name for name in changed) and any("ffn.net.2" in name for name in changed)
+    assert not any("text_embedder" in name for name in changed)
+
+
+def test_an_adapter_of_another_model_is_refused(finished, text_base):
+    base = WanTransformer3DModel.from_pretrained(text_base, subfolder="transformer")
+    with pytest.raises(ValueError, match=r"weight is \[24, 4, 1, 1, 1\] in the adapter and \[24, 8, 1, 2, 2\]"):
+        load_adapter(base, Path(finished[1]["adapter"]))
+
+
+def test_a_shipped_adapter_is_the_pipeline(finished, tmp_path):
+    """In half precision, with the LoRA's alpha, which is not its rank here."""
+    target = ship(finished[0] / "run", tmp_path / "shipped")
+    shipped = DCVideoGenPipeline.from_pretrained(target).transformer.state_dict()
+    wanted = DCVideoGenPipeline.from_pretrained(finished[1]["pipeline"]).transformer.state_dict()
+    assert shipped.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(shipped[name], value, rtol=2e-3, atol=2e-3, msg=name)
+
+
+def test_what_each_phase_trained(finished):
+    phases = {
+        name: load_file(finished[0] / "run" / "phases" / f"{name}.safetensors") for name in ("align", "head", "lora")
+    }
+    embedder, head = {"patch_embedding.weight", "patch_embedding.bias"}, {"proj_out.weight", "proj_out.bias"}
+    assert set(phases["align"]) == embedder
+    assert set(phases["head"]) == embedder | head
+    assert {name for name in phases["lora"] if ".lora_" not in name} == embedder | head
+
+
+def test_an_interrupted_run_ends_bit_equal(finished, tmp_path, text_base, autoencoder_folder, stop_after):
+    """In the middle of the LoRA's phase."""
+    file = write(tmp_path, text_base, autoencoder_folder)
+    stop_after(5)
+    with pytest.raises(Stopped):
+        run("ae_adapt", file)
+    assert not (tmp_path / "run" / "pipeline").exists()
+    run("ae_adapt", file, resume="latest")
+    straight, resumed = (load_file(f / "run" / "phases" / "lora.safetensors") for f in (finished[0], tmp_path))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_validation_leaves_videos_and_numbers(finished):
+    names = {file.name for file in (finished[0] / "run" / "validation").iterdir()}
+    assert {"00000004_0.mp4", "00000004.png", "00000006_0.mp4"} <= names
+    rows = [json.loads(line) for line in (finished[0] / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"align", "head", "lora"} == {row["phase"] for row in rows if any("validation_" in key for key in row)}
+
+
+def test_alignment_learns(tmp_path, text_base, autoencoder_folder):
+    file = write(
+        tmp_path,
+        text_base,
+        autoencoder_folder,
+        phases={
+            "align": {"steps": 60, "batch_size": 4, "learning_rate": 0.02},
+            "head": {"steps": 0},
+            "lora": {"steps": 0},
+        },
+    )
+    run("ae_adapt", file)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.6 * losses[0]
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()  # skipped phases leave a whole pipeline
+
+
+def test_the_cache_is_used_again(tmp_path, text_base, autoencoder_folder, monkeypatch):
+    phases = {"align": {"steps": 0}, "head": {"steps": 1}, "lora": {"steps": 0}}
+    run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases))
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(before) >= 4 + 5  # the clips that are not held out, captions and prompts
+    monkeypatch.setattr(wan.WanTextEncoder, "encode", lambda *a: pytest.fail("a text was encoded again"))
+    run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases), [f"out={tmp_path / 'second'}"])
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
+    first, second = (load_file(tmp_path / name / "phases" / "head.safetensors") for name in ("run", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_cache_changes_no_number(tmp_path, text_base, autoencoder_folder):
+    phases = {"align": {"steps": 1}, "head": {"steps": 1}, "lora": {"steps": 0}}
+    run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases))
+    run("ae_adapt", tmp_path / "a.yaml", [f"out={tmp_path / 'second'}", "data.cache=null"])
+    first, second = (load_file(tmp_path / name / "phases" / "head.safetensors") for name in ("run", "second"))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
+
+
+def test_an_image_to_video_model(tmp_path, image_base, autoencoder_folder):
+    result = run("ae_adapt", write(tmp_path, image_base, autoencoder_folder))
+    pipe = DCVideoGenImageToVideoPipeline.from_pretrained(result["pipeline"])
+    assert pipe.transformer.config.in_channels == 2 * 4 + 4 and pipe.image_encoder is not None
+    pipe.set_progress_bar_config(disable=True)
+    from PIL import Image
+
+    image = Image.new("RGB", (64, 64), "red")
+    video = pipe(image, "a", height=64, width=64, num_frames=8, num_inference_steps=1, output_type="pt").frames
+    assert video.shape == (1, 8, 3, 64, 64) and video.isfinite().all()
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_student_starts_as_the_base_with_a_silent_head(text_base, autoencoder_folder):
+    backbone = WanBackbone(str(text_base), str(autoencoder_folder))
+    student = backbone.student()
+    base = WanTransformer3DModel.from_pretrained(text_base, subfolder="transformer")
+    own = {name for name, _ in base.named_parameters() if not name.startswith(backbone.trained_fully)}
+    state, base_state = dict(student.named_parameters()), dict(base.named_parameters())
+    assert all(torch.equal(state[name], base_state[name]) for name in own)
+    assert tuple(student.patch_embedding.weight.shape) == (24, 4, 1, 1, 1)
+    bound = (6 / (4 + 24)) ** 0.5  # Xavier
+    assert 0.5 * bound < student.patch_embedding.weight.abs().max() <= bound
+    out = backbone.velocity(
+        student, torch.randn(1, 4, 2, 2, 2), torch.tensor([0.3]), [{"states": torch.randn(3, 64)}], {}
+    )
+    assert out.shape == (1, 4, 2, 2, 2) and not out.any()
+
+
+def test_the_model_is_given_exactly_the_timestep_of_its_noise(tmp_path, text_base, autoencoder_folder, monkeypatch):
+    """The noise level can be read off the input where clean latents are 0 and the noise is 1."""
+    made = recipe(write(tmp_path, text_base, autoencoder_folder))
+    phase = made.phases()[1]
+    model = phase.setup({})
+    seen = {}
+
+    def forward(hidden_states, timestep, **_):
+        seen.update(x=hidden_states, t=timestep)
+        return (torch.zeros_like(hidden_states),)
+
+    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(Draws, "normal", lambda self, *shape: torch.ones(len(self), *shape))
+    places = [Place(0, number, 8, number) for number in range(8)]
+    phase.loss(model, {"latents": torch.zeros(8, 4, 2, 2, 2), "caption": ["a red circle"] * 8}, Draws(places))
+    sigma = seen["x"].flatten(1).mean(1)
+    torch.testing.assert_close(seen["t"], sigma * 1000, rtol=1e-6, atol=0)
+    off_grid = (seen["t"] / 20).frac()  # a grid of 50 has multiples of 20
+    assert ((off_grid > 1e-3) & (off_grid < 1 - 1e-3)).all()
+
+
+def test_dropped_prompts(tmp_path, text_base, autoencoder_folder, monkeypatch):
+    made = recipe(write(tmp_path, text_base, autoencoder_folder, flow={"text_drop": 0.5}))
+    phase, seen = made.phases()[1], []
+    monkeypatch.setattr(made.backbone, "velocity", lambda m, x, s, texts, b: seen.extend(texts) or torch.zeros_like(x))
+    places = [Place(0, number, 64, number) for number in range(64)]
+    phase.loss(None, {"latents": torch.zeros(64, 4, 1, 1, 1), "caption": ["a red circle"] * 64}, Draws(places))
+    empty = made.flowing.texts([""])[0]["states"]
+    states = [text["states"] for text in seen]
+    dropped = sum(text.shape == empty.shape and torch.equal(text, empty) for text in states)
+    assert 20 <= dropped <= 44
+
+
+def test_merged_padding_changes_nothing(text_base, autoencoder_folder):
+    plain = WanBackbone(str(text_base), str(autoencoder_folder))
+    merged = WanBackbone(str(text_base), str(autoencoder_folder), merge_text_padding=True)
+    torch.manual_seed(1)
+    first = plain.student()
+    torch.nn.init.normal_(first.proj_out.weight)
+    second = merged.student()
+    second.load_state_dict(first.state_dict())
+    texts = [{"states": torch.randn(3, 64)}, {"states": torch.randn(6, 64)}]
+    assert merged.pad(texts).shape == (2, 7, 64) and plain.pad(texts).shape == (2, 512, 64)
+    arguments = (torch.randn(2, 4, 2, 2, 2), torch.tensor([0.3, 0.8]), texts, {})
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain.velocity(first, *arguments), merged.velocity(second, *arguments), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_texts_are_those_of_the_pipeline(text_base, autoencoder_folder):
+    from diffusers import WanPipeline
+
+    backbone = WanBackbone(str(text_base), str(autoencoder_folder))
+    prompts = ["a red circle moves left", "a"]
+    states = backbone.text_encoder().encode(prompts)
+    pipe = WanPipeline.from_pretrained(text_base)
+    wanted, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
+    torch.testing.assert_close(backbone.pad(states), wanted)
+    assert states[0]["states"].shape[0] > states[1]["states"].shape[0]
+
+
+def test_encoded_parts(image_base, autoencoder_folder):
+    backbone = WanBackbone(str(image_base), str(autoencoder_folder))
+    pixels = torch.rand(2, 3, 8, 64, 64) * 2 - 1
+    parts = backbone.encoder(("latents", "teacher", "condition", "teacher_condition", "image_embeds")).encode(pixels)
+    shapes = {name: tuple(value.shape) for name, value in parts.items()}
+    assert shapes == {
+        "latents": (2, 4, 2, 2, 2),
+        "teacher": (2, 8, 2, 8, 8),
+        "condition": (2, 8, 2, 2, 2),
+        "teacher_condition": (2, 12, 2, 8, 8),
+        "image_embeds": (2, 5, 16),
+    }
+    for name in ("condition", "teacher_condition"):
+        assert (parts[name][:, :4, 0] == 1).all() and not parts[name][:, :4, 1:].any()
+    direct = backbone.autoencoder.encode(pixels).latent * 1.5
+    torch.testing.assert_close(parts["latents"], direct)
+
+
+def test_the_teachers_condition_is_the_pipelines(image_base, autoencoder_folder):
+    from diffusers import WanImageToVideoPipeline
+
+    backbone = WanBackbone(str(image_base), str(autoencoder_folder))
+    pixels = torch.rand(1, 3, 8, 64, 64) * 2 - 1
+    made = backbone.encoder(("teacher_condition",)).encode(pixels)["teacher_condition"]
+    pipe = WanImageToVideoPipeline.from_pretrained(image_base)
+    _, wanted = pipe.prepare_latents(pixels[:, :, 3], 1, 8, 64, 64, 5, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(made, wanted)
+
+
+def test_tokens_on_one_grid():
+    teacher = torch.arange(16.0).view(1, 1, 1, 4, 4).expand(1, 1, 2, 4, 4)
+    _, averaged = on_one_grid(torch.zeros(1, 1, 2, 2, 2), teacher)
+    assert averaged[0, 0, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    student, same = on_one_grid(torch.zeros(1, 1, 1, 2, 2), teacher[:, :, :1])
+    assert student.shape == same.shape == (1, 1, 1, 4, 4)
+    with pytest.raises(ValueError, match="cannot be averaged"):
+        on_one_grid(torch.zeros(1, 1, 2, 3, 3), teacher)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def changed(base: Path, folder: Path, part: str, **values) -> Path:
+    """A copy of a base whose config of a part has other values."""
+    import shutil
+
+    shutil.copytree(base, folder)
+    file = folder / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "words"),
+    [
+        (
+            "transformer",
+            {"in_channels": 12},
+            "takes 12 channels .* a text-to-video model takes 8 .* image-to-video model takes 20",
+        ),
+        ("transformer", {"patch_size": [2, 2, 2]}, r"patches of \(2, 2, 2\)"),
+        ("transformer", {"_class_name": "FluxTransformer2DModel"}, "has a FluxTransformer2DModel"),
+        ("vae", {"scale_factor_spatial": 32}, "a token of .* is 64 pixels wide, and one of .* 32"),
+    ],
+)
+def test_a_base_that_does_not_fit(tmp_path, text_base, autoencoder_folder, part, values, words):
+    base = changed(text_base, tmp_path / "base", part, **values)
+    with pytest.raises(ConfigError, match=words):
+        WanBackbone(str(base), str(autoencoder_folder))
+
+
+def test_missing_models_are_named(tmp_path, text_base, autoencoder_folder):
+    with pytest.raises(ConfigError, match="nowhere.*no readable config.json"):
+        WanBackbone(str(tmp_path / "nowhere"), str(autoencoder_folder))
+    with pytest.raises(ConfigError, match="nowhere has no readable config.json of a AutoencoderDCV"):
+        WanBackbone(str(text_base), str(tmp_path / "nowhere"))
+
+
+def test_pictures_are_needed_to_start_from(tmp_path, image_base, autoencoder_folder):
+    with pytest.raises(ConfigError, match="validation.clips is 0, but videos from prompts need their first frames"):
+        recipe(write(tmp_path, image_base, autoencoder_folder, validation={"clips": 0, "prompts": ["a"]}))
+
+
+def test_settings_that_do_not_fit(tmp_path, text_base, autoencoder_folder):
+    file = write(tmp_path, text_base, autoencoder_folder)
+    for override, words in (
+        ("data.sizes.0.height=48", "48x64 must be a multiple of 32"),
+        ("data.sizes.0.frames=9", "clips of 9 frames do not fit: their number must be a multiple of 4"),
+        ("model.dtype=bfloat16", "set loop.mixed_precision"),
+        ("validation.clips=6", "only 6 clips"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run("ae_adapt", file, [override])
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision(tmp_path, image_base, autoencoder_folder):
+    """Frozen weights in bfloat16, as on a GPU; what is trained stays float32, and the result is bfloat16."""
+    loop = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    file = write(tmp_path, image_base, autoencoder_folder, loop=loop)
+    result = run("ae_adapt", file, ["model.dtype=bfloat16"])
+    trained = load_file(tmp_path / "run" / "phases" / "lora.safetensors")
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    saved = load_file(Path(result["pipeline"]) / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert saved["patch_embedding.weight"].dtype == saved["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_video_folder_with_a_truncated_file(tmp_path, video_folder, text_base, autoencoder_folder, caplog, cached):
+    """Two shapes, three clips a video; of one video only the beginning is there, whatever its header says."""
+    import shutil
+
+    import imageio.v2 as imageio
+
+    folder = tmp_path / "videos"
+    shutil.copytree(video_folder, folder)
+    with imageio.get_writer(folder / "e.mkv", fps=8, codec="mjpeg", macro_block_size=2) as writer:
+        for number in range(24):
+            picture = torch.rand(32, 64, 3, generator=torch.Generator().manual_seed(number))
+            writer.append_data((picture * 255).byte().numpy())
+    whole = (folder / "e.mkv").read_bytes()
+    (folder / "e.mkv").write_bytes(whole[: len(whole) // 2])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('\n{"file_name": "e.mkv", "text": "video e"}')
+    sizes = [{"frames": 8, "height": 32, "width": 64}, {"frames": 8, "height": 64, "width": 32}]
+    data = {"kind": "videos", "folder": str(folder), "clips": None, "sizes": sizes}
+    data["cache"] = str(tmp_path / "cache") if cached else None
+    phases = {"align": {"steps": 0}, "head": {"steps": 12, "batch_size": 2}, "lora": {"steps": 0}}
+    sections = {"data": data, "phases": phases, "validation": {"prompts": []}}
+    run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, **sections))
+    assert "e.mkv cannot be decoded: it ends after" in caplog.text
+    assert ("it is left out" if cached else "another clip takes its place") in caplog.text

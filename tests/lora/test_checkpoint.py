@@ -1,0 +1,149 @@
+"""Checkpoints: what is written comes back, and a failed write leaves the last good one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from vidaccel.lora import checkpoint as module
+from vidaccel.lora.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    random_state,
+    save_tensors,
+    set_random_state,
+)
+
+
+def make(step: int = 1, size: int = 8) -> Checkpoint:
+    weights = {"w": torch.full((size,), float(step))}
+    optimizer = {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    return Checkpoint(
+        "first", step, step, 1.5, 4, {"t": torch.ones(2)}, weights, {}, {"optimizer": optimizer}, [random_state()]
+    )
+
+
+def test_round_trip(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    made = make()
+    back = folder.load(folder.save(made, "a: 1\n"))
+    assert (back.phase, back.step, back.seconds, back.global_batch) == ("first", 1, 1.5, 4)
+    assert torch.equal(back.weights["w"], made.weights["w"]) and torch.equal(back.trained["t"], torch.ones(2))
+    assert back.state["optimizer"]["param_groups"] == made.state["optimizer"]["param_groups"]
+    assert (folder.find("latest") / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_random_states_come_back():
+    torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1)
+    state = random_state()
+    first = (torch.rand(3), np.random.rand(3), random.random(), np.random.randn())
+    set_random_state(state)
+    second = (torch.rand(3), np.random.rand(3), random.random(), np.random.randn())
+    assert torch.equal(first[0], second[0]) and (first[1] == second[1]).all() and first[2:] == second[2:]
+
+
+def test_the_last_ones_stay(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=2)
+    for step in (1, 2, 3):
+        folder.save(make(step), "")
+    assert [path.name for path in folder.saved()] == ["step_00000002", "step_00000003"]
+
+
+def test_latest_is_the_last_that_was_written(tmp_path):
+    """After a resume from an earlier checkpoint, what was written later in the abandoned run is older."""
+    folder = CheckpointFolder(tmp_path, keep_last=3)
+    for number, step in enumerate((10, 20, 15)):
+        facts = folder.save(make(step), "") / "checkpoint.json"
+        os.utime(facts, ns=(number * 10**9, number * 10**9))
+    assert folder.find("latest").name == "step_00000015"
+
+
+def test_the_same_step_is_replaced(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(make(5), "old")
+    again = make(5)
+    again.weights["w"] += 1
+    path = folder.save(again, "new")
+    assert torch.equal(folder.load(path).weights["w"], again.weights["w"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, failing):
+    """Whichever of the files is the one that no longer fits."""
+    folder = CheckpointFolder(tmp_path)
+    good = folder.save(make(1), "")
+    calls = 0
+
+    def flush(file):
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_flush", flush)
+    with pytest.raises(
+        CheckpointError, match=r"No space left.*MiB are free there. The last good one is .*step_00000001"
+    ):
+        folder.save(make(2), "")
+    assert [path.name for path in tmp_path.iterdir()] == [good.name]
+    assert folder.load(folder.find("latest")).step == 1
+
+
+def test_a_write_that_really_fails(tmp_path):
+    """The system refuses files above 4 kB."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(make(1), "")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            folder.save(make(2, size=100_000), "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folder.load(folder.find("latest")).step == 1
+
+
+def test_what_an_interrupted_write_left_is_cleaned(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    path = folder.save(make(1), "")
+    (tmp_path / ".step_00000002.part").mkdir()
+    path.rename(tmp_path / ".step_00000001.old.part")  # killed between the two renames
+    folder.clean()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "checkpoint.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name):
+    folder = CheckpointFolder(tmp_path)
+    path = folder.save(make(), "")
+    (path / name).write_bytes((path / name).read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        folder.load(path)
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        CheckpointFolder(tmp_path).find("latest")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        CheckpointFolder(tmp_path).find(tmp_path / "step_1")
+
+
+def test_tensors_are_written_whole(tmp_path, monkeypatch):
+    path = save_tensors({"a": torch.ones(2)}, tmp_path / "x" / "a.safetensors")
+    before = path.read_bytes()
+
+    def fail(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_flush", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_tensors({"a": torch.zeros(2)}, path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

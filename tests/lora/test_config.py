@@ -1,0 +1,154 @@
+"""Settings: every fault at once, each with what would be right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+import yaml
+
+from vidaccel.lora import config_folder
+from vidaccel.lora.config import ConfigError, Settings, as_yaml, build, differences, flat, load, setting
+from vidaccel.lora.recipes import RECIPES, find
+from vidaccel.lora.settings import LoopSettings
+
+
+@dataclass(frozen=True)
+class Part(Settings):
+    rate: float = setting(0.1, above=0, below=1)
+    kind: Literal["round", "square"] = "round"
+
+
+@dataclass(frozen=True)
+class Whole(Settings):
+    name: str
+    steps: int = setting(10, low=0)
+    on: bool = False
+    limit: float | None = setting(None, above=0, free=True)
+    pair: tuple[float, float] = (0.9, 0.99)
+    parts: tuple[Part, ...] = ()
+    part: Part = field(default_factory=Part)
+
+    def check(self):
+        if self.on and not self.parts:
+            yield "parts is empty: give one, or set on to false."
+
+
+def test_defaults_and_values():
+    made = build(Whole, {"name": "x", "parts": [{"rate": 0.5}], "limit": 3, "steps": 1e3, "part": {"rate": "1e-3"}})
+    assert made == Whole(name="x", parts=(Part(rate=0.5),), limit=3.0, steps=1000, part=Part(rate=0.001))
+    assert isinstance(made.limit, float) and isinstance(made.steps, int)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, ["name is missing"]),
+        ({"name": 3}, ["name is the number 3, but must be text"]),
+        ({"name": "x", "stepz": 1}, ['stepz is not known: did you mean "steps"?']),
+        ({"name": "x", "part": {"rte": 1}}, ['part.rte is not known: did you mean "rate"?']),
+        ({"name": "x", "qqqqqq": 1}, ["known: name, steps"]),
+        ({"name": "x", "steps": -1}, ["steps is -1: it must be at least 0"]),
+        ({"name": "x", "steps": True}, ["steps is true or false, but must be a whole number"]),
+        ({"name": "x", "steps": 1.5}, ["must be a whole number"]),
+        ({"name": "x", "on": 1}, ["must be true or false"]),
+        ({"name": "x", "part": {"rate": 1}}, ["part.rate is 1.0: it must be below 1"]),
+        ({"name": "x", "part": {"rate": 0}}, ["part.rate is 0.0: it must be above 0"]),
+        ({"name": "x", "part": {"rate": float("nan")}}, ["must be finite"]),
+        ({"name": "x", "part": {"kind": "flat"}}, ["'flat', but must be one of round, square"]),
+        ({"name": "x", "part": 3}, ["part is the number 3, but must be a mapping"]),
+        ({"name": "x", "pair": [1]}, ["pair has 1 entries, but must have 2"]),
+        ({"name": "x", "pair": 1}, ["must be a list"]),
+        ({"name": "x", "parts": [{"rate": 0.5}, {"rate": 7}]}, ["parts.1.rate is 7.0"]),
+        ({"name": "x", "on": True}, ["parts is empty"]),
+        ({"steps": -1, "stepz": 1, "part": {"rate": 5}}, ["3 faults", "name is missing", "stepz", "part.rate is 5.0"]),
+    ],
+)
+def test_faults_are_named(content, words):
+    with pytest.raises(ConfigError) as caught:
+        build(Whole, content)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_parts_that_are_not_given_keep_the_defaults_of_their_place():
+    @dataclass(frozen=True)
+    class Outer(Settings):
+        part: Part = field(default_factory=lambda: Part(rate=0.7, kind="square"))
+
+    assert build(Outer, {"part": {"rate": 0.2}}).part == Part(rate=0.2, kind="square")
+
+
+def test_a_bare_no_is_a_word():
+    assert build(LoopSettings, yaml.safe_load("mixed_precision: no")).mixed_precision == "no"
+
+
+def test_checks_hold_without_yaml():
+    with pytest.raises(ConfigError, match="rate is 2: it must be below 1"):
+        Part(rate=2)
+
+
+def test_overrides(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("name: x\nparts: [{rate: 0.5}]\n")
+    made = load(Whole, file, ["steps=5", "parts.0.rate=0.25", "part.kind=square", "pair=[0, 1]", "limit=null"])
+    assert (made.steps, made.parts[0].rate, made.part.kind, made.pair, made.limit) == (5, 0.25, "square", (0, 1), None)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps", 'write it as "a.b=value"'),
+        ("parts.3.rate=1", "has the entries 0 to 0"),
+        ("name.x=1", 'name is the text "x" and has no'),
+        ("stepz=1", 'did you mean "steps"'),
+        ("steps=[", "no YAML"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, words):
+    file = tmp_path / "a.yaml"
+    file.write_text("name: x\nparts: [{rate: 0.5}]\n")
+    with pytest.raises(ConfigError, match=words):
+        load(Whole, file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(None, "no such file"), ("[1]", "a list"), ("a: [", "cannot be read"), ("", "empty")]
+)
+def test_bad_files(tmp_path, text, words):
+    file = tmp_path / "a.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load(Whole, file)
+
+
+def test_written_settings_are_read_back(tmp_path):
+    made = Whole(name="x", parts=(Part(),), limit=2.0)
+    (tmp_path / "a.yaml").write_text(as_yaml(made))
+    assert load(Whole, tmp_path / "a.yaml") == made
+
+
+def test_differences_leave_out_what_is_free():
+    old = Whole(name="x", parts=(Part(rate=0.5),), limit=2.0)
+    assert differences(old, Whole(name="x", parts=(Part(rate=0.5),))) == []
+    new = Whole(name="x", steps=11, parts=(Part(rate=0.25), Part()))
+    lines = differences(old, new)
+    assert "steps: 10 then, 11 now" in lines
+    assert "parts.0.rate: 0.5 then, 0.25 now" in lines
+    assert "parts.1.rate: absent then, 0.1 now" in lines
+    assert flat(old)["limit"] == 2.0
+
+
+@pytest.mark.parametrize("file", sorted(config_folder().glob("*.yaml")), ids=lambda file: file.stem)
+def test_ready_settings_are_right(file):
+    name = next(name for name in sorted(RECIPES, key=len, reverse=True) if name in file.stem)
+    config = load(find(name).Config, file)
+    assert config.recipe == name
+
+
+def test_unknown_recipe():
+    with pytest.raises(ConfigError, match='did you mean "ae_adapt"'):
+        find("ae_adopt")
+    assert find("ae-adapt") is find("ae_adapt")

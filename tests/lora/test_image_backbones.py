@@ -1,0 +1,239 @@
+"""`ae_adapt` on FLUX and SANA pipelines at tiny sizes, with diffusers' own classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Gemma2Config,
+    Gemma2Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+import vidaccel.demo
+from vidaccel.lora import run
+from vidaccel.lora.backbones import open_backbone
+from vidaccel.lora.config import ConfigError
+from vidaccel.pipelines import DCGenPipeline
+
+NAMES = ("flux", "sana")
+SIZE = {"frames": 1, "height": 32, "width": 64}
+
+
+def deep_autoencoder(stages: int, channels: int) -> AutoencoderDC:
+    """Compresses `2 ** (stages - 1)` times."""
+    shape = {"block_out_channels": (8,) * stages, "layers_per_block": (1,) * stages}
+    settings = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in shape.items()}
+    kinds = {f"{side}_block_types": "ResBlock" for side in ("encoder", "decoder")}
+    heads = {f"{side}_qkv_multiscales": ((),) * stages for side in ("encoder", "decoder")}
+    return AutoencoderDC(
+        latent_channels=channels, attention_head_dim=4, scaling_factor=0.5, **settings, **kinds, **heads
+    )
+
+
+def tokenizer():
+    made = AutoTokenizer.from_pretrained(vidaccel.demo.path() / "tokenizer")
+    made.model_max_length = 32
+    return made
+
+
+def flux() -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=0.1,
+        scaling_factor=0.4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    clip = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=32, eos_token_id=1, max_position_embeddings=32, **clip)),
+        tokenizer=tokenizer(),
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=32, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+        tokenizer_2=tokenizer(),
+    )
+
+
+def sana() -> SanaPipeline:
+    transformer = SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=8,
+        out_channels=8,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=12,
+        sample_size=8,
+        timestep_scale=0.5,
+    )
+    gemma = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return SanaPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=Gemma2Model(Gemma2Config(vocab_size=32, num_key_value_heads=1, head_dim=6, **gemma)),
+        vae=deep_autoencoder(4, 8),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    )
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """The folder of each base, of factor 8, and that of an autoencoder of factor 16 with 4 channels."""
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("images")
+    for name, make in (("flux", flux), ("sana", sana)):
+        make().save_pretrained(folder / name)
+    deep_autoencoder(5, 4).save_pretrained(folder / "new")
+    return {name: folder / name for name in (*NAMES, "new")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_run(bases, tmp_path, name):
+    content = {
+        "recipe": "ae_adapt",
+        "out": str(tmp_path / "run"),
+        "model": {"base": str(bases[name]), "autoencoder": str(bases["new"])},
+        "data": {
+            "kind": "demo",
+            "clips": 4,
+            "sizes": [SIZE],
+            "cache": str(tmp_path / "c"),
+        },
+        "phases": {
+            "align": {"steps": 2, "batch_size": 2},
+            "head": {"steps": 1, "batch_size": 2},
+            "lora": {"steps": 1, "rank": 2, "alpha": 2, "batch_size": 2},
+        },
+        "validation": {"clips": 1, "prompts": ["a red circle"], "steps": 1, "guidance_scale": 2},
+        "loop": {"tracker": "none", "device": "cpu", "log_every": 1, "gradient_checkpointing": True},
+    }
+    (tmp_path / "a.yaml").write_text(json.dumps(content))
+    result = run("ae_adapt", tmp_path / "a.yaml")
+    pipe = DCGenPipeline.from_pretrained(result["pipeline"])
+    assert pipe.transformer.config.in_channels == 4 and pipe.vae.config.latent_channels == 4
+    assert type(pipe).__name__ == {"flux": "DCGenFluxPipeline", "sana": "DCGenSanaPipeline"}[name]
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red circle", height=32, width=64, num_inference_steps=1, output_type="np").images[0]
+    assert picture.shape == (32, 64, 3)
+    trained = load_file(tmp_path / "run" / "phases" / "lora.safetensors")
+    assert any(".lora_A." in key for key in trained)
+    assert not any("context" in key or "add_" in key or "attn2" in key or "caption" in key for key in trained)
+    assert (tmp_path / "run" / "validation" / "00000004.png").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_velocity_is_what_the_pipeline_asks_the_model(bases, name, monkeypatch):
+    """The same latents, prompt and time give the model the same inputs in training and in sampling."""
+    backbone = open_backbone(str(bases[name]), str(bases["new"]), guidance=2.0)
+    model = backbone.student()
+    calls = []
+    original = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        calls.append({"hidden_states": args[0] if args else None, **kwargs})
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    text, nothing = backbone.text_encoder().encode(["a red circle", ""])
+    pipe = backbone.assemble(backbone.load("scheduler"), backbone.autoencoder, model)
+    pipe.set_progress_bar_config(disable=True)
+    guidance = {"flux": 2.0, "sana": 1.0}[name]  # SANA: no second branch
+    inputs = backbone.prompt_inputs(text, nothing)
+    pipe(height=32, width=64, num_inference_steps=2, guidance_scale=guidance, output_type="latent", **inputs)
+    sampled = calls[-1]
+    tokens = sampled["hidden_states"]
+    latents = tokens.transpose(1, 2).unflatten(2, (2, 4)) if name == "flux" else tokens
+    time = sampled["timestep"].float() if name == "flux" else sampled["timestep"].float() / 1000 / 0.5
+    backbone.velocity(model, latents[:, :, None], time, [text], {})
+    trained = calls[-1]
+    for key, value in sampled.items():
+        if not isinstance(value, torch.Tensor) or key == "encoder_attention_mask":
+            continue
+        given = trained[key]
+        if key == "encoder_hidden_states" and name == "sana":
+            value = value[:, : given.shape[1]]
+        torch.testing.assert_close(given.float(), value.float(), rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_teacher_gives_the_tokens_of_the_base(bases, name):
+    backbone = open_backbone(str(bases[name]), str(bases["new"]))
+    encoder = backbone.encoder(("latents", "teacher"))
+    pixels = torch.rand(1, 3, 1, 32, 64) * 2 - 1
+    batch = encoder.encode(pixels)
+    assert batch["latents"].shape == (1, 4, 1, 2, 4)
+    tokens = backbone.teacher()(batch)
+    if name == "flux":
+        pipe = FluxPipeline.from_pretrained(bases[name])
+        latents = pipe.vae.encode(pixels[:, :, 0]).latent_dist.mode()
+        latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        packed = pipe._pack_latents(latents, 1, 4, 4, 8)
+        wanted = pipe.transformer.x_embedder(packed).transpose(1, 2).unflatten(2, (2, 4))
+    else:
+        pipe = SanaPipeline.from_pretrained(bases[name])
+        latents = pipe.vae.encode(pixels[:, :, 0]).latent * 0.5
+        wanted = pipe.transformer.patch_embed(latents).transpose(1, 2).unflatten(2, (4, 8))
+    torch.testing.assert_close(tokens[:, :, 0], wanted)
+    assert backbone.aligner()(batch).shape == (1, wanted.shape[1], 1, 2, 4)
+
+
+def test_bases_that_do_not_fit(bases, tmp_path, text_base, autoencoder_folder):
+    new = str(bases["new"])
+    with pytest.raises(ConfigError, match="is a AutoencoderDCV; give an AutoencoderDC"):
+        open_backbone(str(bases["flux"]), str(autoencoder_folder))
+    with pytest.raises(ConfigError, match="for Wan text-to-video models"):
+        open_backbone(str(bases["flux"]), new, merge_text_padding=True)
+    backbone = open_backbone(str(bases["flux"]), new)
+    assert "set frames: 1" in backbone.check_size(8, 32, 32) and "multiple of 16" in backbone.check_size(1, 40, 32)
+    with pytest.raises(ConfigError, match="no readable model_index.json"):
+        open_backbone(str(tmp_path), new)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    with pytest.raises(ConfigError, match="is a CogVideoXPipeline; ae_adapt takes WanPipeline"):
+        open_backbone(str(tmp_path), new)
+    import shutil
+
+    shutil.copytree(bases["flux"], tmp_path / "fill")
+    file = tmp_path / "fill" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "in_channels": 96}))
+    with pytest.raises(ConfigError, match="takes 96 channels a token; .* with 16, 2x2 latents"):
+        open_backbone(str(tmp_path / "fill"), new)

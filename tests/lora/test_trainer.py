@@ -1,0 +1,194 @@
+"""The loop, with a recipe of two phases on a tiny network with dropout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
+from vidaccel.lora.config import ConfigError
+from vidaccel.lora.optim import learning_rate, make_optimizer, set_learning_rate
+from vidaccel.lora.settings import PhaseSettings
+from vidaccel.lora.trainer import Diverged, Stopped
+
+
+def log(settings) -> list[dict]:
+    return [json.loads(line) for line in (Path(settings.out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("steps", "clips"), [(1, 5), (3, None), (4, 5), (5, None)])
+def test_an_interrupted_run_ends_bit_equal(tiny_settings, run_tiny, stop_after, steps, clips):
+    """Wherever it is interrupted: in the first phase, at the border, in the second."""
+    loop = {"validate_every": 2}
+    straight = run_tiny(tiny_settings("straight", data={"clips": clips}, loop=loop))
+    settings = tiny_settings("stopped", data={"clips": clips}, loop=loop)
+    stop_after(steps)
+    with pytest.raises(Stopped, match="continue with --resume latest"):
+        run_tiny(settings)
+    resumed = run_tiny(settings, "latest")
+    assert resumed.seen == straight.seen[steps:]
+    assert resumed.trained.keys() == straight.trained.keys()
+    for name, value in straight.trained.items():
+        assert torch.equal(value, resumed.trained[name]), name
+    last = [row for row in log(settings) if "loss" in row][-1]
+    wanted = [row for row in log(tiny_settings("straight")) if "loss" in row][-1]
+    assert last["loss"] == wanted["loss"]
+    files = [CheckpointFolder(Path(s.out) / "checkpoints") for s in (tiny_settings("straight"), settings)]
+    ends = [folder.load(folder.find("latest")) for folder in files]
+    for part in ("weights", "average", "trained"):
+        first, second = (getattr(end, part) for end in ends)
+        assert all(torch.equal(first[name], second[name]) for name in first) and first.keys() == second.keys()
+    assert torch.equal(ends[0].random[0]["torch"], ends[1].random[0]["torch"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_with_each_optimizer(tiny_settings, run_tiny, stop_after, optimizer):
+    phases = {"first": {"steps": 4, "optimizer": optimizer, "batch_size": 2}, "second": {"steps": 0}}
+    straight = run_tiny(tiny_settings("straight", phases=phases))
+    stop_after(2)
+    with pytest.raises(Stopped):
+        run_tiny(tiny_settings("stopped", phases=phases))
+    resumed = run_tiny(tiny_settings("stopped", phases=phases), "latest")
+    assert all(torch.equal(value, resumed.trained[name]) for name, value in straight.trained.items())
+
+
+def test_background_workers_change_nothing(tiny_settings, run_tiny):
+    plain = run_tiny(tiny_settings("plain"))
+    workers = run_tiny(tiny_settings("workers", data={"workers": 1}))
+    assert all(torch.equal(value, workers.trained[name]) for name, value in plain.trained.items())
+
+
+def test_accumulation_is_a_larger_batch(tiny_settings, run_tiny, monkeypatch):
+    """The clips, their noise and the result are those of one batch."""
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    whole = run_tiny(tiny_settings("whole", phases={"first": {"steps": 2, "batch_size": 4}, "second": {"steps": 0}}))
+    phases = {"first": {"steps": 2, "batch_size": 2, "accumulate": 2}, "second": {"steps": 0}}
+    parts = run_tiny(tiny_settings("parts", phases=phases))
+    assert sum((entry[2] for entry in parts.seen), ()) == sum((entry[2] for entry in whole.seen), ())
+    for name, value in whole.trained.items():
+        torch.testing.assert_close(value, parts.trained[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_skipped_phase_leaves_its_part_untrained(tiny_settings, run_tiny):
+    recipe = run_tiny(tiny_settings(phases={"first": {"steps": 0}}))
+    assert set(recipe.trained) == {"second.weight", "second.bias"}
+    assert {entry[0] for entry in recipe.seen} == {"second"}
+
+
+def test_results_are_the_averages(tiny_settings, run_tiny):
+    settings = tiny_settings(phases={"first": {"steps": 0}, "second": {"steps": 3}})
+    recipe = run_tiny(settings)
+    folder = CheckpointFolder(Path(settings.out) / "checkpoints")
+    saved = folder.load(folder.find("latest"))
+    assert torch.equal(recipe.trained["second.weight"], saved.average["second.weight"])
+    assert not torch.equal(saved.average["second.weight"], saved.weights["second.weight"])
+
+
+def test_other_settings_are_refused_with_the_difference(tiny_settings, run_tiny, stop_after):
+    stop_after(1)
+    with pytest.raises(Stopped):
+        run_tiny(tiny_settings())
+    with pytest.raises(CheckpointError, match=r"phases.first.learning_rate: 0.01 then, 0.5 now"):
+        run_tiny(tiny_settings(phases={"first": {"steps": 3, "learning_rate": 0.5}}), "latest")
+
+
+def test_free_settings_may_change(tiny_settings, run_tiny, stop_after):
+    stop_after(1)
+    with pytest.raises(Stopped):
+        run_tiny(tiny_settings())
+    run_tiny(tiny_settings(loop={"save_every": 7, "log_every": 2}), "auto")
+
+
+def test_a_run_is_not_overwritten(tiny_settings, run_tiny):
+    run_tiny(tiny_settings())
+    with pytest.raises(CheckpointError, match="holds a run already .* --resume latest"):
+        run_tiny(tiny_settings())
+
+
+def test_the_time_limit_ends_a_phase(tiny_settings, run_tiny):
+    phases = {"first": {"steps": 100_000, "max_minutes": 0.005}, "second": {"steps": 2}}
+    settings = tiny_settings(phases=phases, loop={"log_every": 10_000, "save_every": 100_000})
+    recipe = run_tiny(settings)
+    steps = sum(entry[0] == "first" for entry in recipe.seen)
+    assert 0 < steps < 100_000 and recipe.seen[-1][0] == "second"
+    assert {row["phase"] for row in log(settings)} == {"first", "second"}
+
+
+def test_a_full_disk_does_not_end_the_run(tiny_settings, run_tiny, monkeypatch, caplog):
+    """A checkpoint in between may fail; training goes on and the last one is written."""
+    original = CheckpointFolder.save
+
+    def save(self, checkpoint, config):
+        if checkpoint.total_steps == 2:
+            raise CheckpointError("No space left on device.")
+        return original(self, checkpoint, config)
+
+    monkeypatch.setattr(CheckpointFolder, "save", save)
+    recipe = run_tiny(tiny_settings(loop={"save_every": 1}))
+    assert "tries again in 1 steps" in caplog.text
+    assert len(recipe.seen) == 6
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny_settings, run_tiny, caplog):
+    settings = tiny_settings()
+    (Path(settings.out) / "log.jsonl").mkdir(parents=True)
+    assert len(run_tiny(settings).seen) == 6
+    assert "log.jsonl could not be written" in caplog.text
+
+
+def test_a_full_disk_at_the_end_is_an_error(tiny_settings, run_tiny, monkeypatch):
+    monkeypatch.setattr(CheckpointFolder, "save", lambda *a: (_ for _ in ()).throw(CheckpointError("No space left.")))
+    with pytest.raises(CheckpointError, match="No space left"):
+        run_tiny(tiny_settings())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_settings, run_tiny):
+    phases = {"first": {"steps": 0}, "second": {"steps": 9, "learning_rate": 1e30, "clip": None, "warmup": 0}}
+    with pytest.raises(Diverged, match="the loss of phase second is (nan|inf) by step .* The last checkpoint is"):
+        run_tiny(tiny_settings(phases=phases, loop={"save_every": 1}))
+
+
+def test_refusals_come_before_anything_loads(tiny_settings, run_tiny, monkeypatch):
+    recipe = run_tiny(tiny_settings())
+    monkeypatch.setattr(type(recipe), "prepare", lambda self: pytest.fail("models were loaded"))
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        run_tiny(tiny_settings())
+
+
+def test_learning_rates():
+    phase = PhaseSettings(steps=110, learning_rate=1.0, warmup=10, schedule="linear", final_rate=0.1)
+    assert learning_rate(phase, 0) == pytest.approx(0.1)
+    assert learning_rate(phase, 9) == pytest.approx(1.0)
+    assert learning_rate(phase, 60) == pytest.approx(0.55)
+    assert learning_rate(phase, 110) == pytest.approx(0.1)
+    timed = PhaseSettings(steps=10**6, learning_rate=1.0, schedule="cosine", max_minutes=2)
+    assert learning_rate(timed, 0, 60) == pytest.approx(0.5, abs=1e-3)
+    assert learning_rate(timed, 0, 120) == pytest.approx(0.0, abs=1e-6)
+    assert learning_rate(PhaseSettings(steps=5, learning_rate=0.3), 4) == 0.3
+
+
+def test_groups_of_the_optimizer():
+    net = torch.nn.Linear(2, 3)
+    named = dict(net.named_parameters())
+    settings = PhaseSettings(steps=1, weight_decay=0.5)
+    optimizer = make_optimizer(settings, named, lambda name: 2.0 if name == "bias" else 1.0)
+    set_learning_rate(optimizer, 0.1)
+    assert [(g["weight_decay"], g["lr"]) for g in optimizer.param_groups] == [(0.5, 0.1), (0.0, 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "words"), [("wndb", "use auto, none, or one of"), ("wandb", "which is not installed")]
+)
+def test_trackers_that_cannot_be_used(tiny_settings, run_tiny, tracker, words):
+    with pytest.raises(ConfigError, match=words):
+        run_tiny(tiny_settings(loop={"tracker": tracker}))
+
+
+def test_tensorboard_gets_the_numbers(tiny_settings, run_tiny):
+    pytest.importorskip("tensorboard")
+    settings = tiny_settings(loop={"tracker": "auto"})
+    run_tiny(settings)
+    assert list((Path(settings.out) / "tracker").rglob("*tfevents*"))

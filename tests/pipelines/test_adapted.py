@@ -1,0 +1,111 @@
+"""Adapter-only weights: loading them onto their base model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
+from vidaccel.pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError, retarget
+from vidaccel.request import inspect_model
+
+TINY = {"latent_channels": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": (0, 1, 1, 1), "chunk_size": 8}
+
+
+def write_adapter(folder, in_channels: int = 8, lora: bool = True, **facts):
+    """An adapter to the built-in model with random numbers; returns the transformer it stands for, the LoRA merged."""
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer", dtype=torch.float32)
+    retarget(transformer, in_channels, 8)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    folder.mkdir()
+    full = {n: p.detach() for n, p in transformer.named_parameters() if n.startswith(("patch_embedding.", "proj_out."))}
+    save_file(full, folder / FULL_FILE)
+    if lora:
+        transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]))
+        for name, parameter in transformer.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        transformer.save_lora_adapter(folder, weight_name=LORA_FILE)
+        transformer.fuse_lora()
+        transformer.unload_lora()
+    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+    stated = {"base": "demo", "autoencoder": "vae", "lora": lora, "transformer": config, **facts}
+    (folder / FACTS_FILE).write_text(json.dumps(stated))
+    AutoencoderDCV(**TINY).save_pretrained(folder / "vae")
+    return transformer
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_base_with_what_was_trained_and_the_lora_merged(tmp_path, lora):
+    wanted = write_adapter(tmp_path / "adapter", lora=lora).state_dict()
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+    made = pipe.transformer.state_dict()
+    assert made.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(made[name], value, atol=1e-5, rtol=1e-5)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe("a red circle", height=20, width=30, num_frames=5, num_inference_steps=2, output_type="pt").frames
+    assert video.shape == (1, 5, 3, 20, 30) and video.isfinite().all()
+
+
+def test_saved_whole_it_is_the_same(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+    pipe.save_pretrained(tmp_path / "whole")
+    again = DCVideoGenPipeline.from_pretrained(tmp_path / "whole")
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(again.transformer.state_dict()[name], value)
+
+
+def test_dtypes_of_the_parts(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    dtypes = {"default": torch.bfloat16, "vae": torch.float32}
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", dtype=dtypes)
+    assert pipe.vae.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
+    block = pipe.transformer.blocks[0]
+    assert block.attn1.to_q.weight.dtype == pipe.transformer.patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_another_autoencoder_may_be_given(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    AutoencoderDCV(**{**TINY, "chunk_size": 16}).save_pretrained(tmp_path / "other")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder=tmp_path / "other")
+    assert pipe.vae.config.chunk_size == 16
+
+
+def test_what_its_configs_say(tmp_path):
+    write_adapter(tmp_path / "text")
+    facts = inspect_model(str(tmp_path / "text"))
+    assert facts.pipeline_class == "DCVideoGenPipeline" and facts.makes_any_size
+    assert (facts.size_factor, facts.frame_factor, facts.patch, facts.pad_frames) == (4, 4, (1, 1, 1), 0)
+    assert facts.layout(9, 40, 70).tokens == 3 * 12 * 20  # made as 12 frames of 80x48
+    write_adapter(tmp_path / "image", in_channels=20)
+    assert inspect_model(str(tmp_path / "image")).pipeline_class == DCVideoGenImageToVideoPipeline.__name__
+
+
+def test_an_adapter_to_another_model(tmp_path):
+    config = dict(WanTransformer3DModel.load_config(demo.path(), subfolder="transformer"))
+    write_adapter(tmp_path / "deeper", transformer={**config, "in_channels": 8, "out_channels": 8, "num_layers": 40})
+    with pytest.raises(
+        AdapterError, match=r"40 layers, and .* has 6: give the model it was made from, demo, with base="
+    ):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "deeper")
+    write_adapter(tmp_path / "wider", transformer={**config, "in_channels": 9, "out_channels": 8})
+    with pytest.raises(
+        AdapterError, match=r"patch_embedding.weight is \[192, 8, 1, 1, 1\] in the adapter and \[192, 9"
+    ):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "wider")
+
+
+@pytest.mark.parametrize("content", ["{", '{"base": "demo"}'])
+def test_facts_that_cannot_be_read(tmp_path, content):
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / FACTS_FILE).write_text(content)
+    with pytest.raises(AdapterError, match=r"adapter\.json (cannot be read|lacks autoencoder, lora, transformer)"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
