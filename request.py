@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .pipelines.canvas import Canvas
 
 DEMOS = ("demo", "demo-dc")
+_PUBLISHED = ("transformer_t2v", "transformer_i2v")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
 
@@ -109,6 +110,12 @@ def inspect_model(model: str) -> ModelFacts:
     if adapter is not None:
         return _adapter_facts(model, location, adapter, read("vae/config.json"))
     if index is None:
+        published = next((n for n in _PUBLISHED if read(f"{n}/config.json") is not None), None)
+        if published is not None:
+            raise BadInput(
+                f"--model {model} has no model_index.json, but a {published}, as DC-VideoGen is published: convert it "
+                f'once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
+            )
         raise BadInput(
             f"--model {model} is no diffusers pipeline: it has no model_index.json (give the folder that holds it)."
         )

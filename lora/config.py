@@ -73,6 +73,11 @@ def load(cls: type[T], file: str | Path, overrides: Iterable[str] = ()) -> T:
     Raises:
         ConfigError: no such file, no YAML, or any fault in it; all faults in one message.
     """
+    return build(cls, read(file, overrides), str(file))
+
+
+def read(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a YAML file holds, with overrides, not checked yet. Raises as `load` does."""
     file = Path(file)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -84,7 +89,7 @@ def load(cls: type[T], file: str | Path, overrides: Iterable[str] = ()) -> T:
         raise ConfigError(f"{file} holds {_kind(content)}, but must be a mapping of settings.")
     for override in overrides:
         _override(content, override)
-    return build(cls, content, str(file))
+    return content
 
 
 def build(cls: type[T], content: Mapping[str, Any], source: str = "") -> T:

@@ -32,7 +32,7 @@ def run(
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
         Diverged: the loss is no number any more.
     """
-    from .config import ConfigError, load
+    from .config import ConfigError, build, read
     from .recipes import find
 
     cls = find(recipe)
@@ -40,9 +40,12 @@ def run(
     ready = config_folder() / f"{file.name.removesuffix('.yaml')}.yaml"
     if not file.exists() and file.parent == Path() and ready.is_file():
         file = ready
-    config = load(cls.Config, file, overrides)
-    if find(config.recipe) is not cls:
-        raise ConfigError(f"{file} is for the recipe {config.recipe}, not for {recipe}.")
+    content = read(file, overrides)
+    # First, or the settings of another recipe would be a long list of unknown names.
+    stated = content.get("recipe")
+    if isinstance(stated, str) and find(stated) is not cls:
+        raise ConfigError(f"{file} is for the recipe {stated}, not for {recipe}.")
+    config = build(cls.Config, content, str(file))
     if config.loop.threads:
         import torch
 

@@ -125,6 +125,12 @@ def test_a_folder_that_is_no_pipeline(refused, tiny_configs):
     assert "is no diffusers pipeline: it has no model_index.json" in refused("--model", tiny_configs)
 
 
+def test_a_published_folder_is_to_be_converted_first(refused, tmp_path):
+    (tmp_path / "transformer_t2v").mkdir()
+    (tmp_path / "transformer_t2v" / "config.json").write_text("{}")
+    assert f'convert it once with "vidaccel convert {tmp_path} NEW_FOLDER"' in refused("--model", tmp_path)
+
+
 def test_a_pipeline_without_a_spec(refused, tiny_configs, edit_json):
     edit_json(tiny_configs / "model_index.json", _class_name="StableDiffusionPipeline")
     message = refused("--model", tiny_configs)
