@@ -407,19 +407,17 @@ def choose_device(name: str, offload: bool) -> torch.device:
 
 def check_backend(name: str, device: torch.device, sparse: bool) -> None:
     """Raise BadInput when --backend is unknown or cannot run here, sparsely where that is wanted."""
-    from .attention.backends import BACKENDS
+    from .attention.backends import BACKENDS, refusal
 
-    if name == "auto":
-        return
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise BadInput(f"--backend {name} is unknown; known: auto, {', '.join(BACKENDS)}.")
-    reason = BACKENDS[name].unavailable(device)
-    if reason is None and sparse and not BACKENDS[name].capability.sparse:
-        reason = "computes dense attention only"
+    if sparse:
+        reason = refusal(name, device)
+    else:
+        reason = None if name == "auto" else BACKENDS[name].unavailable(device)
     if reason is not None:
-        raise BadInput(
-            f"--backend {name} cannot be used here: it {reason}. Give --backend auto, or see `vidaccel info`."
-        )
+        other = "" if name == "auto" else "Give --backend auto, or see"
+        raise BadInput(f"--backend {name} cannot be used here: it {reason}. {other or 'See'} `vidaccel info`.")
 
 
 def choose_dtype(name: str, device: torch.device, model: str) -> torch.dtype:

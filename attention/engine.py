@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .backends import check_backend
+from .backends import BACKENDS, WORTHWHILE, check_backend
 from .functional import attend, check_inputs, choose_backend
 from .layout import VideoLayout
 from .methods import Method, PlanMemory, resolve_method
@@ -173,7 +173,12 @@ class SparseAttention:
         self._record(layer, "", chosen.name, density, plan_span, span, plan.details)
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
-            self.note(f"backend auto: {chosen.name} for {kind} plans on {q.device.type}")
+            place = q.device.type
+            slow = not plan.is_dense and chosen.name not in WORTHWHILE.get(place, BACKENDS)
+            self.note(
+                f"backend auto: {chosen.name} for {kind} plans on {place}" + ", which is slow there" * slow,
+                logging.WARNING if slow else logging.INFO,
+            )
         return out
 
     def dense_reason(self, q: torch.Tensor, layer: int) -> str:

@@ -8,6 +8,8 @@ import logging
 
 import torch
 
+from .backends.base import INSTALL_TRITON
+
 logger = logging.getLogger(__name__)
 
 CHUNK = 4096  # tokens whose distances are held at once; all of them would be N x C numbers for each head
@@ -80,7 +82,7 @@ def kmeans(
 def _has_triton() -> bool:
     found = importlib.util.find_spec("triton") is not None
     if not found:
-        logger.warning('k-means on the GPU runs in plain torch, which is slower: pip install "vidaccel[gpu]"')
+        logger.warning("k-means on the GPU runs in plain torch, which is slower: %s", INSTALL_TRITON)
     return found
 
 

@@ -30,13 +30,19 @@ class Inputs:
     text: int
     conditions: Mapping[str, Any]
 
-    def tokens(self, name: str, patch: Patch) -> int:
-        """Tokens of a condition that is a latent `[B, C, (T,) H, W]`, or of a list of such; 0 without it."""
+    def tokens(self, name: str, patch: Patch, padded: bool = True) -> int:
+        """Tokens of a condition that is a latent `[B, C, (T,) H, W]`, or of a list of such; 0 without it.
+
+        Args:
+            name: of the condition.
+            patch: latent frames, rows and columns that make one token.
+            padded: whether the model fills up what is no multiple of the patch; otherwise the rest is dropped.
+        """
         value = self.conditions.get(name)
         if value is None:
             return 0
         latents = value if isinstance(value, (list, tuple)) else [value]
-        return sum(math.prod(grid(x.shape, patch)) for x in latents)
+        return sum(math.prod(grid(x.shape, patch, padded)) for x in latents)
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,11 @@ class Geometry:
         return self.text_apart and layout.tokens in (inputs.text, image, inputs.text + image)
 
 
-def grid(latent: tuple[int, ...], patch: Patch) -> tuple[int, int, int]:
-    """Tokens `(frames, rows, columns)` of a latent `[B, C, (T,) H, W]`; what is no multiple of the patch is padded."""
+def grid(latent: tuple[int, ...], patch: Patch, padded: bool = True) -> tuple[int, int, int]:
+    """Tokens `(frames, rows, columns)` of a latent `[B, C, (T,) H, W]`; what is no multiple of the patch is padded, or
+    dropped."""
     sizes = (1, *latent[2:]) if len(latent) == 4 else latent[2:]
-    return tuple(-(-size // step) for size, step in zip(sizes, patch, strict=True))
+    return tuple(-(-size // step) if padded else size // step for size, step in zip(sizes, patch, strict=True))
 
 
 def _whole_patch(model: Any) -> Patch:
@@ -125,7 +132,9 @@ def _alone(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
 
 def _wan(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
     """A reference image before, reference frames (`time_dim_concat`) and context latents after the video."""
-    before = inputs.tokens("reference_latent", patch) if getattr(inputs.model, "ref_conv", None) is not None else 0
+    # The reference goes through a plain convolution, without the padding that the video gets.
+    has_reference = getattr(inputs.model, "ref_conv", None) is not None
+    before = inputs.tokens("reference_latent", patch, padded=False) if has_reference else 0
     after = inputs.tokens("time_dim_concat", patch) + inputs.tokens("context_latents", patch)
     return inputs.latent[2], before, after
 

@@ -77,18 +77,26 @@ class NativeAttention:
         self.dense, self.min_tokens, self.backend = dense, min_tokens, check_backend(backend)
         self._engines: dict[VideoLayout, SparseAttention] = {}
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
-        self._notes: list[str] = []
+        self._notes: dict[str, int] = {}  # -> the last run that it was true of
         self._branches: dict[Any, str] = {}
         self._levels: list[float] = []
         self._override: tuple[Attention | None, bool, Attention] | None = None
         self._lock = threading.Lock()  # ComfyUI runs the branches on several GPUs from a thread each
         self._run = -1
         self._reported = -1
+        self._queued: str | None = None
 
     # -- what the sampler calls ----------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A sampler starts."""
+    def begin(self, queued: str | None = None) -> None:
+        """A sampler starts.
+
+        Args:
+            queued: which entry of ComfyUI's queue it belongs to. What was done for an earlier one is no news any more,
+                reported or not: it may have been interrupted.
+        """
+        if queued != self._queued:
+            self._queued, self._reported = queued, self._run
         self._run += 1
         self._forget()
         self._dense_calls = [c for c in self._dense_calls if c[0][0].run > self._run - KEPT_RUNS]
@@ -194,8 +202,12 @@ class NativeAttention:
     def _engine(self, layout: VideoLayout, geometry: Geometry, model: Any) -> SparseAttention:
         """The engine of a layout: a new one asks the method whether it can do it."""
         if layout not in self._engines:
-            method = self.method_for(layout)
-            method.check(layout)
+            try:
+                method = self.method_for(layout)
+                method.check(layout)
+            except ValueError as error:
+                # It is raised inside the sampler: say which node it comes from.
+                raise ValueError(f"Sparse Attention ({self.name}): {error}") from error
             while len(self._engines) >= KEPT_LAYOUTS:
                 del self._engines[next(iter(self._engines))]
             self._engines[layout] = SparseAttention(
@@ -293,8 +305,8 @@ class NativeAttention:
     def note(self, text: str, level: int = logging.INFO) -> None:
         """Log a fallback or a choice once and keep it for the report."""
         if text not in self._notes:
-            self._notes.append(text)
             logger.log(level, "Sparse Attention (%s): %s", self.name, text)
+        self._notes[text] = self._run
 
     def report(self) -> RunReport:
         """What was done in the last runs, dense calls and their reasons included."""
@@ -309,11 +321,15 @@ class NativeAttention:
         return RunReport(self.name, self.settings, tuple(records), tuple(notes))
 
     def news(self) -> RunReport:
-        """The runs since the last call of this (two samplers may share a model); the last run if there are none."""
+        """What is new of the queue's last entry (two samplers may share a model), with the notes on it; the last run if
+        nothing is."""
         report = self.report()
         records = tuple(record for record in report.records if record.run > self._reported)
         self._reported = self._run
-        return replace(report, records=records) if records else report.last()
+        news = replace(report, records=records) if records else report.last()
+        first = min((record.run for record in news.records), default=self._run)
+        notes = tuple(note for note in news.notes if self._notes.get(note, self._run) >= first)
+        return replace(news, notes=notes)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:
         """A call that stayed dense: one record for each branch of its batch, as a sparse call has."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..attention import BACKENDS, Method, VideoLayout
-from ..attention.backends import check_backend
+from ..attention import Method, VideoLayout
+from ..attention.backends import refusal
 from .geometry import find_geometry, unwrap
 from .native import KEY, NativeAttention
 from .sampling import DensePart, parse_layers
@@ -80,17 +80,22 @@ def sparsify(
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
-    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: session.begin())
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: session.begin(_queue_entry()))
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda patcher: session.end())
     return clone, session
 
 
+def _queue_entry() -> str | None:
+    """Which entry of ComfyUI's queue is being worked on; None outside of its executor."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return None if context is None else context.prompt_id
+
+
 def check_runs(backend: str, device: torch.device) -> None:
     """Raise a `ValueError` unless a backend can compute sparse attention on a device."""
-    if check_backend(backend) == "auto":
-        return
-    reason = BACKENDS[backend].unavailable(device)
-    if reason is None and not BACKENDS[backend].capability.sparse:
-        reason = "computes dense attention only"
+    reason = refusal(backend, device)
     if reason is not None:
-        raise ValueError(f"backend {backend!r} cannot run this model: it {reason}. Choose another, or auto.")
+        fix = "" if backend == "auto" else " Choose another, or auto."
+        raise ValueError(f"backend {backend!r} cannot run this model: it {reason}.{fix}")

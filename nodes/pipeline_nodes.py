@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +233,7 @@ class VidaccelGenerateVideo(io.ComfyNode):
             own = ("width", "height", "frames", "steps")  # 0: the model's own
             sizes = {name: given.pop(name) or None for name in own}
             settings = Settings(**given, **sizes, guidance_scale=guidance or None)
-        made = pipelines.generate(pipeline, settings, image=image, on_step=_progress(pipeline.pipe))
+        made = pipelines.generate(pipeline, settings, image=image, on_step=_progress(pipeline))
         video = InputImpl.VideoFromComponents(
             Types.VideoComponents(
                 images=made.frames, audio=None, frame_rate=Fraction(settings.fps).limit_denominator(1001)
@@ -264,43 +266,61 @@ def _residency() -> Residency:
         # Whole: these modules cannot run with a part of their weights elsewhere.
         model_management.load_models_gpu([patcher], memory_required=working_memory, force_full_load=True)
 
-    return Residency(device, load, model_management.throw_exception_if_processing_interrupted)
+    capacity = None if device.type == "cpu" else model_management.get_total_memory(device)
+    return Residency(device, load, model_management.throw_exception_if_processing_interrupted, capacity)
 
 
-def _progress(pipe: Any) -> pipelines.StepCallback:
+def _progress(pipeline: pipelines.VideoPipeline) -> pipelines.StepCallback:
     """ComfyUI's progress bar, with a preview where the user has switched them on; stops where the user asks to."""
     import comfy.model_management
     import comfy.utils
 
     bars: list[Any] = []
+    preview = _preview(pipeline)
 
     def on_step(step: int, steps: int, latents: torch.Tensor) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if not bars:
             bars.append(comfy.utils.ProgressBar(steps))
-        bars[0].update_absolute(step, steps, _preview(pipe, latents))
+        bars[0].update_absolute(step, steps, preview(latents))
 
     return on_step
 
 
-def _preview(pipe: Any, latents: torch.Tensor) -> tuple[str, Any, int] | None:
-    """A picture of the middle frame, as ComfyUI's progress bar takes it."""
+Picture = tuple[str, Any, int]
+
+
+def _preview(pipeline: pipelines.VideoPipeline) -> Callable[[torch.Tensor], Picture | None]:
+    """Latents -> a picture of the middle frame, as ComfyUI's progress bar takes it."""
     import latent_preview
     from comfy import latent_formats
     from comfy.cli_args import LatentPreviewMethod, args
     from PIL import Image
 
+    pipe = pipeline.pipe
     if args.preview_method == LatentPreviewMethod.NoPreviews:
-        return None
-    latent = previews.preview_latent(pipe, latents)
-    if previews.decodes_quickly(pipe):
-        pixels = (previews.decode_frame(pipe, latent) * 255).byte().cpu().numpy()
+        return lambda latents: None
+
+    def decoded(latents: torch.Tensor) -> Picture:
+        pixels = (previews.decode_frame(pipe, previews.preview_latent(pipe, latents)) * 255).byte().cpu().numpy()
         return "JPEG", Image.fromarray(pixels), latent_preview.MAX_PREVIEW_RESOLUTION
-    known = {16: latent_formats.Wan21, 48: latent_formats.Wan22}.get(latent.shape[1])
-    if known is None:
-        return None
-    previewer = latent_preview.get_previewer(latent.device, known())
-    return previewer and previewer.decode_latent_to_preview_image("JPEG", latent)
+
+    @functools.cache
+    def previewer(channels: int, device: torch.device) -> Any:
+        known = {16: latent_formats.Wan21, 48: latent_formats.Wan22}.get(channels)
+        return known and latent_preview.get_previewer(device, known())
+
+    def by_comfyui(latents: torch.Tensor) -> Picture | None:
+        latent = previews.preview_latent(pipe, latents)
+        found = previewer(latent.shape[1], latent.device)
+        if found is None:
+            return None
+        picture = found.decode_latent_to_preview_image("JPEG", latent)
+        if not isinstance(found, latent_preview.Latent2RGBPreviewer):
+            pipeline.residency.invalidate()  # a small autoencoder may have pushed a part of the transformer out
+        return picture
+
+    return decoded if previews.decodes_quickly(pipe) else by_comfyui
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelLoadPipeline, VidaccelAcceleratePipeline, VidaccelGenerateVideo]

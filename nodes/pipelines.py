@@ -6,7 +6,6 @@ that tests can run all of it. diffusers is imported inside functions, since it t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import tempfile
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # What the menu shows -> what it is called elsewhere.
 EMBEDDED = {f"{name} (embedded)": name for name in DEMOS}
 METHODS = ("svg2", "svg", "radial")
-NEEDED = ("diffusers", "transformers", "accelerate", "ftfy")
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-pipelines.txt"
 
 StepCallback = Callable[[int, int, Any], None]
 """Called with (steps done, steps of the run, latents after the step) at the end of every denoising step."""
@@ -233,12 +233,25 @@ class GenerationReport:
 
 
 def require_packages() -> None:
-    """Raise BadInput when a package that pipelines need is not installed: native models run without them."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    """Raise BadInput when a package that pipelines need is not there or too old: native models run without them."""
+    from packaging.requirements import Requirement
+
+    if not REQUIREMENTS.is_file():
+        return  # the package was installed by pip, which has seen to it
+    wrong = []
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            needed = Requirement(line)
+            try:
+                found = metadata.version(needed.name)
+            except metadata.PackageNotFoundError:
+                wrong.append(f"{needed} (not installed)")
+                continue
+            if not needed.specifier.contains(found, prereleases=True):
+                wrong.append(f"{needed} (found {found})")
+    if wrong:
         raise BadInput(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: with ComfyUI's Python, "
-            f"pip install -r {Path(__file__).resolve().parents[1] / 'requirements.txt'}"
+            f"diffusers pipelines need {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}"
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
+from ..attention import RunReport
 from .schema import accepted
 from .tables import report_image, report_text
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from .native import NativeAttention
 
 Report = io.Custom("VIDACCEL_REPORT")
+BYPASSED = "no report came in: the Sparse Attention node is bypassed or not connected, so the model is as it was."
 
 
 class VidaccelReport(io.ComfyNode):
@@ -28,7 +30,12 @@ class VidaccelReport(io.ComfyNode):
             "and why, which backend ran, and the seconds in attention. The picture shows the density of each layer and "
             "step.",
             inputs=[
-                Report.Input("report", tooltip="The report output of a Sparse Attention node."),
+                Report.Input(
+                    "report",
+                    optional=True,
+                    tooltip="The report output of a Sparse Attention node. Without one, as when that node is bypassed, "
+                    "the text says so.",
+                ),
                 io.AnyType.Input(
                     "after",
                     tooltip="The sampler's LATENT, or anything made from it: the report waits for it, so that there is "
@@ -45,8 +52,8 @@ class VidaccelReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report: NativeAttention, after: Any) -> io.NodeOutput:
-        found = report.news()
+    def execute(cls, after: Any, report: NativeAttention | None = None) -> io.NodeOutput:
+        found = report.news() if report is not None else RunReport("dense", {}, (), (BYPASSED,))
         image = report_image(found)
         return io.NodeOutput(report_text(found), image, after, ui=ui.PreviewImage(image, cls=cls))
 

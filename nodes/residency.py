@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..memory import decoder_bytes, transformer_bytes
+from ..request import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ class Residency:
         device: where the parts work.
         load: `(part, working memory in bytes)`: called when another part than the last one begins.
         check: called before every use of a part; raises where the user has stopped the run.
+        capacity: bytes that the device has; None where that is no bound.
     """
 
     def __init__(
@@ -31,8 +33,9 @@ class Residency:
         device: torch.device,
         load: Callable[[torch.nn.Module, int], None],
         check: Callable[[], None] = lambda: None,
+        capacity: int | None = None,
     ) -> None:
-        self.device, self._load, self._check = device, load, check
+        self.device, self.capacity, self._load, self._check = device, capacity, load, check
         self._at_work: torch.nn.Module | None = None
         self._needs: dict[str, int] = {}
 
@@ -56,15 +59,42 @@ class Residency:
                 add_hook_to_module(part, BringIn(name))
 
     def begin(self, pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings) -> None:
-        """A run begins: something else may have taken the device in the meantime."""
-        self._at_work = None
+        """A run begins: something else may have taken the device in the meantime.
+
+        Raises:
+            BadInput: the weights of a part are more than the device holds.
+        """
+        self.invalidate()
         self._needs = working_memory(pipe, layout, settings)
+        for name, size in part_bytes(pipe).items():
+            if self.capacity is not None and size > self.capacity:
+                raise BadInput(
+                    f"the {name} of this pipeline takes {size / 2**30:.1f} GiB, and {self.device} has "
+                    f"{self.capacity / 2**30:.1f}: a part of a diffusers pipeline must fit whole. Choose dtype "
+                    "bfloat16 or a smaller model, or load it as one of ComfyUI's own models, which can stay in main "
+                    "memory in part, with a Sparse Attention node."
+                )
+
+    def invalidate(self) -> None:
+        """Something else used the device: what is at work is asked for anew, and may have to come back."""
+        self._at_work = None
 
     def _enter(self, name: str, part: torch.nn.Module) -> None:
         self._check()
         if part is not self._at_work:
             self._load(part, self._needs.get(name, 0))
             self._at_work = part
+
+
+def part_bytes(pipe: DiffusionPipeline) -> dict[str, int]:
+    """What the weights of each part take."""
+    import torch
+
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        name: sum(x.numel() * x.element_size() for x in (*part.parameters(), *part.buffers()))
+        for name, part in parts.items()
+    }
 
 
 def working_memory(pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .base import Backend, Capability, Request
 from .flex import FlexBackend
 from .gather import GatherBackend
@@ -24,6 +26,9 @@ PREFERENCE = {
     ("cuda", "scattered"): ("triton", "flex", "gather", "reference"),
 }
 
+# What "auto" must find one of on a device: the others run there too, but slower than dense attention.
+WORTHWHILE = {"cpu": ("flex", "gather"), "cuda": ("triton", "flex")}
+
 
 def check_backend(name: str) -> str:
     """Return the name of a backend, or "auto".
@@ -34,6 +39,21 @@ def check_backend(name: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose auto, {', '.join(BACKENDS)}.")
     return name
+
+
+def refusal(name: str, device: torch.device) -> str | None:
+    """Why sparse attention cannot run on a device with a backend, or with "auto"; None where it can.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if check_backend(name) != "auto":
+        reason = BACKENDS[name].unavailable(device)
+        return reason if reason or BACKENDS[name].capability.sparse else "computes dense attention only"
+    reasons = {n: refusal(n, device) for n in WORTHWHILE.get(device.type, tuple(BACKENDS))}
+    if None in reasons.values():
+        return None
+    return f"finds no backend that is fast on {device.type}: " + "; ".join(f"{n} {why}" for n, why in reasons.items())
 
 
 def pick(name: str, request: Request, *, scattered: bool) -> Backend:
@@ -65,4 +85,4 @@ def pick(name: str, request: Request, *, scattered: bool) -> Backend:
     raise RuntimeError("no backend can run this call: " + "; ".join(f"{n} {why}" for n, why in reasons.items()) + ".")
 
 
-__all__ = ["BACKENDS", "Backend", "Capability", "Request", "check_backend", "pick"]
+__all__ = ["BACKENDS", "WORTHWHILE", "Backend", "Capability", "Request", "check_backend", "pick", "refusal"]

@@ -11,6 +11,7 @@ import torch
 from ..plan import BlockPlan
 
 ANY_HEAD_DIM = 2**31
+INSTALL_TRITON = "pip install triton (on Windows: triton-windows)"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..plan import BlockPlan, permute, unpermute
-from .base import Backend, Capability
+from .base import INSTALL_TRITON, Backend, Capability
 
 # Flex compiles one kernel per set of shapes. torch's own limit of 8 is passed by a few resolutions and cluster counts,
 # and what it does then (run eagerly, that is densely) is what this backend must never do.
@@ -49,7 +49,7 @@ class FlexBackend(Backend):
                 # torch passes the folder of its libraries to the linker unquoted.
                 reason = f"cannot be compiled with a space in the path of torch ({os.path.dirname(torch.__file__)})"
         if reason is None and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-            reason = 'needs triton on CUDA and found none (pip install "vidaccel[gpu]")'
+            reason = f"needs triton, which is not installed: {INSTALL_TRITON}"
         return reason
 
     def prepare(self, plan: BlockPlan) -> None:

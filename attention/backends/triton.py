@@ -8,7 +8,7 @@ import os
 import torch
 
 from ..plan import BlockPlan
-from .base import Backend, Capability, Precision, Request
+from .base import INSTALL_TRITON, Backend, Capability, Precision, Request
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 FP8_COMPUTE_CAPABILITY = (8, 9)
@@ -46,7 +46,7 @@ class TritonBackend(Backend):
         if reason is not None:
             return reason
         if importlib.util.find_spec("triton") is None:
-            return 'needs triton, which is not installed: pip install "vidaccel[gpu]" (Linux)'
+            return f"needs triton, which is not installed: {INSTALL_TRITON}"
         if device.type == "cpu":
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return None

@@ -6,7 +6,7 @@ from plans import clusters, masked_attention, uniform
 
 from vidaccel import BlockPlan, sparse_attention
 from vidaccel.attention import BACKENDS
-from vidaccel.attention.backends import Request, pick
+from vidaccel.attention.backends import Request, pick, refusal
 
 SPARSE = [
     pytest.param(name, marks=[pytest.mark.compiler] if name == "flex" else [])
@@ -218,3 +218,16 @@ def test_disagreement_with_the_plan_is_named(change, message):
     q, k, v, plan = change(*tokens(), PLANS["uniform"]()[0])
     with pytest.raises(ValueError, match=message):
         sparse_attention(q, k, v, plan)
+
+
+def test_why_sparse_attention_cannot_run_on_a_device(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert refusal("auto", torch.device("cpu")) is None
+    assert refusal("sdpa", torch.device("cpu")) == "computes dense attention only"
+    on_cuda = refusal("auto", torch.device("cuda"))
+    # `gather` would run there, far slower than dense attention.
+    assert on_cuda.startswith("finds no backend that is fast on cuda: triton needs triton") and "flex" in on_cuda
+    assert "gather" not in on_cuda and "pip install triton" in on_cuda
+    assert "gather runs on cpu, cuda, not on mps" in refusal("auto", torch.device("mps"))
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'"):
+        refusal("cudnn", torch.device("cpu"))

@@ -120,6 +120,14 @@ def test_the_model_classes_in_comfyuis_own_python():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
+def test_a_report_without_its_node_says_so(server):
+    made = graph("SVG2")
+    del made["sparse"], made["report"]["inputs"]["report"]
+    made["sample"]["inputs"]["model"] = ["load", 0]
+    entry = server.queue(made)
+    assert "bypassed or not connected" in entry["outputs"]["text"]["text"][0]
+
+
 def test_bad_values_are_refused_and_the_queue_goes_on(server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.queue(graph("SVG2", density=7.0))

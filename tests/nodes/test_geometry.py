@@ -58,6 +58,12 @@ def hunyuan(**attributes: Any) -> dict[str, Any]:
     return {"patch_size": [1, 2, 2], "double_blocks": [SimpleNamespace()], **attributes}
 
 
+def test_a_reference_of_odd_size_loses_what_is_no_whole_patch():
+    reference = torch.zeros(1, 16, 9, 7)
+    made = layout("WanModel", (5, 9, 7), 8, {"ref_conv": object()}, reference_latent=reference)
+    assert made == VideoLayout(5, 5, 4, text_before=4 * 3)
+
+
 def test_hunyuan_text_is_the_sum_of_its_encoders():
     extra = {"txt_byt5": torch.zeros(1, 20, 4), "clip_fea": torch.zeros(1, 9, 4)}
     assert layout("HunyuanVideo", (5, 8, 8), 30, hunyuan(byt5_in=object()), **extra).text_before == 59

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -334,7 +335,7 @@ def test_few_tokens_stay_dense():
 
 def test_what_a_method_cannot_do_is_said_before_the_model_works():
     executor = Executor(RECORDED["wan"])
-    with pytest.raises(ValueError, match=r"SVG density 0\.01 is below"):
+    with pytest.raises(ValueError, match=r"^Sparse Attention \(test\): SVG density 0\.01 is below"):
         step(session_of(SVG(density=0.01)), executor)
     assert not executor.inputs
 
@@ -364,6 +365,25 @@ def test_news_are_the_runs_since_the_last_time():
     assert session.news().runs() == [1]
     run(session, RECORDED["wan"], BATCHED)
     assert session.news().runs() == [2]
+
+
+def test_an_earlier_entry_of_the_queue_is_no_news():
+    session, wan = session_of(), RECORDED["wan"]
+    for queued in ("interrupted", "this", "this"):
+        session.begin(queued)
+        step(session, Executor(wan))
+        session.end()
+    assert session.news().runs() == [1, 2]
+
+
+def test_notes_are_shown_with_the_run_that_they_are_true_of(caplog):
+    session = session_of()
+    for family in ("UnknownModel", "WanModel", "UnknownModel"):
+        session.begin()
+        step(session, Executor(replace(RECORDED["wan"], model=model_of(family, **WAN))))
+        unknown = [note for note in session.news().notes if "is no model that sparse attention knows" in note]
+        assert len(unknown) == (family == "UnknownModel")
+    assert caplog.text.count("is no model that sparse attention knows") == 1
 
 
 def test_records_do_not_pile_up():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,10 +161,18 @@ def test_weights_that_are_damaged(tmp_path):
         load(str(folder), "auto", Residency(CPU, lambda *_: None))
 
 
-def test_packages_that_are_missing(monkeypatch):
-    monkeypatch.setattr(pipelines, "NEEDED", ("torch", "no_such_package"))
-    with pytest.raises(BadInput, match=r"^no_such_package is not installed: .*requirements\.txt"):
+def test_packages_that_are_missing_or_too_old(monkeypatch, tmp_path):
+    (tmp_path / "needs.txt").write_text("# why\nno_such_package>=1\ntorch>=99\ndiffusers>=0.42\n")
+    monkeypatch.setattr(pipelines, "REQUIREMENTS", tmp_path / "needs.txt")
+    words = r"^diffusers pipelines need no_such_package>=1 \(not installed\), torch>=99 \(found 2\..*needs\.txt$"
+    with pytest.raises(BadInput, match=words):
         load("demo", "auto", Residency(CPU, lambda *_: None))
+
+
+def test_a_backend_that_is_fast_on_the_device_is_asked_for_first(pipeline):
+    elsewhere = replace(pipeline, residency=Residency(torch.device("mps"), lambda *_: None))
+    with pytest.raises(BadInput, match="finds no backend that is fast on mps: .*triton runs on cuda, cpu, not on mps"):
+        elsewhere.accelerated(Acceleration())
 
 
 def test_nan_is_an_error_and_no_black_video(pipeline):

@@ -8,8 +8,8 @@ from diffusers import WanPipeline
 
 from vidaccel import AutoencoderDCV, VideoLayout, demo
 from vidaccel.nodes.previews import decode_frame, decodes_quickly, preview_latent
-from vidaccel.nodes.residency import Residency, working_memory
-from vidaccel.request import Settings
+from vidaccel.nodes.residency import Residency, part_bytes, working_memory
+from vidaccel.request import BadInput, Settings
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,26 @@ def test_every_part_is_brought_in_before_it_works_and_only_when_another_was_ther
     residency.begin(pipe, layout, settings)  # something else may have taken the device
     run(pipe)
     assert len(order) == 6
+
+
+def test_a_part_is_asked_for_anew_when_something_else_used_the_device():
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.set_progress_bar_config(disable=True)
+    order = []
+    residency = Residency(torch.device("cpu"), lambda part, memory: order.append(type(part).__name__))
+    residency.attach(pipe)
+    run(pipe, callback_on_step_end=lambda *_: residency.invalidate() or {})
+    assert order == ["UMT5EncoderModel", "WanTransformer3DModel", "WanTransformer3DModel", "AutoencoderKLWan"]
+
+
+def test_weights_that_the_device_cannot_hold_are_refused_before_anything_runs(pipe):
+    settings, layout = Settings("x", frames=9, height=64, width=64), VideoLayout(3, 4, 4)
+    size = part_bytes(pipe)["transformer"]
+    # And the rotary tables, which move with them.
+    assert 4 * pipe.transformer.num_parameters() <= size < 4.3 * pipe.transformer.num_parameters()
+    Residency(torch.device("cpu"), lambda *_: None, capacity=size).begin(pipe, layout, settings)
+    with pytest.raises(BadInput, match=r"the transformer of this pipeline takes 0\.0 GiB, and cpu has 0\.0"):
+        Residency(torch.device("cpu"), lambda *_: None, capacity=size - 1).begin(pipe, layout, settings)
 
 
 def test_a_stop_is_seen_before_a_part_works():

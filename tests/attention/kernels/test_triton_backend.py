@@ -23,7 +23,7 @@ def test_a_missing_triton_names_the_extra(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     for device in (CPU, CUDA):
-        assert 'pip install "vidaccel[gpu]"' in TritonBackend().unavailable(device)
+        assert "pip install triton (on Windows: triton-windows)" in TritonBackend().unavailable(device)
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
