@@ -9,7 +9,10 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print the result; 2 for settings that cannot be used, 1 for a loss of NaN, 130 when stopped."""
+    """Parse, run, print the result; 130 when stopped.
+
+    2 for settings or checkpoints that cannot be used, 1 for a loss of NaN or a file that cannot be read or written.
+    """
     # Before torch is imported: OpenMP threads that spin between small operations make a small model many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from . import run
@@ -32,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except (Diverged, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:

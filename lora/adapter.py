@@ -10,11 +10,15 @@ from typing import Any
 from torch import nn
 
 from ..pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE
-from .checkpoint import save_tensors
+from .checkpoint import replaced, save_tensors
 
 
 def add_lora(transformer: nn.Module, targets: str, rank: int, alpha: float) -> None:
-    """Put a LoRA in float32 on the linear layers of a diffusers model whose names match the expression `targets`."""
+    """Put a LoRA in float32 on the linear layers of a diffusers model whose names match the expression `targets`.
+
+    Raises:
+        ValueError: no layer has such a name, or the model has a LoRA already.
+    """
     from peft import LoraConfig
 
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
@@ -24,7 +28,11 @@ def add_lora(transformer: nn.Module, targets: str, rank: int, alpha: float) -> N
 
 
 def merge(transformer: nn.Module) -> None:
-    """Add the LoRA to the weights and remove it."""
+    """Add the LoRA to the weights and remove it.
+
+    Raises:
+        ValueError: the sum is NaN or infinite.
+    """
     transformer.fuse_lora()
     transformer.unload_lora()
 
@@ -40,14 +48,18 @@ def save_adapter(
         trained_fully: beginnings of the names of parameters that were trained as they are.
         facts: what the adapter belongs to.
         with_lora: whether there is a LoRA.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; what was in the folder is untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     full = {n: p.detach() for n, p in transformer.named_parameters() if n.startswith(trained_fully)}
-    save_tensors(full, folder / FULL_FILE)
-    if with_lora:
-        _save_lora(transformer, folder / LORA_FILE)
     config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
-    (folder / FACTS_FILE).write_text(json.dumps({**facts, "lora": with_lora, "transformer": config}, indent=2) + "\n")
+    stated = json.dumps({**facts, "lora": with_lora, "transformer": config}, indent=2)
+    with replaced(folder) as draft:
+        save_tensors(full, draft / FULL_FILE)
+        if with_lora:
+            _save_lora(transformer, draft / LORA_FILE)
+        (draft / FACTS_FILE).write_text(stated + "\n", encoding="utf-8")
     return folder
 
 

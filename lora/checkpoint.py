@@ -107,7 +107,7 @@ class CheckpointFolder:
         """
         target = self.folder / f"{_PREFIX}{checkpoint.total_steps:08d}"
         try:
-            with _draft(target) as draft:
+            with replaced(target) as draft:
                 for name in ("trained", "weights", "average"):
                     _write_tensors(draft / f"{name}.safetensors", getattr(checkpoint, name))
                 with open(draft / "state.pt", "wb") as file:
@@ -194,8 +194,22 @@ def save_tensors(
     return path
 
 
+def save_text(text: str, path: Path) -> None:
+    """Write a file in UTF-8 whole, or not at all, in a folder that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _write(beside, text.encode())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 @contextmanager
-def _draft(target: Path) -> Iterator[Path]:
+def replaced(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its name when the block succeeds and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.part")
@@ -205,8 +219,10 @@ def _draft(target: Path) -> Iterator[Path]:
         yield draft
         _flush_folder(draft)
         if target.exists():
-            # The same step again, after a resume from before it. One rename cannot replace a folder that is not empty.
+            # Such as the same step again, after a resume from before it. One rename cannot replace a folder that is not
+            # empty.
             old = target.with_name(f".{target.name}.old.part")
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
             os.replace(draft, target)
             shutil.rmtree(old, ignore_errors=True)

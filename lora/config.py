@@ -61,6 +61,10 @@ class Settings:
         """Faults of the fields together, each beginning with the field's name."""
         return ()
 
+    def free_here(self) -> Iterable[str]:
+        """Fields that a run may be resumed with another value of because of what the others are."""
+        return ()
+
 
 def load(cls: type[T], file: str | Path, overrides: Iterable[str] = ()) -> T:
     """The settings in a YAML file.
@@ -110,8 +114,10 @@ def as_yaml(config: Settings) -> str:
 
 def differences(old: Settings, new: Settings) -> list[str]:
     """One line for each setting that differs and that a resumed run may not change."""
-    before, after = dict(_flat(old)), dict(_flat(new))
-    names = [*before, *(name for name in after if name not in before)]
+    # What is free in one of the two only, because of its other settings, counts.
+    fixed = {name for config in (old, new) for name, _ in _flat(config)}
+    before, after = flat(old), flat(new)
+    names = [name for name in {**before, **after} if name in fixed]
     return [
         f"{name}: {_shown(before, name)} then, {_shown(after, name)} now"
         for name in names
@@ -266,8 +272,9 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _flat(value: Any, path: str = "", everything: bool = False) -> Iterator[tuple[str, Any]]:
     if is_dataclass(value):
+        free = set(value.free_here())
         for field in fields(value):
-            if everything or not field.metadata.get("free"):
+            if everything or not (field.metadata.get("free") or field.name in free):
                 yield from _flat(getattr(value, field.name), _join(path, field.name), everything)
     elif isinstance(value, tuple) and any(is_dataclass(entry) for entry in value):
         for number, entry in enumerate(value):

@@ -30,7 +30,8 @@ def run(
         ConfigError: settings that cannot be used.
         CheckpointError: a checkpoint that cannot be written, read or continued.
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
-        Diverged: the loss is no number any more.
+        Diverged: the loss or a weight is no number any more.
+        OSError: the result cannot be written, or a clip that is measured is gone.
     """
     from .config import ConfigError, build, read
     from .recipes import find

@@ -32,6 +32,9 @@ def make_optimizer(
     """The optimiser of a phase; each group has the key `scale`, what the learning rate is multiplied by.
 
     Weight decay is for matrices, not for vectors.
+
+    Raises:
+        ValueError: muon for parameters whose learning rates have different scales.
     """
     groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():

@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from .averages import Averages
 from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, set_random_state
 from .config import ConfigError, as_yaml
 from .data.plan import Plan
 from .draws import Draws, derive_seed
+from .fsdp import autocast_forward, layers_of, plugin_of
 from .loader import batches, to_device
 from .optim import learning_rate, make_optimizer, set_learning_rate
+from .phase_state import restore, take
 from .record import Means
-from .sharding import copy_whole, optimizer_state, whole
+from .sharding import all_finite, whole
 
 if TYPE_CHECKING:
     from .recipes.base import Phase
@@ -35,7 +39,7 @@ class Stopped(Exception):
 
 
 class Diverged(ArithmeticError):
-    """The loss became NaN or infinite; the message names the last good checkpoint."""
+    """The loss or the weights became NaN or infinite; the message names the last good checkpoint."""
 
 
 class PhaseRun:
@@ -59,11 +63,27 @@ class PhaseRun:
     def total_steps(self) -> int:
         return self.before + self.step
 
-    def train(self, checkpoint: Checkpoint | None) -> Tensors:
-        """Run the steps that are left; returns the result of the phase, by parameter name."""
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Build the model and the optimiser, and take up where a checkpoint left; nothing of it is kept.
+
+        Raises:
+            ConfigError: settings that do not go together with FSDP, or no clip that can be read.
+            CheckpointError: a checkpoint of another number of clips a step, or of another model; or a cache that cannot
+                be written.
+        """
         self._build()
         if checkpoint is not None:
-            self._restore(checkpoint)
+            restore(self, checkpoint)
+            self.trainer.record.say(f"phase {self.phase.name}: continues after step {self.step}.")
+
+    def train(self) -> Tensors:
+        """Run the steps that are left, after `begin`; returns the result of the phase, by parameter name.
+
+        Raises:
+            Stopped: on SIGINT or SIGTERM, after a checkpoint.
+            Diverged: the loss or a weight is no number any more; no checkpoint is written of it.
+            CheckpointError: the last checkpoint cannot be written.
+        """
         if not self._done():
             self._steps()
         return self._result()
@@ -73,21 +93,22 @@ class PhaseRun:
     def _build(self) -> None:
         accelerator, phase = self.accelerator, self.phase
         seed = trainer_seed(self.trainer.config.seed, phase.name)
+        if self.settings.optimizer == "muon" and plugin_of(accelerator) is not None:
+            raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
+        # Before the model is there, so that what encodes the clips has the memory for itself.
+        self.clips = phase.clips()
         _seed_all(derive_seed(seed, "process", 0))
         module = phase.setup(self.trained)
-        if self.settings.optimizer == "muon" and getattr(accelerator.state, "fsdp_plugin", None) is not None:
-            raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError(f"phase {phase.name} trains nothing: set requires_grad in its setup.")
         optimizer = make_optimizer(self.settings, named, phase.learning_rate_scale)
         accelerator.gradient_accumulation_steps = self.settings.accumulate
         accelerator.step = 0
-        self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        self.model, self.optimizer = self._prepared(module, optimizer)
         self.module = accelerator.unwrap_model(self.model)
         # Sharding replaces parameters.
         self.named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.clips = phase.clips()
         self.plan = Plan(
             self.clips.sizes,
             self.clips.members,
@@ -96,46 +117,29 @@ class PhaseRun:
             accelerator.num_processes,
             seed,
         )
-        self.average = self._make_average()
+        self.average = Averages(self.named, self.settings.ema_decay) if self.settings.ema_decay else None
         # Processes must differ in dropout and the like, but not in what `setup` initialised.
         _seed_all(derive_seed(seed, "process", accelerator.process_index))
         count = sum(p.numel() for p in self.named.values())
         self.trainer.record.say(f"phase {phase.name}: {self.settings.steps} steps, {count:,} trained parameters.")
 
-    def _make_average(self) -> Any:
-        if not self.settings.ema_decay:
-            return None
-        from diffusers.training_utils import EMAModel
+    def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Both as accelerate wraps them."""
+        plugin = plugin_of(self.accelerator)
+        if plugin is None:
+            return self.accelerator.prepare(module, optimizer)
+        autocast_forward(self.accelerator, module)
+        with layers_of(plugin, module) as absent:
+            if absent:
+                self.trainer.record.say(
+                    f"phase {self.phase.name} has no {', '.join(absent)}: FSDP does not split by it."
+                )
+            return self.accelerator.prepare(module, optimizer)
 
-        return EMAModel(self.named.values(), decay=self.settings.ema_decay, foreach=True)
-
-    def _global_batch(self) -> int:
+    @property
+    def global_batch(self) -> int:
+        """Clips of an optimiser step, over all processes."""
         return self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.global_batch != self._global_batch():
-            raise CheckpointError(
-                f"the checkpoint was written with {checkpoint.global_batch} clips a step over all processes, now there "
-                f"are {self._global_batch()}: use as many processes as then, or change batch_size or accumulate."
-            )
-        if set(checkpoint.weights) != set(self.named):
-            odd = sorted(set(checkpoint.weights) ^ set(self.named))
-            raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")
-        for name, parameter in self.named.items():
-            copy_whole(parameter, checkpoint.weights[name])
-        if self.average is not None:
-            for shadow, name in zip(self.average.shadow_params, self.named, strict=True):
-                copy_whole(shadow, checkpoint.average[name])
-            self.average.optimization_step = checkpoint.state["average_steps"]
-        inner = self.optimizer.optimizer
-        ordered = [p for group in inner.param_groups for p in group["params"]]
-        inner.load_state_dict(optimizer_state(checkpoint.state["optimizer"], ordered))
-        if self.accelerator.scaler is not None and checkpoint.state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        if len(checkpoint.random) == self.accelerator.num_processes:
-            set_random_state(checkpoint.random[self.accelerator.process_index])
-        self.trainer.record.say(f"phase {self.phase.name}: continues after step {self.step}.")
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -155,14 +159,16 @@ class PhaseRun:
         while not self._done():
             rate = learning_rate(settings, self.step, self.seconds)
             set_learning_rate(self.optimizer, rate)
-            means.add(self._one_step(stream))
+            step_values = self._one_step(stream)
+            means.add(step_values)
             self.step += 1
             self.seconds = time.perf_counter() - begin
             last = self._done()
             if self.step % loop.log_every == 0 or last:
                 seconds = (self.seconds - logged_seconds) / (self.step - logged_at)
                 values = {**means.take(self.accelerator), "learning_rate": rate, "seconds_per_step": seconds}
-                self._check_loss(values["loss"])
+                if not math.isfinite(values["loss"]):
+                    raise self._diverged(f"the loss of phase {self.phase.name} is {values['loss']}")
                 record.write(self.phase.name, self.step, self.total_steps, values)
                 logged_at, logged_seconds = self.step, self.seconds
             if last or (loop.validate_every and self.step % loop.validate_every == 0):
@@ -172,6 +178,7 @@ class PhaseRun:
             self.stopped = stopped = self._agree(self.trainer.stop)
             if last or stopped or self.step % loop.save_every == 0:
                 away = time.perf_counter()
+                self._check_finite(step_values["loss"])
                 self._save(must=last or stopped)
                 begin += time.perf_counter() - away
             if stopped and not last:
@@ -195,16 +202,22 @@ class PhaseRun:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.average.step(self.named.values())
+            self.average.update()
         return means
 
-    def _check_loss(self, loss: float) -> None:
-        if math.isfinite(loss):
-            return
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        """Let nothing be saved that is no number, in whichever process it is: it would push out good checkpoints."""
+        kept = [*self.named.values(), *(self.average.tensors if self.average is not None else ())]
+        fine = all_finite([loss, *kept])
+        flag = torch.tensor([float(not fine)], device=self.accelerator.device)
+        if self.accelerator.reduce(flag, "sum").item():
+            raise self._diverged(f"the loss or a weight of phase {self.phase.name} is NaN or infinite")
+
+    def _diverged(self, what: str) -> Diverged:
         saved = self.trainer.checkpoints.saved()
-        raise Diverged(
-            f"the loss of phase {self.phase.name} is {loss} by step {self.step}: lower learning_rate or clip, or use "
-            f"mixed_precision bf16 or no. {f'The last checkpoint is {saved[-1]}.' if saved else 'Nothing was saved.'}"
+        return Diverged(
+            f"{what} by step {self.step}: lower learning_rate or clip, or use mixed_precision bf16 or no. "
+            f"{f'The last checkpoint is {saved[-1]}.' if saved else 'Nothing was saved.'}"
         )
 
     def _done(self) -> bool:
@@ -227,29 +240,17 @@ class PhaseRun:
     def averaged(self) -> Iterator[None]:
         """The model with its averaged weights and in eval mode; nothing of the training changes."""
         states = random_state()
-        if self.average is not None:
-            self.average.store(self.named.values())
-            self.average.copy_to(self.named.values())
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.average.in_place() if self.average is not None else contextlib.nullcontext():
                 yield
         finally:
             self.model.train()
-            if self.average is not None:
-                self.average.restore(self.named.values())
             set_random_state(states)
 
     def _validate(self) -> None:
         with self.averaged():
-            folder = self.trainer.out / "validation"
-            if self.accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-            try:
-                values = self.phase.validate(self.model, folder, self.total_steps)
-            except OSError as error:
-                logger.error("validation could not write to %s: %s. The run goes on.", folder, error)
-                return
+            values = self.phase.validate(self.model, self.trainer.out / "validation", self.total_steps)
         if values:
             record = self.trainer.record
             record.write(
@@ -257,29 +258,11 @@ class PhaseRun:
             )
 
     def _result(self) -> Tensors:
-        if self.average is None:
-            return whole(self.named)
-        return dict(zip(self.named, whole(self.average.shadow_params), strict=True))
+        return whole(self.named) if self.average is None else self.average.whole()
 
     def _save(self, must: bool) -> None:
         """Write a checkpoint. Where it fails and need not be now, say so and go on."""
-        scaler = self.accelerator.scaler
-        checkpoint = Checkpoint(
-            phase=self.phase.name,
-            step=self.step,
-            total_steps=self.total_steps,
-            seconds=self.seconds,
-            global_batch=self._global_batch(),
-            trained=self.trained,
-            weights=whole(self.named),
-            average=self._result() if self.average is not None else {},
-            state={
-                "optimizer": whole(self.optimizer.optimizer.state_dict()),
-                "average_steps": self.average.optimization_step if self.average is not None else 0,
-                "scaler": scaler.state_dict() if scaler is not None else {},
-            },
-            random=self._random_states(),
-        )
+        checkpoint = take(self)
         if self.accelerator.is_main_process:
             try:
                 self.trainer.checkpoints.save(checkpoint, as_yaml(self.trainer.config))
@@ -288,13 +271,6 @@ class PhaseRun:
                     raise
                 logger.error("%s The run goes on and tries again in %d steps.", error, self.loop.save_every)
         self.accelerator.wait_for_everyone()
-
-    def _random_states(self) -> list[dict[str, Any]]:
-        if self.accelerator.num_processes == 1:
-            return [random_state()]
-        from accelerate.utils import gather_object
-
-        return gather_object([random_state()])
 
 
 def trainer_seed(seed: int, phase: str) -> int:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """A block that writes files into a folder, made for it. Where that fails, say so and go on: training is worth more.
+
+    Only writing belongs into the block: other errors would be taken for one of writing.
+    """
+    with contextlib.suppress(OSError):  # then nothing can be written to it either, which is said below
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except OSError as error:
+        logger.error("validation could not write to %s: %s. The run goes on.", folder, error)
 
 
 def strips(videos: Sequence[torch.Tensor], columns: int = 6) -> np.ndarray:

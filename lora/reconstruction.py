@@ -97,8 +97,19 @@ class Reconstruction(nn.Module):
         # In a list, so that it is no part of the module: it is not trained, saved or sharded.
         self._perceptual = [perceptual_network()] if settings.perceptual else []
 
-    def forward(self, video: torch.Tensor, adversarial: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and its parts, of a video `[B, 3, T, H, W]` in [-1, 1]."""
+    def forward(
+        self, video: torch.Tensor, adversarial: bool = True, reconstruct: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, and its parts, of a video `[B, 3, T, H, W]` in [-1, 1].
+
+        Args:
+            video: the clips.
+            adversarial: whether the discriminator's judgement counts in the loss.
+            reconstruct: give what the autoencoder makes of the video instead. It is asked through this module, because
+                only its own call gathers the weights where they are sharded.
+        """
+        if reconstruct:
+            return self.autoencoder(video).sample
         settings = self.settings
         latent = self.autoencoder.encode(video).latent
         made = self.autoencoder.decode(latent).sample.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,7 +31,7 @@ class PhaseSettings(Settings):
     """One phase of training.
 
     Args:
-        steps: optimiser steps; 0 skips the phase.
+        steps: optimiser steps; 0 skips the phase. A run may be resumed with another number if `schedule` is "constant".
         learning_rate: the peak.
         warmup: steps in which it rises linearly to the peak.
         schedule: what follows: "constant", or "cosine" or "linear" down to `final_rate` of the peak. With
@@ -58,6 +58,10 @@ class PhaseSettings(Settings):
     batch_size: int = setting(1, low=1)
     accumulate: int = setting(1, low=1)
     max_minutes: float | None = setting(None, above=0, free=True)
+
+    def free_here(self) -> Iterable[str]:
+        # Without a fall of the learning rate, no step depends on how many there will be.
+        return ("steps",) if self.schedule == "constant" else ()
 
 
 @dataclass(frozen=True)

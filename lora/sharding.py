@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def whole(value: Any) -> Any:
-    """A copy on the CPU; of sharded tensors (FSDP 2) the whole, for which every process must call this."""
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of FSDP 2, of which this process holds a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(value: Any, keep: bool = True) -> Any:
+    """A copy on the CPU; of sharded tensors (FSDP 2) the whole, for which every process must call this.
+
+    Args:
+        value: a tensor, or nested mappings and lists of them.
+        keep: False in a process that only takes part; it gets None for each tensor and copies nothing.
+    """
     if isinstance(value, torch.Tensor):
-        gathered = value.full_tensor() if hasattr(value, "full_tensor") else value
-        return gathered.detach().to("cpu", copy=True)
+        gathered = value.full_tensor() if is_sharded(value) else value
+        return gathered.detach().to("cpu", copy=True) if keep else None
     if isinstance(value, Mapping):
-        return {key: whole(entry) for key, entry in value.items()}
+        return {key: whole(entry, keep) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [whole(entry) for entry in value]
+        return [whole(entry, keep) for entry in value]
     return value
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether what this process holds of the tensors has neither NaN nor infinity."""
+    parts = (tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors)
+    checks = [part.detach().isfinite().all() for part in parts]
+    return not checks or bool(torch.stack([check.to(checks[0].device) for check in checks]).all())
 
 
 def copy_whole(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -41,7 +58,7 @@ def optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> di
 
 
 def _like(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    if not hasattr(target, "full_tensor"):
+    if not is_sharded(target):
         return source.to(target.device)
     from torch.distributed.tensor import distribute_tensor
 

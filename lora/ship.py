@@ -7,8 +7,6 @@ autoencoder beside the adapter. The built-in "demo-dc" was packed with it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -20,10 +18,11 @@ def ship(run: Path, target: Path) -> Path:
 
     Args:
         run: the `out` of the run.
-        target: the folder to write; what was there is replaced once all is written.
+        target: the folder to write; an adapter that was there is replaced once all is written.
 
     Raises:
         FileNotFoundError: the run is not finished, or its autoencoder is gone.
+        FileExistsError: `target` is there and no adapter.
     """
     import torch
     from safetensors import safe_open
@@ -31,14 +30,15 @@ def ship(run: Path, target: Path) -> Path:
 
     from ..autoencoders import AutoencoderDCV
     from ..pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE
+    from .checkpoint import replaced
 
     source = run / "adapter"
     if not (source / FACTS_FILE).is_file():
         raise FileNotFoundError(f"{source} holds no {FACTS_FILE}: let the run of ae_adapt come to its end first.")
     facts = json.loads((source / FACTS_FILE).read_text(encoding="utf-8"))
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
-    draft.mkdir(parents=True)
-    try:
+    if target.exists() and not (target / FACTS_FILE).is_file():
+        raise FileExistsError(f"{target} exists and is no adapter (no {FACTS_FILE}): give another name, or delete it.")
+    with replaced(target) as draft:
         for name in (FULL_FILE, LORA_FILE):
             if (source / name).is_file():
                 # The LoRA's alpha is in the metadata: without it, diffusers would take the rank.
@@ -49,10 +49,6 @@ def ship(run: Path, target: Path) -> Path:
         vae = AutoencoderDCV.from_pretrained(run / "pipeline" / "vae", dtype=torch.float16)
         vae.save_pretrained(draft / "vae")
         (draft / FACTS_FILE).write_text(json.dumps({**facts, "autoencoder": "vae"}, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        draft.replace(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
@@ -61,7 +57,11 @@ def main(
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
     """Pack adapter and autoencoder in half precision."""
-    ship(run, target)
+    try:
+        ship(run, target)
+    except OSError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     typer.echo(f"Wrote {target}, {size / 1e6:.1f} MB")
 

@@ -7,24 +7,28 @@ in the checkpoint, so a run that was interrupted continues on a CPU bit by bit a
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointFolder,
-    Tensors,
-    save_tensors,
-)
+from safetensors import SafetensorError
+
+from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
+from .fsdp import check_plugin, plugin_of
 from .phase_run import Diverged, PhaseRun, Stopped
 from .record import Record, choose_tracker
 
 __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
+
+logger = logging.getLogger(__name__)
+
+WAIT = timedelta(hours=12)
+"""How long processes wait for one another: while one encodes clips or writes results, the others may wait for hours."""
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,11 +41,12 @@ def make_accelerator(config: RunSettings) -> Accelerator:
     """The accelerator of a run, from the settings and from what `accelerate launch` says.
 
     Raises:
-        ConfigError: a precision that the device cannot do, or that another run in this process has fixed otherwise.
+        ConfigError: a precision that the device cannot do, or that another run in this process has fixed otherwise; or
+            FSDP 1.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     loop = config.loop
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != loop.mixed_precision:
@@ -53,12 +58,13 @@ def make_accelerator(config: RunSettings) -> Accelerator:
             # A folder of its own: tensorboard makes one with the recipe's name in it.
             project_config=ProjectConfiguration(config.out, logging_dir=str(Path(config.out) / "tracker")),
             cpu=loop.device == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         )
     except ValueError as error:
         raise ConfigError(f"accelerate refuses the settings: {error}") from error
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-        raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+    plugin = plugin_of(accelerator)
+    if plugin is not None:
+        check_plugin(plugin, loop.mixed_precision)
     return accelerator
 
 
@@ -100,17 +106,32 @@ class Trainer:
             CheckpointError: nothing to resume from, other settings than then, or a last checkpoint that cannot be
                 written.
             Stopped: on SIGINT or SIGTERM, after a checkpoint.
-            Diverged: the loss is no number any more.
+            Diverged: the loss or a weight is no number any more.
         """
         phases = list(self.recipe.phases())
+        if self.accelerator.is_main_process:
+            # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
+            self.checkpoints.clean()
+        self.accelerator.wait_for_everyone()
         start = self._start(resume, phases)
         self.recipe.prepare()
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.clean()
-            (self.out / "config.yaml").write_text(as_yaml(self.config), encoding="utf-8")
+            save_text(as_yaml(self.config), self.out / "config.yaml")
         self.accelerator.wait_for_everyone()
         self.record = Record(self.accelerator, self.config)
+        try:
+            trained = self._phases(phases, start)
+        except (Stopped, Diverged):
+            self.record.close()
+            raise
+        result = self.recipe.finish(trained) if self.accelerator.is_main_process else {}
+        self.accelerator.wait_for_everyone()
+        self.record.close()
+        return result
+
+    def _phases(self, phases: list[Phase], start: _Start) -> Tensors:
+        """Run the phases that are left; their results together."""
         trained, total = start.trained, start.total_steps
         names = [phase.name for phase in phases]
         first = names.index(start.phase) if start.phase else 0
@@ -122,19 +143,27 @@ class Trainer:
                     self.record.say(f"phase {phase.name}: skipped, it has 0 steps.")
                     continue
                 run = PhaseRun(self, phase, trained, total)
-                trained = trained | run.train(start.checkpoint if number == first else None)
+                run.begin(start.checkpoint if number == first else None)
+                start.checkpoint = None  # as large as weights and optimiser together
+                trained = trained | run.train()
                 total = run.total_steps
-                if self.accelerator.is_main_process:
-                    save_tensors(trained, self.out / "phases" / f"{phase.name}.safetensors")
+                self._keep(phase.name, trained)
                 phase.close()
                 if run.stopped and phase is not phases[-1]:
                     raise Stopped(f"stopped after phase {phase.name}; continue with --resume latest.")
                 del run
                 self.accelerator.free_memory()
-        result = self.recipe.finish(trained) if self.accelerator.is_main_process else {}
-        self.accelerator.wait_for_everyone()
-        self.record.close()
-        return result
+        return trained
+
+    def _keep(self, phase: str, trained: Tensors) -> None:
+        """Write the result of the phases so far. The checkpoint has it too, so a full disk is no reason to end here."""
+        if not self.accelerator.is_main_process:
+            return
+        file = self.out / "phases" / f"{phase}.safetensors"
+        try:
+            save_tensors(trained, file)
+        except (OSError, SafetensorError) as error:
+            logger.error("%s could not be written: %s. The run goes on.", file, error)
 
     def _start(self, resume: str | None, phases: list[Phase]) -> _Start:
         if resume == "auto":
@@ -158,8 +187,11 @@ class Trainer:
                 f"{path} was written with other settings, so it cannot be continued:\n  " + "\n  ".join(different)
             )
         checkpoint = self.checkpoints.load(path)
-        if checkpoint.phase not in [phase.name for phase in phases]:
+        steps = {phase.name: phase.settings.steps for phase in phases}
+        if checkpoint.phase not in steps:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, which this recipe does not have.")
+        if not steps[checkpoint.phase]:
+            raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, whose steps are 0 now: set 1 or more.")
         return _Start(checkpoint.phase, checkpoint, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
 
     @contextlib.contextmanager

@@ -79,13 +79,20 @@ def load_adapter(transformer: nn.Module, folder: Path) -> nn.Module:
     """Load an adapter into a transformer that `retarget` has prepared; its LoRA stays apart.
 
     Raises:
-        AdapterError: it belongs to a model of another shape.
+        AdapterError: it belongs to a model of another shape, or lacks a part of embedder or head.
     """
     from safetensors.torch import load_file
 
     facts = read_facts(folder)
     own = dict(transformer.named_parameters())
-    for name, value in load_file(folder / FULL_FILE).items():
+    full = load_file(folder / FULL_FILE)
+    missing = sorted(name for name in own if name.startswith(("patch_embedding.", "proj_out.")) and name not in full)
+    if missing:
+        raise AdapterError(
+            f"{folder / FULL_FILE} lacks {', '.join(missing)}, which start at random or at zero: it was not written as "
+            "a whole; write or download the adapter again."
+        )
+    for name, value in full.items():
         if name not in own or own[name].shape != value.shape:
             there = list(own[name].shape) if name in own else "absent"
             raise AdapterError(

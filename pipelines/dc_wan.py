@@ -7,6 +7,7 @@ Source: DC-VideoGen (arXiv 2509.25182). Everything but sizes is diffusers' own: 
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
@@ -228,6 +229,17 @@ class DCVideoGenImageToVideoPipeline(_DCVideoGen, WanImageToVideoPipeline):
         )
         return self._cropped(output, canvas, output_type, return_dict)
 
+    def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
+        """States of the image encoder, `[B, N, D]`.
+
+        Args:
+            image: pictures, tensors or arrays as the pipeline takes them, or a list of these, each with its batch. The
+                image encoder's own processor would take numbers in [0, 1] for bytes and divide them by 255 once more.
+            device: where the result goes.
+        """
+        images = image if isinstance(image, list) else [image]
+        return super().encode_image([picture for one in images for picture in _pictures(one)], device)
+
     def _on_canvas(self, image: Any, canvas: Canvas) -> Any:
         """The picture resized to the video and extended to the canvas; as it came where they are the same."""
         if image is None or not canvas.is_larger_in_space:
@@ -274,6 +286,19 @@ class DCVideoGenImageToVideoPipeline(_DCVideoGen, WanImageToVideoPipeline):
             )
         condition = image_condition(self.vae, image, count, last_image).to(device, dtype)
         return latents, condition.repeat_interleave(batch_size // image.shape[0], dim=0)
+
+
+def _pictures(image: Any) -> list:
+    """The PIL pictures of a tensor `[B, 3, H, W]` or an array `[B, H, W, 3]` of floats in [0, 1], or in [-1, 1] where
+    one is below 0, as diffusers has it; others as they came.
+    """
+    if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+        image = torch.from_numpy(image).movedim(-1, -3)
+    if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+        return [image]
+    pixels = image.detach().float().cpu().reshape(-1, *image.shape[-3:])
+    pixels = pixels if pixels.min() < 0 else pixels * 2 - 1
+    return VideoProcessor(vae_scale_factor=1).postprocess(pixels, output_type="pil")
 
 
 def image_condition(

@@ -51,6 +51,10 @@ class Backbone(ABC):
     def teacher(self) -> nn.Module:
         """The pre-trained embedder, frozen. Called with a batch of parts, it gives tokens."""
 
+    def told(self, sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The noise levels nearest to `sigma`, `[B]`, that the model can be told when it computes in `dtype`."""
+        return sigma
+
     @abstractmethod
     def velocity(
         self,
@@ -109,8 +113,8 @@ class Encoder(ABC):
     identities: Mapping[str, str]
 
     @abstractmethod
-    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts of clips `[B, 3, T, H, W]` in [-1, 1], without gradients."""
+    def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """The parts of clips `[B, 3, T, H, W]` in [-1, 1], without gradients; all, or only the named ones."""
 
     def release(self) -> None:  # noqa: B027 - small ones may stay
         """Give memory back; what is needed later is loaded again."""
@@ -124,6 +128,9 @@ class TextEncoder(ABC):
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Text]:
         """Each prompt on the CPU, without padding."""
+
+    def park(self) -> None:  # noqa: B027 - small ones may stay
+        """Leave the GPU, but stay in memory for the next `encode`."""
 
     def release(self) -> None:  # noqa: B027 - small ones may stay
         """Give memory back; what is needed later is loaded again."""

@@ -76,6 +76,10 @@ class FluxBackbone(ImageBackbone):
         pairs = zip(states.float().cpu(), pooled.float().cpu(), strict=True)
         return [{"states": state.clone(), "pooled": pool.clone()} for state, pool in pairs]
 
+    def told(self, sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # diffusers casts the time to the type of the tokens before anything is computed of it.
+        return sigma.to(dtype).float()
+
     def velocity(
         self,
         model: nn.Module,

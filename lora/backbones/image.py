@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 from ..config import ConfigError
 from ..data.cache import fingerprint
 from .base import Backbone, Encoder, SampleRequest, Text, TextEncoder
-from .wan import forget_paths, read_config
+from .folders import load_autoencoder, load_part, read_config, to_cpu, write_model
 
 
 class ImageBackbone(Backbone):
@@ -58,7 +57,7 @@ class ImageBackbone(Backbone):
         if new.get("_class_name") != "AutoencoderDC":
             raise ConfigError(f"model.autoencoder: {autoencoder} is a {new.get('_class_name')}; give an AutoencoderDC.")
         self.check_base()
-        self.autoencoder = AutoencoderDC.from_pretrained(autoencoder, dtype=autoencoder_dtype)
+        self.autoencoder = load_autoencoder(AutoencoderDC, autoencoder, "model.autoencoder", dtype=autoencoder_dtype)
         self.autoencoder.requires_grad_(False).eval()
         self.latent_channels = self.autoencoder.config.latent_channels
         self.factor = self.autoencoder.spatial_compression_ratio
@@ -102,7 +101,7 @@ class ImageBackbone(Backbone):
         return None
 
     def student(self) -> nn.Module:
-        transformer = self._base_transformer()
+        transformer = self.transformer_class.from_pretrained(self.base, subfolder="transformer", dtype=self.dtype)
         self.swap(transformer)
         return transformer.requires_grad_(False)
 
@@ -110,11 +109,8 @@ class ImageBackbone(Backbone):
         return ImageAligner(self, self.new_embedding(), "latents")
 
     def teacher(self) -> ImageAligner:
-        embedding = self._base_transformer().get_submodule(self.embedding_name).float()
+        embedding = load_part(self.transformer_class, self.base, self.embedding_name, self.dtype).float()
         return ImageAligner(self, embedding, "teacher").requires_grad_(False).to(self.device)
-
-    def _base_transformer(self) -> nn.Module:
-        return self.transformer_class.from_pretrained(self.base, subfolder="transformer", dtype=self.dtype)
 
     def parts(self, align: bool) -> tuple[str, ...]:
         return ("latents", "teacher") if align else ("latents",)
@@ -139,12 +135,7 @@ class ImageBackbone(Backbone):
     def save(self, transformer: nn.Module, folder: Path) -> None:
         base = self.load("scheduler", *self.text_parts)
         vae = AutoencoderDC.from_pretrained(self.autoencoder_path)
-        beside = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(beside, ignore_errors=True)
-        self.assemble(base, vae, transformer.to("cpu")).save_pretrained(beside, safe_serialization=True)
-        forget_paths(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.replace(folder)
+        write_model(self.assemble(base, vae, transformer.to("cpu")), folder)
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         pipe = self.assemble(self.load("scheduler"), self.autoencoder.to(self.device), transformer)
@@ -191,25 +182,30 @@ class ImageEncoder(Encoder):
     def __init__(self, backbone: ImageBackbone, parts: tuple[str, ...]) -> None:
         self.backbone, self.parts = backbone, parts
         self._old: nn.Module | None = None
-        models = {"latents": backbone.autoencoder, "teacher": self.old if "teacher" in parts else None}
+        # Where they were loaded: it may be long before they run.
+        models = {"latents": backbone.autoencoder, "teacher": self._loaded_old() if "teacher" in parts else None}
         self.identities = {name: f"image {name} 1, {fingerprint(models[name])}" for name in parts}
 
     @property
     def old(self) -> nn.Module:
-        """The autoencoder of the base, in float32."""
+        """The autoencoder of the base, in float32, where it runs."""
+        return self._loaded_old().to(self.backbone.device)
+
+    def _loaded_old(self) -> nn.Module:
         if self._old is None:
             self._old = self.backbone.vae_class.from_pretrained(self.backbone.base, subfolder="vae")
             self._old.requires_grad_(False).eval()
-        return self._old.to(self.backbone.device)
+        return self._old
 
     @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        parts = self.parts if parts is None else parts
         pictures = pixels[:, :, 0].to(self.backbone.device)
         made = {}
-        if "latents" in self.parts:
+        if "latents" in parts:
             new = self.backbone.autoencoder.to(self.backbone.device)
             made["latents"] = new.encode(pictures.to(new.dtype)).latent.float() * new.config.scaling_factor
-        if "teacher" in self.parts:
+        if "teacher" in parts:
             made["teacher"] = self.backbone.old_latents(self.old, pictures)
         return {name: value[:, :, None] for name, value in made.items()}
 
@@ -224,18 +220,26 @@ class ImageTextEncoder(TextEncoder):
     def __init__(self, backbone: ImageBackbone) -> None:
         self.backbone = backbone
         self._pipe: DiffusionPipeline | None = None
-        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
+        encoders = [part for name, part in self._loaded().components.items() if name.startswith("text_encoder")]
         self.identity = " ".join([*(fingerprint(part) for part in encoders), str(backbone.dtype)])
 
     @property
     def pipe(self) -> DiffusionPipeline:
+        """A pipeline with nothing but tokenizers and text encoders, where it runs."""
+        return self._loaded().to(self.backbone.device)
+
+    def _loaded(self) -> DiffusionPipeline:
         if self._pipe is None:
             self._pipe = self.backbone.load(*self.backbone.text_parts)
-        return self._pipe.to(self.backbone.device)
+        return self._pipe
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Text]:
         return self.backbone.encode_prompts(self.pipe, prompts)
+
+    def park(self) -> None:
+        if self._pipe is not None:
+            to_cpu(self._pipe)
 
     def release(self) -> None:
         self._pipe = None

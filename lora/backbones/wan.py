@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from ...pipelines.dc_wan import DCVideoGenImageToVideoPipeline, DCVideoGenPipeli
 from ..config import ConfigError
 from ..flow import TIMESTEPS
 from .base import Backbone, SampleRequest, Text
+from .folders import load_autoencoder, load_part, read_config, write_model
 from .wan_encoding import WanEncoder, WanTextEncoder
 
 LORA_TARGETS = (
@@ -65,6 +64,11 @@ class WanBackbone(Backbone):
         self.config = read_config(WanTransformer3DModel, base, "transformer")
         vae = read_config(AutoencoderKLWan, base, "vae")
         new = read_config(AutoencoderDCV, autoencoder)
+        if new.get("_class_name") != "AutoencoderDCV":
+            raise ConfigError(
+                f"model.autoencoder: {autoencoder} is a {new.get('_class_name')}, but a Wan model is adapted to an "
+                "AutoencoderDCV, which is for videos. (An AutoencoderDC is for images: FLUX and SANA.)"
+            )
         if new.get("pad_frames"):
             raise ConfigError(
                 f"model.autoencoder: {autoencoder} has pad_frames {new['pad_frames']}; ae_adapt takes one with 0, "
@@ -82,8 +86,9 @@ class WanBackbone(Backbone):
         if merge_text_padding and self.image:
             raise ConfigError("model.merge_text_padding is for text-to-video models: set it to false.")
         self.merge_text_padding = merge_text_padding
-        self.autoencoder = AutoencoderDCV.from_pretrained(autoencoder, dtype=autoencoder_dtype)
+        self.autoencoder = load_autoencoder(AutoencoderDCV, autoencoder, "model.autoencoder", dtype=autoencoder_dtype)
         self.autoencoder.requires_grad_(False).eval()
+        self.autoencoder.enable_slicing()  # the same result, and a batch takes no more memory than a clip
 
     @property
     def in_channels(self) -> int:
@@ -113,8 +118,7 @@ class WanBackbone(Backbone):
         return Aligner(new_embedding(self.in_channels, self._inner), "latents", "condition")
 
     def teacher(self) -> Aligner:
-        transformer = WanTransformer3DModel.from_pretrained(self.base, subfolder="transformer", dtype=self.dtype)
-        embedding = transformer.patch_embedding.float()
+        embedding = load_part(WanTransformer3DModel, self.base, "patch_embedding", self.dtype).float()
         return Aligner(embedding, "teacher", "teacher_condition").requires_grad_(False).to(self.device)
 
     @property
@@ -207,12 +211,7 @@ class WanBackbone(Backbone):
         pipe = cls(
             **components, vae=AutoencoderDCV.from_pretrained(self.autoencoder_path), transformer=transformer.to("cpu")
         )
-        beside = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(beside, ignore_errors=True)
-        pipe.save_pretrained(beside, safe_serialization=True)
-        forget_paths(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.replace(folder)
+        write_model(pipe, folder)
 
 
 class Aligner(nn.Module):
@@ -256,26 +255,15 @@ def _check_fit(base: str, config: Mapping, vae: Mapping, index: Mapping) -> bool
             f"{z} and makes {z}, an image-to-video model takes {2 * z + 4} and makes {z}. Models with other inputs "
             "(VACE, control, first and last frame) do not fit."
         )
+    if config.get("pos_embed_seq_len") is not None:
+        raise ConfigError(
+            f"model.base: {base} is a model of first and last frame (pos_embed_seq_len is "
+            f"{config['pos_embed_seq_len']}): give one of text or first frame to video."
+        )
     patch = tuple(config["patch_size"])
     if patch[0] != 1 or patch[1] != patch[2] or not math.log2(patch[1]).is_integer():
         raise ConfigError(f"model.base: {base} has patches of {patch}; ae_adapt takes (1, p, p), p a power of 2.")
     return given != z
-
-
-def forget_paths(folder: Path) -> None:
-    """Remove where the parts were loaded from, which diffusers and transformers write into their configs."""
-    for file in folder.rglob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_config(cls: type, location: str, subfolder: str | None = None) -> dict:
-    try:
-        return dict(cls.load_config(location, subfolder=subfolder))
-    except (OSError, ValueError) as error:
-        where = f"{location}/{subfolder}" if subfolder else location
-        raise ConfigError(f"model: {where} has no readable config.json of a {cls.__name__}: {error}") from error
 
 
 def _pipeline(

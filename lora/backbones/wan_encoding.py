@@ -11,6 +11,7 @@ from torch import nn
 from ...pipelines.dc_wan import image_condition
 from ..data.cache import fingerprint
 from .base import Encoder, Text, TextEncoder
+from .folders import to_cpu
 
 PARTS = ("latents", "teacher", "condition", "teacher_condition", "image_embeds")
 
@@ -29,6 +30,10 @@ class WanEncoder(Encoder):
         autoencoder: the new one.
         parts: which of these.
         device: where it runs.
+
+    Raises:
+        ValueError: a part that there is not.
+        OSError: the base has no old autoencoder or no image encoder, where one of the parts needs it.
     """
 
     def __init__(
@@ -45,44 +50,53 @@ class WanEncoder(Encoder):
     def _model_of(self, part: str) -> str:
         if part in ("latents", "condition"):
             return fingerprint(self.autoencoder)
-        return fingerprint(self.old if part.startswith("teacher") else self.eye.image_encoder)
+        # Where they were loaded: it may be long before they run.
+        return fingerprint(self._loaded_old() if part.startswith("teacher") else self._loaded_eye().image_encoder)
 
     @property
     def old(self) -> AutoencoderKLWan:
-        """The autoencoder of the base, in float32."""
-        if self._old is None:
-            self._old = AutoencoderKLWan.from_pretrained(self.base, subfolder="vae").requires_grad_(False).eval()
-        return self._old.to(self.device)
+        """The autoencoder of the base, in float32, where it runs."""
+        return self._loaded_old().to(self.device)
 
     @property
     def eye(self) -> WanImageToVideoPipeline:
-        """A pipeline with nothing but the image encoder."""
+        """A pipeline with nothing but the image encoder, where it runs."""
+        return self._loaded_eye().to(self.device)
+
+    def _loaded_old(self) -> AutoencoderKLWan:
+        if self._old is None:
+            self._old = AutoencoderKLWan.from_pretrained(self.base, subfolder="vae").requires_grad_(False).eval()
+            self._old.enable_slicing()
+        return self._old
+
+    def _loaded_eye(self) -> WanImageToVideoPipeline:
         if self._eye is None:
             absent = ("tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae")
             self._eye = WanImageToVideoPipeline.from_pretrained(self.base, **dict.fromkeys(absent))
-        return self._eye.to(self.device)
+        return self._eye
 
     @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        parts = self.parts if parts is None else parts
         pixels = pixels.to(self.device)
         made = {}
-        if "latents" in self.parts:
+        if "latents" in parts:
             new = self.autoencoder.to(self.device)
             made["latents"] = new.encode(pixels.to(new.dtype)).latent.float() * new.config.scaling_factor
-        if "condition" in self.parts:
+        if "condition" in parts:
             count = pixels.shape[2] // 4
             made["condition"] = image_condition(self.autoencoder.to(self.device), pixels[:, :, 0], count).float()
         shown = pixels[:, :, 3:]
-        if "teacher" in self.parts:
+        if "teacher" in parts:
             made["teacher"] = self._normalised(shown)
-        if "teacher_condition" in self.parts:
+        if "teacher_condition" in parts:
             video = torch.zeros_like(shown)
             video[:, :, 0] = shown[:, :, 0]
             latents = self._normalised(video)
             mask = latents.new_zeros(latents.shape[0], 4, *latents.shape[2:])
             mask[:, :, 0] = 1
             made["teacher_condition"] = torch.cat([mask, latents], dim=1)
-        if "image_embeds" in self.parts:
+        if "image_embeds" in parts:
             pictures = [
                 (picture.permute(1, 2, 0).cpu() + 1).mul(127.5).round().byte().numpy() for picture in pixels[:, :, 0]
             ]
@@ -115,16 +129,19 @@ class WanTextEncoder(TextEncoder):
     ) -> None:
         self.base, self.dtype, self.device, self.length = base, dtype, torch.device(device), length
         self._pipe: WanPipeline | None = None
-        self.identity = f"{fingerprint(self.pipe.text_encoder)} {dtype} {length}"
+        self.identity = f"{fingerprint(self._loaded().text_encoder)} {dtype} {length}"
 
     @property
     def pipe(self) -> WanPipeline:
-        """A pipeline with nothing but tokenizer and text encoder."""
+        """A pipeline with nothing but tokenizer and text encoder, where it runs."""
+        return self._loaded().to(self.device)
+
+    def _loaded(self) -> WanPipeline:
         if self._pipe is None:
             absent = dict.fromkeys(("scheduler", "transformer", "transformer_2", "vae"))
             self._pipe = WanPipeline.from_pretrained(self.base, dtype=self.dtype, **absent)
             self._pipe.text_encoder.requires_grad_(False)
-        return self._pipe.to(self.device)
+        return self._pipe
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Text]:
@@ -134,6 +151,10 @@ class WanTextEncoder(TextEncoder):
         # The pipeline fills up with exact zeros, which a prompt's own states are not.
         lengths = [max(1, int(state.any(dim=1).sum())) for state in states]
         return [{"states": s[:n].float().cpu().clone()} for s, n in zip(states, lengths, strict=True)]
+
+    def park(self) -> None:
+        if self._pipe is not None:
+            to_cpu(self._pipe)
 
     def release(self) -> None:
         self._pipe = None

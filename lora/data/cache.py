@@ -40,6 +40,11 @@ class TensorCache:
             return None
 
     def write(self, tensors: dict[str, torch.Tensor], *identity: str) -> None:
+        """Keep named tensors under what they follow from.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
         try:
             save_tensors(tensors, self.path(*identity), flush=False)
         except (OSError, SafetensorError) as error:

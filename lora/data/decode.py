@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+_ORIENTATION = 274
+"""The EXIF tag of how a picture is turned."""
 
 
 class Undecodable(OSError):
@@ -73,14 +79,11 @@ def probe(path: Path) -> Media:
         Undecodable: no video or image.
     """
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as image:
-                image.verify()
-                return Media(image.height, image.width)
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise Undecodable(f"{path} cannot be decoded: {error}") from error
+        with _opened(path) as image:
+            image.verify()
+        with _opened(path) as image:  # nothing can be asked of one that was verified
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter, whichever way
+            return Media(image.width, image.height) if turned else Media(image.height, image.width)
     reader = None
     try:
         import imageio_ffmpeg
@@ -160,16 +163,26 @@ def _torchcodec(path: Path, media: Media, cut: Cut) -> np.ndarray:
 
 
 def _image(path: Path, media: Media, cut: Cut) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     scaled = cut.scaled(media)
     top, left = cut.corner(scaled)
+    with _opened(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        picture = upright.convert("RGB").resize((scaled[1], scaled[0]), Image.Resampling.BICUBIC)
+    return np.asarray(picture.crop((left, top, left + cut.width, top + cut.height)))[None].copy()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A PIL image; what goes wrong in the block is `Undecodable`."""
+    from PIL import Image
+
     try:
         with Image.open(path) as image:
-            picture = image.convert("RGB").resize((scaled[1], scaled[0]), Image.Resampling.BICUBIC)
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Undecodable(f"{path} cannot be decoded: {error}") from error
-    return np.asarray(picture.crop((left, top, left + cut.width, top + cut.height)))[None].copy()
 
 
 def _enough(frames: np.ndarray, path: Path, cut: Cut) -> np.ndarray:

@@ -43,6 +43,9 @@ class DemoScenes:
             return world.training_captions()
         return sorted({self.caption(index) for index in range(self.clips)})
 
+    def group(self, index: int) -> int:
+        return index
+
     def pixels(self, pick: Pick) -> torch.Tensor:
         rng = random.Random(self._seed(pick.index))
         scene = world.sample_scene(rng)

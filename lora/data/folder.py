@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..config import ConfigError
 from ..settings import DataSettings, SizeSettings
-from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cut, Media, Undecodable, check_decoder, probe, read_clip
+from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cut, Media, check_decoder, read_clip
+from .media_index import Known, content, look_into
 from .plan import Pick, nearest_size
 
 logger = logging.getLogger(__name__)
@@ -28,11 +26,12 @@ _PARTS = 2**20
 
 @dataclass(frozen=True)
 class Entry:
-    """One file and its caption."""
+    """One file, its caption, and the hash of its content where that is known."""
 
     path: Path
     caption: str
     media: Media
+    content: str | None = None
 
 
 class MediaFolder:
@@ -63,8 +62,9 @@ class MediaFolder:
         if not files:
             raise ConfigError(f"data.folder: {folder} holds no {data.kind} ({', '.join(suffixes)}).")
         captions = read_captions(folder, files, data.missing_captions) if need_captions else dict.fromkeys(files, "")
-        media = _probe_all(list(captions), data.cache)
-        entries = [Entry(path, text, media[path]) for path, text in captions.items() if path in media]
+        # Clips cut at random are not cached, so no one asks what they follow from.
+        known: dict[Path, Known] = look_into(list(captions), data.cache, contents=not random_crops)
+        entries = [Entry(p, text, known[p].media, known[p].content) for p, text in captions.items() if p in known]
         lost = len(captions) - len(entries)
         if lost:
             logger.warning(
@@ -99,16 +99,25 @@ class MediaFolder:
 
     def identity(self, pick: Pick) -> str:
         number, part = divmod(pick.index, _PARTS)
+        entry = self.entries[number]
         if number not in self._contents:
-            with open(self.entries[number].path, "rb") as file:
-                self._contents[number] = hashlib.file_digest(file, "sha256").hexdigest()
-        return f"file {self._contents[number]}, clip {part}, fps {self.data.fps}, size {list(pick.size)}, middle 1"
+            self._contents[number] = entry.content or content(entry.path)
+        decoder = "" if self.data.decoder == "imageio" else f", decoder {self.data.decoder}"
+        # 2: images are turned as their EXIF says.
+        version = 2 if self.data.kind == "images" else 1
+        return (
+            f"file {self._contents[number]}, clip {part}, fps {self.data.fps}, size {list(pick.size)}, "
+            f"middle {version}{decoder}"
+        )
 
     def caption(self, index: int) -> str:
         return self.entries[index // _PARTS].caption
 
     def captions(self) -> Sequence[str]:
         return list(dict.fromkeys(entry.caption for entry in self.entries))
+
+    def group(self, index: int) -> int:
+        return index // _PARTS
 
     def pixels(self, pick: Pick) -> torch.Tensor:
         number, part = divmod(pick.index, _PARTS)
@@ -148,7 +157,7 @@ def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -
         missing: "error", or "skip" files without a caption.
 
     Raises:
-        ConfigError: no metadata, a line that cannot be read, or missing captions.
+        ConfigError: no metadata, one that is not in UTF-8, a line that cannot be read, or missing captions.
     """
     found = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
     if not found:
@@ -156,7 +165,7 @@ def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -
     known = {path.relative_to(folder).as_posix(): path for path in files}
     captions: dict[Path, str] = {}
     bare, absent = [], []
-    for place, row in _rows(found[0]):
+    for place, row in _readable(found[0]):
         name, text = row.get("file_name"), row.get("text")
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{found[0]}, {place}: there is no file_name in it.")
@@ -181,6 +190,15 @@ def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -
     return captions
 
 
+def _readable(path: Path) -> Iterator[tuple[str, dict]]:
+    try:
+        yield from _rows(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not in UTF-8 ({error}): save it in UTF-8.") from error
+    except csv.Error as error:
+        raise ConfigError(f"{path} is no CSV: {error}") from error
+
+
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
@@ -197,41 +215,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             if not isinstance(row, dict):
                 raise ConfigError(f'{path}, line {number}: must be an object with "file_name" and "text".')
             yield f"line {number}", row
-
-
-def _probe_all(files: Sequence[Path], cache: str | None) -> dict[Path, Media]:
-    """What each decodable file holds; remembered in the cache by path, size and time."""
-    index_file = Path(cache).expanduser() / "media.json" if cache else None
-    index: dict[str, dict] = {}
-    if index_file is not None and index_file.is_file():
-        try:
-            index = json.loads(index_file.read_text(encoding="utf-8"))
-        except ValueError:
-            logger.warning("%s is damaged and is written anew.", index_file)
-
-    def stamp(path: Path) -> str:
-        facts = path.stat()
-        return f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-
-    def look(path: Path) -> Media | None:
-        known = index.get(stamp(path))
-        if known is not None:
-            return Media(**known)
-        try:
-            return probe(path)
-        except Undecodable as error:
-            logger.warning("%s; it is left out.", error)
-            return None
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = {path: media for path, media in zip(files, pool.map(look, files), strict=True) if media is not None}
-    if index_file is not None:
-        index.update({stamp(path): asdict(media) for path, media in found.items()})
-        index_file.parent.mkdir(parents=True, exist_ok=True)
-        beside = index_file.with_name(f".{index_file.name}.{os.getpid()}.part")
-        beside.write_text(json.dumps(index), encoding="utf-8")
-        os.replace(beside, index_file)
-    return found
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import torch
 
 from ..backbones.base import Encoder, Text, TextEncoder
+from ..config import ConfigError
 from ..draws import Place
 from ..recipes.base import Batch, Process
 from ..settings import SizeSettings
@@ -39,7 +42,7 @@ class Latents:
         encoder: Encoder,
         text_encoder: TextEncoder,
         cache: TensorCache | None,
-        held_out: Sequence[int] = (),
+        held_out: Collection[int] = (),
         prompts: Sequence[str] = (),
     ) -> None:
         self.source, self.sizes, self.cache = source, tuple(sizes), cache
@@ -72,12 +75,25 @@ class Latents:
             batch = {**batch, **self._encoder.encode(batch["pixels"])}
         return {**batch, "texts": self._texts[batch["caption"]]}
 
+    def encode(self, pixels: torch.Tensor) -> Batch:
+        """The parts of one clip `[3, T, H, W]`, on the CPU."""
+        return {name: value[0].cpu() for name, value in self._encoder.encode(pixels[None]).items()}
+
+    def release(self) -> None:
+        """Give back the memory of what encodes; it is loaded again when it is needed."""
+        self._encoder.release()
+
     def texts(self, prompts: Sequence[str]) -> list[Text]:
         """Prompts, encoded."""
         return self._texts[prompts]
 
     def fill(self, process: Process) -> None:
-        """Encode what the cache lacks, each process a share. Clips that cannot be read are dropped."""
+        """Encode what the cache lacks, each process a share. Clips that cannot be read are dropped, and counted.
+
+        Raises:
+            ConfigError: none can be read.
+            CheckpointError: the cache cannot be written.
+        """
         if self.cache is None:
             return
         self._texts.fill(sorted({*self.source.captions(), *self._prompts}), process)
@@ -87,8 +103,8 @@ class Latents:
                 logger.info("clips that are endless are not cached: set data.clips to have them encoded once.")
             return
         picks = [self._pick(size, index) for size, indices in self.members.items() for index in indices]
-        missing = [pick for pick in picks if not self._has(pick)]
-        for number, pick in enumerate(missing[process.index :: process.count]):
+        missing = [(pick, parts) for pick in picks if (parts := self._missing(pick))]
+        for number, (pick, parts) in enumerate(missing[process.index :: process.count]):
             if process.is_main and number % 100 == 0:
                 logger.info("encoding clips: %d of %d", number * process.count, len(missing))
             try:
@@ -96,14 +112,19 @@ class Latents:
             except OSError as error:
                 logger.warning("%s; it is left out.", error)
                 continue
-            for name, value in self._encoder.encode(pixels[None]).items():
+            for name, value in self._encoder.encode(pixels[None], parts).items():
                 self.cache.write({"tensor": value[0].cpu()}, *self._key(pick, name))
         self._encoder.release()
         process.wait()
         self.members = {
-            size: [index for index in indices if self._has(self._pick(size, index))]
+            size: [index for index in indices if not self._missing(self._pick(size, index))]
             for size, indices in self.members.items()
         }
+        lost = len(picks) - sum(map(len, self.members.values()))
+        if lost == len(picks):
+            raise ConfigError(f"data: none of the {lost} clips can be decoded; the log above says why of each.")
+        if lost and process.is_main:
+            logger.warning("%d of %d clips cannot be decoded and are left out.", lost, len(picks))
 
     def _pick(self, size: int, index: int) -> Pick:
         chosen = self.sizes[size]
@@ -112,8 +133,9 @@ class Latents:
     def _key(self, pick: Pick, part: str) -> tuple[str, ...]:
         return self.source.identity(pick), part, self.identities[part]
 
-    def _has(self, pick: Pick) -> bool:
-        return all(self.cache.has(*self._key(pick, name)) for name in self.identities)
+    def _missing(self, pick: Pick) -> tuple[str, ...]:
+        """The parts of a clip that the cache lacks."""
+        return tuple(name for name in self.identities if not self.cache.has(*self._key(pick, name)))
 
 
 class Texts:
@@ -122,19 +144,21 @@ class Texts:
     Args:
         encoder: of the captions.
         cache: where they are kept on disk, or None.
-        limit: how many stay in memory.
+        limit: bytes of them that stay in memory.
     """
 
-    def __init__(self, encoder: TextEncoder, cache: TensorCache | None, limit: int = 4096) -> None:
+    def __init__(self, encoder: TextEncoder, cache: TensorCache | None, limit: int = 2**30) -> None:
         self.encoder, self.cache, self.limit = encoder, cache, limit
         self._known: dict[str, Text] = {}
 
     def __getitem__(self, captions: Sequence[str]) -> list[Text]:
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
         if missing:
-            if len(self._known) + len(missing) > self.limit:
+            if sum(map(_size, self._known.values())) > self.limit:
                 self._known = {c: self._known[c] for c in set(captions) & set(self._known)}
             self._known.update(self._read(missing))
+            # A text encoder may be larger than the model, which now needs the memory.
+            self.encoder.park()
         return [self._known[caption] for caption in captions]
 
     def fill(self, captions: Sequence[str], process: Process) -> None:
@@ -157,3 +181,8 @@ class Texts:
 
     def _key(self, caption: str) -> tuple[str, ...]:
         return caption, "text 2", self.encoder.identity
+
+
+def _size(text: Text) -> int:
+    """Bytes of an encoded text."""
+    return sum(tensor.nbytes for tensor in text.values())

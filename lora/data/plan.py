@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..draws import Place, derive_seed
@@ -38,6 +38,9 @@ class Plan:
         accumulate: micro-steps a step.
         processes: how many there are.
         seed: of the order.
+
+    Raises:
+        ValueError: a finite set without clips.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class Plan:
             round_number += 1
 
 
-def without(members: Mapping[int, Sequence[int]] | None, indices: Sequence[int]) -> dict[int, list[int]] | None:
+def without(members: Mapping[int, Sequence[int]] | None, indices: Collection[int]) -> dict[int, list[int]] | None:
     """Members of a finite set without some indices; None stays None."""
     if members is None:
         return None

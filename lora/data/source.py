@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 
-from ..config import ConfigError
 from ..settings import DataSettings, SizeSettings
 from .plan import Pick
 
@@ -34,6 +33,10 @@ class Source(Protocol):
 
     def captions(self) -> Sequence[str]:
         """Every caption that can occur, each once."""
+        ...
+
+    def group(self, index: int) -> int:
+        """The file of a clip. Clips of one file are too much alike to train on some and measure with others."""
         ...
 
     def pixels(self, pick: Pick) -> torch.Tensor:
@@ -68,23 +71,6 @@ def sturdy_pixels(
             same = [n for n in members if (sizes[n].frames, sizes[n].height, sizes[n].width) == pick.size]
             pick = replace(pick, index=rng.choice([index for n in same for index in members[n]]))
     raise AssertionError("unreachable")
-
-
-def held_out(source: Source, size: SizeSettings, count: int) -> list[int]:
-    """Indices of clips to measure with: the first of a finite source; of an endless one, seeds that never occur.
-
-    Raises:
-        ConfigError: nothing would be left to train on.
-    """
-    members = source.members((size,))
-    if members is None:
-        return [2**62 + number for number in range(count)]
-    if count and len(members.get(0, ())) <= count:
-        raise ConfigError(
-            f"validation.clips is {count}, but there are only {len(members.get(0, ()))} clips of at least "
-            f"{size.frames} frames: give more videos, or fewer clips for validation."
-        )
-    return list(members.get(0, ())[:count])
 
 
 def open_source(data: DataSettings, seed: int, random_crops: bool = False, need_captions: bool = True) -> Source:

@@ -7,10 +7,9 @@ LoRA on the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,114 +18,21 @@ from torch.nn import functional
 from ..adapter import add_lora, merge, save_adapter
 from ..backbones import open_backbone
 from ..backbones.base import Backbone, SampleRequest
-from ..config import ConfigError, Settings, setting
+from ..config import ConfigError
 from ..data.cache import TensorCache
+from ..data.held_out import hold_out
 from ..data.latents import Latents
-from ..data.plan import Pick
-from ..data.source import held_out, open_source
-from ..draws import Draws, Place, derive_seed
+from ..data.source import open_source
+from ..draws import Draws
 from ..flow import noisy, sample_sigmas
-from ..pictures import strips, write_picture, write_video
-from ..settings import PhaseSettings, RunSettings, SizeSettings
+from ..fsdp import DTYPES
+from ..pictures import strips, write_picture, write_video, written_to
+from ..settings import PhaseSettings
+from .ae_adapt_settings import AEAdaptSettings
+from .ae_adapt_validation import MeasuredClips
 from .base import Batch, Clips, Phase, Recipe, load_trained
 
-
-@dataclass(frozen=True)
-class ModelSettings(Settings):
-    """What is adapted to what.
-
-    Args:
-        base: folder or hub id of a diffusers pipeline; "demo" is the built-in one.
-        autoencoder: folder or hub id of the deep-compression autoencoder.
-        dtype: of the frozen weights; what is trained stays float32.
-        autoencoder_dtype: in which clips are encoded.
-        merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;
-            for Wan text to video.
-        guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training.
-    """
-
-    base: str = setting()
-    autoencoder: str = setting()
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    merge_text_padding: bool = False
-    guidance: float = setting(3.5, low=0)
-
-
-@dataclass(frozen=True)
-class FlowSettings(Settings):
-    """Noise levels and prompts in training.
-
-    Args:
-        shift: of the noise levels towards noise; the published figures are 8 for text and 5 for image to video.
-        focus: share of the levels that follow a logit-normal density instead, of `focus_mean` and `focus_std`.
-        text_drop: share of the prompts that are left out.
-        object_weight: for the demo world: how much more the object counts in the loss than the background.
-    """
-
-    shift: float = setting(8.0, above=0)
-    focus: float = setting(0.0, low=0, high=1)
-    focus_mean: float = 0.9
-    focus_std: float = setting(0.9, above=0)
-    text_drop: float = setting(0.1, low=0, high=1)
-    object_weight: float = setting(1.0, low=1)
-
-
-@dataclass(frozen=True)
-class LoraPhase(PhaseSettings):
-    """The phase `lora`.
-
-    Args:
-        rank, alpha: of the LoRA.
-    """
-
-    rank: int = setting(256, low=1)
-    alpha: float = setting(512.0, above=0)
-
-
-@dataclass(frozen=True)
-class PhasesSettings(Settings):
-    """The phases, with the published figures for text to video (14B)."""
-
-    align: PhaseSettings = field(
-        default_factory=lambda: PhaseSettings(steps=20_000, learning_rate=2e-4, betas=(0.9, 0.9), batch_size=4)
-    )
-    head: PhaseSettings = field(default_factory=lambda: PhaseSettings(steps=6_000, learning_rate=1e-4, clip=0.1))
-    lora: LoraPhase = field(
-        default_factory=lambda: LoraPhase(steps=8_000, learning_rate=5e-5, warmup=1_000, clip=0.1, ema_decay=0.9999)
-    )
-
-
-@dataclass(frozen=True)
-class ValidationSettings(Settings):
-    """What is measured and made on the side.
-
-    Args:
-        clips: clips whose loss is measured; they are not trained on. 0 for none.
-        prompts: of videos that are made; none for none. For image to video, the first frames of the clips are used.
-        negative_prompt, steps, guidance_scale, fps: of these.
-    """
-
-    clips: int = setting(8, low=0)
-    prompts: tuple[str, ...] = ()
-    negative_prompt: str = ""
-    steps: int = setting(20, low=1)
-    guidance_scale: float = setting(5.0, low=1)
-    fps: float = setting(16.0, above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AEAdaptSettings(RunSettings):
-    """Settings of the recipe `ae_adapt`."""
-
-    model: ModelSettings
-    flow: FlowSettings = field(default_factory=FlowSettings)
-    phases: PhasesSettings = field(default_factory=PhasesSettings)
-    validation: ValidationSettings = field(default_factory=ValidationSettings)
-
-    def check(self) -> Iterator[str]:
-        if self.model.dtype != "float32" and self.loop.mixed_precision == "no":
-            yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'
+__all__ = ["AEAdapt", "AEAdaptSettings", "on_one_grid"]
 
 
 class AEAdapt(Recipe):
@@ -147,10 +53,10 @@ class AEAdapt(Recipe):
         self.source = open_source(config.data, config.seed)
         self.cache = TensorCache(config.data.cache) if config.data.cache else None
         self.text_encoder = self.backbone.text_encoder()
-        self.held_out = held_out(self.source, config.data.sizes[-1], config.validation.clips)
+        self.held_out = hold_out(self.source, config.data.sizes, config.validation.clips)
         self.aligning = self._latents(align=True) if config.phases.align.steps else None
         self.flowing = self._latents(align=False)
-        self._validation: dict[Latents, tuple[Batch, list[Place]]] = {}
+        self._measured: dict[Latents, MeasuredClips] = {}
 
     def _backbone(self) -> Backbone:
         model, base = self.config.model, self.config.model.base
@@ -172,7 +78,7 @@ class AEAdapt(Recipe):
         encoder = self.backbone.encoder(self.backbone.parts(align))
         sizes = self.config.data.sizes
         prompts = ("", *self.config.validation.prompts, self.config.validation.negative_prompt)
-        return Latents(self.source, sizes, encoder, self.text_encoder, self.cache, self.held_out, prompts)
+        return Latents(self.source, sizes, encoder, self.text_encoder, self.cache, self.held_out.clips, prompts)
 
     def phases(self) -> list[Phase]:
         phases = self.config.phases
@@ -196,7 +102,7 @@ class AEAdapt(Recipe):
         with_lora = any(".lora_" in name for name in trained)
         transformer = self.transformer(trained, "lora" if with_lora else "head")
         lora = self.config.phases.lora
-        facts = {"base": self.config.model.base, "autoencoder": self.config.model.autoencoder}
+        facts = {name: _location(getattr(self.config.model, name)) for name in ("base", "autoencoder")}
         facts |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha} if with_lora else {}
         save_adapter(transformer, out / "adapter", self.backbone.trained_fully, facts, with_lora)
         if with_lora:
@@ -207,24 +113,22 @@ class AEAdapt(Recipe):
         self.backbone.save(transformer, out / "pipeline")
         return {"pipeline": str(out / "pipeline"), "adapter": str(out / "adapter")}
 
-    # -- validation ----------------------------------------------------------------------------------------------------
+    def ready(self, latents: Latents) -> Latents:
+        """Encode what the cache lacks and the clips that are measured; before a model takes the memory for training."""
+        latents.fill(self.process)
+        self.measured(latents)
+        return latents
 
-    def validation_batch(self, latents: Latents) -> tuple[Batch, list[Place]]:
-        """The clips that are measured, encoded once, and their places."""
-        if latents not in self._validation:
-            self._validation[latents] = self._encoded(latents)
-        return self._validation[latents]
+    def measured(self, latents: Latents) -> MeasuredClips:
+        """The clips that are measured, encoded once."""
+        if latents not in self._measured:
+            self._measured[latents] = MeasuredClips(self.source, self.held_out.picks, latents, self.backbone.image)
+        return self._measured[latents]
 
-    def _encoded(self, latents: Latents) -> tuple[Batch, list[Place]]:
-        size = self.config.data.sizes[-1]
-        picks = []
-        for number, index in enumerate(self.held_out):
-            count = len(self.held_out)
-            place = Place(0, number, count, derive_seed("validation", number))
-            picks.append(Pick(index, (size.frames, size.height, size.width), place))
-        pixels = torch.stack([self.source.pixels(pick) for pick in picks])
-        batch = {"pixels": pixels.to(self.process.device), "caption": [self.source.caption(p.index) for p in picks]}
-        return latents.complete(batch), [pick.place for pick in picks]
+
+def _location(name: str) -> str:
+    """A folder as it is found from anywhere; "demo" and hub ids as they are."""
+    return str(Path(name).resolve()) if name != "demo" and Path(name).is_dir() else name
 
 
 class Align(Phase):
@@ -239,8 +143,7 @@ class Align(Phase):
         return self.recipe.backbone.aligner()
 
     def clips(self) -> Clips:
-        self.recipe.aligning.fill(self.recipe.process)
-        return self.recipe.aligning
+        return self.recipe.ready(self.recipe.aligning)
 
     def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self._loss(model, self.recipe.aligning.complete(batch))
@@ -253,11 +156,12 @@ class Align(Phase):
         return loss, {"relative": loss.detach() / wanted.var()}
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        if not self.recipe.held_out:
-            return {}
-        batch, _ = self.recipe.validation_batch(self.recipe.aligning)
-        loss, values = self._loss(model, batch)
-        return {"loss": float(loss), "relative": float(values["relative"])}
+        def measure(batch: Batch, _: Draws) -> dict[str, torch.Tensor]:
+            loss, values = self._loss(model, batch)
+            return {"loss": loss, **values}
+
+        measured = self.recipe.measured(self.recipe.aligning)
+        return measured.mean(measure, self.settings.batch_size, self.recipe.process.device)
 
     def close(self) -> None:
         self.teacher = None
@@ -299,8 +203,7 @@ class Flow(Phase):
         return transformer
 
     def clips(self) -> Clips:
-        self.recipe.flowing.fill(self.recipe.process)
-        return self.recipe.flowing
+        return self.recipe.ready(self.recipe.flowing)
 
     def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self._loss(model, self.recipe.flowing.complete(batch), draws)
@@ -310,6 +213,8 @@ class Flow(Phase):
         latents = batch["latents"]
         noise = draws.normal(*latents.shape[1:])
         sigma = sample_sigmas(draws, flow.shift, flow.focus, flow.focus_mean, flow.focus_std)
+        # The noise is that of the level which the model is told, not the other way round.
+        sigma = self.recipe.backbone.told(sigma, DTYPES[self.recipe.config.loop.mixed_precision])
         dropped = (draws.uniform() < flow.text_drop).tolist()
         nothing = self.recipe.flowing.texts([""])[0]
         texts = [nothing if drop else text for drop, text in zip(dropped, batch["texts"], strict=True)]
@@ -323,31 +228,31 @@ class Flow(Phase):
         return error.mean(), {"error": plain.mean()}
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        recipe, values = self.recipe, {}
-        batch: Batch = {}
-        if recipe.held_out:
-            batch, places = recipe.validation_batch(recipe.flowing)
-            draws = Draws(places, recipe.process.device)
-            values["error"] = float(self._loss(model, batch, draws)[1]["error"])
-        settings = recipe.config.validation
-        if settings.prompts:
-            self._sample(getattr(model, "module", model), batch, folder, step)
+        def measure(batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
+            return self._loss(model, batch, draws)[1]
+
+        recipe = self.recipe
+        values = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process.device)
+        if recipe.config.validation.prompts:
+            self._sample(getattr(model, "module", model), folder, step)
         return values
 
-    def _sample(self, transformer: nn.Module, batch: Batch, folder: Path, step: int) -> None:
+    def _sample(self, transformer: nn.Module, folder: Path, step: int) -> None:
+        """Make videos from the prompts; for image to video, from the first frames of the measured clips, in turn."""
         recipe, settings = self.recipe, self.recipe.config.validation
-        size: SizeSettings = recipe.config.data.sizes[-1]
         texts = recipe.flowing.texts([*settings.prompts, settings.negative_prompt])
+        pictures = recipe.measured(recipe.flowing).first_frames
+        last = recipe.config.data.sizes[-1]
         videos = []
         for number, text in enumerate(texts[:-1]):
-            pixels = batch.get("pixels")
-            image = pixels[number % len(pixels), :, 0] if pixels is not None else None
-            request = SampleRequest(
-                size.frames, size.height, size.width, settings.steps, settings.guidance_scale, number, image
-            )
-            video = recipe.backbone.sample(transformer, (text, texts[-1]), request)
-            videos.append(video)
-            if recipe.process.is_main and video.shape[1] > 1:
-                write_video(video, folder / f"{step:08d}_{number}.mp4", settings.fps)
-        if recipe.process.is_main:
+            image = pictures[number % len(pictures)] if pictures else None
+            height, width = (last.height, last.width) if image is None else image.shape[1:]
+            request = SampleRequest(last.frames, height, width, settings.steps, settings.guidance_scale, number, image)
+            videos.append(recipe.backbone.sample(transformer, (text, texts[-1]), request))
+        if not recipe.process.is_main:
+            return
+        with written_to(folder):
+            for number, video in enumerate(videos):
+                if video.shape[1] > 1:
+                    write_video(video, folder / f"{step:08d}_{number}.mp4", settings.fps)
             write_picture(strips(videos), folder / f"{step:08d}.png")

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from ...autoencoders import AutoencoderDCV
+from ..backbones.folders import load_autoencoder, write_model
 from ..config import ConfigError, Settings, setting
+from ..data.held_out import HeldOut, hold_out
 from ..data.plan import Pick, Plan, without
-from ..data.source import Source, held_out, open_source, sturdy_pixels
-from ..draws import Draws, Place, derive_seed
-from ..pictures import strips, write_picture
+from ..data.source import Source, open_source, sturdy_pixels
+from ..draws import Draws, derive_seed
+from ..pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, quality
 from ..settings import PhaseSettings, RunSettings, SizeSettings
 from .base import Batch, Phase, Recipe
@@ -59,7 +61,7 @@ class ValidationSettings(Settings):
     """What is measured on the side.
 
     Args:
-        clips: how many clips; of a folder the first ones, which are then not trained on.
+        clips: how many clips; of a folder those of the first files, which are then not trained on.
         size: of these clips; None for the last of `data.sizes`.
     """
 
@@ -105,7 +107,7 @@ class TrainAutoencoder(Recipe):
     """Trains DC-AE-V (DC-VideoGen, arXiv 2509.25182, section 3.1) and writes it to `out/autoencoder`.
 
     The averaged weights are written where a phase has `ema_decay`. `scaling_factor` in its config is 1 / the standard
-    deviation of the latents over the training set.
+    deviation of the latents over the training set, or that of `model.start` where no phase trained the encoder.
     """
 
     Config = AutoencoderSettings
@@ -114,8 +116,8 @@ class TrainAutoencoder(Recipe):
     def prepare(self) -> None:
         config = self.config
         self.source = open_source(config.data, config.seed, random_crops=True, need_captions=False)
-        self.validation_size = config.validation.size or config.data.sizes[-1]
-        self.held_out = held_out(self.source, self.validation_size, config.validation.clips)
+        size = config.validation.size or config.data.sizes[-1]
+        self.held_out = hold_out(self.source, (size,), config.validation.clips)
         self.build()  # the shape must be one that exists
         if config.loss.perceptual:
             from ..reconstruction import perceptual_network
@@ -126,10 +128,7 @@ class TrainAutoencoder(Recipe):
         """The autoencoder as training starts."""
         settings = self.config.model
         if settings.start is not None:
-            try:
-                return AutoencoderDCV.from_pretrained(settings.start)
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"model.start: {settings.start} is no autoencoder: {error}") from error
+            return load_autoencoder(AutoencoderDCV, settings.start, "model.start")
         try:
             autoencoder = AutoencoderDCV(
                 latent_channels=settings.latent_channels,
@@ -150,11 +149,7 @@ class TrainAutoencoder(Recipe):
 
     def validation_clips(self) -> torch.Tensor:
         """The clips that are measured, `[B, 3, T, H, W]`."""
-        return torch.stack([self._clip(self.validation_size, index) for index in self.held_out])
-
-    def _clip(self, size: SizeSettings, index: int) -> torch.Tensor:
-        place = Place(0, 0, 1, derive_seed("clip", index))
-        return self.source.pixels(Pick(index, (size.frames, size.height, size.width), place))
+        return torch.stack([self.source.pixels(pick) for pick in self.held_out.picks])
 
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         autoencoder = self.build()
@@ -162,14 +157,21 @@ class TrainAutoencoder(Recipe):
         weights = {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
         autoencoder.load_state_dict({**autoencoder.state_dict(), **weights})
         autoencoder.to(self.process.device).eval()
-        deviation = self._deviation(autoencoder)
-        autoencoder.register_to_config(scaling_factor=round(1 / deviation, 6))
+        facts: dict[str, Any] = {}
+        if self._latents_are_new():
+            facts["latent_std"] = self._deviation(autoencoder)
+            autoencoder.register_to_config(scaling_factor=round(1 / facts["latent_std"], 6))
         folder = Path(self.config.out) / "autoencoder"
-        autoencoder.save_pretrained(folder, safe_serialization=True)
+        write_model(autoencoder, folder)
         clips = self.validation_clips().to(self.process.device)
         with torch.no_grad():
             measured = quality(torch.cat([autoencoder(clip).sample for clip in clips.split(1)]), clips)
-        return {"autoencoder": str(folder), "latent_std": deviation, **measured}
+        return {"autoencoder": str(folder), **facts, **measured}
+
+    def _latents_are_new(self) -> bool:
+        """Whether they differ from those of `model.start`. Where they do not, models made for it need its scale."""
+        trained = any(phase.steps and phase.train == "all" for phase in self.config.phases)
+        return trained or self.config.model.start is None
 
     def _deviation(self, autoencoder: AutoencoderDCV) -> float:
         """Standard deviation of the latents over clips of the training set, in all sizes of `data`."""
@@ -216,21 +218,21 @@ class AutoencoderTraining(Phase):
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         process = self.recipe.process
-        autoencoder = getattr(model, "module", model).autoencoder
         clips = self.recipe.validation_clips().to(process.device)
-        made = torch.cat([autoencoder(clip).sample.float() for clip in clips.split(1)])
+        made = torch.cat([model(clip, reconstruct=True).float() for clip in clips.split(1)])
         if process.is_main:
             pairs = [clip for pair in zip(clips, made, strict=True) for clip in pair]
-            write_picture(strips(pairs), folder / f"{step:08d}.png")
+            with written_to(folder):
+                write_picture(strips(pairs), folder / f"{step:08d}.png")
         return quality(made, clips)
 
 
 class _Pixels:
     """The clips of a source as they are, without those held out."""
 
-    def __init__(self, source: Source, sizes: tuple[SizeSettings, ...], held_out: list[int]) -> None:
+    def __init__(self, source: Source, sizes: tuple[SizeSettings, ...], held_out: HeldOut) -> None:
         self.source, self.sizes = source, sizes
-        self.members = without(source.members(sizes), held_out)
+        self.members = without(source.members(sizes), held_out.clips)
 
     def load(self, pick: Pick) -> Batch:
         return {"pixels": sturdy_pixels(self.source, pick, self.members, self.sizes)[0]}

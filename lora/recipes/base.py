@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from ..checkpoint import CheckpointError
 from ..data.plan import Pick
 from ..draws import Draws
 from ..settings import PhaseSettings, RunSettings, SizeSettings
@@ -61,7 +62,7 @@ class Process:
 
 
 class Phase(ABC):
-    """One phase. The trainer calls `setup`, `clips`, then `loss` in each micro-step, `validate`, and `close`.
+    """One phase. The trainer calls `clips`, `setup`, then `loss` in each micro-step, `validate`, and `close`.
 
     Args:
         name: unique in the recipe.
@@ -82,7 +83,11 @@ class Phase(ABC):
 
     @abstractmethod
     def clips(self) -> Clips:
-        """What is trained on; called after `setup`."""
+        """What is trained on; called before `setup`, so that what encodes it need not share the memory with the model.
+
+        Raises:
+            ConfigError: none of it can be read.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -101,7 +106,8 @@ class Phase(ABC):
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Numbers for the log, and files in `folder`. The model has its averaged weights and is in eval mode.
 
-        It runs in every process, so that a sharded model can be called; only the main one should write files.
+        It runs in every process, so that a sharded model can be called; only the main one should write files, in the
+        block `pictures.written_to`.
         """
         return {}
 
@@ -144,8 +150,17 @@ class Recipe(ABC):
 
 
 def load_trained(module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
-    """Copy results of earlier phases into the parameters that have their names; others are left alone."""
+    """Copy results of earlier phases into the parameters that have their names; others are left alone.
+
+    Raises:
+        CheckpointError: a result is of another shape than the parameter.
+    """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name in trained:
+                if parameter.shape != trained[name].shape:
+                    raise CheckpointError(
+                        f"{name} is {list(trained[name].shape)} in the checkpoint and {list(parameter.shape)} in the "
+                        "model: resume with the model it was trained with."
+                    )
                 parameter.copy_(trained[name])

@@ -64,6 +64,7 @@ class TinyPhase(Phase):
         self.recipe = recipe
 
     def setup(self, trained):
+        self.recipe.calls.append(f"setup {self.name}")
         net = Net()
         load_trained(net, trained)
         net.requires_grad_(False)
@@ -71,6 +72,7 @@ class TinyPhase(Phase):
         return net
 
     def clips(self):
+        self.recipe.calls.append(f"clips {self.name}")
         return TinyClips(self.recipe.config.data.clips)
 
     def loss(self, model, batch, draws):
@@ -89,6 +91,7 @@ class TinyRecipe(Recipe):
 
     def prepare(self) -> None:
         self.seen: list = []
+        self.calls: list[str] = []
 
     def phases(self):
         phases = self.config.phases

@@ -15,6 +15,7 @@ from vidaccel.lora.backbones import wan
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError, build
 from vidaccel.lora.draws import Draws, Place
+from vidaccel.lora.recipes import ae_adapt
 from vidaccel.lora.recipes.ae_adapt import AEAdapt, AEAdaptSettings, on_one_grid
 from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.ship import ship
@@ -198,25 +199,6 @@ def test_an_image_to_video_model(tmp_path, image_base, autoencoder_folder):
     assert video.shape == (1, 8, 3, 64, 64) and video.isfinite().all()
 
 
-# -- the parts ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_student_starts_as_the_base_with_a_silent_head(text_base, autoencoder_folder):
-    backbone = WanBackbone(str(text_base), str(autoencoder_folder))
-    student = backbone.student()
-    base = WanTransformer3DModel.from_pretrained(text_base, subfolder="transformer")
-    own = {name for name, _ in base.named_parameters() if not name.startswith(backbone.trained_fully)}
-    state, base_state = dict(student.named_parameters()), dict(base.named_parameters())
-    assert all(torch.equal(state[name], base_state[name]) for name in own)
-    assert tuple(student.patch_embedding.weight.shape) == (24, 4, 1, 1, 1)
-    bound = (6 / (4 + 24)) ** 0.5  # Xavier
-    assert 0.5 * bound < student.patch_embedding.weight.abs().max() <= bound
-    out = backbone.velocity(
-        student, torch.randn(1, 4, 2, 2, 2), torch.tensor([0.3]), [{"states": torch.randn(3, 64)}], {}
-    )
-    assert out.shape == (1, 4, 2, 2, 2) and not out.any()
-
-
 def test_the_model_is_given_exactly_the_timestep_of_its_noise(tmp_path, text_base, autoencoder_folder, monkeypatch):
     """The noise level can be read off the input where clean latents are 0 and the noise is 1."""
     made = recipe(write(tmp_path, text_base, autoencoder_folder))
@@ -238,6 +220,43 @@ def test_the_model_is_given_exactly_the_timestep_of_its_noise(tmp_path, text_bas
     assert ((off_grid > 1e-3) & (off_grid < 1 - 1e-3)).all()
 
 
+def test_the_noise_is_that_of_the_level_that_the_model_is_told(tmp_path, text_base, autoencoder_folder, monkeypatch):
+    made = recipe(write(tmp_path, text_base, autoencoder_folder, loop={"mixed_precision": "bf16"}))
+    monkeypatch.setattr(made.backbone, "told", lambda sigma, dtype: sigma.mul(8).ceil() / 8)
+    seen = {}
+    monkeypatch.setattr(made.backbone, "velocity", lambda m, x, s, t, b: seen.update(x=x, s=s) or torch.zeros_like(x))
+    monkeypatch.setattr(Draws, "normal", lambda self, *shape: torch.ones(len(self), *shape))
+    places = [Place(0, number, 4, number) for number in range(4)]
+    batch = {"latents": torch.zeros(4, 4, 1, 1, 1), "caption": ["a"] * 4}
+    made.phases()[1].loss(None, batch, Draws(places))
+    assert torch.equal(seen["x"][:, 0].flatten(), seen["s"]) and not (seen["s"] * 8).frac().any()
+
+
+def test_the_adapter_names_folders_that_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "models" / "ae").mkdir(parents=True)
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert ae_adapt._location("models/ae") == str(tmp_path / "models" / "ae")
+    assert [ae_adapt._location(name) for name in ("demo", "someone/model")] == ["demo", "someone/model"]
+
+
+def test_a_folder_that_is_no_adapter_is_not_replaced(finished, tmp_path):
+    (tmp_path / "a.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is no adapter"):
+        ship(finished[0] / "run", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_validation_that_cannot_be_written_does_not_end_the_run(tmp_path, text_base, autoencoder_folder, caplog):
+    """And the numbers are there all the same."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "validation").write_text("in the way")
+    phases = {"align": {"steps": 0}, "head": {"steps": 1}, "lora": {"steps": 0}}
+    run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases))
+    assert "validation could not write to" in caplog.text
+    assert "validation_error" in (tmp_path / "run" / "log.jsonl").read_text()
+
+
 def test_dropped_prompts(tmp_path, text_base, autoencoder_folder, monkeypatch):
     made = recipe(write(tmp_path, text_base, autoencoder_folder, flow={"text_drop": 0.5}))
     phase, seen = made.phases()[1], []
@@ -250,64 +269,6 @@ def test_dropped_prompts(tmp_path, text_base, autoencoder_folder, monkeypatch):
     assert 20 <= dropped <= 44
 
 
-def test_merged_padding_changes_nothing(text_base, autoencoder_folder):
-    plain = WanBackbone(str(text_base), str(autoencoder_folder))
-    merged = WanBackbone(str(text_base), str(autoencoder_folder), merge_text_padding=True)
-    torch.manual_seed(1)
-    first = plain.student()
-    torch.nn.init.normal_(first.proj_out.weight)
-    second = merged.student()
-    second.load_state_dict(first.state_dict())
-    texts = [{"states": torch.randn(3, 64)}, {"states": torch.randn(6, 64)}]
-    assert merged.pad(texts).shape == (2, 7, 64) and plain.pad(texts).shape == (2, 512, 64)
-    arguments = (torch.randn(2, 4, 2, 2, 2), torch.tensor([0.3, 0.8]), texts, {})
-    with torch.no_grad():
-        torch.testing.assert_close(
-            plain.velocity(first, *arguments), merged.velocity(second, *arguments), rtol=1e-4, atol=1e-5
-        )
-
-
-def test_texts_are_those_of_the_pipeline(text_base, autoencoder_folder):
-    from diffusers import WanPipeline
-
-    backbone = WanBackbone(str(text_base), str(autoencoder_folder))
-    prompts = ["a red circle moves left", "a"]
-    states = backbone.text_encoder().encode(prompts)
-    pipe = WanPipeline.from_pretrained(text_base)
-    wanted, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
-    torch.testing.assert_close(backbone.pad(states), wanted)
-    assert states[0]["states"].shape[0] > states[1]["states"].shape[0]
-
-
-def test_encoded_parts(image_base, autoencoder_folder):
-    backbone = WanBackbone(str(image_base), str(autoencoder_folder))
-    pixels = torch.rand(2, 3, 8, 64, 64) * 2 - 1
-    parts = backbone.encoder(("latents", "teacher", "condition", "teacher_condition", "image_embeds")).encode(pixels)
-    shapes = {name: tuple(value.shape) for name, value in parts.items()}
-    assert shapes == {
-        "latents": (2, 4, 2, 2, 2),
-        "teacher": (2, 8, 2, 8, 8),
-        "condition": (2, 8, 2, 2, 2),
-        "teacher_condition": (2, 12, 2, 8, 8),
-        "image_embeds": (2, 5, 16),
-    }
-    for name in ("condition", "teacher_condition"):
-        assert (parts[name][:, :4, 0] == 1).all() and not parts[name][:, :4, 1:].any()
-    direct = backbone.autoencoder.encode(pixels).latent * 1.5
-    torch.testing.assert_close(parts["latents"], direct)
-
-
-def test_the_teachers_condition_is_the_pipelines(image_base, autoencoder_folder):
-    from diffusers import WanImageToVideoPipeline
-
-    backbone = WanBackbone(str(image_base), str(autoencoder_folder))
-    pixels = torch.rand(1, 3, 8, 64, 64) * 2 - 1
-    made = backbone.encoder(("teacher_condition",)).encode(pixels)["teacher_condition"]
-    pipe = WanImageToVideoPipeline.from_pretrained(image_base)
-    _, wanted = pipe.prepare_latents(pixels[:, :, 3], 1, 8, 64, 64, 5, torch.float32, torch.device("cpu"))
-    torch.testing.assert_close(made, wanted)
-
-
 def test_tokens_on_one_grid():
     teacher = torch.arange(16.0).view(1, 1, 1, 4, 4).expand(1, 1, 2, 4, 4)
     _, averaged = on_one_grid(torch.zeros(1, 1, 2, 2, 2), teacher)
@@ -316,45 +277,6 @@ def test_tokens_on_one_grid():
     assert student.shape == same.shape == (1, 1, 1, 4, 4)
     with pytest.raises(ValueError, match="cannot be averaged"):
         on_one_grid(torch.zeros(1, 1, 2, 3, 3), teacher)
-
-
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-
-def changed(base: Path, folder: Path, part: str, **values) -> Path:
-    """A copy of a base whose config of a part has other values."""
-    import shutil
-
-    shutil.copytree(base, folder)
-    file = folder / part / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("part", "values", "words"),
-    [
-        (
-            "transformer",
-            {"in_channels": 12},
-            "takes 12 channels .* a text-to-video model takes 8 .* image-to-video model takes 20",
-        ),
-        ("transformer", {"patch_size": [2, 2, 2]}, r"patches of \(2, 2, 2\)"),
-        ("transformer", {"_class_name": "FluxTransformer2DModel"}, "has a FluxTransformer2DModel"),
-        ("vae", {"scale_factor_spatial": 32}, "a token of .* is 64 pixels wide, and one of .* 32"),
-    ],
-)
-def test_a_base_that_does_not_fit(tmp_path, text_base, autoencoder_folder, part, values, words):
-    base = changed(text_base, tmp_path / "base", part, **values)
-    with pytest.raises(ConfigError, match=words):
-        WanBackbone(str(base), str(autoencoder_folder))
-
-
-def test_missing_models_are_named(tmp_path, text_base, autoencoder_folder):
-    with pytest.raises(ConfigError, match="nowhere.*no readable config.json"):
-        WanBackbone(str(tmp_path / "nowhere"), str(autoencoder_folder))
-    with pytest.raises(ConfigError, match="nowhere has no readable config.json of a AutoencoderDCV"):
-        WanBackbone(str(text_base), str(tmp_path / "nowhere"))
 
 
 def test_pictures_are_needed_to_start_from(tmp_path, image_base, autoencoder_folder):

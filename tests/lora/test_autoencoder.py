@@ -70,6 +70,8 @@ def test_decoder_alone(tmp_path, autoencoder_folder):
     after = AutoencoderDCV.from_pretrained(tmp_path / "run" / "autoencoder").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
+    # The latents are as they were, so what a transformer sees must be, too.
+    assert AutoencoderDCV.from_pretrained(tmp_path / "run" / "autoencoder").config.scaling_factor == 1.5
 
 
 def test_phases_follow_one_another(tmp_path):
@@ -161,7 +163,7 @@ def test_the_recipe_must_be_the_one_of_the_settings(tmp_path):
         run("ae_adapt", write(tmp_path))
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     file = str(write(tmp_path))
     assert main(["autoencoder", "--config", file, "--set", "phases.0.steps=1"]) == 0
     assert "autoencoder: " in capsys.readouterr().out
@@ -169,6 +171,9 @@ def test_the_command(tmp_path, capsys):
     assert "phases.0.steps is -1: it must be at least 0" in capsys.readouterr().err
     assert main(["autoencoder", "--config", file]) == 2
     assert "holds a run already" in capsys.readouterr().err
+    monkeypatch.setattr("vidaccel.lora.run", lambda *a: (_ for _ in ()).throw(OSError("the share is gone")))
+    assert main(["autoencoder", "--config", file]) == 1
+    assert capsys.readouterr().err == "Error: the share is gone\n"
 
 
 def test_settings_are_checked_before_torch_is_imported(tmp_path):

@@ -17,7 +17,9 @@ from vidaccel.lora.checkpoint import (
     CheckpointError,
     CheckpointFolder,
     random_state,
+    replaced,
     save_tensors,
+    save_text,
     set_random_state,
 )
 
@@ -147,3 +149,18 @@ def test_tensors_are_written_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_tensors({"a": torch.zeros(2)}, path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_text_and_folders_are_written_whole(tmp_path):
+    """A write that fails leaves what was there, of a file as of a folder."""
+    file, folder = tmp_path / "a.yaml", tmp_path / "folder"
+    save_text("old", file)
+    with replaced(folder) as draft:
+        (draft / "a").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        save_text("new \udc80", file)
+    with pytest.raises(OSError, match="full"), replaced(folder) as draft:
+        (draft / "a").write_text("new")
+        raise OSError("full")
+    assert file.read_text() == "old" and [f.read_text() for f in folder.iterdir()] == ["old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml", "folder"]

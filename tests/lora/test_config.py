@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -141,11 +141,30 @@ def test_differences_leave_out_what_is_free():
     assert flat(old)["limit"] == 2.0
 
 
+def test_a_run_may_go_on_with_other_prompts_and_more_steps():
+    """What training does not depend on. With a fall of the learning rate it depends on the steps."""
+    start = load(find("ae_adapt").Config, config_folder() / "wan2.1_t2v_1.3b_ae_adapt.yaml")
+    lora = replace(start.phases.lora, steps=60_000)
+    more = replace(start, validation=replace(start.validation, prompts=("a",)), phases=replace(start.phases, lora=lora))
+    assert differences(start, more) == []
+    falling = replace(start, phases=replace(start.phases, lora=replace(lora, schedule="cosine")))
+    assert differences(start, falling) == [
+        "phases.lora.steps: 40000 then, 60000 now",
+        "phases.lora.schedule: 'constant' then, 'cosine' now",
+    ]
+    held = replace(start, validation=replace(start.validation, clips=2))
+    assert differences(start, held) == ["validation.clips: 16 then, 2 now"]
+
+
 @pytest.mark.parametrize("file", sorted(config_folder().glob("*.yaml")), ids=lambda file: file.stem)
 def test_ready_settings_are_right(file):
     name = next(name for name in sorted(RECIPES, key=len, reverse=True) if name in file.stem)
     config = load(find(name).Config, file)
     assert config.recipe == name
+    if file.stem.startswith("wan"):
+        assert config.model.autoencoder_dtype == config.model.dtype == "bfloat16"
+        last = config.data.sizes[-1]  # of the videos that validation makes
+        assert last.width > last.height
 
 
 def test_unknown_recipe():

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from vidaccel.lora.data.decode import Cut, Undecodable, probe, read_clip
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.folder import MediaFolder, read_captions
 from vidaccel.lora.data.plan import Pick, Plan, nearest_size, without
-from vidaccel.lora.data.source import held_out, open_source, sturdy_pixels
+from vidaccel.lora.data.source import open_source, sturdy_pixels
 from vidaccel.lora.draws import Draws, Place
 from vidaccel.lora.settings import DataSettings, SizeSettings
 
@@ -120,13 +121,6 @@ def test_finite_scenes():
     assert scenes.identity(pick) != scenes.identity(Pick(3, (8, 32, 32), PLACE)) != DemoScenes(5).identity(pick)
 
 
-def test_what_is_held_out():
-    assert held_out(DemoScenes(clips=5), WIDE, 2) == [0, 1]
-    assert len(set(held_out(DemoScenes(), WIDE, 3))) == 3
-    with pytest.raises(ConfigError, match=r"validation.clips is 5, but there are only 5"):
-        held_out(DemoScenes(clips=5), WIDE, 5)
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -181,13 +175,20 @@ def test_content_is_what_counts_for_the_cache(video_folder, tmp_path):
     pick = Pick(0, (8, 32, 64), PLACE)
     assert first.identity(pick) == second.identity(pick) != first.identity(Pick(1, (8, 32, 64), PLACE))
     assert first.identity(pick) != first.identity(Pick(0, (4, 32, 64), PLACE))
+    other = MediaFolder(first.entries, replace(first.data, decoder="torchcodec"), random_crops=False)
+    assert first.identity(pick) != other.identity(pick)  # decoders do not scale to the same pixels
 
 
 def test_what_was_looked_at_is_remembered(video_folder, tmp_path, monkeypatch):
     cached = data(video_folder, cache=str(tmp_path / "cache"))
     first = MediaFolder.open(cached)
-    monkeypatch.setattr("vidaccel.lora.data.folder.probe", lambda path: pytest.fail("looked again"))
+    pick = Pick(0, (8, 32, 64), PLACE)
+    identity = MediaFolder.open(data(video_folder)).identity(pick)
+    monkeypatch.setattr("vidaccel.lora.data.media_index.probe", lambda path: pytest.fail("looked again"))
+    monkeypatch.setattr("vidaccel.lora.data.media_index.content", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("vidaccel.lora.data.folder.content", lambda path: pytest.fail("read again"))
     assert MediaFolder.open(cached).entries == first.entries
+    assert MediaFolder.open(cached).identity(pick) == identity
     (tmp_path / "cache" / "media.json").write_text("{")
     with pytest.raises(pytest.fail.Exception):
         MediaFolder.open(cached)
@@ -276,9 +277,35 @@ def test_images(tmp_path):
     assert [clip.mean().item() for clip in clips] == [-1, 1] and clips[0].shape == (3, 1, 32, 32)
 
 
+def test_pictures_are_shown_as_their_exif_says(tmp_path):
+    from PIL import Image
+
+    picture = Image.new("RGB", (64, 32), "black")
+    picture.paste("white", (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter, clockwise
+    for name in ("a.jpg", "a.png"):
+        picture.save(tmp_path / name, exif=exif)
+        media = probe(tmp_path / name)
+        assert (media.height, media.width) == (64, 32)
+        clip = read_clip(tmp_path / name, media, Cut(0, 1, None, 64, 32))
+        assert clip[:, :, :24].min() > 0.9 and clip[:, :, 40:].max() < -0.9
+
+
+def test_a_picture_too_large_to_be_true_is_left_out(tmp_path, monkeypatch):
+    """PIL's error for it is no OSError."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    with pytest.raises(Undecodable, match="a.png cannot be decoded: .*decompression bomb"):
+        probe(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
+        (b'{"file_name": "a.mp4", "text": "caf\xe9"}', "metadata.jsonl is not in UTF-8 .*save it in UTF-8"),
         (None, "has no metadata.jsonl or metadata.csv"),
         (['{"file_name": "a.mp4", "text": "x"}'], r"1 of 2 files have no caption \(b.mp4\): write them, or set"),
         (['{"file_name": "a.mp4"}', '{"file_name": "b.mp4", "text": " "}'], r"2 of 2 files have no caption"),
@@ -290,7 +317,8 @@ def test_images(tmp_path):
 def test_bad_captions(tmp_path, metadata, words):
     files = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
     if metadata is not None:
-        (tmp_path / "metadata.jsonl").write_text("\n".join(metadata))
+        content = metadata if isinstance(metadata, bytes) else "\n".join(metadata).encode()
+        (tmp_path / "metadata.jsonl").write_bytes(content)
     with pytest.raises(ConfigError, match=words):
         read_captions(tmp_path, files)
 

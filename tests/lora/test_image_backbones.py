@@ -196,13 +196,15 @@ def test_the_velocity_is_what_the_pipeline_asks_the_model(bases, name, monkeypat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_teacher_gives_the_tokens_of_the_base(bases, name):
+def test_the_teacher_gives_the_tokens_of_the_base(bases, name, monkeypatch):
     backbone = open_backbone(str(bases[name]), str(bases["new"]))
     encoder = backbone.encoder(("latents", "teacher"))
     pixels = torch.rand(1, 3, 1, 32, 64) * 2 - 1
     batch = encoder.encode(pixels)
     assert batch["latents"].shape == (1, 4, 1, 2, 4)
-    tokens = backbone.teacher()(batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone.transformer_class, "from_pretrained", lambda *a, **k: pytest.fail("all of it was read"))
+        tokens = backbone.teacher()(batch)
     if name == "flux":
         pipe = FluxPipeline.from_pretrained(bases[name])
         latents = pipe.vae.encode(pixels[:, :, 0]).latent_dist.mode()
@@ -215,6 +217,19 @@ def test_the_teacher_gives_the_tokens_of_the_base(bases, name):
         wanted = pipe.transformer.patch_embed(latents).transpose(1, 2).unflatten(2, (4, 8))
     torch.testing.assert_close(tokens[:, :, 0], wanted)
     assert backbone.aligner()(batch).shape == (1, wanted.shape[1], 1, 2, 4)
+
+
+def test_flux_is_told_the_time_of_its_noise_in_half_precision(bases):
+    """It casts the time to the type of its tokens, so the noise is that of the time that is left."""
+    backbone = open_backbone(str(bases["flux"]), str(bases["new"]))
+    model, seen = backbone.student(), []
+    model.time_text_embed.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    sigma = backbone.told(torch.tensor([0.9013, 0.3331]), torch.bfloat16)
+    text = backbone.text_encoder().encode(["a"])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone.velocity(model, torch.randn(2, 4, 1, 2, 2), sigma, [text, text], {})
+    assert torch.equal(seen[0], sigma.bfloat16() * 1000) and torch.equal(sigma.bfloat16().float(), sigma)
+    assert torch.equal(backbone.told(torch.tensor([0.9013]), torch.float32), torch.tensor([0.9013]))
 
 
 def test_bases_that_do_not_fit(bases, tmp_path, text_base, autoencoder_folder):

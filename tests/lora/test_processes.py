@@ -1,4 +1,4 @@
-"""Several processes: sharded tensors, and a run of two processes against one."""
+"""Runs of two processes against one. They share one launch, which takes longer than the runs."""
 
 from __future__ import annotations
 
@@ -12,102 +12,123 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from vidaccel.lora import run
-from vidaccel.lora.sharding import copy_whole, optimizer_state, whole
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def write(folder: Path, name: str, content: dict, **sections) -> str:
+    """Settings in a file; the path."""
+    content = {**content, "out": str(folder / name), "loop": {"tracker": "none", "device": "cpu", "log_every": 1}}
+    file = folder / f"{name}.yaml"
+    file.write_text(json.dumps({**content, **sections}))
+    return str(file)
 
 
-@pytest.fixture
-def mesh():
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    dist.init_process_group("gloo", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name)
-
-
-def test_sharded_weights_and_optimizer_states_come_back(mesh):
-    """As FSDP 2 shards them."""
-    from torch.distributed.fsdp import fully_shard
-
-    def train(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        net(torch.ones(2, 4)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    nets = [fully_shard(nn.Linear(4, 3), mesh=mesh) for _ in range(2)]
-    optimizers = [torch.optim.AdamW(net.parameters(), lr=0.1) for net in nets]
-    train(nets[0], optimizers[0])
-    weights, state = whole(dict(nets[0].named_parameters())), whole(optimizers[0].state_dict())
-    assert all(type(value) is torch.Tensor for value in weights.values())
-    assert type(state["state"][0]["exp_avg"]) is torch.Tensor
-    for name, parameter in nets[1].named_parameters():
-        copy_whole(parameter, weights[name])
-    optimizers[1].load_state_dict(optimizer_state(state, list(nets[1].parameters())))
-    for net, optimizer in zip(nets, optimizers, strict=True):
-        train(net, optimizer)
-    first, second = (whole(dict(net.named_parameters())) for net in nets)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def settings(folder: Path, out: str, batch_size: int) -> Path:
+def autoencoder(folder: Path, name: str, batch_size: int) -> str:
     """Settings of three steps."""
+    model = {"latent_channels": 4, "block_out_channels": [8] * 7, "layers_per_block": [0] + [1] * 6, "chunk_size": 8}
     content = {
         "recipe": "autoencoder",
-        "out": str(folder / out),
-        "model": {
-            "latent_channels": 4,
-            "block_out_channels": [8, 8, 8, 8, 8, 8, 8],
-            "layers_per_block": [0, 1, 1, 1, 1, 1, 1],
-            "chunk_size": 8,
-        },
+        "model": model,
         "data": {"kind": "demo", "clips": 9, "sizes": [{"frames": 8, "height": 32, "width": 32}]},
         "phases": [{"name": "train", "steps": 3, "learning_rate": 1e-3, "batch_size": batch_size, "ema_decay": 0.9}],
         "validation": {"clips": 1},
         "statistics_clips": 1,
-        "loop": {"tracker": "none", "device": "cpu", "log_every": 1},
     }
-    file = folder / f"{out}.yaml"
-    file.write_text(json.dumps(content))
-    return file
+    return write(folder, name, content)
 
 
-def launch(folder: Path, file: Path, out: str) -> list[dict[str, torch.Tensor]]:
-    """Run in two processes; the result as each of them has it."""
+def ae_adapt(folder: Path, name: str, batch_size: int, base: Path, new: Path) -> str:
+    """Settings of five steps in three phases, with a cache."""
+    more = {"batch_size": batch_size, "learning_rate": 0.01}
+    content = {
+        "recipe": "ae_adapt",
+        "model": {"base": str(base), "autoencoder": str(new)},
+        "data": {
+            "kind": "demo",
+            "clips": 7,
+            "sizes": [{"frames": 8, "height": 64, "width": 64}],
+            "cache": str(folder / f"cache{batch_size}"),
+        },
+        "phases": {
+            "align": {"steps": 2, **more},
+            "head": {"steps": 1, **more},
+            "lora": {"steps": 2, "rank": 2, "alpha": 2, "warmup": 0, "ema_decay": 0.5, **more},
+        },
+        "validation": {"clips": 2},
+    }
+    return write(folder, name, content)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
+    """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed."""
+    folder = tmp_path_factory.mktemp("two")
     (folder / "path").mkdir()
     (folder / "path" / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
-    (folder / out).mkdir()
+    adapt = ae_adapt(folder, "adapt", 1, text_base, autoencoder_folder)
+    jobs = [
+        {"recipe": "autoencoder", "config": autoencoder(folder, "train", 1), "out": str(folder / "train")},
+        {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "adapt")},
+        {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "resumed"), "stop_after": 4},
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     # accelerate starts several processes on a CPU under the name of --multi_gpu, too; the settings say that it is one.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--dynamo_backend", "no", "--mixed_precision", "no", "--num_processes", "2"]
-    command += ["--main_process_port", str(free_port()), str(SCRIPT), "autoencoder", str(file), str(folder / out)]
+    command += ["--main_process_port", str(port), str(SCRIPT), str(folder / "jobs.json")]
     environment = {**os.environ, "PYTHONPATH": str(folder / "path"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / out / f"rank{number}.pt") for number in range(2)]
+    return folder
 
 
-def test_two_processes_do_what_one_does_with_the_same_clips(tmp_path):
-    first, second = launch(tmp_path, settings(tmp_path, "two", batch_size=1), "two")
-    run("autoencoder", settings(tmp_path, "one", batch_size=2))
-    one = load_file(tmp_path / "one" / "phases" / "train.safetensors")
+def ranks(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The result of the last phase as each process has it."""
+    return [torch.load(folder / f"rank{number}.pt") for number in range(2)]
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows for key in ("loss", "validation_error") if key in row]
+
+
+@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt"])
+def test_two_processes_do_what_one_does_with_the_same_clips(launched, tmp_path, recipe, text_base, autoencoder_folder):
+    if recipe == "autoencoder":
+        settings, two, last = autoencoder(tmp_path, "one", 2), launched / "train", "train"
+    else:
+        settings, two, last = ae_adapt(tmp_path, "one", 2, text_base, autoencoder_folder), launched / "adapt", "lora"
+    first, second = ranks(two)
+    run(recipe, settings)
+    one = load_file(tmp_path / "one" / "phases" / f"{last}.safetensors")
+    assert first.keys() == one.keys()
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
-    logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("one", "two")]
-    rows = [[json.loads(line) for line in lines] for lines in logs]
-    for alone, together in zip(*([row for row in side if "loss" in row] for side in rows), strict=True):
-        assert alone["loss"] == pytest.approx(together["loss"], rel=1e-4)
+    assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_two_processes_share_the_encoding(launched, tmp_path, text_base, autoencoder_folder):
+    """Together they leave what one leaves, and the resumed run and the results are whole."""
+    run("ae_adapt", ae_adapt(tmp_path, "one", 2, text_base, autoencoder_folder), ["phases.lora.steps=0"])
+    both, alone = (
+        {f.name for f in cache.rglob("*.safetensors")} for cache in (launched / "cache1", tmp_path / "cache2")
+    )
+    assert both == alone and len(both) >= 5 * 2 + 2
+    for name in ("adapt", "resumed"):
+        assert (launched / name / "pipeline" / "model_index.json").is_file()
+
+
+def test_two_processes_stopped_and_resumed_end_bit_equal(launched):
+    """The signal reached one of them alone."""
+    straight, resumed = ranks(launched / "adapt"), ranks(launched / "resumed")
+    for first, second in zip(straight, resumed, strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses(launched / "adapt")[-2:] == losses(launched / "resumed")[-2:]

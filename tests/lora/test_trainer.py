@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,11 @@ import torch
 from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.optim import learning_rate, make_optimizer, set_learning_rate
+from vidaccel.lora.phase_run import PhaseRun
+from vidaccel.lora.recipes.base import load_trained
+from vidaccel.lora.record import Record
 from vidaccel.lora.settings import PhaseSettings
-from vidaccel.lora.trainer import Diverged, Stopped
+from vidaccel.lora.trainer import Diverged, Stopped, make_accelerator
 
 
 def log(settings) -> list[dict]:
@@ -102,6 +108,21 @@ def test_free_settings_may_change(tiny_settings, run_tiny, stop_after):
     run_tiny(tiny_settings(loop={"save_every": 7, "log_every": 2}), "auto")
 
 
+def test_the_steps_of_a_constant_learning_rate_may_change(tiny_settings, run_tiny, stop_after):
+    """The clips and the noise of a step do not depend on how many steps there are."""
+    straight = run_tiny(tiny_settings("straight", phases={"first": {"steps": 4}, "second": {"steps": 1}}))
+    stop_after(2)
+    with pytest.raises(Stopped):
+        run_tiny(tiny_settings())
+    settings = tiny_settings(phases={"first": {"steps": 4}, "second": {"steps": 1}})
+    resumed = run_tiny(settings, "latest")
+    assert all(torch.equal(value, resumed.trained[name]) for name, value in straight.trained.items())
+    with pytest.raises(CheckpointError, match="in the phase second, whose steps are 0 now"):
+        run_tiny(tiny_settings(phases={"second": {"steps": 0}}), "latest")
+    with pytest.raises(CheckpointError, match="phases.first.steps: 4 then, 5 now"):
+        run_tiny(tiny_settings(phases={"first": {"steps": 5, "schedule": "linear"}}), "latest")
+
+
 def test_a_run_is_not_overwritten(tiny_settings, run_tiny):
     run_tiny(tiny_settings())
     with pytest.raises(CheckpointError, match="holds a run already .* --resume latest"):
@@ -149,6 +170,94 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_settings, run_tiny):
     phases = {"first": {"steps": 0}, "second": {"steps": 9, "learning_rate": 1e30, "clip": None, "warmup": 0}}
     with pytest.raises(Diverged, match="the loss of phase second is (nan|inf) by step .* The last checkpoint is"):
         run_tiny(tiny_settings(phases=phases, loop={"save_every": 1}))
+
+
+@pytest.mark.parametrize("broken", ["loss", "weights"])
+def test_a_checkpoint_of_a_diverged_run_is_never_written(tiny_settings, run_tiny, monkeypatch, broken):
+    """Between two lines of the log, too, and the good checkpoints stay; the log and the tracker are closed."""
+    original, closed = PhaseRun._one_step, []
+
+    def step(self, stream):
+        values = original(self, stream)
+        if self.step == 15:
+            if broken == "loss":
+                values["loss"] = values["loss"] * float("nan")
+            else:
+                next(iter(self.named.values())).data.fill_(float("inf"))
+        return values
+
+    monkeypatch.setattr(PhaseRun, "_one_step", step)
+    monkeypatch.setattr(Record, "close", lambda self: closed.append(True))
+    loop = {"log_every": 50, "save_every": 8, "keep_last": 1}
+    settings = tiny_settings(phases={"first": {"steps": 0}, "second": {"steps": 40}}, loop=loop)
+    with pytest.raises(Diverged, match=r"loss or a weight .* is NaN or infinite by step 16.*step_00000008"):
+        run_tiny(settings)
+    folder = CheckpointFolder(Path(settings.out) / "checkpoints")
+    (last,) = folder.saved()
+    saved = folder.load(last)
+    assert all(value.isfinite().all() for value in [*saved.weights.values(), *saved.average.values()])
+    assert closed == [True]
+
+
+def test_a_checkpoint_is_let_go_of_once_it_is_restored(tiny_settings, run_tiny, stop_after, monkeypatch):
+    """It is as large as weights and optimiser together."""
+    phases = {"first": {"steps": 4}, "second": {"steps": 0}}
+    stop_after(2)
+    with pytest.raises(Stopped):
+        run_tiny(tiny_settings(phases=phases))
+    loaded, alive = [], []
+    load, validate = CheckpointFolder.load, PhaseRun._validate
+
+    def look(self):
+        gc.collect()
+        alive.append(loaded[0]() is not None)
+        return validate(self)
+
+    def remember(self, path):
+        checkpoint = load(self, path)
+        loaded.append(weakref.ref(checkpoint))
+        return checkpoint
+
+    monkeypatch.setattr(CheckpointFolder, "load", remember)
+    monkeypatch.setattr(PhaseRun, "_validate", look)
+    run_tiny(tiny_settings(phases=phases), "latest")
+    assert alive == [False]
+
+
+def test_an_interrupted_replacement_is_put_back_before_it_is_looked_for(tiny_settings, run_tiny, stop_after):
+    settings = tiny_settings()
+    stop_after(2)
+    with pytest.raises(Stopped):
+        run_tiny(settings)
+    (path,) = CheckpointFolder(Path(settings.out) / "checkpoints").saved()
+    path.rename(path.with_name(f".{path.name}.old.part"))
+    assert run_tiny(settings, "latest").seen[0][1] == 2
+
+
+def test_results_of_phases_that_cannot_be_written_do_not_end_the_run(tiny_settings, run_tiny, caplog):
+    settings = tiny_settings()
+    (Path(settings.out)).mkdir(parents=True)
+    (Path(settings.out) / "phases").write_text("in the way")
+    assert len(run_tiny(settings).seen) == 6
+    assert "first.safetensors could not be written" in caplog.text
+
+
+def test_results_of_another_shape_are_refused():
+    net = torch.nn.Linear(2, 3)
+    load_trained(net, {"bias": torch.ones(3)})
+    assert net.bias.tolist() == [1, 1, 1]
+    with pytest.raises(CheckpointError, match=r"weight is \[4, 2\] in the checkpoint and \[3, 2\] in the model"):
+        load_trained(net, {"weight": torch.ones(4, 2)})
+
+
+def test_clips_are_encoded_before_the_model_is_there(tiny_settings, run_tiny):
+    """What encodes them needs the memory that the model takes."""
+    assert run_tiny(tiny_settings()).calls == ["clips first", "setup first", "clips second", "setup second"]
+
+
+def test_processes_wait_for_hours(tiny_settings):
+    """One of them may encode clips, or write a pipeline, for longer than the 10 minutes that NCCL waits."""
+    assert make_accelerator(tiny_settings()).init_handler.timeout >= timedelta(hours=12)
 
 
 def test_refusals_come_before_anything_loads(tiny_settings, run_tiny, monkeypatch):

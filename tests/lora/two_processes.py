@@ -1,30 +1,55 @@
-"""Started by `accelerate launch`: a run of which every process keeps its own copy of the result."""
+"""Started by `accelerate launch` with a file of jobs: runs of which every process keeps its own copy of the result.
+
+A job has `recipe`, `config`, `out`, and may have `stop_after`: after so many steps the second process alone gets
+SIGTERM, and the run is resumed.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
+from pathlib import Path
 
 import torch
 
-from vidaccel.lora import run
-from vidaccel.lora.phase_run import PhaseRun
+from vidaccel.lora import phase_run, run
+from vidaccel.lora.phase_run import PhaseRun, Stopped
 
 torch.set_num_threads(1)
+phase_run.AGREE_EVERY = 1
+original_result, original_step = PhaseRun._result, PhaseRun._one_step
 
 
-def main(recipe: str, config: str, out: str, *more: str) -> None:
-    original = PhaseRun._result
+def main(jobs: str) -> None:
+    for job in json.loads(Path(jobs).read_text()):
+        left = job.get("stop_after", 0)
 
-    def result(self):
-        whole = original(self)
-        if self.step == self.settings.steps:
-            torch.save(whole, f"{out}/rank{self.accelerator.process_index}.pt")
-        return whole
+        def result(self):
+            whole = original_result(self)
+            torch.save(whole, f"{self.trainer.out}/rank{self.accelerator.process_index}.pt")
+            return whole
 
-    PhaseRun._result = result
-    resume = more[0] if more else None
-    run(recipe, config, [f"out={out}"], resume)
+        def step(self, stream):
+            nonlocal left
+            values = original_step(self, stream)
+            left -= 1
+            if left == 0 and self.accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return values
+
+        PhaseRun._result, PhaseRun._one_step = result, step
+        overrides = [f"out={job['out']}"]
+        if left:
+            try:
+                run(job["recipe"], job["config"], overrides)
+                raise AssertionError("the run was not stopped")
+            except Stopped:
+                run(job["recipe"], job["config"], overrides, "latest")
+        else:
+            run(job["recipe"], job["config"], overrides)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

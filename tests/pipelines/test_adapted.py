@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
 from vidaccel.pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError, retarget
@@ -101,6 +101,15 @@ def test_an_adapter_to_another_model(tmp_path):
         AdapterError, match=r"patch_embedding.weight is \[192, 8, 1, 1, 1\] in the adapter and \[192, 9"
     ):
         DCVideoGenPipeline.from_pretrained(tmp_path / "wider")
+
+
+def test_an_adapter_without_its_head(tmp_path):
+    """It would make a video of a head that starts at zero."""
+    write_adapter(tmp_path / "adapter")
+    file = tmp_path / "adapter" / FULL_FILE
+    save_file({name: value for name, value in load_file(file).items() if name.startswith("patch")}, file)
+    with pytest.raises(AdapterError, match=r"lacks proj_out.bias, proj_out.weight, .* download the adapter again"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("content", ["{", '{"base": "demo"}'])

@@ -1,0 +1,76 @@
+"""The clips that `ae_adapt` measures with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ..data.latents import Latents
+from ..data.plan import Pick
+from ..data.source import Source
+from ..draws import Draws, Place
+from ..loader import collate, to_device
+from .base import Batch
+
+Measure = Callable[[Batch, Draws], dict[str, torch.Tensor]]
+"""Numbers of a batch, each a mean over its clips."""
+
+
+class MeasuredClips:
+    """Held-out clips: encoded one at a time, kept on the CPU, and measured in micro-batches.
+
+    Attributes:
+        first_frames: `[3, H, W]` in [-1, 1] of each clip, on the CPU; empty unless they were asked for.
+
+    Args:
+        source: of the clips.
+        picks: of the clips; a batch has those of one size that follow one another.
+        latents: what encodes them.
+        keep_first_frames: for models that start from a picture.
+
+    Raises:
+        OSError: a file that could be decoded when the run began is gone or damaged.
+    """
+
+    def __init__(self, source: Source, picks: Sequence[Pick], latents: Latents, keep_first_frames: bool) -> None:
+        self.latents = latents
+        self.first_frames: list[torch.Tensor] = []
+        self._clips: list[tuple[Pick, Batch]] = []
+        for pick in picks:
+            pixels = source.pixels(pick)
+            if keep_first_frames:
+                self.first_frames.append(pixels[:, 0].clone())
+            self._clips.append((pick, {**latents.encode(pixels), "caption": source.caption(pick.index)}))
+        if picks:
+            latents.release()
+
+    def mean(self, measure: Measure, batch_size: int, device: torch.device) -> dict[str, float]:
+        """Means over all clips; empty without any.
+
+        Args:
+            measure: of a batch with its texts, and the random numbers of its clips.
+            batch_size: clips at a time.
+            device: where the batches go.
+        """
+        sums: dict[str, float] = {}
+        for batch, places in self._batches(batch_size):
+            batch = self.latents.complete(to_device(batch, device))
+            for name, value in measure(batch, Draws(places, device)).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(places)
+        return {name: total / len(self._clips) for name, total in sums.items()}
+
+    def _batches(self, batch_size: int) -> Iterator[tuple[Batch, list[Place]]]:
+        held: list[tuple[Pick, Batch]] = []
+        for clip in self._clips:
+            if held and (len(held) == batch_size or clip[0].size != held[0][0].size):
+                yield _stacked(held)
+                held = []
+            held.append(clip)
+        if held:
+            yield _stacked(held)
+
+
+def _stacked(clips: list[tuple[Pick, Batch]]) -> tuple[Batch, list[Place]]:
+    places, batch = collate([(pick.place, parts) for pick, parts in clips])
+    return batch, places

@@ -1,0 +1,146 @@
+"""FSDP 2 on a mesh of one process on the CPU: precision, layers, averages, and the way into a checkpoint and back."""
+
+from __future__ import annotations
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from vidaccel.autoencoders import AutoencoderDCV
+from vidaccel.lora.adapter import add_lora
+from vidaccel.lora.averages import Averages
+from vidaccel.lora.backbones.wan import WanBackbone
+from vidaccel.lora.config import ConfigError
+from vidaccel.lora.fsdp import autocast_forward, check_plugin, layers_of
+from vidaccel.lora.reconstruction import LossSettings, Reconstruction
+from vidaccel.lora.sharding import all_finite, copy_whole, optimizer_state, whole
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
+    import torch.distributed as dist
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(listener.getsockname()[1]))
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+
+
+def prepared(module: nn.Module, plugin: FullyShardedDataParallelPlugin) -> nn.Module:
+    """As `PhaseRun` prepares it in bf16. accelerate has no FSDP on a CPU, but the part of it that shards runs there."""
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="bf16",
+        is_main_process=True,
+        device=torch.device("cpu"),
+        torch_device_mesh=None,
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    )
+    autocast_forward(accelerator, module)
+    with layers_of(plugin, module):
+        return fsdp2_prepare_model(accelerator, module)
+
+
+@pytest.fixture
+def plugin() -> FullyShardedDataParallelPlugin:
+    """Of the command in the settings of Wan2.1 14B."""
+    made = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["WanTransformerBlock"],
+        cpu_ram_efficient_loading=False,
+    )
+    check_plugin(made, "bf16")
+    return made
+
+
+def test_phases_without_the_named_layers(plugin, text_base, autoencoder_folder):
+    """Alignment has no transformer; the phases behind it are split by its blocks all the same."""
+    backbone = WanBackbone(str(text_base), str(autoencoder_folder))
+    aligner = prepared(backbone.aligner(), plugin)
+    tokens = aligner({"latents": torch.randn(1, 4, 2, 2, 2)})
+    assert tokens.shape == (1, 24, 2, 2, 2)
+    assert plugin.transformer_cls_names_to_wrap == ["WanTransformerBlock"]
+    student = prepared(backbone.student(), plugin)
+    assert all(isinstance(block, FSDPModule) for block in student.blocks)
+
+
+def test_in_half_precision_the_model_is_given_the_timestep_of_its_noise(plugin, text_base, autoencoder_folder):
+    """901.3 would be 900 in bfloat16. Gradients are float32, and averages take the place of sharded weights."""
+    backbone = WanBackbone(str(text_base), str(autoencoder_folder), dtype=torch.bfloat16)
+    student = backbone.student()
+    add_lora(student, backbone.lora_targets, 2, 2.0)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name.startswith(backbone.trained_fully))
+    seen = []
+    student.condition_embedder.timesteps_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    student = prepared(student, plugin)
+    texts = [{"states": torch.randn(3, 64)}]
+    made = backbone.velocity(student, torch.randn(1, 4, 2, 2, 2), torch.tensor([0.9013]), texts, {})
+    assert seen[0].dtype == torch.float32 and seen[0].item() == pytest.approx(901.3, abs=1e-3)
+    (made.float() - 1).square().mean().backward()
+    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    assert {p.grad.dtype for p in named.values()} == {torch.float32}
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
+    averages = Averages(named, 0.5)
+    before = whole(named)
+    averages.update()
+    with torch.no_grad():
+        named["proj_out.bias"].add_(1.0)
+    averages.update()
+    with averages.in_place():
+        inside = whole(named)["proj_out.bias"]
+    assert torch.equal(inside, averages.whole()["proj_out.bias"])
+    assert ((inside > before["proj_out.bias"]) & (inside < before["proj_out.bias"] + 1)).all()
+    assert torch.equal(whole(named)["proj_out.bias"], before["proj_out.bias"] + 1)
+
+
+def test_a_sharded_autoencoder_reconstructs(plugin):
+    """Asked past its root, it would find weights that are not gathered."""
+    model = {"latent_channels": 4, "block_out_channels": (8,) * 7, "layers_per_block": (0, 1, 1, 1, 1, 1, 1)}
+    module = prepared(Reconstruction(AutoencoderDCV(**model, chunk_size=8), LossSettings()), plugin).eval()
+    with torch.no_grad():
+        made = module(torch.rand(1, 3, 8, 32, 32), reconstruct=True)
+    assert made.shape == (1, 3, 8, 32, 32) and made.isfinite().all()
+
+
+def test_sharded_weights_and_optimizer_states_come_back():
+    def train(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        net(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    nets = [fully_shard(nn.Linear(4, 3)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=0.1) for net in nets]
+    train(nets[0], optimizers[0])
+    weights, state = whole(dict(nets[0].named_parameters())), whole(optimizers[0].state_dict())
+    assert all(type(value) is torch.Tensor for value in weights.values())
+    assert type(state["state"][0]["exp_avg"]) is torch.Tensor
+    for name, parameter in nets[1].named_parameters():
+        copy_whole(parameter, weights[name])
+    optimizers[1].load_state_dict(optimizer_state(state, list(nets[1].parameters())))
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer)
+    first, second = (whole(dict(net.named_parameters())) for net in nets)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert whole(dict(nets[0].named_parameters()), keep=False) == {"weight": None, "bias": None}
+    assert all_finite(nets[0].parameters())
+    with torch.no_grad():
+        nets[0].weight[0, 0] = float("nan")
+    assert not all_finite(nets[0].parameters())
+
+
+def test_fsdp_1_is_refused():
+    with pytest.raises(ConfigError, match="set fsdp_version: 2"):
+        check_plugin(SimpleNamespace(fsdp_version=1), "no")
