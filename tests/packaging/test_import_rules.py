@@ -30,6 +30,7 @@ ONLY_IN = {
     "flash_attn": ("attention.backends",),
     "comfy": ("nodes",),
     "comfy_api": ("nodes",),
+    "comfy_execution": ("nodes",),
     "comfy_extras": ("nodes",),
     "folder_paths": ("nodes",),
 }
@@ -41,6 +42,7 @@ OPTIONAL = {
     "flash_attn",
     "comfy",
     "comfy_api",
+    "comfy_execution",
     "comfy_extras",
     "folder_paths",
 }
