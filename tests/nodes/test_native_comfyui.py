@@ -294,7 +294,7 @@ def test_a_node_patches_a_clone_and_the_report_node_shows_it(name, tmp_path):
     out = sample(clone, description, latent=(9, 16, 16))
     assert out.isfinite().all() and sample(model, description).equal(unpatched)
     folder_paths.set_temp_directory(str(tmp_path))
-    result = nodes()["VidaccelReport"].execute(session, out)
+    result = nodes()["VidaccelReport"].execute(after=out, report=session)
     text, picture, after = result.result
     assert after is out and picture.ndim == 4 and list(tmp_path.iterdir())
     assert text.startswith(f"{name.removeprefix('VidaccelSparseAttention')}: density 0.7")
@@ -306,7 +306,7 @@ def test_defaults_leave_short_videos_dense(name):
     description, model, unpatched = tiny("wan_t2v")
     clone, session = nodes()[name].execute(model, **defaults(nodes()[name])).result
     assert sample(clone, description).equal(unpatched)
-    assert set(session.report().dense_reasons()) == {"fewer than 4096 tokens"}
+    assert set(session.report().dense_reasons()) == {"fewer than 8192 tokens"}
 
 
 @pytest.mark.parametrize(
