@@ -42,8 +42,12 @@ def test_the_template_opens_without_missing_nodes(server, page, tmp_path):
         assert node["inputs"].items() <= sent[number]["inputs"].items(), node["class_type"]
     page.run("app.canvas.ds.scale = 1; app.canvas.setDirty(true, true)")
     picture = Path(os.environ.get("VIDACCEL_SCREENSHOTS", tmp_path)) / "comfyui_demo_compare.png"
-    page.screenshot(picture)
-    assert iio.imread(picture).std() > 10  # not an empty page
+    for _ in range(30):  # it is drawn some time after the graph is there
+        page.screenshot(picture)
+        if iio.imread(picture).std() > 10:  # not an empty page
+            return
+        time.sleep(1)
+    pytest.fail("the page stayed empty")
 
 
 @pytest.mark.parametrize("words", ["vidaccel", "sparse attention", "generate video"])
