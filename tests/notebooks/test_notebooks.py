@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ def test_every_cell_runs(path, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    names: dict = {"__name__": "__main__"}
+    lines = []
     for number, cell in enumerate(cells):
         if cell["cell_type"] == "code":
             assert not cell["outputs"], f"cell {number} was saved with its output: clear it"
-            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
+            lines += [f"# cell {number}", "".join(cell["source"])]
+    script = tmp_path / f"{path.stem}.py"
+    script.write_text("\n".join(lines), encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out
