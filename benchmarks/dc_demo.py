@@ -1,6 +1,6 @@
 """The built-in DC-VideoGen model against the one it was made from: reconstruction, speed, and accuracy of prompts.
 
-    python benchmarks/dc_demo.py --control RUN_WITHOUT_ALIGNMENT/adapter --control-autoencoder RUN/autoencoder
+    python benchmarks/dc_demo.py --also "aligned=RUN/adapter" --also "not aligned=RUN_WITHOUT_ALIGNMENT/adapter"
 
 Reconstruction compares the two autoencoders on scenes that neither has seen, also with latents rounded to few bits, so
 that both can be read at equal sizes. Speed runs both models in turns in one process. Accuracy reads 64 videos, of
@@ -157,8 +157,10 @@ def write_sheet(videos: dict, path: Path) -> None:
 
 
 def main(
-    control: Annotated[Path | None, typer.Option(help="Adapter of a run without alignment, of as many steps.")] = None,
-    control_autoencoder: Annotated[Path | None, typer.Option(help="Its autoencoder.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of another adapter whose accuracy is measured; repeatable.")
+    ] = None,
+    autoencoder: Annotated[Path | None, typer.Option(help="Their autoencoder, where it is not where it was.")] = None,
     clips: Annotated[int, typer.Option(help="Scenes for reconstruction.")] = 32,
     rounds: Annotated[int, typer.Option(help="Timed runs of each model.")] = 7,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 64,
@@ -171,13 +173,18 @@ def main(
 
     from vidaccel import demo
 
+    others = {}
+    for text in also or ():
+        name, equals, folder = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f'--also {text}: write it as "NAME=FOLDER".')
+        others[name] = load(folder, autoencoder)
     base = WanPipeline.from_pretrained(demo.path())
     base.set_progress_bar_config(disable=True)
     pipes = {"demo": base, "demo-dc": load(demo.path(demo.DC))}
     start = time.perf_counter()
     tables = {"speed": speed(pipes, rounds), "reconstruction": reconstruction(pipes, clips)}
-    if control is not None:
-        pipes["demo-dc, not aligned"] = load(control, control_autoencoder)
+    pipes |= others
     tables["accuracy"], videos = accuracy(pipes, seed_offset, prompts)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"environment": environment_line(), "threads": torch.get_num_threads(), "seed_offset": seed_offset}

@@ -15,7 +15,7 @@ _LATER = {
     "DCGenFluxPipeline": ".dc_gen",
     "DCGenPipeline": ".dc_gen",
     "DCGenSanaPipeline": ".dc_gen",
-    "DCVideoGenImageToVideoPipeline": ".dc_wan",
+    "DCVideoGenImageToVideoPipeline": ".dc_wan_image",
     "DCVideoGenPipeline": ".dc_wan",
     "convert_repository": ".published",
 }

@@ -14,7 +14,8 @@ from torch.nn import functional
 from ...autoencoders import AutoencoderDCV
 from ...demo.text import use_padded_cross_attention
 from ...pipelines.adapted import new_embedding, retarget
-from ...pipelines.dc_wan import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
+from ...pipelines.dc_wan import DCVideoGenPipeline
+from ...pipelines.dc_wan_image import DCVideoGenImageToVideoPipeline
 from ..config import ConfigError
 from ..flow import TIMESTEPS
 from .base import Backbone, SampleRequest, Text

@@ -16,7 +16,7 @@ from tiny_dc import (
 )
 
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline
-from vidaccel.pipelines.dc_wan import image_condition
+from vidaccel.pipelines.dc_wan_image import image_condition
 
 
 @pytest.fixture
