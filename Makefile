@@ -53,7 +53,7 @@ demo: $(STAMP) ## make a video from a prompt, dense and accelerated side by side
 	@echo "The same prompt in a deep-compression latent space, with a quarter of the tokens: demo_out/demo_dc.mp4"
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-comfyui: $(STAMP) ## run the tests of the nodes in a real ComfyUI: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI
 	@test -f "$(COMFYUI_PATH)/main.py" || { echo "Give the folder of a ComfyUI 0.19 or newer, and the Python it runs \

@@ -30,6 +30,7 @@ def ship(run: Path, target: Path) -> Path:
 
     from ..autoencoders import AutoencoderDCV
     from ..pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE
+    from .backbones.folders import forget_paths
     from .checkpoint import replaced
 
     source = run / "adapter"
@@ -48,6 +49,7 @@ def ship(run: Path, target: Path) -> Path:
                 save_file(halves, draft / name, metadata)
         vae = AutoencoderDCV.from_pretrained(run / "pipeline" / "vae", dtype=torch.float16)
         vae.save_pretrained(draft / "vae")
+        forget_paths(draft)
         (draft / FACTS_FILE).write_text(json.dumps({**facts, "autoencoder": "vae"}, indent=2) + "\n", encoding="utf-8")
     return target
 

@@ -116,6 +116,8 @@ def test_a_shipped_adapter_is_the_pipeline(finished, tmp_path):
     assert shipped.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(shipped[name], value, rtol=2e-3, atol=2e-3, msg=name)
+    for file in target.rglob("*.json"):  # nothing of the machine that it was made on
+        assert str(finished[0]) not in file.read_text()
 
 
 def test_what_each_phase_trained(finished):
