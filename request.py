@@ -416,8 +416,8 @@ def check_backend(name: str, device: torch.device, sparse: bool) -> None:
     else:
         reason = None if name == "auto" else BACKENDS[name].unavailable(device)
     if reason is not None:
-        other = "" if name == "auto" else "Give --backend auto, or see"
-        raise BadInput(f"--backend {name} cannot be used here: it {reason}. {other or 'See'} `vidaccel info`.")
+        fix = "See" if name == "auto" else "Give --backend auto, or see"
+        raise BadInput(f"--backend {name} cannot be used here: it {reason}. {fix} `vidaccel info`.")
 
 
 def choose_dtype(name: str, device: torch.device, model: str) -> torch.dtype:

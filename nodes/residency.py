@@ -66,8 +66,10 @@ class Residency:
         """
         self.invalidate()
         self._needs = working_memory(pipe, layout, settings)
+        if self.capacity is None:
+            return
         for name, size in part_bytes(pipe).items():
-            if self.capacity is not None and size > self.capacity:
+            if size > self.capacity:
                 raise BadInput(
                     f"the {name} of this pipeline takes {size / 2**30:.1f} GiB, and {self.device} has "
                     f"{self.capacity / 2**30:.1f}: a part of a diffusers pipeline must fit whole. Choose dtype "

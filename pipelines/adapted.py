@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -27,21 +27,34 @@ class AdapterError(ValueError):
     """An adapter that cannot be loaded; the message says what does not fit, and the fix."""
 
 
-def new_embedding(channels: int, inner: int) -> nn.Conv3d:
-    """A patch embedding for patches of (1, 1, 1), Xavier: `[B, channels, T, H, W] -> [B, inner, T, H, W]`."""
-    embedding = nn.Conv3d(channels, inner, kernel_size=1)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.Conv3d)
+
+
+def started_anew(embedding: Layer) -> Layer:
+    """A new embedder of one token a latent pixel, as it starts: Xavier, and no bias. Changed in place."""
     nn.init.xavier_uniform_(embedding.weight.data.flatten(1))
     nn.init.zeros_(embedding.bias)
     return embedding
+
+
+def zero_head(inner: int, channels: int, dtype: torch.dtype | None = None) -> nn.Linear:
+    """A new head, `[..., inner] -> [..., channels]`, as it starts: zero."""
+    head = nn.Linear(inner, channels, dtype=dtype)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def new_embedding(channels: int, inner: int) -> nn.Conv3d:
+    """A patch embedding for patches of (1, 1, 1): `[B, channels, T, H, W] -> [B, inner, T, H, W]`."""
+    return started_anew(nn.Conv3d(channels, inner, kernel_size=1))
 
 
 def retarget(transformer: WanTransformer3DModel, in_channels: int, out_channels: int) -> WanTransformer3DModel:
     """Give a Wan transformer a new embedder and a head that starts at zero, for latents with patches of (1, 1, 1)."""
     inner, dtype = transformer.proj_out.in_features, transformer.proj_out.weight.dtype
     transformer.patch_embedding = new_embedding(in_channels, inner).to(dtype)
-    transformer.proj_out = nn.Linear(inner, out_channels, dtype=dtype)
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
+    transformer.proj_out = zero_head(inner, out_channels, dtype)
     transformer.rope.patch_size = (1, 1, 1)
     transformer.register_to_config(patch_size=(1, 1, 1), in_channels=in_channels, out_channels=out_channels)
     return transformer

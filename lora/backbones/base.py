@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class Backbone(ABC):
         text_length: positions that prompts are padded to.
         factor: pixels of the new autoencoder's latents.
         image: whether the model starts from a picture.
+        config: of the transformer.
     """
 
     trained_fully: tuple[str, ...]
@@ -32,6 +34,12 @@ class Backbone(ABC):
     text_length: int
     factor: int
     image: bool = False
+    config: Mapping[str, Any]
+
+    @property
+    def inner(self) -> int:
+        """Width of the tokens."""
+        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
 
     @abstractmethod
     def check_size(self, frames: int, height: int, width: int) -> str | None:

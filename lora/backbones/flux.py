@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransf
 from torch import nn
 from torch.nn import functional
 
+from ...pipelines.adapted import started_anew, zero_head
 from ...pipelines.dc_gen import DCGenFluxPipeline
 from ..config import ConfigError
 from .base import Text
@@ -41,20 +42,11 @@ class FluxBackbone(ImageBackbone):
             )
 
     def new_embedding(self) -> nn.Linear:
-        embedding = nn.Linear(self.latent_channels, self._inner)
-        nn.init.xavier_uniform_(embedding.weight)
-        nn.init.zeros_(embedding.bias)
-        return embedding
-
-    @property
-    def _inner(self) -> int:
-        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        return started_anew(nn.Linear(self.latent_channels, self.inner))
 
     def swap(self, transformer: FluxTransformer2DModel) -> None:
         transformer.x_embedder = self.new_embedding()
-        transformer.proj_out = nn.Linear(self._inner, self.latent_channels)
-        nn.init.zeros_(transformer.proj_out.weight)
-        nn.init.zeros_(transformer.proj_out.bias)
+        transformer.proj_out = zero_head(self.inner, self.latent_channels)
         transformer.out_channels = self.latent_channels
         channels = self.latent_channels
         transformer.register_to_config(patch_size=1, in_channels=channels, out_channels=channels)

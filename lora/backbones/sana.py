@@ -11,6 +11,7 @@ from diffusers import AutoencoderDC, DiffusionPipeline, SanaPipeline, SanaTransf
 from torch import nn
 from torch.nn import functional
 
+from ...pipelines.adapted import started_anew, zero_head
 from ...pipelines.dc_gen import DCGenSanaPipeline
 from ..config import ConfigError
 from ..flow import TIMESTEPS
@@ -43,20 +44,11 @@ class SanaBackbone(ImageBackbone):
             raise ConfigError(f"model.base: {self.base} is a distilled SANA (Sprint), which ae_adapt does not do.")
 
     def new_embedding(self) -> nn.Conv2d:
-        embedding = nn.Conv2d(self.latent_channels, self._inner, kernel_size=1)
-        nn.init.xavier_uniform_(embedding.weight.data.flatten(1))
-        nn.init.zeros_(embedding.bias)
-        return embedding
-
-    @property
-    def _inner(self) -> int:
-        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        return started_anew(nn.Conv2d(self.latent_channels, self.inner, kernel_size=1))
 
     def swap(self, transformer: SanaTransformer2DModel) -> None:
         transformer.patch_embed.proj = self.new_embedding()
-        transformer.proj_out = nn.Linear(self._inner, self.latent_channels)
-        nn.init.zeros_(transformer.proj_out.weight)
-        nn.init.zeros_(transformer.proj_out.bias)
+        transformer.proj_out = zero_head(self.inner, self.latent_channels)
         transformer.register_to_config(in_channels=self.latent_channels, out_channels=self.latent_channels)
 
     def embed(self, embedding: nn.Module, latents: torch.Tensor, old: bool) -> torch.Tensor:

@@ -116,15 +116,11 @@ class WanBackbone(Backbone):
         return transformer.requires_grad_(False)
 
     def aligner(self) -> Aligner:
-        return Aligner(new_embedding(self.in_channels, self._inner), "latents", "condition")
+        return Aligner(new_embedding(self.in_channels, self.inner), "latents", "condition")
 
     def teacher(self) -> Aligner:
         embedding = load_part(WanTransformer3DModel, self.base, "patch_embedding", self.dtype).float()
         return Aligner(embedding, "teacher", "teacher_condition").requires_grad_(False).to(self.device)
-
-    @property
-    def _inner(self) -> int:
-        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
 
     def velocity(
         self,

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
-    AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -18,6 +17,7 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 from safetensors.torch import load_file
+from tiny_autoencoder_dc import autoencoder_dc
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -36,17 +36,6 @@ from vidaccel.pipelines import DCGenPipeline
 
 NAMES = ("flux", "sana")
 SIZE = {"frames": 1, "height": 32, "width": 64}
-
-
-def deep_autoencoder(stages: int, channels: int) -> AutoencoderDC:
-    """Compresses `2 ** (stages - 1)` times."""
-    shape = {"block_out_channels": (8,) * stages, "layers_per_block": (1,) * stages}
-    settings = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in shape.items()}
-    kinds = {f"{side}_block_types": "ResBlock" for side in ("encoder", "decoder")}
-    heads = {f"{side}_qkv_multiscales": ((),) * stages for side in ("encoder", "decoder")}
-    return AutoencoderDC(
-        latent_channels=channels, attention_head_dim=4, scaling_factor=0.5, **settings, **kinds, **heads
-    )
 
 
 def tokenizer():
@@ -110,7 +99,7 @@ def sana() -> SanaPipeline:
     return SanaPipeline(
         tokenizer=tokenizer(),
         text_encoder=Gemma2Model(Gemma2Config(vocab_size=32, num_key_value_heads=1, head_dim=6, **gemma)),
-        vae=deep_autoencoder(4, 8),
+        vae=autoencoder_dc(4, 8),
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     )
@@ -123,7 +112,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("images")
     for name, make in (("flux", flux), ("sana", sana)):
         make().save_pretrained(folder / name)
-    deep_autoencoder(5, 4).save_pretrained(folder / "new")
+    autoencoder_dc(5, 4).save_pretrained(folder / "new")
     return {name: folder / name for name in (*NAMES, "new")}
 
 

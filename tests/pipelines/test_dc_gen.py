@@ -12,22 +12,16 @@ from diffusers import (
     FluxTransformer2DModel,
     SanaTransformer2DModel,
 )
+from tiny_autoencoder_dc import autoencoder_dc
 
 from vidaccel.pipelines import DCGenFluxPipeline, DCGenPipeline, DCGenSanaPipeline
 
 NAMES = ("flux", "sana")
 
 
-def autoencoder(stages: int = 4, channels: int = 8) -> AutoencoderDC:
-    """Compresses `2 ** (stages - 1)` times."""
+def autoencoder(channels: int = 8) -> AutoencoderDC:
     torch.manual_seed(0)
-    shape = {"block_out_channels": (8,) * stages, "layers_per_block": (1,) * stages}
-    settings = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in shape.items()}
-    kinds = {f"{side}_block_types": "ResBlock" for side in ("encoder", "decoder")}
-    heads = {f"{side}_qkv_multiscales": ((),) * stages for side in ("encoder", "decoder")}
-    return AutoencoderDC(
-        latent_channels=channels, attention_head_dim=4, scaling_factor=0.5, **settings, **kinds, **heads
-    )
+    return autoencoder_dc(4, channels)
 
 
 def pipeline(name: str, vae: AutoencoderDC | None = None):
