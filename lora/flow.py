@@ -19,7 +19,7 @@ def shifted(uniform: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def sample_sigmas(
-    draws: Draws, shift: float, focus: float = 0.0, mean: float = 0.0, deviation: float = 1.0
+    draws: Draws, shift: float, logit_normal_share: float = 0.0, mean: float = 0.0, deviation: float = 1.0
 ) -> torch.Tensor:
     """A noise level for each clip, `[B]` in [0, 1), continuous. The timestep is exactly `sigma * TIMESTEPS`.
 
@@ -28,14 +28,14 @@ def sample_sigmas(
     Args:
         draws: the random numbers.
         shift: towards noise.
-        focus: share of the levels that are logit-normal instead, with `mean` and `deviation`.
+        logit_normal_share: share of the levels that are logit-normal instead, with `mean` and `deviation`.
     """
     uniform = draws.stratified()
-    if not focus:
+    if not logit_normal_share:
         return shifted(uniform, shift)
-    normal = torch.special.ndtri((uniform / focus).clamp(1e-4, 1 - 1e-4))
-    rest = ((uniform - focus) / max(1 - focus, 1e-6)).clamp(0, 1 - 2**-24)
-    return torch.where(uniform < focus, torch.sigmoid(mean + deviation * normal), shifted(rest, shift))
+    normal = torch.special.ndtri((uniform / logit_normal_share).clamp(1e-4, 1 - 1e-4))
+    rest = ((uniform - logit_normal_share) / max(1 - logit_normal_share, 1e-6)).clamp(0, 1 - 2**-24)
+    return torch.where(uniform < logit_normal_share, torch.sigmoid(mean + deviation * normal), shifted(rest, shift))
 
 
 def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

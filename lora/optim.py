@@ -14,16 +14,16 @@ from .settings import PhaseSettings
 def learning_rate(settings: PhaseSettings, step: int, seconds: float = 0.0) -> float:
     """The learning rate of step `step` (from 0), `seconds` into the phase."""
     peak = settings.learning_rate
-    if step < settings.warmup:
-        return peak * (step + 1) / settings.warmup
-    if settings.schedule == "constant":
+    if step < settings.lr_warmup_steps:
+        return peak * (step + 1) / settings.lr_warmup_steps
+    if settings.lr_scheduler == "constant":
         return peak
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    done = (step - settings.lr_warmup_steps) / max(1, settings.steps - settings.lr_warmup_steps)
     if settings.max_minutes is not None:
         done = max(done, seconds / (60 * settings.max_minutes))
     done = min(1.0, done)
-    fall = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
-    return peak * (settings.final_rate + (1 - settings.final_rate) * fall)
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if settings.lr_scheduler == "cosine" else 1 - done
+    return peak * (settings.min_lr_rate + (1 - settings.min_lr_rate) * fall)
 
 
 def make_optimizer(

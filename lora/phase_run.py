@@ -103,7 +103,7 @@ class PhaseRun:
         if not named:
             raise ValueError(f"phase {phase.name} trains nothing: set requires_grad in its setup.")
         optimizer = make_optimizer(self.settings, named, phase.learning_rate_scale)
-        accelerator.gradient_accumulation_steps = self.settings.accumulate
+        accelerator.gradient_accumulation_steps = self.settings.gradient_accumulation_steps
         accelerator.step = 0
         self.model, self.optimizer = self._prepared(module, optimizer)
         self.module = accelerator.unwrap_model(self.model)
@@ -113,7 +113,7 @@ class PhaseRun:
             self.clips.sizes,
             self.clips.members,
             self.settings.batch_size,
-            self.settings.accumulate,
+            self.settings.gradient_accumulation_steps,
             accelerator.num_processes,
             seed,
         )
@@ -139,7 +139,7 @@ class PhaseRun:
     @property
     def global_batch(self) -> int:
         """Clips of an optimiser step, over all processes."""
-        return self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
+        return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -188,17 +188,17 @@ class PhaseRun:
 
     def _one_step(self, stream: Iterator[Any]) -> dict[str, Any]:
         means: dict[str, Any] = {}
-        for _ in range(self.settings.accumulate):
+        for _ in range(self.settings.gradient_accumulation_steps):
             places, batch = next(stream)
             with self.accelerator.accumulate(self.model):
                 batch = to_device(batch, self.accelerator.device)
                 loss, values = self.phase.loss(self.model, batch, Draws(places, self.accelerator.device))
                 self.accelerator.backward(loss)
             for name, value in {"loss": loss, **values}.items():
-                part = value.detach() / self.settings.accumulate
+                part = value.detach() / self.settings.gradient_accumulation_steps
                 means[name] = means[name] + part if name in means else part
-        if self.settings.clip is not None:
-            means["gradient_norm"] = self.accelerator.clip_grad_norm_(self.named.values(), self.settings.clip)
+        if self.settings.max_grad_norm is not None:
+            means["gradient_norm"] = self.accelerator.clip_grad_norm_(self.named.values(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
@@ -216,7 +216,7 @@ class PhaseRun:
     def _diverged(self, what: str) -> Diverged:
         saved = self.trainer.checkpoints.saved()
         return Diverged(
-            f"{what} by step {self.step}: lower learning_rate or clip, or use mixed_precision bf16 or no. "
+            f"{what} by step {self.step}: lower learning_rate or max_grad_norm, or use mixed_precision bf16 or no. "
             f"{f'The last checkpoint is {saved[-1]}.' if saved else 'Nothing was saved.'}"
         )
 

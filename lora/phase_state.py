@@ -47,7 +47,8 @@ def restore(run: PhaseRun, checkpoint: Checkpoint) -> None:
     if checkpoint.global_batch != run.global_batch:
         raise CheckpointError(
             f"the checkpoint was written with {checkpoint.global_batch} clips a step over all processes, now there "
-            f"are {run.global_batch}: use as many processes as then, or change batch_size or accumulate."
+            f"are {run.global_batch}: use as many processes as then, or change batch_size or "
+            "gradient_accumulation_steps."
         )
     if set(checkpoint.weights) != set(run.named):
         odd = sorted(set(checkpoint.weights) ^ set(run.named))

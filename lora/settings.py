@@ -31,37 +31,38 @@ class PhaseSettings(Settings):
     """One phase of training.
 
     Args:
-        steps: optimiser steps; 0 skips the phase. A run may be resumed with another number if `schedule` is "constant".
+        steps: optimiser steps; 0 skips the phase. A run may be resumed with another number if `lr_scheduler` is
+            "constant".
         learning_rate: the peak.
-        warmup: steps in which it rises linearly to the peak.
-        schedule: what follows: "constant", or "cosine" or "linear" down to `final_rate` of the peak. With
+        lr_warmup_steps: steps in which it rises linearly to the peak.
+        lr_scheduler: what follows: "constant", or "cosine" or "linear" down to `min_lr_rate` of the peak. With
             `max_minutes` these two end when the time does, if that is earlier.
         optimizer: "adamw", or "muon" (Muon for matrices, AdamW for the rest).
         betas, weight_decay: of AdamW.
-        clip: bound of the gradient norm; None for none.
+        max_grad_norm: bound of the gradient norm; None for none.
         ema_decay: of the averaged weights, which are the result of the phase; 0 for none.
         batch_size: clips a process and micro-step.
-        accumulate: micro-steps an optimiser step.
+        gradient_accumulation_steps: micro-steps an optimiser step.
         max_minutes: the phase ends after this time, wherever it is; None for no limit.
     """
 
     steps: int = setting(low=0)
     learning_rate: float = setting(1e-4, above=0)
-    warmup: int = setting(0, low=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    final_rate: float = setting(0.0, low=0, high=1)
+    lr_warmup_steps: int = setting(0, low=0)
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    min_lr_rate: float = setting(0.0, low=0, high=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = setting((0.9, 0.99), low=0, below=1)
     weight_decay: float = setting(0.0, low=0)
-    clip: float | None = setting(1.0, above=0)
+    max_grad_norm: float | None = setting(1.0, above=0)
     ema_decay: float = setting(0.0, low=0, below=1)
     batch_size: int = setting(1, low=1)
-    accumulate: int = setting(1, low=1)
+    gradient_accumulation_steps: int = setting(1, low=1)
     max_minutes: float | None = setting(None, above=0, free=True)
 
     def free_here(self) -> Iterable[str]:
         # Without a fall of the learning rate, no step depends on how many there will be.
-        return ("steps",) if self.schedule == "constant" else ()
+        return ("steps",) if self.lr_scheduler == "constant" else ()
 
 
 @dataclass(frozen=True)

@@ -212,10 +212,10 @@ class Flow(Phase):
         flow = self.recipe.config.flow
         latents = batch["latents"]
         noise = draws.normal(*latents.shape[1:])
-        sigma = sample_sigmas(draws, flow.shift, flow.focus, flow.focus_mean, flow.focus_std)
+        sigma = sample_sigmas(draws, flow.shift, flow.logit_normal_share, flow.logit_mean, flow.logit_std)
         # The noise is that of the level which the model is told, not the other way round.
         sigma = self.recipe.backbone.told(sigma, DTYPES[self.recipe.config.loop.mixed_precision])
-        dropped = (draws.uniform() < flow.text_drop).tolist()
+        dropped = (draws.uniform() < flow.caption_dropout).tolist()
         nothing = self.recipe.flowing.texts([""])[0]
         texts = [nothing if drop else text for drop, text in zip(dropped, batch["texts"], strict=True)]
         made = self.recipe.backbone.velocity(model, noisy(latents, noise, sigma), sigma, texts, batch)

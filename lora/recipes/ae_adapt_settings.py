@@ -38,16 +38,17 @@ class FlowSettings(Settings):
 
     Args:
         shift: of the noise levels towards noise; the published figures are 8 for text and 5 for image to video.
-        focus: share of the levels that follow a logit-normal density instead, of `focus_mean` and `focus_std`.
-        text_drop: share of the prompts that are left out.
+        logit_normal_share: share of the levels that follow a logit-normal density instead, of `logit_mean` and
+            `logit_std`.
+        caption_dropout: share of the prompts that are left out.
         object_weight: for the demo world: how much more the object counts in the loss than the background.
     """
 
     shift: float = setting(8.0, above=0)
-    focus: float = setting(0.0, low=0, high=1)
-    focus_mean: float = 0.9
-    focus_std: float = setting(0.9, above=0)
-    text_drop: float = setting(0.1, low=0, high=1)
+    logit_normal_share: float = setting(0.0, low=0, high=1)
+    logit_mean: float = 0.9
+    logit_std: float = setting(0.9, above=0)
+    caption_dropout: float = setting(0.1, low=0, high=1)
     object_weight: float = setting(1.0, low=1)
 
 
@@ -70,9 +71,13 @@ class PhasesSettings(Settings):
     align: PhaseSettings = field(
         default_factory=lambda: PhaseSettings(steps=20_000, learning_rate=2e-4, betas=(0.9, 0.9), batch_size=4)
     )
-    head: PhaseSettings = field(default_factory=lambda: PhaseSettings(steps=6_000, learning_rate=1e-4, clip=0.1))
+    head: PhaseSettings = field(
+        default_factory=lambda: PhaseSettings(steps=6_000, learning_rate=1e-4, max_grad_norm=0.1)
+    )
     lora: LoraPhase = field(
-        default_factory=lambda: LoraPhase(steps=8_000, learning_rate=5e-5, warmup=1_000, clip=0.1, ema_decay=0.9999)
+        default_factory=lambda: LoraPhase(
+            steps=8_000, learning_rate=5e-5, lr_warmup_steps=1_000, max_grad_norm=0.1, ema_decay=0.9999
+        )
     )
 
 

@@ -36,7 +36,9 @@ class Net(nn.Module):
 class TinyPhases(Settings):
     first: PhaseSettings = field(default_factory=lambda: PhaseSettings(steps=3, learning_rate=0.01, batch_size=2))
     second: PhaseSettings = field(
-        default_factory=lambda: PhaseSettings(steps=3, learning_rate=0.01, batch_size=2, ema_decay=0.9, warmup=2)
+        default_factory=lambda: PhaseSettings(
+            steps=3, learning_rate=0.01, batch_size=2, ema_decay=0.9, lr_warmup_steps=2
+        )
     )
 
 

@@ -36,7 +36,7 @@ def write(folder: Path, base: Path, autoencoder: Path, **sections) -> Path:
         "phases": {
             "align": {"steps": 2, "batch_size": 2},
             "head": {"steps": 2, "learning_rate": 0.01},
-            "lora": {"steps": 2, "rank": 2, "alpha": 6, "warmup": 0, "learning_rate": 0.01},
+            "lora": {"steps": 2, "rank": 2, "alpha": 6, "lr_warmup_steps": 0, "learning_rate": 0.01},
         },
         "validation": {"clips": 2, "prompts": ["a red circle"], "steps": 1, "guidance_scale": 2},
         "loop": {"tracker": "none", "device": "cpu", "log_every": 1},
@@ -260,7 +260,7 @@ def test_validation_that_cannot_be_written_does_not_end_the_run(tmp_path, text_b
 
 
 def test_dropped_prompts(tmp_path, text_base, autoencoder_folder, monkeypatch):
-    made = recipe(write(tmp_path, text_base, autoencoder_folder, flow={"text_drop": 0.5}))
+    made = recipe(write(tmp_path, text_base, autoencoder_folder, flow={"caption_dropout": 0.5}))
     phase, seen = made.phases()[1], []
     monkeypatch.setattr(made.backbone, "velocity", lambda m, x, s, texts, b: seen.extend(texts) or torch.zeros_like(x))
     places = [Place(0, number, 64, number) for number in range(64)]

@@ -149,7 +149,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         ({"data": {"sizes": [{"frames": 9, "height": 32, "width": 32}]}}, "9 frames are no multiple of 4"),
         ({"model": {**MODEL, "chunk_size": 6}}, "chunk_size is 6"),
         ({"model": {"start": "nowhere"}}, "nowhere is no autoencoder"),
-        ({"phases": [{"steps": 1, "clipp": 1}]}, 'phases.0.clipp is not known: did you mean "clip"'),
+        (
+            {"phases": [{"steps": 1, "max_grad_nrom": 1}]},
+            'phases.0.max_grad_nrom is not known: did you mean "max_grad_norm"',
+        ),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, sections, words):

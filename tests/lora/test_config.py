@@ -147,10 +147,10 @@ def test_a_run_may_go_on_with_other_prompts_and_more_steps():
     lora = replace(start.phases.lora, steps=60_000)
     more = replace(start, validation=replace(start.validation, prompts=("a",)), phases=replace(start.phases, lora=lora))
     assert differences(start, more) == []
-    falling = replace(start, phases=replace(start.phases, lora=replace(lora, schedule="cosine")))
+    falling = replace(start, phases=replace(start.phases, lora=replace(lora, lr_scheduler="cosine")))
     assert differences(start, falling) == [
         "phases.lora.steps: 40000 then, 60000 now",
-        "phases.lora.schedule: 'constant' then, 'cosine' now",
+        "phases.lora.lr_scheduler: 'constant' then, 'cosine' now",
     ]
     held = replace(start, validation=replace(start.validation, clips=2))
     assert differences(start, held) == ["validation.clips: 16 then, 2 now"]

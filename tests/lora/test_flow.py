@@ -38,10 +38,10 @@ def test_the_samplers_grid():
 
 
 def test_a_focus_takes_its_share():
-    sigmas = sample_sigmas(draws(1000), 3.0, focus=0.5, mean=0.9, deviation=0.1)
+    sigmas = sample_sigmas(draws(1000), 3.0, logit_normal_share=0.5, mean=0.9, deviation=0.1)
     inside = ((sigmas > torch.sigmoid(torch.tensor(0.6))) & (sigmas < torch.sigmoid(torch.tensor(1.2)))).float().mean()
     assert 0.5 < float(inside) < 0.75
-    everything = sample_sigmas(draws(1000), 3.0, focus=1.0, mean=0.0, deviation=1e-6)
+    everything = sample_sigmas(draws(1000), 3.0, logit_normal_share=1.0, mean=0.0, deviation=1e-6)
     torch.testing.assert_close(everything, torch.full((1000,), 0.5), rtol=0, atol=1e-4)
 
 

@@ -55,7 +55,7 @@ def ae_adapt(folder: Path, name: str, batch_size: int, base: Path, new: Path) ->
         "phases": {
             "align": {"steps": 2, **more},
             "head": {"steps": 1, **more},
-            "lora": {"steps": 2, "rank": 2, "alpha": 2, "warmup": 0, "ema_decay": 0.5, **more},
+            "lora": {"steps": 2, "rank": 2, "alpha": 2, "lr_warmup_steps": 0, "ema_decay": 0.5, **more},
         },
         "validation": {"clips": 2},
     }

@@ -71,7 +71,7 @@ def test_accumulation_is_a_larger_batch(tiny_settings, run_tiny, monkeypatch):
     """The clips, their noise and the result are those of one batch."""
     monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
     whole = run_tiny(tiny_settings("whole", phases={"first": {"steps": 2, "batch_size": 4}, "second": {"steps": 0}}))
-    phases = {"first": {"steps": 2, "batch_size": 2, "accumulate": 2}, "second": {"steps": 0}}
+    phases = {"first": {"steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2}, "second": {"steps": 0}}
     parts = run_tiny(tiny_settings("parts", phases=phases))
     assert sum((entry[2] for entry in parts.seen), ()) == sum((entry[2] for entry in whole.seen), ())
     for name, value in whole.trained.items():
@@ -120,7 +120,7 @@ def test_the_steps_of_a_constant_learning_rate_may_change(tiny_settings, run_tin
     with pytest.raises(CheckpointError, match="in the phase second, whose steps are 0 now"):
         run_tiny(tiny_settings(phases={"second": {"steps": 0}}), "latest")
     with pytest.raises(CheckpointError, match="phases.first.steps: 4 then, 5 now"):
-        run_tiny(tiny_settings(phases={"first": {"steps": 5, "schedule": "linear"}}), "latest")
+        run_tiny(tiny_settings(phases={"first": {"steps": 5, "lr_scheduler": "linear"}}), "latest")
 
 
 def test_a_run_is_not_overwritten(tiny_settings, run_tiny):
@@ -167,7 +167,10 @@ def test_a_full_disk_at_the_end_is_an_error(tiny_settings, run_tiny, monkeypatch
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny_settings, run_tiny):
-    phases = {"first": {"steps": 0}, "second": {"steps": 9, "learning_rate": 1e30, "clip": None, "warmup": 0}}
+    phases = {
+        "first": {"steps": 0},
+        "second": {"steps": 9, "learning_rate": 1e30, "max_grad_norm": None, "lr_warmup_steps": 0},
+    }
     with pytest.raises(Diverged, match="the loss of phase second is (nan|inf) by step .* The last checkpoint is"):
         run_tiny(tiny_settings(phases=phases, loop={"save_every": 1}))
 
@@ -268,12 +271,12 @@ def test_refusals_come_before_anything_loads(tiny_settings, run_tiny, monkeypatc
 
 
 def test_learning_rates():
-    phase = PhaseSettings(steps=110, learning_rate=1.0, warmup=10, schedule="linear", final_rate=0.1)
+    phase = PhaseSettings(steps=110, learning_rate=1.0, lr_warmup_steps=10, lr_scheduler="linear", min_lr_rate=0.1)
     assert learning_rate(phase, 0) == pytest.approx(0.1)
     assert learning_rate(phase, 9) == pytest.approx(1.0)
     assert learning_rate(phase, 60) == pytest.approx(0.55)
     assert learning_rate(phase, 110) == pytest.approx(0.1)
-    timed = PhaseSettings(steps=10**6, learning_rate=1.0, schedule="cosine", max_minutes=2)
+    timed = PhaseSettings(steps=10**6, learning_rate=1.0, lr_scheduler="cosine", max_minutes=2)
     assert learning_rate(timed, 0, 60) == pytest.approx(0.5, abs=1e-3)
     assert learning_rate(timed, 0, 120) == pytest.approx(0.0, abs=1e-6)
     assert learning_rate(PhaseSettings(steps=5, learning_rate=0.3), 4) == 0.3
