@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE
+from ..pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
 from .checkpoint import replaced, save_tensors
 
 
@@ -40,7 +40,7 @@ def merge(transformer: nn.Module) -> None:
 def save_adapter(
     transformer: nn.Module, folder: Path, trained_fully: tuple[str, ...], facts: Mapping[str, Any], with_lora: bool
 ) -> Path:
-    """Write the LoRA (as diffusers' `load_lora_adapter` reads it), the fully trained parameters, and the facts.
+    """Write the LoRA (as diffusers' `save_lora_weights` does), the fully trained parameters, and the facts.
 
     Args:
         transformer: with what was trained.
@@ -64,11 +64,12 @@ def save_adapter(
 
 
 def _save_lora(transformer: nn.Module, path: Path) -> None:
-    """As `save_lora_adapter` does, which also casts the model."""
+    """As `save_lora_weights` of the pipelines does, which takes no model."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft.utils import get_peft_model_state_dict
 
     config = transformer.peft_config["default"].to_dict()
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    plain = {f"{LORA_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(plain, indent=2, sort_keys=True)}
-    save_tensors(get_peft_model_state_dict(transformer, adapter_name="default"), path, metadata)
+    tensors = get_peft_model_state_dict(transformer, adapter_name="default")
+    save_tensors({f"{LORA_PREFIX}.{name}": value for name, value in tensors.items()}, path, metadata)

@@ -1,13 +1,14 @@
 """Adapter-only weights of a model that was moved to another autoencoder: what they are on disk, and loading them.
 
 A folder with `adapter.json` (what it belongs to), `embedder_head.safetensors` (parameters that were trained as they
-are), `pytorch_lora_weights.safetensors` (a LoRA on the rest, as diffusers reads it), and often the autoencoder in
-`vae/`.
+are), `pytorch_lora_weights.safetensors` (a LoRA on the rest, as diffusers' pipelines write it), and often the
+autoencoder in `vae/`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +20,11 @@ from .. import demo
 from ..autoencoders import AutoencoderDCV
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_PREFIX = "transformer"
 FULL_FILE = "embedder_head.safetensors"
 FACTS_FILE = "adapter.json"
+DEFAULTS_FILE = "generation_defaults.json"
+"""In the folder of an adapted pipeline: frames, height and width that it was trained at."""
 
 
 class AdapterError(ValueError):
@@ -66,7 +70,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What an adapter belongs to: `base`, `autoencoder`, `lora`, and the config of the transformer.
+    """What an adapter belongs to: `base`, `autoencoder` (a hub id, or a folder, seen from that of the adapter), `lora`,
+    and the config of the transformer.
 
     Raises:
         AdapterError: `adapter.json` cannot be read, or lacks one of them.
@@ -81,6 +86,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
             f"{folder / FACTS_FILE} lacks {', '.join(sorted(missing))}: it was written by something else."
         )
     return facts
+
+
+def is_hub_id(location: str) -> bool:
+    """Whether this has the form owner/name and is no folder here."""
+    return not Path(location).is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) is not None
 
 
 def base_location(base: str) -> str:
@@ -115,8 +125,20 @@ def load_adapter(transformer: nn.Module, folder: Path) -> nn.Module:
         with torch.no_grad():
             own[name].copy_(value)
     if facts["lora"]:
-        transformer.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=None)
+        transformer.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=LORA_PREFIX)
     return transformer
+
+
+def _own_autoencoder(folder: Path, stated: str) -> str:
+    """Folder or hub id of the autoencoder that an adapter was made for."""
+    for place in (folder / "vae", folder / stated):
+        if place.is_dir():
+            return str(place)
+    if is_hub_id(stated):
+        return stated
+    raise AdapterError(
+        f"{folder} was made for the autoencoder in {stated}, which is not there: give its folder with autoencoder=."
+    )
 
 
 def load_adapted(
@@ -140,8 +162,7 @@ def load_adapted(
     """
     facts = read_facts(folder)
     location = base_location(str(base if base is not None else facts["base"]))
-    own = folder / "vae"
-    autoencoder = autoencoder or (own if own.is_dir() else facts["autoencoder"])
+    autoencoder = autoencoder or _own_autoencoder(folder, facts["autoencoder"])
     dtype = options.get("dtype", options.get("torch_dtype"))
     of = (lambda name: dtype.get(name, dtype.get("default"))) if isinstance(dtype, dict) else (lambda name: dtype)
     config = facts["transformer"]

@@ -9,10 +9,35 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...pipelines.adapted import is_hub_id
 from ..checkpoint import replaced
 from ..config import ConfigError
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def located(location: str, setting: str, built_in: str, part: str = "") -> str:
+    """Where a model is: a folder or hub id as it is, and the folder of the built-in one.
+
+    Args:
+        location: as the user wrote it.
+        setting: that names it, for the message.
+        built_in: name of the built-in pipeline that has such a model.
+        part: of that pipeline.
+
+    Raises:
+        ConfigError: neither of the three.
+    """
+    from ... import demo
+
+    if location == built_in:
+        return str(demo.path(built_in) / part)
+    if Path(location).is_dir() or is_hub_id(location):
+        return location
+    raise ConfigError(
+        f"{setting}: {location} is no folder here, no hub id of the form owner/name, and not the built-in "
+        f'"{built_in}": correct the path, or make the model first.'
+    )
 
 
 def read_config(cls: type, location: str, subfolder: str | None = None) -> dict:

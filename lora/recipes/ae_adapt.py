@@ -7,6 +7,7 @@ LoRA on the rest.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ... import demo
+from ...pipelines.adapted import DEFAULTS_FILE, is_hub_id
 from ..adapter import add_lora, merge, save_adapter
 from ..backbones import open_backbone
 from ..backbones.base import Backbone, SampleRequest
+from ..backbones.folders import located
+from ..checkpoint import save_text
 from ..config import ConfigError
 from ..data.cache import TensorCache
 from ..data.held_out import hold_out
@@ -59,14 +64,10 @@ class AEAdapt(Recipe):
         self._measured: dict[Latents, MeasuredClips] = {}
 
     def _backbone(self) -> Backbone:
-        model, base = self.config.model, self.config.model.base
-        if base == "demo":
-            from ...demo import path
-
-            base = str(path())
+        model = self.config.model
         return open_backbone(
-            base,
-            model.autoencoder,
+            located(model.base, "model.base", demo.WAN),
+            located(model.autoencoder, "model.autoencoder", demo.DC, "vae"),
             dtype=getattr(torch, model.dtype),
             autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
             device=self.process.device,
@@ -102,7 +103,7 @@ class AEAdapt(Recipe):
         with_lora = any(".lora_" in name for name in trained)
         transformer = self.transformer(trained, "lora" if with_lora else "head")
         lora = self.config.phases.lora
-        facts = {name: _location(getattr(self.config.model, name)) for name in ("base", "autoencoder")}
+        facts = self._facts()
         facts |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha} if with_lora else {}
         save_adapter(transformer, out / "adapter", self.backbone.trained_fully, facts, with_lora)
         if with_lora:
@@ -111,7 +112,19 @@ class AEAdapt(Recipe):
             if name.startswith(self.backbone.trained_fully):
                 parameter.data = parameter.data.to(getattr(torch, self.config.model.dtype))
         self.backbone.save(transformer, out / "pipeline")
+        save_text(json.dumps(facts["defaults"], indent=2) + "\n", out / "pipeline" / DEFAULTS_FILE)
         return {"pipeline": str(out / "pipeline"), "adapter": str(out / "adapter")}
+
+    def _facts(self) -> dict[str, Any]:
+        """What the adapter belongs to, and the size that the model was made for."""
+        model, size = self.config.model, self.config.data.sizes[-1]
+        named = model.base == demo.WAN or is_hub_id(model.base)
+        return {
+            "base": model.base if named else str(Path(model.base).resolve()),
+            # That of a hub is found from anywhere; any other is the copy in the pipeline of this run.
+            "autoencoder": model.autoencoder if is_hub_id(model.autoencoder) else "../pipeline/vae",
+            "defaults": {"frames": size.frames, "height": size.height, "width": size.width},
+        }
 
     def ready(self, latents: Latents) -> Latents:
         """Encode what the cache lacks and the clips that are measured; before a model takes the memory for training."""
@@ -124,11 +137,6 @@ class AEAdapt(Recipe):
         if latents not in self._measured:
             self._measured[latents] = MeasuredClips(self.source, self.held_out.picks, latents, self.backbone.image)
         return self._measured[latents]
-
-
-def _location(name: str) -> str:
-    """A folder as it is found from anywhere; "demo" and hub ids as they are."""
-    return str(Path(name).resolve()) if name != "demo" and Path(name).is_dir() else name
 
 
 class Align(Phase):

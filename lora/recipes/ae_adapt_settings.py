@@ -16,7 +16,7 @@ class ModelSettings(Settings):
 
     Args:
         base: folder or hub id of a diffusers pipeline; "demo" is the built-in one.
-        autoencoder: folder or hub id of the deep-compression autoencoder.
+        autoencoder: folder or hub id of the deep-compression autoencoder; "demo-dc" is the built-in one.
         dtype: of the frozen weights; what is trained stays float32.
         autoencoder_dtype: in which clips are encoded.
         merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;

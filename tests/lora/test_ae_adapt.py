@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 from vidaccel.lora import run
 from vidaccel.lora.backbones import wan
 from vidaccel.lora.backbones.wan import WanBackbone
-from vidaccel.lora.config import ConfigError, build
+from vidaccel.lora.config import ConfigError, build, read
 from vidaccel.lora.draws import Draws, Place
+from vidaccel.lora.launch import config_folder
 from vidaccel.lora.recipes import ae_adapt
 from vidaccel.lora.recipes.ae_adapt import AEAdapt, AEAdaptSettings, on_one_grid
 from vidaccel.lora.recipes.base import Process
@@ -48,8 +51,8 @@ def write(folder: Path, base: Path, autoencoder: Path, **sections) -> Path:
     return file
 
 
-def recipe(file: Path) -> AEAdapt:
-    made = AEAdapt(build(AEAdaptSettings, json.loads(file.read_text())), Process(torch.device("cpu")))
+def recipe(file: Path, overrides: Sequence[str] = ()) -> AEAdapt:
+    made = AEAdapt(build(AEAdaptSettings, read(file, overrides)), Process(torch.device("cpu")))
     made.prepare()
     return made
 
@@ -86,7 +89,8 @@ def test_the_adapter_is_what_changed(finished, text_base, autoencoder_folder):
         "embedder_head.safetensors",
         "pytorch_lora_weights.safetensors",
     }
-    assert json.loads((adapter / "adapter.json").read_text())["base"] == str(text_base)
+    facts = json.loads((adapter / "adapter.json").read_text())
+    assert facts["base"] == str(text_base) and facts["autoencoder"] == "../pipeline/vae"
     transformer = load_adapter(WanBackbone(str(text_base), str(autoencoder_folder)).student(), adapter)
     merged = WanTransformer3DModel.from_pretrained(finished[1]["pipeline"], subfolder="transformer")
     inputs = {
@@ -100,6 +104,31 @@ def test_the_adapter_is_what_changed(finished, text_base, autoencoder_folder):
     assert any("attn1.to_q" in name for name in changed) and not any("attn2" in name for name in changed)
     assert any("time_proj" in name for name in changed) and any("ffn.net.2" in name for name in changed)
     assert not any("text_embedder" in name for name in changed)
+
+
+def test_a_run_that_was_moved_loads(finished, tmp_path):
+    moved = shutil.copytree(finished[0] / "run", tmp_path / "moved")
+    adapted = DCVideoGenPipeline.from_pretrained(moved / "adapter").transformer.state_dict()
+    whole = DCVideoGenPipeline.from_pretrained(moved / "pipeline").transformer.state_dict()
+    for name, value in whole.items():
+        torch.testing.assert_close(adapted[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_result_says_what_size_it_was_made_for(finished):
+    assert json.loads((Path(finished[1]["adapter"]) / "adapter.json").read_text())["defaults"] == SIZE
+    assert json.loads((Path(finished[1]["pipeline"]) / "generation_defaults.json").read_text()) == SIZE
+
+
+def test_the_ready_settings_need_nothing_but_the_built_in_models(tmp_path):
+    made = recipe(config_folder() / "demo_ae_adapt.yaml", [f"data.cache={tmp_path}", f"out={tmp_path}"])
+    assert made.backbone.autoencoder.config.latent_channels == 32
+
+
+@pytest.mark.parametrize("name", ["base", "autoencoder"])
+def test_a_model_that_is_not_there(tmp_path, text_base, autoencoder_folder, name):
+    file = write(tmp_path, text_base, autoencoder_folder)
+    with pytest.raises(ConfigError, match=rf"model\.{name}: \./models/gone is no folder here, no hub id"):
+        recipe(file, [f"model.{name}=./models/gone"])
 
 
 def test_an_adapter_of_another_model_is_refused(finished, text_base):
@@ -234,12 +263,13 @@ def test_the_noise_is_that_of_the_level_that_the_model_is_told(tmp_path, text_ba
     assert torch.equal(seen["x"][:, 0].flatten(), seen["s"]) and not (seen["s"] * 8).frac().any()
 
 
-def test_the_adapter_names_folders_that_are_found_from_anywhere(tmp_path, monkeypatch):
-    (tmp_path / "models" / "ae").mkdir(parents=True)
+def test_the_adapter_names_models_that_are_found_from_anywhere(tmp_path, text_base, autoencoder_folder, monkeypatch):
+    file = write(tmp_path, text_base, autoencoder_folder)
     (tmp_path / "demo").mkdir()
+    (tmp_path / "base").symlink_to(text_base)
     monkeypatch.chdir(tmp_path)
-    assert ae_adapt._location("models/ae") == str(tmp_path / "models" / "ae")
-    assert [ae_adapt._location(name) for name in ("demo", "someone/model")] == ["demo", "someone/model"]
+    assert recipe(file, ["model.base=base"])._facts()["base"] == str(text_base)
+    assert recipe(file, ["model.base=demo"])._facts()["base"] == "demo"
 
 
 def test_a_folder_that_is_no_adapter_is_not_replaced(finished, tmp_path):

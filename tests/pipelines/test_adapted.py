@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
@@ -23,7 +24,7 @@ def write_adapter(folder, in_channels: int = 8, lora: bool = True, **facts):
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer", dtype=torch.float32)
     retarget(transformer, in_channels, 8)
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     full = {n: p.detach() for n, p in transformer.named_parameters() if n.startswith(("patch_embedding.", "proj_out."))}
     save_file(full, folder / FULL_FILE)
     if lora:
@@ -31,7 +32,9 @@ def write_adapter(folder, in_channels: int = 8, lora: bool = True, **facts):
         for name, parameter in transformer.named_parameters():
             if ".lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        transformer.save_lora_adapter(folder, weight_name=LORA_FILE)
+        layers = get_peft_model_state_dict(transformer)
+        metadata = transformer.peft_config["default"].to_dict()
+        WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
         transformer.fuse_lora()
         transformer.unload_lora()
     config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
@@ -118,3 +121,26 @@ def test_facts_that_cannot_be_read(tmp_path, content):
     (tmp_path / "adapter" / FACTS_FILE).write_text(content)
     with pytest.raises(AdapterError, match=r"adapter\.json (cannot be read|lacks autoencoder, lora, transformer)"):
         DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+
+
+def test_the_autoencoder_is_found_from_the_folder_of_the_adapter(tmp_path):
+    write_adapter(tmp_path / "run" / "adapter", autoencoder="../pipeline/vae")
+    (tmp_path / "run" / "adapter" / "vae").rename(tmp_path / "vae")
+    with pytest.raises(
+        AdapterError, match=r"the autoencoder in \.\./pipeline/vae, which is not there: .* autoencoder="
+    ):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "pipeline").mkdir()
+    (tmp_path / "vae").rename(tmp_path / "run" / "pipeline" / "vae")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "moved" / "adapter")
+    assert pipe.vae.config.latent_channels == 8
+
+
+def test_the_built_in_lora_is_one_of_diffusers():
+    """What `load_lora_weights` of a stock pipeline reads, with all of its layers."""
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.load_lora_weights(demo.path(demo.DC), weight_name=LORA_FILE)
+    loaded = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+    assert len(loaded) == len(load_file(demo.path(demo.DC) / LORA_FILE)) > 0
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 64
