@@ -40,15 +40,15 @@ class VidaccelLoadPipeline(io.ComfyNode):
             node_id="VidaccelLoadPipeline",
             display_name="Load Video Pipeline",
             category=CATEGORY,
-            description="Loads a video pipeline of diffusers: Wan 2.1 and 2.2, DC-VideoGen. The embedded demos are "
-            "tiny models that draw moving shapes, one in Wan's latents and one in DC-AE-V's (demo-dc); they need no "
+            description="Loads a video pipeline of diffusers: Wan 2.1 and 2.2, DC-VideoGen. The built-in ones are tiny "
+            "models that draw moving shapes, one in Wan's latents and one in DC-AE-V's (demo-dc); they need no "
             "download and run on a CPU.",
             inputs=[
                 io.Combo.Input(
                     "pipeline",
                     options=[*pipelines.EMBEDDED, *pipelines.find_pipelines(_roots())],
                     default=next(iter(pipelines.EMBEDDED)),
-                    tooltip="The embedded demo, or a folder below models/diffusers that holds a model_index.json.",
+                    tooltip="A built-in model, or a folder below models/diffusers that holds a model_index.json.",
                 ),
                 io.String.Input(
                     "hub_id",
@@ -62,8 +62,8 @@ class VidaccelLoadPipeline(io.ComfyNode):
                     options=["auto", *DTYPES],
                     default="auto",
                     **accepted(io.Combo.Input, advanced=True),
-                    tooltip="Of the weights. auto is bfloat16 on a GPU, float32 on a CPU and for the demo. The "
-                    "autoencoder stays in float32.",
+                    tooltip="Of the weights. auto is bfloat16 on a GPU, float32 on a CPU and for the built-in models. "
+                    "The autoencoder stays in float32.",
                 ),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Accelerate Pipeline or Generate Video.")],
@@ -86,18 +86,18 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
             node_id="VidaccelAcceleratePipeline",
             display_name="Accelerate Pipeline",
             category=CATEGORY,
-            description="Sparse attention for a pipeline. svg2 follows content and keeps most of the picture; svg "
-            "finds spatial and temporal heads; radial is one fixed pattern for long videos. The video differs from the "
-            "dense one of the same seed, the more so the lower the density and the fewer steps stay dense. The "
-            "pipeline that comes in stays dense, so that one graph can make both videos.",
+            description="Sparse attention for a pipeline. svg2 follows content; svg finds spatial and temporal heads; "
+            "radial is one fixed pattern for long videos. The video differs from the dense one of the same seed, the "
+            "more so the lower the density and the fewer steps stay dense. The pipeline that comes in stays dense, so "
+            "that one graph can make both videos.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
                 io.Combo.Input(
                     "method",
                     options=list(pipelines.METHODS),
                     default="svg2",
-                    tooltip="svg2: best picture at a density, most planning. svg: cheap planning, any size. radial: "
-                    "hardly any planning, for long videos.",
+                    tooltip="svg2: nearest to the dense video from a density of about 0.35 up (below: with compensate) "
+                    "and most planning. svg: cheap planning, any size. radial: hardly any planning, for long videos.",
                 ),
                 io.Float.Input(
                     "density",
@@ -183,12 +183,28 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     tooltip="What it should not show. Used where guidance is above 1.",
                 ),
                 io.Int.Input(
-                    "width", default=0, min=0, max=8192, step=8, tooltip=f"Pixels, a multiple of 16 for Wan. {own}"
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip=f"Pixels: a multiple of 16 for Wan, any number for DC-VideoGen. {own}",
                 ),
                 io.Int.Input(
-                    "height", default=0, min=0, max=8192, step=8, tooltip=f"Pixels, a multiple of 16 for Wan. {own}"
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip=f"Pixels: a multiple of 16 for Wan, any number for DC-VideoGen. {own}",
                 ),
-                io.Int.Input("frames", default=0, min=0, max=4097, tooltip=f"4k + 1 for Wan: 33, 81, ... {own}"),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=4097,
+                    tooltip=f"4k + 1 for Wan: 33, 81, ...; any number for DC-VideoGen. {own}",
+                ),
                 io.Int.Input("steps", default=0, min=0, max=1000, tooltip=f"Denoising steps. {own}"),
                 io.Float.Input(
                     "guidance",

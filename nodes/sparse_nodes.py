@@ -133,8 +133,8 @@ class VidaccelSparseAttentionSVG2(io.ComfyNode):
         ]
         description = (
             "Sparse VideoGen 2: groups queries and keys by content, and each group of queries reads the groups of keys "
-            "that matter to it. Of the three methods it keeps most of the picture at a given density, and spends the "
-            "most time on planning."
+            "that matter to it. On the built-in model it stays nearest to the dense video of the three methods from a "
+            "density of about 0.35 up; below that, with compensate on. It spends the most time on planning."
         )
         words = ["sparse videogen 2", "semantic clustering"]
         return _schema("SVG2", words, description, _inputs(0.3, "", special))

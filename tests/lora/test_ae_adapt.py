@@ -18,7 +18,6 @@ from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError, build, read
 from vidaccel.lora.draws import Draws, Place
 from vidaccel.lora.launch import config_folder
-from vidaccel.lora.recipes import ae_adapt
 from vidaccel.lora.recipes.ae_adapt import AEAdapt, AEAdaptSettings, on_one_grid
 from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.ship import ship
