@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 # diffusers' Wan pipelines refuse other heights and widths.
@@ -55,11 +56,11 @@ class Canvas:
             pad_frames: frames that the autoencoder puts before a video.
 
         Raises:
-            ValueError: a size under 1.
+            ValueError: a size that is no whole number, or under 1.
         """
         for name, value in (("num_frames", frames), ("height", height), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1.")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1 and whole.")
         latent_frames = _up(frames + pad_frames, temporal * patch[0]) // temporal
         return cls(
             latent_frames * temporal - pad_frames,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..autoencoders import AutoencoderDCV
@@ -36,13 +38,17 @@ class DCVideoGen(PublishedLayoutMixin):
                 f"{type(self).__name__} does not do expand_timesteps (Wan 2.2 TI2V 5B): adapt a model with one "
                 "timestep for all tokens."
             )
+        # Of the autoencoder that is there now: diffusers reads these when a pipeline is made, maybe with another one.
+        self.vae_scale_factor_spatial = self.vae.spatial_compression_ratio
+        self.vae_scale_factor_temporal = self.vae.temporal_compression_ratio
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         canvas = Canvas.for_video(
             frames,
             height,
             width,
             patch=tuple(transformer.config.patch_size),
-            spatial=self.vae.spatial_compression_ratio,
-            temporal=self.vae.temporal_compression_ratio,
+            spatial=self.vae_scale_factor_spatial,
+            temporal=self.vae_scale_factor_temporal,
             pad_frames=self.vae.config.pad_frames,
         )
         if canvas.is_larger:
@@ -70,6 +76,38 @@ class DCVideoGen(PublishedLayoutMixin):
                     "they do not belong together."
                 )
         return transformers[0]
+
+    def _latents(
+        self,
+        batch_size: int,
+        channels: int,
+        height: int,
+        width: int,
+        frames: int,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Noise `[B, C, T, H, W]`: new, or `latents`.
+
+        Raises:
+            ValueError: not as many generators as videos, or latents of another shape.
+        """
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"There are {len(generator)} generators for {batch_size} videos: give one, or as many as videos."
+            )
+        factor, temporal = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
+        shape = (batch_size, channels, (frames - 1) // temporal + 1, height // factor, width // factor)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"latents is {list(latents.shape)}, and this video takes {list(shape)}: [videos, channels, latent "
+                "frames, rows, columns]."
+            )
+        return latents.to(device=device, dtype=dtype)
 
     def _cropped(self, output: Any, canvas: Canvas, output_type: str | None, return_dict: bool) -> Any:
         video = output[0]
@@ -149,6 +187,23 @@ class DCVideoGenPipeline(DCVideoGen, WanPipeline):
             **kwargs,
         )
         return self._cropped(output, canvas, output_type, return_dict)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int = 32,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 77,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise `[B, C, T, H, W]`."""
+        return self._latents(
+            batch_size, num_channels_latents, height, width, num_frames, dtype, device, generator, latents
+        )
 
 
 __all__ = ["DCVideoGen", "DCVideoGenPipeline"]

@@ -5,14 +5,17 @@ classes complain on import, and text to video has no use for them.
 """
 
 # No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
+from PIL.Image import Image
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
@@ -72,28 +75,55 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         """Generate videos that start with `image`. Arguments are those of `diffusers.WanImageToVideoPipeline`, but for:
 
         Args:
+            image: one, or a list, tensor or array of one for each prompt.
             height, width, num_frames, output_type: as for `DCVideoGenPipeline`. Where the canvas is larger, the edge of
                 the picture is repeated outwards.
-            last_image: with which the video ends. The published weights were not trained with one.
+            last_image: with which the video ends; one, or as many as of `image`. The published weights were not trained
+                with one.
 
         Raises:
-            ValueError: sizes under 1, or what `WanImageToVideoPipeline` refuses.
+            ValueError: sizes under 1, not as many images as prompts, a `last_image` for a model that does not take
+                one, or what `WanImageToVideoPipeline` refuses.
         """
         canvas = self._canvas(num_frames, height, width)
-        output = super().__call__(
-            self._on_canvas(image, canvas),
-            prompt,
-            negative_prompt,
-            canvas.height,
-            canvas.width,
-            canvas.causal_frames,
-            *args,
-            last_image=self._on_canvas(last_image, canvas),
-            output_type=output_type,
-            return_dict=False,
-            **kwargs,
-        )
+        embeds = kwargs.get("prompt_embeds")
+        prompts = 1 if isinstance(prompt, str) else len(prompt or ()) if embeds is None else len(embeds)
+        self._check_images(_count(image), _count(last_image), prompts * kwargs.get("num_videos_per_prompt", 1))
+        with one_state_a_video(self.transformer, _count(image), _count(last_image)):
+            output = super().__call__(
+                self._on_canvas(image, canvas),
+                prompt,
+                negative_prompt,
+                canvas.height,
+                canvas.width,
+                canvas.causal_frames,
+                *args,
+                last_image=self._on_canvas(last_image, canvas),
+                output_type=output_type,
+                return_dict=False,
+                **kwargs,
+            )
         return self._cropped(output, canvas, output_type, return_dict)
+
+    def _check_images(self, first: int, last: int, videos: int) -> None:
+        """Refuse numbers of first and last images that `__call__` does not take.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        if not first or videos % first:
+            raise ValueError(f"There are {first} images for {videos} videos: give one, or one for each prompt.")
+        if last not in (0, 1, first):
+            raise ValueError(f"There are {last} last images for {first} images: give one, or as many.")
+        if self.transformer is None or self.transformer.config.image_dim is None:
+            return
+        takes_two = self.transformer.config.pos_embed_seq_len is not None
+        if takes_two and not last:
+            raise ValueError("The transformer looks at a first and a last image: give last_image, too.")
+        if last and not takes_two:
+            raise ValueError(
+                "The transformer looks at one image: leave last_image out, or load a model that takes two."
+            )
 
     def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
         """States of the image encoder, `[B, N, D]`.
@@ -107,16 +137,19 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         return super().encode_image([picture for one in images for picture in _pictures(one)], device)
 
     def _on_canvas(self, image: Any, canvas: Canvas) -> Any:
-        """The picture resized to the video and extended to the canvas; as it came where they are the same."""
-        if image is None or not canvas.is_larger_in_space:
+        """The pictures resized to the video and extended to the canvas. Where the two are the same they stay as they
+        came, but for lists and arrays, which diffusers does not take.
+        """
+        is_picture = isinstance(image, Image)
+        if image is None or (not canvas.is_larger_in_space and (is_picture or isinstance(image, torch.Tensor))):
             return image
         # The pipeline's own processor would round the size down to what the autoencoder can do.
         processor = VideoProcessor(vae_scale_factor=1)
         pixels = processor.preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
         extended = functional.pad(pixels.float(), canvas.margins, mode="replicate")
-        if isinstance(image, torch.Tensor):
-            return processor.postprocess(extended, output_type="pt")
-        return processor.postprocess(extended, output_type="pil")[0]
+        if is_picture:
+            return processor.postprocess(extended, output_type="pil")[0]
+        return processor.postprocess(extended, output_type="pt")
 
     def prepare_latents(
         self,
@@ -135,23 +168,51 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         """Noise `[B, C, T, H, W]` and condition `[B, 4 + C, T, H, W]`: a mask, 1 where a picture is given, and the
         scaled latents of a video that shows the picture for 4 frames and then mid-grey.
         """
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"There are {len(generator)} generators for {batch_size} videos: give one, or as many as videos."
-            )
-        factor, temporal = self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
-        count = (num_frames - 1) // temporal + 1
-        shape = (batch_size, num_channels_latents, count, height // factor, width // factor)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        else:
-            latents = latents.to(device=device, dtype=dtype)
-        if batch_size % image.shape[0]:
-            raise ValueError(
-                f"There are {image.shape[0]} images for {batch_size} videos: give one, or one for each prompt."
-            )
-        condition = image_condition(self.vae, image, count, last_image).to(device, dtype)
+        latents = self._latents(
+            batch_size, num_channels_latents, height, width, num_frames, dtype, device, generator, latents
+        )
+        condition = image_condition(self.vae, image, latents.shape[2], last_image).to(device, dtype)
         return latents, condition.repeat_interleave(batch_size // image.shape[0], dim=0)
+
+
+@contextmanager
+def one_state_a_video(transformer: torch.nn.Module | None, first: int, last: int) -> Iterator[None]:
+    """While this is open, every video of a batch comes with the image encoder's states of its own pictures.
+
+    diffusers repeats the states of all pictures as often as there are prompts, which is right for one picture and one
+    video a prompt.
+
+    Args:
+        transformer: that is given the states, if any, as `[repetitions * (first + last), N, D]`.
+        first, last: how many pictures videos begin and end with, for all videos; the first ones come first.
+    """
+
+    def arrange(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        states = kwargs.get("encoder_hidden_states_image")
+        if states is None:
+            return args, kwargs
+        videos = kwargs["hidden_states"].shape[0]
+        kinds = [part for part in states[: first + last].split([first, last]) if len(part)]
+        spread = [part.repeat_interleave(videos // len(part), dim=0) for part in kinds]
+        return args, {**kwargs, "encoder_hidden_states_image": torch.stack(spread, dim=1).flatten(0, 1)}
+
+    if transformer is None:
+        yield
+        return
+    hook = transformer.register_forward_pre_hook(arrange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _count(image: Any) -> int:
+    """How many pictures there are in what the pipeline takes as `image`."""
+    if image is None:
+        return 0
+    if isinstance(image, list | tuple):
+        return sum(_count(one) for one in image)
+    return image.shape[0] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4 else 1
 
 
 def _pictures(image: Any) -> list:

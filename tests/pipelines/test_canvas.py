@@ -44,7 +44,12 @@ def test_the_canvas_fits_the_model_and_is_no_larger_than_needed(patch, spatial, 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [((0, 32, 32), "num_frames is 0"), ((4, -1, 32), "height is -1"), ((4, 32, 0), "width is 0")],
+    [
+        ((0, 32, 32), "num_frames is 0"),
+        ((4, -1, 32), "height is -1"),
+        ((4, 32, 0), "width is 0"),
+        ((4, 32.0, 32), "height is 32.0"),
+    ],
 )
 def test_sizes_under_one_are_refused(asked, message):
     with pytest.raises(ValueError, match=f"{message}: it must be at least 1"):

@@ -206,6 +206,23 @@ def test_an_autoencoder_of_other_channels_is_refused(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_an_autoencoder_that_is_set_later(cls):
+    """diffusers keeps the factors of the autoencoder that a pipeline is made with, or Wan's."""
+    late, usual = make_dc_pipe(cls, vae=None), make_dc_pipe(cls)
+    late.vae = usual.vae
+    torch.testing.assert_close(generate_dc(late, 10, 40, 31), generate_dc(usual, 10, 40, 31))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_latents_of_another_shape_are_refused(cls):
+    pipe = make_dc_pipe(cls)
+    latents = torch.randn(1, 4, 2, 1, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(generate_dc(pipe, latents=latents), generate_dc(pipe))
+    with pytest.raises(ValueError, match=r"latents is \[1, 4, 2, 2, 2\], and this video takes \[1, 4, 2, 1, 2\]"):
+        generate_dc(pipe, latents=torch.randn(1, 4, 2, 2, 2))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_the_transformer_of_the_other_task_is_refused(cls):
     other = make_dc_transformer(image=cls is DCVideoGenPipeline)
     wanted = "takes 12 channels.*needs one that takes 4 " if cls is CLASSES[0] else "takes 4 .*needs one that takes 12 "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_dc import generate_dc, make_clip, make_dc_pipe, make_dc_transformer, make_picture
+from tiny_dc import generate_dc, make_clip, make_dc_pipe, make_dc_transformer, make_picture, make_text
 
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline
 
@@ -25,3 +25,70 @@ def test_the_image_encoder_sees_the_same_picture_in_every_form(last):
     if not last:
         video = generate_dc(pipe, 8, 32, 64, image=picture)
         torch.testing.assert_close(generate_dc(pipe, 8, 32, 64, image=tensor), video, atol=1e-4, rtol=1e-4)
+
+
+def with_clip(**changes) -> DCVideoGenImageToVideoPipeline:
+    transformer = make_dc_transformer(image=True, image_dim=80, **changes)
+    return make_dc_pipe(DCVideoGenImageToVideoPipeline, transformer=transformer, **make_clip())
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+@pytest.mark.parametrize("size", [(8, 32, 64), (8, 30, 60)])
+def test_every_video_of_a_batch_has_the_states_of_its_own_picture(size):
+    """A batch gives what its videos give one by one."""
+    pipe, pictures = with_clip(), [make_picture(seed=0), make_picture(seed=1)]
+    pipe.register_modules(**make_text())
+
+    def generate(prompt: list[str], images: list, *noise: int, **more) -> torch.Tensor:
+        more = {"generator": seeds(*noise), "max_sequence_length": 8, **more}
+        return generate_dc(pipe, *size, prompt=prompt, image=[pictures[n] for n in images], **more)
+
+    alone = {(image, seed): generate(["a"], [image], seed) for image in range(2) for seed in range(4)}
+    for prompts, images, videos, wanted in (
+        (1, [0], 2, [(0, 0), (0, 1)]),
+        (2, [0, 1], 1, [(0, 0), (1, 1)]),
+        (2, [0, 1], 2, [(0, 0), (0, 1), (1, 2), (1, 3)]),
+        (2, [0], 2, [(0, 0), (0, 1), (0, 2), (0, 3)]),
+    ):
+        made = generate(["a"] * prompts, images, *range(prompts * videos), num_videos_per_prompt=videos)
+        torch.testing.assert_close(made, torch.cat([alone[one] for one in wanted]), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(8, 32, 64), (8, 30, 60)])
+def test_lists_and_arrays_of_pictures(size):
+    pictures = [make_picture(*size[1:], seed=0), make_picture(*size[1:], seed=1)]
+    array = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / 255
+    tensor = torch.from_numpy(array).movedim(-1, 1)
+    pipe = make_dc_pipe(DCVideoGenImageToVideoPipeline)
+    wanted = generate_dc(pipe, *size, image=tensor, prompts=2)
+    assert not torch.allclose(wanted[0], wanted[1], atol=1e-2)
+    for images in (pictures, array):
+        torch.testing.assert_close(generate_dc(pipe, *size, image=images, prompts=2), wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_first_and_last_picture_of_every_video():
+    """Models for both have a position for each of their states; here those of 5 patches a picture."""
+    pipe, pictures = with_clip(pos_embed_seq_len=10), [make_picture(seed=n) for n in range(4)]
+    images, lasts = pictures[:2], pictures[2:]
+    both = generate_dc(pipe, 12, image=images, last_image=lasts, prompts=2, generator=seeds(0, 1))
+    pairs = zip(images, lasts, strict=True)
+    single = [generate_dc(pipe, 12, image=[a], last_image=[b], seed=n) for n, (a, b) in enumerate(pairs)]
+    torch.testing.assert_close(both, torch.cat(single), atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="looks at a first and a last image: give last_image"):
+        generate_dc(pipe, 12, image=images, prompts=2)
+
+
+def test_pictures_that_do_not_fit_are_refused_before_anything_runs():
+    pipe, picture = with_clip(), make_picture()
+    with pytest.raises(ValueError, match="looks at one image: leave last_image out"):
+        generate_dc(pipe, 12, image=picture, last_image=picture)
+    with pytest.raises(ValueError, match="There are 2 images for 1 videos"):
+        generate_dc(pipe, 12, image=[picture, picture])
+    pipe = make_dc_pipe(DCVideoGenImageToVideoPipeline)
+    with pytest.raises(ValueError, match="There are 3 last images for 2 images"):
+        generate_dc(pipe, 12, image=[picture] * 2, last_image=[picture] * 3, prompts=2)
+    with pytest.raises(ValueError, match="There are 0 images for 1 videos"):
+        generate_dc(pipe, 12, image=None)
