@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .model_facts import ModelFacts
 from .report import GeneratedVideo
-from .request import BadInput, ModelFacts, Settings, first_line, open_image
+from .request import Settings, open_image
+from .user_errors import BadInput, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +167,11 @@ def environment(device: torch.device) -> dict[str, str]:
     facts = {"vidaccel": __version__, "Python": platform.python_version()}
     facts.update({name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")})
     facts["system"] = f"{platform.system()} {platform.machine()}"
-    facts["CPU"] = f"{_cpu_name()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads"
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    facts["CPU"] = (
+        f"{_cpu_name()}, {cores} logical core{'s' if cores != 1 else ''}, "
+        f"torch uses {threads} thread{'s' if threads != 1 else ''}"
+    )
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from .options import check_writable, refuse_given
+from .user_errors import BadInput, first_line, one_line_errors
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("convert")(convert_command)
     app.command("adapt")(adapt_command)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed write, 130 when asked to stop."""
-    try:
-        yield
-    except ValueError as error:
-        if type(error).__module__.partition(".")[0] != "vidaccel":
-            raise
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: nothing was left half written.", err=True)
-        raise typer.Exit(130) from None
 
 
 def convert_command(
@@ -42,7 +25,7 @@ def convert_command(
     ],
     target: Annotated[Path, typer.Argument(help="A new folder; a new .pt or .safetensors for the way back.")],
     image_to_video: Annotated[
-        bool, typer.Option("--image-to-video", help="Of a folder, take the image-to-video model.")
+        bool, typer.Option("--image-to-video", help="Of a published folder, take the image-to-video model.")
     ] = False,
     autoencoder: Annotated[
         Path | None, typer.Option(help="DC-AE-V file or folder, where the published folder has none.")
@@ -51,31 +34,61 @@ def convert_command(
         str | None, typer.Option(help="Wan pipeline (folder or hub id) that has what the published folder lacks.")
     ] = None,
     link: Annotated[bool, typer.Option("--link", help="Link what needs no conversion instead of copying it.")] = False,
-    chunk_size: Annotated[int | None, typer.Option(help="Of an autoencoder that is none of the published.")] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Of a DC-AE-V file that is none of the published, what its weights do not tell.")
+    ] = None,
     scaling_factor: Annotated[float | None, typer.Option(help="Likewise: 1 / deviation of its latents.")] = None,
 ) -> None:
     """Convert published DC-VideoGen weights to diffusers, or an autoencoder back.
 
     Every key is used once and shapes are checked before weights are read.
     """
-    with _one_line_errors():
-        from .pipelines.published import LayoutError, beside, convert_repository
-
+    with one_line_errors():
+        if not source.exists():
+            raise BadInput(f"There is no file or folder {source}.")
         if target.exists():
-            raise LayoutError(f"{target} exists already: give a new name, or delete it first.")
-        if target.suffix in (".pt", ".safetensors"):
+            raise BadInput(f"{target} exists already: give a new name, or delete it first.")
+        way_back = target.suffix in (".pt", ".safetensors")
+        of_folder = {
+            "--image-to-video": image_to_video,
+            "--autoencoder": autoencoder is not None,
+            "--base": base is not None,
+            "--link": link,
+        }
+        of_file = {"--chunk-size": chunk_size is not None, "--scaling-factor": scaling_factor is not None}
+        if way_back:
+            refuse_given(of_folder | of_file, f"of no use when an AutoencoderDCV is written as {target.name}:")
+        elif source.is_dir():
+            refuse_given(of_file, f"only for a DC-AE-V file as SOURCE, and {source} is a folder:")
+        else:
+            refuse_given(of_folder, f"only for a published folder as SOURCE, and {source} is a file:")
+        check_writable(str(target), target.parent)
+        if way_back:
             _write_published(source, target)
         elif source.is_dir():
+            from .pipelines.published import convert_repository
+
             name = "DCVideoGenImageToVideoPipeline" if image_to_video else "DCVideoGenPipeline"
             convert_repository(source, target, name, autoencoder=autoencoder, base=base, link=link)
         else:
-            from .autoencoders.convert import load_published
-
             changes = {"chunk_size": chunk_size, "scaling_factor": scaling_factor}
-            model = load_published(source, **{name: value for name, value in changes.items() if value is not None})
-            with beside(target) as draft:
-                model.save_pretrained(draft)
+            _write_autoencoder(source, target, {name: value for name, value in changes.items() if value is not None})
         typer.echo(f"Wrote {target}")
+
+
+def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> None:
+    """A published file as the folder of an `AutoencoderDCV`."""
+    from .autoencoders.convert import CheckpointError, load_published
+    from .pipelines.published import beside
+
+    try:
+        model = load_published(source, **changes)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise BadInput(f"{source} cannot be converted: {first_line(error)}") from error
+    with beside(target) as draft:
+        model.save_pretrained(draft)
 
 
 def _write_published(source: Path, target: Path) -> None:
@@ -87,7 +100,8 @@ def _write_published(source: Path, target: Path) -> None:
     from .autoencoders.convert import CheckpointError, to_published
 
     if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} is no folder of an AutoencoderDCV: it has no config.json.")
+        why = "it has no config.json" if source.is_dir() else "it is a file"
+        raise CheckpointError(f"{source} is no folder of an AutoencoderDCV: {why}.")
     try:
         model = AutoencoderDCV.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -120,7 +134,7 @@ def adapt_command(
 
     On several GPUs: accelerate launch -m vidaccel.lora RECIPE --config FILE.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from . import lora
         from .lora.config import ConfigError
 

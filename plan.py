@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .memory import decoder_bytes, transformer_bytes, video_bytes
-from .request import BadInput, ModelFacts, Settings
+from .model_facts import ModelFacts
+from .request import Settings
+from .user_errors import BadInput
 
 TILE = 512
 """Pixels of the side of a tile, as `AutoencoderDCV.enable_tiling` has it by default at 32x."""
@@ -29,7 +31,9 @@ def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str
         raise BadInput(f"--model {facts.name}: --plan needs the folder of a model that is on this machine.")
     frames, height, width = settings.frames, settings.height, settings.width
     layout = facts.layout(frames, height, width)
-    vae, transformer = _config(folder, "vae"), _config(folder, "transformer")
+    adapter = _json(folder / "adapter.json") if (folder / "adapter.json").is_file() else None
+    transformer = adapter["transformer"] if adapter is not None else _json(folder / "transformer" / "config.json")
+    vae = _autoencoder_config(facts)
     inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     rows = [("model", f"{facts.name} ({facts.pipeline_class})"), ("video", f"{frames} frames of {width}x{height}")]
     canvas = facts.canvas(frames, height, width)
@@ -38,7 +42,7 @@ def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str
     rows += [
         ("tokens", f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width})"),
         ("pairs a dense call", f"{layout.tokens**2:,}"),
-        ("weights on disk", ", ".join(f"{name} {_gb(size)}" for name, size in _weights(folder).items())),
+        ("weights on disk", _weights_on_disk(facts, adapter)),
         ("a forward pass, about", _gb(transformer_bytes(layout.tokens, inner, itemsize))),
         ("decoding, about", _gb(decoder_bytes(vae, height, width, 4))),
         ("decoding in tiles, about", _gb(decoder_bytes(vae, min(height, TILE), min(width, TILE), 4))),
@@ -47,14 +51,51 @@ def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str
     return rows
 
 
-def _config(folder: Path, part: str) -> dict[str, Any]:
-    adapter = folder / "adapter.json"
-    if part == "transformer" and adapter.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8"))["transformer"]
+def _autoencoder_config(facts: ModelFacts) -> dict[str, Any]:
+    if facts.autoencoder is None:
+        return _json(Path(facts.location) / "vae" / "config.json")
+    local = _local(facts.autoencoder)
+    if local is None:
+        raise BadInput(f"--model {facts.name}: --plan needs its autoencoder {facts.autoencoder} on this machine.")
+    return _json(local / "config.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / part / 'config.json'} cannot be read: {error}") from error
+        raise BadInput(f"{file} cannot be read: {error}") from error
+
+
+def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:
+    """Sizes of all parts; adapter-only weights come on top of those of their base model, whose autoencoder rests."""
+    sizes = _weights(Path(facts.location))
+    missing = ""
+    if facts.autoencoder is not None and (local := _local(facts.autoencoder)) is not None:
+        sizes["vae"] = sum(_weights(local).values())
+    if adapter is not None:
+        from .pipelines.adapted import base_location
+
+        base = str(adapter.get("base"))
+        local = _local(base_location(base))
+        if local is None:
+            missing = f"; without the base model {base}, which is not on this machine"
+        else:
+            sizes |= {f"{name} of the base": size for name, size in _weights(local).items() if name != "vae"}
+    return ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items()) + missing
+
+
+def _local(location: str) -> Path | None:
+    """Folder of a model, or of one of the hub that was downloaded before."""
+    if Path(location).expanduser().is_dir():
+        return Path(location).expanduser()
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hub.snapshot_download(location, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def _weights(folder: Path) -> dict[str, int]:

@@ -1,13 +1,13 @@
-"""What is asked for, and whether the model can do it: known from a few kB of JSON, before any weights are read."""
+"""What is asked for, and whether the model and this machine can do it."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .model_facts import DEMOS, ModelFacts, inspect_model
+from .user_errors import BadInput, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -15,218 +15,28 @@ if TYPE_CHECKING:
 
     from .attention.layout import VideoLayout
     from .attention.methods.base import Method
-    from .pipelines.canvas import Canvas
 
-DEMOS = ("demo", "demo-dc")
-_PUBLISHED = ("transformer_t2v", "transformer_i2v")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
+MIN_SPARSE_TOKENS = 8192
+"""Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves."""
 
-
-class BadInput(ValueError):
-    """A request that cannot be met; the message is one line and says value, bound and fix."""
-
-
-# -- the model, from its configs ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the JSON files of a saved pipeline say, read without its weights.
-
-    Args:
-        name: as the user gave it.
-        location: folder or hub id for `from_pretrained`.
-        pipeline_class: name of the diffusers pipeline class.
-        frame_factor: pixel frames per latent frame; the first latent frame is one pixel frame.
-        size_factor: pixels per latent pixel.
-        patch: `(frames, height, width)` of the transformer's patches.
-        max_positions: longest axis of the token grid that the rotary embedding covers, None when unknown.
-        pad_frames: frames that the autoencoder puts before a video, for a DC-VideoGen model; None for others.
-            Such a model makes any size and length, on a larger canvas that is cropped.
-    """
-
-    name: str
-    location: str
-    pipeline_class: str
-    frame_factor: int
-    size_factor: int
-    patch: tuple[int, int, int]
-    max_positions: int | None
-    pad_frames: int | None = None
-
-    @property
-    def makes_any_size(self) -> bool:
-        """Whether sizes that the model cannot make are made larger and cropped."""
-        return self.pad_frames is not None
-
-    @property
-    def size_multiple(self) -> tuple[int, int]:
-        """What height and width must be divisible by."""
-        return self.size_factor * self.patch[1], self.size_factor * self.patch[2]
-
-    @property
-    def needs_image(self) -> bool:
-        """Whether the pipeline starts from a picture."""
-        return "ImageToVideo" in self.pipeline_class
-
-    def canvas(self, frames: int, height: int, width: int) -> Canvas | None:
-        """What is generated for a video, where sizes that the model cannot make are made larger; None elsewhere."""
-        if self.pad_frames is None:
-            return None
-        from .pipelines.canvas import Canvas
-
-        factors = {"spatial": self.size_factor, "temporal": self.frame_factor, "pad_frames": self.pad_frames}
-        return Canvas.for_video(frames, height, width, patch=self.patch, **factors)
-
-    def layout(self, frames: int, height: int, width: int) -> VideoLayout:
-        """The token grid of a video of `frames` x `height` x `width` pixels."""
-        from .attention.layout import VideoLayout
-
-        canvas = self.canvas(frames, height, width)
-        if canvas is not None:
-            return VideoLayout(*canvas.tokens(self.patch, self.size_factor))
-        latent_frames = (frames - 1) // self.frame_factor + 1
-        multiple_h, multiple_w = self.size_multiple
-        return VideoLayout(latent_frames // self.patch[0], height // multiple_h, width // multiple_w)
-
-
-def inspect_model(model: str) -> ModelFacts:
-    """Read what a model is, from `model_index.json` and the configs of its autoencoder and transformer.
-
-    Args:
-        model: one of `DEMOS`, a folder that `save_pretrained` of a pipeline wrote or that holds an adapter to another
-            autoencoder, or a hub id "owner/name".
-
-    Raises:
-        BadInput: no such model, a folder that is no pipeline, or a pipeline class that cannot be accelerated.
-    """
-    from .pipelines.specs import supported_pipelines
-
-    location = _locate(model)
-    read = _folder_reader(Path(location)) if Path(location).is_dir() else _hub_reader(location)
-    index = read("model_index.json")
-    adapter = read("adapter.json") if index is None else None
-    if adapter is not None:
-        return _adapter_facts(model, location, adapter, read("vae/config.json"))
-    if index is None:
-        published = next((n for n in _PUBLISHED if read(f"{n}/config.json") is not None), None)
-        if published is not None:
-            raise BadInput(
-                f"--model {model} has no model_index.json, but a {published}, as DC-VideoGen is published: convert it "
-                f'once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
-            )
-        raise BadInput(
-            f"--model {model} is no diffusers pipeline: it has no model_index.json (give the folder that holds it)."
-        )
-    pipeline_class = index.get("_class_name")
-    pipeline_class = pipeline_class[-1] if isinstance(pipeline_class, list) else pipeline_class
-    if pipeline_class not in supported_pipelines():
-        known = ", ".join(supported_pipelines())
-        raise BadInput(f"--model {model} is a {pipeline_class}, which is not supported; supported: {known}.")
-    if "VideoToVideo" in pipeline_class:
-        raise BadInput(f"--model {model} is a {pipeline_class}: this command has no input video; use it from Python.")
-    transformer = next((c for n in ("transformer", "transformer_2") if (c := read(f"{n}/config.json"))), None)
-    vae = read("vae/config.json")
-    if transformer is None or vae is None:
-        raise BadInput(f"--model {model} is incomplete: it needs vae/config.json and transformer/config.json.")
-    if vae.get("_class_name") == "AutoencoderDCV":
-        return _deep_compression_facts(model, location, pipeline_class, vae, transformer)
-    return ModelFacts(
-        name=model,
-        location=location,
-        pipeline_class=pipeline_class,
-        # Configs written before diffusers had these two fields belong to Wan 2.1, whose autoencoder is 4x and 8x.
-        frame_factor=int(vae.get("scale_factor_temporal", 4)),
-        size_factor=int(vae.get("scale_factor_spatial", 8)),
-        patch=tuple(transformer.get("patch_size", (1, 2, 2))),
-        max_positions=transformer.get("rope_max_seq_len"),
-    )
-
-
-def _adapter_facts(model: str, location: str, adapter: dict[str, Any], vae: dict[str, Any] | None) -> ModelFacts:
-    """Of a folder with adapter-only weights (see `pipelines.adapted`)."""
-    transformer = adapter.get("transformer", {})
-    if vae is None or not {"in_channels", "out_channels"} <= set(transformer):
-        raise BadInput(
-            f"--model {model} holds an adapter that is incomplete: it needs vae/config.json, and the transformer's "
-            "config in adapter.json."
-        )
-    image = transformer["in_channels"] != transformer["out_channels"]
-    pipeline_class = "DCVideoGenImageToVideoPipeline" if image else "DCVideoGenPipeline"
-    return _deep_compression_facts(model, location, pipeline_class, vae, transformer)
-
-
-def _deep_compression_facts(
-    model: str, location: str, pipeline_class: str, vae: dict[str, Any], transformer: dict[str, Any]
-) -> ModelFacts:
-    return ModelFacts(
-        name=model,
-        location=location,
-        pipeline_class=pipeline_class,
-        frame_factor=4,
-        size_factor=2 ** (len(vae.get("block_out_channels", ())) - 2),
-        patch=tuple(transformer.get("patch_size", (1, 1, 1))),
-        max_positions=transformer.get("rope_max_seq_len"),
-        pad_frames=int(vae.get("pad_frames", 0)),
-    )
-
-
-def _locate(model: str) -> str:
-    if model in DEMOS:
-        from . import demo
-
-        try:
-            return str(demo.path(model))
-        except OSError as error:
-            raise BadInput(f"--model {model}: {error}") from error
-    if Path(model).expanduser().is_dir():
-        return str(Path(model).expanduser())
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        return model
-    known = " nor ".join(f'"{name}"' for name in DEMOS)
-    raise BadInput(f"--model {model} is neither {known}, nor a folder here, nor a hub id of the form owner/name.")
-
-
-def _folder_reader(folder: Path) -> Callable[[str], dict[str, Any] | None]:
-    def read(name: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{folder / name} cannot be read as JSON: {error}") from error
-
-    return read
-
-
-def _hub_reader(repository: str) -> Callable[[str], dict[str, Any] | None]:
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    def read(name: str) -> dict[str, Any] | None:
-        try:
-            return json.loads(Path(hub.hf_hub_download(repository, name)).read_text(encoding="utf-8"))
-        except errors.EntryNotFoundError as error:
-            # The offline sibling of this error means "not in the cache", which says nothing about the repository.
-            if not isinstance(error, errors.LocalEntryNotFoundError):
-                return None
-            raise BadInput(
-                f"--model {repository}: {name} is not in the local cache and the hub cannot be reached."
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise BadInput(
-                f"--model {repository}: the hub has no such public model, and no folder here has this name."
-            ) from error
-        except (OSError, errors.HfHubHTTPError) as error:
-            raise BadInput(
-                f"--model {repository}: {name} cannot be fetched from the hub ({first_line(error)})."
-            ) from error
-
-    return read
-
-
-# -- the request -------------------------------------------------------------------------------------------------------
+__all__ = [
+    "DEMOS",
+    "DTYPES",
+    "MAX_SEED",
+    "MIN_SPARSE_TOKENS",
+    "BadInput",
+    "ModelFacts",
+    "Settings",
+    "build_method",
+    "check_backend",
+    "choose_device",
+    "choose_dtype",
+    "first_line",
+    "inspect_model",
+    "open_image",
+]
 
 
 @dataclass(frozen=True)
@@ -283,7 +93,7 @@ class Settings:
         Raises:
             BadInput: frames or a size that the model cannot make.
         """
-        defaults = _defaults(model)
+        defaults = model.call_defaults()
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         whole = replace(self, **missing)
         factor = model.frame_factor
@@ -311,25 +121,6 @@ class Settings:
                 f"{model.max_positions} positions of this model. Give a shorter or smaller video."
             )
         return whole
-
-
-def _defaults(model: ModelFacts) -> dict[str, Any]:
-    """Frames, sizes, steps, guidance: those the demo model is measured with, or those of the pipeline's `__call__`."""
-    if model.name in DEMOS:
-        from .demo import modeling
-
-        return {
-            "frames": 32 if model.makes_any_size else 33,
-            "height": 128,
-            "width": 128,
-            "steps": modeling.STEPS,
-            "guidance_scale": modeling.GUIDANCE_SCALE,
-        }
-    from .pipelines.loading import call_defaults
-
-    defaults = call_defaults(model.pipeline_class)
-    names = {"frames": "num_frames", "steps": "num_inference_steps"}
-    return {n: defaults[names.get(n, n)] for n in ("frames", "height", "width", "steps", "guidance_scale")}
 
 
 def open_image(path: Path) -> Image.Image:
@@ -430,8 +221,3 @@ def choose_dtype(name: str, device: torch.device, model: str) -> torch.dtype:
         # The demo model was trained and measured in float32, and CPUs are slow in bfloat16.
         name = "bfloat16" if device.type == "cuda" and model not in DEMOS else "float32"
     return getattr(torch, name)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message: some libraries write pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

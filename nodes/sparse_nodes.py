@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..attention import BACKENDS, SVG, SVG2, Method, Radial, VideoLayout
 from ..attention.methods.base import check_fraction
+from ..request import MIN_SPARSE_TOKENS
 from .geometry import supported_models
 from .patch import sparsify
 from .report_node import Report
@@ -67,7 +68,7 @@ def _inputs(dense_start: float, dense_layers: str, special: list[io.Input]) -> l
         ),
         io.Int.Input(
             "min_tokens",
-            default=8192,
+            default=MIN_SPARSE_TOKENS,
             min=0,
             max=10_000_000,
             tooltip="Videos with fewer tokens stay dense, because planning would cost more than it saves. A token is a "

@@ -116,14 +116,15 @@ class AEAdapt(Recipe):
         return {"pipeline": str(out / "pipeline"), "adapter": str(out / "adapter")}
 
     def _facts(self) -> dict[str, Any]:
-        """What the adapter belongs to, and the size that the model was made for."""
+        """What the adapter belongs to, and the size and guidance that the model was made for."""
         model, size = self.config.model, self.config.data.sizes[-1]
+        scale = self.config.validation.guidance_scale
         named = model.base == demo.WAN or is_hub_id(model.base)
         return {
             "base": model.base if named else str(Path(model.base).resolve()),
             # That of a hub is found from anywhere; any other is the copy in the pipeline of this run.
             "autoencoder": model.autoencoder if is_hub_id(model.autoencoder) else "../pipeline/vae",
-            "defaults": {"frames": size.frames, "height": size.height, "width": size.width},
+            "defaults": {"frames": size.frames, "height": size.height, "width": size.width, "guidance_scale": scale},
         }
 
     def ready(self, latents: Latents) -> Latents:

@@ -42,7 +42,22 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--density", "0"], ["--density is 0.0", "above 0 and at most 1"]),
         (["--density", "1.5"], ["--density is 1.5", "above 0 and at most 1"]),
         (["--density", "nan"], ["--density is nan"]),
-        (["--density", "0.5", "--method", "dense"], ["--density needs a sparse method"]),
+        (["--density", "0.5", "--method", "dense"], ["--density: of use only with a sparse method"]),
+        # A video that is dense without --method; none of these would do anything.
+        (
+            ["--density", "0.5", "--frames", "9"],
+            ["--density: of use only with a sparse method, and a video of fewer than 8,192 tokens is dense without"],
+        ),
+        (
+            ["--dense-steps", "2", "--method", "dense"],
+            ["--dense-steps: of use only with a sparse method: add --method"],
+        ),
+        (["--dense-layers", "2", "--method", "dense"], ["--dense-layers: of use only with a sparse method"]),
+        (["--set", "svg2.top_p=0.5", "--method", "dense"], ["--set: of use only with a sparse method"]),
+        (
+            ["--backend", "gather", "--density", "0.5", "--method", "dense"],
+            ["--density, --backend: of use only", "or leave them out."],
+        ),
         (["--density", "0.001", "--method", "svg"], ["--method svg", "density 0.001 is below", "raise density"]),
         (["--density", "0.01", "--method", "radial"], ["--method radial", "0.01", "is possible"]),
         (["--set", "svg2.top_p=1.5"], ["--method svg2", "top_p is 1.5", "at most 1"]),

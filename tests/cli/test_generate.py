@@ -145,6 +145,52 @@ def test_without_compare(vidaccel, tiny_model, tmp_path):
     assert (frames.shape[0], fps) == (9, 8)
 
 
+def test_without_a_method_a_short_video_stays_dense(vidaccel, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *SMALL, "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = "method dense: the video has 48 tokens, fewer than 8,192; --method svg2 for the other"
+    assert said in result.stdout.splitlines()
+    # The table has one run, of the untouched pipeline.
+    rows = [line.split() for line in result.stdout.splitlines() if line.rstrip().endswith("out.mp4")]
+    assert len(rows) == 1 and rows[0][0] == "dense" and "100" in rows[0]
+
+
+def test_without_a_method_a_long_video_is_sparse(vidaccel, tiny_model, tmp_path, monkeypatch):
+    """48 tokens are many here."""
+    monkeypatch.setattr("vidaccel.options.MIN_SPARSE_TOKENS", 48)
+    monkeypatch.setenv("COLUMNS", "400")
+    options = (*SMALL, "--backend", "gather", "--out", tmp_path / "out.mp4")
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "method svg2: the video has 48 tokens, at least 48; --method dense for the other" in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines() if line.rstrip().endswith("out.mp4")] == ["svg2"]
+
+
+def test_the_report_says_why_these_methods(compared):
+    methods = json.loads((compared / "report.json").read_text())["settings"]["methods"]
+    assert methods.startswith(
+        "dense, svg2, radial, svg: what --compare takes without --method (the video has 48 tokens"
+    )
+    assert methods in (compared / "report.html").read_text()
+
+
+def test_a_method_that_is_given_is_not_explained(vidaccel, tiny_model, tmp_path):
+    """A run whose schedule leaves nothing sparse says so."""
+    options = ("--method", "svg", "--backend", "gather", *SMALL, "--steps", 1, "--dense-steps", 1)
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options, "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "tokens" not in result.stdout
+    said = "svg: every step stayed dense because of the schedule (first steps; this run has 1 step): give more --steps"
+    assert said in result.stdout
+
+
+def test_a_run_with_sparse_steps_has_no_such_line(vidaccel, tiny_model, tmp_path):
+    options = ("--method", "svg", "--backend", "gather", *SMALL, "--dense-steps", 1)
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options, "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 0 and "stayed dense" not in result.stdout
+
+
 def test_defaults_of_a_real_model(tiny_configs):
     """Frames, size, steps and guidance come from the pipeline's own signature."""
     from vidaccel.request import Settings, inspect_model

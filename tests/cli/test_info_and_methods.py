@@ -9,6 +9,7 @@ import torch
 
 from vidaccel.attention import METHODS
 from vidaccel.attention.backends import BACKENDS
+from vidaccel.request import MIN_SPARSE_TOKENS
 
 
 def _words(text: str) -> str:
@@ -43,7 +44,7 @@ def test_why_a_backend_cannot_run(vidaccel, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(BACKENDS["gather"], "unavailable", lambda device: "needs a Tuesday")
     assert "needs a Tuesday" in _words(vidaccel("info").stdout)
-    result = vidaccel("generate", "a dot", "--backend", "gather", "--device", "cpu")
+    result = vidaccel("generate", "a dot", "--method", "svg2", "--backend", "gather", "--device", "cpu")
     assert result.exit_code == 2
     assert "--backend gather cannot be used here: it needs a Tuesday" in result.stderr
 
@@ -77,6 +78,49 @@ def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):
     assert "84 frames of 3840x2176, cropped" in text and "171,360 (21 x 68 x 120)" in text
     whole, tiled = (float(part.split()[0]) for part in text.split("about ")[2:4])
     assert whole > 20 * tiled
+
+
+def test_a_plan_for_an_adapter_counts_its_base(vidaccel, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    text = _words(vidaccel("info", "--plan", "--model", "demo-dc").stdout)
+    assert "transformer of the base 7.8 MB" in text and "vae of the base" not in text
+
+
+def test_options_of_a_plan_need_it(vidaccel):
+    result = vidaccel("info", "--frames", "3", "--dtype", "nope")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --frames, --dtype: only together with --plan: add that, or leave them out.\n"
+    result = vidaccel("info", "--model", "demo")
+    assert result.exit_code == 2 and "--model: only together with --plan: add that, or leave it out." in result.stderr
+
+
+def test_the_version(vidaccel):
+    from vidaccel import __version__
+
+    assert vidaccel("--version").stdout == f"vidaccel {__version__}\n"
+
+
+def test_the_order_of_the_commands(vidaccel, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = _words(vidaccel("--help").stdout)
+    begins = ["Make a video from", "What each method does", "Versions, devices", "Convert published", "Adapt a model"]
+    places = [shown.index(words) for words in begins]
+    assert places == sorted(places)
+
+
+def test_the_help_of_generate_names_every_method(vidaccel, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = _words(vidaccel("generate", "--help").stdout)
+    assert ", ".join(["dense", *sorted(METHODS)]) in shown
+    assert f"svg2 for a video of at least {MIN_SPARSE_TOKENS} tokens, otherwise dense" in shown
+
+
+def test_threads_are_counted_in_words(monkeypatch):
+    from vidaccel.generation import environment
+
+    for threads, words in ((1, "torch uses 1 thread"), (2, "torch uses 2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert environment(torch.device("cpu"))["CPU"].endswith(words)
 
 
 def test_a_plan_of_what_cannot_be_made(vidaccel):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from vidaccel import demo
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.cli import app
 
@@ -68,6 +69,73 @@ def test_a_folder_that_is_neither(tmp_path):
     assert code == 2 and "transformer_t2v/config.json" in output
     code, output = run("convert", tmp_path / "empty", tmp_path / "out.pt")
     assert code == 2 and "no config.json" in output
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options", "message"),
+    [
+        (
+            "file",
+            "out",
+            ("--base", "x", "--link", "--image-to-video"),
+            "--image-to-video, --base, --link: only for a publ",
+        ),
+        ("file", "out", ("--autoencoder", "x.pt"), "--autoencoder: only for a published folder as SOURCE, and"),
+        ("folder", "out", ("--chunk-size", 7), "--chunk-size: only for a DC-AE-V file as SOURCE, and"),
+        (
+            "folder",
+            "x.pt",
+            ("--chunk-size", 7, "--base", "x"),
+            "--base, --chunk-size: of no use when an AutoencoderDCV is",
+        ),
+        ("folder", "x.safetensors", ("--scaling-factor", 2), "is written as x.safetensors: leave it out."),
+    ],
+)
+def test_options_without_effect_are_refused(published, tmp_path, source, target, options, message):
+    (tmp_path / "folder").mkdir()
+    place = published if source == "file" else tmp_path / "folder"
+    code, output = run("convert", place, tmp_path / target, *options)
+    assert code == 2 and message in output and output.count("\n") == 1
+    assert not (tmp_path / target).exists()
+
+
+def test_what_the_source_is_instead(published, tmp_path):
+    run("convert", published, tmp_path / "vae")
+    for source, target, message in (
+        (demo.path("demo-dc"), "out", "is an adapter (adapter.json), which Python's from_pretrained and `vidaccel gen"),
+        (demo.path(), "out", "is a diffusers pipeline already (model_index.json)"),
+        (
+            tmp_path / "vae",
+            "ae.txt",
+            "AutoencoderDCV: to convert it to a published file, give that a name that ends in .pt",
+        ),
+        (published, "back.pt", "is no folder of an AutoencoderDCV: it is a file"),
+        (tmp_path / "none", "out", f"There is no file or folder {tmp_path / 'none'}"),
+    ):
+        code, output = run("convert", source, tmp_path / target)
+        assert code == 2 and message in output and output.count("\n") == 1
+        assert not (tmp_path / target).exists()
+
+
+def test_a_file_that_is_no_checkpoint_by_its_name(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"a video")
+    code, output = run("convert", tmp_path / "a.mp4", tmp_path / "out")
+    assert code == 2 and "a.mp4 is no checkpoint by its name, which ends in .mp4: a DC-AE-V file ends in .pt" in output
+    assert "damaged" not in output and output.count("\n") == 1
+
+
+def test_a_chunk_that_cannot_be(published, tmp_path):
+    code, output = run("convert", published, tmp_path / "out", "--chunk-size", 6)
+    assert code == 2 and "chunk_size is 6" in output and output.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that nobody can write to")
+@pytest.mark.parametrize("target", ["/proc/zz", "/proc/zz.pt", "/proc/a/b/zz"])
+def test_a_place_that_cannot_be_written(published, tmp_path, target):
+    run("convert", published, tmp_path / "vae")
+    code, output = run("convert", tmp_path / "vae" if target.endswith(".pt") else published, target)
+    assert code == 2 and f"{target}: the folder /proc is not writable" in output and "give another folder" in output
+    assert "Errno" not in output and ".part" not in output
 
 
 def test_adapt_lists_what_is_ready():

@@ -114,8 +114,9 @@ def test_a_run_that_was_moved_loads(finished, tmp_path):
 
 
 def test_the_result_says_what_size_it_was_made_for(finished):
-    assert json.loads((Path(finished[1]["adapter"]) / "adapter.json").read_text())["defaults"] == SIZE
-    assert json.loads((Path(finished[1]["pipeline"]) / "generation_defaults.json").read_text()) == SIZE
+    wanted = {**SIZE, "guidance_scale": 2}
+    assert json.loads((Path(finished[1]["adapter"]) / "adapter.json").read_text())["defaults"] == wanted
+    assert json.loads((Path(finished[1]["pipeline"]) / "generation_defaults.json").read_text()) == wanted
 
 
 def test_the_ready_settings_need_nothing_but_the_built_in_models(tmp_path):

@@ -1,0 +1,108 @@
+"""The commands that tell: `vidaccel methods` and `vidaccel info`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated
+
+import typer
+
+from .options import DENSE, refuse_given
+from .user_errors import one_line_errors
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("methods")(methods_command)
+    app.command("info")(info_command)
+
+
+def methods_command() -> None:
+    """What each method does, what it is good for and what it costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .attention import METHODS
+
+    table = Table(show_header=False, show_lines=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    rows = [(DENSE, {"does": "nothing: the pipeline as it is", "good for": "a reference to compare with"})]
+    for name, method_class in METHODS.items():
+        method = method_class()
+        defaults = [f"{f.name}={getattr(method, f.name)!r}" for f in fields(method) if f.name != "schedule"]
+        schedule = [f"{f.name}={v!r}" for f in fields(method.schedule) if (v := getattr(method.schedule, f.name))]
+        about = {"does": method.summary, "good for": method.good_for, "costs": method.costs, "source": method.source}
+        about["settings"] = ", ".join(defaults) or "none"
+        about["stays dense"] = ", ".join(schedule) or "nowhere"
+        rows.append((name, about))
+    for index, (name, about) in enumerate(rows):
+        if index:
+            table.add_row()
+        for line, (title, text) in enumerate(about.items()):
+            table.add_row("" if line else name, title, text)
+    Console().print(table, markup=False)
+
+
+def info_command(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Instead: tokens and rough memory of a video, before any weights are read.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="With --plan: the model, as for generate. (default: demo)")] = None,
+    frames: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
+    height: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
+    width: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
+    dtype: Annotated[str | None, typer.Option(help="With --plan: of the weights at work. (default: bfloat16)")] = None,
+) -> None:
+    """Versions, devices, and which backends can run here; or what a video will take."""
+    with one_line_errors():
+        if plan:
+            _print_plan(model or "demo", frames, height, width, dtype or "bfloat16")
+            return
+        values = {"--model": model, "--frames": frames, "--height": height, "--width": width, "--dtype": dtype}
+        given = {option: value is not None for option, value in values.items()}
+        refuse_given(given, "only together with --plan: add that, or")
+        _print_machine()
+
+
+def _print_machine() -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from .attention.backends import BACKENDS
+    from .generation import environment
+
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    versions = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in environment(devices[-1]).items():
+        versions.add_row(key, value)
+    if not torch.cuda.is_available():
+        versions.add_row("GPU", "none that torch can use")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("backend", *(f"on {d.type}" for d in devices), "can do"):
+        table.add_column(title)
+    for name, backend in BACKENDS.items():
+        table.add_row(name, *(backend.unavailable(d) or "yes" for d in devices), backend.describe())
+    console = Console()
+    console.print(versions)
+    console.print()
+    console.print(table)
+
+
+def _print_plan(model: str, frames: int | None, height: int | None, width: int | None, dtype: str) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from .plan import plan
+    from .request import Settings, choose_dtype, inspect_model
+
+    facts = inspect_model(model)
+    settings = Settings("a plan", frames=frames, height=height, width=width)
+    itemsize = choose_dtype(dtype, torch.device("cpu"), model).itemsize
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in plan(facts, settings.sized(facts), itemsize):
+        table.add_row(name, text)
+    Console().print(table)
