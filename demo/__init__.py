@@ -1,4 +1,4 @@
-"""The embedded default: procedural captioned videos and a tiny, architecture-true Wan pipeline trained on them.
+"""The built-in models: procedural captioned videos and a tiny, architecture-true Wan pipeline trained on them.
 
     from diffusers import WanPipeline
     import vidaccel.demo

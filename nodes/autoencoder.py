@@ -15,7 +15,7 @@ from ..request import BadInput
 if TYPE_CHECKING:
     from ..autoencoders import AutoencoderDCV
 
-EMBEDDED = f"{demo.DC} (embedded)"
+BUILT_IN = f"{demo.DC} (built-in)"
 _NAMES = ("dc-ae-v", "dc_ae_v", "dcae-v", "dc-ae_v")
 
 
@@ -45,12 +45,12 @@ class LatentScale(nn.Module):
 
 
 def choices(files: list[str]) -> list[str]:
-    """What the menu offers: the embedded autoencoder, and those of ComfyUI's VAE files whose name says DC-AE-V."""
-    return [EMBEDDED, *(name for name in files if any(word in name.lower() for word in _NAMES))]
+    """What the menu offers: the built-in autoencoder, and those of ComfyUI's VAE files whose name says DC-AE-V."""
+    return [BUILT_IN, *(name for name in files if any(word in name.lower() for word in _NAMES))]
 
 
 def load(location: str | Path) -> AutoencoderDCV:
-    """An autoencoder from a published file, a diffusers folder, or "demo-dc (embedded)".
+    """An autoencoder from a published file, a diffusers folder, or "demo-dc (built-in)".
 
     Raises:
         BadInput: there is none, or it is another model; one line.
@@ -58,7 +58,7 @@ def load(location: str | Path) -> AutoencoderDCV:
     from ..autoencoders import AutoencoderDCV
     from ..autoencoders.convert import CheckpointError, load_published
 
-    path = demo.path(demo.DC) / "vae" if location == EMBEDDED else Path(location).expanduser()
+    path = demo.path(demo.DC) / "vae" if location == BUILT_IN else Path(location).expanduser()
     try:
         # ComfyUI runs nodes in inference mode, whose tensors could not be moved in place later.
         with torch.inference_mode(False):

@@ -26,8 +26,8 @@ class VidaccelLoadDCAEV(io.ComfyNode):
                 io.Combo.Input(
                     "autoencoder",
                     options=autoencoder.choices(folder_paths.get_filename_list("vae")),
-                    default=autoencoder.EMBEDDED,
-                    tooltip="The embedded one, or a file in models/vae whose name contains dc-ae-v.",
+                    default=autoencoder.BUILT_IN,
+                    tooltip="The built-in one, or a file in models/vae whose name contains dc-ae-v.",
                 ),
                 io.String.Input(
                     "path",
@@ -50,7 +50,7 @@ def _located(choice: str, path: str) -> str:
 
     if path.strip():
         return path.strip()
-    return choice if choice == autoencoder.EMBEDDED else folder_paths.get_full_path_or_raise("vae", choice)
+    return choice if choice == autoencoder.BUILT_IN else folder_paths.get_full_path_or_raise("vae", choice)
 
 
 def _as_vae(location: str) -> object:

@@ -46,8 +46,8 @@ class VidaccelLoadPipeline(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "pipeline",
-                    options=[*pipelines.EMBEDDED, *pipelines.find_pipelines(_roots())],
-                    default=next(iter(pipelines.EMBEDDED)),
+                    options=[*pipelines.BUILT_IN, *pipelines.find_pipelines(_roots())],
+                    default=next(iter(pipelines.BUILT_IN)),
                     tooltip="A built-in model, or a folder below models/diffusers that holds a model_index.json.",
                 ),
                 io.String.Input(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..attention import Method, RunReport, VideoLayout
 
 # What the menu shows -> what it is called elsewhere.
-EMBEDDED = {f"{name} (embedded)": name for name in DEMOS}
+BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
 METHODS = ("svg2", "svg", "radial")
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-pipelines.txt"
 
@@ -75,8 +75,8 @@ def locate(choice: str, hub_id: str, roots: list[str]) -> str:
     """
     if hub_id.strip():
         return hub_id.strip()
-    if choice in EMBEDDED:
-        return EMBEDDED[choice]
+    if choice in BUILT_IN:
+        return BUILT_IN[choice]
     found = find_pipelines(roots)
     if choice not in found:
         raise BadInput(f"pipeline {choice} is no longer in models/diffusers; there are {', '.join(found) or 'none'}.")

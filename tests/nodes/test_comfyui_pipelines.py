@@ -1,4 +1,4 @@
-"""The nodes for diffusers pipelines in a real ComfyUI, over HTTP and a WebSocket, with the embedded demo model."""
+"""The nodes for diffusers pipelines in a real ComfyUI, over HTTP and a WebSocket, with the built-in demo model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPP
 PREVIEWS = (1, 4)  # binary messages with a picture: without and with metadata
 
 
-def graph(accelerate: bool = False, pipeline: str = "demo (embedded)", hub_id: str = "", **inputs) -> dict:
+def graph(accelerate: bool = False, pipeline: str = "demo (built-in)", hub_id: str = "", **inputs) -> dict:
     """One video of the demo model, saved as a film and as pictures."""
     settings = {"prompt": "a blue square moves up on a white background", "negative_prompt": "", "seed": 0, "fps": 16.0}
     settings |= {"width": 64, "height": 64, "frames": 9, "steps": 3, "guidance": 2.0}
@@ -149,7 +149,7 @@ def test_bad_input_is_one_readable_error_and_the_queue_goes_on(server):
 
 
 def test_the_deep_compression_model_makes_any_size(server):
-    entry = server.queue(graph(pipeline="demo-dc (embedded)", width=104, height=72, frames=10))
+    entry = server.queue(graph(pipeline="demo-dc (built-in)", width=104, height=72, frames=10))
     assert entry["status"]["status_str"] == "success", entry["status"]
     (film,) = entry["outputs"]["save"]["images"]
     assert iio.imread(server.file(film)).shape == (10, 72, 104, 3)
@@ -158,7 +158,7 @@ def test_the_deep_compression_model_makes_any_size(server):
 def test_dc_ae_v_with_the_stock_encode_and_decode(server):
     """A video of the demo, encoded and decoded by ComfyUI's own nodes, also in tiles, is nearly the same."""
     made = graph(width=128, height=128, frames=33, steps=6, seed=5)
-    loaded = {"autoencoder": "demo-dc (embedded)", "path": ""}
+    loaded = {"autoencoder": "demo-dc (built-in)", "path": ""}
     made["dc"] = {"class_type": "VidaccelLoadDCAEV", "inputs": loaded}
     made["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["make", 0], "vae": ["dc", 0]}}
     made["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["encode", 0], "vae": ["dc", 0]}}
@@ -182,7 +182,7 @@ def test_dc_ae_v_with_the_stock_encode_and_decode(server):
 
 
 def test_a_file_that_is_no_autoencoder(server):
-    made = {"dc": {"class_type": "VidaccelLoadDCAEV", "inputs": {"autoencoder": "demo-dc (embedded)", "path": "/no"}}}
+    made = {"dc": {"class_type": "VidaccelLoadDCAEV", "inputs": {"autoencoder": "demo-dc (built-in)", "path": "/no"}}}
     image = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 4, "color": 0}}
     made |= {
         "image": image,

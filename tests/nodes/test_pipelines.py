@@ -140,7 +140,7 @@ def test_finding_pipelines_and_choosing_one(tmp_path):
     roots = [str(tmp_path), str(tmp_path / "missing")]
     assert find_pipelines(roots) == {"b/mine": tmp_path / "b" / "mine"}
     assert locate("b/mine", "", roots) == str(tmp_path / "b" / "mine")
-    assert [locate(choice, "", roots) for choice in pipelines.EMBEDDED] == ["demo", "demo-dc"]
+    assert [locate(choice, "", roots) for choice in pipelines.BUILT_IN] == ["demo", "demo-dc"]
     assert locate("b/mine", " owner/name ", roots) == "owner/name"
     with pytest.raises(BadInput, match="gone is no longer in models/diffusers; there are b/mine"):
         locate("gone", "", roots)
