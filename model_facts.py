@@ -21,7 +21,7 @@ DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
 _DEFAULTS = ("frames", "height", "width", "steps", "guidance_scale")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 Reader = Callable[[str], "dict[str, Any] | None"]
 """Reads a JSON file of a model by its name; None when there is no such file."""
@@ -102,12 +102,14 @@ class ModelFacts:
         return {n: defaults[names.get(n, n)] for n in _DEFAULTS} | dict(self.own_defaults)
 
 
-def inspect_model(model: str) -> ModelFacts:
+def inspect_model(model: str, image: bool = False) -> ModelFacts:
     """Read what a model is, from `model_index.json` or `adapter.json` and the configs of autoencoder and transformer.
 
     Args:
         model: one of `DEMOS`, a folder that `save_pretrained` of a pipeline wrote or that holds an adapter to another
-            autoencoder, or a hub id "owner/name".
+            autoencoder, or a hub id "owner/name". A folder in the layout in which DC-VideoGen is published is
+            converted into the cache of `from_pretrained` first.
+        image: of a published folder with two models, take the one for image to video.
 
     Raises:
         BadInput: no such model, a folder that is no pipeline, or a pipeline class that cannot be accelerated.
@@ -121,15 +123,14 @@ def inspect_model(model: str) -> ModelFacts:
     if adapter is not None:
         return _adapter_facts(model, location, adapter, read)
     if index is None:
-        published = next((n for n in _PUBLISHED if read(f"{n}/config.json") is not None), None)
-        if published is not None:
+        pipeline_class = _published_class(read, image)
+        if pipeline_class is None:
             raise BadInput(
-                f"--model {model} has no model_index.json, but a {published}, as DC-VideoGen is published: convert it "
-                f'once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
+                f"--model {model} is no diffusers pipeline: it has no model_index.json (give the folder that holds it)."
             )
-        raise BadInput(
-            f"--model {model} is no diffusers pipeline: it has no model_index.json (give the folder that holds it)."
-        )
+        location = _converted(model, location, pipeline_class)
+        read = _folder_reader(Path(location))
+        index = read("model_index.json")
     pipeline_class = index.get("_class_name")
     pipeline_class = pipeline_class[-1] if isinstance(pipeline_class, list) else pipeline_class
     if pipeline_class not in supported_pipelines():
@@ -155,6 +156,34 @@ def inspect_model(model: str) -> ModelFacts:
         max_positions=transformer.get("rope_max_seq_len"),
         own_defaults=defaults,
     )
+
+
+def _published_class(read: Reader, image: bool) -> str | None:
+    """The pipeline class of a model in a published layout; None for what is in none."""
+    there = [name for name in _PUBLISHED if read(f"{name}/config.json") is not None]
+    config = read("transformer/config.json")
+    if not there and config is not None and config.get("patch_size") == [1, 1, 1]:
+        there = [_PUBLISHED[config.get("in_channels") != config.get("out_channels")]]
+    if not there:
+        return None
+    name = _PUBLISHED[image] if len(there) > 1 else there[0]
+    return "DCVideoGenPipeline" if name == _PUBLISHED[0] else "DCVideoGenImageToVideoPipeline"
+
+
+def _converted(model: str, location: str, pipeline_class: str) -> str:
+    """The folder of a published model in diffusers' layout, of what is on this machine."""
+    from .pipelines.published import cached_conversion
+    from .pipelines.published_hub import downloaded_folder, known_parts
+
+    fix = f'convert it once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
+    folder = Path(location) if Path(location).is_dir() else downloaded_folder(location)
+    if folder is None:
+        raise BadInput(f"--model {model} is in the layout in which DC-VideoGen is published: {fix}")
+    try:
+        parts = known_parts(location, folder)
+        return str(cached_conversion(folder, pipeline_class, **parts, options={"local_files_only": True}))
+    except ValueError as error:
+        raise BadInput(f"--model {model}: {first_line(error)} For the command line, {fix}") from error
 
 
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:
@@ -190,7 +219,7 @@ def _named_autoencoder(model: str, location: str, named: str | None) -> str:
         place = Path(location) / named
         if place.is_dir():
             return str(place)
-        if _HUB_ID.fullmatch(named) and not Path(named).is_dir():
+        if HUB_ID.fullmatch(named) and not Path(named).is_dir():
             return named
     raise BadInput(
         f"--model {model}: the autoencoder that adapter.json names, {named or 'none'}, is not there, and the adapter "
@@ -242,7 +271,7 @@ def _locate(model: str) -> str:
             raise BadInput(f"--model {model}: {error}") from error
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
-    if _HUB_ID.fullmatch(model):
+    if HUB_ID.fullmatch(model):
         return model
     known = " nor ".join(f'"{name}"' for name in DEMOS)
     raise BadInput(f"--model {model} is neither {known}, nor a folder here, nor a hub id of the form owner/name.")

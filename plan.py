@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from .memory import decoder_bytes, transformer_bytes, video_bytes
+from .autoencoders.memory import decoding_bytes, default_tile, video_bytes
 from .model_facts import ModelFacts
 from .request import Settings
 from .user_errors import BadInput
 
-TILE = 512
-"""Pixels of the side of a tile, as `AutoencoderDCV.enable_tiling` has it by default at 32x."""
+
+def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
+    """Activations of one forward pass.
+
+    A block holds about 16 tensors of the model's width at a time (the feed-forward layer alone is four wide or more).
+    """
+    return 16 * tokens * width * itemsize
 
 
 def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
@@ -21,7 +27,7 @@ def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str
     Args:
         facts: of the model.
         settings: the request, checked.
-        itemsize: bytes a value of the weights; the autoencoder runs in four.
+        itemsize: bytes a value of the weights; Wan's autoencoder runs in four.
 
     Raises:
         BadInput: a model that is not in a folder here, or whose configs cannot be read.
@@ -39,13 +45,15 @@ def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str
     canvas = facts.canvas(frames, height, width)
     if canvas is not None and canvas.is_larger:
         rows.append(("made as", f"{canvas.frames} frames of {canvas.width}x{canvas.height}, cropped"))
+    made = (frames, height, width) if canvas is None else (canvas.frames, canvas.height, canvas.width)
+    of_vae = 4 if canvas is None else itemsize
     rows += [
         ("tokens", f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width})"),
         ("pairs a dense call", f"{layout.tokens**2:,}"),
         ("weights on disk", _weights_on_disk(facts, adapter)),
         ("a forward pass, about", _gb(transformer_bytes(layout.tokens, inner, itemsize))),
-        ("decoding, about", _gb(decoder_bytes(vae, height, width, 4))),
-        ("decoding in tiles, about", _gb(decoder_bytes(vae, min(height, TILE), min(width, TILE), 4))),
+        ("decoding, about", _gb(decoding_bytes(vae, *made, of_vae))),
+        ("decoding in tiles, about", _gb(decoding_bytes(vae, *made, of_vae, default_tile(vae)))),
         ("the decoded video", _gb(video_bytes(frames, height, width))),
     ]
     return rows
@@ -101,7 +109,9 @@ def _local(location: str) -> Path | None:
 def _weights(folder: Path) -> dict[str, int]:
     """Bytes of the weights of each part."""
     sizes: dict[str, int] = {}
-    for file in sorted(folder.rglob("*.safetensors")):
+    # Unlike rglob, also in folders that are links, as in the cache of converted models.
+    files = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    for file in sorted(file for file in files if file.suffix == ".safetensors"):
         part = file.relative_to(folder).parts[0] if file.parent != folder else "adapter"
         sizes[part] = sizes.get(part, 0) + file.stat().st_size
     return sizes

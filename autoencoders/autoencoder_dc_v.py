@@ -15,11 +15,12 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from .blocks import Past
 from .coder import Decoder, Encoder
 from .presets import preset
-from .tiling import Tiles, run_tiled
+from .tiling import Tiles, default_tile, run_tiled
 
 logger = logging.getLogger(__name__)
 
 TEMPORAL_COMPRESSION = 4
+DERIVED = ("z_dim", "latents_mean", "latents_std", "scale_factor_spatial", "scale_factor_temporal")
 TAILS = ("cached", "replicate", "independent")
 
 
@@ -50,7 +51,8 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("ResBlock", "Downsample", "Upsample")
-    _repeated_blocks = ("ResBlock",)
+    # Not ResBlock: how many pieces a chunk is run in is part of its graph, so there would be too many graphs of it.
+    _repeated_blocks = ("ChannelRMSNorm",)
 
     @register_to_config
     def __init__(
@@ -96,6 +98,12 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
 
     @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
+        """What diffusers builds a model from; that is not what `config` adds for pipelines."""
+        own = {name: value for name, value in config_dict.items() if name not in DERIVED}
+        return super().extract_init_dict(own, **kwargs)
+
+    @classmethod
     def from_preset(cls, name: str, **changes: Any) -> AutoencoderDCV:
         """An untrained autoencoder of a published variant, such as "f32t4c32".
 
@@ -114,7 +122,8 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Encode and decode in overlapping tiles, so that memory does not grow with the frame's size.
 
         Args:
-            tile_sample_min_height, tile_sample_min_width: pixels of a tile; 16 latent pixels by default.
+            tile_sample_min_height, tile_sample_min_width: pixels of a tile; by default 512, and at least 8 latent
+                pixels.
             tile_sample_stride_height, tile_sample_stride_width: pixels between the starts of two tiles; three quarters
                 of a tile by default. What overlaps is blended linearly.
 
@@ -125,7 +134,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         sizes = [tile_sample_min_height, tile_sample_min_width]
         strides = [tile_sample_stride_height, tile_sample_stride_width]
         for index in range(2):
-            sizes[index] = sizes[index] if sizes[index] is not None else 16 * factor
+            sizes[index] = sizes[index] if sizes[index] is not None else default_tile(factor)
             default = max(sizes[index] * 3 // 4 // factor, 1) * factor
             strides[index] = strides[index] if strides[index] is not None else default
         for value in (*sizes, *strides):
@@ -133,6 +142,15 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
                 raise ValueError(f"Sizes and strides of tiles must be multiples of {factor} pixels, not {value}.")
         self._tile_rows, self._tile_columns = (Tiles(size, stride) for size, stride in zip(sizes, strides, strict=True))
         self.use_tiling = True
+
+    @property
+    def tile_sample_min_height(self) -> int:
+        """Pixels of a tile, under diffusers' name."""
+        return self._tile_rows.size
+
+    @property
+    def tile_sample_min_width(self) -> int:
+        return self._tile_columns.size
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> EncoderOutput | tuple[torch.Tensor]:
@@ -249,6 +267,8 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _check_latent(self, z: torch.Tensor) -> None:
         if z.ndim != 5 or z.shape[1] != self.config.latent_channels:
             raise ValueError(f"Latents must be [B, {self.config.latent_channels}, T, H, W], not {list(z.shape)}.")
+        if not all(z.shape[2:]):
+            raise ValueError(f"Latents {list(z.shape)} have no frames, rows or columns: each must be at least 1.")
         if self.config.pad_frames >= TEMPORAL_COMPRESSION * z.shape[2]:
             raise ValueError(f"Latents of {z.shape[2]} frames are nothing but the {self.config.pad_frames} of padding.")
 

@@ -8,7 +8,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .blocks import ChannelRMSNorm, ChunkConv3d, Downsample, Past, ResBlock, Upsample, shuffle, unshuffle
+from .blocks import (
+    ChannelRMSNorm,
+    ChunkConv3d,
+    Downsample,
+    Past,
+    ResBlock,
+    Upsample,
+    by_pieces,
+    no_past,
+    shuffle,
+    unshuffle,
+)
 
 SPACE = (1, 2, 2)
 TIME = (4, 1, 1)
@@ -52,14 +63,26 @@ class _Coder(nn.Module):
         self, chain: list[nn.Module], x: torch.Tensor, past: list[Past] | None, fold: int
     ) -> tuple[torch.Tensor, list[Past]]:
         remembered = []
-        for number, module in enumerate(chain):
-            before = None if past is None else past[number]
+        for module in chain:
+            before = _taken(past, module, x, fold)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, now = self._gradient_checkpointing_func(module, x, before, fold)
             else:
                 x, now = module(x, before, fold)
             remembered.append(now)
         return x, remembered
+
+
+def _taken(past: list[Past] | None, module: nn.Module, x: torch.Tensor, fold: int) -> Past:
+    """The first of `past`, which goes out of the list so that it is freed when it is used."""
+    return no_past(module, x, fold) if past is None else past.pop(0)
+
+
+class UnshuffledConv(ChunkConv3d):
+    """A convolution whose output is unshuffled to half resolution, before it is ever whole at full resolution."""
+
+    def forward(self, x: torch.Tensor, past: Past, fold: int = 1) -> tuple[torch.Tensor, Past]:
+        return super().forward(x, past, fold, lambda piece, part: unshuffle(piece, SPACE))
 
 
 class Encoder(_Coder):
@@ -73,7 +96,7 @@ class Encoder(_Coder):
 
     def __init__(self, in_channels: int, latent_channels: int, widths: Sequence[int], layers: Sequence[int]) -> None:
         super().__init__()
-        self.conv_in = ChunkConv3d(in_channels, widths[0] // 4)
+        self.conv_in = UnshuffledConv(in_channels, widths[0] // 4)
         factors = steps(widths)
         self.down_blocks = nn.ModuleList()
         for number, width in enumerate(widths):
@@ -85,11 +108,12 @@ class Encoder(_Coder):
     def forward(
         self, x: torch.Tensor, past: list[Past] | None = None, fold: int = 1
     ) -> tuple[torch.Tensor, list[Past]]:
-        """`[B, in_channels, T, H, W] -> [B, latent_channels, T/4, H/f, W/f]`, and what the next chunk remembers."""
-        x, first = self.conv_in(x, None if past is None else past[0], fold)
-        chain = [part for stage in self.down_blocks for part in stage.parts()] + [self.conv_out]
-        x, rest = self._run(chain, unshuffle(x, SPACE), None if past is None else past[1:], fold)
-        return x, [first, *rest]
+        """`[B, in_channels, T, H, W] -> [B, latent_channels, T/4, H/f, W/f]`, and what the next chunk remembers.
+
+        `past` is what the chunk before returned, and is used up; None starts a video.
+        """
+        stages = [part for stage in self.down_blocks for part in stage.parts()]
+        return self._run([self.conv_in, *stages, self.conv_out], x, past, fold)
 
 
 class Decoder(_Coder):
@@ -116,9 +140,14 @@ class Decoder(_Coder):
     def forward(
         self, x: torch.Tensor, past: list[Past] | None = None, fold: int = 1
     ) -> tuple[torch.Tensor, list[Past]]:
-        """`[B, latent_channels, T, H, W] -> [B, out_channels, 4*T, H*f, W*f]`, and what the next chunk remembers."""
+        """`[B, latent_channels, T, H, W] -> [B, out_channels, 4*T, H*f, W*f]`, and what the next chunk remembers.
+
+        `past` is what the chunk before returned, and is used up; None starts a video.
+        """
         chain = [self.conv_in] + [part for stage in self.up_blocks for part in stage.parts()]
-        x, rest = self._run(chain, x, None if past is None else past[:-1], fold)
-        x = functional.silu(self.norm_out(x))
-        x, last = self.conv_out(x, None if past is None else past[-1], fold)
-        return shuffle(x, SPACE), [*rest, last]
+        x, rest = self._run(chain, x, past, fold)
+        x = by_pieces(lambda piece: functional.silu(self.norm_out(piece)), x)
+        x, last = self.conv_out(
+            x, _taken(past, self.conv_out, x, fold), fold, lambda piece, part: shuffle(piece, SPACE)
+        )
+        return x, [*rest, last]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import pickle
+import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any, TypeVar
 import torch
 
 from .autoencoder_dc_v import AutoencoderDCV
+from .checkpoint_file import SUFFIXES, CheckpointError, read_folder, read_published, strip_prefix
 from .presets import PRESETS
+
+logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -27,8 +31,10 @@ _LAYERS = {"conv1.conv": "conv1", "conv2.conv": "conv2", "conv2.norm": "norm"}
 _STAGE = re.compile(r"(encoder|decoder)\.stages\.(\d+)\.op_list\.(\d+)\.main\.(.+)\.(weight|bias)")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is not what it should be; the message says which key and shape, and what to do."""
+PUBLISHED_CHUNK = 40
+"""Pixel frames of a chunk of every published variant."""
+# What weights do not tell.
+_UNSAID = ("chunk_size", "scaling_factor")
 
 
 def published_names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -79,16 +85,17 @@ def infer_config(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
             if match[4] == "conv1.conv" and match[5] == "weight":
                 layers[stage] += 1
             if match[4].endswith("conv") and match[5] == "weight":
-                widths[stage] = shape[1]
+                widths[stage] = _convolution(name, shape)[1]
             # Behind a step in size there is one more stage. Without blocks it has no keys of its own.
             count = max(count, stage + (match[4] == "conv.conv"))
-    try:
-        first, last = shapes["encoder.project_in.conv.conv.weight"], shapes["encoder.project_out.conv.weight"]
-    except KeyError as error:
-        raise CheckpointError(
-            f"The checkpoint has no {error.args[0]}, so it is no published DC-AE-V. Its keys begin with "
-            f"{', '.join(list(shapes)[:3])}."
-        ) from None
+    ends = ("encoder.project_in.conv.conv.weight", "encoder.project_out.conv.weight")
+    for name in ends:
+        if name not in shapes:
+            raise CheckpointError(
+                f"The checkpoint has no {name} (a convolution [out, in, 3, 3, 3]), so it is no published DC-AE-V. Its "
+                f"keys begin with {', '.join(list(shapes)[:3])}."
+            )
+    first, last = (_convolution(name, shapes[name]) for name in ends)
     # The output convolution tells the width of a last stage without blocks.
     widths.setdefault(count, last[1])
     missing = [stage for stage in range(1, count + 1) if stage not in widths]
@@ -101,11 +108,24 @@ def infer_config(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
         "block_out_channels": (widths[1], *(widths[stage] for stage in range(1, count + 1))),
         "layers_per_block": (0, *(layers.get(stage, 0) for stage in range(1, count + 1))),
     }
+    return {**config, **_published_variant(config)}
+
+
+def _convolution(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 5:
+        raise CheckpointError(
+            f"{name} is {list(shape)} in the checkpoint, but in a DC-AE-V it is a convolution [out, in, 3, 3, 3]."
+        )
+    return shape
+
+
+def _published_variant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset with these widths, layers and channels; empty where none has them."""
     for variant in PRESETS.values():
         same = all(tuple(variant[key])[1:] == config[key][1:] for key in ("block_out_channels", "layers_per_block"))
         if same and variant["latent_channels"] == config["latent_channels"]:
-            return {**config, **variant}
-    return config
+            return {**variant, "chunk_size": PUBLISHED_CHUNK}
+    return {}
 
 
 def check_shapes(shapes: Mapping[str, Iterable[int]], config: Mapping[str, Any], source: str = "checkpoint") -> None:
@@ -114,17 +134,29 @@ def check_shapes(shapes: Mapping[str, Iterable[int]], config: Mapping[str, Any],
     Raises:
         CheckpointError: keys that are missing or unknown, or a shape that differs; names the first of each.
     """
-    names = published_names(config)
+    own = _own_shapes(config)
+    wanted = {theirs: own[ours] for theirs, ours in published_names(config).items()}
+    _compare(shapes, wanted, config, source)
+
+
+def _own_shapes(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Shapes of the parameters of an `AutoencoderDCV`, without allocating anything."""
     with torch.device("meta"):
         # The `config` of a model also has what follows from its arguments.
         arguments = inspect.signature(AutoencoderDCV.__init__).parameters
-        wanted = AutoencoderDCV(**{key: value for key, value in config.items() if key in arguments}).state_dict()
-    missing = [name for name in names if name not in shapes]
-    unknown = [name for name in shapes if name not in names]
+        model = AutoencoderDCV(**{key: value for key, value in config.items() if key in arguments})
+    return {name: list(value.shape) for name, value in model.state_dict().items()}
+
+
+def _compare(
+    shapes: Mapping[str, Iterable[int]], wanted: Mapping[str, list[int]], config: Mapping[str, Any], source: str
+) -> None:
+    missing = [f"{name} {shape}" for name, shape in wanted.items() if name not in shapes]
+    unknown = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in wanted]
     wrong = [
-        f"{name} is {list(shapes[name])}, not {list(wanted[ours].shape)}"
-        for name, ours in names.items()
-        if name in shapes and tuple(shapes[name]) != tuple(wanted[ours].shape)
+        f"{name} is {list(shapes[name])}, not {shape}"
+        for name, shape in wanted.items()
+        if name in shapes and list(shapes[name]) != shape
     ]
     for problem, found in (("lacks", missing), ("has unknown keys:", unknown), ("has other shapes:", wrong)):
         if found:
@@ -169,66 +201,17 @@ def to_published(state: Mapping[str, Value], config: Mapping[str, Any]) -> dict[
     return {theirs: state[ours] for theirs, ours in names.items()}
 
 
-def strip_prefix(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Names without the "model." or "module." that all of them begin with."""
-    state = dict(state)
-    # One may stand before the other, in either order.
-    for prefix in ("model.", "module.", "model."):
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def read_published(path: str | Path) -> dict[str, torch.Tensor]:
-    """Parameters in a published file, mapped into memory, not read: `.pt` or `.safetensors`.
-
-    A `.pt` holds `{"ema_model_state_dict": {tag: parameters}}` or `{"model_state_dict": parameters}`; it is loaded with
-    `weights_only`, so nothing in it is run.
-
-    Raises:
-        CheckpointError: a file that is missing, truncated or of another kind.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return strip_prefix(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds something other than weights, or is damaged: {error}".splitlines()[0]
-        ) from error
-    except Exception as error:  # each library has its own errors for a damaged file
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read, so it is damaged or cut short: download it again. "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        ) from error
-    return strip_prefix(_parameters(content, path))
-
-
-def _parameters(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    if isinstance(content, dict) and isinstance(content.get("ema_model_state_dict"), dict):
-        averages = content["ema_model_state_dict"]
-        if len(averages) > 1 and not _is_parameters(averages):
-            raise CheckpointError(f"{path} has several averages ({', '.join(map(str, averages))}): keep one of them.")
-        content = averages if _is_parameters(averages) else next(iter(averages.values()), {})
-    elif isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
-        content = content["model_state_dict"]
-    if not _is_parameters(content):
-        kind = f"a {type(content).__name__}"
-        if isinstance(content, dict):
-            kind = f"the keys {', '.join(map(str, list(content)[:5]))}" if content else "no parameters"
-        raise CheckpointError(
-            f"{path} holds {kind}, but a DC-AE-V checkpoint holds ema_model_state_dict or model_state_dict."
+def _warn_of_guesses(config: Mapping[str, Any], path: str | Path) -> None:
+    """Say what a variant that is not published is taken to be; with the wrong values its videos are wrong."""
+    arguments = inspect.signature(AutoencoderDCV.__init__).parameters
+    guesses = [f"{name} is taken to be {arguments[name].default}" for name in _UNSAID if name not in config]
+    if guesses:
+        logger.warning(
+            "%s is none of the published variants, and its weights do not tell everything: %s. If it was trained with "
+            "others, its videos are wrong without them.",
+            path,
+            " and ".join(guesses),
         )
-    return content
-
-
-def _is_parameters(content: Any) -> bool:
-    return isinstance(content, dict) and bool(content) and all(isinstance(v, torch.Tensor) for v in content.values())
 
 
 def load_published(path: str | Path, dtype: torch.dtype | None = None, **changes: Any) -> AutoencoderDCV:
@@ -242,12 +225,82 @@ def load_published(path: str | Path, dtype: torch.dtype | None = None, **changes
     Raises:
         CheckpointError: see `read_published` and `check_shapes`. Shapes are checked before weights are read.
     """
+    unknown = changes.keys() - inspect.signature(AutoencoderDCV.__init__).parameters.keys()
+    if unknown:
+        raise CheckpointError(
+            f"The configuration of an AutoencoderDCV has no {min(unknown)}; what weights do not tell "
+            f"is {' and '.join(_UNSAID)}."
+        )
     published = read_published(path)
     shapes = {name: value.shape for name, value in published.items()}
     config = {**infer_config(shapes), **changes}
     check_shapes(shapes, config, str(path))
+    _warn_of_guesses(config, path)
     state = convert_state_dict(published, config)
     with torch.device("meta"):
         model = AutoencoderDCV(**config)
     model.load_state_dict({k: v if dtype is None else v.to(dtype) for k, v in state.items()}, strict=True, assign=True)
     return model.eval()
+
+
+def load_folder(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Parameters and configuration in the folder of a saved `AutoencoderDCV`, compared with one another.
+
+    Strict, unlike `from_pretrained`: each parameter is there once, in its shape, and no other. Types stay as they are.
+
+    Raises:
+        CheckpointError: no such folder, or one whose files are damaged or do not belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        why = "it is a file" if folder.is_file() else "it has no config.json"
+        raise CheckpointError(f"{folder} is no folder of an AutoencoderDCV: {why}.")
+    try:
+        config = dict(AutoencoderDCV.load_config(folder))
+        if config.get("_class_name") != AutoencoderDCV.__name__:
+            raise ValueError(f"config.json is of the class {config.get('_class_name')}")
+        wanted = _own_shapes(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded as an AutoencoderDCV: {error}") from error
+    state = read_folder(folder)
+    _compare({name: value.shape for name, value in state.items()}, wanted, config, str(folder))
+    return state, config
+
+
+def write_published_file(folder: str | Path, target: Path) -> None:
+    """Write the folder of an `AutoencoderDCV` as one published file, whole or not at all.
+
+    Args:
+        folder: see `load_folder`, also for errors.
+        target: ends in `.pt` or `.safetensors`; its folder is made where there is none.
+    """
+    from safetensors.torch import save_file
+
+    state, config = load_folder(folder)
+    state = {name: value.contiguous() for name, value in to_published(state, config).items()}
+    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if target.suffix == ".safetensors":
+            save_file(state, draft)
+        else:
+            torch.save({"model_state_dict": state}, draft)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+__all__ = [
+    "SUFFIXES",
+    "CheckpointError",
+    "check_shapes",
+    "convert_state_dict",
+    "infer_config",
+    "load_folder",
+    "load_published",
+    "published_names",
+    "read_published",
+    "strip_prefix",
+    "to_published",
+    "write_published_file",
+]

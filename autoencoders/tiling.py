@@ -38,6 +38,11 @@ class Tiles:
         return Tiles(round(self.size * factor), round(self.stride * factor))
 
 
+def default_tile(factor: int) -> int:
+    """Pixels of the side of a tile, if a latent pixel is `factor` pixels: 512, and at least 8 latent pixels."""
+    return max(-(-512 // factor), 8) * factor
+
+
 def run_tiled(
     function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: Tiles, columns: Tiles, scale: float
 ) -> torch.Tensor:
@@ -48,19 +53,39 @@ def run_tiled(
         x: `[..., H, W]`.
         rows, columns: the tiles, in pixels of `x`.
         scale: pixels of the output per pixel of `x`.
+
+    Returns:
+        In the dtype of `function`'s output. Rows of tiles are blended in float32 at least, one at a time.
     """
     height, width = x.shape[-2:]
     down, across = _weights(height, rows, scale, x.device), _weights(width, columns, scale, x.device)
-    total = None
-    for top, vertical in down:
+    total = band = None
+    for number, (top, vertical) in enumerate(down):
+        y = round(top * scale)
         for left, horizontal in across:
             tile = function(x[..., top : top + rows.size, left : left + columns.size])
             if total is None:
-                total = tile.new_zeros(*tile.shape[:-2], round(height * scale), round(width * scale))
-            y, z, (h, w) = round(top * scale), round(left * scale), tile.shape[-2:]
-            weight = (vertical[:, None] * horizontal).to(tile.dtype)
-            total[..., y : y + h, z : z + w].addcmul_(tile, weight)
+                total = tile.new_empty(*tile.shape[:-2], round(height * scale), round(width * scale))
+            if band is None:
+                precise = torch.promote_types(tile.dtype, torch.float32)
+                band = tile.new_zeros(*tile.shape[:-2], vertical.shape[0], total.shape[-1], dtype=precise)
+            z = round(left * scale)
+            band[..., z : z + tile.shape[-1]].addcmul_(tile, vertical[:, None] * horizontal)
+            del tile
+        # Rows that the next tiles do not reach are done; what they share with this one goes over to them.
+        end = round(down[number + 1][0] * scale) if number + 1 < len(down) else total.shape[-2]
+        total[..., y:end, :] = band[..., : end - y, :]
+        _shift(band, end - y)
     return total
+
+
+def _shift(band: torch.Tensor, rows: int) -> None:
+    """Moves `band` up by `rows`, in steps that do not overlap so that nothing is copied aside; zeros come after."""
+    kept = band.shape[-2] - rows
+    for place in range(0, kept, rows):
+        stop = min(place + rows, kept)
+        band[..., place:stop, :] = band[..., place + rows : stop + rows, :]
+    band[..., kept:, :] = 0
 
 
 def _weights(length: int, tiles: Tiles, scale: float, device: torch.device) -> list[tuple[int, torch.Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import demo
-from ..memory import decoder_bytes
+from ..autoencoders.memory import decoding_bytes
 from ..request import BadInput
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class LatentScale(nn.Module):
         return self.autoencoder.decode(z / self.autoencoder.config.scaling_factor).sample
 
     def working_memory(self, pixels: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bytes beside the weights for frames `[..., H, W]`."""
-        return decoder_bytes(self.autoencoder.config, *pixels[-2:], dtype.itemsize)
+        """Bytes beside the weights for a video `[..., T, H, W]`."""
+        return decoding_bytes(self.autoencoder.config, *pixels[-3:], dtype.itemsize)
 
 
 def choices(files: list[str]) -> list[str]:

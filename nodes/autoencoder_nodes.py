@@ -69,7 +69,9 @@ def _as_vae(location: str) -> object:
     vae.downscale_ratio = (lambda frames: -(-(frames + config.pad_frames) // 4), factor, factor)
     vae.upscale_index_formula = vae.downscale_index_formula = (4, factor, factor)
     vae.memory_used_encode = module.working_memory
-    vae.memory_used_decode = lambda shape, dtype: module.working_memory([factor * n for n in shape[-2:]], dtype)
+    vae.memory_used_decode = lambda shape, dtype: module.working_memory(
+        (4 * shape[-3] - config.pad_frames, factor * shape[-2], factor * shape[-1]), dtype
+    )
     vae.process_input = lambda image: image * 2.0 - 1.0
     vae.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
     vae.working_dtypes = [torch.bfloat16, torch.float32]

@@ -63,7 +63,7 @@ class VidaccelLoadPipeline(io.ComfyNode):
                     default="auto",
                     **accepted(io.Combo.Input, advanced=True),
                     tooltip="Of the weights. auto is bfloat16 on a GPU, float32 on a CPU and for the built-in models. "
-                    "The autoencoder stays in float32.",
+                    "Wan's autoencoder stays in float32; DC-AE-V follows bfloat16.",
                 ),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Accelerate Pipeline or Generate Video.")],

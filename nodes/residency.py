@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..memory import decoder_bytes, transformer_bytes
+from ..autoencoders.memory import memory_to_decode
+from ..plan import transformer_bytes
 from ..request import BadInput
 
 if TYPE_CHECKING:
@@ -101,11 +102,15 @@ def part_bytes(pipe: DiffusionPipeline) -> dict[str, int]:
 
 def working_memory(pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings) -> dict[str, int]:
     """A rough estimate of what each part needs beside its weights, in bytes, for ComfyUI to make room."""
-    needs = {}
+    needs, (height, width) = {}, (settings.height, settings.width)
     for name in ("transformer", "transformer_2"):
         part = getattr(pipe, name, None)
         if part is not None:
-            width = part.config.num_attention_heads * part.config.attention_head_dim
-            needs[name] = transformer_bytes(layout.tokens, width, part.dtype.itemsize)
-    needs["vae"] = decoder_bytes(pipe.vae.config, settings.height, settings.width, pipe.vae.dtype.itemsize)
+            inner = part.config.num_attention_heads * part.config.attention_head_dim
+            needs[name] = transformer_bytes(layout.tokens, inner, part.dtype.itemsize)
+            # What is made may be larger than what is asked for, and is cropped.
+            factor = pipe.vae.config.scale_factor_spatial
+            height = max(height, layout.height * part.config.patch_size[1] * factor)
+            width = max(width, layout.width * part.config.patch_size[2] * factor)
+    needs["vae"] = memory_to_decode(pipe.vae, settings.frames, height, width)
     return needs

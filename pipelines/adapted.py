@@ -8,7 +8,7 @@ autoencoder in `vae/`.
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from .. import demo
-from ..autoencoders import AutoencoderDCV
+from .sources import find_autoencoder, hub_options, is_hub_id, load_autoencoder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer"
@@ -88,11 +88,6 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def is_hub_id(location: str) -> bool:
-    """Whether this has the form owner/name and is no folder here."""
-    return not Path(location).is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) is not None
-
-
 def base_location(base: str) -> str:
     """Folder or hub id of a base model; "demo" is the built-in Wan model."""
     return str(demo.path()) if base == demo.WAN else base
@@ -146,6 +141,7 @@ def load_adapted(
     folder: Path,
     base: str | Path | None = None,
     autoencoder: str | Path | None = None,
+    autoencoder_config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A pipeline from adapter-only weights and the base model they belong to, the LoRA merged.
@@ -154,19 +150,33 @@ def load_adapted(
         pipeline_class: `DCVideoGenPipeline` or `DCVideoGenImageToVideoPipeline`.
         folder: with the adapter.
         base, autoencoder: instead of those that the adapter names.
-        options: of `from_pretrained` for the base pipeline, such as `dtype`.
+        autoencoder_config: see `pipelines.sources.load_autoencoder`.
+        options: of `from_pretrained` for the base pipeline, such as `dtype`, or components, such as `vae`.
 
     Raises:
         AdapterError: it does not fit the base model.
-        OSError: the base model or the autoencoder is not there.
+        LayoutError: the autoencoder is not there.
+        OSError: the base model is not there.
     """
+    if "transformer" in options:
+        raise AdapterError(
+            f"{folder} is an adapter, which changes the transformer of its base: give the base with base=, not "
+            "transformer=."
+        )
     facts = read_facts(folder)
     location = base_location(str(base if base is not None else facts["base"]))
-    autoencoder = autoencoder or _own_autoencoder(folder, facts["autoencoder"])
     dtype = options.get("dtype", options.get("torch_dtype"))
     of = (lambda name: dtype.get(name, dtype.get("default"))) if isinstance(dtype, dict) else (lambda name: dtype)
+    if "vae" in options:
+        vae = options.pop("vae")
+    else:
+        place = find_autoencoder(autoencoder or _own_autoencoder(folder, facts["autoencoder"]), hub_options(options))
+        vae = load_autoencoder(place, of("vae"), autoencoder_config)
     config = facts["transformer"]
-    transformer = WanTransformer3DModel.from_pretrained(location, subfolder="transformer", dtype=of("transformer"))
+    hub = hub_options(options, "revision", "variant", "use_safetensors")
+    transformer = WanTransformer3DModel.from_pretrained(
+        location, subfolder="transformer", dtype=of("transformer"), **hub
+    )
     if len(transformer.blocks) != config["num_layers"]:
         raise AdapterError(
             f"{folder} belongs to a model of {config['num_layers']} layers, and {location} has "
@@ -177,7 +187,6 @@ def load_adapted(
     if facts["lora"]:
         transformer.fuse_lora()
         transformer.unload_lora()
-    vae = AutoencoderDCV.from_pretrained(autoencoder, dtype=of("vae"))
     # Through diffusers' own class, because the base is one of its pipelines.
     stock = next(c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers."))
     parts = stock.from_pretrained(location, transformer=None, vae=None, **options).components

@@ -5,7 +5,6 @@ offloading.
 """
 
 # No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
-import json
 import math
 import os
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from .canvas import Canvas
+from .sources import hub_options, read_json
 
 
 def _canvas(pipe: Any, height: int, width: int, channels: int, multiple: int = 1) -> Canvas:
@@ -41,6 +41,9 @@ def _canvas(pipe: Any, height: int, width: int, channels: int, multiple: int = 1
     Raises:
         ValueError: a size under 1, or parts that do not belong together.
     """
+    _check_autoencoder(type(pipe).__name__, pipe.vae)
+    if pipe.vae is None:
+        raise ValueError(f"{type(pipe).__name__} has no autoencoder: set pipe.vae to an AutoencoderDC.")
     if channels != pipe.vae.config.latent_channels:
         raise ValueError(
             f"The transformer makes {channels} channels and the autoencoder has {pipe.vae.config.latent_channels}: "
@@ -48,6 +51,15 @@ def _canvas(pipe: Any, height: int, width: int, channels: int, multiple: int = 1
         )
     factor = math.lcm(pipe.vae.spatial_compression_ratio, multiple)
     return Canvas.for_video(1, height, width, patch=(1, 1, 1), spatial=factor, temporal=1)
+
+
+def _check_autoencoder(pipeline_class: str, vae: Any) -> None:
+    """ValueError for an autoencoder that does not say how much it compresses, as those of the stock models."""
+    if vae is not None and not hasattr(vae, "spatial_compression_ratio"):
+        raise ValueError(
+            f"The vae of {pipeline_class} is {type(vae).__name__}: DC-Gen is for models with an AutoencoderDC; a stock "
+            f"one is loaded with diffusers' own {pipeline_class.removeprefix('DCGen')}."
+        )
 
 
 def _cropped(images: Any, canvas: Canvas) -> Any:
@@ -72,6 +84,7 @@ class DCGenFluxPipeline(FluxPipeline):
         image_encoder: CLIPVisionModelWithProjection = None,
         feature_extractor: CLIPImageProcessor = None,
     ) -> None:
+        _check_autoencoder(type(self).__name__, vae)
         # Not the parent's constructor, which reads a field that only FLUX's own autoencoder has.
         DiffusionPipeline.__init__(self)
         self.register_modules(
@@ -181,21 +194,28 @@ class DCGenPipeline:
         """Load a folder or hub id; arguments are those of `DiffusionPipeline.from_pretrained`.
 
         Raises:
-            ValueError: a pipeline of another family.
+            ValueError: a pipeline of another family, or a model_index.json that cannot be read.
             OSError: there is no such model.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
         if folder.is_dir():
-            name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+            pretrained_model_name_or_path, index = folder, _read_index(folder / "model_index.json")
         else:
-            name = DiffusionPipeline.load_config(pretrained_model_name_or_path)["_class_name"]
+            index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_options(kwargs, "revision"))
+        name = index.get("_class_name")
         name = name[-1] if isinstance(name, list) else name
         if name not in _FAMILIES:
+            kind = f"is a {name}" if name else "does not say in model_index.json which pipeline it is (_class_name)"
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a {name}; DC-Gen here is for FLUX and SANA: "
-                f"{', '.join(_FAMILIES)}."
+                f"{pretrained_model_name_or_path} {kind}; DC-Gen here is for FLUX and SANA: {', '.join(_FAMILIES)}."
             )
         return _FAMILIES[name].from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a pipeline, which holds it.")
+    return read_json(file)
 
 
 __all__ = ["DCGenFluxPipeline", "DCGenPipeline", "DCGenSanaPipeline"]

@@ -15,6 +15,7 @@ from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ..autoencoders import AutoencoderDCV
+from ..autoencoders.memory import memory_to_decode
 from .canvas import Canvas
 from .published import PublishedLayoutMixin
 
@@ -53,7 +54,28 @@ class DCVideoGen(PublishedLayoutMixin):
         )
         if canvas.is_larger:
             logger.info("%s", canvas)
+        self._check_memory(canvas)
         return canvas
+
+    def _check_memory(self, canvas: Canvas) -> None:
+        """Warn, before the first step, of a decoding that will not fit on the GPU."""
+        device = self._execution_device
+        if device.type != "cuda":
+            return
+        room = torch.cuda.get_device_properties(device).total_memory
+        needed = memory_to_decode(self.vae, canvas.frames, canvas.height, canvas.width)
+        if needed > room:
+            fix = "make it smaller or shorter" if self.vae.use_tiling else "call pipe.vae.enable_tiling()"
+            logger.warning(
+                "Decoding %d frames of %dx%d takes about %.0f GiB beside the weights, and %s has %.0f: %s.",
+                canvas.frames,
+                canvas.width,
+                canvas.height,
+                needed / 2**30,
+                device,
+                room / 2**30,
+                fix,
+            )
 
     def _checked_transformer(self) -> torch.nn.Module:
         """The transformer; the first of two."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def find_class(name: str) -> type[DiffusionPipeline]:
@@ -23,6 +26,17 @@ def find_class(name: str) -> type[DiffusionPipeline]:
     return getattr(pipelines if name in pipelines.__all__ else diffusers, name)
 
 
+def usual_autoencoder_dtype(is_dc_ae_v: bool, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an autoencoder runs in beside a model of `dtype`.
+
+    DC-AE-V follows bfloat16, in which it is published; all others, and DC-AE-V beside float16, stay in float32, as
+    diffusers' examples for Wan have it.
+    """
+    import torch
+
+    return dtype if is_dc_ae_v and dtype == torch.bfloat16 else torch.float32
+
+
 def load_pipeline(
     location: str,
     dtype: torch.dtype,
@@ -31,10 +45,9 @@ def load_pipeline(
     pipeline_class: str = "DiffusionPipeline",
     offload: bool = False,
     tiling: bool = False,
+    autoencoder_dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """Load a pipeline and place it, without progress bars.
-
-    The autoencoder stays in float32, as diffusers' examples for Wan have it, whatever `dtype` is.
 
     Args:
         location: a folder that `save_pretrained` wrote, or a hub id; for DC-VideoGen also an adapter's folder.
@@ -43,6 +56,7 @@ def load_pipeline(
         pipeline_class: its name; "DiffusionPipeline" finds out which of diffusers' it is.
         offload: keep only the component at work on `device` (`enable_model_cpu_offload`).
         tiling: let the autoencoder work in tiles.
+        autoencoder_dtype: of the autoencoder; None for that of `usual_autoencoder_dtype`.
 
     Raises:
         OSError: weights that are missing or unreadable.
@@ -51,11 +65,19 @@ def load_pipeline(
     import torch
     import transformers
 
+    from ..autoencoders import AutoencoderDCV
+
     # Several bars of two libraries, none of which says how long the wait is.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    dtypes = {"default": dtype, "vae": torch.float32}
+    dtypes = {"default": dtype, "vae": autoencoder_dtype or torch.float32}
     pipe = find_class(pipeline_class).from_pretrained(location, dtype=dtypes)
+    # The class of the autoencoder is known only now.
+    usual = usual_autoencoder_dtype(isinstance(pipe.vae, AutoencoderDCV), dtype)
+    if autoencoder_dtype is None and usual != torch.float32:
+        # diffusers' own `to` warns here that no modules need to stay in float32.
+        torch.nn.Module.to(pipe.vae, usual)
+        logger.info("DC-AE-V runs in bfloat16, as it is published.")
     if tiling:
         pipe.vae.enable_tiling()
     pipe.set_progress_bar_config(disable=True)

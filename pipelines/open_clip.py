@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..autoencoders.convert import CheckpointError
+from ..autoencoders.checkpoint_file import CheckpointError, read_file
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -108,10 +108,7 @@ def convert_image_encoder(path: Path, folder: Path) -> None:
     """
     from transformers import CLIPImageProcessor
 
-    try:
-        published = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged files raise errors of many kinds
-        raise CheckpointError(f"{path} cannot be read: download it again ({type(error).__name__}).") from error
+    published = read_file(path)
     if not isinstance(published, dict):
         raise CheckpointError(f"{path} holds a {type(published).__name__}, not parameters by name.")
     model = build_image_encoder(vision_state_dict(published))

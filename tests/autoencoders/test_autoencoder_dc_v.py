@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import pytest
 import torch
 from tiny_dc import DEEP, SMALL, load_golden, make_autoencoder, make_latents, make_video
@@ -75,6 +76,19 @@ def test_save_and_load(tmp_path):
     assert loaded(video).sample.equal(model(video).sample)
     half = AutoencoderDCV.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
+
+
+def test_its_own_config_makes_another_without_a_warning(caplog):
+    """Also what `config` adds for pipelines."""
+    model = make_autoencoder(pad_frames=4)
+    diffusers.utils.logging.enable_propagation()
+    try:
+        other = AutoencoderDCV.from_config(model.config)
+        assert not caplog.records and other.config == model.config
+        AutoencoderDCV.from_config({**model.config, "chunksize": 3})
+        assert "chunksize" in caplog.text and "z_dim" not in caplog.text
+    finally:
+        diffusers.utils.logging.disable_propagation()
 
 
 def test_presets_are_the_published_variants():
@@ -155,6 +169,20 @@ def test_latents_that_do_not_fit_are_refused():
             decode(make_latents(1))
 
 
+def test_latents_without_frames_are_refused():
+    for shape in ((1, 4, 0, 4, 4), (1, 4, 2, 0, 4)):
+        with pytest.raises(ValueError, match="have no frames, rows or columns: each must be at least 1"):
+            make_autoencoder().decode(torch.zeros(shape))
+
+
+def test_no_videos_give_no_videos():
+    for model in (make_autoencoder(), make_autoencoder(tail="replicate")):
+        for framewise in (True, False):
+            model.use_framewise_encoding = model.use_framewise_decoding = framewise
+            latent = model.encode(make_video(20, batch=0)).latent
+            assert latent.shape == (0, 4, 5, 4, 4) and model.decode(latent).sample.shape == (0, 3, 20, 16, 16)
+
+
 # -- the same numbers in other ways ------------------------------------------------------------------------------------
 
 
@@ -182,7 +210,8 @@ def test_convolutions_split_along_time_give_the_same(monkeypatch, limit):
     )
     torch.testing.assert_close(model.encode(video).latent, latent)
     torch.testing.assert_close(model(video).sample, sample)
-    assert (max(pieces) == 1) == (limit == 1) and len(set(pieces)) > (limit > 1)
+    # The step down in time takes four frames at once.
+    assert (max(pieces) == 4) == (limit == 1) and len(set(pieces)) > (limit > 1)
 
 
 def test_what_is_split_stays_under_the_limit(monkeypatch):
@@ -263,7 +292,7 @@ def test_compiled_gives_the_same():
 
 @pytest.mark.compiler
 def test_compiled_for_the_cpu_gives_the_same():
-    """The residual blocks, which are most of the work, as diffusers compiles them."""
+    """The norms, which diffusers' `compile_repeated_blocks` compiles."""
     model, video = make_autoencoder(layers_per_block=(0, 1, 0, 0)), make_video(12)
     with torch.no_grad():
         wanted = model.encode(video).latent
@@ -272,9 +301,16 @@ def test_compiled_for_the_cpu_gives_the_same():
         torch.testing.assert_close(model.encode(video).latent, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_repeated_blocks_compile_without_a_break():
-    model, video = make_autoencoder(layers_per_block=(0, 3, 2, 2)), make_video(8)
-    wanted = model.encode(video).latent
-    torch._dynamo.reset()
-    model.compile_repeated_blocks(fullgraph=True, backend="eager")
-    torch.testing.assert_close(model.encode(video).latent, wanted)
+def test_repeated_blocks_compile_without_a_break(monkeypatch):
+    """Three widths, as published; both ways, with tails, at several sizes, whole and in pieces."""
+    widths, layers = (8, 8, 16, 32, 32), (0, 1, 1, 1, 1)
+    model = make_autoencoder(block_out_channels=widths, layers_per_block=layers)
+    videos = [make_video(16, 16, 24), make_video(20, 16, 24), make_video(20, 32, 32), make_video(12, 24, 48)]
+    with torch.no_grad():
+        wanted = [model(video).sample for video in videos]
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        for _ in range(2):
+            for video, sample in zip(videos, wanted, strict=True):
+                torch.testing.assert_close(model(video).sample, sample)
+            monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 10_000)

@@ -157,10 +157,10 @@ def test_the_encoder_sees_at_most_a_chunk(tail):
 
 def test_nothing_of_a_chunk_outlives_it():
     """When a chunk starts, the features inside the chunks before are gone: only their last frames are kept."""
-    model, alive, most = make_autoencoder(), weakref.WeakSet(), []
+    model, alive, most = make_autoencoder(), weakref.WeakValueDictionary(), []
 
     def keep(module, args, output):
-        alive.add(output[0])
+        alive[id(output[0])] = output[0]
 
     for module in model.modules():
         if type(module).__name__ in ("ChunkConv3d", "ResBlock", "Downsample"):
@@ -168,7 +168,7 @@ def test_nothing_of_a_chunk_outlives_it():
 
     def count(module, args):
         gc.collect()
-        most.append(sum(tensor.numel() for tensor in alive))
+        most.append(sum(tensor.numel() for tensor in alive.values()))
 
     model.encoder.register_forward_pre_hook(count)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_dc import DEEP, load_golden, make_autoencoder, make_latents, make_video
 
-from vidaccel.autoencoders.tiling import Tiles, run_tiled
+from vidaccel.autoencoders.tiling import Tiles, default_tile, run_tiled
 
 
 def _up(scale: int):
@@ -54,6 +54,21 @@ def test_blending_loses_no_more_than_the_type_does(dtype):
     assert error.max() <= eps and error[..., : 12 * 32, : 12 * 32].max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_the_same_in_all_tiles_is_exact_in_half_precision(dtype):
+    for value in (1.0, 0.7, 0.51, -0.93):
+        for tiles in (Tiles(16, 12), Tiles(8, 2)):
+            x = torch.full((1, 1, 22, 26), value, dtype=dtype)
+            out = run_tiled(_up(4), x, tiles, tiles, 4)
+            assert out.dtype == dtype and (out == x[0, 0, 0, 0]).all()
+
+
+def test_gradients_flow_through_the_blending():
+    x = torch.rand(1, 1, 14, 18, dtype=torch.float64, requires_grad=True)
+    run_tiled(_up(2), x, Tiles(8, 3), Tiles(8, 5), 2).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 4.0))
+
+
 def test_a_position_is_kept():
     x = torch.arange(20 * 13.0).view(1, 1, 20, 13)
     torch.testing.assert_close(run_tiled(_up(2), x, Tiles(8, 6), Tiles(5, 3), 2), _up(2)(x))
@@ -89,7 +104,12 @@ def test_shapes_and_sizes_of_the_tiles():
     assert seen == {("Encoder", 16, 24), ("Decoder", 4, 6)}
 
 
-def test_defaults_are_16_latent_pixels_and_a_quarter_of_overlap():
+@pytest.mark.parametrize(("factor", "side"), [(4, 512), (32, 512), (64, 512), (128, 1024)])
+def test_a_tile_is_of_512_pixels_and_at_least_8_latent_pixels(factor, side):
+    assert default_tile(factor) == side
+
+
+def test_defaults_are_512_pixels_and_a_quarter_of_overlap():
     model = make_autoencoder(**DEEP)
     assert not model.use_tiling
     model.enable_tiling()

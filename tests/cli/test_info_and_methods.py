@@ -77,7 +77,8 @@ def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):
     text = _words(vidaccel("info", "--plan", *arguments).stdout)
     assert "84 frames of 3840x2176, cropped" in text and "171,360 (21 x 68 x 120)" in text
     whole, tiled = (float(part.split()[0]) for part in text.split("about ")[2:4])
-    assert whole > 20 * tiled
+    # The built-in autoencoder is small: the video itself is most of both.
+    assert whole > 1.2 * tiled
 
 
 def test_a_plan_for_an_adapter_counts_its_base(vidaccel, monkeypatch):

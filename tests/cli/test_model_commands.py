@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from vidaccel import demo
 from vidaccel.autoencoders import AutoencoderDCV
+from vidaccel.autoencoders.convert import read_published
 from vidaccel.cli import app
 
 GOLDEN = Path(__file__).parents[1] / "data" / "dc_ae_v_f32t4_tiny.safetensors"
@@ -81,7 +83,7 @@ def test_a_folder_that_is_neither(tmp_path):
             "--image-to-video, --base, --link: only for a publ",
         ),
         ("file", "out", ("--autoencoder", "x.pt"), "--autoencoder: only for a published folder as SOURCE, and"),
-        ("folder", "out", ("--chunk-size", 7), "--chunk-size: only for a DC-AE-V file as SOURCE, and"),
+        ("alone", "out", ("--base", "x"), "--base: only for a whole model as SOURCE, and"),
         (
             "folder",
             "x.pt",
@@ -93,7 +95,9 @@ def test_a_folder_that_is_neither(tmp_path):
 )
 def test_options_without_effect_are_refused(published, tmp_path, source, target, options, message):
     (tmp_path / "folder").mkdir()
-    place = published if source == "file" else tmp_path / "folder"
+    (tmp_path / "alone").mkdir()
+    shutil.copy(published, tmp_path / "alone")
+    place = published if source == "file" else tmp_path / source
     code, output = run("convert", place, tmp_path / target, *options)
     assert code == 2 and message in output and output.count("\n") == 1
     assert not (tmp_path / target).exists()
@@ -110,7 +114,9 @@ def test_what_the_source_is_instead(published, tmp_path):
             "AutoencoderDCV: to convert it to a published file, give that a name that ends in .pt",
         ),
         (published, "back.pt", "is no folder of an AutoencoderDCV: it is a file"),
-        (tmp_path / "none", "out", f"There is no file or folder {tmp_path / 'none'}"),
+        (tmp_path / "none", "out", f"There is no file or folder {tmp_path / 'none'}, and it is no hub id of the form"),
+        ("models/weights.pt", "out", "There is no file or folder models/weights.pt, and it is no hub id"),
+        ("some/model", "out.pt", "There is no file or folder some/model."),
     ):
         code, output = run("convert", source, tmp_path / target)
         assert code == 2 and message in output and output.count("\n") == 1
@@ -136,6 +142,32 @@ def test_a_place_that_cannot_be_written(published, tmp_path, target):
     code, output = run("convert", tmp_path / "vae" if target.endswith(".pt") else published, target)
     assert code == 2 and f"{target}: the folder /proc is not writable" in output and "give another folder" in output
     assert "Errno" not in output and ".part" not in output
+
+
+def test_a_folder_that_does_not_fit_its_config_is_not_written_back(published, tmp_path):
+    """Neither a parameter without data nor one too many may come out."""
+    run("convert", published, tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    for name, missing in (("decoder.conv_out.weight", True), ("extra.weight", False)):
+        changed = {**state, "extra.weight": torch.zeros(2)}
+        if missing:
+            del changed[name]
+        save_file(changed, file)
+        code, output = run("convert", tmp_path / "vae", tmp_path / "back.pt")
+        assert code == 2 and name in output and output.count("\n") == 1
+    assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["back.pt", "back.safetensors"])
+def test_the_type_is_kept_there_and_back(published, tmp_path, name):
+    save_file({k: v.bfloat16() for k, v in load_file(published).items()}, tmp_path / "half.safetensors")
+    assert run("convert", tmp_path / "half.safetensors", tmp_path / "vae")[0] == 0
+    assert run("convert", tmp_path / "vae", tmp_path / name)[0] == 0
+    back = read_published(tmp_path / name)
+    wanted = {k.removeprefix("model."): v.bfloat16() for k, v in load_file(published).items()}
+    assert back.keys() == wanted.keys()
+    assert all(back[k].dtype == torch.bfloat16 and torch.equal(back[k], v) for k, v in wanted.items())
 
 
 def test_adapt_lists_what_is_ready():

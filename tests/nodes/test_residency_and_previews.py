@@ -7,6 +7,7 @@ import torch
 from diffusers import WanPipeline
 
 from vidaccel import AutoencoderDCV, VideoLayout, demo
+from vidaccel.autoencoders.memory import memory_to_decode
 from vidaccel.nodes.previews import decode_frame, decodes_quickly, preview_latent
 from vidaccel.nodes.residency import Residency, part_bytes, working_memory
 from vidaccel.request import BadInput, Settings
@@ -84,8 +85,15 @@ def test_the_estimate_grows_with_the_video(pipe):
 def test_the_estimate_of_a_deep_compression_autoencoder(pipe):
     vae = AutoencoderDCV(latent_channels=8, block_out_channels=(8, 16, 16), layers_per_block=(0, 1, 1), chunk_size=8)
     other = WanPipeline(**{**pipe.components, "vae": vae}, **{k: pipe.config[k] for k in ("boundary_ratio",)})
-    needs = working_memory(other, VideoLayout(2, 8, 8), Settings("x", frames=8, height=64, width=64))
-    assert needs["vae"] == 16 * 64 * 64 * 8 * 4
+    asked = working_memory(other, VideoLayout(2, 16, 16), Settings("x", frames=8, height=64, width=64))
+    assert asked["vae"] == memory_to_decode(vae, 8, 64, 64)
+    # The canvas counts, not the part of it that is asked for.
+    assert working_memory(other, VideoLayout(2, 16, 16), Settings("x", frames=8, height=61, width=50)) == asked
+    vae.enable_tiling(32, 32)
+    assert (
+        working_memory(other, VideoLayout(2, 16, 16), Settings("x", frames=8, height=64, width=64))["vae"]
+        < 0.5 * (asked["vae"])
+    )
 
 
 def test_the_preview_shows_the_middle_frame_of_the_denoised_video(pipe):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 # The parts of the package that each part may import from. A part is a folder, the root's `__init__.py` ("vidaccel"),
-# the command line, or "front": the other files beside it, which may import one another.
+# or "front": the other files beside it, which may import one another.
 LOWER = {"attention", "autoencoders", "demo"}
 MAY_IMPORT = {
     "attention": set(),

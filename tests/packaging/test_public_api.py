@@ -55,7 +55,7 @@ def test_import_is_quick(fresh, root):
 def test_command_line_entry(project, root):
     """The `vidaccel` command names a function that exists."""
     module, function = project["project"]["scripts"]["vidaccel"].split(":")
-    tree = ast.parse((root / f"{module.removeprefix('vidaccel.').replace('.', '/')}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((root / module.removeprefix("vidaccel.") / "__init__.py").read_text(encoding="utf-8"))
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

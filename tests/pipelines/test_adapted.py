@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tiny_adapter import TINY, write_adapter
 
 from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
-from vidaccel.pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError, retarget
+from vidaccel.pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError
 from vidaccel.request import inspect_model
-
-TINY = {"latent_channels": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": (0, 1, 1, 1), "chunk_size": 8}
-
-
-def write_adapter(folder, in_channels: int = 8, lora: bool = True, **facts):
-    """An adapter to the built-in model with random numbers; returns the transformer it stands for, the LoRA merged."""
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer", dtype=torch.float32)
-    retarget(transformer, in_channels, 8)
-    torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
-    folder.mkdir(parents=True)
-    full = {n: p.detach() for n, p in transformer.named_parameters() if n.startswith(("patch_embedding.", "proj_out."))}
-    save_file(full, folder / FULL_FILE)
-    if lora:
-        transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]))
-        for name, parameter in transformer.named_parameters():
-            if ".lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        layers = get_peft_model_state_dict(transformer)
-        metadata = transformer.peft_config["default"].to_dict()
-        WanPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
-        transformer.fuse_lora()
-        transformer.unload_lora()
-    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
-    stated = {"base": "demo", "autoencoder": "vae", "lora": lora, "transformer": config, **facts}
-    (folder / FACTS_FILE).write_text(json.dumps(stated))
-    AutoencoderDCV(**TINY).save_pretrained(folder / "vae")
-    return transformer
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -144,3 +114,28 @@ def test_the_built_in_lora_is_one_of_diffusers():
     loaded = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
     assert len(loaded) == len(load_file(demo.path(demo.DC) / LORA_FILE)) > 0
     assert pipe.transformer.peft_config["default_0"].lora_alpha == 64
+
+
+def test_components_that_are_given_are_used(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    write_adapter(tmp_path / "adapter")
+    vae, scheduler = AutoencoderDCV(**{**TINY, "chunk_size": 16}), FlowMatchEulerDiscreteScheduler()
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", vae=vae, scheduler=scheduler)
+    assert pipe.vae is vae and pipe.scheduler is scheduler
+    with pytest.raises(AdapterError, match="is an adapter, which changes the transformer of its base: .*base="):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", transformer=pipe.transformer)
+    with pytest.raises(ValueError, match="autoencoder= and vae= both give the autoencoder"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", vae=vae, autoencoder=tmp_path)
+
+
+def test_an_autoencoder_as_a_published_file(tmp_path):
+    from vidaccel.autoencoders.convert import write_published_file
+
+    write_adapter(tmp_path / "adapter")
+    write_published_file(tmp_path / "adapter" / "vae", tmp_path / "files" / "dc-ae-v-1.0-f4t4c8.pt")
+    given = {"autoencoder": tmp_path / "files", "autoencoder_config": {"chunk_size": 8, "scaling_factor": 0.5}}
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", **given)
+    assert (pipe.vae.config.chunk_size, pipe.vae.config.scaling_factor) == (8, 0.5)
+    with pytest.raises(ValueError, match=r"autoencoder_config \(chunk_size\) is for a DC-AE-V file, and .*vae has its"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder_config={"chunk_size": 8})

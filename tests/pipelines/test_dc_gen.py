@@ -140,3 +140,56 @@ def test_other_families_are_named(tmp_path):
         DCGenPipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="from_pretrained"):
         DCGenPipeline()
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe = pipeline("sana")
+    pipe.save_pretrained(tmp_path / "model")
+    absent = {part: None for part, component in pipe.components.items() if component is None}
+    assert type(DCGenPipeline.from_pretrained("~/model", **absent)) is DCGenSanaPipeline
+
+
+def test_an_index_that_is_missing_or_says_nothing(tmp_path):
+    with pytest.raises(OSError, match="has no model_index.json: give the folder of a pipeline"):
+        DCGenPipeline.from_pretrained(tmp_path)
+    for content, message in (
+        ("{bad", "model_index.json cannot be read as JSON"),
+        ("[]", "model_index.json holds a list"),
+        ("{}", "does not say in model_index.json which pipeline it is"),
+    ):
+        (tmp_path / "model_index.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            DCGenPipeline.from_pretrained(tmp_path)
+
+
+def test_how_to_reach_the_hub_holds_for_the_index_too(monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    seen = []
+
+    def load_config(*args, **kwargs):
+        seen.append((args, kwargs))
+        return {"_class_name": "WanPipeline"}
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    options = {"token": "secret", "revision": "v1", "cache_dir": "cache", "local_files_only": True}
+    with pytest.raises(ValueError, match="some/model is a WanPipeline"):
+        DCGenPipeline.from_pretrained("some/model", **options, variant="fp16")
+    assert seen == [(("some/model",), options)]
+
+
+def test_the_autoencoder_of_a_stock_model_is_refused():
+    from diffusers import AutoencoderKL
+
+    stock = AutoencoderKL(latent_channels=8, block_out_channels=(32,))
+    flux, sana = pipeline("flux"), pipeline("sana")
+    with pytest.raises(ValueError, match="vae of DCGenFluxPipeline is AutoencoderKL: .*own FluxPipeline"):
+        DCGenFluxPipeline(**{**flux.components, "vae": stock})
+    for pipe in (flux, sana):
+        pipe.vae = stock
+        with pytest.raises(ValueError, match="is AutoencoderKL: DC-Gen is for models with an AutoencoderDC"):
+            generate(pipe)
+        pipe.vae = None
+        with pytest.raises(ValueError, match="has no autoencoder: set pipe.vae"):
+            generate(pipe)

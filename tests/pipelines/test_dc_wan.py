@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,22 @@ def test_an_autoencoder_of_other_channels_is_refused(cls):
     given, wanted = (4, 6) if cls is DCVideoGenPipeline else (12, 16)
     with pytest.raises(ValueError, match=f"takes {given} channels and makes 4, but .*6 latent.*takes {wanted} and"):
         generate_dc(pipe)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_decoding_that_will_not_fit_is_said_before_the_first_step(cls, monkeypatch, caplog):
+    """The device is asked for its memory; everything else runs on the CPU."""
+    pipe = make_dc_pipe(cls)
+    monkeypatch.setattr(cls, "_execution_device", torch.device("cuda", 0))
+    memory = SimpleNamespace(total_memory=100_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    pipe._canvas(80, 720, 1280)
+    (message,) = [record.message for record in caplog.records if "Decoding" in record.message]
+    assert "Decoding 80 frames of 1280x736 takes about" in message and "call pipe.vae.enable_tiling()" in message
+    caplog.clear()
+    memory.total_memory = 10**12
+    pipe._canvas(80, 720, 1280)
+    assert "Decoding" not in caplog.text
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -66,6 +66,13 @@ def test_the_type_is_kept(encoder, tmp_path):
     assert CLIPVisionModel.from_pretrained(tmp_path / "image_encoder", dtype="auto").dtype == torch.float16
 
 
+def test_a_file_of_the_older_format(encoder, tmp_path):
+    torch.save(published_clip(encoder), tmp_path / "clip.pth", _use_new_zipfile_serialization=False)
+    convert_image_encoder(tmp_path / "clip.pth", tmp_path)
+    loaded, pixels = CLIPVisionModel.from_pretrained(tmp_path / "image_encoder"), torch.randn(1, 3, 28, 28)
+    torch.testing.assert_close(_states(loaded, pixels), _states(encoder, pixels))
+
+
 def test_an_unknown_parameter_is_named(encoder):
     with pytest.raises(CheckpointError, match="not known: visual.transformer.0.extra.weight"):
         vision_state_dict({**published_clip(encoder), "visual.transformer.0.extra.weight": torch.zeros(1)})
@@ -101,7 +108,7 @@ def test_a_file_of_something_else_is_refused(encoder, tmp_path):
     file = tmp_path / "clip.pth"
     torch.save(published_clip(encoder), file)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="clip.pth cannot be read: download it again"):
+    with pytest.raises(CheckpointError, match="clip.pth .1,000 bytes. cannot be read, .*download it again"):
         convert_image_encoder(file, tmp_path)
     torch.save({"model": 1}, file)
     with pytest.raises(CheckpointError, match="lacks the parameter that becomes embeddings.patch_embedding"):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tiny_dc import DEEP, make_autoencoder, make_clip, make_dc_pipe, make_dc_transformer, make_text, write_published
 
+from vidaccel import demo
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.autoencoders.convert import CheckpointError
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
@@ -209,6 +210,36 @@ def test_what_is_missing_is_said_with_the_fix(tmp_path, cache, cls, parts, messa
     assert not cache.exists() or list(cache.iterdir()) == []
 
 
+def test_what_is_no_published_layout_is_not_called_one(tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    with caplog.at_level(logging.INFO, logger="vidaccel"):
+        with pytest.raises(LayoutError, match="empty holds neither model_index.json"):
+            T2V.from_pretrained(tmp_path / "empty")
+        with pytest.raises(LayoutError, match="lacks text_encoder"):
+            T2V.from_pretrained(write_published(tmp_path / "source", "t2v vae"))
+    assert caplog.text == ""
+
+
+def test_folders_of_other_kinds_are_said_to_be_so(tmp_path):
+    make_autoencoder().save_pretrained(tmp_path / "vae")
+    for source, message in (
+        (demo.path(), "is a diffusers pipeline already"),
+        (demo.path("demo-dc"), "is an adapter .adapter.json.*there is nothing to convert"),
+        (tmp_path / "vae", "is the folder of an AutoencoderDCV: .*ends in .pt or .safetensors"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            convert_repository(source, tmp_path / "target")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that nobody can write to")
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDACCEL_CACHE", "/proc/cache")
+    with pytest.raises(
+        OSError, match=r"^/proc/cache/converted/source-.* cannot be written, because no folder can be ma"
+    ):
+        T2V.from_pretrained(write_published(tmp_path / "source"))
+
+
 def test_several_autoencoders_are_not_guessed(tmp_path):
     source = write_published(tmp_path / "source")
     shutil.copy(source / "dc-ae-v-1.0-f32t4c4.pt", source / "dc-ae-v-1.0-f32t4c4-bf16.pt")
@@ -219,7 +250,7 @@ def test_several_autoencoders_are_not_guessed(tmp_path):
 
 def test_an_autoencoder_that_is_not_there(tmp_path):
     source = write_published(tmp_path / "source")
-    with pytest.raises(LayoutError, match="autoencoder: .*none is neither a file nor a folder with config.json"):
+    with pytest.raises(LayoutError, match="autoencoder: .*none is neither a DC-AE-V file, .* nor a hub id"):
         T2V.from_pretrained(source, autoencoder=tmp_path / "none")
 
 
@@ -334,25 +365,3 @@ def test_what_was_not_downloaded_is_left_to_diffusers(tmp_path):
     _into_hub_cache(only, "some/other", tmp_path / "hub")
     with pytest.raises(OSError, match="some--other.*model_index.json"):
         T2V.from_pretrained("some/other", cache_dir=tmp_path / "hub")
-
-
-def test_a_published_repository_is_downloaded(tmp_path, monkeypatch):
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    source, asked = write_published(tmp_path / "source"), []
-
-    def no_index(name, file, **options):
-        asked.append((name, file, options))
-        raise EntryNotFoundError("404")
-
-    monkeypatch.setattr(hub, "hf_hub_download", no_index)
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: (asked.append((name, options)), source)[1])
-    assert _run(T2V.from_pretrained("some/model", revision="v1")).shape == (1, 6, 3, 30, 40)
-    options = {"revision": "v1"}
-    assert asked == [("some/model", "model_index.json", options), ("some/model", options)]
-    # The base of a transformer that is published alone: only the folders that are needed.
-    asked.clear()
-    alone = write_published(tmp_path / "alone", "transformer vae")
-    assert _run(T2V.from_pretrained(alone, base="wan/base")).shape == (1, 6, 3, 30, 40)
-    assert asked == [("wan/base", {"allow_patterns": ["text_encoder/*", "tokenizer/*", "scheduler/*"]})]

@@ -1,17 +1,13 @@
-"""The command line: its entry point and `vidaccel generate`.
-
-The other commands are in `info_commands` and `model_commands`. Parsing and messages; the work is elsewhere.
-"""
+"""`vidaccel generate`: parsing and messages; the work is elsewhere."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import info_commands, model_commands
+from ..user_errors import BadInput, one_line_errors
 from .options import (
     DENSE,
     amount,
@@ -21,39 +17,16 @@ from .options import (
     choose_methods,
     method_settings,
 )
-from .user_errors import BadInput, one_line_errors
 
 if TYPE_CHECKING:
-    from .attention.methods.base import Method
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    from ..attention.methods.base import Method
 
 
-def main() -> None:
-    """The entry point of the `vidaccel` command."""
-    # Before torch is imported: OpenMP threads that spin between small operations make a small model many times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app(prog_name="vidaccel")
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("generate")(generate_command)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        from . import __version__
-
-        typer.echo(f"vidaccel {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def common_options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
-    ] = False,
-) -> None:
-    """Faster pre-trained video diffusion models: sparse attention, and deep-compression autoencoders."""
-
-
-@app.command("generate")
 def generate_command(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The video to write, an .mp4.")] = Path("out.mp4"),
@@ -120,8 +93,9 @@ def generate_command(
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
     with one_line_errors():
-        from .generation import environment
-        from .request import Settings, build_method, check_backend, choose_device, choose_dtype, inspect_model
+        from ..generation import environment
+        from ..pipelines.loading import usual_autoencoder_dtype
+        from ..request import Settings, build_method, check_backend, choose_device, choose_dtype, inspect_model
         from .terminal import make_videos, print_summary, write_comparison
 
         # What needs no import of torch is checked first, what needs the model's configs last; no weights are read yet.
@@ -145,7 +119,7 @@ def generate_command(
         check_methods(asked, compare)
         place = choose_device(device, offload)
         chosen_dtype = choose_dtype(dtype, place, model)
-        facts = inspect_model(model)
+        facts = inspect_model(model, image=settings.image is not None)
         settings = settings.checked(facts)
         layout = facts.layout(settings.frames, settings.height, settings.width)
         names, why = choose_methods(asked, compare, layout.tokens)
@@ -183,6 +157,7 @@ def generate_command(
         if not compare:
             print_summary(videos, files)
             return
+        of_vae = usual_autoencoder_dtype(facts.pipeline_class.startswith("DCVideoGen"), chosen_dtype)
         described = {
             "model": f"{facts.name} ({facts.pipeline_class})",
             "methods": f"{', '.join(names)}: {why}",
@@ -191,15 +166,6 @@ def generate_command(
             "guidance scale": f"{settings.guidance_scale:g}",
             "seed": str(settings.seed),
             "backend": backend,
-            "dtype": f"{str(chosen_dtype).removeprefix('torch.')}, autoencoder float32",
+            "dtype": f"{chosen_dtype}, autoencoder {of_vae}".replace("torch.", ""),
         }
         write_comparison(videos, files, settings, layout.tokens, described, environment(place), page)
-
-
-# The order of `vidaccel --help`: generate first.
-info_commands.register(app)
-model_commands.register(app)
-
-
-if __name__ == "__main__":
-    main()

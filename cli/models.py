@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..model_facts import HUB_ID
+from ..user_errors import BadInput, first_line, one_line_errors
 from .options import check_writable, refuse_given
-from .user_errors import BadInput, first_line, one_line_errors
+
+_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 def register(app: typer.Typer) -> None:
@@ -21,14 +24,16 @@ def register(app: typer.Typer) -> None:
 def convert_command(
     source: Annotated[
         Path,
-        typer.Argument(help="A published DC-AE-V file, a published DC-VideoGen folder, or an AutoencoderDCV folder."),
+        typer.Argument(
+            help="A published DC-AE-V file; a published DC-VideoGen folder or hub id; an AutoencoderDCV folder."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="A new folder; a new .pt or .safetensors for the way back.")],
     image_to_video: Annotated[
         bool, typer.Option("--image-to-video", help="Of a published folder, take the image-to-video model.")
     ] = False,
     autoencoder: Annotated[
-        Path | None, typer.Option(help="DC-AE-V file or folder, where the published folder has none.")
+        Path | None, typer.Option(help="DC-AE-V file, folder or hub id, where the published folder has none.")
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Wan pipeline (folder or hub id) that has what the published folder lacks.")
@@ -44,11 +49,12 @@ def convert_command(
     Every key is used once and shapes are checked before weights are read.
     """
     with one_line_errors():
-        if not source.exists():
-            raise BadInput(f"There is no file or folder {source}.")
+        way_back = target.suffix in (".pt", ".safetensors")
+        if not source.exists() and (way_back or not _may_be_on_the_hub(source)):
+            also = "" if way_back else ", and it is no hub id of the form owner/name"
+            raise BadInput(f"There is no file or folder {source}{also}.")
         if target.exists():
             raise BadInput(f"{target} exists already: give a new name, or delete it first.")
-        way_back = target.suffix in (".pt", ".safetensors")
         of_folder = {
             "--image-to-video": image_to_video,
             "--autoencoder": autoencoder is not None,
@@ -58,28 +64,71 @@ def convert_command(
         of_file = {"--chunk-size": chunk_size is not None, "--scaling-factor": scaling_factor is not None}
         if way_back:
             refuse_given(of_folder | of_file, f"of no use when an AutoencoderDCV is written as {target.name}:")
-        elif source.is_dir():
-            refuse_given(of_file, f"only for a DC-AE-V file as SOURCE, and {source} is a folder:")
-        else:
+        elif source.is_file():
             refuse_given(of_folder, f"only for a published folder as SOURCE, and {source} is a file:")
         check_writable(str(target), target.parent)
+        changes = {"chunk_size": chunk_size, "scaling_factor": scaling_factor}
+        changes = {name: value for name, value in changes.items() if value is not None}
         if way_back:
-            _write_published(source, target)
-        elif source.is_dir():
-            from .pipelines.published import convert_repository
+            from ..autoencoders.convert import write_published_file
 
-            name = "DCVideoGenImageToVideoPipeline" if image_to_video else "DCVideoGenPipeline"
-            convert_repository(source, target, name, autoencoder=autoencoder, base=base, link=link)
+            write_published_file(source, target)
+        elif source.is_file():
+            _write_autoencoder(source, target, changes)
         else:
-            changes = {"chunk_size": chunk_size, "scaling_factor": scaling_factor}
-            _write_autoencoder(source, target, {name: value for name, value in changes.items() if value is not None})
+            name = "DCVideoGenImageToVideoPipeline" if image_to_video else "DCVideoGenPipeline"
+            without = () if autoencoder is None else ("vae",)
+            folder = source if source.is_dir() else _fetch(str(source), name, without)
+            alone = _only_autoencoder(folder)
+            if alone is None:
+                parts = {"autoencoder": autoencoder, "base": base}
+                _write_pipeline(str(source), folder, target, name, parts, changes, link)
+            else:
+                refuse_given(of_folder, f"only for a whole model as SOURCE, and {source} has just {alone.name}:")
+                _write_autoencoder(alone, target, changes)
         typer.echo(f"Wrote {target}")
+
+
+def _may_be_on_the_hub(source: Path) -> bool:
+    return HUB_ID.fullmatch(str(source)) is not None and source.suffix.lower() not in _FILES
+
+
+def _fetch(location: str, pipeline_class: str, without: Collection[str]) -> Path:
+    from ..pipelines.published_hub import fetch_published
+
+    typer.echo(f"{location} is no folder here: fetching it from the hub, as far as it was not before.")
+    return fetch_published(location, pipeline_class, without)
+
+
+def _only_autoencoder(folder: Path) -> Path | None:
+    from ..pipelines.published_parts import only_autoencoder
+
+    return only_autoencoder(folder)
+
+
+def _write_pipeline(
+    location: str,
+    folder: Path,
+    target: Path,
+    pipeline_class: str,
+    parts: dict[str, Any],
+    changes: dict[str, Any],
+    link: bool,
+) -> None:
+    """A published folder as one of diffusers."""
+    from ..pipelines.published import convert_repository
+    from ..pipelines.published_hub import known_parts
+
+    for name, value in known_parts(location, folder, **parts).items():
+        typer.echo(f"No --{name} is given, so it is {value}.")
+        parts = {**parts, name: value}
+    convert_repository(folder, target, pipeline_class, **parts, link=link, autoencoder_config=changes)
 
 
 def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> None:
     """A published file as the folder of an `AutoencoderDCV`."""
-    from .autoencoders.convert import CheckpointError, load_published
-    from .pipelines.published import beside
+    from ..autoencoders.convert import CheckpointError, load_published
+    from ..pipelines.published import beside
 
     try:
         model = load_published(source, **changes)
@@ -89,34 +138,6 @@ def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> N
         raise BadInput(f"{source} cannot be converted: {first_line(error)}") from error
     with beside(target) as draft:
         model.save_pretrained(draft)
-
-
-def _write_published(source: Path, target: Path) -> None:
-    """The way back: an `AutoencoderDCV` folder as one published file."""
-    import torch
-    from safetensors.torch import save_file
-
-    from .autoencoders import AutoencoderDCV
-    from .autoencoders.convert import CheckpointError, to_published
-
-    if not (source / "config.json").is_file():
-        why = "it has no config.json" if source.is_dir() else "it is a file"
-        raise CheckpointError(f"{source} is no folder of an AutoencoderDCV: {why}.")
-    try:
-        model = AutoencoderDCV.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} cannot be loaded as an AutoencoderDCV: {error}") from error
-    state = {name: value.contiguous() for name, value in to_published(model.state_dict(), model.config).items()}
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if target.suffix == ".safetensors":
-            save_file(state, draft)
-        else:
-            torch.save({"model_state_dict": state}, draft)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def adapt_command(
@@ -135,8 +156,8 @@ def adapt_command(
     On several GPUs: accelerate launch -m vidaccel.lora RECIPE --config FILE.
     """
     with one_line_errors():
-        from . import lora
-        from .lora.config import ConfigError
+        from .. import lora
+        from ..lora.config import ConfigError
 
         if show:
             for file in sorted(lora.config_folder().glob("*.yaml")):
@@ -146,7 +167,7 @@ def adapt_command(
             raise ConfigError("the recipe is missing: give autoencoder or ae-adapt.")
         if not config:
             raise ConfigError("--config is missing: give a YAML file, or the name of a ready one (--list).")
-        from .lora.__main__ import main
+        from ..lora.__main__ import main
 
         arguments = [recipe.replace("-", "_"), "--config", config]
         arguments += [part for text in change or [] for part in ("--set", text)]

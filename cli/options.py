@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .request import MIN_SPARSE_TOKENS
-from .user_errors import BadInput
+from ..request import MIN_SPARSE_TOKENS
+from ..user_errors import BadInput
 
 DENSE = "dense"
 DEFAULT_METHOD = "svg2"
@@ -94,7 +94,7 @@ def refuse_given(given: Mapping[str, bool], reason: str) -> None:
 
 def check_methods(asked: list[str], compare: bool) -> None:
     """Raise BadInput for a method that there is not, and for a comparison of dense with itself."""
-    from .attention import METHODS
+    from ..attention import METHODS
 
     for name in asked:
         if name != DENSE and name not in METHODS:

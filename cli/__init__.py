@@ -1,0 +1,41 @@
+"""The command line. One file a group of commands, which parses and prints; the work is elsewhere."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from . import generate, info, models
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """The entry point of the `vidaccel` command."""
+    # Before torch is imported: OpenMP threads that spin between small operations make a small model many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app(prog_name="vidaccel")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"vidaccel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Faster pre-trained video diffusion models: sparse attention, and deep-compression autoencoders."""
+
+
+# In the order of `vidaccel --help`.
+for commands in (generate, info, models):
+    commands.register(app)

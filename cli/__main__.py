@@ -1,0 +1,5 @@
+"""`python -m vidaccel.cli`."""
+
+from . import main
+
+main()
