@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .autoencoders.memory import decoding_bytes, default_tile, video_bytes
 from .model_facts import ModelFacts
 from .request import Settings
 from .user_errors import BadInput
@@ -32,6 +31,8 @@ def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str
     Raises:
         BadInput: a model that is not in a folder here, or whose configs cannot be read.
     """
+    from .autoencoders.memory import decoding_bytes, default_tile, video_bytes
+
     folder = Path(facts.location)
     if not folder.is_dir():
         raise BadInput(f"--model {facts.name}: --plan needs the folder of a model that is on this machine.")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .. import demo
-from ..autoencoders.memory import decoding_bytes
 from ..request import BadInput
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ class LatentScale(nn.Module):
 
     def working_memory(self, pixels: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes beside the weights for a video `[..., T, H, W]`."""
+        from ..autoencoders.memory import decoding_bytes
+
         return decoding_bytes(self.autoencoder.config, *pixels[-3:], dtype.itemsize)
 
 

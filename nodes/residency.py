@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..autoencoders.memory import memory_to_decode
 from ..plan import transformer_bytes
 from ..request import BadInput
 
@@ -102,6 +101,8 @@ def part_bytes(pipe: DiffusionPipeline) -> dict[str, int]:
 
 def working_memory(pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings) -> dict[str, int]:
     """A rough estimate of what each part needs beside its weights, in bytes, for ComfyUI to make room."""
+    from ..autoencoders.memory import memory_to_decode
+
     needs, (height, width) = {}, (settings.height, settings.width)
     for name in ("transformer", "transformer_2"):
         part = getattr(pipe, name, None)

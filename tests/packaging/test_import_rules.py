@@ -189,6 +189,19 @@ def test_the_root_loads_nothing_heavy(fresh, on_path):
     assert out.split("\n")[:2] == ["[]", "[]"]
 
 
+def test_what_comfyui_loads_at_its_start_leaves_diffusers_out(fresh, on_path):
+    """It takes seconds to import, and a workflow with native models does without."""
+    out = fresh(
+        """
+        import sys
+        from vidaccel.nodes import autoencoder, native, pipelines, previews, residency, tables
+        print([name for name in ("diffusers", "transformers", "matplotlib") if name in sys.modules])
+        """,
+        on_path,
+    )
+    assert out.split("\n")[0] == "[]"
+
+
 def test_attention_loads_neither_diffusers_nor_triton(fresh, on_path):
     out = fresh(
         """
