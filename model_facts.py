@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
 _DEFAULTS = ("frames", "height", "width", "steps", "guidance_scale")
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 Reader = Callable[[str], "dict[str, Any] | None"]
 """Reads a JSON file of a model by its name; None when there is no such file."""
@@ -215,16 +213,15 @@ def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Rea
 
 def _named_autoencoder(model: str, location: str, named: str | None) -> str:
     """Folder, seen from that of the adapter, or hub id of the autoencoder that adapter.json names."""
-    if named:
-        place = Path(location) / named
-        if place.is_dir():
-            return str(place)
-        if HUB_ID.fullmatch(named) and not Path(named).is_dir():
-            return named
-    raise BadInput(
-        f"--model {model}: the autoencoder that adapter.json names, {named or 'none'}, is not there, and the adapter "
-        f"has none in vae/: copy the folder of its AutoencoderDCV to {Path(location) / 'vae'}."
-    )
+    from .pipelines.locations import named_autoencoder
+
+    found = named_autoencoder(location, named)
+    if found is None:
+        raise BadInput(
+            f"--model {model}: the autoencoder that adapter.json names, {named or 'none'}, is not there, and the "
+            f"adapter has none in vae/: copy the folder of its AutoencoderDCV to {Path(location) / 'vae'}."
+        )
+    return found
 
 
 def _deep_compression_facts(
@@ -262,6 +259,8 @@ def _own_defaults(model: str, file: str, stated: Any) -> dict[str, int | float]:
 
 
 def _locate(model: str) -> str:
+    from .pipelines.locations import is_hub_id
+
     if model in DEMOS:
         from . import demo
 
@@ -271,7 +270,7 @@ def _locate(model: str) -> str:
             raise BadInput(f"--model {model}: {error}") from error
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
-    if HUB_ID.fullmatch(model):
+    if is_hub_id(model):
         return model
     known = " nor ".join(f'"{name}"' for name in DEMOS)
     raise BadInput(f"--model {model} is neither {known}, nor a folder here, nor a hub id of the form owner/name.")

@@ -157,7 +157,7 @@ def generate_command(
         if not compare:
             print_summary(videos, files)
             return
-        of_vae = usual_autoencoder_dtype(facts.pipeline_class.startswith("DCVideoGen"), chosen_dtype)
+        of_vae = usual_autoencoder_dtype(facts.makes_any_size, chosen_dtype)
         described = {
             "model": f"{facts.name} ({facts.pipeline_class})",
             "methods": f"{', '.join(names)}: {why}",

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..model_facts import HUB_ID
 from ..user_errors import BadInput, first_line, one_line_errors
 from .options import check_writable, refuse_given
 
@@ -90,7 +89,9 @@ def convert_command(
 
 
 def _may_be_on_the_hub(source: Path) -> bool:
-    return HUB_ID.fullmatch(str(source)) is not None and source.suffix.lower() not in _FILES
+    from ..pipelines.locations import is_hub_id
+
+    return is_hub_id(str(source)) and source.suffix.lower() not in _FILES
 
 
 def _fetch(location: str, pipeline_class: str, without: Collection[str]) -> Path:

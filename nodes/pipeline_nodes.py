@@ -182,21 +182,16 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     default="",
                     tooltip="What it should not show. Used where guidance is above 1.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=8,
-                    tooltip=f"Pixels: a multiple of 16 for Wan, any number for DC-VideoGen. {own}",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=8,
-                    tooltip=f"Pixels: a multiple of 16 for Wan, any number for DC-VideoGen. {own}",
+                *(
+                    io.Int.Input(
+                        side,
+                        default=0,
+                        min=0,
+                        max=8192,
+                        step=8,
+                        tooltip=f"Pixels: a multiple of 16 for Wan, any number for DC-VideoGen. {own}",
+                    )
+                    for side in ("width", "height")
                 ),
                 io.Int.Input(
                     "frames",

@@ -17,7 +17,8 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from .. import demo
-from .sources import find_autoencoder, hub_options, is_hub_id, load_autoencoder
+from .locations import named_autoencoder
+from .sources import find_autoencoder, hub_options, load_autoencoder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer"
@@ -126,14 +127,13 @@ def load_adapter(transformer: nn.Module, folder: Path) -> nn.Module:
 
 def _own_autoencoder(folder: Path, stated: str) -> str:
     """Folder or hub id of the autoencoder that an adapter was made for."""
-    for place in (folder / "vae", folder / stated):
-        if place.is_dir():
-            return str(place)
-    if is_hub_id(stated):
-        return stated
-    raise AdapterError(
-        f"{folder} was made for the autoencoder in {stated}, which is not there: give its folder with autoencoder=."
-    )
+    own = folder / "vae"
+    found = str(own) if own.is_dir() else named_autoencoder(folder, stated)
+    if found is None:
+        raise AdapterError(
+            f"{folder} was made for the autoencoder in {stated}, which is not there: give its folder with autoencoder=."
+        )
+    return found
 
 
 def load_adapted(

@@ -9,7 +9,7 @@ from typing import Any
 
 from .adapted import is_adapter
 from .published_parts import wanted_files
-from .sources import LayoutError, hub_options, own_autoencoder
+from .sources import LayoutError, first_line, hub_options, own_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +39,22 @@ def published_folder(
     if path.is_dir():
         return path
     chosen = hub_options(options or {}, "revision")
-    layout = _layout(location, chosen)
+    return _folder(location, _layout(location, chosen), pipeline_class, chosen, without)
+
+
+def _folder(
+    location: str, layout: str, pipeline_class: str, options: Mapping[str, Any], without: Collection[str]
+) -> Path | None:
+    """Of a hub id whose `_layout` is known."""
     if layout == "published":
         import huggingface_hub as hub
 
-        return Path(hub.snapshot_download(location, **wanted_files(pipeline_class, without), **chosen))
-    return downloaded_folder(location, chosen) if layout == "unknown" else None
+        return Path(hub.snapshot_download(location, **wanted_files(pipeline_class, without), **options))
+    return downloaded_folder(location, options) if layout == "unknown" else None
 
 
 def fetch_published(location: str, pipeline_class: str, without: Collection[str] = ()) -> Path:
-    """As `published_folder`, for what must be a published layout.
+    """As `published_folder`, for a hub id that must be of a published layout.
 
     Raises:
         LayoutError: the repository is not there, is in diffusers' layout already, or cannot be reached.
@@ -56,11 +62,12 @@ def fetch_published(location: str, pipeline_class: str, without: Collection[str]
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = published_folder(location, pipeline_class, without=without)
-        layout = "" if folder is not None else _layout(location, {})
+        layout = _layout(location, {})
+        folder = _folder(location, layout, pipeline_class, {}, without)
     except (OSError, HfHubHTTPError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LayoutError(f"{location} is no folder here and cannot be had from the hub ({reason}).") from error
+        raise LayoutError(
+            f"{location} is no folder here and cannot be had from the hub ({first_line(error)})."
+        ) from error
     if layout == "diffusers":
         raise LayoutError(f"{location} is a diffusers pipeline already (model_index.json): it needs no conversion.")
     if folder is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from ..autoencoders import AutoencoderDCV
 from ..autoencoders.convert import load_published
+from .locations import is_hub_id
 
 AUTOENCODER_FILES = ("dc-ae-v-*.pt", "dc-ae-v-*.safetensors", "*.pt")
 """How files of a DC-AE-V are named, the usual names first."""
@@ -22,11 +22,6 @@ _HUB_OPTIONS = ("cache_dir", "token", "local_files_only")
 
 class LayoutError(ValueError):
     """A folder that is no DC-VideoGen model; the message says what is missing and how to give it."""
-
-
-def is_hub_id(location: str) -> bool:
-    """Whether this has the form owner/name and is no folder here."""
-    return not Path(location).is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) is not None
 
 
 def hub_options(options: Mapping[str, Any], *more: str) -> dict[str, Any]:
@@ -64,6 +59,11 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(place) / name for name in sorted(names))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a message; those of the hub have several."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def download(what: str, repository: str, patterns: list[str], options: Mapping[str, Any]) -> Path:
     """The folder with files of a repository of the hub.
 
@@ -81,8 +81,7 @@ def download(what: str, repository: str, patterns: list[str], options: Mapping[s
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LayoutError(f"{what}: {repository} cannot be had from the hub ({reason}).") from error
+        raise LayoutError(f"{what}: {repository} cannot be had from the hub ({first_line(error)}).") from error
 
 
 def base_folder(base: str | Path, components: list[str], options: Mapping[str, Any]) -> Path:

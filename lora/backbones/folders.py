@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...pipelines.sources import is_hub_id
+from ...pipelines.locations import is_hub_id
 from ..checkpoint import replaced
 from ..config import ConfigError
 

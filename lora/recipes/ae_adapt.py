@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ... import demo
 from ...pipelines.adapted import DEFAULTS_FILE
-from ...pipelines.sources import is_hub_id
+from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, merge, save_adapter
 from ..backbones import open_backbone
 from ..backbones.base import Backbone, SampleRequest
