@@ -87,8 +87,8 @@ def reconstruction(pipes: dict, clips: int) -> list[dict]:
 def speed(pipes: dict, rounds: int) -> list[dict]:
     """Seconds a step and of decoding, the models in turns: median, lowest and highest of several runs of 10 steps."""
     from vidaccel.demo import modeling
-    from vidaccel.generation import generate
-    from vidaccel.request import Settings, inspect_model
+    from vidaccel.generation.request import Settings, inspect_model
+    from vidaccel.generation.run import generate
 
     measured: dict[str, list] = {name: [] for name in pipes}
     settings = {

@@ -112,7 +112,7 @@ def measure(model: str, size: str, deep: bool, repeats: int, device, dtype) -> d
     """One row: a step and decoding at one size."""
     import torch
 
-    from vidaccel.pipelines.canvas import Canvas
+    from vidaccel.pipelines.deep_compression.canvas import Canvas
 
     height, width = SIZES[size]
     frames, spatial, patch = (80, 32, (1, 1, 1)) if deep else (81, 8, (1, 2, 2))

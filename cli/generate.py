@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..user_errors import BadInput, one_line_errors
-from .options import (
-    DENSE,
-    amount,
-    check_file,
-    check_methods,
-    check_sparse_options,
-    choose_methods,
-    method_settings,
-)
+from ..generation.errors import BadInput, one_line_errors
+from .options import DENSE, amount, check_file, check_methods, check_sparse_options, choose_methods, method_settings
 
 if TYPE_CHECKING:
     from ..attention.methods.base import Method
@@ -93,9 +85,16 @@ def generate_command(
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
     with one_line_errors():
-        from ..generation import environment
+        from ..generation.request import (
+            Settings,
+            build_method,
+            check_backend,
+            choose_device,
+            choose_dtype,
+            inspect_model,
+        )
+        from ..generation.run import environment
         from ..pipelines.loading import usual_autoencoder_dtype
-        from ..request import Settings, build_method, check_backend, choose_device, choose_dtype, inspect_model
         from .terminal import make_videos, print_summary, write_comparison
 
         # What needs no import of torch is checked first, what needs the model's configs last; no weights are read yet.

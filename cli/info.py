@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..user_errors import one_line_errors
+from ..generation.errors import one_line_errors
 from .options import DENSE, refuse_given
 
 
@@ -72,7 +72,7 @@ def _print_machine() -> None:
     from rich.table import Table
 
     from ..attention.backends import BACKENDS
-    from ..generation import environment
+    from ..generation.run import environment
 
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     versions = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -96,8 +96,8 @@ def _print_plan(model: str, frames: int | None, height: int | None, width: int |
     from rich.console import Console
     from rich.table import Table
 
-    from ..plan import plan
-    from ..request import Settings, choose_dtype, inspect_model
+    from ..generation.forecast import plan
+    from ..generation.request import Settings, choose_dtype, inspect_model
 
     facts = inspect_model(model)
     settings = Settings("a plan", frames=frames, height=height, width=width)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..user_errors import BadInput, first_line, one_line_errors
+from ..generation.errors import BadInput, first_line, one_line_errors
 from .options import check_writable, refuse_given
 
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -95,14 +95,14 @@ def _may_be_on_the_hub(source: Path) -> bool:
 
 
 def _fetch(location: str, pipeline_class: str, without: Collection[str]) -> Path:
-    from ..pipelines.published_hub import fetch_published
+    from ..pipelines.deep_compression.published_hub import fetch_published
 
     typer.echo(f"{location} is no folder here: fetching it from the hub, as far as it was not before.")
     return fetch_published(location, pipeline_class, without)
 
 
 def _only_autoencoder(folder: Path) -> Path | None:
-    from ..pipelines.published_parts import only_autoencoder
+    from ..pipelines.deep_compression.published_parts import only_autoencoder
 
     return only_autoencoder(folder)
 
@@ -117,8 +117,8 @@ def _write_pipeline(
     link: bool,
 ) -> None:
     """A published folder as one of diffusers."""
-    from ..pipelines.published import convert_repository
-    from ..pipelines.published_hub import known_parts
+    from ..pipelines.deep_compression.published import convert_repository
+    from ..pipelines.deep_compression.published_hub import known_parts
 
     for name, value in known_parts(location, folder, **parts).items():
         typer.echo(f"No --{name} is given, so it is {value}.")
@@ -129,7 +129,7 @@ def _write_pipeline(
 def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> None:
     """A published file as the folder of an `AutoencoderDCV`."""
     from ..autoencoders.convert import CheckpointError, load_published
-    from ..pipelines.published import beside
+    from ..pipelines.deep_compression.published import beside
 
     try:
         model = load_published(source, **changes)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..request import MIN_SPARSE_TOKENS
-from ..user_errors import BadInput
+from ..generation.errors import BadInput
+from ..generation.request import MIN_SPARSE_TOKENS
 
 DENSE = "dense"
 DEFAULT_METHOD = "svg2"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..attention.methods.base import Method
-    from ..report import Comparison, GeneratedVideo
-    from ..request import ModelFacts, Settings
+    from ..generation.report import Comparison, GeneratedVideo
+    from ..generation.request import ModelFacts, Settings
 
 
 def make_videos(
@@ -39,8 +39,8 @@ def make_videos(
         warm: whether an uncounted step comes before each run.
         loading: options of `generation.load`.
     """
-    from ..generation import generate, load, warm_up
-    from ..video import write_mp4
+    from ..generation.run import generate, load, warm_up
+    from ..generation.video import write_mp4
 
     videos = []
     with _progress() as progress:
@@ -102,8 +102,8 @@ def write_comparison(
         described, machine: settings and environment, name -> value.
         page: the .html; .json and .png go beside it.
     """
-    from ..report import Comparison, contact_sheet_png, write_html, write_json
-    from ..video import write_bytes
+    from ..generation.report import Comparison, contact_sheet_png, write_html, write_json
+    from ..generation.video import write_bytes
 
     comparison = Comparison(
         prompt=settings.prompt,
@@ -127,7 +127,7 @@ def print_summary(videos: list[GeneratedVideo], files: dict[str, Path], comparis
     from rich.console import Console
     from rich.table import Table
 
-    from ..report import format_psnr, format_seconds
+    from ..generation.report import format_psnr, format_seconds
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("method")

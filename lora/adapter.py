@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..pipelines.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
+from ..pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
 from .checkpoint import replaced, save_tensors
 
 

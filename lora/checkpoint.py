@@ -41,7 +41,7 @@ class Checkpoint:
         global_batch: clips an optimiser step, over all processes.
         trained: result of the phases before, by parameter name.
         weights: the parameters that this phase trains.
-        average: their averages, empty without.
+        ema: their exponential moving averages, empty without.
         state: optimiser, averaging and scaler; nested dicts and lists of tensors and numbers.
         random: states of the random generators, one entry a process.
     """
@@ -53,7 +53,7 @@ class Checkpoint:
     global_batch: int
     trained: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
-    average: Tensors = field(default_factory=dict)
+    ema: Tensors = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     random: list[dict[str, Any]] = field(default_factory=list)
 
@@ -108,7 +108,7 @@ class CheckpointFolder:
         target = self.folder / f"{_PREFIX}{checkpoint.total_steps:08d}"
         try:
             with replaced(target) as draft:
-                for name in ("trained", "weights", "average"):
+                for name in ("trained", "weights", "ema"):
                     _write_tensors(draft / f"{name}.safetensors", getattr(checkpoint, name))
                 with open(draft / "state.pt", "wb") as file:
                     torch.save({"state": checkpoint.state, "random": checkpoint.random}, file)
@@ -136,7 +136,7 @@ class CheckpointFolder:
             facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
-            tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "average")}
+            tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "ema")}
             other = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except CheckpointError:
             raise

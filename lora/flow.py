@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .draws import Draws
+from .generators import Generators
 
 TIMESTEPS = 1000
 """What a sigma of 1 is called by the models that diffusers has."""
@@ -19,18 +19,18 @@ def shifted(uniform: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def sample_sigmas(
-    draws: Draws, shift: float, logit_normal_share: float = 0.0, mean: float = 0.0, deviation: float = 1.0
+    rng: Generators, shift: float, logit_normal_share: float = 0.0, mean: float = 0.0, deviation: float = 1.0
 ) -> torch.Tensor:
     """A noise level for each clip, `[B]` in [0, 1), continuous. The timestep is exactly `sigma * TIMESTEPS`.
 
     Published training code rounds sigma to a grid of 50 but gives the model the unrounded t; here they agree.
 
     Args:
-        draws: the random numbers.
+        rng: the random numbers.
         shift: towards noise.
         logit_normal_share: share of the levels that are logit-normal instead, with `mean` and `deviation`.
     """
-    uniform = draws.stratified()
+    uniform = rng.stratified()
     if not logit_normal_share:
         return shifted(uniform, shift)
     normal = torch.special.ndtri((uniform / logit_normal_share).clamp(1e-4, 1 - 1e-4))

@@ -1,4 +1,4 @@
-"""One phase in progress: the loop over its steps, averaged weights, validation, and the checkpoint of its state."""
+"""One phase in progress: the loop over its steps, EMA, validation, and the checkpoint of its state."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .averages import Averages
 from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, set_random_state
 from .config import ConfigError, as_yaml
-from .data.plan import Plan
-from .draws import Draws, derive_seed
+from .data.sampler import ClipSampler
+from .dataloader import batches, to_device
+from .ema import EMA
 from .fsdp import autocast_forward, layers_of, plugin_of
-from .loader import batches, to_device
+from .generators import Generators, derive_seed
 from .optim import learning_rate, make_optimizer, set_learning_rate
 from .phase_state import restore, take
-from .record import Means
 from .sharding import all_finite, whole
+from .tracking import Means
 
 if TYPE_CHECKING:
     from .recipes.base import Phase
@@ -74,7 +74,7 @@ class PhaseRun:
         self._build()
         if checkpoint is not None:
             restore(self, checkpoint)
-            self.trainer.record.say(f"phase {self.phase.name}: continues after step {self.step}.")
+            self.trainer.tracker.say(f"phase {self.phase.name}: continues after step {self.step}.")
 
     def train(self) -> Tensors:
         """Run the steps that are left, after `begin`; returns the result of the phase, by parameter name.
@@ -109,7 +109,7 @@ class PhaseRun:
         self.module = accelerator.unwrap_model(self.model)
         # Sharding replaces parameters.
         self.named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.plan = Plan(
+        self.sampler = ClipSampler(
             self.clips.sizes,
             self.clips.members,
             self.settings.batch_size,
@@ -117,11 +117,11 @@ class PhaseRun:
             accelerator.num_processes,
             seed,
         )
-        self.average = Averages(self.named, self.settings.ema_decay) if self.settings.ema_decay else None
+        self.ema = EMA(self.named, self.settings.ema_decay) if self.settings.ema_decay else None
         # Processes must differ in dropout and the like, but not in what `setup` initialised.
         _seed_all(derive_seed(seed, "process", accelerator.process_index))
         count = sum(p.numel() for p in self.named.values())
-        self.trainer.record.say(f"phase {phase.name}: {self.settings.steps} steps, {count:,} trained parameters.")
+        self.trainer.tracker.say(f"phase {phase.name}: {self.settings.steps} steps, {count:,} trained parameters.")
 
     def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Both as accelerate wraps them."""
@@ -131,7 +131,7 @@ class PhaseRun:
         autocast_forward(self.accelerator, module)
         with layers_of(plugin, module) as absent:
             if absent:
-                self.trainer.record.say(
+                self.trainer.tracker.say(
                     f"phase {self.phase.name} has no {', '.join(absent)}: FSDP does not split by it."
                 )
             return self.accelerator.prepare(module, optimizer)
@@ -144,12 +144,12 @@ class PhaseRun:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
-        settings, loop, record = self.settings, self.loop, self.trainer.record
+        settings, loop, tracker = self.settings, self.loop, self.trainer.tracker
         means, begin, logged_at = Means(), time.perf_counter() - self.seconds, self.step
         logged_seconds = self.seconds
         stream = batches(
             self.clips,
-            self.plan,
+            self.sampler,
             self.accelerator.process_index,
             settings.steps,
             self.step,
@@ -169,7 +169,7 @@ class PhaseRun:
                 values = {**means.take(self.accelerator), "learning_rate": rate, "seconds_per_step": seconds}
                 if not math.isfinite(values["loss"]):
                     raise self._diverged(f"the loss of phase {self.phase.name} is {values['loss']}")
-                record.write(self.phase.name, self.step, self.total_steps, values)
+                tracker.write(self.phase.name, self.step, self.total_steps, values)
                 logged_at, logged_seconds = self.step, self.seconds
             if last or (loop.validate_every and self.step % loop.validate_every == 0):
                 away = time.perf_counter()
@@ -192,7 +192,7 @@ class PhaseRun:
             places, batch = next(stream)
             with self.accelerator.accumulate(self.model):
                 batch = to_device(batch, self.accelerator.device)
-                loss, values = self.phase.loss(self.model, batch, Draws(places, self.accelerator.device))
+                loss, values = self.phase.loss(self.model, batch, Generators(places, self.accelerator.device))
                 self.accelerator.backward(loss)
             for name, value in {"loss": loss, **values}.items():
                 part = value.detach() / self.settings.gradient_accumulation_steps
@@ -201,13 +201,13 @@ class PhaseRun:
             means["gradient_norm"] = self.accelerator.clip_grad_norm_(self.named.values(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.average.update()
+        if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.update()
         return means
 
     def _check_finite(self, loss: torch.Tensor) -> None:
         """Let nothing be saved that is no number, in whichever process it is: it would push out good checkpoints."""
-        kept = [*self.named.values(), *(self.average.tensors if self.average is not None else ())]
+        kept = [*self.named.values(), *(self.ema.tensors if self.ema is not None else ())]
         fine = all_finite([loss, *kept])
         flag = torch.tensor([float(not fine)], device=self.accelerator.device)
         if self.accelerator.reduce(flag, "sum").item():
@@ -234,7 +234,7 @@ class PhaseRun:
         flag = torch.tensor([float(wish)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())
 
-    # -- averages, validation, checkpoints -----------------------------------------------------------------------------
+    # -- EMA, validation, checkpoints -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -242,7 +242,7 @@ class PhaseRun:
         states = random_state()
         self.model.eval()
         try:
-            with torch.no_grad(), self.average.in_place() if self.average is not None else contextlib.nullcontext():
+            with torch.no_grad(), self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
                 yield
         finally:
             self.model.train()
@@ -252,13 +252,13 @@ class PhaseRun:
         with self.averaged():
             values = self.phase.validate(self.model, self.trainer.out / "validation", self.total_steps)
         if values:
-            record = self.trainer.record
-            record.write(
+            tracker = self.trainer.tracker
+            tracker.write(
                 self.phase.name, self.step, self.total_steps, {f"validation_{k}": v for k, v in values.items()}
             )
 
     def _result(self) -> Tensors:
-        return whole(self.named) if self.average is None else self.average.whole()
+        return whole(self.named) if self.ema is None else self.ema.whole()
 
     def _save(self, must: bool) -> None:
         """Write a checkpoint. Where it fails and need not be now, say so and go on."""

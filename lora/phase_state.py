@@ -19,7 +19,7 @@ def take(run: PhaseRun) -> Checkpoint:
     In processes other than the main one it holds no tensors: they only take part in gathering what is sharded, so that
     the copies lie in the memory of the machine once.
     """
-    keep, scaler, average = run.accelerator.is_main_process, run.accelerator.scaler, run.average
+    keep, scaler, ema = run.accelerator.is_main_process, run.accelerator.scaler, run.ema
     return Checkpoint(
         phase=run.phase.name,
         step=run.step,
@@ -28,10 +28,10 @@ def take(run: PhaseRun) -> Checkpoint:
         global_batch=run.global_batch,
         trained=run.trained,
         weights=whole(run.named, keep),
-        average=average.whole(keep) if average is not None else {},
+        ema=ema.whole(keep) if ema is not None else {},
         state={
             "optimizer": whole(run.optimizer.optimizer.state_dict(), keep),
-            "average_steps": average.steps if average is not None else 0,
+            "ema_steps": ema.steps if ema is not None else 0,
             "scaler": scaler.state_dict() if scaler is not None else {},
         },
         random=_random_states(run.accelerator),
@@ -55,8 +55,8 @@ def restore(run: PhaseRun, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")
     for name, parameter in run.named.items():
         copy_whole(parameter, checkpoint.weights[name])
-    if run.average is not None:
-        run.average.restore(checkpoint.average, checkpoint.state["average_steps"])
+    if run.ema is not None:
+        run.ema.restore(checkpoint.ema, checkpoint.state["ema_steps"])
     inner = run.optimizer.optimizer
     ordered = [p for group in inner.param_groups for p in group["params"]]
     inner.load_state_dict(optimizer_state(checkpoint.state["optimizer"], ordered))

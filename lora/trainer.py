@@ -1,4 +1,4 @@
-"""The training loop: phases, accumulation, averaged weights, checkpoints, validation, resume.
+"""The training loop: phases, accumulation, EMA, checkpoints, validation, resume.
 
 Everything random in a step follows from the seed, the phase and the step, and the states of the global generators are
 in the checkpoint, so a run that was interrupted continues on a CPU bit by bit as if it had not been.
@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, 
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
 from .phase_run import Diverged, PhaseRun, Stopped
-from .record import Record, choose_tracker
+from .tracking import Tracker, choose_tracker
 
 __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
 
@@ -119,15 +119,15 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             save_text(as_yaml(self.config), self.out / "config.yaml")
         self.accelerator.wait_for_everyone()
-        self.record = Record(self.accelerator, self.config)
+        self.tracker = Tracker(self.accelerator, self.config)
         try:
             trained = self._phases(phases, start)
         except (Stopped, Diverged):
-            self.record.close()
+            self.tracker.close()
             raise
         result = self.recipe.finish(trained) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()
-        self.record.close()
+        self.tracker.close()
         return result
 
     def _phases(self, phases: list[Phase], start: _Start) -> Tensors:
@@ -140,7 +140,7 @@ class Trainer:
                 if number < first:
                     continue
                 if not phase.settings.steps:
-                    self.record.say(f"phase {phase.name}: skipped, it has 0 steps.")
+                    self.tracker.say(f"phase {phase.name}: skipped, it has 0 steps.")
                     continue
                 run = PhaseRun(self, phase, trained, total)
                 run.begin(start.checkpoint if number == first else None)
@@ -202,7 +202,7 @@ class Trainer:
             if self.stop:
                 raise KeyboardInterrupt
             self.stop = True
-            self.record.say(f"{signal.Signals(number).name}: a checkpoint is written, then the run ends.")
+            self.tracker.say(f"{signal.Signals(number).name}: a checkpoint is written, then the run ends.")
 
         previous = {}
         try:

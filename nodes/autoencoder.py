@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import demo
-from ..request import BadInput
+from ..generation.request import BadInput
 
 if TYPE_CHECKING:
     from ..autoencoders import AutoencoderDCV

@@ -18,15 +18,7 @@ from typing import Any
 
 import torch
 
-from ..attention import (
-    CallRecord,
-    DenseSchedule,
-    Method,
-    RunReport,
-    SparseAttention,
-    StepInfo,
-    VideoLayout,
-)
+from ..attention import CallRecord, DenseSchedule, Method, RunReport, SparseAttention, StepInfo, VideoLayout
 from ..attention.backends import check_backend
 from ..attention.engine import KEPT_RUNS
 from ..attention.timing import Span

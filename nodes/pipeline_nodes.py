@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import InputImpl, Types, io
 
 from ..attention import BACKENDS
-from ..request import DTYPES, MAX_SEED, Settings
+from ..generation.request import DTYPES, MAX_SEED, Settings
 from . import pipelines, previews
 from .report_node import Report
 from .residency import Residency

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..request import (
+from ..generation.request import (
     DEMOS,
     BadInput,
     ModelFacts,
@@ -373,6 +373,6 @@ def _as_file(image: torch.Tensor, folder: Path) -> Path:
 def _picture(settings: Settings) -> Any:
     from PIL.Image import Resampling
 
-    from ..request import open_image
+    from ..generation.request import open_image
 
     return open_image(settings.image).resize((settings.width, settings.height), Resampling.LANCZOS)

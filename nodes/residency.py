@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..plan import transformer_bytes
-from ..request import BadInput
+from ..generation.forecast import transformer_bytes
+from ..generation.request import BadInput
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
     from ..attention import VideoLayout
-    from ..request import Settings
+    from ..generation.request import Settings
 
 
 class Residency:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ..attention import CallRecord, RunReport
-from ..figures import heat_map
-from ..report import format_seconds
+from ..generation.figures import heat_map
+from ..generation.report import format_seconds
 
 
 def report_text(report: RunReport) -> str:

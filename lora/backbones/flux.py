@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransf
 from torch import nn
 from torch.nn import functional
 
-from ...pipelines.adapted import started_anew, zero_head
-from ...pipelines.dc_gen import DCGenFluxPipeline
+from ...pipelines.deep_compression.adapted import started_anew, zero_head
+from ...pipelines.deep_compression.text_to_image import DCGenFluxPipeline
 from ..config import ConfigError
 from .base import Text
 from .image import ImageBackbone

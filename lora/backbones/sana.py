@@ -11,8 +11,8 @@ from diffusers import AutoencoderDC, DiffusionPipeline, SanaPipeline, SanaTransf
 from torch import nn
 from torch.nn import functional
 
-from ...pipelines.adapted import started_anew, zero_head
-from ...pipelines.dc_gen import DCGenSanaPipeline
+from ...pipelines.deep_compression.adapted import started_anew, zero_head
+from ...pipelines.deep_compression.text_to_image import DCGenSanaPipeline
 from ..config import ConfigError
 from ..flow import TIMESTEPS
 from .base import Text

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from ...autoencoders import AutoencoderDCV
 from ...demo.text import use_padded_cross_attention
-from ...pipelines.adapted import new_embedding, retarget
-from ...pipelines.dc_wan import DCVideoGenPipeline
-from ...pipelines.dc_wan_image import DCVideoGenImageToVideoPipeline
+from ...pipelines.deep_compression.adapted import new_embedding, retarget
+from ...pipelines.deep_compression.image_to_video import DCVideoGenImageToVideoPipeline
+from ...pipelines.deep_compression.text_to_video import DCVideoGenPipeline
 from ..config import ConfigError
 from ..flow import TIMESTEPS
 from .base import Backbone, SampleRequest, Text

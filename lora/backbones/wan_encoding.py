@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from torch import nn
 
-from ...pipelines.dc_wan_image import image_condition
+from ...pipelines.deep_compression.image_to_video import image_condition
 from ..data.cache import fingerprint
 from .base import Encoder, Text, TextEncoder
 from .folders import to_cpu

@@ -9,16 +9,16 @@ from dataclasses import replace
 import torch
 
 from ...demo import world
-from ..draws import derive_seed
+from ..generators import derive_seed
 from ..settings import SizeSettings
-from .plan import Pick
+from .sampler import Pick
 
 CLIP_FRAMES = 32
 """Frames in which an object of the demo world covers its whole way; shorter clips are a part of it."""
 
 
 class DemoScenes:
-    """A `Source`: rendered clips of the demo world; held-out captions never occur.
+    """A `ClipDataset`: rendered clips of the demo world; held-out captions never occur.
 
     Args:
         clips: how many scenes there are; None for endless new ones.

@@ -16,7 +16,7 @@ from ..config import ConfigError
 from ..settings import DataSettings, SizeSettings
 from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cut, Media, check_decoder, read_clip
 from .media_index import Known, content, look_into
-from .plan import Pick, nearest_size
+from .sampler import Pick, nearest_size
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Entry:
 
 
 class MediaFolder:
-    """A `Source`: clips of the files of a folder, cut from the middle of the picture, or anywhere for random crops.
+    """A `ClipDataset`: clips of the files of a folder, cut from the middle of the picture, or anywhere if random.
 
     A video gives as many clips, one behind the other, as it has frames for.
     """

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import ConfigError
-from ..draws import Place, derive_seed
+from ..generators import Place, derive_seed
 from ..settings import SizeSettings
-from .plan import Pick
-from .source import Source
+from .dataset import ClipDataset
+from .sampler import Pick
 
 logger = logging.getLogger(__name__)
 
@@ -28,27 +28,27 @@ class HeldOut:
     clips: frozenset[int] = frozenset()
 
 
-def hold_out(source: Source, sizes: Sequence[SizeSettings], count: int) -> HeldOut:
+def hold_out(dataset: ClipDataset, sizes: Sequence[SizeSettings], count: int) -> HeldOut:
     """Choose clips to measure with, and decode them once to see that they can be.
 
     Whole files are held out: as few as have enough clips, but up to a tenth of all, so that they differ. Of an endless
-    source, the clips are ones that never occur in training.
+    dataset, the clips are ones that never occur in training.
 
     Args:
-        source: of the clips.
+        dataset: of the clips.
         sizes: of the clips that are trained on; a clip that exists in several is measured in the last of them.
         count: how many.
 
     Raises:
         ConfigError: there are not enough clips, or none would be left to train on.
     """
-    members = source.members(sizes)
+    members = dataset.members(sizes)
     if members is None:
         return HeldOut(tuple(_pick(2**62 + n, sizes[-1], n, count) for n in range(count)))
     files: dict[int, dict[int, int]] = {}
     for size in sorted(members, reverse=True):
         for index in members[size]:
-            files.setdefault(source.group(index), {}).setdefault(index, size)
+            files.setdefault(dataset.group(index), {}).setdefault(index, size)
     chosen: list[tuple[int, int]] = []
     clips: set[int] = set()
     left = len(files)
@@ -56,7 +56,7 @@ def hold_out(source: Source, sizes: Sequence[SizeSettings], count: int) -> HeldO
     for _, clip_sizes in sorted(files.items()):
         if len(chosen) >= count:
             break
-        good = [(i, s) for i, s in sorted(clip_sizes.items())[:each] if _decodes(source, _pick(i, sizes[s], 0, 1))]
+        good = [(i, s) for i, s in sorted(clip_sizes.items())[:each] if _decodes(dataset, _pick(i, sizes[s], 0, 1))]
         if good:
             chosen += good
             clips |= set(clip_sizes)
@@ -76,9 +76,9 @@ def _pick(index: int, size: SizeSettings, number: int, count: int) -> Pick:
     return Pick(index, (size.frames, size.height, size.width), place)
 
 
-def _decodes(source: Source, pick: Pick) -> bool:
+def _decodes(dataset: ClipDataset, pick: Pick) -> bool:
     try:
-        source.pixels(pick)
+        dataset.pixels(pick)
     except OSError as error:
         logger.warning("%s; another clip is held out instead.", error)
         return False

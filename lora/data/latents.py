@@ -9,12 +9,12 @@ import torch
 
 from ..backbones.base import Encoder, Text, TextEncoder
 from ..config import ConfigError
-from ..draws import Place
+from ..generators import Place
 from ..recipes.base import Batch, Process
 from ..settings import SizeSettings
 from .cache import TensorCache
-from .plan import Pick, without
-from .source import Source, sturdy_pixels
+from .dataset import ClipDataset, sturdy_pixels
+from .sampler import Pick, without
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +22,12 @@ _NOWHERE = Place(0, 0, 1, 0)
 
 
 class Latents:
-    """The parts of the clips of a source, as `Clips`.
+    """The parts of the clips of a dataset, as `Clips`.
 
     Without a cache, `load` gives pixels and captions, and `complete` encodes them.
 
     Args:
-        source: of the clips.
+        dataset: of the clips.
         sizes: of the clips.
         encoder, text_encoder: what encodes them.
         cache: where encodings are kept, or None. Endless sources are not cached, but their texts are.
@@ -37,7 +37,7 @@ class Latents:
 
     def __init__(
         self,
-        source: Source,
+        dataset: ClipDataset,
         sizes: Sequence[SizeSettings],
         encoder: Encoder,
         text_encoder: TextEncoder,
@@ -45,8 +45,8 @@ class Latents:
         held_out: Collection[int] = (),
         prompts: Sequence[str] = (),
     ) -> None:
-        self.source, self.sizes, self.cache = source, tuple(sizes), cache
-        self.members = without(source.members(self.sizes), held_out)
+        self.dataset, self.sizes, self.cache = dataset, tuple(sizes), cache
+        self.members = without(dataset.members(self.sizes), held_out)
         self.identities = dict(encoder.identities)
         self.text_identity = text_encoder.identity
         self.cached = cache is not None and self.members is not None
@@ -59,15 +59,15 @@ class Latents:
 
     def load(self, pick: Pick) -> Batch:
         if not self.cached:
-            pixels, index = sturdy_pixels(self.source, pick, self.members, self.sizes)
-            return {"pixels": pixels, "caption": self.source.caption(index)}
+            pixels, index = sturdy_pixels(self.dataset, pick, self.members, self.sizes)
+            return {"pixels": pixels, "caption": self.dataset.caption(index)}
         parts = {name: self.cache.read(*self._key(pick, name)) for name in self.identities}
         missing = [name for name, value in parts.items() if value is None]
         if missing:
             file = self.cache.path(*self._key(pick, missing[0]))
             raise RuntimeError(f"{file}, which was there when the run began, is gone or damaged: delete it and resume.")
         values = {name: part["tensor"] for name, part in parts.items()}
-        return {**values, "caption": self.source.caption(pick.index)}
+        return {**values, "caption": self.dataset.caption(pick.index)}
 
     def complete(self, batch: Batch) -> Batch:
         """The batch with whatever parts it lacks, and `texts`, its captions encoded."""
@@ -96,7 +96,7 @@ class Latents:
         """
         if self.cache is None:
             return
-        self._texts.fill(sorted({*self.source.captions(), *self._prompts}), process)
+        self._texts.fill(sorted({*self.dataset.captions(), *self._prompts}), process)
         self._texts.encoder.release()
         if not self.cached:
             if self.members is None and process.is_main:
@@ -108,7 +108,7 @@ class Latents:
             if process.is_main and number % 100 == 0:
                 logger.info("encoding clips: %d of %d", number * process.count, len(missing))
             try:
-                pixels = self.source.pixels(pick)
+                pixels = self.dataset.pixels(pick)
             except OSError as error:
                 logger.warning("%s; it is left out.", error)
                 continue
@@ -131,7 +131,7 @@ class Latents:
         return Pick(index, (chosen.frames, chosen.height, chosen.width), _NOWHERE)
 
     def _key(self, pick: Pick, part: str) -> tuple[str, ...]:
-        return self.source.identity(pick), part, self.identities[part]
+        return self.dataset.identity(pick), part, self.identities[part]
 
     def _missing(self, pick: Pick) -> tuple[str, ...]:
         """The parts of a clip that the cache lacks."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ... import demo
-from ...pipelines.adapted import DEFAULTS_FILE
+from ...pipelines.deep_compression.adapted import DEFAULTS_FILE
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, merge, save_adapter
 from ..backbones import open_backbone
@@ -26,12 +26,12 @@ from ..backbones.folders import located
 from ..checkpoint import save_text
 from ..config import ConfigError
 from ..data.cache import TensorCache
+from ..data.dataset import open_dataset
 from ..data.held_out import hold_out
 from ..data.latents import Latents
-from ..data.source import open_source
-from ..draws import Draws
 from ..flow import noisy, sample_sigmas
 from ..fsdp import DTYPES
+from ..generators import Generators
 from ..pictures import strips, write_picture, write_video, written_to
 from ..settings import PhaseSettings
 from .ae_adapt_settings import AEAdaptSettings
@@ -56,10 +56,10 @@ class AEAdapt(Recipe):
                 raise ConfigError(f"data.sizes.{number}: {refusal}")
         if self.backbone.image and config.validation.prompts and not config.validation.clips:
             raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
-        self.source = open_source(config.data, config.seed)
+        self.dataset = open_dataset(config.data, config.seed)
         self.cache = TensorCache(config.data.cache) if config.data.cache else None
         self.text_encoder = self.backbone.text_encoder()
-        self.held_out = hold_out(self.source, config.data.sizes, config.validation.clips)
+        self.held_out = hold_out(self.dataset, config.data.sizes, config.validation.clips)
         self.aligning = self._latents(align=True) if config.phases.align.steps else None
         self.flowing = self._latents(align=False)
         self._measured: dict[Latents, MeasuredClips] = {}
@@ -80,7 +80,7 @@ class AEAdapt(Recipe):
         encoder = self.backbone.encoder(self.backbone.parts(align))
         sizes = self.config.data.sizes
         prompts = ("", *self.config.validation.prompts, self.config.validation.negative_prompt)
-        return Latents(self.source, sizes, encoder, self.text_encoder, self.cache, self.held_out.clips, prompts)
+        return Latents(self.dataset, sizes, encoder, self.text_encoder, self.cache, self.held_out.clips, prompts)
 
     def phases(self) -> list[Phase]:
         phases = self.config.phases
@@ -137,7 +137,7 @@ class AEAdapt(Recipe):
     def measured(self, latents: Latents) -> MeasuredClips:
         """The clips that are measured, encoded once."""
         if latents not in self._measured:
-            self._measured[latents] = MeasuredClips(self.source, self.held_out.picks, latents, self.backbone.image)
+            self._measured[latents] = MeasuredClips(self.dataset, self.held_out.picks, latents, self.backbone.image)
         return self._measured[latents]
 
 
@@ -155,7 +155,7 @@ class Align(Phase):
     def clips(self) -> Clips:
         return self.recipe.ready(self.recipe.aligning)
 
-    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self._loss(model, self.recipe.aligning.complete(batch))
 
     def _loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -166,7 +166,7 @@ class Align(Phase):
         return loss, {"relative": loss.detach() / wanted.var()}
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        def measure(batch: Batch, _: Draws) -> dict[str, torch.Tensor]:
+        def measure(batch: Batch, _: Generators) -> dict[str, torch.Tensor]:
             loss, values = self._loss(model, batch)
             return {"loss": loss, **values}
 
@@ -215,17 +215,17 @@ class Flow(Phase):
     def clips(self) -> Clips:
         return self.recipe.ready(self.recipe.flowing)
 
-    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self._loss(model, self.recipe.flowing.complete(batch), draws)
+    def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self._loss(model, self.recipe.flowing.complete(batch), rng)
 
-    def _loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         flow = self.recipe.config.flow
         latents = batch["latents"]
-        noise = draws.normal(*latents.shape[1:])
-        sigma = sample_sigmas(draws, flow.shift, flow.logit_normal_share, flow.logit_mean, flow.logit_std)
+        noise = rng.normal(*latents.shape[1:])
+        sigma = sample_sigmas(rng, flow.shift, flow.logit_normal_share, flow.logit_mean, flow.logit_std)
         # The noise is that of the level which the model is told, not the other way round.
         sigma = self.recipe.backbone.told(sigma, DTYPES[self.recipe.config.loop.mixed_precision])
-        dropped = (draws.uniform() < flow.caption_dropout).tolist()
+        dropped = (rng.uniform() < flow.caption_dropout).tolist()
         nothing = self.recipe.flowing.texts([""])[0]
         texts = [nothing if drop else text for drop, text in zip(dropped, batch["texts"], strict=True)]
         made = self.recipe.backbone.velocity(model, noisy(latents, noise, sigma), sigma, texts, batch)
@@ -238,8 +238,8 @@ class Flow(Phase):
         return error.mean(), {"error": plain.mean()}
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        def measure(batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
-            return self._loss(model, batch, draws)[1]
+        def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
+            return self._loss(model, batch, rng)[1]
 
         recipe = self.recipe
         values = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process.device)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ..data.dataset import ClipDataset
 from ..data.latents import Latents
-from ..data.plan import Pick
-from ..data.source import Source
-from ..draws import Draws, Place
-from ..loader import collate, to_device
+from ..data.sampler import Pick
+from ..dataloader import collate, to_device
+from ..generators import Generators, Place
 from .base import Batch
 
-Measure = Callable[[Batch, Draws], dict[str, torch.Tensor]]
+Measure = Callable[[Batch, Generators], dict[str, torch.Tensor]]
 """Numbers of a batch, each a mean over its clips."""
 
 
@@ -24,7 +24,7 @@ class MeasuredClips:
         first_frames: `[3, H, W]` in [-1, 1] of each clip, on the CPU; empty unless they were asked for.
 
     Args:
-        source: of the clips.
+        dataset: of the clips.
         picks: of the clips; a batch has those of one size that follow one another.
         latents: what encodes them.
         keep_first_frames: for models that start from a picture.
@@ -33,15 +33,15 @@ class MeasuredClips:
         OSError: a file that could be decoded when the run began is gone or damaged.
     """
 
-    def __init__(self, source: Source, picks: Sequence[Pick], latents: Latents, keep_first_frames: bool) -> None:
+    def __init__(self, dataset: ClipDataset, picks: Sequence[Pick], latents: Latents, keep_first_frames: bool) -> None:
         self.latents = latents
         self.first_frames: list[torch.Tensor] = []
         self._clips: list[tuple[Pick, Batch]] = []
         for pick in picks:
-            pixels = source.pixels(pick)
+            pixels = dataset.pixels(pick)
             if keep_first_frames:
                 self.first_frames.append(pixels[:, 0].clone())
-            self._clips.append((pick, {**latents.encode(pixels), "caption": source.caption(pick.index)}))
+            self._clips.append((pick, {**latents.encode(pixels), "caption": dataset.caption(pick.index)}))
         if picks:
             latents.release()
 
@@ -56,7 +56,7 @@ class MeasuredClips:
         sums: dict[str, float] = {}
         for batch, places in self._batches(batch_size):
             batch = self.latents.complete(to_device(batch, device))
-            for name, value in measure(batch, Draws(places, device)).items():
+            for name, value in measure(batch, Generators(places, device)).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(places)
         return {name: total / len(self._clips) for name, total in sums.items()}
 

@@ -13,10 +13,10 @@ from torch import nn
 from ...autoencoders import AutoencoderDCV
 from ..backbones.folders import load_autoencoder, write_model
 from ..config import ConfigError, Settings, setting
+from ..data.dataset import ClipDataset, open_dataset, sturdy_pixels
 from ..data.held_out import HeldOut, hold_out
-from ..data.plan import Pick, Plan, without
-from ..data.source import Source, open_source, sturdy_pixels
-from ..draws import Draws, derive_seed
+from ..data.sampler import ClipSampler, Pick, without
+from ..generators import Generators, derive_seed
 from ..pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, quality
 from ..settings import PhaseSettings, RunSettings, SizeSettings
@@ -115,9 +115,9 @@ class TrainAutoencoder(Recipe):
 
     def prepare(self) -> None:
         config = self.config
-        self.source = open_source(config.data, config.seed, random_crops=True, need_captions=False)
+        self.dataset = open_dataset(config.data, config.seed, random_crops=True, need_captions=False)
         size = config.validation.size or config.data.sizes[-1]
-        self.held_out = hold_out(self.source, (size,), config.validation.clips)
+        self.held_out = hold_out(self.dataset, (size,), config.validation.clips)
         self.build()  # the shape must be one that exists
         if config.loss.perceptual:
             from ..reconstruction import perceptual_network
@@ -149,7 +149,7 @@ class TrainAutoencoder(Recipe):
 
     def validation_clips(self) -> torch.Tensor:
         """The clips that are measured, `[B, 3, T, H, W]`."""
-        return torch.stack([self.source.pixels(pick) for pick in self.held_out.picks])
+        return torch.stack([self.dataset.pixels(pick) for pick in self.held_out.picks])
 
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         autoencoder = self.build()
@@ -176,9 +176,9 @@ class TrainAutoencoder(Recipe):
     def _deviation(self, autoencoder: AutoencoderDCV) -> float:
         """Standard deviation of the latents over clips of the training set, in all sizes of `data`."""
         total = torch.zeros(3, dtype=torch.float64)
-        clips = _Pixels(self.source, self.config.data.sizes, self.held_out)
-        plan = Plan(clips.sizes, clips.members, 1, seed=derive_seed(self.config.seed, "statistics"))
-        for (pick,) in plan.micro_batches(0, self.config.statistics_clips):
+        clips = _Pixels(self.dataset, self.config.data.sizes, self.held_out)
+        sampler = ClipSampler(clips.sizes, clips.members, 1, seed=derive_seed(self.config.seed, "statistics"))
+        for (pick,) in sampler.micro_batches(0, self.config.statistics_clips):
             with torch.no_grad():
                 latent = autoencoder.encode(clips.load(pick)["pixels"][None].to(self.process.device)).latent
             values = latent.double().cpu()
@@ -207,10 +207,10 @@ class AutoencoderTraining(Phase):
 
     def clips(self) -> _Pixels:
         sizes = self.settings.sizes or self.recipe.config.data.sizes
-        return _Pixels(self.recipe.source, sizes, self.recipe.held_out)
+        return _Pixels(self.recipe.dataset, sizes, self.recipe.held_out)
 
-    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        started = draws.places[0].step >= self.recipe.config.loss.adversarial_from
+    def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        started = rng.places[0].step >= self.recipe.config.loss.adversarial_from
         return model(batch["pixels"], started)
 
     def learning_rate_scale(self, name: str) -> float:
@@ -228,11 +228,11 @@ class AutoencoderTraining(Phase):
 
 
 class _Pixels:
-    """The clips of a source as they are, without those held out."""
+    """The clips of a dataset as they are, without those held out."""
 
-    def __init__(self, source: Source, sizes: tuple[SizeSettings, ...], held_out: HeldOut) -> None:
-        self.source, self.sizes = source, sizes
-        self.members = without(source.members(sizes), held_out.clips)
+    def __init__(self, dataset: ClipDataset, sizes: tuple[SizeSettings, ...], held_out: HeldOut) -> None:
+        self.dataset, self.sizes = dataset, sizes
+        self.members = without(dataset.members(sizes), held_out.clips)
 
     def load(self, pick: Pick) -> Batch:
-        return {"pixels": sturdy_pixels(self.source, pick, self.members, self.sizes)[0]}
+        return {"pixels": sturdy_pixels(self.dataset, pick, self.members, self.sizes)[0]}

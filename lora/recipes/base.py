@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..checkpoint import CheckpointError
-from ..data.plan import Pick
-from ..draws import Draws
+from ..data.sampler import Pick
+from ..generators import Generators
 from ..settings import PhaseSettings, RunSettings, SizeSettings
 
 logger = logging.getLogger(__name__)
@@ -90,13 +90,13 @@ class Phase(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, draws: Draws) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a micro-batch, a mean over its clips, and further numbers for the log.
 
         Args:
             model: what `setup` gave, wrapped for several processes; call it, do not reach into it.
             batch: of `clips`, on the device.
-            draws: the random numbers to use.
+            rng: the random numbers to use.
         """
 
     def learning_rate_scale(self, name: str) -> float:

@@ -10,7 +10,7 @@ from tiny_dc import make_autoencoder, make_latents, make_video
 
 from vidaccel.autoencoders import AutoencoderDCV, blocks, preset
 from vidaccel.autoencoders.memory import decoding_bytes, default_tile, memory_to_decode, video_bytes
-from vidaccel.plan import transformer_bytes
+from vidaccel.generation.forecast import transformer_bytes
 
 # 4x in space; wide enough for features to be what counts.
 MIDDLE = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from vidaccel.autoencoders import AutoencoderDCV
+from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
+from vidaccel.generation.request import BadInput, Settings
+from vidaccel.generation.video import read_mp4
 from vidaccel.lora.adapter import save_adapter
-from vidaccel.model_facts import DEFAULTS_FILE, inspect_model
-from vidaccel.pipelines import adapted
-from vidaccel.request import BadInput, Settings
-from vidaccel.video import read_mp4
+from vidaccel.pipelines.deep_compression import adapted
 
 DEEP = {"latent_channels": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": (0, 1, 1, 1), "chunk_size": 8}
 

@@ -11,7 +11,7 @@ import torch
 @pytest.fixture
 def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
     """`refused(*options)` -> the message. Weights are missing *and* loading them is an error of the test."""
-    from vidaccel import generation
+    from vidaccel.generation import run as generation
 
     def load(*_, **__):
         raise AssertionError("weights were about to be loaded")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidaccel.video import read_mp4
+from vidaccel.generation.video import read_mp4
 
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
 PROMPT = "a <b>dot</b> & more"
@@ -109,7 +109,7 @@ def test_dense_is_the_pipeline_as_it_is(tiny_model, compared):
     """The dense video of --compare is what diffusers alone makes from the seed."""
     from diffusers import WanPipeline
 
-    from vidaccel.video import write_mp4
+    from vidaccel.generation.video import write_mp4
 
     pipe = WanPipeline.from_pretrained(tiny_model)
     frames = pipe(
@@ -193,7 +193,7 @@ def test_a_run_with_sparse_steps_has_no_such_line(vidaccel, tiny_model, tmp_path
 
 def test_defaults_of_a_real_model(tiny_configs):
     """Frames, size, steps and guidance come from the pipeline's own signature."""
-    from vidaccel.request import Settings, inspect_model
+    from vidaccel.generation.request import Settings, inspect_model
 
     settings = Settings("a dot", steps=7).checked(inspect_model(str(tiny_configs)))
     values = (settings.frames, settings.height, settings.width, settings.steps, settings.guidance_scale)
@@ -226,7 +226,7 @@ def test_image_to_video(vidaccel, tiny_model, tmp_path):
 
 
 def test_a_failing_encoder_is_one_line(vidaccel, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidaccel.video.encoder", lambda: "false")
+    monkeypatch.setattr("vidaccel.generation.video.encoder", lambda: "false")
     options = ("--method", "dense", *SMALL, "--out", tmp_path / "out.mp4")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
     assert result.exit_code == 1
@@ -241,7 +241,7 @@ def test_interrupted(number, code, tiny_model, tmp_path, child_environment):
     folder.mkdir()
     code_to_run = """
 import sys
-from vidaccel import generation
+from vidaccel.generation import run as generation
 from vidaccel.cli import main
 original = generation.generate
 def generate(pipe, settings, name, *args, on_step, **kwargs):

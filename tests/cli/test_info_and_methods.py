@@ -9,7 +9,7 @@ import torch
 
 from vidaccel.attention import METHODS
 from vidaccel.attention.backends import BACKENDS
-from vidaccel.request import MIN_SPARSE_TOKENS
+from vidaccel.generation.request import MIN_SPARSE_TOKENS
 
 
 def _words(text: str) -> str:
@@ -117,7 +117,7 @@ def test_the_help_of_generate_names_every_method(vidaccel, monkeypatch):
 
 
 def test_threads_are_counted_in_words(monkeypatch):
-    from vidaccel.generation import environment
+    from vidaccel.generation.run import environment
 
     for threads, words in ((1, "torch uses 1 thread"), (2, "torch uses 2 threads")):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

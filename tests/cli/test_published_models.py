@@ -7,10 +7,10 @@ from fake_hub import FakeHub
 from tiny_dc import make_picture, write_published
 
 from vidaccel.autoencoders import AutoencoderDCV
-from vidaccel.model_facts import inspect_model
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.model_facts import inspect_model
+from vidaccel.generation.video import read_mp4
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
-from vidaccel.user_errors import BadInput
-from vidaccel.video import read_mp4
 
 WHOLE, ALONE = "nvidia/DC-VideoGen-Wan2.1-14B", "dc-ai/DC-Gen-Wan2.1-T2V-14B"
 AUTOENCODER, BASE = "dc-ai/dc-ae-v-1.0-f32t4c32", "Wan-AI/Wan2.1-T2V-14B-Diffusers"

@@ -77,14 +77,14 @@ class TinyPhase(Phase):
         self.recipe.calls.append(f"clips {self.name}")
         return TinyClips(self.recipe.config.data.clips)
 
-    def loss(self, model, batch, draws):
-        self.recipe.seen.append((self.name, draws.places[0].step, tuple(batch["name"])))
-        noise = draws.normal(4) * 0.1
+    def loss(self, model, batch, rng):
+        self.recipe.seen.append((self.name, rng.places[0].step, tuple(batch["name"])))
+        noise = rng.normal(4) * 0.1
         loss = (model(batch["x"] + noise) - batch["x"].sum(dim=1, keepdim=True)).square().mean()
-        return loss, {"uniform": draws.uniform().mean()}
+        return loss, {"uniform": rng.uniform().mean()}
 
     def validate(self, model, folder, step):
-        torch.rand(3)  # what validation draws must not change the training
+        torch.rand(3)  # what validation generators must not change the training
         return {"bias": float(next(model.parameters()).sum())}
 
 

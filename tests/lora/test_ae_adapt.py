@@ -16,14 +16,14 @@ from vidaccel.lora import run
 from vidaccel.lora.backbones import wan
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError, build, read
-from vidaccel.lora.draws import Draws, Place
+from vidaccel.lora.export import export_adapter
+from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.launch import config_folder
 from vidaccel.lora.recipes.ae_adapt import AEAdapt, AEAdaptSettings, on_one_grid
 from vidaccel.lora.recipes.base import Process
-from vidaccel.lora.ship import ship
 from vidaccel.lora.trainer import Stopped
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
-from vidaccel.pipelines.adapted import load_adapter
+from vidaccel.pipelines.deep_compression.adapted import load_adapter
 
 SIZE = {"frames": 8, "height": 64, "width": 64}
 
@@ -139,7 +139,7 @@ def test_an_adapter_of_another_model_is_refused(finished, text_base):
 
 def test_a_shipped_adapter_is_the_pipeline(finished, tmp_path):
     """In half precision, with the LoRA's alpha, which is not its rank here."""
-    target = ship(finished[0] / "run", tmp_path / "shipped")
+    target = export_adapter(finished[0] / "run", tmp_path / "shipped")
     shipped = DCVideoGenPipeline.from_pretrained(target).transformer.state_dict()
     wanted = DCVideoGenPipeline.from_pretrained(finished[1]["pipeline"]).transformer.state_dict()
     assert shipped.keys() == wanted.keys()
@@ -242,9 +242,9 @@ def test_the_model_is_given_exactly_the_timestep_of_its_noise(tmp_path, text_bas
         return (torch.zeros_like(hidden_states),)
 
     monkeypatch.setattr(model, "forward", forward)
-    monkeypatch.setattr(Draws, "normal", lambda self, *shape: torch.ones(len(self), *shape))
+    monkeypatch.setattr(Generators, "normal", lambda self, *shape: torch.ones(len(self), *shape))
     places = [Place(0, number, 8, number) for number in range(8)]
-    phase.loss(model, {"latents": torch.zeros(8, 4, 2, 2, 2), "caption": ["a red circle"] * 8}, Draws(places))
+    phase.loss(model, {"latents": torch.zeros(8, 4, 2, 2, 2), "caption": ["a red circle"] * 8}, Generators(places))
     sigma = seen["x"].flatten(1).mean(1)
     torch.testing.assert_close(seen["t"], sigma * 1000, rtol=1e-6, atol=0)
     off_grid = (seen["t"] / 20).frac()  # a grid of 50 has multiples of 20
@@ -256,10 +256,10 @@ def test_the_noise_is_that_of_the_level_that_the_model_is_told(tmp_path, text_ba
     monkeypatch.setattr(made.backbone, "told", lambda sigma, dtype: sigma.mul(8).ceil() / 8)
     seen = {}
     monkeypatch.setattr(made.backbone, "velocity", lambda m, x, s, t, b: seen.update(x=x, s=s) or torch.zeros_like(x))
-    monkeypatch.setattr(Draws, "normal", lambda self, *shape: torch.ones(len(self), *shape))
+    monkeypatch.setattr(Generators, "normal", lambda self, *shape: torch.ones(len(self), *shape))
     places = [Place(0, number, 4, number) for number in range(4)]
     batch = {"latents": torch.zeros(4, 4, 1, 1, 1), "caption": ["a"] * 4}
-    made.phases()[1].loss(None, batch, Draws(places))
+    made.phases()[1].loss(None, batch, Generators(places))
     assert torch.equal(seen["x"][:, 0].flatten(), seen["s"]) and not (seen["s"] * 8).frac().any()
 
 
@@ -275,7 +275,7 @@ def test_the_adapter_names_models_that_are_found_from_anywhere(tmp_path, text_ba
 def test_a_folder_that_is_no_adapter_is_not_replaced(finished, tmp_path):
     (tmp_path / "a.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="exists and is no adapter"):
-        ship(finished[0] / "run", tmp_path)
+        export_adapter(finished[0] / "run", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
@@ -294,7 +294,7 @@ def test_dropped_prompts(tmp_path, text_base, autoencoder_folder, monkeypatch):
     phase, seen = made.phases()[1], []
     monkeypatch.setattr(made.backbone, "velocity", lambda m, x, s, texts, b: seen.extend(texts) or torch.zeros_like(x))
     places = [Place(0, number, 64, number) for number in range(64)]
-    phase.loss(None, {"latents": torch.zeros(64, 4, 1, 1, 1), "caption": ["a red circle"] * 64}, Draws(places))
+    phase.loss(None, {"latents": torch.zeros(64, 4, 1, 1, 1), "caption": ["a red circle"] * 64}, Generators(places))
     empty = made.flowing.texts([""])[0]["states"]
     states = [text["states"] for text in seen]
     dropped = sum(text.shape == empty.shape and torch.equal(text, empty) for text in states)

@@ -16,36 +16,36 @@ from vidaccel.demo import world
 from vidaccel.lora.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.cache import TensorCache, fingerprint
+from vidaccel.lora.data.dataset import open_dataset, sturdy_pixels
 from vidaccel.lora.data.decode import Cut, Undecodable, probe, read_clip
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.folder import MediaFolder, read_captions
-from vidaccel.lora.data.plan import Pick, Plan, nearest_size, without
-from vidaccel.lora.data.source import open_source, sturdy_pixels
-from vidaccel.lora.draws import Draws, Place
+from vidaccel.lora.data.sampler import ClipSampler, Pick, nearest_size, without
+from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.settings import DataSettings, SizeSettings
 
 WIDE, TALL = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32)
 PLACE = Place(0, 0, 1, 7)
 
 
-def picks(plan: Plan, steps: int, process: int = 0) -> list[list[Pick]]:
-    return list(plan.micro_batches(process, steps))
+def picks(sampler: ClipSampler, steps: int, process: int = 0) -> list[list[Pick]]:
+    return list(sampler.micro_batches(process, steps))
 
 
-# -- plans and draws ---------------------------------------------------------------------------------------------------
+# -- sampler and generators --------------------------------------------------------------------------------------------
 
 
 def test_every_clip_is_seen_once_a_round():
-    plan = Plan([WIDE], {0: range(6)}, batch_size=2, seed=1)
-    seen = [pick.index for batch in picks(plan, 6) for pick in batch]
+    sampler = ClipSampler([WIDE], {0: range(6)}, batch_size=2, seed=1)
+    seen = [pick.index for batch in picks(sampler, 6) for pick in batch]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
     assert seen[:6] != seen[6:]
 
 
 def test_processes_and_micro_steps_share_one_plan():
     """The clips of a step, their places and seeds do not depend on how they are spread."""
-    one = picks(Plan([WIDE], {0: range(20)}, batch_size=8, seed=3), 3)
-    parts = Plan([WIDE], {0: range(20)}, batch_size=2, accumulate=2, processes=2, seed=3)
+    one = picks(ClipSampler([WIDE], {0: range(20)}, batch_size=8, seed=3), 3)
+    parts = ClipSampler([WIDE], {0: range(20)}, batch_size=2, accumulate=2, processes=2, seed=3)
     spread = [list(parts.micro_batches(process, 3)) for process in (0, 1)]
     for step in range(3):
         joined = [pick for micro in range(2) for process in (0, 1) for pick in spread[process][2 * step + micro]]
@@ -53,13 +53,13 @@ def test_processes_and_micro_steps_share_one_plan():
 
 
 def test_a_plan_goes_on_from_any_step():
-    plan = Plan([WIDE, TALL], {0: range(5), 1: range(5, 12)}, batch_size=2, accumulate=2, seed=3)
-    assert list(plan.micro_batches(0, 9, first=4)) == list(plan.micro_batches(0, 9))[8:]
+    sampler = ClipSampler([WIDE, TALL], {0: range(5), 1: range(5, 12)}, batch_size=2, accumulate=2, seed=3)
+    assert list(sampler.micro_batches(0, 9, first=4)) == list(sampler.micro_batches(0, 9))[8:]
 
 
 def test_a_step_has_one_size_and_sizes_come_by_their_clips():
-    plan = Plan([WIDE, TALL], {0: range(3), 1: range(3, 12)}, batch_size=2, seed=3)
-    batches = picks(plan, 400)
+    sampler = ClipSampler([WIDE, TALL], {0: range(3), 1: range(3, 12)}, batch_size=2, seed=3)
+    batches = picks(sampler, 400)
     assert all(len({pick.size for pick in batch}) == 1 for batch in batches)
     assert all((pick.index < 3) == (pick.size == (8, 32, 64)) for batch in batches for pick in batch)
     assert 60 <= sum(batch[0].size == (8, 32, 64) for batch in batches) <= 140
@@ -67,17 +67,17 @@ def test_a_step_has_one_size_and_sizes_come_by_their_clips():
 
 def test_shares_and_batch_sizes_of_endless_clips():
     small, large = SizeSettings(4, 32, 32, batch_size=6, share=3), SizeSettings(8, 64, 64)
-    plan = Plan([small, large], None, batch_size=1, seed=3)
-    count = Counter((batch[0].size, len(batch)) for batch in picks(plan, 400))
+    sampler = ClipSampler([small, large], None, batch_size=1, seed=3)
+    count = Counter((batch[0].size, len(batch)) for batch in picks(sampler, 400))
     assert set(count) == {((4, 32, 32), 6), ((8, 64, 64), 1)}
     assert 270 <= count[(4, 32, 32), 6] <= 330
-    seen = [pick.index for batch in picks(plan, 400) for pick in batch]
+    seen = [pick.index for batch in picks(sampler, 400) for pick in batch]
     assert len(set(seen)) == len(seen)
 
 
 def test_no_clips():
     with pytest.raises(ValueError, match="no clips"):
-        Plan([WIDE], {0: []}, 1)
+        ClipSampler([WIDE], {0: []}, 1)
     assert without({0: [1, 2, 3]}, [2]) == {0: [1, 3]} and without(None, [2]) is None
 
 
@@ -91,14 +91,14 @@ def test_nearest_size():
 
 def test_draws_are_those_of_the_clips():
     places = [Place(0, number, 4, 100 + number) for number in range(4)]
-    whole, parts = Draws(places), [Draws(places[:1]), Draws(places[1:])]
+    whole, parts = Generators(places), [Generators(places[:1]), Generators(places[1:])]
     for draw in (lambda d: d.normal(2, 3), lambda d: d.uniform(), lambda d: d.stratified()):
         assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
 
 
 def test_stratified_draws_are_one_a_part():
     places = [Place(0, number, 16, number) for number in range(16)]
-    assert (Draws(places).stratified() * 16).long().tolist() == list(range(16))
+    assert (Generators(places).stratified() * 16).long().tolist() == list(range(16))
 
 
 # -- the demo world ----------------------------------------------------------------------------------------------------
@@ -271,9 +271,9 @@ def test_images(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,black\nb.png,white\nbad.png,nothing\n")
     size = SizeSettings(1, 32, 32)
-    source = open_source(DataSettings(kind="images", folder=str(tmp_path), sizes=(size,)), 0)
-    assert source.captions() == ["black", "white"]
-    clips = [source.pixels(Pick(index, (1, 32, 32), PLACE)) for index in source.members((size,))[0]]
+    dataset = open_dataset(DataSettings(kind="images", folder=str(tmp_path), sizes=(size,)), 0)
+    assert dataset.captions() == ["black", "white"]
+    clips = [dataset.pixels(Pick(index, (1, 32, 32), PLACE)) for index in dataset.members((size,))[0]]
     assert [clip.mean().item() for clip in clips] == [-1, 1] and clips[0].shape == (3, 1, 32, 32)
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidaccel.lora.draws import Draws, Place
 from vidaccel.lora.flow import noisy, sample_sigmas, shifted
+from vidaccel.lora.generators import Generators, Place
 
 
-def draws(count: int) -> Draws:
-    return Draws([Place(0, number, count, number) for number in range(count)])
+def generators(count: int) -> Generators:
+    return Generators([Place(0, number, count, number) for number in range(count)])
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
 def test_levels_have_the_density_of_the_samplers(shift):
     """A shifted uniform number is at most s with probability s / (shift - (shift - 1) s)."""
-    sigmas = sample_sigmas(draws(2000), shift)
+    sigmas = sample_sigmas(generators(2000), shift)
     assert sigmas.min() >= 0 and sigmas.max() < 1
     for level in (0.2, 0.5, 0.9):
         wanted = level / (shift - (shift - 1) * level)
@@ -24,7 +24,7 @@ def test_levels_have_the_density_of_the_samplers(shift):
 
 
 def test_levels_are_continuous():
-    sigmas = sample_sigmas(draws(1000), 8.0)
+    sigmas = sample_sigmas(generators(1000), 8.0)
     assert len(sigmas.unique()) > 990
     assert ((sigmas * 50).frac() > 1e-3).float().mean() > 0.95
 
@@ -38,10 +38,10 @@ def test_the_samplers_grid():
 
 
 def test_a_focus_takes_its_share():
-    sigmas = sample_sigmas(draws(1000), 3.0, logit_normal_share=0.5, mean=0.9, deviation=0.1)
+    sigmas = sample_sigmas(generators(1000), 3.0, logit_normal_share=0.5, mean=0.9, deviation=0.1)
     inside = ((sigmas > torch.sigmoid(torch.tensor(0.6))) & (sigmas < torch.sigmoid(torch.tensor(1.2)))).float().mean()
     assert 0.5 < float(inside) < 0.75
-    everything = sample_sigmas(draws(1000), 3.0, logit_normal_share=1.0, mean=0.0, deviation=1e-6)
+    everything = sample_sigmas(generators(1000), 3.0, logit_normal_share=1.0, mean=0.0, deviation=1e-6)
     torch.testing.assert_close(everything, torch.full((1000,), 0.5), rtol=0, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""FSDP 2 on a mesh of one process on the CPU: precision, layers, averages, and the way into a checkpoint and back."""
+"""FSDP 2 on a mesh of one process on the CPU: precision, layers, ema, and the way into a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.lora.adapter import add_lora
-from vidaccel.lora.averages import Averages
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError
+from vidaccel.lora.ema import EMA
 from vidaccel.lora.fsdp import autocast_forward, check_plugin, layers_of
 from vidaccel.lora.reconstruction import LossSettings, Reconstruction
 from vidaccel.lora.sharding import all_finite, copy_whole, optimizer_state, whole
@@ -77,7 +77,7 @@ def test_phases_without_the_named_layers(plugin, text_base, autoencoder_folder):
 
 
 def test_in_half_precision_the_model_is_given_the_timestep_of_its_noise(plugin, text_base, autoencoder_folder):
-    """901.3 would be 900 in bfloat16. Gradients are float32, and averages take the place of sharded weights."""
+    """901.3 would be 900 in bfloat16. Gradients are float32, and ema take the place of sharded weights."""
     backbone = WanBackbone(str(text_base), str(autoencoder_folder), dtype=torch.bfloat16)
     student = backbone.student()
     add_lora(student, backbone.lora_targets, 2, 2.0)
@@ -93,15 +93,15 @@ def test_in_half_precision_the_model_is_given_the_timestep_of_its_noise(plugin, 
     named = {name: p for name, p in student.named_parameters() if p.requires_grad}
     assert {p.grad.dtype for p in named.values()} == {torch.float32}
     assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
-    averages = Averages(named, 0.5)
+    ema = EMA(named, 0.5)
     before = whole(named)
-    averages.update()
+    ema.update()
     with torch.no_grad():
         named["proj_out.bias"].add_(1.0)
-    averages.update()
-    with averages.in_place():
+    ema.update()
+    with ema.in_place():
         inside = whole(named)["proj_out.bias"]
-    assert torch.equal(inside, averages.whole()["proj_out.bias"])
+    assert torch.equal(inside, ema.whole()["proj_out.bias"])
     assert ((inside > before["proj_out.bias"]) & (inside < before["proj_out.bias"] + 1)).all()
     assert torch.equal(whole(named)["proj_out.bias"], before["proj_out.bias"] + 1)
 

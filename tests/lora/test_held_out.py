@@ -133,8 +133,8 @@ def test_measured_clips_are_encoded_alone_and_measured_in_small_batches(video_fo
     assert torch.equal(clips.first_frames[0], source.pixels(held.picks[0])[:, 0])
     seen = []
 
-    def measure(batch, draws):
-        seen.append([place.number for place in draws.places])
+    def measure(batch, rng):
+        seen.append([place.number for place in rng.places])
         assert "pixels" not in batch and len(batch["texts"]) == len(batch["latents"])
         return {"x": batch["latents"].mean()}
 

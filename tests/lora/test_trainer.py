@@ -16,8 +16,8 @@ from vidaccel.lora.config import ConfigError
 from vidaccel.lora.optim import learning_rate, make_optimizer, set_learning_rate
 from vidaccel.lora.phase_run import PhaseRun
 from vidaccel.lora.recipes.base import load_trained
-from vidaccel.lora.record import Record
 from vidaccel.lora.settings import PhaseSettings
+from vidaccel.lora.tracking import Tracker
 from vidaccel.lora.trainer import Diverged, Stopped, make_accelerator
 
 
@@ -44,7 +44,7 @@ def test_an_interrupted_run_ends_bit_equal(tiny_settings, run_tiny, stop_after, 
     assert last["loss"] == wanted["loss"]
     files = [CheckpointFolder(Path(s.out) / "checkpoints") for s in (tiny_settings("straight"), settings)]
     ends = [folder.load(folder.find("latest")) for folder in files]
-    for part in ("weights", "average", "trained"):
+    for part in ("weights", "ema", "trained"):
         first, second = (getattr(end, part) for end in ends)
         assert all(torch.equal(first[name], second[name]) for name in first) and first.keys() == second.keys()
     assert torch.equal(ends[0].random[0]["torch"], ends[1].random[0]["torch"])
@@ -84,13 +84,13 @@ def test_a_skipped_phase_leaves_its_part_untrained(tiny_settings, run_tiny):
     assert {entry[0] for entry in recipe.seen} == {"second"}
 
 
-def test_results_are_the_averages(tiny_settings, run_tiny):
+def test_results_are_the_moving_averages(tiny_settings, run_tiny):
     settings = tiny_settings(phases={"first": {"steps": 0}, "second": {"steps": 3}})
     recipe = run_tiny(settings)
     folder = CheckpointFolder(Path(settings.out) / "checkpoints")
     saved = folder.load(folder.find("latest"))
-    assert torch.equal(recipe.trained["second.weight"], saved.average["second.weight"])
-    assert not torch.equal(saved.average["second.weight"], saved.weights["second.weight"])
+    assert torch.equal(recipe.trained["second.weight"], saved.ema["second.weight"])
+    assert not torch.equal(saved.ema["second.weight"], saved.weights["second.weight"])
 
 
 def test_other_settings_are_refused_with_the_difference(tiny_settings, run_tiny, stop_after):
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(tiny_settings, run_tiny
         return values
 
     monkeypatch.setattr(PhaseRun, "_one_step", step)
-    monkeypatch.setattr(Record, "close", lambda self: closed.append(True))
+    monkeypatch.setattr(Tracker, "close", lambda self: closed.append(True))
     loop = {"log_every": 50, "save_every": 8, "keep_last": 1}
     settings = tiny_settings(phases={"first": {"steps": 0}, "second": {"steps": 40}}, loop=loop)
     with pytest.raises(Diverged, match=r"loss or a weight .* is NaN or infinite by step 16.*step_00000008"):
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(tiny_settings, run_tiny
     folder = CheckpointFolder(Path(settings.out) / "checkpoints")
     (last,) = folder.saved()
     saved = folder.load(last)
-    assert all(value.isfinite().all() for value in [*saved.weights.values(), *saved.average.values()])
+    assert all(value.isfinite().all() for value in [*saved.weights.values(), *saved.ema.values()])
     assert closed == [True]
 
 

@@ -11,11 +11,11 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from vidaccel import demo
+from vidaccel.generation.request import Settings
 from vidaccel.nodes import pipelines
 from vidaccel.nodes.pipelines import Acceleration, BadInput, find_pipelines, generate, load, locate
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
-from vidaccel.request import Settings
 
 CPU = torch.device("cpu")
 

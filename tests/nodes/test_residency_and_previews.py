@@ -8,9 +8,9 @@ from diffusers import WanPipeline
 
 from vidaccel import AutoencoderDCV, VideoLayout, demo
 from vidaccel.autoencoders.memory import memory_to_decode
+from vidaccel.generation.request import BadInput, Settings
 from vidaccel.nodes.previews import decode_frame, decodes_quickly, preview_latent
 from vidaccel.nodes.residency import Residency, part_bytes, working_memory
-from vidaccel.request import BadInput, Settings
 
 
 @pytest.fixture(scope="module")

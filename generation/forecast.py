@@ -1,0 +1,122 @@
+"""`vidaccel info --plan`: what a video will take, before any weights are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+from .model_facts import ModelFacts
+from .request import Settings
+
+
+def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
+    """Activations of one forward pass.
+
+    A block holds about 16 tensors of the model's width at a time (the feed-forward layer alone is four wide or more).
+    """
+    return 16 * tokens * width * itemsize
+
+
+def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
+    """Tokens and rough memory of a video with a model in a folder: names and texts.
+
+    Args:
+        facts: of the model.
+        settings: the request, checked.
+        itemsize: bytes a value of the weights; Wan's autoencoder runs in four.
+
+    Raises:
+        BadInput: a model that is not in a folder here, or whose configs cannot be read.
+    """
+    from ..autoencoders.memory import decoding_bytes, default_tile, video_bytes
+
+    folder = Path(facts.location)
+    if not folder.is_dir():
+        raise BadInput(f"--model {facts.name}: --plan needs the folder of a model that is on this machine.")
+    frames, height, width = settings.frames, settings.height, settings.width
+    layout = facts.layout(frames, height, width)
+    adapter = _json(folder / "adapter.json") if (folder / "adapter.json").is_file() else None
+    transformer = adapter["transformer"] if adapter is not None else _json(folder / "transformer" / "config.json")
+    vae = _autoencoder_config(facts)
+    inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    rows = [("model", f"{facts.name} ({facts.pipeline_class})"), ("video", f"{frames} frames of {width}x{height}")]
+    canvas = facts.canvas(frames, height, width)
+    if canvas is not None and canvas.is_larger:
+        rows.append(("made as", f"{canvas.frames} frames of {canvas.width}x{canvas.height}, cropped"))
+    made = (frames, height, width) if canvas is None else (canvas.frames, canvas.height, canvas.width)
+    of_vae = 4 if canvas is None else itemsize
+    rows += [
+        ("tokens", f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width})"),
+        ("pairs a dense call", f"{layout.tokens**2:,}"),
+        ("weights on disk", _weights_on_disk(facts, adapter)),
+        ("a forward pass, about", _gb(transformer_bytes(layout.tokens, inner, itemsize))),
+        ("decoding, about", _gb(decoding_bytes(vae, *made, of_vae))),
+        ("decoding in tiles, about", _gb(decoding_bytes(vae, *made, of_vae, default_tile(vae)))),
+        ("the decoded video", _gb(video_bytes(frames, height, width))),
+    ]
+    return rows
+
+
+def _autoencoder_config(facts: ModelFacts) -> dict[str, Any]:
+    if facts.autoencoder is None:
+        return _json(Path(facts.location) / "vae" / "config.json")
+    local = _local(facts.autoencoder)
+    if local is None:
+        raise BadInput(f"--model {facts.name}: --plan needs its autoencoder {facts.autoencoder} on this machine.")
+    return _json(local / "config.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} cannot be read: {error}") from error
+
+
+def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:
+    """Sizes of all parts; adapter-only weights come on top of those of their base model, whose autoencoder rests."""
+    sizes = _weights(Path(facts.location))
+    missing = ""
+    if facts.autoencoder is not None and (local := _local(facts.autoencoder)) is not None:
+        sizes["vae"] = sum(_weights(local).values())
+    if adapter is not None:
+        from ..pipelines.deep_compression.adapted import base_location
+
+        base = str(adapter.get("base"))
+        local = _local(base_location(base))
+        if local is None:
+            missing = f"; without the base model {base}, which is not on this machine"
+        else:
+            sizes |= {f"{name} of the base": size for name, size in _weights(local).items() if name != "vae"}
+    return ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items()) + missing
+
+
+def _local(location: str) -> Path | None:
+    """Folder of a model, or of one of the hub that was downloaded before."""
+    if Path(location).expanduser().is_dir():
+        return Path(location).expanduser()
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hub.snapshot_download(location, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _weights(folder: Path) -> dict[str, int]:
+    """Bytes of the weights of each part."""
+    sizes: dict[str, int] = {}
+    # Unlike rglob, also in folders that are links, as in the cache of converted models.
+    files = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    for file in sorted(file for file in files if file.suffix == ".safetensors"):
+        part = file.relative_to(folder).parts[0] if file.parent != folder else "adapter"
+        sizes[part] = sizes.get(part, 0) + file.stat().st_size
+    return sizes
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

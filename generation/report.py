@@ -1,0 +1,363 @@
+"""Numbers and pictures of a comparison: metrics, figures, and a page that holds everything in one file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .figures import figure_svg, heat_map, line_chart, quantile_chart
+from .video import contact_sheet, png, write_bytes
+
+if TYPE_CHECKING:
+    from ..attention.records import CallRecord, RunReport
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedVideo:
+    """One video and what making it took.
+
+    Args:
+        name: of the method.
+        frames: `[F, H, W, 3]` uint8 RGB.
+        seconds: wall time of the whole pipeline call: text encoding, denoising and decoding.
+        report: what attention did; None for the untouched pipeline.
+        step_seconds: median time from one step's end to the next; None with a single step.
+        decode_seconds: time from the last step's end to the frames.
+        warm_up_seconds: time of the uncounted step before, compilation included; None when there was none.
+    """
+
+    name: str
+    frames: np.ndarray
+    seconds: float
+    report: RunReport | None = None
+    step_seconds: float | None = None
+    decode_seconds: float | None = None
+    warm_up_seconds: float | None = None
+
+    @property
+    def denoise_seconds(self) -> float | None:
+        """Time to the last step's end, text encoding included."""
+        return None if self.decode_seconds is None else self.seconds - self.decode_seconds
+
+
+@dataclass(frozen=True)
+class FrameMetrics:
+    """How far a video is from its reference.
+
+    Args:
+        psnr: dB per frame; infinite for identical frames.
+        ssim: per frame, 1.0 for identical frames.
+    """
+
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+
+    @property
+    def identical_frames(self) -> int:
+        """Frames without any difference."""
+        return sum(math.isinf(value) for value in self.psnr)
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over the frames that differ; infinite when none does."""
+        finite = [value for value in self.psnr if math.isfinite(value)]
+        return float(np.mean(finite)) if finite else math.inf
+
+    @property
+    def mean_ssim(self) -> float:
+        """Mean over all frames."""
+        return float(np.mean(self.ssim))
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Videos of one prompt and seed, the first of which is the reference.
+
+    Args:
+        prompt: what they show.
+        videos: the dense one first.
+        files: their MP4 files, in the same order.
+        fps: frames per second of the files.
+        tokens: length of the self-attention sequence.
+        settings, environment: name -> value, shown as they are.
+        command: the command line.
+    """
+
+    prompt: str
+    videos: tuple[GeneratedVideo, ...]
+    files: tuple[Path, ...]
+    fps: float
+    tokens: int
+    settings: dict[str, str]
+    environment: dict[str, str]
+    command: str
+    metrics: dict[str, FrameMetrics] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.videos) < 2 or len(self.videos) != len(self.files):
+            raise ValueError(
+                f"a comparison needs two or more videos and a file each, got {len(self.videos)}, {len(self.files)}."
+            )
+        metrics = {v.name: compare(self.reference.frames, v.frames) for v in self.others}
+        object.__setattr__(self, "metrics", metrics)
+
+    @property
+    def reference(self) -> GeneratedVideo:
+        """The video that the others are measured against."""
+        return self.videos[0]
+
+    @property
+    def others(self) -> tuple[GeneratedVideo, ...]:
+        """All but the reference."""
+        return self.videos[1:]
+
+
+def compare(reference: np.ndarray, other: np.ndarray) -> FrameMetrics:
+    """PSNR and SSIM of every frame, as torchmetrics computes them on values in [0, 1].
+
+    Args:
+        reference, other: `[F, H, W, 3]` uint8.
+
+    Raises:
+        ValueError: the shapes differ, or the frames are under 11 pixels, the size of SSIM's window.
+    """
+    import torch
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    if reference.shape != other.shape:
+        raise ValueError(f"videos to compare must have one shape, got {reference.shape} and {other.shape}.")
+    if min(reference.shape[1:3]) < 11:
+        raise ValueError(f"SSIM needs frames of at least 11x11 pixels, got {reference.shape[2]}x{reference.shape[1]}.")
+    # float64 is best for SSIM, whose variances cancel, but 30 times slower on a CPU; float32 is good to 4 decimals.
+    cuda = torch.cuda.is_available()
+    place = {"device": "cuda", "dtype": torch.float64} if cuda else {"device": "cpu", "dtype": torch.float32}
+    psnr, ssim = [], []
+    for pair in zip(reference, other, strict=True):
+        target, preds = (torch.tensor(frame).permute(2, 0, 1)[None].to(**place) / 255 for frame in pair)
+        same = torch.equal(target, preds)
+        psnr.append(math.inf if same else float(peak_signal_noise_ratio(preds, target, data_range=1.0)))
+        ssim.append(1.0 if same else float(structural_similarity_index_measure(preds, target, data_range=1.0)))
+    return FrameMetrics(tuple(psnr), tuple(ssim))
+
+
+# -- what the records say ----------------------------------------------------------------------------------------------
+
+
+def temporal_share(report: RunReport) -> np.ndarray | None:
+    """Share of temporal heads `[layers, steps]`, NaN where unknown (dense calls); None when no call has head kinds."""
+    return _by_layer_and_step(report.records, "temporal")
+
+
+def cluster_deciles(report: RunReport) -> dict[str, np.ndarray] | None:
+    """Cluster sizes in tokens at 0, 10, ..., 100 % of a call's clusters, `{"query": [calls, 11], "key": [calls, 11]}`.
+
+    None when no call has clusters. A record may carry all sizes of its call or their deciles: deciles of deciles are
+    the same deciles.
+    """
+    found = {}
+    for label, key in (("query", "q_cluster_sizes"), ("key", "k_cluster_sizes")):
+        calls = [np.ravel(r.details[key]) for r in report.records if r.details.get(key) is not None]
+        if calls:
+            found[label] = np.stack([np.quantile(sizes, np.linspace(0, 1, 11)) for sizes in calls])
+    return found or None
+
+
+def _by_layer_and_step(records: Iterable[CallRecord], key: str) -> np.ndarray | None:
+    values: dict[tuple[tuple[str, int], int], list[float]] = {}
+    layers, steps = set(), 0
+    for record in records:
+        layers.add((record.model, record.layer))
+        steps = max(steps, record.step + 1)
+        if record.details.get(key) is not None:
+            values.setdefault(((record.model, record.layer), record.step), []).append(
+                float(np.mean(record.details[key]))
+            )
+    if not values:
+        return None
+    out = np.full((len(layers), steps), np.nan)
+    for row, layer in enumerate(sorted(layers)):
+        for step in range(steps):
+            if (layer, step) in values:
+                out[row, step] = np.mean(values[layer, step])
+    return out
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def contact_sheet_png(comparison: Comparison) -> bytes:
+    """The contact sheet of a comparison as PNG."""
+    return png(contact_sheet({v.name: v.frames for v in comparison.videos}))
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """The numbers of a comparison, in types that JSON knows (identical frames have a PSNR of null)."""
+    videos = []
+    for video, file in zip(comparison.videos, comparison.files, strict=True):
+        entry: dict[str, Any] = {
+            "name": video.name,
+            "file": file.name,
+            "seconds": video.seconds,
+            "seconds_per_step_median": video.step_seconds,
+            "denoise_seconds": video.denoise_seconds,
+            "decode_seconds": video.decode_seconds,
+            "warm_up_seconds": video.warm_up_seconds,
+            "times_faster_than_dense": comparison.reference.seconds / video.seconds,
+        }
+        if video.name in comparison.metrics:
+            entry["against_dense"] = _metrics_summary(comparison.metrics[video.name])
+        if video.report is not None:
+            entry["attention"] = _attention_summary(video.report)
+        videos.append(entry)
+    return {
+        "prompt": comparison.prompt,
+        "command": comparison.command,
+        "fps": comparison.fps,
+        "tokens": comparison.tokens,
+        "settings": comparison.settings,
+        "environment": comparison.environment,
+        "videos": videos,
+    }
+
+
+def write_json(comparison: Comparison, path: str | Path) -> Path:
+    """Write `summary` as a file."""
+    text = json.dumps(summary(comparison), indent=2, allow_nan=False, default=str)
+    return write_bytes(text.encode() + b"\n", path)
+
+
+def write_html(comparison: Comparison, path: str | Path) -> Path:
+    """Write the page: one file with videos, pictures, numbers and script in it; it asks no server for anything.
+
+    Raises:
+        OSError: a video file of the comparison is missing.
+    """
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters.update(seconds=format_seconds, decibel=format_psnr)
+    page = environment.get_template("report.html.j2").render(_page(comparison))
+    return write_bytes(page.encode(), path)
+
+
+def format_seconds(value: float | None) -> str:
+    """A time for a reader."""
+    if value is None:
+        return "–"
+    if value < 1:
+        return f"{value * 1000:.0f} ms"
+    return f"{value:.1f} s" if value < 120 else f"{int(value // 60)} min {value % 60:.0f} s"
+
+
+def format_psnr(value: float | None) -> str:
+    """A PSNR for a reader."""
+    return "–" if value is None else "identical" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def _metrics_summary(metrics: FrameMetrics) -> dict[str, Any]:
+    finite = [None if math.isinf(value) else value for value in metrics.psnr]
+    mean = None if math.isinf(metrics.mean_psnr) else metrics.mean_psnr
+    return {
+        "psnr_mean": mean,
+        "ssim_mean": metrics.mean_ssim,
+        "identical_frames": metrics.identical_frames,
+        "psnr": finite,
+        "ssim": list(metrics.ssim),
+    }
+
+
+def _attention_summary(report: RunReport) -> dict[str, Any]:
+    density = report.density_map()
+    out: dict[str, Any] = {
+        "method": report.method,
+        "config": report.config,
+        "mean_density": report.mean_density(),
+        "density_by_step": report.density_by_step(),
+        "density_layers_x_steps": [[None if math.isnan(v) else v for v in row] for row in density.tolist()],
+        "plan_seconds": report.plan_seconds,
+        "attention_seconds": report.attention_seconds,
+        "calls": len(report.records),
+        "backends": report.backends(),
+        "dense_calls": report.dense_reasons(),
+        "notes": list(report.notes),
+    }
+    share = temporal_share(report)
+    if share is not None:
+        out["temporal_head_share"] = float(np.nanmean(share))
+    for name, deciles in (cluster_deciles(report) or {}).items():
+        out[f"{name}_cluster_size_deciles"] = np.median(deciles, axis=0).tolist()
+    return out
+
+
+def _page(comparison: Comparison) -> dict[str, Any]:
+    """What the template shows."""
+    metrics = comparison.metrics
+    rows = []
+    for index, (video, file) in enumerate(zip(comparison.videos, comparison.files, strict=True)):
+        count, height, width, _ = video.frames.shape
+        rows.append(
+            {
+                "video": video,
+                "metrics": metrics.get(video.name),
+                "source": _data_url(file.read_bytes(), "video/mp4"),
+                "frames": count,
+                "size": f"{width}x{height}",
+                "attention": _attention_page(video, index) if video.report is not None else None,
+            }
+        )
+    psnr = line_chart({name: m.psnr for name, m in metrics.items()}, "PSNR (dB)", least_span=2)
+    ssim = line_chart({name: m.ssim for name, m in metrics.items()}, "SSIM", least_span=0.02)
+    charts = [(figure_svg(psnr, "psnr"), "PSNR per frame"), (figure_svg(ssim, "ssim"), "SSIM per frame")]
+    return {
+        "comparison": comparison,
+        "rows": rows,
+        "charts": charts,
+        "sheet": _data_url(contact_sheet_png(comparison), "image/png"),
+        "warm": any(v.warm_up_seconds is not None for v in comparison.videos),
+    }
+
+
+def _attention_page(video: GeneratedVideo, index: int) -> dict[str, Any]:
+    report = video.report
+    models = sorted({r.model for r in report.records})
+    layers = "layer" if len(models) < 2 else f"layer ({', then '.join(models)})"
+    figure = heat_map(report.density_map(), "density", layers)
+    figures = [(figure_svg(figure, f"density{index}"), "Density per layer and step")]
+    share = temporal_share(report)
+    if share is not None:
+        figure = heat_map(share, "share of temporal heads", layers)
+        figures.append(
+            (figure_svg(figure, f"heads{index}"), "Temporal heads per layer and step; the others are spatial")
+        )
+    deciles = cluster_deciles(report)
+    if deciles is not None:
+        caption = "Cluster sizes: line, the median of all sparse calls; band, 80 % of them"
+        figures.append((figure_svg(quantile_chart(deciles), f"clusters{index}"), caption))
+    sparse = sum(not r.reason for r in report.records)
+    return {
+        "figures": figures,
+        "clusters": {name: np.median(d, axis=0).tolist() for name, d in (deciles or {}).items()},
+        "config": report.config,
+        "calls": len(report.records),
+        "sparse_calls": sparse,
+        "sparse_density": float(np.mean([r.density for r in report.records if not r.reason])) if sparse else None,
+        "dense_reasons": _counts(report.dense_reasons()),
+        "backends": _counts(report.backends()),
+        "notes": report.notes,
+    }
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

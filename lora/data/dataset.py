@@ -1,0 +1,94 @@
+"""Clips by index: what every kind of data offers, and the choice among them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from ..settings import DataSettings, SizeSettings
+from .sampler import Pick
+
+logger = logging.getLogger(__name__)
+
+
+class ClipDataset(Protocol):
+    """Captioned clips. It is copied to background processes, so it holds no open files."""
+
+    def members(self, sizes: Sequence[SizeSettings]) -> Mapping[int, Sequence[int]] | None:
+        """Indices of the clips by number of the size; None for endless clips, whose indices are seeds."""
+        ...
+
+    def identity(self, pick: Pick) -> str:
+        """What the pixels of a clip follow from: equal for equal pixels."""
+        ...
+
+    def caption(self, index: int) -> str:
+        """The caption of a clip, without decoding it."""
+        ...
+
+    def captions(self) -> Sequence[str]:
+        """Every caption that can occur, each once."""
+        ...
+
+    def group(self, index: int) -> int:
+        """The file of a clip. Clips of one file are too much alike to train on some and measure with others."""
+        ...
+
+    def pixels(self, pick: Pick) -> torch.Tensor:
+        """A clip `[3, T, H, W]` in [-1, 1].
+
+        Raises:
+            OSError: the file is damaged; the message names it.
+        """
+        ...
+
+
+def sturdy_pixels(
+    dataset: ClipDataset,
+    pick: Pick,
+    members: Mapping[int, Sequence[int]] | None,
+    sizes: Sequence[SizeSettings],
+    tries: int = 8,
+) -> tuple[torch.Tensor, int]:
+    """The pixels of a clip and its index; of another clip of its size where its file turns out to be damaged.
+
+    Raises:
+        OSError: so were `tries` others.
+    """
+    rng = random.Random(pick.place.seed)
+    for attempt in range(tries + 1):
+        try:
+            return dataset.pixels(pick), pick.index
+        except OSError as error:
+            if members is None or attempt == tries:
+                raise
+            logger.warning("%s; another clip takes its place.", error)
+            same = [n for n in members if (sizes[n].frames, sizes[n].height, sizes[n].width) == pick.size]
+            pick = replace(pick, index=rng.choice([index for n in same for index in members[n]]))
+    raise AssertionError("unreachable")
+
+
+def open_dataset(data: DataSettings, seed: int, random_crops: bool = False, need_captions: bool = True) -> ClipDataset:
+    """The dataset that the settings describe.
+
+    Args:
+        data: the settings.
+        seed: of the scenes of the demo world.
+        random_crops: cut a random part of a video instead of its middle; the pixels then depend on the step.
+        need_captions: whether files without captions are a fault.
+
+    Raises:
+        ConfigError: a folder that is missing, empty or without captions.
+    """
+    if data.kind == "demo":
+        from .demo import DemoScenes
+
+        return DemoScenes(data.clips, data.zoom, seed)
+    from .folder import MediaFolder
+
+    return MediaFolder.open(data, random_crops, need_captions)

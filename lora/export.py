@@ -1,0 +1,72 @@
+"""Adapter and autoencoder of a finished run in one small folder: `python -m vidaccel.lora.export RUN FOLDER`.
+
+The folder is what `DCVideoGenPipeline.from_pretrained` takes as adapter-only weights: half precision, and the
+autoencoder beside the adapter. The built-in "demo-dc" was packed with it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export_adapter(run: Path, target: Path) -> Path:
+    """Pack the adapter of a run of `ae_adapt`, with the autoencoder that it was made for.
+
+    Args:
+        run: the `out` of the run.
+        target: the folder to write; an adapter that was there is replaced once all is written.
+
+    Raises:
+        FileNotFoundError: the run is not finished, or its autoencoder is gone.
+        FileExistsError: `target` is there and no adapter.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from ..autoencoders import AutoencoderDCV
+    from ..pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE
+    from .backbones.folders import forget_paths
+    from .checkpoint import replaced
+
+    source = run / "adapter"
+    if not (source / FACTS_FILE).is_file():
+        raise FileNotFoundError(f"{source} holds no {FACTS_FILE}: let the run of ae_adapt come to its end first.")
+    facts = json.loads((source / FACTS_FILE).read_text(encoding="utf-8"))
+    if target.exists() and not (target / FACTS_FILE).is_file():
+        raise FileExistsError(f"{target} exists and is no adapter (no {FACTS_FILE}): give another name, or delete it.")
+    with replaced(target) as draft:
+        for name in (FULL_FILE, LORA_FILE):
+            if (source / name).is_file():
+                # The LoRA's alpha is in the metadata: without it, diffusers would take the rank.
+                with safe_open(source / name, "pt") as file:
+                    metadata = file.metadata()
+                halves = {k: v.half().contiguous() for k, v in load_file(source / name).items()}
+                save_file(halves, draft / name, metadata)
+        vae = AutoencoderDCV.from_pretrained(run / "pipeline" / "vae", dtype=torch.float16)
+        vae.save_pretrained(draft / "vae")
+        forget_paths(draft)
+        (draft / FACTS_FILE).write_text(json.dumps({**facts, "autoencoder": "vae"}, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="The folder `out` of a finished run of ae_adapt.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Pack adapter and autoencoder in half precision."""
+    try:
+        export_adapter(run, target)
+    except OSError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    typer.echo(f"Wrote {target}, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

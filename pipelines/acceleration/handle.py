@@ -1,0 +1,155 @@
+"""`accelerate`: sparse attention in a diffusers pipeline, removable without a trace."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
+from ...attention.backends import check_backend
+from .clock import StepClock
+from .families import ModelSpec, find_transformers
+
+
+class Handle:
+    """Sparse attention at work in a pipeline. Made by `accelerate`; a context manager that removes itself."""
+
+    def __init__(self, pipe: object, method: Method, backend: str, schedule: DenseSchedule | None) -> None:
+        self.method = method
+        schedule = schedule if schedule is not None else method.schedule
+        if not hasattr(pipe, "scheduler") and schedule.needs_num_steps:
+            raise ValueError(
+                f"{schedule} counts in fractions of a run or from its end, but {type(pipe).__name__} is no pipeline, "
+                "so the number of steps is unknown: pass schedule=DenseSchedule(first_steps=...) with a whole number."
+            )
+        self._clock = StepClock(lambda: getattr(pipe, "scheduler", None))
+        self._installed: list[_Installed] = []
+        try:
+            for name, (transformer, spec) in find_transformers(pipe).items():
+                self._installed.append(_Installed(name, transformer, spec, method, backend, schedule, self._clock))
+        except BaseException:
+            self.remove()  # the first of two transformers must not stay patched when the second cannot be
+            raise
+
+    def report(self) -> RunReport:
+        """What was done since `accelerate` or `reset`: per layer, step and branch."""
+        reports = [installed.engine.report() for installed in self._installed]
+        records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
+        notes = dict.fromkeys(note for report in reports for note in report.notes)
+        return replace(reports[0], records=tuple(records), notes=tuple(notes))
+
+    def reset(self) -> None:
+        """Forget all records and everything the method remembers."""
+        for installed in self._installed:
+            installed.engine.reset()
+
+    def remove(self) -> None:
+        """Put every original processor back. A second call does nothing."""
+        for installed in self._installed:
+            installed.remove()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = ", ".join(f"{i.name} ({i.spec.family})" for i in self._installed if i.active) or "removed"
+        return f"<vidaccel {self.method.name} on {state}>"
+
+
+def accelerate(
+    pipe: Any, method: Method | str, *, backend: str = "auto", schedule: DenseSchedule | None = None
+) -> Handle:
+    """Give the self-attention layers of a pipeline a sparse-attention method.
+
+    Cross-attention stays as it is, and so do the weights. Works before or after LoRA loading and offloading, under
+    `compile_repeated_blocks(fullgraph=True)` and beside diffusers' caches.
+
+    Args:
+        pipe: a diffusers pipeline with a known transformer (Wan 2.1 and 2.2, one or two transformers, VACE's main
+            blocks), or such a transformer alone, whose steps are then counted from its timesteps.
+        method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults.
+        backend: a backend's name, which then runs or raises, or "auto".
+        schedule: the steps and layers that stay dense; the method's own when None.
+
+    Returns:
+        A `Handle` with `report()`, `reset()` and `remove()`.
+
+    Raises:
+        TypeError: no transformer of the pipeline is known; names the supported pipelines.
+        ValueError: unknown method or backend; a transformer alone with a schedule that needs the number of steps.
+        RuntimeError: the pipeline is accelerated already.
+    """
+    return Handle(pipe, resolve_method(method), check_backend(backend), schedule)
+
+
+def restore(pipe: Any) -> None:
+    """Undo `accelerate` where the handle is lost, as after running a notebook cell twice. Does nothing otherwise.
+
+    Raises:
+        TypeError: no transformer of the pipeline is known.
+    """
+    for transformer, _ in find_transformers(pipe).values():
+        for hook in list(transformer._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
+            if isinstance(owner, _Installed):
+                owner.remove()
+
+
+class _Installed:
+    """The processors and the hook in one transformer."""
+
+    def __init__(
+        self,
+        name: str,
+        transformer: torch.nn.Module,
+        spec: ModelSpec,
+        method: Method,
+        backend: str,
+        schedule: DenseSchedule | None,
+        clock: StepClock,
+    ) -> None:
+        names = spec.processor_names(transformer)
+        processors = transformer.attn_processors
+        if any(hasattr(p, "engine") and isinstance(p.engine, SparseAttention) for p in processors.values()):
+            raise RuntimeError(
+                f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
+                "accelerating again."
+            )
+        if any(getattr(processors[n], "_parallel_config", None) is not None for n in names):
+            raise RuntimeError(
+                f"{name} runs under context parallelism, which sparse attention cannot: disable it first."
+            )
+        self.name, self.transformer, self.spec = name, transformer, spec
+        self.engine = SparseAttention(method, num_layers=len(names), schedule=schedule, backend=backend, model=name)
+        self._signature = inspect.signature(type(transformer).forward)
+        self._clock = clock
+        self._originals = {n: processors[n] for n in names}
+        self._own = {n: spec.processor(self.engine, layer, processors[n]) for layer, n in enumerate(names)}
+        transformer.set_attn_processor({**processors, **self._own})
+        # A torch hook, not a wrapped `forward`: offloading replaces `forward` before or after us, and removing ours
+        # must not bring back the one from before that.
+        self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.active = True
+
+    @torch.compiler.disable
+    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell the engine the grid and the step of this forward pass."""
+        given = self._signature.bind_partial(module, *args, **kwargs).arguments
+        step = self._clock.observe(torch.as_tensor(given["timestep"]), self.name, self.spec.branches)
+        self.engine.enter(step, self.spec.layout(module, given["hidden_states"]))
+
+    def remove(self) -> None:
+        if not self.active:
+            return
+        current = self.transformer.attn_processors
+        ours = {n: self._originals[n] for n, own in self._own.items() if current.get(n) is own}
+        self.transformer.set_attn_processor({**current, **ours})
+        self._hook.remove()
+        self.engine.forget()
+        self.active = False

@@ -1,0 +1,27 @@
+"""DC-VideoGen and DC-Gen: pipelines in the latent space of a deep-compression autoencoder, and what they load.
+
+The classes are looked up on first use, because diffusers' own, on which they are built, take seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_LATER = {
+    "DCGenFluxPipeline": ".text_to_image",
+    "DCGenPipeline": ".text_to_image",
+    "DCGenSanaPipeline": ".text_to_image",
+    "DCVideoGenImageToVideoPipeline": ".image_to_video",
+    "DCVideoGenPipeline": ".text_to_video",
+    "convert_repository": ".published",
+}
+
+__all__ = sorted(_LATER)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LATER[name], __name__), name)
+    globals()[name] = value
+    return value

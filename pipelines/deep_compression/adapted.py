@@ -1,0 +1,193 @@
+"""Adapter-only weights of a model that was moved to another autoencoder: what they are on disk, and loading them.
+
+A folder with `adapter.json` (what it belongs to), `embedder_head.safetensors` (parameters that were trained as they
+are), `pytorch_lora_weights.safetensors` (a LoRA on the rest, as diffusers' pipelines write it), and often the
+autoencoder in `vae/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from ... import demo
+from ..locations import named_autoencoder
+from .published_files import find_autoencoder, hub_options, load_autoencoder
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_PREFIX = "transformer"
+FULL_FILE = "embedder_head.safetensors"
+FACTS_FILE = "adapter.json"
+DEFAULTS_FILE = "generation_defaults.json"
+"""In the folder of an adapted pipeline: frames, height and width that it was trained at."""
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be loaded; the message says what does not fit, and the fix."""
+
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.Conv3d)
+
+
+def started_anew(embedding: Layer) -> Layer:
+    """A new embedder of one token a latent pixel, as it starts: Xavier, and no bias. Changed in place."""
+    nn.init.xavier_uniform_(embedding.weight.data.flatten(1))
+    nn.init.zeros_(embedding.bias)
+    return embedding
+
+
+def zero_head(inner: int, channels: int, dtype: torch.dtype | None = None) -> nn.Linear:
+    """A new head, `[..., inner] -> [..., channels]`, as it starts: zero."""
+    head = nn.Linear(inner, channels, dtype=dtype)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def new_embedding(channels: int, inner: int) -> nn.Conv3d:
+    """A patch embedding for patches of (1, 1, 1): `[B, channels, T, H, W] -> [B, inner, T, H, W]`."""
+    return started_anew(nn.Conv3d(channels, inner, kernel_size=1))
+
+
+def retarget(transformer: WanTransformer3DModel, in_channels: int, out_channels: int) -> WanTransformer3DModel:
+    """Give a Wan transformer a new embedder and a head that starts at zero, for latents with patches of (1, 1, 1)."""
+    inner, dtype = transformer.proj_out.in_features, transformer.proj_out.weight.dtype
+    transformer.patch_embedding = new_embedding(in_channels, inner).to(dtype)
+    transformer.proj_out = zero_head(inner, out_channels, dtype)
+    transformer.rope.patch_size = (1, 1, 1)
+    transformer.register_to_config(patch_size=(1, 1, 1), in_channels=in_channels, out_channels=out_channels)
+    return transformer
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapter-only weights."""
+    return (folder / FACTS_FILE).is_file() and not (folder / "model_index.json").is_file()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What an adapter belongs to: `base`, `autoencoder` (a hub id, or a folder, seen from that of the adapter), `lora`,
+    and the config of the transformer.
+
+    Raises:
+        AdapterError: `adapter.json` cannot be read, or lacks one of them.
+    """
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        missing = {"base", "autoencoder", "lora", "transformer"} - set(facts)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / FACTS_FILE} cannot be read: {error}") from error
+    if missing:
+        raise AdapterError(
+            f"{folder / FACTS_FILE} lacks {', '.join(sorted(missing))}: it was written by something else."
+        )
+    return facts
+
+
+def base_location(base: str) -> str:
+    """Folder or hub id of a base model; "demo" is the built-in Wan model."""
+    return str(demo.path()) if base == demo.WAN else base
+
+
+def load_adapter(transformer: nn.Module, folder: Path) -> nn.Module:
+    """Load an adapter into a transformer that `retarget` has prepared; its LoRA stays apart.
+
+    Raises:
+        AdapterError: it belongs to a model of another shape, or lacks a part of embedder or head.
+    """
+    from safetensors.torch import load_file
+
+    facts = read_facts(folder)
+    own = dict(transformer.named_parameters())
+    full = load_file(folder / FULL_FILE)
+    missing = sorted(name for name in own if name.startswith(("patch_embedding.", "proj_out.")) and name not in full)
+    if missing:
+        raise AdapterError(
+            f"{folder / FULL_FILE} lacks {', '.join(missing)}, which start at random or at zero: it was not written as "
+            "a whole; write or download the adapter again."
+        )
+    for name, value in full.items():
+        if name not in own or own[name].shape != value.shape:
+            there = list(own[name].shape) if name in own else "absent"
+            raise AdapterError(
+                f"{folder}: {name} is {list(value.shape)} in the adapter and {there} in the model; it was made for "
+                f"{facts['base']} with {facts['autoencoder']}."
+            )
+        with torch.no_grad():
+            own[name].copy_(value)
+    if facts["lora"]:
+        transformer.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=LORA_PREFIX)
+    return transformer
+
+
+def _own_autoencoder(folder: Path, stated: str) -> str:
+    """Folder or hub id of the autoencoder that an adapter was made for."""
+    own = folder / "vae"
+    found = str(own) if own.is_dir() else named_autoencoder(folder, stated)
+    if found is None:
+        raise AdapterError(
+            f"{folder} was made for the autoencoder in {stated}, which is not there: give its folder with autoencoder=."
+        )
+    return found
+
+
+def load_adapted(
+    pipeline_class: type,
+    folder: Path,
+    base: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    autoencoder_config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A pipeline from adapter-only weights and the base model they belong to, the LoRA merged.
+
+    Args:
+        pipeline_class: `DCVideoGenPipeline` or `DCVideoGenImageToVideoPipeline`.
+        folder: with the adapter.
+        base, autoencoder: instead of those that the adapter names.
+        autoencoder_config: see `published_files.load_autoencoder`.
+        options: of `from_pretrained` for the base pipeline, such as `dtype`, or components, such as `vae`.
+
+    Raises:
+        AdapterError: it does not fit the base model.
+        LayoutError: the autoencoder is not there.
+        OSError: the base model is not there.
+    """
+    if "transformer" in options:
+        raise AdapterError(
+            f"{folder} is an adapter, which changes the transformer of its base: give the base with base=, not "
+            "transformer=."
+        )
+    facts = read_facts(folder)
+    location = base_location(str(base if base is not None else facts["base"]))
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    of = (lambda name: dtype.get(name, dtype.get("default"))) if isinstance(dtype, dict) else (lambda name: dtype)
+    if "vae" in options:
+        vae = options.pop("vae")
+    else:
+        place = find_autoencoder(autoencoder or _own_autoencoder(folder, facts["autoencoder"]), hub_options(options))
+        vae = load_autoencoder(place, of("vae"), autoencoder_config)
+    config = facts["transformer"]
+    hub = hub_options(options, "revision", "variant", "use_safetensors")
+    transformer = WanTransformer3DModel.from_pretrained(
+        location, subfolder="transformer", dtype=of("transformer"), **hub
+    )
+    if len(transformer.blocks) != config["num_layers"]:
+        raise AdapterError(
+            f"{folder} belongs to a model of {config['num_layers']} layers, and {location} has "
+            f"{len(transformer.blocks)}: give the model it was made from, {facts['base']}, with base=."
+        )
+    retarget(transformer, config["in_channels"], config["out_channels"])
+    load_adapter(transformer, folder)
+    if facts["lora"]:
+        transformer.fuse_lora()
+        transformer.unload_lora()
+    # Through diffusers' own class, because the base is one of its pipelines.
+    stock = next(c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers."))
+    parts = stock.from_pretrained(location, transformer=None, vae=None, **options).components
+    return pipeline_class(**{**parts, "transformer": transformer.eval(), "vae": vae})

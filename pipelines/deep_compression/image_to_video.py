@@ -1,0 +1,267 @@
+"""DC-VideoGen, image to video.
+
+Source: DC-VideoGen (arXiv 2509.25182). A module of its own: where torchvision is not installed, the image encoder's
+classes complain on import, and text to video has no use for them.
+"""
+
+# No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import get_module_execution_device
+from diffusers.video_processor import VideoProcessor
+from PIL.Image import Image
+from torch.nn import functional
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+
+from ...autoencoders import AutoencoderDCV
+from .canvas import Canvas
+from .text_to_video import DCVideoGen
+
+
+class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
+    """Image to video with DC-VideoGen: the transformer also sees 4 mask channels and the latents of the image.
+
+    `from_pretrained` loads what `DCVideoGenPipeline.from_pretrained` does.
+    """
+
+    _sees_image = True
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderDCV,
+        scheduler: SchedulerMixin,
+        image_processor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            image_processor=image_processor,
+            image_encoder=image_encoder,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
+
+    def __call__(
+        self,
+        image: Any,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 80,
+        *args: Any,
+        last_image: Any = None,
+        output_type: str | None = "np",
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> WanPipelineOutput | tuple:
+        """Generate videos that start with `image`. Arguments are those of `diffusers.WanImageToVideoPipeline`, but for:
+
+        Args:
+            image: one, or a list, tensor or array of one for each prompt.
+            height, width, num_frames, output_type: as for `DCVideoGenPipeline`. Where the canvas is larger, the edge of
+                the picture is repeated outwards.
+            last_image: with which the video ends; one, or as many as of `image`. The published weights were not trained
+                with one.
+
+        Raises:
+            ValueError: sizes under 1, not as many images as prompts, a `last_image` for a model that does not take
+                one, or what `WanImageToVideoPipeline` refuses.
+        """
+        canvas = self._canvas(num_frames, height, width)
+        embeds = kwargs.get("prompt_embeds")
+        prompts = 1 if isinstance(prompt, str) else len(prompt or ()) if embeds is None else len(embeds)
+        self._check_images(_count(image), _count(last_image), prompts * kwargs.get("num_videos_per_prompt", 1))
+        with one_state_a_video(self.transformer, _count(image), _count(last_image)):
+            output = super().__call__(
+                self._on_canvas(image, canvas),
+                prompt,
+                negative_prompt,
+                canvas.height,
+                canvas.width,
+                canvas.causal_frames,
+                *args,
+                last_image=self._on_canvas(last_image, canvas),
+                output_type=output_type,
+                return_dict=False,
+                **kwargs,
+            )
+        return self._cropped(output, canvas, output_type, return_dict)
+
+    def _check_images(self, first: int, last: int, videos: int) -> None:
+        """Refuse numbers of first and last images that `__call__` does not take.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        if not first or videos % first:
+            raise ValueError(f"There are {first} images for {videos} videos: give one, or one for each prompt.")
+        if last not in (0, 1, first):
+            raise ValueError(f"There are {last} last images for {first} images: give one, or as many.")
+        if self.transformer is None or self.transformer.config.image_dim is None:
+            return
+        takes_two = self.transformer.config.pos_embed_seq_len is not None
+        if takes_two and not last:
+            raise ValueError("The transformer looks at a first and a last image: give last_image, too.")
+        if last and not takes_two:
+            raise ValueError(
+                "The transformer looks at one image: leave last_image out, or load a model that takes two."
+            )
+
+    def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
+        """States of the image encoder, `[B, N, D]`.
+
+        Args:
+            image: pictures, tensors or arrays as the pipeline takes them, or a list of these, each with its batch. The
+                image encoder's own processor would take numbers in [0, 1] for bytes and divide them by 255 once more.
+            device: where the result goes.
+        """
+        images = image if isinstance(image, list) else [image]
+        return super().encode_image([picture for one in images for picture in _pictures(one)], device)
+
+    def _on_canvas(self, image: Any, canvas: Canvas) -> Any:
+        """The pictures resized to the video and extended to the canvas. Where the two are the same they stay as they
+        came, but for lists and arrays, which diffusers does not take.
+        """
+        is_picture = isinstance(image, Image)
+        if image is None or (not canvas.is_larger_in_space and (is_picture or isinstance(image, torch.Tensor))):
+            return image
+        # The pipeline's own processor would round the size down to what the autoencoder can do.
+        processor = VideoProcessor(vae_scale_factor=1)
+        pixels = processor.preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
+        extended = functional.pad(pixels.float(), canvas.margins, mode="replicate")
+        if is_picture:
+            return processor.postprocess(extended, output_type="pil")[0]
+        return processor.postprocess(extended, output_type="pt")
+
+    def prepare_latents(
+        self,
+        image: torch.Tensor,
+        batch_size: int,
+        num_channels_latents: int = 32,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 77,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise `[B, C, T, H, W]` and condition `[B, 4 + C, T, H, W]`: a mask, 1 where a picture is given, and the
+        scaled latents of a video that shows the picture for 4 frames and then mid-grey.
+        """
+        latents = self._latents(
+            batch_size, num_channels_latents, height, width, num_frames, dtype, device, generator, latents
+        )
+        condition = image_condition(self.vae, image, latents.shape[2], last_image).to(device, dtype)
+        return latents, condition.repeat_interleave(batch_size // image.shape[0], dim=0)
+
+
+@contextmanager
+def one_state_a_video(transformer: torch.nn.Module | None, first: int, last: int) -> Iterator[None]:
+    """While this is open, every video of a batch comes with the image encoder's states of its own pictures.
+
+    diffusers repeats the states of all pictures as often as there are prompts, which is right for one picture and one
+    video a prompt.
+
+    Args:
+        transformer: that is given the states, if any, as `[repetitions * (first + last), N, D]`.
+        first, last: how many pictures videos begin and end with, for all videos; the first ones come first.
+    """
+
+    def arrange(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        states = kwargs.get("encoder_hidden_states_image")
+        if states is None:
+            return args, kwargs
+        videos = kwargs["hidden_states"].shape[0]
+        kinds = [part for part in states[: first + last].split([first, last]) if len(part)]
+        spread = [part.repeat_interleave(videos // len(part), dim=0) for part in kinds]
+        return args, {**kwargs, "encoder_hidden_states_image": torch.stack(spread, dim=1).flatten(0, 1)}
+
+    if transformer is None:
+        yield
+        return
+    hook = transformer.register_forward_pre_hook(arrange, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _count(image: Any) -> int:
+    """How many pictures there are in what the pipeline takes as `image`."""
+    if image is None:
+        return 0
+    if isinstance(image, list | tuple):
+        return sum(_count(one) for one in image)
+    return image.shape[0] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4 else 1
+
+
+def _pictures(image: Any) -> list:
+    """The PIL pictures of a tensor `[B, 3, H, W]` or an array `[B, H, W, 3]` of floats in [0, 1], or in [-1, 1] where
+    one is below 0, as diffusers has it; others as they came.
+    """
+    if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+        image = torch.from_numpy(image).movedim(-1, -3)
+    if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+        return [image]
+    pixels = image.detach().float().cpu().reshape(-1, *image.shape[-3:])
+    pixels = pixels if pixels.min() < 0 else pixels * 2 - 1
+    return VideoProcessor(vae_scale_factor=1).postprocess(pixels, output_type="pil")
+
+
+def image_condition(
+    vae: torch.nn.Module, image: torch.Tensor, latent_frames: int, last_image: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What an image-to-video transformer sees beside the noise: `[B, 4 + C, T, H/f, W/f]`.
+
+    Args:
+        vae: an `AutoencoderDCV`.
+        image: `[B, 3, H, W]` in [-1, 1], the first frame.
+        latent_frames: T.
+        last_image: like `image`, the last frame.
+
+    Raises:
+        ValueError: `last_image` for a video of one latent frame.
+    """
+    temporal, pad = vae.temporal_compression_ratio, vae.config.pad_frames
+    frames = latent_frames * temporal - pad
+    if last_image is not None and latent_frames < 2:
+        raise ValueError(
+            f"The video has {frames} frames, one latent frame, which shows the first image: with last_image give "
+            f"num_frames of at least {frames + 1}."
+        )
+    video = image.new_zeros(image.shape[0], image.shape[1], frames, *image.shape[2:])
+    # The frames of the first latent frame, which begins with the padding.
+    video[:, :, : max(temporal - pad, 1)] = image.unsqueeze(2)
+    if last_image is not None:
+        video[:, :, -temporal:] = last_image.unsqueeze(2)
+    # Not vae.device: with offloading its weights are elsewhere until it runs.
+    video = video.to(get_module_execution_device(vae), vae.dtype)
+    encoded = vae.encode(video).latent * vae.config.scaling_factor
+    mask = encoded.new_zeros(encoded.shape[0], 4, *encoded.shape[2:])
+    mask[:, :, 0] = 1
+    if last_image is not None:
+        mask[:, :, -1] = 1
+    return torch.cat([mask, encoded], dim=1)
+
+
+__all__ = ["DCVideoGenImageToVideoPipeline", "image_condition"]

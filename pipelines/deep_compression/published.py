@@ -1,0 +1,285 @@
+"""The layouts in which DC-VideoGen is published, as one diffusers repository.
+
+Published are `transformer_t2v/` and `transformer_i2v/` (or `transformer/`), `text_encoder/`, `tokenizer/`,
+`scheduler/`, the autoencoder as a `.pt` file, and for image to video a CLIP `.pth`; some repositories have the
+transformer alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ...autoencoders import AutoencoderDCV
+from ...autoencoders.convert import CheckpointError
+from .adapted import is_adapter, load_adapted
+from .open_clip import convert_image_encoder
+from .published_files import LayoutError, files_below, hub_options, load_autoencoder, read_json, refuse_changes
+from .published_hub import known_parts, published_folder
+from .published_parts import COMPONENTS, IMAGE_CLASS, check_transformer, find_parts
+
+logger = logging.getLogger(__name__)
+
+_ARGUMENTS = ("autoencoder", "base", "autoencoder_config")
+
+
+class PublishedLayoutMixin:
+    """Gives a pipeline class a `from_pretrained` that also takes the published layouts."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Load a pipeline. Arguments are those of `DiffusionPipeline.from_pretrained`, and:
+
+        Args:
+            autoencoder: the DC-AE-V where the model has none, or another: its file, a folder with it, the folder of an
+                `AutoencoderDCV`, or a hub id. Repositories whose own is known need none.
+            base: folder or hub id of the Wan pipeline that has the text encoder and whatever else the model lacks.
+            autoencoder_config: what the weights of a DC-AE-V file that is none of the published variants do not tell,
+                such as `{"chunk_size": 40, "scaling_factor": 0.7}`.
+
+        Components that are given, such as `vae=`, need not be in the model.
+        A folder with adapter-only weights is loaded onto its base model (see `pipelines.adapted`).
+        A published layout is converted once into a cache (`VIDACCEL_CACHE`, else `~/.cache/vidaccel`), in which large
+        files that need no conversion are links.
+
+        Raises:
+            LayoutError: neither a diffusers pipeline nor a published layout.
+            CheckpointError: an autoencoder of another variant, or a damaged one.
+        """
+        parts = {name: kwargs.pop(name, None) for name in _ARGUMENTS}
+        location, given = str(pretrained_model_name_or_path), COMPONENTS & kwargs.keys()
+        if parts["autoencoder"] is not None and "vae" in given:
+            raise LayoutError("autoencoder= and vae= both give the autoencoder: leave one of them out.")
+        unneeded = given if parts["autoencoder"] is None else given | {"vae"}
+        folder = published_folder(location, cls.__name__, kwargs, without=unneeded)
+        if folder is not None and is_adapter(folder):
+            if not Path(location).expanduser().is_dir():
+                kwargs.pop("revision", None)  # It was that of the adapter.
+            return load_adapted(cls, folder, **parts, **kwargs)
+        if folder is not None and not (folder / "model_index.json").is_file():
+            parts |= known_parts(location, folder, autoencoder=parts["autoencoder"], base=parts["base"], without=given)
+            converted = cached_conversion(folder, cls.__name__, **parts, without=given, options=kwargs)
+            return super().from_pretrained(converted, **kwargs)
+        unused = [f"{name}=" for name, value in parts.items() if value is not None]
+        if unused:
+            raise LayoutError(
+                f"{pretrained_model_name_or_path} is loaded as a diffusers pipeline, which has no use for "
+                f"{' and '.join(unused)}: give components instead, such as vae=."
+            )
+        if folder is not None:
+            pretrained_model_name_or_path = folder
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def cached_conversion(
+    source: Path,
+    pipeline_class: str,
+    autoencoder: str | Path | None = None,
+    base: str | Path | None = None,
+    *,
+    autoencoder_config: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Convert a published layout into the cache, or find it there. Arguments and errors of `convert_repository`."""
+    stamp = [pipeline_class]
+    for place in (source, autoencoder, base):
+        stamp += _stamps(place)
+    if autoencoder_config:
+        stamp.append(repr(sorted(autoencoder_config.items())))
+    stamp += sorted(without)
+    key = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("VIDACCEL_CACHE", "~/.cache/vidaccel")).expanduser()
+    target = root / "converted" / f"{source.name}-{key}"
+    if _is_whole(target):
+        return target
+    parts = find_parts(
+        source, pipeline_class, autoencoder=autoencoder, base=base, without=without, options=hub_options(options or {})
+    )
+    if _is_whole(target):  # Another process was first, or the download brought back what was gone.
+        return target
+    if target.exists():
+        # What it links to is gone, as when the hub's own cache was emptied.
+        logger.warning("%s has lost files that it links to: converting it anew.", target)
+        _remove(target)
+    more = [f"{name} {value}" for name, value in (("autoencoder", autoencoder), ("base", base)) if value is not None]
+    with_them = f" (with {', '.join(more)})" if more else ""
+    logger.warning("%s%s is in a published layout: converting it once, into %s.", source, with_them, target)
+    try:
+        convert_repository(
+            source,
+            target,
+            pipeline_class,
+            autoencoder=parts.autoencoder,
+            base=parts.base,
+            link=True,
+            autoencoder_config=autoencoder_config,
+            without=without,
+        )
+    except (LayoutError, OSError):
+        # Another process, such as the next rank of a launch, may have put it there first.
+        if not (target / "model_index.json").is_file():
+            raise
+    return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a conversion is there, and every file that it links to."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    parts = [list(files_below(path)) if path.is_dir() else [path] for path in folder.iterdir()]
+    return all(files and all(file.exists() for file in files) for files in parts)
+
+
+def _remove(folder: Path) -> None:
+    """Links go; what they lead to stays."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old.part")
+    with suppress(FileNotFoundError):  # Another process was first.
+        os.replace(folder, aside)
+        shutil.rmtree(aside)
+
+
+def _stamps(place: str | Path | None) -> list[str]:
+    """Path, size and time of a file, or of all files in a folder; the name alone of what is not on this machine."""
+    path = Path(place or "").expanduser().resolve()
+    if place is None or not path.exists():
+        return [str(place)]
+    files = [path] if path.is_file() else sorted(file for file in files_below(path) if file.is_file())
+    return [str(path), *(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
+
+
+def convert_repository(
+    source: Path,
+    target: Path,
+    pipeline_class: str = "DCVideoGenPipeline",
+    *,
+    autoencoder: str | Path | None = None,
+    base: str | Path | None = None,
+    link: bool = False,
+    autoencoder_config: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a published layout as one folder that `from_pretrained` of `pipeline_class` loads.
+
+    Everything is checked before anything is written; `target` appears at the end, whole.
+
+    Args:
+        source: the published folder.
+        target: the new folder; must not exist.
+        pipeline_class: `DCVideoGenPipeline` or `DCVideoGenImageToVideoPipeline`.
+        autoencoder: where `source` has none, or another: DC-AE-V file, folder with it or of an `AutoencoderDCV`, or
+            hub id.
+        base: folder or hub id of a Wan pipeline that has the components `source` lacks.
+        link: link folders that need no conversion instead of copying them.
+        autoencoder_config: fields of the autoencoder that the weights in its file do not tell, such as `chunk_size`.
+        without: components that are left out, because they will be given to `from_pretrained`.
+        options: `cache_dir`, `token` and `local_files_only` for what is on the hub.
+
+    Raises:
+        LayoutError: something is missing or does not fit together.
+        CheckpointError: see `vidaccel.autoencoders.convert`.
+    """
+    if target.exists():
+        raise LayoutError(f"{target} exists already: give a new folder, or delete it first.")
+    parts = find_parts(source, pipeline_class, autoencoder=autoencoder, base=base, without=without, options=options)
+    vae = channels = None
+    if parts.autoencoder is not None and parts.autoencoder.is_file():
+        vae = load_autoencoder(parts.autoencoder, changes=autoencoder_config)
+        channels = vae.config.latent_channels
+    elif parts.autoencoder is not None:
+        refuse_changes(parts.autoencoder, autoencoder_config)
+        channels = read_json(parts.autoencoder / "config.json").get("latent_channels")
+    if parts.transformer is not None:
+        check_transformer(parts.config, channels, pipeline_class == IMAGE_CLASS, parts.transformer)
+
+    folders = {**parts.others, "transformer": parts.transformer, "vae": None if vae else parts.autoencoder}
+    with beside(target) as draft:
+        for name, folder in folders.items():
+            if folder is not None:
+                _take(folder, draft / name, link)
+        if vae is not None:
+            vae.save_pretrained(draft / "vae")
+        if parts.clip is not None:
+            convert_image_encoder(parts.clip, draft)
+        index = _model_index(draft, pipeline_class, without)
+        (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _model_index(draft: Path, pipeline_class: str, without: Collection[str] = ()) -> dict[str, Any]:
+    from diffusers import __version__
+
+    classes = {
+        # diffusers looks for ModelMixin in the module too, so the package alone would not do.
+        "vae": [AutoencoderDCV.__module__, AutoencoderDCV.__name__],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        # Of components that will be given, diffusers compares only the kind with these.
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer_2": [None, None],
+    }
+    for name, file, key in (
+        ("scheduler", "scheduler_config.json", "_class_name"),
+        ("tokenizer", "tokenizer_config.json", "tokenizer_class"),
+    ):
+        if (draft / name).is_dir() and (stated := read_json(draft / name / file).get(key)):
+            classes[name][1] = stated
+    if pipeline_class == IMAGE_CLASS:
+        for name, own in (("image_encoder", "CLIPVisionModel"), ("image_processor", "CLIPImageProcessor")):
+            present = name in without or (draft / name).is_dir()
+            classes[name] = ["transformers", own] if present else [None, None]
+    settings = {"boundary_ratio": None, "expand_timesteps": False}
+    return {"_class_name": pipeline_class, "_diffusers_version": __version__, **classes, **settings}
+
+
+def _take(folder: Path, target: Path, link: bool) -> None:
+    if link:
+        try:
+            target.symlink_to(folder.resolve(), target_is_directory=True)
+            return
+        except OSError:
+            logger.info("%s cannot be linked here, so it is copied.", folder)
+    shutil.copytree(folder, target)
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `target` at the end, or vanishes on an error.
+
+    Raises:
+        OSError: no folder can be made there.
+    """
+    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"{target} cannot be written, because no folder can be made in {target.parent} ({error.strerror}): give "
+            "another place."
+        ) from error
+    try:
+        yield draft
+        os.replace(draft, target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+__all__ = [
+    "CheckpointError",
+    "LayoutError",
+    "PublishedLayoutMixin",
+    "beside",
+    "cached_conversion",
+    "convert_repository",
+]

@@ -1,0 +1,221 @@
+"""DC-Gen: image pipelines whose transformer works in the latent space of a deep-compression autoencoder.
+
+Source: DC-Gen (arXiv 2509.25180). Everything but sizes and decoding is diffusers' own: prompts, guidance, LoRA,
+offloading.
+"""
+
+# No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from .canvas import Canvas
+from .published_files import hub_options, read_json
+
+
+def _canvas(pipe: Any, height: int, width: int, channels: int, multiple: int = 1) -> Canvas:
+    """The canvas of a picture, whose sizes are also a multiple of `multiple`.
+
+    Raises:
+        ValueError: a size under 1, or parts that do not belong together.
+    """
+    _check_autoencoder(type(pipe).__name__, pipe.vae)
+    if pipe.vae is None:
+        raise ValueError(f"{type(pipe).__name__} has no autoencoder: set pipe.vae to an AutoencoderDC.")
+    if channels != pipe.vae.config.latent_channels:
+        raise ValueError(
+            f"The transformer makes {channels} channels and the autoencoder has {pipe.vae.config.latent_channels}: "
+            "they do not belong together."
+        )
+    factor = math.lcm(pipe.vae.spatial_compression_ratio, multiple)
+    return Canvas.for_video(1, height, width, patch=(1, 1, 1), spatial=factor, temporal=1)
+
+
+def _check_autoencoder(pipeline_class: str, vae: Any) -> None:
+    """ValueError for an autoencoder that does not say how much it compresses, as those of the stock models."""
+    if vae is not None and not hasattr(vae, "spatial_compression_ratio"):
+        raise ValueError(
+            f"The vae of {pipeline_class} is {type(vae).__name__}: DC-Gen is for models with an AutoencoderDC; a stock "
+            f"one is loaded with diffusers' own {pipeline_class.removeprefix('DCGen')}."
+        )
+
+
+def _cropped(images: Any, canvas: Canvas) -> Any:
+    """Pictures as diffusers' image processor gives them (a list, `[B, H, W, C]`, `[B, C, H, W]`), cropped."""
+    if isinstance(images, list):
+        return [canvas.crop([[image]])[0][0] for image in images]
+    return canvas.crop(images[:, None])[:, 0]
+
+
+class DCGenFluxPipeline(FluxPipeline):
+    """FLUX with `AutoencoderDC`: each latent pixel (32x32 or 64x64 pixels) is a token, without the packing of 2x2."""
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderDC,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5TokenizerFast,
+        transformer: FluxTransformer2DModel,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        feature_extractor: CLIPImageProcessor = None,
+    ) -> None:
+        _check_autoencoder(type(self).__name__, vae)
+        # Not the parent's constructor, which reads a field that only FLUX's own autoencoder has.
+        DiffusionPipeline.__init__(self)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+        # The parent counts two latent pixels a token: half the factor gives one token a latent pixel, of all channels.
+        self.vae_scale_factor = vae.spatial_compression_ratio // 2 if vae is not None else 16
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * 2)
+        self.tokenizer_max_length = tokenizer.model_max_length if tokenizer is not None else 77
+        self.default_sample_size = 64
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        height: int = 1024,
+        width: int = 1024,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> FluxPipelineOutput | tuple:
+        """Generate pictures. Arguments are those of `diffusers.FluxPipeline`, but for:
+
+        Args:
+            height, width: pixels, any number. What the model cannot do is made larger and cropped in the middle.
+            output_type: "latent" gives scaled latents `[B, C, H/f, W/f]` of the canvas.
+
+        Raises:
+            ValueError: sizes under 1, or parts that do not belong together.
+        """
+        canvas = _canvas(self, height, width, self.transformer.out_channels)
+        size = {"height": canvas.height, "width": canvas.width}
+        tokens = super().__call__(*args, **size, output_type="latent", return_dict=False, **kwargs)[0]
+        factor = self.vae.spatial_compression_ratio
+        images = tokens.transpose(1, 2).unflatten(2, (canvas.height // factor, canvas.width // factor))
+        if output_type != "latent":
+            latents = (images / self.vae.config.scaling_factor).to(self.vae.dtype)
+            images = self.vae.decode(latents, return_dict=False)[0]
+            images = _cropped(self.image_processor.postprocess(images, output_type=output_type), canvas)
+            self.maybe_free_model_hooks()
+        return FluxPipelineOutput(images=images) if return_dict else (images,)
+
+
+class DCGenSanaPipeline(SanaPipeline):
+    """SANA with a deeper `AutoencoderDC` (f64c128) than its own (f32c32), at any size."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        height: int = 1024,
+        width: int = 1024,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        use_resolution_binning: bool = False,
+        **kwargs: Any,
+    ) -> SanaPipelineOutput | tuple:
+        """Generate pictures. Arguments are those of `diffusers.SanaPipeline`, but for:
+
+        Args:
+            height, width: pixels, any number. What the model cannot do is made larger and cropped in the middle.
+            output_type: "latent" gives scaled latents of the canvas.
+            use_resolution_binning: off, since it would make another size and scale the picture.
+
+        Raises:
+            ValueError: sizes under 1, or parts that do not belong together.
+        """
+        canvas = _canvas(self, height, width, self.transformer.config.out_channels, multiple=32)
+        images = super().__call__(
+            *args,
+            height=canvas.height,
+            width=canvas.width,
+            output_type=output_type,
+            return_dict=False,
+            use_resolution_binning=use_resolution_binning,
+            **kwargs,
+        )[0]
+        if output_type != "latent":
+            images = _cropped(images, canvas)
+        return SanaPipelineOutput(images=images) if return_dict else (images,)
+
+
+_FAMILIES = {
+    "DCGenFluxPipeline": DCGenFluxPipeline,
+    "FluxPipeline": DCGenFluxPipeline,
+    "DCGenSanaPipeline": DCGenSanaPipeline,
+    "SanaPipeline": DCGenSanaPipeline,
+}
+
+
+class DCGenPipeline:
+    """Finds the pipeline of a DC-Gen model, as diffusers' `AutoPipeline` classes do."""
+
+    def __init__(self) -> None:
+        raise OSError("Load a model with DCGenPipeline.from_pretrained(...), or use the class of its family directly.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:
+        """Load a folder or hub id; arguments are those of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            ValueError: a pipeline of another family, or a model_index.json that cannot be read.
+            OSError: there is no such model.
+        """
+        folder = Path(pretrained_model_name_or_path).expanduser()
+        if folder.is_dir():
+            pretrained_model_name_or_path, index = folder, _read_index(folder / "model_index.json")
+        else:
+            index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_options(kwargs, "revision"))
+        name = index.get("_class_name")
+        name = name[-1] if isinstance(name, list) else name
+        if name not in _FAMILIES:
+            kind = f"is a {name}" if name else "does not say in model_index.json which pipeline it is (_class_name)"
+            raise ValueError(
+                f"{pretrained_model_name_or_path} {kind}; DC-Gen here is for FLUX and SANA: {', '.join(_FAMILIES)}."
+            )
+        return _FAMILIES[name].from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a pipeline, which holds it.")
+    return read_json(file)
+
+
+__all__ = ["DCGenFluxPipeline", "DCGenPipeline", "DCGenSanaPipeline"]

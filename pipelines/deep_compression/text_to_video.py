@@ -1,0 +1,231 @@
+"""DC-VideoGen, text to video: Wan in a deep-compression latent space (image to video: `image_to_video`).
+
+Source: DC-VideoGen (arXiv 2509.25182). Everything but sizes is diffusers' own: prompts, LoRA, callbacks, offloading.
+"""
+
+# No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
+import logging
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from ...autoencoders import AutoencoderDCV
+from ...autoencoders.memory import memory_to_decode
+from .canvas import Canvas
+from .published import PublishedLayoutMixin
+
+logger = logging.getLogger(__name__)
+
+
+class DCVideoGen(PublishedLayoutMixin):
+    """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
+
+    _sees_image = False
+
+    def _canvas(self, frames: int, height: int, width: int) -> Canvas:
+        """The canvas for a video.
+
+        Raises:
+            ValueError: a size under 1, or components that do not belong together.
+        """
+        transformer = self._checked_transformer()
+        if self.config.expand_timesteps:
+            raise ValueError(
+                f"{type(self).__name__} does not do expand_timesteps (Wan 2.2 TI2V 5B): adapt a model with one "
+                "timestep for all tokens."
+            )
+        # Of the autoencoder that is there now: diffusers reads these when a pipeline is made, maybe with another one.
+        self.vae_scale_factor_spatial = self.vae.spatial_compression_ratio
+        self.vae_scale_factor_temporal = self.vae.temporal_compression_ratio
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        canvas = Canvas.for_video(
+            frames,
+            height,
+            width,
+            patch=tuple(transformer.config.patch_size),
+            spatial=self.vae_scale_factor_spatial,
+            temporal=self.vae_scale_factor_temporal,
+            pad_frames=self.vae.config.pad_frames,
+        )
+        if canvas.is_larger:
+            logger.info("%s", canvas)
+        self._check_memory(canvas)
+        return canvas
+
+    def _check_memory(self, canvas: Canvas) -> None:
+        """Warn, before the first step, of a decoding that will not fit on the GPU."""
+        device = self._execution_device
+        if device.type != "cuda":
+            return
+        room = torch.cuda.get_device_properties(device).total_memory
+        needed = memory_to_decode(self.vae, canvas.frames, canvas.height, canvas.width)
+        if needed > room:
+            fix = "make it smaller or shorter" if self.vae.use_tiling else "call pipe.vae.enable_tiling()"
+            logger.warning(
+                "Decoding %d frames of %dx%d takes about %.0f GiB beside the weights, and %s has %.0f: %s.",
+                canvas.frames,
+                canvas.width,
+                canvas.height,
+                needed / 2**30,
+                device,
+                room / 2**30,
+                fix,
+            )
+
+    def _checked_transformer(self) -> torch.nn.Module:
+        """The transformer; the first of two."""
+        if self.vae is None or "chunk_size" not in self.vae.config:
+            raise ValueError(
+                f"The vae of {type(self).__name__} is {'None' if self.vae is None else type(self.vae).__name__}: it "
+                "must be an AutoencoderDCV."
+            )
+        transformers = [model for model in (self.transformer, self.transformer_2) if model is not None]
+        if not transformers:
+            raise ValueError(f"{type(self).__name__} has no transformer: load it with one.")
+        channels = self.vae.config.latent_channels
+        wanted = 2 * channels + 4 if self._sees_image else channels
+        for model in transformers:
+            given, made = model.config.in_channels, model.config.out_channels
+            if (given, made) != (wanted, channels):
+                raise ValueError(
+                    f"The transformer takes {given} channels and makes {made}, but {type(self).__name__} with an "
+                    f"autoencoder of {channels} latent channels needs one that takes {wanted} and makes {channels}: "
+                    "they do not belong together."
+                )
+        return transformers[0]
+
+    def _latents(
+        self,
+        batch_size: int,
+        channels: int,
+        height: int,
+        width: int,
+        frames: int,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Noise `[B, C, T, H, W]`: new, or `latents`.
+
+        Raises:
+            ValueError: not as many generators as videos, or latents of another shape.
+        """
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"There are {len(generator)} generators for {batch_size} videos: give one, or as many as videos."
+            )
+        factor, temporal = self.vae_scale_factor_spatial, self.vae_scale_factor_temporal
+        shape = (batch_size, channels, (frames - 1) // temporal + 1, height // factor, width // factor)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"latents is {list(latents.shape)}, and this video takes {list(shape)}: [videos, channels, latent "
+                "frames, rows, columns]."
+            )
+        return latents.to(device=device, dtype=dtype)
+
+    def _cropped(self, output: Any, canvas: Canvas, output_type: str | None, return_dict: bool) -> Any:
+        video = output[0]
+        if output_type != "latent":
+            video = canvas.crop(video)
+        return WanPipelineOutput(frames=video) if return_dict else (video,)
+
+
+class DCVideoGenPipeline(DCVideoGen, WanPipeline):
+    """Text to video with DC-VideoGen.
+
+    `from_pretrained` loads a folder in diffusers' layout (as the recipe `ae_adapt` and `save_pretrained` write it) or
+    one of the published repositories, which it converts into a cache first, or adapter-only weights.
+
+    Example:
+        ```python
+        pipe = DCVideoGenPipeline.from_pretrained("path/to/model", dtype=torch.bfloat16).to("cuda")
+        video = pipe("a cat walks on grass", height=720, width=1280, num_frames=80).frames[0]
+        ```
+    """
+
+    # The same as the parent's, for the type of the autoencoder, which diffusers checks when it loads.
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderDCV,
+        scheduler: SchedulerMixin,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 80,
+        *args: Any,
+        output_type: str | None = "np",
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> WanPipelineOutput | tuple:
+        """Generate videos. Arguments are those of `diffusers.WanPipeline`, but for these:
+
+        Args:
+            height, width: pixels, any number. What the model cannot do is made larger and cropped in the middle.
+            num_frames: any number; the model makes 4k frames, and those behind `num_frames` are dropped.
+            output_type: "latent" gives `[B, C, T/4, H/f, W/f]` of the canvas, uncropped and scaled.
+
+        Raises:
+            ValueError: sizes under 1, or what `WanPipeline` refuses.
+        """
+        canvas = self._canvas(num_frames, height, width)
+        output = super().__call__(
+            prompt,
+            negative_prompt,
+            canvas.height,
+            canvas.width,
+            canvas.causal_frames,
+            *args,
+            output_type=output_type,
+            return_dict=False,
+            **kwargs,
+        )
+        return self._cropped(output, canvas, output_type, return_dict)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int = 32,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 77,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise `[B, C, T, H, W]`."""
+        return self._latents(
+            batch_size, num_channels_latents, height, width, num_frames, dtype, device, generator, latents
+        )
+
+
+__all__ = ["DCVideoGen", "DCVideoGenPipeline"]

@@ -1,0 +1,60 @@
+"""Reports and videos made by hand, so that every number on the page is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vidaccel.attention.records import CallRecord, RunReport
+from vidaccel.generation.report import Comparison, GeneratedVideo
+from vidaccel.generation.video import write_mp4
+
+
+@pytest.fixture
+def clip() -> np.ndarray:
+    """`[6, 32, 48, 3]` uint8: a bright square that moves over a gradient."""
+    y, x = np.mgrid[:32, :48]
+    frames = np.stack([np.stack([4 * x, 6 * y, np.full_like(x, 60)], -1) for _ in range(6)]).astype(np.uint8)
+    for index in range(6):
+        frames[index, 10:20, 4 + 5 * index : 14 + 5 * index] = 230
+    return frames
+
+
+def _records(method: str, details: dict, density: float = 0.25) -> tuple[CallRecord, ...]:
+    """3 steps of 2 layers with two branches; the first step is dense."""
+    return tuple(
+        CallRecord(
+            run=0, step=step, num_steps=3, branch=branch, model="transformer", layer=layer, method=method,
+            density=density if step else 1.0, reason="" if step else "first steps", backend="flex" if step else "dense",
+            plan_seconds=0.5 if step else 0.0, attention_seconds=0.25, details=details if step else {},
+        )
+        for step in range(3) for layer in range(2) for branch in ("cond", "uncond")
+    )  # fmt: skip
+
+
+@pytest.fixture
+def reports() -> dict[str, RunReport]:
+    """A report each of a method with head kinds and of one with clusters."""
+    sizes = {"q_cluster_sizes": list(range(0, 101, 10)), "k_cluster_sizes": [5.0] * 11}
+    return {
+        "svg": RunReport("svg", {"density": 0.25}, _records("svg", {"temporal": [1.0, 0.0, 0.0, 0.0]})),
+        "svg2": RunReport(
+            "svg2", {"top_p": 0.9}, _records("svg2", sizes), ("flex cannot do <this>: gather took over",)
+        ),
+    }
+
+
+@pytest.fixture
+def comparison(clip, reports, tmp_path: Path) -> Callable[..., Comparison]:
+    """`comparison(svg=frames, ...)`: dense, and a video for each name."""
+
+    def make(prompt: str = "a square", **frames: np.ndarray) -> Comparison:
+        videos = [GeneratedVideo("dense", clip, 8.0, None, 0.75, 0.5, 2.0)]
+        videos += [GeneratedVideo(name, f, 4.0, reports[name], 0.25, 0.5, 3.0) for name, f in frames.items()]
+        files = tuple(write_mp4(v.frames, tmp_path / f"{v.name}.mp4", 8) for v in videos)
+        return Comparison(prompt, tuple(videos), files, 8.0, 36, {"seed": "5"}, {"torch": "x.y"}, "vidaccel generate")
+
+    return make

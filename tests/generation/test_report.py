@@ -1,0 +1,178 @@
+"""The numbers are those of torchmetrics and of the records, and the page shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from vidaccel.generation.report import (
+    Comparison,
+    GeneratedVideo,
+    cluster_deciles,
+    compare,
+    format_psnr,
+    format_seconds,
+    summary,
+    temporal_share,
+    write_html,
+    write_json,
+)
+
+
+def test_identical_videos(clip):
+    metrics = compare(clip, clip.copy())
+    assert metrics.psnr == (math.inf,) * 6
+    assert metrics.ssim == (1.0,) * 6
+    assert metrics.identical_frames == 6
+    assert metrics.mean_psnr == math.inf
+
+
+def test_known_distance():
+    """Every value off by 16 of 255: PSNR is 20 log10(255 / 16) = 24.05 dB, whatever the picture."""
+    a = np.random.default_rng(0).integers(0, 200, (3, 32, 32, 3), dtype=np.uint8)
+    metrics = compare(a, a + 16)
+    assert metrics.psnr == pytest.approx((20 * math.log10(255 / 16),) * 3, abs=1e-3)
+
+
+def test_known_noise():
+    """Gaussian noise of sigma 8: the mean squared error is 64."""
+    generator = np.random.default_rng(0)
+    a = np.full((2, 256, 256, 3), 128, np.uint8)
+    noisy = (a + generator.normal(0, 8, a.shape)).round().clip(0, 255).astype(np.uint8)
+    metrics = compare(a, noisy)
+    assert metrics.mean_psnr == pytest.approx(20 * math.log10(255 / 8), abs=0.05)
+    assert metrics.mean_ssim < 0.5
+
+
+def test_equal_to_torchmetrics(clip):
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+    other = np.roll(clip, 3, axis=2)
+    metrics = compare(clip, other)
+    for index in range(len(clip)):
+        target, preds = (
+            torch.tensor(x[index] / 255.0, dtype=torch.float64).movedim(-1, 0)[None] for x in (clip, other)
+        )
+        assert metrics.psnr[index] == pytest.approx(
+            float(PeakSignalNoiseRatio(data_range=1.0)(preds, target)), abs=1e-4
+        )
+        expected = float(StructuralSimilarityIndexMeasure(data_range=1.0)(preds, target))
+        assert metrics.ssim[index] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_mean_over_the_frames_that_differ(clip):
+    """One identical frame does not make the mean infinite."""
+    other = clip.copy()
+    other[1:] = np.where(clip[1:] > 100, clip[1:] - 16, clip[1:] + 16)
+    metrics = compare(clip, other)
+    assert metrics.identical_frames == 1
+    assert metrics.mean_psnr == pytest.approx(20 * math.log10(255 / 16), abs=1e-3)
+
+
+def test_what_cannot_be_compared(clip):
+    with pytest.raises(ValueError, match="one shape"):
+        compare(clip, clip[:3])
+    with pytest.raises(ValueError, match="at least 11x11"):
+        compare(clip[:, :8, :8], clip[:, :8, :8])
+    dense = GeneratedVideo("dense", clip, 1.0)
+    with pytest.raises(ValueError, match="two or more videos"):
+        Comparison("", (dense,), (), 16, 1, {}, {}, "")
+
+
+def test_what_the_records_say(reports):
+    share = temporal_share(reports["svg"])
+    assert share.shape == (2, 3)
+    assert np.isnan(share[:, 0]).all()  # the dense step knows no head kinds
+    assert (share[:, 1:] == 0.25).all()
+    assert temporal_share(reports["svg2"]) is None
+    deciles = cluster_deciles(reports["svg2"])
+    assert deciles["query"].shape == (8, 11)
+    assert np.allclose(deciles["query"], np.arange(0, 101, 10))
+    assert cluster_deciles(reports["svg"]) is None
+
+
+def test_the_numbers_of_a_comparison(comparison, clip, tmp_path):
+    made = comparison(svg=clip, svg2=np.roll(clip, 1, axis=1))
+    numbers = json.loads(write_json(made, tmp_path / "report.json").read_text())
+    assert numbers == json.loads(json.dumps(summary(made)))
+    dense, svg, svg2 = numbers["videos"]
+    assert dense["times_faster_than_dense"] == 1
+    assert svg["times_faster_than_dense"] == 2
+    # JSON has no infinity.
+    assert svg["against_dense"]["psnr"] == [None] * 6
+    assert svg["against_dense"]["psnr_mean"] is None
+    assert svg["against_dense"]["identical_frames"] == 6
+    assert svg2["against_dense"]["psnr_mean"] == pytest.approx(made.metrics["svg2"].mean_psnr)
+    attention = svg2["attention"]
+    assert attention["mean_density"] == pytest.approx((1 + 0.25 + 0.25) / 3)
+    assert attention["density_layers_x_steps"] == [[1, 0.25, 0.25]] * 2
+    assert attention["plan_seconds"] == pytest.approx(8 * 0.5)
+    assert attention["attention_seconds"] == pytest.approx(12 * 0.25)
+    assert attention["dense_calls"] == {"first steps": 4}
+    assert attention["backends"] == {"dense": 4, "flex": 8}
+    assert attention["key_cluster_size_deciles"] == [5] * 11
+    assert svg["attention"]["temporal_head_share"] == 0.25
+
+
+def test_the_page(comparison, clip, tmp_path):
+    page = write_html(
+        comparison("1 < 2 & 'x'", svg=clip, svg2=np.roll(clip, 1, axis=1)), tmp_path / "p.html"
+    ).read_text()
+    text = " ".join(re.sub(r"<(style|script).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL).split())
+    assert "1 &lt; 2 &amp; &#39;x&#39;" in text
+    assert "6 frames of 48x32, 36 tokens in self-attention" in text
+    # 8 s against 4 s in all, 7.5 s against 3.5 s without the decoding.
+    assert "svg 4.0 s 2.00 identical 1.000 50 % 3.5 s 2.14 4.0 s 3.0 s 500 ms 3.0 s" in text
+    assert (
+        "8 of 12 calls were sparse, at a mean density of 25.0 %. "
+        "Dense: first steps (4). Computed by dense (4), flex (8)." in text
+    )
+    assert "flex cannot do &lt;this&gt;: gather took over" in text
+    assert "Nothing fell back." in text  # svg has no notes
+    assert "smallest 0, median 50, largest 100" in text
+    assert page.count('src="data:video/mp4;base64,') == 3
+
+
+def test_a_page_without_warm_up(comparison, clip, tmp_path):
+    from dataclasses import replace
+
+    made = comparison(svg=clip)
+    videos = tuple(replace(v, warm_up_seconds=None, step_seconds=None) for v in made.videos)
+    made = replace(made, videos=videos)
+    page = write_html(made, tmp_path / "page.html").read_text()
+    assert "warm-up" not in page
+    assert "one step was made and not counted" not in page
+
+
+def test_figures_take_the_colour_of_the_page(reports):
+    from vidaccel.generation.figures import INK, figure_svg, heat_map, line_chart, quantile_chart
+
+    figures = [
+        heat_map(reports["svg"].density_map(), "density"),
+        line_chart({"svg": (math.inf, 30.0, 31.0), "svg2": (math.inf,) * 3}, "PSNR (dB)", least_span=2),
+        quantile_chart(cluster_deciles(reports["svg2"])),
+    ]
+    for index, figure in enumerate(figures):
+        svg = figure_svg(figure, f"f{index}")
+        assert svg.startswith("<svg")
+        assert "currentColor" in svg
+        assert INK not in svg
+        assert "http" not in svg
+        assert not re.search(r'^<svg[^>]* (width|height)="', svg)
+        assert all(i.startswith(f"f{index}-") for i in re.findall(r'\bid="([^"]+)"', svg))
+
+
+def test_formats():
+    assert [format_seconds(s) for s in (None, 0.0421, 3.14159, 119.9, 754)] == [
+        "–",
+        "42 ms",
+        "3.1 s",
+        "119.9 s",
+        "12 min 34 s",
+    ]
+    assert [format_psnr(v) for v in (None, math.inf, 27.345)] == ["–", "identical", "27.3 dB"]

@@ -1,0 +1,128 @@
+"""MP4 files are whole or not there, play in browsers, and keep their colours."""
+
+from __future__ import annotations
+
+import subprocess
+
+import numpy as np
+import pytest
+
+from vidaccel.generation import video
+from vidaccel.generation.video import EncodingError, contact_sheet, read_mp4, staged, write_bytes, write_mp4
+
+
+def test_round_trip(clip, tmp_path):
+    path = write_mp4(clip, tmp_path / "clip.mp4", fps=12)
+    frames, fps = read_mp4(path)
+    assert frames.shape == clip.shape
+    assert fps == 12
+    # 4:2:0 blurs colour at edges; away from them a pixel is off by little, so neither matrix nor range is wrong.
+    assert np.abs(frames.astype(int) - clip).mean() < 4
+    assert np.abs(frames[0, 14, 8].astype(int) - 230).max() <= 3
+    assert {f.name for f in tmp_path.iterdir()} == {"clip.mp4"}
+
+
+@pytest.mark.parametrize("colour", [(220, 30, 30), (30, 200, 60), (20, 40, 220), (0, 0, 0), (255, 255, 255)])
+def test_colours(colour, tmp_path):
+    frames = np.full((3, 32, 32, 3), colour, np.uint8)
+    decoded, _ = read_mp4(write_mp4(frames, tmp_path / "c.mp4"))
+    assert np.abs(decoded[1, 16, 16].astype(int) - colour).max() <= 4
+
+
+def test_what_browsers_need(clip, tmp_path):
+    """H.264 with 4:2:0 colour, BT.709, and the index before the data, so that playing starts before the end."""
+    path = write_mp4(clip, tmp_path / "clip.mp4")
+    told = subprocess.run([video.encoder(), "-i", str(path)], capture_output=True, text=True).stderr
+    assert "Video: h264" in told
+    assert "yuv420p(tv, bt709" in told
+    data = path.read_bytes()
+    assert 0 < data.index(b"moov") < data.index(b"mdat")
+
+
+def test_an_existing_file_is_replaced(clip, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"old")
+    assert len(read_mp4(write_mp4(clip, tmp_path / "clip.mp4"))[0]) == len(clip)
+
+
+def test_a_failing_encoder_leaves_nothing(clip, tmp_path, monkeypatch):
+    """It wrote half a file and failed: neither that nor the temporary name is left, and the old file still is."""
+    fake = tmp_path / "ffmpeg"
+    fake.write_text('#!/bin/sh\nfor last; do :; done\necho half > "$last"\necho "no space left" >&2\nexit 1\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(video, "encoder", lambda: str(fake))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(EncodingError, match=r"could not write .*clip\.mp4: no space left"):
+        write_mp4(clip, folder / "clip.mp4")
+    assert list(folder.iterdir()) == []
+    (folder / "clip.mp4").write_bytes(b"old")
+    with pytest.raises(EncodingError):
+        write_mp4(clip, folder / "clip.mp4")
+    assert [f.read_bytes() for f in folder.iterdir()] == [b"old"]
+
+
+def test_interrupted_while_writing(tmp_path):
+    """Until the block ends the data lies in the same folder under another name, hidden; then it is gone."""
+
+    def write():
+        with staged(tmp_path / "clip.mp4") as temporary:
+            temporary.write_bytes(b"half")
+            assert temporary.parent == tmp_path
+            assert temporary.name.startswith(".")
+            assert not (tmp_path / "clip.mp4").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    write_bytes(b"whole", tmp_path / "clip.mp4")
+    assert (tmp_path / "clip.mp4").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "message"),
+    [
+        (np.zeros((2, 32, 32), np.uint8), 16, r"uint8 \[F, H, W, 3\], got uint8 \[2, 32, 32\]"),
+        (np.zeros((2, 32, 32, 3), np.float32), 16, "got float32"),
+        (np.zeros((0, 32, 32, 3), np.uint8), 16, r"\[0, 32, 32, 3\]"),
+        (np.zeros((2, 33, 32, 3), np.uint8), 16, "even width and height, got 32x33"),
+        (np.zeros((2, 32, 32, 3), np.uint8), 0, "fps is 0"),
+    ],
+)
+def test_frames_that_cannot_be_written(frames, fps, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write_mp4(frames, tmp_path / "clip.mp4", fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.mp4"):
+        read_mp4(tmp_path / "missing.mp4")
+
+
+def test_contact_sheet_shows_evenly_spaced_frames():
+    """Frame i is of grey 8 i; 5 of 31 frames are 0, 8, 15, 22 and 30."""
+    grey = np.repeat(np.arange(31, dtype=np.uint8) * 8, 20 * 40 * 3).reshape(31, 20, 40, 3)
+    sheet = contact_sheet({"up": grey, "down": grey[::-1].copy()}, columns=5, width=1000)
+    assert sheet.shape[1] == 1000
+    assert sheet.dtype == np.uint8
+
+    def runs(y):
+        """The greys of the pictures in a line of pixels, from left to right."""
+        line = [int(v) for v in sheet[y, :, 0]]
+        starts = [i for i in range(len(line) - 40) if len(set(line[i : i + 40])) == 1 and line[i] < 250]
+        return [line[i] for n, i in enumerate(starts) if n == 0 or line[i] != line[starts[n - 1]]]
+
+    rows = [runs(y) for y in range(0, sheet.shape[0], 4)]
+    assert [0, 64, 120, 176, 240] in rows
+    assert [240, 176, 120, 64, 0] in rows
+
+
+def test_contact_sheet_of_a_short_video(clip):
+    """Fewer frames than columns: each is there once, and not stretched over the page."""
+    sheet = contact_sheet({"dense": clip[:1]}, columns=7, width=1000)
+    assert sheet.shape[0] < 300
+    with pytest.raises(ValueError, match="one shape"):
+        contact_sheet({"a": clip, "b": clip[:3]})
+    with pytest.raises(ValueError, match="one shape"):
+        contact_sheet({})

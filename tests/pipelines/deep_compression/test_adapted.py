@@ -1,0 +1,141 @@
+"""Adapter-only weights: loading them onto their base model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tiny_adapter import TINY, write_adapter
+
+from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
+from vidaccel.generation.request import inspect_model
+from vidaccel.pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_base_with_what_was_trained_and_the_lora_merged(tmp_path, lora):
+    wanted = write_adapter(tmp_path / "adapter", lora=lora).state_dict()
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+    made = pipe.transformer.state_dict()
+    assert made.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(made[name], value, atol=1e-5, rtol=1e-5)
+    pipe.set_progress_bar_config(disable=True)
+    video = pipe("a red circle", height=20, width=30, num_frames=5, num_inference_steps=2, output_type="pt").frames
+    assert video.shape == (1, 5, 3, 20, 30) and video.isfinite().all()
+
+
+def test_saved_whole_it_is_the_same(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+    pipe.save_pretrained(tmp_path / "whole")
+    again = DCVideoGenPipeline.from_pretrained(tmp_path / "whole")
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(again.transformer.state_dict()[name], value)
+
+
+def test_dtypes_of_the_parts(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    dtypes = {"default": torch.bfloat16, "vae": torch.float32}
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", dtype=dtypes)
+    assert pipe.vae.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
+    block = pipe.transformer.blocks[0]
+    assert block.attn1.to_q.weight.dtype == pipe.transformer.patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_another_autoencoder_may_be_given(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    AutoencoderDCV(**{**TINY, "chunk_size": 16}).save_pretrained(tmp_path / "other")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder=tmp_path / "other")
+    assert pipe.vae.config.chunk_size == 16
+
+
+def test_what_its_configs_say(tmp_path):
+    write_adapter(tmp_path / "text")
+    facts = inspect_model(str(tmp_path / "text"))
+    assert facts.pipeline_class == "DCVideoGenPipeline" and facts.makes_any_size
+    assert (facts.size_factor, facts.frame_factor, facts.patch, facts.pad_frames) == (4, 4, (1, 1, 1), 0)
+    assert facts.layout(9, 40, 70).tokens == 3 * 12 * 20  # made as 12 frames of 80x48
+    write_adapter(tmp_path / "image", in_channels=20)
+    assert inspect_model(str(tmp_path / "image")).pipeline_class == DCVideoGenImageToVideoPipeline.__name__
+
+
+def test_an_adapter_to_another_model(tmp_path):
+    config = dict(WanTransformer3DModel.load_config(demo.path(), subfolder="transformer"))
+    write_adapter(tmp_path / "deeper", transformer={**config, "in_channels": 8, "out_channels": 8, "num_layers": 40})
+    with pytest.raises(
+        AdapterError, match=r"40 layers, and .* has 6: give the model it was made from, demo, with base="
+    ):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "deeper")
+    write_adapter(tmp_path / "wider", transformer={**config, "in_channels": 9, "out_channels": 8})
+    with pytest.raises(
+        AdapterError, match=r"patch_embedding.weight is \[192, 8, 1, 1, 1\] in the adapter and \[192, 9"
+    ):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "wider")
+
+
+def test_an_adapter_without_its_head(tmp_path):
+    """It would make a video of a head that starts at zero."""
+    write_adapter(tmp_path / "adapter")
+    file = tmp_path / "adapter" / FULL_FILE
+    save_file({name: value for name, value in load_file(file).items() if name.startswith("patch")}, file)
+    with pytest.raises(AdapterError, match=r"lacks proj_out.bias, proj_out.weight, .* download the adapter again"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("content", ["{", '{"base": "demo"}'])
+def test_facts_that_cannot_be_read(tmp_path, content):
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / FACTS_FILE).write_text(content)
+    with pytest.raises(AdapterError, match=r"adapter\.json (cannot be read|lacks autoencoder, lora, transformer)"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+
+
+def test_the_autoencoder_is_found_from_the_folder_of_the_adapter(tmp_path):
+    write_adapter(tmp_path / "run" / "adapter", autoencoder="../pipeline/vae")
+    (tmp_path / "run" / "adapter" / "vae").rename(tmp_path / "vae")
+    with pytest.raises(
+        AdapterError, match=r"the autoencoder in \.\./pipeline/vae, which is not there: .* autoencoder="
+    ):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "pipeline").mkdir()
+    (tmp_path / "vae").rename(tmp_path / "run" / "pipeline" / "vae")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "moved" / "adapter")
+    assert pipe.vae.config.latent_channels == 8
+
+
+def test_the_built_in_lora_is_one_of_diffusers():
+    """What `load_lora_weights` of a stock pipeline reads, with all of its layers."""
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.load_lora_weights(demo.path(demo.DC), weight_name=LORA_FILE)
+    loaded = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+    assert len(loaded) == len(load_file(demo.path(demo.DC) / LORA_FILE)) > 0
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 64
+
+
+def test_components_that_are_given_are_used(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    write_adapter(tmp_path / "adapter")
+    vae, scheduler = AutoencoderDCV(**{**TINY, "chunk_size": 16}), FlowMatchEulerDiscreteScheduler()
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", vae=vae, scheduler=scheduler)
+    assert pipe.vae is vae and pipe.scheduler is scheduler
+    with pytest.raises(AdapterError, match="is an adapter, which changes the transformer of its base: .*base="):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", transformer=pipe.transformer)
+    with pytest.raises(ValueError, match="autoencoder= and vae= both give the autoencoder"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", vae=vae, autoencoder=tmp_path)
+
+
+def test_an_autoencoder_as_a_published_file(tmp_path):
+    from vidaccel.autoencoders.convert import write_published_file
+
+    write_adapter(tmp_path / "adapter")
+    write_published_file(tmp_path / "adapter" / "vae", tmp_path / "files" / "dc-ae-v-1.0-f4t4c8.pt")
+    given = {"autoencoder": tmp_path / "files", "autoencoder_config": {"chunk_size": 8, "scaling_factor": 0.5}}
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", **given)
+    assert (pipe.vae.config.chunk_size, pipe.vae.config.scaling_factor) == (8, 0.5)
+    with pytest.raises(ValueError, match=r"autoencoder_config \(chunk_size\) is for a DC-AE-V file, and .*vae has its"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder_config={"chunk_size": 8})
