@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import first_line
 from .adapted import is_adapter
-from .published_files import LayoutError, first_line, hub_options, own_autoencoder
+from .published_files import LayoutError, hub_options, own_autoencoder
 from .published_parts import wanted_files
 
 logger = logging.getLogger(__name__)
