@@ -164,7 +164,7 @@ class BlockPlan:
         """The same plan on another device."""
         names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order")
         moved = {name: getattr(self, name) for name in names}
-        selection = None if self.selection is None else tuple(t.to(device) for t in self.selection)
+        selection = None if self.selection is None else (self.selection[0].to(device), self.selection[1].to(device))
         tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}
         skipped = None if self.skipped is None else self.skipped.to(device)
         return replace(self, **tensors, selection=selection, skipped=skipped)

@@ -172,8 +172,21 @@ def prepare(
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))
         notes.append(f"The file has {wide}x{high} pixels, the last row or column twice: H.264 needs even sizes.")
-    more = {"offload": offload, "tiling": tiling, "pipe": pipe, "notes": tuple(notes)}
-    return Job(facts, settings, layout, methods, why, compare, sparse.backend, place, chosen_dtype, **more)
+    return Job(
+        facts,
+        settings,
+        layout,
+        methods,
+        why,
+        compare,
+        sparse.backend,
+        place,
+        chosen_dtype,
+        offload=offload,
+        tiling=tiling,
+        pipe=pipe,
+        notes=tuple(notes),
+    )
 
 
 def _refuse_placing(**given: Any) -> None:

@@ -227,7 +227,7 @@ def _converted(model: str, location: str, pipeline_class: str) -> str:
     if folder is None:
         raise BadInput("model", "it is in the layout in which DC-VideoGen is published", fix, value=model)
     try:
-        parts = known_parts(location, folder)
+        parts: dict[str, Any] = known_parts(location, folder)
         return str(cached_conversion(folder, pipeline_class, **parts, options={"local_files_only": True}))
     except ValueError as error:
         raise BadInput("model", first_line(error).rstrip("."), fix, value=model) from error

@@ -78,7 +78,7 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
         ]
         # fmt: on
         # A session of its own: Ctrl-C in a terminal must reach this process, which then ends the encoder, not both.
-        done = subprocess.run(command, input=memoryview(frames).cast("B"), capture_output=True, start_new_session=True)
+        done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, start_new_session=True)
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             raise EncodingError(f"ffmpeg could not write {path}: {lines[-1] if lines else f'exit {done.returncode}'}")
