@@ -66,12 +66,12 @@ def test_dc_demo(tmp_path):
 
 
 def test_cpu_speed(tmp_path):
-    work = ["--rounds", "1", "--frames", "33", "--size", "128", "--density", "0.5", "--backend", "gather"]
+    work = ["--rounds", "1", "--frames", "65", "--size", "128", "--density", "0.5", "--backend", "gather"]
     run("cpu_speed.py", *work, "--out", str(tmp_path))
     rows = table(tmp_path / "cpu_speed.csv")
     assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2"]
     assert all(0.4 < float(r["density"]) < 0.6 for r in rows[1:])
-    assert "Speed on the CPU, 576 tokens" in (tmp_path / "cpu_speed.md").read_text()
+    assert "Speed on the CPU, 1,088 tokens" in (tmp_path / "cpu_speed.md").read_text()
 
 
 def test_attention_goes_on_where_it_stopped(tmp_path):
