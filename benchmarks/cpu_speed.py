@@ -169,8 +169,8 @@ def main(
         f"One step is one forward pass of the demo transformer ({model['layers']} layers, {model['heads']} heads of "
         f"64, float32) on the latents of {frames} frames of {size}x{size}. Dense is torch's SDPA in the same process. "
         f"Median of {rounds} with the smallest and largest in brackets; the warm-up step before each (first plan, 50 "
-        "k-means iterations, compilation) is not counted. Attention includes permutations, planning is apart. The second table "
-        "is one attention call on random q, k, v per kind of plan.\n\n"
+        "k-means iterations, compilation) is not counted. Attention includes permutations, planning is apart. The "
+        "second table is one attention call on random q, k, v per kind of plan.\n\n"
         "OMP_WAIT_POLICY: "
         + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)")
         + ". PASSIVE, which "

@@ -55,7 +55,7 @@ def test_the_command_for_a_gpu_is_understood(tmp_path, monkeypatch):
 
     (arguments,) = [c for c in VIDACCEL if "cuda" in c]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "finds no CUDA device" in " ".join(result.output.split())
 
