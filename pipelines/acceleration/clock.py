@@ -56,7 +56,7 @@ class _Run:
         place: in the table, or a count of changes.
         first: the place of the first step.
         reading: of the last pass.
-        planned: whether the pipeline that made the table makes the run, so that its own plan holds.
+        own: whether the pipeline that made the table makes the run, so that what it announces holds.
         stepped: whether the scheduler was seen to count.
         direction: of the values: -1 falling, 1 rising, 0 not known yet.
         passes: of each model at this place.
@@ -70,7 +70,7 @@ class _Run:
     place: int
     first: int
     reading: _Reading
-    planned: bool = True
+    own: bool = True
     stepped: bool = False
     direction: int = 0
     passes: dict[str, int] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class _Run:
 
     def again(self, reading: _Reading, place: int = 0) -> _Run:
         """Another run under the same table."""
-        fresh = {"passes": {}, "usual": {}, "stepped": False, "direction": 0, "reading": reading}
+        fresh: dict[str, Any] = {"passes": {}, "usual": {}, "stepped": False, "direction": 0, "reading": reading}
         return replace(self, number=self.number + 1, place=place, first=place, **fresh)
 
 
@@ -97,12 +97,12 @@ class StepClock:
 
     Args:
         scheduler: gives the pipeline's scheduler of now (people swap it between runs); None when there is no pipeline.
-        planned: gives the number of steps that the pipeline says it will make (`num_timesteps`), asked only where the
+        announced: gives the number of steps that the pipeline says it will make (`num_timesteps`), asked only where the
             table does not tell; None when it says none.
     """
 
-    def __init__(self, scheduler: Callable[[], Any], planned: Callable[[], int | None] = lambda: None) -> None:
-        self._scheduler, self._planned = scheduler, planned
+    def __init__(self, scheduler: Callable[[], Any], announced: Callable[[], int | None] = lambda: None) -> None:
+        self._scheduler, self._announced = scheduler, announced
         self._run: _Run | None = None
         self.notes: list[str] = []
         """What a reader of a report should know of the counting."""
@@ -164,13 +164,13 @@ class StepClock:
         run.by = _By.TABLE if follows else _By.CHANGE
         if not follows and reading.value != run.reading.value:
             self._note(scheduler)
-            run.planned = False
+            run.own = False
         return self._told_by_values(run, reading, model, branches)
 
     def _of_another(self, scheduler: Any, run: _Run, reading: _Reading) -> _Run:
         self._note(scheduler)
         number = run.number if self._run is None or run is not self._run else run.number + 1
-        return _Run(number, _By.CHANGE, run.table, (), 0, 0, reading, planned=False)
+        return _Run(number, _By.CHANGE, run.table, (), 0, 0, reading, own=False)
 
     def _note(self, scheduler: Any) -> None:
         text = (
@@ -216,7 +216,7 @@ class StepClock:
         """How many steps the run has; None when nothing tells."""
         if run.by is not _By.CHANGE:
             return len(run.rows) - run.first
-        return self._planned() if run.planned and run.table is not None else None
+        return self._announced() if run.own and run.table is not None else None
 
 
 def miscounts(records: Iterable[CallRecord]) -> list[str]:

@@ -117,7 +117,7 @@ def test_which_pipeline_it_is(tmp_path, parts, image, name):
 
 def test_what_a_video_will_take(vidaccel, tmp_path):
     source = write_published(tmp_path / "source")
-    result = vidaccel("info", "--plan", "--model", source, "--frames", 8, "--height", 64, "--width", 64)
+    result = vidaccel("info", "--forecast", "--model", source, "--frames", 8, "--height", 64, "--width", 64)
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     assert "8 (2 x 2 x 2)" in words
