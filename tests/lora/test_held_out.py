@@ -42,7 +42,7 @@ class Thumbnails(Encoder):
 class Letters(TextEncoder):
     """A state for each letter."""
 
-    identity = "letters"
+    identity, length = "letters", 8
 
     def __init__(self) -> None:
         self.calls, self.parked = [], 0
@@ -50,6 +50,9 @@ class Letters(TextEncoder):
     def encode(self, prompts):
         self.calls += prompts
         return [{"states": torch.zeros(len(prompt), 4)} for prompt in prompts]
+
+    def count(self, prompts):
+        return [len(prompt) for prompt in prompts]
 
     def park(self):
         self.parked += 1
