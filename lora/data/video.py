@@ -67,7 +67,7 @@ def probe_video(path: Path) -> Media:
         times = sorted(set(times))
         count, first = len(times), times[0]
         fps = _even_rate(times, unit, declared)
-    else:  # some old files have no time stamps, but a rate
+    else:
         first, fps = None, declared[0] if declared else Fraction(1)
     if fps is not None:
         return Media(height, width, count, fps, count / fps, first, hdr=hdr)
@@ -154,15 +154,20 @@ class _Clock:
 
 
 def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[list[int | None], int]:
-    """The time stamps of all frames that are shown, in the order of the file, and how long the last of them lasts."""
-    times, last = [], 0
+    """The time stamps of all frames that are shown, in the order of the file, and how long the last of them lasts.
+
+    AVI has none, only an order of storage; from that libav guesses, wrongly where frames are stored out of order. They
+    are None then.
+    """
+    times, last, reordered = [], 0, False
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:
             times.append(packet.pts)
             last = packet.duration or last
+            reordered |= packet.pts != packet.dts
     if not times:
         raise ValueError("it holds no frame")
-    return times, last
+    return ([None] * len(times) if reordered and container.format.name == "avi" else times), last
 
 
 def _even_rate(times: Sequence[int], unit: Fraction, declared: Sequence[Fraction]) -> Fraction | None:
