@@ -170,8 +170,9 @@ def _swapped(profile: bytes) -> bytes:
 def test_several_frames_are_refused(tmp_path, quarters, suffix):
     other = Image.new("RGB", quarters.size)
     quarters.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[other, quarters])
-    with pytest.raises(PictureError, match=rf"a.{suffix} cannot be read as a picture: it holds 3 frames or pages"):
-        read_picture(tmp_path / f"a.{suffix}")
+    for read in (read_picture, picture_size):
+        with pytest.raises(PictureError, match=rf"a.{suffix} cannot be read as a picture: it holds 3 frames or pages"):
+            read(tmp_path / f"a.{suffix}")
 
 
 def test_a_picture_with_a_preview_is_one_picture(tmp_path, quarters):
