@@ -70,8 +70,6 @@ def run(
     accelerator = make_accelerator(config)
     process = Process(accelerator.device, accelerator.process_index, accelerator.num_processes)
     if encode_only:
-        made = cls(config, process)
-        made.prepare()
-        facts = made.encode()
+        facts = cls(config, process).encode()
         return facts if process.is_main else {}
     return Trainer(cls(config, process), accelerator).run(resume)

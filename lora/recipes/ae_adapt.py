@@ -87,10 +87,11 @@ class AEAdapt(Recipe):
 
     def encode(self) -> dict[str, Any]:
         data = self.config.data
-        if self.cache is None:
+        if data.cache is None:
             raise ConfigError("data.cache is missing: with --encode-only, say in which folder encodings are kept.")
-        if self.flowing.members is None:
+        if data.kind == "demo" and data.clips is None:
             raise ConfigError("clips that are endless cannot be encoded beforehand: set data.clips.")
+        self.prepare()
         phases = self.config.phases
         used = [self.aligning] if self.aligning is not None else []
         used += [self.flowing] if phases.head.steps or phases.lora.steps else []

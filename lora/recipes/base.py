@@ -142,7 +142,7 @@ class Recipe(ABC):
         """The phases in order, those with 0 steps included; called before `prepare`, so they load nothing yet."""
 
     def encode(self) -> dict[str, Any]:
-        """Fill the caches that the run would fill, and nothing else; called in every process, after `prepare`.
+        """Fill the caches that the run would fill, and nothing else; called in every process, instead of `prepare`.
 
         Returns:
             What to tell the user.

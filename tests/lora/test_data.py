@@ -1,4 +1,4 @@
-"""Plans, scenes, folders of videos and images, caches."""
+"""Plans, scenes, folders of videos and images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from vidaccel.demo import world
-from vidaccel.lora.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.data.cache import TensorCache, fingerprint
 from vidaccel.lora.data.captions import read_captions
 from vidaccel.lora.data.dataset import open_dataset, sturdy_pixels
 from vidaccel.lora.data.decode import probe, read_clip
@@ -341,35 +339,3 @@ def test_folders_that_cannot_be_used(tmp_path, video_folder):
         MediaFolder.open(data(video_folder)).members((SizeSettings(100, 32, 32),))
     with pytest.raises(ConfigError, match="folder is missing: kind is videos"):
         DataSettings(kind="videos")
-
-
-# -- caches ------------------------------------------------------------------------------------------------------------
-
-
-def test_cached_tensors(tmp_path):
-    cache = TensorCache(tmp_path)
-    assert cache.read("a", "b") is None and not cache.has("a", "b")
-    cache.write({"x": torch.ones(2, dtype=torch.bfloat16)}, "a", "b")
-    assert torch.equal(cache.read("a", "b")["x"], torch.ones(2, dtype=torch.bfloat16)) and cache.read("a", "c") is None
-    cache.path("a", "b").write_bytes(b"damaged")
-    assert cache.read("a", "b") is None
-    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 1
-
-
-def test_a_cache_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="the cache .*file cannot be written"):
-        TensorCache(tmp_path / "file").write({"x": torch.ones(1)}, "a")
-
-
-def test_fingerprints():
-    torch.manual_seed(0)
-    first = torch.nn.Linear(300, 300)
-    second = torch.nn.Linear(300, 300)
-    before = fingerprint(first)
-    assert before == fingerprint(first) != fingerprint(second)
-    second.load_state_dict(first.state_dict())
-    assert fingerprint(second) == before
-    with torch.no_grad():
-        second.bias.add_(1e-3)
-    assert fingerprint(second) != before
