@@ -163,6 +163,22 @@ def test_a_file_that_is_damaged_in_the_run_is_made_again_by_the_next(tmp_path):
     assert encoder.clips == 1 and file.exists()
 
 
+def test_processes_look_before_one_of_them_writes(tmp_path):
+    """Else they would share lists that differ, and some clips would be encoded by none of them."""
+    encoder, seen = Rows(), []
+
+    class First(Process):
+        """Notes how many clips are encoded whenever it waits for the second."""
+
+        def wait(self):
+            seen.append(encoder.clips)
+
+    made = latents(TensorCache(tmp_path), encoder, Words())
+    made._texts.fill = lambda *_: None  # it waits as well
+    made.fill(First(torch.device("cpu"), 0, 2))
+    assert seen == [0, 3]
+
+
 def test_clips_that_come_more_often_are_encoded_once(tmp_path):
     encoder = Rows()
     made = latents(TensorCache(tmp_path), encoder, Words(), Repeated(clips=4))
