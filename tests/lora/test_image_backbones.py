@@ -190,7 +190,7 @@ def test_tokens_of_prompts_are_counted_as_the_pipeline_cuts_them(bases, name):
     backbone = open_backbone(str(bases[name]), str(bases["new"]))
     backbone.text_length = 9
     encoder = backbone.text_encoder()
-    words = "a red circle moves left on a grey background below".split()
+    words = ["a", "red", "circle", "moves", "left", "on", "a", "grey", "background", "below"]
     texts = [" ".join(words[:count]) for count in range(5, 11)]
     counts = encoder.count(texts)
     assert counts == list(range(counts[0], counts[0] + 6)) and counts[0] <= encoder.length - 1 and counts[-1] > 9
