@@ -38,6 +38,7 @@ _PUBLIC = {
     "attention": ".attention",
     "autoencoders": ".autoencoders",
     "demo": ".demo",
+    "generate": ".generation.api",
     "pipelines": ".pipelines",
     "restore": ".pipelines",
     "sparse_attention": ".attention",

@@ -87,8 +87,9 @@ def reconstruction(pipes: dict, clips: int) -> list[dict]:
 def speed(pipes: dict, rounds: int) -> list[dict]:
     """Seconds a step and of decoding, the models in turns: median, lowest and highest of several runs of 10 steps."""
     from vidaccel.demo import modeling
-    from vidaccel.generation.request import Settings, inspect_model
-    from vidaccel.generation.run import generate
+    from vidaccel.generation.model_facts import inspect_model
+    from vidaccel.generation.request import Settings
+    from vidaccel.generation.run import make_video
 
     measured: dict[str, list] = {name: [] for name in pipes}
     settings = {
@@ -104,7 +105,7 @@ def speed(pipes: dict, rounds: int) -> list[dict]:
     }
     for number in range(rounds + 1):
         for name, pipe in pipes.items():
-            video = generate(pipe, settings[name], name, None)
+            video = make_video(pipe, settings[name], name, None)
             if number:  # the first is a warm-up
                 measured[name].append(video)
     rows = []

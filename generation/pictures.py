@@ -145,8 +145,10 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     # What PIL's readers raise for damaged files, each its own.
-    damage = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
-    damage += (struct.error, zlib.error, Image.DecompressionBombError)
+    damage = (
+        *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+        *(struct.error, zlib.error, Image.DecompressionBombError),
+    )
     try:
         with Image.open(path) as image:
             yield image

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from vidaccel.autoencoders import AutoencoderDCV
+from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
-from vidaccel.generation.request import BadInput, Settings
+from vidaccel.generation.request import Settings
 from vidaccel.generation.video import read_mp4
 from vidaccel.lora.adapter import save_adapter
 from vidaccel.pipelines.deep_compression import adapted
@@ -75,7 +76,7 @@ def test_an_autoencoder_that_is_not_there_is_named(vidaccel, adapter, edit_json,
     result = vidaccel(*command, "--model", adapter)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "the autoencoder that adapter.json names, /gone/deep, is not there" in result.stderr
-    assert f"copy the folder of its AutoencoderDCV to {adapter / 'vae'}" in result.stderr
+    assert f"Copy the folder of its AutoencoderDCV to {adapter / 'vae'}" in result.stderr
 
 
 def test_an_autoencoder_of_another_kind_is_refused(vidaccel, adapter, tiny_model, edit_json):

@@ -158,7 +158,7 @@ def test_without_a_method_a_short_video_stays_dense(vidaccel, tiny_model, tmp_pa
 
 def test_without_a_method_a_long_video_is_sparse(vidaccel, tiny_model, tmp_path, monkeypatch):
     """48 tokens are many here."""
-    monkeypatch.setattr("vidaccel.cli.options.MIN_SPARSE_TOKENS", 48)
+    monkeypatch.setattr("vidaccel.generation.methods.MIN_SPARSE_TOKENS", 48)
     monkeypatch.setenv("COLUMNS", "400")
     options = (*SMALL, "--backend", "gather", "--out", tmp_path / "out.mp4")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
@@ -193,7 +193,8 @@ def test_a_run_with_sparse_steps_has_no_such_line(vidaccel, tiny_model, tmp_path
 
 def test_defaults_of_a_real_model(tiny_configs):
     """Frames, size, steps and guidance come from the pipeline's own signature."""
-    from vidaccel.generation.request import Settings, inspect_model
+    from vidaccel.generation.model_facts import inspect_model
+    from vidaccel.generation.request import Settings
 
     settings = Settings("a dot", steps=7).checked(inspect_model(str(tiny_configs)))
     values = (settings.frames, settings.height, settings.width, settings.steps, settings.guidance_scale)
@@ -243,13 +244,13 @@ def test_interrupted(number, code, tiny_model, tmp_path, child_environment):
 import sys
 from vidaccel.generation import run as generation
 from vidaccel.cli import main
-original = generation.generate
-def generate(pipe, settings, name, *args, on_step, **kwargs):
-    def told(done, total):
-        on_step(done, total)
+original = generation.make_video
+def make_video(pipe, settings, name, *args, on_step, **kwargs):
+    def told(done, total, latents):
+        on_step(done, total, latents)
         print(f"step {done} of {name}", flush=True)
     return original(pipe, settings, name, *args, on_step=told, **kwargs)
-generation.generate = generate
+generation.make_video = make_video
 main()
 """
     size = ("--frames", 9, "--height", 64, "--width", 64, "--device", "cpu", "--threads", 1)

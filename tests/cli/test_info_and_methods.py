@@ -9,7 +9,7 @@ import torch
 
 from vidaccel.attention import METHODS
 from vidaccel.attention.backends import BACKENDS
-from vidaccel.generation.request import MIN_SPARSE_TOKENS
+from vidaccel.generation.methods import MIN_SPARSE_TOKENS
 
 
 def _words(text: str) -> str:
@@ -46,7 +46,7 @@ def test_why_a_backend_cannot_run(vidaccel, monkeypatch):
     assert "needs a Tuesday" in _words(vidaccel("info").stdout)
     result = vidaccel("generate", "a dot", "--method", "svg2", "--backend", "gather", "--device", "cpu")
     assert result.exit_code == 2
-    assert "--backend gather cannot be used here: it needs a Tuesday" in result.stderr
+    assert "--backend is gather: it cannot be used here: it needs a Tuesday" in result.stderr
 
 
 def test_help_imports_nothing_heavy(child_environment, tmp_path):
@@ -90,9 +90,9 @@ def test_a_plan_for_an_adapter_counts_its_base(vidaccel, monkeypatch):
 def test_options_of_a_plan_need_it(vidaccel):
     result = vidaccel("info", "--frames", "3", "--dtype", "nope")
     assert result.exit_code == 2
-    assert result.stderr == "Error: --frames, --dtype: only together with --plan: add that, or leave them out.\n"
+    assert result.stderr == "Error: --frames, --dtype are of use only together with --plan. Leave them out.\n"
     result = vidaccel("info", "--model", "demo")
-    assert result.exit_code == 2 and "--model: only together with --plan: add that, or leave it out." in result.stderr
+    assert result.exit_code == 2 and "--model is of use only together with --plan. Leave it out." in result.stderr
 
 
 def test_the_version(vidaccel):
@@ -117,7 +117,7 @@ def test_the_help_of_generate_names_every_method(vidaccel, monkeypatch):
 
 
 def test_threads_are_counted_in_words(monkeypatch):
-    from vidaccel.generation.run import environment
+    from vidaccel.generation.machine import environment
 
     for threads, words in ((1, "torch uses 1 thread"), (2, "torch uses 2 threads")):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
