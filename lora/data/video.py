@@ -219,8 +219,8 @@ def _converted(frame: av.VideoFrame, media: Media, cut: Cut, graphs: dict[tuple,
         media, cut: of the clip.
         graphs: those made so far; in some files the size or the colours change.
     """
-    key = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, frame.color_trc)
-    key += (_turned(frame),)
+    shape, colours = (frame.width, frame.height), (frame.colorspace, frame.color_range, frame.color_trc)
+    key = (shape, frame.format.name, colours, _turned(frame))
     if key not in graphs:
         graphs[key] = _graph(frame, media, cut)
     graphs[key].vpush(frame)
@@ -228,8 +228,8 @@ def _converted(frame: av.VideoFrame, media: Media, cut: Cut, graphs: dict[tuple,
     if pixels.shape[2] == 3:
         return pixels
     # What is transparent, in a GIF, lies on white, as in pictures.
-    colours, alpha = pixels[..., :3].astype(np.float32), pixels[..., 3:].astype(np.float32) / 255
-    return (colours * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    shown, alpha = pixels[..., :3].astype(np.float32), pixels[..., 3:].astype(np.float32) / 255
+    return (shown * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
 
 def _graph(frame: av.VideoFrame, media: Media, cut: Cut) -> av.filter.Graph:
@@ -270,10 +270,9 @@ def _turned(frame: av.VideoFrame) -> tuple[tuple[str, str], ...]:
     Raises:
         ValueError: it is to be turned by less than a quarter.
     """
-    side = frame.side_data.get("DISPLAYMATRIX")
-    if side is None:
+    if "DISPLAYMATRIX" not in frame.side_data:
         return ()
-    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)[:5].tolist()
     largest = max(map(abs, (a, b, c, d)))
     signs = tuple(0 if abs(value) < largest / 100 else 1 if value > 0 else -1 for value in (a, b, c, d))
     if signs not in _TURNS:
@@ -289,7 +288,7 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
     try:
         with av.open(str(path)) as container:
             stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
+            if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
                 raise ValueError("it has no picture stream that can be decoded here")
             stream.codec_context.thread_type = "AUTO"
             stream.codec_context.thread_count = min(_MOST_THREADS, torch.get_num_threads())
