@@ -185,6 +185,12 @@ def _say_what_is_special(entries: Sequence[Entry], fps: float | None) -> None:
             "%d videos have less than data.fps = %g frames per second, so some of their frames come twice: %s",
             len(slow), fps, some(slow),
         )  # fmt: skip
+    woven = [entry.path.name for entry in entries if entry.media.interlaced]
+    if woven:
+        logger.warning(
+            "%d videos are interlaced and are taken as they are, with combs where something moves: %s",
+            len(woven), some(woven),
+        )  # fmt: skip
     hdr = [entry.path.name for entry in entries if entry.media.hdr]
     if hdr:
         logger.warning("%d videos are HDR and are taken in the range of others (BT.709): %s", len(hdr), some(hdr))

@@ -25,6 +25,7 @@ class Media:
         first: time stamp of the first frame, in units of the stream; None where the frames have none.
         variable: whether the frames are not evenly spaced.
         hdr: whether it is in high dynamic range (PQ or HLG).
+        interlaced: whether each frame is two half pictures, of two moments.
     """
 
     height: int
@@ -35,6 +36,7 @@ class Media:
     first: int | None = None
     variable: bool = False
     hdr: bool = False
+    interlaced: bool = False
 
     def __post_init__(self) -> None:
         for name in ("fps", "seconds"):  # as JSON has them, they are text

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,10 +58,10 @@ def probe_video(path: Path) -> Media:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise ValueError("it holds no frame")
-        height, width = frame.height, round(frame.width * sar)
+        height, width = frame.height, max(1, round(frame.width * sar))
         if any(name == "transpose" for name, _ in _turned(frame)):
             height, width = width, height
-        hdr = frame.color_trc in _HDR
+        flags = {"hdr": frame.color_trc in _HDR, "interlaced": frame.interlaced_frame}
     count, known = len(times), None not in times
     if known:
         times = sorted(set(times))
@@ -70,10 +70,10 @@ def probe_video(path: Path) -> Media:
     else:
         first, fps = None, declared[0] if declared else Fraction(1)
     if fps is not None:
-        return Media(height, width, count, fps, count / fps, first, hdr=hdr)
+        return Media(height, width, count, fps, count / fps, first, **flags)
     span = (times[-1] - times[0]) * unit
     seconds = span + (last * unit if last else span / (count - 1))
-    return Media(height, width, count, count / seconds, seconds, first, variable=True, hdr=hdr)
+    return Media(height, width, count, count / seconds, seconds, first, variable=True, **flags)
 
 
 def read_frames(path: Path, media: Media, cut: Cut) -> np.ndarray:
@@ -200,7 +200,8 @@ def _decoded(path: Path, clock: _Clock, first: int) -> Iterator[tuple[int, av.Vi
             missed = False
             for place, frame in enumerate(container.decode(stream)):
                 number = clock.number(frame.pts) if frame.pts is not None else place
-                missed = jump and place == 0 and number > first  # an index that is not exact
+                # An index that is not exact, or frames that can only be counted: from the start.
+                missed = jump and (frame.pts is None or (place == 0 and number > first))
                 if missed:
                     break
                 yield number, frame
@@ -270,9 +271,10 @@ def _turned(frame: av.VideoFrame) -> tuple[tuple[str, str], ...]:
     Raises:
         ValueError: it is to be turned by less than a quarter.
     """
-    if "DISPLAYMATRIX" not in frame.side_data:
+    side: Any = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
         return ()
-    a, b, _, c, d = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()
     largest = max(map(abs, (a, b, c, d)))
     signs = tuple(0 if abs(value) < largest / 100 else 1 if value > 0 else -1 for value in (a, b, c, d))
     if signs not in _TURNS:

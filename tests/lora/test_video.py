@@ -152,6 +152,12 @@ def test_frames_that_come_twice_are_said(tmp_path, folder_of, caplog):
     assert numbers(folder.pixels(Pick(0, (32, 32, 64), Place(0, 0, 1, 0))))[:4] == [0, 1, 1, 2]
 
 
+def test_interlaced_videos_are_said(tmp_path, folder_of, caplog):
+    ffmpeg(*greys(16, 25), "-vf", "interlace", *H264, "-flags", "+ilme+ildct", tmp_path / "a.mp4")
+    folder = folder_of(4)
+    assert folder.entries[0].media.interlaced and "1 videos are interlaced and are taken as they are" in caplog.text
+
+
 def test_gifs_are_videos_and_lie_on_white(tmp_path):
     ffmpeg(*greys(20, 10), tmp_path / "a.gif")
     assert probe(tmp_path / "a.gif", "videos").frames == 20
