@@ -288,7 +288,8 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
     import av
 
     try:
-        with av.open(str(path)) as container:
+        # Absolute, or a name with a colon would be a protocol. Titles need not be in UTF-8.
+        with av.open(str(path.absolute()), metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
                 raise ValueError("it has no picture stream that can be decoded here")

@@ -181,6 +181,19 @@ def test_what_has_no_picture_stream(tmp_path):
             probe(tmp_path / f"{name}.mp4", "videos")
 
 
+def test_names_and_titles_are_anything(tmp_path, monkeypatch):
+    """A name that looks like a protocol of ffmpeg's, and a title that is not in UTF-8."""
+    ffmpeg(*greys(4, 25), *H264, tmp_path / "a.mkv")
+    title = b"metadata=title=caf\xe9".decode("utf-8", "surrogateescape")
+    arguments = ("-i", tmp_path / "a.mkv", "-c", "copy", "-metadata", title.partition("=")[2], tmp_path / "b.mp4")
+    ffmpeg(*arguments)
+    assert b"caf\xe9" in (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "b.mp4").rename(tmp_path / "take 1: dawn%03d.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert probe(Path("take 1: dawn%03d.mp4"), "videos").frames == 4
+    assert numbers(clip_of(Path("take 1: dawn%03d.mp4"), 4)) == [0, 1, 2, 3]
+
+
 def test_one_frame(tmp_path):
     ffmpeg(*greys(1, 25), *H264, tmp_path / "a.mp4")
     assert probe(tmp_path / "a.mp4", "videos").frames == 1
@@ -309,6 +322,12 @@ def test_colours_that_are_not_named_are_those_that_players_assume(tmp_path):
     large = "scale=1344:224:flags=neighbor:out_color_matrix=bt709,format=yuv444p,setparams=colorspace=unknown"
     patches(tmp_path / "large.mp4", "-vf", large)
     assert np.abs(colours(tmp_path / "large.mp4") - COLOURS).max() <= 3
+
+
+@pytest.mark.parametrize("pixels", ["yuvj420p", "yuvj444p"])
+def test_motion_jpeg_counts_from_0_to_255(tmp_path, pixels):
+    patches(tmp_path / "a.avi", "-pix_fmt", pixels, "-c:v", "mjpeg", "-q:v", "1", "-f", "avi", tmp_path / "b.avi")
+    assert np.abs(colours(tmp_path / "b.avi") - COLOURS).max() <= 4
 
 
 def test_rgb_stays_rgb(tmp_path):
