@@ -33,7 +33,7 @@ def probe(path: Path, kind: str) -> Media:
     try:
         return Media(*picture_size(path))
     except PictureError as error:
-        raise Undecodable(str(error)) from error
+        raise Undecodable(str(error).removesuffix(".")) from error
 
 
 def read_clip(path: Path, media: Media, cut: Cut, kind: str) -> torch.Tensor:
@@ -54,5 +54,5 @@ def _image(path: Path, media: Media, cut: Cut) -> np.ndarray:
     try:
         picture = read_picture(path).resize((width, height), Image.Resampling.BICUBIC)
     except PictureError as error:
-        raise Undecodable(str(error)) from error
+        raise Undecodable(str(error).removesuffix(".")) from error
     return np.asarray(picture.crop((left, top, left + cut.width, top + cut.height)))[None].copy()

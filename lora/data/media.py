@@ -10,7 +10,7 @@ from ...generation.pictures import covering
 
 
 class Undecodable(OSError):
-    """A file that is no video or image, or a damaged one; the message names it."""
+    """A file that is no video or image, or a damaged one; the message names it, and is the beginning of a sentence."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
             known = facts["content"] if facts is not None else None
             return stamp, Known(media, known or (content(path) if contents else None))
         except Undecodable as error:
-            logger.warning("%s It is left out.", error)
+            logger.warning("%s; it is left out.", error)
         except OSError as error:
             logger.warning("%s cannot be read: %s; it is left out.", path, error)
         return None

@@ -86,14 +86,14 @@ def read_frames(path: Path, media: Media, cut: Cut) -> np.ndarray:
     chosen = clock.numbers(cut)
     there = sum(number < media.frames for number in chosen)
     if there < cut.frames:
-        raise Undecodable(f"{path} cannot be decoded: it ends after {there} of the {cut.frames} frames of a clip.")
+        raise Undecodable(f"{path} cannot be decoded: it ends after {there} of the {cut.frames} frames of a clip")
     made: dict[int, np.ndarray] = {}
     graphs: dict[tuple, av.filter.Graph] = {}
     wanted = set(chosen)
     for number, frame in _decoded(path, clock, chosen[0]):
         if number in wanted and number not in made:
             if frame.is_corrupt:
-                raise Undecodable(f"{path} cannot be decoded: its frame {number} is damaged.")
+                raise Undecodable(f"{path} cannot be decoded: its frame {number} is damaged")
             made[number] = _converted(frame, media, cut, graphs)
         if number >= chosen[-1]:
             break
@@ -101,7 +101,7 @@ def read_frames(path: Path, media: Media, cut: Cut) -> np.ndarray:
     if missing:
         raise Undecodable(
             f"{path} cannot be decoded: {len(missing)} of the {len(wanted)} frames of a clip are not there, the first "
-            f"of them frame {missing[0]}."
+            f"of them frame {missing[0]}"
         )
     return np.stack([made[number] for number in chosen])
 
@@ -300,4 +300,4 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
         raise
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise Undecodable(f"{path} cannot be decoded: {reason}.") from error
+        raise Undecodable(f"{path} cannot be decoded: {reason}") from error
