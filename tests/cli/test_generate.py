@@ -265,7 +265,7 @@ main()
             if line.startswith("step 3 of"):
                 process.send_signal(number)
                 break
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate()
     finally:
         process.kill()
     assert process.returncode == code, errors

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     shutil.copytree(root, folder / "checkout", ignore=leave_out, symlinks=True)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     command += ["--disable-pip-version-check", "--wheel-dir", str(folder), str(folder / "checkout")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     [built] = folder.glob("*.whl")
     return built
