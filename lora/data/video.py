@@ -62,13 +62,13 @@ def probe_video(path: Path) -> Media:
         if any(name == "transpose" for name, _ in _turned(frame)):
             height, width = width, height
         flags = {"hdr": frame.color_trc in _HDR, "interlaced": frame.interlaced_frame}
-    count, known = len(times), None not in times
-    if known:
-        times = sorted(set(times))
-        count, first = len(times), times[0]
-        fps = _even_rate(times, unit, declared)
-    else:
+    count, first = len(times), frame.pts
+    if None in times or first is None:
         first, fps = None, declared[0] if declared else Fraction(1)
+    else:
+        # A recording that begins within a group of pictures has frames that cannot be decoded before its first one.
+        times = _in_order(times, first)
+        count, fps = len(times), _even_rate(times, unit, declared)
     if fps is not None:
         return Media(height, width, count, fps, count / fps, first, **flags)
     span = (times[-1] - times[0]) * unit
@@ -123,7 +123,7 @@ class _Clock:
         with _opened(path) as (container, stream):
             self.unit = stream.time_base
             if media.variable:
-                self.times = sorted(set(_times(container, stream)[0]))
+                self.times = _in_order(_times(container, stream)[0], media.first)
 
     def numbers(self, cut: Cut) -> list[int]:
         """The frames of a clip; `media.frames` for those behind the end."""
@@ -170,6 +170,11 @@ def _times(container: av.container.InputContainer, stream: av.VideoStream) -> tu
     return ([None] * len(times) if reordered and container.format.name == "avi" else times), last
 
 
+def _in_order(times: Sequence[int], first: int) -> list[int]:
+    """The time stamps as they are shown, from the first frame that can be decoded on."""
+    return sorted({time for time in times if time >= first})
+
+
 def _even_rate(times: Sequence[int], unit: Fraction, declared: Sequence[Fraction]) -> Fraction | None:
     """The rate at which every frame lies within a quarter of its duration of where it should be; None without any."""
     if len(times) == 1:
@@ -197,7 +202,7 @@ def _decoded(path: Path, clock: _Clock, first: int) -> Iterator[tuple[int, av.Vi
                     container.seek(clock.stamp(first), stream=stream)
                 except av.FFmpegError:
                     continue  # a file without an index: from its start
-            missed = False
+            missed = jump  # where it leads behind the last frame
             for place, frame in enumerate(container.decode(stream)):
                 number = clock.number(frame.pts) if frame.pts is not None else place
                 # An index that is not exact, or frames that can only be counted: from the start.

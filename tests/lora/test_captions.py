@@ -52,6 +52,13 @@ def test_a_text_file_beside_each(reading):
     assert reading("a.mp4", "sub/b.mov", **texts) == {"a.mp4": "a cat, and a dog", "sub/b.mov": "café\nat night"}
 
 
+def test_a_text_file_in_another_unicode_form(reading, tmp_path):
+    """macOS writes names apart, and editors write them composed."""
+    (tmp_path / unicodedata.normalize("NFC", "café.txt")).write_text("x")
+    name = unicodedata.normalize("NFD", "café.mp4")
+    assert reading(name) == {name: "x"}
+
+
 def test_text_files_of_no_file_are_named(reading, caplog):
     reading("a.mp4", a_dot_txt="x", b_dot_txt="y")
     assert "no file belongs to b.txt, which is not read" in caplog.text

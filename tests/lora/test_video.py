@@ -62,16 +62,13 @@ def folder_of(tmp_path) -> Callable[..., MediaFolder]:
 RATES = [("24", 24), ("25", 25), ("30000/1001", 29.97), ("30", 30), ("50", 50), ("60000/1001", 59.94), ("12.5", 12.5)]
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi", "ts.mov"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi", "ts"])
 @pytest.mark.parametrize(("rate", "shown"), RATES)
 def test_a_clip_of_exactly_the_wanted_length_is_taken(tmp_path, folder_of, rate, shown, suffix):
     """Two seconds at any rate are 32 frames of 16 a second, whatever the time stamps are rounded to."""
     count = round(2 * shown)
     codec = ("-c:v", "libvpx-vp9", "-lossless", "1", "-cpu-used", "8") if suffix == "webm" else H264
-    if suffix == "ts.mov":  # the time stamps of a stream that starts anywhere
-        ffmpeg(*greys(count, rate), *H264, "-f", "mpegts", tmp_path / "a.mov")
-    else:
-        ffmpeg(*greys(count, rate), *codec, tmp_path / f"a.{suffix}")
+    ffmpeg(*greys(count, rate), *codec, tmp_path / f"a.{suffix}")
     for fps, frames in ((16, 32), (None, count)):
         folder = folder_of(frames, fps)
         (entry,) = folder.entries
@@ -107,7 +104,7 @@ def test_sound_and_the_header_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize("codec", [H264, (*H264, "-bf", "3", "-g", "30"), ("-c:v", "mpeg4", "-q:v", "1", "-bf", "2")])
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
 def test_clips_start_anywhere(tmp_path, codec, suffix):
     """Behind key frames, between them, and among frames that are stored out of order."""
     ffmpeg(*greys(60, 25, step=4), *codec, tmp_path / f"a.{suffix}")
@@ -123,6 +120,18 @@ def test_what_was_cut_without_encoding_starts_where_it_is_shown(tmp_path):
     media = probe(tmp_path / "cut.mp4", "videos")
     assert media.frames == 50
     assert numbers(clip_of(tmp_path / "cut.mp4", 50)) == list(range(10, 60))
+
+
+def test_a_recording_that_begins_between_key_frames(tmp_path):
+    """Its first frames cannot be decoded, since what they follow from is not there."""
+    ffmpeg(*greys(60, 25, step=4), "-c:v", "libx264", "-crf", "4", "-g", "20", "-bf", "2", tmp_path / "a.ts")
+    packets = (tmp_path / "a.ts").read_bytes()
+    (tmp_path / "cut.ts").write_bytes(packets[188 * (len(packets) // 188 // 4) :])
+    media = probe(tmp_path / "cut.ts", "videos")
+    assert (media.frames, media.fps) == (40, 25)
+    for start in (0, 13, 32):
+        wanted = list(range(20 + start, 28 + start))
+        assert numbers(clip_of(tmp_path / "cut.ts", 8, start=start), step=4) == wanted
 
 
 def test_a_variable_rate_is_said_and_sampled_by_time(tmp_path, folder_of, caplog):
