@@ -147,7 +147,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     # What PIL's readers raise for damaged files, each its own.
     damage = (
         *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-        *(struct.error, zlib.error, Image.DecompressionBombError),
+        *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
     )
     try:
         with Image.open(path) as image:

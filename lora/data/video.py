@@ -303,6 +303,6 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
             yield container, stream
     except Undecodable:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:  # the last: a stream that damage seems to add
         reason = getattr(error, "strerror", None) or error
         raise Undecodable(f"{path} cannot be decoded: {reason}") from error
