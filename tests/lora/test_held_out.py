@@ -14,9 +14,10 @@ from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.folder import MediaFolder
 from vidaccel.lora.data.held_out import hold_out
 from vidaccel.lora.data.latents import Latents, Texts
+from vidaccel.lora.data.sampler import without
 from vidaccel.lora.recipes.ae_adapt_validation import MeasuredClips
 from vidaccel.lora.recipes.base import Process
-from vidaccel.lora.settings import DataSettings, SizeSettings
+from vidaccel.lora.settings import DataSettings, FolderSettings, SizeSettings
 
 WIDE, TALL, LONG = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32), SizeSettings(16, 32, 64)
 HERE = Process(torch.device("cpu"))
@@ -104,6 +105,15 @@ def test_clips_that_do_not_decode_are_replaced_when_the_run_begins(copied, damag
     assert "a.mp4 cannot be decoded" in caplog.text and "another clip is held out instead" in caplog.text
     assert {source.entries[source.group(pick.index)].path.name for pick in picks} <= {"a.mp4", "b.mp4"}
     assert len(picks) == 3 and all(source.pixels(pick).shape[1] == 8 for pick in picks)
+
+
+def test_files_that_come_more_often_are_held_out_whole(video_folder):
+    folders = (FolderSettings(str(video_folder), repeats=3),)
+    source = MediaFolder.open(DataSettings(kind="videos", folders=folders, sizes=(WIDE, TALL)))
+    held = hold_out(source, [WIDE, TALL], 3)
+    assert len({pick.index for pick in held.picks}) == 3 == len(held.clips)
+    left = without(source.members([WIDE, TALL]), held.clips)
+    assert {size: len(indices) for size, indices in left.items()} == {0: 9, 1: 18} and not held.clips & {*left[0]}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
