@@ -112,6 +112,7 @@ class ModelFacts:
         from ..pipelines.loading import call_defaults
 
         defaults = call_defaults(self.pipeline_class)
+        defaults.setdefault("num_frames", 81)  # Wan's, where the class takes as many as its input video has
         names = {"frames": "num_frames", "steps": "num_inference_steps"}
         return {n: defaults[names.get(n, n)] for n in _DEFAULTS} | dict(self.own_defaults)
 

@@ -10,7 +10,7 @@ import torch
 
 from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
 from ...attention.backends import check_backend
-from .clock import StepClock
+from .clock import StepClock, miscounts
 from .families import ModelSpec, find_transformers
 
 
@@ -25,7 +25,7 @@ class Handle:
                 f"{schedule} counts in fractions of a run or from its end, but {type(pipe).__name__} is no pipeline, "
                 "so the number of steps is unknown: pass schedule=DenseSchedule(first_steps=...) with a whole number."
             )
-        self._clock = StepClock(lambda: getattr(pipe, "scheduler", None))
+        self._clock = StepClock(lambda: getattr(pipe, "scheduler", None), lambda: getattr(pipe, "num_timesteps", None))
         self._installed: list[_Installed] = []
         try:
             for name, (transformer, spec) in find_transformers(pipe).items():
@@ -38,7 +38,8 @@ class Handle:
         """What was done since `accelerate` or `reset`: per layer, step and branch."""
         reports = [installed.engine.report() for installed in self._installed]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
-        notes = dict.fromkeys(note for report in reports for note in report.notes)
+        own = (*self._clock.notes, *miscounts(records))
+        notes = dict.fromkeys((*(note for report in reports for note in report.notes), *own))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
     def reset(self) -> None:

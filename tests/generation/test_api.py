@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
@@ -80,7 +81,7 @@ def test_a_default_method_that_cannot_do_it_is_left_out(tmp_path):
         vidaccel.generate("demo", PROMPT, method="radial", density=0.2, **{**SMALL, "frames": 5})
 
 
-def test_video_to_video(dense, tmp_path):
+def test_video_to_video(pipe, dense, tmp_path):
     video = dense.save(tmp_path / "input.mp4")
     chosen = {**SMALL, "frames": None, "steps": 4}
     made = [
@@ -94,6 +95,9 @@ def test_video_to_video(dense, tmp_path):
     assert [v.frames.shape for v in made] == [(9, 64, 64, 3)] * 3
     assert made[1].report.records[-1].num_steps == 2
     assert made[2].notes == ("video: of its 11 frames, the first 9 are used.",)
+    loaded = vidaccel.generate(pipe, PROMPT, video=video, strength=0.5, **{**chosen, "device": "auto"})
+    assert np.array_equal(loaded.frames, made[0].frames)
+    assert type(pipe).__name__ == "WanPipeline" and pipe.transformer.dtype == torch.float32
     # The less noise, the nearer to the input.
     off = [np.abs(v.frames.astype(int) - dense.frames).mean() for v in (made[0], made[2])]
     assert 0 < off[1] < off[0]
