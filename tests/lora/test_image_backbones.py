@@ -159,6 +159,22 @@ def test_the_velocity_is_what_the_pipeline_asks_the_model(bases, name, monkeypat
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_tokens_of_prompts_are_counted_as_the_pipeline_cuts_them(bases, name):
+    """One word more than fits changes nothing any more, and is counted."""
+    backbone = open_backbone(str(bases[name]), str(bases["new"]))
+    backbone.text_length = 9
+    encoder = backbone.text_encoder()
+    words = ["a", "red", "circle", "moves", "left", "on", "a", "grey", "background", "below"]
+    texts = [" ".join(words[:count]) for count in range(5, 11)]
+    counts = encoder.count(texts)
+    assert counts == list(range(counts[0], counts[0] + 6)) and counts[0] <= encoder.length - 1 and counts[-1] > 9
+    states = [text["states"] for text in encoder.encode(texts)]
+    for before, after, count in zip(states, states[1:], counts[1:], strict=False):
+        changed = before.shape != after.shape or not torch.equal(before, after)
+        assert changed == (count <= encoder.length), count
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_gives_the_tokens_of_the_base(bases, name, monkeypatch):
     backbone = open_backbone(str(bases[name]), str(bases["new"]))
     encoder = backbone.encoder(("latents", "teacher"))
