@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from ...generation.media import Cut, Media
 from ..config import ConfigError
 from ..settings import DataSettings, FolderSettings, SizeSettings
 from .captions import read_captions
 from .decode import DECODER_VERSION, IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
 from .files import media_files, some
-from .media import Cut, Media
 from .media_index import content, look_into
 from .sampler import Pick, nearest_size
 

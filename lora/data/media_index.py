@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...generation.media import Media, Undecodable
 from ...generation.video import staged
 from .decode import probe
-from .media import Media, Undecodable
 
 logger = logging.getLogger(__name__)
 

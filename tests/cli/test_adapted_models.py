@@ -12,7 +12,7 @@ from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
 from vidaccel.generation.request import Settings
-from vidaccel.generation.video import read_mp4
+from vidaccel.generation.video_reader import read_video
 from vidaccel.lora.adapter import save_adapter
 from vidaccel.pipelines.deep_compression import adapted
 
@@ -54,7 +54,7 @@ def test_a_video_of_an_adapter_whose_autoencoder_lies_elsewhere(vidaccel, adapte
     options = ("--frames", 5, "--height", 20, "--width", 30, "--steps", 1, "--device", "cpu")
     result = vidaccel("generate", "a dot", "--model", adapter, *options, "--out", tmp_path / "out.mp4")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert read_mp4(tmp_path / "out.mp4")[0].shape == (5, 20, 30, 3)
+    assert read_video(tmp_path / "out.mp4")[0].shape == (5, 20, 30, 3)
 
 
 def test_its_own_autoencoder_comes_first_and_another_may_be_seen_from_its_folder(adapter, autoencoder, edit_json):

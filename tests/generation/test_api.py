@@ -14,7 +14,7 @@ import vidaccel
 from vidaccel import SVG2, Radial, demo
 from vidaccel.generation.comparison import Comparison, GeneratedVideo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.video import read_mp4
+from vidaccel.generation.video_reader import read_video
 
 PROMPT = "a red circle moves left on a grey background"
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 3, "device": "cpu", "progress": False}
@@ -41,7 +41,7 @@ def test_a_name_and_a_loaded_pipeline_give_the_same_video(pipe, dense, tmp_path)
     named = vidaccel.generate("demo", PROMPT, out=tmp_path / "video.mp4", **SMALL)
     assert named.report is None and named.name == "dense"  # a short video
     assert np.array_equal(named.frames, dense.frames)
-    assert read_mp4(tmp_path / "video.mp4")[0].shape == (9, 64, 64, 3)
+    assert read_video(tmp_path / "video.mp4")[0].shape == (9, 64, 64, 3)
     assert {type(p).__name__ for p in pipe.transformer.attn_processors.values()} == {"WanAttnProcessor"}
 
 
@@ -163,7 +163,7 @@ def test_an_odd_size_is_written(tmp_path):
     assert job.notes == ("The file has 66x34 pixels, the last row or column twice: H.264 needs even sizes.",)
     made = vidaccel.generate("demo-dc", PROMPT, out=tmp_path / "odd.mp4", **{**SMALL, **size})
     assert made.frames.shape == (5, 33, 65, 3)
-    assert read_mp4(tmp_path / "odd.mp4")[0].shape == (5, 34, 66, 3)
+    assert read_video(tmp_path / "odd.mp4")[0].shape == (5, 34, 66, 3)
 
 
 def test_the_device_may_be_any_that_torch_has(monkeypatch):

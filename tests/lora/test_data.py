@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from vidaccel.demo import world
+from vidaccel.generation.media import Cut, Media, Undecodable
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.captions import read_captions
 from vidaccel.lora.data.dataset import open_dataset, sturdy_pixels
 from vidaccel.lora.data.decode import probe, read_clip
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.folder import MediaFolder
-from vidaccel.lora.data.media import Cut, Media, Undecodable
 from vidaccel.lora.data.sampler import ClipSampler, Pick, nearest_size, without
 from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.settings import DataSettings, SizeSettings

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from vidaccel.generation.media import Cut, Media, Undecodable
+from vidaccel.generation.video_reader import _opened
 from vidaccel.lora.data.decode import probe, read_clip
 from vidaccel.lora.data.folder import MediaFolder
-from vidaccel.lora.data.media import Cut, Media, Undecodable
 from vidaccel.lora.data.sampler import Pick
-from vidaccel.lora.data.video import _opened
 from vidaccel.lora.generators import Place
 from vidaccel.lora.settings import DataSettings, SizeSettings
 

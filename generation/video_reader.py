@@ -76,6 +76,17 @@ def probe_video(path: Path) -> Media:
     return Media(height, width, count, count / seconds, seconds, first, variable=True, **flags)
 
 
+def read_video(path: str | Path) -> tuple[np.ndarray, float]:
+    """A whole video as it is shown: frames `[F, H, W, 3]` of bytes in RGB, and frames per second.
+
+    Raises:
+        Undecodable: it is missing, no video, or damaged.
+    """
+    media = probe_video(Path(path))
+    whole = Cut(0, media.frames, None, media.height, media.width)
+    return read_frames(Path(path), media, whole), float(media.fps)
+
+
 def read_frames(path: Path, media: Media, cut: Cut) -> np.ndarray:
     """A clip `[T, H, W, 3]` of bytes, in RGB.
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ...generation.pictures import covering
+from .pictures import covering
 
 
 class Undecodable(OSError):
