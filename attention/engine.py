@@ -23,6 +23,7 @@ from .timing import Span
 
 logger = logging.getLogger(__name__)
 
+KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
 KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
 
 _engines: weakref.WeakValueDictionary[int, SparseAttention] = weakref.WeakValueDictionary()
@@ -50,6 +51,7 @@ class SparseAttention:
 
     The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
     masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts.
+    Of the last `KEPT_LAYOUTS` layouts (sizes of videos) and the records of the last `KEPT_RUNS` runs, no more is kept.
 
     Args:
         method: a `Method` or the name of one.
@@ -111,11 +113,14 @@ class SparseAttention:
         self._dense[layer] = weakref.WeakMethod(attention)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": {}}
+        # Events on a GPU cannot be copied, so a copy gets finished records. It starts with a run, so without a memory.
+        state = {**self.__dict__, "_dense": {}, "_finished": self._all_records(), "_pending": []}
+        return state | dict.fromkeys(("_layout_memory", "_call_memory", "_run_memory", "_grad_plans"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must not answer for the original in compiled blocks, which find their engine by its id.
         self.__dict__.update(state)
+        self.forget()
         self.id = next(_ids)
         _engines[self.id] = self
 
@@ -129,10 +134,17 @@ class SparseAttention:
             self._forget_run()
             self._finished = [r for r in self._all_records() if r.run > step.run - KEPT_RUNS]
             self._pending = []
+        if step.num_steps != self.step.num_steps or layout != self.layout:
+            self._warn_of_schedule(step)
         self._grad_plans = {}
         if layout != self.layout:
             self.method.check(layout)
         self.step, self.layout = step, layout
+
+    def _warn_of_schedule(self, step: StepInfo) -> None:
+        warning = self.schedule.warning(step.num_steps, self.num_layers)
+        if warning:
+            self.note(warning, logging.WARNING)
 
     def __call__(
         self,
@@ -230,9 +242,15 @@ class SparseAttention:
     def _memory(self, q: torch.Tensor, layer: int) -> PlanMemory:
         place = (self.layout, q.device)
         call = (layer, self.step.branch, tuple(q.shape[:2]), *place)
-        return PlanMemory(
-            self._call_memory.setdefault(call, {}), self._layout_memory.setdefault(place, {}), self._run_memory
-        )
+        return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory)
+
+    def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
+        """The memory of a layout on a device, which is now the one used last."""
+        self._layout_memory[place] = memory = self._layout_memory.pop(place, {})
+        kept = list(dict.fromkeys(layout for layout, _ in reversed(self._layout_memory)))[:KEPT_LAYOUTS]
+        for old in [key for key in self._layout_memory if key[0] not in kept]:
+            del self._layout_memory[old]
+        return memory
 
     def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> None:
         """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.

@@ -7,9 +7,10 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ...attention import SparseAttention
 from ...attention.engine import engine_attention
+from .copies import CopiedNotPickled
 
 
-class SparseWanAttnProcessor:
+class SparseWanAttnProcessor(CopiedNotPickled):
     """Replaces `WanAttnProcessor` in self-attention layers.
 
     Projections, norms and rotary embedding are those of the stock processor in the same order, so a layer that stays
@@ -37,7 +38,7 @@ class SparseWanAttnProcessor:
 
     def __setstate__(self, state: dict) -> None:
         # A copy has a copy of the engine, with an id of its own.
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._bind()
 
     def __call__(
