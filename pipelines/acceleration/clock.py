@@ -177,8 +177,8 @@ class StepClock:
         if places:
             return run.place
         # No row has such a timestep: each frame has its own, and no scheduler of the pipeline's moves.
-        if run.counted and run.place - run.first + 1 == run.total:
-            return None
+        if run.place - run.first + 1 == run.total:
+            return None  # the next window of a long video
         run.counted = True
         return run.place + 1
 
