@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .backends import BACKENDS, WORTHWHILE, check_backend
+from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, choose_backend
 from .layout import VideoLayout
 from .methods import Method, PlanMemory, resolve_method
@@ -40,7 +40,7 @@ class _Pending:
     layer: int
     reason: str
     backend: str
-    density: torch.Tensor | float
+    plan: tuple[torch.Tensor, int] | None  # pairs that are computed, and those in dense attention; None: dense
     plan_span: Span | None
     attention_span: Span
     details: dict[str, torch.Tensor]
@@ -152,12 +152,14 @@ class SparseAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         layer: int,
+        dense: str = "",
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
             q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
             layer: block number, counted from 0.
+            dense: why this call must stay dense, whatever the schedule says; empty if it need not.
 
         Returns:
             `[B, H, N, D]`, like `q`.
@@ -166,11 +168,11 @@ class SparseAttention:
             ValueError: NaN or infinity in q or k.
             RuntimeError: a named backend cannot run the call.
         """
-        reason = self.dense_reason(q, layer)
+        reason = dense or self.dense_reason(q, layer)
         if reason:
             with Span(q.device) as span:
                 out = self._dense_attention(layer)(q, k, v)
-            self._record(layer, reason, "dense", 1.0, None, span, {})
+            self._record(layer, reason, "dense", None, None, span, {})
             return out
 
         with Span(q.device) as plan_span:
@@ -181,15 +183,18 @@ class SparseAttention:
             chosen.prepare(plan)
         with Span(q.device) as span:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
-        density = plan.pairs().double().mean() / (plan.n_q * plan.n_kv)
-        self._record(layer, "", chosen.name, density, plan_span, span, plan.details)
+        pairs = plan.pairs()
+        counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
+        self._record(layer, "", chosen.name, counts, plan_span, span, plan.details)
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             place = q.device.type
             slow = not plan.is_dense and chosen.name not in WORTHWHILE.get(place, BACKENDS)
+            unknown = place not in WORTHWHILE
+            remark = ", which is slow there" if slow else ", which was never measured there" if unknown else ""
             self.note(
-                f"backend auto: {chosen.name} for {kind} plans on {place}" + ", which is slow there" * slow,
-                logging.WARNING if slow else logging.INFO,
+                f"backend auto: {chosen.name} for {kind} plans on {place}{remark}",
+                logging.WARNING if remark else logging.INFO,
             )
         return out
 
@@ -203,7 +208,11 @@ class SparseAttention:
                 logging.WARNING,
             )
             return "unknown layout"
-        return self.schedule.dense_reason(self.step, layer, self.num_layers)
+        reason = self.schedule.dense_reason(self.step, layer, self.num_layers)
+        if not reason and self.backend == "auto" and not runs_somehow(q.device):
+            self.note(f"no backend runs on {q.device.type}: all calls stay dense", logging.WARNING)
+            return f"no backend on {q.device.type}"
+        return reason
 
     def note(self, text: str, level: int = logging.INFO) -> None:
         """Log a choice (info) or a fallback (warning) once and keep it for the report."""
@@ -255,10 +264,10 @@ class SparseAttention:
     def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> None:
         """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.
 
-        On CUDA the check waits for the GPU, so there it runs once a step.
+        On a GPU the check waits for it, so there it runs once a step.
         """
         place = (self.step.run, self.step.step)
-        if q.device.type == "cuda" and self._checked == place:
+        if q.device.type != "cpu" and self._checked == place:
             return
         self._checked = place
         for name, x in (("q", q), ("k", k)):
@@ -276,12 +285,12 @@ class SparseAttention:
         layer: int,
         reason: str,
         backend: str,
-        density: torch.Tensor | float,
+        plan: tuple[torch.Tensor, int] | None,
         plan_span: Span | None,
         span: Span,
         details: dict[str, Any],
     ) -> None:
-        self._pending.append(_Pending(self.step, layer, reason, backend, density, plan_span, span, details))
+        self._pending.append(_Pending(self.step, layer, reason, backend, plan, plan_span, span, details))
 
     def _finish(self, r: _Pending) -> CallRecord:
         return CallRecord(
@@ -292,7 +301,7 @@ class SparseAttention:
             model=self.model,
             layer=r.layer,
             method=self.method.name,
-            density=float(r.density),
+            density=int(r.plan[0]) / r.plan[1] if r.plan else 1.0,
             reason=r.reason,
             backend=r.backend,
             plan_seconds=r.plan_span.seconds() if r.plan_span else 0.0,

@@ -244,7 +244,7 @@ def test_a_run_broken_off_is_told(caplog):
         pipe._interrupt = step >= 1
         return kwargs
 
-    clock, seen = watched(pipe)
+    clock, _ = watched(pipe)
     run(pipe, options, callback_on_step_end=stop)
     assert clock.notes() == ["run 0: steps seen 2, expected 4"]
     pipe._interrupt = False
