@@ -90,6 +90,7 @@ class StepClock:
         self._table: Table | None = None
         self._sends_rows: bool | None = None  # whether the models get the timesteps of the table, once it is known
         self._notes: dict[int, str] = {}
+        self._told = -1  # of this run and those before nothing is said any more
 
     def __deepcopy__(self, memo: dict[int, object]) -> StepClock:
         # A transformer that is copied alone must not bring a copy of its pipeline.
@@ -142,12 +143,15 @@ class StepClock:
 
     def notes(self) -> list[str]:
         """Where a run's count is not what its scheduler promised, for the last few runs."""
-        last = self._run.note() if self._run is not None else ""
+        last = self._note()
         return [*self._notes.values(), *([last] if last else [])]
 
     def forget_notes(self) -> None:
-        """Say nothing more of the runs that ended."""
-        self._notes = {}
+        """Say nothing more of the runs so far."""
+        self._notes, self._told = {}, self._number - 1
+
+    def _note(self) -> str:
+        return self._run.note() if self._run is not None and self._run.number > self._told else ""
 
     # Each of these gives the place of the pass in the run that goes on, or None where another run starts.
 
@@ -222,7 +226,7 @@ class StepClock:
         return None if scheduler is None else Table(scheduler, torch.empty(0), (), None)
 
     def _start(self, table: Table | None, now: Timestep, ignored: Table | None) -> _Run:
-        note = self._run.note() if self._run is not None else ""
+        note = self._note()
         if note:
             logger.warning("%s", note)
             self._notes[self._run.number] = note

@@ -8,6 +8,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from ...attention import SparseAttention
 from ...attention.engine import engine_attention
 from .copies import CopiedNotPickled
+from .diffusers_hooks import scores_are_skipped
 
 
 class SparseWanAttnProcessor(CopiedNotPickled):
@@ -72,7 +73,8 @@ class SparseWanAttnProcessor(CopiedNotPickled):
         if torch.compiler.is_compiling():
             out = engine_attention(query, key, value, self.site)
         else:
-            out = self.engine(query, key, value, self.layer)
+            dense = "perturbed attention" if scores_are_skipped() else ""
+            out = self.engine(query, key, value, self.layer, dense)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         for module in attn.to_out:
             out = module(out)
