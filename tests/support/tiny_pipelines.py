@@ -22,7 +22,7 @@ _WAN = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
 
 
 class Autoencoder(torch.nn.Module):
-    """What pipelines read of an autoencoder whose encoder and decoder they never call."""
+    """What pipelines read of an autoencoder whose results do not matter here."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -38,6 +38,10 @@ class Autoencoder(torch.nn.Module):
             scale_factor_temporal=4,
             scale_factor_spatial=8,
         )
+
+    def encode(self, video: torch.Tensor) -> SimpleNamespace:
+        shape = (video.shape[0], 4, (video.shape[2] - 1) // 4 + 1, video.shape[3] // 8, video.shape[4] // 8)
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator=None: torch.zeros(shape)))
 
     def decode(self, latents: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
         return (torch.zeros(1, 3, 9, 64, 96),)
@@ -172,6 +176,48 @@ def helios() -> tuple[Any, dict[str, Any]]:
     texts = {"prompt_embeds": embeds(1, 7, 16), "negative_prompt_embeds": embeds(1, 7, 16)}
     chunks = {"num_frames": 18, "num_latent_frames_per_chunk": 3, "history_sizes": [4, 2, 2]}
     return quiet(pipe), SIZES | chunks | texts
+
+
+def framepack() -> tuple[Any, dict[str, Any]]:
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        guidance_embeds=True,
+        has_image_proj=True,
+        image_proj_dim=16,
+        has_clean_x_embedder=True,
+    )
+    eyes = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    pipe = diffusers.HunyuanVideoFramepackPipeline(
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        image_encoder=SiglipVisionModel(eyes),
+        feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
+    )
+    pipe.vae = Autoencoder()
+    sections = {"num_frames": 18, "latent_window_size": 3}
+    texts = {
+        "prompt_embeds": embeds(1, 8, 16),
+        "pooled_prompt_embeds": embeds(1, 8),
+        "prompt_attention_mask": torch.ones(1, 8),
+    }
+    picture = {"image": torch.zeros(1, 3, 64, 96)}
+    return quiet(pipe), SIZES | sections | texts | picture
 
 
 def cosmos2(monkeypatch: Any) -> tuple[Any, dict[str, Any]]:

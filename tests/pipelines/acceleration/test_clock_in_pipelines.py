@@ -10,6 +10,7 @@ import torch
 from tiny_pipelines import (
     cogvideox,
     cosmos2,
+    framepack,
     helios,
     kandinsky5,
     listen,
@@ -148,11 +149,12 @@ def test_a_model_that_gets_a_noise_level_instead_of_the_timestep(monkeypatch):
     check(*cosmos2(monkeypatch), both(4), sigmas="none")
 
 
-def test_a_table_for_each_chunk():
-    pipe, options = helios()
+@pytest.mark.parametrize(("build", "expected"), [(helios, both(4)), (framepack, one(4))])
+def test_a_table_for_each_chunk(build, expected):
+    pipe, options = build()
     clock, seen = watched(pipe)
     run(pipe, options)
-    assert places(seen, 0) == places(seen, 1) == both(4) and {s.run for s in seen} == {0, 1} and not clock.notes()
+    assert places(seen, 0) == places(seen, 1) == expected and {s.run for s in seen} == {0, 1} and not clock.notes()
 
 
 def test_two_transformers_count_as_one():
