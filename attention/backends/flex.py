@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..block_mask import to_block_mask
 from ..plan import BlockPlan, permute, unpermute
 from .base import INSTALL_TRITON, Backend, Capability
 
@@ -53,12 +54,12 @@ class FlexBackend(Backend):
         return reason
 
     def prepare(self, plan: BlockPlan) -> None:
-        plan.to_block_mask(block_size(plan))
+        to_block_mask(plan, block_size(plan))
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mask = plan.to_block_mask(block_size(plan))
+        mask = to_block_mask(plan, block_size(plan))
         queries, keys, values = permute(q, plan.q_order), permute(k, plan.kv_order), permute(v, plan.kv_order)
         with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
             out, lse = compiled_flex_attention()(queries, keys, values, mask, scale, return_lse)

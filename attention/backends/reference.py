@@ -36,7 +36,8 @@ class ReferenceBackend(Backend):
         outputs, sums = [], []
         for start in range(0, plan.n_q, self.rows):
             rows = slice(start, start + self.rows)
-            allowed = expand_runs(*(_take(x, tiles[:, :, rows]) for x in (plan.run_start, plan.run_len)), plan.n_kv)
+            run_start, run_len = (_take(x, tiles[:, :, rows]) for x in (plan.run_start, plan.run_len))
+            allowed = expand_runs(run_start, run_len, plan.n_kv)
             scores = (queries[:, :, rows] @ keys.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
             lse = scores.logsumexp(-1, keepdim=True)
             # A row without keys has an LSE of -inf: exp(-inf - 0) gives it weights of 0 instead of NaN.

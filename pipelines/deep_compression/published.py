@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import CheckpointError
@@ -28,10 +28,15 @@ from .published_parts import COMPONENTS, IMAGE_CLASS, check_transformer, find_pa
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:  # what it is mixed into
+    from diffusers import DiffusionPipeline as _Pipeline
+else:
+    _Pipeline = object
+
 _ARGUMENTS = ("autoencoder", "base", "autoencoder_config")
 
 
-class PublishedLayoutMixin:
+class PublishedLayoutMixin(_Pipeline):
     """Gives a pipeline class a `from_pretrained` that also takes the published layouts."""
 
     @classmethod

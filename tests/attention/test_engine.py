@@ -257,6 +257,7 @@ MEMORY = """
 import resource, torch
 from vidaccel import SVG, SVG2, Radial, DenseSchedule, SparseAttention, VideoLayout
 from vidaccel.attention import PlanMemory, StepInfo
+from vidaccel.attention.block_mask import to_block_mask
 layout = VideoLayout(20, 32, 32)
 q, k, v = (torch.randn(1, 2, layout.tokens, 8) for _ in range(3))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -265,7 +266,7 @@ for method in (Radial(), SVG(density=0.1, sink=False), SVG2(density=0.05, init_i
     engine = SparseAttention(method, num_layers=1, schedule=DenseSchedule(), backend="gather")
     engine.enter(StepInfo(num_steps=1), layout)
     engine(q, k, v, 0)
-    method.plan(q, k, v, layout, PlanMemory()).to_block_mask(128)
+    to_block_mask(method.plan(q, k, v, layout, PlanMemory()), 128)
 print((peak() - before) / 1024)
 """
 

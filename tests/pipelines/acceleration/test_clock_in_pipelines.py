@@ -22,6 +22,7 @@ from tiny_pipelines import (
 )
 from tiny_wan import make_scheduler, make_transformer
 
+from vidaccel import SVG, DenseSchedule, accelerate, demo
 from vidaccel.pipelines.acceleration.clock import StepClock
 
 
@@ -287,3 +288,24 @@ def test_a_loop_that_never_steps_its_scheduler():
 def test_an_empty_timestep_is_refused():
     with pytest.raises(ValueError, match=r"transformer was called with an empty timestep, of shape \[0\]"):
         StepClock(None).observe(torch.zeros(0), "transformer", ("cond",))
+
+
+def test_the_last_steps_of_a_second_order_scheduler_stay_dense():
+    pipe, options = wan(diffusers.FlowMatchHeunDiscreteScheduler())
+    schedule = DenseSchedule(first_steps=1, last_steps=2)
+    with accelerate(pipe, SVG(density=0.5, sink=False), schedule=schedule) as handle:
+        run(pipe, options)
+        report = handle.report()
+    reasons = {record.step: record.reason for record in report.records}
+    assert reasons == {0: "first steps", 1: "", 2: "", 3: "", 4: "", 5: "last steps", 6: "last steps"}
+    assert not [note for note in report.notes if "steps seen" in note]
+
+
+def test_video_to_video_counts_the_steps_that_are_run():
+    pipe = diffusers.WanVideoToVideoPipeline.from_pretrained(demo.path())
+    pipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial
+    pipe.set_progress_bar_config(disable=True)
+    _, seen = watched(pipe)
+    size = {"height": 64, "width": 64, "strength": 0.5, "guidance_scale": 1.0}
+    run(pipe, {"video": list(torch.rand(9, 3, 64, 64)), "prompt": "a red circle", **size}, steps=6)
+    assert [(s.run, s.step, s.num_steps) for s in seen] == [(0, step, 3) for step in range(3)]

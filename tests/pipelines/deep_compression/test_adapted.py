@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapter import TINY, write_adapter
 
 from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
-from vidaccel.generation.request import inspect_model
+from vidaccel.generation.model_facts import inspect_model
 from vidaccel.pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError
 
 
