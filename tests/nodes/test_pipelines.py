@@ -171,9 +171,9 @@ def test_packages_that_are_missing_or_too_old(monkeypatch, tmp_path):
 
 
 def test_a_backend_that_is_fast_on_the_device_is_asked_for_first(pipeline):
-    elsewhere = replace(pipeline, residency=Residency(torch.device("mps"), lambda *_: None))
+    elsewhere = replace(pipeline, residency=Residency(torch.device("hpu"), lambda *_: None))
     with pytest.raises(
-        InputError, match="finds no backend that is fast on mps: .*triton runs on cuda, cpu, not on mps"
+        InputError, match="finds no backend that is fast on hpu: gather runs on cpu, cuda, mps, xpu, not on hpu"
     ):
         elsewhere.accelerated(Acceleration())
 
