@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def supported_pipelines() -> list[str]:
     return sorted(name for spec in SPECS for name in spec.pipelines)
 
 
-def unwrap(component: object) -> object:
+def unwrap(component: Any) -> Any:
     """The model inside the wrappers that training and compilation put round one.
 
     Raises:

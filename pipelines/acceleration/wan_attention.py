@@ -74,7 +74,7 @@ class SparseWanAttnProcessor(CopiedNotPickled):
             out = engine_attention(query, key, value, self.site)
         else:
             dense = "perturbed attention" if scores_are_skipped() else ""
-            out = self.engine(query, key, value, self.layer, dense)
+            out = self.engine(query, key, value, self.layer, dense=dense)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         for module in attn.to_out:
             out = module(out)
