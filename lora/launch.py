@@ -29,7 +29,7 @@ def run(
     Raises:
         ConfigError: settings that cannot be used.
         CheckpointError: a checkpoint that cannot be written, read or continued.
-        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        Stopped: on SIGINT or SIGTERM; where training had begun, after a checkpoint.
         Diverged: the loss or a weight is no number any more.
         OSError: the result cannot be written, or a clip that is measured is gone.
     """
@@ -57,9 +57,10 @@ def run(
     # Bars of two libraries, which say nothing about training.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    from .recipes.base import Process
+    from .processes import Process, host_group
     from .trainer import Trainer, make_accelerator
 
     accelerator = make_accelerator(config)
-    process = Process(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    count = accelerator.num_processes
+    process = Process(accelerator.device, accelerator.process_index, count, host_group(count))
     return Trainer(cls(config, process), accelerator).run(resume)

@@ -83,14 +83,14 @@ class LoopSettings(Settings):
     """
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, free=True)
     save_every: int = setting(500, low=1, free=True)
     keep_last: int = setting(2, low=1, free=True)
     log_every: int = setting(20, low=1, free=True)
     validate_every: int = setting(0, low=0, free=True)
     tracker: str = setting("auto", free=True)
     threads: int | None = setting(None, low=1, free=True)
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu"] = setting("auto", free=True)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class DataSettings(Settings):
     """
 
     kind: Literal["demo", "videos", "images"] = "demo"
-    folder: str | None = None
+    folder: str | None = setting(None, free=True)
     sizes: tuple[SizeSettings, ...] = (SizeSettings(32, 128, 128),)
     fps: float | None = setting(None, above=0)
     clips: int | None = setting(None, low=1)
