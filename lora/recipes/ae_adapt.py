@@ -113,10 +113,7 @@ class AEAdapt(Recipe):
         with_lora = any(".lora_" in name for name in trained)
         transformer = self.transformer(trained, "lora" if with_lora else "head")
         weights = dict(transformer.named_parameters())
-        # A hub's is found from anywhere; any other is the copy in the pipeline of this run.
-        autoencoder = self.config.model.autoencoder
-        autoencoder = autoencoder if is_hub_id(autoencoder) else "../pipeline/vae"
-        self.write_adapter(weights, out / "adapter", AdaptedModel.of(transformer), autoencoder)
+        self.write_adapter(weights, out / "adapter", AdaptedModel.of(transformer), finished=True)
         if with_lora:
             merge(transformer)
         for name, parameter in transformer.named_parameters():
@@ -128,7 +125,7 @@ class AEAdapt(Recipe):
         return {"pipeline": str(out / "pipeline"), "adapter": str(out / "adapter")}
 
     def write_adapter(
-        self, weights: Mapping[str, torch.Tensor], folder: Path, model: AdaptedModel, autoencoder: str | None = None
+        self, weights: Mapping[str, torch.Tensor], folder: Path, model: AdaptedModel, finished: bool = False
     ) -> None:
         """Write what was trained as an adapter.
 
@@ -136,22 +133,32 @@ class AEAdapt(Recipe):
             weights: parameters of the transformer by name.
             folder: where to.
             model: the transformer.
-            autoencoder: its folder, seen from that one, or hub id; None for where it lies now.
+            finished: whether it is the result, beside whose pipeline it lies.
         """
-        named = self.config.model
-        base = named.base if named.base == demo.WAN or is_hub_id(named.base) else str(Path(named.base).resolve())
-        if autoencoder is None:
-            place = self._autoencoder()
-            autoencoder = place if is_hub_id(place) else str(Path(place).resolve())
-        facts = {"base": base, "autoencoder": autoencoder, "defaults": self._defaults()}
+        facts = self._facts(finished)
         if model.lora is not None:
             facts |= {"lora_rank": self.config.phases.lora.rank, "lora_alpha": self.config.phases.lora.alpha}
         save_adapter(weights, folder, self.backbone.trained_fully, facts, model)
 
+    def _facts(self, finished: bool = True) -> dict[str, Any]:
+        """What the adapter belongs to."""
+        model = self.config.model
+        base = model.base if model.base == demo.WAN or is_hub_id(model.base) else str(Path(model.base).resolve())
+        # That of a hub is found from anywhere; any other is copied into the pipeline of this run when it is finished.
+        autoencoder = self._autoencoder()
+        if not is_hub_id(autoencoder):
+            autoencoder = "../pipeline/vae" if finished else str(Path(autoencoder).resolve())
+        return {"base": base, "autoencoder": autoencoder, "defaults": self._defaults()}
+
     def _defaults(self) -> dict[str, Any]:
         """The size and guidance that the model was made for."""
-        size, scale = self.config.data.sizes[-1], self.config.validation.guidance_scale
-        return {"frames": size.frames, "height": size.height, "width": size.width, "guidance_scale": scale}
+        size = self.config.data.sizes[-1]
+        return {
+            "frames": size.frames,
+            "height": size.height,
+            "width": size.width,
+            "guidance_scale": self.config.validation.guidance_scale,
+        }
 
     def _autoencoder(self) -> str:
         """Folder or hub id of the new autoencoder."""
