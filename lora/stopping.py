@@ -68,7 +68,7 @@ class StopSignals:
                 raise KeyboardInterrupt
             return
         self.requested = True
-        what = "the run ends" if self._at_once else "the run ends after this micro-batch, with a checkpoint"
+        what = "the run ends" if self._at_once else "the run ends after this micro-batch, and what was trained is saved"
         # Not print: the signal may have interrupted one.
         os.write(2, f"{signal.Signals(number).name}: {what}.\n".encode())
         if self._at_once:

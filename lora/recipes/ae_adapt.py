@@ -295,10 +295,18 @@ class Flow(Phase):
         last = recipe.config.data.sizes[-1]
         videos = []
         for number, text in enumerate(recipe.process.track(texts[:-1], "validation videos", len(texts) - 1)):
-            recipe.process.check_stop()
             image = pictures[number % len(pictures)] if pictures else None
             height, width = (last.height, last.width) if image is None else image.shape[1:]
-            request = SampleRequest(last.frames, height, width, settings.steps, settings.guidance_scale, number, image)
+            request = SampleRequest(
+                last.frames,
+                height,
+                width,
+                settings.steps,
+                settings.guidance_scale,
+                seed=number,
+                image=image,
+                after_step=recipe.process.check_stop,
+            )
             videos.append(recipe.backbone.sample(transformer, (text, texts[-1]), request))
         if not recipe.process.is_main:
             return

@@ -186,7 +186,7 @@ def test_two_processes_leave_what_takes_long_together(launch, tmp_path, mode):
     launcher.send_signal(signal.SIGINT)
     said, _ = launcher.communicate(timeout=300)
     assert "stopped after step 1 of phase first; continue with --resume latest." in said, said
-    assert said.count("the run ends after this micro-batch, with a checkpoint") == 2
+    assert said.count("the run ends after this micro-batch, and what was trained is saved") == 2
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     saved = folder.load(folder.find("latest"))
     assert saved.step == 1 and len(saved.random) == 2
