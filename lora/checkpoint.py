@@ -50,7 +50,7 @@ class Checkpoint:
         trained: result of the phases before, by parameter name.
         weights: the parameters that this phase trains.
         ema: their exponential moving averages, empty without.
-        state: optimiser, averaging and scaler; nested dicts and lists of tensors and numbers.
+        state: optimiser, steps of the EMA and scaler; nested dicts and lists of tensors and numbers.
         random: states of the random generators, one entry a process.
     """
 

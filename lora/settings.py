@@ -40,7 +40,7 @@ class PhaseSettings(Settings):
         optimizer: "adamw", or "muon" (Muon for matrices, AdamW for the rest).
         betas, weight_decay: of AdamW.
         max_grad_norm: bound of the gradient norm; None for none.
-        ema_decay: of the averaged weights, which are the result of the phase; 0 for none.
+        ema_decay: of the EMA of the weights, which is the result of the phase; 0 for none.
         batch_size: clips a process and micro-step.
         gradient_accumulation_steps: micro-steps an optimiser step.
         max_minutes: the phase ends after this time, wherever it is; None for no limit.

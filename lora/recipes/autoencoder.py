@@ -108,7 +108,7 @@ class AutoencoderSettings(RunSettings):
 class TrainAutoencoder(Recipe):
     """Trains DC-AE-V (DC-VideoGen, arXiv 2509.25182, section 3.1) and writes it to `out/autoencoder`.
 
-    The averaged weights are written where a phase has `ema_decay`. `scaling_factor` in its config is 1 / the standard
+    The EMA weights are written where a phase has `ema_decay`. `scaling_factor` in its config is 1 / the standard
     deviation of the latents over the training set, or that of `model.start` where no phase trained the encoder.
     """
 

@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 
 
 class Clips(Protocol):
-    """A data set: which clips there are, and how one is made. It is copied to background processes.
+    """A dataset: which clips there are, and how one is made. It is copied to background processes.
 
     Attributes:
         sizes: of the clips.
@@ -81,7 +81,7 @@ class Phase(ABC):
         return 1.0
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Numbers for the log, and files in `folder`. The model has its averaged weights and is in eval mode.
+        """Numbers for the log, and files in `folder`. The model has the weights of its EMA and is in eval mode.
 
         It runs in every process, so that a sharded model can be called; only the main one should write files, in the
         block `pictures.written_to`, whose names begin with the step in eight digits: they go to the tracker. What takes

@@ -184,12 +184,12 @@ def test_an_adapter_of_another_model_is_refused(finished, text_base):
 
 def test_a_shipped_adapter_is_the_pipeline(finished, tmp_path):
     """In half precision, with the LoRA's alpha, which is not its rank here."""
-    target = export_adapter(finished[0] / "run", tmp_path / "shipped")
-    shipped = DCVideoGenPipeline.from_pretrained(target).transformer.state_dict()
+    target = export_adapter(finished[0] / "run", tmp_path / "exported")
+    exported = DCVideoGenPipeline.from_pretrained(target).transformer.state_dict()
     wanted = DCVideoGenPipeline.from_pretrained(finished[1]["pipeline"]).transformer.state_dict()
-    assert shipped.keys() == wanted.keys()
+    assert exported.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(shipped[name], value, rtol=2e-3, atol=2e-3, msg=name)
+        torch.testing.assert_close(exported[name], value, rtol=2e-3, atol=2e-3, msg=name)
     for file in target.rglob("*.json"):  # nothing of the machine that it was made on
         assert str(finished[0]) not in file.read_text()
 
