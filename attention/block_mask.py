@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .plan import BlockPlan
 from .runs import FEW_RUNS, count_below
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from .plan import BlockPlan
+
+def to_block_mask(plan: BlockPlan, block_size: int | tuple[int, int] = 128) -> BlockMask:
+    """FlexAttention's `BlockMask` of a plan over the *permuted* sequences; made once per plan and block size."""
+    key = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if key not in plan._block_masks:
+        plan._block_masks[key] = build_block_mask(plan, key)
+    return plan._block_masks[key]
 
 
 def build_block_mask(plan: BlockPlan, block_size: tuple[int, int]) -> BlockMask:

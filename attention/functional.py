@@ -6,9 +6,9 @@ import torch
 
 from .backends import BACKENDS, Backend, Request, check_backend, pick
 from .backends.base import AS_INPUTS, Precision
+from .compensate import attend_skipped
 from .merge import merge
 from .plan import BlockPlan
-from .skipped import attend_skipped
 
 
 def sparse_attention(

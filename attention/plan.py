@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments
 from .skipped import SkippedClusters
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +55,8 @@ class BlockPlan:
     selection: tuple[torch.Tensor, torch.Tensor] | None = None
     skipped: SkippedClusters | None = None
     details: dict[str, Any] = field(default_factory=dict)
-    # Block masks by block size: a static plan serves every layer and step, and building one costs milliseconds.
+    # Of `block_mask.to_block_mask`, by block size: a static plan serves every layer and step, and building one costs
+    # milliseconds.
     _block_masks: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -166,7 +164,7 @@ class BlockPlan:
         """The same plan on another device."""
         names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order")
         moved = {name: getattr(self, name) for name in names}
-        selection = None if self.selection is None else tuple(t.to(device) for t in self.selection)
+        selection = None if self.selection is None else (self.selection[0].to(device), self.selection[1].to(device))
         tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}
         skipped = None if self.skipped is None else self.skipped.to(device)
         return replace(self, **tensors, selection=selection, skipped=skipped)
@@ -199,7 +197,8 @@ class BlockPlan:
 
     def density(self) -> float:
         """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""
-        return float(self.pairs().double().mean()) / (self.n_q * self.n_kv)
+        pairs = self.pairs()
+        return int(pairs.sum()) / (pairs.numel() * self.n_q * self.n_kv)
 
     def tile_of_query(self) -> torch.Tensor:
         """The tile of each permuted query, `[Bp, Hp, n_q]` int64."""
@@ -246,15 +245,6 @@ class BlockPlan:
     def to_dense_mask(self) -> torch.Tensor:
         """The whole mask `[Bp, Hp, n_q, n_kv]` bool in sequence order. For tests: it is quadratic."""
         return self.rows(torch.arange(self.n_q, device=self.device))
-
-    def to_block_mask(self, block_size: int | tuple[int, int] = 128) -> BlockMask:
-        """A FlexAttention `BlockMask` over the *permuted* sequences (see `attention/block_mask.py`)."""
-        from .block_mask import build_block_mask
-
-        key = (block_size, block_size) if isinstance(block_size, int) else block_size
-        if key not in self._block_masks:
-            self._block_masks[key] = build_block_mask(self, key)
-        return self._block_masks[key]
 
     def cut(self, max_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cut tiles to at most `max_rows` queries, for backends that work on bounded tiles.

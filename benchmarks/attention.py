@@ -245,7 +245,7 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
         try:
             plan, planning = make_plan(method, density, layout, *tensors)
         except (ValueError, torch.OutOfMemoryError) as error:  # a density that the layout does not allow
-            todo, row["note"] = todo[:1], f"no plan: {first_line(error)}"
+            todo, row["note"] = todo[:1], f"no plan: {note_of(error)}"
             plan = None
         for contender in todo:
             if time.perf_counter() - begin > arguments.budget_seconds:
@@ -261,7 +261,7 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
                 try:
                     result |= measure(contender, tensors, plan, arguments.backward, arguments.repeats)
                 except Exception as error:  # a baseline that cannot run is a result, and says why
-                    result["note"] = first_line(error)
+                    result["note"] = note_of(error)
             with raw.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(
@@ -272,7 +272,7 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
         del tensors
 
 
-def first_line(error: BaseException) -> str:
+def note_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
 
 

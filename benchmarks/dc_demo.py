@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from common import RESULTS, environment_line, write_markdown
 
-BITS = (16, 8, 6, 4, 3, 2)
+BITS = [16, 8, 6, 4, 3, 2]
 FRAMES = {"demo": 33, "demo-dc": 32}
 SIZE = 128
 
@@ -46,7 +47,7 @@ def rounded(latents, bits: int):
     return steps * step - reach + mean
 
 
-def reconstruction(pipes: dict, clips: int) -> list[dict]:
+def reconstruction(pipes: dict, clips: int, bits_a_value: Sequence[int]) -> list[dict]:
     """PSNR and SSIM of both autoencoders at several bits a latent value."""
     import torch
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -61,7 +62,7 @@ def reconstruction(pipes: dict, clips: int) -> list[dict]:
             encoded = [pipe.vae.encode(video * 2 - 1) for video in videos]
         latents = torch.cat([e.latent if hasattr(e, "latent") else e.latent_dist.mode() for e in encoded])
         values = latents[0].numel()
-        for bits in BITS:
+        for bits in bits_a_value:
             psnr, ssim = [], []
             for video, latent in zip(videos, rounded(latents, bits).split(1), strict=True):
                 with torch.inference_mode():
@@ -87,8 +88,9 @@ def reconstruction(pipes: dict, clips: int) -> list[dict]:
 def speed(pipes: dict, rounds: int) -> list[dict]:
     """Seconds a step and of decoding, the models in turns: median, lowest and highest of several runs of 10 steps."""
     from vidaccel.demo import modeling
-    from vidaccel.generation.request import Settings, inspect_model
-    from vidaccel.generation.run import generate
+    from vidaccel.generation.model_facts import inspect_model
+    from vidaccel.generation.request import Settings
+    from vidaccel.generation.run import make_video
 
     measured: dict[str, list] = {name: [] for name in pipes}
     settings = {
@@ -104,7 +106,7 @@ def speed(pipes: dict, rounds: int) -> list[dict]:
     }
     for number in range(rounds + 1):
         for name, pipe in pipes.items():
-            video = generate(pipe, settings[name], name, None)
+            video = make_video(pipe, settings[name], name, None)
             if number:  # the first is a warm-up
                 measured[name].append(video)
     rows = []
@@ -162,6 +164,7 @@ def main(
     ] = None,
     autoencoder: Annotated[Path | None, typer.Option(help="Their autoencoder, where it is not where it was.")] = None,
     clips: Annotated[int, typer.Option(help="Scenes for reconstruction.")] = 32,
+    bits: Annotated[list[int], typer.Option(help="Of a latent value, for reconstruction; repeatable.")] = BITS,
     rounds: Annotated[int, typer.Option(help="Timed runs of each model.")] = 7,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 64,
     seed_offset: Annotated[int, typer.Option(help="Added to the seeds of the prompts.")] = 2000,
@@ -183,7 +186,7 @@ def main(
     base.set_progress_bar_config(disable=True)
     pipes = {"demo": base, "demo-dc": load(demo.path(demo.DC))}
     start = time.perf_counter()
-    tables = {"speed": speed(pipes, rounds), "reconstruction": reconstruction(pipes, clips)}
+    tables = {"speed": speed(pipes, rounds), "reconstruction": reconstruction(pipes, clips, bits)}
     pipes |= others
     tables["accuracy"], videos = accuracy(pipes, seed_offset, prompts)
     out.mkdir(parents=True, exist_ok=True)

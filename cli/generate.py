@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ..generation.errors import BadInput, one_line_errors
-from .options import DENSE, amount, check_file, check_methods, check_sparse_options, choose_methods, method_settings
-
-if TYPE_CHECKING:
-    from ..attention.methods.base import Method
+from ..generation.errors import BadInput, worded
+from .errors import one_line_errors, option
+from .options import amount, method_settings
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def generate_command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, svg, svg2 (see `vidaccel methods`); repeatable. "
+            help="dense, radial, random, sparge, svg, svg2 (see `vidaccel methods`); repeatable. "
             "(default: svg2 for a video of at least 8192 tokens, otherwise dense; with --compare: svg2, radial, svg)"
         ),
     ] = None,
@@ -39,6 +39,15 @@ def generate_command(
     ] = False,
     negative_prompt: Annotated[str, typer.Option(help="What the video should not show.")] = "",
     image: Annotated[Path | None, typer.Option(help="The first frame, for image-to-video models.")] = None,
+    last_image: Annotated[
+        Path | None, typer.Option(help="The last frame, for image-to-video models that take one.")
+    ] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="A video to start from, for Wan text-to-video models (video to video).")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --video: how much of the noise is added to it, above 0 and at most 1.")
+    ] = None,
     frames: Annotated[
         int | None, typer.Option(help="Frames, 4k+1 for Wan, any for DC-VideoGen. (default: the model's)")
     ] = None,
@@ -66,9 +75,11 @@ def generate_command(
         typer.Option("--set", help="Any setting of a method, such as svg2.top_p=0.85; repeatable."),
     ] = None,
     backend: Annotated[str, typer.Option(help="What computes attention: auto, or a name of `vidaccel info`.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part that is at work.")] = False,
+    device: Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")
+    ] = "auto",
+    offload: Annotated[bool, typer.Option("--offload", help="Keep only the part at work on the device.")] = False,
     vae_tiling: Annotated[
         bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")
     ] = False,
@@ -85,86 +96,65 @@ def generate_command(
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
     with one_line_errors():
-        from ..generation.request import (
-            Settings,
-            build_method,
-            check_backend,
-            choose_device,
-            choose_dtype,
-            inspect_model,
-        )
-        from ..generation.run import environment
-        from ..pipelines.loading import usual_autoencoder_dtype
-        from .terminal import make_videos, print_summary, write_comparison
+        from ..generation.api import carry_out, check_outputs, compared
+        from ..generation.job import Sparse, prepare
+        from ..generation.progress import bars
+        from ..generation.report import write_report
+        from ..generation.request import Settings
+        from .terminal import print_summary
 
-        # What needs no import of torch is checked first, what needs the model's configs last; no weights are read yet.
-        settings = Settings(prompt, negative_prompt, frames, height, width, steps, guidance_scale, seed, fps, image)
-        page = report if report is not None else out.with_name("report.html")
-        check_file("--out", out, ".mp4")
-        if compare:
-            check_file("--report", page, ".html")
-        elif report is not None:
-            raise BadInput("--report is the page of --compare: give both.")
-        if density is not None and not 0 < density <= 1:
-            raise BadInput(f"--density is {density}: it must be above 0 and at most 1 (1 is dense).")
+        settings = Settings(
+            prompt,
+            negative_prompt,
+            frames,
+            height,
+            width,
+            steps,
+            guidance_scale,
+            seed,
+            fps,
+            image,
+            last_image,
+            video,
+            strength,
+        )
+        page = out.with_name("report.html") if compare and report is None else report
+        check_outputs(out, page, compare)
         if threads is not None and threads < 1:
-            raise BadInput(f"--threads is {threads}: it must be at least 1.")
-        amounts = {
-            "dense_steps": amount("--dense-steps", dense_steps),
-            "dense_layers": amount("--dense-layers", dense_layers),
-        }
-        overrides = method_settings(setting or [])
-        asked = method or []
-        check_methods(asked, compare)
-        place = choose_device(device, offload)
-        chosen_dtype = choose_dtype(dtype, place, model)
-        facts = inspect_model(model, image=settings.image is not None)
-        settings = settings.checked(facts)
-        layout = facts.layout(settings.frames, settings.height, settings.width)
-        names, why = choose_methods(asked, compare, layout.tokens)
-        sparse_only = {
-            "--density": density is not None,
-            "--dense-steps": dense_steps is not None,
-            "--dense-layers": dense_layers is not None,
-            "--set": bool(overrides),
-            "--backend": backend != "auto",
-        }
-        check_sparse_options(names, bool(asked), sparse_only)
-        check_backend(backend, place, sparse=any(name != DENSE for name in names))
-        methods: dict[str, Method | None] = {}
-        for name in names:
-            values = overrides.pop(name, {})
-            methods[name] = (
-                None if name == DENSE else build_method(name, layout, density=density, overrides=values, **amounts)
-            )
-        if overrides:
-            raise BadInput(
-                f"--set {next(iter(overrides))}: this method is not among those to run ({', '.join(names)})."
-            )
-        # --out is the video of the first method; of a comparison, that is the one after the reference.
-        first = names[1] if compare else names[0]
-        files = {name: out if name == first else out.with_name(f"{out.stem}.{name}.mp4") for name in names}
+            raise BadInput("threads", "it must be at least 1", value=threads)
+        sparse = Sparse(
+            methods=method or (),
+            density=density,
+            dense_steps=amount("dense_steps", dense_steps),
+            dense_layers=amount("dense_layers", dense_layers),
+            overrides=method_settings(setting or []),
+            backend=backend,
+        )
+        job = prepare(
+            model,
+            settings,
+            sparse,
+            compare=compare,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            tiling=vae_tiling,
+        )
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)
-        if not asked:
-            typer.echo(f"method {', '.join(names)}: {why}")
-        loading = {"offload": offload, "tiling": vae_tiling}
-        warm = warm_up and compare
-        videos = make_videos(facts, settings, methods, files, place, chosen_dtype, backend, warm, loading)
+        if not method:
+            typer.echo(worded(f"method {', '.join(job.methods)}: {job.why}", option))
+        for note in job.notes:
+            typer.echo(worded(note, option))
+        with bars(job.facts.name) as on_stage:
+            videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage)
+        files = job.files(out)
         if not compare:
             print_summary(videos, files)
             return
-        of_vae = usual_autoencoder_dtype(facts.makes_any_size, chosen_dtype)
-        described = {
-            "model": f"{facts.name} ({facts.pipeline_class})",
-            "methods": f"{', '.join(names)}: {why}",
-            "negative prompt": settings.negative_prompt or "none",
-            "steps": str(settings.steps),
-            "guidance scale": f"{settings.guidance_scale:g}",
-            "seed": str(settings.seed),
-            "backend": backend,
-            "dtype": f"{chosen_dtype}, autoencoder {of_vae}".replace("torch.", ""),
-        }
-        write_comparison(videos, files, settings, layout.tokens, described, environment(place), page)
+        command = shlex.join(["vidaccel", *sys.argv[1:]])
+        made = write_report(compared(job, videos, tuple(files.values()), command, option), page)
+        print_summary(videos, files, made)
+        typer.echo(f"comparison: {page} (open it in a browser); numbers: {page.with_suffix('.json')}")

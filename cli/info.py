@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..generation.errors import one_line_errors
-from .options import DENSE, refuse_given
+from ..generation.errors import mention, refuse_given
+from .errors import one_line_errors
 
 
 def register(app: typer.Typer) -> None:
@@ -23,6 +23,7 @@ def methods_command() -> None:
     from rich.table import Table
 
     from ..attention import METHODS
+    from ..generation.methods import DENSE
 
     table = Table(show_header=False, show_lines=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -46,23 +47,28 @@ def methods_command() -> None:
 
 
 def info_command(
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Instead: tokens and rough memory of a video, before any weights are read.")
+    forecast: Annotated[
+        bool,
+        typer.Option("--forecast", help="Instead: tokens and rough memory of a video, before any weights are read."),
     ] = False,
-    model: Annotated[str | None, typer.Option(help="With --plan: the model, as for generate. (default: demo)")] = None,
-    frames: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
-    height: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
-    width: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
-    dtype: Annotated[str | None, typer.Option(help="With --plan: of the weights at work. (default: bfloat16)")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --forecast: the model, as for generate. (default: demo)")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
+    height: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
+    width: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --forecast: of the weights at work. (default: bfloat16)")
+    ] = None,
 ) -> None:
     """Versions, devices, and which backends can run here; or what a video will take."""
     with one_line_errors():
-        if plan:
-            _print_plan(model or "demo", frames, height, width, dtype or "bfloat16")
+        if forecast:
+            _print_forecast(model or "demo", frames, height, width, dtype or "bfloat16")
             return
-        values = {"--model": model, "--frames": frames, "--height": height, "--width": width, "--dtype": dtype}
-        given = {option: value is not None for option, value in values.items()}
-        refuse_given(given, "only together with --plan: add that, or")
+        values = {"model": model, "frames": frames, "height": height, "width": width, "dtype": dtype}
+        given = {field: value is not None for field, value in values.items()}
+        refuse_given(given, f"of use only together with {mention('forecast')}")
         _print_machine()
 
 
@@ -72,13 +78,14 @@ def _print_machine() -> None:
     from rich.table import Table
 
     from ..attention.backends import BACKENDS
-    from ..generation.run import environment
+    from ..generation.machine import environment
 
-    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [torch.device("cpu"), *([accelerator] if accelerator is not None else [])]
     versions = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in environment(devices[-1]).items():
         versions.add_row(key, value)
-    if not torch.cuda.is_available():
+    if accelerator is None:
         versions.add_row("GPU", "none that torch can use")
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("backend", *(f"on {d.type}" for d in devices), "can do"):
@@ -91,18 +98,20 @@ def _print_machine() -> None:
     console.print(table)
 
 
-def _print_plan(model: str, frames: int | None, height: int | None, width: int | None, dtype: str) -> None:
+def _print_forecast(model: str, frames: int | None, height: int | None, width: int | None, dtype: str) -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
 
-    from ..generation.forecast import plan
-    from ..generation.request import Settings, choose_dtype, inspect_model
+    from ..generation.forecast import forecast
+    from ..generation.machine import choose_dtype
+    from ..generation.model_facts import inspect_model
+    from ..generation.request import Settings
 
     facts = inspect_model(model)
-    settings = Settings("a plan", frames=frames, height=height, width=width)
+    settings = Settings("a forecast", frames=frames, height=height, width=width)
     itemsize = choose_dtype(dtype, torch.device("cpu"), model).itemsize
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, text in plan(facts, settings.sized(facts), itemsize):
+    for name, text in forecast(facts, settings.sized(facts), itemsize):
         table.add_row(name, text)
     Console().print(table)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..generation.errors import BadInput, first_line, one_line_errors
-from .options import check_writable, refuse_given
+from ..generation.errors import BadInput, mention, refuse_given
+from ..generation.outputs import check_writable
+from .errors import one_line_errors
 
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
@@ -51,21 +52,21 @@ def convert_command(
         way_back = target.suffix in (".pt", ".safetensors")
         if not source.exists() and (way_back or not _may_be_on_the_hub(source)):
             also = "" if way_back else ", and it is no hub id of the form owner/name"
-            raise BadInput(f"There is no file or folder {source}{also}.")
+            raise BadInput("source", f"there is no such file or folder{also}", value=source)
         if target.exists():
-            raise BadInput(f"{target} exists already: give a new name, or delete it first.")
+            raise BadInput("target", "it exists already", "Give a new name, or delete it first.", value=target)
         of_folder = {
-            "--image-to-video": image_to_video,
-            "--autoencoder": autoencoder is not None,
-            "--base": base is not None,
-            "--link": link,
+            "image_to_video": image_to_video,
+            "autoencoder": autoencoder is not None,
+            "base": base is not None,
+            "link": link,
         }
-        of_file = {"--chunk-size": chunk_size is not None, "--scaling-factor": scaling_factor is not None}
+        of_file = {"chunk_size": chunk_size is not None, "scaling_factor": scaling_factor is not None}
         if way_back:
-            refuse_given(of_folder | of_file, f"of no use when an AutoencoderDCV is written as {target.name}:")
+            refuse_given(of_folder | of_file, f"of no use when an AutoencoderDCV is written as {target.name}")
         elif source.is_file():
-            refuse_given(of_folder, f"only for a published folder as SOURCE, and {source} is a file:")
-        check_writable(str(target), target.parent)
+            refuse_given(of_folder, f"only for a published folder as {mention('source')}, and {source} is a file")
+        check_writable("target", target)
         changes = {"chunk_size": chunk_size, "scaling_factor": scaling_factor}
         changes = {name: value for name, value in changes.items() if value is not None}
         if way_back:
@@ -83,7 +84,9 @@ def convert_command(
                 parts = {"autoencoder": autoencoder, "base": base}
                 _write_pipeline(str(source), folder, target, name, parts, changes, link)
             else:
-                refuse_given(of_folder, f"only for a whole model as SOURCE, and {source} has just {alone.name}:")
+                refuse_given(
+                    of_folder, f"only for a whole model as {mention('source')}, and {source} has just {alone.name}"
+                )
                 _write_autoencoder(alone, target, changes)
         typer.echo(f"Wrote {target}")
 
@@ -130,13 +133,14 @@ def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> N
     """A published file as the folder of an `AutoencoderDCV`."""
     from ..autoencoders.convert import CheckpointError, load_published
     from ..pipelines.deep_compression.published import beside
+    from ..pipelines.errors import first_line
 
     try:
         model = load_published(source, **changes)
     except CheckpointError:
         raise
     except ValueError as error:
-        raise BadInput(f"{source} cannot be converted: {first_line(error)}") from error
+        raise BadInput("source", f"it cannot be converted ({first_line(error)})", value=source) from error
     with beside(target) as draft:
         model.save_pretrained(draft)
 
@@ -150,6 +154,9 @@ def adapt_command(
     resume: Annotated[
         str | None, typer.Option(help="latest, auto (latest if there is one), or the folder of a checkpoint.")
     ] = None,
+    encode_only: Annotated[
+        bool, typer.Option("--encode-only", help="Fill the caches of clips and captions (data.cache), and end.")
+    ] = False,
     show: Annotated[bool, typer.Option("--list", help="List the ready settings and end.")] = False,
 ) -> None:
     """Adapt a model to another autoencoder, or train an autoencoder.
@@ -173,6 +180,7 @@ def adapt_command(
         arguments = [recipe.replace("-", "_"), "--config", config]
         arguments += [part for text in change or [] for part in ("--set", text)]
         arguments += ["--resume", resume] if resume else []
+        arguments += ["--encode-only"] if encode_only else []
         code = main(arguments)
         if code:
             raise typer.Exit(code)

@@ -1,47 +1,71 @@
-"""Errors that a user can act on, as one line on the command line."""
+"""Errors that a user can act on. They name a field of the request; each front end has its own word for it."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+_MENTION = re.compile(r"⟦(\w+)⟧")
+_ABSENT = object()
+
+
+def mention(field: str) -> str:
+    """A field of the request inside a text, which a front end then names in its own way, with `worded`."""
+    return f"⟦{field}⟧"
+
+
+def worded(text: str, name: Callable[[str], str] = str) -> str:
+    """A text with its fields named: by `name`, or else as Python names them."""
+    return _MENTION.sub(lambda match: name(match[1]), text)
 
 
 class BadInput(ValueError):
-    """A request that cannot be met; the message is one line and says value, bound and fix."""
+    """A request that cannot be met: the field, its value, the bound that it misses, and what to do.
 
+    As text it is one line with the field's name in Python: "frames is 34: this model makes 4k+1 frames. Give 33 or 37."
+    `worded` puts the names of another front end into it.
 
-def first_line(error: BaseException) -> str:
-    """The first line of a message: some libraries write pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C.
-
-    That is every error of a class of this package, and of the system. Others are faults of the program and pass.
+    Args:
+        field: of the request, as Python names it ("frames"); several where they have the same fault.
+        problem: with the bound, and without a full stop; it goes on after "FIELD is VALUE: ", or after "FIELD " where
+            no value is given. Other fields are written with `mention`.
+        fix: what to do, whole sentences.
+        value: what the field has; leave it out where it has none, or where the problem says it.
     """
-    import typer
 
-    def terminate(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    def __init__(self, field: str | Sequence[str], problem: str, fix: str = "", *, value: object = _ABSENT) -> None:
+        fields = [field] if isinstance(field, str) else list(field)
+        self.field, self.problem, self.fix = fields[0], problem, fix
+        self.value = None if value is _ABSENT else value
+        named = ", ".join(map(mention, fields))
+        self._head = f"{named} " if value is _ABSENT else f"{named} is {value}: "
+        super().__init__(self.worded(str))
 
-    # Without this, SIGTERM ends the process at once and leaves the temporary file of a half-written video.
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: what was at work was not written.", err=True)
-        raise typer.Exit(130) from None
-    except (ValueError, RuntimeError, OSError) as error:
-        message = str(error)
-        if type(error).__name__ == "OutOfMemoryError":
-            message = "out of GPU memory: try --offload, fewer --frames or a smaller size."
-        elif type(error).__module__.partition(".")[0] != __name__.partition(".")[0] and not isinstance(error, OSError):
-            raise
-        typer.echo(f"Error: {message}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def worded(self, name: Callable[[str], str]) -> str:
+        """The message in the words of a front end: `name` gives its name of a field."""
+        return worded(f"{self._head}{self.problem}.{f' {self.fix}' if self.fix else ''}", name)
+
+    def __reduce__(self) -> tuple[Callable[[dict], BadInput], tuple[dict]]:
+        return _rebuilt, (self.__dict__,)  # through the pickle of a worker process
+
+
+def refuse_given(given: Mapping[str, bool], reason: str, instead: str = "") -> None:
+    """Raise BadInput when fields were given that have no effect: nothing is ignored in silence.
+
+    Args:
+        given: field -> whether it was given.
+        reason: why they have none; it goes on after "is" or "are".
+        instead: what else can be done about it ("Add ...").
+    """
+    useless = [field for field, is_given in given.items() if is_given]
+    if useless:
+        one = len(useless) == 1
+        fix = f"{'eave' if not instead else ' leave'} {'it' if one else 'them'} out."
+        raise BadInput(useless, f"{'is' if one else 'are'} {reason}", f"{f'{instead}, or' if instead else 'L'}{fix}")
+
+
+def _rebuilt(state: dict) -> BadInput:
+    error = BadInput.__new__(BadInput)
+    error.__dict__.update(state)
+    ValueError.__init__(error, error.worded(str))
+    return error

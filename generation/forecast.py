@@ -1,4 +1,4 @@
-"""`vidaccel info --plan`: what a video will take, before any weights are read."""
+"""`vidaccel info --forecast`: what a video will take, before any weights are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
     return 16 * tokens * width * itemsize
 
 
-def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
+def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
     """Tokens and rough memory of a video with a model in a folder: names and texts.
 
     Args:
@@ -35,7 +35,7 @@ def plan(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str
 
     folder = Path(facts.location)
     if not folder.is_dir():
-        raise BadInput(f"--model {facts.name}: --plan needs the folder of a model that is on this machine.")
+        raise BadInput("model", "a forecast needs the folder of a model that is on this machine", value=facts.name)
     frames, height, width = settings.frames, settings.height, settings.width
     layout = facts.layout(frames, height, width)
     adapter = _json(folder / "adapter.json") if (folder / "adapter.json").is_file() else None
@@ -65,7 +65,8 @@ def _autoencoder_config(facts: ModelFacts) -> dict[str, Any]:
         return _json(Path(facts.location) / "vae" / "config.json")
     local = _local(facts.autoencoder)
     if local is None:
-        raise BadInput(f"--model {facts.name}: --plan needs its autoencoder {facts.autoencoder} on this machine.")
+        missing = f"a forecast needs its autoencoder {facts.autoencoder} on this machine"
+        raise BadInput("model", missing, value=facts.name)
     return _json(local / "config.json")
 
 
@@ -73,7 +74,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{file} cannot be read: {error}") from error
+        raise BadInput("model", f"{file} cannot be read ({error})", value=file.parent) from error
 
 
 def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:

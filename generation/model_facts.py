@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput, first_line
+from .errors import BadInput
+from .model_files import Reader, folder_reader, reader
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from ..attention.layout import VideoLayout
     from ..pipelines.deep_compression.canvas import Canvas
 
@@ -20,9 +22,6 @@ DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
 _DEFAULTS = ("frames", "height", "width", "steps", "guidance_scale")
-
-Reader = Callable[[str], "dict[str, Any] | None"]
-"""Reads a JSON file of a model by its name; None when there is no such file."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class ModelFacts:
         pad_frames: frames that the autoencoder puts before a video, for a DC-VideoGen model; None for others.
             Such a model makes any size and length, on a larger canvas that is cropped.
         autoencoder: folder or hub id of the autoencoder of adapter-only weights that lies elsewhere, else None.
+        pictures: first and last pictures that the transformer's image encoder looks at, None where any will do.
         own_defaults: frames, sizes, steps and guidance that the model states, see `DEFAULTS_FILE`.
     """
 
@@ -52,6 +52,7 @@ class ModelFacts:
     max_positions: int | None
     pad_frames: int | None = None
     autoencoder: str | None = None
+    pictures: int | None = None
     own_defaults: Mapping[str, int | float] = field(default_factory=dict, hash=False)
 
     @property
@@ -68,6 +69,21 @@ class ModelFacts:
     def needs_image(self) -> bool:
         """Whether the pipeline starts from a picture."""
         return "ImageToVideo" in self.pipeline_class
+
+    @property
+    def takes_last_image(self) -> bool:
+        """Whether the video can end with a picture."""
+        return self.needs_image and self.pictures != 1
+
+    @property
+    def needs_last_image(self) -> bool:
+        """Whether the video has to end with a picture."""
+        return self.needs_image and self.pictures == 2
+
+    @property
+    def needs_video(self) -> bool:
+        """Whether the pipeline starts from a video."""
+        return "VideoToVideo" in self.pipeline_class
 
     def canvas(self, frames: int, height: int, width: int) -> Canvas | None:
         """What is generated for a video, where sizes that the model cannot make are made larger; None elsewhere."""
@@ -96,11 +112,12 @@ class ModelFacts:
         from ..pipelines.loading import call_defaults
 
         defaults = call_defaults(self.pipeline_class)
+        defaults.setdefault("num_frames", 81)  # Wan's, where the class takes as many as its input video has
         names = {"frames": "num_frames", "steps": "num_inference_steps"}
         return {n: defaults[names.get(n, n)] for n in _DEFAULTS} | dict(self.own_defaults)
 
 
-def inspect_model(model: str, image: bool = False) -> ModelFacts:
+def inspect_model(model: str, image: bool = False, video: bool = False) -> ModelFacts:
     """Read what a model is, from `model_index.json` or `adapter.json` and the configs of autoencoder and transformer.
 
     Args:
@@ -108,41 +125,73 @@ def inspect_model(model: str, image: bool = False) -> ModelFacts:
             autoencoder, or a hub id "owner/name". A folder in the layout in which DC-VideoGen is published is
             converted into the cache of `from_pretrained` first.
         image: of a published folder with two models, take the one for image to video.
+        video: run a text-to-video model of Wan as video to video, which takes the same weights.
 
     Raises:
         BadInput: no such model, a folder that is no pipeline, or a pipeline class that cannot be accelerated.
     """
-    from ..pipelines.acceleration.families import supported_pipelines
-
     location = _locate(model)
-    read = _reader(location, f"--model {location}")
+    read = reader(location)
     index = read("model_index.json")
     adapter = read("adapter.json") if index is None else None
     if adapter is not None:
         return _adapter_facts(model, location, adapter, read)
     if index is None:
-        pipeline_class = _published_class(read, image)
-        if pipeline_class is None:
-            raise BadInput(
-                f"--model {model} is no diffusers pipeline: it has no model_index.json (give the folder that holds it)."
-            )
-        location = _converted(model, location, pipeline_class)
-        read = _folder_reader(Path(location))
-        index = read("model_index.json")
+        published_class = _published_class(read, image)
+        if published_class is None:
+            problem = "it is no diffusers pipeline: it has no model_index.json"
+            raise BadInput("model", problem, "Give the folder that holds it.", value=model)
+        location = _converted(model, location, published_class)
+        read = folder_reader(Path(location))
+        index = read("model_index.json") or {}
     pipeline_class = index.get("_class_name")
     pipeline_class = pipeline_class[-1] if isinstance(pipeline_class, list) else pipeline_class
+    if video and pipeline_class == "WanPipeline":
+        pipeline_class = "WanVideoToVideoPipeline"
+    return _facts(model, location, str(pipeline_class), read)
+
+
+def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
+    """What a loaded pipeline is; see `inspect_model`.
+
+    Raises:
+        BadInput: it is of a class that cannot be accelerated.
+    """
+
+    location = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
+    name = next((demo for demo in DEMOS if location == _locate(demo)), location)
+
+    def read(file: str) -> dict[str, Any] | None:
+        if file == DEFAULTS_FILE:
+            return folder_reader(Path(location))(file)
+        part = getattr(pipe, file.partition("/")[0], None)
+        part = getattr(part, "_orig_mod", part)  # what torch.compile wrapped
+        config = getattr(part, "config", None)
+        return None if config is None else {"_class_name": type(part).__name__, **config}
+
+    return _facts(name, location, type(pipe).__name__, read)
+
+
+def _facts(model: str, location: str, pipeline_class: str, read: Reader) -> ModelFacts:
+    """Of a pipeline whose configs can be read."""
+    from ..pipelines.acceleration.families import supported_pipelines
+
     if pipeline_class not in supported_pipelines():
         known = ", ".join(supported_pipelines())
-        raise BadInput(f"--model {model} is a {pipeline_class}, which is not supported; supported: {known}.")
-    if "VideoToVideo" in pipeline_class:
-        raise BadInput(f"--model {model} is a {pipeline_class}: this command has no input video; use it from Python.")
+        raise BadInput("model", f"it is a {pipeline_class}, which is not supported; supported: {known}", value=model)
     transformer = next((c for n in ("transformer", "transformer_2") if (c := read(f"{n}/config.json"))), None)
     vae = read("vae/config.json")
     if transformer is None or vae is None:
-        raise BadInput(f"--model {model} is incomplete: it needs vae/config.json and transformer/config.json.")
-    defaults = _own_defaults(model, DEFAULTS_FILE, read(DEFAULTS_FILE))
+        problem = "it is incomplete: it needs vae/config.json and transformer/config.json"
+        raise BadInput("model", problem, value=model)
+    if "VideoToVideo" in pipeline_class and read("transformer_2/config.json"):
+        problem = "it has two transformers, with which diffusers has no video to video"
+        raise BadInput("video", f"is of no use: {problem}", "Take a model with one, such as Wan 2.1.")
+    more: dict[str, Any] = {"own_defaults": _own_defaults(model, DEFAULTS_FILE, read(DEFAULTS_FILE))}
+    if transformer.get("image_dim") is not None:
+        more["pictures"] = 1 if transformer.get("pos_embed_seq_len") is None else 2
     if vae.get("_class_name") == "AutoencoderDCV":
-        return _deep_compression_facts(model, location, pipeline_class, vae, transformer, own_defaults=defaults)
+        return _deep_compression_facts(model, location, pipeline_class, vae, transformer, **more)
     return ModelFacts(
         name=model,
         location=location,
@@ -152,7 +201,7 @@ def inspect_model(model: str, image: bool = False) -> ModelFacts:
         size_factor=int(vae.get("scale_factor_spatial", 8)),
         patch=tuple(transformer.get("patch_size", (1, 2, 2))),
         max_positions=transformer.get("rope_max_seq_len"),
-        own_defaults=defaults,
+        **more,
     )
 
 
@@ -172,16 +221,17 @@ def _converted(model: str, location: str, pipeline_class: str) -> str:
     """The folder of a published model in diffusers' layout, of what is on this machine."""
     from ..pipelines.deep_compression.published import cached_conversion
     from ..pipelines.deep_compression.published_hub import downloaded_folder, known_parts
+    from ..pipelines.errors import first_line
 
-    fix = f'convert it once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
+    fix = f'Convert it once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
     folder = Path(location) if Path(location).is_dir() else downloaded_folder(location)
     if folder is None:
-        raise BadInput(f"--model {model} is in the layout in which DC-VideoGen is published: {fix}")
+        raise BadInput("model", "it is in the layout in which DC-VideoGen is published", fix, value=model)
     try:
-        parts = known_parts(location, folder)
+        parts: dict[str, Any] = known_parts(location, folder)
         return str(cached_conversion(folder, pipeline_class, **parts, options={"local_files_only": True}))
     except ValueError as error:
-        raise BadInput(f"--model {model}: {first_line(error)} For the command line, {fix}") from error
+        raise BadInput("model", first_line(error).rstrip("."), fix, value=model) from error
 
 
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:
@@ -189,20 +239,18 @@ def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Rea
     transformer = adapter.get("transformer", {})
     missing = {"in_channels", "out_channels"} - set(transformer)
     if missing:
-        raise BadInput(
-            f"--model {model}: adapter.json lacks {', '.join(sorted(missing))} of the transformer: write or download "
-            "the adapter again."
-        )
+        problem = f"adapter.json lacks {', '.join(sorted(missing))} of the transformer"
+        raise BadInput("model", problem, "Write or download the adapter again.", value=model)
     autoencoder, vae = None, read("vae/config.json")
     if vae is None:
         autoencoder = _named_autoencoder(model, location, adapter.get("autoencoder"))
-        vae = _reader(autoencoder, f"--model {model}: its autoencoder {autoencoder}")("config.json")
+        vae = reader(autoencoder, f"of {model}, its autoencoder: ")("config.json")
     if vae is None or vae.get("_class_name") != "AutoencoderDCV":
         kind = "has no config.json" if vae is None else f"has the class {vae.get('_class_name')}"
-        raise BadInput(
-            f"--model {model}: its autoencoder {autoencoder or 'vae/'} {kind}, but a video model needs a folder of an "
-            "AutoencoderDCV."
+        problem = (
+            f"its autoencoder {autoencoder or 'vae/'} {kind}, but a video model needs a folder of an AutoencoderDCV"
         )
+        raise BadInput("model", problem, value=model)
     image = transformer["in_channels"] != transformer["out_channels"]
     pipeline_class = "DCVideoGenImageToVideoPipeline" if image else "DCVideoGenPipeline"
     defaults = _own_defaults(model, "adapter.json", adapter.get("defaults"))
@@ -218,8 +266,10 @@ def _named_autoencoder(model: str, location: str, named: str | None) -> str:
     found = named_autoencoder(location, named)
     if found is None:
         raise BadInput(
-            f"--model {model}: the autoencoder that adapter.json names, {named or 'none'}, is not there, and the "
-            f"adapter has none in vae/: copy the folder of its AutoencoderDCV to {Path(location) / 'vae'}."
+            "model",
+            f"the autoencoder that adapter.json names, {named or 'none'}, is not there, and vae/ holds none",
+            f"Copy the folder of its AutoencoderDCV to {Path(location) / 'vae'}.",
+            value=model,
         )
     return found
 
@@ -244,12 +294,14 @@ def _own_defaults(model: str, file: str, stated: Any) -> dict[str, int | float]:
     """What a model states, checked, and for the built-in models what they are measured with."""
     stated = {} if stated is None else stated
     if not isinstance(stated, dict) or not set(stated) <= set(_DEFAULTS):
-        raise BadInput(f"--model {model}: the defaults in {file} are {stated}: they may have {', '.join(_DEFAULTS)}.")
+        problem = f"the defaults in {file} are {stated}: they may have {', '.join(_DEFAULTS)}"
+        raise BadInput("model", problem, value=model)
     for name, value in stated.items():
         kinds = (int, float) if name == "guidance_scale" else (int,)
         if isinstance(value, bool) or not isinstance(value, kinds) or value < 1:
             kind = "number" if name == "guidance_scale" else "whole number"
-            raise BadInput(f"--model {model}: in {file} the default {name} is {value!r}: it must be a {kind} from 1.")
+            problem = f"in {file} the default {name} is {value!r}: it must be a {kind} from 1"
+            raise BadInput("model", problem, value=model)
     if model not in DEMOS:
         return stated
     from ..demo import modeling
@@ -267,47 +319,11 @@ def _locate(model: str) -> str:
         try:
             return str(demo.path(model))
         except OSError as error:
-            raise BadInput(f"--model {model}: {error}") from error
+            raise BadInput("model", str(error).rstrip("."), value=model) from error
     if Path(model).expanduser().is_dir():
         return str(Path(model).expanduser())
     if is_hub_id(model):
         return model
     known = " nor ".join(f'"{name}"' for name in DEMOS)
-    raise BadInput(f"--model {model} is neither {known}, nor a folder here, nor a hub id of the form owner/name.")
-
-
-def _reader(location: str, label: str) -> Reader:
-    """For a folder or a hub id; messages begin with the label."""
-    return _folder_reader(Path(location)) if Path(location).is_dir() else _hub_reader(location, label)
-
-
-def _folder_reader(folder: Path) -> Reader:
-    def read(name: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{folder / name} cannot be read as JSON: {error}") from error
-
-    return read
-
-
-def _hub_reader(repository: str, label: str) -> Reader:
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    def read(name: str) -> dict[str, Any] | None:
-        try:
-            return json.loads(Path(hub.hf_hub_download(repository, name)).read_text(encoding="utf-8"))
-        except errors.EntryNotFoundError as error:
-            # The offline sibling of this error means "not in the cache", which says nothing about the repository.
-            if not isinstance(error, errors.LocalEntryNotFoundError):
-                return None
-            raise BadInput(f"{label}: {name} is not in the local cache and the hub cannot be reached.") from error
-        except errors.RepositoryNotFoundError as error:
-            raise BadInput(f"{label}: the hub has no such public model, and no folder here has this name.") from error
-        except (OSError, errors.HfHubHTTPError) as error:
-            raise BadInput(f"{label}: {name} cannot be fetched from the hub ({first_line(error)}).") from error
-
-    return read
+    problem = f"it is neither {known}, nor a folder here, nor a hub id of the form owner/name"
+    raise BadInput("model", problem, value=model)

@@ -1,4 +1,4 @@
-"""Numbers and pictures of a comparison: metrics, figures, and a page that holds everything in one file."""
+"""A comparison for a reader: its numbers as JSON, and a page that holds videos, pictures and charts in one file."""
 
 from __future__ import annotations
 
@@ -6,145 +6,18 @@ import base64
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .comparison import Comparison, FrameMetrics, GeneratedVideo
 from .figures import figure_svg, heat_map, line_chart, quantile_chart
 from .video import contact_sheet, png, write_bytes
 
 if TYPE_CHECKING:
     from ..attention.records import CallRecord, RunReport
-
-
-@dataclass(frozen=True, eq=False)
-class GeneratedVideo:
-    """One video and what making it took.
-
-    Args:
-        name: of the method.
-        frames: `[F, H, W, 3]` uint8 RGB.
-        seconds: wall time of the whole pipeline call: text encoding, denoising and decoding.
-        report: what attention did; None for the untouched pipeline.
-        step_seconds: median time from one step's end to the next; None with a single step.
-        decode_seconds: time from the last step's end to the frames.
-        warm_up_seconds: time of the uncounted step before, compilation included; None when there was none.
-    """
-
-    name: str
-    frames: np.ndarray
-    seconds: float
-    report: RunReport | None = None
-    step_seconds: float | None = None
-    decode_seconds: float | None = None
-    warm_up_seconds: float | None = None
-
-    @property
-    def denoise_seconds(self) -> float | None:
-        """Time to the last step's end, text encoding included."""
-        return None if self.decode_seconds is None else self.seconds - self.decode_seconds
-
-
-@dataclass(frozen=True)
-class FrameMetrics:
-    """How far a video is from its reference.
-
-    Args:
-        psnr: dB per frame; infinite for identical frames.
-        ssim: per frame, 1.0 for identical frames.
-    """
-
-    psnr: tuple[float, ...]
-    ssim: tuple[float, ...]
-
-    @property
-    def identical_frames(self) -> int:
-        """Frames without any difference."""
-        return sum(math.isinf(value) for value in self.psnr)
-
-    @property
-    def mean_psnr(self) -> float:
-        """Mean over the frames that differ; infinite when none does."""
-        finite = [value for value in self.psnr if math.isfinite(value)]
-        return float(np.mean(finite)) if finite else math.inf
-
-    @property
-    def mean_ssim(self) -> float:
-        """Mean over all frames."""
-        return float(np.mean(self.ssim))
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """Videos of one prompt and seed, the first of which is the reference.
-
-    Args:
-        prompt: what they show.
-        videos: the dense one first.
-        files: their MP4 files, in the same order.
-        fps: frames per second of the files.
-        tokens: length of the self-attention sequence.
-        settings, environment: name -> value, shown as they are.
-        command: the command line.
-    """
-
-    prompt: str
-    videos: tuple[GeneratedVideo, ...]
-    files: tuple[Path, ...]
-    fps: float
-    tokens: int
-    settings: dict[str, str]
-    environment: dict[str, str]
-    command: str
-    metrics: dict[str, FrameMetrics] = field(init=False)
-
-    def __post_init__(self) -> None:
-        if len(self.videos) < 2 or len(self.videos) != len(self.files):
-            raise ValueError(
-                f"a comparison needs two or more videos and a file each, got {len(self.videos)}, {len(self.files)}."
-            )
-        metrics = {v.name: compare(self.reference.frames, v.frames) for v in self.others}
-        object.__setattr__(self, "metrics", metrics)
-
-    @property
-    def reference(self) -> GeneratedVideo:
-        """The video that the others are measured against."""
-        return self.videos[0]
-
-    @property
-    def others(self) -> tuple[GeneratedVideo, ...]:
-        """All but the reference."""
-        return self.videos[1:]
-
-
-def compare(reference: np.ndarray, other: np.ndarray) -> FrameMetrics:
-    """PSNR and SSIM of every frame, as torchmetrics computes them on values in [0, 1].
-
-    Args:
-        reference, other: `[F, H, W, 3]` uint8.
-
-    Raises:
-        ValueError: the shapes differ, or the frames are under 11 pixels, the size of SSIM's window.
-    """
-    import torch
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    if reference.shape != other.shape:
-        raise ValueError(f"videos to compare must have one shape, got {reference.shape} and {other.shape}.")
-    if min(reference.shape[1:3]) < 11:
-        raise ValueError(f"SSIM needs frames of at least 11x11 pixels, got {reference.shape[2]}x{reference.shape[1]}.")
-    # float64 is best for SSIM, whose variances cancel, but 30 times slower on a CPU; float32 is good to 4 decimals.
-    cuda = torch.cuda.is_available()
-    place = {"device": "cuda", "dtype": torch.float64} if cuda else {"device": "cpu", "dtype": torch.float32}
-    psnr, ssim = [], []
-    for pair in zip(reference, other, strict=True):
-        target, preds = (torch.tensor(frame).permute(2, 0, 1)[None].to(**place) / 255 for frame in pair)
-        same = torch.equal(target, preds)
-        psnr.append(math.inf if same else float(peak_signal_noise_ratio(preds, target, data_range=1.0)))
-        ssim.append(1.0 if same else float(structural_similarity_index_measure(preds, target, data_range=1.0)))
-    return FrameMetrics(tuple(psnr), tuple(ssim))
 
 
 # -- what the records say ----------------------------------------------------------------------------------------------
@@ -223,8 +96,30 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         "tokens": comparison.tokens,
         "settings": comparison.settings,
         "environment": comparison.environment,
+        "notes": list(comparison.notes),
         "videos": videos,
     }
+
+
+def write_report(comparison: Comparison, page: Path) -> Comparison:
+    """Write the page of a comparison, and beside it its numbers (.json) and its contact sheet (.png).
+
+    Videos that have no files yet get some, beside the page as PAGE.METHOD.mp4.
+
+    Args:
+        comparison: to be shown.
+        page: the .html file.
+
+    Returns:
+        The comparison with its files.
+    """
+    if not comparison.files:
+        files = tuple(video.save(page.with_name(f"{page.stem}.{video.name}.mp4")) for video in comparison.videos)
+        comparison = replace(comparison, files=files)
+    write_json(comparison, page.with_suffix(".json"))
+    write_bytes(contact_sheet_png(comparison), page.with_suffix(".png"))
+    write_html(comparison, page)
+    return comparison
 
 
 def write_json(comparison: Comparison, path: str | Path) -> Path:

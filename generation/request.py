@@ -1,47 +1,40 @@
-"""What is asked for, and whether the model and this machine can do it."""
+"""What is asked for, and whether a model can make it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput, first_line
-from .model_facts import DEMOS, ModelFacts, inspect_model
+from .errors import BadInput, mention
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
     from PIL import Image
 
-    from ..attention.layout import VideoLayout
-    from ..attention.methods.base import Method
+    from .model_facts import ModelFacts
 
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_SEED = 2**63 - 1
-MIN_SPARSE_TOKENS = 8192
-"""Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves."""
-
-__all__ = [
-    "DEMOS",
-    "DTYPES",
-    "MAX_SEED",
-    "MIN_SPARSE_TOKENS",
-    "BadInput",
-    "ModelFacts",
-    "Settings",
-    "build_method",
-    "check_backend",
-    "choose_device",
-    "choose_dtype",
-    "first_line",
-    "inspect_model",
-    "open_image",
-]
+MIN_COMPARED = 11
+"""Pixels of the smallest side that can be compared: the size of SSIM's window."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to generate; sizes in pixels. `checked` fills what is None from the model."""
+    """What to generate; sizes in pixels. `checked` fills what is None from the model.
+
+    Args:
+        prompt, negative_prompt: what the video shows, and what it should not show.
+        frames, height, width, steps, guidance_scale: as in diffusers; a guidance scale of 1 is no guidance.
+        seed: of the initial noise.
+        fps: frames per second of the file.
+        image, last_image: files or PIL pictures, the first and the last frame, for image to video.
+        video: a file, or frames `[F, H, W, 3]` of bytes, for video to video.
+        strength: how much of the noise is added to `video`, in (0, 1]; None for the pipeline's own.
+
+    Raises:
+        BadInput: a value out of its bounds, or a file that is not there.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -52,40 +45,72 @@ class Settings:
     guidance_scale: float | None = None
     seed: int = 0
     fps: float = 16
-    image: Path | None = None
+    image: Path | Image.Image | None = None
+    last_image: Path | Image.Image | None = None
+    video: Path | np.ndarray | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise BadInput("the prompt is empty: say what the video shows.")
-        for option in ("frames", "height", "width", "steps"):
-            value = getattr(self, option)
+            raise BadInput("prompt", "is empty", "Say what the video shows.")
+        for field in ("frames", "height", "width", "steps"):
+            value = getattr(self, field)
             if value is not None and value < 1:
-                raise BadInput(f"--{option} is {value}: it must be at least 1.")
-        if self.guidance_scale is not None and not 1 <= self.guidance_scale < float("inf"):
-            raise BadInput(
-                f"--guidance-scale is {self.guidance_scale}: it must be at least 1 (1 switches guidance off)."
-            )
+                raise BadInput(field, "it must be at least 1", value=value)
+        guidance = self.guidance_scale
+        if guidance is not None and not 1 <= guidance < float("inf"):
+            raise BadInput("guidance_scale", "it must be at least 1 (1 switches guidance off)", value=guidance)
         if not 0 <= self.seed <= MAX_SEED:
-            raise BadInput(f"--seed is {self.seed}: it must be between 0 and {MAX_SEED}.")
+            raise BadInput("seed", f"it must be between 0 and {MAX_SEED}", value=self.seed)
         if not 0 < self.fps <= 240:
-            raise BadInput(f"--fps is {self.fps}: it must be above 0 and at most 240.")
-        if self.image is not None and not self.image.is_file():
-            raise BadInput(f"--image {self.image}: no such file.")
+            raise BadInput("fps", "it must be above 0 and at most 240", value=self.fps)
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise BadInput("strength", "it must be above 0 and at most 1 (1 keeps nothing)", value=self.strength)
+        for field in ("image", "last_image", "video"):
+            file = getattr(self, field)
+            if isinstance(file, Path) and not file.is_file():
+                raise BadInput(field, "there is no such file", value=file)
 
     def checked(self, model: ModelFacts) -> Settings:
         """The request with the model's defaults filled in.
 
         Raises:
-            BadInput: frames or a size that the model cannot make, or an image missing or unasked for.
+            BadInput: frames or a size that the model cannot make, or a picture or video that is missing, unasked for or
+                unreadable.
         """
-        whole = self.sized(model)
-        if model.needs_image and whole.image is None:
-            raise BadInput(f"{model.pipeline_class} starts from a picture: give --image FILE.")
-        if whole.image is not None and not model.needs_image:
-            raise BadInput(f"--image: {model.pipeline_class} takes no picture, only a prompt.")
-        if whole.image is not None:
-            open_image(whole.image)
-        return whole
+        self._check_inputs(model)
+        if self.video is not None:
+            return self._for_video(model).sized(model)
+        return self.sized(model)
+
+    def _check_inputs(self, model: ModelFacts) -> None:
+        """Pictures and videos are there where the model needs them, nowhere else, and can be read."""
+        kind = model.pipeline_class
+        inputs = {  # field -> needed, taken, what it is
+            "image": (model.needs_image, model.needs_image, "picture to start from"),
+            "last_image": (model.needs_last_image, model.takes_last_image, "picture to end with"),
+            "video": (model.needs_video, model.needs_video, "video to start from"),
+        }
+        for field, (needed, taken, what) in inputs.items():
+            if needed and getattr(self, field) is None:
+                raise BadInput(field, f"is missing: this {kind} needs a {what}")
+            if not taken and getattr(self, field) is not None:
+                raise BadInput(field, f"is of no use: this {kind} takes no {what}", "Leave it out.")
+        if self.strength is not None and self.video is None:
+            raise BadInput("strength", f"is of use only with {mention('video')}", "Leave it out.")
+        for field in ("image", "last_image"):
+            open_picture(field, getattr(self, field))
+
+    def _for_video(self, model: ModelFacts) -> Settings:
+        """As many frames as the input video has and the model makes, where none are given."""
+        frames = open_video(self.video)
+        count = (len(frames) - 1) // model.frame_factor * model.frame_factor + 1
+        if self.frames is not None and self.frames > len(frames):
+            raise BadInput(
+                "frames", f"the input video has {len(frames)}", "Give fewer, or a longer video.", value=self.frames
+            )
+        # Read once: the run gets the frames.
+        return replace(self, video=frames, frames=count if self.frames is None else self.frames)
 
     def sized(self, model: ModelFacts) -> Settings:
         """The request with the model's defaults filled in, of which only frames and sizes are checked.
@@ -94,130 +119,94 @@ class Settings:
             BadInput: frames or a size that the model cannot make.
         """
         defaults = model.call_defaults()
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        whole = replace(self, **missing)
-        factor = model.frame_factor
-        if not model.makes_any_size and (whole.frames - 1) % factor:
-            rounded = whole.frames // factor * factor + 1
-            below = (whole.frames - 1) // factor * factor + 1
-            raise BadInput(
-                f"--frames is {whole.frames}: this model makes {factor}k+1 frames; diffusers would round "
-                f"it to {rounded} without asking. Give {below} or {below + factor}."
-            )
-        for option, multiple in zip(("height", "width"), model.size_multiple, strict=True):
-            value = getattr(whole, option)
-            if not model.makes_any_size and value % multiple:
-                below = value // multiple * multiple
-                nearest = f"{below} or {below + multiple}" if below else f"{multiple}"
-                raise BadInput(
-                    f"--{option} is {value}: it must be a multiple of {multiple} (autoencoder {model.size_factor}x, "
-                    f"patches of {multiple // model.size_factor}). Give {nearest}."
-                )
+        whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        if not model.makes_any_size:
+            _check_size(whole, model)
         layout = model.layout(whole.frames, whole.height, whole.width)
         longest = max(layout.frames, layout.height, layout.width)
         if model.max_positions is not None and longest > model.max_positions:
+            wanted = f"{whole.frames} frames of {whole.width}x{whole.height}"
             raise BadInput(
-                f"{whole.frames} frames of {whole.width}x{whole.height} make {longest} tokens along an axis, above the "
-                f"{model.max_positions} positions of this model. Give a shorter or smaller video."
+                "frames" if longest == layout.frames else "width" if longest == layout.width else "height",
+                f"is too large: {wanted} make {longest} tokens along an axis, above the {model.max_positions} "
+                "positions of this model",
+                "Give a shorter or smaller video.",
             )
         return whole
 
 
-def open_image(path: Path) -> Image.Image:
-    """The first frame for an image-to-video model; BadInput when the file is no picture."""
+def _check_size(settings: Settings, model: ModelFacts) -> None:
+    """Raise BadInput for frames or a size that diffusers would change without asking."""
+    frames, factor = settings.frames, model.frame_factor
+    if (frames - 1) % factor:
+        rounded = frames // factor * factor + 1
+        below = (frames - 1) // factor * factor + 1
+        raise BadInput(
+            "frames",
+            f"this model makes {factor}k+1 frames; diffusers would round it to {rounded} without asking",
+            f"Give {below} or {below + factor}.",
+            value=frames,
+        )
+    for field, multiple in zip(("height", "width"), model.size_multiple, strict=True):
+        value = getattr(settings, field)
+        if value % multiple:
+            below = value // multiple * multiple
+            raise BadInput(
+                field,
+                f"it must be a multiple of {multiple} (autoencoder {model.size_factor}x, patches of "
+                f"{multiple // model.size_factor})",
+                f"Give {f'{below} or {below + multiple}' if below else multiple}.",
+                value=value,
+            )
+
+
+def open_picture(field: str, picture: Path | Image.Image | None) -> Image.Image | None:
+    """The first or last frame for an image-to-video model; BadInput when the file is no picture."""
+    if not isinstance(picture, Path):
+        return picture
+    from ..pipelines.errors import first_line
+    from .pictures import read_picture
+
+    try:
+        return read_picture(picture)
+    except (OSError, ValueError) as error:
+        raise BadInput(field, f"cannot be used: {first_line(error).rstrip('.')}") from error
+
+
+def open_video(video: Path | np.ndarray) -> np.ndarray:
+    """The frames `[F, H, W, 3]` of bytes for a video-to-video model; BadInput when the file is no video."""
+    if not isinstance(video, Path):
+        return video
+    from ..pipelines.errors import first_line
+    from .video_reader import read_video
+
+    try:
+        return read_video(video)[0]
+    except OSError as error:
+        raise BadInput("video", f"cannot be used: {first_line(error).rstrip('.')}") from error
+
+
+def pipeline_inputs(settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """Pictures and video as the pipeline takes them, in the video's size, and what was cut off for it, in words."""
     from PIL import Image
 
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise BadInput(f"--image {path} is no picture: {first_line(error)}") from error
+    from .pictures import fit_picture
 
-
-def build_method(
-    name: str,
-    layout: VideoLayout,
-    *,
-    density: float | None = None,
-    overrides: dict[str, Any] | None = None,
-    dense_steps: int | float | None = None,
-    dense_layers: int | float | None = None,
-) -> Method:
-    """A method with the command line's settings.
-
-    Args:
-        name: a key of `attention.METHODS`.
-        layout: the token grid, which a method may need to meet a density.
-        density: pairs computed over pairs in dense attention, in the sparse steps; None keeps the method's own default.
-        overrides: further fields of the method.
-        dense_steps, dense_layers: first steps and layers that stay dense (count or fraction); None keeps the default.
-
-    Raises:
-        BadInput: a field the method lacks, or a value it refuses.
-    """
-    from ..attention import METHODS
-
-    method_class = METHODS[name]
-    known = [f.name for f in fields(method_class) if f.name != "schedule"]
-    for field in overrides or {}:
-        if field not in known:
-            raise BadInput(f"--set {name}.{field}: {name} has no such setting; it has {', '.join(known)}.")
-    try:
-        method = method_class() if density is None else method_class.for_density(layout, density)
-        schedule = method.schedule
-        if dense_steps is not None:
-            schedule = replace(schedule, first_steps=dense_steps)
-        if dense_layers is not None:
-            schedule = replace(schedule, first_layers=dense_layers)
-        method = replace(method, schedule=schedule, **(overrides or {}))
-        method.check(layout)
-        return method
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"--method {name}: {first_line(error)}") from error
-
-
-def choose_device(name: str, offload: bool) -> torch.device:
-    """The device that --device means; BadInput when this machine lacks it."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"--device {name}: torch {torch.__version__} finds no CUDA device here; give --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
-    if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name} is not supported: give auto, cpu, cuda or cuda:N.")
-    if offload and device.type != "cuda":
-        raise BadInput(f"--offload moves parts between GPU and main memory, and the device is {device}: leave it out.")
-    return device
-
-
-def check_backend(name: str, device: torch.device, sparse: bool) -> None:
-    """Raise BadInput when --backend is unknown or cannot run here, sparsely where that is wanted."""
-    from ..attention.backends import BACKENDS, refusal
-
-    if name != "auto" and name not in BACKENDS:
-        raise BadInput(f"--backend {name} is unknown; known: auto, {', '.join(BACKENDS)}.")
-    if sparse:
-        reason = refusal(name, device)
-    else:
-        reason = None if name == "auto" else BACKENDS[name].unavailable(device)
-    if reason is not None:
-        fix = "See" if name == "auto" else "Give --backend auto, or see"
-        raise BadInput(f"--backend {name} cannot be used here: it {reason}. {fix} `vidaccel info`.")
-
-
-def choose_dtype(name: str, device: torch.device, model: str) -> torch.dtype:
-    """The dtype that --dtype means; BadInput for one that models are not run in."""
-    import torch
-
-    if name != "auto" and name not in DTYPES:
-        raise BadInput(f"--dtype is {name}: it must be auto, {', '.join(DTYPES)}.")
-    if name == "auto":
-        # The demo model was trained and measured in float32, and CPUs are slow in bfloat16.
-        name = "bfloat16" if device.type == "cuda" and model not in DEMOS else "float32"
-    return getattr(torch, name)
+    inputs: dict[str, Any] = {}
+    notes = []
+    for field in ("image", "last_image"):
+        picture = open_picture(field, getattr(settings, field))
+        if picture is not None:
+            inputs[field], note = fit_picture(picture, settings.width, settings.height)
+            notes += [f"{field}: {note}"] if note else []
+    if settings.video is not None:
+        frames = open_video(settings.video)
+        if len(frames) > settings.frames:
+            notes.append(f"video: of its {len(frames)} frames, the first {settings.frames} are used.")
+        whole = (Image.fromarray(frame) for frame in frames[: settings.frames])
+        fitted = [fit_picture(frame, settings.width, settings.height) for frame in whole]
+        inputs["video"] = [picture for picture, _ in fitted]
+        notes += [f"video: {fitted[0][1]}"] if fitted[0][1] else []
+        if settings.strength is not None:
+            inputs["strength"] = settings.strength
+    return inputs, notes

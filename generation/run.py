@@ -1,58 +1,162 @@
-"""Load a pipeline, run it once, dense or accelerated, and time it."""
+"""Load a pipeline, run it, dense or accelerated, and time it."""
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import itertools
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import BadInput, first_line
-from .model_facts import ModelFacts
+from .errors import BadInput
+from .machine import synchronise
 from .report import GeneratedVideo
-from .request import Settings, open_image
+from .request import Settings, pipeline_inputs
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
     from ..attention.methods.base import Method
+    from ..attention.records import RunReport
+    from ..attention.schedule import DenseSchedule
+    from .job import Job
+    from .model_facts import ModelFacts
 
-StepCallback = Callable[[int, int], None]
-"""Called with (steps done, steps of the run) at the end of every denoising step."""
+StepCallback = Callable[[int, int, Any], None]
+"""Called with (steps done, steps of the run, latents after the step) at the end of every denoising step; may raise."""
+StageCallback = Callable[[str, str, int, int], None]
+"""Called with (name of the run, "warm-up", "steps" or "decoding", steps done, steps of the run)."""
 
 
 class GenerationError(RuntimeError):
     """The model ran and made nothing usable."""
 
 
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a pipeline.
+
+    Args:
+        frames: `[F, H, W, 3]` float32 in [0, 1]; None when nothing was decoded.
+        seconds: wall time of the whole call: text encoding, denoising and decoding.
+        step_ends: when each step ended, in seconds from the start.
+        report: what attention did; None for the untouched pipeline.
+        notes: what was done to the pictures or the video that it starts from, in words.
+    """
+
+    frames: np.ndarray | None
+    seconds: float
+    step_ends: tuple[float, ...]
+    report: RunReport | None
+    notes: tuple[str, ...]
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median time from one step's end to the next; None with a single step."""
+        between = [b - a for a, b in itertools.pairwise(self.step_ends)]
+        return statistics.median(between) if between else None
+
+
 def load(
-    model: ModelFacts, dtype: torch.dtype, device: torch.device, *, offload: bool = False, tiling: bool = False
+    facts: ModelFacts, dtype: torch.dtype, device: torch.device | str, *, offload: bool = False, tiling: bool = False
 ) -> DiffusionPipeline:
-    """Load the weights and place them.
+    """Load the weights and place them; see `pipelines.loading.load_pipeline`.
 
     Raises:
         BadInput: weights that are missing or unreadable.
     """
+    from ..pipelines.errors import first_line
     from ..pipelines.loading import load_pipeline
 
     try:
-        chosen = {"pipeline_class": model.pipeline_class, "offload": offload, "tiling": tiling}
-        return load_pipeline(model.location, dtype, device, **chosen)
+        return load_pipeline(
+            facts.location, dtype, device, pipeline_class=facts.pipeline_class, offload=offload, tiling=tiling
+        )
     except (OSError, ValueError) as error:
-        raise BadInput(f"--model {model.name} cannot be loaded: {first_line(error)}") from error
+        raise BadInput("model", f"it cannot be loaded: {first_line(error).rstrip('.')}", value=facts.name) from error
 
 
-def generate(
+def run(
+    pipe: DiffusionPipeline,
+    settings: Settings,
+    method: Method | None = None,
+    *,
+    backend: str = "auto",
+    schedule: DenseSchedule | None = None,
+    on_step: StepCallback | None = None,
+    decode: bool = True,
+) -> Run:
+    """Run a pipeline once, dense (`method=None`, the pipeline as it is) or accelerated.
+
+    The initial noise comes from a CPU generator with the seed, so it is the same for every method and device.
+
+    Args:
+        pipe: the pipeline.
+        settings: checked.
+        method, backend, schedule: see `accelerate`.
+        on_step: told of every step.
+        decode: make frames of the latents.
+
+    Raises:
+        GenerationError: the model made NaN or infinite values.
+    """
+    from ..pipelines import accelerate
+
+    if method is None:
+        return _call(pipe, settings, on_step, decode)
+    with accelerate(pipe, method, backend=backend, schedule=schedule) as handle:
+        made = _call(pipe, settings, on_step, decode)
+        return replace(made, report=handle.report().last())
+
+
+def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
+    import torch
+
+    ends: list[float] = []
+
+    def step_ended(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        synchronise(device)
+        ends.append(time.perf_counter() - start)
+        if on_step is not None:
+            on_step(step + 1, getattr(pipe, "num_timesteps", settings.steps), tensors["latents"])
+        return {}
+
+    inputs, notes = pipeline_inputs(settings)
+    # A video-to-video pipeline makes as many frames as it is given.
+    if "num_frames" in inspect.signature(pipe.__call__).parameters:
+        inputs["num_frames"] = settings.frames
+    device = pipe._execution_device
+    synchronise(device)
+    start = time.perf_counter()
+    result = pipe(
+        prompt=settings.prompt,
+        negative_prompt=settings.negative_prompt,
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(settings.seed),
+        callback_on_step_end=step_ended,
+        output_type="np" if decode else "latent",
+        **inputs,
+    )
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    frames = np.asarray(result.frames[0], np.float32) if decode else None
+    if frames is not None and not np.isfinite(frames).all():
+        raise GenerationError(
+            f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "
+            "another dtype may help (bfloat16 or float32)."
+        )
+    return Run(frames, seconds, tuple(ends), None, tuple(notes))
+
+
+def make_video(
     pipe: DiffusionPipeline,
     settings: Settings,
     name: str,
@@ -61,27 +165,17 @@ def generate(
     backend: str = "auto",
     on_step: StepCallback | None = None,
 ) -> GeneratedVideo:
-    """Run the pipeline once, dense (`method=None`, the pipeline as it is) or accelerated, and time it.
-
-    The initial noise comes from a CPU generator with the seed, so it is the same for every method and device.
-    """
-    from ..pipelines import accelerate
-
-    if method is None:
-        frames, seconds, marks = _run(pipe, settings, on_step)
-        report = None
-    else:
-        with accelerate(pipe, method, backend=backend) as handle:
-            frames, seconds, marks = _run(pipe, settings, on_step)
-            report = handle.report().last()
-    between = [b - a for a, b in itertools.pairwise(marks)]
+    """Run a pipeline once; the video as bytes, and its times."""
+    made = run(pipe, settings, method, backend=backend, on_step=on_step)
     return GeneratedVideo(
         name=name,
-        frames=frames,
-        seconds=seconds,
-        report=report,
-        step_seconds=statistics.median(between) if between else None,
-        decode_seconds=seconds - marks[-1],
+        frames=(made.frames * 255).round().astype(np.uint8),
+        seconds=made.seconds,
+        report=made.report,
+        step_seconds=made.step_seconds,
+        decode_seconds=made.seconds - made.step_ends[-1],
+        fps=settings.fps,
+        notes=made.notes,
     )
 
 
@@ -94,101 +188,34 @@ def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, 
         What it took, in seconds.
     """
     from ..attention.schedule import DenseSchedule
-    from ..pipelines import accelerate
 
-    single = replace(settings, steps=1)
+    single = replace(settings, steps=1, strength=None if settings.video is None else 1.0)
     if method is None:
-        return _run(pipe, single, None)[1]
-    with accelerate(pipe, method, backend=backend, schedule=DenseSchedule()):
-        return _run(pipe, single, None, decode=False)[1]
+        return run(pipe, single).seconds
+    return run(pipe, single, method, backend=backend, schedule=DenseSchedule(), decode=False).seconds
 
 
-def _run(
-    pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool = True
-) -> tuple[Any, float, list[float]]:
-    """Frames `[F, H, W, 3]` uint8 (None without decoding), seconds, and when each step ended."""
-    import torch
+def make_videos(
+    job: Job, pipe: DiffusionPipeline, *, warm: bool = False, on_stage: StageCallback | None = None
+) -> Iterator[GeneratedVideo]:
+    """Every video of a job, each as soon as it is there, so that a stop in a later run loses nothing.
 
-    marks: list[float] = []
+    Args:
+        job: what to run.
+        pipe: loaded for it.
+        warm: an uncounted step before each run.
+        on_stage: told of what happens.
+    """
+    tell = on_stage or (lambda name, stage, done, total: None)
+    for name, method in job.methods.items():
 
-    def step_ended(_pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        _synchronise(device)
-        marks.append(time.perf_counter() - start)
-        if on_step is not None:
-            on_step(step + 1, settings.steps)
-        return {}
+        def stepped(done: int, total: int, _latents: Any, name: str = name) -> None:
+            tell(name, "steps" if done < total else "decoding", done, total)
 
-    inputs: dict[str, Any] = {}
-    if settings.image is not None:
-        from PIL.Image import Resampling
-
-        size = (settings.width, settings.height)
-        inputs["image"] = open_image(settings.image).resize(size, Resampling.LANCZOS)
-    device = pipe._execution_device
-    _synchronise(device)
-    start = time.perf_counter()
-    result = pipe(
-        prompt=settings.prompt,
-        negative_prompt=settings.negative_prompt,
-        height=settings.height,
-        width=settings.width,
-        num_frames=settings.frames,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(settings.seed),
-        callback_on_step_end=step_ended,
-        output_type="np" if decode else "latent",
-        **inputs,
-    )
-    _synchronise(device)
-    seconds = time.perf_counter() - start
-    if not decode:
-        return None, seconds, marks
-    frames = result.frames[0]
-    if not np.isfinite(frames).all():
-        raise GenerationError("the model made NaN or Inf instead of a video: try --dtype bfloat16 or float32.")
-    return (frames * 255).round().astype(np.uint8), seconds, marks
-
-
-def _synchronise(device: torch.device) -> None:
-    """Wait for a GPU, whose work would otherwise be timed in whatever waits for it next."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware, for a reader."""
-    import torch
-
-    from .. import __version__
-
-    facts = {"vidaccel": __version__, "Python": platform.python_version()}
-    facts.update({name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")})
-    facts["system"] = f"{platform.system()} {platform.machine()}"
-    threads, cores = torch.get_num_threads(), os.cpu_count()
-    facts["CPU"] = (
-        f"{_cpu_name()}, {cores} logical core{'s' if cores != 1 else ''}, "
-        f"torch uses {threads} thread{'s' if threads != 1 else ''}"
-    )
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    facts["device"] = str(device)
-    return facts
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        warm_seconds = None
+        if warm:
+            tell(name, "warm-up", 0, job.settings.steps)
+            warm_seconds = warm_up(pipe, job.settings, method, backend=job.backend)
+        tell(name, "steps", 0, job.settings.steps)
+        video = make_video(pipe, job.settings, name, method, backend=job.backend, on_step=stepped)
+        yield replace(video, warm_up_seconds=warm_seconds)

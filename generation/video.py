@@ -1,4 +1,4 @@
-"""Video files: H.264 in MP4 that browsers play, written whole or not at all, and contact sheets."""
+"""Video files written: H.264 in MP4 that browsers play, whole or not at all; and contact sheets."""
 
 from __future__ import annotations
 
@@ -45,19 +45,24 @@ def write_bytes(data: bytes, path: str | Path) -> Path:
 def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
     """Encode a video as H.264 with 4:2:0 colour, the one kind every browser plays.
 
+    4:2:0 needs even sizes: of an odd one, the last row or column is written twice. The file says that its colours are
+    BT.709, which players assume of large videos and not of small ones.
+
     Args:
-        frames: `[F, H, W, 3]` uint8, RGB; `H` and `W` even, as 4:2:0 needs.
+        frames: `[F, H, W, 3]` uint8, RGB.
         path: where to, ending in ".mp4"; an existing file is replaced.
         fps: frames per second.
 
     Raises:
-        ValueError: frames of another shape or dtype, an odd size, or `fps` not above 0.
+        ValueError: frames of another shape or dtype, or `fps` not above 0.
         EncodingError: the encoder failed; nothing is left behind.
     """
-    frames = np.ascontiguousarray(_checked(frames))
+    frames = _checked(frames)
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
-        raise ValueError(f"H.264 with 4:2:0 colour needs an even width and height, got {width}x{height}.")
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        _, height, width, _ = frames.shape
+    frames = np.ascontiguousarray(frames)
     if not fps > 0:
         raise ValueError(f"fps is {fps}: it must be above 0.")
     with staged(path) as temporary:
@@ -65,39 +70,19 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
         command = [
             encoder(), "-hide_banner", "-loglevel", "error", "-y",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-",
-            # Players assume BT.709 for video; ffmpeg converts RGB with BT.601 unless told, which shifts colours.
-            "-vf", "scale=out_color_matrix=bt709:out_range=tv",
-            "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv",
+            # ffmpeg converts RGB with BT.601 unless told. What a file says of its colours comes from the frames.
+            "-vf", "scale=out_color_matrix=bt709:out_range=tv,"
+            "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",
             "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-movflags", "+faststart",
             "-f", "mp4", str(temporary),
         ]
         # fmt: on
         # A session of its own: Ctrl-C in a terminal must reach this process, which then ends the encoder, not both.
-        done = subprocess.run(command, input=memoryview(frames).cast("B"), capture_output=True, start_new_session=True)
+        done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, start_new_session=True)
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             raise EncodingError(f"ffmpeg could not write {path}: {lines[-1] if lines else f'exit {done.returncode}'}")
     return Path(path)
-
-
-def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
-    """Decode a video: frames `[F, H, W, 3]` uint8 RGB, and frames per second.
-
-    Raises:
-        OSError: the file is missing or holds no video.
-    """
-    import imageio_ffmpeg
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    reader = imageio_ffmpeg.read_frames(str(path))
-    try:
-        meta = next(reader)
-        width, height = meta["size"]
-        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    finally:
-        reader.close()
-    return np.stack(frames), float(meta["fps"])
 
 
 def encoder() -> str:

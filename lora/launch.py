@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .recipes.base import Recipe
 
 
 def config_folder() -> Path:
@@ -13,7 +16,11 @@ def config_folder() -> Path:
 
 
 def run(
-    recipe: str, config_file: str | Path, overrides: Sequence[str] = (), resume: str | None = None
+    recipe: str,
+    config_file: str | Path,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    encode_only: bool = False,
 ) -> dict[str, Any]:
     """Train.
 
@@ -22,6 +29,7 @@ def run(
         config_file: YAML; the bare name of a file in `config_folder()` is found there.
         overrides: "a.b=value".
         resume: None, "latest", "auto" (latest, or from the start without any), or the folder of a checkpoint.
+        encode_only: fill the caches of clips and captions, and end; the folder of the run is left alone.
 
     Returns:
         Paths and numbers of the result; empty in processes other than the main one.
@@ -36,6 +44,8 @@ def run(
     from .config import ConfigError, build, read
     from .recipes import find
 
+    if encode_only and resume is not None:
+        raise ConfigError("--encode-only continues no run: leave --resume out; what is encoded already stays.")
     cls = find(recipe)
     file = Path(config_file)
     ready = config_folder() / f"{file.name.removesuffix('.yaml')}.yaml"
@@ -63,4 +73,22 @@ def run(
     accelerator = make_accelerator(config)
     count = accelerator.num_processes
     process = Process(accelerator.device, accelerator.process_index, count, host_group(count))
+    if encode_only:
+        return _encode(cls(config, process))
     return Trainer(cls(config, process), accelerator).run(resume)
+
+
+def _encode(recipe: Recipe) -> dict[str, Any]:
+    """Fill the caches of a recipe; what it says of them."""
+    from .stopping import Stopped, StopRequested
+
+    process = recipe.process
+    try:
+        with process.stop.listening(), process.stop.at_once():
+            facts = recipe.encode()
+    except StopRequested:
+        kept = recipe.config.data.cache
+        raise Stopped(f"stopped while clips were encoded; what was encoded is kept in {kept}.") from None
+    finally:
+        process.progress.close()
+    return facts if process.is_main else {}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import demo
-from ..generation.request import BadInput
+from ..generation.errors import BadInput
 
 if TYPE_CHECKING:
     from ..autoencoders import AutoencoderDCV
@@ -67,4 +67,4 @@ def load(location: str | Path) -> AutoencoderDCV:
                 return AutoencoderDCV.from_pretrained(path, dtype=torch.float32)
             return load_published(path)
     except (CheckpointError, OSError, ValueError) as error:
-        raise BadInput(f"autoencoder: {' '.join(str(error).split())}") from error
+        raise BadInput("autoencoder", f"cannot be used: {' '.join(str(error).split()).rstrip('.')}") from error

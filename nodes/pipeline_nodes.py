@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import InputImpl, Types, io
 
 from ..attention import BACKENDS
-from ..generation.request import DTYPES, MAX_SEED, Settings
+from ..generation.machine import DTYPES
+from ..generation.request import MAX_SEED, Settings
+from ..generation.run import StepCallback
 from . import pipelines, previews
 from .report_node import Report
 from .residency import Residency
@@ -157,7 +159,9 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
     def execute(
         cls, pipeline: pipelines.VideoPipeline, dense_start_percent: float, dense_end_percent: float, **settings: Any
     ) -> io.NodeOutput:
-        acceleration = pipelines.Acceleration(dense_start=dense_start_percent, dense_end=dense_end_percent, **settings)
+        shares = {"dense_start": dense_start_percent, "dense_end": dense_end_percent}
+        with pipelines.plain_messages():
+            acceleration = pipelines.Acceleration(**shares, **settings)
         return io.NodeOutput(pipeline.accelerated(acceleration))
 
 
@@ -281,7 +285,7 @@ def _residency() -> Residency:
     return Residency(device, load, model_management.throw_exception_if_processing_interrupted, capacity)
 
 
-def _progress(pipeline: pipelines.VideoPipeline) -> pipelines.StepCallback:
+def _progress(pipeline: pipelines.VideoPipeline) -> StepCallback:
     """ComfyUI's progress bar, with a preview where the user has switched them on; stops where the user asks to."""
     import comfy.model_management
     import comfy.utils

@@ -7,27 +7,22 @@ that tests can run all of it. diffusers is imported inside functions, since it t
 from __future__ import annotations
 
 import os
-import re
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..generation.request import (
-    DEMOS,
-    BadInput,
-    ModelFacts,
-    Settings,
-    build_method,
-    check_backend,
-    choose_dtype,
-    first_line,
-    inspect_model,
-)
+from ..generation.errors import BadInput, mention
+from ..generation.machine import check_runs, choose_dtype
+from ..generation.methods import build_method
+from ..generation.model_facts import DEMOS, ModelFacts, inspect_model
+from ..generation.request import Settings
+from ..generation.run import Run, StepCallback
+from ..generation.run import load as load_pipeline
+from ..generation.run import run as run_pipeline
 from .residency import Residency
 
 if TYPE_CHECKING:
@@ -40,9 +35,6 @@ if TYPE_CHECKING:
 BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
 METHODS = ("svg2", "svg", "radial")
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-pipelines.txt"
-
-StepCallback = Callable[[int, int, Any], None]
-"""Called with (steps done, steps of the run, latents after the step) at the end of every denoising step."""
 
 
 # -- which pipelines there are -----------------------------------------------------------------------------------------
@@ -79,32 +71,30 @@ def locate(choice: str, hub_id: str, roots: list[str]) -> str:
         return BUILT_IN[choice]
     found = find_pipelines(roots)
     if choice not in found:
-        raise BadInput(f"pipeline {choice} is no longer in models/diffusers; there are {', '.join(found) or 'none'}.")
+        problem = f"it is no longer in models/diffusers; there are {', '.join(found) or 'none'}"
+        raise BadInput("model", problem, value=choice)
     return str(found[choice])
+
+
+_NAMES = {
+    "model": "pipeline",
+    "guidance_scale": "guidance",
+    "dense_start": "dense_start_percent",
+    "dense_end": "dense_end_percent",
+}
+
+
+class InputError(ValueError):
+    """An input that cannot be, in the words of a node."""
 
 
 @contextmanager
 def plain_messages() -> Iterator[None]:
-    """Messages of the checks that the command line shares, in the words of a node: inputs instead of options."""
-    words = {
-        r"--model (\S+)": r"pipeline \1",
-        r"--(height|width|frames|steps|seed|fps)\b": r"\1",
-        r"--guidance-scale": "guidance",
-        r"--method (\S+):": r"method \1:",
-        r"--backend (\S+)": r"backend \1",
-        r"give --image FILE": "connect an IMAGE to image",
-        r"--image: ": "image: ",
-        r", or see `vidaccel info`": "",
-        r": this command has no input video; use it from Python": ", which needs an input video; no node has one",
-        r'neither "demo" nor "demo-dc", nor a folder here': "neither a folder on this machine",
-    }
+    """Name the fields of a request as the inputs of the nodes are named."""
     try:
         yield
     except BadInput as error:
-        text = str(error)
-        for pattern, plain in words.items():
-            text = re.sub(pattern, plain, text)
-        raise BadInput(text) from error
+        raise InputError(error.worded(lambda field: _NAMES.get(field, field))) from error
 
 
 # -- what is on the wire -----------------------------------------------------------------------------------------------
@@ -136,21 +126,23 @@ class Acceleration:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise BadInput(f"method {self.method} is unknown; known: {', '.join(METHODS)}.")
+            raise BadInput("method", f"there is none of that name; there are {', '.join(METHODS)}", value=self.method)
         if not 0 < self.density <= 1:
-            raise BadInput(f"density is {self.density}: it must be above 0 and at most 1 (1 computes all pairs).")
+            raise BadInput("density", "it must be above 0 and at most 1 (1 computes all pairs)", value=self.density)
         for name in ("dense_start", "dense_end"):
             if not 0 <= getattr(self, name) <= 1:
-                raise BadInput(f"{name} is {getattr(self, name)}: it is a share of the steps, between 0 and 1.")
+                raise BadInput(name, "it is a share of the steps, between 0 and 1", value=getattr(self, name))
         if self.dense_start + self.dense_end >= 1:
             raise BadInput(
-                f"dense_start {self.dense_start} and dense_end {self.dense_end} leave no step sparse: together they "
-                "must stay below 1. For a dense video, connect the pipeline from before this node."
+                "dense_start",
+                f"{self.dense_start:g} and {mention('dense_end')} {self.dense_end:g} leave no step sparse: together "
+                "they must stay below 1",
+                "For a dense video, connect the pipeline from before this node.",
             )
         if self.dense_layers < 0:
-            raise BadInput(f"dense_layers is {self.dense_layers}: it must be 0 or more.")
+            raise BadInput("dense_layers", "it must be 0 or more", value=self.dense_layers)
         if self.compensate and self.method != "svg2":
-            raise BadInput(f"compensate is for svg2 alone: switch it off for {self.method}.")
+            raise BadInput("compensate", "is for svg2 alone", f"Switch it off for {self.method}.")
 
     def shown(self) -> dict[str, Any]:
         """The settings for a report, without those that do not apply."""
@@ -197,7 +189,7 @@ class VideoPipeline:
             BadInput: the backend cannot run on the device.
         """
         with plain_messages():
-            check_backend(acceleration.backend, self.residency.device, sparse=True)
+            check_runs(acceleration.backend, self.residency.device, sparse=True)
         return replace(self, acceleration=acceleration)
 
 
@@ -233,7 +225,7 @@ class GenerationReport:
 
 
 def require_packages() -> None:
-    """Raise BadInput when a package that pipelines need is not there or too old: native models run without them."""
+    """Raise InputError when a package that pipelines need is not there or too old: native models run without them."""
     from packaging.requirements import Requirement
 
     if not REQUIREMENTS.is_file():
@@ -250,7 +242,7 @@ def require_packages() -> None:
             if not needed.specifier.contains(found, prereleases=True):
                 wrong.append(f"{needed} (found {found})")
     if wrong:
-        raise BadInput(
+        raise InputError(
             f"diffusers pipelines need {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}"
         )
 
@@ -260,11 +252,11 @@ def load(model: str, dtype: str, residency: Residency) -> VideoPipeline:
 
     Args:
         model: "demo", a folder, or a hub id.
-        dtype: "auto" or a name of `request.DTYPES`.
+        dtype: "auto" or a name of `machine.DTYPES`.
         residency: for its device; hooks itself into the pipeline.
 
     Raises:
-        BadInput: there is no such pipeline, it is not one that can be accelerated, or its weights cannot be read.
+        InputError: there is no such pipeline, it is not one that can be accelerated, or its weights cannot be read.
     """
     require_packages()
     with plain_messages():
@@ -272,14 +264,9 @@ def load(model: str, dtype: str, residency: Residency) -> VideoPipeline:
         chosen = choose_dtype(dtype, residency.device, model)
         import torch
 
-        from ..pipelines.loading import load_pipeline
-
-        try:
-            # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
-            with torch.inference_mode(False):
-                pipe = load_pipeline(facts.location, chosen, "cpu", pipeline_class=facts.pipeline_class)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"pipeline {facts.name} cannot be loaded: {first_line(error)}") from error
+        # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
+        with torch.inference_mode(False):
+            pipe = load_pipeline(facts, chosen, "cpu")
     residency.attach(pipe)
     return VideoPipeline(facts, pipe, residency)
 
@@ -296,62 +283,36 @@ def generate(
         on_step: called at the end of every step; may raise to stop the run.
 
     Raises:
-        BadInput: the model cannot do this size, length or picture; nothing has run then.
-        RuntimeError: the model made NaN or infinite values.
+        InputError: the model cannot do this size, length or picture; nothing has run then.
+        GenerationError: the model made NaN or infinite values.
     """
-    with tempfile.TemporaryDirectory() as folder, plain_messages():
+    with plain_messages():
         if image is not None:
-            settings = replace(settings, image=_as_file(image, Path(folder)))
+            settings = replace(settings, image=_picture(image))
         settings = settings.checked(pipeline.facts)
         layout = pipeline.facts.layout(settings.frames, settings.height, settings.width)
         method = pipeline.acceleration.method_for(layout) if pipeline.acceleration else None
-        inputs = {"image": _picture(settings)} if image is not None else {}
-    pipeline.residency.begin(pipeline.pipe, layout, settings)
-    return _run(pipeline, settings, method, inputs, on_step)
+        pipeline.residency.begin(pipeline.pipe, layout, settings)
+    start = time.perf_counter()
+    backend = pipeline.acceleration.backend if pipeline.acceleration else "auto"
+    made = run_pipeline(pipeline.pipe, settings, method, backend=backend, on_step=on_step)
+    return _generation(pipeline, settings, made, time.perf_counter() - start)
 
 
-def _run(
-    pipeline: VideoPipeline, settings: Settings, method: Method | None, inputs: dict[str, Any], on_step: StepCallback
-) -> Generation:
+def _generation(pipeline: VideoPipeline, settings: Settings, made: Run, seconds: float) -> Generation:
     import torch
 
-    from ..pipelines import accelerate
-
-    def step_ended(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1, settings.steps, tensors["latents"])
-        return {}
-
-    start = time.perf_counter()
-    accelerated = nullcontext() if method is None else accelerate(pipeline.pipe, method, backend=_backend(pipeline))
-    with accelerated as handle:
-        frames = pipeline.pipe(
-            prompt=settings.prompt,
-            negative_prompt=settings.negative_prompt,
-            height=settings.height,
-            width=settings.width,
-            num_frames=settings.frames,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(settings.seed),
-            callback_on_step_end=step_ended,
-            output_type="pt",
-            **inputs,
-        ).frames[0]
-        report = _dense_report() if handle is None else handle.report().last()
-    frames = frames.permute(0, 2, 3, 1).float().cpu().contiguous()
-    if not frames.isfinite().all():
-        raise RuntimeError("the model made NaN or infinite values instead of a video: load it with another dtype.")
+    report = made.report
+    if report is None:
+        report = _dense_report()
     if pipeline.acceleration is not None:
         report = replace(report, config=pipeline.acceleration.shown())
-    made = (
+    told = (
         f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, guidance "
-        f"{settings.guidance_scale:g}, seed {settings.seed}: {time.perf_counter() - start:.1f} s with text and decoding"
+        f"{settings.guidance_scale:g}, seed {settings.seed}: {seconds:.1f} s with text and decoding"
     )
-    return Generation(frames, GenerationReport(replace(report, notes=(*report.notes, made))))
-
-
-def _backend(pipeline: VideoPipeline) -> str:
-    return pipeline.acceleration.backend if pipeline.acceleration else "auto"
+    report = replace(report, notes=(*report.notes, *made.notes, told))
+    return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(report))
 
 
 def _dense_report() -> RunReport:
@@ -361,18 +322,8 @@ def _dense_report() -> RunReport:
     return RunReport("dense", {"attention": "the pipeline's own"}, (), (note,))
 
 
-def _as_file(image: torch.Tensor, folder: Path) -> Path:
-    """The first picture of an IMAGE as a file, which is what `Settings` checks."""
+def _picture(image: torch.Tensor) -> Any:
+    """The first picture of an IMAGE, as PIL has it."""
     from PIL import Image
 
-    pixels = (image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
-    Image.fromarray(pixels).save(folder / "image.png")
-    return folder / "image.png"
-
-
-def _picture(settings: Settings) -> Any:
-    from PIL.Image import Resampling
-
-    from ..generation.request import open_image
-
-    return open_image(settings.image).resize((settings.width, settings.height), Resampling.LANCZOS)
+    return Image.fromarray((image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..generation.errors import BadInput, mention
 from ..generation.forecast import transformer_bytes
-from ..generation.request import BadInput
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +71,11 @@ class Residency:
         for name, size in part_bytes(pipe).items():
             if size > self.capacity:
                 raise BadInput(
-                    f"the {name} of this pipeline takes {size / 2**30:.1f} GiB, and {self.device} has "
-                    f"{self.capacity / 2**30:.1f}: a part of a diffusers pipeline must fit whole. Choose dtype "
-                    "bfloat16 or a smaller model, or load it as one of ComfyUI's own models, which can stay in main "
-                    "memory in part, with a Sparse Attention node."
+                    "model",
+                    f"does not fit: its {name} takes {size / 2**30:.1f} GiB, and {self.device} has "
+                    f"{self.capacity / 2**30:.1f}, and a part of a diffusers pipeline must fit whole",
+                    f"Choose {mention('dtype')} bfloat16 or a smaller model, or load it as one of ComfyUI's own "
+                    "models, which can stay in main memory in part, with a Sparse Attention node.",
                 )
 
     def invalidate(self) -> None:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..attention import BACKENDS, SVG, SVG2, Method, Radial, VideoLayout
 from ..attention.methods.base import check_fraction
-from ..generation.request import MIN_SPARSE_TOKENS
+from ..generation.methods import MIN_SPARSE_TOKENS
 from .geometry import supported_models
 from .patch import sparsify
 from .report_node import Report

@@ -80,12 +80,40 @@ def load_pipeline(
         logger.info("DC-AE-V runs in bfloat16, as it is published.")
     if tiling:
         pipe.vae.enable_tiling()
+    if "VideoToVideo" in pipeline_class:
+        _use_own_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
     if offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
     return pipe
+
+
+def as_video_to_video(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A loaded `WanPipeline` as one that starts from a video, with the same parts where and as they are.
+
+    (diffusers' own `from_pipe` would cast them.)
+    """
+    import diffusers
+
+    names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    made = diffusers.WanVideoToVideoPipeline(**{name: getattr(pipe, name) for name in names})
+    made.register_to_config(_name_or_path=pipe.name_or_path)
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    _use_own_factors(made)
+    return made
+
+
+def _use_own_factors(pipe: DiffusionPipeline) -> None:
+    """diffusers' video to video takes its factors from the number of downsampling steps in time, as Wan 2.1's
+    autoencoder has them; others (Wan 2.2's, the demo's) say theirs in the config."""
+    from diffusers.video_processor import VideoProcessor
+
+    config = pipe.vae.config
+    pipe.vae_scale_factor_temporal = config.get("scale_factor_temporal") or pipe.vae_scale_factor_temporal
+    pipe.vae_scale_factor_spatial = config.get("scale_factor_spatial") or pipe.vae_scale_factor_spatial
+    pipe.video_processor = VideoProcessor(vae_scale_factor=pipe.vae_scale_factor_spatial)
 
 
 def call_defaults(pipeline_class: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..block_mask import to_block_mask
 from ..plan import BlockPlan, permute, unpermute
 from .base import INSTALL_TRITON, Backend, Capability
 
@@ -53,12 +54,12 @@ class FlexBackend(Backend):
         return reason
 
     def prepare(self, plan: BlockPlan) -> None:
-        plan.to_block_mask(block_size(plan))
+        to_block_mask(plan, block_size(plan))
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mask = plan.to_block_mask(block_size(plan))
+        mask = to_block_mask(plan, block_size(plan))
         queries, keys, values = permute(q, plan.q_order), permute(k, plan.kv_order), permute(v, plan.kv_order)
         with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
             out, lse = compiled_flex_attention()(queries, keys, values, mask, scale, return_lse)
@@ -69,7 +70,7 @@ def block_size(plan: BlockPlan) -> tuple[int, int]:
     """FlexAttention's `(queries, keys)` block: 128 on CUDA, whose kernels need it; on the CPU the plan's own blocks, so
     that none is partly covered, or large ones for bands, whose masks are then quick to build, and small
     ones for scattered runs, where the share of partly covered blocks decides."""
-    if plan.device.type == "cuda":
+    if plan.device.type != "cpu":
         return 128, 128
     if plan.block is not None:
         return plan.block

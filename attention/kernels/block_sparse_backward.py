@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
-from .block_sparse import (
+from .launch import (
     LOG2E,
     Tiles,
     choose_tiles,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from ..plan import BlockPlan, permute
-from .block_sparse import Tiles, choose_tiles, launch_forward, results, rows_contiguous
+from .block_sparse_forward import launch_forward, results
+from .launch import Tiles, choose_tiles, rows_contiguous
 from .quantize import quantize_qk, quantize_v
 
 # Keyed like FORWARD_TILES, by the dtype of the values; initial values, not yet tuned by measurement. At least 32 keys:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..runs import cut_segments
-from .block_sparse import on_device, padded, rows_contiguous
+from .launch import on_device, padded, rows_contiguous
 from .walk import load_rows
 
 TOKENS = 64  # per program of the assignment

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_sparse import LOG2E, on_device, order_args, padded, rows_contiguous
+from .launch import LOG2E, on_device, order_args, padded, rows_contiguous
 from .walk import load_rows, store_rows, token_rows
 
 FP8_LARGEST = 448.0  # of float8_e4m3fn

@@ -26,7 +26,7 @@ class PlanMemory:
     """
 
     call: dict[str, Any] = field(default_factory=dict)
-    layout: dict[str, Any] = field(default_factory=dict)
+    layout: dict[Any, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,7 +58,7 @@ class Method(abc.ABC):
         Raises:
             ValueError: a density out of range, or out of reach on this layout.
         """
-        method = cls(density=density, **settings)
+        method = cls(**{"density": density, **settings})
         method.check(layout)
         return method
 

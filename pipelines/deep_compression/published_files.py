@@ -12,6 +12,7 @@ import torch
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import load_published
+from ..errors import first_line
 from ..locations import is_hub_id
 
 AUTOENCODER_FILES = ("dc-ae-v-*.pt", "dc-ae-v-*.safetensors", "*.pt")
@@ -57,11 +58,6 @@ def files_below(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         yield from (Path(place) / name for name in sorted(names))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message; those of the hub have several."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def download(what: str, repository: str, patterns: list[str], options: Mapping[str, Any]) -> Path:

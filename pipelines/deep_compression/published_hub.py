@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import first_line
 from .adapted import is_adapter
-from .published_files import LayoutError, first_line, hub_options, own_autoencoder
+from .published_files import LayoutError, hub_options, own_autoencoder
 from .published_parts import wanted_files
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def _folder(
     if layout == "published":
         import huggingface_hub as hub
 
-        return Path(hub.snapshot_download(location, **wanted_files(pipeline_class, without), **options))
+        chosen: dict[str, Any] = {**wanted_files(pipeline_class, without), **options}
+        return Path(hub.snapshot_download(location, **chosen))
     return downloaded_folder(location, options) if layout == "unknown" else None
 
 

@@ -11,12 +11,12 @@ import torch
 @pytest.fixture
 def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
     """`refused(*options)` -> the message. Weights are missing *and* loading them is an error of the test."""
-    from vidaccel.generation import run as generation
+    from vidaccel.generation import api
 
     def load(*_, **__):
         raise AssertionError("weights were about to be loaded")
 
-    monkeypatch.setattr(generation, "load", load)
+    monkeypatch.setattr(api, "load", load)
 
     def run(*options, code=2):
         given = [str(o) for o in options]
@@ -36,39 +36,39 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "sgv"], ["--method sgv", "dense, radial, svg, svg2"]),
-        (["--backend", "cuda"], ["--backend cuda", "auto, flex, gather, reference, sdpa"]),
-        (["--backend", "sdpa"], ["--backend sdpa", "computes dense attention only", "--backend auto"]),
+        (["--method", "sgv"], ["--method is sgv", "dense, radial, svg, svg2"]),
+        (["--backend", "cuda"], ["--backend is cuda", "auto, flex, gather, reference, sdpa", "`vidaccel info`"]),
+        (["--backend", "sdpa"], ["--backend is sdpa", "computes dense attention only", "Give auto"]),
         (["--density", "0"], ["--density is 0.0", "above 0 and at most 1"]),
         (["--density", "1.5"], ["--density is 1.5", "above 0 and at most 1"]),
         (["--density", "nan"], ["--density is nan"]),
-        (["--density", "0.5", "--method", "dense"], ["--density: of use only with a sparse method"]),
+        (["--density", "0.5", "--method", "dense"], ["--density is of use only with a sparse method"]),
         # A video that is dense without --method; none of these would do anything.
         (
             ["--density", "0.5", "--frames", "9"],
-            ["--density: of use only with a sparse method, and a video of fewer than 8,192 tokens is dense without"],
+            ["--density is of use only with a sparse method, and a video of fewer than 8,192 tokens is dense without"],
         ),
         (
             ["--dense-steps", "2", "--method", "dense"],
-            ["--dense-steps: of use only with a sparse method: add --method"],
+            ["--dense-steps is of use only with a sparse method. Add --method"],
         ),
-        (["--dense-layers", "2", "--method", "dense"], ["--dense-layers: of use only with a sparse method"]),
-        (["--set", "svg2.top_p=0.5", "--method", "dense"], ["--set: of use only with a sparse method"]),
+        (["--dense-layers", "2", "--method", "dense"], ["--dense-layers is of use only with a sparse method"]),
+        (["--set", "svg2.top_p=0.5", "--method", "dense"], ["--set is of use only with a sparse method"]),
         (
             ["--backend", "gather", "--density", "0.5", "--method", "dense"],
-            ["--density, --backend: of use only", "or leave them out."],
+            ["--density, --backend are of use only", "or leave them out."],
         ),
-        (["--density", "0.001", "--method", "svg"], ["--method svg", "density 0.001 is below", "raise density"]),
-        (["--density", "0.01", "--method", "radial"], ["--method radial", "0.01", "is possible"]),
-        (["--set", "svg2.top_p=1.5"], ["--method svg2", "top_p is 1.5", "at most 1"]),
-        (["--set", "radial.decay=-1", "--method", "radial"], ["--method radial", "decay is -1", "above 0"]),
+        (["--density", "0.001", "--method", "svg"], ["--method is svg", "density 0.001 is below", "raise density"]),
+        (["--density", "0.01", "--method", "radial"], ["--method is radial", "0.01", "is possible"]),
+        (["--set", "svg2.top_p=1.5"], ["--method is svg2", "top_p is 1.5", "at most 1"]),
+        (["--set", "radial.decay=-1", "--method", "radial"], ["--method is radial", "decay is -1", "above 0"]),
         (["--set", "svg2.topp=0.5"], ["svg2 has no such setting", "top_p"]),
         (["--set", "svg2.top_p"], ["METHOD.SETTING=VALUE"]),
-        (["--set", "radial.decay=1"], ["--set radial", "not among those to run (svg2)"]),
+        (["--set", "radial.decay=1"], ["--set is radial.decay", "not among those to run (svg2)"]),
         (["--dense-steps", "1.5"], ["--dense-steps is 1.5", "a count", "a fraction (0.0 to 1.0)"]),
         (["--dense-layers", "few"], ["--dense-layers is few", "a count"]),
         (["--dense-steps", "-1"], ["--dense-steps is -1"]),
-        (["--compare", "--method", "dense"], ["--compare needs a method other than dense"]),
+        (["--compare", "--method", "dense"], ["--compare needs a --method other than dense"]),
         (["--report", "page.html"], ["--compare"]),
         (["--steps", "0"], ["--steps is 0", "at least 1"]),
         (["--seed", "-1"], ["--seed is -1", "between 0 and"]),
@@ -77,10 +77,10 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--fps", "0"], ["--fps is 0", "above 0"]),
         (["--threads", "0"], ["--threads is 0"]),
         (["--dtype", "int8"], ["--dtype is int8", "auto, float32, bfloat16, float16"]),
-        (["--device", "gpu"], ["--device gpu", "auto, cpu, cuda"]),
-        (["--device", "meta"], ["--device meta", "auto, cpu, cuda"]),
+        (["--device", "gpu"], ["--device is gpu", "torch knows no such device", "Give auto, cpu"]),
+        (["--device", "meta"], ["--device is meta", "no meta device here", "Give auto, cpu"]),
         (["--device", "cpu", "--offload"], ["--offload", "cpu"]),
-        (["--image", "missing.png"], ["--image missing.png", "no such file"]),
+        (["--image", "missing.png"], ["--image is missing.png", "no such file"]),
         (["--frames", "0"], ["--frames is 0", "at least 1"]),
         # diffusers computes 34 // 4 * 4 + 1 = 33 and 36 // 4 * 4 + 1 = 37.
         (["--frames", "34"], ["--frames is 34", "4k+1", "round it to 33", "33 or 37"]),
@@ -89,7 +89,7 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--width", "8"], ["--width is 8", "multiple of 16", "Give 16."]),
         # 1040 pixels are 65 tokens; the tiny model has 64 positions.
         (["--width", "1040"], ["65 tokens along an axis", "64 positions"]),
-        (["--model", "no/such/folder"], ["--model no/such/folder", "owner/name"]),
+        (["--model", "no/such/folder"], ["--model is no/such/folder", "owner/name"]),
     ],
 )
 def test_options(refused, options, words):
@@ -101,7 +101,7 @@ def test_options(refused, options, words):
 def test_empty_prompt(vidaccel, tmp_path):
     result = vidaccel("generate", "  ", "--out", tmp_path / "out.mp4")
     assert result.exit_code == 2
-    assert "prompt is empty" in result.stderr
+    assert "PROMPT is empty. Say what the video shows." in result.stderr
 
 
 def test_out_in_a_missing_folder(refused, tmp_path):
@@ -132,30 +132,33 @@ def test_out_in_an_unwritable_folder(refused):
 def test_cuda_without_cuda(refused):
     message = refused("--device", "cuda")
     assert "no CUDA device" in message
-    assert "--device cpu" in message
+    assert "Give auto, cpu" in message
 
 
 def test_a_folder_that_is_no_pipeline(refused, tiny_configs):
     (tiny_configs / "model_index.json").unlink()
-    assert "is no diffusers pipeline: it has no model_index.json" in refused("--model", tiny_configs)
+    assert "it is no diffusers pipeline: it has no model_index.json" in refused("--model", tiny_configs)
 
 
 def test_a_published_folder_is_to_be_converted_first(refused, tmp_path):
     (tmp_path / "transformer_t2v").mkdir()
     (tmp_path / "transformer_t2v" / "config.json").write_text("{}")
-    assert f'convert it once with "vidaccel convert {tmp_path} NEW_FOLDER"' in refused("--model", tmp_path)
+    assert f'Convert it once with "vidaccel convert {tmp_path} NEW_FOLDER"' in refused("--model", tmp_path)
 
 
 def test_a_pipeline_without_a_spec(refused, tiny_configs, edit_json):
     edit_json(tiny_configs / "model_index.json", _class_name="StableDiffusionPipeline")
     message = refused("--model", tiny_configs)
-    assert "is a StableDiffusionPipeline, which is not supported; supported:" in message
+    assert "it is a StableDiffusionPipeline, which is not supported; supported:" in message
     assert "WanPipeline" in message
 
 
-def test_video_to_video_is_for_python(refused, tiny_configs, edit_json):
+def test_video_to_video_needs_a_video(refused, tiny_configs, edit_json, tmp_path):
+    assert "--strength is of use only with --video" in refused("--strength", 0.5)
+    (tmp_path / "no_video.mov").write_bytes(b"")
+    assert "--video cannot be used: " in refused("--video", tmp_path / "no_video.mov")
     edit_json(tiny_configs / "model_index.json", _class_name="WanVideoToVideoPipeline")
-    assert "no input video" in refused("--model", tiny_configs)
+    assert "--video is missing: this WanVideoToVideoPipeline needs a video" in refused("--model", tiny_configs)
 
 
 def test_a_broken_model_index(refused, tiny_configs):
@@ -180,9 +183,11 @@ def test_what_the_model_needs_is_read_from_it(refused, tiny_configs, edit_json):
 def test_image_to_video_needs_an_image(refused, tiny_configs, edit_json, tmp_path):
     picture = tmp_path / "first.png"
     picture.write_bytes(b"")
-    assert "takes no picture" in refused("--image", picture)
+    assert "this WanPipeline takes no picture" in refused("--image", picture)
+    assert "this WanPipeline takes no picture to end with" in refused("--last-image", picture)
     edit_json(tiny_configs / "model_index.json", _class_name="WanImageToVideoPipeline")
-    assert "give --image FILE" in refused()
+    assert "--image is missing: this WanImageToVideoPipeline needs a picture to start from" in refused()
+    assert f"--image cannot be used: {picture}" in refused("--image", picture)
 
 
 def test_a_hub_model_that_is_not_there(refused, monkeypatch, tmp_path):
@@ -192,7 +197,7 @@ def test_a_hub_model_that_is_not_there(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = refused("--model", "nobody/no-such-model")
-    assert "--model nobody/no-such-model" in message
+    assert "--model is nobody/no-such-model" in message
     assert "hub" in message
 
 

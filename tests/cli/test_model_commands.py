@@ -80,17 +80,17 @@ def test_a_folder_that_is_neither(tmp_path):
             "file",
             "out",
             ("--base", "x", "--link", "--image-to-video"),
-            "--image-to-video, --base, --link: only for a publ",
+            "--image-to-video, --base, --link are only for a publ",
         ),
-        ("file", "out", ("--autoencoder", "x.pt"), "--autoencoder: only for a published folder as SOURCE, and"),
-        ("alone", "out", ("--base", "x"), "--base: only for a whole model as SOURCE, and"),
+        ("file", "out", ("--autoencoder", "x.pt"), "--autoencoder is only for a published folder as SOURCE, and"),
+        ("alone", "out", ("--base", "x"), "--base is only for a whole model as SOURCE, and"),
         (
             "folder",
             "x.pt",
             ("--chunk-size", 7, "--base", "x"),
-            "--base, --chunk-size: of no use when an AutoencoderDCV is",
+            "--base, --chunk-size are of no use when an AutoencoderDCV is",
         ),
-        ("folder", "x.safetensors", ("--scaling-factor", 2), "is written as x.safetensors: leave it out."),
+        ("folder", "x.safetensors", ("--scaling-factor", 2), "is written as x.safetensors. Leave it out."),
     ],
 )
 def test_options_without_effect_are_refused(published, tmp_path, source, target, options, message):
@@ -114,9 +114,17 @@ def test_what_the_source_is_instead(published, tmp_path):
             "AutoencoderDCV: to convert it to a published file, give that a name that ends in .pt",
         ),
         (published, "back.pt", "is no folder of an AutoencoderDCV: it is a file"),
-        (tmp_path / "none", "out", f"There is no file or folder {tmp_path / 'none'}, and it is no hub id of the form"),
-        ("models/weights.pt", "out", "There is no file or folder models/weights.pt, and it is no hub id"),
-        ("some/model", "out.pt", "There is no file or folder some/model."),
+        (
+            tmp_path / "none",
+            "out",
+            f"{tmp_path / 'none'}: there is no such file or folder, and it is no hub id of",
+        ),
+        (
+            "models/weights.pt",
+            "out",
+            "SOURCE is models/weights.pt: there is no such file or folder, and it is no hub",
+        ),
+        ("some/model", "out.pt", "SOURCE is some/model: there is no such file or folder."),
     ):
         code, output = run("convert", source, tmp_path / target)
         assert code == 2 and message in output and output.count("\n") == 1
@@ -140,7 +148,7 @@ def test_a_chunk_that_cannot_be(published, tmp_path):
 def test_a_place_that_cannot_be_written(published, tmp_path, target):
     run("convert", published, tmp_path / "vae")
     code, output = run("convert", tmp_path / "vae" if target.endswith(".pt") else published, target)
-    assert code == 2 and f"{target}: the folder /proc is not writable" in output and "give another folder" in output
+    assert code == 2 and f"{target}: the folder /proc is not writable" in output and "Give another folder" in output
     assert "Errno" not in output and ".part" not in output
 
 
@@ -184,6 +192,8 @@ def test_adapt_lists_what_is_ready():
         (("dreambooth", "--config", "demo_ae_adapt"), "no recipe"),
         (("ae-adapt", "--config", "demo_autoencoder"), "is for the recipe autoencoder"),
         (("ae-adapt", "--config", "demo_ae_adapt", "--set", "phases.lora.stepz=3"), 'did you mean "steps"'),
+        (("autoencoder", "--config", "demo_autoencoder", "--encode-only"), "keeps no encodings"),
+        (("ae-adapt", "--config", "demo_ae_adapt", "--encode-only", "--resume", "auto"), "leave --resume out"),
     ],
 )
 def test_adapt_refuses_before_anything_is_loaded(arguments, message, capfd):

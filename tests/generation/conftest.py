@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vidaccel.attention.records import CallRecord, RunReport
-from vidaccel.generation.report import Comparison, GeneratedVideo
+from vidaccel.generation.comparison import Comparison, GeneratedVideo
 from vidaccel.generation.video import write_mp4
 
 
@@ -52,9 +52,10 @@ def comparison(clip, reports, tmp_path: Path) -> Callable[..., Comparison]:
     """`comparison(svg=frames, ...)`: dense, and a video for each name."""
 
     def make(prompt: str = "a square", **frames: np.ndarray) -> Comparison:
-        videos = [GeneratedVideo("dense", clip, 8.0, None, 0.75, 0.5, 2.0)]
-        videos += [GeneratedVideo(name, f, 4.0, reports[name], 0.25, 0.5, 3.0) for name, f in frames.items()]
+        videos = [GeneratedVideo("dense", clip, 8.0, None, 0.75, 0.5, 2.0, fps=8.0)]
+        videos += [GeneratedVideo(name, f, 4.0, reports[name], 0.25, 0.5, 3.0, fps=8.0) for name, f in frames.items()]
         files = tuple(write_mp4(v.frames, tmp_path / f"{v.name}.mp4", 8) for v in videos)
-        return Comparison(prompt, tuple(videos), files, 8.0, 36, {"seed": "5"}, {"torch": "x.y"}, "vidaccel generate")
+        facts = {"settings": {"seed": "5"}, "environment": {"torch": "x.y"}}
+        return Comparison(prompt, tuple(videos), 36, **facts, command="vidaccel generate", files=files)
 
     return make

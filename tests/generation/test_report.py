@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from vidaccel.generation.comparison import Comparison, GeneratedVideo, compare
 from vidaccel.generation.report import (
-    Comparison,
-    GeneratedVideo,
     cluster_deciles,
-    compare,
     format_psnr,
     format_seconds,
     summary,
@@ -81,7 +79,7 @@ def test_what_cannot_be_compared(clip):
         compare(clip[:, :8, :8], clip[:, :8, :8])
     dense = GeneratedVideo("dense", clip, 1.0)
     with pytest.raises(ValueError, match="two or more videos"):
-        Comparison("", (dense,), (), 16, 1, {}, {}, "")
+        Comparison("", (dense,), 1, {}, {}, "")
 
 
 def test_what_the_records_say(reports):

@@ -11,9 +11,10 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from vidaccel import demo
+from vidaccel.generation.errors import BadInput
 from vidaccel.generation.request import Settings
 from vidaccel.nodes import pipelines
-from vidaccel.nodes.pipelines import Acceleration, BadInput, find_pipelines, generate, load, locate
+from vidaccel.nodes.pipelines import Acceleration, InputError, find_pipelines, generate, load, locate
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
 
@@ -91,12 +92,12 @@ def test_a_run_that_is_stopped_leaves_the_pipeline_as_it_was(pipeline):
     ],
 )
 def test_a_video_that_the_model_cannot_make(pipeline, changes, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InputError, match=message):
         generate(pipeline, settings(**changes), on_step=lambda *_: pytest.fail("it ran"))
 
 
 def test_a_picture_for_a_model_of_text(pipeline):
-    with pytest.raises(BadInput, match=r"^image: WanPipeline takes no picture"):
+    with pytest.raises(InputError, match=r"^image is of no use: this WanPipeline takes no picture"):
         generate(pipeline, settings(), image=torch.zeros(1, 64, 64, 3), on_step=ignore)
 
 
@@ -105,7 +106,7 @@ def test_a_picture_for_a_model_of_text(pipeline):
     [
         ({"density": 0.0}, "density is 0.0"),
         ({"density": 1.5}, "at most 1"),
-        ({"method": "magic"}, "known: svg2, svg, radial"),
+        ({"method": "magic"}, "there are svg2, svg, radial"),
         ({"dense_start": 0.6, "dense_end": 0.4}, "leave no step sparse"),
         ({"dense_end": -0.1}, "between 0 and 1"),
         ({"dense_layers": -1}, "0 or more"),
@@ -119,9 +120,9 @@ def test_an_acceleration_that_cannot_be(changes, message):
 
 def test_a_backend_that_this_machine_lacks(pipeline):
     if not torch.cuda.is_available():
-        with pytest.raises(BadInput, match=r"^backend triton cannot be used here"):
+        with pytest.raises(InputError, match=r"^backend is triton: it cannot be used here"):
             pipeline.accelerated(Acceleration(backend="triton"))
-    with pytest.raises(BadInput, match=r"^backend magic is unknown"):
+    with pytest.raises(InputError, match=r"^backend is magic: there is none of that name"):
         pipeline.accelerated(Acceleration(backend="magic"))
 
 
@@ -142,13 +143,13 @@ def test_finding_pipelines_and_choosing_one(tmp_path):
     assert locate("b/mine", "", roots) == str(tmp_path / "b" / "mine")
     assert [locate(choice, "", roots) for choice in pipelines.BUILT_IN] == ["demo", "demo-dc"]
     assert locate("b/mine", " owner/name ", roots) == "owner/name"
-    with pytest.raises(BadInput, match="gone is no longer in models/diffusers; there are b/mine"):
+    with pytest.raises(BadInput, match="gone: it is no longer in models/diffusers; there are b/mine"):
         locate("gone", "", roots)
 
 
 @pytest.mark.parametrize("model", ["{}", "/no/such/folder"])
 def test_a_folder_that_is_no_pipeline(tmp_path, model):
-    with pytest.raises(BadInput, match=r"^pipeline .* (is no diffusers pipeline|is neither a folder)"):
+    with pytest.raises(InputError, match=r"^pipeline is .*: it is (no diffusers pipeline|neither .*, nor a folder)"):
         load(model.format(tmp_path), "auto", Residency(CPU, lambda *_: None))
 
 
@@ -157,7 +158,7 @@ def test_weights_that_are_damaged(tmp_path):
     shutil.copytree(demo.path(), folder)
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BadInput, match="cannot be loaded"):
+    with pytest.raises(InputError, match="cannot be loaded"):
         load(str(folder), "auto", Residency(CPU, lambda *_: None))
 
 
@@ -165,13 +166,15 @@ def test_packages_that_are_missing_or_too_old(monkeypatch, tmp_path):
     (tmp_path / "needs.txt").write_text("# why\nno_such_package>=1\ntorch>=99\ndiffusers>=0.42\n")
     monkeypatch.setattr(pipelines, "REQUIREMENTS", tmp_path / "needs.txt")
     words = r"^diffusers pipelines need no_such_package>=1 \(not installed\), torch>=99 \(found 2\..*needs\.txt$"
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(InputError, match=words):
         load("demo", "auto", Residency(CPU, lambda *_: None))
 
 
 def test_a_backend_that_is_fast_on_the_device_is_asked_for_first(pipeline):
     elsewhere = replace(pipeline, residency=Residency(torch.device("mps"), lambda *_: None))
-    with pytest.raises(BadInput, match="finds no backend that is fast on mps: .*triton runs on cuda, cpu, not on mps"):
+    with pytest.raises(
+        InputError, match="finds no backend that is fast on mps: .*triton runs on cuda, cpu, not on mps"
+    ):
         elsewhere.accelerated(Acceleration())
 
 
@@ -196,7 +199,9 @@ def test_image_to_video(tmp_path):
     loaded = load(str(tmp_path / "i2v"), "float32", Residency(CPU, lambda *_: None))
     factor = loaded.facts.size_multiple[0]
     size = {"height": 2 * factor, "width": 2 * factor, "frames": 5, "steps": 2}
-    with pytest.raises(BadInput, match="connect an IMAGE to image"):
+    with pytest.raises(
+        InputError, match="^image is missing: this WanImageToVideoPipeline needs a picture to start from"
+    ):
         generate(loaded, settings(**size), on_step=ignore)
     pictures = [torch.full((1, 20, 30, 3), value) for value in (0.1, 0.9)]
     made = [generate(loaded, settings(**size), image=picture, on_step=ignore).frames for picture in pictures]

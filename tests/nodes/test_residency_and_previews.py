@@ -8,7 +8,8 @@ from diffusers import WanPipeline
 
 from vidaccel import AutoencoderDCV, VideoLayout, demo
 from vidaccel.autoencoders.memory import memory_to_decode
-from vidaccel.generation.request import BadInput, Settings
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.request import Settings
 from vidaccel.nodes.previews import decode_frame, decodes_quickly, preview_latent
 from vidaccel.nodes.residency import Residency, part_bytes, working_memory
 
@@ -57,7 +58,7 @@ def test_weights_that_the_device_cannot_hold_are_refused_before_anything_runs(pi
     # And the rotary tables, which move with them.
     assert 4 * pipe.transformer.num_parameters() <= size < 4.3 * pipe.transformer.num_parameters()
     Residency(torch.device("cpu"), lambda *_: None, capacity=size).begin(pipe, layout, settings)
-    with pytest.raises(BadInput, match=r"the transformer of this pipeline takes 0\.0 GiB, and cpu has 0\.0"):
+    with pytest.raises(BadInput, match=r"does not fit: its transformer takes 0\.0 GiB, and cpu has 0\.0"):
         Residency(torch.device("cpu"), lambda *_: None, capacity=size - 1).begin(pipe, layout, settings)
 
 

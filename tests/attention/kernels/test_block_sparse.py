@@ -14,7 +14,8 @@ from vidaccel.attention.backends.triton import TritonBackend
 
 pytest.importorskip("triton")
 
-from vidaccel.attention.kernels import block_sparse
+from vidaccel.attention.kernels import launch
+from vidaccel.attention.kernels.walk import make_walk
 
 # Relative to outputs of size one; on the GPU sums are longer and bfloat16 is among the dtypes.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -208,7 +209,7 @@ def test_large_scores_do_not_overflow(device, dtype):
 def test_the_walk_holds_exactly_the_keys_of_the_plan():
     """Whole tiles and tails put together again, and the pieces: each query once, those with most keys first."""
     plan, _ = clusters(2, 2, 90, 100, 5, 20)
-    walk = block_sparse.make_walk(plan, 16, 8)
+    walk = make_walk(plan, 16, 8)
     keys = plan.keys_of_tile()
     for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
         for tile in range(keys.shape[2]):
@@ -233,12 +234,12 @@ def test_the_walk_holds_exactly_the_keys_of_the_plan():
 
 @pytest.mark.parametrize("table", ["FORWARD_TILES", "QUERY_TILES", "KEY_TILES"])
 def test_tables_have_a_row_for_every_call(table):
-    from vidaccel.attention.kernels import block_sparse_backward
+    from vidaccel.attention.kernels import block_sparse_backward, block_sparse_forward
 
-    tables = getattr(block_sparse_backward if table != "FORWARD_TILES" else block_sparse, table)
+    tables = getattr(block_sparse_backward if table != "FORWARD_TILES" else block_sparse_forward, table)
     for dim in (8, 64, 72, 128, 200, 256):
         for dtype in (torch.float16, torch.float32):
-            tiles = block_sparse.choose_tiles(tables, torch.empty(1, 1, 60, dim, dtype=dtype), torch.empty(1, 1, 3))
+            tiles = launch.choose_tiles(tables, torch.empty(1, 1, 60, dim, dtype=dtype), torch.empty(1, 1, 3))
             assert tiles.block_m in (16, 32), "a mean of 20 queries a tile needs no 64 rows"
     for tiles in tables.values():
         for size in (tiles.block_m, tiles.block_n):

@@ -13,7 +13,7 @@ from gpu_compiler import SHARED, run_with_compiler
 pytest.importorskip("triton")
 
 SCRIPT = """
-from vidaccel.attention.kernels import block_sparse as forward, block_sparse_backward as backward
+from vidaccel.attention.kernels import block_sparse_backward as backward, block_sparse_forward as forward
 
 architecture, dim, dtype, ordered = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]

@@ -436,7 +436,7 @@ def test_tables_have_a_row_for_every_call():
 
 
 SCRIPT = """
-from vidaccel.attention.kernels import block_sparse as forward, block_sparse_int8 as int8, quantize
+from vidaccel.attention.kernels import block_sparse_forward as forward, block_sparse_int8 as int8, quantize
 
 architecture, dim, dtype, values, ordered = *map(int, sys.argv[1:3]), *sys.argv[3:5], sys.argv[5] == "True"
 shape = {"D": dim, "D_PAD": forward.padded(dim)}

@@ -8,11 +8,11 @@ from gpu_compiler import SHARED, run_with_compiler
 pytest.importorskip("triton")
 
 SCRIPT = """
-from vidaccel.attention.kernels import block_sparse, kmeans
+from vidaccel.attention.kernels import kmeans, launch
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-width = {"D": dim, "D_PAD": block_sparse.padded(dim)}
-tiles = block_sparse.Tiles(0, 0, 4, 3)
+width = {"D": dim, "D_PAD": launch.padded(dim)}
+tiles = launch.Tiles(0, 0, 4, 3)
 blocks = {"BLOCK_N": kmeans.TOKENS, "BLOCK_C": kmeans.CENTROIDS, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
 print(json.dumps([
     compile_kernel(kmeans._assign_kernel, architecture, dtype, {**width, **blocks}, tiles, center="fp32",

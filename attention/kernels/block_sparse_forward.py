@@ -1,0 +1,190 @@
+"""The forward pass of attention over a `BlockPlan`, as a Triton kernel.
+
+One program computes one *piece*: at most `BLOCK_M` queries of one tile, of one head. It walks the runs of keys of that
+tile with an online softmax (FlashAttention-2, arXiv 2307.08691) in base 2 and float32; how is in `walk.py`.
+
+Orders: the rows of queries are read, and the outputs written, through `q_order`, since each is touched once. Keys and
+values are read by many tiles, so by default they are copied in permuted order first (`gather_kv=False`: the memory of
+one more k and v); `gather_kv=True` reads them through `kv_order` instead, without the copies. Which is faster has not
+been measured.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..plan import BlockPlan
+from .launch import Tiles, on_device, order_args, padded, plan_strides, rows_contiguous
+from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
+
+# By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. Initial
+# values, chosen by the registers and the shared memory that the compiler reports, not yet tuned by measurement. float32
+# is computed exactly and not in TF32, so without tensor cores, in small tiles.
+FORWARD_TILES = {
+    (9, 64, 2): Tiles(128, 64, 4, 3),
+    (9, 128, 2): Tiles(128, 64, 8, 3),
+    (9, 256, 2): Tiles(128, 32, 8, 2),
+    (10, 64, 2): Tiles(128, 64, 4, 3),
+    (10, 128, 2): Tiles(128, 64, 8, 3),
+    (10, 256, 2): Tiles(128, 32, 8, 2),
+    (0, 64, 2): Tiles(128, 32, 4, 3),
+    (0, 128, 2): Tiles(64, 32, 4, 2),
+    (0, 256, 2): Tiles(64, 16, 4, 2),
+    (0, 64, 4): Tiles(32, 32, 4, 2),
+    (0, 128, 4): Tiles(32, 32, 8, 1),
+    (0, 256, 4): Tiles(16, 16, 8, 1),
+}
+
+# Of the fp8 variant (`block_sparse_int8.py`): the power of two that lifts its weights; how many products may be added
+# before their sum moves to float32, at most the keys of a tile.
+FP8_LIFT = tl.constexpr(8.0)
+FP8_ADDED = tl.constexpr(32)
+
+
+# -- the forward kernel ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _attend_tile(state, inputs, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """One step of the online softmax: `m` row maxima, `total` row sums, `acc` unnormalised output.
+
+    Where k is int8, its rows lie in permuted order, and `factor` holds the scale of each query; else it is one number.
+    Where v is fp8 (and k int8), the weights are lifted by 2 ** 8, to use what e4m3 can hold, which is 2 ** -9 to 448.
+    """
+    m, total, acc = state
+    q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr = inputs
+    d = tl.arange(0, D_PAD)
+    if k_ptr.dtype.element_ty == tl.int8:
+        k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
+        k_scale = tl.load(k_scale_ptr + keys, mask=inside, other=0.0)
+        # The scales of queries are above 0, so the maximum can be taken before them, and then they cost no step of
+        # their own: they are multiplied in where the maximum is subtracted, by one instruction.
+        scores = tl.dot(q, tl.trans(k)).to(tl.float32) * k_scale[None, :]
+    else:
+        k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    # A tile has at least one key, so the new maximum is finite and the differences are never inf - inf.
+    if k_ptr.dtype.element_ty == tl.int8:
+        new_m = tl.maximum(m, tl.max(scores, 1) * factor)
+        subtracted = new_m - FP8_LIFT if v_ptr.dtype.element_ty == tl.float8e4nv else new_m
+        p = tl.exp2(tl.fma(scores, factor[:, None], -subtracted[:, None]))
+    else:
+        new_m = tl.maximum(m, tl.max(scores, 1))
+        p = tl.exp2(scores - new_m[:, None])
+    shrink = tl.exp2(m - new_m)
+    if v_ptr.dtype.element_ty == tl.float8e4nv:
+        # The tensor cores of compute capability 9 add fp8 products in few bits: after so many the sum moves to float32.
+        v = load_rows(v_ptr, keys, v_sn, inside, d, D, D_PAD, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], max_num_imprecise_acc=FP8_ADDED)
+    else:
+        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_m, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit(do_not_specialize=["pieces", "tiles", "slots"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_shift_ptr,
+    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn,
+    q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
+    piece_start_ptr, piece_len_ptr, piece_tile_ptr,
+    full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+    plan_sb, plan_sh, heads, n_q, n_kv, pieces, tiles, slots, qk_scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
+):  # fmt: skip
+    b, h, start, size, tile = find_piece(
+        piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles
+    )
+    if size == 0:
+        return
+    head = b * heads + h
+    d = tl.arange(0, D_PAD)
+    inside_m = tl.arange(0, BLOCK_M) < size
+    positions = start + tl.arange(0, BLOCK_M)
+    q_rows = token_rows(
+        q_order_ptr + b * q_order_sb + h * q_order_sh if Q_ORDERED else q_ptr, positions, inside_m, Q_ORDERED, True
+    )
+    q_ptr += b * q_sb + h * q_sh
+    if q_ptr.dtype.element_ty == tl.int8:
+        q = load_rows(q_ptr, positions, q_sn, inside_m, d, D, D_PAD, True)
+        factor = tl.load(q_scale_ptr + head * n_q + positions, mask=inside_m, other=1.0)
+        k_scale_ptr += head * n_kv
+    else:
+        q = load_rows(q_ptr, q_rows, q_sn, inside_m, d, D, D_PAD, True)
+        factor = qk_scale
+    if GATHER_KV:
+        kv_order_ptr += b * kv_order_sb + h * kv_order_sh
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    m, total, acc = walk_keys(
+        _attend_tile, (m, total, acc),
+        (q, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, factor, k_scale_ptr),
+        tile, slots, kv_order_ptr,
+        full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+        D, D_PAD, BLOCK_N, GATHER_KV,
+    )  # fmt: skip
+
+    empty = total == 0.0
+    out = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = m + tl.log2(tl.where(empty, 1.0, total))
+    if v_ptr.dtype.element_ty == tl.float8e4nv:
+        out *= tl.load(v_scale_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
+        lse -= FP8_LIFT
+    lse *= 0.6931471805599453
+    if q_ptr.dtype.element_ty == tl.int8:
+        lse += tl.load(lse_shift_ptr + head * n_q + positions, mask=inside_m, other=0.0)
+    store_rows(out_ptr + b * out_sb + h * out_sh, q_rows, out_sn, inside_m, d, out, D)
+    tl.store(lse_ptr + head * n_q + q_rows, tl.where(empty, float("-inf"), lse), mask=inside_m)
+
+
+# -- launch -----------------------------------------------------------------------------------------------------------
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: BlockPlan,
+    q_order: torch.Tensor | None,
+    kv_order: torch.Tensor | None,
+    qk_scale: float,
+    tiles: Tiles,
+    scales: tuple[torch.Tensor | None, ...] = (None, None, None, None),
+) -> None:
+    """Run the forward kernel into `out` and `lse`.
+
+    Args:
+        q, k, v: `[B, H, N, D]` with `stride(-1) == 1`; int8 q and k, and fp8 v, in permuted order.
+        plan: tiles and runs; its own orders are not read.
+        q_order: where a permuted query lies in `out`, and in q unless that is int8. kv_order: likewise in k and v.
+        qk_scale: multiplies the scores, in base 2; not read for int8.
+        scales: the scales of q, k and v and what to add to the log-sum-exp, where q and k are int8 (v: fp8).
+    """
+    walk = make_walk(plan, tiles.block_m, tiles.block_n)
+    (batch, heads), dim = q.shape[:2], q.shape[3]
+    pieces = walk.piece_len.shape[-1]
+    with on_device(q):
+        _forward_kernel[(pieces * batch * heads,)](
+            q, k, v, out, lse, *scales,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            *order_args(q_order), *order_args(kv_order), *walk,
+            *plan_strides(plan.tile_len.shape), heads, plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
+            walk.full_start.shape[-1], qk_scale,
+            D=dim, D_PAD=max(padded(dim), 32 // q.element_size()), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+
+
+def results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the output and the log-sum-exp."""
+    return torch.empty_like(rows_contiguous(q)), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -1,0 +1,75 @@
+"""What every kernel here is launched with: tile sizes, strides, orders, the device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..plan import permute
+
+LOG2E = math.log2(math.e)
+
+
+class Tiles(NamedTuple):
+    """A launch configuration: queries and keys per tile, warps per program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(table: dict[tuple[int, int, int], Tiles], q: torch.Tensor, tile_len: torch.Tensor) -> Tiles:
+    """The entry of a table for the device, head_dim and dtype of `q [B, H, N, D]`.
+
+    Where the plan's tiles, `tile_len [Bp, Hp, T]`, have fewer than `BLOCK_M` queries on average, rows of a program
+    would idle, so `BLOCK_M` is halved down to that mean, and 8 warps become the 4 that work on 64 rows. Reads shapes
+    only.
+    """
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
+    width = max(64, padded(q.shape[-1]))
+    tiles = table.get((major, width, q.element_size())) or table[0, width, q.element_size()]
+    block_m = min(tiles.block_m, padded(-(-q.shape[2] // tile_len.shape[-1])))
+    return tiles._replace(block_m=block_m, num_warps=4 if block_m <= 64 < tiles.block_m else tiles.num_warps)
+
+
+def padded(size: int) -> int:
+    """The next power of two, at least the 16 that a matrix product takes."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x [..., D]` with its head dimension side by side in memory, as the kernels read it; a view where it can be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def order_args(order: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """An order `[1|B, 1|H, N]` and its strides for batch and head, 0 where it is broadcast."""
+    if order is None:
+        return None, 0, 0
+    order = rows_contiguous(order)
+    batch, head = (order.stride(i) if order.shape[i] > 1 else 0 for i in (0, 1))
+    return order, batch, head
+
+
+def plan_strides(lead: torch.Size) -> tuple[int, int]:
+    """How many plan entries lie between neighbouring batch entries and heads, for `lead = (Bp, Hp)`."""
+    return lead[1] if lead[0] > 1 else 0, 1 if lead[1] > 1 else 0
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def keys_in_order(
+    k: torch.Tensor, v: torch.Tensor, kv_order: torch.Tensor | None, gather_kv: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """k and v as the kernels read them, and the order they still have to be read through, or None."""
+    if kv_order is not None and not gather_kv:
+        k, v, kv_order = permute(k, kv_order), permute(v, kv_order), None
+    return rows_contiguous(k), rows_contiguous(v), kv_order

@@ -1,0 +1,48 @@
+"""Errors that a user can act on, as one line on the command line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from ..generation.errors import BadInput
+
+_NAMES = {"prompt": "PROMPT", "settings": "--set", "tiling": "--vae-tiling", "source": "SOURCE", "target": "TARGET"}
+_HINTS = {"backend": " `vidaccel info` says which can run here."}
+
+
+def option(field: str) -> str:
+    """What a field of the request is called on the command line."""
+    return _NAMES.get(field, "--" + field.replace("_", "-"))
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C.
+
+    That is every error of a class of this package, and of the system. Others are faults of the program and pass.
+    """
+    import typer
+
+    def terminate(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    # Without this, SIGTERM ends the process at once and leaves the temporary file of a half-written video.
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("Interrupted: what was at work was not written.", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        message = error.worded(option) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
+        if type(error).__name__ == "OutOfMemoryError":
+            message = "out of GPU memory: try --offload, fewer --frames or a smaller size."
+        elif type(error).__module__.partition(".")[0] != __name__.partition(".")[0] and not isinstance(error, OSError):
+            raise
+        typer.echo(f"Error: {message}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

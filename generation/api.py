@@ -1,0 +1,192 @@
+"""`vidaccel.generate`: a prompt to a video, or to a comparison with the dense one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .comparison import Comparison, GeneratedVideo
+from .errors import BadInput, mention, worded
+from .job import Job, Sparse, prepare
+from .machine import environment
+from .outputs import check_file
+from .progress import bars
+from .report import write_report
+from .request import Settings
+from .run import StageCallback, load, make_videos
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..attention.methods.base import Method
+
+
+def generate(
+    model: str | Path | DiffusionPipeline,
+    prompt: str,
+    *,
+    method: str | Method | Sequence[str | Method] | None = None,
+    compare: bool = False,
+    negative_prompt: str = "",
+    image: Any = None,
+    last_image: Any = None,
+    video: Any = None,
+    strength: float | None = None,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    fps: float = 16,
+    density: float | None = None,
+    dense_steps: int | float | None = None,
+    dense_layers: int | float | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: bool = False,
+    tiling: bool = False,
+    out: str | Path | None = None,
+    report: str | Path | None = None,
+    warm_up: bool = True,
+    progress: bool = True,
+) -> GeneratedVideo | Comparison:
+    """Make a video from a prompt, dense or accelerated, or compare methods with the dense video of the same seed.
+
+    Everything that can be checked is checked before weights are read.
+
+    Args:
+        model: "demo" or "demo-dc" (built in), a folder of a diffusers pipeline, a hub id, or a loaded pipeline, which
+            stays as it is.
+        prompt, negative_prompt: what the video shows, and what it should not show.
+        method: "dense", a name of `METHODS` or a config such as `SVG2(top_p=0.9)`; with `compare`, several. None takes
+            SVG2 for a video of at least 8192 tokens and dense for a shorter one; with `compare`, SVG2, Radial and SVG.
+        compare: also run dense, first, and measure the others against it.
+        image, last_image: files or PIL pictures, the first and the last frame, for image to video.
+        video: a file, or frames `[F, H, W, 3]` of bytes, for video to video.
+        strength: how much of the noise is added to `video`, in (0, 1].
+        frames, height, width, steps, guidance_scale: None takes the model's.
+        seed: of the initial noise.
+        fps: frames per second of the result.
+        density: share of attention to compute in sparse steps; None takes the method's.
+        dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
+        settings: further settings by method: `{"svg2": {"top_p": 0.85}}`.
+        backend: what computes attention, a name of `BACKENDS`, or "auto".
+        device, dtype: a name, or "auto"; of a loaded pipeline they are its own.
+        offload: keep on the device only the part that is at work.
+        tiling: encode and decode in tiles.
+        out: MP4 file to write; with `compare`, that of the first method, with the others beside it.
+        report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
+        warm_up: with `compare`, one uncounted step before each run, so that compilation is not timed.
+        progress: show bars.
+
+    Returns:
+        The video, or with `compare` all of them and their metrics.
+
+    Raises:
+        BadInput: a request that cannot be met.
+        GenerationError: the model made NaN or infinite values.
+    """
+    wanted = Settings(
+        prompt,
+        negative_prompt,
+        frames,
+        height,
+        width,
+        steps,
+        guidance_scale,
+        seed,
+        fps,
+        image=_file(image),
+        last_image=_file(last_image),
+        video=_file(video),
+        strength=strength,
+    )
+    file, page = _file(out), _file(report)
+    check_outputs(file, page, compare)
+    methods: Sequence[str | Method]
+    if method is None:
+        methods = ()
+    else:
+        methods = method if isinstance(method, Sequence) and not isinstance(method, str) else [method]
+    if len(methods) > 1 and not compare:
+        raise BadInput("method", "can have several only in a comparison", f"Add {mention('compare')}.")
+    job = prepare(
+        str(model) if isinstance(model, Path) else model,
+        wanted,
+        Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend),
+        compare=compare,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        tiling=tiling,
+    )
+    shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
+    with shown as on_stage:
+        videos = carry_out(job, out=file, warm=warm_up and compare, on_stage=on_stage)
+    if not compare:
+        return videos[0]
+    files = () if file is None else tuple(job.files(file).values())
+    made = compared(job, videos, files, "vidaccel.generate(...)")
+    return made if page is None else write_report(made, page)
+
+
+def _file(given: Any) -> Any:
+    return Path(given) if isinstance(given, str) else given
+
+
+def check_outputs(out: Path | None, report: Path | None, compare: bool) -> None:
+    """Raise BadInput for files that cannot be written there, and for a report without a comparison."""
+    if out is not None:
+        check_file("out", out, ".mp4")
+    if report is not None and not compare:
+        raise BadInput("report", f"is the page of {mention('compare')}", "Give both.")
+    if report is not None:
+        check_file("report", report, ".html")
+
+
+def carry_out(
+    job: Job, *, out: Path | None = None, warm: bool = False, on_stage: StageCallback | None = None
+) -> list[GeneratedVideo]:
+    """Load what is not loaded, and make every video of a job; each is written as soon as it is there.
+
+    Args:
+        job: of `prepare`.
+        out: see `Job.files`; None writes nothing.
+        warm: an uncounted step before each run.
+        on_stage: told of what happens.
+    """
+    files = {} if out is None else job.files(out)
+    pipe = job.pipe
+    if pipe is None:
+        pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
+    videos = []
+    for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
+        if files:
+            video.save(files[video.name])
+        videos.append(video)
+    return videos
+
+
+def compared(
+    job: Job,
+    videos: Sequence[GeneratedVideo],
+    files: Sequence[Path],
+    command: str,
+    name: Callable[[str], str] = str,
+) -> Comparison:
+    """The comparison that a job was for; its texts name fields by `name`."""
+    return Comparison(
+        prompt=job.settings.prompt,
+        videos=tuple(videos),
+        tokens=job.layout.tokens,
+        settings=job.described(name),
+        environment=environment(job.device),
+        command=command,
+        files=tuple(files),
+        notes=tuple(worded(note, name) for note in (*job.notes, *videos[0].notes)),
+    )

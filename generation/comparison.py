@@ -1,0 +1,161 @@
+"""Videos that were made, and how far those of one prompt and seed are from one another."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .video import write_mp4
+
+if TYPE_CHECKING:
+    from ..attention.records import RunReport
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedVideo:
+    """One video and what making it took.
+
+    Args:
+        name: of the method.
+        frames: `[F, H, W, 3]` uint8 RGB.
+        seconds: wall time of the whole pipeline call: text encoding, denoising and decoding.
+        report: what attention did; None for the untouched pipeline.
+        step_seconds: median time from one step's end to the next; None with a single step.
+        decode_seconds: time from the last step's end to the frames.
+        warm_up_seconds: time of the uncounted step before, compilation included; None when there was none.
+        fps: frames per second to play it with.
+        notes: what was done to the pictures or the video that it starts from.
+    """
+
+    name: str
+    frames: np.ndarray
+    seconds: float
+    report: RunReport | None = None
+    step_seconds: float | None = None
+    decode_seconds: float | None = None
+    warm_up_seconds: float | None = None
+    fps: float = 16
+    notes: tuple[str, ...] = ()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the video as an MP4 file; see `video.write_mp4`."""
+        return write_mp4(self.frames, path, self.fps)
+
+    @property
+    def denoise_seconds(self) -> float | None:
+        """Time to the last step's end, text encoding included."""
+        return None if self.decode_seconds is None else self.seconds - self.decode_seconds
+
+
+@dataclass(frozen=True)
+class FrameMetrics:
+    """How far a video is from its reference.
+
+    Args:
+        psnr: dB per frame; infinite for identical frames.
+        ssim: per frame, 1.0 for identical frames.
+    """
+
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+
+    @property
+    def identical_frames(self) -> int:
+        """Frames without any difference."""
+        return sum(math.isinf(value) for value in self.psnr)
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over the frames that differ; infinite when none does."""
+        finite = [value for value in self.psnr if math.isfinite(value)]
+        return float(np.mean(finite)) if finite else math.inf
+
+    @property
+    def mean_ssim(self) -> float:
+        """Mean over all frames."""
+        return float(np.mean(self.ssim))
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Videos of one prompt and seed, the first of which is the reference.
+
+    Args:
+        prompt: what they show.
+        videos: the dense one first.
+        tokens: length of the self-attention sequence.
+        settings, environment: name -> value, shown as they are.
+        command: the command line or call that makes it again.
+        files: MP4 files of the videos, in the same order; empty where none were written yet.
+        notes: what a reader should know, in sentences.
+    """
+
+    prompt: str
+    videos: tuple[GeneratedVideo, ...]
+    tokens: int
+    settings: dict[str, str]
+    environment: dict[str, str]
+    command: str
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    metrics: dict[str, FrameMetrics] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.videos) < 2 or (self.files and len(self.videos) != len(self.files)):
+            raise ValueError(
+                f"a comparison needs two or more videos and a file each, got {len(self.videos)}, {len(self.files)}."
+            )
+        metrics = {v.name: compare(self.reference.frames, v.frames) for v in self.others}
+        object.__setattr__(self, "metrics", metrics)
+
+    @property
+    def reference(self) -> GeneratedVideo:
+        """The video that the others are measured against."""
+        return self.videos[0]
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the videos."""
+        return self.reference.fps
+
+    @property
+    def others(self) -> tuple[GeneratedVideo, ...]:
+        """All but the reference."""
+        return self.videos[1:]
+
+
+def compare(reference: np.ndarray, other: np.ndarray) -> FrameMetrics:
+    """PSNR and SSIM of every frame, as torchmetrics computes them on values in [0, 1].
+
+    Args:
+        reference, other: `[F, H, W, 3]` uint8.
+
+    Raises:
+        ValueError: the shapes differ, or the frames are under 11 pixels, the size of SSIM's window.
+    """
+    import torch
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    if reference.shape != other.shape:
+        raise ValueError(f"videos to compare must have one shape, got {reference.shape} and {other.shape}.")
+    if min(reference.shape[1:3]) < 11:
+        raise ValueError(f"SSIM needs frames of at least 11x11 pixels, got {reference.shape[2]}x{reference.shape[1]}.")
+    # float64 is best for SSIM, whose variances cancel, but 30 times slower on a CPU; float32 is good to 4 decimals.
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.float64) if cuda else ("cpu", torch.float32)
+    psnr, ssim = [], []
+    for pair in zip(reference, other, strict=True):
+        target, made = (torch.tensor(frame).permute(2, 0, 1)[None].to(device, dtype) / 255 for frame in pair)
+        if torch.equal(target, made):
+            psnr.append(math.inf)
+            ssim.append(1.0)
+            continue
+        psnr.append(peak_signal_noise_ratio(made, target, data_range=1.0).item())
+        similar = structural_similarity_index_measure(made, target, data_range=1.0)
+        assert isinstance(similar, torch.Tensor)  # a pair of tensors only where it is asked for the contrast as well
+        ssim.append(similar.item())
+    return FrameMetrics(tuple(psnr), tuple(ssim))

@@ -1,0 +1,241 @@
+"""A request that was checked whole, before any weights are read: what will run, with what, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadInput, mention, refuse_given, worded
+from .machine import check_runs, choose_device, choose_dtype
+from .methods import DENSE, build_method, check_names, check_sparse_only, choose_names
+from .model_facts import ModelFacts, inspect_model, inspect_pipeline
+from .request import MIN_COMPARED, Settings
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from ..attention.layout import VideoLayout
+    from ..attention.methods.base import Method
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What `prepare` made of a request.
+
+    Args:
+        facts: of the model.
+        settings: with the model's defaults.
+        layout: the token grid of the video.
+        methods: by name, in the order of the runs; None is dense.
+        why: why these methods; to be `worded`, as all texts here.
+        compare: whether the first is the reference of a comparison.
+        backend: a name, or "auto".
+        device, dtype: where and in what the model runs.
+        offload, tiling: see `pipelines.loading.load_pipeline`.
+        pipe: the pipeline, where it was given loaded.
+        notes: what a user should know, in sentences.
+    """
+
+    facts: ModelFacts
+    settings: Settings
+    layout: VideoLayout
+    methods: Mapping[str, Method | None]
+    why: str
+    compare: bool
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    offload: bool = False
+    tiling: bool = False
+    pipe: DiffusionPipeline | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> str:
+        """The run whose video is the result: the first one, of a comparison the first after the reference."""
+        return list(self.methods)[self.compare]
+
+    def files(self, out: Path) -> dict[str, Path]:
+        """A file for the video of each run: `out` for the result, NAME.METHOD.mp4 beside it for the others."""
+        return {n: out if n == self.first else out.with_name(f"{out.stem}.{n}.mp4") for n in self.methods}
+
+    def described(self, name: Callable[[str], str] = str) -> dict[str, str]:
+        """Title -> text, for a reader; fields are named by `name`."""
+        from ..pipelines.loading import usual_autoencoder_dtype
+
+        settings = self.settings
+        of_vae = usual_autoencoder_dtype(self.facts.makes_any_size, self.dtype)
+        if self.pipe is not None:
+            of_vae = self.pipe.vae.dtype
+        return {
+            "model": f"{self.facts.name} ({self.facts.pipeline_class})",
+            "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
+            "negative prompt": settings.negative_prompt or "none",
+            "steps": str(settings.steps),
+            "guidance scale": f"{settings.guidance_scale:g}",
+            "seed": str(settings.seed),
+            "backend": self.backend,
+            "dtype": f"{self.dtype}, autoencoder {of_vae}".replace("torch.", ""),
+        }
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What is asked for of sparse attention; None keeps the method's default.
+
+    Args:
+        methods: names, or configs with all their settings; none for the default (see `methods.choose_names`).
+        density: pairs computed over all pairs, in sparse steps.
+        dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
+        overrides: method -> field -> value.
+        backend: a name, which then runs or raises, or "auto".
+
+    Raises:
+        BadInput: a density out of its bounds.
+    """
+
+    methods: Sequence[str | Method] = ()
+    density: float | None = None
+    dense_steps: int | float | None = None
+    dense_layers: int | float | None = None
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.density is not None and not 0 < self.density <= 1:
+            raise BadInput("density", "it must be above 0 and at most 1 (1 is dense)", value=self.density)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the methods."""
+        return [method if isinstance(method, str) else method.name for method in self.methods]
+
+    def given(self) -> dict[str, bool]:
+        """The fields that only a sparse method has, and whether they were given."""
+        return {
+            "density": self.density is not None,
+            "dense_steps": self.dense_steps is not None,
+            "dense_layers": self.dense_layers is not None,
+            "settings": bool(self.overrides),
+            "backend": self.backend != "auto",
+        }
+
+
+def prepare(
+    model: str | DiffusionPipeline,
+    settings: Settings,
+    sparse: Sparse,
+    *,
+    compare: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: bool = False,
+    tiling: bool = False,
+) -> Job:
+    """Check a request against the model and the machine.
+
+    Args:
+        model: see `inspect_model`; or a loaded pipeline, which stays where and as it is.
+        settings, sparse: the request.
+        compare: run dense from the same seed first.
+        device, dtype: a name, or "auto".
+        offload, tiling: see `pipelines.loading.load_pipeline`.
+
+    Raises:
+        BadInput: what cannot be done; the first fault found, the cheapest to find first.
+    """
+    check_names(sparse.names, compare)
+    if isinstance(model, str):
+        place = choose_device(device, offload)
+        chosen_dtype = choose_dtype(dtype, place, model)
+        facts, pipe = inspect_model(model, image=settings.image is not None, video=settings.video is not None), None
+    else:
+        _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
+        pipe = model
+        if settings.video is not None and type(model).__name__ == "WanPipeline":
+            from ..pipelines.loading import as_video_to_video
+
+            pipe = as_video_to_video(model)
+        facts = inspect_pipeline(pipe)
+        place, chosen_dtype = pipe._execution_device, pipe.transformer.dtype
+    settings = settings.checked(facts)
+    if compare and min(settings.height, settings.width) < MIN_COMPARED:
+        side = "height" if settings.height < settings.width else "width"
+        bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
+        raise BadInput(
+            side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
+        )
+    layout = facts.layout(settings.frames, settings.height, settings.width)
+    names, why = choose_names(sparse.names, compare, layout.tokens)
+    check_sparse_only(names, bool(sparse.methods), sparse.given())
+    check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
+    methods, left_out = _methods(names, sparse, layout)
+    notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    if settings.height % 2 or settings.width % 2:
+        wide, high = (size + size % 2 for size in (settings.width, settings.height))
+        notes.append(f"The file has {wide}x{high} pixels, the last row or column twice: H.264 needs even sizes.")
+    return Job(
+        facts,
+        settings,
+        layout,
+        methods,
+        why,
+        compare,
+        sparse.backend,
+        place,
+        chosen_dtype,
+        offload=offload,
+        tiling=tiling,
+        pipe=pipe,
+        notes=tuple(notes),
+    )
+
+
+def _refuse_placing(**given: Any) -> None:
+    told = {name: value not in ("auto", False) for name, value in given.items()}
+    refuse_given(told, "for a model that is yet to be loaded, and this pipeline is loaded")
+
+
+def _methods(
+    names: Sequence[str], sparse: Sparse, layout: VideoLayout
+) -> tuple[dict[str, Method | None], dict[str, str]]:
+    """The methods of the runs, and those of a default choice that cannot do this video, with the reason."""
+    unknown = [name for name in sparse.overrides if name not in names]
+    if unknown:
+        value = f"{unknown[0]}.{next(iter(sparse.overrides[unknown[0]]))}"
+        raise BadInput("settings", f"this method is not among those to run ({', '.join(names)})", value=value)
+    ready = {m.name: m for m in sparse.methods if not isinstance(m, str)}
+    found: dict[str, Method | None] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        if name == DENSE:
+            found[name] = None
+            continue
+        if name in ready:
+            found[name] = _as_given(ready[name], sparse, layout)
+            continue
+        values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
+        try:
+            found[name] = build_method(name, layout, **values, overrides=sparse.overrides.get(name))
+        except BadInput as error:
+            if sparse.methods or sparse.overrides.get(name):
+                raise
+            left_out[name] = error.problem
+    if not any(found.values()) and left_out:
+        name, reason = next(iter(left_out.items()))
+        raise BadInput("method", f"none of {', '.join(left_out)} can make this video ({name}: {reason})")
+    return found, left_out
+
+
+def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
+    """A config, which has all its settings already."""
+    given = {name: is_given for name, is_given in sparse.given().items() if name != "backend"}
+    refuse_given(given, f"for a method's name, and a {type(method).__name__} was given", "Set its own fields")
+    try:
+        method.check(layout)
+    except ValueError as error:
+        raise BadInput("method", str(error).rstrip("."), value=method.name) from error
+    return method

@@ -1,0 +1,124 @@
+"""The machine that a run is for: device, dtype, backend, and what a reader should know of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BadInput, mention
+from .model_facts import DEMOS
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def choose_device(name: str, offload: bool) -> torch.device:
+    """The device that `device` means; BadInput when this machine lacks it.
+
+    Every kind of accelerator that this build of torch has will do (cuda, which ROCm is as well, mps, xpu, ...).
+    """
+    import torch
+
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        name = "cpu" if present is None else present.type
+    known = "auto, cpu" + ("" if present is None else f" or {present.type} (or {present.type}:N)")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput("device", "torch knows no such device", f"Give {known}.", value=name) from error
+    if device.type != "cpu":
+        if present is None or present.type != device.type:
+            found = f"torch {torch.__version__} finds no {_spelled(device.type)} device here"
+            raise BadInput("device", found, f"Give {known}.", value=name)
+        count = torch.accelerator.device_count()
+        if (device.index or 0) >= count:
+            raise BadInput("device", f"there are {count}, counted from 0", value=name)
+    if offload and device.type == "cpu":
+        raise BadInput(
+            "offload",
+            f"moves parts between an accelerator and main memory, and the device is {device}",
+            f"Leave it out, or give {mention('device')}.",
+        )
+    return device
+
+
+def _spelled(kind: str) -> str:
+    return {"cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}.get(kind, kind)
+
+
+def check_runs(backend: str, device: torch.device, sparse: bool) -> None:
+    """Raise BadInput when a backend is unknown or cannot run here, sparsely where that is wanted."""
+    from ..attention.backends import BACKENDS, refusal
+
+    if backend != "auto" and backend not in BACKENDS:
+        raise BadInput("backend", f"there is none of that name; there are auto, {', '.join(BACKENDS)}", value=backend)
+    if sparse:
+        reason = refusal(backend, device)
+    else:
+        reason = None if backend == "auto" else BACKENDS[backend].unavailable(device)
+    if reason is not None:
+        fix = "" if backend == "auto" else "Give auto, or another."
+        raise BadInput("backend", f"it cannot be used here: it {reason}", fix, value=backend)
+
+
+def choose_dtype(name: str, device: torch.device, model: str) -> torch.dtype:
+    """The dtype that `dtype` means; BadInput for one that models are not run in."""
+    import torch
+
+    if name != "auto" and name not in DTYPES:
+        raise BadInput("dtype", f"it must be auto, {', '.join(DTYPES)}", value=name)
+    if name == "auto":
+        # The built-in models were trained and measured in float32, and CPUs are slow in bfloat16.
+        name = "float32" if device.type == "cpu" or model in DEMOS else "bfloat16"
+    return getattr(torch, name)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, for a reader."""
+    import torch
+
+    from .. import __version__
+
+    facts = {"vidaccel": __version__, "Python": platform.python_version()}
+    facts.update({name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")})
+    facts["system"] = f"{platform.system()} {platform.machine()}"
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    facts["CPU"] = (
+        f"{_cpu_name()}, {cores} logical core{'s' if cores != 1 else ''}, "
+        f"torch uses {threads} thread{'s' if threads != 1 else ''}"
+    )
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    facts["device"] = str(device)
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for an accelerator, whose work would otherwise be timed in whatever waits for it next."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,36 @@
+"""Where videos and pages go: whether they can be written there, asked before anything is loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from .errors import BadInput
+
+
+def check_file(field: str, path: Path, suffix: str) -> None:
+    """Raise BadInput unless a file with this suffix can be written there."""
+    if path.suffix.lower() != suffix:
+        raise BadInput(field, f"the name must end in {suffix}, the only format written", value=path)
+    if path.is_dir():
+        raise BadInput(field, "it is a folder", "Give the name of a file in it.", value=path)
+    if not path.parent.is_dir():
+        raise BadInput(field, f"there is no folder {path.parent}", "Create it first.", value=path)
+    check_writable(field, path)
+
+
+def check_writable(field: str, path: Path) -> None:
+    """Raise BadInput unless a file can be made beside `path`, or in the nearest folder above it that is there."""
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        if folder.exists():
+            problem = f"{folder} is a file, so nothing can be written below it"
+            raise BadInput(field, problem, "Give another folder.", value=path)
+        folder = folder.parent
+    try:
+        # Asking the system for its permission bits misses read-only file systems; a file says it for certain.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"the folder {folder} is not writable (the system says: {error.strerror})"
+        raise BadInput(field, problem, "Give another folder.", value=path) from error

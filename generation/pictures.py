@@ -1,0 +1,226 @@
+"""Pictures from files, as people see them, and at the size that a model wants."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+BACKGROUND = "white"
+"""What shows through where a picture is transparent; on white is how browsers show one."""
+
+_ORIENTATION = 274
+"""The EXIF tag of how a picture is turned."""
+_BITS, _PHOTOMETRIC = 258, 262
+"""The TIFF tags of the bits a sample has, and of whether 0 is white (0) or black (1)."""
+_ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
+"""Formats whose further pictures are previews, layers or sizes of the first one, and not frames."""
+
+
+class PictureError(OSError):
+    """A file that is no picture, a damaged one, or one whose colours are not defined; the message names it."""
+
+
+def read_picture(path: str | Path, background: str | tuple[int, int, int] = BACKGROUND) -> Image.Image:
+    """A picture as people see it, in 8-bit sRGB.
+
+    It is turned as its EXIF says, its colours are those of its ICC profile, 16 bits a channel are scaled to 8, and what
+    is transparent is laid on `background`.
+
+    Args:
+        path: of the file.
+        background: a colour as PIL knows it.
+
+    Returns:
+        A PIL image of mode "RGB".
+
+    Raises:
+        PictureError: the file cannot be read, is damaged, holds several frames, or has numbers whose black and white it
+            does not tell (32 bits or floating point).
+    """
+    from PIL import Image, ImageOps
+
+    with _opened(path) as image:
+        _check_single(image)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        # What `exif_transpose` makes has no file any more, and with that no tags.
+        eight = _eight_bits(upright, image)
+        colours, alpha = _in_srgb(eight, path)
+        if alpha is None:
+            return colours
+        below = Image.new("RGB", colours.size, background)
+        below.paste(colours, mask=alpha)
+        return below
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of a picture as it is shown, from its header; all of the file is read, but not decoded.
+
+    Raises:
+        PictureError: it is no picture, damaged where that shows, or holds several frames.
+    """
+    with _opened(path) as image:
+        _check_single(image)
+    with _opened(path) as image:
+        image.verify()
+    with _opened(path) as image:  # nothing can be asked of one that was verified
+        # PIL turns TIFF by itself, and its size is the one that is shown.
+        turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)  # by a quarter
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def fit_picture(
+    image: Image.Image,
+    width: int,
+    height: int,
+    how: Literal["crop", "pad"] = "crop",
+    background: str | tuple[int, int, int] = "black",
+) -> tuple[Image.Image, str]:
+    """A picture at a size, its proportions kept.
+
+    Args:
+        image: of mode "RGB".
+        width, height: pixels.
+        how: "crop" scales it to cover the size and cuts off what sticks out, equally on both sides; "pad" scales it to
+            lie inside and fills up with `background`.
+        background: a colour as PIL knows it.
+
+    Returns:
+        The picture, and in words what was cut off or added; "" for nothing.
+
+    Raises:
+        ValueError: a size below 1, or another `how`.
+    """
+    from PIL import Image
+
+    if min(width, height) < 1:
+        raise ValueError(f"a picture of {width}x{height} cannot be made: width and height must be at least 1.")
+    if how not in ("crop", "pad"):
+        raise ValueError(f'how is {how!r}: it must be "crop" or "pad".')
+    wide, high = (
+        covering(image.width, image.height, width, height)
+        if how == "crop"
+        else _inside(image.width, image.height, width, height)
+    )
+    scaled = image.resize((wide, high), Image.Resampling.LANCZOS)
+    if (wide, high) == (width, height):
+        return scaled, ""
+    # Negative where something is added; the odd pixel is the second side's.
+    left, top = int((wide - width) / 2), int((high - height) / 2)
+    fitted = Image.new("RGB", (width, height), background)
+    fitted.paste(scaled, (-left, -top))
+    if wide != width:
+        unit, amounts = "column", {"left": left, "right": wide - width - left}
+    else:
+        unit, amounts = "row", {"top": top, "bottom": high - height - top}
+    parts = [f"{abs(n)} {unit}{'s' if abs(n) > 1 else ''} at the {side}" for side, n in amounts.items() if n]
+    done = "cut off" if how == "crop" else f"added in {background}"
+    return fitted, f"{image.width}x{image.height} is scaled to {wide}x{high}; {done}: {' and '.join(parts)}."
+
+
+def covering(width: int, height: int, over_width: int, over_height: int, enlarge: float = 1.0) -> tuple[int, int]:
+    """Width and height, in pixels, of a picture scaled until it covers a size, and then by `enlarge`, 1 or more."""
+    factor = max(over_width / width, over_height / height) * enlarge
+    return max(over_width, round(width * factor)), max(over_height, round(height * factor))
+
+
+def _inside(width: int, height: int, in_width: int, in_height: int) -> tuple[int, int]:
+    factor = min(in_width / width, in_height / height)
+    return min(in_width, max(1, round(width * factor))), min(in_height, max(1, round(height * factor)))
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """A PIL image; what is wrong with the file is a `PictureError`."""
+    from PIL import Image, UnidentifiedImageError
+
+    # What PIL's readers raise for damaged files, each its own.
+    damage = (
+        *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+        *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+    )
+    try:
+        with Image.open(path) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{path} is no picture, or one of a kind that is not known here.") from error
+    except FileNotFoundError as error:
+        raise PictureError(f"{path}: no such file.") from error
+    except damage as error:
+        raise PictureError(f"{path} cannot be read as a picture: {error}.") from error
+
+
+def _check_single(image: Image.Image) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in _ONE_PICTURE:
+        raise ValueError(f"it holds {frames} frames or pages: give one of them, as a file of its own")
+
+
+def _eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
+    """A picture of 8 bits a channel, of the same content.
+
+    Args:
+        image: upright.
+        source: as it was opened, which knows its tags.
+    """
+    import numpy as np
+    from PIL import Image
+
+    tags = getattr(source, "tag_v2", {})
+    if image.mode == "F" or (image.mode == "I" and source.format != "PPM"):
+        kind = "floating point" if image.mode == "F" else "32 bits"
+        raise ValueError(f"its numbers are in {kind}, and it does not say which are black and white; save it as PNG")
+    if not image.mode.startswith("I"):
+        return image
+    # PIL's own conversion cuts off at 255. PNM counts to 65535 as well, after PIL.
+    bits = tags.get(_BITS, (16,))[0]
+    values = np.asarray(image).astype(np.float64)
+    whole = np.round(values * (255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:
+        whole = 255 - whole
+    made = Image.fromarray(whole, "L")
+    if isinstance(clear := image.info.get("transparency"), int):
+        made.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8), "L"))
+    made.info["icc_profile"] = image.info.get("icc_profile")
+    return made
+
+
+def _in_srgb(image: Image.Image, path: str | Path) -> tuple[Image.Image, Image.Image | None]:
+    """The colours of an 8-bit picture as "RGB" in sRGB, and how opaque it is ("L"), or None where all is."""
+    profile = image.info.get("icc_profile")
+    alpha = None
+    if image.has_transparency_data:
+        whole = image.convert("RGBA")
+        alpha = whole.getchannel("A")
+        image = whole.convert("RGB")
+    managed = _managed(image, profile, path) if profile else None
+    return image.convert("RGB") if managed is None else managed, alpha
+
+
+def _managed(image: Image.Image, profile: bytes, path: str | Path) -> Image.Image | None:
+    """The picture converted by its ICC profile; None where that is sRGB already, or is of no use, which is said."""
+    import io
+
+    from PIL import ImageCms
+
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(own):
+            return None
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(own.profile.xcolor_space)
+        if mode is None or (mode != image.mode and "CMYK" in (mode, image.mode)):
+            raise ImageCms.PyCMSError(f"it is for {own.profile.xcolor_space.strip()}, and the picture is {image.mode}")
+        return ImageCms.profileToProfile(image.convert(mode), own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        logger.warning("%s: its colour profile cannot be used (%s), so it is taken for sRGB.", path, error)
+        return None
