@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vidaccel.lora.checkpoint import CheckpointFolder
+from vidaccel.lora.launch import _encode
 from vidaccel.lora.processes import Process
 from vidaccel.lora.stopping import Stopped, StopRequested, StopSignals
 
@@ -84,6 +85,14 @@ def test_a_stop_while_models_are_loaded(tiny_settings, run_tiny, monkeypatch, ti
     once(monkeypatch, tiny_recipe, "prepare")
     with pytest.raises(Stopped, match="stopped before training began; nothing was trained yet: start again"):
         run_tiny(tiny_settings())
+
+
+def test_a_stop_while_caches_are_filled_beforehand(tiny_settings, monkeypatch, tiny_recipe):
+    """`--encode-only` has no run to go on with."""
+    monkeypatch.setattr(tiny_recipe, "encode", lambda self: (terminate(), pytest.fail("it went on")))
+    settings = tiny_settings(data={"cache": "some_cache"})
+    with pytest.raises(Stopped, match=r"stopped while clips were encoded; what was encoded is kept in some_cache\.$"):
+        _encode(tiny_recipe(settings, Process(torch.device("cpu"))))
 
 
 @pytest.mark.parametrize(("at", "step"), [(1, 2), (2, 3)])
