@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     return found
+
+
+def transformer_files(base: str, samples: int = 16) -> str:
+    """A hash of what the transformer of a pipeline is, from a folder or the hub: equal wherever its files lie.
+
+    Of each file of weights, the size and `samples` evenly spaced parts of 4 KiB count; the first has the names.
+    """
+    config = _file(base, "config.json")
+    stated = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+    digest = hashlib.sha256(json.dumps({k: v for k, v in stated.items() if k[0] != "_"}, sort_keys=True).encode())
+    index = _file(base, f"{_WEIGHTS}.index.json")
+    names = [_WEIGHTS]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for path in filter(None, (_file(base, name) for name in names)):
+        size = path.stat().st_size
+        digest.update(f"{size}".encode())
+        with open(path, "rb") as file:
+            for number in range(samples):
+                file.seek(size * number // samples)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def _file(base: str, name: str) -> Path | None:

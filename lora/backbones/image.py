@@ -156,6 +156,7 @@ class ImageBackbone(Backbone):
             guidance_scale=request.guidance_scale,
             generator=torch.Generator().manual_seed(request.seed),
             output_type="pt",
+            callback_on_step_end=request.callback,
             **self.prompt_inputs(*texts),
         ).images
         return pictures[0][:, None].float().cpu() * 2 - 1

@@ -191,6 +191,7 @@ class WanBackbone(Backbone):
             guidance_scale=request.guidance_scale,
             generator=torch.Generator().manual_seed(request.seed),
             output_type="pt",
+            callback_on_step_end=request.callback,
             **inputs,
         ).frames[0]
         return video.transpose(0, 1).float().cpu() * 2 - 1
