@@ -10,15 +10,19 @@ import torch
 from ..attention import CallRecord, RunReport
 from ..generation.figures import heat_map
 from ..generation.report import format_seconds
+from .news import News, why_dense
 
 
-def report_text(report: RunReport) -> str:
+def report_text(news: News) -> str:
     """What a run did: method and settings, then for each step the density, what stayed dense and why, the backends and
-    the seconds in attention; totals and notes at the end."""
-    settings = ", ".join(f"{name} {value}" for name, value in report.config.items() if value not in ("", None))
-    lines = [f"{report.method}: {settings}"]
-    if not report.records:
-        lines.append("No attention call over a video was seen.")
+    the seconds in attention; totals and notes at the end. Or why there is no such thing."""
+    report = news.report
+    lines = [news.heading] if news.heading else []
+    if report.method:
+        settings = ", ".join(f"{name} {value}" for name, value in report.config.items() if value not in ("", None))
+        lines.append(f"{report.method}: {settings}")
+        if report.records or not news.heading:
+            lines += filter(None, [why_dense(report)])
     for run in report.runs():
         records = [record for record in report.records if record.run == run]
         lines += ["", *_run_table(records)]

@@ -14,9 +14,11 @@ from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.request import Settings
 from vidaccel.nodes import pipelines
-from vidaccel.nodes.pipelines import Acceleration, InputError, find_pipelines, generate, load, locate
+from vidaccel.nodes.acceleration import Acceleration
+from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
+from vidaccel.nodes.wording import InputError
 
 CPU = torch.device("cpu")
 
@@ -54,8 +56,8 @@ def test_dense_and_accelerated_from_one_pipeline(pipeline, moved):
     assert torch.equal(dense.frames, again.frames)
     assert 0 < (dense.frames - fast.frames).abs().mean() < 0.2
     assert "svg2: density 0.5" in report_text(fast.report.news())
-    assert "nothing was accelerated" in report_text(dense.report.news())
-    assert report_image(fast.report.news()).shape[-1] == 3
+    assert "Nothing was accelerated" in report_text(dense.report.news())
+    assert report_image(fast.report.news().report).shape[-1] == 3
     # Each part was brought in once a run, in the order of its work, and with an estimate of what it needs.
     names = [name for name, _ in moved]
     assert names[:3] == ["UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"] and len(names) == 9
@@ -107,14 +109,14 @@ def test_a_picture_for_a_model_of_text(pipeline):
         ({"density": 0.0}, "density is 0.0"),
         ({"density": 1.5}, "at most 1"),
         ({"method": "magic"}, "there are svg2, svg, radial"),
-        ({"dense_start": 0.6, "dense_end": 0.4}, "leave no step sparse"),
-        ({"dense_end": -0.1}, "between 0 and 1"),
+        ({"dense_start_percent": 0.6, "dense_end_percent": 0.4}, "leave no step sparse"),
+        ({"dense_end_percent": -0.1}, "between 0 and 1"),
         ({"dense_layers": -1}, "0 or more"),
-        ({"compensate": True, "method": "radial"}, "compensate is for svg2 alone"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
     ],
 )
 def test_an_acceleration_that_cannot_be(changes, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ValueError, match=message):
         Acceleration(**changes)
 
 
@@ -127,9 +129,9 @@ def test_a_backend_that_this_machine_lacks(pipeline):
 
 
 def test_the_end_of_the_schedule_stays_dense(pipeline):
-    fast = pipeline.accelerated(Acceleration(density=0.5, dense_start=0.2, dense_end=0.2))
+    fast = pipeline.accelerated(Acceleration(density=0.5, dense_start_percent=0.2, dense_end_percent=0.2))
     made = generate(fast, settings(steps=5), on_step=ignore)
-    sparse = {record.step for record in made.report.news().records if not record.reason}
+    sparse = {record.step for record in made.report.news().report.records if not record.reason}
     assert sparse == {1, 2, 3}
 
 
