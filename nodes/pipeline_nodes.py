@@ -15,6 +15,7 @@ from ..generation.request import MAX_SEED, Settings
 from ..generation.run import StepCallback
 from . import pipelines, previews
 from .acceleration import METHODS, Acceleration
+from .lora_nodes import Loras
 from .patch import queue_entry
 from .report_node import Report
 from .residency import Residency
@@ -24,6 +25,8 @@ from .wording import plain_messages
 
 if TYPE_CHECKING:
     import torch
+
+    from .loras import Lora
 
 CATEGORY = "video acceleration/pipelines"
 
@@ -70,16 +73,17 @@ class VidaccelLoadPipeline(io.ComfyNode):
                     tooltip="Of the weights. auto is bfloat16 on a GPU, float32 on a CPU and for the built-in models. "
                     "Wan's autoencoder stays in float32; DC-AE-V follows bfloat16.",
                 ),
+                Loras.Input("loras", optional=True, tooltip="From Pipeline LoRA, one or a chain of them."),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Accelerate Pipeline or Generate Video.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "diffusers", "load wan", "demo"]),
         )
 
     @classmethod
-    def execute(cls, pipeline: str, hub_id: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, pipeline: str, hub_id: str, dtype: str, loras: tuple[Lora, ...] = ()) -> io.NodeOutput:
         with plain_messages():
             location = pipelines.locate(pipeline, hub_id, _roots())
-        return io.NodeOutput(pipelines.load(location, dtype, _residency()))
+        return io.NodeOutput(pipelines.load(location, dtype, _residency(), loras))
 
 
 class VidaccelAcceleratePipeline(io.ComfyNode):
@@ -189,7 +193,27 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     "fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second of the VIDEO output."
                 ),
                 io.Image.Input(
-                    "image", optional=True, tooltip="The first frame, for an image-to-video pipeline; scaled to size."
+                    "image", optional=True, tooltip="The first frame, for an image-to-video pipeline; fitted to size."
+                ),
+                io.Image.Input(
+                    "last_image",
+                    optional=True,
+                    tooltip="The last frame, for an image-to-video pipeline that was made for one.",
+                ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="A video to start from, as of Load Video or Create Video; text-to-video pipelines of Wan "
+                    "2.1 take one. Its first frames are used, as many as are made.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip=f"With video alone: how much of it is replaced by noise; 1 keeps nothing. {own}",
                 ),
             ],
             outputs=[
@@ -206,19 +230,29 @@ class VidaccelGenerateVideo(io.ComfyNode):
         pipeline: pipelines.VideoPipeline,
         guidance: float,
         image: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+        video: Any = None,
+        strength: float = 0.0,
         **given: Any,
     ) -> io.NodeOutput:
         with plain_messages():
             own = ("width", "height", "frames", "steps")  # 0: the model's own
             sizes = {name: given.pop(name) or None for name in own}
-            settings = Settings(**given, **sizes, guidance_scale=guidance or None)
-        made = pipelines.generate(pipeline, settings, image=image, on_step=_progress(pipeline))
-        video = InputImpl.VideoFromComponents(
+            settings = Settings(**given, **sizes, guidance_scale=guidance or None, strength=strength or None)
+        made = pipelines.generate(
+            pipeline,
+            settings,
+            image=image,
+            last_image=last_image,
+            video=None if video is None else video.get_components().images,
+            on_step=_progress(pipeline),
+        )
+        film = InputImpl.VideoFromComponents(
             Types.VideoComponents(
                 images=made.frames, audio=None, frame_rate=Fraction(settings.fps).limit_denominator(1001)
             )
         )
-        return io.NodeOutput(made.frames, video, replace(made.report, queued=queue_entry()))
+        return io.NodeOutput(made.frames, film, replace(made.report, queued=queue_entry()))
 
 
 def _residency() -> Residency:

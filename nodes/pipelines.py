@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +22,13 @@ from ..generation.run import Run, StepCallback
 from ..generation.run import load as load_pipeline
 from ..generation.run import run as run_pipeline
 from .acceleration import Acceleration
+from .loras import Lora, attach
 from .news import GenerationReport, News
 from .residency import Residency
 from .wording import InputError, check_compensate, plain_messages
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from diffusers import DiffusionPipeline
 
@@ -106,6 +109,19 @@ class VideoPipeline:
             check_compensate(acceleration.backend, self.residency.device)
         return replace(self, acceleration=acceleration)
 
+    def for_video(self) -> VideoPipeline:
+        """The same weights where an input video is given: a text-to-video pipeline of Wan can start from one.
+
+        Raises:
+            BadInput: it is one of Wan 2.2's with two transformers.
+        """
+        from ..pipelines.loading import as_video_to_video
+
+        facts = inspect_model(self.facts.name, video=True)
+        if facts.pipeline_class == self.facts.pipeline_class:
+            return self
+        return replace(self, facts=facts, pipe=as_video_to_video(self.pipe))
+
 
 @dataclass(frozen=True, eq=False)
 class Generation:
@@ -146,16 +162,18 @@ def require_packages() -> None:
         )
 
 
-def load(model: str, dtype: str, residency: Residency) -> VideoPipeline:
+def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = ()) -> VideoPipeline:
     """Load a pipeline; its weights stay in main memory until they are used.
 
     Args:
         model: "demo", a folder, or a hub id.
         dtype: "auto" or a name of `machine.DTYPES`.
         residency: for its device; hooks itself into the pipeline.
+        loras: to be put into its transformers.
 
     Raises:
-        InputError: there is no such pipeline, it is not one that can be accelerated, or its weights cannot be read.
+        InputError: there is no such pipeline, it is not one that can be accelerated, its weights cannot be read, or a
+            LoRA does not fit it.
     """
     require_packages()
     with plain_messages():
@@ -166,28 +184,43 @@ def load(model: str, dtype: str, residency: Residency) -> VideoPipeline:
         # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
         with torch.inference_mode(False):
             pipe = load_pipeline(facts, chosen, "cpu")
+            attach(pipe, loras)
     residency.attach(pipe)
     return VideoPipeline(facts, pipe, residency)
 
 
 def generate(
-    pipeline: VideoPipeline, settings: Settings, *, image: torch.Tensor | None = None, on_step: StepCallback
+    pipeline: VideoPipeline,
+    settings: Settings,
+    *,
+    image: torch.Tensor | None = None,
+    last_image: torch.Tensor | None = None,
+    video: torch.Tensor | None = None,
+    on_step: StepCallback,
 ) -> Generation:
     """Make a video. The initial noise comes from a CPU generator, so a seed gives the same one on every device.
 
     Args:
         pipeline: what to run.
         settings: None in a field takes the model's own value.
-        image: `[1, H, W, 3]` in [0, 1], the first frame for an image-to-video pipeline; scaled to the video's size.
+        image, last_image: `[1, H, W, 3]` in [0, 1], the first and the last frame, for an image-to-video pipeline;
+            fitted to the video's size.
+        video: `[F, H, W, 3]` in [0, 1], to start from. A text-to-video pipeline of Wan then runs as video to video.
         on_step: called at the end of every step; may raise to stop the run.
 
     Raises:
-        InputError: the model cannot do this size, length or picture; nothing has run then.
+        InputError: the model cannot do this size, length, picture or video; nothing has run then.
         GenerationError: the model made NaN or infinite values.
     """
     with plain_messages():
-        if image is not None:
-            settings = replace(settings, image=_picture(image))
+        settings = replace(
+            settings,
+            image=_picture(image),
+            last_image=_picture(last_image),
+            video=None if video is None else _bytes(video),
+        )
+        if video is not None:
+            pipeline = pipeline.for_video()
         settings = settings.checked(pipeline.facts)
         layout = pipeline.facts.layout(settings.frames, settings.height, settings.width)
         acceleration = pipeline.acceleration
@@ -221,8 +254,13 @@ def _generation(
     return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading)))
 
 
-def _picture(image: torch.Tensor) -> Any:
+def _picture(image: torch.Tensor | None) -> Any:
     """The first picture of an IMAGE, as PIL has it."""
     from PIL import Image
 
-    return Image.fromarray((image[0, ..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+    return None if image is None else Image.fromarray(_bytes(image[:1])[0])
+
+
+def _bytes(images: torch.Tensor) -> np.ndarray:
+    """An IMAGE as `[F, H, W, 3]` bytes, without transparency."""
+    return (images[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()

@@ -90,6 +90,16 @@ def load_pipeline(
     return pipe
 
 
+def as_video_to_video(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A text-to-video pipeline of Wan as video to video: the same components, where they are."""
+    wanted = find_class("WanVideoToVideoPipeline")
+    parts = {name: part for name, part in pipe.components.items() if name in inspect.signature(wanted).parameters}
+    made = wanted(**parts)
+    _use_own_factors(made)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def _use_own_factors(pipe: DiffusionPipeline) -> None:
     """diffusers' video to video takes its factors from the number of downsampling steps in time, as Wan 2.1's
     autoencoder has them; others (Wan 2.2's, the demo's) say theirs in the config."""

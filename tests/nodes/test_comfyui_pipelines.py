@@ -38,7 +38,7 @@ def graph(accelerate: bool = False, pipeline: str = "demo (built-in)", hub_id: s
     if accelerate:
         chosen = {"method": "svg2", "density": 0.4, "dense_start_percent": 0.3, "dense_end_percent": 0.0}
         chosen |= {"dense_layers": 0, "compensate": False, "backend": "auto"}
-        chosen |= {name: inputs.pop(name) for name in list(inputs) if name in chosen}
+        chosen |= {name: inputs.pop(name) for name in list(inputs) if name in (*chosen, "min_tokens")}
         made["fast"] = {"class_type": "VidaccelAcceleratePipeline", "inputs": {"pipeline": ["load", 0], **chosen}}
         made["make"]["inputs"]["pipeline"] = ["fast", 0]
     made["make"]["inputs"] |= inputs
@@ -71,6 +71,19 @@ def test_outputs_history_and_another_size(server):
     other = server.queue(graph(accelerate=True, width=96, height=48, frames=5))
     (film,) = other["outputs"]["save"]["images"]
     assert iio.imread(server.file(film)).shape == (5, 48, 96, 3)
+
+
+def test_short_videos_stay_dense_where_min_tokens_is_given(server):
+    """A graph that was saved before the input was there runs as it did."""
+    plain = server.queue(graph(seed=5))["outputs"]["frames"]["images"]
+    entry = server.queue(graph(accelerate=True, min_tokens=8192, seed=5))
+    text = entry["outputs"]["text"]["text"][0]
+    assert "No call was sparse: min_tokens 8192, above the video's 48." in text
+    for one, other in zip(plain, entry["outputs"]["frames"]["images"], strict=True):
+        assert np.array_equal(iio.imread(server.file(one)), iio.imread(server.file(other)))
+    entry = server.queue(graph(accelerate=True, method="radial", density=0.8, compensate=True, seed=5))
+    text = entry["outputs"]["text"]["text"][0]
+    assert "Mean density" in text and "dense_start_percent 0.3 (" in text and "compensate" not in text
 
 
 def test_a_pipeline_of_the_folder_makes_the_same_video(server):
@@ -136,8 +149,15 @@ def test_bad_input_is_one_readable_error_and_the_queue_goes_on(server):
         (graph(hub_id=folder), "no diffusers pipeline"),
         (graph(hub_id="not a pipeline"), "nor a hub id"),
         (graph(accelerate=True, dense_start_percent=0.8, dense_end_percent=0.3), "leave no step sparse"),
-        (graph(accelerate=True, backend="triton"), "backend triton"),
-        (graph(accelerate=True, method="radial", compensate=True), "compensate"),
+        (graph(accelerate=True, backend="triton"), "backend is triton"),
+        (
+            graph(accelerate=True, backend="flex", compensate=True),
+            "backend is flex: it cannot compute compensate on cpu",
+        ),
+        (
+            graph(accelerate=True, density=0.01),
+            "density is 0.01, and with a video of 3 frames of 4x4 it must be at least",
+        ),
         (graph(prompt="  "), "prompt is empty"),
     ):
         try:
@@ -190,4 +210,4 @@ def test_a_file_that_is_no_autoencoder(server):
     }
     made["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["encode", 0], "filename_prefix": "x"}}
     said = json.dumps(server.queue(made)["status"])
-    assert "autoencoder: There is no file /no" in said
+    assert "autoencoder cannot be used: There is no file /no" in said

@@ -397,9 +397,6 @@ def test_what_fails_in_a_call_is_said_with_the_name_of_the_node():
 
 def test_an_error_of_another_class_keeps_its_class():
     """ComfyUI frees memory and shows a help text for one, by its class."""
-    session = session_of()
-    step(session, Executor(RECORDED["wan"]))
-    (engine,) = session._engines.values()
     with pytest.raises(torch.OutOfMemoryError, match="^all gone$"), said_by("Sparse Attention"):
         raise torch.OutOfMemoryError("all gone")
 
