@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import imageio.v3 as iio
 import pytest
 from chromium import EXECUTABLE, Page
 from comfy_server import COMFYUI, PACK, WHY_SKIPPED
-from workflow_files import server_form
+from workflow_files import PAGES, server_form
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,7 +31,7 @@ def page(server, tmp_path_factory):
 
 
 def test_the_template_opens_without_missing_nodes(server, page, tmp_path):
-    page.open(f"{server.url}/?template=demo_compare&source={PACK}")
+    page.open(f"{server.url}/?template={quote(PAGES['demo_compare'].stem)}&source={PACK}")
     # The page shows its own default workflow first.
     page.until("!!(window.app && app.graph && app.graph._nodes.some(n => n.type == 'VidaccelGenerateVideo'))", 120)
     assert page.run("app.graph._nodes.filter(n => n.has_errors).length") == 0
