@@ -62,7 +62,7 @@ class Acceleration:
         """Why a video stays dense as a whole, empty when it may be sparse."""
         if layout.video_tokens >= self.min_tokens:
             return ""
-        return f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens}"
+        return f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
 
     def method_for(self, layout: VideoLayout) -> Method | None:
         """The method at the size of a video; None where that stays dense.

@@ -185,7 +185,7 @@ class NativeAttention:
         current.offsets, current.main_layers = geometry.block_offsets(model), geometry.main_layers(model)
         current.extra_calls = geometry.extra_calls(inputs)
         if layout.video_tokens < self.min_tokens:
-            current.reason = f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens}"
+            current.reason = f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
         else:
             current.reason = self.dense.step_reason(sigma, base.model_sampling.percent_to_sigma)
             self._engine(layout, geometry, model)

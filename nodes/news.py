@@ -45,7 +45,10 @@ def why_dense(report: RunReport) -> str:
         return f"No call was sparse: {', '.join(f'{reason} ({count} calls)' for reason, count in reasons.items())}."
     if report.notes:
         return "No call was sparse: the notes say why."
-    return "No call was sparse: no attention call over a video was seen."
+    return (
+        "No call was sparse: no attention call over a video was seen. Another node may compute attention itself, or a "
+        "cache skipped the model."
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ def report_text(news: News) -> str:
     report = news.report
     lines = [news.heading] if news.heading else []
     if report.method:
-        settings = ", ".join(f"{name} {value}" for name, value in report.config.items() if value not in ("", None))
+        given = {name: value for name, value in report.config.items() if value not in ("", None)}
+        settings = ", ".join(f"{name} {_shown(value)}" for name, value in given.items())
         lines.append(f"{report.method}: {settings}")
         if report.records or not news.heading:
             lines += filter(None, [why_dense(report)])
@@ -28,6 +30,10 @@ def report_text(news: News) -> str:
         lines += ["", *_run_table(records)]
     lines += [f"Note: {note}" for note in report.notes]
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> Any:
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 def _run_table(records: list[CallRecord]) -> list[str]:

@@ -2,8 +2,8 @@
 
 A card of ComfyUI's template browser is square and shows what a workflow makes. The weights of the workflows for Wan
 and HunyuanVideo are tens of GB, so by default the built-in model makes each picture, with the workflow's method and
-density, and the picture says so. `--results FOLDER` takes a workflow's own result where the folder has one, as Save Video names
-it (`wan_t2v_svg2_00001_.mp4`); the dense half of the comparison is the left half of its film.
+density, and the picture says so. `--results FOLDER` takes a workflow's own result where the folder has one, as Save
+Video names it (`wan_t2v_svg2_00001_.mp4`); the dense half of the comparison is the left half of its film.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 FOLDER = Path(__file__).parent
 SIDE = 640  # pixels
-BAR = 56
+BAR = 92  # below the picture; a card is some 220 pixels wide, so its letters are large
 METHODS = {"VidaccelSparseAttention" + name: name.lower() for name in ("SVG2", "SVG", "Radial")}
 PROMPTS = {
     "demo_compare": "a red circle moves left on a grey background",
@@ -65,12 +65,12 @@ def cards() -> list[Card]:
 
 def compose(card: Card, frames: np.ndarray, dense: np.ndarray | None, note: str) -> Image.Image:
     """The picture of a card, from a video `[F, H, W, 3]` of bytes and, of a comparison, the dense one."""
-    told = f"{card.method.upper() if card.method != 'radial' else 'Radial'}, {card.density:.0%} of the pairs"
+    told = f"{card.method.upper() if card.method != 'radial' else 'Radial'}, {card.density:.0%} of pairs"
     middle = len(frames) // 2
     if dense is not None:
         halves = [_fitted(video[middle], SIDE // 2 - 2, SIDE - BAR) for video in (dense, frames)]
         whole = _grid([halves], gap=4)
-        return _captioned(whole, [("dense", 0.25), (told, 0.75)], note)
+        return _captioned(whole, [("dense", 0.25), (told, 0.74)], note)
     if "long" in card.name:
         places = np.linspace(0, len(frames) - 1, 9).round().astype(int)
         size = (SIDE - 8) // 3, (SIDE - BAR - 8) // 3
@@ -108,9 +108,9 @@ def _captioned(picture: Image.Image, words: list[tuple[str, float]], note: str) 
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
     for text, place in words:
-        y = SIDE - BAR / 2 - (9 if note else 0)
-        draw.text((place * SIDE, y), text, "white", ImageFont.load_default(24), anchor="mm")
-    draw.text((SIDE / 2, SIDE - 13), note, "#b8b8c4", ImageFont.load_default(15), anchor="mm")
+        y = SIDE - BAR / 2 - (16 if note else 0)
+        draw.text((place * SIDE, y), text, "white", ImageFont.load_default(34), anchor="mm")
+    draw.text((SIDE / 2, SIDE - 22), note, "#b8b8c4", ImageFont.load_default(25), anchor="mm")
     return whole
 
 

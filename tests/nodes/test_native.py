@@ -333,7 +333,7 @@ def test_few_tokens_stay_dense():
     session = session_of(SVG(density=0.01), min_tokens=81)  # which this method could not even plan
     played = step(session, Executor(RECORDED["wan"]))
     assert len(played.asked) == 4
-    assert session.report().dense_reasons() == {"min_tokens 81, above the video's 80": 2}
+    assert session.report().dense_reasons() == {"min_tokens 81, above the video's 80 tokens": 2}
     step(session_of(min_tokens=80), played)
     assert len(played.asked) == 6
 

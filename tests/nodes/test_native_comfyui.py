@@ -307,7 +307,7 @@ def test_defaults_leave_short_videos_dense(name):
     description, model, unpatched = tiny("wan_t2v")
     clone, session = nodes()[name].execute(model, **defaults(nodes()[name])).result
     assert sample(clone, description).equal(unpatched)
-    assert set(session.report().dense_reasons()) == {"min_tokens 8192, above the video's 320"}
+    assert set(session.report().dense_reasons()) == {"min_tokens 8192, above the video's 320 tokens"}
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,8 @@ def test_the_report_node_in_a_queue(monkeypatch, tmp_path):
 
     assert "4 of 6" in queued("long", (9, 16, 16))
     text = queued("short", (5, 16, 16))
-    assert "No call was sparse: min_tokens 321, above the video's 320 (24 calls)." in text and "4 of 6" not in text
+    assert "No call was sparse: min_tokens 321, above the video's 320 tokens (24 calls)." in text
+    assert "4 of 6" not in text
     text = queued("cached", None)
     assert text.startswith("The result came from ComfyUI's cache") and "min_tokens 321, above" in text
     clone, session = node.execute(model, **defaults(node)).result
