@@ -93,8 +93,8 @@ class Acceleration:
         if self.method != "svg2":
             del config["compensate"]
         reasons = {
-            "first steps": f"dense_start_percent {self.dense_start_percent:g}",
-            "last steps": f"dense_end_percent {self.dense_end_percent:g}",
+            "first steps": "dense_start_percent",
+            "last steps": "dense_end_percent",
             "first layers": "dense_layers",
         }
         records = tuple(replace(record, reason=reasons.get(record.reason, record.reason)) for record in report.records)

@@ -49,9 +49,9 @@ class DensePart:
         """
         slack = SIGMA_TOLERANCE * max(1.0, abs(sigma))
         if self.start > 0 and sigma > float(percent_to_sigma(self.start)) + slack:
-            return f"dense_start_percent {self.start:g}"
+            return "dense_start_percent"
         if self.end > 0 and sigma <= float(percent_to_sigma(1 - self.end)) + slack:
-            return f"dense_end_percent {self.end:g}"
+            return "dense_end_percent"
         return ""
 
     def layer_reason(self, layer: int) -> str:

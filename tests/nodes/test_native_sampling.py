@@ -32,7 +32,7 @@ def test_the_last_digits_of_a_sigma_lose_no_step():
     sigma = shifted(0.3)
     for computed in (sigma * (1 + 1e-7), sigma, sigma * (1 - 1e-7)):
         assert DensePart(start=0.3).step_reason(computed, shifted) == ""
-        assert DensePart(end=0.7).step_reason(computed, shifted) == "dense_end_percent 0.7"
+        assert DensePart(end=0.7).step_reason(computed, shifted) == "dense_end_percent"
     levels = [1.0, 0.88888890, 0.5, 0.0]
     assert step_of(0.88888889, levels) == (1, 3)
 

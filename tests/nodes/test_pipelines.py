@@ -150,7 +150,7 @@ def test_the_report_names_the_inputs(pipeline):
     chosen = Acceleration(density=0.5, dense_start_percent=0.2, dense_end_percent=0.2, dense_layers=1)
     made = generate(pipeline.accelerated(chosen), settings(steps=5), on_step=ignore)
     report = made.report.news().report
-    assert set(report.dense_reasons()) == {"dense_start_percent 0.2", "dense_end_percent 0.2", "dense_layers"}
+    assert set(report.dense_reasons()) == {"dense_start_percent", "dense_end_percent", "dense_layers"}
     assert set(report.config) == {field.name for field in fields(Acceleration)} - {"method"}
     radial = generate(pipeline.accelerated(Acceleration(method="radial", density=0.8)), settings(), on_step=ignore)
     assert "compensate" not in radial.report.news().report.config
