@@ -60,9 +60,11 @@ test-comfyui: $(STAMP) ## run the tests of the nodes in a real ComfyUI: make tes
 	with: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/python" >&2; exit 1; }
 	COMFYUI_PATH="$(COMFYUI_PATH)" COMFYUI_PYTHON="$(or $(COMFYUI_PYTHON),python3)" $(BIN)/python -m pytest tests/nodes
 
-lint: $(STAMP) ## check style and formatting
+lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p .mypy_cache/path && ln -sfn "$(CURDIR)" .mypy_cache/path/vidaccel
+	$(BIN)/mypy
 
 format: $(STAMP) ## repair style and formatting where that is safe
 	$(BIN)/ruff check --fix .
@@ -78,4 +80,4 @@ bench-gpu: $(STAMP) ## run the benchmarks that need a CUDA device
 	$(BIN)/python benchmarks/dc_videogen.py --model wan-14b
 
 clean: ## delete .venv and what the demo and builds left
-	rm -rf $(VENV) demo_out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_out build *.egg-info .mypy_cache .pytest_cache .ruff_cache

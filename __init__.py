@@ -32,6 +32,7 @@ _PUBLIC = {
     "Radial": ".attention",
     "SVG": ".attention",
     "SVG2": ".attention",
+    "Sparge": ".attention",
     "SparseAttention": ".attention",
     "VideoLayout": ".attention",
     "accelerate": ".pipelines",

@@ -7,7 +7,7 @@ from .engine import SparseAttention
 from .functional import sparse_attention
 from .layout import VideoLayout
 from .merge import merge
-from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, resolve_method
+from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, Sparge, resolve_method
 from .plan import BlockPlan
 from .records import CallRecord, RunReport
 from .schedule import DenseSchedule, StepInfo
@@ -25,6 +25,7 @@ __all__ = [
     "Radial",
     "RandomBlocks",
     "RunReport",
+    "Sparge",
     "SparseAttention",
     "StepInfo",
     "VideoLayout",

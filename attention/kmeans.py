@@ -69,11 +69,12 @@ def kmeans(
             centers = means(x, mean, labels, centers)
         return labels, centers + mean
     points = x - mean
-    labels = None
-    for _ in range(iterations):
+    labels = assign(points, centers)
+    centers = update(points, labels, centers)
+    for _ in range(iterations - 1):
         previous, labels = labels, assign(points, centers)
         centers = update(points, labels, centers)
-        if previous is not None and x.device.type == "cpu" and previous.equal(labels):
+        if x.device.type == "cpu" and previous.equal(labels):
             break
     return labels, centers + mean
 

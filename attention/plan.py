@@ -164,7 +164,7 @@ class BlockPlan:
         """The same plan on another device."""
         names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order")
         moved = {name: getattr(self, name) for name in names}
-        selection = None if self.selection is None else tuple(t.to(device) for t in self.selection)
+        selection = None if self.selection is None else (self.selection[0].to(device), self.selection[1].to(device))
         tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}
         skipped = None if self.skipped is None else self.skipped.to(device)
         return replace(self, **tensors, selection=selection, skipped=skipped)
@@ -197,7 +197,8 @@ class BlockPlan:
 
     def density(self) -> float:
         """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""
-        return float(self.pairs().double().mean()) / (self.n_q * self.n_kv)
+        pairs = self.pairs()
+        return int(pairs.sum()) / (pairs.numel() * self.n_q * self.n_kv)
 
     def tile_of_query(self) -> torch.Tensor:
         """The tile of each permuted query, `[Bp, Hp, n_q]` int64."""

@@ -10,6 +10,7 @@ module holds its input, its output and a few frames: the published f32t4c32 deco
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def piece_length(frames: int, of_frame: int, grad: bool = False, step: int = 1) 
     return -(-units // -(-units // most)) * step
 
 
-def no_past(module: nn.Module, x: torch.Tensor, fold: int = 1) -> Past:
+def no_past(module: Any, x: torch.Tensor, fold: int = 1) -> Past:
     """What `module` remembers at the start of a video of which `x` is its first input: zeros.
 
     Tensors, and not None, so that a compiled block runs the first chunk as it does the others.
@@ -63,7 +64,7 @@ class ChunkConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, bias=bias)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: torch.Tensor,
         past: Past,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,12 +56,14 @@ class Stage(nn.Module):
 class _Coder(nn.Module):
     """What encoder and decoder have in common: a chain of modules, each with its past."""
 
+    _gradient_checkpointing_func: Callable[..., Any]  # set by diffusers
+
     def __init__(self) -> None:
         super().__init__()
         self.gradient_checkpointing = False
 
     def _run(
-        self, chain: list[nn.Module], x: torch.Tensor, past: list[Past] | None, fold: int
+        self, chain: Sequence[nn.Module], x: torch.Tensor, past: list[Past] | None, fold: int
     ) -> tuple[torch.Tensor, list[Past]]:
         remembered = []
         for module in chain:
@@ -73,7 +76,12 @@ class _Coder(nn.Module):
         return x, remembered
 
 
-def _taken(past: list[Past] | None, module: nn.Module, x: torch.Tensor, fold: int) -> Past:
+def _parts(stages: Iterable[Any]) -> list[nn.Module]:
+    """The blocks of all stages, one behind the other."""
+    return [part for stage in stages for part in stage.parts()]
+
+
+def _taken(past: list[Past] | None, module: Any, x: torch.Tensor, fold: int) -> Past:
     """The first of `past`, which goes out of the list so that it is freed when it is used."""
     return no_past(module, x, fold) if past is None else past.pop(0)
 
@@ -81,7 +89,7 @@ def _taken(past: list[Past] | None, module: nn.Module, x: torch.Tensor, fold: in
 class UnshuffledConv(ChunkConv3d):
     """A convolution whose output is unshuffled to half resolution, before it is ever whole at full resolution."""
 
-    def forward(self, x: torch.Tensor, past: Past, fold: int = 1) -> tuple[torch.Tensor, Past]:
+    def forward(self, x: torch.Tensor, past: Past, fold: int = 1) -> tuple[torch.Tensor, Past]:  # type: ignore[override]
         return super().forward(x, past, fold, lambda piece, part: unshuffle(piece, SPACE))
 
 
@@ -112,8 +120,7 @@ class Encoder(_Coder):
 
         `past` is what the chunk before returned, and is used up; None starts a video.
         """
-        stages = [part for stage in self.down_blocks for part in stage.parts()]
-        return self._run([self.conv_in, *stages, self.conv_out], x, past, fold)
+        return self._run([self.conv_in, *_parts(self.down_blocks), self.conv_out], x, past, fold)
 
 
 class Decoder(_Coder):
@@ -144,8 +151,7 @@ class Decoder(_Coder):
 
         `past` is what the chunk before returned, and is used up; None starts a video.
         """
-        chain = [self.conv_in] + [part for stage in self.up_blocks for part in stage.parts()]
-        x, rest = self._run(chain, x, past, fold)
+        x, rest = self._run([self.conv_in, *_parts(self.up_blocks)], x, past, fold)
         x = by_pieces(lambda piece: functional.silu(self.norm_out(piece)), x)
         x, last = self.conv_out(
             x, _taken(past, self.conv_out, x, fold), fold, lambda piece, part: shuffle(piece, SPACE)

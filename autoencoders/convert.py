@@ -40,7 +40,7 @@ _UNSAID = ("chunk_size", "scaling_factor")
 def published_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Names in a published checkpoint -> names in `AutoencoderDCV` of this configuration, for every parameter."""
     layers = list(config["layers_per_block"])[1:]
-    names = {}
+    names: dict[str, str] = {}
     for theirs, ours in _PARTS.items():
         names |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
     last = len(layers)
@@ -85,7 +85,7 @@ def infer_config(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
             if match[4] == "conv1.conv" and match[5] == "weight":
                 layers[stage] += 1
             if match[4].endswith("conv") and match[5] == "weight":
-                widths[stage] = _convolution(name, shape)[1]
+                widths[stage] = _convolution(name, tuple(shape))[1]
             # Behind a step in size there is one more stage. Without blocks it has no keys of its own.
             count = max(count, stage + (match[4] == "conv.conv"))
     ends = ("encoder.project_in.conv.conv.weight", "encoder.project_out.conv.weight")
@@ -95,7 +95,7 @@ def infer_config(shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
                 f"The checkpoint has no {name} (a convolution [out, in, 3, 3, 3]), so it is no published DC-AE-V. Its "
                 f"keys begin with {', '.join(list(shapes)[:3])}."
             )
-    first, last = (_convolution(name, shapes[name]) for name in ends)
+    first, last = (_convolution(name, tuple(shapes[name])) for name in ends)
     # The output convolution tells the width of a last stage without blocks.
     widths.setdefault(count, last[1])
     missing = [stage for stage in range(1, count + 1) if stage not in widths]

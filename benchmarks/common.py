@@ -11,7 +11,7 @@ def environment_line(device: str = "cpu") -> str:
     """Versions and hardware in one line."""
     import torch
 
-    from vidaccel.generation.run import environment
+    from vidaccel.generation.machine import environment
 
     return ", ".join(f"{name} {value}" for name, value in environment(torch.device(device)).items())
 

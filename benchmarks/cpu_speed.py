@@ -13,9 +13,13 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from common import RESULTS, environment_line, write_markdown
+
+if TYPE_CHECKING:
+    from vidaccel import VideoLayout
 
 METHODS = ("radial", "svg", "svg2")
 
@@ -26,18 +30,18 @@ def median(values: list[float]) -> str:
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
-def measure_steps(density: float, rounds: int, backend: str) -> tuple[list[dict], dict]:
+def measure_steps(layout: VideoLayout, density: float, rounds: int, backend: str) -> tuple[list[dict], dict]:
     """Steps of the whole transformer: dense, then each method, `rounds` times in turns."""
     import torch
     from diffusers import WanTransformer3DModel
 
-    from vidaccel import DenseSchedule, VideoLayout, accelerate, demo
+    from vidaccel import DenseSchedule, accelerate, demo
     from vidaccel.attention import METHODS as CLASSES
 
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer").eval()
-    layout = VideoLayout(33, 16, 16)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, transformer.config.in_channels, 33, 32, 32, generator=generator)
+    size = (layout.frames, 2 * layout.height, 2 * layout.width)
+    latents = torch.randn(1, transformer.config.in_channels, *size, generator=generator)
     text = torch.randn(1, 512, transformer.config.text_dim, generator=generator)
     settings = {"radial": {"block_size": 64}}
     configs = {
@@ -92,14 +96,13 @@ def measure_steps(density: float, rounds: int, backend: str) -> tuple[list[dict]
     return rows, {"layers": transformer.config.num_layers, "heads": transformer.config.num_attention_heads}
 
 
-def measure_backends(density: float, rounds: int) -> list[dict]:
+def measure_backends(layout: VideoLayout, density: float, rounds: int) -> list[dict]:
     """One attention call per kind of plan and backend: what `auto` chooses from."""
     import torch
 
-    from vidaccel import SVG, SVG2, Radial, VideoLayout, sparse_attention
+    from vidaccel import SVG, SVG2, Radial, sparse_attention
     from vidaccel.attention import BACKENDS, BlockPlan, PlanMemory
 
-    layout = VideoLayout(33, 16, 16)
     q, k, v = torch.randn(3, 1, 3, layout.tokens, 64, generator=torch.Generator().manual_seed(1))
     plans = {
         "dense": BlockPlan.dense(layout.tokens, layout.tokens),
@@ -136,27 +139,38 @@ def measure_backends(density: float, rounds: int) -> list[dict]:
     return rows
 
 
-def main(density: float = 0.2, rounds: int = 7, threads: int = 0, backend: str = "auto", out: Path = RESULTS) -> None:
-    """Measure at a density; `--threads 0` leaves the number to torch."""
+def main(
+    density: float = 0.2,
+    rounds: int = 7,
+    threads: int = 0,
+    backend: str = "auto",
+    frames: int = 129,
+    size: int = 256,
+    out: Path = RESULTS,
+) -> None:
+    """Measure at a density, on `--frames` (4k+1) of `--size` pixels squared; `--threads 0` leaves them to torch."""
     import torch
+
+    from vidaccel import VideoLayout
 
     if threads:
         torch.set_num_threads(threads)
-    steps, model = measure_steps(density, rounds, backend)
-    backends = measure_backends(density, rounds)
+    layout = VideoLayout((frames - 1) // 4 + 1, size // 16, size // 16)
+    steps, model = measure_steps(layout, density, rounds, backend)
+    backends = measure_backends(layout, density, rounds)
     with (out / "cpu_speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, steps[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(steps)
     write_markdown(
         out / "cpu_speed.md",
-        "Speed on the CPU, 8,448 tokens",
+        f"Speed on the CPU, {layout.tokens:,} tokens",
         f"`python benchmarks/cpu_speed.py --density {density} --rounds {rounds}`; {environment_line()}.\n\n"
         f"One step is one forward pass of the demo transformer ({model['layers']} layers, {model['heads']} heads of "
-        "64, float32) on the latents of 129 frames of 256x256. Dense is torch's SDPA in the same process. Median of "
-        f"{rounds} with the smallest and largest in brackets; the warm-up step before each (first plan, 50 k-means "
-        "iterations, compilation) is not counted. Attention includes permutations, planning is apart. The second table "
-        "is one attention call on random q, k, v per kind of plan.\n\n"
+        f"64, float32) on the latents of {frames} frames of {size}x{size}. Dense is torch's SDPA in the same process. "
+        f"Median of {rounds} with the smallest and largest in brackets; the warm-up step before each (first plan, 50 "
+        "k-means iterations, compilation) is not counted. Attention includes permutations, planning is apart. The "
+        "second table is one attention call on random q, k, v per kind of plan.\n\n"
         "OMP_WAIT_POLICY: "
         + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)")
         + ". PASSIVE, which "

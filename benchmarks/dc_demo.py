@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from common import RESULTS, environment_line, write_markdown
 
-BITS = (16, 8, 6, 4, 3, 2)
+BITS = [16, 8, 6, 4, 3, 2]
 FRAMES = {"demo": 33, "demo-dc": 32}
 SIZE = 128
 
@@ -46,7 +47,7 @@ def rounded(latents, bits: int):
     return steps * step - reach + mean
 
 
-def reconstruction(pipes: dict, clips: int) -> list[dict]:
+def reconstruction(pipes: dict, clips: int, bits_a_value: Sequence[int]) -> list[dict]:
     """PSNR and SSIM of both autoencoders at several bits a latent value."""
     import torch
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -61,7 +62,7 @@ def reconstruction(pipes: dict, clips: int) -> list[dict]:
             encoded = [pipe.vae.encode(video * 2 - 1) for video in videos]
         latents = torch.cat([e.latent if hasattr(e, "latent") else e.latent_dist.mode() for e in encoded])
         values = latents[0].numel()
-        for bits in BITS:
+        for bits in bits_a_value:
             psnr, ssim = [], []
             for video, latent in zip(videos, rounded(latents, bits).split(1), strict=True):
                 with torch.inference_mode():
@@ -163,6 +164,7 @@ def main(
     ] = None,
     autoencoder: Annotated[Path | None, typer.Option(help="Their autoencoder, where it is not where it was.")] = None,
     clips: Annotated[int, typer.Option(help="Scenes for reconstruction.")] = 32,
+    bits: Annotated[list[int], typer.Option(help="Of a latent value, for reconstruction; repeatable.")] = BITS,
     rounds: Annotated[int, typer.Option(help="Timed runs of each model.")] = 7,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 64,
     seed_offset: Annotated[int, typer.Option(help="Added to the seeds of the prompts.")] = 2000,
@@ -184,7 +186,7 @@ def main(
     base.set_progress_bar_config(disable=True)
     pipes = {"demo": base, "demo-dc": load(demo.path(demo.DC))}
     start = time.perf_counter()
-    tables = {"speed": speed(pipes, rounds), "reconstruction": reconstruction(pipes, clips)}
+    tables = {"speed": speed(pipes, rounds), "reconstruction": reconstruction(pipes, clips, bits)}
     pipes |= others
     tables["accuracy"], videos = accuracy(pipes, seed_offset, prompts)
     out.mkdir(parents=True, exist_ok=True)

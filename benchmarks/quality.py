@@ -52,7 +52,7 @@ def measure(first: int, count: int, steps: int, dense_steps: float, wanted: list
     from vidaccel.attention import METHODS as CLASSES
     from vidaccel.demo.checker import check
     from vidaccel.demo.evaluate import sample
-    from vidaccel.generation.report import compare
+    from vidaccel.generation.comparison import compare
 
     pipe = WanPipeline.from_pretrained(demo.path())
     pipe.set_progress_bar_config(disable=True)

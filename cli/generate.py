@@ -29,7 +29,7 @@ def generate_command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, svg, svg2 (see `vidaccel methods`); repeatable. "
+            help="dense, radial, random, sparge, svg, svg2 (see `vidaccel methods`); repeatable. "
             "(default: svg2 for a video of at least 8192 tokens, otherwise dense; with --compare: svg2, radial, svg)"
         ),
     ] = None,
@@ -103,9 +103,20 @@ def generate_command(
         from ..generation.request import Settings
         from .terminal import print_summary
 
-        pictures = {"image": image, "last_image": last_image, "video": video, "strength": strength}
         settings = Settings(
-            prompt, negative_prompt, frames, height, width, steps, guidance_scale, seed, fps, **pictures
+            prompt,
+            negative_prompt,
+            frames,
+            height,
+            width,
+            steps,
+            guidance_scale,
+            seed,
+            fps,
+            image,
+            last_image,
+            video,
+            strength,
         )
         page = out.with_name("report.html") if compare and report is None else report
         check_outputs(out, page, compare)
@@ -119,8 +130,16 @@ def generate_command(
             overrides=method_settings(setting or []),
             backend=backend,
         )
-        placing = {"device": device, "dtype": dtype, "offload": offload, "tiling": vae_tiling}
-        job = prepare(model, settings, sparse, compare=compare, **placing)
+        job = prepare(
+            model,
+            settings,
+            sparse,
+            compare=compare,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            tiling=vae_tiling,
+        )
         if threads is not None:
             import torch
 

@@ -47,23 +47,28 @@ def methods_command() -> None:
 
 
 def info_command(
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Instead: tokens and rough memory of a video, before any weights are read.")
+    forecast: Annotated[
+        bool,
+        typer.Option("--forecast", help="Instead: tokens and rough memory of a video, before any weights are read."),
     ] = False,
-    model: Annotated[str | None, typer.Option(help="With --plan: the model, as for generate. (default: demo)")] = None,
-    frames: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
-    height: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
-    width: Annotated[int | None, typer.Option(help="With --plan. (default: the model's)")] = None,
-    dtype: Annotated[str | None, typer.Option(help="With --plan: of the weights at work. (default: bfloat16)")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --forecast: the model, as for generate. (default: demo)")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
+    height: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
+    width: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --forecast: of the weights at work. (default: bfloat16)")
+    ] = None,
 ) -> None:
     """Versions, devices, and which backends can run here; or what a video will take."""
     with one_line_errors():
-        if plan:
-            _print_plan(model or "demo", frames, height, width, dtype or "bfloat16")
+        if forecast:
+            _print_forecast(model or "demo", frames, height, width, dtype or "bfloat16")
             return
         values = {"model": model, "frames": frames, "height": height, "width": width, "dtype": dtype}
         given = {field: value is not None for field, value in values.items()}
-        refuse_given(given, f"of use only together with {mention('plan')}")
+        refuse_given(given, f"of use only together with {mention('forecast')}")
         _print_machine()
 
 
@@ -93,7 +98,7 @@ def _print_machine() -> None:
     console.print(table)
 
 
-def _print_plan(model: str, frames: int | None, height: int | None, width: int | None, dtype: str) -> None:
+def _print_forecast(model: str, frames: int | None, height: int | None, width: int | None, dtype: str) -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -104,7 +109,7 @@ def _print_plan(model: str, frames: int | None, height: int | None, width: int |
     from ..generation.request import Settings
 
     facts = inspect_model(model)
-    settings = Settings("a plan", frames=frames, height=height, width=width)
+    settings = Settings("a forecast", frames=frames, height=height, width=width)
     itemsize = choose_dtype(dtype, torch.device("cpu"), model).itemsize
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in forecast(facts, settings.sized(facts), itemsize):

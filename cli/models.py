@@ -154,6 +154,9 @@ def adapt_command(
     resume: Annotated[
         str | None, typer.Option(help="latest, auto (latest if there is one), or the folder of a checkpoint.")
     ] = None,
+    encode_only: Annotated[
+        bool, typer.Option("--encode-only", help="Fill the caches of clips and captions (data.cache), and end.")
+    ] = False,
     show: Annotated[bool, typer.Option("--list", help="List the ready settings and end.")] = False,
 ) -> None:
     """Adapt a model to another autoencoder, or train an autoencoder.
@@ -177,6 +180,7 @@ def adapt_command(
         arguments = [recipe.replace("-", "_"), "--config", config]
         arguments += [part for text in change or [] for part in ("--set", text)]
         arguments += ["--resume", resume] if resume else []
+        arguments += ["--encode-only"] if encode_only else []
         code = main(arguments)
         if code:
             raise typer.Exit(code)

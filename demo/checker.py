@@ -88,7 +88,7 @@ def check(video: torch.Tensor | np.ndarray) -> Reading:
     return Reading(
         shape=_shape(mask[present], centre[present]),
         colour=_nearest_colour(colour),
-        motion=_motion(centre, present, mask.shape[-2:]),
+        motion=_motion(centre, present, (mask.shape[-2], mask.shape[-1])),
         background=background_name,
     )
 

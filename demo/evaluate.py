@@ -9,7 +9,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import HELD_OUT_PROMPTS, modeling, path, world
 from .checker import check
@@ -58,7 +58,8 @@ def evaluate(
     The seed of a held-out prompt is its place in `HELD_OUT_PROMPTS`; that of another one is its place in `prompts`;
     `seed_offset` is added to all.
     """
-    rows, videos = [], []
+    rows: list[dict[str, Any]] = []
+    videos = []
     begin = time.perf_counter()
     for first in range(0, len(prompts), batch_size):
         batch = list(prompts[first : first + batch_size])

@@ -119,7 +119,8 @@ def flow_loss(
     weight = sigma.view(-1, 1, 1, 1, 1)
     dropped = (torch.rand(count, generator=generator) < CAPTION_DROPOUT).tolist()
     prompts = ["" if drop else text for drop, text in zip(dropped, captions, strict=True)]
-    latents, noise, sigma, weight, prompts = (x[share] for x in (latents, noise, sigma, weight, prompts))
+    latents, noise, sigma, weight = (x[share] for x in (latents, noise, sigma, weight))
+    prompts = prompts[share]
     states = encode_text(model["text_encoder"], tokenizer, prompts, CAPTION_TOKENS)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         velocity = model["transformer"](

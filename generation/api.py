@@ -101,13 +101,18 @@ def generate(
         guidance_scale,
         seed,
         fps,
-        *(Path(given) if isinstance(given, str) else given for given in (image, last_image, video)),
-        strength,
+        image=_file(image),
+        last_image=_file(last_image),
+        video=_file(video),
+        strength=strength,
     )
-    out, report = (None if path is None else Path(path) for path in (out, report))
-    check_outputs(out, report, compare)
-    one = isinstance(method, str) or not isinstance(method, Sequence)
-    methods = () if method is None else (method,) if one else tuple(method)
+    file, page = _file(out), _file(report)
+    check_outputs(file, page, compare)
+    methods: Sequence[str | Method]
+    if method is None:
+        methods = ()
+    else:
+        methods = method if isinstance(method, Sequence) and not isinstance(method, str) else [method]
     if len(methods) > 1 and not compare:
         raise BadInput("method", "can have several only in a comparison", f"Add {mention('compare')}.")
     job = prepare(
@@ -122,12 +127,16 @@ def generate(
     )
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
     with shown as on_stage:
-        videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage)
+        videos = carry_out(job, out=file, warm=warm_up and compare, on_stage=on_stage)
     if not compare:
         return videos[0]
-    files = () if out is None else tuple(job.files(out).values())
+    files = () if file is None else tuple(job.files(file).values())
     made = compared(job, videos, files, "vidaccel.generate(...)")
-    return made if report is None else write_report(made, report)
+    return made if page is None else write_report(made, page)
+
+
+def _file(given: Any) -> Any:
+    return Path(given) if isinstance(given, str) else given
 
 
 def check_outputs(out: Path | None, report: Path | None, compare: bool) -> None:

@@ -38,7 +38,7 @@ def line_chart(series: dict[str, tuple[float, ...]], ylabel: str, least_span: fl
     axes.set_xlabel("frame")
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", color=INK, alpha=0.12)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     _legend(axes, len(series))
     return figure
 
@@ -49,8 +49,7 @@ def heat_map(values: np.ndarray, label: str, rows: str = "layer") -> Figure:
     image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest", origin="upper")
     axes.set_xlabel("step")
     axes.set_ylabel(rows)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    axes.locator_params(integer=True)
     bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.03)
     _tint(bar.ax)
     bar.outline.set_visible(False)

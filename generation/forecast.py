@@ -1,4 +1,4 @@
-"""`vidaccel info --plan`: what a video will take, before any weights are read."""
+"""`vidaccel info --forecast`: what a video will take, before any weights are read."""
 
 from __future__ import annotations
 

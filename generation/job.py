@@ -154,8 +154,13 @@ def prepare(
         facts, pipe = inspect_model(model, image=settings.image is not None, video=settings.video is not None), None
     else:
         _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
-        facts, pipe = inspect_pipeline(model), model
-        place, chosen_dtype = model._execution_device, model.transformer.dtype
+        pipe = model
+        if settings.video is not None and type(model).__name__ == "WanPipeline":
+            from ..pipelines.loading import as_video_to_video
+
+            pipe = as_video_to_video(model)
+        facts = inspect_pipeline(pipe)
+        place, chosen_dtype = pipe._execution_device, pipe.transformer.dtype
     settings = settings.checked(facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
@@ -172,8 +177,21 @@ def prepare(
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))
         notes.append(f"The file has {wide}x{high} pixels, the last row or column twice: H.264 needs even sizes.")
-    more = {"offload": offload, "tiling": tiling, "pipe": pipe, "notes": tuple(notes)}
-    return Job(facts, settings, layout, methods, why, compare, sparse.backend, place, chosen_dtype, **more)
+    return Job(
+        facts,
+        settings,
+        layout,
+        methods,
+        why,
+        compare,
+        sparse.backend,
+        place,
+        chosen_dtype,
+        offload=offload,
+        tiling=tiling,
+        pipe=pipe,
+        notes=tuple(notes),
+    )
 
 
 def _refuse_placing(**given: Any) -> None:

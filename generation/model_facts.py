@@ -112,6 +112,7 @@ class ModelFacts:
         from ..pipelines.loading import call_defaults
 
         defaults = call_defaults(self.pipeline_class)
+        defaults.setdefault("num_frames", 81)  # Wan's, where the class takes as many as its input video has
         names = {"frames": "num_frames", "steps": "num_inference_steps"}
         return {n: defaults[names.get(n, n)] for n in _DEFAULTS} | dict(self.own_defaults)
 
@@ -227,7 +228,7 @@ def _converted(model: str, location: str, pipeline_class: str) -> str:
     if folder is None:
         raise BadInput("model", "it is in the layout in which DC-VideoGen is published", fix, value=model)
     try:
-        parts = known_parts(location, folder)
+        parts: dict[str, Any] = known_parts(location, folder)
         return str(cached_conversion(folder, pipeline_class, **parts, options={"local_files_only": True}))
     except ValueError as error:
         raise BadInput("model", first_line(error).rstrip("."), fix, value=model) from error

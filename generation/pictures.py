@@ -50,9 +50,7 @@ def read_picture(path: str | Path, background: str | tuple[int, int, int] = BACK
     from PIL import Image, ImageOps
 
     with _opened(path) as image:
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format not in _ONE_PICTURE:
-            raise ValueError(f"it holds {frames} frames or pages: give one of them, as a file of its own")
+        _check_single(image)
         image.load()
         upright = ImageOps.exif_transpose(image)
         # What `exif_transpose` makes has no file any more, and with that no tags.
@@ -69,8 +67,10 @@ def picture_size(path: str | Path) -> tuple[int, int]:
     """Height and width of a picture as it is shown, from its header; all of the file is read, but not decoded.
 
     Raises:
-        PictureError: it is no picture, or damaged where that shows.
+        PictureError: it is no picture, damaged where that shows, or holds several frames.
     """
+    with _opened(path) as image:
+        _check_single(image)
     with _opened(path) as image:
         image.verify()
     with _opened(path) as image:  # nothing can be asked of one that was verified
@@ -145,8 +145,10 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     # What PIL's readers raise for damaged files, each its own.
-    damage = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError)
-    damage += (struct.error, zlib.error, Image.DecompressionBombError)
+    damage = (
+        *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+        *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+    )
     try:
         with Image.open(path) as image:
             yield image
@@ -156,6 +158,12 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise PictureError(f"{path}: no such file.") from error
     except damage as error:
         raise PictureError(f"{path} cannot be read as a picture: {error}.") from error
+
+
+def _check_single(image: Image.Image) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in _ONE_PICTURE:
+        raise ValueError(f"it holds {frames} frames or pages: give one of them, as a file of its own")
 
 
 def _eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:

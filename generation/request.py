@@ -178,11 +178,11 @@ def open_video(video: Path | np.ndarray) -> np.ndarray:
     if not isinstance(video, Path):
         return video
     from ..pipelines.errors import first_line
-    from .video import read_mp4
+    from .video_reader import read_video
 
     try:
-        return read_mp4(video)[0]
-    except (OSError, ValueError, RuntimeError) as error:
+        return read_video(video)[0]
+    except OSError as error:
         raise BadInput("video", f"cannot be used: {first_line(error).rstrip('.')}") from error
 
 

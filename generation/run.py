@@ -74,8 +74,9 @@ def load(
     from ..pipelines.loading import load_pipeline
 
     try:
-        chosen = {"pipeline_class": facts.pipeline_class, "offload": offload, "tiling": tiling}
-        return load_pipeline(facts.location, dtype, device, **chosen)
+        return load_pipeline(
+            facts.location, dtype, device, pipeline_class=facts.pipeline_class, offload=offload, tiling=tiling
+        )
     except (OSError, ValueError) as error:
         raise BadInput("model", f"it cannot be loaded: {first_line(error).rstrip('.')}", value=facts.name) from error
 

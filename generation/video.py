@@ -1,4 +1,4 @@
-"""Video files: H.264 in MP4 that browsers play, written whole or not at all, and contact sheets."""
+"""Video files written: H.264 in MP4 that browsers play, whole or not at all; and contact sheets."""
 
 from __future__ import annotations
 
@@ -78,31 +78,11 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
         ]
         # fmt: on
         # A session of its own: Ctrl-C in a terminal must reach this process, which then ends the encoder, not both.
-        done = subprocess.run(command, input=memoryview(frames).cast("B"), capture_output=True, start_new_session=True)
+        done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, start_new_session=True)
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             raise EncodingError(f"ffmpeg could not write {path}: {lines[-1] if lines else f'exit {done.returncode}'}")
     return Path(path)
-
-
-def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
-    """Decode a video: frames `[F, H, W, 3]` uint8 RGB, and frames per second.
-
-    Raises:
-        OSError: the file is missing or holds no video.
-    """
-    import imageio_ffmpeg
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    reader = imageio_ffmpeg.read_frames(str(path))
-    try:
-        meta = next(reader)
-        width, height = meta["size"]
-        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    finally:
-        reader.close()
-    return np.stack(frames), float(meta["fps"])
 
 
 def encoder() -> str:

@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file, or the name of a ready one")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change a setting; repeatable")
     parser.add_argument("--resume", help='"latest", "auto", or the folder of a checkpoint')
+    parser.add_argument("--encode-only", action="store_true", help="fill the caches of clips and captions, and end")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("vidaccel").setLevel(logging.INFO)
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .trainer import Diverged, Stopped
 
     try:
-        result = run(given.recipe, given.config, given.set, given.resume)
+        result = run(given.recipe, given.config, given.set, given.resume, given.encode_only)
     except (ConfigError, CheckpointError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

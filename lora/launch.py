@@ -13,7 +13,11 @@ def config_folder() -> Path:
 
 
 def run(
-    recipe: str, config_file: str | Path, overrides: Sequence[str] = (), resume: str | None = None
+    recipe: str,
+    config_file: str | Path,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    encode_only: bool = False,
 ) -> dict[str, Any]:
     """Train.
 
@@ -22,6 +26,7 @@ def run(
         config_file: YAML; the bare name of a file in `config_folder()` is found there.
         overrides: "a.b=value".
         resume: None, "latest", "auto" (latest, or from the start without any), or the folder of a checkpoint.
+        encode_only: fill the caches of clips and captions, and end; the folder of the run is left alone.
 
     Returns:
         Paths and numbers of the result; empty in processes other than the main one.
@@ -36,6 +41,8 @@ def run(
     from .config import ConfigError, build, read
     from .recipes import find
 
+    if encode_only and resume is not None:
+        raise ConfigError("--encode-only continues no run: leave --resume out; what is encoded already stays.")
     cls = find(recipe)
     file = Path(config_file)
     ready = config_folder() / f"{file.name.removesuffix('.yaml')}.yaml"
@@ -62,4 +69,7 @@ def run(
 
     accelerator = make_accelerator(config)
     process = Process(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    if encode_only:
+        facts = cls(config, process).encode()
+        return facts if process.is_main else {}
     return Trainer(cls(config, process), accelerator).run(resume)

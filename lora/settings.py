@@ -94,32 +94,47 @@ class LoopSettings(Settings):
 
 
 @dataclass(frozen=True)
+class FolderSettings(Settings):
+    """One of several folders of videos or images.
+
+    Args:
+        path: of the folder; its captions are in it.
+        repeats: how often its clips come while those of a folder with 1 come once.
+    """
+
+    path: str = setting()
+    repeats: int = setting(1, low=1)
+
+
+@dataclass(frozen=True)
 class DataSettings(Settings):
     """What is trained on.
 
     Args:
-        kind: "demo" (the procedural world), "videos" or "images" (a folder with metadata.jsonl or metadata.csv).
+        kind: "demo" (the procedural world), "videos" or "images" (folders with captions).
         folder: of videos or images.
+        folders: several of them, instead of `folder`.
         sizes: the clips' sizes. A step has one of them; a video goes to the one whose shape is nearest.
         fps: frames per second that videos are sampled at; None takes every frame.
         clips: of the demo world: how many scenes there are; None for endless new ones. Of a video folder: the most
             clips that are taken from one video.
         zoom: of the demo world: scenes are enlarged by one of these.
-        decoder: of videos.
         missing_captions: "error", or "skip" what has none.
         cache: folder for encoded clips and texts; None encodes them anew in each step.
+        cache_dtype: of what is kept there; "float16" and "bfloat16" take half the space.
         workers: processes that prepare clips in the background.
     """
 
     kind: Literal["demo", "videos", "images"] = "demo"
     folder: str | None = None
+    folders: tuple[FolderSettings, ...] = ()
     sizes: tuple[SizeSettings, ...] = (SizeSettings(32, 128, 128),)
     fps: float | None = setting(None, above=0)
     clips: int | None = setting(None, low=1)
     zoom: tuple[float, ...] = setting((1.0,), low=1, high=2)
-    decoder: Literal["imageio", "torchcodec"] = "imageio"
     missing_captions: Literal["error", "skip"] = "error"
     cache: str | None = setting(None, free=True)
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     workers: int = setting(0, low=0, free=True)
 
     def check(self) -> Iterator[str]:
@@ -127,8 +142,10 @@ class DataSettings(Settings):
             yield "sizes is empty: give at least one, such as {frames: 80, height: 480, width: 832}."
         if not self.zoom:
             yield "zoom is empty: give at least one factor, such as [1]."
-        if self.kind != "demo" and self.folder is None:
+        if self.kind != "demo" and self.folder is None and not self.folders:
             yield f"folder is missing: kind is {self.kind}, so say where the {self.kind} are."
+        if self.folder is not None and self.folders:
+            yield "folder and folders are both given: put it among `folders`, as {path: ...}."
         if self.kind == "images" and any(size.frames != 1 for size in self.sizes):
             yield "sizes of images have 1 frame: set frames: 1."
 

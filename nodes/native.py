@@ -352,7 +352,9 @@ class NativeAttention:
             self._reported = self._run
         report = self.report()
         records = tuple(record for record in report.records if record.run >= first)
-        notes = tuple(note for note in report.notes if self._notes.get(note, self._run) >= first)
+        # An engine's notes are on its sparse calls.
+        of_engines = self._run if any(not record.reason for record in records) else -1
+        notes = tuple(note for note in report.notes if self._notes.get(note, of_engines) >= first)
         return News(replace(report, records=records, notes=notes), heading)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:

@@ -91,12 +91,17 @@ def load_pipeline(
 
 
 def as_video_to_video(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """A text-to-video pipeline of Wan as video to video: the same components, where they are."""
-    wanted = find_class("WanVideoToVideoPipeline")
-    parts = {name: part for name, part in pipe.components.items() if name in inspect.signature(wanted).parameters}
-    made = wanted(**parts)
+    """A loaded `WanPipeline` as one that starts from a video, with the same parts where and as they are.
+
+    (diffusers' own `from_pipe` would cast them.)
+    """
+    import diffusers
+
+    names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    made = diffusers.WanVideoToVideoPipeline(**{name: getattr(pipe, name) for name in names})
+    made.register_to_config(_name_or_path=pipe.name_or_path)
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     _use_own_factors(made)
-    made.set_progress_bar_config(disable=True)
     return made
 
 

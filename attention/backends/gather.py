@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..plan import BlockPlan, permute, unpermute
-from .base import ANY_HEAD_DIM, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 MAX_TILE_ROWS = 256
 FEW_ROWS = 192  # below it torch's CPU kernel works on 32 rows at a time, which halves the speed of its matrix products
@@ -22,11 +22,11 @@ class GatherBackend(Backend):
     name = "gather"
     summary = "one dense SDPA per query tile on its gathered keys; best for scattered plans on the CPU"
     capability = Capability(
-        devices=("cpu", "cuda"),
+        devices=EVERYWHERE,
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
         max_head_dim=ANY_HEAD_DIM,
-        lse=("cpu", "cuda"),
-        backward=("cpu", "cuda"),
+        lse=EVERYWHERE,
+        backward=EVERYWHERE,
         sparse=True,
     )
 
@@ -42,8 +42,8 @@ class GatherBackend(Backend):
             row = []
             for h in range(heads):
                 head_slice = slice(None) if heads == 1 else slice(h, h + 1)
-                parts = (x[batch_slice, head_slice] for x in (queries, keys, values))
-                row.append(_attend_tiles(*parts, plan, b, h, scale, return_lse))
+                some_q, some_k, some_v = (x[batch_slice, head_slice] for x in (queries, keys, values))
+                row.append(_attend_tiles(some_q, some_k, some_v, plan, b, h, scale, return_lse))
             rows.append(_join(row, 1))
         out, lse = _join(rows, 0)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
@@ -127,7 +127,8 @@ class _Joiner:
 
 def _cut_out(x: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
     """The rows of each run, as views: one `split` for all of them, because a Python slice for each takes far longer."""
-    sizes, at = [], 0
+    sizes: list[int] = []
+    at = 0
     for start, length in runs:
         sizes += (start - at, length)
         at = start + length

@@ -6,7 +6,7 @@ import torch
 
 from ..plan import BlockPlan, permute, unpermute
 from ..runs import expand_runs
-from .base import ANY_HEAD_DIM, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 
 class ReferenceBackend(Backend):
@@ -15,11 +15,11 @@ class ReferenceBackend(Backend):
     name = "reference"
     summary = "exact masked softmax in float32 or better; the oracle, not for speed"
     capability = Capability(
-        devices=("cpu", "cuda"),
+        devices=EVERYWHERE,
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
         max_head_dim=ANY_HEAD_DIM,
-        lse=("cpu", "cuda"),
-        backward=("cpu", "cuda"),
+        lse=EVERYWHERE,
+        backward=EVERYWHERE,
         sparse=True,
     )
 
@@ -36,7 +36,8 @@ class ReferenceBackend(Backend):
         outputs, sums = [], []
         for start in range(0, plan.n_q, self.rows):
             rows = slice(start, start + self.rows)
-            allowed = expand_runs(*(_take(x, tiles[:, :, rows]) for x in (plan.run_start, plan.run_len)), plan.n_kv)
+            run_start, run_len = (_take(x, tiles[:, :, rows]) for x in (plan.run_start, plan.run_len))
+            allowed = expand_runs(run_start, run_len, plan.n_kv)
             scores = (queries[:, :, rows] @ keys.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
             lse = scores.logsumexp(-1, keepdim=True)
             # A row without keys has an LSE of -inf: exp(-inf - 0) gives it weights of 0 instead of NaN.

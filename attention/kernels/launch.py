@@ -52,7 +52,8 @@ def order_args(order: torch.Tensor | None) -> tuple[torch.Tensor | None, int, in
     if order is None:
         return None, 0, 0
     order = rows_contiguous(order)
-    return order, *(order.stride(i) if order.shape[i] > 1 else 0 for i in (0, 1))
+    batch, head = (order.stride(i) if order.shape[i] > 1 else 0 for i in (0, 1))
+    return order, batch, head
 
 
 def plan_strides(lead: torch.Size) -> tuple[int, int]:

@@ -56,8 +56,9 @@ def make_walk(plan: BlockPlan, block_m: int, block_n: int) -> Walk:
     start, length, tile = plan.cut(block_m)
     work = (full_count + tail_count).gather(-1, tile.long()).masked_fill(length == 0, -1)
     order = work.argsort(-1, descending=True)
-    pieces = [x.gather(-1, order).contiguous() for x in (start, length, tile)]
-    return Walk(*pieces, full_start, full_tiles, full_count.contiguous(), tail_start, tail_len, tail_count.contiguous())
+    start, length, tile = (x.gather(-1, order).contiguous() for x in (start, length, tile))
+    full_count, tail_count = full_count.contiguous(), tail_count.contiguous()
+    return Walk(start, length, tile, full_start, full_tiles, full_count, tail_start, tail_len, tail_count)
 
 
 def _to_front(size: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from .base import Method, PlanMemory
 from .radial import Radial
 from .random import RandomBlocks
+from .sparge import Sparge
 from .svg import SVG
 from .svg2 import SVG2
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Radial, SVG, SVG2, RandomBlocks)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Radial, SVG, SVG2, Sparge, RandomBlocks)}
 
 
 def resolve_method(method: Method | str) -> Method:
@@ -26,4 +27,4 @@ def resolve_method(method: Method | str) -> Method:
     return METHODS[method]()
 
 
-__all__ = ["METHODS", "SVG", "SVG2", "Method", "PlanMemory", "Radial", "RandomBlocks", "resolve_method"]
+__all__ = ["METHODS", "SVG", "SVG2", "Method", "PlanMemory", "Radial", "RandomBlocks", "Sparge", "resolve_method"]

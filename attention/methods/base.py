@@ -51,7 +51,7 @@ class PlanMemory:
     """
 
     call: dict[str, Any] = field(default_factory=dict)
-    layout: dict[str, Any] = field(default_factory=dict)
+    layout: dict[Any, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,7 +84,7 @@ class Method(abc.ABC):
             ValueError: a density out of range.
             OutOfReach: one that this layout does not allow.
         """
-        method = cls(density=density, **settings)
+        method = cls(**{"density": density, **settings})
         method.check(layout)
         return method
 

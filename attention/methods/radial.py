@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -180,7 +181,7 @@ class Radial(Method):
         return memory.layout[self]
 
     @classmethod
-    def for_density(
+    def for_density(  # type: ignore[override]  # its own settings by name
         cls,
         layout: VideoLayout,
         density: float,
@@ -349,6 +350,13 @@ def _searches(
     """
     s, fitting = layout.tokens_per_frame, _fitting_size(layout.tokens_per_frame)
     second, last = (base._reach(max(2, d), s) for d in (2, layout.frames - 1))
+
+    def decaying(form: Radial, n: int) -> Radial:
+        return replace(form, decay=(n - 0.5) / second)
+
+    def narrowing(form: Radial, n: int) -> Radial:
+        return replace(form, near=(n - 0.5) / s)
+
     floors = (1.0, 0.0) if min_window is None else (min_window,)
     thinnings = [2**n for n in range(max(1, s // fitting).bit_length())] if thinning is None else [thinning]
     forms = [(floor, thinnings[0]) for floor in floors] + [(floors[-1], thin) for thin in thinnings[1:]]
@@ -357,11 +365,11 @@ def _searches(
             form = replace(base, near=width, min_window=floor, thinning=thin)
             # Step n stands for a window of n - 1 tokens at distance 2; the last for whole frames, none thinned.
             steps = math.ceil(second * max(s, fitting * thin) / last) + 1
-            yield lambda n, form=form: replace(form, decay=(n - 0.5) / second), steps
+            yield partial(decaying, form), steps
     if near is None:
         for thin in reversed(thinnings):
             form = replace(base, decay=0.5 / second, min_window=floors[-1], thinning=thin)
-            yield lambda n, form=form: replace(form, near=(n - 0.5) / s), s
+            yield partial(narrowing, form), s
 
 
 def _bisect(

@@ -141,10 +141,16 @@ class SVG(Method):
         kv_order = q_order
         if self._has_sink(layout) and temporal:
             kv_order = torch.cat([layout.video_last_order()[:prefix], _without_first_frame(q_order, layout)])
+        tile_start, tile_len, run_start, run_len = (
+            x.int()[None, None] for x in (tile_start, tile_len, run_start, run_len)
+        )
         plan = BlockPlan(
             layout.tokens,
             layout.tokens,
-            *(x.int()[None, None] for x in (tile_start, tile_len, run_start, run_len)),
+            tile_start,
+            tile_len,
+            run_start,
+            run_len,
             q_order[None, None],
             kv_order[None, None],
         )
@@ -184,8 +190,8 @@ class _Static:
 
     def profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, which: int) -> torch.Tensor:
         """Which heads are temporal, `[B, H]` bool."""
-        heads = (x.split(PROFILED_HEADS, dim=1) for x in (q[:, :, self.rows[which]], k, v))
-        return torch.cat([self._profile(*some, self.masks[which]) for some in zip(*heads, strict=True)], dim=1)
+        parts = [x.split(PROFILED_HEADS, dim=1) for x in (q[:, :, self.rows[which]], k, v)]
+        return torch.cat([self._profile(a, b, c, self.masks[which]) for a, b, c in zip(*parts, strict=True)], dim=1)
 
     def _profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         weights = torch.softmax(q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-1, -2), -1)

@@ -125,7 +125,8 @@ class SVG2(Method):
         q_sizes, k_sizes = cluster_sizes(q_labels, q_clusters), cluster_sizes(k_labels, k_clusters)
         mass = cluster_mass(q_centroids, k_centroids, k_sizes)
         if self.density is None:
-            top_p, forced = self.top_p, int(self.min_ratio * k_clusters)
+            top_p: float | torch.Tensor = self.top_p
+            forced = int(self.min_ratio * k_clusters)
         else:
             top_p, forced = _top_p_for(self.density, mass, q_sizes, k_sizes, layout, self.compensate), 1
         selected = _select(mass, top_p, forced)
@@ -209,7 +210,7 @@ def _top_p_for(
     """
     ranking, before = _ranked(mass)
     keys = k_sizes.unsqueeze(-2).expand(mass.shape).gather(-1, ranking)
-    clusters = 0
+    clusters: int | torch.Tensor = 0
     if compensate:  # each query reads the mean of a cluster unless it reads its tokens
         clusters = (k_sizes > 0).sum((1, 2)).unsqueeze(-1)
         keys = (keys - 1).clamp(min=0)

@@ -129,9 +129,19 @@ class Encoder(ABC):
 
 
 class TextEncoder(ABC):
-    """Encodes prompts; `identity` is what a `Text` follows from besides the prompt."""
+    """Encodes prompts.
+
+    Attributes:
+        identity: what a `Text` follows from besides the prompt.
+        length: tokens at which a prompt is cut off.
+    """
 
     identity: str
+    length: int
+
+    @abstractmethod
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """The tokens of each prompt as `length` counts them, before anything is cut off."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Text]:

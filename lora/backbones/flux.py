@@ -68,6 +68,10 @@ class FluxBackbone(ImageBackbone):
         pairs = zip(states.float().cpu(), pooled.float().cpu(), strict=True)
         return [{"states": state.clone(), "pooled": pool.clone()} for state, pool in pairs]
 
+    def count_tokens(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
+        # Of T5. CLIP gives no more than one state for all of the prompt, from its beginning.
+        return [len(ids) for ids in pipe.tokenizer_2(list(prompts), verbose=False).input_ids]
+
     def told(self, sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         # diffusers casts the time to the type of the tokens before anything is computed of it.
         return sigma.to(dtype).float()

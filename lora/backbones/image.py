@@ -12,7 +12,7 @@ from diffusers import AutoencoderDC, DiffusionPipeline
 from torch import nn
 
 from ..config import ConfigError
-from ..data.cache import fingerprint
+from ..data.cache import fingerprint, tokenizer_fingerprint
 from .base import Backbone, Encoder, SampleRequest, Text, TextEncoder
 from .folders import load_autoencoder, load_part, read_config, to_cpu, write_model
 
@@ -85,6 +85,15 @@ class ImageBackbone(Backbone):
     @abstractmethod
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
         """Prompts without padding."""
+
+    @abstractmethod
+    def count_tokens(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
+        """The tokens of each prompt, as `text_length` counts them."""
+
+    @property
+    def prompt_frame(self) -> str:
+        """What is put before every prompt."""
+        return ""
 
     @property
     @abstractmethod
@@ -220,8 +229,11 @@ class ImageTextEncoder(TextEncoder):
     def __init__(self, backbone: ImageBackbone) -> None:
         self.backbone = backbone
         self._pipe: DiffusionPipeline | None = None
-        encoders = [part for name, part in self._loaded().components.items() if name.startswith("text_encoder")]
-        self.identity = " ".join([*(fingerprint(part) for part in encoders), str(backbone.dtype)])
+        self.length = backbone.text_length
+        parts = self._loaded().components
+        names = [fingerprint(part) for name, part in parts.items() if name.startswith("text_encoder")]
+        names += [tokenizer_fingerprint(part) for name, part in parts.items() if name.startswith("tokenizer")]
+        self.identity = " ".join([*names, str(backbone.dtype), str(self.length), backbone.prompt_frame])
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -232,6 +244,9 @@ class ImageTextEncoder(TextEncoder):
         if self._pipe is None:
             self._pipe = self.backbone.load(*self.backbone.text_parts)
         return self._pipe
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        return self.backbone.count_tokens(self._loaded(), prompts)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Text]:

@@ -18,6 +18,9 @@ from ..flow import TIMESTEPS
 from .base import Text
 from .image import ImageBackbone
 
+_INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+"""What the pipeline puts before prompts."""
+
 
 class SanaBackbone(ImageBackbone):
     """Text to image with SANA 1.0 and 1.5."""
@@ -58,8 +61,6 @@ class SanaBackbone(ImageBackbone):
         return vae.encode(pixels).latent * vae.config.scaling_factor
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
-        # The pipeline puts an instruction before prompts, and none before the empty one.
-        instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
         made = []
         for prompt in prompts:
             states, mask, _, _ = pipe.encode_prompt(
@@ -67,10 +68,21 @@ class SanaBackbone(ImageBackbone):
                 do_classifier_free_guidance=False,
                 device=self.device,
                 max_sequence_length=self.text_length,
-                complex_human_instruction=instruction if prompt else None,
+                # The pipeline puts none before the empty one.
+                complex_human_instruction=_INSTRUCTION if prompt else None,
             )
             made.append({"states": states[0].float().cpu()[mask[0].bool().cpu()].clone()})
         return made
+
+    @property
+    def prompt_frame(self) -> str:
+        return "\n".join(_INSTRUCTION)
+
+    def count_tokens(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
+        # The pipeline cuts what is longer than the instruction and `text_length`, of which two are the first and last.
+        frame = len(pipe.tokenizer.encode(self.prompt_frame))
+        framed = [self.prompt_frame + prompt.lower().strip() for prompt in prompts]
+        return [len(ids) - frame + 2 for ids in pipe.tokenizer(framed, verbose=False).input_ids]
 
     def velocity(
         self,

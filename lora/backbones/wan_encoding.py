@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import nn
 
 from ...pipelines.deep_compression.image_to_video import image_condition
-from ..data.cache import fingerprint
+from ..data.cache import fingerprint, tokenizer_fingerprint
 from .base import Encoder, Text, TextEncoder
 from .folders import to_cpu
 
@@ -129,7 +130,9 @@ class WanTextEncoder(TextEncoder):
     ) -> None:
         self.base, self.dtype, self.device, self.length = base, dtype, torch.device(device), length
         self._pipe: WanPipeline | None = None
-        self.identity = f"{fingerprint(self._loaded().text_encoder)} {dtype} {length}"
+        pipe = self._loaded()
+        models = f"{fingerprint(pipe.text_encoder)} {tokenizer_fingerprint(pipe.tokenizer)}"
+        self.identity = f"{models} {dtype} {length}"
 
     @property
     def pipe(self) -> WanPipeline:
@@ -142,6 +145,10 @@ class WanTextEncoder(TextEncoder):
             self._pipe = WanPipeline.from_pretrained(self.base, dtype=self.dtype, **absent)
             self._pipe.text_encoder.requires_grad_(False)
         return self._pipe
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        cleaned = [prompt_clean(prompt) for prompt in prompts]
+        return [len(ids) for ids in self._loaded().tokenizer(cleaned, verbose=False).input_ids]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Text]:

@@ -1,21 +1,22 @@
-"""Folders of videos or images with captions in `metadata.jsonl` or `metadata.csv`."""
+"""Folders of videos or images with captions, as clips."""
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ...generation.media import Cut, Media
 from ..config import ConfigError
-from ..settings import DataSettings, SizeSettings
-from .decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Cut, Media, check_decoder, read_clip
-from .media_index import Known, content, look_into
+from ..settings import DataSettings, FolderSettings, SizeSettings
+from .captions import read_captions
+from .decode import DECODER_VERSION, IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
+from .files import media_files, some
+from .media_index import content, look_into
 from .sampler import Pick, nearest_size
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,17 @@ _PARTS = 2**20
 
 @dataclass(frozen=True)
 class Entry:
-    """One file, its caption, and the hash of its content where that is known."""
+    """One file, its caption, how often its clips come in a round, and the hash of its content where that is known."""
 
     path: Path
     caption: str
     media: Media
     content: str | None = None
+    repeats: int = 1
 
 
 class MediaFolder:
-    """A `ClipDataset`: clips of the files of a folder, cut from the middle of the picture, or anywhere if random.
+    """A `ClipDataset`: clips of the files of folders, cut from the middle of the picture, or anywhere if random.
 
     A video gives as many clips, one behind the other, as it has frames for.
     """
@@ -51,49 +53,57 @@ class MediaFolder:
         Raises:
             ConfigError: no such folder, nothing in it, no or incomplete captions, or no file that can be decoded.
         """
-        refusal = check_decoder(data.decoder)
-        if refusal:
-            raise ConfigError(refusal)
-        folder = Path(data.folder).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"data.folder: {folder} is no folder.")
-        suffixes = IMAGE_SUFFIXES if data.kind == "images" else VIDEO_SUFFIXES
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-        if not files:
-            raise ConfigError(f"data.folder: {folder} holds no {data.kind} ({', '.join(suffixes)}).")
-        captions = read_captions(folder, files, data.missing_captions) if need_captions else dict.fromkeys(files, "")
+        captions: dict[Path, tuple[str, int]] = {}
+        again = []
+        for folder in _folders(data):
+            for path, text in _captioned(folder, data, need_captions).items():
+                if path in captions:
+                    again.append(str(path))
+                captions.setdefault(path, (text, folder.repeats))
+        if again:
+            logger.warning(
+                "%d files are in several of data.folders and count for the first: %s", len(again), some(again)
+            )
         # Clips cut at random are not cached, so no one asks what they follow from.
-        known: dict[Path, Known] = look_into(list(captions), data.cache, contents=not random_crops)
-        entries = [Entry(p, text, known[p].media, known[p].content) for p, text in captions.items() if p in known]
+        known = look_into(list(captions), data.kind, data.cache, contents=not random_crops)
+        entries = [
+            Entry(path, text, known[path].media, known[path].content, repeats)
+            for path, (text, repeats) in captions.items()
+            if path in known
+        ]
+        names = _named(data)
         lost = len(captions) - len(entries)
         if lost:
             logger.warning(
-                "%d of %d %s in %s cannot be decoded and are left out.", lost, len(captions), data.kind, folder.name
+                "%d of %d %s in %s cannot be decoded and are left out.", lost, len(captions), data.kind, names
             )
         if not entries:
-            raise ConfigError(f"data.folder: none of the {len(captions)} {data.kind} in {folder} can be decoded.")
+            raise ConfigError(f"data.folder: none of the {len(captions)} {data.kind} in {names} can be decoded.")
+        _say_what_is_special(entries, data.fps)
         return cls(entries, data, random_crops)
 
     def members(self, sizes: Sequence[SizeSettings]) -> Mapping[int, Sequence[int]]:
         found: dict[int, list[int]] = {number: [] for number in range(len(sizes))}
         short = []
         for number, entry in enumerate(self.entries):
-            frames = self._frames(entry)
+            frames = entry.media.frames_at(self.data.fps)
             size = nearest_size(sizes, entry.media.height, entry.media.width, frames)
             if size is None:
-                short.append(entry.path.name)
+                short.append(f"{entry.path.name} ({frames})")
                 continue
             clips = frames // sizes[size].frames
             if self.random_crops:
                 clips = 1  # the start is random
-            found[size] += [number * _PARTS + part for part in range(min(clips, self.data.clips or clips))]
+            parts = range(min(clips, self.data.clips or clips))
+            found[size] += [number * _PARTS + part for part in parts] * entry.repeats
         if short:
             least = min(size.frames for size in sizes)
-            logger.warning("%d videos have less than %d frames and are left out: %s", len(short), least, _some(short))
+            logger.warning("%d videos have less than %d frames and are left out: %s", len(short), least, some(short))
         if not any(found.values()):
+            least = min(size.frames for size in sizes)
             raise ConfigError(
-                f"data.folder: no video in {self.data.folder} has the {min(s.frames for s in sizes)} frames of the "
-                "shortest of the sizes: give longer videos, or smaller `frames`."
+                f"data.folder: no video in {_named(self.data)} has the {least} frames of the shortest of the sizes: "
+                "give longer videos, or smaller `frames`."
             )
         return found
 
@@ -102,12 +112,9 @@ class MediaFolder:
         entry = self.entries[number]
         if number not in self._contents:
             self._contents[number] = entry.content or content(entry.path)
-        decoder = "" if self.data.decoder == "imageio" else f", decoder {self.data.decoder}"
-        # 2: images are turned as their EXIF says.
-        version = 2 if self.data.kind == "images" else 1
         return (
             f"file {self._contents[number]}, clip {part}, fps {self.data.fps}, size {list(pick.size)}, "
-            f"middle {version}{decoder}"
+            f"{self.data.kind} {DECODER_VERSION}"
         )
 
     def caption(self, index: int) -> str:
@@ -122,7 +129,7 @@ class MediaFolder:
     def pixels(self, pick: Pick) -> torch.Tensor:
         number, part = divmod(pick.index, _PARTS)
         entry = self.entries[number]
-        return read_clip(entry.path, entry.media, self._cut(entry, part, pick), self.data.decoder)
+        return read_clip(entry.path, entry.media, self._cut(entry, part, pick), self.data.kind)
 
     def _cut(self, entry: Entry, part: int, pick: Pick) -> Cut:
         frames, height, width = pick.size
@@ -131,7 +138,7 @@ class MediaFolder:
         rng = random.Random(pick.place.seed)
         native = 1 / max(height / entry.media.height, width / entry.media.width)
         return Cut(
-            rng.randint(0, max(0, self._frames(entry) - frames)),
+            rng.randint(0, max(0, entry.media.frames_at(self.data.fps) - frames)),
             frames,
             self.data.fps,
             height,
@@ -141,81 +148,49 @@ class MediaFolder:
             left=rng.random(),
         )
 
-    def _frames(self, entry: Entry) -> int:
-        """Frames of a file at the frame rate of the clips."""
-        if self.data.fps is None or entry.media.frames == 1:
-            return entry.media.frames
-        return int(entry.media.frames / entry.media.fps * self.data.fps)
+
+def _folders(data: DataSettings) -> tuple[FolderSettings, ...]:
+    return data.folders or (FolderSettings(data.folder),)
 
 
-def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -> dict[Path, str]:
-    """The caption of each file, from `metadata.jsonl` or `metadata.csv` with `file_name` and `text`.
+def _named(data: DataSettings) -> str:
+    return ", ".join(folder.path for folder in _folders(data))
 
-    Args:
-        folder: with the metadata; file names are relative to it.
-        files: those that are there.
-        missing: "error", or "skip" files without a caption.
 
-    Raises:
-        ConfigError: no metadata, one that is not in UTF-8, a line that cannot be read, or missing captions.
-    """
-    found = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    if not found:
-        raise ConfigError(f"{folder} has no metadata.jsonl or metadata.csv: write one, with file_name and text.")
-    known = {path.relative_to(folder).as_posix(): path for path in files}
-    captions: dict[Path, str] = {}
-    bare, absent = [], []
-    for place, row in _readable(found[0]):
-        name, text = row.get("file_name"), row.get("text")
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"{found[0]}, {place}: there is no file_name in it.")
-        if name not in known:
-            absent.append(name)
-        elif not isinstance(text, str) or not text.strip():
-            bare.append(name)
-        else:
-            captions[known[name]] = text.strip()
-    without = [*bare, *(name for name, path in known.items() if path not in captions and name not in bare)]
-    if absent:
-        logger.warning("%s names %d files that are not there: %s", found[0], len(absent), _some(absent))
-    if without and missing == "error":
-        raise ConfigError(
-            f"{found[0]}: {len(without)} of {len(known)} files have no caption ({_some(without)}): write them, or set "
-            "data.missing_captions to skip."
+def _captioned(settings: FolderSettings, data: DataSettings, need_captions: bool) -> dict[Path, str]:
+    """The files of one folder that are trained on, with their captions."""
+    folder = Path(settings.path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"data.folder: {folder} is no folder.")
+    suffixes = IMAGE_SUFFIXES if data.kind == "images" else VIDEO_SUFFIXES
+    files = media_files(folder, suffixes, data.kind)
+    if not files:
+        raise ConfigError(f"data.folder: {folder} holds no {data.kind} ({', '.join(suffixes)}).")
+    return read_captions(folder, files, data.missing_captions) if need_captions else dict.fromkeys(files, "")
+
+
+def _say_what_is_special(entries: Sequence[Entry], fps: float | None) -> None:
+    """Name the videos that are not trained on as they are."""
+    variable = [entry.path.name for entry in entries if entry.media.variable]
+    if variable:
+        done = (
+            "every frame is taken, however long it is shown: set data.fps to sample them evenly"
+            if fps is None
+            else f"they are sampled at {fps:g} frames per second, by the time at which each frame is shown"
         )
-    if without:
-        logger.warning("%d files have no caption and are left out: %s", len(without), _some(without))
-    if not captions:
-        raise ConfigError(f"{found[0]}: no file in {folder} has a caption.")
-    return captions
-
-
-def _readable(path: Path) -> Iterator[tuple[str, dict]]:
-    try:
-        yield from _rows(path)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not in UTF-8 ({error}): save it in UTF-8.") from error
-    except csv.Error as error:
-        raise ConfigError(f"{path} is no CSV: {error}") from error
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                yield f"line {number}", row
-            return
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}, line {number}: no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f'{path}, line {number}: must be an object with "file_name" and "text".')
-            yield f"line {number}", row
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+        logger.warning("%d videos have a variable frame rate (%s); %s.", len(variable), some(variable), done)
+    slow = [entry.path.name for entry in entries if fps and entry.media.frames > 1 and entry.media.fps < fps * 0.99]
+    if slow:
+        logger.warning(
+            "%d videos have less than data.fps = %g frames per second, so some of their frames come twice: %s",
+            len(slow), fps, some(slow),
+        )  # fmt: skip
+    woven = [entry.path.name for entry in entries if entry.media.interlaced]
+    if woven:
+        logger.warning(
+            "%d videos are interlaced and are taken as they are, with combs where something moves: %s",
+            len(woven), some(woven),
+        )  # fmt: skip
+    hdr = [entry.path.name for entry in entries if entry.media.hdr]
+    if hdr:
+        logger.warning("%d videos are HDR and are taken in the range of others (BT.709): %s", len(hdr), some(hdr))

@@ -14,6 +14,7 @@ from ..recipes.base import Batch, Process
 from ..settings import SizeSettings
 from .cache import TensorCache
 from .dataset import ClipDataset, sturdy_pixels
+from .files import some
 from .sampler import Pick, without
 
 logger = logging.getLogger(__name__)
@@ -58,14 +59,24 @@ class Latents:
         return {**self.__dict__, "_encoder": None, "_texts": None}
 
     def load(self, pick: Pick) -> Batch:
+        """The parts of one clip.
+
+        Raises:
+            OSError: a cached file that was whole when the run began is gone or damaged; what is left of it is removed,
+                so that the next run makes it again. Or `sturdy_pixels` finds no clip.
+        """
         if not self.cached:
             pixels, index = sturdy_pixels(self.dataset, pick, self.members, self.sizes)
             return {"pixels": pixels, "caption": self.dataset.caption(index)}
         parts = {name: self.cache.read(*self._key(pick, name)) for name in self.identities}
         missing = [name for name, value in parts.items() if value is None]
         if missing:
+            for name in missing:
+                self.cache.remove(*self._key(pick, name))
             file = self.cache.path(*self._key(pick, missing[0]))
-            raise RuntimeError(f"{file}, which was there when the run began, is gone or damaged: delete it and resume.")
+            raise OSError(
+                f"{file}, which was there when the run began, is gone or damaged: resume, and it is made again."
+            )
         values = {name: part["tensor"] for name, part in parts.items()}
         return {**values, "caption": self.dataset.caption(pick.index)}
 
@@ -88,7 +99,8 @@ class Latents:
         return self._texts[prompts]
 
     def fill(self, process: Process) -> None:
-        """Encode what the cache lacks, each process a share. Clips that cannot be read are dropped, and counted.
+        """Encode what the cache lacks or has in damaged files, each process a share. Clips that cannot be read are
+        dropped, and counted.
 
         Raises:
             ConfigError: none can be read.
@@ -102,8 +114,12 @@ class Latents:
             if self.members is None and process.is_main:
                 logger.info("clips that are endless are not cached: set data.clips to have them encoded once.")
             return
-        picks = [self._pick(size, index) for size, indices in self.members.items() for index in indices]
+        picks = [self._pick(size, index) for size, indices in self.members.items() for index in dict.fromkeys(indices)]
         missing = [(pick, parts) for pick in picks if (parts := self._missing(pick))]
+        damaged = sum(self.cache.path(*self._key(pick, part)).exists() for pick, parts in missing for part in parts)
+        if damaged and process.is_main:
+            logger.warning("%d files of the cache are damaged and are made again.", damaged)
+        process.wait()  # before the first one writes, or they would not share the same list
         for number, (pick, parts) in enumerate(missing[process.index :: process.count]):
             if process.is_main and number % 100 == 0:
                 logger.info("encoding clips: %d of %d", number * process.count, len(missing))
@@ -116,11 +132,12 @@ class Latents:
                 self.cache.write({"tensor": value[0].cpu()}, *self._key(pick, name))
         self._encoder.release()
         process.wait()
+        gone = {(pick.size, pick.index) for pick, _ in missing if self._missing(pick)}
         self.members = {
-            size: [index for index in indices if not self._missing(self._pick(size, index))]
+            size: [index for index in indices if (self._pick(size, index).size, index) not in gone]
             for size, indices in self.members.items()
         }
-        lost = len(picks) - sum(map(len, self.members.values()))
+        lost = len(gone)
         if lost == len(picks):
             raise ConfigError(f"data: none of the {lost} clips can be decoded; the log above says why of each.")
         if lost and process.is_main:
@@ -180,7 +197,18 @@ class Texts:
         return found
 
     def _key(self, caption: str) -> tuple[str, ...]:
-        return caption, "text 2", self.encoder.identity
+        return caption, "text 3", self.encoder.identity
+
+
+def say_what_is_cut(captions: Sequence[str], encoder: TextEncoder) -> None:
+    """Name the captions that are longer than what the text encoder takes."""
+    counts = [count for first in range(0, len(captions), 256) for count in encoder.count(captions[first : first + 256])]
+    long = [f'"{text[:40]}..." ({n} tokens)' for text, n in zip(captions, counts, strict=True) if n > encoder.length]
+    if long:
+        logger.warning(
+            "%d of %d captions have more than the %d tokens that the text encoder takes; what is beyond is cut off: %s",
+            len(long), len(captions), encoder.length, some(long),
+        )  # fmt: skip
 
 
 def _size(text: Text) -> int:

@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .decode import Media, Undecodable, probe
+from ...generation.media import Media, Undecodable
+from ...generation.video import staged
+from .decode import probe
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
-"""Of what is remembered of a file; 2 has the size of a picture as its EXIF turns it."""
+_VERSION = 3
+"""Of what is remembered of a file; 3 has the picture stream of videos, as shown."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ def content(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def look_into(files: Sequence[Path], cache: str | None, contents: bool = False) -> dict[Path, Known]:
+def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: bool = False) -> dict[Path, Known]:
     """What each file holds that can be decoded; others are named in the log.
 
     Args:
         files: to look into, several at a time.
+        kind: "videos" or "images".
         cache: folder in which it is remembered by path, size and time of the file; None for nowhere.
         contents: also hash the files, if there is a cache to remember it.
     """
@@ -54,12 +57,13 @@ def look_into(files: Sequence[Path], cache: str | None, contents: bool = False) 
     index = _read(index_file) if index_file is not None else {}
     contents = contents and index_file is not None
 
-    def look(path: Path) -> Known | None:
-        facts = index.get(_stamp(path))
+    def look(path: Path) -> tuple[str, Known] | None:
         try:
-            media = Media(**facts["media"]) if facts is not None else probe(path)
+            stamp = _stamp(path, kind)
+            facts = index.get(stamp)
+            media = Media(**facts["media"]) if facts is not None else probe(path, kind)
             known = facts["content"] if facts is not None else None
-            return Known(media, known or (content(path) if contents else None))
+            return stamp, Known(media, known or (content(path) if contents else None))
         except Undecodable as error:
             logger.warning("%s; it is left out.", error)
         except OSError as error:
@@ -67,14 +71,13 @@ def look_into(files: Sequence[Path], cache: str | None, contents: bool = False) 
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = {path: known for path, known in zip(files, pool.map(look, files), strict=True) if known is not None}
+        looked = {path: found for path, found in zip(files, pool.map(look, files), strict=True) if found is not None}
     if index_file is not None:
-        index.update({_stamp(path): {"version": _VERSION, **asdict(known)} for path, known in found.items()})
+        index.update({stamp: {"version": _VERSION, **asdict(known)} for stamp, known in looked.values()})
         index_file.parent.mkdir(parents=True, exist_ok=True)
-        beside = index_file.with_name(f".{index_file.name}.{os.getpid()}.part")
-        beside.write_text(json.dumps(index), encoding="utf-8")
-        os.replace(beside, index_file)
-    return found
+        with staged(index_file) as draft:
+            draft.write_text(json.dumps(index, default=str), encoding="utf-8")
+    return {path: known for path, (_, known) in looked.items()}
 
 
 def _read(index_file: Path) -> dict[str, dict]:
@@ -89,6 +92,6 @@ def _read(index_file: Path) -> dict[str, dict]:
         return {}
 
 
-def _stamp(path: Path) -> str:
+def _stamp(path: Path, kind: str) -> str:
     facts = path.stat()
-    return f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+    return f"{kind} {path.resolve()} {facts.st_size} {facts.st_mtime_ns}"

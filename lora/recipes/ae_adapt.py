@@ -28,7 +28,7 @@ from ..config import ConfigError
 from ..data.cache import TensorCache
 from ..data.dataset import open_dataset
 from ..data.held_out import hold_out
-from ..data.latents import Latents
+from ..data.latents import Latents, say_what_is_cut
 from ..flow import noisy, sample_sigmas
 from ..fsdp import DTYPES
 from ..generators import Generators
@@ -57,8 +57,11 @@ class AEAdapt(Recipe):
         if self.backbone.image and config.validation.prompts and not config.validation.clips:
             raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
         self.dataset = open_dataset(config.data, config.seed)
-        self.cache = TensorCache(config.data.cache) if config.data.cache else None
+        half = None if config.data.cache_dtype == "float32" else config.data.cache_dtype
+        self.cache = TensorCache(config.data.cache, half) if config.data.cache else None
         self.text_encoder = self.backbone.text_encoder()
+        if self.process.is_main:
+            say_what_is_cut(self.dataset.captions(), self.text_encoder)
         self.held_out = hold_out(self.dataset, config.data.sizes, config.validation.clips)
         self.aligning = self._latents(align=True) if config.phases.align.steps else None
         self.flowing = self._latents(align=False)
@@ -81,6 +84,21 @@ class AEAdapt(Recipe):
         sizes = self.config.data.sizes
         prompts = ("", *self.config.validation.prompts, self.config.validation.negative_prompt)
         return Latents(self.dataset, sizes, encoder, self.text_encoder, self.cache, self.held_out.clips, prompts)
+
+    def encode(self) -> dict[str, Any]:
+        data = self.config.data
+        if data.cache is None:
+            raise ConfigError("data.cache is missing: with --encode-only, say in which folder encodings are kept.")
+        if data.kind == "demo" and data.clips is None:
+            raise ConfigError("clips that are endless cannot be encoded beforehand: set data.clips.")
+        self.prepare()
+        phases = self.config.phases
+        used = [self.aligning] if self.aligning is not None else []
+        used += [self.flowing] if phases.head.steps or phases.lora.steps else []
+        for latents in used:
+            latents.fill(self.process)
+        clips = {index for latents in used for indices in latents.members.values() for index in indices}
+        return {"cache": data.cache, "clips": len(clips), "captions": len(self.dataset.captions())}
 
     def phases(self) -> list[Phase]:
         phases = self.config.phases

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import CheckpointError
+from ..config import ConfigError
 from ..data.sampler import Pick
 from ..generators import Generators
 from ..settings import PhaseSettings, RunSettings, SizeSettings
@@ -139,6 +140,18 @@ class Recipe(ABC):
     @abstractmethod
     def phases(self) -> Sequence[Phase]:
         """The phases in order, those with 0 steps included; called before `prepare`, so they load nothing yet."""
+
+    def encode(self) -> dict[str, Any]:
+        """Fill the caches that the run would fill, and nothing else; called in every process, instead of `prepare`.
+
+        Returns:
+            What to tell the user.
+
+        Raises:
+            ConfigError: this recipe keeps no encodings, or the settings have no cache for them.
+            CheckpointError: the cache cannot be written.
+        """
+        raise ConfigError(f"the recipe {self.config.recipe} keeps no encodings: leave --encode-only out.")
 
     @abstractmethod
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:

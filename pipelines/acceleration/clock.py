@@ -1,79 +1,251 @@
-"""Counts runs and denoising steps from what a transformer is called with."""
+"""Counts runs, denoising steps and guidance branches, from a scheduler's own place in its table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 
 from ...attention import StepInfo
+from ...attention.engine import KEPT_RUNS
+from .scheduler_table import Table, Timestep, read_table
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Run:
+    """One run so far.
+
+    Args:
+        number: counted from 0.
+        table: what its steps are rows of; None where distinct timesteps are counted.
+        first, place: the first row that was run and the one that is.
+        timestep: of the last pass.
+        ignored: the table that was there but belongs to somebody else's run.
+        counted: steps are counted although there is a table, because the timesteps are not its rows.
+        rises: the direction of timesteps that are counted, once it is known.
+        passes: of each model in this row. per_row: in the last complete row.
+        seen: the steps that were run. total: how many there should be.
+    """
+
+    number: int
+    table: Table | None
+    first: int
+    place: int
+    timestep: Timestep
+    ignored: Table | None = None
+    counted: bool = False
+    rises: bool | None = None
+    passes: Counter[str] = field(default_factory=Counter)
+    per_row: dict[str, int] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    total: int | None = None
+
+    def move(self, place: int) -> None:
+        """Go to a row; the passes of the one before say how many a row has."""
+        if place != self.place:
+            self.per_row.update(self.passes)
+            self.passes.clear()
+            self.place = place
+
+    def note(self) -> str:
+        """What is wrong with the count, empty if nothing is."""
+        if self.total is None:
+            if self.ignored is None:
+                return ""
+            return (
+                f"run {self.number}: called outside the schedule of the accelerated pipeline, so its {len(self.seen)} "
+                "steps were counted from the timesteps and their expected number is unknown"
+            )
+        if len(self.seen) == self.total and max(self.seen) == self.total - 1:
+            return ""
+        return f"run {self.number}: steps seen {len(self.seen)}, expected {self.total}"
 
 
 class StepClock:
     """Tells the run, the step and the guidance branch of each forward pass.
 
-    Timesteps fall within a run. One that rises, or a new table of timesteps in the scheduler, starts a run; the same
-    one again is another guidance branch of the same step. One clock serves all transformers of a pipeline, so the
-    second transformer of Wan 2.2 goes on counting where the first stopped. Steps count from the first one that is run:
-    video-to-video at half strength starts at step 0 of half as many.
+    A step is a row of the scheduler's table of timesteps. Diffusers moves `scheduler.step_index` in `scheduler.step()`,
+    which comes after the forward passes of a row. So the index at the time of a pass is its row, whatever the model
+    gets as timestep: tables may rise, repeat values and be rounded. Before the first `step()`, and for schedulers
+    without an index, the place is found by value; the passes of earlier rows tell rows of one value apart. Where there
+    is no table to look into (a transformer alone, the run of another pipeline, frames with a timestep each), distinct
+    timesteps are counted.
+
+    A run starts with a new table, and where the place falls back. One clock serves all transformers of a pipeline, so
+    the second transformer of Wan 2.2 goes on counting where the first stopped. Steps count from the first one that is
+    run: video-to-video at half strength starts at step 0 of half as many.
 
     Args:
-        scheduler: gives the pipeline's scheduler of now (people swap it between runs), for the number of steps and the
-            noise levels; gives None when there is no pipeline.
+        pipe: what is accelerated. Its scheduler is read in each pass, because people swap it between runs.
     """
 
-    def __init__(self, scheduler: Callable[[], object | None]) -> None:
-        self._scheduler = scheduler
-        self._run = -1
-        self._place = -1
-        self._first = 0
-        self._last: float | None = None
-        self._table: torch.Tensor | None = None
-        self._passes: dict[str, int] = {}
+    def __init__(self, pipe: object) -> None:
+        self._pipe = pipe
+        self._number = 0  # of the next run
+        self._run: _Run | None = None
+        self._table: Table | None = None
+        self._sends_rows: bool | None = None  # whether the models get the timesteps of the table, once it is known
+        self._notes: dict[int, str] = {}
+        self._told = -1  # of this run and those before nothing is said any more
+
+    def __deepcopy__(self, memo: dict[int, object]) -> StepClock:
+        # A transformer that is copied alone must not bring a copy of its pipeline.
+        new = StepClock(memo.get(id(self._pipe)))
+        new._number = self._number
+        return new
 
     def observe(self, timestep: torch.Tensor, model: str, branches: tuple[str, ...]) -> StepInfo:
         """Read one forward pass.
 
         Args:
-            timestep: as the transformer got it: 0-dim, `[B]`, or `[B, tokens]` for Wan 2.2's image conditioning, whose
-                clean tokens have a timestep of 0.
+            timestep: as the transformer got it: 0-dim, `[B]`, or with a value for each frame or token.
             model: the component that is called.
             branches: names for the passes of one step, in order.
+
+        Raises:
+            ValueError: the timestep has no value.
         """
-        value = float(timestep.max())
-        scheduler = self._scheduler()
-        table = getattr(scheduler, "timesteps", None)
-        number = self._passes.get(model, 0)
-        # Without a scheduler nothing else tells a loop at one timestep (a profiler's, say) from ever more branches.
-        repeated = table is None and value == self._last and number >= len(branches)
-        new_table = table is not None and table is not self._table
-        starts = self._last is None or value > self._last or new_table or repeated
-        if starts:
-            self._run, self._place = self._run + 1, -1
-        if starts or value != self._last:
-            self._place = self._find(value, table)
-            self._passes, number = {}, 0
-        if starts:
-            self._first = self._place
-        self._last, self._table = value, table
-        self._passes[model] = number + 1
+        if timestep.numel() == 0:
+            raise ValueError(f"{model} was called with an empty timestep, of shape {list(timestep.shape)}.")
+        now = Timestep.of(timestep)
+        table = self._table = read_table(getattr(self._pipe, "scheduler", None), self._table)
+        if table is not None and self._belongs_to_another(table, now):
+            place, ignored = self._by_count(now, model, branches), table
+        elif table is None:
+            place, ignored = self._by_count(now, model, branches), self._absent_table()
+        else:
+            place, ignored = (
+                self._by_index(table) if table.index is not None else self._by_value(table, now, model),
+                None,
+            )
+        run = self._run
+        if place is None:
+            run = self._start(None if ignored is not None else table, now, ignored)
+        else:
+            run.move(place)
+        run.timestep = now
+        if run.table is not None:
+            run.table = table
+            self._sends_rows = self._sends_rows is not False and now.matches(
+                table.rows[min(run.place, len(table.rows) - 1)]
+            )
+        run.total = self._total(run, now)
+        number = run.passes[model]
+        run.passes[model] += 1
+        run.seen.add(run.place - run.first)
         branch = branches[number] if number < len(branches) else f"pass {number}"
-        steps = None if table is None else len(table) - self._first
-        return StepInfo(self._run, self._place - self._first, steps, self._sigma(scheduler), branch)
+        sigma = None if run.table is None or run.counted else run.table.sigma(run.place)
+        return StepInfo(run.number, run.place - run.first, run.total, sigma, branch)
 
-    def _find(self, value: float, table: torch.Tensor | None) -> int:
-        """The place of a timestep in the scheduler's table, else one more than the last."""
-        if table is not None:
-            places = (table.float() - value).abs() < 1e-3 * max(1.0, abs(value))
-            # A second-order scheduler has each timestep twice: take the first place not behind the last step.
-            for place in places.nonzero().flatten().tolist():
-                if place > self._place:
-                    return place
-        return self._place + 1
+    def notes(self) -> list[str]:
+        """Where a run's count is not what its scheduler promised, for the last few runs."""
+        last = self._note()
+        return [*self._notes.values(), *([last] if last else [])]
 
-    def _sigma(self, scheduler: object | None) -> float | None:
-        """The noise level of the step; None for schedulers whose levels are not a flow's, from 0 to 1."""
-        sigmas = getattr(scheduler, "sigmas", None)
-        if sigmas is None or self._place >= len(sigmas) or float(sigmas.max()) > 1.001:
+    def forget_notes(self) -> None:
+        """Say nothing more of the runs so far."""
+        self._notes, self._told = {}, self._number - 1
+
+    def _note(self) -> str:
+        return self._run.note() if self._run is not None and self._run.number > self._told else ""
+
+    # Each of these gives the place of the pass in the run that goes on, or None where another run starts.
+
+    def _by_index(self, table: Table) -> int | None:
+        run = self._run
+        if run is None or not self._goes_on(run, table) or table.index < run.place:
             return None
-        return float(sigmas[self._place])
+        return table.index
+
+    def _by_value(self, table: Table, now: Timestep, model: str) -> int | None:
+        run = self._run
+        if run is None or run.table is None or run.table.tensor is not table.tensor or run.table.index is not None:
+            return None
+        if run.table.scheduler is not table.scheduler:
+            return None
+        if now == run.timestep:
+            # A value that the next row repeats: that row's turn comes after as many passes as a row has.
+            full = run.passes[model] >= run.per_row.get(model, run.passes[model] + 1)
+            repeats = not table.counts_itself and not run.counted and run.place + 1 in table.places(now)
+            return run.place + 1 if full and repeats else run.place
+        places = [] if run.counted or (now.low != now.high and table.counts_itself) else table.places(now)
+        ahead = [place for place in places if place > run.place]
+        if ahead:
+            return ahead[0]
+        if places and places[-1] < run.place:
+            return None
+        if places:
+            return run.place
+        # No row has such a timestep: each frame has its own, and no scheduler of the pipeline's moves.
+        if run.place - run.first + 1 == run.total:
+            return None  # the next window of a long video
+        run.counted = True
+        return run.place + 1
+
+    def _by_count(self, now: Timestep, model: str, branches: tuple[str, ...]) -> int | None:
+        run = self._run
+        if run is None or run.table is not None:
+            return None
+        if now == run.timestep:
+            # Nothing else tells a loop at one timestep (a profiler's, say) from ever more branches.
+            return None if run.passes[model] >= max(len(branches), run.per_row.get(model, 0)) else run.place
+        rises = (now.mean, now.high) > (run.timestep.mean, run.timestep.high)
+        if run.rises is not None and rises != run.rises:
+            return None
+        run.rises = rises
+        return run.place + 1
+
+    def _goes_on(self, run: _Run, table: Table) -> bool:
+        """Whether a table in which the scheduler is on its way is that of the run."""
+        if run.table is None or run.table.scheduler is not table.scheduler:
+            return False
+        # A copy with the same rows, moved to another device perhaps. A new run would have no index yet.
+        return run.table.tensor is table.tensor or (run.table.index is not None and run.table.rows == table.rows)
+
+    def _belongs_to_another(self, table: Table, now: Timestep) -> bool:
+        """Whether the scheduler stands in the middle of a run that was broken off, and this pass is of another.
+
+        That is what two pipelines with one transformer and a scheduler each look like.
+        """
+        if table.index is None:
+            return False
+        run = self._run
+        if run is not None and run.ignored is not None:
+            former = run.ignored
+            if former.tensor is table.tensor and former.index == table.index:
+                return True
+        return bool(self._sends_rows) and not now.matches(table.rows[table.index])
+
+    def _absent_table(self) -> Table | None:
+        """A stand-in that says a pipeline's scheduler is not the one that runs."""
+        scheduler = getattr(self._pipe, "scheduler", None)
+        return None if scheduler is None else Table(scheduler, torch.empty(0), (), None)
+
+    def _start(self, table: Table | None, now: Timestep, ignored: Table | None) -> _Run:
+        note = self._note()
+        if note:
+            logger.warning("%s", note)
+            self._notes[self._run.number] = note
+        number, self._number = self._number, self._number + 1
+        self._notes = {run: note for run, note in self._notes.items() if run > number - KEPT_RUNS}
+        place = 0
+        if table is not None:
+            found = table.places(now)
+            place = next(p for p in (table.index, table.begin, *found[:1], 0) if p is not None)
+        self._run = _Run(number, table, place, place, now, ignored)
+        return self._run
+
+    def _total(self, run: _Run, now: Timestep) -> int | None:
+        if run.table is None:
+            return None
+        if run.counted or (now.per_frame and run.table.index is None):
+            told = getattr(self._pipe, "num_timesteps", None)  # what the pipeline's own loop will do
+            if isinstance(told, int) and told > 0:
+                return told
+            if run.counted:
+                return None
+        return len(run.table.rows) - run.first

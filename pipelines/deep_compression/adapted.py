@@ -94,7 +94,7 @@ def base_location(base: str) -> str:
     return str(demo.path()) if base == demo.WAN else base
 
 
-def load_adapter(transformer: nn.Module, folder: Path) -> nn.Module:
+def load_adapter(transformer: Any, folder: Path) -> Any:
     """Load an adapter into a transformer that `retarget` has prepared; its LoRA stays apart.
 
     Raises:
@@ -137,7 +137,7 @@ def _own_autoencoder(folder: Path, stated: str) -> str:
 
 
 def load_adapted(
-    pipeline_class: type,
+    pipeline_class: Any,
     folder: Path,
     base: str | Path | None = None,
     autoencoder: str | Path | None = None,

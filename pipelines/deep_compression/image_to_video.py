@@ -4,23 +4,24 @@ Source: DC-VideoGen (arXiv 2509.25182). A module of its own: where torchvision i
 classes complain on import, and text to video has no use for them.
 """
 
-# No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 from PIL.Image import Image
 from torch.nn import functional
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from ...autoencoders import AutoencoderDCV
 from .canvas import Canvas
+from .constructor import constructor_of
 from .text_to_video import DCVideoGen
 
 
@@ -32,31 +33,7 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
 
     _sees_image = True
 
-    def __init__(
-        self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderDCV,
-        scheduler: SchedulerMixin,
-        image_processor: CLIPImageProcessor | None = None,
-        image_encoder: CLIPVisionModel | None = None,
-        transformer: WanTransformer3DModel | None = None,
-        transformer_2: WanTransformer3DModel | None = None,
-        boundary_ratio: float | None = None,
-        expand_timesteps: bool = False,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            scheduler=scheduler,
-            image_processor=image_processor,
-            image_encoder=image_encoder,
-            transformer=transformer,
-            transformer_2=transformer_2,
-            boundary_ratio=boundary_ratio,
-            expand_timesteps=expand_timesteps,
-        )
+    __init__ = constructor_of(WanImageToVideoPipeline, vae=AutoencoderDCV)
 
     def __call__(
         self,
@@ -229,7 +206,7 @@ def _pictures(image: Any) -> list:
 
 
 def image_condition(
-    vae: torch.nn.Module, image: torch.Tensor, latent_frames: int, last_image: torch.Tensor | None = None
+    vae: Any, image: torch.Tensor, latent_frames: int, last_image: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What an image-to-video transformer sees beside the noise: `[B, 4 + C, T, H/f, W/f]`.
 

@@ -50,7 +50,8 @@ def _folder(
     if layout == "published":
         import huggingface_hub as hub
 
-        return Path(hub.snapshot_download(location, **wanted_files(pipeline_class, without), **options))
+        chosen: dict[str, Any] = {**wanted_files(pipeline_class, without), **options}
+        return Path(hub.snapshot_download(location, **chosen))
     return downloaded_folder(location, options) if layout == "unknown" else None
 
 

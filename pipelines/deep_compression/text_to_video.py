@@ -3,20 +3,21 @@
 Source: DC-VideoGen (arXiv 2509.25182). Everything but sizes is diffusers' own: prompts, LoRA, callbacks, offloading.
 """
 
-# No `from __future__ import annotations`: diffusers reads the types of the constructors' arguments.
+from __future__ import annotations
+
 import logging
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.memory import memory_to_decode
 from .canvas import Canvas
+from .constructor import constructor_of
 from .published import PublishedLayoutMixin
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class DCVideoGen(PublishedLayoutMixin):
                 fix,
             )
 
-    def _checked_transformer(self) -> torch.nn.Module:
+    def _checked_transformer(self) -> Any:
         """The transformer; the first of two."""
         if self.vae is None or "chunk_size" not in self.vae.config:
             raise ValueError(
@@ -151,28 +152,7 @@ class DCVideoGenPipeline(DCVideoGen, WanPipeline):
         ```
     """
 
-    # The same as the parent's, for the type of the autoencoder, which diffusers checks when it loads.
-    def __init__(
-        self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderDCV,
-        scheduler: SchedulerMixin,
-        transformer: WanTransformer3DModel | None = None,
-        transformer_2: WanTransformer3DModel | None = None,
-        boundary_ratio: float | None = None,
-        expand_timesteps: bool = False,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            scheduler=scheduler,
-            transformer=transformer,
-            transformer_2=transformer_2,
-            boundary_ratio=boundary_ratio,
-            expand_timesteps=expand_timesteps,
-        )
+    __init__ = constructor_of(WanPipeline, vae=AutoencoderDCV)
 
     def __call__(
         self,

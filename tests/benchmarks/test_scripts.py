@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 def run(script: str, *arguments: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    # No time limit: what bounds a script is the work it is given, and a busy machine takes its time.
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -55,20 +56,22 @@ def test_dc_videogen(tmp_path):
 
 @pytest.mark.slow
 def test_dc_demo(tmp_path):
-    run("dc_demo.py", "--clips", "2", "--rounds", "1", "--prompts", "2", "--out", str(tmp_path))
+    work = ["--clips", "2", "--bits", "16", "--bits", "4", "--rounds", "1", "--prompts", "1"]
+    run("dc_demo.py", *work, "--out", str(tmp_path))
     result = json.loads((tmp_path / "dc_demo.json").read_text())
     assert [row["tokens"] for row in result["speed"]] == [576, 128]
     assert [row["model"] for row in result["accuracy"]] == ["demo", "demo-dc"]
-    assert len(result["reconstruction"]) == 12
+    assert len(result["reconstruction"]) == 4
     assert (tmp_path / "dc_demo.jpg").stat().st_size > 5000 and "| demo-dc |" in (tmp_path / "dc_demo.md").read_text()
 
 
-@pytest.mark.slow
 def test_cpu_speed(tmp_path):
-    run("cpu_speed.py", "--rounds", "1", "--out", str(tmp_path))
+    work = ["--rounds", "1", "--frames", "65", "--size", "128", "--density", "0.5", "--backend", "gather"]
+    run("cpu_speed.py", *work, "--out", str(tmp_path))
     rows = table(tmp_path / "cpu_speed.csv")
     assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2"]
-    assert all(0.15 < float(r["density"]) < 0.25 for r in rows[1:])
+    assert all(0.4 < float(r["density"]) < 0.6 for r in rows[1:])
+    assert "Speed on the CPU, 1,088 tokens" in (tmp_path / "cpu_speed.md").read_text()
 
 
 def test_attention_goes_on_where_it_stopped(tmp_path):

@@ -12,7 +12,7 @@ from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
 from vidaccel.generation.request import Settings
-from vidaccel.generation.video import read_mp4
+from vidaccel.generation.video_reader import read_video
 from vidaccel.lora.adapter import save_adapter
 from vidaccel.pipelines.deep_compression import adapted
 
@@ -54,7 +54,7 @@ def test_a_video_of_an_adapter_whose_autoencoder_lies_elsewhere(vidaccel, adapte
     options = ("--frames", 5, "--height", 20, "--width", 30, "--steps", 1, "--device", "cpu")
     result = vidaccel("generate", "a dot", "--model", adapter, *options, "--out", tmp_path / "out.mp4")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert read_mp4(tmp_path / "out.mp4")[0].shape == (5, 20, 30, 3)
+    assert read_video(tmp_path / "out.mp4")[0].shape == (5, 20, 30, 3)
 
 
 def test_its_own_autoencoder_comes_first_and_another_may_be_seen_from_its_folder(adapter, autoencoder, edit_json):
@@ -70,7 +70,7 @@ def test_its_own_autoencoder_comes_first_and_another_may_be_seen_from_its_folder
     assert facts.autoencoder is None and facts.size_factor == 8
 
 
-@pytest.mark.parametrize("command", [("generate", "a dot"), ("info", "--plan")])
+@pytest.mark.parametrize("command", [("generate", "a dot"), ("info", "--forecast")])
 def test_an_autoencoder_that_is_not_there_is_named(vidaccel, adapter, edit_json, command):
     edit_json(adapter / "adapter.json", autoencoder="/gone/deep")
     result = vidaccel(*command, "--model", adapter)
@@ -81,14 +81,14 @@ def test_an_autoencoder_that_is_not_there_is_named(vidaccel, adapter, edit_json,
 
 def test_an_autoencoder_of_another_kind_is_refused(vidaccel, adapter, tiny_model, edit_json):
     edit_json(adapter / "adapter.json", autoencoder=str(tiny_model / "vae"))
-    result = vidaccel("info", "--plan", "--model", adapter)
+    result = vidaccel("info", "--forecast", "--model", adapter)
     assert result.exit_code == 2 and "has the class AutoencoderKLWan, but a video model needs" in result.stderr
 
 
 def test_a_plan_counts_the_base_and_the_autoencoder(vidaccel, adapter, autoencoder, tiny_model, edit_json, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     size = ("--frames", 8, "--height", 64, "--width", 64)
-    text = _words(vidaccel("info", "--plan", "--model", adapter, *size).stdout)
+    text = _words(vidaccel("info", "--forecast", "--model", adapter, *size).stdout)
     for name, file in (
         ("vae", next(autoencoder.glob("*.safetensors"))),
         ("transformer of the base", next((tiny_model / "transformer").glob("*.safetensors"))),
@@ -97,7 +97,7 @@ def test_a_plan_counts_the_base_and_the_autoencoder(vidaccel, adapter, autoencod
         assert f"{name} {file.stat().st_size / 1e6:.1f} MB" in text
     assert "vae of the base" not in text
     edit_json(adapter / "adapter.json", base="nobody/no-such-base")
-    text = _words(vidaccel("info", "--plan", "--model", adapter, *size).stdout)
+    text = _words(vidaccel("info", "--forecast", "--model", adapter, *size).stdout)
     assert "without the base model nobody/no-such-base, which is not on this machine" in text
 
 

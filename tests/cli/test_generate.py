@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidaccel.generation.video import read_mp4
+from vidaccel.generation.video_reader import read_video
 
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
 PROMPT = "a <b>dot</b> & more"
@@ -50,7 +50,7 @@ def test_one_video_a_method(compared):
     names = {"clip.mp4", "clip.dense.mp4", "clip.radial.mp4", "clip.svg.mp4"}
     assert {f.name for f in compared.iterdir()} == names | {"report.html", "report.json", "report.png"}
     for name in names:
-        frames, fps = read_mp4(compared / name)
+        frames, fps = read_video(compared / name)
         assert frames.shape == (9, 64, 64, 3)
         assert fps == 16
 
@@ -117,7 +117,7 @@ def test_dense_is_the_pipeline_as_it_is(tiny_model, compared):
         generator=torch.Generator("cpu").manual_seed(3),
     ).frames[0]  # fmt: skip
     expected = write_mp4((frames * 255).round().astype(np.uint8), compared.parent / "expected.mp4")
-    assert np.array_equal(read_mp4(expected)[0], read_mp4(compared / "clip.dense.mp4")[0])
+    assert np.array_equal(read_video(expected)[0], read_video(compared / "clip.dense.mp4")[0])
 
 
 def test_density_one_equals_dense(vidaccel, tiny_model, tmp_path):
@@ -141,7 +141,7 @@ def test_without_compare(vidaccel, tiny_model, tmp_path):
     assert result.exit_code == 0, (result.output, result.exception)
     assert {f.name for f in tmp_path.iterdir()} == {"out.mp4", "out.random.mp4"}
     assert "100 %" in result.stdout
-    frames, fps = read_mp4(tmp_path / "out.mp4")
+    frames, fps = read_video(tmp_path / "out.mp4")
     assert (frames.shape[0], fps) == (9, 8)
 
 
@@ -217,7 +217,7 @@ def test_image_to_video(vidaccel, tiny_model, tmp_path):
         options = ("--image", tmp_path / "first.png", "--method", "random", "--backend", "gather", *SMALL)
         result = vidaccel("generate", "a dot", "--model", tmp_path / "i2v", *options, "--out", tmp_path / "out.mp4")
         assert result.exit_code == 0, (result.output, result.exception)
-        videos.append(read_mp4(tmp_path / "out.mp4")[0])
+        videos.append(read_video(tmp_path / "out.mp4")[0])
     assert videos[0].shape == (9, 64, 64, 3)
     assert not np.array_equal(*videos)
     (tmp_path / "first.png").write_bytes(b"no picture")
@@ -265,7 +265,7 @@ main()
             if line.startswith("step 3 of"):
                 process.send_signal(number)
                 break
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate()
     finally:
         process.kill()
     assert process.returncode == code, errors

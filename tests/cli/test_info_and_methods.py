@@ -68,13 +68,13 @@ print([name for name in ("torch", "numpy", "diffusers", "matplotlib") if name in
 
 
 def test_a_plan_says_what_a_video_takes(vidaccel):
-    text = _words(vidaccel("info", "--plan", "--frames", "33", "--height", "128", "--width", "128").stdout)
+    text = _words(vidaccel("info", "--forecast", "--frames", "33", "--height", "128", "--width", "128").stdout)
     assert "576 (9 x 8 x 8)" in text and "331,776" in text and "transformer 7.8 MB" in text
 
 
 def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):
     arguments = ("--model", "demo-dc", "--frames", "81", "--height", "2160", "--width", "3840")
-    text = _words(vidaccel("info", "--plan", *arguments).stdout)
+    text = _words(vidaccel("info", "--forecast", *arguments).stdout)
     assert "84 frames of 3840x2176, cropped" in text and "171,360 (21 x 68 x 120)" in text
     whole, tiled = (float(part.split()[0]) for part in text.split("about ")[2:4])
     # The built-in autoencoder is small: the video itself is most of both.
@@ -83,16 +83,16 @@ def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):
 
 def test_a_plan_for_an_adapter_counts_its_base(vidaccel, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    text = _words(vidaccel("info", "--plan", "--model", "demo-dc").stdout)
+    text = _words(vidaccel("info", "--forecast", "--model", "demo-dc").stdout)
     assert "transformer of the base 7.8 MB" in text and "vae of the base" not in text
 
 
 def test_options_of_a_plan_need_it(vidaccel):
     result = vidaccel("info", "--frames", "3", "--dtype", "nope")
     assert result.exit_code == 2
-    assert result.stderr == "Error: --frames, --dtype are of use only together with --plan. Leave them out.\n"
+    assert result.stderr == "Error: --frames, --dtype are of use only together with --forecast. Leave them out.\n"
     result = vidaccel("info", "--model", "demo")
-    assert result.exit_code == 2 and "--model is of use only together with --plan. Leave it out." in result.stderr
+    assert result.exit_code == 2 and "--model is of use only together with --forecast. Leave it out." in result.stderr
 
 
 def test_the_version(vidaccel):
@@ -125,5 +125,5 @@ def test_threads_are_counted_in_words(monkeypatch):
 
 
 def test_a_plan_of_what_cannot_be_made(vidaccel):
-    result = vidaccel("info", "--plan", "--frames", "10")
+    result = vidaccel("info", "--forecast", "--frames", "10")
     assert result.exit_code == 2 and "4k+1 frames" in result.stderr

@@ -192,6 +192,8 @@ def test_adapt_lists_what_is_ready():
         (("dreambooth", "--config", "demo_ae_adapt"), "no recipe"),
         (("ae-adapt", "--config", "demo_autoencoder"), "is for the recipe autoencoder"),
         (("ae-adapt", "--config", "demo_ae_adapt", "--set", "phases.lora.stepz=3"), 'did you mean "steps"'),
+        (("autoencoder", "--config", "demo_autoencoder", "--encode-only"), "keeps no encodings"),
+        (("ae-adapt", "--config", "demo_ae_adapt", "--encode-only", "--resume", "auto"), "leave --resume out"),
     ],
 )
 def test_adapt_refuses_before_anything_is_loaded(arguments, message, capfd):

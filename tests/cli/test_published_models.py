@@ -9,7 +9,7 @@ from tiny_dc import make_picture, write_published
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_model
-from vidaccel.generation.video import read_mp4
+from vidaccel.generation.video_reader import read_video
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
 
 WHOLE, ALONE = "nvidia/DC-VideoGen-Wan2.1-14B", "dc-ai/DC-Gen-Wan2.1-T2V-14B"
@@ -88,12 +88,12 @@ def test_a_video_of_a_published_folder(vidaccel, tmp_path, cache):
     source = write_published(tmp_path / "source")
     result = vidaccel("generate", "a dot", "--model", source, *VIDEO, "--out", tmp_path / "out.mp4")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert read_mp4(tmp_path / "out.mp4")[0].shape == (5, 20, 30, 3)
+    assert read_video(tmp_path / "out.mp4")[0].shape == (5, 20, 30, 3)
     make_picture().save(tmp_path / "first.png")
     options = ("--model", source, "--image", tmp_path / "first.png", "--out", tmp_path / "image.mp4")
     result = vidaccel("generate", "a dot", *options, *VIDEO)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert read_mp4(tmp_path / "image.mp4")[0].shape == (5, 20, 30, 3)
+    assert read_video(tmp_path / "image.mp4")[0].shape == (5, 20, 30, 3)
     assert len(list(cache.iterdir())) == 2
 
 
@@ -117,7 +117,7 @@ def test_which_pipeline_it_is(tmp_path, parts, image, name):
 
 def test_what_a_video_will_take(vidaccel, tmp_path):
     source = write_published(tmp_path / "source")
-    result = vidaccel("info", "--plan", "--model", source, "--frames", 8, "--height", 64, "--width", 64)
+    result = vidaccel("info", "--forecast", "--model", source, "--frames", 8, "--height", 64, "--width", 64)
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     assert "8 (2 x 2 x 2)" in words

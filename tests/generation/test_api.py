@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
@@ -13,7 +14,7 @@ import vidaccel
 from vidaccel import SVG2, Radial, demo
 from vidaccel.generation.comparison import Comparison, GeneratedVideo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.video import read_mp4
+from vidaccel.generation.video_reader import read_video
 
 PROMPT = "a red circle moves left on a grey background"
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 3, "device": "cpu", "progress": False}
@@ -40,7 +41,7 @@ def test_a_name_and_a_loaded_pipeline_give_the_same_video(pipe, dense, tmp_path)
     named = vidaccel.generate("demo", PROMPT, out=tmp_path / "video.mp4", **SMALL)
     assert named.report is None and named.name == "dense"  # a short video
     assert np.array_equal(named.frames, dense.frames)
-    assert read_mp4(tmp_path / "video.mp4")[0].shape == (9, 64, 64, 3)
+    assert read_video(tmp_path / "video.mp4")[0].shape == (9, 64, 64, 3)
     assert {type(p).__name__ for p in pipe.transformer.attn_processors.values()} == {"WanAttnProcessor"}
 
 
@@ -80,7 +81,7 @@ def test_a_default_method_that_cannot_do_it_is_left_out(tmp_path):
         vidaccel.generate("demo", PROMPT, method="radial", density=0.2, **{**SMALL, "frames": 5})
 
 
-def test_video_to_video(dense, tmp_path):
+def test_video_to_video(pipe, dense, tmp_path):
     video = dense.save(tmp_path / "input.mp4")
     chosen = {**SMALL, "frames": None, "steps": 4}
     made = [
@@ -94,6 +95,9 @@ def test_video_to_video(dense, tmp_path):
     assert [v.frames.shape for v in made] == [(9, 64, 64, 3)] * 3
     assert made[1].report.records[-1].num_steps == 2
     assert made[2].notes == ("video: of its 11 frames, the first 9 are used.",)
+    loaded = vidaccel.generate(pipe, PROMPT, video=video, strength=0.5, **{**chosen, "device": "auto"})
+    assert np.array_equal(loaded.frames, made[0].frames)
+    assert type(pipe).__name__ == "WanPipeline" and pipe.transformer.dtype == torch.float32
     # The less noise, the nearer to the input.
     off = [np.abs(v.frames.astype(int) - dense.frames).mean() for v in (made[0], made[2])]
     assert 0 < off[1] < off[0]
@@ -159,7 +163,7 @@ def test_an_odd_size_is_written(tmp_path):
     assert job.notes == ("The file has 66x34 pixels, the last row or column twice: H.264 needs even sizes.",)
     made = vidaccel.generate("demo-dc", PROMPT, out=tmp_path / "odd.mp4", **{**SMALL, **size})
     assert made.frames.shape == (5, 33, 65, 3)
-    assert read_mp4(tmp_path / "odd.mp4")[0].shape == (5, 34, 66, 3)
+    assert read_video(tmp_path / "odd.mp4")[0].shape == (5, 34, 66, 3)
 
 
 def test_the_device_may_be_any_that_torch_has(monkeypatch):

@@ -49,7 +49,7 @@ TURNED = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
 @pytest.mark.parametrize("orientation", TURNED)
 def test_pictures_are_turned_as_their_exif_says(tmp_path, quarters, suffix, orientation):
     exif = Image.Exif()
@@ -170,8 +170,9 @@ def _swapped(profile: bytes) -> bytes:
 def test_several_frames_are_refused(tmp_path, quarters, suffix):
     other = Image.new("RGB", quarters.size)
     quarters.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[other, quarters])
-    with pytest.raises(PictureError, match=rf"a.{suffix} cannot be read as a picture: it holds 3 frames or pages"):
-        read_picture(tmp_path / f"a.{suffix}")
+    for read in (read_picture, picture_size):
+        with pytest.raises(PictureError, match=rf"a.{suffix} cannot be read as a picture: it holds 3 frames or pages"):
+            read(tmp_path / f"a.{suffix}")
 
 
 def test_a_picture_with_a_preview_is_one_picture(tmp_path, quarters):
@@ -202,12 +203,22 @@ def test_what_is_no_picture_is_named(tmp_path, write, words):
 
 def test_half_a_picture_is_no_picture(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    for suffix in ("jpg", "png", "webp", "gif", "tif", "bmp"):
+    for suffix in ("jpg", "png", "webp", "gif", "tif", "bmp", "avif"):
         path = tmp_path / f"a.{suffix}"
         noise.save(path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(PictureError, match=path.name):
             read_picture(path)
+
+
+def test_an_avif_without_its_item(tmp_path):
+    """PIL has yet another error for it."""
+    path = tmp_path / "a.avif"
+    Image.new("RGB", (64, 64), "red").save(path)
+    path.write_bytes(path.read_bytes().replace(b"pitm\0\0\0\0\0\1", b"pitm\0\0\0\0\0\7"))
+    for read in (read_picture, picture_size):
+        with pytest.raises(PictureError, match="a.avif cannot be read as a picture: .*item"):
+            read(path)
 
 
 def test_a_picture_too_large_to_be_true(tmp_path, monkeypatch):

@@ -166,6 +166,25 @@ def video_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def damage() -> Callable[[Path], None]:
+    """Make a video of 24 frames out of noise whose header and first clip are whole, and whose rest is not."""
+    import imageio.v2 as imageio
+
+    def write(path: Path) -> None:
+        random = np.random.default_rng(0)
+        options = ["-g", "4", "-bf", "0"]
+        with imageio.get_writer(path, fps=8, macro_block_size=2, output_params=options) as writer:
+            for _ in range(24):
+                writer.append_data(random.integers(0, 255, (32, 64, 3), np.uint8))
+        whole = bytearray(path.read_bytes())
+        middle, count = len(whole) // 2, len(whole) // 10
+        whole[middle : middle + count] = random.bytes(count)
+        path.write_bytes(whole)
+
+    return write
+
+
 TINY_AUTOENCODER = {
     "latent_channels": 4,
     "block_out_channels": (8, 8, 8, 8, 8, 8, 8),

@@ -1,4 +1,4 @@
-"""Plans, scenes, folders of videos and images, caches."""
+"""Plans, scenes, folders of videos and images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from vidaccel.demo import world
-from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.generation.media import Cut, Media, Undecodable
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.data.cache import TensorCache, fingerprint
+from vidaccel.lora.data.captions import read_captions
 from vidaccel.lora.data.dataset import open_dataset, sturdy_pixels
-from vidaccel.lora.data.decode import Cut, Undecodable, probe, read_clip
+from vidaccel.lora.data.decode import probe, read_clip
 from vidaccel.lora.data.demo import DemoScenes
-from vidaccel.lora.data.folder import MediaFolder, read_captions
+from vidaccel.lora.data.folder import MediaFolder
 from vidaccel.lora.data.sampler import ClipSampler, Pick, nearest_size, without
 from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.settings import DataSettings, SizeSettings
@@ -175,8 +175,8 @@ def test_content_is_what_counts_for_the_cache(video_folder, tmp_path):
     pick = Pick(0, (8, 32, 64), PLACE)
     assert first.identity(pick) == second.identity(pick) != first.identity(Pick(1, (8, 32, 64), PLACE))
     assert first.identity(pick) != first.identity(Pick(0, (4, 32, 64), PLACE))
-    other = MediaFolder(first.entries, replace(first.data, decoder="torchcodec"), random_crops=False)
-    assert first.identity(pick) != other.identity(pick)  # decoders do not scale to the same pixels
+    other = MediaFolder(first.entries, replace(first.data, fps=4.0), random_crops=False)
+    assert first.identity(pick) != other.identity(pick)
 
 
 def test_what_was_looked_at_is_remembered(video_folder, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_what_was_looked_at_is_remembered(video_folder, tmp_path, monkeypatch):
     first = MediaFolder.open(cached)
     pick = Pick(0, (8, 32, 64), PLACE)
     identity = MediaFolder.open(data(video_folder)).identity(pick)
-    monkeypatch.setattr("vidaccel.lora.data.media_index.probe", lambda path: pytest.fail("looked again"))
+    monkeypatch.setattr("vidaccel.lora.data.media_index.probe", lambda path, kind: pytest.fail("looked again"))
     monkeypatch.setattr("vidaccel.lora.data.media_index.content", lambda path: pytest.fail("read again"))
     monkeypatch.setattr("vidaccel.lora.data.folder.content", lambda path: pytest.fail("read again"))
     assert MediaFolder.open(cached).entries == first.entries
@@ -229,23 +229,17 @@ def test_nothing_decodes(damaged):
 
 def test_a_video_that_is_shorter_than_its_header_says(video_folder):
     path = video_folder / "a.mp4"
-    media = probe(path)
+    media = probe(path, "videos")
     assert (media.height, media.width, media.frames, media.fps) == (32, 64, 24, 8.0)
     with pytest.raises(Undecodable, match="a.mp4 cannot be decoded: it ends after 4 of the 8 frames"):
-        read_clip(path, media, Cut(20, 8, None, 32, 64))
+        read_clip(path, media, Cut(20, 8, None, 32, 64), "videos")
 
 
 def test_cuts_cover_and_stay_inside():
     cut = Cut(0, 1, None, 32, 32, top=1.0, left=0.0)
-    media = probe_like(64, 128)
+    media = Media(64, 128)
     assert cut.scaled(media) == (32, 64) and cut.corner((32, 64)) == (0, 0)
     assert Cut(0, 1, None, 32, 32, enlarge=2, top=1.0, left=1.0).corner((64, 128)) == (32, 96)
-
-
-def probe_like(height: int, width: int):
-    from vidaccel.lora.data.decode import Media
-
-    return Media(height, width)
 
 
 def test_clips_are_scaled_and_cut_from_the_middle(video_folder, tmp_path):
@@ -257,9 +251,10 @@ def test_clips_are_scaled_and_cut_from_the_middle(video_folder, tmp_path):
     with imageio.get_writer(tmp_path / "a.mp4", fps=8, macro_block_size=2) as writer:
         for _ in range(4):
             writer.append_data(picture)
-    clip = read_clip(tmp_path / "a.mp4", probe(tmp_path / "a.mp4"), Cut(0, 4, None, 32, 32))
+    media = probe(tmp_path / "a.mp4", "videos")
+    clip = read_clip(tmp_path / "a.mp4", media, Cut(0, 4, None, 32, 32), "videos")
     assert clip.shape == (3, 4, 32, 32) and clip[..., 2:-2].mean() > 0.95
-    left = read_clip(tmp_path / "a.mp4", probe(tmp_path / "a.mp4"), Cut(0, 4, None, 32, 32, left=0.0))
+    left = read_clip(tmp_path / "a.mp4", media, Cut(0, 4, None, 32, 32, left=0.0), "videos")
     assert left.mean() < -0.95
 
 
@@ -286,9 +281,9 @@ def test_pictures_are_shown_as_their_exif_says(tmp_path):
     exif[274] = 6  # to be turned by a quarter, clockwise
     for name in ("a.jpg", "a.png"):
         picture.save(tmp_path / name, exif=exif)
-        media = probe(tmp_path / name)
+        media = probe(tmp_path / name, "images")
         assert (media.height, media.width) == (64, 32)
-        clip = read_clip(tmp_path / name, media, Cut(0, 1, None, 64, 32))
+        clip = read_clip(tmp_path / name, media, Cut(0, 1, None, 64, 32), "images")
         assert clip[:, :, :24].min() > 0.9 and clip[:, :, 40:].max() < -0.9
 
 
@@ -298,17 +293,18 @@ def test_a_picture_too_large_to_be_true_is_left_out(tmp_path, monkeypatch):
 
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    with pytest.raises(Undecodable, match="a.png cannot be decoded: .*decompression bomb"):
-        probe(tmp_path / "a.png")
+    with pytest.raises(Undecodable, match="a.png cannot be read as a picture: .*decompression bomb"):
+        probe(tmp_path / "a.png", "images")
 
 
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
         (b'{"file_name": "a.mp4", "text": "caf\xe9"}', "metadata.jsonl is not in UTF-8 .*save it in UTF-8"),
-        (None, "has no metadata.jsonl or metadata.csv"),
+        (None, "has no captions: write a metadata.jsonl or metadata.csv"),
         (['{"file_name": "a.mp4", "text": "x"}'], r"1 of 2 files have no caption \(b.mp4\): write them, or set"),
-        (['{"file_name": "a.mp4"}', '{"file_name": "b.mp4", "text": " "}'], r"2 of 2 files have no caption"),
+        (['{"file_name": "a.mp4"}'], "line 1: there is no text in it; found: file_name"),
+        (['{"file_name": "a.mp4", "text": ""}', '{"file_name": "b.mp4", "text": " "}'], r"no file in .* has a caption"),
         (['{"file_name": "a.mp4"'], "line 1: no JSON"),
         (['{"text": "x"}'], "line 1: there is no file_name"),
         (["[1]"], "line 1: must be an object"),
@@ -339,41 +335,7 @@ def test_folders_that_cannot_be_used(tmp_path, video_folder):
         MediaFolder.open(data(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"holds no videos \(.mp4"):
         MediaFolder.open(data(tmp_path))
-    with pytest.raises(ConfigError, match="torchcodec, which is not installed"):
-        MediaFolder.open(data(video_folder, decoder="torchcodec"))
     with pytest.raises(ConfigError, match="no video in .* has the 100 frames"):
         MediaFolder.open(data(video_folder)).members((SizeSettings(100, 32, 32),))
     with pytest.raises(ConfigError, match="folder is missing: kind is videos"):
         DataSettings(kind="videos")
-
-
-# -- caches ------------------------------------------------------------------------------------------------------------
-
-
-def test_cached_tensors(tmp_path):
-    cache = TensorCache(tmp_path)
-    assert cache.read("a", "b") is None and not cache.has("a", "b")
-    cache.write({"x": torch.ones(2, dtype=torch.bfloat16)}, "a", "b")
-    assert torch.equal(cache.read("a", "b")["x"], torch.ones(2, dtype=torch.bfloat16)) and cache.read("a", "c") is None
-    cache.path("a", "b").write_bytes(b"damaged")
-    assert cache.read("a", "b") is None
-    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 1
-
-
-def test_a_cache_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="the cache .*file cannot be written"):
-        TensorCache(tmp_path / "file").write({"x": torch.ones(1)}, "a")
-
-
-def test_fingerprints():
-    torch.manual_seed(0)
-    first = torch.nn.Linear(300, 300)
-    second = torch.nn.Linear(300, 300)
-    before = fingerprint(first)
-    assert before == fingerprint(first) != fingerprint(second)
-    second.load_state_dict(first.state_dict())
-    assert fingerprint(second) == before
-    with torch.no_grad():
-        second.bias.add_(1e-3)
-    assert fingerprint(second) != before

@@ -19,7 +19,7 @@ from vidaccel.lora.recipes import RECIPES, find
 from vidaccel.lora.recipes import ae_adapt_settings as ae_adapt
 from vidaccel.lora.recipes import autoencoder as autoencoder_recipe
 from vidaccel.lora.reconstruction import LossSettings
-from vidaccel.lora.settings import DataSettings, LoopSettings, PhaseSettings, RunSettings, SizeSettings
+from vidaccel.lora.settings import DataSettings, FolderSettings, LoopSettings, PhaseSettings, RunSettings, SizeSettings
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -28,6 +28,7 @@ TABLES: dict[str, type[Settings]] = {
     "Every run": RunSettings,
     "`loop`": LoopSettings,
     "`data`": DataSettings,
+    "An entry of `folders`": FolderSettings,
     "An entry of `sizes`": SizeSettings,
     "A phase": PhaseSettings,
     "`ae_adapt`": ae_adapt.AEAdaptSettings,

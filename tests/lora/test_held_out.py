@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -15,9 +14,10 @@ from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.folder import MediaFolder
 from vidaccel.lora.data.held_out import hold_out
 from vidaccel.lora.data.latents import Latents, Texts
+from vidaccel.lora.data.sampler import without
 from vidaccel.lora.recipes.ae_adapt_validation import MeasuredClips
 from vidaccel.lora.recipes.base import Process
-from vidaccel.lora.settings import DataSettings, SizeSettings
+from vidaccel.lora.settings import DataSettings, FolderSettings, SizeSettings
 
 WIDE, TALL, LONG = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32), SizeSettings(16, 32, 64)
 HERE = Process(torch.device("cpu"))
@@ -42,7 +42,7 @@ class Thumbnails(Encoder):
 class Letters(TextEncoder):
     """A state for each letter."""
 
-    identity = "letters"
+    identity, length = "letters", 8
 
     def __init__(self) -> None:
         self.calls, self.parked = [], 0
@@ -50,6 +50,9 @@ class Letters(TextEncoder):
     def encode(self, prompts):
         self.calls += prompts
         return [{"states": torch.zeros(len(prompt), 4)} for prompt in prompts]
+
+    def count(self, prompts):
+        return [len(prompt) for prompt in prompts]
 
     def park(self):
         self.parked += 1
@@ -64,19 +67,6 @@ def copied(video_folder, tmp_path):
     """The videos a and b (wide), c and d (tall) of three clips each; a is damaged after the first third."""
     shutil.copytree(video_folder, tmp_path / "videos")
     return tmp_path / "videos"
-
-
-def truncate(path) -> None:
-    """Leave a header that promises more frames than there are."""
-    import imageio.v2 as imageio
-    import numpy as np
-
-    with imageio.get_writer(path, fps=8, codec="mjpeg", macro_block_size=2) as writer:
-        for number in range(24):
-            noise = np.random.default_rng(number).integers(0, 255, (32, 64, 3), np.uint8)
-            writer.append_data(noise)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
 
 
 # -- which clips -------------------------------------------------------------------------------------------------------
@@ -108,16 +98,22 @@ def test_no_frame_of_a_held_out_file_is_trained_on_and_clips_keep_their_shape(vi
         hold_out(source, [WIDE, TALL], 12)
 
 
-def test_clips_that_do_not_decode_are_replaced_when_the_run_begins(copied, caplog):
-    (copied / "a.mp4").unlink()
-    truncate(copied / "a.mkv")
-    rows = [{"file_name": f"{n}", "text": "x"} for n in ("a.mkv", "b.mp4", "c.mp4", "d.mp4")]
-    (copied / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+def test_clips_that_do_not_decode_are_replaced_when_the_run_begins(copied, damage, caplog):
+    damage(copied / "a.mp4")
     source = files(copied)
     picks = hold_out(source, [WIDE, TALL], 3).picks
-    assert caplog.text.count("a.mkv cannot be decoded") >= 1 and "another clip is held out instead" in caplog.text
-    assert {source.entries[source.group(pick.index)].path.name for pick in picks} <= {"a.mkv", "b.mp4"}
+    assert "a.mp4 cannot be decoded" in caplog.text and "another clip is held out instead" in caplog.text
+    assert {source.entries[source.group(pick.index)].path.name for pick in picks} <= {"a.mp4", "b.mp4"}
     assert len(picks) == 3 and all(source.pixels(pick).shape[1] == 8 for pick in picks)
+
+
+def test_files_that_come_more_often_are_held_out_whole(video_folder):
+    folders = (FolderSettings(str(video_folder), repeats=3),)
+    source = MediaFolder.open(DataSettings(kind="videos", folders=folders, sizes=(WIDE, TALL)))
+    held = hold_out(source, [WIDE, TALL], 3)
+    assert len({pick.index for pick in held.picks}) == 3 == len(held.clips)
+    left = without(source.members([WIDE, TALL]), held.clips)
+    assert {size: len(indices) for size, indices in left.items()} == {0: 9, 1: 18} and not held.clips & {*left[0]}
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -149,12 +145,9 @@ def test_measured_clips_are_encoded_alone_and_measured_in_small_batches(video_fo
 # -- encodings that are kept -------------------------------------------------------------------------------------------
 
 
-def test_only_what_is_missing_is_encoded(tmp_path, copied, caplog):
+def test_only_what_is_missing_is_encoded(tmp_path, copied, damage, caplog):
     """The second phase of an image-to-video model needs one part more than the first."""
-    (copied / "d.mp4").unlink()
-    truncate(copied / "d.mkv")
-    rows = [{"file_name": n, "text": "x"} for n in ("a.mp4", "b.mp4", "c.mp4", "d.mkv")]
-    (copied / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    damage(copied / "d.mp4")
     source, cache = files(copied), TensorCache(tmp_path / "cache")
     first, second = Thumbnails("latents", "teacher"), Thumbnails("latents", "embeds")
     for encoder, parts in ((first, ("latents", "teacher")), (second, ("embeds",))):

@@ -12,12 +12,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     SanaPipeline,
-    SanaTransformer2DModel,
 )
 from safetensors.torch import load_file
-from tiny_autoencoder_dc import autoencoder_dc
+from tiny_images import autoencoder_dc, flux_transformer, sana_transformer
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -45,18 +43,7 @@ def tokenizer():
 
 
 def flux() -> FluxPipeline:
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
+    transformer = flux_transformer(in_channels=16, pooled_projection_dim=8, guidance_embeds=True)
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -81,20 +68,7 @@ def flux() -> FluxPipeline:
 
 
 def sana() -> SanaPipeline:
-    transformer = SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=8,
-        out_channels=8,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=12,
-        sample_size=8,
-        timestep_scale=0.5,
-    )
+    transformer = sana_transformer(sample_size=8, timestep_scale=0.5)
     gemma = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     return SanaPipeline(
         tokenizer=tokenizer(),
@@ -182,6 +156,22 @@ def test_the_velocity_is_what_the_pipeline_asks_the_model(bases, name, monkeypat
         if key == "encoder_hidden_states" and name == "sana":
             value = value[:, : given.shape[1]]
         torch.testing.assert_close(given.float(), value.float(), rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_of_prompts_are_counted_as_the_pipeline_cuts_them(bases, name):
+    """One word more than fits changes nothing any more, and is counted."""
+    backbone = open_backbone(str(bases[name]), str(bases["new"]))
+    backbone.text_length = 9
+    encoder = backbone.text_encoder()
+    words = ["a", "red", "circle", "moves", "left", "on", "a", "grey", "background", "below"]
+    texts = [" ".join(words[:count]) for count in range(5, 11)]
+    counts = encoder.count(texts)
+    assert counts == list(range(counts[0], counts[0] + 6)) and counts[0] <= encoder.length - 1 and counts[-1] > 9
+    states = [text["states"] for text in encoder.encode(texts)]
+    for before, after, count in zip(states, states[1:], counts[1:], strict=False):
+        changed = before.shape != after.shape or not torch.equal(before, after)
+        assert changed == (count <= encoder.length), count
 
 
 @pytest.mark.parametrize("name", NAMES)

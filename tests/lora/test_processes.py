@@ -71,6 +71,7 @@ def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
     adapt = ae_adapt(folder, "adapt", 1, text_base, autoencoder_folder)
     jobs = [
         {"recipe": "autoencoder", "config": autoencoder(folder, "train", 1), "out": str(folder / "train")},
+        {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "encoded"), "encode_only": True},
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "adapt")},
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "resumed"), "stop_after": 4},
     ]
@@ -115,7 +116,8 @@ def test_two_processes_do_what_one_does_with_the_same_clips(launched, tmp_path, 
 
 
 def test_two_processes_share_the_encoding(launched, tmp_path, text_base, autoencoder_folder):
-    """Together they leave what one leaves, and the resumed run and the results are whole."""
+    """Together they leave what one leaves, beforehand; the runs that find it, and their results, are whole."""
+    assert not (launched / "encoded").exists()
     run("ae_adapt", ae_adapt(tmp_path, "one", 2, text_base, autoencoder_folder), ["phases.lora.steps=0"])
     both, alone = (
         {f.name for f in cache.rglob("*.safetensors")} for cache in (launched / "cache1", tmp_path / "cache2")

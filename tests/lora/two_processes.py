@@ -1,7 +1,7 @@
 """Started by `accelerate launch` with a file of jobs: runs of which every process keeps its own copy of the result.
 
 A job has `recipe`, `config`, `out`, and may have `stop_after`: after so many steps the second process alone gets
-SIGTERM, and the run is resumed.
+SIGTERM, and the run is resumed. With `encode_only` it fills the caches and ends.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(jobs: str) -> None:
             except Stopped:
                 run(job["recipe"], job["config"], overrides, "latest")
         else:
-            run(job["recipe"], job["config"], overrides)
+            run(job["recipe"], job["config"], overrides, encode_only=job.get("encode_only", False))
 
 
 if __name__ == "__main__":

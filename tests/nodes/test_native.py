@@ -518,7 +518,8 @@ def test_a_model_that_was_never_sampled():
 def test_a_dense_sampling_says_why_and_shows_no_earlier_one():
     session = session_of(dense=DensePart(start=0.9))
     sampled(session, "sparse", sigma=0.05)
-    assert "2 of 2" in report_text(session.news("sparse"))
+    text = report_text(session.news("sparse"))
+    assert "2 of 2" in text and "backend auto: " in text
     sampled(session, "unknown", recorded=replace(RECORDED["wan"], model=model_of("UnknownModel", **WAN)))
     text = report_text(session.news("unknown"))
     assert (
@@ -527,7 +528,7 @@ def test_a_dense_sampling_says_why_and_shows_no_earlier_one():
     sampled(session, "dense", sigma=0.5)
     text = report_text(session.news("dense"))
     assert "No call was sparse: dense_start_percent (2 calls)." in text and "2 of 2" not in text
-    assert "UnknownModel" not in text
+    assert "UnknownModel" not in text and "backend auto" not in text
 
 
 def test_notes_are_shown_with_the_run_that_they_are_true_of(caplog):

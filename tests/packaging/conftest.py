@@ -50,7 +50,6 @@ def fresh(tmp_path: Path) -> Callable[..., str]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

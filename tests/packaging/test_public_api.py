@@ -11,8 +11,12 @@ import pytest
 import vidaccel
 
 
-def test_version_is_the_one_of_the_project(project):
-    assert vidaccel.__version__ == project["project"]["version"]
+def test_the_version_stands_in_one_place(project, root):
+    """pip takes it from the source, and so does ComfyUI's registry, which reads a line of this form."""
+    assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "vidaccel.__version__"}
+    source = (root / project["tool"]["comfy"]["version"]["path"]).read_text(encoding="utf-8")
+    assert re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE) == [vidaccel.__version__]
 
 
 @pytest.mark.parametrize("name", vidaccel.__all__)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import vidaccel
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
@@ -22,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     shutil.copytree(root, folder / "checkout", ignore=leave_out, symlinks=True)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     command += ["--disable-pip-version-check", "--wheel-dir", str(folder), str(folder / "checkout")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     [built] = folder.glob("*.whl")
     return built
@@ -33,8 +35,8 @@ def _files(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if not name.endswith("/")}
 
 
-def test_name_says_any_platform(wheel, project):
-    assert wheel.name == f"vidaccel-{project['project']['version']}-py3-none-any.whl"
+def test_name_says_any_platform(wheel):
+    assert wheel.name == f"vidaccel-{vidaccel.__version__}-py3-none-any.whl"
 
 
 def test_it_holds_the_modules_and_the_data_and_nothing_else(wheel, root, project, package_folders):

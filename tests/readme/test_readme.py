@@ -31,7 +31,7 @@ LOCAL = [c for c in VIDACCEL if "cuda" not in c]
 def test_the_python_examples_run_one_after_the_other(tmp_path):
     """In one process, as a reader would in a notebook."""
     code = "\n".join(blocks("python"))
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "mean density" in result.stdout and "of the pairs" in result.stdout
 
@@ -55,7 +55,7 @@ def test_the_command_for_a_gpu_is_understood(tmp_path, monkeypatch):
 
     (arguments,) = [c for c in VIDACCEL if "cuda" in c]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "finds no CUDA device" in " ".join(result.output.split())
 

@@ -65,6 +65,6 @@ def run_with_compiler(script: str, folder: Path, *arguments: object) -> list[dic
     start += f"submodule_search_locations=[{str(root)!r}]); import sys; m = u.module_from_spec(s); "
     start += "sys.modules['vidaccel'] = m; s.loader.exec_module(m)\n"
     command = [sys.executable, "-c", start + COMMON + script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -9,10 +9,8 @@ from diffusers import (
     AutoencoderDC,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    SanaTransformer2DModel,
 )
-from tiny_autoencoder_dc import autoencoder_dc
+from tiny_images import autoencoder_dc, flux_transformer, sana_transformer
 
 from vidaccel.pipelines import DCGenFluxPipeline, DCGenPipeline, DCGenSanaPipeline
 
@@ -28,36 +26,12 @@ def pipeline(name: str, vae: AutoencoderDC | None = None):
     vae = vae if vae is not None else autoencoder()
     torch.manual_seed(1)
     if name == "flux":
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=8,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=12,
-            pooled_projection_dim=10,
-            axes_dims_rope=(4, 4, 8),
-        )
         empty = {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None}
         scheduler = FlowMatchEulerDiscreteScheduler()
-        pipe = DCGenFluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer, **empty)
+        pipe = DCGenFluxPipeline(scheduler=scheduler, vae=vae, transformer=flux_transformer(), **empty)
     else:
-        transformer = SanaTransformer2DModel(
-            patch_size=1,
-            in_channels=8,
-            out_channels=8,
-            num_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=4,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=4,
-            cross_attention_dim=8,
-            caption_channels=12,
-            sample_size=32,
-        )
         parts = {"text_encoder": None, "tokenizer": None, "scheduler": DPMSolverMultistepScheduler()}
-        pipe = DCGenSanaPipeline(vae=vae, transformer=transformer, **parts)
+        pipe = DCGenSanaPipeline(vae=vae, transformer=sana_transformer(), **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -113,6 +87,8 @@ def test_saved_and_loaded_through_the_class_that_finds_the_family(name, tmp_path
     pipe = pipeline(name)
     pipe.save_pretrained(tmp_path / name)
     absent = [part for part, component in pipe.components.items() if component is None]
+    half = DCGenPipeline.from_pretrained(tmp_path / name, dtype="bfloat16", **dict.fromkeys(absent))
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
     loaded = DCGenPipeline.from_pretrained(tmp_path / name, **dict.fromkeys(absent))
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(pipe)

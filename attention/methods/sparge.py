@@ -1,0 +1,164 @@
+"""SpargeAttn: blocks of tokens stand for themselves by their means, where they are alike enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ..layout import VideoLayout
+from ..plan import BlockPlan
+from ..schedule import DenseSchedule
+from .base import Method, PlanMemory, check_count, check_fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparge(Method):
+    """The first stage of SpargeAttn (arXiv 2502.18137, sections 3.2 and 3.3), for any number of tokens.
+
+    Queries and keys are cut into blocks in the order of the sequence, and a block is its mean token; from the keys the
+    mean of all keys is taken first, as SageAttention does. The softmax over the scores of the means says how much of
+    its attention a query block has for each key block, and the best blocks are read. A mean says nothing of a block
+    whose tokens differ: with a threshold, blocks of low *self-similarity* (mean cosine of all pairs of their tokens)
+    are never left out, as queries or as keys. Text tokens stay outside: they read and are read by everything.
+
+    The second stage, which skips products inside of the softmax, is not here.
+
+    Args:
+        topk: share of the key blocks that each query block reads, in (0, 1]; the default, with 0.5, as published.
+        cdf: instead of `topk`: the best blocks are read until their share of the softmax would pass this, in (0, 1].
+            The block that crosses is *not* read (in SVG2 it is).
+        similarity: threshold of the self-similarity, -1 to 1; below 0 the test is off, as published.
+        block: tokens of a query block and of a key block.
+        sink: every query block reads the first key block.
+        published: repeat the published code in a last block that is not full: it is never similar, so a last query
+            block reads everything and a last key block is read by all.
+        schedule: dense steps and layers; none as published.
+
+    Raises:
+        ValueError: `topk` and `cdf` together or neither, or a value out of its bounds.
+    """
+
+    name: ClassVar[str] = "sparge"
+    summary: ClassVar[str] = "blocks chosen by the softmax over their mean tokens"
+    good_for: ClassVar[str] = "any model and size, training-free, with a plan for each call at little cost"
+    costs: ClassVar[str] = "blocks follow the order of tokens and not their content"
+    source: ClassVar[str] = "arXiv 2502.18137"
+
+    topk: float | None = None
+    cdf: float | None = None
+    similarity: float = -0.1
+    block: tuple[int, int] = (128, 64)
+    sink: bool = False
+    published: bool = False
+    schedule: DenseSchedule = field(default_factory=DenseSchedule)
+
+    def __post_init__(self) -> None:
+        if self.topk is None and self.cdf is None:
+            object.__setattr__(self, "topk", 0.5)
+        if self.topk is not None and self.cdf is not None:
+            raise ValueError(f"Sparge has topk {self.topk} and cdf {self.cdf}: give one of them.")
+        if self.topk is not None:
+            check_fraction("Sparge", "topk", self.topk, fix="0.5 reads half of the key blocks")
+        if self.cdf is not None:
+            check_fraction("Sparge", "cdf", self.cdf, fix="0.97 keeps 97 % of the estimated mass")
+        if isinstance(self.similarity, bool) or not -1 <= self.similarity <= 1:
+            raise ValueError(
+                f"Sparge similarity is {self.similarity!r}: it is a mean cosine, from -1 to 1; below 0 it is off."
+            )
+        if not isinstance(self.block, tuple) or len(self.block) != 2:
+            raise ValueError(f"Sparge block is {self.block!r}: it is (queries, keys), such as (128, 64).")
+        for name, size in zip(("block[0]", "block[1]"), self.block, strict=True):
+            check_count("Sparge", name, size, 1)
+
+    @classmethod
+    def for_density(cls, layout: VideoLayout, density: float, **settings: Any) -> Sparge:
+        """A config whose `topk` computes `density` of all pairs, text included.
+
+        Raises:
+            ValueError: a density out of range, or below what text and one key block a query block cost.
+        """
+        check_fraction("Sparge", "density", density, fix="0.3 computes 30 % of the pairs")
+        video = (layout.video_tokens / layout.tokens) ** 2
+        topk = (density - (1 - video)) / video
+        method = cls(topk=min(1.0, max(topk, 1e-9)), **settings)
+        blocks = -(-layout.video_tokens // method.block[1])
+        # `topk` counts whole blocks: half a block more, so that the nearest count is taken.
+        method = replace(method, topk=min(1.0, max(topk, 0.0) + 0.5 / blocks))
+        least = 1 - video + video / blocks
+        if density < least - 0.5 / blocks:
+            what = f"one key block of {method.block[1]} tokens for each query block"
+            raise ValueError(
+                f"Sparge density {density} is below {least:.3f}, which is {what}"
+                f"{' and the text' if layout.text_tokens else ''}: raise density, or use smaller blocks."
+            )
+        return method
+
+    def plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
+    ) -> BlockPlan:
+        video_q, video_k = q[:, :, layout.video], k[:, :, layout.video]
+        selected = self.block_mask(video_q, video_k)
+        block_q, block_k = self.block
+        if not layout.text_tokens:
+            return BlockPlan.from_block_mask(selected, block_q, block_k, layout.tokens, layout.tokens)
+        before, after = (int(count > 0) for count in (layout.text_before, layout.text_after))
+        selected = F.pad(selected, (before, after, before, after), value=True)
+        q_sizes, k_sizes = (
+            torch.tensor(
+                [*[layout.text_before] * before, *_sizes(layout.video_tokens, block), *[layout.text_after] * after],
+                device=q.device,
+            ).expand(*selected.shape[:2], -1)
+            for block in self.block
+        )
+        return BlockPlan.from_clusters(q_sizes, k_sizes, selected, n_q=layout.tokens, n_kv=layout.tokens)
+
+    def block_mask(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The key blocks that each query block reads, `[B, H, ceil(Nq / block_q), ceil(Nk / block_k)]` bool.
+
+        Args:
+            q: `[B, H, Nq, D]`. k: `[B, H, Nk, D]`.
+        """
+        k = k - k.mean(dim=2, keepdim=True)
+        block_q, block_k = self.block
+        q_mean, q_alike = self._means(q, block_q)
+        k_mean, k_alike = self._means(k, block_k)
+        scores = (q_mean @ k_mean.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        # A block without any block that is alike has no ranking: NaN, and it reads all that are not alike.
+        weights = scores.masked_fill(~k_alike.unsqueeze(-2), -torch.inf).softmax(-1).nan_to_num(0.0)
+        ordered, ranking = weights.sort(dim=-1, descending=True, stable=True)
+        if self.cdf is not None:
+            keep = ordered.cumsum(-1) <= self.cdf
+        else:
+            keep = torch.zeros_like(ordered, dtype=torch.bool)
+            keep[..., : int(self.topk * ordered.shape[-1])] = True
+        keep[..., 0] = True  # at least one: no query may read nothing
+        selected = torch.zeros_like(keep).scatter_(-1, ranking, keep)
+        if self.sink:
+            selected[..., 0] = True
+        return selected | ~k_alike.unsqueeze(-2) | ~q_alike.unsqueeze(-1)
+
+    def _means(self, x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean token `[B, H, n, D]` of each block, and whether it stands for the block, `[B, H, n]` bool."""
+        sizes = torch.tensor(_sizes(x.shape[2], block), device=x.device, dtype=torch.float32)
+        blocks = _blocked(x.float(), block)
+        means = blocks.sum(-2) / sizes.unsqueeze(-1)
+        # The mean of all cosines is the squared length of the mean direction.
+        directions = _blocked(F.normalize(x.float(), dim=-1), block).sum(-2) / sizes.unsqueeze(-1)
+        alike = directions.square().sum(-1) > self.similarity
+        if self.published and x.shape[2] % block:
+            alike[..., -1] = False
+        return means.to(x.dtype).float(), alike
+
+
+def _blocked(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`[B, H, n, block, D]`, the last block filled up with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+
+
+def _sizes(tokens: int, block: int) -> list[int]:
+    """Tokens of each block."""
+    whole, rest = divmod(tokens, block)
+    return [block] * whole + ([rest] if rest else [])
