@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .wording import InputError
 
@@ -82,6 +82,6 @@ def _load(pipe: DiffusionPipeline, lora: Lora, adapter: str, name: str, part: to
         raise InputError(f"loras: nothing in {lora.path.name} is for the {type(part).__name__} of this pipeline.")
 
 
-def _active(part: torch.nn.Module) -> list[str]:
+def _active(part: Any) -> list[str]:
     """The adapters that a transformer was loaded with, such as that of adapter-only weights."""
     return part.active_adapters() if getattr(part, "peft_config", None) else []

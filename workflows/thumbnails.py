@@ -116,13 +116,13 @@ def _captioned(picture: Image.Image, words: list[tuple[str, float]], note: str) 
 
 def built_in(card: Card, **settings: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """The card's method on the built-in model, and for the comparison the dense video."""
-    import vidaccel
+    from vidaccel.generation.api import generate
 
     own = {"seed": 0, "progress": False, **settings}
     if "long" in card.name:
         own["frames"] = 65
     wanted = [(card.method, {"density": card.density})] + [("dense", {})] * (card.name == "demo_compare")
-    made = [vidaccel.generate("demo", PROMPTS[card.name], method=m, **own, **more).frames for m, more in wanted]
+    made = [generate("demo", PROMPTS[card.name], method=m, **own, **more).frames for m, more in wanted]
     return made[0], made[1] if len(made) > 1 else None
 
 
