@@ -41,12 +41,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 matrices.append(parameter)
             else:
                 others.append(parameter)
-        common = {"lr": lr, "weight_decay": weight_decay}
+        common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         # What Muon sees of each matrix: a view of two dimensions, renewed in each step, since a model may be moved.
         self._flat = {parameter: nn.Parameter(parameter.detach().flatten(1)) for parameter in matrices}
         self._inner: list[torch.optim.Optimizer] = []
         if matrices:
-            scaled = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
+            scaled: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
             self._inner.append(torch.optim.Muon(list(self._flat.values()), **common, **scaled))
         if others:
             self._inner.append(torch.optim.AdamW(others, **common, betas=betas))

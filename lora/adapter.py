@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
 from .checkpoint import replaced, save_tensors
 
 
-def add_lora(transformer: nn.Module, targets: str, rank: int, alpha: float) -> None:
+def add_lora(transformer: Any, targets: str, rank: int, alpha: float) -> None:
     """Put a LoRA in float32 on the linear layers of a diffusers model whose names match the expression `targets`.
 
     Raises:
@@ -29,7 +28,7 @@ def add_lora(transformer: nn.Module, targets: str, rank: int, alpha: float) -> N
             parameter.data = parameter.data.float()
 
 
-def merge(transformer: nn.Module) -> None:
+def merge(transformer: Any) -> None:
     """Add the LoRA to the weights and remove it.
 
     Raises:
@@ -52,7 +51,7 @@ class AdaptedModel:
     lora: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, transformer: nn.Module) -> AdaptedModel:
+    def of(cls, transformer: Any) -> AdaptedModel:
         lora = getattr(transformer, "peft_config", {}).get("default")
         config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
         return cls(config, None if lora is None else lora.to_dict())

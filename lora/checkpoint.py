@@ -151,7 +151,9 @@ class CheckpointFolder:
             facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
-            tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "ema")}
+            tensors: dict[str, Any] = {
+                name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "ema")
+            }
             other = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
@@ -172,10 +174,16 @@ class CheckpointFolder:
 def random_state() -> dict[str, Any]:
     """The states of the generators of Python, numpy and torch, as numbers and tensors."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

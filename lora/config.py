@@ -199,7 +199,7 @@ def _convert(value: Any, hint: Any, path: str, faults: list[str], default: Any =
         return tuple(
             _convert(v, k, _join(path, str(i)), faults) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
         )
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, path, faults, default if isinstance(default, hint) else None)
     return _scalar(value, hint, path, faults)
 

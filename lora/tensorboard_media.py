@@ -41,12 +41,12 @@ def add_file(writer: Any, tag: str, file: Path, step: int) -> None:
 
 def _gif(file: Path) -> tuple[bytes, tuple[int, int]]:
     """A video as an animated GIF, and its width and height."""
-    import imageio.v2 as imageio
     from PIL import Image
 
-    with imageio.get_reader(file) as reader:
-        fps = reader.get_meta_data().get("fps") or 16
-        frames = [Image.fromarray(frame) for frame in reader]
+    from ..generation.video_reader import read_video
+
+    pixels, fps = read_video(file)
+    frames = [Image.fromarray(frame) for frame in pixels]
     data = io.BytesIO()
     frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     return data.getvalue(), frames[0].size

@@ -113,11 +113,15 @@ def grid(latent: tuple[int, ...], patch: Patch, padded: bool = True) -> tuple[in
     """Tokens `(frames, rows, columns)` of a latent `[B, C, (T,) H, W]`; what is no multiple of the patch is padded, or
     dropped."""
     sizes = (1, *latent[2:]) if len(latent) == 4 else latent[2:]
-    return tuple(-(-size // step) if padded else size // step for size, step in zip(sizes, patch, strict=True))
+    frames, rows, columns = (
+        -(-size // step) if padded else size // step for size, step in zip(sizes, patch, strict=True)
+    )
+    return frames, rows, columns
 
 
 def _whole_patch(model: Any) -> Patch:
-    return tuple(int(size) for size in model.patch_size)
+    frames, rows, columns = (int(size) for size in model.patch_size)
+    return frames, rows, columns
 
 
 def _square_patch(model: Any) -> Patch:

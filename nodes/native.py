@@ -304,10 +304,11 @@ class NativeAttention:
         branches = current.branches if current.batch % len(current.branches) == 0 else ["batch"]
         parts = [x.chunk(len(branches)) for x in (q, k, v)]
         outs = []
-        for branch, *qkv in zip(branches, *parts, strict=True):
+        for branch, *tensors in zip(branches, *parts, strict=True):
+            one_q, one_k, one_v = tensors
             with self._lock, said_by(self.title):
                 engine.enter(replace(current.step, branch=branch), current.layout)
-                outs.append(engine(*qkv, layer))
+                outs.append(engine(one_q, one_k, one_v, layer))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @property

@@ -41,7 +41,7 @@ def located(location: str, setting: str, built_in: str, part: str = "") -> str:
     )
 
 
-def read_config(cls: type, location: str, subfolder: str | None = None) -> dict:
+def read_config(cls: Any, location: str, subfolder: str | None = None) -> dict:
     """The config of a model of diffusers.
 
     Raises:
@@ -54,7 +54,7 @@ def read_config(cls: type, location: str, subfolder: str | None = None) -> dict:
         raise ConfigError(f"model: {where} has no readable config.json of a {cls.__name__}: {error}") from error
 
 
-def load_autoencoder(cls: type, location: str, setting: str, **options: Any) -> Any:
+def load_autoencoder(cls: Any, location: str, setting: str, **options: Any) -> Any:
     """An autoencoder of diffusers.
 
     Args:
@@ -72,7 +72,7 @@ def load_autoencoder(cls: type, location: str, setting: str, **options: Any) -> 
         raise ConfigError(f"{setting}: {location} is no autoencoder that {cls.__name__} can load: {error}") from error
 
 
-def load_part(cls: type, base: str, name: str, dtype: torch.dtype) -> nn.Module:
+def load_part(cls: Any, base: str, name: str, dtype: torch.dtype) -> Any:
     """One module of the transformer of a pipeline, on the CPU, without reading the rest, which may be 28 GB.
 
     Args:
@@ -103,7 +103,7 @@ def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
         files = [_file(base, name) for name in sorted({v for k, v in places.items() if k.startswith(prefix)})]
     else:
         files = [_file(base, _WEIGHTS)]
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in files:
         if path is None:
             return {}

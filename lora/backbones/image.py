@@ -79,7 +79,7 @@ class ImageBackbone(Backbone):
         """Tokens `[B, D, h, w]` of latents `[B, C, H, W]`, with the old embedder or the new one."""
 
     @abstractmethod
-    def old_latents(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def old_latents(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         """Latents of the old autoencoder as the model sees them, for pictures `[B, 3, H, W]` in [-1, 1]."""
 
     @abstractmethod

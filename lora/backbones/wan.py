@@ -269,6 +269,6 @@ def _pipeline(
 ) -> WanPipeline | WanImageToVideoPipeline:
     """The base pipeline with only some of its components."""
     cls = WanImageToVideoPipeline if image else WanPipeline
-    every = ("tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae")
-    every += ("image_encoder", "image_processor") if image else ()
+    every = ["tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae"]
+    every += ["image_encoder", "image_processor"] if image else []
     return cls.from_pretrained(base, dtype=dtype, **{name: None for name in every if name not in keep})

@@ -244,7 +244,7 @@ def on_one_grid(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Ten
     grid = student.shape[2:]
     if teacher.shape[2] != grid[0] or teacher.shape[3] % grid[1] or teacher.shape[4] % grid[2]:
         raise ValueError(f"the teacher's tokens {list(teacher.shape[2:])} cannot be averaged to {list(grid)}.")
-    return student, functional.adaptive_avg_pool3d(teacher, grid)
+    return student, functional.adaptive_avg_pool3d(teacher, (grid[0], grid[1], grid[2]))
 
 
 class Flow(Phase):

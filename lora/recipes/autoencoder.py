@@ -213,7 +213,7 @@ class AutoencoderTraining(Phase):
             autoencoder.encoder.requires_grad_(False)
         return module
 
-    def clips(self) -> _Pixels:
+    def clips(self) -> Clips:
         sizes = self.settings.sizes or self.recipe.config.data.sizes
         return _Pixels(self.recipe.dataset, sizes, self.recipe.held_out)
 
@@ -227,11 +227,11 @@ class AutoencoderTraining(Phase):
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         process = self.recipe.process
         clips = self.recipe.validation_clips().to(process.device)
-        made = []
+        parts = []
         for clip in process.track(clips.split(1), "validation clips", len(clips)):
             process.check_stop()
-            made.append(model(clip, reconstruct=True).float())
-        made = torch.cat(made)
+            parts.append(model(clip, reconstruct=True).float())
+        made = torch.cat(parts)
         if process.is_main:
             pairs = [clip for pair in zip(clips, made, strict=True) for clip in pair]
             with written_to(folder):

@@ -31,8 +31,11 @@ class Clips(Protocol):
         members: indices of the clips by number of the size; None for an endless set, whose indices are seeds.
     """
 
-    sizes: Sequence[SizeSettings]
-    members: Mapping[int, Sequence[int]] | None
+    @property
+    def sizes(self) -> Sequence[SizeSettings]: ...
+
+    @property
+    def members(self) -> Mapping[int, Sequence[int]] | None: ...
 
     def load(self, pick: Pick) -> Batch:
         """The parts of one clip; tensors of a batch are stacked, everything else is listed."""

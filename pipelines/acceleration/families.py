@@ -44,7 +44,7 @@ class ModelSpec:
         return [f"{self.blocks}.{layer}.{self.self_attention}.processor" for layer in range(count)]
 
 
-def patch_grid(transformer: torch.nn.Module, hidden_states: torch.Tensor) -> VideoLayout:
+def patch_grid(transformer: Any, hidden_states: torch.Tensor) -> VideoLayout:
     """The grid of latents `[B, C, frames, height, width]` cut into the transformer's patches, without text."""
     sizes = hidden_states.shape[2:]
     return VideoLayout(*(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True)))
