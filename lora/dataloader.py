@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class _Picked(Dataset):
 
 def batches(
     clips: Clips, sampler: ClipSampler, process: int, steps: int, first: int, workers: int
-) -> Iterator[tuple[list[Place], dict[str, Any]]]:
+) -> Generator[tuple[list[Place], dict[str, Any]], None, None]:
     """Places and stacked parts of the clips of each micro-batch of the steps `first` to `steps` - 1.
 
     A generator: closing it ends the background processes.

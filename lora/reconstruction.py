@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,6 +90,8 @@ class Reconstruction(nn.Module):
         autoencoder: an `AutoencoderDCV`.
         settings: weights of the losses.
     """
+
+    autoencoder: Any
 
     def __init__(self, autoencoder: nn.Module, settings: LossSettings) -> None:
         super().__init__()

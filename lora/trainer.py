@@ -113,7 +113,8 @@ class Trainer:
                     self.tracker.close()
                 raise Stopped(f"stopped {self._doing}; {self._how_to_go_on()}") from None
             except (Stopped, Diverged):
-                self.tracker.end()
+                if self.tracker is not None:
+                    self.tracker.end()
                 raise
             finally:
                 self.process.progress.close()

@@ -108,7 +108,7 @@ class NativeAttention:
 
     def forward(
         self,
-        executor: Callable[..., torch.Tensor],
+        executor: Any,
         x: torch.Tensor,
         t: torch.Tensor,
         c_concat: torch.Tensor | None = None,

@@ -27,8 +27,12 @@ class Backbone(ABC):
         factor: pixels of the new autoencoder's latents.
         image: whether the model starts from a picture.
         config: of the transformer.
+        base: folder or hub id of the pipeline.
+        autoencoder: the deep-compression one.
     """
 
+    base: str
+    autoencoder: Any
     trained_fully: tuple[str, ...]
     lora_targets: str
     text_length: int

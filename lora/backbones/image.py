@@ -34,8 +34,8 @@ class ImageBackbone(Backbone):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    transformer_class: ClassVar[type[nn.Module]]
-    vae_class: ClassVar[type[nn.Module]]
+    transformer_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
     text_parts: ClassVar[tuple[str, ...]]
 
     def __init__(

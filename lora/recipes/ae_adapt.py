@@ -256,7 +256,7 @@ class Flow(Phase):
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         recipe = self.recipe
-        transformer = recipe.transformer(trained, self.name)
+        transformer: Any = recipe.transformer(trained, self.name)
         if recipe.config.loop.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         for name, parameter in transformer.named_parameters():

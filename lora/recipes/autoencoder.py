@@ -22,7 +22,7 @@ from ..identities import dataset_identity
 from ..pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, quality
 from ..settings import PhaseSettings, RunSettings, SizeSettings
-from .base import Batch, Phase, Recipe
+from .base import Batch, Clips, Phase, Recipe
 
 
 @dataclass(frozen=True)
