@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .backends import BACKENDS, WORTHWHILE, check_backend
+from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, choose_backend
 from .layout import VideoLayout
 from .methods import Method, PlanMemory, resolve_method
@@ -23,6 +23,7 @@ from .timing import Span
 
 logger = logging.getLogger(__name__)
 
+KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
 KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
 
 _engines: weakref.WeakValueDictionary[int, SparseAttention] = weakref.WeakValueDictionary()
@@ -39,7 +40,7 @@ class _Pending:
     layer: int
     reason: str
     backend: str
-    density: torch.Tensor | float
+    plan: tuple[torch.Tensor, int] | None  # pairs that are computed, and those in dense attention; None: dense
     plan_span: Span | None
     attention_span: Span
     details: dict[str, torch.Tensor]
@@ -50,6 +51,7 @@ class SparseAttention:
 
     The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
     masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts.
+    Of the last `KEPT_LAYOUTS` layouts (sizes of videos) and the records of the last `KEPT_RUNS` runs, no more is kept.
 
     Args:
         method: a `Method` or the name of one.
@@ -111,11 +113,14 @@ class SparseAttention:
         self._dense[layer] = weakref.WeakMethod(attention)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": {}}
+        # Events on a GPU cannot be copied, so a copy gets finished records. It starts with a run, so without a memory.
+        state = {**self.__dict__, "_dense": {}, "_finished": self._all_records(), "_pending": []}
+        return state | dict.fromkeys(("_layout_memory", "_call_memory", "_run_memory", "_grad_plans"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must not answer for the original in compiled blocks, which find their engine by its id.
         self.__dict__.update(state)
+        self.forget()
         self.id = next(_ids)
         _engines[self.id] = self
 
@@ -129,10 +134,17 @@ class SparseAttention:
             self._forget_run()
             self._finished = [r for r in self._all_records() if r.run > step.run - KEPT_RUNS]
             self._pending = []
+        if step.num_steps != self.step.num_steps or layout != self.layout:
+            self._warn_of_schedule(step)
         self._grad_plans = {}
         if layout != self.layout:
             self.method.check(layout)
         self.step, self.layout = step, layout
+
+    def _warn_of_schedule(self, step: StepInfo) -> None:
+        warning = self.schedule.warning(step.num_steps, self.num_layers)
+        if warning:
+            self.note(warning, logging.WARNING)
 
     def __call__(
         self,
@@ -140,12 +152,15 @@ class SparseAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         layer: int,
+        *,
+        dense: str = "",
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
             q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
             layer: block number, counted from 0.
+            dense: why this call must stay dense, whatever the schedule says; empty if it need not.
 
         Returns:
             `[B, H, N, D]`, like `q`.
@@ -154,11 +169,11 @@ class SparseAttention:
             ValueError: NaN or infinity in q or k.
             RuntimeError: a named backend cannot run the call.
         """
-        reason = self.dense_reason(q, layer)
+        reason = dense or self.dense_reason(q, layer)
         if reason:
             with Span(q.device) as span:
                 out = self._dense_attention(layer)(q, k, v)
-            self._record(layer, reason, "dense", 1.0, None, span, {})
+            self._record(layer, reason, "dense", None, None, span, {})
             return out
 
         with Span(q.device) as plan_span:
@@ -169,15 +184,18 @@ class SparseAttention:
             chosen.prepare(plan)
         with Span(q.device) as span:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
-        density = plan.pairs().double().mean() / (plan.n_q * plan.n_kv)
-        self._record(layer, "", chosen.name, density, plan_span, span, plan.details)
+        pairs = plan.pairs()
+        counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
+        self._record(layer, "", chosen.name, counts, plan_span, span, plan.details)
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             place = q.device.type
             slow = not plan.is_dense and chosen.name not in WORTHWHILE.get(place, BACKENDS)
+            unknown = place not in WORTHWHILE
+            remark = ", which is slow there" if slow else ", which was never measured there" if unknown else ""
             self.note(
-                f"backend auto: {chosen.name} for {kind} plans on {place}" + ", which is slow there" * slow,
-                logging.WARNING if slow else logging.INFO,
+                f"backend auto: {chosen.name} for {kind} plans on {place}{remark}",
+                logging.WARNING if remark else logging.INFO,
             )
         return out
 
@@ -191,7 +209,11 @@ class SparseAttention:
                 logging.WARNING,
             )
             return "unknown layout"
-        return self.schedule.dense_reason(self.step, layer, self.num_layers)
+        reason = self.schedule.dense_reason(self.step, layer, self.num_layers)
+        if not reason and self.backend == "auto" and not runs_somehow(q.device):
+            self.note(f"no backend runs on {q.device.type}: all calls stay dense", logging.WARNING)
+            return f"no backend on {q.device.type}"
+        return reason
 
     def note(self, text: str, level: int = logging.INFO) -> None:
         """Log a choice (info) or a fallback (warning) once and keep it for the report."""
@@ -230,17 +252,23 @@ class SparseAttention:
     def _memory(self, q: torch.Tensor, layer: int) -> PlanMemory:
         place = (self.layout, q.device)
         call = (layer, self.step.branch, tuple(q.shape[:2]), *place)
-        return PlanMemory(
-            self._call_memory.setdefault(call, {}), self._layout_memory.setdefault(place, {}), self._run_memory
-        )
+        return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory)
+
+    def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
+        """The memory of a layout on a device, which is now the one used last."""
+        self._layout_memory[place] = memory = self._layout_memory.pop(place, {})
+        kept = list(dict.fromkeys(layout for layout, _ in reversed(self._layout_memory)))[:KEPT_LAYOUTS]
+        for old in [key for key in self._layout_memory if key[0] not in kept]:
+            del self._layout_memory[old]
+        return memory
 
     def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> None:
         """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.
 
-        On CUDA the check waits for the GPU, so there it runs once a step.
+        On a GPU the check waits for it, so there it runs once a step.
         """
         place = (self.step.run, self.step.step)
-        if q.device.type == "cuda" and self._checked == place:
+        if q.device.type != "cpu" and self._checked == place:
             return
         self._checked = place
         for name, x in (("q", q), ("k", k)):
@@ -258,12 +286,12 @@ class SparseAttention:
         layer: int,
         reason: str,
         backend: str,
-        density: torch.Tensor | float,
+        plan: tuple[torch.Tensor, int] | None,
         plan_span: Span | None,
         span: Span,
         details: dict[str, Any],
     ) -> None:
-        self._pending.append(_Pending(self.step, layer, reason, backend, density, plan_span, span, details))
+        self._pending.append(_Pending(self.step, layer, reason, backend, plan, plan_span, span, details))
 
     def _finish(self, r: _Pending) -> CallRecord:
         return CallRecord(
@@ -274,7 +302,7 @@ class SparseAttention:
             model=self.model,
             layer=r.layer,
             method=self.method.name,
-            density=float(r.density),
+            density=int(r.plan[0]) / r.plan[1] if r.plan else 1.0,
             reason=r.reason,
             backend=r.backend,
             plan_seconds=r.plan_span.seconds() if r.plan_span else 0.0,

@@ -197,7 +197,8 @@ class BlockPlan:
 
     def density(self) -> float:
         """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""
-        return float(self.pairs().double().mean()) / (self.n_q * self.n_kv)
+        pairs = self.pairs()
+        return int(pairs.sum()) / (pairs.numel() * self.n_q * self.n_kv)
 
     def tile_of_query(self) -> torch.Tensor:
         """The tile of each permuted query, `[Bp, Hp, n_q]` int64."""

@@ -110,7 +110,7 @@ class RunReport:
 
     def __str__(self) -> str:
         if not self.records:
-            return f"{self.method}: no attention call yet."
+            return "\n".join([f"{self.method}: no attention call yet.", *(f"note: {note}" for note in self.notes)])
         lines = [f"{self.method}  {', '.join(f'{k}={v}' for k, v in self.config.items())}"]
         lines.append(
             f"{'run':>4} {'step':>5} {'calls':>6} {'sparse':>7} {'density':>8} {'plan s':>8} {'attn s':>8}"

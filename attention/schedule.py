@@ -12,7 +12,8 @@ class StepInfo:
 
     Args:
         run: number of the run, counted from 0.
-        step: denoising step, counted from 0.
+        step: denoising step, counted from 0; a row of the scheduler's table, of which second-order schedulers have two
+            for most of the steps that were asked for.
         num_steps: steps of the run, None when unknown.
         sigma: noise level of the step in [0, 1] for flow models, None when unknown.
         branch: the guidance branch, such as "cond" or "uncond".
@@ -72,29 +73,62 @@ class DenseSchedule:
         """Whether it can only be followed when the number of steps of a run is known."""
         return bool(self.last_steps) or (isinstance(self.first_steps, float) and self.first_steps > 0)
 
+    @property
+    def needs_sigma(self) -> bool:
+        """Whether it can only be followed when the noise level of a step is known."""
+        return self.sigma_above is not None or self.sigma_below is not None
+
+    def warning(self, num_steps: int | None, num_layers: int) -> str:
+        """Why nothing would ever be sparse in a run, or nothing dense though it is asked for; empty if neither holds.
+
+        Args:
+            num_steps: steps of the run, None when unknown. num_layers: blocks of the model.
+        """
+        steps = None
+        if num_steps is not None:
+            steps = sum(_count(getattr(self, n), num_steps, n) for n in ("first_steps", "last_steps"))
+        layers = sum(_count(getattr(self, n), num_layers, n) for n in ("first_layers", "last_layers"))
+        bounds = [b for b in (self.sigma_above, self.sigma_below) if b is not None]
+        all_levels = self.sigma_above == 0 or self.sigma_below == 1 or (len(bounds) == 2 and bounds[0] < bounds[1])
+        if layers >= num_layers:
+            return f"{self}: all {num_layers} layers stay dense, so nothing will be sparse"
+        if steps is not None and steps >= num_steps:
+            return f"{self}: all {num_steps} steps stay dense, so nothing will be sparse"
+        if all_levels:
+            return f"{self}: every noise level stays dense, so nothing will be sparse"
+        never = (self.sigma_above in (None, 1)) and (self.sigma_below in (None, 0))
+        if bounds and never and not layers and not (self.first_steps or self.last_steps):
+            return f"{self}: no noise level is beyond these bounds, so nothing will be dense"
+        return ""
+
     def dense_reason(self, step: StepInfo, layer: int, num_layers: int) -> str:
         """Why this call stays dense, in words; empty when it may be sparse.
 
         Raises:
-            ValueError: the schedule needs the number of steps (for a fraction, or the last ones) and it is unknown.
+            ValueError: the schedule needs the number of steps (for a fraction, or the last ones) or the noise level
+                and it is unknown.
         """
+        if step.sigma is None and self.needs_sigma:
+            name = "sigma_above" if self.sigma_above is not None else "sigma_below"
+            raise ValueError(
+                f"DenseSchedule.{name} needs the noise level of each step, which is unknown here: the scheduler's "
+                "levels are not those of a flow, or there is no scheduler. Use first_steps and last_steps."
+            )
+        if self.last_steps and step.num_steps is None:
+            raise ValueError("DenseSchedule.last_steps needs the number of steps of the run, which is unknown here.")
         if step.step < _count(self.first_steps, step.num_steps, "first_steps"):
             return "first steps"
         if self.last_steps:
             last = _count(self.last_steps, step.num_steps, "last_steps")
-            if step.num_steps is None:
-                raise ValueError(
-                    "DenseSchedule.last_steps needs the number of steps of the run, which is unknown here."
-                )
             if step.step >= step.num_steps - last:
                 return "last steps"
         if layer < _count(self.first_layers, num_layers, "first_layers"):
             return "first layers"
         if layer >= num_layers - _count(self.last_layers, num_layers, "last_layers"):
             return "last layers"
-        if step.sigma is not None and self.sigma_above is not None and step.sigma > self.sigma_above:
+        if self.sigma_above is not None and step.sigma > self.sigma_above:
             return f"sigma above {self.sigma_above}"
-        if step.sigma is not None and self.sigma_below is not None and step.sigma < self.sigma_below:
+        if self.sigma_below is not None and step.sigma < self.sigma_below:
             return f"sigma below {self.sigma_below}"
         return ""
 

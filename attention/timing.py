@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
 
+def event_class(device: torch.device) -> type | None:
+    """The timing event of a device, such as `torch.mps.Event`; None where work is done when its call returns."""
+    if device.type in ("cpu", "meta"):
+        return None
+    return getattr(getattr(torch, device.type, None), "Event", None)
+
+
 class Span:
-    """Times a `with` block: the wall clock on the CPU, a pair of events on CUDA that are read later."""
+    """Times a `with` block: the wall clock on the CPU, a pair of events on a GPU of any make that are read later."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._event = event_class(device)
 
     def __enter__(self) -> Span:
         self._start = self._mark()
@@ -22,14 +30,14 @@ class Span:
 
     def seconds(self) -> float:
         """The time between entering and leaving; waits for the GPU where there is one."""
-        if not self._cuda:
+        if self._event is None:
             return self._stop - self._start
         self._stop.synchronize()
         return self._start.elapsed_time(self._stop) / 1000
 
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
+    def _mark(self) -> Any:
+        if self._event is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._event(enable_timing=True)
         event.record()
         return event

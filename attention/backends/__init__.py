@@ -25,8 +25,10 @@ PREFERENCE = {
     ("cuda", "regular"): ("triton", "flex", "gather", "reference"),
     ("cuda", "scattered"): ("triton", "flex", "gather", "reference"),
 }
+ELSEWHERE = ("gather", "reference")  # mps, xpu: made of torch's operators alone
 
-# What "auto" must find one of on a device: the others run there too, but slower than dense attention.
+# What "auto" must find one of on a device: the others run there too, but slower than dense attention. Of devices that
+# are not here nothing was measured, and any backend will do. ROCm's device type is cuda.
 WORTHWHILE = {"cpu": ("flex", "gather"), "cuda": ("triton", "flex")}
 
 
@@ -41,6 +43,11 @@ def check_backend(name: str) -> str:
     return name
 
 
+def runs_somehow(device: torch.device) -> bool:
+    """Whether any backend computes sparse attention on a device."""
+    return any(b.capability.sparse and b.unavailable(device) is None for b in BACKENDS.values())
+
+
 def refusal(name: str, device: torch.device) -> str | None:
     """Why sparse attention cannot run on a device with a backend, or with "auto"; None where it can.
 
@@ -50,7 +57,7 @@ def refusal(name: str, device: torch.device) -> str | None:
     if check_backend(name) != "auto":
         reason = BACKENDS[name].unavailable(device)
         return reason if reason or BACKENDS[name].capability.sparse else "computes dense attention only"
-    reasons = {n: refusal(n, device) for n in WORTHWHILE.get(device.type, tuple(BACKENDS))}
+    reasons = {n: refusal(n, device) for n in WORTHWHILE.get(device.type, ELSEWHERE)}
     if None in reasons.values():
         return None
     return f"finds no backend that is fast on {device.type}: " + "; ".join(f"{n} {why}" for n, why in reasons.items())
@@ -77,7 +84,7 @@ def pick(name: str, request: Request, *, scattered: bool) -> Backend:
         return BACKENDS["sdpa"]
     reasons = {}
     kind = "scattered" if scattered or request.queries < COMPILE_PAYS else "regular"
-    for candidate in PREFERENCE.get((request.device.type, kind), tuple(BACKENDS)):
+    for candidate in PREFERENCE.get((request.device.type, kind), ELSEWHERE):
         reason = BACKENDS[candidate].declines(request)
         if reason is None:
             return BACKENDS[candidate]
@@ -85,4 +92,14 @@ def pick(name: str, request: Request, *, scattered: bool) -> Backend:
     raise RuntimeError("no backend can run this call: " + "; ".join(f"{n} {why}" for n, why in reasons.items()) + ".")
 
 
-__all__ = ["BACKENDS", "WORTHWHILE", "Backend", "Capability", "Request", "check_backend", "pick", "refusal"]
+__all__ = [
+    "BACKENDS",
+    "WORTHWHILE",
+    "Backend",
+    "Capability",
+    "Request",
+    "check_backend",
+    "pick",
+    "refusal",
+    "runs_somehow",
+]

@@ -11,6 +11,8 @@ import torch
 from ..plan import BlockPlan
 
 ANY_HEAD_DIM = 2**31
+EVERYWHERE = ("cpu", "cuda", "mps", "xpu")  # for backends made of torch's operators
+NO_FLOAT64 = ("mps",)
 INSTALL_TRITON = "pip install triton (on Windows: triton-windows)"
 
 
@@ -116,6 +118,8 @@ class Backend(abc.ABC):
         reason = self.unavailable(request.device)
         if reason:
             return reason
+        if request.dtype == torch.float64 and request.device.type in NO_FLOAT64:
+            return f"has no float64 on {request.device.type}"
         if request.dtype not in limits.dtypes:
             known = ", ".join(str(d).removeprefix("torch.") for d in limits.dtypes)
             return f"takes {known}, not {str(request.dtype).removeprefix('torch.')}"

@@ -70,7 +70,7 @@ def block_size(plan: BlockPlan) -> tuple[int, int]:
     """FlexAttention's `(queries, keys)` block: 128 on CUDA, whose kernels need it; on the CPU the plan's own blocks, so
     that none is partly covered, or large ones for bands, whose masks are then quick to build, and small
     ones for scattered runs, where the share of partly covered blocks decides."""
-    if plan.device.type == "cuda":
+    if plan.device.type != "cpu":
         return 128, 128
     if plan.block is not None:
         return plan.block

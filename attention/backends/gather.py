@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..plan import BlockPlan, permute, unpermute
-from .base import ANY_HEAD_DIM, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 MAX_TILE_ROWS = 256
 FEW_ROWS = 192  # below it torch's CPU kernel works on 32 rows at a time, which halves the speed of its matrix products
@@ -22,11 +22,11 @@ class GatherBackend(Backend):
     name = "gather"
     summary = "one dense SDPA per query tile on its gathered keys; best for scattered plans on the CPU"
     capability = Capability(
-        devices=("cpu", "cuda"),
+        devices=EVERYWHERE,
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
         max_head_dim=ANY_HEAD_DIM,
-        lse=("cpu", "cuda"),
-        backward=("cpu", "cuda"),
+        lse=EVERYWHERE,
+        backward=EVERYWHERE,
         sparse=True,
     )
 

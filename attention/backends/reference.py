@@ -6,7 +6,7 @@ import torch
 
 from ..plan import BlockPlan, permute, unpermute
 from ..runs import expand_runs
-from .base import ANY_HEAD_DIM, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 
 class ReferenceBackend(Backend):
@@ -15,11 +15,11 @@ class ReferenceBackend(Backend):
     name = "reference"
     summary = "exact masked softmax in float32 or better; the oracle, not for speed"
     capability = Capability(
-        devices=("cpu", "cuda"),
+        devices=EVERYWHERE,
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
         max_head_dim=ANY_HEAD_DIM,
-        lse=("cpu", "cuda"),
-        backward=("cpu", "cuda"),
+        lse=EVERYWHERE,
+        backward=EVERYWHERE,
         sparse=True,
     )
 

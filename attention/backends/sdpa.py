@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..plan import BlockPlan
-from .base import ANY_HEAD_DIM, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 
 class SdpaBackend(Backend):
@@ -15,11 +15,11 @@ class SdpaBackend(Backend):
     name = "sdpa"
     summary = "torch's dense attention; for the dense steps and layers"
     capability = Capability(
-        devices=("cpu", "cuda"),
+        devices=EVERYWHERE,
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
         max_head_dim=ANY_HEAD_DIM,
         lse=(),
-        backward=("cpu", "cuda"),
+        backward=EVERYWHERE,
         sparse=False,
     )
 

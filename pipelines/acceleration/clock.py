@@ -1,256 +1,257 @@
-"""Counts runs, denoising steps and guidance branches, from the scheduler's own count wherever it has one.
-
-A scheduler of diffusers has a table of timesteps, which `set_timesteps` makes anew for each run, and most count their
-place in it (`step_index`): that count is the step, whatever values the model is given. So it is right for second-order
-schedulers, whose tables hold a value twice, for half precision, in which neighbouring values coincide, for tables that
-rise, and for models that are given a noise level instead of a timestep. Where there is no such count, values tell:
-
-- a scheduler that does not count (DDIM and its kin): a value is looked up in the table, from the place reached onwards;
-- one that never steps, because the pipeline steps copies of it (diffusion forcing, where frames have timesteps of their
-  own): its table counts while the values follow it, and else each change is a step;
-- one that stands still because another pipeline runs the transformer, or none at all, for a transformer alone: values
-  that go on in one direction are steps, one that turns back begins a run.
-"""
+"""Counts runs, denoising steps and guidance branches, from a scheduler's own place in its table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import Any
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 
-from ...attention import CallRecord, StepInfo
+from ...attention import StepInfo
+from ...attention.engine import KEPT_RUNS
+from .scheduler_table import Table, Timestep, read_table
 
-
-class _By(Enum):
-    """What tells the step."""
-
-    COUNT = "the scheduler's count"
-    TABLE = "a look at its table"
-    CHANGE = "a change of the values"
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What a forward pass was given: the highest timestep of its tokens, and their sum, which may move alone."""
-
-    value: float
-    total: float
-
-    @classmethod
-    def of(cls, timestep: torch.Tensor) -> _Reading:
-        wide = timestep.detach().float()
-        return cls(*torch.stack([wide.max(), wide.sum()]).tolist())  # one wait for a GPU
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Run:
-    """One pass through the table, or through values that go in one direction.
+    """One run so far.
 
     Args:
         number: counted from 0.
-        by: what tells the step.
-        table: of the scheduler at its start; `rows` are its values.
-        place: in the table, or a count of changes.
-        first: the place of the first step.
-        reading: of the last pass.
-        own: whether the pipeline that made the table makes the run, so that what it announces holds.
-        stepped: whether the scheduler was seen to count.
-        direction: of the values: -1 falling, 1 rising, 0 not known yet.
-        passes: of each model at this place.
-        usual: of each model at the first place that was left, which tells a collision from another branch.
+        table: what its steps are rows of; None where distinct timesteps are counted.
+        first, place: the first row that was run and the one that is.
+        timestep: of the last pass.
+        ignored: the table that was there but belongs to somebody else's run.
+        counted: steps are counted although there is a table, because the timesteps are not its rows.
+        rises: the direction of timesteps that are counted, once it is known.
+        passes: of each model in this row. per_row: in the last complete row.
+        seen: the steps that were run. total: how many there should be.
     """
 
     number: int
-    by: _By
-    table: torch.Tensor | None
-    rows: tuple[float, ...]
-    place: int
+    table: Table | None
     first: int
-    reading: _Reading
-    own: bool = True
-    stepped: bool = False
-    direction: int = 0
-    passes: dict[str, int] = field(default_factory=dict)
-    usual: dict[str, int] = field(default_factory=dict)
+    place: int
+    timestep: Timestep
+    ignored: Table | None = None
+    counted: bool = False
+    rises: bool | None = None
+    passes: Counter[str] = field(default_factory=Counter)
+    per_row: dict[str, int] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    total: int | None = None
 
-    def go_to(self, place: int) -> _Run:
-        for model, count in self.passes.items():
-            self.usual.setdefault(model, count)
-        self.place, self.passes = place, {}
-        return self
+    def move(self, place: int) -> None:
+        """Go to a row; the passes of the one before say how many a row has."""
+        if place != self.place:
+            self.per_row.update(self.passes)
+            self.passes.clear()
+            self.place = place
 
-    def again(self, reading: _Reading, place: int = 0) -> _Run:
-        """Another run under the same table."""
-        fresh: dict[str, Any] = {"passes": {}, "usual": {}, "stepped": False, "direction": 0, "reading": reading}
-        return replace(self, number=self.number + 1, place=place, first=place, **fresh)
+    def note(self) -> str:
+        """What is wrong with the count, empty if nothing is."""
+        if self.total is None:
+            if self.ignored is None:
+                return ""
+            return (
+                f"run {self.number}: called outside the schedule of the accelerated pipeline, so its {len(self.seen)} "
+                "steps were counted from the timesteps and their expected number is unknown"
+            )
+        if len(self.seen) == self.total and max(self.seen) == self.total - 1:
+            return ""
+        return f"run {self.number}: steps seen {len(self.seen)}, expected {self.total}"
 
 
 class StepClock:
     """Tells the run, the step and the guidance branch of each forward pass.
 
-    One clock serves all transformers of a pipeline, so the second transformer of Wan 2.2 goes on counting where the
-    first stopped. Steps count from the first one that is run: video-to-video at half strength starts at step 0 of half
-    as many. A pipeline that makes a table for each chunk or section of a video makes a run of each.
+    A step is a row of the scheduler's table of timesteps. Diffusers moves `scheduler.step_index` in `scheduler.step()`,
+    which comes after the forward passes of a row. So the index at the time of a pass is its row, whatever the model
+    gets as timestep: tables may rise, repeat values and be rounded. Before the first `step()`, and for schedulers
+    without an index, the place is found by value; the passes of earlier rows tell rows of one value apart. Where there
+    is no table to look into (a transformer alone, the run of another pipeline, frames with a timestep each), distinct
+    timesteps are counted.
+
+    A run starts with a new table, and where the place falls back. One clock serves all transformers of a pipeline, so
+    the second transformer of Wan 2.2 goes on counting where the first stopped. Steps count from the first one that is
+    run: video-to-video at half strength starts at step 0 of half as many.
 
     Args:
-        scheduler: gives the pipeline's scheduler of now (people swap it between runs); None when there is no pipeline.
-        announced: gives the number of steps that the pipeline says it will make (`num_timesteps`), asked only where the
-            table does not tell; None when it says none.
+        pipe: what is accelerated. Its scheduler is read in each pass, because people swap it between runs.
     """
 
-    def __init__(self, scheduler: Callable[[], Any], announced: Callable[[], int | None] = lambda: None) -> None:
-        self._scheduler, self._announced = scheduler, announced
+    def __init__(self, pipe: object) -> None:
+        self._pipe = pipe
+        self._number = 0  # of the next run
         self._run: _Run | None = None
-        self.notes: list[str] = []
-        """What a reader of a report should know of the counting."""
+        self._table: Table | None = None
+        self._sends_rows: bool | None = None  # whether the models get the timesteps of the table, once it is known
+        self._notes: dict[int, str] = {}
+        self._told = -1  # of this run and those before nothing is said any more
+
+    def __deepcopy__(self, memo: dict[int, object]) -> StepClock:
+        # A transformer that is copied alone must not bring a copy of its pipeline.
+        new = StepClock(memo.get(id(self._pipe)))
+        new._number = self._number
+        return new
 
     def observe(self, timestep: torch.Tensor, model: str, branches: tuple[str, ...]) -> StepInfo:
         """Read one forward pass.
 
         Args:
-            timestep: as the transformer got it: 0-dim, `[B]`, `[B, frames]`, or `[B, tokens]` for Wan 2.2's image
-                conditioning, whose clean tokens have a timestep of 0.
+            timestep: as the transformer got it: 0-dim, `[B]`, or with a value for each frame or token.
             model: the component that is called.
             branches: names for the passes of one step, in order.
+
+        Raises:
+            ValueError: the timestep has no value.
         """
-        reading, scheduler, run = _Reading.of(timestep), self._scheduler(), self._run
-        table = getattr(scheduler, "timesteps", None)
-        if run is None or (table is not None and table is not run.table):
-            run = self._begun(scheduler, table, reading)
-        elif run.by is _By.COUNT:
-            run = self._counted(scheduler, run, reading, model, len(branches))
+        if timestep.numel() == 0:
+            raise ValueError(f"{model} was called with an empty timestep, of shape {list(timestep.shape)}.")
+        now = Timestep.of(timestep)
+        table = self._table = read_table(getattr(self._pipe, "scheduler", None), self._table)
+        if table is not None and self._belongs_to_another(table, now, model, branches):
+            place, ignored = self._by_count(now, model, branches), table
+        elif table is None:
+            place, ignored = self._by_count(now, model, branches), self._absent_table()
         else:
-            run = self._told_by_values(run, reading, model, len(branches))
-        self._run, run.reading = run, reading
-        number = run.passes.get(model, 0)
-        run.passes[model] = number + 1
+            place, ignored = (
+                self._by_index(table) if table.index is not None else self._by_value(table, now, model),
+                None,
+            )
+        run = self._run
+        if place is None:
+            run = self._start(None if ignored is not None else table, now, ignored)
+        else:
+            run.move(place)
+        run.timestep = now
+        if run.table is not None:
+            run.table = table
+            self._sends_rows = self._sends_rows is not False and now.matches(
+                table.rows[min(run.place, len(table.rows) - 1)]
+            )
+        run.total = self._total(run, now)
+        number = run.passes[model]
+        run.passes[model] += 1
+        run.seen.add(run.place - run.first)
         branch = branches[number] if number < len(branches) else f"pass {number}"
-        return StepInfo(run.number, run.place - run.first, self._steps(run), _noise_level(scheduler, run), branch)
+        sigma = None if run.table is None or run.counted else run.table.sigma(run.place)
+        return StepInfo(run.number, run.place - run.first, run.total, sigma, branch)
 
-    def _begun(self, scheduler: Any, table: torch.Tensor | None, reading: _Reading) -> _Run:
-        """A run under a new table, at the place where its scheduler begins, or else where its first value stands."""
-        number = 0 if self._run is None else self._run.number + 1
-        if table is None:
-            return _Run(number, _By.CHANGE, None, (), 0, 0, reading)
-        rows = tuple(table.float().tolist())
-        by = _By.COUNT if hasattr(scheduler, "step_index") else _By.TABLE
-        index, begin = getattr(scheduler, "step_index", None), getattr(scheduler, "begin_index", None)
-        known = begin if index is None else index
-        place = _find(reading.value, rows) or 0 if known is None else known
-        run = _Run(number, by, table, rows, place, place, reading, stepped=index is not None)
-        return run if place < len(rows) else self._of_another(scheduler, run, reading)
+    def notes(self) -> list[str]:
+        """Where a run's count is not what its scheduler promised, for the last few runs."""
+        last = self._note()
+        return [*self._notes.values(), *([last] if last else [])]
 
-    def _counted(self, scheduler: Any, run: _Run, reading: _Reading, model: str, branches: int) -> _Run:
-        index = scheduler.step_index
-        if index is None and run.stepped:
-            return run.again(reading, run.first)  # set back without a new table
-        place = run.first if index is None else index
-        if place >= len(run.rows):
-            return self._of_another(scheduler, run, reading)  # it is at its end, and somebody goes on
-        if place < run.place:
-            return run.again(reading, place)
-        if place > run.place:
-            run.stepped = True
-            return run.go_to(place)
-        if reading.value == run.reading.value and (run.stepped or reading == run.reading):
-            return run
-        if run.stepped:
-            return self._of_another(scheduler, run, reading)
-        # It has never stepped: copies of it do. Its table still tells, if the values go on in it.
-        follows = run.place + 1 < len(run.rows) and _find(reading.value, run.rows, run.place) == run.place + 1
-        run.by = _By.TABLE if follows else _By.CHANGE
-        if not follows and reading.value != run.reading.value:
-            self._note(scheduler)
-            run.own = False
-        return self._told_by_values(run, reading, model, branches)
+    def forget_notes(self) -> None:
+        """Say nothing more of the runs so far."""
+        self._notes, self._told = {}, self._number - 1
 
-    def _of_another(self, scheduler: Any, run: _Run, reading: _Reading) -> _Run:
-        self._note(scheduler)
-        number = run.number if self._run is None or run is not self._run else run.number + 1
-        return _Run(number, _By.CHANGE, run.table, (), 0, 0, reading, own=False)
+    def _note(self) -> str:
+        return self._run.note() if self._run is not None and self._run.number > self._told else ""
 
-    def _note(self, scheduler: Any) -> None:
-        text = (
-            f"steps are counted by the timesteps alone, since {type(scheduler).__name__} stands still: another "
-            "pipeline seems to run the transformer, with a scheduler of its own; accelerate that one"
-        )
-        if text not in self.notes:
-            self.notes.append(text)
+    # Each of these gives the place of the pass in the run that goes on, or None where another run starts.
 
-    def _told_by_values(self, run: _Run, reading: _Reading, model: str, branches: int) -> _Run:
-        if reading == run.reading:
-            return self._repeated(run, reading, run.passes.get(model, 0), run.usual.get(model), branches)
-        moved = reading.value != run.reading.value
-        if run.by is _By.TABLE and moved:
-            place = _find(reading.value, run.rows, run.place)
-            if place is not None:
-                return run.go_to(place)
-            earlier = _find(reading.value, run.rows)
-            if earlier is not None:
-                return run.again(reading, earlier)
-        # Frames with timesteps of their own, or values that are in no table.
-        run.by = _By.CHANGE
-        change = reading.value - run.reading.value if moved else reading.total - run.reading.total
-        direction = 1 if change > 0 else -1
-        if run.direction not in (0, direction):
-            return run.again(reading)
-        run.direction = direction
-        return run.go_to(run.place + 1)
+    def _by_index(self, table: Table) -> int | None:
+        run = self._run
+        if run is None or not self._goes_on(run, table) or table.index < run.place:
+            return None
+        return table.index
 
-    @staticmethod
-    def _repeated(run: _Run, reading: _Reading, passes: int, usual: int | None, branches: int) -> _Run:
-        """The same values again: another branch, the next of two rows that look alike, or a loop at one timestep."""
-        if usual is not None and passes >= usual:
-            after = run.place + 1
-            if run.by is _By.CHANGE or (after < len(run.rows) and _near(reading.value, run.rows[after])):
-                return run.go_to(after)
-        elif usual is None and run.table is None and passes >= branches:
-            # Nothing else tells a profiler's loop, say, from ever more branches.
-            return run.again(reading)
-        return run
+    def _by_value(self, table: Table, now: Timestep, model: str) -> int | None:
+        run = self._run
+        if run is None or run.table is None or run.table.tensor is not table.tensor or run.table.index is not None:
+            return None
+        if run.table.scheduler is not table.scheduler:
+            return None
+        if now == run.timestep:
+            # A value that the next row repeats: that row's turn comes after as many passes as a row has.
+            full = run.passes[model] >= run.per_row.get(model, run.passes[model] + 1)
+            repeats = not table.counts_itself and not run.counted and run.place + 1 in table.places(now)
+            return run.place + 1 if full and repeats else run.place
+        places = [] if run.counted or (now.low != now.high and table.counts_itself) else table.places(now)
+        ahead = [place for place in places if place > run.place]
+        if ahead:
+            return ahead[0]
+        if places and places[-1] < run.place:
+            return None
+        if places:
+            return run.place
+        # No row has such a timestep: each frame has its own, and no scheduler of the pipeline's moves.
+        if run.place - run.first + 1 == run.total:
+            return None  # the next window of a long video
+        run.counted = True
+        return run.place + 1
 
-    def _steps(self, run: _Run) -> int | None:
-        """How many steps the run has; None when nothing tells."""
-        if run.by is not _By.CHANGE:
-            return len(run.rows) - run.first
-        return self._announced() if run.own and run.table is not None else None
+    def _by_count(self, now: Timestep, model: str, branches: tuple[str, ...]) -> int | None:
+        run = self._run
+        if run is None or run.table is not None:
+            return None
+        if now == run.timestep:
+            # Nothing else tells a loop at one timestep (a profiler's, say) from ever more branches.
+            return None if run.passes[model] >= self._full(run, model, branches) else run.place
+        rises = (now.mean, now.high) > (run.timestep.mean, run.timestep.high)
+        if run.rises is not None and rises != run.rises:
+            return None
+        run.rises = rises
+        return run.place + 1
 
+    def _goes_on(self, run: _Run, table: Table) -> bool:
+        """Whether a table in which the scheduler is on its way is that of the run."""
+        if run.table is None or run.table.scheduler is not table.scheduler:
+            return False
+        # A copy with the same rows, moved to another device perhaps. A new run would have no index yet.
+        return run.table.tensor is table.tensor or (run.table.index is not None and run.table.rows == table.rows)
 
-def miscounts(records: Iterable[CallRecord]) -> list[str]:
-    """What to say of runs whose last step is not the last that was expected, so that no count is wrong in silence."""
-    seen: dict[int, int] = {}
-    expected: dict[int, int | None] = {}
-    for record in records:
-        seen[record.run] = max(seen.get(record.run, 0), record.step + 1)
-        expected[record.run] = record.num_steps
-    return [
-        f"run {run}: steps seen {count}, expected {expected[run]}: it was stopped, is not done yet, or was miscounted"
-        for run, count in seen.items()
-        if expected[run] not in (None, count)
-    ]
+    def _belongs_to_another(self, table: Table, now: Timestep, model: str, branches: tuple[str, ...]) -> bool:
+        """Whether the scheduler stands in the middle of a run that was broken off, and this pass is of another.
 
+        That is what two pipelines with one transformer and a scheduler each look like.
+        """
+        run = self._run
+        if table.index is None or run is None:
+            return False
+        former = run.ignored or run.table
+        stands = former is not None and former.tensor is table.tensor and former.index == table.index
+        if run.ignored is not None and stands:
+            return True
+        if self._sends_rows and not now.matches(table.rows[table.index]):
+            return True
+        return stands and now != run.timestep and run.passes[model] >= self._full(run, model, branches)
 
-def _near(value: float, row: float) -> bool:
-    """Whether a value may be a row of the table in bfloat16, which keeps 8 bits."""
-    return abs(row - value) <= max(1e-3, abs(value) / 256)
+    def _full(self, run: _Run, model: str, branches: tuple[str, ...]) -> int:
+        """Passes of a model that a row surely has no more than."""
+        return max(len(branches), run.per_row.get(model, 0))
 
+    def _absent_table(self) -> Table | None:
+        """A stand-in that says a pipeline's scheduler is not the one that runs."""
+        scheduler = getattr(self._pipe, "scheduler", None)
+        return None if scheduler is None else Table(scheduler, torch.empty(0), (), None)
 
-def _find(value: float, rows: tuple[float, ...], start: int = 0) -> int | None:
-    """The row from `start` on that is nearest to a value, the first of equals; None where none is near."""
-    if start >= len(rows):
-        return None
-    place = min(range(start, len(rows)), key=lambda i: abs(rows[i] - value))
-    return place if _near(value, rows[place]) else None
+    def _start(self, table: Table | None, now: Timestep, ignored: Table | None) -> _Run:
+        note = self._note()
+        if note:
+            logger.warning("%s", note)
+            self._notes[self._run.number] = note
+        number, self._number = self._number, self._number + 1
+        self._notes = {run: note for run, note in self._notes.items() if run > number - KEPT_RUNS}
+        place = 0
+        if table is not None:
+            found = table.places(now)
+            place = next(p for p in (table.index, table.begin, *found[:1], 0) if p is not None)
+        self._run = _Run(number, table, place, place, now, ignored)
+        return self._run
 
-
-def _noise_level(scheduler: Any, run: _Run) -> float | None:
-    """The share of noise at the step; None for schedulers whose levels are not a flow's, from 0 to 1."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None or run.by is _By.CHANGE or run.place >= len(sigmas) or float(sigmas.max()) > 1.001:
-        return None
-    level = float(sigmas[run.place])
-    # A table that rises (Mochi's) counts what is clean.
-    return 1 - level if run.rows[-1] > run.rows[0] else level
+    def _total(self, run: _Run, now: Timestep) -> int | None:
+        if run.table is None:
+            return None
+        if run.counted or (now.per_frame and run.table.index is None):
+            told = getattr(self._pipe, "num_timesteps", None)  # what the pipeline's own loop will do
+            if isinstance(told, int) and told > 0:
+                return told
+            if run.counted:
+                return None
+        return len(run.table.rows) - run.first

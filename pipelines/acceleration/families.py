@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ class ModelSpec:
         processor: `(engine, layer, replaced processor) -> processor` with the sparse call.
         layout: `(transformer, hidden_states) -> VideoLayout` of the sequence its blocks see.
         branches: names of the guidance branches in the order in which the pipeline calls them.
+        timestep: the argument of `forward` that changes from step to step.
     """
 
     family: str
@@ -34,6 +36,7 @@ class ModelSpec:
     processor: Callable[[SparseAttention, int, object], object]
     layout: Callable[[torch.nn.Module, torch.Tensor], VideoLayout]
     branches: tuple[str, ...]
+    timestep: str = "timestep"
 
     def processor_names(self, transformer: torch.nn.Module) -> list[str]:
         """Keys of the self-attention processors in `transformer.attn_processors`, by layer."""
@@ -41,7 +44,7 @@ class ModelSpec:
         return [f"{self.blocks}.{layer}.{self.self_attention}.processor" for layer in range(count)]
 
 
-def patch_grid(transformer: torch.nn.Module, hidden_states: torch.Tensor) -> VideoLayout:
+def patch_grid(transformer: Any, hidden_states: torch.Tensor) -> VideoLayout:
     """The grid of latents `[B, C, frames, height, width]` cut into the transformer's patches, without text."""
     sizes = hidden_states.shape[2:]
     return VideoLayout(*(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True)))
@@ -73,20 +76,44 @@ def supported_pipelines() -> list[str]:
     return sorted(name for spec in SPECS for name in spec.pipelines)
 
 
+def unwrap(component: Any) -> Any:
+    """The model inside the wrappers that training and compilation put round one.
+
+    Raises:
+        RuntimeError: a `DataParallel` over several devices.
+    """
+    while True:
+        if isinstance(component, torch.nn.DataParallel) and len(component.device_ids) > 1:
+            raise RuntimeError(
+                f"DataParallel runs copies of the model in threads on {len(component.device_ids)} devices, which would "
+                "share what sparse attention remembers: use DistributedDataParallel, or a process for each device."
+            )
+        if isinstance(component, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+            component = component.module
+        elif hasattr(component, "_orig_mod"):  # torch.compile
+            component = component._orig_mod
+        elif callable(getattr(component, "get_base_model", None)):  # PEFT
+            component = component.get_base_model()
+        else:
+            return component
+
+
 def find_transformers(pipe: object) -> dict[str, tuple[torch.nn.Module, ModelSpec]]:
     """The transformers of a pipeline that have a spec, by component name.
 
     Args:
-        pipe: a diffusers pipeline, or one transformer.
+        pipe: a diffusers pipeline, or one transformer. What `torch.compile`, PEFT, DDP and `DataParallel` wrap
+            round a transformer is looked through.
 
     Raises:
         TypeError: there is none; names the supported pipelines.
+        RuntimeError: a `DataParallel` over several devices.
     """
     components = getattr(pipe, "components", None) or {"transformer": pipe}
     by_class = {name: spec for spec in SPECS for name in spec.transformers}
     found = {}
     for name, component in components.items():
-        component = getattr(component, "_orig_mod", component)  # what torch.compile wrapped
+        component = unwrap(component)
         # Through the whole inheritance, so that a subclass of a known transformer is one.
         spec = next((by_class[c.__name__] for c in type(component).__mro__ if c.__name__ in by_class), None)
         if spec is not None:

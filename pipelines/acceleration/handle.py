@@ -10,8 +10,10 @@ import torch
 
 from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
 from ...attention.backends import check_backend
-from .clock import StepClock, miscounts
-from .families import ModelSpec, find_transformers
+from .clock import StepClock
+from .copies import CopiedNotPickled
+from .diffusers_hooks import register_like, unregister
+from .families import ModelSpec, find_transformers, unwrap
 
 
 class Handle:
@@ -20,12 +22,10 @@ class Handle:
     def __init__(self, pipe: object, method: Method, backend: str, schedule: DenseSchedule | None) -> None:
         self.method = method
         schedule = schedule if schedule is not None else method.schedule
-        if not hasattr(pipe, "scheduler") and schedule.needs_num_steps:
-            raise ValueError(
-                f"{schedule} counts in fractions of a run or from its end, but {type(pipe).__name__} is no pipeline, "
-                "so the number of steps is unknown: pass schedule=DenseSchedule(first_steps=...) with a whole number."
-            )
-        self._clock = StepClock(lambda: getattr(pipe, "scheduler", None), lambda: getattr(pipe, "num_timesteps", None))
+        if not hasattr(pipe, "scheduler"):
+            _check_without_scheduler(pipe, schedule)
+        self._pipe = pipe
+        self._clock = StepClock(pipe)
         self._installed: list[_Installed] = []
         try:
             for name, (transformer, spec) in find_transformers(pipe).items():
@@ -38,14 +38,25 @@ class Handle:
         """What was done since `accelerate` or `reset`: per layer, step and branch."""
         reports = [installed.engine.report() for installed in self._installed]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
-        own = (*self._clock.notes, *miscounts(records))
-        notes = dict.fromkeys((*(note for report in reports for note in report.notes), *own))
+        notes = dict.fromkeys(note for report in reports for note in report.notes)
+        notes |= dict.fromkeys([*self._clock.notes(), *self._replaced()])
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
     def reset(self) -> None:
         """Forget all records and everything the method remembers."""
+        self._clock.forget_notes()
         for installed in self._installed:
             installed.engine.reset()
+
+    def _replaced(self) -> list[str]:
+        """What to say of transformers that the pipeline had when it was accelerated and has no more."""
+        components = getattr(self._pipe, "components", None) or {}
+        return [
+            f"{i.name} was replaced after accelerate, and the new one runs dense: remove() this handle and accelerate "
+            "again"
+            for i in self._installed
+            if i.active and i.name in components and unwrap(components[i.name]) is not i.transformer
+        ]
 
     def remove(self) -> None:
         """Put every original processor back. A second call does nothing."""
@@ -102,13 +113,27 @@ def restore(pipe: Any) -> None:
                 owner.remove()
 
 
-class _Installed:
+def _check_without_scheduler(pipe: object, schedule: DenseSchedule) -> None:
+    what = f"{type(pipe).__name__} is no pipeline, so"
+    if schedule.needs_num_steps:
+        raise ValueError(
+            f"{schedule} counts in fractions of a run or from its end, but {what} the number of steps is unknown: "
+            "pass schedule=DenseSchedule(first_steps=...) with a whole number."
+        )
+    if schedule.needs_sigma:
+        raise ValueError(
+            f"{schedule} goes by noise levels, but {what} they are unknown: pass "
+            "schedule=DenseSchedule(first_steps=...) with a whole number."
+        )
+
+
+class _Installed(CopiedNotPickled):
     """The processors and the hook in one transformer."""
 
     def __init__(
         self,
         name: str,
-        transformer: torch.nn.Module,
+        transformer: Any,
         spec: ModelSpec,
         method: Method,
         backend: str,
@@ -137,13 +162,30 @@ class _Installed:
         # must not bring back the one from before that.
         self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.active = True
+        self._register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.active:
+            self._register()
+
+    def _register(self) -> None:
+        for own, replaced in {(type(own), type(self._originals[n])) for n, own in self._own.items()}:
+            register_like(own, replaced, self)
 
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine the grid and the step of this forward pass."""
         given = self._signature.bind_partial(module, *args, **kwargs).arguments
-        step = self._clock.observe(torch.as_tensor(given["timestep"]), self.name, self.spec.branches)
-        self.engine.enter(step, self.spec.layout(module, given["hidden_states"]))
+        timestep, hidden_states = (given.get(name) for name in (self.spec.timestep, "hidden_states"))
+        if timestep is None or not isinstance(hidden_states, torch.Tensor) or hidden_states.numel() == 0:
+            shape = list(hidden_states.shape) if isinstance(hidden_states, torch.Tensor) else hidden_states
+            raise ValueError(
+                f"{self.name} was called with {self.spec.timestep}={timestep} and hidden_states of shape {shape}: "
+                "sparse attention needs a timestep and a batch that is not empty."
+            )
+        step = self._clock.observe(torch.as_tensor(timestep), self.name, self.spec.branches)
+        self.engine.enter(step, self.spec.layout(module, hidden_states))
 
     def remove(self) -> None:
         if not self.active:
@@ -152,5 +194,6 @@ class _Installed:
         ours = {n: self._originals[n] for n, own in self._own.items() if current.get(n) is own}
         self.transformer.set_attn_processor({**current, **ours})
         self._hook.remove()
+        unregister(self)
         self.engine.forget()
         self.active = False

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ...attention import SparseAttention
 from ...attention.engine import engine_attention
+from .copies import CopiedNotPickled
+from .diffusers_hooks import scores_are_skipped
 
 
-class SparseWanAttnProcessor:
+class SparseWanAttnProcessor(CopiedNotPickled):
     """Replaces `WanAttnProcessor` in self-attention layers.
 
     Projections, norms and rotary embedding are those of the stock processor in the same order, so a layer that stays
@@ -37,12 +41,12 @@ class SparseWanAttnProcessor:
 
     def __setstate__(self, state: dict) -> None:
         # A copy has a copy of the engine, with an id of its own.
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._bind()
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -71,7 +75,8 @@ class SparseWanAttnProcessor:
         if torch.compiler.is_compiling():
             out = engine_attention(query, key, value, self.site)
         else:
-            out = self.engine(query, key, value, self.layer)
+            dense = "perturbed attention" if scores_are_skipped() else ""
+            out = self.engine(query, key, value, self.layer, dense=dense)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         for module in attn.to_out:
             out = module(out)

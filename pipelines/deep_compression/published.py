@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import CheckpointError
 from .adapted import is_adapter, load_adapted
+from .dtypes import resolve_dtypes
 from .open_clip import convert_image_encoder
 from .published_files import LayoutError, files_below, hub_options, load_autoencoder, read_json, refuse_changes
 from .published_hub import known_parts, published_folder
@@ -49,7 +50,7 @@ class PublishedLayoutMixin(_Pipeline):
             autoencoder_config: what the weights of a DC-AE-V file that is none of the published variants do not tell,
                 such as `{"chunk_size": 40, "scaling_factor": 0.7}`.
 
-        Components that are given, such as `vae=`, need not be in the model.
+        Components that are given, such as `vae=`, need not be in the model. A dtype may be a name, such as "bfloat16".
         A folder with adapter-only weights is loaded onto its base model (see `pipelines.adapted`).
         A published layout is converted once into a cache (`VIDACCEL_CACHE`, else `~/.cache/vidaccel`), in which large
         files that need no conversion are links.
@@ -57,7 +58,9 @@ class PublishedLayoutMixin(_Pipeline):
         Raises:
             LayoutError: neither a diffusers pipeline nor a published layout.
             CheckpointError: an autoencoder of another variant, or a damaged one.
+            ValueError: a dtype whose name is unknown.
         """
+        kwargs = resolve_dtypes(kwargs)
         parts = {name: kwargs.pop(name, None) for name in _ARGUMENTS}
         location, given = str(pretrained_model_name_or_path), COMPONENTS & kwargs.keys()
         if parts["autoencoder"] is not None and "vae" in given:

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from .canvas import Canvas
+from .dtypes import resolve_dtypes
 from .published_files import hub_options, read_json
 
 
@@ -193,10 +194,14 @@ class DCGenPipeline:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:
         """Load a folder or hub id; arguments are those of `DiffusionPipeline.from_pretrained`.
 
+        A dtype may be a name, such as "bfloat16".
+
         Raises:
-            ValueError: a pipeline of another family, or a model_index.json that cannot be read.
+            ValueError: a dtype whose name is unknown, a pipeline of another family, or a model_index.json that
+                cannot be read.
             OSError: there is no such model.
         """
+        kwargs = resolve_dtypes(kwargs)
         folder = Path(pretrained_model_name_or_path).expanduser()
         if folder.is_dir():
             pretrained_model_name_or_path, index = folder, _read_index(folder / "model_index.json")

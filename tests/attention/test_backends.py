@@ -6,7 +6,7 @@ from plans import clusters, masked_attention, uniform
 
 from vidaccel import BlockPlan, sparse_attention
 from vidaccel.attention import BACKENDS
-from vidaccel.attention.backends import Request, pick, refusal
+from vidaccel.attention.backends import Request, pick, refusal, runs_somehow
 
 SPARSE = [
     pytest.param(name, marks=[pytest.mark.compiler] if name == "flex" else [])
@@ -195,7 +195,7 @@ class TestPick:
             pick("cuda", self.request(), scattered=True)
 
     def test_auto_says_why_nothing_runs(self):
-        with pytest.raises(RuntimeError, match="flex runs on cpu, cuda, not on meta"):
+        with pytest.raises(RuntimeError, match="gather runs on cpu, cuda, mps, xpu, not on meta"):
             pick("auto", self.request(device=torch.device("meta")), scattered=True)
 
     def test_every_backend_describes_itself(self):
@@ -228,6 +228,22 @@ def test_why_sparse_attention_cannot_run_on_a_device(monkeypatch):
     # `gather` would run there, far slower than dense attention.
     assert on_cuda.startswith("finds no backend that is fast on cuda: triton needs triton") and "flex" in on_cuda
     assert "gather" not in on_cuda and "pip install triton" in on_cuda
-    assert "gather runs on cpu, cuda, not on mps" in refusal("auto", torch.device("mps"))
+    assert "gather runs on cpu, cuda, mps, xpu, not on hpu" in refusal("auto", torch.device("hpu"))
     with pytest.raises(ValueError, match="unknown backend 'cudnn'"):
         refusal("cudnn", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_other_devices_get_what_is_made_of_torchs_operators(device):
+    def request(dtype=torch.float16, dense=False):
+        return Request(torch.device(device), dtype, 64, 9000, dense, False, False)
+
+    assert refusal("auto", torch.device(device)) is None and runs_somehow(torch.device(device))
+    assert pick("auto", request(), scattered=False).name == pick("auto", request(), scattered=True).name == "gather"
+    assert pick("auto", request(dense=True), scattered=False).name == "sdpa"
+    for name in ("triton", "flex"):
+        with pytest.raises(RuntimeError, match=f"not on {device}"):
+            pick(name, request(), scattered=False)
+    if device == "mps":
+        with pytest.raises(RuntimeError, match="no float64 on mps"):
+            pick("auto", request(torch.float64), scattered=False)

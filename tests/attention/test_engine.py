@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, resolve_method
+from vidaccel.attention.timing import Span, event_class
 
 LAYOUT = VideoLayout(5, 8, 8)
 NEVER = DenseSchedule()
@@ -175,6 +176,81 @@ def test_reports_are_json(tmp_path):
         engine.enter(StepInfo(num_steps=1), LAYOUT)
         engine(*tokens(), 0)
         assert json.loads(json.dumps(engine.report().to_dict()))["records"][0]["details"]
+
+
+def test_memory_of_layouts_and_records_of_runs_are_bounded():
+    """A server that makes videos of every size: the ones used last are kept."""
+    engine = make(SVG(density=0.9))
+    layouts = [VideoLayout(frames, 4, 4) for frames in range(2, 42)]
+    for run, layout in enumerate([*layouts, layouts[-4]]):
+        engine.enter(StepInfo(run, 0, 1), layout)
+        engine(*tokens(layout), 0)
+    kept = [layout for layout, _ in engine._layout_memory]
+    assert kept == [*layouts[-3:], layouts[-4]] and all(engine._layout_memory.values())
+    assert len(engine.report().runs()) == 8 and len(engine.report().records) == 8
+
+
+def test_a_schedule_that_leaves_nothing_sparse_is_said_once(caplog):
+    engine = make(schedule=DenseSchedule(first_steps=3, last_steps=1))
+    with caplog.at_level(logging.WARNING):
+        for step in range(4):
+            engine.enter(StepInfo(step=step, num_steps=4), LAYOUT)
+    assert len([r for r in caplog.records if "all 4 steps stay dense" in r.getMessage()]) == 1
+    assert "nothing will be sparse" in engine.report().notes[0]
+
+
+def test_a_device_without_a_backend_stays_dense_and_says_so_once(caplog):
+    engine = make()
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    with caplog.at_level(logging.WARNING):
+        for layer in range(2):
+            assert engine(*(x.to("meta") for x in tokens()), layer).device.type == "meta"
+    assert len([r for r in caplog.records if "no backend runs on meta" in r.getMessage()]) == 1
+    assert engine.report().dense_reasons() == {"no backend on meta": 2}
+    named = make(backend="gather")
+    named.enter(StepInfo(num_steps=1), LAYOUT)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        named(*(x.to("meta") for x in tokens()), 0)
+
+
+class Event:
+    """Stands for `torch.mps.Event`, which needs the device: a clock that is read when it is recorded."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = 2000.0 if hasattr(Event, "last") else 500.0
+        Event.last = self.at
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_spans_use_the_events_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.mps, "Event", Event)
+    with Span(torch.device("mps")) as span:
+        pass
+    assert span.seconds() == 1.5
+    assert event_class(torch.device("cpu")) is event_class(torch.device("meta")) is None
+    assert event_class(torch.device("cuda")) is torch.cuda.Event and event_class(torch.device("xpu")) is torch.xpu.Event
+
+
+def test_no_float64_is_needed_outside_of_flex(monkeypatch):
+    """Apple's GPUs have none."""
+
+    def refuse(*args, **kwargs):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch.Tensor, "double", refuse)
+    for name in METHODS:
+        engine = make(name, backend="gather")
+        engine.enter(StepInfo(num_steps=1), LAYOUT)
+        engine(*tokens(), 0)
+        assert 0 < engine.report().mean_density() <= 1
 
 
 MEMORY = """

@@ -33,8 +33,33 @@ def test_layers_by_count_and_by_fraction():
 
 def test_sigma_bounds_and_the_reason_given():
     schedule = DenseSchedule(sigma_above=0.9, sigma_below=0.1)
-    reasons = [schedule.dense_reason(StepInfo(sigma=s), 0, 1) for s in (0.95, 0.5, 0.05, None)]
-    assert reasons == ["sigma above 0.9", "", "sigma below 0.1", ""]
+    reasons = [schedule.dense_reason(StepInfo(sigma=s), 0, 1) for s in (0.95, 0.5, 0.05)]
+    assert reasons == ["sigma above 0.9", "", "sigma below 0.1"]
+
+
+@pytest.mark.parametrize("schedule", [DenseSchedule(sigma_above=0.9), DenseSchedule(sigma_below=0.1, first_steps=1)])
+def test_sigma_bounds_are_refused_where_no_noise_level_is_known(schedule):
+    with pytest.raises(ValueError, match=r"DenseSchedule.sigma_\w+ needs the noise level.*Use first_steps"):
+        schedule.dense_reason(StepInfo(step=0, num_steps=4), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (DenseSchedule(first_steps=3, last_steps=1), "all 4 steps stay dense"),
+        (DenseSchedule(first_steps=1.0), "all 4 steps stay dense"),
+        (DenseSchedule(first_layers=0.5, last_layers=5), "all 10 layers stay dense"),
+        (DenseSchedule(sigma_above=0.0), "every noise level stays dense"),
+        (DenseSchedule(sigma_above=0.3, sigma_below=0.5), "every noise level stays dense"),
+        (DenseSchedule(sigma_above=1.0), "nothing will be dense"),
+        (DenseSchedule(), ""),
+        (DenseSchedule(first_steps=0.25, sigma_above=1.0), ""),
+        (DenseSchedule(first_steps=1, last_layers=2, sigma_above=0.9, sigma_below=0.1), ""),
+    ],
+)
+def test_a_schedule_in_which_nothing_is_ever_sparse_or_dense_says_so(schedule, message):
+    warning = schedule.warning(4, 10)
+    assert message in warning and bool(warning) == bool(message)
 
 
 def test_unknown_number_of_steps_is_an_error_only_where_it_is_needed():

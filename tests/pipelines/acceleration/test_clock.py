@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ class Scheduler:
 
 
 def clock_of(scheduler) -> StepClock:
-    return StepClock(lambda: scheduler)
+    return StepClock(SimpleNamespace(scheduler=scheduler))
 
 
 def watch(clock: StepClock, *timesteps: float, model: str = "transformer"):
@@ -56,10 +58,10 @@ def test_a_run_that_starts_late_counts_from_its_first_step():
 
 
 def test_a_scheduler_swapped_between_runs_is_the_one_that_counts():
-    schedulers = [Scheduler([900, 600]), Scheduler([900, 700, 500, 300])]
-    clock = StepClock(lambda: schedulers[0])
+    pipe = SimpleNamespace(scheduler=Scheduler([900, 600]))
+    clock = StepClock(pipe)
     assert watch(clock, 900, 600) == [(0, 0, "cond"), (0, 1, "cond")]
-    schedulers.pop(0)
+    pipe.scheduler = Scheduler([900, 700, 500, 300])
     assert watch(clock, 900, 500) == [(1, 0, "cond"), (1, 2, "cond")]
     assert clock.observe(torch.tensor(300.0), "transformer", ("cond",)).num_steps == 4
 

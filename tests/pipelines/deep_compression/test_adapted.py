@@ -45,6 +45,19 @@ def test_dtypes_of_the_parts(tmp_path):
     assert block.attn1.to_q.weight.dtype == pipe.transformer.patch_embedding.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_a_dtype_may_be_a_name(tmp_path, argument):
+    write_adapter(tmp_path / "adapter")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", **{argument: "bfloat16"})
+    assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    names = {"default": "bfloat16", "vae": "float32"}
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", **{argument: names})
+    assert pipe.vae.dtype == torch.float32 and pipe.text_encoder.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=rf"{argument}='bf16' is no dtype: give one of float32, bfloat16"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", **{argument: "bf16"})
+
+
 def test_another_autoencoder_may_be_given(tmp_path):
     write_adapter(tmp_path / "adapter")
     AutoencoderDCV(**{**TINY, "chunk_size": 16}).save_pretrained(tmp_path / "other")

@@ -87,6 +87,8 @@ def test_saved_and_loaded_through_the_class_that_finds_the_family(name, tmp_path
     pipe = pipeline(name)
     pipe.save_pretrained(tmp_path / name)
     absent = [part for part, component in pipe.components.items() if component is None]
+    half = DCGenPipeline.from_pretrained(tmp_path / name, dtype="bfloat16", **dict.fromkeys(absent))
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
     loaded = DCGenPipeline.from_pretrained(tmp_path / name, **dict.fromkeys(absent))
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(pipe)

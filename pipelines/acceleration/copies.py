@@ -1,0 +1,28 @@
+"""What a copy of an accelerated model takes along."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NoReturn, Self
+
+
+class CopiedNotPickled:
+    """Copies deeply, as models do, and refuses to be pickled.
+
+    A pickle of a transformer would hold the whole pipeline, whose scheduler tells the steps, and what methods remember.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "an accelerated model cannot be pickled or saved whole: call handle.remove() (or vidaccel.restore(pipe)), "
+            "save it, and accelerate it again. state_dict() and save_pretrained() work as they are."
+        )

@@ -1,0 +1,121 @@
+"""What a scheduler says about a run: its table of timesteps, its place in it, its noise levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ROUNDING = 2**-7  # two units of bfloat16, to which some pipelines round the timestep they send
+
+
+@dataclass(frozen=True)
+class Timestep:
+    """What a transformer got as timestep, in numbers that tell one row of the table from another.
+
+    Args:
+        high, low, mean: over all samples, frames or tokens.
+        per_frame: it has a value for each frame or token.
+        dtype: of the tensor, to which the table has to be rounded before it is compared.
+    """
+
+    high: float
+    low: float
+    mean: float
+    per_frame: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Timestep:
+        """Read a tensor of any shape, with one wait for the device."""
+        values = tensor.detach().float()
+        high, low, mean = torch.stack([values.max(), values.min(), values.mean()]).tolist()
+        mean = high if high == low else mean  # not another one because there are more tokens to round it over
+        return cls(high, low, mean, tensor.ndim > 1 and tensor.shape[-1] > 1, tensor.dtype)
+
+    @property
+    def value(self) -> float:
+        """The timestep of what is denoised: clean tokens of image conditioning have 0."""
+        return self.high
+
+    def matches(self, row: float) -> bool:
+        """Whether it is a row's timestep, perhaps rounded, for all frames or for those that are not clean."""
+        return any(abs(value - row) <= ROUNDING * max(1.0, abs(row)) for value in (self.high, self.low))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A scheduler's table as it is now.
+
+    Args:
+        scheduler: whose it is.
+        tensor: its `timesteps`; a new run has a new tensor.
+        rows: the same as numbers.
+        index: `scheduler.step_index`, the row of the next `scheduler.step()`; None before the first one, and where the
+            scheduler has no such thing.
+    """
+
+    scheduler: object
+    tensor: torch.Tensor
+    rows: tuple[float, ...]
+    index: int | None
+
+    @property
+    def counts_itself(self) -> bool:
+        """Whether the scheduler has an index at all."""
+        return hasattr(self.scheduler, "step_index")
+
+    @property
+    def begin(self) -> int | None:
+        """The first row that will be run, where the pipeline says so."""
+        begin = getattr(self.scheduler, "begin_index", None)
+        return begin if isinstance(begin, int) and 0 <= begin < len(self.rows) else None
+
+    def places(self, timestep: Timestep) -> list[int]:
+        """The rows with this timestep: exactly, else rounded to its dtype, else the nearest if it is near enough."""
+        value = timestep.value
+        exact = [i for i, row in enumerate(self.rows) if row == value]
+        if exact:
+            return exact
+        rounded = torch.tensor(self.rows).to(timestep.dtype).float().tolist()
+        found = [i for i, row in enumerate(rounded) if row == value]
+        if found:
+            return found
+        distances = [abs(row - value) for row in self.rows]
+        nearest = min(distances)
+        return [i for i, d in enumerate(distances) if d == nearest and d <= ROUNDING * max(1.0, abs(value))]
+
+    def sigma(self, place: int) -> float | None:
+        """The noise level of a row; None for schedulers whose levels are not a flow's, from 0 to 1."""
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigmas is None or place >= len(sigmas) or float(sigmas.max()) > 1.001:
+            return None
+        level = float(sigmas[place])
+        # Mochi's table counts what is clean instead of what is noise.
+        inverted = getattr(getattr(self.scheduler, "config", None), "invert_sigmas", False)
+        return 1.0 - level if inverted else level
+
+
+def read_table(scheduler: object | None, known: Table | None) -> Table | None:
+    """The table of a scheduler; None without one, before `set_timesteps`, and when all of it was run.
+
+    Args:
+        scheduler: any object, or None.
+        known: the table that was read last, whose rows are not copied from the device again.
+    """
+    tensor = getattr(scheduler, "timesteps", None)
+    if not isinstance(tensor, torch.Tensor):
+        tensor = None if tensor is None else torch.as_tensor(tensor)
+    if tensor is None or tensor.numel() == 0 or tensor.ndim != 1:
+        return None
+    index = getattr(scheduler, "step_index", None)
+    if index is not None:
+        index = int(index)
+    config = getattr(scheduler, "config", {})
+    trained = config.get("num_train_timesteps") if hasattr(config, "get") else None
+    if index is None and len(tensor) == trained and getattr(scheduler, "num_inference_steps", None) is None:
+        return None  # a scheduler that was only made shows the timesteps of training
+    if index is not None and not 0 <= index < len(tensor):
+        return None
+    same = known is not None and known.tensor is tensor
+    return Table(scheduler, tensor, known.rows if same else tuple(tensor.float().tolist()), index)

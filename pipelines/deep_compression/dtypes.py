@@ -1,0 +1,34 @@
+"""Dtypes by name: diffusers takes `dtype="bfloat16"` for a slip and loads float32 with a warning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_NAMES = ("float32", "bfloat16", "float16", "float64")
+
+
+def resolve_dtypes(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `from_pretrained` with names of dtypes replaced, one or one a component.
+
+    Raises:
+        ValueError: a name that is no dtype's.
+    """
+    resolved = dict(options)
+    for argument in ("dtype", "torch_dtype"):
+        value = options.get(argument)
+        if isinstance(value, dict):
+            resolved[argument] = {part: _resolve(one, f"{argument}[{part!r}]") for part, one in value.items()}
+        elif value is not None:
+            resolved[argument] = _resolve(value, argument)
+    return resolved
+
+
+def _resolve(value: Any, argument: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    name = value.removeprefix("torch.")
+    if name not in _NAMES:
+        raise ValueError(f"{argument}={value!r} is no dtype: give one of {', '.join(_NAMES)}, or torch's own.")
+    return getattr(torch, name)

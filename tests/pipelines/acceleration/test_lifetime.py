@@ -1,0 +1,223 @@
+"""Copies, files, wrappers and replaced parts of accelerated pipelines."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from peft import LoraConfig, get_peft_model
+from tiny_wan import generate, make_pipe, make_scheduler, make_transformer
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule
+from vidaccel.pipelines import find_transformers
+from vidaccel.pipelines.acceleration.wan_attention import SparseWanAttnProcessor
+
+METHOD = SVG2(density=0.4, schedule=DenseSchedule(first_steps=1))
+
+
+def inputs(batch: int = 1) -> tuple[torch.Tensor, ...]:
+    return torch.randn(batch, 4, 5, 8, 8), torch.full((batch,), 900.0), torch.randn(batch, 6, 16)
+
+
+class TestSteps:
+    def test_a_second_order_scheduler_has_its_last_steps(self):
+        pipe = make_pipe(scheduler=FlowMatchHeunDiscreteScheduler())
+        schedule = DenseSchedule(first_steps=1, last_steps=2)
+        with vidaccel.accelerate(pipe, METHOD, schedule=schedule) as handle:
+            generate(pipe, steps=4)
+            report = handle.report()
+        dense = {r.step for r in report.records if r.reason}
+        assert dense == {0, 5, 6} and {r.step for r in report.records} == set(range(7))
+        assert not [note for note in report.notes if "steps seen" in note]
+
+    def test_a_run_broken_off_is_in_the_report(self, pipe):
+        def stop(pipe, step, timestep, kwargs):
+            pipe._interrupt = step >= 1
+            return kwargs
+
+        with vidaccel.accelerate(pipe, METHOD) as handle:
+            generate(pipe, callback_on_step_end=stop)
+            assert "note: run 0: steps seen 2, expected 4" in str(handle.report())
+            handle.reset()
+            pipe._interrupt = False
+            generate(pipe)
+            assert not [note for note in handle.report().notes if "steps seen" in note]
+
+    def test_noise_levels_that_nobody_knows_are_refused(self, pipe):
+        schedule = DenseSchedule(sigma_above=0.9)
+        with pytest.raises(ValueError, match="goes by noise levels, but WanTransformer3DModel is no pipeline"):
+            vidaccel.accelerate(pipe.transformer, METHOD, schedule=schedule)
+        with vidaccel.accelerate(pipe, METHOD, schedule=schedule) as handle:
+            generate(pipe, steps=5)
+            assert set(handle.report().dense_reasons()) == {"sigma above 0.9"}
+        from diffusers import UniPCMultistepScheduler
+
+        pipe.scheduler = UniPCMultistepScheduler(prediction_type="epsilon")  # sigmas up to 157
+        with (
+            vidaccel.accelerate(pipe, METHOD, schedule=schedule),
+            pytest.raises(ValueError, match="sigma_above needs the noise level.*Use first_steps"),
+        ):
+            generate(pipe)
+
+    @pytest.mark.parametrize("bad", ["batch", "timestep"])
+    def test_nonsense_gets_one_clear_error(self, bad):
+        transformer = make_transformer()
+        latents, timestep, text = inputs()
+        with vidaccel.accelerate(transformer, METHOD), pytest.raises(ValueError, match=r"transformer was called with"):
+            if bad == "batch":
+                transformer(latents[:0], timestep[:0], text[:0])
+            else:
+                transformer(latents, timestep[:0], text)
+
+
+class TestCopies:
+    def test_a_copied_pipeline_follows_its_own_scheduler(self, pipe):
+        schedule = DenseSchedule(first_steps=0.5)
+        with vidaccel.accelerate(pipe, METHOD, schedule=schedule):
+            expected = generate(pipe, steps=6)
+            copied = copy.deepcopy(pipe)
+            copied.scheduler = make_scheduler()
+            assert generate(copied, steps=6).equal(expected)
+            records = copied.transformer.blocks[0].attn1.processor.engine.report().records
+        last = [r for r in records if r.run == max(r.run for r in records)]
+        assert {r.num_steps for r in last} == {6} and {r.step for r in last if r.reason} == {0, 1, 2}
+
+    def test_a_transformer_copied_alone_leaves_the_pipeline_behind(self, pipe):
+        pipe.text_encoder = torch.nn.Linear(1, 1)
+        with vidaccel.accelerate(pipe, METHOD, schedule=DenseSchedule(first_steps=1)):
+            memo: dict = {}
+            alone = copy.deepcopy(pipe.transformer, memo)
+            assert id(pipe) not in memo and id(pipe.text_encoder) not in memo
+            with torch.no_grad():
+                alone(*inputs())
+        assert alone.blocks[0].attn1.processor.engine.report().records
+
+    @pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
+    def test_pickling_says_what_to_do(self, pipe, save):
+        handle = vidaccel.accelerate(pipe, METHOD)
+        for whole in (pipe, pipe.transformer, pipe.transformer.blocks[0]):
+            with pytest.raises(TypeError, match=r"cannot be pickled.*handle.remove\(\).*save_pretrained"):
+                save(whole)
+        handle.remove()
+        save(pipe.transformer)
+
+    def test_weights_are_saved_as_they_are(self, pipe, tmp_path):
+        with vidaccel.accelerate(pipe, METHOD):
+            pipe.transformer.save_pretrained(tmp_path)
+        again = type(pipe.transformer).from_pretrained(tmp_path)
+        for name, value in pipe.transformer.state_dict().items():
+            assert again.state_dict()[name].equal(value)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "peft": lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"])),
+    "data parallel": torch.nn.DataParallel,
+    "ddp": torch.nn.parallel.DistributedDataParallel,
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "two of them": lambda model: torch.compile(torch.nn.parallel.DistributedDataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_are_looked_through(name, one_process):
+    inner = make_transformer()
+    wrapped = WRAPPERS[name](inner)
+    ((_, (found, _)),) = find_transformers(wrapped).items()
+    assert found is inner
+    torch._dynamo.reset()
+    with torch.no_grad(), vidaccel.accelerate(wrapped, METHOD) as handle:
+        wrapped(*inputs())
+        assert len(handle.report().records) == 3
+
+
+def test_data_parallel_over_several_devices_is_refused():
+    wrapped = torch.nn.DataParallel(make_transformer())
+    wrapped.device_ids = [0, 1]  # there is no second device here
+    with pytest.raises(RuntimeError, match="threads on 2 devices.*DistributedDataParallel"):
+        vidaccel.accelerate(wrapped, METHOD)
+
+
+def test_a_replaced_transformer_is_reported(pipe):
+    handle = vidaccel.accelerate(pipe, METHOD)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert not handle.report().notes  # the same one, wrapped
+    pipe.transformer = make_transformer(seed=1)
+    generate(pipe)
+    report = handle.report()
+    assert not report.records
+    assert [note for note in report.notes if "transformer was replaced" in note and "accelerate again" in note]
+    assert "transformer was replaced" in str(report)
+    handle.remove()
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        generate(pipe)
+        assert handle.report().records
+
+
+class TestDiffusersHooks:
+    @pytest.fixture
+    def known(self, monkeypatch):
+        """diffusers 0.42 registers an alias of Wan's processor only; its hooks know Wan once this is mended."""
+        AttentionProcessorRegistry._register()
+        entry = AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, *args, **kwargs: args[0])
+        monkeypatch.setitem(AttentionProcessorRegistry._registry, WanAttnProcessor, entry)
+        return entry
+
+    def test_the_registry_is_as_it_was_after_the_last_remove(self, known):
+        before = dict(AttentionProcessorRegistry._registry)
+        first, second = (vidaccel.accelerate(make_transformer(), METHOD) for _ in range(2))
+        assert AttentionProcessorRegistry.get(SparseWanAttnProcessor) is known
+        first.remove()
+        first.remove()
+        assert AttentionProcessorRegistry.get(SparseWanAttnProcessor) is known
+        second.remove()
+        assert before == AttentionProcessorRegistry._registry
+
+    def test_a_copy_that_is_removed_takes_nothing_from_the_original(self, known):
+        transformer = make_transformer()
+        handle = vidaccel.accelerate(transformer, METHOD)
+        vidaccel.restore(copy.deepcopy(transformer))
+        assert AttentionProcessorRegistry.get(SparseWanAttnProcessor) is known
+        handle.remove()
+        assert SparseWanAttnProcessor not in AttentionProcessorRegistry._registry
+
+    @pytest.mark.parametrize("skip", ["skip_attention", "skip_attention_scores"])
+    def test_skipped_attention_is_skipped_in_sparse_layers_too(self, known, skip):
+        """All layers are skipped, so sparse and stock must agree."""
+        options = {"skip_attention": False, "skip_ff": False, skip: True}
+        config = LayerSkipConfig(indices=[0, 1, 2], fqn="blocks", **options)
+        given = inputs()
+        stock, ours = make_transformer(), make_transformer()
+        plain = stock(*given).sample
+        apply_layer_skip(stock, config)
+        expected = stock(*given).sample
+        assert not torch.allclose(expected, plain)
+        with torch.no_grad(), vidaccel.accelerate(ours, METHOD, schedule=DenseSchedule()) as handle:
+            apply_layer_skip(ours, config)
+            torch.testing.assert_close(ours(*given).sample, expected)
+            reasons = handle.report().dense_reasons()
+        assert reasons == ({"perturbed attention": 3} if skip == "skip_attention_scores" else {})
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*given).sample, expected)
+
+    def test_blocks_are_skipped_as_in_stock(self):
+        config = LayerSkipConfig(indices=[1], fqn="blocks")
+        transformer = make_transformer()
+        apply_layer_skip(transformer, config)
+        with torch.no_grad(), vidaccel.accelerate(transformer, METHOD) as handle:
+            transformer(*inputs())
+            assert [r.layer for r in handle.report().records] == [0, 2]
