@@ -14,7 +14,7 @@ from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +104,8 @@ class SVG2(Method):
         Raises:
             OutOfReach: more clusters were asked for than there are tokens.
         """
-        counts = []
-        for name, rule in (("q_clusters", max(36, 0.364 * tokens**0.5)), ("k_clusters", 1.8 * tokens**0.5)):
-            asked = getattr(self, name)
-            if asked is not None and asked > tokens:
-                raise OutOfReach(
-                    f"SVG2 {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None.",
-                    name,
-                    asked,
-                    most=tokens,
-                )
-            counts.append(asked or min(tokens, max(2, round(rule))))
-        return counts[0], counts[1]
+        q_clusters = cluster_count("SVG2", "q_clusters", self.q_clusters, max(36, 0.364 * tokens**0.5), tokens)
+        return q_clusters, cluster_count("SVG2", "k_clusters", self.k_clusters, 1.8 * tokens**0.5, tokens)
 
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory

@@ -14,7 +14,7 @@ from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, PlanMemory, check_count, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,14 @@ class Tangent(Method):
     def check(self, layout: VideoLayout) -> None:
         least = self._least(layout)
         if self.density is not None and self.density < least:
-            raise ValueError(
+            raise OutOfReach(
                 f"Tangent density is {self.density}, but one stand-in a key cluster"
                 f"{' and the text' if layout.text_tokens else ''} make {least:.3f} of the pairs: raise density, or "
-                "lower k_clusters."
+                "lower k_clusters.",
+                "density",
+                self.density,
+                least=least,
+                eased_by=("k_clusters",),
             )
 
     def _least(self, layout: VideoLayout) -> float:
@@ -96,18 +100,12 @@ class Tangent(Method):
         """Clusters of queries and of keys for a number of video tokens.
 
         Raises:
-            ValueError: more clusters were asked for than there are tokens.
+            OutOfReach: more clusters were asked for than there are tokens.
         """
-        few = max(36, round(0.364 * tokens**0.5))
-        rules = {"q_clusters": max(few, min(4 * few, tokens // 64)), "k_clusters": max(2, round(1.8 * tokens**0.5))}
-        for name in rules:
-            asked = getattr(self, name)
-            if asked is not None and asked > tokens:
-                raise ValueError(
-                    f"Tangent {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None."
-                )
-        q_clusters, k_clusters = (getattr(self, name) or min(tokens, rule) for name, rule in rules.items())
-        return q_clusters, k_clusters
+        few = max(36, 0.364 * tokens**0.5)
+        many = max(few, min(4 * few, tokens / 64))
+        q_clusters = cluster_count("Tangent", "q_clusters", self.q_clusters, many, tokens)
+        return q_clusters, cluster_count("Tangent", "k_clusters", self.k_clusters, 1.8 * tokens**0.5, tokens)
 
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
