@@ -213,6 +213,50 @@ def test_a_device_without_a_backend_stays_dense_and_says_so_once(caplog):
         named(*(x.to("meta") for x in tokens()), 0)
 
 
+def changed(**changes):
+    """q, k, v of which some are replaced by `function(tensor)`."""
+    return [changes.get(name, lambda x: x)(x) for name, x in zip("qkv", tokens(), strict=True)]
+
+
+NONSENSE = {
+    "no batch": (dict.fromkeys("qkv", lambda x: x[:0]), "must not be empty"),
+    "no heads": (dict.fromkeys("qkv", lambda x: x[:, :0]), "must not be empty"),
+    "no tokens": (dict.fromkeys("kv", lambda x: x[:, :, :0]), "must not be empty"),
+    "no channels": (dict.fromkeys("qkv", lambda x: x[..., :0]), "must not be empty"),
+    "three dimensions": (dict.fromkeys("qkv", lambda x: x[0]), r"must be \[B, H, N, D\]"),
+    "heads": (dict.fromkeys("kv", lambda x: x[:, :1]), "agree in batch, heads"),
+    "values": ({"v": lambda x: x[:, :, 1:]}, "k with v in length"),
+    "dtype of k": ({"k": torch.Tensor.half}, "must have one dtype"),
+    "dtype of v": ({"v": torch.Tensor.half}, "must have one dtype"),
+    "whole numbers": (dict.fromkeys("qkv", torch.Tensor.long), "floating-point dtype, got torch.int64"),
+    "device": ({"k": lambda x: x.to("meta")}, "must lie on one device"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_gets_one_clear_error_from_sparse_and_dense_calls_alike(name):
+    changes, message = NONSENSE[name]
+    given = changed(**changes)
+    plan = RandomBlocks().plan(*tokens(), LAYOUT, PlanMemory())
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*given, plan)
+    for method in METHODS:
+        for schedule in (NEVER, DenseSchedule(first_steps=1)):
+            engine = make(method, schedule=schedule)
+            engine.enter(StepInfo(num_steps=4), LAYOUT)
+            with pytest.raises(ValueError, match=message):
+                engine(*given, 0)
+            assert not engine.report().records
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keys_of_another_length_than_the_layouts_are_refused(method):
+    engine = make(method)
+    engine.enter(StepInfo(num_steps=4), LAYOUT)
+    with pytest.raises(ValueError, match="q and k of one length"):
+        engine(*changed(**dict.fromkeys("kv", lambda x: x[:, :, 20:])), 0)
+
+
 class Event:
     """Stands for `torch.mps.Event`, which needs the device: a clock that is read when it is recorded."""
 
