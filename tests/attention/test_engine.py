@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, resolve_method
+from vidaccel.attention.backends import ELSEWHERE
 from vidaccel.attention.timing import Span, event_class
 
 LAYOUT = VideoLayout(5, 8, 8)
@@ -283,17 +286,27 @@ def test_spans_use_the_events_of_the_device(monkeypatch):
     assert event_class(torch.device("cuda")) is torch.cuda.Event and event_class(torch.device("xpu")) is torch.xpu.Event
 
 
-def test_no_float64_is_needed_outside_of_flex(monkeypatch):
-    """Apple's GPUs have none."""
+class NoFloat64(TorchDispatchMode):
+    """Refuses what Apple's GPUs have not got, however it is asked for."""
 
-    def refuse(*args, **kwargs):
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(result)):
+            raise TypeError(f"{function} made a float64 tensor")
+        return result
 
-    monkeypatch.setattr(torch.Tensor, "double", refuse)
-    for name in METHODS:
-        engine = make(name, backend="gather")
-        engine.enter(StepInfo(num_steps=1), LAYOUT)
-        engine(*tokens(), 0)
+
+@pytest.mark.parametrize("backend", ELSEWHERE)
+@pytest.mark.parametrize("method", [*METHODS, SVG2(density=0.4, compensate=True)], ids=str)
+def test_no_float64_is_needed_on_devices_beside_cpu_and_cuda(method, backend):
+    engine = make(method, backend=backend)
+    q, k, v = tokens()
+    with NoFloat64():
+        with pytest.raises(TypeError, match="float64"):
+            q.double()
+        for step in range(2):
+            engine.enter(StepInfo(step=step, num_steps=2), LAYOUT)
+            engine(q, k, v, 0)
         assert 0 < engine.report().mean_density() <= 1
 
 
