@@ -156,6 +156,7 @@ class SparseAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         layer: int,
+        *,
         dense: str = "",
     ) -> torch.Tensor:
         """Attention of one layer.

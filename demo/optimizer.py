@@ -1,37 +1,23 @@
-"""Muon: momentum whose matrices are orthogonalised, with AdamW for everything that is not a matrix.
+"""`torch.optim.Muon` for matrices and convolution kernels, `torch.optim.AdamW` for the rest, as one optimiser.
 
 Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), and section 2.2 of "Muon
-is scalable for LLM training" (arXiv 2502.16982) for the scale that lets both halves share one learning rate.
-Convolution kernels count as matrices [out, in * kernel].
+is scalable for LLM training" (arXiv 2502.16982) for the scale that lets both halves share one learning rate. torch's
+Muon takes matrices alone, so kernels are shown to it as [out, in * kernel]. The built-in models were trained with an
+implementation of the same formulas that orthogonalised matrices of one shape together.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import nn
 
-
-def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: a quintic Newton-Schulz iteration in bfloat16 on `[B, n, m]`."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    transposed = matrices.shape[1] > matrices.shape[2]
-    x = matrices.transpose(1, 2) if transposed else matrices
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
-    for _ in range(iterations):
-        gram = x @ x.transpose(1, 2)
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
-    x = x.to(matrices.dtype)
-    return x.transpose(1, 2) if transposed else x
-
-
-class Muon(torch.optim.Optimizer):
+class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for weights of two or more dimensions, AdamW for vectors and for the named exceptions.
 
     Args:
@@ -55,48 +41,38 @@ class Muon(torch.optim.Optimizer):
                 matrices.append(parameter)
             else:
                 others.append(parameter)
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas}
-        super().__init__([{"params": matrices, "muon": True}, {"params": others, "muon": False}], defaults)
+        common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        # What Muon sees of each matrix: a view of two dimensions, renewed in each step, since a model may be moved.
+        self._flat = {parameter: nn.Parameter(parameter.detach().flatten(1)) for parameter in matrices}
+        self._inner: list[torch.optim.Optimizer] = []
+        if matrices:
+            scaled: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
+            self._inner.append(torch.optim.Muon(list(self._flat.values()), **common, **scaled))
+        if others:
+            self._inner.append(torch.optim.AdamW(others, **common, betas=betas))
+        super().__init__([{"params": part} for part in (matrices, others) if part], common)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            updates = self._muon(parameters, group) if group["muon"] else [self._adam(p, group) for p in parameters]
-            for parameter, update in zip(parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"])
+        for parameter, flat in self._flat.items():
+            flat.data = parameter.data.flatten(1)
+            flat.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        for group, inner in zip(self.param_groups, self._inner, strict=True):
+            inner.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
+            inner.step()
+            for parameter in group["params"]:
+                self.state[parameter] = inner.state[self._flat.get(parameter, parameter)]
+        for parameter, flat in self._flat.items():
+            if flat.data_ptr() != parameter.data_ptr():  # not contiguous, so that it was a copy
+                parameter.copy_(flat.view_as(parameter))
+            flat.grad = None
         return loss
 
-    def _muon(self, parameters: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
-        """Updates with Nesterov momentum; matrices of one shape are orthogonalised together."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        directions = []
-        for index, parameter in enumerate(parameters):
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
-            by_shape.setdefault(directions[-1].shape, []).append(index)
-        updates: list[torch.Tensor] = [None] * len(parameters)
-        for shape, indices in by_shape.items():
-            stack = orthogonalise(torch.stack([directions[i] for i in indices])) * (0.2 * max(shape) ** 0.5)
-            for i, update in zip(indices, stack, strict=True):
-                updates[i] = update.view_as(parameters[i])
-        return updates
-
-    def _adam(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["mean"] = torch.zeros_like(parameter)
-            state["square"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        first, second = group["betas"]
-        state["mean"].lerp_(parameter.grad, 1 - first)
-        state["square"].lerp_(parameter.grad.square(), 1 - second)
-        step = state["step"].item()
-        mean = state["mean"] / (1 - first**step)
-        return mean / ((state["square"] / (1 - second**step)).sqrt() + 1e-8)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of any optimiser; the tensors of the state are those of the two inner ones."""
+        super().load_state_dict(state_dict)
+        for group, inner in zip(self.param_groups, self._inner, strict=True):
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    inner.state[self._flat.get(parameter, parameter)] = self.state[parameter]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import modeling, world
-from .optimizer import Muon
+from .optimizer import MuonWithAdamW
 from .parallel import average_gradients, rank_and_size, start
 from .pool import encode_pool
 from .text import encode_text, ignore_padding_at_first, use_padded_cross_attention
@@ -177,7 +177,7 @@ def train_transformer(out: Path, stages: list[Stage], config: LoopConfig) -> Pat
     model = build_model().to(config.device)
     ignore_padding_at_first(model["transformer"])
     use_padded_cross_attention(model["transformer"])
-    optimizer = Muon(model.named_parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = MuonWithAdamW(model.named_parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     average = Average(model, config.ema_decay)
     checkpoint, first, seconds = out / "transformer.ckpt", 0, 0.0
     if checkpoint.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import modeling, world
-from .optimizer import Muon
+from .optimizer import MuonWithAdamW
 from .training import Average, Log, LoopConfig, learning_rate, load_checkpoint, save_checkpoint, step_seed
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _loop(
     import torch
 
     trained = ((key, p) for key, p in vae.named_parameters() if p.requires_grad)
-    optimizer = Muon(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = MuonWithAdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     average = Average(vae, config.ema_decay)
     checkpoint, first, seconds = out / f"{name}.ckpt", 0, 0.0
     if checkpoint.exists():

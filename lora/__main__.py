@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", help='"latest", "auto", or the folder of a checkpoint')
     parser.add_argument("--encode-only", action="store_true", help="fill the caches of clips and captions, and end")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", handlers=[_CurrentStderr()])
     logging.getLogger("vidaccel").setLevel(logging.INFO)
     from .checkpoint import CheckpointError
     from .config import ConfigError
@@ -42,9 +43,24 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped)
         return 130
+    except KeyboardInterrupt:
+        print("ended at once, as asked for twice; the last whole checkpoint is kept.")
+        return 130
     for name, value in result.items():
         print(f"{name}: {value}")
     return 0
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the time: a progress bar stands in for it while it is shown."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from ..pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
 from .checkpoint import replaced, save_tensors
 
 
-def add_lora(transformer: nn.Module, targets: str, rank: int, alpha: float) -> None:
+def add_lora(transformer: Any, targets: str, rank: int, alpha: float) -> None:
     """Put a LoRA in float32 on the linear layers of a diffusers model whose names match the expression `targets`.
 
     Raises:
@@ -27,7 +28,7 @@ def add_lora(transformer: nn.Module, targets: str, rank: int, alpha: float) -> N
             parameter.data = parameter.data.float()
 
 
-def merge(transformer: nn.Module) -> None:
+def merge(transformer: Any) -> None:
     """Add the LoRA to the weights and remove it.
 
     Raises:
@@ -37,39 +38,60 @@ def merge(transformer: nn.Module) -> None:
     transformer.unload_lora()
 
 
+@dataclass(frozen=True)
+class AdaptedModel:
+    """What an adapter file says of the transformer that it is for.
+
+    Args:
+        config: of the transformer.
+        lora: config of its LoRA, or None without one.
+    """
+
+    config: Mapping[str, Any]
+    lora: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, transformer: Any) -> AdaptedModel:
+        lora = getattr(transformer, "peft_config", {}).get("default")
+        config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+        return cls(config, None if lora is None else lora.to_dict())
+
+
 def save_adapter(
-    transformer: nn.Module, folder: Path, trained_fully: tuple[str, ...], facts: Mapping[str, Any], with_lora: bool
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    trained_fully: tuple[str, ...],
+    facts: Mapping[str, Any],
+    model: AdaptedModel,
 ) -> Path:
     """Write the LoRA (as diffusers' `save_lora_weights` does), the fully trained parameters, and the facts.
 
     Args:
-        transformer: with what was trained.
+        tensors: parameters of the transformer by name; what was not trained is left out.
         folder: where to.
         trained_fully: beginnings of the names of parameters that were trained as they are.
         facts: what the adapter belongs to.
-        with_lora: whether there is a LoRA.
+        model: the transformer.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; what was in the folder is untouched.
+        NotWritten: it cannot be written; what was in the folder is untouched.
     """
-    full = {n: p.detach() for n, p in transformer.named_parameters() if n.startswith(trained_fully)}
-    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
-    stated = json.dumps({**facts, "lora": with_lora, "transformer": config}, indent=2)
+    full = {name: value.detach() for name, value in tensors.items() if name.startswith(trained_fully)}
+    stated = json.dumps({**facts, "lora": model.lora is not None, "transformer": dict(model.config)}, indent=2)
     with replaced(folder) as draft:
         save_tensors(full, draft / FULL_FILE)
-        if with_lora:
-            _save_lora(transformer, draft / LORA_FILE)
+        if model.lora is not None:
+            _save_lora(tensors, model.lora, draft / LORA_FILE)
         (draft / FACTS_FILE).write_text(stated + "\n", encoding="utf-8")
     return folder
 
 
-def _save_lora(transformer: nn.Module, path: Path) -> None:
-    """As `save_lora_weights` of the pipelines does, which takes no model."""
+def _save_lora(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], path: Path) -> None:
+    """As `save_lora_weights` of the pipelines does, which takes no model; nor need one be in memory here."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from peft.utils import get_peft_model_state_dict
 
-    config = transformer.peft_config["default"].to_dict()
     plain = {f"{LORA_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(plain, indent=2, sort_keys=True)}
-    tensors = get_peft_model_state_dict(transformer, adapter_name="default")
-    save_tensors({f"{LORA_PREFIX}.{name}": value for name, value in tensors.items()}, path, metadata)
+    # peft puts the name of the adapter into those of the parameters, and files do without.
+    lora = {name.replace(".default.", "."): value for name, value in tensors.items() if ".lora_" in name}
+    save_tensors({f"{LORA_PREFIX}.{name}": value for name, value in lora.items()}, path, metadata)

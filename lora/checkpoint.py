@@ -7,8 +7,8 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 _FORMAT = 1
 _PREFIX = "step_"
+
+
+class NotWritten(OSError):
+    """A file or folder that could not be written, and the space that is left; `reason` is the error itself."""
+
+    def __init__(self, path: Path, reason: Exception) -> None:
+        super().__init__(f"{path} could not be written: {reason}. {_free_space(path)}".rstrip())
+        self.reason = reason
 
 
 class CheckpointError(RuntimeError):
@@ -42,7 +50,7 @@ class Checkpoint:
         trained: result of the phases before, by parameter name.
         weights: the parameters that this phase trains.
         ema: their exponential moving averages, empty without.
-        state: optimiser, averaging and scaler; nested dicts and lists of tensors and numbers.
+        state: optimiser, steps of the EMA and scaler; nested dicts and lists of tensors and numbers.
         random: states of the random generators, one entry a process.
     """
 
@@ -98,8 +106,13 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} is no checkpoint (no checkpoint.json); in {self.folder}: {known}.")
         return path
 
-    def save(self, checkpoint: Checkpoint, config: str) -> Path:
-        """Write a checkpoint and its settings (YAML), then delete the oldest ones.
+    def save(self, checkpoint: Checkpoint, config: str, adapter: Callable[[Path, Tensors], None] | None = None) -> Path:
+        """Write a checkpoint and its settings, then delete the oldest ones.
+
+        Args:
+            checkpoint: what to write.
+            config: YAML.
+            adapter: writes what is beside it, from its folder and the weights so far; as `Phase.write_adapter`.
 
         Raises:
             CheckpointError: it could not be written, for example because the disk is full; what was there before is
@@ -114,13 +127,15 @@ class CheckpointFolder:
                     torch.save({"state": checkpoint.state, "random": checkpoint.random}, file)
                     _flush(file)
                 _write(draft / "config.yaml", config.encode())
+                if adapter is not None:
+                    adapter(draft, checkpoint.trained | (checkpoint.ema or checkpoint.weights))
                 _write(draft / "checkpoint.json", json.dumps(checkpoint._facts, indent=2).encode())
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (NotWritten, RuntimeError) as error:
             # torch.save reports a failed write as RuntimeError.
+            told = error if isinstance(error, NotWritten) else NotWritten(target, error)
             last = self.saved()
             raise CheckpointError(
-                f"the checkpoint {target} could not be written: {error}. {_free_space(self.folder)} "
-                f"{f'The last good one is {last[-1]}.' if last else 'There is no earlier one.'}"
+                f"the checkpoint {told} {f'The last good one is {last[-1]}.' if last else 'There is no earlier one.'}"
             ) from error
         for old in self.saved()[: -self.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
@@ -136,7 +151,9 @@ class CheckpointFolder:
             facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
-            tensors = {name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "ema")}
+            tensors: dict[str, Any] = {
+                name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "ema")
+            }
             other = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
@@ -157,10 +174,16 @@ class CheckpointFolder:
 def random_state() -> dict[str, Any]:
     """The states of the generators of Python, numpy and torch, as numbers and tensors."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -182,40 +205,54 @@ def set_random_state(state: dict[str, Any]) -> None:
 def save_tensors(
     tensors: Tensors, path: str | Path, metadata: dict[str, str] | None = None, flush: bool = True
 ) -> Path:
-    """Write a safetensors file whole, or not at all; `flush` also survives a loss of power, but takes time."""
+    """Write a safetensors file whole, or not at all; `flush` also survives a loss of power, but takes time.
+
+    Raises:
+        NotWritten: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        _write_tensors(beside, tensors, metadata, flush)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _replaced_file(path) as draft:
+        _write_tensors(draft, tensors, metadata, flush)
     return path
 
 
 def save_text(text: str, path: Path) -> None:
-    """Write a file in UTF-8 whole, or not at all, in a folder that is there.
+    """Write a file in UTF-8 whole, or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        NotWritten: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _replaced_file(path) as draft:
+        _write(draft, text.encode())
+
+
+@contextmanager
+def _replaced_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its name when the block succeeds and vanishes otherwise."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _write(beside, text.encode())
-        os.replace(beside, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        raise NotWritten(path, error) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 @contextmanager
 def replaced(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block succeeds and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A folder beside `target` that takes its name when the block succeeds and vanishes otherwise.
+
+    Raises:
+        NotWritten: what the block, or this, could not write; of blocks inside one another, with the outer's path.
+    """
     draft = target.with_name(f".{target.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
         yield draft
         _flush_folder(draft)
         if target.exists():
@@ -229,6 +266,10 @@ def replaced(target: Path) -> Iterator[Path]:
         else:
             os.replace(draft, target)
         _flush_folder(target.parent)
+    except NotWritten as error:
+        raise NotWritten(target, error.reason) from error
+    except (OSError, SafetensorError) as error:
+        raise NotWritten(target, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -261,9 +302,9 @@ def _write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None
             _flush(file)
 
 
-def _free_space(folder: Path) -> str:
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return ""
-    return f"{free / 2**20:.0f} MiB are free there."
+def _free_space(path: Path) -> str:
+    """Of the disk of a path that need not be there, such as below a folder that could not be made."""
+    for place in (path, *path.absolute().parents):
+        with suppress(OSError):
+            return f"{shutil.disk_usage(place).free / 2**20:.0f} MiB are free there."
+    return ""

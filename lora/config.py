@@ -199,7 +199,7 @@ def _convert(value: Any, hint: Any, path: str, faults: list[str], default: Any =
         return tuple(
             _convert(v, k, _join(path, str(i)), faults) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
         )
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, path, faults, default if isinstance(default, hint) else None)
     return _scalar(value, hint, path, faults)
 
@@ -271,8 +271,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _flat(value: Any, path: str = "", everything: bool = False) -> Iterator[tuple[str, Any]]:
-    if is_dataclass(value):
-        free = set(value.free_here())
+    if is_dataclass(value) and not isinstance(value, type):
+        free = set(value.free_here())  # type: ignore[attr-defined]  # every settings class has it
         for field in fields(value):
             if everything or not (field.metadata.get("free") or field.name in free):
                 yield from _flat(getattr(value, field.name), _join(path, field.name), everything)

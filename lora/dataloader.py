@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ class _Picked(Dataset):
 
 def batches(
     clips: Clips, sampler: ClipSampler, process: int, steps: int, first: int, workers: int
-) -> Iterator[tuple[list[Place], dict[str, Any]]]:
-    """Places and stacked parts of the clips of each micro-batch of the steps `first` to `steps` - 1."""
+) -> Generator[tuple[list[Place], dict[str, Any]], None, None]:
+    """Places and stacked parts of the clips of each micro-batch of the steps `first` to `steps` - 1.
+
+    A generator: closing it ends the background processes.
+    """
     loader = DataLoader(
         _Picked(clips),
         batch_sampler=_Lists(sampler, process, steps, first),
@@ -34,11 +38,11 @@ def batches(
         collate_fn=collate,
         # Without it, each iterator would take a number from the generator of the training itself.
         generator=torch.Generator().manual_seed(sampler.seed),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    yield from loader
 
 
 def collate(parts: list[tuple[Place, dict[str, Any]]]) -> tuple[list[Place], dict[str, Any]]:
@@ -69,5 +73,8 @@ class _Lists:
         return (self.steps - self.first) * self.sampler.accumulate
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C and torchrun signal the whole group: whether the run ends, and when, is for the process that trains.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

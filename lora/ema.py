@@ -18,7 +18,7 @@ class EMA:
 
     Args:
         named: the parameters.
-        decay: share of the average that stays in each step.
+        decay: share of the EMA that stays in each step.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -31,12 +31,12 @@ class EMA:
 
     @property
     def steps(self) -> int:
-        """How many steps were averaged."""
+        """How many updates there were."""
         return self._ema.optimization_step
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The averages, in the order of the parameters."""
+        """The EMA weights, in the order of the parameters."""
         return self._ema.shadow_params
 
     def update(self) -> None:
@@ -44,18 +44,18 @@ class EMA:
         self._ema.step(self.named.values())
 
     def whole(self, keep: bool = True) -> Tensors:
-        """The averages by name, whole and on the CPU; every process must call this (see `sharding.whole`)."""
+        """The EMA weights by name, whole and on the CPU; every process must call this (see `sharding.whole`)."""
         return dict(zip(self.named, whole(self.tensors, keep), strict=True))
 
-    def restore(self, averages: Mapping[str, torch.Tensor], steps: int) -> None:
+    def restore(self, weights: Mapping[str, torch.Tensor], steps: int) -> None:
         """Go on from what `whole` and `steps` gave."""
         for shadow, name in zip(self.tensors, self.named, strict=True):
-            copy_whole(shadow, averages[name])
+            copy_whole(shadow, weights[name])
         self._ema.optimization_step = steps
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The parameters have their averages inside the block."""
+        """The parameters have their EMA weights inside the block."""
         self._ema.store(self.named.values())
         self._ema.copy_to(self.named.values())
         try:

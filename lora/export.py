@@ -39,6 +39,7 @@ def export_adapter(run: Path, target: Path) -> Path:
     facts = json.loads((source / FACTS_FILE).read_text(encoding="utf-8"))
     if target.exists() and not (target / FACTS_FILE).is_file():
         raise FileExistsError(f"{target} exists and is no adapter (no {FACTS_FILE}): give another name, or delete it.")
+    vae = AutoencoderDCV.from_pretrained(run / "pipeline" / "vae", dtype=torch.float16)
     with replaced(target) as draft:
         for name in (FULL_FILE, LORA_FILE):
             if (source / name).is_file():
@@ -47,7 +48,6 @@ def export_adapter(run: Path, target: Path) -> Path:
                     metadata = file.metadata()
                 halves = {k: v.half().contiguous() for k, v in load_file(source / name).items()}
                 save_file(halves, draft / name, metadata)
-        vae = AutoencoderDCV.from_pretrained(run / "pipeline" / "vae", dtype=torch.float16)
         vae.save_pretrained(draft / "vae")
         forget_paths(draft)
         (draft / FACTS_FILE).write_text(json.dumps({**facts, "autoencoder": "vae"}, indent=2) + "\n", encoding="utf-8")

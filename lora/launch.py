@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .recipes.base import Recipe
 
 
 def config_folder() -> Path:
@@ -34,7 +37,7 @@ def run(
     Raises:
         ConfigError: settings that cannot be used.
         CheckpointError: a checkpoint that cannot be written, read or continued.
-        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        Stopped: on SIGINT or SIGTERM; where training had begun, after a checkpoint.
         Diverged: the loss or a weight is no number any more.
         OSError: the result cannot be written, or a clip that is measured is gone.
     """
@@ -64,12 +67,28 @@ def run(
     # Bars of two libraries, which say nothing about training.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    from .recipes.base import Process
+    from .processes import Process, host_group
     from .trainer import Trainer, make_accelerator
 
     accelerator = make_accelerator(config)
-    process = Process(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    count = accelerator.num_processes
+    process = Process(accelerator.device, accelerator.process_index, count, host_group(count))
     if encode_only:
-        facts = cls(config, process).encode()
-        return facts if process.is_main else {}
+        return _encode(cls(config, process))
     return Trainer(cls(config, process), accelerator).run(resume)
+
+
+def _encode(recipe: Recipe) -> dict[str, Any]:
+    """Fill the caches of a recipe; what it says of them."""
+    from .stopping import Stopped, StopRequested
+
+    process = recipe.process
+    try:
+        with process.stop.listening(), process.stop.at_once():
+            facts = recipe.encode()
+    except StopRequested:
+        kept = recipe.config.data.cache
+        raise Stopped(f"stopped while clips were encoded; what was encoded is kept in {kept}.") from None
+    finally:
+        process.progress.close()
+    return facts if process.is_main else {}

@@ -40,12 +40,12 @@ def make_optimizer(
     for name, parameter in parameters.items():
         groups.setdefault((scale(name), parameter.ndim >= 2), {})[name] = parameter
     if settings.optimizer == "muon":
-        from ..demo.optimizer import Muon
+        from ..demo.optimizer import MuonWithAdamW
 
         if len({factor for factor, _ in groups}) > 1:
             raise ValueError("muon has one learning rate for all parameters: use adamw for this phase.")
         factor = next(iter(groups))[0]
-        optimizer = Muon(
+        optimizer = MuonWithAdamW(
             parameters.items(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
         )
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""One phase in progress: the loop over its steps, EMA, validation, and the checkpoint of its state."""
+"""One phase in progress: the loop over its steps, validation, and when its state is saved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,22 +20,15 @@ from .ema import EMA
 from .fsdp import autocast_forward, layers_of, plugin_of
 from .generators import Generators, derive_seed
 from .optim import learning_rate, make_optimizer, set_learning_rate
-from .phase_state import restore, take
-from .sharding import all_finite, whole
+from .phase_state import PhaseState
+from .progress import duration
+from .recipes.base import Phase
+from .run_context import RunContext
+from .sharding import all_finite
+from .stopping import Stopped, StopRequested
 from .tracking import Means
 
-if TYPE_CHECKING:
-    from .recipes.base import Phase
-    from .trainer import Trainer
-
 logger = logging.getLogger(__name__)
-
-AGREE_EVERY = 10
-"""Steps between the times when several processes agree on whether to stop."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop and wrote a checkpoint first."""
 
 
 class Diverged(ArithmeticError):
@@ -46,22 +39,17 @@ class PhaseRun:
     """One phase in progress.
 
     Args:
-        trainer: of the run.
+        context: of the run.
         phase: to run.
         trained: results of the phases before.
-        total_steps: steps done before this phase.
+        before: optimiser steps done before this phase.
     """
 
-    def __init__(self, trainer: Trainer, phase: Phase, trained: Tensors, total_steps: int) -> None:
-        self.trainer, self.phase, self.settings = trainer, phase, phase.settings
-        self.accelerator, self.loop = trainer.accelerator, trainer.config.loop
-        self.trained, self.before = trained, total_steps
-        self.step, self.seconds = 0, 0.0
-        self.stopped = False
-
-    @property
-    def total_steps(self) -> int:
-        return self.before + self.step
+    def __init__(self, context: RunContext, phase: Phase, trained: Tensors, before: int) -> None:
+        self.context, self.phase, self.settings = context, phase, phase.settings
+        self.accelerator, self.process, self.loop = context.accelerator, context.process, context.config.loop
+        self._trained, self._before = trained, before
+        self._saved_step = 0
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Build the model and the optimiser, and take up where a checkpoint left; nothing of it is kept.
@@ -73,8 +61,9 @@ class PhaseRun:
         """
         self._build()
         if checkpoint is not None:
-            restore(self, checkpoint)
-            self.trainer.tracker.say(f"phase {self.phase.name}: continues after step {self.step}.")
+            self.state.restore(checkpoint)
+            self._saved_step = self.state.step
+            self.context.tracker.say(f"phase {self.phase.name}: continues after step {self.state.step}.")
 
     def train(self) -> Tensors:
         """Run the steps that are left, after `begin`; returns the result of the phase, by parameter name.
@@ -84,21 +73,25 @@ class PhaseRun:
             Diverged: the loss or a weight is no number any more; no checkpoint is written of it.
             CheckpointError: the last checkpoint cannot be written.
         """
+        if self.state.validation_due:
+            self._validate()
+            if self._asked_to_stop():
+                self._stop(random_state())
         if not self._done():
             self._steps()
-        return self._result()
+        return self.state.result()
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
         accelerator, phase = self.accelerator, self.phase
-        seed = trainer_seed(self.trainer.config.seed, phase.name)
+        seed = phase_seed(self.context.config.seed, phase.name)
         if self.settings.optimizer == "muon" and plugin_of(accelerator) is not None:
             raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
         # Before the model is there, so that what encodes the clips has the memory for itself.
         self.clips = phase.clips()
         _seed_all(derive_seed(seed, "process", 0))
-        module = phase.setup(self.trained)
+        module = phase.setup(self._trained)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError(f"phase {phase.name} trains nothing: set requires_grad in its setup.")
@@ -108,7 +101,7 @@ class PhaseRun:
         self.model, self.optimizer = self._prepared(module, optimizer)
         self.module = accelerator.unwrap_model(self.model)
         # Sharding replaces parameters.
-        self.named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.sampler = ClipSampler(
             self.clips.sizes,
             self.clips.members,
@@ -117,11 +110,34 @@ class PhaseRun:
             accelerator.num_processes,
             seed,
         )
-        self.ema = EMA(self.named, self.settings.ema_decay) if self.settings.ema_decay else None
+        self.state = PhaseState(
+            phase=phase.name,
+            accelerator=accelerator,
+            named=named,
+            optimizer=self.optimizer,
+            ema=EMA(named, self.settings.ema_decay) if self.settings.ema_decay else None,
+            global_batch=self.settings.batch_size
+            * self.settings.gradient_accumulation_steps
+            * accelerator.num_processes,
+            trained=self._trained,
+            before=self._before,
+            inputs=self.context.inputs,
+        )
         # Processes must differ in dropout and the like, but not in what `setup` initialised.
         _seed_all(derive_seed(seed, "process", accelerator.process_index))
-        count = sum(p.numel() for p in self.named.values())
-        self.trainer.tracker.say(f"phase {phase.name}: {self.settings.steps} steps, {count:,} trained parameters.")
+        self._say_what_begins()
+
+    def _say_what_begins(self) -> None:
+        sizes = self.sampler.members or range(len(self.sampler.sizes))
+        counts = sorted({self.sampler.global_batch(size) for size in sizes})
+        clips = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        micro, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
+        parameters = sum(p.numel() for p in self.state.named.values())
+        self.context.tracker.say(
+            f"phase {self.phase.name}: {self.settings.steps} steps, {clips} clips a step "
+            f"({micro} micro-batch{'es' if micro > 1 else ''} x {processes} process{'es' if processes > 1 else ''}), "
+            f"{parameters:,} trained parameters."
+        )
 
     def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Both as accelerate wraps them."""
@@ -131,65 +147,65 @@ class PhaseRun:
         autocast_forward(self.accelerator, module)
         with layers_of(plugin, module) as absent:
             if absent:
-                self.trainer.tracker.say(
+                self.context.tracker.say(
                     f"phase {self.phase.name} has no {', '.join(absent)}: FSDP does not split by it."
                 )
             return self.accelerator.prepare(module, optimizer)
 
-    @property
-    def global_batch(self) -> int:
-        """Clips of an optimiser step, over all processes."""
-        return self.settings.batch_size * self.settings.gradient_accumulation_steps * self.accelerator.num_processes
-
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
-        settings, loop, tracker = self.settings, self.loop, self.trainer.tracker
-        means, begin, logged_at = Means(), time.perf_counter() - self.seconds, self.step
-        logged_seconds = self.seconds
-        stream = batches(
-            self.clips,
-            self.sampler,
-            self.accelerator.process_index,
-            settings.steps,
-            self.step,
-            self.trainer.config.data.workers,
-        )
+        settings, loop, tracker, state = self.settings, self.loop, self.context.tracker, self.state
+        means, begin, logged_at = Means(), time.perf_counter() - state.seconds, state.step
+        logged_seconds = state.seconds
+        workers = self.context.config.data.workers
+        stream = batches(self.clips, self.sampler, self.process.index, settings.steps, state.step, workers)
         self.model.train()
-        while not self._done():
-            rate = learning_rate(settings, self.step, self.seconds)
-            set_learning_rate(self.optimizer, rate)
-            step_values = self._one_step(stream)
-            means.add(step_values)
-            self.step += 1
-            self.seconds = time.perf_counter() - begin
-            last = self._done()
-            if self.step % loop.log_every == 0 or last:
-                seconds = (self.seconds - logged_seconds) / (self.step - logged_at)
-                values = {**means.take(self.accelerator), "learning_rate": rate, "seconds_per_step": seconds}
-                if not math.isfinite(values["loss"]):
-                    raise self._diverged(f"the loss of phase {self.phase.name} is {values['loss']}")
-                tracker.write(self.phase.name, self.step, self.total_steps, values)
-                logged_at, logged_seconds = self.step, self.seconds
-            if last or (loop.validate_every and self.step % loop.validate_every == 0):
+        with contextlib.closing(stream), self._shown() as advance:
+            while not self._done():
+                rate = learning_rate(settings, state.step, state.seconds)
+                set_learning_rate(self.optimizer, rate)
+                before = random_state()
+                try:
+                    step_values = self._one_step(stream)
+                except StopRequested:
+                    self._stop(before)
+                means.add(step_values)
+                state.step += 1
+                state.seconds = time.perf_counter() - begin
+                advance()
+                last = self._done()
+                if state.step % loop.log_every == 0 or last:
+                    seconds = (state.seconds - logged_seconds) / (state.step - logged_at)
+                    values = {**means.take(self.accelerator), "learning_rate": rate, "seconds_per_step": seconds}
+                    if not math.isfinite(values["loss"]):
+                        raise self._diverged(f"the loss of phase {self.phase.name} is {values['loss']}")
+                    tracker.write(
+                        self.phase.name, state.step, state.total_steps, values, settings.steps, self._left(seconds)
+                    )
+                    logged_at, logged_seconds = state.step, state.seconds
                 away = time.perf_counter()
-                self._validate()
-                begin += time.perf_counter() - away  # validation is no training time
-            self.stopped = stopped = self._agree(self.trainer.stop)
-            if last or stopped or self.step % loop.save_every == 0:
-                away = time.perf_counter()
-                self._check_finite(step_values["loss"])
-                self._save(must=last or stopped)
-                begin += time.perf_counter() - away
-            if stopped and not last:
-                raise Stopped(
-                    f"stopped after step {self.step} of phase {self.phase.name}; continue with --resume latest."
-                )
+                if last or (loop.validate_every and state.step % loop.validate_every == 0):
+                    self._validate()
+                if self._asked_to_stop():
+                    self._stop(random_state(), step_values["loss"])
+                if last or state.step % loop.save_every == 0:
+                    self._check_finite(step_values["loss"])
+                    self._save(random_state(), must=last)
+                begin += time.perf_counter() - away  # validation and saving are no training time
 
     def _one_step(self, stream: Iterator[Any]) -> dict[str, Any]:
+        """One optimiser step; the means of its numbers.
+
+        Raises:
+            StopRequested: between two micro-batches; weights, optimiser and EMA are those of the step before. A step
+                may take longer than whoever asked will wait.
+        """
         means: dict[str, Any] = {}
         for _ in range(self.settings.gradient_accumulation_steps):
             places, batch = next(stream)
+            # Behind the loading: a Ctrl-C also ends the programs that decode videos, so that this batch may be wrong.
+            self.process.check_stop()
             with self.accelerator.accumulate(self.model):
                 batch = to_device(batch, self.accelerator.device)
                 loss, values = self.phase.loss(self.model, batch, Generators(places, self.accelerator.device))
@@ -198,82 +214,117 @@ class PhaseRun:
                 part = value.detach() / self.settings.gradient_accumulation_steps
                 means[name] = means[name] + part if name in means else part
         if self.settings.max_grad_norm is not None:
-            means["gradient_norm"] = self.accelerator.clip_grad_norm_(self.named.values(), self.settings.max_grad_norm)
+            means["gradient_norm"] = self.accelerator.clip_grad_norm_(
+                self.state.named.values(), self.settings.max_grad_norm
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.ema.update()
+        if self.state.ema is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.state.ema.update()
         return means
 
-    def _check_finite(self, loss: torch.Tensor) -> None:
+    def _asked_to_stop(self) -> bool:
+        return self.process.any(self.process.stop.requested)
+
+    def _stop(self, random: dict[str, Any], loss: torch.Tensor | None = None) -> None:
+        """End the run after `state.step`, with a checkpoint of it where there is none yet.
+
+        Args:
+            random: the states of the random generators after that step.
+            loss: of that step, where it was just done.
+
+        Raises:
+            Stopped: always.
+        """
+        name, step = self.phase.name, self.state.step
+        self.optimizer.zero_grad(set_to_none=True)
+        if step == self._saved_step and not self.state.validation_due:
+            if not step and not self._before:
+                raise Stopped(f"stopped before the first step of phase {name}; there is nothing to resume yet.")
+        else:
+            self._check_finite(loss)
+            self._save(random, must=True)
+        raise Stopped(f"stopped after step {step} of phase {name}; continue with --resume latest.")
+
+    def _check_finite(self, loss: torch.Tensor | None) -> None:
         """Let nothing be saved that is no number, in whichever process it is: it would push out good checkpoints."""
-        kept = [*self.named.values(), *(self.ema.tensors if self.ema is not None else ())]
-        fine = all_finite([loss, *kept])
-        flag = torch.tensor([float(not fine)], device=self.accelerator.device)
-        if self.accelerator.reduce(flag, "sum").item():
+        ema = self.state.ema
+        kept = [*self.state.named.values(), *(ema.tensors if ema is not None else ())]
+        if self.process.any(not all_finite([*kept, *(() if loss is None else (loss,))])):
             raise self._diverged(f"the loss or a weight of phase {self.phase.name} is NaN or infinite")
 
     def _diverged(self, what: str) -> Diverged:
-        saved = self.trainer.checkpoints.saved()
+        saved = self.context.checkpoints.saved()
         return Diverged(
-            f"{what} by step {self.step}: lower learning_rate or max_grad_norm, or use mixed_precision bf16 or no. "
-            f"{f'The last checkpoint is {saved[-1]}.' if saved else 'Nothing was saved.'}"
+            f"{what} by step {self.state.step}: lower learning_rate or max_grad_norm, or use mixed_precision bf16 or "
+            f"no. {f'The last checkpoint is {saved[-1]}.' if saved else 'Nothing was saved.'}"
         )
 
     def _done(self) -> bool:
         limit = self.settings.max_minutes
-        late = limit is not None and self._agree(self.seconds >= 60 * limit)
-        return self.step >= self.settings.steps or late
+        late = limit is not None and self.process.any(self.state.seconds >= 60 * limit)
+        return self.state.step >= self.settings.steps or late
 
-    def _agree(self, wish: bool) -> bool:
-        """Whether any process wishes it; processes ask one another only now and then."""
-        if self.accelerator.num_processes == 1:
-            return wish
-        if self.step % AGREE_EVERY and self.step < self.settings.steps:
-            return False
-        flag = torch.tensor([float(wish)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+    def _left(self, seconds_per_step: float) -> str:
+        """How long the phase still takes, in words."""
+        left = (self.settings.steps - self.state.step) * seconds_per_step
+        if self.settings.max_minutes is not None:
+            left = min(left, 60 * self.settings.max_minutes - self.state.seconds)
+        return duration(max(0.0, left))
 
-    # -- EMA, validation, checkpoints -----------------------------------------------------------------------------
+    def _shown(self) -> contextlib.AbstractContextManager:
+        """A bar of the phase, in the main process."""
+        if not self.process.is_main:
+            return contextlib.nullcontext(lambda: None)
+        name, total = f"phase {self.phase.name}", self.settings.steps
+        return self.process.progress.task(name, total, self.state.step, lines=False)
+
+    # -- validation and checkpoints ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The model with its averaged weights and in eval mode; nothing of the training changes."""
-        states = random_state()
+    def ema_weights(self) -> Iterator[None]:
+        """The model with the weights of its EMA and in eval mode; nothing of the training changes."""
+        states, ema = random_state(), self.state.ema
         self.model.eval()
         try:
-            with torch.no_grad(), self.ema.in_place() if self.ema is not None else contextlib.nullcontext():
+            with torch.no_grad(), ema.in_place() if ema is not None else contextlib.nullcontext():
                 yield
         finally:
             self.model.train()
             set_random_state(states)
 
     def _validate(self) -> None:
-        with self.averaged():
-            values = self.phase.validate(self.model, self.trainer.out / "validation", self.total_steps)
+        """Validate; where a stop cuts it off, remember that it is due."""
+        state, folder = self.state, self.context.out / "validation"
+        state.validation_due = True
+        try:
+            with self.ema_weights():
+                values = self.phase.validate(self.model, folder, state.total_steps)
+        except StopRequested:
+            return
+        state.validation_due = False
         if values:
-            tracker = self.trainer.tracker
-            tracker.write(
-                self.phase.name, self.step, self.total_steps, {f"validation_{k}": v for k, v in values.items()}
-            )
+            values = {f"validation_{k}": v for k, v in values.items()}
+            self.context.tracker.write(self.phase.name, state.step, state.total_steps, values, self.settings.steps)
+        self.context.tracker.show(self.phase.name, state.total_steps, folder)
 
-    def _result(self) -> Tensors:
-        return whole(self.named) if self.ema is None else self.ema.whole()
-
-    def _save(self, must: bool) -> None:
+    def _save(self, random: dict[str, Any], must: bool) -> None:
         """Write a checkpoint. Where it fails and need not be now, say so and go on."""
-        checkpoint = take(self)
-        if self.accelerator.is_main_process:
+        checkpoint, failed = self.state.take(random), False
+        if self.process.is_main:
             try:
-                self.trainer.checkpoints.save(checkpoint, as_yaml(self.trainer.config))
+                self.context.checkpoints.save(checkpoint, as_yaml(self.context.config), self.phase.write_adapter)
             except CheckpointError as error:
                 if must:
                     raise
+                failed = True
                 logger.error("%s The run goes on and tries again in %d steps.", error, self.loop.save_every)
-        self.accelerator.wait_for_everyone()
+        self.process.wait()
+        if not self.process.any(failed):
+            self._saved_step = self.state.step
 
 
-def trainer_seed(seed: int, phase: str) -> int:
+def phase_seed(seed: int, phase: str) -> int:
     """The seed of a phase: of its order of clips, its noise, and what it initialises."""
     return derive_seed(seed, "phase", phase)
 

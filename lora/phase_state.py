@@ -2,75 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, CheckpointError, random_state, set_random_state
+from torch import nn
+
+from .checkpoint import Checkpoint, CheckpointError, Tensors, set_random_state
+from .ema import EMA
 from .sharding import copy_whole, optimizer_state, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
-    from .phase_run import PhaseRun
 
+@dataclass
+class PhaseState:
+    """What a phase is made of while it is trained.
 
-def take(run: PhaseRun) -> Checkpoint:
-    """The state of a phase; every process must call this.
-
-    In processes other than the main one it holds no tensors: they only take part in gathering what is sharded, so that
-    the copies lie in the memory of the machine once.
+    Args:
+        phase: its name.
+        accelerator: of the run.
+        named: the parameters that it trains.
+        optimizer: as accelerate wraps it.
+        ema: of the parameters, or None.
+        global_batch: clips an optimiser step, over all processes.
+        trained: result of the phases before, by parameter name.
+        before: optimiser steps done before this phase.
+        inputs: what the data and the models of the run are.
+        step: optimiser steps done in it.
+        seconds: training time of the phase.
+        validation_due: whether the validation after `step` was cut off.
     """
-    keep, scaler, ema = run.accelerator.is_main_process, run.accelerator.scaler, run.ema
-    return Checkpoint(
-        phase=run.phase.name,
-        step=run.step,
-        total_steps=run.total_steps,
-        seconds=run.seconds,
-        global_batch=run.global_batch,
-        trained=run.trained,
-        weights=whole(run.named, keep),
-        ema=ema.whole(keep) if ema is not None else {},
-        state={
-            "optimizer": whole(run.optimizer.optimizer.state_dict(), keep),
-            "ema_steps": ema.steps if ema is not None else 0,
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        },
-        random=_random_states(run.accelerator),
-    )
 
+    phase: str
+    accelerator: Accelerator
+    named: Mapping[str, nn.Parameter]
+    optimizer: AcceleratedOptimizer
+    ema: EMA | None
+    global_batch: int
+    trained: Tensors
+    before: int
+    inputs: dict[str, str] = field(default_factory=dict)
+    step: int = 0
+    seconds: float = 0.0
+    validation_due: bool = False
 
-def restore(run: PhaseRun, checkpoint: Checkpoint) -> None:
-    """Bring a phase that was just built to the state of a checkpoint.
+    @property
+    def total_steps(self) -> int:
+        return self.before + self.step
 
-    Raises:
-        CheckpointError: it is of another number of clips a step, or of another model.
-    """
-    if checkpoint.global_batch != run.global_batch:
-        raise CheckpointError(
-            f"the checkpoint was written with {checkpoint.global_batch} clips a step over all processes, now there "
-            f"are {run.global_batch}: use as many processes as then, or change batch_size or "
-            "gradient_accumulation_steps."
+    def result(self) -> Tensors:
+        """The weights of the phase, those of the EMA where it has one; every process must call this."""
+        return whole(self.named) if self.ema is None else self.ema.whole()
+
+    def take(self, random: dict[str, Any]) -> Checkpoint:
+        """The state as a checkpoint; every process must call this.
+
+        In processes other than the main one it holds no tensors: they only take part in gathering what is sharded, so
+        that the copies lie in the memory of the machine once.
+
+        Args:
+            random: the states of this process's random generators after `step`.
+        """
+        keep, scaler, ema = self.accelerator.is_main_process, self.accelerator.scaler, self.ema
+        return Checkpoint(
+            phase=self.phase,
+            step=self.step,
+            total_steps=self.total_steps,
+            seconds=self.seconds,
+            global_batch=self.global_batch,
+            trained=self.trained,
+            weights=whole(self.named, keep),
+            ema=ema.whole(keep) if ema is not None else {},
+            state={
+                "optimizer": whole(self.optimizer.optimizer.state_dict(), keep),
+                "ema_steps": ema.steps if ema is not None else 0,
+                "scaler": scaler.state_dict() if scaler is not None else {},
+                "validation_due": self.validation_due,
+                "inputs": self.inputs,
+            },
+            random=_gathered(random, self.accelerator),
         )
-    if set(checkpoint.weights) != set(run.named):
-        odd = sorted(set(checkpoint.weights) ^ set(run.named))
-        raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")
-    for name, parameter in run.named.items():
-        copy_whole(parameter, checkpoint.weights[name])
-    if run.ema is not None:
-        run.ema.restore(checkpoint.ema, checkpoint.state["ema_steps"])
-    inner = run.optimizer.optimizer
-    ordered = [p for group in inner.param_groups for p in group["params"]]
-    inner.load_state_dict(optimizer_state(checkpoint.state["optimizer"], ordered))
-    if run.accelerator.scaler is not None and checkpoint.state.get("scaler"):
-        run.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-    run.step, run.seconds = checkpoint.step, checkpoint.seconds
-    if len(checkpoint.random) == run.accelerator.num_processes:
-        set_random_state(checkpoint.random[run.accelerator.process_index])
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Bring a phase that was just built to the state of a checkpoint.
+
+        Raises:
+            CheckpointError: it is of another number of clips a step, or of another model.
+        """
+        if checkpoint.global_batch != self.global_batch:
+            raise CheckpointError(
+                f"the checkpoint was written with {checkpoint.global_batch} clips a step over all processes, now there "
+                f"are {self.global_batch}: use as many processes as then, or change batch_size or "
+                "gradient_accumulation_steps."
+            )
+        if set(checkpoint.weights) != set(self.named):
+            odd = sorted(set(checkpoint.weights) ^ set(self.named))
+            raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")
+        for name, parameter in self.named.items():
+            copy_whole(parameter, checkpoint.weights[name])
+        if self.ema is not None:
+            self.ema.restore(checkpoint.ema, checkpoint.state["ema_steps"])
+        inner = self.optimizer.optimizer
+        ordered = [p for group in inner.param_groups for p in group["params"]]
+        inner.load_state_dict(optimizer_state(checkpoint.state["optimizer"], ordered))
+        if self.accelerator.scaler is not None and checkpoint.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        self.validation_due = checkpoint.state.get("validation_due", False)
+        if len(checkpoint.random) == self.accelerator.num_processes:
+            set_random_state(checkpoint.random[self.accelerator.process_index])
 
 
-def _random_states(accelerator: Accelerator) -> list[dict[str, Any]]:
+def _gathered(random: dict[str, Any], accelerator: Accelerator) -> list[dict[str, Any]]:
     """Those of all processes."""
     if accelerator.num_processes == 1:
-        return [random_state()]
+        return [random]
     from accelerate.utils import gather_object
 
-    return gather_object([random_state()])
+    return gather_object([random])

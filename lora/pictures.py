@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..generation.video import write_mp4
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,13 +47,8 @@ def write_picture(picture: np.ndarray, path: Path) -> None:
 
 
 def write_video(video: torch.Tensor, path: Path, fps: float = 16) -> None:
-    """Write a video `[3, T, H, W]` in [-1, 1] as H.264; its size must be even."""
-    import imageio.v2 as imageio
-
-    # The default of 16 would resize what is no multiple of it.
-    with imageio.get_writer(path, fps=fps, codec="libx264", macro_block_size=2) as writer:
-        for frame in _bytes(video.permute(1, 2, 3, 0)):
-            writer.append_data(frame)
+    """Write a video `[3, T, H, W]` in [-1, 1] as H.264."""
+    write_mp4(_bytes(video.permute(1, 2, 3, 0)), path, fps)
 
 
 def _bytes(pixels: torch.Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,6 +91,8 @@ class Reconstruction(nn.Module):
         settings: weights of the losses.
     """
 
+    autoencoder: Any
+
     def __init__(self, autoencoder: nn.Module, settings: LossSettings) -> None:
         super().__init__()
         self.autoencoder, self.settings = autoencoder, settings
@@ -146,7 +149,9 @@ def quality(made: torch.Tensor, video: torch.Tensor) -> dict[str, float]:
 
     made, video = ((_pictures(x.float()).clamp(-1, 1) + 1) / 2 for x in (made, video))
     mse = (made - video).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-    return {"psnr": float((-10 * mse.log10()).mean()), "ssim": float(ssim(made[::4], video[::4], data_range=1.0))}
+    similar = ssim(made[::4], video[::4], data_range=1.0)
+    assert isinstance(similar, torch.Tensor)  # a pair of tensors only where it is asked for the contrast as well
+    return {"psnr": float((-10 * mse.log10()).mean()), "ssim": float(similar)}
 
 
 def _pictures(video: torch.Tensor) -> torch.Tensor:

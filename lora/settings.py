@@ -40,7 +40,7 @@ class PhaseSettings(Settings):
         optimizer: "adamw", or "muon" (Muon for matrices, AdamW for the rest).
         betas, weight_decay: of AdamW.
         max_grad_norm: bound of the gradient norm; None for none.
-        ema_decay: of the averaged weights, which are the result of the phase; 0 for none.
+        ema_decay: of the EMA of the weights, which is the result of the phase; 0 for none.
         batch_size: clips a process and micro-step.
         gradient_accumulation_steps: micro-steps an optimiser step.
         max_minutes: the phase ends after this time, wherever it is; None for no limit.
@@ -83,14 +83,14 @@ class LoopSettings(Settings):
     """
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, free=True)
     save_every: int = setting(500, low=1, free=True)
     keep_last: int = setting(2, low=1, free=True)
     log_every: int = setting(20, low=1, free=True)
     validate_every: int = setting(0, low=0, free=True)
     tracker: str = setting("auto", free=True)
     threads: int | None = setting(None, low=1, free=True)
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu"] = setting("auto", free=True)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class FolderSettings(Settings):
         repeats: how often its clips come while those of a folder with 1 come once.
     """
 
-    path: str = setting()
+    path: str = setting(free=True)
     repeats: int = setting(1, low=1)
 
 
@@ -126,7 +126,7 @@ class DataSettings(Settings):
     """
 
     kind: Literal["demo", "videos", "images"] = "demo"
-    folder: str | None = None
+    folder: str | None = setting(None, free=True)
     folders: tuple[FolderSettings, ...] = ()
     sizes: tuple[SizeSettings, ...] = (SizeSettings(32, 128, 128),)
     fps: float | None = setting(None, above=0)

@@ -22,7 +22,9 @@ def whole(value: Any, keep: bool = True) -> Any:
         keep: False in a process that only takes part; it gets None for each tensor and copies nothing.
     """
     if isinstance(value, torch.Tensor):
-        gathered = value.full_tensor() if is_sharded(value) else value
+        gathered: Any = value
+        if is_sharded(value):
+            gathered = gathered.full_tensor()
         return gathered.detach().to("cpu", copy=True) if keep else None
     if isinstance(value, Mapping):
         return {key: whole(entry, keep) for key, entry in value.items()}
@@ -31,7 +33,7 @@ def whole(value: Any, keep: bool = True) -> Any:
     return value
 
 
-def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+def all_finite(tensors: Iterable[Any]) -> bool:
     """Whether what this process holds of the tensors has neither NaN nor infinity."""
     parts = (tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors)
     checks = [part.detach().isfinite().all() for part in parts]
@@ -57,7 +59,7 @@ def optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> di
     return {"state": numbered, "param_groups": groups}
 
 
-def _like(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _like(source: torch.Tensor, target: Any) -> torch.Tensor:
     if not is_sharded(target):
         return source.to(target.device)
     from torch.distributed.tensor import distribute_tensor

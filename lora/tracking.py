@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import save_text
 from .config import ConfigError, flat
+from .progress import Progress
 from .settings import RunSettings
+from .tensorboard_media import add_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,39 +52,90 @@ class Tracker:
     Args:
         accelerator: with its tracker.
         config: of the run.
+        progress: the terminal, on which a bar may be shown.
+        done: steps over all phases that were done before, when a run is resumed: what the log has of later ones is
+            removed, since they come again.
     """
 
-    def __init__(self, accelerator: Accelerator, config: RunSettings) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, config: RunSettings, progress: Progress, done: int = 0) -> None:
+        self.accelerator, self.progress = accelerator, progress
         self.path = Path(config.out) / "log.jsonl"
-        self.step = 0
+        if accelerator.is_main_process:
+            self._forget_after(done)
         if accelerator.log_with:
             simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat(config).items()}
-            accelerator.init_trackers(config.recipe, config=simple)
+            again = {"tensorboard": {"purge_step": done + 1}} if done else {}
+            accelerator.init_trackers(config.recipe, config=simple, init_kwargs=again)
 
-    def write(self, phase: str, step: int, total_steps: int, values: dict[str, float]) -> None:
-        """Numbers of one step of a phase."""
+    def write(
+        self, phase: str, step: int, total_steps: int, values: dict[str, float], steps: int, left: str = ""
+    ) -> None:
+        """Numbers of one step of a phase.
+
+        Args:
+            phase: its name.
+            step, total_steps: done in the phase, and over all phases.
+            values: the numbers.
+            steps: that the phase has.
+            left: the time that it still takes, in words.
+        """
         if not self.accelerator.is_main_process:
             return
-        row = {"phase": phase, "step": step, **{k: round(v, 6) for k, v in values.items()}}
+        numbers = {k: float(f"{v:.6g}") for k, v in values.items()}
+        row = {"phase": phase, "step": step, "total_steps": total_steps, **numbers}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             logger.error("%s could not be written: %s. The run goes on.", self.path, error)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-        print(f"{time.strftime('%H:%M:%S')} {phase} {step}  {shown}", flush=True)
+        self.say(f"{time.strftime('%H:%M:%S')} {phase} {step}/{steps}  {shown}{f'  {left} left' if left else ''}")
         if self.accelerator.log_with:
             self.accelerator.log({f"{phase}/{k}": v for k, v in values.items()}, step=total_steps)
+
+    def show(self, phase: str, total_steps: int, folder: Path) -> None:
+        """Give the pictures and videos of a validation, which are in its folder by the step, to tensorboard."""
+        if not self.accelerator.is_main_process:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for file in sorted(folder.glob(f"{total_steps:08d}*")):
+                    name = file.stem.removeprefix(f"{total_steps:08d}").strip("_") or "frames"
+                    add_file(tracker.writer, f"{phase}/validation/{name}", file, total_steps)
 
     def say(self, text: str) -> None:
         """A sentence for the user."""
         if self.accelerator.is_main_process:
-            print(text, flush=True)
+            self.progress.say(text)
 
     def close(self) -> None:
+        """Close the tracker. The other processes may be anywhere."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def end(self) -> None:
+        """Close the tracker at the end of a run, which every process has come to."""
         if self.accelerator.log_with:
             self.accelerator.end_training()
+
+    def _forget_after(self, done: int) -> None:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            kept = [line for line in text.splitlines() if _is_of(line, done)]
+            if len(kept) < len(text.splitlines()):
+                save_text("".join(f"{line}\n" for line in kept), self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.error("%s cannot be read or written: %s. The run goes on.", self.path, error)
+
+
+def _is_of(line: str, done: int) -> bool:
+    """Whether a line of the log is whole and of the steps that were done."""
+    try:
+        return json.loads(line)["total_steps"] <= done
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class Means:

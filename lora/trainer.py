@@ -6,35 +6,29 @@ in the checkpoint, so a run that was interrupted continues on a CPU bit by bit a
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
 
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
-from .phase_run import Diverged, PhaseRun, Stopped
+from .phase_run import Diverged, PhaseRun
+from .processes import WAIT
+from .recipes.base import Phase, Recipe
+from .run_context import RunContext
+from .settings import RunSettings
+from .stopping import Stopped, StopRequested
 from .tracking import Tracker, choose_tracker
 
 __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
 
-WAIT = timedelta(hours=12)
-"""How long processes wait for one another: while one encodes clips or writes results, the others may wait for hours."""
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .recipes.base import Phase, Recipe
-    from .settings import RunSettings
 
 
 def make_accelerator(config: RunSettings) -> Accelerator:
@@ -88,9 +82,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator, self.config = recipe, accelerator, recipe.config
+        self.process = recipe.process
         self.out = Path(self.config.out)
         self.checkpoints = CheckpointFolder(self.out / "checkpoints", self.config.loop.keep_last)
-        self.stop = False
 
     def run(self, resume: str | None = None) -> dict[str, Any]:
         """Train, or continue, and write the result.
@@ -103,67 +97,87 @@ class Trainer:
 
         Raises:
             ConfigError: what `recipe.prepare` refuses.
-            CheckpointError: nothing to resume from, other settings than then, or a last checkpoint that cannot be
-                written.
-            Stopped: on SIGINT or SIGTERM, after a checkpoint.
+            CheckpointError: nothing to resume from, other settings or data than then, or a last checkpoint that cannot
+                be written.
+            Stopped: on SIGINT or SIGTERM; where training had begun, after a checkpoint.
             Diverged: the loss or a weight is no number any more.
+            OSError: the result cannot be written.
         """
-        phases = list(self.recipe.phases())
-        if self.accelerator.is_main_process:
-            # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
-            self.checkpoints.clean()
-        self.accelerator.wait_for_everyone()
-        start = self._start(resume, phases)
-        self.recipe.prepare()
-        if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            save_text(as_yaml(self.config), self.out / "config.yaml")
-        self.accelerator.wait_for_everyone()
-        self.tracker = Tracker(self.accelerator, self.config)
-        try:
-            trained = self._phases(phases, start)
-        except (Stopped, Diverged):
-            self.tracker.close()
-            raise
-        result = self.recipe.finish(trained) if self.accelerator.is_main_process else {}
-        self.accelerator.wait_for_everyone()
-        self.tracker.close()
+        self.tracker: Tracker | None = None
+        self._doing = "before training began"
+        with self.process.stop.listening():
+            try:
+                return self._run(resume)
+            except StopRequested:
+                if self.tracker is not None:
+                    self.tracker.close()
+                raise Stopped(f"stopped {self._doing}; {self._how_to_go_on()}") from None
+            except (Stopped, Diverged):
+                if self.tracker is not None:
+                    self.tracker.end()
+                raise
+            finally:
+                self.process.progress.close()
+
+    def _run(self, resume: str | None) -> dict[str, Any]:
+        with self.process.stop.at_once():
+            phases = list(self.recipe.phases())
+            if self.process.is_main:
+                # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
+                self.checkpoints.clean()
+            self.process.wait()
+            start = self._start(resume, phases)
+            self.recipe.prepare()
+            inputs = self.recipe.inputs()
+            if start.checkpoint is not None:
+                _check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
+            if self.process.is_main:
+                self.out.mkdir(parents=True, exist_ok=True)
+                save_text(as_yaml(self.config), self.out / "config.yaml")
+            self.process.wait()
+            self.tracker = Tracker(self.accelerator, self.config, self.process.progress, self._resumed_at(start))
+            self._say_where_it_runs()
+        context = RunContext(self.config, self.accelerator, self.process, self.checkpoints, self.tracker, inputs)
+        trained = self._phases(context, phases, start)
+        self._doing = "while the result was written"
+        with self.process.stop.at_once():
+            result = self.recipe.finish(trained) if self.process.is_main else {}
+            self.process.wait()
+        self.tracker.end()
         return result
 
-    def _phases(self, phases: list[Phase], start: _Start) -> Tensors:
+    def _phases(self, context: RunContext, phases: list[Phase], start: _Start) -> Tensors:
         """Run the phases that are left; their results together."""
         trained, total = start.trained, start.total_steps
         names = [phase.name for phase in phases]
         first = names.index(start.phase) if start.phase else 0
-        with self._signals():
-            for number, phase in enumerate(phases):
-                if number < first:
-                    continue
-                if not phase.settings.steps:
-                    self.tracker.say(f"phase {phase.name}: skipped, it has 0 steps.")
-                    continue
-                run = PhaseRun(self, phase, trained, total)
+        for number, phase in enumerate(phases):
+            if number < first:
+                continue
+            if not phase.settings.steps:
+                self.tracker.say(f"phase {phase.name}: skipped, it has 0 steps.")
+                continue
+            self._doing = f"while the phase {phase.name} was prepared"
+            with self.process.stop.at_once():
+                run = PhaseRun(context, phase, trained, total)
                 run.begin(start.checkpoint if number == first else None)
                 start.checkpoint = None  # as large as weights and optimiser together
-                trained = trained | run.train()
-                total = run.total_steps
-                self._keep(phase.name, trained)
-                phase.close()
-                if run.stopped and phase is not phases[-1]:
-                    raise Stopped(f"stopped after phase {phase.name}; continue with --resume latest.")
-                del run
-                self.accelerator.free_memory()
+            trained = trained | run.train()
+            total = run.state.total_steps
+            self._keep(phase.name, trained)
+            phase.close()
+            del run
+            self.accelerator.free_memory()
         return trained
 
     def _keep(self, phase: str, trained: Tensors) -> None:
         """Write the result of the phases so far. The checkpoint has it too, so a full disk is no reason to end here."""
-        if not self.accelerator.is_main_process:
+        if not self.process.is_main:
             return
-        file = self.out / "phases" / f"{phase}.safetensors"
         try:
-            save_tensors(trained, file)
-        except (OSError, SafetensorError) as error:
-            logger.error("%s could not be written: %s. The run goes on.", file, error)
+            save_tensors(trained, self.out / "phases" / f"{phase}.safetensors")
+        except OSError as error:
+            logger.error("%s The run goes on.", error)
 
     def _start(self, resume: str | None, phases: list[Phase]) -> _Start:
         if resume == "auto":
@@ -194,24 +208,47 @@ class Trainer:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, whose steps are 0 now: set 1 or more.")
         return _Start(checkpoint.phase, checkpoint, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the step first."""
+    def _resumed_at(self, start: _Start) -> int:
+        """Steps over all phases that the log keeps."""
+        return start.total_steps + (start.checkpoint.step if start.checkpoint is not None else 0)
 
-        def ask(number: int, _: Any) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = True
-            self.tracker.say(f"{signal.Signals(number).name}: a checkpoint is written, then the run ends.")
+    def _how_to_go_on(self) -> str:
+        saved, cache = self.checkpoints.saved(), self.config.data.cache
+        kept = f"what was encoded is kept in {cache}, and " if cache else ""
+        if saved:
+            return f"{kept}the last checkpoint is {saved[-1].name}: continue with --resume latest."
+        return f"{kept}nothing was trained yet: start again without --resume."
 
-        previous = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, ask)
-        except ValueError:
-            pass  # not in the main thread, where nothing can be caught
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _say_where_it_runs(self) -> None:
+        count, device = self.process.count, self.process.device
+        name = f"{device} ({_gpu_name()})" if device.type == "cuda" else str(device)
+        self.tracker.say(
+            f"{count} process{'es' if count > 1 else ''} on {name}, mixed_precision {self.config.loop.mixed_precision}."
+        )
+        # What accelerate sets where it was told of several processes, but starts one.
+        launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+        if count == 1 and launched and "RANK" not in os.environ:
+            logger.warning(
+                "accelerate launch was told of several processes, but started one: it starts one for each GPU. On a "
+                "CPU, add --multi_gpu to it and set loop.device to cpu."
+            )
+
+
+def _check_inputs(then: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to go on with other models or data than those of the checkpoint, wherever they lie.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    different = [name for name in sorted(then) if now.get(name) != then[name]]
+    if different:
+        raise CheckpointError(
+            "the run cannot be continued, because these do not hold what they held when it began (they may be moved, "
+            f"but not changed): {', '.join(different)}."
+        )
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()

@@ -42,7 +42,8 @@ class LatentScale(nn.Module):
         """Bytes beside the weights for a video `[..., T, H, W]`."""
         from ..autoencoders.memory import decoding_bytes
 
-        return decoding_bytes(self.autoencoder.config, *pixels[-3:], dtype.itemsize)
+        frames, height, width = pixels[-3:]
+        return decoding_bytes(self.autoencoder.config, frames, height, width, dtype.itemsize)
 
 
 def choices(files: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,9 @@ class ForwardPass:
         layout: the sequence of its self-attention calls; None where there is no video that is known.
         reason: why the whole pass stays dense, empty when it may be sparse.
         geometry: of the model, None when it is not known.
-        offsets, main_layers: see `Geometry`.
+        offsets, main_layers, extra_calls: see `Geometry`.
+        offered: attention calls of any kind.
+        calls: those over the video, of the model's own blocks.
     """
 
     step: StepInfo
@@ -33,26 +37,40 @@ class ForwardPass:
     geometry: Geometry | None
     offsets: dict[str, int] = field(default_factory=dict)
     main_layers: int = 0
+    extra_calls: Mapping[int, int] = field(default_factory=dict)
     offered: int = 0
     calls: int = 0
     extra: int = 0
-    seen: set[int] = field(default_factory=set)
+    seen: Counter[int] = field(default_factory=Counter)
 
-    def layer(self, options: dict[str, Any]) -> int:
-        """The number of the layer that makes the next self-attention call.
+    def layer(self, options: dict[str, Any]) -> int | None:
+        """The number of the layer that makes the next call of the video's length.
 
-        Models that say their `block_index` are believed, so blocks that another node skips do not shift the count. A
-        second call under one index is that of an extra block (VACE) and counted behind the others.
+        Models that say their `block_index` are believed, so blocks that another node skips do not shift the count.
+        Further calls under one index are those of extra blocks (VACE), counted behind the others, as many as the model
+        has there.
+
+        Returns:
+            None for a call that none of the model's blocks makes: another node's, such as cross-attention with as many
+            text tokens as the video has.
         """
-        self.calls += 1
         index = options.get("block_index")
         if index is None:
-            return self.calls - 1
-        layer = self.offsets.get(options.get("block_type", ""), 0) + int(index)
-        if layer in self.seen:
-            self.extra += 1
-            return self.main_layers + self.extra - 1
-        self.seen.add(layer)
+            layer, listed = self.calls, self.calls < self.main_layers + sum(self.extra_calls.values())
+        else:
+            kind = options.get("block_type", "")
+            # Where there is one kind of blocks, a model may call it as it likes.
+            layer = (self.offsets.get(kind, -1) if len(self.offsets) > 1 else 0) + int(index)
+            known = layer < self.main_layers and (kind in self.offsets or len(self.offsets) < 2)
+            listed = known and self.seen[layer] <= self.extra_calls.get(layer, 0)
+        if not listed:
+            return None
+        self.calls += 1
+        if index is not None:
+            self.seen[layer] += 1
+            if self.seen[layer] > 1:
+                self.extra += 1
+                layer = self.main_layers + self.extra - 1
         return layer
 
 

@@ -55,6 +55,7 @@ class Geometry:
         blocks: attributes with the transformer blocks, in the order in which they run, each with the value of
             `transformer_options["block_type"]` while it does. Several restart `block_index` at 0.
         extra_blocks: attributes with blocks that run between those under the same `block_index`.
+        extra_calls: inputs -> number of a block -> calls that the extra blocks make under its index.
         around: `(inputs, patch) -> (frames, before, after)`: latent frames of the inputs that belong to the video, and
             tokens around it that do not (text, reference frames, context); None where that cannot be told.
         text_apart: whether text has attention calls of its own (cross-attention) instead of a place in the sequence.
@@ -65,6 +66,7 @@ class Geometry:
     blocks: tuple[tuple[str, str], ...]
     around: Callable[[Inputs, Patch], tuple[int, int, int] | None]
     extra_blocks: tuple[str, ...] = ()
+    extra_calls: Callable[[Inputs], Mapping[int, int]] = lambda inputs: {}
     text_apart: bool = True
 
     def block_offsets(self, model: Any) -> dict[str, int]:
@@ -111,11 +113,15 @@ def grid(latent: tuple[int, ...], patch: Patch, padded: bool = True) -> tuple[in
     """Tokens `(frames, rows, columns)` of a latent `[B, C, (T,) H, W]`; what is no multiple of the patch is padded, or
     dropped."""
     sizes = (1, *latent[2:]) if len(latent) == 4 else latent[2:]
-    return tuple(-(-size // step) if padded else size // step for size, step in zip(sizes, patch, strict=True))
+    frames, rows, columns = (
+        -(-size // step) if padded else size // step for size, step in zip(sizes, patch, strict=True)
+    )
+    return frames, rows, columns
 
 
 def _whole_patch(model: Any) -> Patch:
-    return tuple(int(size) for size in model.patch_size)
+    frames, rows, columns = (int(size) for size in model.patch_size)
+    return frames, rows, columns
 
 
 def _square_patch(model: Any) -> Patch:
@@ -137,6 +143,12 @@ def _wan(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
     before = inputs.tokens("reference_latent", patch, padded=False) if has_reference else 0
     after = inputs.tokens("time_dim_concat", patch) + inputs.tokens("context_latents", patch)
     return inputs.latent[2], before, after
+
+
+def _vace_calls(inputs: Inputs) -> Mapping[int, int]:
+    """One call for each context, in the blocks that have a VACE block beside them."""
+    contexts = inputs.conditions.get("vace_context")
+    return dict.fromkeys(inputs.model.vace_layers_mapping, 1 if contexts is None else contexts.shape[1])
 
 
 def _hunyuan(inputs: Inputs, patch: Patch) -> tuple[int, int, int]:
@@ -178,7 +190,9 @@ _WAN_BLOCKS = (("blocks", "double"),)
 # animation models, for example, add tokens of their own.
 GEOMETRIES: dict[str, Geometry] = {
     "WanModel": Geometry("Wan", _whole_patch, _WAN_BLOCKS, _wan),
-    "VaceWanModel": Geometry("Wan VACE", _whole_patch, _WAN_BLOCKS, _wan, extra_blocks=("vace_blocks",)),
+    "VaceWanModel": Geometry(
+        "Wan VACE", _whole_patch, _WAN_BLOCKS, _wan, extra_blocks=("vace_blocks",), extra_calls=_vace_calls
+    ),
     "CameraWanModel": Geometry("Wan Camera", _whole_patch, _WAN_BLOCKS, _wan),
     "HunyuanVideo": Geometry(
         "HunyuanVideo",

@@ -21,10 +21,13 @@ import torch
 from ..attention import CallRecord, DenseSchedule, Method, RunReport, SparseAttention, StepInfo, VideoLayout
 from ..attention.backends import check_backend
 from ..attention.engine import KEPT_RUNS
+from ..attention.methods.base import OutOfReach
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
 from .geometry import Geometry, Inputs, find_geometry, supported_models, unwrap
+from .news import CACHED, NEVER, News, nothing
 from .sampling import DensePart, branches_of, step_of
+from .wording import limit_words, said_by, video_words
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,8 @@ class NativeAttention:
         self._override: tuple[Attention | None, bool, Attention] | None = None
         self._lock = threading.Lock()  # ComfyUI runs the branches on several GPUs from a thread each
         self._run = -1
-        self._reported = -1
+        self._first = 0  # of the runs of the queue's last entry
+        self._reported = -1  # the last run that a report has shown
         self._queued: str | None = None
 
     # -- what the sampler calls ----------------------------------------------------------------------------------------
@@ -85,11 +89,11 @@ class NativeAttention:
 
         Args:
             queued: which entry of ComfyUI's queue it belongs to. What was done for an earlier one is no news any more,
-                reported or not: it may have been interrupted.
+                reported or not: it may have been interrupted. None where nobody says.
         """
-        if queued != self._queued:
-            self._queued, self._reported = queued, self._run
         self._run += 1
+        if queued != self._queued:
+            self._queued, self._first = queued, self._run
         self._forget()
         self._dense_calls = [c for c in self._dense_calls if c[0][0].run > self._run - KEPT_RUNS]
 
@@ -104,7 +108,7 @@ class NativeAttention:
 
     def forward(
         self,
-        executor: Callable[..., torch.Tensor],
+        executor: Any,
         x: torch.Tensor,
         t: torch.Tensor,
         c_concat: torch.Tensor | None = None,
@@ -129,8 +133,9 @@ class NativeAttention:
         # A cache of another node may skip the whole model: then there was no call at all.
         if current.layout is not None and current.offered and not current.calls:
             self.note(
-                f"no attention call had the {current.layout.tokens} tokens of {current.layout}, so all stayed dense. "
-                "This version of the model may add tokens that are not known here.",
+                f"no attention call of the model had the {current.layout.tokens} tokens of "
+                f"{video_words(current.layout)}, so all stayed dense. Another node may compute self-attention itself, "
+                "or this version of the model adds tokens that are not known here.",
                 logging.WARNING,
             )
         return out
@@ -164,20 +169,23 @@ class NativeAttention:
         layout = geometry.layout(inputs)
         if layout is None:
             self.note(
-                f"a latent of shape {tuple(x.shape)} holds no video of a known arrangement: dense", logging.WARNING
+                f"a latent of {'x'.join(map(str, x.shape))} is no video that can be read here (an image, or several "
+                "latents in one), so all stayed dense.",
+                logging.WARNING,
             )
             return current
         if geometry.ambiguous(inputs, layout):
             self.note(
                 f"the text is as long as the video ({layout.tokens} tokens), so self- and cross-attention cannot be "
-                "told apart: dense",
+                "told apart, and all stayed dense. Another size or length of the video helps.",
                 logging.WARNING,
             )
             return current
         current.layout = layout
         current.offsets, current.main_layers = geometry.block_offsets(model), geometry.main_layers(model)
+        current.extra_calls = geometry.extra_calls(inputs)
         if layout.video_tokens < self.min_tokens:
-            current.reason = f"fewer than {self.min_tokens} tokens"
+            current.reason = f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
         else:
             current.reason = self.dense.step_reason(sigma, base.model_sampling.percent_to_sigma)
             self._engine(layout, geometry, model)
@@ -194,12 +202,12 @@ class NativeAttention:
     def _engine(self, layout: VideoLayout, geometry: Geometry, model: Any) -> SparseAttention:
         """The engine of a layout: a new one asks the method whether it can do it."""
         if layout not in self._engines:
-            try:
-                method = self.method_for(layout)
-                method.check(layout)
-            except ValueError as error:
-                # It is raised inside the sampler: say which node it comes from.
-                raise ValueError(f"Sparse Attention ({self.name}): {error}") from error
+            with said_by(self.title):
+                try:
+                    method = self.method_for(layout)
+                    method.check(layout)
+                except OutOfReach as error:
+                    raise ValueError(limit_words(error, layout)) from error
             while len(self._engines) >= KEPT_LAYOUTS:
                 del self._engines[next(iter(self._engines))]
             self._engines[layout] = SparseAttention(
@@ -265,7 +273,17 @@ class NativeAttention:
         ):
             return inner(q, k, v, heads, *args, **kwargs)
 
-        layer = current.layer(kwargs.get("transformer_options") or {})
+        options = kwargs.get("transformer_options") or {}
+        layer = current.layer(options)
+        if layer is None:
+            where = "" if options.get("block_index") is None else f" in block {options['block_index']}"
+            self.note(
+                f"a further call{where} has the video's {current.layout.tokens} tokens, and no block of "
+                f"{current.geometry.family} makes it: it stayed dense. It is another node's, such as NAG with as many "
+                "text tokens.",
+                logging.WARNING,
+            )
+            return inner(q, k, v, heads, *args, **kwargs)
         mask = args[0] if args else kwargs.get("mask")
         reason = current.reason or self.dense.layer_reason(layer) or unfit_reason(q, k, v, heads, split, mask, kwargs)
         if reason:
@@ -286,18 +304,24 @@ class NativeAttention:
         branches = current.branches if current.batch % len(current.branches) == 0 else ["batch"]
         parts = [x.chunk(len(branches)) for x in (q, k, v)]
         outs = []
-        for branch, *qkv in zip(branches, *parts, strict=True):
-            with self._lock:
+        for branch, *tensors in zip(branches, *parts, strict=True):
+            one_q, one_k, one_v = tensors
+            with self._lock, said_by(self.title):
                 engine.enter(replace(current.step, branch=branch), current.layout)
-                outs.append(engine(*qkv, layer))
+                outs.append(engine(one_q, one_k, one_v, layer))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    @property
+    def title(self) -> str:
+        """Of the node, in errors and in the log."""
+        return f"Sparse Attention ({self.name})"
 
     # -- what the report node calls ------------------------------------------------------------------------------------
 
     def note(self, text: str, level: int = logging.INFO) -> None:
         """Log a fallback or a choice once and keep it for the report."""
         if text not in self._notes:
-            logger.log(level, "Sparse Attention (%s): %s", self.name, text)
+            logger.log(level, "%s: %s", self.title, text)
         self._notes[text] = self._run
 
     def report(self) -> RunReport:
@@ -312,16 +336,27 @@ class NativeAttention:
         notes = dict.fromkeys([*self._notes, *(note for report in reports for note in report.notes)])
         return RunReport(self.name, self.settings, tuple(records), tuple(notes))
 
-    def news(self) -> RunReport:
-        """What is new of the queue's last entry (two samplers may share a model), with the notes on it; the last run if
-        nothing is."""
+    def news(self, queued: str | None = None) -> News:
+        """What was done for an entry of the queue: what no report has shown yet (two samplers may share a model), or
+        all of it where another report node has.
+
+        Args:
+            queued: the entry that the report node is run for; None where nobody says.
+        """
+        if self._run < 0:
+            return nothing(NEVER)
+        is_new, is_known = self._run > self._reported, None not in (queued, self._queued)
+        heading = "" if (queued == self._queued if is_known else is_new) else CACHED
+        first = self._first if is_known else self._run
+        if is_new and not heading:
+            first = max(self._first, self._reported + 1)
+            self._reported = self._run
         report = self.report()
-        records = tuple(record for record in report.records if record.run > self._reported)
-        self._reported = self._run
-        news = replace(report, records=records) if records else report.last()
-        first = min((record.run for record in news.records), default=self._run)
-        notes = tuple(note for note in news.notes if self._notes.get(note, self._run) >= first)
-        return replace(news, notes=notes)
+        records = tuple(record for record in report.records if record.run >= first)
+        # An engine's notes are on its sparse calls.
+        of_engines = self._run if any(not record.reason for record in records) else -1
+        notes = tuple(note for note in report.notes if self._notes.get(note, of_engines) >= first)
+        return News(replace(report, records=records, notes=notes), heading)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:
         """A call that stayed dense: one record for each branch of its batch, as a sparse call has."""

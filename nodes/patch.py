@@ -12,6 +12,7 @@ from ..attention.backends import refusal
 from .geometry import find_geometry, unwrap
 from .native import KEY, NativeAttention
 from .sampling import DensePart, parse_layers
+from .wording import check_compensate
 
 
 def sparsify(
@@ -56,6 +57,8 @@ def sparsify(
             "before the other Sparse Attention node."
         )
     check_runs(backend, model.load_device)
+    if settings.get("compensate"):
+        check_compensate(backend, model.load_device)
     geometry = find_geometry(diffusion_model)
     layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(unwrap(diffusion_model)))
     common = {
@@ -80,13 +83,13 @@ def sparsify(
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
-    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: session.begin(_queue_entry()))
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: session.begin(queue_entry()))
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda patcher: session.end())
     return clone, session
 
 
-def _queue_entry() -> str | None:
-    """Which entry of ComfyUI's queue is being worked on; None outside of its executor."""
+def queue_entry() -> str | None:
+    """Which entry of ComfyUI's queue is being worked on; None where its executor does not say."""
     from comfy_execution.utils import get_executing_context
 
     context = get_executing_context()

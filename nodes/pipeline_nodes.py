@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import InputImpl, Types, io
 
-from ..attention import BACKENDS
 from ..generation.machine import DTYPES
 from ..generation.request import MAX_SEED, Settings
 from ..generation.run import StepCallback
 from . import pipelines, previews
+from .acceleration import METHODS, Acceleration
+from .lora_nodes import Loras
+from .patch import queue_entry
 from .report_node import Report
 from .residency import Residency
 from .schema import accepted
+from .sparse_nodes import DENSE_LAYERS, backend_input, compensate_input, min_tokens_input, share_inputs
+from .wording import plain_messages
 
 if TYPE_CHECKING:
     import torch
 
+    from .loras import Lora
+
 CATEGORY = "video acceleration/pipelines"
-SPARSE_BACKENDS = ["auto", *(name for name, backend in BACKENDS.items() if backend.capability.sparse)]
 
 Pipeline = io.Custom("VIDACCEL_PIPELINE")
 
@@ -67,16 +73,17 @@ class VidaccelLoadPipeline(io.ComfyNode):
                     tooltip="Of the weights. auto is bfloat16 on a GPU, float32 on a CPU and for the built-in models. "
                     "Wan's autoencoder stays in float32; DC-AE-V follows bfloat16.",
                 ),
+                Loras.Input("loras", optional=True, tooltip="From Pipeline LoRA, one or a chain of them."),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Accelerate Pipeline or Generate Video.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "diffusers", "load wan", "demo"]),
         )
 
     @classmethod
-    def execute(cls, pipeline: str, hub_id: str, dtype: str) -> io.NodeOutput:
-        with pipelines.plain_messages():
+    def execute(cls, pipeline: str, hub_id: str, dtype: str, loras: tuple[Lora, ...] = ()) -> io.NodeOutput:
+        with plain_messages():
             location = pipelines.locate(pipeline, hub_id, _roots())
-        return io.NodeOutput(pipelines.load(location, dtype, _residency()))
+        return io.NodeOutput(pipelines.load(location, dtype, _residency(), loras))
 
 
 class VidaccelAcceleratePipeline(io.ComfyNode):
@@ -96,72 +103,33 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
                 io.Combo.Input(
                     "method",
-                    options=list(pipelines.METHODS),
+                    options=list(METHODS),
                     default="svg2",
                     tooltip="svg2: nearest to the dense video from a density of about 0.35 up (below: with compensate) "
                     "and most planning. svg: cheap planning, any size. radial: hardly any planning, for long videos.",
                 ),
-                io.Float.Input(
-                    "density",
-                    default=0.3,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of all query-key pairs that a sparse attention call computes. Lower is less work "
-                    "and further from the dense video.",
-                ),
-                io.Float.Input(
-                    "dense_start_percent",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the steps that stays dense at the start, where composition and motion are "
-                    "decided.",
-                ),
-                io.Float.Input(
-                    "dense_end_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the steps that stays dense at the end, where fine detail is made. Start and end "
-                    "together must stay below 1.",
-                ),
+                *share_inputs(),
                 io.Int.Input(
                     "dense_layers",
-                    default=0,
+                    default=DENSE_LAYERS,
                     min=0,
                     max=100,
                     tooltip="So many transformer blocks at the input stay dense.",
                 ),
-                io.Boolean.Input(
-                    "compensate",
-                    default=False,
-                    **accepted(io.Boolean.Input, advanced=True),
-                    tooltip="svg2 alone: let the keys that a query skips enter through the mean of their cluster. "
-                    "Nearer to the dense video at low densities, for some more work per call.",
-                ),
-                io.Combo.Input(
-                    "backend",
-                    options=SPARSE_BACKENDS,
-                    default="auto",
-                    **accepted(io.Combo.Input, advanced=True),
-                    tooltip="What computes the sparse calls. auto chooses for the device, and the report says what; "
-                    "one that is chosen by name runs, or the node says why it cannot.",
-                ),
+                compensate_input(only="svg2 alone: "),
+                backend_input(),
+                # Optional, so that graphs that were saved without it run, and as they did; and the last, since the page
+                # saves the values of inputs by their place.
+                min_tokens_input(optional=True),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "sparse attention", "speed up video", "svg2", "radial"]),
         )
 
     @classmethod
-    def execute(
-        cls, pipeline: pipelines.VideoPipeline, dense_start_percent: float, dense_end_percent: float, **settings: Any
-    ) -> io.NodeOutput:
-        shares = {"dense_start": dense_start_percent, "dense_end": dense_end_percent}
-        with pipelines.plain_messages():
-            acceleration = pipelines.Acceleration(**shares, **settings)
+    def execute(cls, pipeline: pipelines.VideoPipeline, min_tokens: int = 0, **settings: Any) -> io.NodeOutput:
+        with plain_messages():
+            acceleration = Acceleration(min_tokens=min_tokens, **settings)
         return io.NodeOutput(pipeline.accelerated(acceleration))
 
 
@@ -225,7 +193,27 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     "fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second of the VIDEO output."
                 ),
                 io.Image.Input(
-                    "image", optional=True, tooltip="The first frame, for an image-to-video pipeline; scaled to size."
+                    "image", optional=True, tooltip="The first frame, for an image-to-video pipeline; fitted to size."
+                ),
+                io.Image.Input(
+                    "last_image",
+                    optional=True,
+                    tooltip="The last frame, for an image-to-video pipeline that was made for one.",
+                ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip="A video to start from, as of Load Video or Create Video; text-to-video pipelines of Wan "
+                    "2.1 take one. Its first frames are used, as many as are made.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip=f"With video alone: how much of it is replaced by noise; 1 keeps nothing. {own}",
                 ),
             ],
             outputs=[
@@ -242,19 +230,29 @@ class VidaccelGenerateVideo(io.ComfyNode):
         pipeline: pipelines.VideoPipeline,
         guidance: float,
         image: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+        video: Any = None,
+        strength: float = 0.0,
         **given: Any,
     ) -> io.NodeOutput:
-        with pipelines.plain_messages():
+        with plain_messages():
             own = ("width", "height", "frames", "steps")  # 0: the model's own
             sizes = {name: given.pop(name) or None for name in own}
-            settings = Settings(**given, **sizes, guidance_scale=guidance or None)
-        made = pipelines.generate(pipeline, settings, image=image, on_step=_progress(pipeline))
-        video = InputImpl.VideoFromComponents(
+            settings = Settings(**given, **sizes, guidance_scale=guidance or None, strength=strength or None)
+        made = pipelines.generate(
+            pipeline,
+            settings,
+            image=image,
+            last_image=last_image,
+            video=None if video is None else video.get_components().images,
+            on_step=_progress(pipeline),
+        )
+        film = InputImpl.VideoFromComponents(
             Types.VideoComponents(
                 images=made.frames, audio=None, frame_rate=Fraction(settings.fps).limit_denominator(1001)
             )
         )
-        return io.NodeOutput(made.frames, video, made.report)
+        return io.NodeOutput(made.frames, film, replace(made.report, queued=queue_entry()))
 
 
 def _residency() -> Residency:

@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..attention import RunReport
+from .news import BYPASSED, nothing
+from .patch import queue_entry
 from .schema import accepted
 from .tables import report_image, report_text
 
 if TYPE_CHECKING:
     from .native import NativeAttention
+    from .news import GenerationReport
 
 Report = io.Custom("VIDACCEL_REPORT")
-BYPASSED = "no report came in: the Sparse Attention node is bypassed or not connected, so the model is as it was."
 
 
 class VidaccelReport(io.ComfyNode):
-    """Text and heat map of the last sampling."""
+    """Text and heat map of a sampling."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,9 +27,9 @@ class VidaccelReport(io.ComfyNode):
             node_id="VidaccelReport",
             display_name="Sparse Attention Report",
             category="video acceleration",
-            description="What sparse attention did in the last sampling: the density of every step, what stayed dense "
-            "and why, which backend ran, and the seconds in attention. The picture shows the density of each layer and "
-            "step.",
+            description="What sparse attention did in this sampling: the density of every step, what stayed dense and "
+            "why, which backend ran, and the seconds in attention; or why there is nothing to show. The picture shows "
+            "the density of each layer and step.",
             inputs=[
                 Report.Input(
                     "report",
@@ -52,10 +53,10 @@ class VidaccelReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, after: Any, report: NativeAttention | None = None) -> io.NodeOutput:
-        found = report.news() if report is not None else RunReport("dense", {}, (), (BYPASSED,))
-        image = report_image(found)
-        return io.NodeOutput(report_text(found), image, after, ui=ui.PreviewImage(image, cls=cls))
+    def execute(cls, after: Any, report: NativeAttention | GenerationReport | None = None) -> io.NodeOutput:
+        news = nothing(BYPASSED) if report is None else report.news(queue_entry())
+        image = report_image(news.report)
+        return io.NodeOutput(report_text(news), image, after, ui=ui.PreviewImage(image, cls=cls))
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelReport]

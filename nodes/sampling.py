@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .wording import check_shares
+
 # Noise levels of one step that were computed on different ways differ in the last digits: 0.88888890 and 0.88888889.
 SIGMA_TOLERANCE = 1e-5
 
@@ -17,6 +19,10 @@ class DensePart:
 
     Percentages are ComfyUI's: of the whole schedule of noise levels, which two samplers that follow one another (the
     two models of Wan 2.2) share. With the usual schedulers they are shares of the steps.
+
+    It is no `DenseSchedule`, for three reasons. That one counts the steps of the sampler at work, which knows nothing
+    of the sampler before it; its noise levels lie between 0 and 1, and ComfyUI's reach 80 (Cosmos) and, for 0 percent,
+    a billion; and it counts layers from either end, where a node lists any.
 
     Args:
         start: share of the sampling that stays dense at its start, in [0, 1].
@@ -32,18 +38,10 @@ class DensePart:
     layers: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"dense_{name}_percent is {value}: it is a share and lies between 0 and 1.")
-        if self.start + self.end >= 1:
-            raise ValueError(
-                f"dense_start_percent {self.start} and dense_end_percent {self.end} leave no step sparse: together "
-                "they must stay below 1. To sample densely, take the model from before this node."
-            )
+        check_shares(self.start, self.end, "To sample densely, take the model from before this node.")
 
     def step_reason(self, sigma: float, percent_to_sigma: Callable[[float], Any]) -> str:
-        """Why a step stays dense, empty when it may be sparse.
+        """Why a step stays dense, as the input that says so; empty when it may be sparse.
 
         Args:
             sigma: noise level of the step.
@@ -51,14 +49,14 @@ class DensePart:
         """
         slack = SIGMA_TOLERANCE * max(1.0, abs(sigma))
         if self.start > 0 and sigma > float(percent_to_sigma(self.start)) + slack:
-            return f"first {self.start:.0%} of the sampling"
+            return "dense_start_percent"
         if self.end > 0 and sigma <= float(percent_to_sigma(1 - self.end)) + slack:
-            return f"last {self.end:.0%} of the sampling"
+            return "dense_end_percent"
         return ""
 
     def layer_reason(self, layer: int) -> str:
         """Why a layer stays dense, empty when it may be sparse."""
-        return "dense layer" if layer in self.layers else ""
+        return "dense_layers" if layer in self.layers else ""
 
 
 def parse_layers(text: str, count: int | None = None) -> frozenset[int]:

@@ -14,6 +14,7 @@ from .geometry import supported_models
 from .patch import sparsify
 from .report_node import Report
 from .schema import accepted
+from .wording import STEP
 
 CATEGORY = "video acceleration/sparse attention"
 SPARSE_BACKENDS = ["auto", *(name for name, backend in BACKENDS.items() if backend.capability.sparse)]
@@ -24,29 +25,29 @@ QUALITY = (
 )
 
 
-def _inputs(dense_start: float, dense_layers: str, special: list[io.Input]) -> list[io.Input]:
-    """The inputs that every method has, with those of one method in their midst."""
+# The same in every node that makes attention sparse; tests/nodes/test_comfyui.py compares them.
+DENSE_START = 0.3
+DENSE_LAYERS = 1  # the first: Radial is published with it dense, SVG with the first 3 % of the layers
+
+
+def share_inputs() -> list[io.Input]:
+    """How much is computed, and which part of the sampling stays dense."""
     return [
-        io.Model.Input(
-            "model",
-            tooltip="A native video model. It stays as it is; the output is a clone. A model that has a Sparse "
-            "Attention node before it already is refused.",
-        ),
         io.Float.Input(
             "density",
             default=0.3,
             min=0.01,
             max=1.0,
-            step=0.01,
+            step=STEP,
             tooltip="Share of all query-key pairs that a sparse attention call computes. 1 computes all of them. Lower "
             "is less work and further from the dense video.",
         ),
         io.Float.Input(
             "dense_start_percent",
-            default=dense_start,
+            default=DENSE_START,
             min=0.0,
             max=1.0,
-            step=0.01,
+            step=STEP,
             tooltip="Share of the sampling that stays dense at its start, where composition and motion are decided. "
             "Two samplers that follow one another (Wan 2.2) share one scale, as start and end percent of other nodes. "
             "With 4 to 8 steps (distilled models, Lightning LoRAs), 0.25 keeps one or two of them dense.",
@@ -56,33 +57,68 @@ def _inputs(dense_start: float, dense_layers: str, special: list[io.Input]) -> l
             default=0.0,
             min=0.0,
             max=1.0,
-            step=0.01,
+            step=STEP,
             tooltip="Share of the sampling that stays dense at its end, where fine detail is made. Start and end "
             "together must stay below 1.",
         ),
+    ]
+
+
+def min_tokens_input(**more: Any) -> io.Input:
+    """From which length on a video is worth the planning."""
+    return io.Int.Input(
+        "min_tokens",
+        default=MIN_SPARSE_TOKENS,
+        min=0,
+        max=10_000_000,
+        tooltip="Videos with fewer tokens stay dense, because planning would cost more than it saves. A token is a "
+        "patch of the latent: 81 frames of Wan at 480x832 have 32,760, at 720x1280 75,600; the built-in models' have a "
+        "few hundred.",
+        **more,
+    )
+
+
+def compensate_input(only: str = "") -> io.Input:
+    """What stands for the keys that are skipped."""
+    return io.Boolean.Input(
+        "compensate",
+        default=True,
+        **accepted(io.Boolean.Input, advanced=True),
+        tooltip=f"{only}Let the keys that a query skips enter through the mean of their cluster. Nearer to the dense "
+        "video at low densities, for some more work per call.",
+    )
+
+
+def backend_input() -> io.Input:
+    """What computes."""
+    return io.Combo.Input(
+        "backend",
+        options=SPARSE_BACKENDS,
+        default="auto",
+        **accepted(io.Combo.Input, advanced=True),
+        tooltip="What computes the sparse calls. auto chooses for the device, and the report says what; one "
+        "that is chosen by name runs, or the node says why it cannot.",
+    )
+
+
+def _inputs(special: list[io.Input]) -> list[io.Input]:
+    """The inputs that every method has, with those of one method in their midst."""
+    return [
+        io.Model.Input(
+            "model",
+            tooltip="A native video model. It stays as it is; the output is a clone. A model that has a Sparse "
+            "Attention node before it already is refused.",
+        ),
+        *share_inputs(),
         io.String.Input(
             "dense_layers",
-            default=dense_layers,
+            default=", ".join(map(str, range(DENSE_LAYERS))),
             tooltip='Transformer layers that stay dense, counted from 0: numbers and ranges such as "0, 1, 36-39". '
             "Empty for none.",
         ),
-        io.Int.Input(
-            "min_tokens",
-            default=MIN_SPARSE_TOKENS,
-            min=0,
-            max=10_000_000,
-            tooltip="Videos with fewer tokens stay dense, because planning would cost more than it saves. A token is a "
-            "patch of the latent: 81 frames of Wan at 480x832 have 32,760, at 720x1280 75,600.",
-        ),
+        min_tokens_input(),
         *special,
-        io.Combo.Input(
-            "backend",
-            options=SPARSE_BACKENDS,
-            default="auto",
-            **accepted(io.Combo.Input, advanced=True),
-            tooltip="What computes the sparse calls. auto chooses for the device, and the report says what; one "
-            "that is chosen by name runs, or the node says why it cannot.",
-        ),
+        backend_input(),
     ]
 
 
@@ -114,13 +150,7 @@ class VidaccelSparseAttentionSVG2(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         clusters = {"default": 0, "min": 0, "max": 4096, **accepted(io.Int.Input, advanced=True)}
         special = [
-            io.Boolean.Input(
-                "compensate",
-                default=True,
-                **accepted(io.Boolean.Input, advanced=True),
-                tooltip="Let the keys that a query skips enter through the mean of their cluster. Nearer to the dense "
-                "video at low densities, for some more work per call.",
-            ),
+            compensate_input(),
             io.Int.Input(
                 "query_clusters",
                 **clusters,
@@ -138,15 +168,24 @@ class VidaccelSparseAttentionSVG2(io.ComfyNode):
             "density of about 0.35 up; below that, with compensate on. It spends the most time on planning."
         )
         words = ["sparse videogen 2", "semantic clustering"]
-        return _schema("SVG2", words, description, _inputs(0.3, "", special))
+        return _schema("SVG2", words, description, _inputs(special))
 
     @classmethod
     def execute(
         cls, model: Any, density: float, compensate: bool, query_clusters: int, key_clusters: int, **common: Any
     ) -> io.NodeOutput:
-        clusters = {"q_clusters": query_clusters or None, "k_clusters": key_clusters or None}
-        method = SVG2(density=density, compensate=compensate, **clusters)
-        settings = {"density": density, "compensate": compensate, **clusters}
+        method = SVG2(
+            density=density,
+            compensate=compensate,
+            q_clusters=query_clusters or None,
+            k_clusters=key_clusters or None,
+        )
+        settings = {
+            "density": density,
+            "compensate": compensate,
+            "query_clusters": query_clusters or None,
+            "key_clusters": key_clusters or None,
+        }
         return _patched(model, lambda layout: method, "SVG2", settings, common)
 
 
@@ -159,7 +198,7 @@ class VidaccelSparseAttentionSVG(io.ComfyNode):
             "Sparse VideoGen: finds out for each head whether it looks at nearby frames or at one place through time, "
             "and computes only that band. Planning is cheap; heads that are of neither kind lose detail."
         )
-        return _schema("SVG", ["sparse videogen"], description, _inputs(0.25, "", []))
+        return _schema("SVG", ["sparse videogen"], description, _inputs([]))
 
     @classmethod
     def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:
@@ -177,7 +216,7 @@ class VidaccelSparseAttentionRadial(io.ComfyNode):
             "steps, blind to content, with no planning after the first call; meant for long videos. With few frames "
             "little can be left out."
         )
-        return _schema("Radial", ["radial attention", "long video"], description, _inputs(0.25, "0", []))
+        return _schema("Radial", ["radial attention", "long video"], description, _inputs([]))
 
     @classmethod
     def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:

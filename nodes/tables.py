@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,20 +11,29 @@ import torch
 from ..attention import CallRecord, RunReport
 from ..generation.figures import heat_map
 from ..generation.report import format_seconds
+from .news import News, why_dense
 
 
-def report_text(report: RunReport) -> str:
+def report_text(news: News) -> str:
     """What a run did: method and settings, then for each step the density, what stayed dense and why, the backends and
-    the seconds in attention; totals and notes at the end."""
-    settings = ", ".join(f"{name} {value}" for name, value in report.config.items() if value not in ("", None))
-    lines = [f"{report.method}: {settings}"]
-    if not report.records:
-        lines.append("No attention call over a video was seen.")
+    the seconds in attention; totals and notes at the end. Or why there is no such thing."""
+    report = news.report
+    lines = [news.heading] if news.heading else []
+    if report.method:
+        given = {name: value for name, value in report.config.items() if value not in ("", None)}
+        settings = ", ".join(f"{name} {_shown(value)}" for name, value in given.items())
+        lines.append(f"{report.method}: {settings}")
+        if report.records or not news.heading:
+            lines += filter(None, [why_dense(report)])
     for run in report.runs():
         records = [record for record in report.records if record.run == run]
         lines += ["", *_run_table(records)]
     lines += [f"Note: {note}" for note in report.notes]
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> Any:
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 def _run_table(records: list[CallRecord]) -> list[str]:

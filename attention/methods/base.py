@@ -15,6 +15,31 @@ from ..schedule import DenseSchedule
 SINK_SHARE = 0.2  # of a density: a method that decides whether to read the first frame whole spends no more on it
 
 
+class OutOfReach(ValueError):
+    """A setting that a method cannot follow on a layout. The text has Python's names; a front end can use its own.
+
+    Args:
+        message: one line.
+        field: of the method, or an argument of `for_density`.
+        value: what it has.
+        least, most: what it can have on that layout; None where there is no bound.
+        eased_by: other fields of the method that move the bound.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        field: str = "",
+        value: Any = None,
+        *,
+        least: float | None = None,
+        most: float | None = None,
+        eased_by: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.field, self.value, self.least, self.most, self.eased_by = field, value, least, most, eased_by
+
+
 @dataclass
 class PlanMemory:
     """What a method may keep between calls. The engine owns it: methods themselves hold no state.
@@ -56,14 +81,15 @@ class Method(abc.ABC):
             settings: further fields.
 
         Raises:
-            ValueError: a density out of range, or out of reach on this layout.
+            ValueError: a density out of range.
+            OutOfReach: one that this layout does not allow.
         """
         method = cls(**{"density": density, **settings})
         method.check(layout)
         return method
 
     def check(self, layout: VideoLayout) -> None:  # noqa: B027 (most methods can do every layout)
-        """Raise a `ValueError` if the method cannot do what it is set to on this layout; called before a run works."""
+        """Raise `OutOfReach` if the method cannot do what it is set to on this layout; called before a run works."""
 
     def expected_density(self, layout: VideoLayout) -> float | None:
         """Share of the pairs that a sparse call computes on a layout; None where it depends on the content."""

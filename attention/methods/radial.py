@@ -22,7 +22,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, check_count, check_fraction, first_frame_pays
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays
 
 _THIN_BELOW = 128  # tokens; the published generator uses it at any block size
 _BLOCKS_PER_FRAME = 8  # at least so many where a size is chosen here
@@ -208,7 +208,8 @@ class Radial(Method):
             near, min_window, thinning: fixed when given, searched when None.
 
         Raises:
-            ValueError: a density out of range, or outside what this layout reaches with these settings.
+            ValueError: a density out of range.
+            OutOfReach: one outside what this layout reaches with these settings.
         """
         check_fraction("Radial.for_density", "density", density, fix="0.25 is usual")
         if sink is None:
@@ -223,11 +224,16 @@ class Radial(Method):
             if abs(found - density) <= _TOLERANCE:
                 return best
         if not min(reached) - _TOLERANCE <= density <= max(reached) + _TOLERANCE:
-            raise ValueError(
+            raise OutOfReach(
                 f"Radial cannot reach density {density:g} with {layout.frames} frames of {layout.tokens_per_frame} "
                 f"and {layout.text_tokens} text tokens, blocks of {base.resolved_block_size(layout)}, sink={sink}: "
                 f"{min(reached):.3f} to {max(reached):.3f} is possible. For less, use smaller blocks or sink=False; "
-                "leave near, min_window and thinning to the search."
+                "leave near, min_window and thinning to the search.",
+                "density",
+                density,
+                least=min(reached),
+                most=max(reached),
+                eased_by=("block_size", "sink", "near", "min_window", "thinning"),
             )
         return best
 

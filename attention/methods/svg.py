@@ -10,7 +10,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, check_count, check_fraction, first_frame_pays
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays
 
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
@@ -81,17 +81,21 @@ class SVG(Method):
         """Tokens on either side of a tile that give a spatial head the wanted density, the nearest from above.
 
         Raises:
-            ValueError: even the narrowest band computes more than `density`.
+            OutOfReach: even the narrowest band computes more than `density`.
         """
         low, high = 0, layout.video_tokens
         least = self._density(layout, low)
         if least > self.density:
-            raise ValueError(
+            raise OutOfReach(
                 f"SVG density {self.density} is below {least:.3f}, the least for {layout} with tiles of "
                 f"{self.tile_size(layout)} queries: raise density to that"
                 + (", use a smaller tile" if self.tile_size(layout) > 1 else "")
                 + (" or sink=False" if self._has_sink(layout) else "")
-                + "."
+                + ".",
+                "density",
+                self.density,
+                least=least,
+                eased_by=("tile", "sink"),
             )
         while low < high:
             middle = (low + high) // 2

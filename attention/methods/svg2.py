@@ -13,7 +13,7 @@ from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, PlanMemory, check_count, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,14 @@ class SVG2(Method):
         mean_pairs = layout.video_tokens * self.cluster_counts(layout.video_tokens)[1] if self.compensate else 0
         least = (text_pairs + mean_pairs) / layout.tokens**2
         if self.density is not None and self.density <= least:
-            raise ValueError(
+            raise OutOfReach(
                 f"SVG2 density is {self.density}, but {layout.text_tokens} of the {layout.tokens} tokens are text, "
                 f"which stays dense{' (and compensate=True reads a mean of each cluster)' if self.compensate else ''}, "
-                f"and makes {least:.3f} of the pairs: raise density."
+                f"and makes {least:.3f} of the pairs: raise density.",
+                "density",
+                self.density,
+                least=least,
+                eased_by=("compensate",) if self.compensate else (),
             )
 
     def expected_density(self, layout: VideoLayout) -> float | None:
@@ -97,14 +101,17 @@ class SVG2(Method):
         """Clusters of queries and of keys for a number of video tokens.
 
         Raises:
-            ValueError: more clusters were asked for than there are tokens.
+            OutOfReach: more clusters were asked for than there are tokens.
         """
         counts = []
         for name, rule in (("q_clusters", max(36, 0.364 * tokens**0.5)), ("k_clusters", 1.8 * tokens**0.5)):
             asked = getattr(self, name)
             if asked is not None and asked > tokens:
-                raise ValueError(
-                    f"SVG2 {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None."
+                raise OutOfReach(
+                    f"SVG2 {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None.",
+                    name,
+                    asked,
+                    most=tokens,
                 )
             counts.append(asked or min(tokens, max(2, round(rule))))
         return counts[0], counts[1]

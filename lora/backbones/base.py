@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,12 @@ class Backbone(ABC):
         factor: pixels of the new autoencoder's latents.
         image: whether the model starts from a picture.
         config: of the transformer.
+        base: folder or hub id of the pipeline.
+        autoencoder: the deep-compression one.
     """
 
+    base: str
+    autoencoder: Any
     trained_fully: tuple[str, ...]
     lora_targets: str
     text_length: int
@@ -163,6 +167,7 @@ class SampleRequest:
         steps, guidance_scale: of the sampler.
         seed: of the noise.
         image: `[3, H, W]` in [-1, 1], for image to video.
+        after_step: called after each step of the sampler; what it raises ends the video.
     """
 
     frames: int
@@ -172,3 +177,9 @@ class SampleRequest:
     guidance_scale: float
     seed: int
     image: torch.Tensor | None = None
+    after_step: Callable[[], None] = lambda: None
+
+    def callback(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """`callback_on_step_end` of a pipeline."""
+        self.after_step()
+        return tensors

@@ -56,7 +56,7 @@ class FluxBackbone(ImageBackbone):
         grid = functional.pixel_unshuffle(latents, 2) if old else latents
         return embedding(grid.movedim(1, -1)).movedim(-1, 1)
 
-    def old_latents(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def old_latents(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         latents = vae.encode(pixels).latent_dist.mode()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def located(location: str, setting: str, built_in: str, part: str = "") -> str:
     )
 
 
-def read_config(cls: type, location: str, subfolder: str | None = None) -> dict:
+def read_config(cls: Any, location: str, subfolder: str | None = None) -> dict:
     """The config of a model of diffusers.
 
     Raises:
@@ -53,7 +54,7 @@ def read_config(cls: type, location: str, subfolder: str | None = None) -> dict:
         raise ConfigError(f"model: {where} has no readable config.json of a {cls.__name__}: {error}") from error
 
 
-def load_autoencoder(cls: type, location: str, setting: str, **options: Any) -> Any:
+def load_autoencoder(cls: Any, location: str, setting: str, **options: Any) -> Any:
     """An autoencoder of diffusers.
 
     Args:
@@ -71,7 +72,7 @@ def load_autoencoder(cls: type, location: str, setting: str, **options: Any) -> 
         raise ConfigError(f"{setting}: {location} is no autoencoder that {cls.__name__} can load: {error}") from error
 
 
-def load_part(cls: type, base: str, name: str, dtype: torch.dtype) -> nn.Module:
+def load_part(cls: Any, base: str, name: str, dtype: torch.dtype) -> Any:
     """One module of the transformer of a pipeline, on the CPU, without reading the rest, which may be 28 GB.
 
     Args:
@@ -102,13 +103,35 @@ def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
         files = [_file(base, name) for name in sorted({v for k, v in places.items() if k.startswith(prefix)})]
     else:
         files = [_file(base, _WEIGHTS)]
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in files:
         if path is None:
             return {}
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     return found
+
+
+def transformer_files(base: str, samples: int = 16) -> str:
+    """A hash of what the transformer of a pipeline is, from a folder or the hub: equal wherever its files lie.
+
+    Of each file of weights, the size and `samples` evenly spaced parts of 4 KiB count; the first has the names.
+    """
+    config = _file(base, "config.json")
+    stated = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+    digest = hashlib.sha256(json.dumps({k: v for k, v in stated.items() if k[0] != "_"}, sort_keys=True).encode())
+    index = _file(base, f"{_WEIGHTS}.index.json")
+    names = [_WEIGHTS]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for path in filter(None, (_file(base, name) for name in names)):
+        size = path.stat().st_size
+        digest.update(f"{size}".encode())
+        with open(path, "rb") as file:
+            for number in range(samples):
+                file.seek(size * number // samples)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def _file(base: str, name: str) -> Path | None:

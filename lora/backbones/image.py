@@ -34,8 +34,8 @@ class ImageBackbone(Backbone):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    transformer_class: ClassVar[type[nn.Module]]
-    vae_class: ClassVar[type[nn.Module]]
+    transformer_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
     text_parts: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -79,7 +79,7 @@ class ImageBackbone(Backbone):
         """Tokens `[B, D, h, w]` of latents `[B, C, H, W]`, with the old embedder or the new one."""
 
     @abstractmethod
-    def old_latents(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def old_latents(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         """Latents of the old autoencoder as the model sees them, for pictures `[B, 3, H, W]` in [-1, 1]."""
 
     @abstractmethod
@@ -156,6 +156,7 @@ class ImageBackbone(Backbone):
             guidance_scale=request.guidance_scale,
             generator=torch.Generator().manual_seed(request.seed),
             output_type="pt",
+            callback_on_step_end=request.callback,
             **self.prompt_inputs(*texts),
         ).images
         return pictures[0][:, None].float().cpu() * 2 - 1

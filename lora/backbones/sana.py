@@ -57,7 +57,7 @@ class SanaBackbone(ImageBackbone):
     def embed(self, embedding: nn.Module, latents: torch.Tensor, old: bool) -> torch.Tensor:
         return embedding(latents)
 
-    def old_latents(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def old_latents(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         return vae.encode(pixels).latent * vae.config.scaling_factor
 
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:

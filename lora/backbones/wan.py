@@ -191,6 +191,7 @@ class WanBackbone(Backbone):
             guidance_scale=request.guidance_scale,
             generator=torch.Generator().manual_seed(request.seed),
             output_type="pt",
+            callback_on_step_end=request.callback,
             **inputs,
         ).frames[0]
         return video.transpose(0, 1).float().cpu() * 2 - 1
@@ -268,6 +269,6 @@ def _pipeline(
 ) -> WanPipeline | WanImageToVideoPipeline:
     """The base pipeline with only some of its components."""
     cls = WanImageToVideoPipeline if image else WanPipeline
-    every = ("tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae")
-    every += ("image_encoder", "image_processor") if image else ()
+    every = ["tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae"]
+    every += ["image_encoder", "image_processor"] if image else []
     return cls.from_pretrained(base, dtype=dtype, **{name: None for name in every if name not in keep})

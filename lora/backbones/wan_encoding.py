@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from torch import nn
 
 from ...pipelines.deep_compression.image_to_video import image_condition
 from ..data.cache import fingerprint, tokenizer_fingerprint
@@ -37,9 +37,7 @@ class WanEncoder(Encoder):
         OSError: the base has no old autoencoder or no image encoder, where one of the parts needs it.
     """
 
-    def __init__(
-        self, base: str, autoencoder: nn.Module, parts: tuple[str, ...], device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, base: str, autoencoder: Any, parts: tuple[str, ...], device: torch.device | str = "cpu") -> None:
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise ValueError(f"there are no parts {sorted(unknown)}; known: {', '.join(PARTS)}.")

@@ -120,9 +120,8 @@ class Latents:
         if damaged and process.is_main:
             logger.warning("%d files of the cache are damaged and are made again.", damaged)
         process.wait()  # before the first one writes, or they would not share the same list
-        for number, (pick, parts) in enumerate(missing[process.index :: process.count]):
-            if process.is_main and number % 100 == 0:
-                logger.info("encoding clips: %d of %d", number * process.count, len(missing))
+        own = missing[process.index :: process.count]
+        for pick, parts in process.track(own, "encoding clips", len(own)):
             try:
                 pixels = self.dataset.pixels(pick)
             except OSError as error:
@@ -181,7 +180,8 @@ class Texts:
     def fill(self, captions: Sequence[str], process: Process) -> None:
         """Encode the captions that the cache lacks, each process a share."""
         share = captions[process.index :: process.count]
-        for first in range(0, len(share), 16):
+        batches = range(0, len(share), 16)
+        for first in process.track(batches, "encoding captions, 16 at a time", len(batches)):
             self._read([c for c in share[first : first + 16] if not self.cache.has(*self._key(c))])
         process.wait()
 

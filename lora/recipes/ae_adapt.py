@@ -19,19 +19,20 @@ from torch.nn import functional
 from ... import demo
 from ...pipelines.deep_compression.adapted import DEFAULTS_FILE
 from ...pipelines.locations import is_hub_id
-from ..adapter import add_lora, merge, save_adapter
+from ..adapter import AdaptedModel, add_lora, merge, save_adapter
 from ..backbones import open_backbone
 from ..backbones.base import Backbone, SampleRequest
-from ..backbones.folders import located
-from ..checkpoint import save_text
+from ..backbones.folders import located, transformer_files
+from ..checkpoint import replaced, save_text
 from ..config import ConfigError
-from ..data.cache import TensorCache
+from ..data.cache import TensorCache, fingerprint
 from ..data.dataset import open_dataset
 from ..data.held_out import hold_out
 from ..data.latents import Latents, say_what_is_cut
 from ..flow import noisy, sample_sigmas
 from ..fsdp import DTYPES
 from ..generators import Generators
+from ..identities import dataset_identity
 from ..pictures import strips, write_picture, write_video, written_to
 from ..settings import PhaseSettings
 from .ae_adapt_settings import AEAdaptSettings
@@ -71,7 +72,7 @@ class AEAdapt(Recipe):
         model = self.config.model
         return open_backbone(
             located(model.base, "model.base", demo.WAN),
-            located(model.autoencoder, "model.autoencoder", demo.DC, "vae"),
+            self._autoencoder(),
             dtype=getattr(torch, model.dtype),
             autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
             device=self.process.device,
@@ -117,34 +118,69 @@ class AEAdapt(Recipe):
         load_trained(transformer, trained)
         return transformer
 
+    def inputs(self) -> dict[str, str]:
+        data = self.config.data
+        return {
+            "model.base": f"{transformer_files(self.backbone.base)} {self.text_encoder.identity}",
+            "model.autoencoder": fingerprint(self.backbone.autoencoder),
+            f"data.folder ({data.kind})": dataset_identity(self.dataset, data.sizes),
+        }
+
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         out = Path(self.config.out)
         with_lora = any(".lora_" in name for name in trained)
         transformer = self.transformer(trained, "lora" if with_lora else "head")
-        lora = self.config.phases.lora
-        facts = self._facts()
-        facts |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha} if with_lora else {}
-        save_adapter(transformer, out / "adapter", self.backbone.trained_fully, facts, with_lora)
+        weights = dict(transformer.named_parameters())
+        self.write_adapter(weights, out / "adapter", AdaptedModel.of(transformer), finished=True)
         if with_lora:
             merge(transformer)
         for name, parameter in transformer.named_parameters():
             if name.startswith(self.backbone.trained_fully):
                 parameter.data = parameter.data.to(getattr(torch, self.config.model.dtype))
-        self.backbone.save(transformer, out / "pipeline")
-        save_text(json.dumps(facts["defaults"], indent=2) + "\n", out / "pipeline" / DEFAULTS_FILE)
+        with replaced(out / "pipeline") as draft:
+            self.backbone.save(transformer, draft)
+            save_text(json.dumps(self._defaults(), indent=2) + "\n", draft / DEFAULTS_FILE)
         return {"pipeline": str(out / "pipeline"), "adapter": str(out / "adapter")}
 
-    def _facts(self) -> dict[str, Any]:
-        """What the adapter belongs to, and the size and guidance that the model was made for."""
-        model, size = self.config.model, self.config.data.sizes[-1]
-        scale = self.config.validation.guidance_scale
-        named = model.base == demo.WAN or is_hub_id(model.base)
+    def write_adapter(
+        self, weights: Mapping[str, torch.Tensor], folder: Path, model: AdaptedModel, finished: bool = False
+    ) -> None:
+        """Write what was trained as an adapter.
+
+        Args:
+            weights: parameters of the transformer by name.
+            folder: where to.
+            model: the transformer.
+            finished: whether it is the result, beside whose pipeline it lies.
+        """
+        facts = self._facts(finished)
+        if model.lora is not None:
+            facts |= {"lora_rank": self.config.phases.lora.rank, "lora_alpha": self.config.phases.lora.alpha}
+        save_adapter(weights, folder, self.backbone.trained_fully, facts, model)
+
+    def _facts(self, finished: bool = True) -> dict[str, Any]:
+        """What the adapter belongs to."""
+        model = self.config.model
+        base = model.base if model.base == demo.WAN or is_hub_id(model.base) else str(Path(model.base).resolve())
+        # That of a hub is found from anywhere; any other is copied into the pipeline of this run when it is finished.
+        autoencoder = self._autoencoder()
+        if not is_hub_id(autoencoder):
+            autoencoder = "../pipeline/vae" if finished else str(Path(autoencoder).resolve())
+        return {"base": base, "autoencoder": autoencoder, "defaults": self._defaults()}
+
+    def _defaults(self) -> dict[str, Any]:
+        """The size and guidance that the model was made for."""
+        size = self.config.data.sizes[-1]
         return {
-            "base": model.base if named else str(Path(model.base).resolve()),
-            # That of a hub is found from anywhere; any other is the copy in the pipeline of this run.
-            "autoencoder": model.autoencoder if is_hub_id(model.autoencoder) else "../pipeline/vae",
-            "defaults": {"frames": size.frames, "height": size.height, "width": size.width, "guidance_scale": scale},
+            "frames": size.frames,
+            "height": size.height,
+            "width": size.width,
+            "guidance_scale": self.config.validation.guidance_scale,
         }
+
+    def _autoencoder(self) -> str:
+        """Folder or hub id of the new autoencoder."""
+        return located(self.config.model.autoencoder, "model.autoencoder", demo.DC, "vae")
 
     def ready(self, latents: Latents) -> Latents:
         """Encode what the cache lacks and the clips that are measured; before a model takes the memory for training."""
@@ -189,7 +225,7 @@ class Align(Phase):
             return {"loss": loss, **values}
 
         measured = self.recipe.measured(self.recipe.aligning)
-        return measured.mean(measure, self.settings.batch_size, self.recipe.process.device)
+        return measured.mean(measure, self.settings.batch_size, self.recipe.process)
 
     def close(self) -> None:
         self.teacher = None
@@ -208,7 +244,7 @@ def on_one_grid(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Ten
     grid = student.shape[2:]
     if teacher.shape[2] != grid[0] or teacher.shape[3] % grid[1] or teacher.shape[4] % grid[2]:
         raise ValueError(f"the teacher's tokens {list(teacher.shape[2:])} cannot be averaged to {list(grid)}.")
-    return student, functional.adaptive_avg_pool3d(teacher, grid)
+    return student, functional.adaptive_avg_pool3d(teacher, (grid[0], grid[1], grid[2]))
 
 
 class Flow(Phase):
@@ -220,7 +256,7 @@ class Flow(Phase):
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         recipe = self.recipe
-        transformer = recipe.transformer(trained, self.name)
+        transformer: Any = recipe.transformer(trained, self.name)
         if recipe.config.loop.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         for name, parameter in transformer.named_parameters():
@@ -228,6 +264,7 @@ class Flow(Phase):
             parameter.requires_grad_(trained_here)
             if trained_here:
                 parameter.data = parameter.data.float()
+        self._model = AdaptedModel.of(transformer)
         return transformer
 
     def clips(self) -> Clips:
@@ -255,12 +292,15 @@ class Flow(Phase):
             error = error * object_weights(latents, flow.object_weight)
         return error.mean(), {"error": plain.mean()}
 
+    def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        self.recipe.write_adapter(weights, folder / "adapter", self._model)
+
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
             return self._loss(model, batch, rng)[1]
 
         recipe = self.recipe
-        values = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process.device)
+        values = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process)
         if recipe.config.validation.prompts:
             self._sample(getattr(model, "module", model), folder, step)
         return values
@@ -272,10 +312,19 @@ class Flow(Phase):
         pictures = recipe.measured(recipe.flowing).first_frames
         last = recipe.config.data.sizes[-1]
         videos = []
-        for number, text in enumerate(texts[:-1]):
+        for number, text in enumerate(recipe.process.track(texts[:-1], "validation videos", len(texts) - 1)):
             image = pictures[number % len(pictures)] if pictures else None
             height, width = (last.height, last.width) if image is None else image.shape[1:]
-            request = SampleRequest(last.frames, height, width, settings.steps, settings.guidance_scale, number, image)
+            request = SampleRequest(
+                last.frames,
+                height,
+                width,
+                settings.steps,
+                settings.guidance_scale,
+                seed=number,
+                image=image,
+                after_step=recipe.process.check_stop,
+            )
             videos.append(recipe.backbone.sample(transformer, (text, texts[-1]), request))
         if not recipe.process.is_main:
             return

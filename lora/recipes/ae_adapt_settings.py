@@ -24,8 +24,8 @@ class ModelSettings(Settings):
         guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training.
     """
 
-    base: str = setting()
-    autoencoder: str = setting()
+    base: str = setting(free=True)
+    autoencoder: str = setting(free=True)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     merge_text_padding: bool = False

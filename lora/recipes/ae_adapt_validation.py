@@ -11,6 +11,7 @@ from ..data.latents import Latents
 from ..data.sampler import Pick
 from ..dataloader import collate, to_device
 from ..generators import Generators, Place
+from ..processes import Process
 from .base import Batch
 
 Measure = Callable[[Batch, Generators], dict[str, torch.Tensor]]
@@ -45,30 +46,36 @@ class MeasuredClips:
         if picks:
             latents.release()
 
-    def mean(self, measure: Measure, batch_size: int, device: torch.device) -> dict[str, float]:
+    def mean(self, measure: Measure, batch_size: int, process: Process) -> dict[str, float]:
         """Means over all clips; empty without any.
 
         Args:
             measure: of a batch with its texts, and the random numbers of its clips.
             batch_size: clips at a time.
-            device: where the batches go.
+            process: on whose device the batches go; every process must call this.
+
+        Raises:
+            StopRequested: between two batches.
         """
         sums: dict[str, float] = {}
-        for batch, places in self._batches(batch_size):
+        device, groups = process.device, list(self._batches(batch_size))
+        for clips in process.track(groups, "validation batches", len(groups)):
+            process.check_stop()
+            batch, places = _stacked(clips)
             batch = self.latents.complete(to_device(batch, device))
             for name, value in measure(batch, Generators(places, device)).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(places)
         return {name: total / len(self._clips) for name, total in sums.items()}
 
-    def _batches(self, batch_size: int) -> Iterator[tuple[Batch, list[Place]]]:
+    def _batches(self, batch_size: int) -> Iterator[list[tuple[Pick, Batch]]]:
         held: list[tuple[Pick, Batch]] = []
         for clip in self._clips:
             if held and (len(held) == batch_size or clip[0].size != held[0][0].size):
-                yield _stacked(held)
+                yield held
                 held = []
             held.append(clip)
         if held:
-            yield _stacked(held)
+            yield held
 
 
 def _stacked(clips: list[tuple[Pick, Batch]]) -> tuple[Batch, list[Place]]:

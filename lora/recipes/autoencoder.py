@@ -13,14 +13,16 @@ from torch import nn
 from ...autoencoders import AutoencoderDCV
 from ..backbones.folders import load_autoencoder, write_model
 from ..config import ConfigError, Settings, setting
+from ..data.cache import fingerprint
 from ..data.dataset import ClipDataset, open_dataset, sturdy_pixels
 from ..data.held_out import HeldOut, hold_out
 from ..data.sampler import ClipSampler, Pick, without
 from ..generators import Generators, derive_seed
+from ..identities import dataset_identity
 from ..pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, quality
 from ..settings import PhaseSettings, RunSettings, SizeSettings
-from .base import Batch, Phase, Recipe
+from .base import Batch, Clips, Phase, Recipe
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ModelSettings(Settings):
         norm_gain: weight with which the norms of the residual blocks start; below 1 they start nearer to nothing.
     """
 
-    start: str | None = None
+    start: str | None = setting(None, free=True)
     latent_channels: int = setting(32, low=1)
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024, 1024)
     layers_per_block: tuple[int, ...] = (0, 5, 10, 4, 4, 4, 4)
@@ -106,7 +108,7 @@ class AutoencoderSettings(RunSettings):
 class TrainAutoencoder(Recipe):
     """Trains DC-AE-V (DC-VideoGen, arXiv 2509.25182, section 3.1) and writes it to `out/autoencoder`.
 
-    The averaged weights are written where a phase has `ema_decay`. `scaling_factor` in its config is 1 / the standard
+    The EMA weights are written where a phase has `ema_decay`. `scaling_factor` in its config is 1 / the standard
     deviation of the latents over the training set, or that of `model.start` where no phase trained the encoder.
     """
 
@@ -123,6 +125,12 @@ class TrainAutoencoder(Recipe):
             from ..reconstruction import perceptual_network
 
             perceptual_network()
+
+    def inputs(self) -> dict[str, str]:
+        # Clips are cut at random, so no one else needs the hashes of their files, which take long.
+        config = self.config
+        start = {} if config.model.start is None else {"model.start": fingerprint(self.build())}
+        return {f"data.folder ({config.data.kind})": dataset_identity(self.dataset, config.data.sizes, False), **start}
 
     def build(self) -> AutoencoderDCV:
         """The autoencoder as training starts."""
@@ -205,7 +213,7 @@ class AutoencoderTraining(Phase):
             autoencoder.encoder.requires_grad_(False)
         return module
 
-    def clips(self) -> _Pixels:
+    def clips(self) -> Clips:
         sizes = self.settings.sizes or self.recipe.config.data.sizes
         return _Pixels(self.recipe.dataset, sizes, self.recipe.held_out)
 
@@ -219,7 +227,11 @@ class AutoencoderTraining(Phase):
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         process = self.recipe.process
         clips = self.recipe.validation_clips().to(process.device)
-        made = torch.cat([model(clip, reconstruct=True).float() for clip in clips.split(1)])
+        parts = []
+        for clip in process.track(clips.split(1), "validation clips", len(clips)):
+            process.check_stop()
+            parts.append(model(clip, reconstruct=True).float())
+        made = torch.cat(parts)
         if process.is_main:
             pairs = [clip for pair in zip(clips, made, strict=True) for clip in pair]
             with written_to(folder):

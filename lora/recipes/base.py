@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +15,7 @@ from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..data.sampler import Pick
 from ..generators import Generators
+from ..processes import Process
 from ..settings import PhaseSettings, RunSettings, SizeSettings
 
 logger = logging.getLogger(__name__)
@@ -24,42 +24,22 @@ Batch = dict[str, Any]
 
 
 class Clips(Protocol):
-    """A data set: which clips there are, and how one is made. It is copied to background processes.
+    """A dataset: which clips there are, and how one is made. It is copied to background processes.
 
     Attributes:
         sizes: of the clips.
         members: indices of the clips by number of the size; None for an endless set, whose indices are seeds.
     """
 
-    sizes: Sequence[SizeSettings]
-    members: Mapping[int, Sequence[int]] | None
+    @property
+    def sizes(self) -> Sequence[SizeSettings]: ...
+
+    @property
+    def members(self) -> Mapping[int, Sequence[int]] | None: ...
 
     def load(self, pick: Pick) -> Batch:
         """The parts of one clip; tensors of a batch are stacked, everything else is listed."""
         ...
-
-
-@dataclass(frozen=True)
-class Process:
-    """One of the processes of a run.
-
-    Args:
-        device: on which it computes.
-        index, count: its number, and how many there are.
-    """
-
-    device: torch.device
-    index: int = 0
-    count: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.index == 0
-
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.count > 1:
-            torch.distributed.barrier()
 
 
 class Phase(ABC):
@@ -105,12 +85,21 @@ class Phase(ABC):
         return 1.0
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Numbers for the log, and files in `folder`. The model has its averaged weights and is in eval mode.
+        """Numbers for the log, and files in `folder`. The model has the weights of its EMA and is in eval mode.
 
         It runs in every process, so that a sharded model can be called; only the main one should write files, in the
-        block `pictures.written_to`.
+        block `pictures.written_to`, whose names begin with the step in eight digits: they go to the tracker. What takes
+        longer calls `Process.check_stop` on the way, so that a stop need not wait for the end.
         """
         return {}
+
+    def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:  # noqa: B027 - not all have one
+        """Write what was trained so far below the folder of a checkpoint, as a pipeline loads it.
+
+        Args:
+            folder: of the checkpoint.
+            weights: results of the phases before and of this one so far (of its EMA where it has one), on the CPU.
+        """
 
     def close(self) -> None:  # noqa: B027 - most phases have nothing to let go of
         """Let go of what only this phase needs."""
@@ -136,6 +125,12 @@ class Recipe(ABC):
         Raises:
             ConfigError: it does not exist or does not fit together.
         """
+
+    def inputs(self) -> dict[str, str]:
+        """What the training depends on beside the settings, by the setting that says where it lies, such as a hash of a
+        model's files; called after `prepare`. A run is continued only where they are equal.
+        """
+        return {}
 
     @abstractmethod
     def phases(self) -> Sequence[Phase]:

@@ -113,7 +113,7 @@ class StepClock:
             raise ValueError(f"{model} was called with an empty timestep, of shape {list(timestep.shape)}.")
         now = Timestep.of(timestep)
         table = self._table = read_table(getattr(self._pipe, "scheduler", None), self._table)
-        if table is not None and self._belongs_to_another(table, now):
+        if table is not None and self._belongs_to_another(table, now, model, branches):
             place, ignored = self._by_count(now, model, branches), table
         elif table is None:
             place, ignored = self._by_count(now, model, branches), self._absent_table()
@@ -192,7 +192,7 @@ class StepClock:
             return None
         if now == run.timestep:
             # Nothing else tells a loop at one timestep (a profiler's, say) from ever more branches.
-            return None if run.passes[model] >= max(len(branches), run.per_row.get(model, 0)) else run.place
+            return None if run.passes[model] >= self._full(run, model, branches) else run.place
         rises = (now.mean, now.high) > (run.timestep.mean, run.timestep.high)
         if run.rises is not None and rises != run.rises:
             return None
@@ -206,19 +206,25 @@ class StepClock:
         # A copy with the same rows, moved to another device perhaps. A new run would have no index yet.
         return run.table.tensor is table.tensor or (run.table.index is not None and run.table.rows == table.rows)
 
-    def _belongs_to_another(self, table: Table, now: Timestep) -> bool:
+    def _belongs_to_another(self, table: Table, now: Timestep, model: str, branches: tuple[str, ...]) -> bool:
         """Whether the scheduler stands in the middle of a run that was broken off, and this pass is of another.
 
         That is what two pipelines with one transformer and a scheduler each look like.
         """
-        if table.index is None:
-            return False
         run = self._run
-        if run is not None and run.ignored is not None:
-            former = run.ignored
-            if former.tensor is table.tensor and former.index == table.index:
-                return True
-        return bool(self._sends_rows) and not now.matches(table.rows[table.index])
+        if table.index is None or run is None:
+            return False
+        former = run.ignored or run.table
+        stands = former is not None and former.tensor is table.tensor and former.index == table.index
+        if run.ignored is not None and stands:
+            return True
+        if self._sends_rows and not now.matches(table.rows[table.index]):
+            return True
+        return stands and now != run.timestep and run.passes[model] >= self._full(run, model, branches)
+
+    def _full(self, run: _Run, model: str, branches: tuple[str, ...]) -> int:
+        """Passes of a model that a row surely has no more than."""
+        return max(len(branches), run.per_row.get(model, 0))
 
     def _absent_table(self) -> Table | None:
         """A stand-in that says a pipeline's scheduler is not the one that runs."""

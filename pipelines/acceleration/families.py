@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class ModelSpec:
         return [f"{self.blocks}.{layer}.{self.self_attention}.processor" for layer in range(count)]
 
 
-def patch_grid(transformer: torch.nn.Module, hidden_states: torch.Tensor) -> VideoLayout:
+def patch_grid(transformer: Any, hidden_states: torch.Tensor) -> VideoLayout:
     """The grid of latents `[B, C, frames, height, width]` cut into the transformer's patches, without text."""
     sizes = hidden_states.shape[2:]
     return VideoLayout(*(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True)))
@@ -75,7 +76,7 @@ def supported_pipelines() -> list[str]:
     return sorted(name for spec in SPECS for name in spec.pipelines)
 
 
-def unwrap(component: object) -> object:
+def unwrap(component: Any) -> Any:
     """The model inside the wrappers that training and compilation put round one.
 
     Raises:

@@ -170,7 +170,7 @@ class _Installed(CopiedNotPickled):
     def __init__(
         self,
         name: str,
-        transformer: torch.nn.Module,
+        transformer: Any,
         spec: ModelSpec,
         method: Method,
         backend: str,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -44,7 +46,7 @@ class SparseWanAttnProcessor(CopiedNotPickled):
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -74,7 +76,7 @@ class SparseWanAttnProcessor(CopiedNotPickled):
             out = engine_attention(query, key, value, self.site)
         else:
             dense = "perturbed attention" if scores_are_skipped() else ""
-            out = self.engine(query, key, value, self.layer, dense)
+            out = self.engine(query, key, value, self.layer, dense=dense)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         for module in attn.to_out:
             out = module(out)

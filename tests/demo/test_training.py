@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from vidaccel.demo import modeling
-from vidaccel.demo.optimizer import Muon, orthogonalise
+from vidaccel.demo.optimizer import MuonWithAdamW
 from vidaccel.demo.train_transformer import (
     Stage,
     build_model,
@@ -82,11 +82,24 @@ def test_the_object_counts_more_than_the_background():
     torch.testing.assert_close(weights[1], torch.ones(1, 3, 8, 8))  # nothing to see: all alike
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_are_matrices_to_muon(layout):
+    """The update of a convolution is that of torch's Muon on [out, in * kernel], wherever the state comes from."""
     torch.manual_seed(0)
-    for shape in ((2, 16, 48), (2, 48, 16)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
-        assert values.min() > 0.6 and values.max() < 1.3
+    kernel = torch.nn.Parameter(torch.randn(6, 4, 3, 3).to(memory_format=layout))
+    matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
+    ours = MuonWithAdamW([("weight", kernel)], lr=0.1)
+    theirs = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for number in range(4):
+        if number == 2:
+            state = ours.state_dict()
+            ours = MuonWithAdamW([("weight", kernel)], lr=0.1)
+            ours.load_state_dict(state)
+        kernel.grad = torch.randn(6, 4, 3, 3)
+        matrix.grad = kernel.grad.flatten(1).clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(kernel.flatten(1), matrix)
 
 
 def test_muon_fits_a_regression_and_treats_vectors_as_adamw_does():
@@ -96,7 +109,7 @@ def test_muon_fits_a_regression_and_treats_vectors_as_adamw_does():
     targets = inputs @ torch.randn(16, 8) + 1.0
     bias = layer.bias.detach().clone().requires_grad_()
     adam = torch.optim.AdamW([bias], lr=0.05, betas=(0.9, 0.98), weight_decay=0.01)
-    muon = Muon(layer.named_parameters(), lr=0.05)
+    muon = MuonWithAdamW(layer.named_parameters(), lr=0.05)
     first = None
     for _ in range(200):
         loss = (layer(inputs) - targets).square().mean()

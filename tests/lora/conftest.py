@@ -116,6 +116,16 @@ def tiny_settings(tmp_path: Path) -> Callable[..., TinySettings]:
 
 
 @pytest.fixture
+def tiny_phase() -> type[TinyPhase]:
+    return TinyPhase
+
+
+@pytest.fixture
+def tiny_recipe() -> type[TinyRecipe]:
+    return TinyRecipe
+
+
+@pytest.fixture
 def run_tiny() -> Callable[..., TinyRecipe]:
     """Run `TinyRecipe` with settings; returns it, with `trained` and `seen`."""
 

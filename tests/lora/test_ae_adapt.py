@@ -105,6 +105,51 @@ def test_the_adapter_is_what_changed(finished, text_base, autoencoder_folder):
     assert not any("text_embedder" in name for name in changed)
 
 
+def test_the_last_checkpoint_has_the_adapter_of_the_result(finished):
+    """The LoRA with its alpha, too, though it was written from tensors alone."""
+    from safetensors import safe_open
+
+    run_folder = finished[0] / "run"
+    for name in ("embedder_head.safetensors", "pytorch_lora_weights.safetensors"):
+        files = [run_folder / "adapter" / name, run_folder / "checkpoints" / "step_00000006" / "adapter" / name]
+        first, second = map(load_file, files)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+        stated = [safe_open(file, "pt").metadata() for file in files]
+        assert stated[0] == stated[1]
+    facts = [
+        json.loads((run_folder / at / "adapter" / "adapter.json").read_text())
+        for at in (".", "checkpoints/step_00000006")
+    ]
+    assert {**facts[0], "autoencoder": ""} == {**facts[1], "autoencoder": ""}
+
+
+def test_a_full_disk_while_the_result_is_written(tmp_path, text_base, autoencoder_folder, capsys):
+    """One error with the path and the exit code of the documentation, nothing half written, and a resume writes it."""
+    import resource
+
+    from vidaccel.lora.__main__ import main
+
+    file = write(tmp_path, text_base, autoencoder_folder, phases={"align": {"steps": 0}, "lora": {"steps": 0}})
+    finish, limits = AEAdapt.finish, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def finish_on_a_full_disk(self, trained):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            return finish(self, trained)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AEAdapt, "finish", finish_on_a_full_disk)
+        assert main(["ae_adapt", "--config", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("Error:") == 1 and "Traceback" not in said
+    assert f"Error: {tmp_path / 'run' / 'pipeline'} could not be written: " in said and "MiB are free there" in said
+    assert not [path for path in (tmp_path / "run").rglob("*.part")] and not (tmp_path / "run" / "pipeline").exists()
+    assert main(["ae_adapt", "--config", str(file), "--resume", "latest"]) == 0
+    assert (tmp_path / "run" / "pipeline" / "generation_defaults.json").is_file()
+
+
 def test_a_run_that_was_moved_loads(finished, tmp_path):
     moved = shutil.copytree(finished[0] / "run", tmp_path / "moved")
     adapted = DCVideoGenPipeline.from_pretrained(moved / "adapter").transformer.state_dict()
@@ -139,12 +184,12 @@ def test_an_adapter_of_another_model_is_refused(finished, text_base):
 
 def test_a_shipped_adapter_is_the_pipeline(finished, tmp_path):
     """In half precision, with the LoRA's alpha, which is not its rank here."""
-    target = export_adapter(finished[0] / "run", tmp_path / "shipped")
-    shipped = DCVideoGenPipeline.from_pretrained(target).transformer.state_dict()
+    target = export_adapter(finished[0] / "run", tmp_path / "exported")
+    exported = DCVideoGenPipeline.from_pretrained(target).transformer.state_dict()
     wanted = DCVideoGenPipeline.from_pretrained(finished[1]["pipeline"]).transformer.state_dict()
-    assert shipped.keys() == wanted.keys()
+    assert exported.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(shipped[name], value, rtol=2e-3, atol=2e-3, msg=name)
+        torch.testing.assert_close(exported[name], value, rtol=2e-3, atol=2e-3, msg=name)
     for file in target.rglob("*.json"):  # nothing of the machine that it was made on
         assert str(finished[0]) not in file.read_text()
 

@@ -134,12 +134,12 @@ def test_measured_clips_are_encoded_alone_and_measured_in_small_batches(video_fo
         assert "pixels" not in batch and len(batch["texts"]) == len(batch["latents"])
         return {"x": batch["latents"].mean()}
 
-    made = clips.mean(measure, 4, torch.device("cpu"))
+    made = clips.mean(measure, 4, HERE)
     assert seen == [[0, 1, 2, 3], [4, 5], [6, 7]]  # six wide ones, two tall ones
     wanted = torch.stack([source.pixels(pick).mean() for pick in held.picks]).mean()
     assert made["x"] == pytest.approx(float(wanted), abs=1e-5)
     none = MeasuredClips(source, (), latents, keep_first_frames=False)
-    assert none.mean(measure, 4, torch.device("cpu")) == {} and encoder.released == 1
+    assert none.mean(measure, 4, HERE) == {} and encoder.released == 1
 
 
 # -- encodings that are kept -------------------------------------------------------------------------------------------

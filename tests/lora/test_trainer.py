@@ -142,10 +142,10 @@ def test_a_full_disk_does_not_end_the_run(tiny_settings, run_tiny, monkeypatch, 
     """A checkpoint in between may fail; training goes on and the last one is written."""
     original = CheckpointFolder.save
 
-    def save(self, checkpoint, config):
+    def save(self, checkpoint, config, adapter):
         if checkpoint.total_steps == 2:
             raise CheckpointError("No space left on device.")
-        return original(self, checkpoint, config)
+        return original(self, checkpoint, config, adapter)
 
     monkeypatch.setattr(CheckpointFolder, "save", save)
     recipe = run_tiny(tiny_settings(loop={"save_every": 1}))
@@ -182,15 +182,15 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(tiny_settings, run_tiny
 
     def step(self, stream):
         values = original(self, stream)
-        if self.step == 15:
+        if self.state.step == 15:
             if broken == "loss":
                 values["loss"] = values["loss"] * float("nan")
             else:
-                next(iter(self.named.values())).data.fill_(float("inf"))
+                next(iter(self.state.named.values())).data.fill_(float("inf"))
         return values
 
     monkeypatch.setattr(PhaseRun, "_one_step", step)
-    monkeypatch.setattr(Tracker, "close", lambda self: closed.append(True))
+    monkeypatch.setattr(Tracker, "end", lambda self: closed.append(True))
     loop = {"log_every": 50, "save_every": 8, "keep_last": 1}
     settings = tiny_settings(phases={"first": {"steps": 0}, "second": {"steps": 40}}, loop=loop)
     with pytest.raises(Diverged, match=r"loss or a weight .* is NaN or infinite by step 16.*step_00000008"):

@@ -14,21 +14,21 @@ from pathlib import Path
 
 import torch
 
-from vidaccel.lora import phase_run, run
-from vidaccel.lora.phase_run import PhaseRun, Stopped
+from vidaccel.lora import run
+from vidaccel.lora.phase_run import PhaseRun
+from vidaccel.lora.stopping import Stopped
 
 torch.set_num_threads(1)
-phase_run.AGREE_EVERY = 1
-original_result, original_step = PhaseRun._result, PhaseRun._one_step
+original_train, original_step = PhaseRun.train, PhaseRun._one_step
 
 
 def main(jobs: str) -> None:
     for job in json.loads(Path(jobs).read_text()):
         left = job.get("stop_after", 0)
 
-        def result(self):
-            whole = original_result(self)
-            torch.save(whole, f"{self.trainer.out}/rank{self.accelerator.process_index}.pt")
+        def train(self):
+            whole = original_train(self)
+            torch.save(whole, f"{self.context.out}/rank{self.process.index}.pt")
             return whole
 
         def step(self, stream):
@@ -39,7 +39,7 @@ def main(jobs: str) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return values
 
-        PhaseRun._result, PhaseRun._one_step = result, step
+        PhaseRun.train, PhaseRun._one_step = train, step
         overrides = [f"out={job['out']}"]
         if left:
             try:

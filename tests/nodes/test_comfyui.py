@@ -68,7 +68,7 @@ def test_the_pack_loads_quickly_and_without_a_warning(server):
 
 def test_every_input_of_every_node_has_a_tooltip(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Vidaccel")}
-    others = ("Report", "LoadPipeline", "AcceleratePipeline", "GenerateVideo", "LoadDCAEV")
+    others = ("Report", "LoadPipeline", "PipelineLoRA", "AcceleratePipeline", "GenerateVideo", "LoadDCAEV")
     assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial")} | {
         f"Vidaccel{name}" for name in others
     }
@@ -76,6 +76,29 @@ def test_every_input_of_every_node_has_a_tooltip(server):
         assert info["category"].startswith("video acceleration") and info["description"]
         for kind in {"required", "optional"} & set(info["input"]):
             assert all(options[1]["tooltip"] for options in info["input"][kind].values())
+
+
+def test_the_same_input_has_the_same_default_and_words_in_every_node(server):
+    """Native nodes and Accelerate Pipeline; layers are counted by one and listed by the others."""
+    found: dict[str, list] = {}
+    known = server.get("/object_info")
+    for name in ("SparseAttentionSVG2", "SparseAttentionSVG", "SparseAttentionRadial", "AcceleratePipeline"):
+        inputs = known[f"Vidaccel{name}"]["input"]
+        for key, (kind, *options) in {**inputs["required"], **inputs.get("optional", {})}.items():
+            told = {k: v for k, v in (options[0] if options else {}).items() if k not in ("tooltip", "advanced")}
+            found.setdefault(key, []).append((kind if isinstance(kind, str) else "COMBO", told))
+    shared = {key: specs for key, specs in found.items() if len(specs) > 1 and key not in ("model", "dense_layers")}
+    assert set(shared) == {
+        "density",
+        "dense_start_percent",
+        "dense_end_percent",
+        "min_tokens",
+        "compensate",
+        "backend",
+    }
+    for key, specs in shared.items():
+        assert all(spec == specs[0] for spec in specs), (key, specs)
+    assert [told["default"] for _, told in found["dense_layers"]] == ["0", "0", "0", 1]
 
 
 def test_density_one_gives_the_video_of_the_unpatched_model(server):
@@ -94,7 +117,7 @@ def test_each_method_runs_and_reports(server, node, inputs):
     assert entry["status"]["status_str"] == "success", entry["status"]
     assert server.latent(entry, "save").isfinite().all()
     text = entry["outputs"]["text"]["text"][0]
-    assert "Mean density" in text and "first 20% of the sampling" in text and f"{node}: density" in text
+    assert "Mean density" in text and "dense_start_percent (" in text and f"{node}: density" in text
     (picture,) = entry["outputs"]["map"]["images"]
     assert server.file(picture).stat().st_size > 2000
 
@@ -128,6 +151,24 @@ def test_a_report_without_its_node_says_so(server):
     assert "bypassed or not connected" in entry["outputs"]["text"]["text"][0]
 
 
+def test_the_report_is_of_this_sampling(server):
+    """A second run that stays dense shows nothing of the first, and a cached one says that it is."""
+
+    def text_of(made: dict) -> str:
+        return server.queue(made)["outputs"]["text"]["text"][0]
+
+    made = graph("SVG2", density=0.45)
+    assert "4 of 4" in text_of(made) or "8 of 8" in text_of(made)
+    dense = graph("SVG2", density=0.45, size=112)
+    dense["sparse"]["inputs"]["min_tokens"] = 257
+    text = text_of(dense)
+    assert "No call was sparse: min_tokens 257, above the video's" in text and " of " in text
+    dense["second"] = {"class_type": "VidaccelReport", "inputs": {"report": ["sparse", 1], "after": ["empty", 0]}}
+    dense["text"]["inputs"]["source"] = ["second", 0]
+    text = text_of(dense)  # the sampler and the first report came from the cache
+    assert text.startswith("The result came from ComfyUI's cache"), text
+
+
 def test_bad_values_are_refused_and_the_queue_goes_on(server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.queue(graph("SVG2", density=7.0))
@@ -136,6 +177,7 @@ def test_bad_values_are_refused_and_the_queue_goes_on(server):
         ({"density": 0.4, "dense_start_percent": 0.9, "dense_end_percent": 0.2}, "leave no step sparse"),
         ({"density": 0.4, "dense_layers": "7"}, "the model has 2 layers"),
         ({"density": 0.4, "backend": "triton"}, "backend 'triton'"),
+        ({"density": 0.01}, "Sparse Attention (SVG): density is 0.01, and with a video of 5 frames of 8x8 it must be"),
     ):
         entry = server.queue(graph("SVG", **inputs))
         assert entry["status"]["status_str"] == "error" and message in json.dumps(entry["status"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 from chromium import EXECUTABLE, Page
-from comfy_server import COMFYUI, PACK, WHY_SKIPPED
-from workflow_files import server_form
+from comfy_server import COMFYUI, WHY_SKIPPED
+from workflow_files import PAGES, server_form
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,10 +30,36 @@ def page(server, tmp_path_factory):
     opened.close()
 
 
+def browse(server, page: Page) -> str:
+    """Open the template browser and look for this pack's comparison; its card, as JavaScript."""
+    page.open(server.url)
+    page.until("!!(window.app && app.graph && app.graph._nodes && app.extensionManager)", 120)
+    title = PAGES["demo_compare"].stem
+    selector = f'[data-testid="template-workflow-{title}"]'
+    card = f"document.querySelector({json.dumps(selector)})"
+    page.until("app.extensionManager.command.execute('Comfy.BrowseTemplates').then(() => true)", 30)
+    search = "document.querySelector('[role=dialog] input')"
+    page.until(f"!!{search} && ({search}.focus(), true)", 60)
+    page.type(title)
+    page.until(f"!!{card}", 60)
+    return card
+
+
+def test_the_card_of_a_template_has_its_title_and_picture(server, page, tmp_path):
+    card = browse(server, page)
+    loaded = (
+        f"[...({card}).querySelectorAll('img')].some(i => i.naturalWidth == i.naturalHeight && i.naturalWidth > 400)"
+    )
+    page.until(loaded, 30)
+    assert PAGES["demo_compare"].stem in page.run(f"({card}).innerText")
+    page.screenshot(Path(os.environ.get("VIDACCEL_SCREENSHOTS", tmp_path)) / "comfyui_templates.png")
+
+
 def test_the_template_opens_without_missing_nodes(server, page, tmp_path):
-    page.open(f"{server.url}/?template=demo_compare&source={PACK}")
     # The page shows its own default workflow first.
-    page.until("!!(window.app && app.graph && app.graph._nodes.some(n => n.type == 'VidaccelGenerateVideo'))", 120)
+    card = browse(server, page)
+    page.until(f"!!{card} && (({card}).click(), true)", 30)
+    page.until("app.graph._nodes.some(n => n.type == 'VidaccelGenerateVideo')", 60)
     assert page.run("app.graph._nodes.filter(n => n.has_errors).length") == 0
     assert not [text for text in page.run(DIALOGS) if "issing" in text]
     sent = page.run("app.graphToPrompt().then(p => p.output)")

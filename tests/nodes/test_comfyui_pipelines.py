@@ -11,6 +11,10 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from comfy_server import COMFYUI, ROOT, WHY_SKIPPED
+from diffusers import WanPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+
+from vidaccel import demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED)]
 
@@ -38,7 +42,7 @@ def graph(accelerate: bool = False, pipeline: str = "demo (built-in)", hub_id: s
     if accelerate:
         chosen = {"method": "svg2", "density": 0.4, "dense_start_percent": 0.3, "dense_end_percent": 0.0}
         chosen |= {"dense_layers": 0, "compensate": False, "backend": "auto"}
-        chosen |= {name: inputs.pop(name) for name in list(inputs) if name in chosen}
+        chosen |= {name: inputs.pop(name) for name in list(inputs) if name in (*chosen, "min_tokens")}
         made["fast"] = {"class_type": "VidaccelAcceleratePipeline", "inputs": {"pipeline": ["load", 0], **chosen}}
         made["make"]["inputs"]["pipeline"] = ["fast", 0]
     made["make"]["inputs"] |= inputs
@@ -57,7 +61,8 @@ def test_demo_compare_as_shipped(server):
     dense, fast = frames[:, :, :128].astype(float), frames[:, :, 132:].astype(float)
     assert dense.std() > 20 and 0 < np.abs(dense - fast).mean() < 12
     (text,) = [out["text"][0] for out in entry["outputs"].values() if "text" in out]
-    assert "svg2" in text.lower() and "Mean density" in text
+    assert text.startswith("svg2: density 0.35, dense_start_percent 0.2") and "Mean density" in text
+    assert "dense_start_percent (" in text and "first steps" not in text
 
 
 def test_outputs_history_and_another_size(server):
@@ -73,6 +78,19 @@ def test_outputs_history_and_another_size(server):
     assert iio.imread(server.file(film)).shape == (5, 48, 96, 3)
 
 
+def test_short_videos_stay_dense_where_min_tokens_is_given(server):
+    """A graph that was saved before the input was there runs as it did."""
+    plain = server.queue(graph(seed=5))["outputs"]["frames"]["images"]
+    entry = server.queue(graph(accelerate=True, min_tokens=8192, seed=5))
+    text = entry["outputs"]["text"]["text"][0]
+    assert "No call was sparse: min_tokens 8192, above the video's 48 tokens." in text
+    for one, other in zip(plain, entry["outputs"]["frames"]["images"], strict=True):
+        assert np.array_equal(iio.imread(server.file(one)), iio.imread(server.file(other)))
+    entry = server.queue(graph(accelerate=True, method="radial", density=0.8, compensate=True, seed=5))
+    text = entry["outputs"]["text"]["text"][0]
+    assert "Mean density" in text and "dense_start_percent (" in text and "compensate" not in text
+
+
 def test_a_pipeline_of_the_folder_makes_the_same_video(server):
     choices = server.get("/object_info/VidaccelLoadPipeline")["VidaccelLoadPipeline"]["input"]["required"]["pipeline"]
     choices = choices[0] if isinstance(choices[0], list) else choices[1]["options"]
@@ -80,6 +98,51 @@ def test_a_pipeline_of_the_folder_makes_the_same_video(server):
     first = server.queue(graph(seed=3))["outputs"]["frames"]["images"]
     second = server.queue(graph(seed=3, pipeline="my demo"))["outputs"]["frames"]["images"]
     assert np.array_equal(iio.imread(server.file(first[-1])), iio.imread(server.file(second[-1])))
+
+
+def frames_of(server, entry: dict) -> np.ndarray:
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    return np.stack([iio.imread(server.file(found)).astype(float) for found in entry["outputs"]["frames"]["images"]])
+
+
+def test_a_chain_of_loras(server, tmp_path):
+    transformer = WanPipeline.from_pretrained(demo.path()).transformer
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    WanPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(transformer))
+
+    def video(*weights: float) -> np.ndarray:
+        made = graph(seed=4)
+        for number, weight in enumerate(weights):
+            inputs = {"lora": "the path below", "path": str(tmp_path), "weight": weight, "transformer": "all"}
+            inputs |= {"loras": [f"lora{number - 1}", 0]} if number else {}
+            made[f"lora{number}"] = {"class_type": "VidaccelPipelineLoRA", "inputs": inputs}
+            made["load"]["inputs"]["loras"] = [f"lora{number}", 0]
+        return frames_of(server, server.queue(made))
+
+    plain, one = video(), video(1.0)
+    assert np.array_equal(video(0.0), plain) and np.abs(one - plain).mean() > 0.5
+    assert np.abs(video(1.0, -1.0) - plain).mean() < 0.1
+    missing = graph()
+    missing["lora"] = {
+        "class_type": "VidaccelPipelineLoRA",
+        "inputs": {"lora": "the path below", "path": "/no/such", "weight": 1.0, "transformer": "all"},
+    }
+    missing["load"]["inputs"]["loras"] = ["lora", 0]
+    assert "path is /no/such: there is no such file or folder" in json.dumps(server.queue(missing)["status"])
+
+
+def test_a_video_that_starts_from_another(server):
+    first = graph(seed=6)
+    plain = frames_of(server, server.queue(first))
+    made = graph(seed=7, accelerate=True, steps=4, frames=0, strength=0.25)
+    made["source"] = {**first["make"]}
+    made["again"] = {"class_type": "CreateVideo", "inputs": {"images": ["source", 0], "fps": 16.0}}
+    made["make"]["inputs"]["video"] = ["again", 0]
+    near = frames_of(server, server.queue(made))
+    made["make"]["inputs"]["strength"] = 1.0
+    far = frames_of(server, server.queue(made))
+    assert near.shape == far.shape == plain.shape
+    assert np.abs(near - plain).mean() < np.abs(far - plain).mean()
 
 
 def test_progress_and_previews_on_the_websocket(server):
@@ -136,8 +199,15 @@ def test_bad_input_is_one_readable_error_and_the_queue_goes_on(server):
         (graph(hub_id=folder), "no diffusers pipeline"),
         (graph(hub_id="not a pipeline"), "nor a hub id"),
         (graph(accelerate=True, dense_start_percent=0.8, dense_end_percent=0.3), "leave no step sparse"),
-        (graph(accelerate=True, backend="triton"), "backend triton"),
-        (graph(accelerate=True, method="radial", compensate=True), "compensate"),
+        (graph(accelerate=True, backend="triton"), "backend is triton"),
+        (
+            graph(accelerate=True, backend="flex", compensate=True),
+            "backend is flex: it cannot compute compensate on cpu",
+        ),
+        (
+            graph(accelerate=True, method="svg", density=0.01),
+            "density is 0.01, and with a video of 3 frames of 4x4 it must be at least",
+        ),
         (graph(prompt="  "), "prompt is empty"),
     ):
         try:
@@ -190,4 +260,4 @@ def test_a_file_that_is_no_autoencoder(server):
     }
     made["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["encode", 0], "filename_prefix": "x"}}
     said = json.dumps(server.queue(made)["status"])
-    assert "autoencoder: There is no file /no" in said
+    assert "autoencoder cannot be used: There is no file /no" in said

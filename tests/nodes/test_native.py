@@ -17,7 +17,10 @@ from native_calls import HEAD_DIM, HEADS, RECORDED, WAN, Executor, Recorded, den
 from vidaccel import SVG, SVG2, Radial, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.nodes.native import KEY, OVERRIDE, NativeAttention
+from vidaccel.nodes.news import CACHED, NEVER
 from vidaccel.nodes.sampling import DensePart
+from vidaccel.nodes.tables import report_text
+from vidaccel.nodes.wording import said_by
 
 SIGMAS = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
 
@@ -79,7 +82,7 @@ def test_layers_are_numbered_as_they_run(recorded):
     session = session_of(dense=DensePart(layers=frozenset([0])))
     played = step(session, Executor(recorded))
     assert played.asked == [p for p in range(len(recorded.calls)) if recorded.video.get(p, 0) == 0]
-    assert session.report().dense_reasons() == {"dense layer": 1}
+    assert session.report().dense_reasons() == {"dense_layers": 1}
 
 
 def test_density_one_is_dense(recorded):
@@ -115,7 +118,7 @@ def test_dense_steps_go_to_the_override_that_was_there():
     session = session_of(dense=DensePart(start=0.5))
     played = step(session, Executor(RECORDED["wan"]), sigma=0.75, **{OVERRIDE: former})
     assert not any(out.any() for out in played.outputs)
-    assert session.report().dense_reasons() == {"first 50% of the sampling": 2}
+    assert session.report().dense_reasons() == {"dense_start_percent": 2}
 
 
 def test_the_override_is_one_function_in_all_steps():
@@ -269,16 +272,18 @@ def test_calls_that_fit_no_layout_stay_dense_and_are_noted(caplog):
     session = session_of()
     played = step(session, Executor(changed))
     assert len(played.asked) == 4
-    assert "no attention call had the 80 tokens" in session.report().notes[0] and "no attention call" in caplog.text
+    (note,) = session.report().notes
+    assert "had the 80 tokens of 5 frames of 4x4," in note and "Another node may compute self-attention itself" in note
+    assert note in caplog.text
 
 
 def test_packed_latents_and_images_stay_dense():
     session, wan = session_of(), RECORDED["wan"]
     for shape in ((1, 16, 64), (1, 16, 8, 8)):
         session.forward(Executor(wan), torch.zeros(shape), torch.ones(1), None, None, None, {})
-    assert [note.split(" holds")[0] for note in session.report().notes] == [
-        "a latent of shape (1, 16, 64)",
-        "a latent of shape (1, 16, 8, 8)",
+    assert [note.split(" is no video")[0] for note in session.report().notes] == [
+        "a latent of 1x16x64",
+        "a latent of 1x16x8x8",
     ]
 
 
@@ -328,16 +333,123 @@ def test_few_tokens_stay_dense():
     session = session_of(SVG(density=0.01), min_tokens=81)  # which this method could not even plan
     played = step(session, Executor(RECORDED["wan"]))
     assert len(played.asked) == 4
-    assert session.report().dense_reasons() == {"fewer than 81 tokens": 2}
+    assert session.report().dense_reasons() == {"min_tokens 81, above the video's 80 tokens": 2}
     step(session_of(min_tokens=80), played)
     assert len(played.asked) == 6
 
 
-def test_what_a_method_cannot_do_is_said_before_the_model_works():
-    executor = Executor(RECORDED["wan"])
-    with pytest.raises(ValueError, match=r"^Sparse Attention \(test\): SVG density 0\.01 is below"):
-        step(session_of(SVG(density=0.01)), executor)
+@pytest.mark.parametrize(
+    ("method", "name", "said"),
+    [
+        (
+            SVG(density=0.01),
+            "wan",
+            "density is 0.01, and with a video of 5 frames of 4x4 it must be at least 0.11. Raise it.",
+        ),
+        (
+            lambda layout: Radial.for_density(layout, 0.01),
+            "hunyuan",
+            r"density is 0.01, and with a video of 5 frames of 4x4 with 7 tokens of text or references it must be at "
+            r"least 0.\d+. Raise it.",
+        ),
+        (
+            SVG2(density=0.1, compensate=True),
+            "wan",
+            "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.21. Raise it, or switch "
+            "compensate off.",
+        ),
+        (SVG2(density=0.1), "hunyuan", "density is 0.1, .* it must be at least 0.16. Raise it."),
+        (
+            SVG2(density=0.5, q_clusters=81),
+            "wan",
+            "query_clusters is 81, and with a video of 5 frames of 4x4 it must be at most 80. Lower it.",
+        ),
+    ],
+)
+def test_what_a_method_cannot_do_is_said_in_the_words_of_its_node_before_the_model_works(method, name, said):
+    executor = Executor(RECORDED[name])
+    with pytest.raises(ValueError, match=rf"^Sparse Attention \(test\): {said}$"):
+        step(session_of(method), executor)
     assert not executor.inputs
+
+
+def test_the_bound_that_is_said_can_be_followed():
+    """And what lies more than one step of the input below it cannot."""
+    for make in (lambda d: SVG(density=d), lambda d: SVG2(density=d, compensate=True)):
+        with pytest.raises(ValueError, match="at least") as refused:
+            step(session_of(make(0.01)), Executor(RECORDED["wan"]))
+        least = float(str(refused.value).partition("at least ")[2].split(". ")[0])
+        step(session_of(make(least)), Executor(RECORDED["wan"]))
+        with pytest.raises(ValueError, match="at least"):
+            step(session_of(make(least - 0.011)), Executor(RECORDED["wan"]))
+
+
+def test_what_fails_in_a_call_is_said_with_the_name_of_the_node():
+    class Broken(Executor):
+        def _tensor(self, tokens, number):
+            return super()._tensor(tokens, number) * float("nan")
+
+    with pytest.raises(ValueError, match=r"^Sparse Attention \(test\): .* values of q are NaN or infinite in layer 0"):
+        step(session_of(), Broken(RECORDED["wan"]))
+    with pytest.raises(RuntimeError, match=r"^Sparse Attention \(test\): backend 'flex' cannot run this call: it"):
+        step(session_of(SVG2(density=0.6, compensate=True), backend="flex"), Executor(RECORDED["wan"]))
+
+
+def test_an_error_of_another_class_keeps_its_class():
+    """ComfyUI frees memory and shows a help text for one, by its class."""
+    with pytest.raises(torch.OutOfMemoryError, match="^all gone$"), said_by("Sparse Attention"):
+        raise torch.OutOfMemoryError("all gone")
+
+
+def nag(recorded: Recorded, times: int) -> Recorded:
+    """Another node's cross-attention, with as many text tokens as the video has, in every block."""
+    tokens = recorded.layout.tokens
+    calls = []
+    for call in recorded.calls:
+        calls += [call] if call[1] == tokens else [(tokens, tokens, *call[2:])] * times + [call]
+    return replace(recorded, calls=calls)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("name", ["wan", "cosmos predict2"])
+def test_a_further_call_under_one_block_is_not_the_models(name, times, caplog):
+    recorded = nag(RECORDED[name], times)
+    session = session_of(SVG2(density=0.6))
+    played = step(session, Executor(recorded))
+    own = [0, 2 + times]
+    assert [place for place in range(len(recorded.calls)) if place not in played.asked] == own
+    for place in set(range(len(recorded.calls))) - set(own):
+        assert played.outputs[place].equal(dense(*played.inputs[place], HEADS, skip_reshape=True))
+    assert sorted(record.layer for record in session.report().records) == [0, 1]
+    notes = session.report().notes
+    assert "a further call in block 0 has the video's 80 tokens" in notes[0] and notes[0] in caplog.text
+
+
+def test_calls_that_are_not_numbered_are_as_many_as_the_blocks():
+    wan = RECORDED["wan without block_index"]
+    session = session_of()
+    played = step(session, Executor(replace(wan, calls=[*wan.calls, (80, 80, None, None)])))
+    assert len(wan.calls) in played.asked and {r.layer for r in session.report().records} == {0, 1}
+    assert "a further call has the video's 80 tokens" in session.report().notes[0]
+
+
+def test_every_context_of_vace_has_calls_of_its_own():
+    vace = RECORDED["wan vace"]
+    calls = with_cross(80, [0, 0, 0, 1, 1, 1], "double")
+    one, two = (session_of() for _ in range(2))
+    played = step(one, Executor(replace(vace, calls=calls)))
+    assert [place for place in (0, 2, 4, 6, 8, 10) if place in played.asked] == [4, 10]
+    contexts = {"vace_context": torch.zeros(1, 2, 96, 5, 8, 8)}
+    played = step(two, Executor(replace(vace, calls=calls, conditions=contexts)))
+    assert not {0, 2, 4, 6, 8, 10} & set(played.asked) and len(two.report().records) == 6
+
+
+def test_a_block_of_a_kind_that_the_model_does_not_have_is_not_the_models():
+    hunyuan = RECORDED["hunyuan"]
+    session = session_of()
+    calls = [*hunyuan.calls, (87, 87, 0, "audio"), (87, 87, 7, "single")]
+    played = step(session, Executor(replace(hunyuan, calls=calls)))
+    assert played.asked == [0, 1, 6, 7] and len(session.report().records) == 4
 
 
 def test_steps_by_percentage_of_the_schedule():
@@ -346,7 +458,7 @@ def test_steps_by_percentage_of_the_schedule():
     report = session.report()
     assert [density == 1 for density in report.density_by_step().values()] == [True, False, False, True]
     assert {r.num_steps for r in report.records} == {4}
-    assert report.dense_reasons() == {"first 25% of the sampling": 4, "last 25% of the sampling": 4}
+    assert report.dense_reasons() == {"dense_start_percent": 4, "dense_end_percent": 4}
 
 
 def test_steps_are_counted_without_a_table_of_sigmas():
@@ -357,23 +469,66 @@ def test_steps_are_counted_without_a_table_of_sigmas():
     assert [r.step for r in session.report().records] == [0, 0, 0, 0, 1, 1]
 
 
-def test_news_are_the_runs_since_the_last_time():
-    session = session_of()
-    for _ in range(2):
-        run(session, RECORDED["wan"], BATCHED)
-    assert session.news().runs() == [0, 1]
-    assert session.news().runs() == [1]
-    run(session, RECORDED["wan"], BATCHED)
-    assert session.news().runs() == [2]
-
-
-def test_an_earlier_entry_of_the_queue_is_no_news():
-    session, wan = session_of(), RECORDED["wan"]
-    for queued in ("interrupted", "this", "this"):
-        session.begin(queued)
-        step(session, Executor(wan))
+def sampled(session: NativeAttention, *queued: str | None, recorded: Recorded = RECORDED["wan"], **options) -> None:
+    for entry in queued:
+        session.begin(entry)
+        step(session, Executor(recorded), **options)
         session.end()
-    assert session.news().runs() == [1, 2]
+
+
+def told(session: NativeAttention, queued: str | None = None) -> tuple[list[int], str]:
+    news = session.news(queued)
+    return news.report.runs(), news.heading
+
+
+def test_a_report_shows_its_own_sampling():
+    session = session_of()
+    sampled(session, "interrupted", "this", "this")  # two samplers share a model
+    assert told(session, "this") == ([1, 2], "")
+    assert told(session, "this") == ([1, 2], "")  # a second report node
+    sampled(session, "next")
+    assert told(session, "next") == ([3], "")
+    sampled(session, "next")  # a second sampler behind the first report node
+    assert told(session, "next") == ([4], "")
+
+
+def test_without_a_queue_a_report_shows_what_none_has_shown():
+    session = session_of()
+    sampled(session, None, None)
+    assert told(session) == ([0, 1], "")
+    assert told(session) == ([1], CACHED)
+    sampled(session, None)
+    assert told(session) == ([2], "")
+
+
+def test_a_result_from_the_cache_is_told():
+    session = session_of()
+    sampled(session, "first", "second")
+    assert told(session, "second") == ([1], "")
+    assert told(session, "later") == ([1], CACHED)
+    text = report_text(session.news("later"))
+    assert text.startswith("The result came from ComfyUI's cache: nothing was sampled this time.")
+
+
+def test_a_model_that_was_never_sampled():
+    assert told(session_of(), "first") == ([], NEVER)
+    assert report_text(session_of().news()).startswith("The model was not sampled")
+
+
+def test_a_dense_sampling_says_why_and_shows_no_earlier_one():
+    session = session_of(dense=DensePart(start=0.9))
+    sampled(session, "sparse", sigma=0.05)
+    text = report_text(session.news("sparse"))
+    assert "2 of 2" in text and "backend auto: " in text
+    sampled(session, "unknown", recorded=replace(RECORDED["wan"], model=model_of("UnknownModel", **WAN)))
+    text = report_text(session.news("unknown"))
+    assert (
+        "No call was sparse: the notes say why." in text and "UnknownModel is no model" in text and "step" not in text
+    )
+    sampled(session, "dense", sigma=0.5)
+    text = report_text(session.news("dense"))
+    assert "No call was sparse: dense_start_percent (2 calls)." in text and "2 of 2" not in text
+    assert "UnknownModel" not in text and "backend auto" not in text
 
 
 def test_notes_are_shown_with_the_run_that_they_are_true_of(caplog):
@@ -381,7 +536,7 @@ def test_notes_are_shown_with_the_run_that_they_are_true_of(caplog):
     for family in ("UnknownModel", "WanModel", "UnknownModel"):
         session.begin()
         step(session, Executor(replace(RECORDED["wan"], model=model_of(family, **WAN))))
-        unknown = [note for note in session.news().notes if "is no model that sparse attention knows" in note]
+        unknown = [note for note in session.news().report.notes if "is no model that sparse attention knows" in note]
         assert len(unknown) == (family == "UnknownModel")
     assert caplog.text.count("is no model that sparse attention knows") == 1
 

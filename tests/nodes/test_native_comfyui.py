@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_density_below_one_is_sparse_where_the_video_is(name):
     assert {record.layer for record in report.records} == set(range(description.layers))
     assert report.density_by_step() == pytest.approx({0: 1.0, 1: 0.6, 2: 0.6, 3: 0.6}, abs=0.03)
     branches = 1 if description.cfg == 1 else 2
-    assert report.dense_reasons() == {"first 25% of the sampling": description.layers * branches}
+    assert report.dense_reasons() == {"dense_start_percent": description.layers * branches}
     assert len(report.records) == 4 * description.layers * branches
 
 
@@ -298,7 +299,7 @@ def test_a_node_patches_a_clone_and_the_report_node_shows_it(name, tmp_path):
     text, picture, after = result.result
     assert after is out and picture.ndim == 4 and list(tmp_path.iterdir())
     assert text.startswith(f"{name.removeprefix('VidaccelSparseAttention')}: density 0.7")
-    assert "4/4" in text and "first" in text and 0.5 < session.report().density_by_step()[3] < 0.85
+    assert "4/4" in text and "dense_start_percent (" in text and 0.5 < session.report().density_by_step()[3] < 0.85
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -306,7 +307,7 @@ def test_defaults_leave_short_videos_dense(name):
     description, model, unpatched = tiny("wan_t2v")
     clone, session = nodes()[name].execute(model, **defaults(nodes()[name])).result
     assert sample(clone, description).equal(unpatched)
-    assert set(session.report().dense_reasons()) == {"fewer than 8192 tokens"}
+    assert set(session.report().dense_reasons()) == {"min_tokens 8192, above the video's 320 tokens"}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,105 @@ def test_a_backend_that_this_machine_lacks_is_an_error():
     node = nodes()["VidaccelSparseAttentionSVG"]
     with pytest.raises(ValueError, match=r"backend 'triton' cannot run this model: it .*Choose another, or auto"):
         node.execute(model, **(defaults(node) | {"backend": "triton"}))
+
+
+def test_a_backend_that_cannot_compensate_is_told_before_anything_is_sampled():
+    _, model, _ = tiny("wan_t2v")
+    node = nodes()["VidaccelSparseAttentionSVG2"]
+    said = "backend is flex: it cannot compute compensate on cpu. Choose auto or .*gather.*, or switch compensate off"
+    with pytest.raises(ValueError, match=said):
+        node.execute(model, **(defaults(node) | {"backend": "flex"}))
+    node.execute(model, **(defaults(node) | {"backend": "flex", "compensate": False}))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_a_method_cannot_do_with_a_video_is_told_by_the_name_of_the_node(name):
+    description, model, unpatched = tiny("wan_t2v")
+    values = defaults(nodes()[name]) | {"min_tokens": 0, "density": 0.01}
+    clone, _ = nodes()[name].execute(model, **values).result
+    title = nodes()[name].define_schema().display_name
+    said = (
+        rf"^{re.escape(title)}: density is 0.01, and with a video of 5 frames of 8x8 it must be at least 0\.\d+. Raise"
+    )
+    with pytest.raises(ValueError, match=said):
+        sample(clone, description)
+    assert sample(model, description).equal(unpatched)
+
+
+def test_a_dense_backend_of_another_node_computes_the_dense_steps():
+    """ModelAttentionBackend of ComfyUI's core, in either order."""
+    from comfy_extras import nodes_model_advanced
+
+    chooser = getattr(nodes_model_advanced, "ModelAttentionBackend", None)
+    if chooser is None:
+        pytest.skip("this ComfyUI has no ModelAttentionBackend yet")
+    description, model, _ = tiny("wan_t2v")
+    alone, _ = patched(model)
+    expected = sample(alone, description)
+    before, session = patched(chooser().patch(model, "pytorch attention")[0])
+    behind, other = patched(model)
+    (behind,) = chooser().patch(behind, "pytorch attention")
+    for clone, its in ((before, session), (behind, other)):
+        torch.testing.assert_close(sample(clone, description), expected, rtol=1e-3, atol=1e-3)
+        assert its.report().density_by_step() == pytest.approx({0: 1.0, 1: 0.6, 2: 0.6, 3: 0.6}, abs=0.03)
+
+
+def test_cross_attention_as_long_as_the_video_is_not_taken_for_self_attention():
+    """NAG: another node attends in each block to a text of its own, here with as many tokens as the video has."""
+    description, model, _ = tiny("wan_t2v")
+    text = torch.randn(1, 320, 48, generator=torch.Generator().manual_seed(3))
+
+    def nag(model) -> None:
+        for number, block in enumerate(model.model.diffusion_model.blocks):
+            own = block.cross_attn
+
+            class Guided(type(own)):
+                def forward(self, x, context, transformer_options=None, **kwargs):
+                    out = super().forward(x, context, transformer_options=transformer_options, **kwargs)
+                    away = super().forward(
+                        x, text.expand(len(x), -1, -1), transformer_options=transformer_options, **kwargs
+                    )
+                    return out + 0.5 * (out - away)
+
+            guided = Guided.__new__(Guided)
+            guided.__dict__.update(own.__dict__)
+            model.add_object_patch(f"diffusion_model.blocks.{number}.cross_attn", guided)
+
+    dense_model = model.clone()
+    nag(dense_model)
+    clone, session = patched(dense_model, SVG2(density=1.0))
+    torch.testing.assert_close(sample(clone, description), sample(dense_model, description), rtol=1e-3, atol=1e-3)
+    clone, session = patched(dense_model)
+    sample(clone, description)
+    assert {record.layer for record in session.report().records} == {0, 1, 2}
+    assert len(session.report().records) == 4 * 3 * 2
+    assert any("no block of Wan makes it" in note for note in session.report().notes)
+
+
+def test_the_report_node_in_a_queue(monkeypatch, tmp_path):
+    """This sampling's table, none of an earlier one, and what came from the cache."""
+    import folder_paths
+    from comfy_execution.utils import CurrentNodeContext
+
+    folder_paths.set_temp_directory(str(tmp_path))
+    description, model, _ = tiny("wan_t2v")
+    node, report = nodes()["VidaccelSparseAttentionSVG2"], nodes()["VidaccelReport"]
+    clone, session = node.execute(model, **(defaults(node) | {"min_tokens": 321, "density": 0.7})).result
+
+    def queued(entry: str, latent: tuple[int, int, int] | None) -> str:
+        with CurrentNodeContext(entry, "1"):
+            if latent is not None:
+                sample(clone, description, latent=latent)
+            return report.execute(after=None, report=session).result[0]
+
+    assert "4 of 6" in queued("long", (9, 16, 16))
+    text = queued("short", (5, 16, 16))
+    assert "No call was sparse: min_tokens 321, above the video's 320 tokens (24 calls)." in text
+    assert "4 of 6" not in text
+    text = queued("cached", None)
+    assert text.startswith("The result came from ComfyUI's cache") and "min_tokens 321, above" in text
+    clone, session = node.execute(model, **defaults(node)).result
+    assert queued("never", None).startswith("The model was not sampled")
 
 
 @pytest.mark.parametrize("empty", [None, object()])

@@ -21,8 +21,8 @@ def test_percentages_are_shares_of_the_steps(steps, start):
     dense = DensePart(start=start, end=0.1)
     sigmas = [shifted(step / steps) for step in range(steps)]
     reasons = [dense.step_reason(sigma, shifted) for sigma in sigmas]
-    first = sum(reason.startswith("first") for reason in reasons)
-    last = sum(reason.startswith("last") for reason in reasons)
+    first = sum(reason.startswith("dense_start_percent") for reason in reasons)
+    last = sum(reason.startswith("dense_end_percent") for reason in reasons)
     assert first == -(-round(start * steps, 9) // 1)
     assert last == int(0.1 * steps + 1e-9)
     assert reasons[first] == ""
@@ -32,7 +32,7 @@ def test_the_last_digits_of_a_sigma_lose_no_step():
     sigma = shifted(0.3)
     for computed in (sigma * (1 + 1e-7), sigma, sigma * (1 - 1e-7)):
         assert DensePart(start=0.3).step_reason(computed, shifted) == ""
-        assert DensePart(end=0.7).step_reason(computed, shifted) == "last 70% of the sampling"
+        assert DensePart(end=0.7).step_reason(computed, shifted) == "dense_end_percent"
     levels = [1.0, 0.88888890, 0.5, 0.0]
     assert step_of(0.88888889, levels) == (1, 3)
 

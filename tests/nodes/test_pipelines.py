@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,9 +14,11 @@ from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.request import Settings
 from vidaccel.nodes import pipelines
-from vidaccel.nodes.pipelines import Acceleration, InputError, find_pipelines, generate, load, locate
+from vidaccel.nodes.acceleration import METHODS, Acceleration
+from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
+from vidaccel.nodes.wording import InputError
 
 CPU = torch.device("cpu")
 
@@ -54,8 +56,8 @@ def test_dense_and_accelerated_from_one_pipeline(pipeline, moved):
     assert torch.equal(dense.frames, again.frames)
     assert 0 < (dense.frames - fast.frames).abs().mean() < 0.2
     assert "svg2: density 0.5" in report_text(fast.report.news())
-    assert "nothing was accelerated" in report_text(dense.report.news())
-    assert report_image(fast.report.news()).shape[-1] == 3
+    assert "Nothing was accelerated" in report_text(dense.report.news())
+    assert report_image(fast.report.news().report).shape[-1] == 3
     # Each part was brought in once a run, in the order of its work, and with an estimate of what it needs.
     names = [name for name, _ in moved]
     assert names[:3] == ["UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"] and len(names) == 9
@@ -107,14 +109,14 @@ def test_a_picture_for_a_model_of_text(pipeline):
         ({"density": 0.0}, "density is 0.0"),
         ({"density": 1.5}, "at most 1"),
         ({"method": "magic"}, "there are svg2, svg, radial"),
-        ({"dense_start": 0.6, "dense_end": 0.4}, "leave no step sparse"),
-        ({"dense_end": -0.1}, "between 0 and 1"),
+        ({"dense_start_percent": 0.6, "dense_end_percent": 0.4}, "leave no step sparse"),
+        ({"dense_end_percent": -0.1}, "between 0 and 1"),
         ({"dense_layers": -1}, "0 or more"),
-        ({"compensate": True, "method": "radial"}, "compensate is for svg2 alone"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
     ],
 )
 def test_an_acceleration_that_cannot_be(changes, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ValueError, match=message):
         Acceleration(**changes)
 
 
@@ -126,10 +128,48 @@ def test_a_backend_that_this_machine_lacks(pipeline):
         pipeline.accelerated(Acceleration(backend="magic"))
 
 
+def test_a_backend_that_cannot_compensate(pipeline):
+    with pytest.raises(
+        ValueError, match="^backend is flex: it cannot compute compensate on cpu. Choose auto or gather"
+    ):
+        pipeline.accelerated(Acceleration(backend="flex"))
+    for fits in (Acceleration(backend="flex", compensate=False), Acceleration(backend="flex", method="radial")):
+        assert pipeline.accelerated(fits).acceleration == fits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_density_that_a_video_cannot_have_is_told_in_the_words_of_the_node(pipeline, method):
+    fast = pipeline.accelerated(Acceleration(density=0.01, method=method))
+    said = r"^density is 0.01, and with a video of 3 frames of 4x4 it must be at least 0\.\d+. Raise it"
+    with pytest.raises(InputError, match=said) as refused:
+        generate(fast, settings(), on_step=lambda *_: pytest.fail("it ran"))
+    assert ("switch compensate off" in str(refused.value)) == (method == "svg2")
+
+
+def test_the_report_names_the_inputs(pipeline):
+    chosen = Acceleration(density=0.5, dense_start_percent=0.2, dense_end_percent=0.2, dense_layers=1)
+    made = generate(pipeline.accelerated(chosen), settings(steps=5), on_step=ignore)
+    report = made.report.news().report
+    assert set(report.dense_reasons()) == {"dense_start_percent", "dense_end_percent", "dense_layers"}
+    assert set(report.config) == {field.name for field in fields(Acceleration)} - {"method"}
+    radial = generate(pipeline.accelerated(Acceleration(method="radial", density=0.8)), settings(), on_step=ignore)
+    assert "compensate" not in radial.report.news().report.config
+
+
+def test_a_short_video_stays_dense_and_says_why(pipeline):
+    plain = generate(pipeline, settings(), on_step=ignore)
+    short = generate(pipeline.accelerated(Acceleration(min_tokens=49)), settings(), on_step=ignore)
+    assert torch.equal(plain.frames, short.frames)
+    text = report_text(short.report.news())
+    assert text.startswith("No call was sparse: min_tokens 49, above the video's 48 tokens.\nsvg2: density 0.3")
+    long = generate(pipeline.accelerated(Acceleration(min_tokens=48)), settings(), on_step=ignore)
+    assert not torch.equal(plain.frames, long.frames)
+
+
 def test_the_end_of_the_schedule_stays_dense(pipeline):
-    fast = pipeline.accelerated(Acceleration(density=0.5, dense_start=0.2, dense_end=0.2))
+    fast = pipeline.accelerated(Acceleration(density=0.5, dense_start_percent=0.2, dense_end_percent=0.2))
     made = generate(fast, settings(steps=5), on_step=ignore)
-    sparse = {record.step for record in made.report.news().records if not record.reason}
+    sparse = {record.step for record in made.report.news().report.records if not record.reason}
     assert sparse == {1, 2, 3}
 
 
@@ -171,10 +211,8 @@ def test_packages_that_are_missing_or_too_old(monkeypatch, tmp_path):
 
 
 def test_a_backend_that_is_fast_on_the_device_is_asked_for_first(pipeline):
-    elsewhere = replace(pipeline, residency=Residency(torch.device("mps"), lambda *_: None))
-    with pytest.raises(
-        InputError, match="finds no backend that is fast on mps: .*triton runs on cuda, cpu, not on mps"
-    ):
+    elsewhere = replace(pipeline, residency=Residency(torch.device("meta"), lambda *_: None))
+    with pytest.raises(InputError, match="finds no backend that is fast on meta: gather runs on .*, not on meta"):
         elsewhere.accelerated(Acceleration())
 
 
@@ -206,3 +244,38 @@ def test_image_to_video(tmp_path):
     pictures = [torch.full((1, 20, 30, 3), value) for value in (0.1, 0.9)]
     made = [generate(loaded, settings(**size), image=picture, on_step=ignore).frames for picture in pictures]
     assert made[0].shape == (5, 2 * factor, 2 * factor, 3) and not np.allclose(*made)
+
+
+def test_the_last_frame(tmp_path):
+    """Of a pipeline without an image encoder, as Wan 2.2's, which takes any pictures."""
+    parts = WanPipeline.from_pretrained(demo.path()).components
+    config = {**parts["transformer"].config, "in_channels": 8 + 4 + 8, "num_layers": 1}
+    parts["transformer"] = WanTransformer3DModel.from_config(config)
+    WanImageToVideoPipeline(**parts).save_pretrained(tmp_path / "i2v")
+    loaded = load(str(tmp_path / "i2v"), "float32", Residency(CPU, lambda *_: None))
+    size = {"height": 32, "width": 32, "frames": 5, "steps": 2}
+    first, *last = (torch.full((1, 20, 30, 3), value) for value in (0.1, 0.4, 0.9))
+    made = [generate(loaded, settings(**size), image=first, last_image=x, on_step=ignore).frames for x in (None, *last)]
+    assert not torch.allclose(made[0], made[1]) and not torch.allclose(made[1], made[2])
+    with pytest.raises(InputError, match="^image is missing"):
+        generate(loaded, settings(**size), last_image=first, on_step=ignore)
+
+
+def test_a_video_to_start_from(pipeline, moved):
+    made = generate(pipeline, settings(), on_step=ignore).frames
+    moved.clear()
+    still = torch.full((12, 40, 60, 3), 0.3)
+    again = generate(pipeline, settings(frames=None, steps=4), video=made, on_step=ignore).frames
+    other = generate(pipeline, settings(frames=None, steps=4), video=still, on_step=ignore).frames
+    assert again.shape == other.shape == (9, 64, 64, 3) and not torch.allclose(again, other)
+    assert {name for name, _ in moved} == {"UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"}
+    near = generate(pipeline, settings(frames=None, steps=4, strength=0.25), video=made, on_step=ignore).frames
+    assert (near - made).abs().mean() < (other - made).abs().mean()
+    sparse = pipeline.accelerated(Acceleration(density=0.5))
+    report = generate(sparse, settings(frames=None, steps=4), video=made, on_step=ignore).report.news().report
+    assert report.mean_density() < 0.9
+    with pytest.raises(InputError, match="^strength is of use only with video"):
+        generate(pipeline, settings(strength=0.5), on_step=ignore)
+    with pytest.raises(InputError, match="^frames is 17: the input video has 12"):
+        generate(pipeline, settings(frames=17), video=still, on_step=ignore)
+    assert torch.equal(generate(pipeline, settings(), on_step=ignore).frames, made)  # as it was

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vidaccel.attention import CallRecord, RunReport
+from vidaccel.nodes.news import GenerationReport, News
 from vidaccel.nodes.tables import report_image, report_text
 
 
@@ -25,32 +26,45 @@ def record(run: int = 0, step: int = 0, layer: int = 0, **changes) -> CallRecord
     return CallRecord(run=run, step=step, layer=layer, **(values | changes))
 
 
-DENSE = {"density": 1.0, "reason": "first 30% of the sampling", "backend": "ComfyUI", "plan_seconds": 0.0}
+DENSE = {"density": 1.0, "reason": "dense_start_percent", "backend": "ComfyUI", "plan_seconds": 0.0}
 
 
 def report(*records: CallRecord, notes: tuple[str, ...] = ()) -> RunReport:
     return RunReport("SVG2", {"density": 0.25, "dense_layers": "", "q_clusters": None}, records, notes)
 
 
+def text_of(shown: RunReport) -> str:
+    return report_text(News(shown))
+
+
 def test_the_table_says_what_each_step_did():
     calls = [record(layer=layer, **DENSE) for layer in range(2)] + [record(step=1, layer=layer) for layer in range(2)]
-    lines = report_text(report(*calls, notes=("backend auto: triton",))).splitlines()
+    lines = text_of(report(*calls, notes=("backend auto: triton",))).splitlines()
     assert lines[0] == "SVG2: density 0.25"
     assert lines[2] == "Wan, 2 layers"
-    assert " ".join(lines[4].split()) == "1/2 1.000 0 of 2 0 ms 3.0 s ComfyUI; first 30% of the sampling (2)"
+    assert " ".join(lines[4].split()) == "1/2 1.000 0 of 2 0 ms 3.0 s ComfyUI; dense_start_percent (2)"
     assert " ".join(lines[5].split()) == "2/2 0.250 2 of 2 1.0 s 3.0 s triton"
     assert lines[6] == "Mean density 0.625; planning 1.0 s, attention 6.0 s."
     assert lines[7] == "Note: backend auto: triton"
 
 
 def test_two_samplings_of_one_model_have_a_table_each():
-    text = report_text(report(record(run=3), record(run=4), record(run=4, step=1)))
+    text = text_of(report(record(run=3), record(run=4), record(run=4, step=1)))
     assert text.count("Mean density") == 2 and text.count("2/2") == 1
 
 
 def test_no_call_is_said_and_why():
-    text = report_text(report(notes=("ThatModel is no model that sparse attention knows",)))
-    assert "No attention call over a video was seen." in text and "Note: ThatModel" in text
+    text = text_of(report(notes=("ThatModel is no model that sparse attention knows",)))
+    assert "No call was sparse: the notes say why." in text and "Note: ThatModel" in text
+    assert "no attention call over a video was seen. Another node may" in text_of(report())
+    dense = [record(layer=layer, **DENSE) for layer in range(2)]
+    assert "No call was sparse: dense_start_percent (2 calls)." in text_of(report(*dense))
+
+
+def test_a_video_from_the_cache_is_told():
+    made = GenerationReport(News(report(record())), "first")
+    assert report_text(made.news("first")) == report_text(made.news()) == text_of(report(record()))
+    assert report_text(made.news("second")).startswith("The video came from ComfyUI's cache: below is the run")
 
 
 def test_the_picture_is_an_image_of_comfyui():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import imageio.v3 as iio
+import numpy as np
 import pytest
-from workflow_files import FOLDER, NAMES, NOTES, page_form, server_form, to_server_form
+from workflow_files import FOLDER, NAMES, NOTES, PAGES, page_form, server_form, to_server_form
 
 ROOT = FOLDER.parent
 
@@ -33,10 +38,32 @@ def test_links_and_numbers_of_the_page_form_agree(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_thumbnail_of_a_page_of_the_browser(name):
-    path = FOLDER / f"{name}.jpg"
+def test_a_card_of_the_browser_has_a_square_picture_and_a_title(name):
+    """The title is the file's name, a part of an address and of a path on Windows."""
+    path = PAGES[name].with_suffix(".jpg")
     height, width, _ = iio.imread(path).shape
-    assert width >= 300 and height >= 200 and path.stat().st_size < 120_000
+    assert width == height >= 400 and path.stat().st_size < 120_000
+    title = PAGES[name].stem
+    assert title[0].isupper() and " " in title and "_" not in title and len(title) <= 30  # more is cut off
+    assert re.fullmatch(r"[\w .,()-]+", title)
+
+
+def test_the_pictures_are_made_by_one_command(tmp_path):
+    """From results of the workflows, where there are some, without a model."""
+    results, out = tmp_path / "results", tmp_path / "out"
+    results.mkdir()
+    out.mkdir()
+    for number, name in enumerate(NAMES):
+        wide = 2 if name == "demo_compare" else 1
+        frames = np.full((9, 64, 64 * wide + 4 * (wide - 1), 3), 40 + 20 * number, np.uint8)
+        iio.imwrite(results / f"{name}_00001_.mp4", frames)
+    command = [sys.executable, str(FOLDER / "thumbnails.py"), "--results", str(results), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == len(NAMES)
+    for number, name in enumerate(NAMES):
+        made = iio.imread(out / PAGES[name].with_suffix(".jpg").name)
+        assert made.shape == iio.imread(PAGES[name].with_suffix(".jpg")).shape
+        assert abs(int(made[100, 100, 0]) - 40 - 20 * number) < 8
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,4 +79,4 @@ def test_weights_are_named_with_their_address_and_folder(name):
 def test_every_node_of_this_pack_has_a_page_of_help():
     used = {n["class_type"] for name in NAMES for n in server_form(name).values() if "Vidaccel" in n["class_type"]}
     helped = {path.parent.name for path in (ROOT / "nodes" / "web" / "docs").glob("*/en.md")}
-    assert used <= helped and len(helped) == 8
+    assert used <= helped and len(helped) == 9

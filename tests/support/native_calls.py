@@ -106,7 +106,7 @@ RECORDED = {
     ),
     # Block 0 and 1 of the main model, each followed by a VACE block that runs under the same index.
     "wan vace": Recorded(
-        model_of("VaceWanModel", **WAN, vace_blocks=[None] * 2),
+        model_of("VaceWanModel", **WAN, vace_blocks=[None] * 2, vace_layers_mapping={0: 0, 1: 1}),
         (5, 8, 8),
         VideoLayout(5, 4, 4),
         with_cross(80, [0, 0, 1, 1], "double"),

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "workflows"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+# The name of a page's file is the title of its card in the template browser; scripts have names without spaces.
+PAGES = {
+    Path(json.loads(path.read_text(encoding="utf-8"))["extra"]["api"]).stem: path for path in FOLDER.glob("*.json")
+}
+NAMES = sorted(PAGES)
 NOTES = ("MarkdownNote", "Note")
 _CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
 def page_form(name: str) -> dict[str, Any]:
     """The file that the template browser opens."""
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(PAGES[name].read_text(encoding="utf-8"))
 
 
 def server_form(name: str) -> dict[str, Any]:

@@ -214,6 +214,23 @@ def test_two_pipelines_with_one_transformer_and_a_scheduler_each(broken_off):
     assert ("run 0: steps seen 1, expected 8" in notes) == broken_off and len(notes) == 2 + broken_off
 
 
+def test_a_scheduler_that_stands_still_is_not_the_one_that_runs(monkeypatch):
+    """Cosmos sends no timesteps of its table, so another pipeline's run is known by a place that does not move."""
+    pipe, options = cosmos2(monkeypatch)
+    other, _ = cosmos2(monkeypatch)
+    other.transformer = pipe.transformer
+    clock, seen = watched(pipe)
+
+    def stop(pipe, step, timestep, kwargs):
+        pipe._interrupt = True
+        return kwargs
+
+    run(pipe, options, 8, callback_on_step_end=stop)
+    run(other, options, 5)
+    assert {s.branch for s in seen} == {"cond", "uncond"} and places(seen, 1) == both(4)
+    assert clock.notes()[0] == "run 0: steps seen 2, expected 8" and "outside the schedule" in clock.notes()[1]
+
+
 def test_a_pipeline_that_never_ran_beside_one_that_does():
     pipe, options = wan(diffusers.FlowMatchEulerDiscreteScheduler())
     other, _ = wan(diffusers.FlowMatchEulerDiscreteScheduler(), transformer=pipe.transformer)

@@ -1,0 +1,85 @@
+"""The processes of a run: which one this is, and how they wait for one another and agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+from .progress import Progress
+from .stopping import StopRequested, StopSignals
+
+T = TypeVar("T")
+
+WAIT = timedelta(hours=12)
+"""How long processes wait for one another: while one encodes clips or writes results, the others may wait for hours."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of the processes of a run.
+
+    Args:
+        device: on which it computes.
+        index, count: its number, and how many there are.
+        group: of `torch.distributed`, by which they wait and agree (`host_group`); None for the default one.
+        stop: whether this process was asked to stop.
+        progress: what shows the user how far it is.
+    """
+
+    device: torch.device
+    index: int = 0
+    count: int = 1
+    group: Any = None
+    stop: StopSignals = field(default_factory=StopSignals)
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Wait until every process is here. A signal is taken meanwhile, which a plain barrier would keep waiting."""
+        if self.count == 1:
+            return
+        work, pause = torch.distributed.barrier(group=self.group, async_op=True), 0.001
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        work.wait()  # raises where another process is gone
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process; every process must call this."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(flags.item())
+
+    def check_stop(self) -> None:
+        """A point where a run may end, the same in every process; every process must call this.
+
+        Raises:
+            StopRequested: any of them was asked to stop.
+        """
+        if self.any(self.stop.requested):
+            raise StopRequested
+
+    def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """The items, with progress shown in the main process."""
+        if not self.is_main:
+            yield from items
+            return
+        with self.progress.task(what, total) as advance:
+            for item in items:
+                yield item
+                advance()
+
+
+def host_group(count: int) -> Any:
+    """A group of all processes that communicates on the CPU, so that a question costs the GPU no wait."""
+    return torch.distributed.new_group(backend="gloo", timeout=WAIT) if count > 1 else None

@@ -1,0 +1,101 @@
+"""What *Accelerate Pipeline* puts on the wire: a method and what stays dense, for a video of any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..attention.methods.base import OutOfReach
+from ..generation.errors import BadInput
+from ..generation.methods import build_method
+from .wording import InputError, check_shares, limit_words
+
+if TYPE_CHECKING:
+    from ..attention import Method, RunReport, VideoLayout
+
+METHODS = ("svg2", "svg", "radial")
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """A method and what stays dense, before the size of the video is known. Fields are named as the node's inputs.
+
+    Args:
+        method: one of `METHODS`.
+        density: pairs computed over all pairs, in the sparse steps.
+        dense_start_percent, dense_end_percent: shares of the steps at the start and the end that stay dense.
+        dense_layers: so many transformer blocks at the input stay dense.
+        compensate: skipped clusters enter through their mean. For svg2; the others have no clusters.
+        backend: a name, or "auto".
+        min_tokens: videos with fewer tokens stay dense.
+
+    Raises:
+        ValueError: a value out of its bounds.
+    """
+
+    method: str = "svg2"
+    density: float = 0.3
+    dense_start_percent: float = 0.3
+    dense_end_percent: float = 0.0
+    dense_layers: int = 1
+    compensate: bool = True
+    backend: str = "auto"
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise BadInput("method", f"there is none of that name; there are {', '.join(METHODS)}", value=self.method)
+        if not 0 < self.density <= 1:
+            raise BadInput("density", "it must be above 0 and at most 1 (1 computes all pairs)", value=self.density)
+        instead = "For a dense video, connect the pipeline from before this node."
+        check_shares(self.dense_start_percent, self.dense_end_percent, instead)
+        for name in ("dense_layers", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise BadInput(name, "it must be 0 or more", value=getattr(self, name))
+
+    @property
+    def compensates(self) -> bool:
+        """Whether means of skipped clusters are computed."""
+        return self.compensate and self.method == "svg2"
+
+    def dense_reason(self, layout: VideoLayout) -> str:
+        """Why a video stays dense as a whole, empty when it may be sparse."""
+        if layout.video_tokens >= self.min_tokens:
+            return ""
+        return f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
+
+    def method_for(self, layout: VideoLayout) -> Method | None:
+        """The method at the size of a video; None where that stays dense.
+
+        Raises:
+            InputError: it cannot do what is asked at this size.
+        """
+        if self.dense_reason(layout):
+            return None
+        try:
+            method = build_method(
+                self.method,
+                layout,
+                density=self.density,
+                overrides={"compensate": True} if self.compensates else {},
+                dense_steps=float(self.dense_start_percent),
+                dense_layers=self.dense_layers,
+            )
+        except BadInput as error:
+            if not isinstance(error.__cause__, OutOfReach):
+                raise
+            raise InputError(limit_words(error.__cause__, layout)) from error
+        return replace(method, schedule=replace(method.schedule, last_steps=float(self.dense_end_percent)))
+
+    def reported(self, report: RunReport) -> RunReport:
+        """The report of a run in the words of the node: its settings, and the input that each dense call is owed to."""
+        config: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "method"}
+        if self.method != "svg2":
+            del config["compensate"]
+        reasons = {
+            "first steps": "dense_start_percent",
+            "last steps": "dense_end_percent",
+            "first layers": "dense_layers",
+        }
+        records = tuple(replace(record, reason=reasons.get(record.reason, record.reason)) for record in report.records)
+        return replace(report, method=self.method, config=config, records=records)

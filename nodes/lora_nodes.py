@@ -1,0 +1,77 @@
+"""The node that names a LoRA for Load Video Pipeline; several make a chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from .loras import TARGETS, Lora
+from .schema import accepted
+
+BY_PATH = "the path below"
+
+Loras = io.Custom("VIDACCEL_LORAS")
+
+
+class VidaccelPipelineLoRA(io.ComfyNode):
+    """A LoRA and its weight."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        import folder_paths
+
+        return io.Schema(
+            node_id="VidaccelPipelineLoRA",
+            display_name="Pipeline LoRA",
+            category="video acceleration/pipelines",
+            description="A LoRA for Load Video Pipeline, with a weight. Several are connected one behind the other, "
+            "through loras. Files of diffusers, ComfyUI and musubi-tuner are taken.",
+            inputs=[
+                io.Combo.Input(
+                    "lora",
+                    options=[BY_PATH, *folder_paths.get_filename_list("loras")],
+                    default=BY_PATH,
+                    tooltip="A file in models/loras.",
+                ),
+                io.String.Input(
+                    "path",
+                    default="",
+                    tooltip="Path of a file, or of a folder with pytorch_lora_weights.safetensors; it is taken instead "
+                    "of the one above.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="The LoRA's change of the model is multiplied by this; 0 is without it.",
+                ),
+                io.Combo.Input(
+                    "transformer",
+                    options=list(TARGETS),
+                    default=TARGETS[0],
+                    **accepted(io.Combo.Input, advanced=True),
+                    tooltip="Wan 2.2 14B has two: transformer for high noise, transformer_2 for low noise, each with "
+                    "LoRAs of its own. Other models have one.",
+                ),
+                Loras.Input("loras", optional=True, tooltip="The LoRAs before this one in a chain."),
+            ],
+            outputs=[Loras.Output(display_name="loras", tooltip="For Load Video Pipeline, or the next Pipeline LoRA.")],
+            **accepted(io.Schema, search_aliases=["vidaccel", "load lora", "lora stack"]),
+        )
+
+    @classmethod
+    def execute(
+        cls, lora: str, path: str, weight: float, transformer: str, loras: tuple[Lora, ...] = ()
+    ) -> io.NodeOutput:
+        import folder_paths
+
+        if not path.strip() and lora == BY_PATH:
+            raise ValueError("lora: choose a file of models/loras, or give the path of one.")
+        found = path.strip() or folder_paths.get_full_path_or_raise("loras", lora)
+        return io.NodeOutput((*loras, Lora(Path(found).expanduser(), weight, transformer)))
+
+
+NODES: list[type[io.ComfyNode]] = [VidaccelPipelineLoRA]

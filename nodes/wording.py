@@ -1,0 +1,101 @@
+"""What the engine and the methods say, in the words of a node: its own inputs, and a video as a user counts it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..attention import VideoLayout
+from ..attention.backends import BACKENDS
+from ..attention.methods.base import OutOfReach
+from ..generation.errors import BadInput
+
+# A field of a method -> the input of the nodes that sets it. What is not here, no node sets.
+INPUTS = {
+    "density": "density",
+    "compensate": "compensate",
+    "q_clusters": "query_clusters",
+    "k_clusters": "key_clusters",
+}
+STEP = 0.01  # of the inputs that are shares
+
+# A field of a request, of which there are several front ends -> the input that sets it.
+_FIELDS = {"model": "pipeline", "guidance_scale": "guidance"}
+
+
+class InputError(ValueError):
+    """An input that cannot be, in the words of a node."""
+
+
+@contextmanager
+def plain_messages() -> Iterator[None]:
+    """Name the fields of a request as the inputs of the nodes are named."""
+    try:
+        yield
+    except BadInput as error:
+        raise InputError(error.worded(lambda field: _FIELDS.get(field, field))) from error
+
+
+def video_words(layout: VideoLayout) -> str:
+    """ "9 frames of 4x8": latent frames, and rows and columns of tokens; tokens of text and references after that."""
+    text = f"{layout.frames} frame{'s' * (layout.frames != 1)} of {layout.height}x{layout.width}"
+    return text if not layout.text_tokens else f"{text} with {layout.text_tokens} tokens of text or references"
+
+
+def limit_words(error: OutOfReach, layout: VideoLayout) -> str:
+    """What a method cannot do with a video, and which input to change."""
+    name = INPUTS.get(error.field, error.field)
+    whole = isinstance(error.value, int) and not isinstance(error.value, bool)
+    least = error.least if error.least is None or whole else (math.floor(error.least / STEP) + 1) * STEP
+    most = error.most if error.most is None or whole else min(1.0, (math.ceil(error.most / STEP) - 1) * STEP)
+    too_low = least is not None and error.value < least
+    bound, verb = (f"at least {least:g}", "Raise") if too_low else (f"at most {most:g}", "Lower")
+    others = [f", or switch {INPUTS[field]} off" for field in error.eased_by if field in INPUTS]
+    return (
+        f"{name} is {error.value:g}, and with a video of {video_words(layout)} it must be {bound}. "
+        f"{verb} it{''.join(others)}."
+    )
+
+
+@contextmanager
+def said_by(node: str) -> Iterator[None]:
+    """Put the name of a node before an error: a sampler, in which it is raised, shows nothing but the message.
+
+    Errors of other classes pass as they are: ComfyUI knows running out of memory and interruptions by their class.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if type(error) not in (ValueError, RuntimeError):
+            raise
+        raise type(error)(f"{node}: {error}") from error
+
+
+def check_shares(start: float, end: float, instead: str) -> None:
+    """Raise a `ValueError` for shares of the sampling, to stay dense, that are none or leave nothing sparse.
+
+    Args:
+        start, end: the inputs dense_start_percent and dense_end_percent.
+        instead: what to connect for a dense video.
+    """
+    for name, value in (("dense_start_percent", start), ("dense_end_percent", end)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}: it is a share and lies between 0 and 1.")
+    if start + end >= 1:
+        raise ValueError(
+            f"dense_start_percent {start:g} and dense_end_percent {end:g} leave no step sparse: together they must "
+            f"stay below 1. {instead}"
+        )
+
+
+def check_compensate(backend: str, device: torch.device) -> None:
+    """Raise a `ValueError` where a backend that was chosen by name cannot compute what `compensate` needs."""
+    if backend != "auto" and device.type not in BACKENDS[backend].capability.lse:
+        able = [name for name, b in BACKENDS.items() if b.capability.sparse and device.type in b.capability.lse]
+        raise ValueError(
+            f"backend is {backend}: it cannot compute compensate on {device.type}. Choose auto or "
+            f"{' or '.join(able)}, or switch compensate off."
+        )

@@ -1,0 +1,79 @@
+"""What a resumed run may change: what training does not depend on, and where its inputs lie, but not what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vidaccel.lora import run
+from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.lora.stopping import Stopped
+
+
+@pytest.fixture
+def stopped(tmp_path, text_base, autoencoder_folder, video_folder, stop_after) -> Path:
+    """Settings of a run that was stopped after its first step, whose models and videos are in this folder."""
+    shutil.copytree(text_base, tmp_path / "base")
+    shutil.copytree(autoencoder_folder, tmp_path / "new")
+    shutil.copytree(video_folder, tmp_path / "videos")
+    content = {
+        "recipe": "ae_adapt",
+        "out": str(tmp_path / "run"),
+        "model": {"base": str(tmp_path / "base"), "autoencoder": str(tmp_path / "new")},
+        "data": {
+            "kind": "videos",
+            "folder": str(tmp_path / "videos"),
+            "sizes": [{"frames": 8, "height": 32, "width": 64}],
+        },
+        "phases": {"align": {"steps": 0}, "head": {"steps": 2, "learning_rate": 0.01}, "lora": {"steps": 0}},
+        "validation": {"clips": 1},
+        "loop": {"tracker": "none", "device": "cpu", "log_every": 1},
+    }
+    (tmp_path / "a.yaml").write_text(json.dumps(content))
+    stop_after(1)
+    with pytest.raises(Stopped):
+        run("ae_adapt", tmp_path / "a.yaml")
+    return tmp_path / "a.yaml"
+
+
+def test_moved_inputs_and_another_device_are_no_other_training(stopped):
+    folder = stopped.parent
+    changes = ["loop.device=auto", "loop.gradient_checkpointing=true"] if not torch.cuda.is_available() else []
+    for name, setting in {"base": "model.base", "new": "model.autoencoder", "videos": "data.folder"}.items():
+        (folder / name).rename(folder / f"moved_{name}")
+        changes.append(f"{setting}={folder / f'moved_{name}'}")
+    assert Path(run("ae_adapt", stopped, changes, "latest")["pipeline"]).is_dir()
+
+
+@pytest.mark.parametrize("what", ["model.base", "model.autoencoder", "data.folder (videos)", "caption"])
+def test_inputs_that_were_changed_are_refused(stopped, what):
+    folder = stopped.parent
+    if what == "caption":
+        file, what = folder / "videos" / "metadata.jsonl", "data.folder (videos)"
+        file.write_text(file.read_text().replace("video a", "another caption"))
+    elif what == "data.folder (videos)":
+        shutil.copy(folder / "videos" / "d.mp4", folder / "videos" / "a.mp4")
+    else:
+        part = folder / "new" if what == "model.autoencoder" else folder / "base" / "transformer"
+        file = part / "diffusion_pytorch_model.safetensors"
+        save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="may be moved, but not changed") as caught:
+        run("ae_adapt", stopped, resume="latest")
+    assert str(caught.value).endswith(f": {what}.")
+
+
+def test_a_checkpoint_has_the_adapter_so_far(stopped, text_base):
+    """It loads where it lies, before the run is finished, and is what the run would have written."""
+    from vidaccel.pipelines import DCVideoGenPipeline
+
+    (checkpoint,) = (stopped.parent / "run" / "checkpoints").iterdir()
+    pipe = DCVideoGenPipeline.from_pretrained(checkpoint / "adapter")
+    weights = load_file(checkpoint / "weights.safetensors")
+    assert weights
+    for name, value in weights.items():
+        assert torch.equal(pipe.transformer.get_parameter(name).float(), value), name

@@ -1,0 +1,212 @@
+"""Ctrl-C and SIGTERM, wherever a run is: what is kept, what is said, and that a resumed run ends bit-equal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidaccel.lora.checkpoint import CheckpointFolder
+from vidaccel.lora.launch import _encode
+from vidaccel.lora.processes import Process
+from vidaccel.lora.stopping import Stopped, StopRequested, StopSignals
+
+SCRIPT = Path(__file__).with_name("stopped_processes.py")
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def once(monkeypatch, cls: type, method: str, at: int = 1, stop=terminate) -> None:
+    """Let the process get a signal inside the call of this number, before its own work."""
+    calls, original = [], getattr(cls, method)
+
+    def called(self, *args):
+        calls.append(method)
+        if len(calls) == at:
+            stop()
+        return original(self, *args)
+
+    monkeypatch.setattr(cls, method, called)
+
+
+def checkpoints(settings) -> list[Path]:
+    return CheckpointFolder(Path(settings.out) / "checkpoints").saved()
+
+
+def equal(first, second) -> bool:
+    return first.trained.keys() == second.trained.keys() and all(
+        torch.equal(value, second.trained[name]) for name, value in first.trained.items()
+    )
+
+
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_a_step_is_left_between_two_micro_batches(tiny_settings, run_tiny, monkeypatch, tiny_phase, at):
+    """The state of the last whole step is saved, its random generators too, and the step is done again."""
+    phases = {"first": {"steps": 2, "gradient_accumulation_steps": 4}, "second": {"steps": 1}}
+    straight = run_tiny(tiny_settings("straight", phases=phases))
+    settings = tiny_settings("stopped", phases=phases)
+    once(monkeypatch, tiny_phase, "loss", at)
+    words = "before the first step of phase first" if at == 1 else "stopped after step 1 of phase first"
+    with pytest.raises(Stopped, match=words):
+        run_tiny(settings)
+    assert [path.name for path in checkpoints(settings)] == ([] if at == 1 else ["step_00000001"])
+    resumed = run_tiny(settings, "auto")
+    assert equal(straight, resumed)
+    assert len(resumed.seen) == (4 * 2 + 1 if at == 1 else 4 + 1)
+
+
+@pytest.mark.parametrize("method", ["clips", "setup"])
+def test_a_stop_before_training_promises_nothing(tiny_settings, run_tiny, monkeypatch, tiny_phase, capfd, method):
+    settings = tiny_settings(data={"cache": "some_cache"})
+    once(monkeypatch, tiny_phase, method, stop=lambda: (terminate(), pytest.fail("it went on")))
+    words = "while the phase first was prepared; what was encoded is kept in some_cache, and nothing was trained yet"
+    with pytest.raises(Stopped, match=words):
+        run_tiny(settings)
+    said = capfd.readouterr().err
+    assert "SIGTERM: the run ends.\n" in said and "checkpoint" not in said
+    assert not checkpoints(settings)
+
+
+def test_before_a_later_phase_the_last_checkpoint_is_named(tiny_settings, run_tiny, monkeypatch, tiny_phase):
+    once(monkeypatch, tiny_phase, "clips", at=2)
+    with pytest.raises(Stopped, match="the last checkpoint is step_00000003: continue with --resume latest"):
+        run_tiny(tiny_settings())
+
+
+def test_a_stop_while_models_are_loaded(tiny_settings, run_tiny, monkeypatch, tiny_recipe):
+    once(monkeypatch, tiny_recipe, "prepare")
+    with pytest.raises(Stopped, match="stopped before training began; nothing was trained yet: start again"):
+        run_tiny(tiny_settings())
+
+
+def test_a_stop_while_caches_are_filled_beforehand(tiny_settings, monkeypatch, tiny_recipe):
+    """`--encode-only` has no run to go on with."""
+    monkeypatch.setattr(tiny_recipe, "encode", lambda self: (terminate(), pytest.fail("it went on")))
+    settings = tiny_settings(data={"cache": "some_cache"})
+    with pytest.raises(Stopped, match=r"stopped while clips were encoded; what was encoded is kept in some_cache\.$"):
+        _encode(tiny_recipe(settings, Process(torch.device("cpu"))))
+
+
+@pytest.mark.parametrize(("at", "step"), [(1, 2), (2, 3)])
+def test_a_validation_is_left_and_made_again(tiny_settings, run_tiny, monkeypatch, tiny_phase, at, step):
+    """Between steps, and at the end of a phase, which then goes on to the next one when it is resumed."""
+
+    def validate(self, model, folder, number, original=tiny_phase.validate):
+        calls.append(number)
+        if len(calls) == at:
+            terminate()
+        self.recipe.process.check_stop()
+        return original(self, model, folder, number)
+
+    calls: list[int] = []
+    loop = {"validate_every": 2}
+    straight = run_tiny(tiny_settings("straight", loop=loop))
+    monkeypatch.setattr(tiny_phase, "validate", validate)
+    settings = tiny_settings("stopped", loop=loop)
+    with pytest.raises(Stopped, match=f"stopped after step {step} of phase first; continue with --resume latest"):
+        run_tiny(settings)
+    assert [path.name for path in checkpoints(settings)][-1] == f"step_{step:08d}"
+    assert equal(straight, run_tiny(settings, "latest"))
+    logs = [(Path(s.out) / "log.jsonl").read_text().splitlines() for s in (tiny_settings("straight"), settings)]
+    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds_per_step"} for line in log] for log in logs]
+    assert rows[0] == rows[1]
+
+
+def test_a_stop_while_the_result_is_written(tiny_settings, run_tiny, monkeypatch, tiny_recipe):
+    straight = run_tiny(tiny_settings("straight"))
+    once(monkeypatch, tiny_recipe, "finish", stop=lambda: (terminate(), pytest.fail("it went on")))
+    with pytest.raises(Stopped, match="while the result was written; the last checkpoint is step_00000006"):
+        run_tiny(tiny_settings("stopped"))
+    monkeypatch.undo()
+    resumed = run_tiny(tiny_settings("stopped"), "latest")
+    assert equal(straight, resumed) and not resumed.seen
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    signals = StopSignals()
+    with signals.listening():
+        terminate()
+        assert signals.requested
+        with pytest.raises(KeyboardInterrupt):
+            terminate()
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        terminate()  # one that the launcher has passed on again
+
+
+def test_a_signal_before_a_block_ends_it_too():
+    signals = StopSignals()
+    with signals.listening():
+        terminate()
+        with pytest.raises(StopRequested), signals.at_once():
+            pytest.fail("it began")
+    process = Process(torch.device("cpu"), stop=signals)
+    with pytest.raises(StopRequested):
+        process.check_stop()
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start the script with two processes; returns the launcher, whose output is read line by line."""
+    started: list[subprocess.Popen] = []
+
+    def start(mode: str) -> subprocess.Popen:
+        folder = tmp_path / "path"
+        folder.mkdir()
+        (folder / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        command += ["--dynamo_backend", "no", "--mixed_precision", "no", "--num_processes", "2"]
+        command += ["--main_process_port", "0", str(SCRIPT), mode, str(tmp_path / "run")]
+        paths = os.pathsep.join([str(folder), str(Path(__file__).parents[2] / "tests" / "lora")])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, **pipe))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.stdout.close()
+
+
+def read_until(process: subprocess.Popen, *words: str) -> str:
+    """The output up to a point where every one of the words was in it."""
+    text = ""
+    while not all(word in text for word in words):
+        line = process.stdout.readline()
+        assert line, f"ended before {words}:\n{text}"
+        text += line
+    return text
+
+
+@pytest.mark.parametrize("mode", ["train", "validate"])
+def test_two_processes_leave_what_takes_long_together(launch, tmp_path, mode):
+    """What no one would wait for: the launcher passes Ctrl-C on, and kills after 30 s."""
+    launcher = launch(mode)
+    read_until(launcher, "process 0 takes long", "process 1 takes long")
+    launcher.send_signal(signal.SIGINT)
+    said, _ = launcher.communicate(timeout=300)
+    assert "stopped after step 1 of phase first; continue with --resume latest." in said, said
+    assert said.count("the run ends after this micro-batch, and what was trained is saved") == 2
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    saved = folder.load(folder.find("latest"))
+    assert saved.step == 1 and len(saved.random) == 2
+    assert "SIGKILL" not in said, said
+
+
+def test_two_processes_end_while_one_encodes_and_the_other_waits(launch, tmp_path):
+    launcher = launch("encode")
+    read_until(launcher, "process 0 encodes", "process 1 waits")
+    launcher.terminate()
+    said, _ = launcher.communicate(timeout=300)
+    assert said.count("stopped while the phase first was prepared; nothing was trained yet") == 2, said
+    assert "SIGKILL" not in said and "checkpoint" not in said, said
+    assert not (tmp_path / "run" / "checkpoints").exists()
