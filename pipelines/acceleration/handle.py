@@ -15,7 +15,7 @@ from ...attention.engine import KEPT_RUNS
 from .clock import StepClock
 from .copies import CopiedNotPickled
 from .diffusers_hooks import register_like, unregister
-from .families import ModelSpec, find_transformers, unwrap
+from .families import ModelSpec, find_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Handle:
             f"{i.name} was replaced after accelerate, and the new one runs dense: remove() this handle and accelerate "
             "again"
             for i in self._installed
-            if i.active and i.name in components and unwrap(components[i.name]) is not i.transformer
+            if i.active and i.name in components and not _contains(components[i.name], i.transformer)
         ]
         for note in notes:
             if note not in self._told:
@@ -77,9 +77,11 @@ class Handle:
 
     def remove(self) -> None:
         """Put every original processor back. A second call does nothing."""
-        self._replaced()  # who never asks for a report hears of it here at the latest
-        for installed in self._installed:
-            installed.remove()
+        try:
+            self._replaced()  # who never asks for a report hears of it here at the latest
+        finally:
+            for installed in self._installed:
+                installed.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -130,6 +132,11 @@ def restore(pipe: Any) -> None:
             owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
             if isinstance(owner, _Installed):
                 owner.remove()
+
+
+def _contains(component: object, transformer: torch.nn.Module) -> bool:
+    """Whether a component is a transformer, in whatever wrapper."""
+    return isinstance(component, torch.nn.Module) and any(module is transformer for module in component.modules())
 
 
 def _check_without_scheduler(pipe: object, schedule: DenseSchedule) -> None:

@@ -199,6 +199,16 @@ def test_a_replaced_transformer_is_reported(pipe):
         assert handle.report().records
 
 
+def test_a_wrapper_that_is_refused_does_not_stop_report_and_remove(pipe):
+    processors = dict(pipe.transformer.attn_processors)
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        inner = pipe.transformer
+        pipe.transformer = torch.nn.DataParallel(inner)
+        pipe.transformer.device_ids = [0, 1]  # there is no second device here
+        assert not handle.report().notes
+    assert inner.attn_processors == processors
+
+
 @pytest.mark.parametrize("reports", [0, 2])
 def test_a_replaced_transformer_is_warned_of_once_even_without_a_report(pipe, caplog, reports):
     with caplog.at_level(logging.WARNING), vidaccel.accelerate(pipe, METHOD) as handle:
