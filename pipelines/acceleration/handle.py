@@ -16,10 +16,9 @@ from .clock import StepClock
 from .copies import CopiedNotPickled
 from .diffusers_hooks import register_like, unregister
 from .families import ModelSpec, find_transformers
+from .scheduler_table import MAX_FLOW_SIGMA
 
 logger = logging.getLogger(__name__)
-
-MAX_FLOW_SIGMA = 1.001  # noise levels of flow models end at 1, but for rounding
 
 
 class Handle:
