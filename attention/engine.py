@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
-from .functional import attend, check_inputs, choose_backend
+from .functional import attend, check_inputs, check_tensors, choose_backend
 from .layout import VideoLayout
 from .methods import Method, PlanMemory, resolve_method
 from .plan import BlockPlan
@@ -92,6 +92,7 @@ class SparseAttention:
         self._finished: list[CallRecord] = []
         self._pending: list[_Pending] = []
         self._notes: list[str] = []
+        self.oldest_run = 0  # of which records are kept; above 0 where older ones were dropped
 
     def forget(self) -> None:
         """Forget every plan and centroid, which can be gigabytes on a large model; the records stay."""
@@ -132,8 +133,11 @@ class SparseAttention:
         """
         if step.run != self.step.run:
             self._forget_run()
-            self._finished = [r for r in self._all_records() if r.run > step.run - KEPT_RUNS]
+            records = self._all_records()
+            self._finished = [r for r in records if r.run > step.run - KEPT_RUNS]
             self._pending = []
+            if len(self._finished) < len(records):
+                self.oldest_run = step.run - KEPT_RUNS + 1
         if step.num_steps != self.step.num_steps or layout != self.layout:
             self._warn_of_schedule(step)
         self._grad_plans = {}
@@ -166,9 +170,16 @@ class SparseAttention:
             `[B, H, N, D]`, like `q`.
 
         Raises:
-            ValueError: NaN or infinity in q or k.
+            ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k.
             RuntimeError: a named backend cannot run the call.
         """
+        # Dense layers too: there heads would be broadcast in silence, and the first sparse step come too late to tell.
+        check_tensors(q, k, v)
+        if self.layout is not None and q.shape[2] == self.layout.tokens != k.shape[2]:
+            raise ValueError(
+                f"self-attention needs q and k of one length, got q {tuple(q.shape)} and k {tuple(k.shape)} in layer "
+                f"{layer}, for {self.layout}."
+            )
         reason = dense or self.dense_reason(q, layer)
         if reason:
             with Span(q.device) as span:

@@ -108,19 +108,32 @@ def _pick_quantized(name: str, request: Request) -> Backend:
     raise RuntimeError(f"nothing can run this call with {request.precision}: {why}.")
 
 
-def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> None:
-    """Raise a `ValueError` that names the disagreement between q, k, v and the plan, if there is one."""
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise a `ValueError` that names what is wrong with q, k and v, before anything is planned from them."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.ndim != 4 for x in (q, k, v)):
         raise ValueError(f"q, k and v must be [B, H, N, D], got {shapes}.")
+    if any(0 in x.shape for x in (q, k, v)):
+        raise ValueError(f"q, k and v must not be empty, got {shapes}: batch, heads, length, head_dim must be above 0.")
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k and v must agree in batch, heads and head_dim, and k with v in length, got {shapes}.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first.")
-    if not q.device == k.device == v.device == plan.device:
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v must be of a floating-point dtype, got {q.dtype}; cast them first.")
+    if not q.device == k.device == v.device:
         raise ValueError(
-            f"q, k, v and the plan must lie on one device, got {q.device}, {k.device}, {v.device} and {plan.device}; "
-            "move the plan with plan.to(device)."
+            f"q, k and v must lie on one device, got {q.device}, {k.device} and {v.device}; move them first."
+        )
+
+
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> None:
+    """Raise a `ValueError` that names the disagreement between q, k, v and the plan, if there is one."""
+    check_tensors(q, k, v)
+    if q.device != plan.device:
+        raise ValueError(
+            f"q, k, v and the plan must lie on one device, got {q.device} and {plan.device} for the plan; move it with "
+            "plan.to(device)."
         )
     if (q.shape[2], k.shape[2]) != (plan.n_q, plan.n_kv):
         raise ValueError(

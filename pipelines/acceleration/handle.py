@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 
 from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
 from ...attention.backends import check_backend
+from ...attention.engine import KEPT_RUNS
 from .clock import StepClock
 from .copies import CopiedNotPickled
 from .diffusers_hooks import register_like, unregister
-from .families import ModelSpec, find_transformers, unwrap
+from .families import ModelSpec, find_transformers
+from .scheduler_table import MAX_FLOW_SIGMA
+
+logger = logging.getLogger(__name__)
 
 
 class Handle:
@@ -24,7 +29,10 @@ class Handle:
         schedule = schedule if schedule is not None else method.schedule
         if not hasattr(pipe, "scheduler"):
             _check_without_scheduler(pipe, schedule)
+        elif schedule.needs_sigma:
+            _check_noise_levels(pipe.scheduler, schedule)
         self._pipe = pipe
+        self._told: set[str] = set()
         self._clock = StepClock(pipe)
         self._installed: list[_Installed] = []
         try:
@@ -40,6 +48,9 @@ class Handle:
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
         notes = dict.fromkeys(note for report in reports for note in report.notes)
         notes |= dict.fromkeys([*self._clock.notes(), *self._replaced()])
+        oldest = max(installed.engine.oldest_run for installed in self._installed)
+        if oldest:
+            notes[f"records before run {oldest} were dropped: those of the last {KEPT_RUNS} runs are kept"] = None
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
     def reset(self) -> None:
@@ -49,19 +60,27 @@ class Handle:
             installed.engine.reset()
 
     def _replaced(self) -> list[str]:
-        """What to say of transformers that the pipeline had when it was accelerated and has no more."""
+        """What to say of transformers that the pipeline had when it was accelerated and has no more; logged once."""
         components = getattr(self._pipe, "components", None) or {}
-        return [
+        notes = [
             f"{i.name} was replaced after accelerate, and the new one runs dense: remove() this handle and accelerate "
             "again"
             for i in self._installed
-            if i.active and i.name in components and unwrap(components[i.name]) is not i.transformer
+            if i.active and i.name in components and not _contains(components[i.name], i.transformer)
         ]
+        for note in notes:
+            if note not in self._told:
+                self._told.add(note)
+                logger.warning(note)
+        return notes
 
     def remove(self) -> None:
         """Put every original processor back. A second call does nothing."""
-        for installed in self._installed:
-            installed.remove()
+        try:
+            self._replaced()  # who never asks for a report hears of it here at the latest
+        finally:
+            for installed in self._installed:
+                installed.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -94,7 +113,8 @@ def accelerate(
 
     Raises:
         TypeError: no transformer of the pipeline is known; names the supported pipelines.
-        ValueError: unknown method or backend; a transformer alone with a schedule that needs the number of steps.
+        ValueError: unknown method or backend; a schedule that needs the number of steps, or noise levels, where they
+            cannot be known.
         RuntimeError: the pipeline is accelerated already.
     """
     return Handle(pipe, resolve_method(method), check_backend(backend), schedule)
@@ -113,6 +133,11 @@ def restore(pipe: Any) -> None:
                 owner.remove()
 
 
+def _contains(component: object, transformer: torch.nn.Module) -> bool:
+    """Whether a component is a transformer, in whatever wrapper."""
+    return isinstance(component, torch.nn.Module) and any(module is transformer for module in component.modules())
+
+
 def _check_without_scheduler(pipe: object, schedule: DenseSchedule) -> None:
     what = f"{type(pipe).__name__} is no pipeline, so"
     if schedule.needs_num_steps:
@@ -124,6 +149,24 @@ def _check_without_scheduler(pipe: object, schedule: DenseSchedule) -> None:
         raise ValueError(
             f"{schedule} goes by noise levels, but {what} they are unknown: pass "
             "schedule=DenseSchedule(first_steps=...) with a whole number."
+        )
+
+
+def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
+    """Refuse bounds on noise levels at once where the scheduler shows that its own are not a flow's, from 0 to 1.
+
+    What is not known yet is told in the first step: levels may come with the table of timesteps, and people swap
+    schedulers.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    # Schedulers that can do both hold the levels of diffusion until their timesteps are set.
+    if sigmas is None or getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
+        return
+    highest = float(torch.as_tensor(sigmas).max())
+    if highest > MAX_FLOW_SIGMA:
+        raise ValueError(
+            f"{schedule} goes by noise levels from 0 to 1, but those of {type(scheduler).__name__} reach "
+            f"{highest:.3g}: use first_steps and last_steps, or give the pipeline a scheduler for flow models first."
         )
 
 

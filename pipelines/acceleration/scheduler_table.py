@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 ROUNDING = 2**-7  # two units of bfloat16, to which some pipelines round the timestep they send
+MAX_FLOW_SIGMA = 1.001  # noise levels of flow models end at 1, but for rounding
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Table:
     def sigma(self, place: int) -> float | None:
         """The noise level of a row; None for schedulers whose levels are not a flow's, from 0 to 1."""
         sigmas = getattr(self.scheduler, "sigmas", None)
-        if sigmas is None or place >= len(sigmas) or float(sigmas.max()) > 1.001:
+        if sigmas is None or place >= len(sigmas) or float(sigmas.max()) > MAX_FLOW_SIGMA:
             return None
         level = float(sigmas[place])
         # Mochi's table counts what is clean instead of what is noise.

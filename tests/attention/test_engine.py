@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, resolve_method
+from vidaccel.attention.backends import ELSEWHERE
 from vidaccel.attention.timing import Span, event_class
 
 LAYOUT = VideoLayout(5, 8, 8)
@@ -213,6 +216,50 @@ def test_a_device_without_a_backend_stays_dense_and_says_so_once(caplog):
         named(*(x.to("meta") for x in tokens()), 0)
 
 
+def changed(**changes):
+    """q, k, v of which some are replaced by `function(tensor)`."""
+    return [changes.get(name, lambda x: x)(x) for name, x in zip("qkv", tokens(), strict=True)]
+
+
+NONSENSE = {
+    "no batch": (dict.fromkeys("qkv", lambda x: x[:0]), "must not be empty"),
+    "no heads": (dict.fromkeys("qkv", lambda x: x[:, :0]), "must not be empty"),
+    "no tokens": (dict.fromkeys("kv", lambda x: x[:, :, :0]), "must not be empty"),
+    "no channels": (dict.fromkeys("qkv", lambda x: x[..., :0]), "must not be empty"),
+    "three dimensions": (dict.fromkeys("qkv", lambda x: x[0]), r"must be \[B, H, N, D\]"),
+    "heads": (dict.fromkeys("kv", lambda x: x[:, :1]), "agree in batch, heads"),
+    "values": ({"v": lambda x: x[:, :, 1:]}, "k with v in length"),
+    "dtype of k": ({"k": torch.Tensor.half}, "must have one dtype"),
+    "dtype of v": ({"v": torch.Tensor.half}, "must have one dtype"),
+    "whole numbers": (dict.fromkeys("qkv", torch.Tensor.long), "floating-point dtype, got torch.int64"),
+    "device": ({"k": lambda x: x.to("meta")}, "must lie on one device"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_gets_one_clear_error_from_sparse_and_dense_calls_alike(name):
+    changes, message = NONSENSE[name]
+    given = changed(**changes)
+    plan = RandomBlocks().plan(*tokens(), LAYOUT, PlanMemory())
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*given, plan)
+    for method in METHODS:
+        for schedule in (NEVER, DenseSchedule(first_steps=1)):
+            engine = make(method, schedule=schedule)
+            engine.enter(StepInfo(num_steps=4), LAYOUT)
+            with pytest.raises(ValueError, match=message):
+                engine(*given, 0)
+            assert not engine.report().records
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_keys_of_another_length_than_the_layouts_are_refused(method):
+    engine = make(method)
+    engine.enter(StepInfo(num_steps=4), LAYOUT)
+    with pytest.raises(ValueError, match="q and k of one length"):
+        engine(*changed(**dict.fromkeys("kv", lambda x: x[:, :, 20:])), 0)
+
+
 class Event:
     """Stands for `torch.mps.Event`, which needs the device: a clock that is read when it is recorded."""
 
@@ -239,17 +286,27 @@ def test_spans_use_the_events_of_the_device(monkeypatch):
     assert event_class(torch.device("cuda")) is torch.cuda.Event and event_class(torch.device("xpu")) is torch.xpu.Event
 
 
-def test_no_float64_is_needed_outside_of_flex(monkeypatch):
-    """Apple's GPUs have none."""
+class NoFloat64(TorchDispatchMode):
+    """Refuses what Apple's GPUs have not got, however it is asked for."""
 
-    def refuse(*args, **kwargs):
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(result)):
+            raise TypeError(f"{function} made a float64 tensor")
+        return result
 
-    monkeypatch.setattr(torch.Tensor, "double", refuse)
-    for name in METHODS:
-        engine = make(name, backend="gather")
-        engine.enter(StepInfo(num_steps=1), LAYOUT)
-        engine(*tokens(), 0)
+
+@pytest.mark.parametrize("backend", ELSEWHERE)
+@pytest.mark.parametrize("method", [*METHODS, SVG2(density=0.4, compensate=True)], ids=str)
+def test_no_float64_is_needed_on_devices_beside_cpu_and_cuda(method, backend):
+    engine = make(method, backend=backend)
+    q, k, v = tokens()
+    with NoFloat64():
+        with pytest.raises(TypeError, match="float64"):
+            q.double()
+        for step in range(2):
+            engine.enter(StepInfo(step=step, num_steps=2), LAYOUT)
+            engine(q, k, v, 0)
         assert 0 < engine.report().mean_density() <= 1
 
 

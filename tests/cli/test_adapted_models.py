@@ -13,7 +13,7 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
 from vidaccel.generation.request import Settings
 from vidaccel.generation.video_reader import read_video
-from vidaccel.lora.adapter import save_adapter
+from vidaccel.lora.adapter import AdaptedModel, save_adapter
 from vidaccel.pipelines.deep_compression import adapted
 
 DEEP = {"latent_channels": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": (0, 1, 1, 1), "chunk_size": 8}
@@ -38,7 +38,8 @@ def adapter(tiny_model, autoencoder, tmp_path):
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
     facts = {"base": str(tiny_model), "autoencoder": str(autoencoder)}
     trained = ("patch_embedding.", "proj_out.")
-    return save_adapter(transformer, tmp_path / "run" / "adapter", trained, facts, with_lora=False)
+    folder = tmp_path / "run" / "adapter"
+    return save_adapter(transformer.state_dict(), folder, trained, facts, AdaptedModel.of(transformer))
 
 
 def _words(text: str) -> str:

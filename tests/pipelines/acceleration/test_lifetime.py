@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -58,14 +64,39 @@ class TestSteps:
         with vidaccel.accelerate(pipe, METHOD, schedule=schedule) as handle:
             generate(pipe, steps=5)
             assert set(handle.report().dense_reasons()) == {"sigma above 0.9"}
-        from diffusers import UniPCMultistepScheduler
-
-        pipe.scheduler = UniPCMultistepScheduler(prediction_type="epsilon")  # sigmas up to 157
+        diffusion = UniPCMultistepScheduler(prediction_type="epsilon")  # sigmas up to 157
         with (
             vidaccel.accelerate(pipe, METHOD, schedule=schedule),
             pytest.raises(ValueError, match="sigma_above needs the noise level.*Use first_steps"),
         ):
+            pipe.scheduler = diffusion
             generate(pipe)
+
+    @pytest.mark.parametrize("bound", ["sigma_above", "sigma_below"])
+    def test_noise_levels_that_are_no_flows_are_refused_at_once(self, pipe, bound):
+        processors = dict(pipe.transformer.attn_processors)
+        flow, schedule = pipe.scheduler, DenseSchedule(**{bound: 0.5})
+        for diffusion in (UniPCMultistepScheduler(prediction_type="epsilon"), EulerDiscreteScheduler()):
+            pipe.scheduler = diffusion
+            with pytest.raises(ValueError, match=rf"{bound}=0.5.*{type(diffusion).__name__} reach \d+.*first_steps"):
+                vidaccel.accelerate(pipe, METHOD, schedule=schedule)
+        assert pipe.transformer.attn_processors == processors
+        for able in (flow, FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()):
+            pipe.scheduler = able
+            vidaccel.accelerate(pipe, METHOD, schedule=schedule).remove()
+
+    def test_the_report_says_that_records_of_old_runs_were_dropped(self, pipe):
+        with vidaccel.accelerate(pipe, METHOD, schedule=DenseSchedule(first_layers=3)) as handle:
+            for _ in range(8):
+                generate(pipe, steps=1)
+            assert not [note for note in handle.report().notes if "dropped" in note]
+            for _ in range(2):
+                generate(pipe, steps=1)
+            report = handle.report()
+            assert report.runs() == list(range(2, 10))
+            assert "note: records before run 2 were dropped: those of the last 8 runs are kept" in str(report)
+            handle.reset()
+            assert not handle.report().notes
 
     @pytest.mark.parametrize("bad", ["batch", "timestep"])
     def test_nonsense_gets_one_clear_error(self, bad):
@@ -166,6 +197,26 @@ def test_a_replaced_transformer_is_reported(pipe):
     with vidaccel.accelerate(pipe, METHOD) as handle:
         generate(pipe)
         assert handle.report().records
+
+
+def test_a_wrapper_that_is_refused_does_not_stop_report_and_remove(pipe):
+    processors = dict(pipe.transformer.attn_processors)
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        inner = pipe.transformer
+        pipe.transformer = torch.nn.DataParallel(inner)
+        pipe.transformer.device_ids = [0, 1]  # there is no second device here
+        assert not handle.report().notes
+    assert inner.attn_processors == processors
+
+
+@pytest.mark.parametrize("reports", [0, 2])
+def test_a_replaced_transformer_is_warned_of_once_even_without_a_report(pipe, caplog, reports):
+    with caplog.at_level(logging.WARNING), vidaccel.accelerate(pipe, METHOD) as handle:
+        pipe.transformer = make_transformer(seed=1)
+        for _ in range(reports):
+            handle.report()
+    handle.remove()
+    assert len([r for r in caplog.records if "transformer was replaced after accelerate" in r.getMessage()]) == 1
 
 
 class TestDiffusersHooks:
