@@ -151,8 +151,8 @@ def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch
         `[B, H, Cq, Ck]` bool.
     """
     flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
-    price = cost.flatten(1).double().gather(-1, order)
-    keep = (price.cumsum(-1) - price / 2 <= budget.double().unsqueeze(-1)) & (flat > -torch.inf)
+    price = cost.flatten(1).long().gather(-1, order)  # pairs of tokens: whole numbers, beyond what float32 can add up
+    keep = (2 * price.cumsum(-1) - price <= (2 * budget).long().unsqueeze(-1)) & (flat > -torch.inf)
     return torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
 
 

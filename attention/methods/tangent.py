@@ -154,9 +154,9 @@ class Tangent(Method):
         norm = (rows.squeeze(-1) * outputs.square().sum(-1)).sum((1, 2))
         if self.tolerance is not None:
             flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
-            sorted_error = error.flatten(1).double().gather(-1, order)
-            before = sorted_error.sum(-1, keepdim=True) - sorted_error.cumsum(-1) + sorted_error
-            keep = (before > (self.tolerance**2 * norm.double()).unsqueeze(-1)) & (flat > -torch.inf)
+            # Added up from the smallest: what is left of the error when all pairs before this one are computed.
+            before = error.flatten(1).gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+            keep = (before > (self.tolerance**2 * norm).unsqueeze(-1)) & (flat > -torch.inf)
             selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
         else:
             heads = left.shape[1]
