@@ -34,6 +34,7 @@ _PUBLIC = {
     "SVG2": ".attention",
     "Sparge": ".attention",
     "SparseAttention": ".attention",
+    "Tangent": ".attention",
     "VideoLayout": ".attention",
     "accelerate": ".pipelines",
     "attention": ".attention",

@@ -7,7 +7,7 @@ from .engine import SparseAttention
 from .functional import sparse_attention
 from .layout import VideoLayout
 from .merge import merge
-from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, Sparge, resolve_method
+from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, Sparge, Tangent, resolve_method
 from .plan import BlockPlan
 from .records import CallRecord, RunReport
 from .schedule import DenseSchedule, StepInfo
@@ -28,6 +28,7 @@ __all__ = [
     "Sparge",
     "SparseAttention",
     "StepInfo",
+    "Tangent",
     "VideoLayout",
     "merge",
     "resolve_method",

@@ -9,20 +9,39 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class SkippedClusters:
-    """The mean key and the mean value of each key cluster of a `BlockPlan` made from clusters.
+    """A key and a value that stand for each key cluster of a `BlockPlan` made from clusters, where a tile skips it.
 
-    A tile reads the clusters it selects token by token, and each of the others as one key that counts as often as the
-    cluster has tokens: `size * exp(q . mean k)` stands for the sum of `exp(q . k)`. By Jensen's inequality that is
-    never too much; it is exact where the keys of a cluster are equal. (SVG2's selection uses the same estimate;
-    attending to it is what SVG-EAR, July 2026, calls centroid compensation.)
+    A tile reads the clusters it selects token by token, and each of the others as one key. There are two kinds.
+
+    - *One for all tiles*, the mean key and value: `size * exp(q . mean k)` stands for the sum of `exp(q . k)`. By
+      Jensen's inequality that is never too much; it is exact where the keys of a cluster are equal. SVG2's selection
+      uses the same estimate. SVG-EAR (arXiv 2603.08982) attends to it, and chooses the clusters to skip by the error
+      that this leaves, which is the larger half of it; that is not here.
+    - *One for each tile*, with a bias: `exp(bias + scale * q . k)` stands for that sum. `Tangent` sets the first-order
+      expansion of the log of the sum at the tile's mean query.
 
     Args:
-        k_mean, v_mean: `[B, H, C, D]` float32, in the order of the plan's `selection`.
+        key, value: `[B, H, C, D]`, or `[B, H, T, C, D]` for each of the plan's tiles; float32, in the order of the
+            plan's `selection`.
+        bias: `[B, H, T, C]` float32, for the second kind; None for the first, whose bias is the log of the size.
+
+    Raises:
+        ValueError: a bias without tables for each tile, or the other way round.
     """
 
-    k_mean: torch.Tensor
-    v_mean: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.key.ndim == 5) != (self.bias is not None) or self.key.shape != self.value.shape:
+            bias = None if self.bias is None else list(self.bias.shape)
+            raise ValueError(
+                f"SkippedClusters needs key and value [B, H, C, D], or [B, H, T, C, D] with a bias [B, H, T, C], got "
+                f"{list(self.key.shape)}, {list(self.value.shape)} and {bias}."
+            )
 
     def to(self, device: torch.device | str) -> SkippedClusters:
         """The same on another device."""
-        return SkippedClusters(self.k_mean.to(device), self.v_mean.to(device))
+        bias = None if self.bias is None else self.bias.to(device)
+        return SkippedClusters(self.key.to(device), self.value.to(device), bias)

@@ -8,8 +8,9 @@ from .random import RandomBlocks
 from .sparge import Sparge
 from .svg import SVG
 from .svg2 import SVG2
+from .tangent import Tangent
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Radial, SVG, SVG2, Sparge, RandomBlocks)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Radial, SVG, SVG2, Tangent, Sparge, RandomBlocks)}
 
 
 def resolve_method(method: Method | str) -> Method:
@@ -27,4 +28,15 @@ def resolve_method(method: Method | str) -> Method:
     return METHODS[method]()
 
 
-__all__ = ["METHODS", "SVG", "SVG2", "Method", "PlanMemory", "Radial", "RandomBlocks", "Sparge", "resolve_method"]
+__all__ = [
+    "METHODS",
+    "SVG",
+    "SVG2",
+    "Method",
+    "PlanMemory",
+    "Radial",
+    "RandomBlocks",
+    "Sparge",
+    "Tangent",
+    "resolve_method",
+]

@@ -123,3 +123,15 @@ def check_count(owner: str, name: str, value: int, least: int) -> None:
     """Raise a `ValueError` unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.")
+
+
+def cluster_count(owner: str, name: str, asked: int | None, rule: float, tokens: int) -> int:
+    """How many clusters a method makes of `tokens` tokens: as many as were asked for, or as its rule says.
+
+    Raises:
+        OutOfReach: more were asked for than there are tokens.
+    """
+    if asked is not None and asked > tokens:
+        text = f"{owner} {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None."
+        raise OutOfReach(text, name, asked, most=tokens)
+    return asked or min(tokens, max(2, round(rule)))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, check_count, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Sparge(Method):
         """A config whose `topk` computes `density` of all pairs, text included.
 
         Raises:
-            ValueError: a density out of range, or below what text and one key block a query block cost.
+            ValueError: a density out of range. OutOfReach: one below what text and one key block a query block cost.
         """
         check_fraction("Sparge", "density", density, fix="0.3 computes 30 % of the pairs")
         video = (layout.video_tokens / layout.tokens) ** 2
@@ -90,9 +90,12 @@ class Sparge(Method):
         least = 1 - video + video / blocks
         if density < least - 0.5 / blocks:
             what = f"one key block of {method.block[1]} tokens for each query block"
-            raise ValueError(
+            raise OutOfReach(
                 f"Sparge density {density} is below {least:.3f}, which is {what}"
-                f"{' and the text' if layout.text_tokens else ''}: raise density, or use smaller blocks."
+                f"{' and the text' if layout.text_tokens else ''}: raise density, or use smaller blocks.",
+                "density",
+                density,
+                least=least,
             )
         return method
 

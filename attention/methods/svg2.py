@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..kmeans import chain_order, cluster_sizes, kmeans, update
+from ..clusters import Clusters, cluster, plan_with_text
+from ..kmeans import update
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,59 +104,40 @@ class SVG2(Method):
         Raises:
             OutOfReach: more clusters were asked for than there are tokens.
         """
-        counts = []
-        for name, rule in (("q_clusters", max(36, 0.364 * tokens**0.5)), ("k_clusters", 1.8 * tokens**0.5)):
-            asked = getattr(self, name)
-            if asked is not None and asked > tokens:
-                raise OutOfReach(
-                    f"SVG2 {name} is {asked}, but there are only {tokens} video tokens: lower it, or use None.",
-                    name,
-                    asked,
-                    most=tokens,
-                )
-            counts.append(asked or min(tokens, max(2, round(rule))))
-        return counts[0], counts[1]
+        q_clusters = cluster_count("SVG2", "q_clusters", self.q_clusters, max(36, 0.364 * tokens**0.5), tokens)
+        return q_clusters, cluster_count("SVG2", "k_clusters", self.k_clusters, 1.8 * tokens**0.5, tokens)
 
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         q_clusters, k_clusters = self.cluster_counts(layout.video_tokens)
-        q_labels, q_centroids = self._cluster(q, q_clusters, layout, memory.call, "svg2_q")
-        k_labels, k_centroids = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
-        q_sizes, k_sizes = cluster_sizes(q_labels, q_clusters), cluster_sizes(k_labels, k_clusters)
-        mass = cluster_mass(q_centroids, k_centroids, k_sizes)
+        queries = self._cluster(q, q_clusters, layout, memory.call, "svg2_q")
+        keys = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
+        mass = cluster_mass(queries.means, keys.means, keys.sizes)
         if self.density is None:
             top_p: float | torch.Tensor = self.top_p
             forced = int(self.min_ratio * k_clusters)
         else:
-            top_p, forced = _top_p_for(self.density, mass, q_sizes, k_sizes, layout, self.compensate), 1
-        selected = _select(mass, top_p, forced)
-        plan = _with_text(q_labels, k_labels, q_sizes, k_sizes, selected, layout)
+            top_p, forced = _top_p_for(self.density, mass, queries.sizes, keys.sizes, layout, self.compensate), 1
+        plan = plan_with_text(queries, keys, _select(mass, top_p, forced), layout)
         if self.compensate:
-            v_means = update(v[:, :, layout.video].float(), k_labels, torch.zeros_like(k_centroids))
+            v_means = update(v[:, :, layout.video].float(), keys.labels, torch.zeros_like(keys.means))
             text = (0, 0, 0, int(layout.text_tokens > 0))  # the text's own cluster, which is never skipped
-            plan = replace(plan, skipped=SkippedClusters(*(F.pad(x, text) for x in (k_centroids, v_means))))
+            plan = replace(plan, skipped=SkippedClusters(*(F.pad(x, text) for x in (keys.means, v_means))))
         deciles = torch.linspace(0, 1, 11, device=q.device)
         return plan.with_details(
-            q_cluster_sizes=torch.quantile(q_sizes.float().flatten(), deciles),
-            k_cluster_sizes=torch.quantile(k_sizes.float().flatten(), deciles),
+            q_cluster_sizes=torch.quantile(queries.sizes.float().flatten(), deciles),
+            k_cluster_sizes=torch.quantile(keys.sizes.float().flatten(), deciles),
             top_p=top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p,
         )
 
-    def _cluster(
-        self, x: torch.Tensor, clusters: int, layout: VideoLayout, memory: dict, key: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels `[B, H, video tokens]` and centroids, from those of the last step where there are any."""
+    def _cluster(self, x: torch.Tensor, count: int, layout: VideoLayout, memory: dict, key: str) -> Clusters:
+        """Clusters of the video tokens, from those of the last step where there are any."""
         start = memory.get(key)
         iterations = self.init_iterations if start is None else self.step_iterations
-        labels, centroids = kmeans(x[:, :, layout.video], clusters, iterations, start)
-        if start is None:
-            # Later steps start from these centroids, so they keep this order at no cost.
-            order = chain_order(centroids)
-            centroids = centroids.gather(2, order.unsqueeze(-1).expand(centroids.shape))
-            labels = order.argsort(-1).gather(-1, labels)
-        memory[key] = centroids
-        return labels, centroids
+        clusters = cluster(x[:, :, layout.video], count, iterations, start)
+        memory[key] = clusters.means
+        return clusters
 
 
 def select_clusters(
@@ -224,25 +206,3 @@ def _top_p_for(
     last = (total < wanted).sum(-1, keepdim=True).clamp(max=total.shape[-1] - 1)
     passed = thresholds.gather(-1, last)
     return torch.nextafter(passed, torch.full_like(passed, torch.inf)).view(-1, 1, 1, 1)
-
-
-def _with_text(
-    q_labels: torch.Tensor,
-    k_labels: torch.Tensor,
-    q_sizes: torch.Tensor,
-    k_sizes: torch.Tensor,
-    selected: torch.Tensor,
-    layout: VideoLayout,
-) -> BlockPlan:
-    """The plan of a selection, with the text tokens as one more cluster that is read by all and reads all."""
-    orders = []
-    for labels in (q_labels, k_labels):
-        order = labels.argsort(stable=True, dim=-1) + layout.text_before
-        text = layout.video_last_order(labels.device)[: layout.text_tokens]
-        orders.append(torch.cat([order, text.expand(*order.shape[:2], -1)], -1))
-    if layout.text_tokens:
-        lead = q_sizes.shape[:2]
-        text_size = q_sizes.new_full((*lead, 1), layout.text_tokens)
-        q_sizes, k_sizes = torch.cat([q_sizes, text_size], -1), torch.cat([k_sizes, text_size], -1)
-        selected = F.pad(selected, (0, 1, 0, 1), value=True)
-    return BlockPlan.from_clusters(q_sizes, k_sizes, selected, *orders)

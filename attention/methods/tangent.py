@@ -1,0 +1,201 @@
+"""Tangent: what is skipped enters by its tangent, and pairs are computed where they change the output most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ..clusters import Clusters, Probe, cluster, plan_with_text, probe, renewed, spend, variances
+from ..kmeans import cluster_sizes
+from ..layout import VideoLayout
+from ..plan import BlockPlan
+from ..schedule import DenseSchedule
+from ..skipped import SkippedClusters
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tangent(Method):
+    """Clusters as in SVG2, a first-order stand-in for each cluster that is skipped, and a budget spent on output error.
+
+    The centroid of each query cluster is held against every key (the *probe*): what it sees of a key cluster is the
+    log of that cluster's softmax mass, and the mean key and value weighted by that softmax. A cluster that is skipped
+    enters each query's softmax as one pair, with the score `log mass + scale * (q - centroid) . key`: the first-order
+    expansion of the log of the mass at the centroid. Log-sum-exp is convex, so the stand-in never claims more than the
+    true mass, and it is exact at the centroid. What the expansion leaves is of second order; for each pair of clusters
+    it is estimated from the variances of both, and the pairs that leave most per key computed are computed, under one
+    threshold over all heads and rows of a layer. Text tokens stay outside: they read and are read by everything.
+
+    Args:
+        density: pairs computed over all pairs, stand-ins and text included, the mean over heads, in (0, 1]. The probe
+            is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning.
+        tolerance: instead: pairs are taken until the estimated error of the output, relative to the output, is below
+            this, in (0, 1]. Density then follows the content.
+        q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 4 times the query
+            clusters in sequences that are long enough for their probe.
+        recluster_every: k-means runs at every so many steps, and in between the labels stay and the means are renewed.
+        init_iterations, step_iterations: of k-means at the first sparse step of a run, and at later ones.
+        schedule: dense steps and layers; 20 % of the steps.
+
+    Raises:
+        ValueError: `density` and `tolerance` together or neither, or a value out of its bounds.
+    """
+
+    name: ClassVar[str] = "tangent"
+    summary: ClassVar[str] = "key clusters that change the output most, and the tangent of the others"
+    good_for: ClassVar[str] = "low densities: nearest to the dense output of one call at every density"
+    costs: ClassVar[str] = "a probe of the query clusters at every call, k-means at every other step"
+    source: ClassVar[str] = "this project"
+
+    density: float | None = None
+    tolerance: float | None = None
+    q_clusters: int | None = None
+    k_clusters: int | None = None
+    recluster_every: int = 2
+    init_iterations: int = 10
+    step_iterations: int = 1
+    schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.2))
+
+    def __post_init__(self) -> None:
+        if self.density is None and self.tolerance is None:
+            object.__setattr__(self, "density", 0.2)
+        if self.density is not None and self.tolerance is not None:
+            raise ValueError(
+                f"Tangent has density {self.density} and tolerance {self.tolerance}: give one; the other follows."
+            )
+        if self.density is not None:
+            check_fraction("Tangent", "density", self.density, fix="0.2 computes 20 % of the pairs")
+        if self.tolerance is not None:
+            check_fraction("Tangent", "tolerance", self.tolerance, fix="0.02 is an error of 2 % of the output")
+        for name in ("q_clusters", "k_clusters"):
+            if getattr(self, name) is not None:
+                check_count("Tangent", name, getattr(self, name), 1)
+        for name in ("recluster_every", "init_iterations", "step_iterations"):
+            check_count("Tangent", name, getattr(self, name), 1)
+
+    def check(self, layout: VideoLayout) -> None:
+        least = self._least(layout)
+        if self.density is not None and self.density < least:
+            raise OutOfReach(
+                f"Tangent density is {self.density}, but one stand-in a key cluster"
+                f"{' and the text' if layout.text_tokens else ''} make {least:.3f} of the pairs: raise density, or "
+                "lower k_clusters.",
+                "density",
+                self.density,
+                least=least,
+                eased_by=("k_clusters",),
+            )
+
+    def _least(self, layout: VideoLayout) -> float:
+        stand_ins = layout.video_tokens * self.cluster_counts(layout.video_tokens)[1]
+        return (layout.tokens**2 - layout.video_tokens**2 + stand_ins) / layout.tokens**2
+
+    def expected_density(self, layout: VideoLayout) -> float | None:
+        return self.density
+
+    def cluster_counts(self, tokens: int) -> tuple[int, int]:
+        """Clusters of queries and of keys for a number of video tokens.
+
+        Raises:
+            OutOfReach: more clusters were asked for than there are tokens.
+        """
+        few = max(36, 0.364 * tokens**0.5)
+        many = max(few, min(4 * few, tokens / 64))
+        q_clusters = cluster_count("Tangent", "q_clusters", self.q_clusters, many, tokens)
+        return q_clusters, cluster_count("Tangent", "k_clusters", self.k_clusters, 1.8 * tokens**0.5, tokens)
+
+    def plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
+    ) -> BlockPlan:
+        scale = q.shape[-1] ** -0.5
+        q, k, v = (x[:, :, layout.video] for x in (q, k, v))
+        calls = memory.call.get("tangent_calls", 0)
+        memory.call["tangent_calls"] = calls + 1
+        queries, keys = (
+            self._clusters(x, count, memory.call, name, anew=calls % self.recluster_every == 0)
+            for x, count, name in zip((q, k), self.cluster_counts(layout.video_tokens), ("q", "k"), strict=True)
+        )
+        seen = probe(queries.means, k, v, keys, scale)
+        left, outputs = remaining_error(q, k, v, queries, keys, seen, scale)
+        selected, predicted = self._spend(left, outputs, queries, keys, layout)
+        bias = seen.log_mass - scale * (queries.means.unsqueeze(3) * seen.key).sum(-1)
+        plan = plan_with_text(queries, keys, selected, layout)
+        text = int(layout.text_tokens > 0)  # a tile and a cluster of its own, which skips nothing and is never skipped
+        key, value = (F.pad(x, (0, 0, 0, text, 0, text)) for x in (seen.key, seen.value))
+        skipped = SkippedClusters(key, value, F.pad(bias.nan_to_num(neginf=0.0), (0, text, 0, text)))
+        return replace(plan, skipped=skipped).with_details(predicted_error=predicted)
+
+    def _clusters(self, x: torch.Tensor, count: int, memory: dict[str, Any], name: str, anew: bool) -> Clusters:
+        """Clusters for this call; what is kept of them is small: 16-bit labels, and the means."""
+        kept = memory.get(f"tangent_{name}")
+        if kept is not None and not anew:
+            labels = kept[0].long()
+            clusters = renewed(x, Clusters(labels, cluster_sizes(labels, count), kept[1]))
+        else:
+            iterations = self.init_iterations if kept is None else self.step_iterations
+            clusters = cluster(x, count, iterations, None if kept is None else kept[1])
+            # The means that labels belong to are those before the last update of k-means.
+            clusters = renewed(x, clusters)
+        memory[f"tangent_{name}"] = (clusters.labels.short() if count < 2**15 else clusters.labels, clusters.means)
+        return clusters
+
+    def _spend(
+        self, left: torch.Tensor, outputs: torch.Tensor, queries: Clusters, keys: Clusters, layout: VideoLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pairs of clusters to compute, and the estimated relative error of what is left, `[B]`."""
+        rows = queries.sizes.float().unsqueeze(-1)
+        more = (keys.sizes - 1).clamp(min=0).float().unsqueeze(-2)  # keys beyond the stand-in
+        cost = rows * more
+        error = rows * left
+        rank = (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
+        norm = (rows.squeeze(-1) * outputs.square().sum(-1)).sum((1, 2))
+        if self.tolerance is not None:
+            flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
+            # Added up from the smallest: what is left of the error when all pairs before this one are computed.
+            before = error.flatten(1).gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+            keep = (before > (self.tolerance**2 * norm).unsqueeze(-1)) & (flat > -torch.inf)
+            selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
+        else:
+            heads = left.shape[1]
+            text = layout.tokens**2 - layout.video_tokens**2
+            stand_ins = layout.video_tokens * (keys.sizes > 0).sum(-1).float().sum(-1)
+            budget = heads * (self.density * layout.tokens**2 - text) - stand_ins
+            selected = spend(rank, cost, budget)
+        remaining = (error * ~selected).sum((1, 2, 3))
+        return selected, (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+
+
+def remaining_error(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: Clusters,
+    keys: Clusters,
+    seen: Probe,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squared error of a query's output that the tangent of each skipped cluster leaves, as estimated.
+
+    With `s2` the variance of the score over both clusters, the expansion misses the covariance of weights and values
+    within the cluster, `s2 * var(v)`, and the curvature of the mass, `s2 ** 2 / 4 * |value - output| ** 2`, both times
+    the squared mass. Variances are taken in the axes of the key covariance, where their products say most.
+
+    Returns:
+        `([B, H, Cq, Ck], outputs of the centroids [B, H, Cq, D])`.
+    """
+    wide = k.float()
+    centred = wide - wide.mean(2, keepdim=True)
+    axes = torch.linalg.eigh(centred.transpose(-1, -2) @ centred)[1]
+    turned = [clusters._replace(means=clusters.means @ axes) for clusters in (queries, keys)]
+    q_var, k_var = (variances(x.float() @ axes, c) for x, c in zip((q, k), turned, strict=True))
+    spread = q_var @ k_var.transpose(-1, -2) * scale**2
+    v_means = torch.zeros_like(keys.means)
+    of_values = renewed(v, keys._replace(means=v_means))
+    v_var = variances(v.float(), of_values).sum(-1).unsqueeze(-2)
+    mass = seen.log_mass.softmax(-1)
+    outputs = torch.einsum("bhij,bhijd->bhid", mass, seen.value)
+    away = (seen.value - outputs.unsqueeze(3)).square().sum(-1)
+    return mass.square() * (spread * v_var + 0.25 * spread.square() * away), outputs

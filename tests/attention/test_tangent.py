@@ -1,0 +1,217 @@
+"""Tangent: its definition written out in float64, its budget, what it promises, and that it beats what it replaces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vidaccel import METHODS, SVG2, Tangent, VideoLayout, sparse_attention
+from vidaccel.attention import PlanMemory
+from vidaccel.attention.clusters import Clusters, probe
+from vidaccel.attention.kmeans import cluster_sizes, update
+
+LAYOUT = VideoLayout(4, 7, 6)
+WITH_TEXT = VideoLayout(4, 7, 6, text_before=3, text_after=5)
+FEW = {"q_clusters": 6, "k_clusters": 12, "init_iterations": 4}
+
+
+def clustered(layout: VideoLayout, spread: float = 0.5, seed: int = 0, dim: int = 16) -> list[torch.Tensor]:
+    """q, k, v `[2, 2, N, D]` around a few centres, values that go with the keys."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 2, layout.tokens)
+    centres = torch.randn(10, dim, generator=generator) * 1.5
+    picks = torch.randint(0, 10, shape, generator=generator)
+    noise = torch.randn(3, *shape, dim, generator=generator)
+    values = torch.randn(10, dim, generator=generator)[picks.flip(2)]
+    return [centres[picks] + spread * noise[0], centres[picks.flip(2)] + spread * noise[1], values + spread * noise[2]]
+
+
+def plan_of(q, k, v, layout, **settings):
+    return Tangent(**{**FEW, **settings}).plan(q, k, v, layout, PlanMemory())
+
+
+def written_out(q, k, v, plan, layout) -> torch.Tensor:
+    """The definition in float64, query by query: what is read is itself, and each skipped cluster is its tangent."""
+    q, k, v = q.double(), k.double(), v.double()
+    scale = q.shape[-1] ** -0.5
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            selected, sizes = (x[b, h] for x in plan.selection)
+            clusters = plan.kv_order[b, h].split(sizes.tolist())
+            tiles = plan.q_order[b, h].split(plan.tile_len[b, h].tolist())
+            for tile, queries in enumerate(tiles):
+                centroid = q[b, h, queries].mean(0)
+                for query in queries.tolist():
+                    scores, values = [], []
+                    for j, keys in enumerate(clusters):
+                        if selected[tile, j]:
+                            scores.append(k[b, h, keys] @ q[b, h, query] * scale)
+                            values.append(v[b, h, keys])
+                        elif len(keys):
+                            seen = k[b, h, keys] @ centroid * scale
+                            weights = seen.softmax(0)
+                            key, value = weights @ k[b, h, keys], weights @ v[b, h, keys]
+                            scores.append((seen.logsumexp(0) + (q[b, h, query] - centroid) @ key * scale)[None])
+                            values.append(value[None])
+                    out[b, h, query] = torch.cat(scores).softmax(0) @ torch.cat(values)
+    return out
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_equals_its_definition(layout, backend):
+    q, k, v = clustered(layout)
+    plan = plan_of(q, k, v, layout, density=0.4).validate()
+    out = sparse_attention(q, k, v, plan, backend=backend)
+    torch.testing.assert_close(out.double(), written_out(q, k, v, plan, layout), atol=5e-6, rtol=5e-6)
+
+
+def test_the_probe_with_clusters_of_any_size():
+    """One giant cluster, small ones, an empty one, and scores that would overflow."""
+    torch.manual_seed(1)
+    k, v = torch.randn(2, 1, 2, 150, 8)
+    k = k * 40
+    labels = torch.full((1, 2, 150), 3)
+    labels[..., :5], labels[..., 5:6] = 0, 1  # cluster 2 has none
+    keys = Clusters(labels, cluster_sizes(labels, 4), update(k, labels, torch.zeros(1, 2, 4, 8)))
+    centroids = torch.randn(1, 2, 3, 8)
+    seen = probe(centroids, k, v, keys, scale=1.0)
+    for j in range(4):
+        members = labels[0, 0] == j
+        scores = centroids.double() @ k[:, :, members].double().transpose(-1, -2)
+        if not members.any():
+            assert (seen.log_mass[..., j] == -torch.inf).all() and not seen.key[:, :, :, j].any()
+            continue
+        torch.testing.assert_close(seen.log_mass[..., j].double(), scores.logsumexp(-1), atol=1e-3, rtol=1e-5)
+        weights = scores.softmax(-1)
+        for table, x in ((seen.key, k), (seen.value, v)):
+            expected = weights @ x[:, :, members].double()
+            torch.testing.assert_close(table[:, :, :, j].double(), expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
+@pytest.mark.parametrize("density", [0.3, 0.55, 0.8])
+def test_the_budget_is_met_to_a_pair_of_clusters(layout, density):
+    """Stand-ins and text are in it, and it is spent over all heads of a batch entry together."""
+    plan = plan_of(*clustered(layout), layout, density=density)
+    per_entry = plan.pairs().double().mean(1) / layout.tokens**2
+    largest = (plan.tile_len.max() * plan.selection[1].max()).item() / layout.tokens**2
+    assert (per_entry - density).abs().max() <= largest / 2
+    assert (plan.pairs()[:, 0] != plan.pairs()[:, 1]).any()  # a head that needs more gets more
+
+
+def test_an_entry_does_not_depend_on_its_neighbours_in_the_batch():
+    q, k, v = clustered(LAYOUT)
+    both = plan_of(q, k, v, LAYOUT, density=0.4)
+    alone = plan_of(q[1:], k[1:], v[1:], LAYOUT, density=0.4)
+    assert torch.equal(both.selection[0][1:], alone.selection[0])
+
+
+def test_all_pairs_are_dense_attention_and_equal_keys_are_exact_at_any_density():
+    q, k, v = clustered(LAYOUT)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(sparse_attention(q, k, v, plan_of(q, k, v, LAYOUT, density=1.0)), dense)
+    # Twelve different tokens: every cluster holds copies of one.
+    picks = torch.arange(LAYOUT.tokens) % 12
+    q, k, v = (x[:, :, picks] for x in (q, k, v))
+    plan = plan_of(q, k, v, LAYOUT, density=0.25, q_clusters=12)
+    assert plan.density() < 0.3
+    torch.testing.assert_close(
+        sparse_attention(q, k, v, plan), F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_stand_in_never_claims_more_than_the_true_mass():
+    q, k, v = clustered(LAYOUT, spread=1.0)
+    plan = plan_of(q, k, v, LAYOUT, density=0.35)
+    _, lse = sparse_attention(q, k, v, plan, return_lse=True)
+    true = (q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5).logsumexp(-1)
+    assert (lse.double() - true).max() < 1e-5
+    assert (lse.double() - true).mean() > -0.2
+
+
+@pytest.mark.parametrize("density", [0.2, 0.35])
+def test_it_is_nearer_to_dense_than_svg2_at_equal_density(density):
+    layout = VideoLayout(8, 8, 8)
+    q, k, v = clustered(layout, spread=0.8, dim=32)
+    dense = F.scaled_dot_product_attention(q, k, v)
+
+    def error(method) -> float:
+        plan = method.plan(q, k, v, layout, PlanMemory())
+        assert plan.density() == pytest.approx(density, abs=0.01)
+        return float((sparse_attention(q, k, v, plan) - dense).norm() / dense.norm())
+
+    ours = error(Tangent(density=density))
+    assert ours < 0.6 * error(SVG2(density=density, compensate=True)) and ours < 0.6 * error(SVG2(density=density))
+
+
+def test_a_tolerance_is_what_the_estimate_comes_to_and_near_the_true_error():
+    q, k, v = clustered(LAYOUT, spread=0.8)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    densities = []
+    for tolerance in (0.3, 0.1, 0.03):
+        plan = plan_of(q, k, v, LAYOUT, tolerance=tolerance)
+        predicted = plan.details["predicted_error"]
+        assert predicted.shape == (2,) and (predicted <= tolerance).all()
+        true = (sparse_attention(q, k, v, plan) - dense).norm() / dense.norm()
+        assert true < 3 * tolerance  # an estimate, not a bound: of second order, and variances of clusters
+        densities.append(plan.density())
+    assert densities == sorted(densities) and densities[0] < densities[-1]
+
+
+def test_labels_stay_between_two_clusterings_and_means_follow_the_tokens():
+    q, k, v = clustered(LAYOUT)
+    memory = PlanMemory()
+    method = Tangent(**FEW, density=0.4, recluster_every=2)
+    kept = []
+    for _ in range(3):
+        method.plan(q, k, v, LAYOUT, memory)
+        kept.append([x.clone() for x in memory.call["tangent_k"]])
+        k = k.flip(2)  # another step, with other tokens
+    assert torch.equal(kept[0][0], kept[1][0]) and not torch.equal(kept[0][0], kept[2][0])
+    assert not torch.equal(kept[0][1], kept[1][1])
+    assert kept[0][0].dtype == torch.int16  # 40 layers of them are kept
+
+
+def test_it_plans_without_reading_anything_on_the_host():
+    layout = VideoLayout(3, 4, 5, text_before=2, text_after=3)
+    q, k, v = (torch.empty(2, 3, layout.tokens, 16, device="meta", dtype=torch.bfloat16) for _ in range(3))
+    for settings in ({"density": 0.8}, {"tolerance": 0.1}):
+        memory = PlanMemory()
+        for _ in range(3):
+            plan = Tangent(q_clusters=5, k_clusters=9, init_iterations=3, **settings).plan(q, k, v, layout, memory)
+        assert plan.device.type == "meta" and plan.skipped.bias.shape == (2, 3, 6, 10)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(75_600, (400, 495)), (8448, (132, 165)), (576, (36, 43)), (2, (2, 2))]
+)
+def test_cluster_counts_scale_with_the_sequence(tokens, expected):
+    assert Tangent().cluster_counts(tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"density": 0.2, "tolerance": 0.1}, r"density 0\.2 and tolerance 0\.1: give one"),
+        ({"density": 0.0}, "density is 0.0: it must be above 0"),
+        ({"tolerance": 2.0}, "tolerance is 2.0: it must be above 0 and at most 1"),
+        ({"k_clusters": 0}, "k_clusters is 0"),
+        ({"recluster_every": 0}, "recluster_every is 0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Tangent(**settings)
+
+
+def test_what_a_layout_does_not_allow():
+    assert METHODS["tangent"] is Tangent and Tangent().density == 0.2
+    with pytest.raises(ValueError, match=r"density is 0\.05, but one stand-in a key cluster make 0\.071 of the pairs"):
+        Tangent(density=0.05, k_clusters=12).check(LAYOUT)
+    with pytest.raises(ValueError, match="and the text make"):
+        Tangent(density=0.1, k_clusters=12).check(WITH_TEXT)
+    with pytest.raises(ValueError, match="q_clusters is 1000, but there are only 168 video tokens"):
+        Tangent(q_clusters=1000).check(LAYOUT)
