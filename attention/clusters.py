@@ -89,26 +89,26 @@ def probe(q_means: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Cluster
     for start in range(0, batch * heads, heads_at_once):
         some = slice(start, start + heads_at_once)
         tables = (x[some] for x in (q_means * scale, k, v, first, length, owner))
-        parts.append(_probe_heads(*tables, clusters=keys.sizes.shape[-1]))
+        parts.append(_probe_heads(keys.sizes.shape[-1], *tables))
     log_mass, key, value = (torch.cat(x).unflatten(0, (batch, heads)) for x in zip(*parts, strict=True))
     return Probe(log_mass, key, value)
 
 
 def _probe_heads(
+    clusters: int,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     first: torch.Tensor,
     length: torch.Tensor,
     owner: torch.Tensor,
-    clusters: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Some heads. Each piece of a cluster has its own maximum, so that nothing overflows.
 
     Args:
+        clusters: Ck.
         q: `[G, Cq, D]` scaled. k, v: `[G, N, D]`, sorted by cluster.
         first, length, owner: `[G, P]`, pieces of clusters.
-        clusters: Ck.
     """
     group, tokens, dim = k.shape
     offsets = torch.arange(PIECE, device=k.device)

@@ -29,7 +29,7 @@ def generate_command(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, sparge, svg, svg2 (see `vidaccel methods`); repeatable. "
+            help="dense, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
             "(default: svg2 for a video of at least 8192 tokens, otherwise dense; with --compare: svg2, radial, svg)"
         ),
     ] = None,
