@@ -84,7 +84,7 @@ def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
     command += ["--dynamo_backend", "no", "--mixed_precision", "no", "--num_processes", "2"]
     command += ["--main_process_port", str(port), str(SCRIPT), str(folder / "jobs.json")]
     environment = {**os.environ, "PYTHONPATH": str(folder / "path"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

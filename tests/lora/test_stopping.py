@@ -193,7 +193,7 @@ def test_two_processes_leave_what_takes_long_together(launch, tmp_path, mode):
     launcher = launch(mode)
     read_until(launcher, "process 0 takes long", "process 1 takes long")
     launcher.send_signal(signal.SIGINT)
-    said, _ = launcher.communicate(timeout=300)
+    said, _ = launcher.communicate(timeout=1800)
     assert "stopped after step 1 of phase first; continue with --resume latest." in said, said
     assert said.count("the run ends after this micro-batch, and what was trained is saved") == 2
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
@@ -206,7 +206,7 @@ def test_two_processes_end_while_one_encodes_and_the_other_waits(launch, tmp_pat
     launcher = launch("encode")
     read_until(launcher, "process 0 encodes", "process 1 waits")
     launcher.terminate()
-    said, _ = launcher.communicate(timeout=300)
+    said, _ = launcher.communicate(timeout=1800)
     assert said.count("stopped while the phase first was prepared; nothing was trained yet") == 2, said
     assert "SIGKILL" not in said and "checkpoint" not in said, said
     assert not (tmp_path / "run" / "checkpoints").exists()
