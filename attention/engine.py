@@ -254,7 +254,8 @@ class SparseAttention:
         key = (layer, tuple(q.shape))
         if key in self._grad_plans:
             return self._grad_plans[key]
-        with torch.no_grad():
+        # Under autocast, products would lose the float32 that methods compute in.
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             plan = self.method.plan(q, k, v, self.layout, self._memory(q, layer))
         if torch.is_grad_enabled():
             self._grad_plans[key] = plan

@@ -62,13 +62,16 @@ def attend(
     return_lse: bool = False,
     precision: Precision = AS_INPUTS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `Backend.attend` computes, merged with the means of the skipped clusters if the plan has them."""
+    """What `Backend.attend` computes, merged with what stands for the skipped clusters if the plan has it."""
     with_lse = return_lse or plan.skipped is not None
     if precision == AS_INPUTS:
         result = backend.attend(q, k, v, plan, scale, with_lse)
     else:
         result = backend.attend_quantized(q, k, v, plan, scale, with_lse, precision)
-    return result if plan.skipped is None else merge(*result, *attend_skipped(q, plan, scale))
+    if plan.skipped is None:
+        return result
+    with torch.autocast(q.device.type, enabled=False):  # stand-ins are float32
+        return merge(*result, *attend_skipped(q, plan, scale))
 
 
 def choose_backend(

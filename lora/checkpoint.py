@@ -261,7 +261,11 @@ def replaced(target: Path) -> Iterator[Path]:
             old = target.with_name(f".{target.name}.old.part")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
-            os.replace(draft, target)
+            try:
+                os.replace(draft, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(draft, target)

@@ -133,7 +133,8 @@ class Sparge(Method):
         weights = scores.masked_fill(~k_alike.unsqueeze(-2), -torch.inf).softmax(-1).nan_to_num(0.0)
         ordered, ranking = weights.sort(dim=-1, descending=True, stable=True)
         if self.cdf is not None:
-            keep = ordered.cumsum(-1) <= self.cdf
+            # A sum of all weights may round to just above 1.
+            keep = (ordered.cumsum(-1) <= self.cdf) | (self.cdf == 1.0)
         else:
             keep = torch.zeros_like(ordered, dtype=torch.bool)
             keep[..., : int(self.topk * ordered.shape[-1])] = True

@@ -39,6 +39,18 @@ def test_a_call_is_sparse_attention_from_the_methods_plan(name):
     assert record.plan_seconds > 0 and record.attention_seconds > 0
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast_changes_nothing_of_what_is_planned(name):
+    q, k, v = (x.bfloat16() for x in tokens())
+    outs = []
+    for enabled in (False, True):
+        engine = make(name)
+        engine.enter(StepInfo(num_steps=4), LAYOUT)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outs.append(engine(q, k, v, 0))
+    torch.testing.assert_close(outs[1], outs[0], rtol=0.02, atol=0.02)
+
+
 def test_dense_calls_are_dense_and_recorded_with_the_reason():
     q, k, v = tokens()
     engine = make(schedule=DenseSchedule(first_steps=1, first_layers=1))

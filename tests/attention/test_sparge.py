@@ -121,3 +121,10 @@ def test_a_density_that_cannot_be():
         Sparge.for_density(VideoLayout(4, 8, 8), 0.01)
     with pytest.raises(ValueError, match="and the text"):
         Sparge.for_density(VideoLayout(16, 8, 8, text_after=300), 0.2)
+
+
+def test_all_of_the_mass_is_all_blocks():
+    layout = VideoLayout(8, 12, 16)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 4, layout.tokens, 32)
+    assert Sparge(cdf=1.0, block=(16, 8)).block_mask(q, k).all()
