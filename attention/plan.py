@@ -34,7 +34,7 @@ class BlockPlan:
         is_dense: known, without a look at the runs, to cover every pair.
         selection: `(selected [Bp, Hp, T, C] bool, sizes [Bp, Hp, C])` when the runs were made from key clusters: the
             same fact in a form that some backends want. None for other plans.
-        skipped: the means of those clusters, when what a tile skips shall enter through them (`attention/skipped.py`).
+        skipped: what stands for those clusters, when what a tile skips shall enter through it (`attention/skipped.py`).
             A backend does not see it: `sparse_attention` and the engine merge that part with the backend's.
         details: facts for a report (head kinds, cluster sizes), never read by a backend.
 
@@ -188,7 +188,7 @@ class BlockPlan:
         return self.block is None and self.run_start.shape[-1] > FEW_RUNS
 
     def pairs(self) -> torch.Tensor:
-        """Query-key pairs computed, `[Bp, Hp]` int64; a mean key of a skipped cluster counts as one key."""
+        """Query-key pairs computed, `[Bp, Hp]` int64; what stands for a skipped cluster counts as one key."""
         keys = self.run_len.sum(-1)
         if self.skipped is not None:
             selected, sizes = self.selection

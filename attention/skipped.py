@@ -1,4 +1,4 @@
-"""What stands for the keys that a plan skips: one key and one value per cluster."""
+"""What stands for the keys that a plan skips: a key and a value per cluster, or per tile and cluster."""
 
 from __future__ import annotations
 

@@ -14,6 +14,9 @@ from .video import write_mp4
 if TYPE_CHECKING:
     from ..attention.records import RunReport
 
+MIN_COMPARED = 11
+"""Pixels of the smallest side that can be compared: the size of SSIM's window."""
+
 
 @dataclass(frozen=True, eq=False)
 class GeneratedVideo:
@@ -142,8 +145,9 @@ def compare(reference: np.ndarray, other: np.ndarray) -> FrameMetrics:
 
     if reference.shape != other.shape:
         raise ValueError(f"videos to compare must have one shape, got {reference.shape} and {other.shape}.")
-    if min(reference.shape[1:3]) < 11:
-        raise ValueError(f"SSIM needs frames of at least 11x11 pixels, got {reference.shape[2]}x{reference.shape[1]}.")
+    if min(reference.shape[1:3]) < MIN_COMPARED:
+        got = f"{reference.shape[2]}x{reference.shape[1]}"
+        raise ValueError(f"SSIM needs frames of at least {MIN_COMPARED}x{MIN_COMPARED} pixels, got {got}.")
     # float64 is best for SSIM, whose variances cancel, but 30 times slower on a CPU; float32 is good to 4 decimals.
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.float64) if cuda else ("cpu", torch.float32)

@@ -59,9 +59,9 @@ def refuse_given(given: Mapping[str, bool], reason: str, instead: str = "") -> N
     """
     useless = [field for field, is_given in given.items() if is_given]
     if useless:
-        one = len(useless) == 1
-        fix = f"{'eave' if not instead else ' leave'} {'it' if one else 'them'} out."
-        raise BadInput(useless, f"{'is' if one else 'are'} {reason}", f"{f'{instead}, or' if instead else 'L'}{fix}")
+        are, them = ("is", "it") if len(useless) == 1 else ("are", "them")
+        fix = f"{instead}, or leave {them} out." if instead else f"Leave {them} out."
+        raise BadInput(useless, f"{are} {reason}", fix)
 
 
 def _rebuilt(state: dict) -> BadInput:

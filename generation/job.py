@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .machine import check_runs, choose_device, choose_dtype
 from .methods import DENSE, build_method, check_names, check_sparse_only, choose_names
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
-from .request import MIN_COMPARED, Settings
+from .request import Settings
 
 if TYPE_CHECKING:
     import torch

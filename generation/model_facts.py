@@ -157,6 +157,7 @@ def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
     Raises:
         BadInput: it is of a class that cannot be accelerated.
     """
+    from ..pipelines.acceleration.families import unwrap
 
     location = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
     name = next((demo for demo in DEMOS if location == _locate(demo)), location)
@@ -164,8 +165,7 @@ def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
     def read(file: str) -> dict[str, Any] | None:
         if file == DEFAULTS_FILE:
             return folder_reader(Path(location))(file)
-        part = getattr(pipe, file.partition("/")[0], None)
-        part = getattr(part, "_orig_mod", part)  # what torch.compile wrapped
+        part = unwrap(getattr(pipe, file.partition("/")[0], None))
         config = getattr(part, "config", None)
         return None if config is None else {"_class_name": type(part).__name__, **config}
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from .model_facts import ModelFacts
 
 MAX_SEED = 2**63 - 1
-MIN_COMPARED = 11
-"""Pixels of the smallest side that can be compared: the size of SSIM's window."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,15 @@ class Settings:
                 unreadable.
         """
         self._check_inputs(model)
+        # Read once: the runs get what is read here.
+        first, last = (open_picture(field, getattr(self, field)) for field in ("image", "last_image"))
+        read = replace(self, image=first, last_image=last)
         if self.video is not None:
-            return self._for_video(model).sized(model)
-        return self.sized(model)
+            read = read._for_video(model)
+        return read.sized(model)
 
     def _check_inputs(self, model: ModelFacts) -> None:
-        """Pictures and videos are there where the model needs them, nowhere else, and can be read."""
+        """Pictures and videos are there where the model needs them, and nowhere else."""
         kind = model.pipeline_class
         inputs = {  # field -> needed, taken, what it is
             "image": (model.needs_image, model.needs_image, "picture to start from"),
@@ -98,8 +99,6 @@ class Settings:
                 raise BadInput(field, f"is of no use: this {kind} takes no {what}", "Leave it out.")
         if self.strength is not None and self.video is None:
             raise BadInput("strength", f"is of use only with {mention('video')}", "Leave it out.")
-        for field in ("image", "last_image"):
-            open_picture(field, getattr(self, field))
 
     def _for_video(self, model: ModelFacts) -> Settings:
         """As many frames as the input video has and the model makes, where none are given."""
@@ -109,7 +108,6 @@ class Settings:
             raise BadInput(
                 "frames", f"the input video has {len(frames)}", "Give fewer, or a longer video.", value=self.frames
             )
-        # Read once: the run gets the frames.
         return replace(self, video=frames, frames=count if self.frames is None else self.frames)
 
     def sized(self, model: ModelFacts) -> Settings:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
-from .report import GeneratedVideo
 from .request import Settings, pipeline_inputs
 
 if TYPE_CHECKING:

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..generation.video import staged
+
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
@@ -229,16 +231,12 @@ def save_text(text: str, path: Path) -> None:
 @contextmanager
 def _replaced_file(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its name when the block succeeds and vanishes otherwise."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        os.replace(draft, path)
+        with staged(path) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
         raise NotWritten(path, error) from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class PhaseRun:
         """
         if self.state.validation_due:
             self._validate()
-            if self._asked_to_stop():
+            if self.process.asked_to_stop():
                 self._stop(random_state())
         if not self._done():
             self._steps()
@@ -187,7 +187,7 @@ class PhaseRun:
                 away = time.perf_counter()
                 if last or (loop.validate_every and state.step % loop.validate_every == 0):
                     self._validate()
-                if self._asked_to_stop():
+                if self.process.asked_to_stop():
                     self._stop(random_state(), step_values["loss"])
                 if last or state.step % loop.save_every == 0:
                     self._check_finite(step_values["loss"])
@@ -222,9 +222,6 @@ class PhaseRun:
         if self.state.ema is not None and not self.accelerator.optimizer_step_was_skipped:
             self.state.ema.update()
         return means
-
-    def _asked_to_stop(self) -> bool:
-        return self.process.any(self.process.stop.requested)
 
     def _stop(self, random: dict[str, Any], loss: torch.Tensor | None = None) -> None:
         """End the run after `state.step`, with a checkpoint of it where there is none yet.

@@ -60,13 +60,17 @@ class Process:
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(flags.item())
 
+    def asked_to_stop(self) -> bool:
+        """Whether any process was asked to stop; every process must call this."""
+        return self.any(self.stop.requested)
+
     def check_stop(self) -> None:
         """A point where a run may end, the same in every process; every process must call this.
 
         Raises:
             StopRequested: any of them was asked to stop.
         """
-        if self.any(self.stop.requested):
+        if self.asked_to_stop():
             raise StopRequested
 
     def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:

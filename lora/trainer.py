@@ -71,6 +71,11 @@ class _Start:
     trained: Tensors = field(default_factory=dict)
     total_steps: int = 0
 
+    @property
+    def done(self) -> int:
+        """Steps over all phases, those of the checkpoint's own included."""
+        return self.total_steps + (self.checkpoint.step if self.checkpoint is not None else 0)
+
 
 class Trainer:
     """Runs a recipe.
@@ -135,7 +140,7 @@ class Trainer:
                 self.out.mkdir(parents=True, exist_ok=True)
                 save_text(as_yaml(self.config), self.out / "config.yaml")
             self.process.wait()
-            self.tracker = Tracker(self.accelerator, self.config, self.process.progress, self._resumed_at(start))
+            self.tracker = Tracker(self.accelerator, self.config, self.process.progress, start.done)
             self._say_where_it_runs()
         context = RunContext(self.config, self.accelerator, self.process, self.checkpoints, self.tracker, inputs)
         trained = self._phases(context, phases, start)
@@ -207,10 +212,6 @@ class Trainer:
         if not steps[checkpoint.phase]:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, whose steps are 0 now: set 1 or more.")
         return _Start(checkpoint.phase, checkpoint, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
-
-    def _resumed_at(self, start: _Start) -> int:
-        """Steps over all phases that the log keeps."""
-        return start.total_steps + (start.checkpoint.step if start.checkpoint is not None else 0)
 
     def _how_to_go_on(self) -> str:
         saved, cache = self.checkpoints.saved(), self.config.data.cache

@@ -56,22 +56,23 @@ class ForwardPass:
         """
         index = options.get("block_index")
         if index is None:
-            layer, listed = self.calls, self.calls < self.main_layers + sum(self.extra_calls.values())
-        else:
-            kind = options.get("block_type", "")
-            # Where there is one kind of blocks, a model may call it as it likes.
-            layer = (self.offsets.get(kind, -1) if len(self.offsets) > 1 else 0) + int(index)
-            known = layer < self.main_layers and (kind in self.offsets or len(self.offsets) < 2)
-            listed = known and self.seen[layer] <= self.extra_calls.get(layer, 0)
-        if not listed:
+            if self.calls >= self.main_layers + sum(self.extra_calls.values()):
+                return None
+            self.calls += 1
+            return self.calls - 1
+        # Where there is one kind of blocks, a model may call it as it likes.
+        offset = 0 if len(self.offsets) < 2 else self.offsets.get(options.get("block_type", ""))
+        if offset is None:
+            return None
+        layer = offset + int(index)
+        if layer >= self.main_layers or self.seen[layer] > self.extra_calls.get(layer, 0):
             return None
         self.calls += 1
-        if index is not None:
-            self.seen[layer] += 1
-            if self.seen[layer] > 1:
-                self.extra += 1
-                layer = self.main_layers + self.extra - 1
-        return layer
+        self.seen[layer] += 1
+        if self.seen[layer] == 1:
+            return layer
+        self.extra += 1
+        return self.main_layers + self.extra - 1
 
 
 def unfit_reason(

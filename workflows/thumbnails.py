@@ -128,12 +128,12 @@ def built_in(card: Card, **settings: Any) -> tuple[np.ndarray, np.ndarray | None
 
 def result(card: Card, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
     """The newest result of a workflow in a folder; None where there is none."""
-    import imageio.v3 as iio
+    from vidaccel.generation.video_reader import read_video
 
     files = sorted(folder.glob(f"{card.name}*.mp4"), key=lambda file: file.stat().st_mtime)
     if not files:
         return None
-    frames = iio.imread(files[-1])
+    frames, _ = read_video(files[-1])
     if card.name != "demo_compare":
         return frames, None
     half = (frames.shape[2] - 4) // 2  # as Image Stitch lays them, with 4 pixels between

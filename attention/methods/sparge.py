@@ -109,13 +109,10 @@ class Sparge(Method):
             return BlockPlan.from_block_mask(selected, block_q, block_k, layout.tokens, layout.tokens)
         before, after = (int(count > 0) for count in (layout.text_before, layout.text_after))
         selected = F.pad(selected, (before, after, before, after), value=True)
-        q_sizes, k_sizes = (
-            torch.tensor(
-                [*[layout.text_before] * before, *_sizes(layout.video_tokens, block), *[layout.text_after] * after],
-                device=q.device,
-            ).expand(*selected.shape[:2], -1)
-            for block in self.block
-        )
+        sizes = (_sizes(layout.video_tokens, block, q.device) for block in self.block)
+        sizes = (F.pad(x, (before, 0), value=layout.text_before) for x in sizes)
+        sizes = (F.pad(x, (0, after), value=layout.text_after) for x in sizes)
+        q_sizes, k_sizes = (x.expand(*selected.shape[:2], -1) for x in sizes)
         return BlockPlan.from_clusters(q_sizes, k_sizes, selected, n_q=layout.tokens, n_kv=layout.tokens)
 
     def block_mask(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -146,7 +143,7 @@ class Sparge(Method):
 
     def _means(self, x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean token `[B, H, n, D]` of each block, and whether it stands for the block, `[B, H, n]` bool."""
-        sizes = torch.tensor(_sizes(x.shape[2], block), device=x.device, dtype=torch.float32)
+        sizes = _sizes(x.shape[2], block, x.device)
         blocks = _blocked(x.float(), block)
         means = blocks.sum(-2) / sizes.unsqueeze(-1)
         # The mean of all cosines is the squared length of the mean direction.
@@ -162,7 +159,6 @@ def _blocked(x: torch.Tensor, block: int) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
 
 
-def _sizes(tokens: int, block: int) -> list[int]:
-    """Tokens of each block."""
-    whole, rest = divmod(tokens, block)
-    return [block] * whole + ([rest] if rest else [])
+def _sizes(tokens: int, block: int, device: torch.device) -> torch.Tensor:
+    """Tokens of each block, int64; made on the device, since a copy to it would wait."""
+    return (tokens - torch.arange(0, tokens, block, device=device)).clamp(max=block)

@@ -113,15 +113,15 @@ class StepClock:
             raise ValueError(f"{model} was called with an empty timestep, of shape {list(timestep.shape)}.")
         now = Timestep.of(timestep)
         table = self._table = read_table(getattr(self._pipe, "scheduler", None), self._table)
-        if table is not None and self._belongs_to_another(table, now, model, branches):
-            place, ignored = self._by_count(now, model, branches), table
-        elif table is None:
+        ignored: Table | None = None
+        if table is None:
             place, ignored = self._by_count(now, model, branches), self._absent_table()
+        elif self._belongs_to_another(table, now, model, branches):
+            place, ignored = self._by_count(now, model, branches), table
+        elif table.index is not None:
+            place = self._by_index(table)
         else:
-            place, ignored = (
-                self._by_index(table) if table.index is not None else self._by_value(table, now, model),
-                None,
-            )
+            place = self._by_value(table, now, model)
         run = self._run
         if place is None:
             run = self._start(None if ignored is not None else table, now, ignored)

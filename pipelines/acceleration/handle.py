@@ -16,7 +16,7 @@ from .clock import StepClock
 from .copies import CopiedNotPickled
 from .diffusers_hooks import register_like, unregister
 from .families import ModelSpec, find_transformers
-from .scheduler_table import MAX_FLOW_SIGMA
+from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 
 logger = logging.getLogger(__name__)
 
@@ -158,12 +158,11 @@ def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
     What is not known yet is told in the first step: levels may come with the table of timesteps, and people swap
     schedulers.
     """
-    sigmas = getattr(scheduler, "sigmas", None)
     # Schedulers that can do both hold the levels of diffusion until their timesteps are set.
-    if sigmas is None or getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
+    if getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
         return
-    highest = float(torch.as_tensor(sigmas).max())
-    if highest > MAX_FLOW_SIGMA:
+    highest = highest_sigma(scheduler)
+    if highest is not None and highest > MAX_FLOW_SIGMA:
         raise ValueError(
             f"{schedule} goes by noise levels from 0 to 1, but those of {type(scheduler).__name__} reach "
             f"{highest:.3g}: use first_steps and last_steps, or give the pipeline a scheduler for flow models first."
@@ -180,7 +179,7 @@ class _Installed(CopiedNotPickled):
         spec: ModelSpec,
         method: Method,
         backend: str,
-        schedule: DenseSchedule | None,
+        schedule: DenseSchedule,
         clock: StepClock,
     ) -> None:
         names = spec.processor_names(transformer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ class Table:
             scheduler has no such thing.
     """
 
-    scheduler: object
+    scheduler: Any
     tensor: torch.Tensor
     rows: tuple[float, ...]
     index: int | None
@@ -88,13 +89,19 @@ class Table:
 
     def sigma(self, place: int) -> float | None:
         """The noise level of a row; None for schedulers whose levels are not a flow's, from 0 to 1."""
-        sigmas = getattr(self.scheduler, "sigmas", None)
-        if sigmas is None or place >= len(sigmas) or float(sigmas.max()) > MAX_FLOW_SIGMA:
+        highest = highest_sigma(self.scheduler)
+        if highest is None or highest > MAX_FLOW_SIGMA or place >= len(self.scheduler.sigmas):
             return None
-        level = float(sigmas[place])
+        level = float(self.scheduler.sigmas[place])
         # Mochi's table counts what is clean instead of what is noise.
         inverted = getattr(getattr(self.scheduler, "config", None), "invert_sigmas", False)
         return 1.0 - level if inverted else level
+
+
+def highest_sigma(scheduler: object) -> float | None:
+    """The highest noise level of a scheduler as it is now; above `MAX_FLOW_SIGMA` they are not a flow's."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    return None if sigmas is None else float(torch.as_tensor(sigmas).max())
 
 
 def read_table(scheduler: object | None, known: Table | None) -> Table | None:
