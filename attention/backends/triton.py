@@ -36,6 +36,7 @@ class TritonBackend(Backend):
         sparse=True,
         qk=("int8",),
         pv=("fp8",),
+        stand_ins=("cuda", "cpu"),
     )
 
     def __init__(self, gather_kv: bool = False) -> None:
@@ -75,7 +76,9 @@ class TritonBackend(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         from ..kernels.block_sparse import block_sparse_attention
+        from ..kernels.stand_ins import stand_ins_of
 
+        stand_ins = (None, None, None) if plan.skipped is None else stand_ins_of(plan, q.dtype)
         out, lse = block_sparse_attention(
             q,
             k,
@@ -88,6 +91,7 @@ class TritonBackend(Backend):
             plan.kv_order,
             float(scale),
             self.gather_kv,
+            *stand_ins,
         )
         return out, lse if return_lse else None
 

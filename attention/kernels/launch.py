@@ -15,12 +15,27 @@ LOG2E = math.log2(math.e)
 
 
 class Tiles(NamedTuple):
-    """A launch configuration: queries and keys per tile, warps per program, stages of the load pipeline."""
+    """A launch configuration.
+
+    Args:
+        block_m, block_n: queries and keys per tile.
+        num_warps: per program.
+        num_stages: of the load pipeline.
+        tail: keys of a tile at the end of a run; `block_n` when 0.
+        described: keys and values come through tensor descriptors, where their memory can be described.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tail: int = 0
+    described: bool = False
+
+    @property
+    def tail_n(self) -> int:
+        """Keys of a tile at the end of a run."""
+        return self.tail or self.block_n
 
 
 def choose_tiles(table: dict[tuple[int, int, int], Tiles], q: torch.Tensor, tile_len: torch.Tensor) -> Tiles:

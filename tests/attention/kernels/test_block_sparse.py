@@ -209,7 +209,7 @@ def test_large_scores_do_not_overflow(device, dtype):
 def test_the_walk_holds_exactly_the_keys_of_the_plan():
     """Whole tiles and tails put together again, and the pieces: each query once, those with most keys first."""
     plan, _ = clusters(2, 2, 90, 100, 5, 20)
-    walk = make_walk(plan, 16, 8)
+    walk = make_walk(plan, 16, 8, 8)
     keys = plan.keys_of_tile()
     for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
         for tile in range(keys.shape[2]):
