@@ -35,7 +35,7 @@ class BlockPlan:
         selection: `(selected [Bp, Hp, T, C] bool, sizes [Bp, Hp, C])` when the runs were made from key clusters: the
             same fact in a form that some backends want. None for other plans.
         skipped: what stands for those clusters, when what a tile skips shall enter through it (`attention/skipped.py`).
-            A backend does not see it: `sparse_attention` and the engine merge that part with the backend's.
+            A backend whose capability has `stand_ins` attends to it; with others, that part is merged with theirs.
         details: facts for a report (head kinds, cluster sizes), never read by a backend.
 
     Raises:
