@@ -25,12 +25,6 @@ def attend_skipped(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torc
     return _attend_own(q, plan, scale) if plan.skipped.bias is not None else _attend_shared(q, plan, scale)
 
 
-def _is_skipped(plan: BlockPlan) -> torch.Tensor:
-    """`[Bp, Hp, T, C]` bool; an empty cluster is not skipped."""
-    selected, sizes = plan.selection
-    return ~selected & (sizes > 0).unsqueeze(-2)
-
-
 def _softmax(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of scores `[..., R, C]` over values `[..., C, D]`; a row of -inf gives 0, not NaN."""
     lse = scores.logsumexp(-1)
@@ -41,16 +35,15 @@ def _softmax(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, 
 def _attend_shared(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One key and value a cluster, for all tiles."""
     batch, heads, queries, _ = q.shape
-    sizes = plan.selection[1].float().log().unsqueeze(-2)
-    bias = sizes.masked_fill(~_is_skipped(plan), -torch.inf).expand(batch, heads, -1, -1)
+    bias = plan.stand_in_bias().expand(batch, heads, -1, -1)
     tile = plan.tile_of_token().expand(batch, heads, -1)
     rows = max(1, SCORES // (batch * heads * bias.shape[-1]))
     outputs, sums = [], []
     for start in range(0, queries, rows):
         piece = slice(start, start + rows)
         own = tile[:, :, piece, None].expand(-1, -1, -1, bias.shape[-1])
-        scores = (q[:, :, piece].float() * scale) @ plan.skipped.key.transpose(-1, -2) + bias.gather(2, own)
-        out, lse = _softmax(scores, plan.skipped.value)
+        scores = (q[:, :, piece].float() * scale) @ plan.skipped.key.float().transpose(-1, -2) + bias.gather(2, own)
+        out, lse = _softmax(scores, plan.skipped.value.float())
         outputs.append(out.to(q.dtype))
         sums.append(lse)
     return torch.cat(outputs, 2), torch.cat(sums, 2)
@@ -60,7 +53,7 @@ def _attend_own(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torch.T
     """Keys and values of each tile's own, piece by piece of the tiles."""
     batch, heads, queries, dim = q.shape
     first, length, tile = (x.expand(batch, heads, -1).flatten(0, 1) for x in plan.cut(ROWS))
-    tables = (plan.skipped.key, plan.skipped.value, plan.skipped.bias.masked_fill(~_is_skipped(plan), -torch.inf))
+    tables = (plan.skipped.key, plan.skipped.value, plan.stand_in_bias())
     key, value, bias = (x.expand(batch, heads, *x.shape[2:]).flatten(0, 1) for x in tables)
     permuted = permute(q, plan.q_order).flatten(0, 1)
     offsets = torch.arange(ROWS, device=q.device)
@@ -75,7 +68,7 @@ def _attend_own(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torch.T
         shape = (rows.shape[0], -1, ROWS)
         x = _padded(permuted[some]).gather(1, rows.unsqueeze(-1).expand(-1, -1, dim)).view(*shape, dim).float()
         own = tile[some].long()
-        keys, values = (_of_tile(table[some], own) for table in (key, value))
+        keys, values = (_of_tile(table[some], own).float() for table in (key, value))
         scores = (x * scale) @ keys.transpose(-1, -2) + _of_tile(bias[some], own).unsqueeze(-2)
         out, lse = _softmax(scores, values)
         made = x.new_zeros(rows.shape[0], queries + 1, dim)

@@ -62,13 +62,14 @@ def attend(
     return_lse: bool = False,
     precision: Precision = AS_INPUTS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `Backend.attend` computes, merged with what stands for the skipped clusters if the plan has it."""
-    with_lse = return_lse or plan.skipped is not None
+    """What `Backend.attend` computes; what stands for skipped clusters is merged with it where the backend takes none."""
+    merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
+    with_lse = return_lse or merged
     if precision == AS_INPUTS:
         result = backend.attend(q, k, v, plan, scale, with_lse)
     else:
         result = backend.attend_quantized(q, k, v, plan, scale, with_lse, precision)
-    if plan.skipped is None:
+    if not merged:
         return result
     with torch.autocast(q.device.type, enabled=False):  # stand-ins are float32
         return merge(*result, *attend_skipped(q, plan, scale))
@@ -89,8 +90,8 @@ def choose_backend(
     Where the precision is not that of the inputs, "auto" chooses among the backends that have it.
     """
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    lse = return_lse or plan.skipped is not None
-    request = Request(q.device, q.dtype, q.shape[-1], q.shape[2], plan.is_dense, lse, grad, precision)
+    shape = (q.device, q.dtype, q.shape[-1], q.shape[2])
+    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None)
     if precision != AS_INPUTS:
         return _pick_quantized(backend, request)
     return pick(backend, request, scattered=plan.is_scattered)

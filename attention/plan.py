@@ -35,7 +35,7 @@ class BlockPlan:
         selection: `(selected [Bp, Hp, T, C] bool, sizes [Bp, Hp, C])` when the runs were made from key clusters: the
             same fact in a form that some backends want. None for other plans.
         skipped: what stands for those clusters, when what a tile skips shall enter through it (`attention/skipped.py`).
-            A backend does not see it: `sparse_attention` and the engine merge that part with the backend's.
+            A backend whose capability has `stand_ins` attends to it; with others, that part is merged with theirs.
         details: facts for a report (head kinds, cluster sizes), never read by a backend.
 
     Raises:
@@ -191,9 +191,20 @@ class BlockPlan:
         """Query-key pairs computed, `[Bp, Hp]` int64; what stands for a skipped cluster counts as one key."""
         keys = self.run_len.sum(-1)
         if self.skipped is not None:
-            selected, sizes = self.selection
-            keys = keys + (~selected & (sizes > 0).unsqueeze(-2)).sum(-1)
+            keys = keys + self.is_skipped().sum(-1)
         return (self.tile_len.long() * keys).sum(-1)
+
+    def is_skipped(self) -> torch.Tensor:
+        """The clusters that each tile skips, `[Bp, Hp, T, C]` bool; an empty one is not skipped."""
+        selected, sizes = self.selection
+        return ~selected & (sizes > 0).unsqueeze(-2)
+
+    def stand_in_bias(self) -> torch.Tensor:
+        """What is added to the scaled score of each stand-in, `[B, H, T, C]` float32; -inf where none is read."""
+        bias = self.skipped.bias
+        if bias is None:
+            bias = self.selection[1].float().log().unsqueeze(-2)
+        return bias.masked_fill(~self.is_skipped(), -torch.inf)
 
     def density(self) -> float:
         """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""

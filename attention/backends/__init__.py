@@ -80,7 +80,7 @@ def pick(name: str, request: Request, *, scattered: bool) -> Backend:
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run this call: it {reason}. Choose another, or 'auto'.")
         return BACKENDS[name]
-    if request.dense and not request.lse:
+    if request.dense and not request.lse and not request.skipped:
         return BACKENDS["sdpa"]
     reasons = {}
     kind = "scattered" if scattered or request.queries < COMPILE_PAYS else "regular"

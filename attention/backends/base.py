@@ -59,6 +59,8 @@ class Capability:
         lse: device types where it can return the log-sum-exp.
         backward: device types where gradients flow.
         sparse: skips what the plan skips; without it the backend takes dense plans only.
+        stand_ins: device types where `attend` itself attends to what stands for skipped clusters; elsewhere it needs
+            the log-sum-exp, with which that part is merged.
         qk, pv: the values of `Precision` that it can compute with, besides None.
     """
 
@@ -68,6 +70,7 @@ class Capability:
     lse: tuple[str, ...]
     backward: tuple[str, ...]
     sparse: bool
+    stand_ins: tuple[str, ...] = ()
     qk: tuple[str, ...] = ()
     pv: tuple[str, ...] = ()
 
@@ -87,6 +90,7 @@ class Request:
         lse: the log-sum-exp is wanted.
         grad: an input requires a gradient.
         precision: in which formats to multiply.
+        skipped: the plan has stand-ins for skipped clusters.
     """
 
     device: torch.device
@@ -97,6 +101,7 @@ class Request:
     lse: bool
     grad: bool
     precision: Precision = AS_INPUTS
+    skipped: bool = False
 
 
 class Backend(abc.ABC):
@@ -112,6 +117,10 @@ class Backend(abc.ABC):
             return f"runs on {', '.join(self.capability.devices)}, not on {device.type}"
         return None
 
+    def takes_stand_ins(self, device: torch.device, precision: Precision = AS_INPUTS) -> bool:
+        """Whether `attend` itself attends to what stands for skipped clusters; `attend_quantized` never does."""
+        return device.type in self.capability.stand_ins and precision == AS_INPUTS
+
     def declines(self, request: Request) -> str | None:
         """Why the backend cannot run this call; None when it can."""
         limits = self.capability
@@ -125,7 +134,8 @@ class Backend(abc.ABC):
             return f"takes {known}, not {str(request.dtype).removeprefix('torch.')}"
         if request.head_dim > limits.max_head_dim:
             return f"takes head dimensions up to {limits.max_head_dim}, not {request.head_dim}"
-        if request.lse and request.device.type not in limits.lse:
+        merged = request.skipped and not self.takes_stand_ins(request.device, request.precision)
+        if (request.lse or merged) and request.device.type not in limits.lse:
             return f"returns no log-sum-exp on {request.device.type}"
         if request.grad and request.device.type not in limits.backward:
             return f"has no backward on {request.device.type}"
@@ -159,7 +169,8 @@ class Backend(abc.ABC):
 
         Args:
             q, k, v: `[B, H, N, D]`, not permuted.
-            plan: on the same device, its orders not yet applied.
+            plan: on the same device, its orders not yet applied. Its `skipped` is read where `takes_stand_ins` says so,
+                and then belongs to the result.
             scale: multiplies the scores.
             return_lse: whether the second result is `[B, H, n_q]` float32 or None.
         """

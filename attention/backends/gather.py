@@ -16,7 +16,8 @@ class GatherBackend(Backend):
     """One `scaled_dot_product_attention` per query tile, over exactly the keys its runs name.
 
     Nothing is masked and nothing padded, so the pairs computed are the pairs of the plan, at the price of one call per
-    tile: good on the CPU, where a call is cheap next to its work, slow on a GPU.
+    tile: good on the CPU, where a call is cheap next to its work, slow on a GPU. Keys and values lie side by side, so
+    that one copy gathers both; what stands for skipped clusters goes in front of them, with its bias.
     """
 
     name = "gather"
@@ -28,12 +29,15 @@ class GatherBackend(Backend):
         lse=EVERYWHERE,
         backward=EVERYWHERE,
         sparse=True,
+        stand_ins=EVERYWHERE,
     )
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        queries, keys, values = permute(q, plan.q_order), permute(k, plan.kv_order), permute(v, plan.kv_order)
+        queries = permute(q, plan.q_order)
+        pairs = permute(torch.cat([k, v], -1), plan.kv_order)
+        stand_ins = None if plan.skipped is None else _StandIns(plan)
         batch, heads = plan.run_start.shape[:2]
         rows = []
         for b in range(batch):
@@ -42,8 +46,8 @@ class GatherBackend(Backend):
             row = []
             for h in range(heads):
                 head_slice = slice(None) if heads == 1 else slice(h, h + 1)
-                some_q, some_k, some_v = (x[batch_slice, head_slice] for x in (queries, keys, values))
-                row.append(_attend_tiles(some_q, some_k, some_v, plan, b, h, scale, return_lse))
+                some = [x[batch_slice, head_slice] for x in (queries, pairs)]
+                row.append(_Tiles(*some, k.shape[-1], plan, b, h, stand_ins).attend(scale, return_lse))
             rows.append(_join(row, 1))
         out, lse = _join(rows, 0)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
@@ -60,69 +64,107 @@ def _join(results: list[Result], dim: int) -> Result:
     return torch.cat(outputs, dim), None if sums[0] is None else torch.cat(sums, dim)
 
 
-def _attend_tiles(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    plan: BlockPlan,
-    b: int,
-    h: int,
-    scale: float,
-    return_lse: bool,
-) -> Result:
-    """Attention of every tile of plan entry `(b, h)`."""
-    starts, lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
-    run_starts, run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
-    join = _Joiner(max(map(sum, run_lengths)), q, k, v)
-    results = []
-    for tile, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        if length == 0:
-            continue
-        runs = [(s, n) for s, n in zip(run_starts[tile], run_lengths[tile], strict=True) if n > 0]
-        if not runs:
-            shape = (*q.shape[:2], length)
-            lse = q.new_full(shape, -torch.inf, dtype=torch.float32) if return_lse else None
-            results.append((q.new_zeros(*shape, v.shape[-1]), lse))
-            continue
-        keys, values = join(runs)
-        for row in range(start, start + length, MAX_TILE_ROWS):
-            piece = q[:, :, row : min(row + MAX_TILE_ROWS, start + length)]
-            results.append(_attend(piece, keys, values, scale, return_lse))
-    return _join(results, 2)
+class _StandIns:
+    """What a tile reads of the clusters that it skips: all of them, with a bias of -inf where it reads their tokens."""
+
+    def __init__(self, plan: BlockPlan) -> None:
+        self.tables = plan.skipped.key, plan.skipped.value
+        self.bias = plan.stand_in_bias()
+        self.count = self.bias.shape[-1]
+
+    def write(self, into: torch.Tensor, key_width: int, b: int, h: int, tile: int) -> torch.Tensor:
+        """Keys and values into the first rows of a buffer `[B', H', rows, 2D]`; returns their bias `[B', H', 1, C]`."""
+        of_tile = self.tables[0].ndim == 5
+        for table, part in zip(self.tables, into.split(key_width, -1), strict=True):
+            some = table[_entry(table, 0, b), _entry(table, 1, h)]
+            part[:, :, : self.count] = some[:, :, tile] if of_tile else some
+        return self.bias[_entry(self.bias, 0, b), _entry(self.bias, 1, h), tile].unsqueeze(-2)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, return_lse: bool) -> Result:
-    """Dense attention of one tile on its keys."""
-    one_head = q.shape[0] * q.shape[1] == 1  # else the scores of all heads would be too much memory
-    exact = q.dtype in (torch.float32, torch.float64)  # half precision would need copies
-    if return_lse or (q.device.type == "cpu" and q.shape[2] < FEW_ROWS and one_head and exact):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
-        out = (torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype)
-        return out, scores.logsumexp(-1).float() if return_lse else None
-    return F.scaled_dot_product_attention(q, k, v, scale=scale), None
+def _entry(x: torch.Tensor, dim: int, index: int) -> slice:
+    return slice(None) if x.shape[dim] == 1 else slice(index, index + 1)
 
 
-class _Joiner:
-    """Brings the keys and values of some runs together: a view where there is one run, else a copy.
+class _Tiles:
+    """The tiles of plan entry `(b, h)`.
 
-    Without gradients all copies go through one buffer: memory that is new for each tile costs more than the copy.
+    Args:
+        q: `[B', H', n_q, D]`. pairs: keys and values side by side, `[B', H', n_kv, D + Dv]`. Both permuted.
+        key_width: D.
     """
 
-    def __init__(self, longest: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.sources = (k, v)
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        self.buffers = None if grad else [x.new_empty(*x.shape[:2], longest, x.shape[-1]) for x in (k, v)]
+    def __init__(
+        self,
+        q: torch.Tensor,
+        pairs: torch.Tensor,
+        key_width: int,
+        plan: BlockPlan,
+        b: int,
+        h: int,
+        stand_ins: _StandIns | None,
+    ) -> None:
+        self.q, self.pairs, self.key_width, self.stand_ins, self.place = q, pairs, key_width, stand_ins, (b, h)
+        self.starts, self.lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
+        self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
+        # Without gradients all copies go through one buffer: memory that is new for each tile costs more than the copy.
+        self.extra = 0 if stand_ins is None else stand_ins.count
+        self.longest = self.extra + max(map(sum, self.run_lengths))
+        grad = torch.is_grad_enabled() and (q.requires_grad or pairs.requires_grad)
+        self.buffer = None if grad else self._new(self.longest)
 
-    def __call__(self, runs: list[tuple[int, int]]) -> list[torch.Tensor]:
-        if len(runs) == 1:
+    def _new(self, rows: int) -> torch.Tensor:
+        return self.pairs.new_empty(*self.pairs.shape[:2], rows, self.pairs.shape[-1])
+
+    def attend(self, scale: float, return_lse: bool) -> Result:
+        results = []
+        for tile, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            if length == 0:
+                continue
+            runs = [(s, n) for s, n in zip(self.run_starts[tile], self.run_lengths[tile], strict=True) if n > 0]
+            if not runs and not self.extra:
+                shape = (*self.q.shape[:2], length)
+                lse = self.q.new_full(shape, -torch.inf, dtype=torch.float32) if return_lse else None
+                results.append((self.q.new_zeros(*shape, self.pairs.shape[-1] - self.key_width), lse))
+                continue
+            pairs, bias = self._gather(tile, runs)
+            keys, values = pairs[..., : self.key_width], pairs[..., self.key_width :]
+            for row in range(start, start + length, MAX_TILE_ROWS):
+                piece = self.q[:, :, row : min(row + MAX_TILE_ROWS, start + length)]
+                results.append(_attend(piece, keys, values, bias, scale, return_lse))
+        return _join(results, 2)
+
+    def _gather(self, tile: int, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys and values of a tile, a view where there is one run, else a copy; and the bias of the stand-ins."""
+        if self.stand_ins is None and len(runs) == 1:
             ((start, length),) = runs
-            return [x[:, :, start : start + length] for x in self.sources]
-        parts = [_cut_out(x, runs) for x in self.sources]
-        if self.buffers is None:
-            return [torch.cat(p, 2) for p in parts]
-        total = sum(length for _, length in runs)
-        return [torch.cat(p, 2, out=b[:, :, :total]) for p, b in zip(parts, self.buffers, strict=True)]
+            return self.pairs[:, :, start : start + length], None
+        total = self.extra + sum(length for _, length in runs)
+        parts = _cut_out(self.pairs, runs)
+        if self.buffer is None:
+            front = self._new(self.extra)
+            bias = self.stand_ins and self.stand_ins.write(front, self.key_width, *self.place, tile)
+            return torch.cat([front, *parts], 2), bias
+        if parts:
+            torch.cat(parts, 2, out=self.buffer[:, :, self.extra : total])
+        bias = self.stand_ins and self.stand_ins.write(self.buffer, self.key_width, *self.place, tile)
+        return self.buffer[:, :, :total], bias
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, return_lse: bool
+) -> Result:
+    """Dense attention of one tile on its keys, of which the first ones may have a bias."""
+    one_head = q.shape[0] * q.shape[1] == 1  # else the scores of all heads would be too much memory
+    exact = q.dtype in (torch.float32, torch.float64)  # half precision would need copies
+    small = q.device.type == "cpu" and q.shape[2] < FEW_ROWS and one_head and exact
+    if not return_lse and bias is None and not small:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale), None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    if bias is not None:
+        scores[..., : bias.shape[-1]] += bias
+    out = (torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype)
+    return out, scores.logsumexp(-1).float() if return_lse else None
 
 
 def _cut_out(x: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
