@@ -13,7 +13,8 @@ import torch
 
 from ..block_mask import to_block_mask
 from ..plan import BlockPlan, permute, unpermute
-from .base import INSTALL_TRITON, Backend, Capability
+from ..own_kernels import INSTALL_TRITON
+from .base import Backend, Capability
 
 # Flex compiles one kernel per set of shapes. torch's own limit of 8 is passed by a few resolutions and cluster counts,
 # and what it does then (run eagerly, that is densely) is what this backend must never do.

@@ -8,7 +8,8 @@ import os
 import torch
 
 from ..plan import BlockPlan
-from .base import INSTALL_TRITON, Backend, Capability, Precision, Request
+from ..own_kernels import INSTALL_TRITON
+from .base import Backend, Capability, Precision, Request
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 FP8_COMPUTE_CAPABILITY = (8, 9)

@@ -6,8 +6,9 @@ import torch
 
 from ..plan import BlockPlan
 from .block_sparse_backward import block_sparse_attention_backward
-from .block_sparse_forward import FORWARD_TILES, launch_forward, results
-from .launch import LOG2E, choose_tiles, keys_in_order, rows_contiguous
+from .block_sparse_forward import forward_tiles, launch_forward, results
+from .launch import LOG2E, rows_contiguous
+from .permute import keys_in_order
 from .stand_ins import StandIns
 
 
@@ -44,11 +45,10 @@ def block_sparse_attention(
     """
     out, lse = results(q)
     plan = BlockPlan(q.shape[2], k.shape[2], tile_start, tile_len, run_start, run_len)
-    tiles = choose_tiles(FORWARD_TILES, q, tile_len)
     k, v, kv_order = keys_in_order(k, v, kv_order, gather_kv)
     stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
     q = rows_contiguous(q)
-    launch_forward(q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, tiles, stand_ins=stand_ins)
+    launch_forward(q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, forward_tiles(q, plan), stand_ins=stand_ins)
     return out, lse
 
 

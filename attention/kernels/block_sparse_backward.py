@@ -25,13 +25,13 @@ from .launch import (
     LOG2E,
     Tiles,
     choose_tiles,
-    keys_in_order,
     on_device,
     order_args,
     padded,
     plan_strides,
     rows_contiguous,
 )
+from .permute import keys_in_order
 from .stand_ins import StandIns, stand_in_args, stand_ins_to_queries
 from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 

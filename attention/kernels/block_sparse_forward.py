@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ..plan import BlockPlan
 from .descriptors import describe
-from .launch import Tiles, on_device, order_args, padded, plan_strides, rows_contiguous
+from .launch import Tiles, choose_tiles, on_device, order_args, padded, plan_strides, rows_contiguous
 from .stand_ins import StandIns, attend_stand_ins, stand_in_args
 from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
@@ -41,6 +41,14 @@ FORWARD_TILES = {
     (0, 64, 4): Tiles(32, 32, 4, 2),
     (0, 128, 4): Tiles(32, 32, 8, 1),
     (0, 256, 4): Tiles(16, 16, 8, 1),
+}
+
+SCATTERED = 64  # run slots a tile: more are those of clusters
+# For plans of many short runs and uneven tiles (clusters), where a small tile wastes least, and short tails more than
+# make up for what a small tile costs: measured on an H200 (`benchmarks/results/kernels.md`).
+SCATTERED_TILES = {
+    (9, 64, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
+    (9, 128, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
 }
 
 # Of the fp8 variant (`block_sparse_int8.py`): the power of two that lifts its weights; how many products may be added
@@ -246,6 +254,12 @@ def launch_forward(
             DESCRIBED=described is not None, STAND_INS=stand_ins is not None,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
+
+
+def forward_tiles(q: torch.Tensor, plan: BlockPlan) -> Tiles:
+    """The launch configuration for a plan; reads shapes only."""
+    table = FORWARD_TILES | SCATTERED_TILES if plan.run_len.shape[-1] > SCATTERED else FORWARD_TILES
+    return choose_tiles(table, q, plan.tile_len)
 
 
 def results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..plan import permute
-
 LOG2E = math.log2(math.e)
 
 
@@ -79,12 +77,3 @@ def plan_strides(lead: torch.Size) -> tuple[int, int]:
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it that of `x`."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def keys_in_order(
-    k: torch.Tensor, v: torch.Tensor, kv_order: torch.Tensor | None, gather_kv: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """k and v as the kernels read them, and the order they still have to be read through, or None."""
-    if kv_order is not None and not gather_kv:
-        k, v, kv_order = permute(k, kv_order), permute(v, kv_order), None
-    return rows_contiguous(k), rows_contiguous(v), kv_order

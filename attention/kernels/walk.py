@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
+from .runs import cut_runs
 
 
 class Walk(NamedTuple):
@@ -48,36 +49,16 @@ class Walk(NamedTuple):
 def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
     """Cut a plan to pieces of `block_m` queries and its runs to tiles of `block_n` keys, what is left of a run to tails.
 
-    Args:
-        tail_n: most keys of a tail, a divisor of `block_n`. No host sync.
+    `tail_n`, the most keys of a tail, divides `block_n`. No host sync.
     """
-    full = plan.run_len // block_n
-    rest = plan.run_len - full * block_n
-    full_start, full_tiles = _to_front(full, plan.run_start, full)
-    skips = range(0, block_n, tail_n)
-    tail = torch.cat([(rest - skip).clamp(0, tail_n) for skip in skips], -1)
-    start = torch.cat([plan.run_start + full * block_n + skip for skip in skips], -1)
-    tail_start, tail_len = _to_front(tail, start, tail)
-    full_count = full.sum(-1, dtype=torch.int32)
-    tail_count = (tail > 0).sum(-1, dtype=torch.int32)
+    full_start, full_tiles, full_count, tail_start, tail_len, tail_count = cut_runs(
+        plan.run_start, plan.run_len, block_n, tail_n
+    )
     start, length, tile = plan.cut(block_m)
     work = (full_count + tail_count).gather(-1, tile.long()).masked_fill(length == 0, -1)
     order = work.argsort(dim=-1, descending=True, stable=True)  # equals in sequence share keys in the L2 cache
     start, length, tile = (x.gather(-1, order).contiguous() for x in (start, length, tile))
-    full_count, tail_count = full_count.contiguous(), tail_count.contiguous()
     return Walk(start, length, tile, full_start, full_tiles, full_count, tail_start, tail_len, tail_count)
-
-
-def _to_front(size: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
-    """The entries of `values [..., R]` where `size > 0`, moved to the front: `[..., R + 1]` contiguous.
-
-    The last slot takes what is dropped, so a kernel may look one entry past the last one it uses.
-    """
-    kept = size > 0
-    slots = size.shape[-1]
-    place = torch.where(kept, kept.cumsum(-1) - 1, slots)
-    shape = (*size.shape[:-1], slots + 1)
-    return [torch.zeros(shape, dtype=x.dtype, device=x.device).scatter_(-1, place, x) for x in values]
 
 
 # -- device code -------------------------------------------------------------------------------------------------------

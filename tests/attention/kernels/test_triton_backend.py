@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from vidaccel.attention.backends import PREFERENCE, Request
+from vidaccel.attention.backends.base import AS_INPUTS
 from vidaccel.attention.backends.triton import TritonBackend
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def request(**changes) -> Request:
-    values = {"device": CPU, "dtype": torch.float32, "head_dim": 64, "queries": 100}
+    values = {"device": CPU, "dtype": torch.float32, "head_dim": 64, "queries": 100, "precision": AS_INPUTS}
     return Request(**{**values, "dense": False, "lse": True, "grad": True, **changes})
 
 
