@@ -190,6 +190,12 @@ class _Static:
 
     def profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, which: int) -> torch.Tensor:
         """Which heads are temporal, `[B, H]` bool."""
+        if use_kernels(q) and len(self.rows[which]) <= KERNEL_ROWS:
+            from ..kernels.profile import attend_rows
+
+            full, masked = attend_rows(q[:, :, self.rows[which]], k, v, self.masks[which], q.shape[-1] ** -0.5)
+            spatial, temporal = (masked - full.unsqueeze(2)).square().mean((-1, -2)).unbind(2)
+            return temporal < spatial
         parts = [x.split(PROFILED_HEADS, dim=1) for x in (q[:, :, self.rows[which]], k, v)]
         return torch.cat([self._profile(a, b, c, self.masks[which]) for a, b, c in zip(*parts, strict=True)], dim=1)
 
