@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -68,6 +69,11 @@ class Checkpoint:
     random: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def validation_due(self) -> bool:
+        """Whether the validation after the step was cut off, and comes first when the run goes on."""
+        return bool(self.state.get("validation_due", False))
+
+    @property
     def _facts(self) -> dict[str, Any]:
         names = ("phase", "step", "total_steps", "seconds", "global_batch")
         return {"format": _FORMAT} | {name: getattr(self, name) for name in names}
@@ -79,17 +85,36 @@ class CheckpointFolder:
     Args:
         folder: where they lie.
         keep_last: how many stay.
+
+    Attributes:
+        current: the checkpoint that the run in this process stands on: the one it was resumed from, wherever that lies,
+            or the last one it wrote. None before the first. It need not be the last one in the folder, which may be of
+            a run that went further before this one was resumed.
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
         self.folder = Path(folder)
         self.keep_last = keep_last
+        self.current: Path | None = None
 
     def saved(self) -> list[Path]:
         """The checkpoints in the order in which they were written, which need not be that of their steps."""
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
         whole = [path for path in found if (path / "checkpoint.json").is_file()]
         return sorted(whole, key=lambda path: ((path / "checkpoint.json").stat().st_mtime_ns, path.name))
+
+    def path(self, total_steps: int) -> Path:
+        """Where the checkpoint after so many steps over all phases lies."""
+        return self.folder / f"{_PREFIX}{total_steps:08d}"
+
+    def how_to_resume(self) -> str:
+        """The option that goes on from `current`; without one, from the start."""
+        if self.current is None:
+            return "start again without --resume"
+        saved = self.saved()
+        if saved and saved[-1].resolve() == self.current.resolve():
+            return "continue with --resume latest"
+        return f"continue with --resume {shlex.quote(str(self.current))}"
 
     def find(self, which: str | Path) -> Path:
         """The folder of "latest" or of a path.
@@ -120,7 +145,7 @@ class CheckpointFolder:
             CheckpointError: it could not be written, for example because the disk is full; what was there before is
                 untouched and nothing is left behind.
         """
-        target = self.folder / f"{_PREFIX}{checkpoint.total_steps:08d}"
+        target = self.path(checkpoint.total_steps)
         try:
             with replaced(target) as draft:
                 for name in ("trained", "weights", "ema"):
@@ -135,10 +160,9 @@ class CheckpointFolder:
         except (NotWritten, RuntimeError) as error:
             # torch.save reports a failed write as RuntimeError.
             told = error if isinstance(error, NotWritten) else NotWritten(target, error)
-            last = self.saved()
-            raise CheckpointError(
-                f"the checkpoint {told} {f'The last good one is {last[-1]}.' if last else 'There is no earlier one.'}"
-            ) from error
+            last = "There is no earlier one." if self.current is None else f"The last good one is {self.current}."
+            raise CheckpointError(f"the checkpoint {told} {last}") from error
+        self.current = target
         for old in self.saved()[: -self.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
         return target

@@ -13,12 +13,15 @@ from .checkpoint import save_text
 from .config import ConfigError, flat
 from .progress import Progress
 from .settings import RunSettings
-from .tensorboard_media import add_file
+from .tensorboard_events import add_file, forget_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+_VALIDATION = "validation_"
+"""What the names of its numbers begin with."""
 
 
 def choose_tracker(name: str) -> str | None:
@@ -53,19 +56,26 @@ class Tracker:
         accelerator: with its tracker.
         config: of the run.
         progress: the terminal, on which a bar may be shown.
-        done: steps over all phases that were done before, when a run is resumed: what the log has of later ones is
-            removed, since they come again.
+        done: steps over all phases that were done before, when a run is resumed. What the log has of later ones is
+            removed when the first of them is written anew, and not before: a run that was resumed from an earlier
+            checkpoint and never went on has lost nothing.
+        validates_again: whether the validation after `done` comes again, too.
     """
 
-    def __init__(self, accelerator: Accelerator, config: RunSettings, progress: Progress, done: int = 0) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: RunSettings,
+        progress: Progress,
+        done: int = 0,
+        validates_again: bool = False,
+    ) -> None:
         self.accelerator, self.progress = accelerator, progress
         self.path = Path(config.out) / "log.jsonl"
-        if accelerator.is_main_process:
-            self._forget_after(done)
+        self._done, self._validates_again, self._writes = done, validates_again, False
         if accelerator.log_with:
             simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat(config).items()}
-            again = {"tensorboard": {"purge_step": done + 1}} if done else {}
-            accelerator.init_trackers(config.recipe, config=simple, init_kwargs=again)
+            accelerator.init_trackers(config.recipe, config=simple)
 
     def write(
         self, phase: str, step: int, total_steps: int, values: dict[str, float], steps: int, left: str = ""
@@ -83,6 +93,9 @@ class Tracker:
             return
         numbers = {k: float(f"{v:.6g}") for k, v in values.items()}
         row = {"phase": phase, "step": step, "total_steps": total_steps, **numbers}
+        if not self._writes:
+            self._writes = True
+            self._forget_what_comes_again()
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -92,6 +105,10 @@ class Tracker:
         self.say(f"{time.strftime('%H:%M:%S')} {phase} {step}/{steps}  {shown}{f'  {left} left' if left else ''}")
         if self.accelerator.log_with:
             self.accelerator.log({f"{phase}/{k}": v for k, v in values.items()}, step=total_steps)
+
+    def write_validation(self, phase: str, step: int, total_steps: int, values: dict[str, float], steps: int) -> None:
+        """Numbers of the validation after a step, as `write` takes them."""
+        self.write(phase, step, total_steps, {f"{_VALIDATION}{k}": v for k, v in values.items()}, steps)
 
     def show(self, phase: str, total_steps: int, folder: Path) -> None:
         """Give the pictures and videos of a validation, which are in its folder by the step, to tensorboard."""
@@ -118,10 +135,13 @@ class Tracker:
         if self.accelerator.log_with:
             self.accelerator.end_training()
 
-    def _forget_after(self, done: int) -> None:
+    def _forget_what_comes_again(self) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard" and self._done:
+                forget_from(tracker.writer, self._done + 1)
         try:
             text = self.path.read_text(encoding="utf-8")
-            kept = [line for line in text.splitlines() if _is_of(line, done)]
+            kept = [line for line in text.splitlines() if self._stays(line)]
             if len(kept) < len(text.splitlines()):
                 save_text("".join(f"{line}\n" for line in kept), self.path)
         except FileNotFoundError:
@@ -129,13 +149,15 @@ class Tracker:
         except OSError as error:
             logger.error("%s cannot be read or written: %s. The run goes on.", self.path, error)
 
-
-def _is_of(line: str, done: int) -> bool:
-    """Whether a line of the log is whole and of the steps that were done."""
-    try:
-        return json.loads(line)["total_steps"] <= done
-    except (ValueError, KeyError, TypeError):
-        return False
+    def _stays(self, line: str) -> bool:
+        """Whether a line of the log is whole and does not come again."""
+        try:
+            row = json.loads(line)
+            step = row["total_steps"]
+            again = self._validates_again and step == self._done and any(key.startswith(_VALIDATION) for key in row)
+            return step <= self._done and not again
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
 
 
 class Means:

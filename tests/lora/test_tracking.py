@@ -136,6 +136,12 @@ def test_tensorboard_has_the_pictures_and_each_step_once(tiny_settings, run_tiny
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [event.step for event in events.Scalars("first/loss")] == [1, 2, 3]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(tiny_phase, "loss", lambda *_: (_ for _ in ()).throw(MemoryError("killed")))
+        run_tiny(settings, f"{settings.out}/checkpoints/step_00000002")  # which never trains
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("first/loss")] == [1, 2, 3]
     (picture,), (video,) = (events.Images(f"first/validation/{name}") for name in ("frames", "0"))
     assert (picture.step, picture.width, picture.height) == (3, 24, 16)
     gif = Image.open(io.BytesIO(video.encoded_image_string))
