@@ -131,7 +131,7 @@ class AEAdapt(Recipe):
         return {
             "model.base": f"{transformer_files(self.backbone.base)} {self.text_encoder.identity}",
             "model.autoencoder": fingerprint(self.backbone.autoencoder),
-            f"data.folder ({data.kind})": dataset_identity(self.dataset, data.sizes),
+            f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes),
         }
 
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
