@@ -189,7 +189,7 @@ class Trainer:
 
     def _start(self, resume: str | None, phases: list[Phase]) -> _Start:
         if resume == "auto":
-            resume = "latest" if self.checkpoints.saved() else None
+            resume = self._resume = "latest" if self.checkpoints.saved() else None
         if resume is None:
             saved = self.checkpoints.saved()
             if saved:

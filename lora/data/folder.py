@@ -51,7 +51,9 @@ class MediaFolder:
         """Read the captions and look into every file.
 
         Raises:
-            ConfigError: no such folder, nothing in it, no or incomplete captions, or no file that can be decoded.
+            ConfigError: no such folder, nothing in it, no or incomplete captions, or no file that can be decoded; or
+                what the cache remembers of them cannot be read.
+            CheckpointError: it cannot be written there.
         """
         captions: dict[Path, tuple[str, int]] = {}
         # A file has many names: through links, relative or absolute. Once as two, it could be trained on and measured.

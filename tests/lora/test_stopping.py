@@ -142,6 +142,12 @@ def test_before_a_checkpoint_is_looked_for_the_same_option_is_named(
         run_tiny(tiny_settings(), resume)
 
 
+def test_auto_with_nothing_to_resume_promises_nothing(tiny_settings, run_tiny, monkeypatch, tiny_phase):
+    once(monkeypatch, tiny_phase, "clips")
+    with pytest.raises(Stopped, match="was prepared; nothing was trained yet: start again without --resume"):
+        run_tiny(tiny_settings(), "auto")
+
+
 def test_what_keeps_no_encodings_promises_none(tiny_settings, run_tiny, monkeypatch, tiny_recipe, tiny_phase):
     settings = tiny_settings(data={"cache": "some_cache"})
     monkeypatch.setattr(tiny_recipe, "encodings", None)
@@ -295,7 +301,7 @@ def test_two_processes_leave_what_takes_long_together(launch, tmp_path, mode):
     read_until(launcher, "process 0 takes long", "process 1 takes long")
     launcher.send_signal(signal.SIGINT)
     said, _ = launcher.communicate(timeout=1800)
-    assert "stopped after step 1 of phase first; continue with --resume latest." in said, said
+    assert said.count("stopped after step 1 of phase first; continue with --resume latest.") == 2, said
     assert said.count("the run ends after this micro-batch, and what was trained is saved") == 2
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     saved = folder.load(folder.find("latest"))
