@@ -8,6 +8,7 @@ import os
 import random
 import shlex
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,8 +25,11 @@ from ..generation.video import staged
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
-_FORMAT = 1
+_FORMAT = 2
+"""1 had no checksums."""
 _PREFIX = "step_"
+_TENSORS = ("trained", "weights", "ema")
+_FILES = (*(f"{name}.safetensors" for name in _TENSORS), "state.pt")
 
 
 class NotWritten(OSError):
@@ -148,7 +152,7 @@ class CheckpointFolder:
         target = self.path(checkpoint.total_steps)
         try:
             with replaced(target) as draft:
-                for name in ("trained", "weights", "ema"):
+                for name in _TENSORS:
                     _write_tensors(draft / f"{name}.safetensors", getattr(checkpoint, name))
                 with open(draft / "state.pt", "wb") as file:
                     torch.save({"state": checkpoint.state, "random": checkpoint.random}, file)
@@ -156,7 +160,9 @@ class CheckpointFolder:
                 _write(draft / "config.yaml", config.encode())
                 if adapter is not None:
                     adapter(draft, checkpoint.trained | (checkpoint.ema or checkpoint.weights))
-                _write(draft / "checkpoint.json", json.dumps(checkpoint._facts, indent=2).encode())
+                checksums = {name: _checksum(draft / name) for name in _FILES}
+                facts = checkpoint._facts | {"checksums": checksums}
+                _write(draft / "checkpoint.json", json.dumps(facts, indent=2).encode())
         except (NotWritten, RuntimeError) as error:
             # torch.save reports a failed write as RuntimeError.
             told = error if isinstance(error, NotWritten) else NotWritten(target, error)
@@ -177,9 +183,10 @@ class CheckpointFolder:
             facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
-            tensors: dict[str, Any] = {
-                name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "ema")
-            }
+            for name, checksum in facts.pop("checksums").items():
+                if _checksum(path / name) != checksum:
+                    raise ValueError(f"{name} does not hold what was written")
+            tensors: dict[str, Any] = {name: load_file(path / f"{name}.safetensors") for name in _TENSORS}
             other = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
@@ -304,6 +311,15 @@ def _write(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
         _flush(file)
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32 of a file; neither safetensors nor torch look for damage that leaves the length."""
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            value = zlib.crc32(part, value)
+    return f"{value:08x}"
 
 
 def _flush(file: Any) -> None:
