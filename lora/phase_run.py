@@ -311,6 +311,7 @@ class PhaseRun:
     def _save(self, random: dict[str, Any], must: bool) -> None:
         """Write a checkpoint. Where it fails and need not be now, say so and go on."""
         checkpoint, failed = self.state.take(random), False
+        self.context.tracker.goes_on()
         if self.process.is_main:
             try:
                 self.context.checkpoints.save(checkpoint, as_yaml(self.context.config), self.phase.write_adapter)

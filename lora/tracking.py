@@ -57,8 +57,8 @@ class Tracker:
         config: of the run.
         progress: the terminal, on which a bar may be shown.
         done: steps over all phases that were done before, when a run is resumed. What the log has of later ones is
-            removed when the first of them is written anew, and not before: a run that was resumed from an earlier
-            checkpoint and never went on has lost nothing.
+            removed when the run goes on, and not before (`goes_on`): one that was resumed from an earlier checkpoint
+            and never trained has lost nothing.
         validates_again: whether the validation after `done` comes again, too.
     """
 
@@ -72,7 +72,7 @@ class Tracker:
     ) -> None:
         self.accelerator, self.progress = accelerator, progress
         self.path = Path(config.out) / "log.jsonl"
-        self._done, self._validates_again, self._writes = done, validates_again, False
+        self._done, self._validates_again, self._goes_on = done, validates_again, False
         if accelerator.log_with:
             simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat(config).items()}
             accelerator.init_trackers(config.recipe, config=simple)
@@ -93,9 +93,7 @@ class Tracker:
             return
         numbers = {k: float(f"{v:.6g}") for k, v in values.items()}
         row = {"phase": phase, "step": step, "total_steps": total_steps, **numbers}
-        if not self._writes:
-            self._writes = True
-            self._forget_what_comes_again()
+        self.goes_on()
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -125,17 +123,11 @@ class Tracker:
         if self.accelerator.is_main_process:
             self.progress.say(text)
 
-    def close(self) -> None:
-        """Close the tracker. The other processes may be anywhere."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-
-    def end(self) -> None:
-        """Close the tracker at the end of a run, which every process has come to."""
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
-
-    def _forget_what_comes_again(self) -> None:
+    def goes_on(self) -> None:
+        """Forget what comes again: a number or a checkpoint of the run is written now."""
+        if self._goes_on or not self.accelerator.is_main_process:
+            return
+        self._goes_on = True
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard" and self._done:
                 forget_from(tracker.writer, self._done + 1)
@@ -148,6 +140,16 @@ class Tracker:
             pass
         except OSError as error:
             logger.error("%s cannot be read or written: %s. The run goes on.", self.path, error)
+
+    def close(self) -> None:
+        """Close the tracker. The other processes may be anywhere."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def end(self) -> None:
+        """Close the tracker at the end of a run, which every process has come to."""
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
 
     def _stays(self, line: str) -> bool:
         """Whether a line of the log is whole and does not come again."""
