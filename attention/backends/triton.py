@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
 
 from ..plan import BlockPlan
-from ..own_kernels import INSTALL_TRITON
+from ..own_kernels import INSTALL_TRITON, has_triton
 from .base import Backend, Capability, Precision, Request
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
@@ -47,7 +46,7 @@ class TritonBackend(Backend):
         reason = super().unavailable(device)
         if reason is not None:
             return reason
-        if importlib.util.find_spec("triton") is None:
+        if not has_triton():
             return f"needs triton, which is not installed: {INSTALL_TRITON}"
         if device.type == "cpu":
             if os.environ.get("TRITON_INTERPRET") == "1":

@@ -29,7 +29,7 @@ from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk
 # values, chosen by the registers and the shared memory that the compiler reports, not yet tuned by measurement. float32
 # is computed exactly and not in TF32, so without tensor cores, in small tiles.
 FORWARD_TILES = {
-    (9, 64, 2): Tiles(128, 64, 4, 3),
+    (9, 64, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 128, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 256, 2): Tiles(128, 32, 8, 2),
     (10, 64, 2): Tiles(128, 64, 4, 3),

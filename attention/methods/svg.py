@@ -10,11 +10,13 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
+from ..own_kernels import use_kernels
 from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays
 
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
 ROW_SETS = 4
+KERNEL_ROWS = 64  # profiled by one kernel on a GPU; its accumulators hold no more
 PROFILED_HEADS = 4  # at once: float32 copies of all heads would be gigabytes on a large model
 
 

@@ -222,7 +222,7 @@ def test_disagreement_with_the_plan_is_named(change, message):
 
 
 def test_why_sparse_attention_cannot_run_on_a_device(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("vidaccel.attention.own_kernels._FOUND", False)
     assert refusal("auto", torch.device("cpu")) is None
     assert refusal("sdpa", torch.device("cpu")) == "computes dense attention only"
     on_cuda = refusal("auto", torch.device("cuda"))
