@@ -148,7 +148,7 @@ def _query_kernel(
             skip_key_ptr + b * skip_key_sb + h * skip_key_sh + place * skip_key_st,
             skip_value_ptr + b * skip_value_sb + h * skip_value_sh + place * skip_value_st,
             skip_bias_ptr + b * skip_bias_sb + h * skip_bias_sh + place * skip_bias_st,
-            clusters, D, D_PAD,
+            clusters, D, D_PAD, BLOCK_N,
         )  # fmt: skip
     store_rows(dq_ptr + b * dq_sb + h * dq_sh, q_rows, dq_sn, inside_m, d, dq * scale, D)
 

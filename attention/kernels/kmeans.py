@@ -54,6 +54,15 @@ def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.
     return labels
 
 
+def in_clusters(labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens sorted by cluster, `[B, H, N]` int64, and the size of each cluster, `[B, H, C]` int64."""
+    # Few digits sort faster: a radix sort of 64 bits makes four times the passes of one of 16.
+    ordered, order = (labels.short() if clusters < 2**15 else labels).sort(dim=-1, stable=True)
+    ids = torch.arange(clusters, dtype=ordered.dtype, device=labels.device)
+    ends = torch.searchsorted(ordered, ids.expand(*labels.shape[:2], clusters).contiguous(), right=True)
+    return order, ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
+
+
 def update(x: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     """The mean of each cluster's tokens relative to `mean`, `[B, H, C, D]` float32; the old center where there is none.
 
@@ -61,30 +70,49 @@ def update(x: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, centers: t
         x, mean, centers: as for `assign`.
         labels: `[B, H, N]` int64 in `[0, C)`.
     """
+    return moments(x, mean, *in_clusters(labels, centers.shape[2]), centers)[0]
+
+
+def moments(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    order: torch.Tensor,
+    sizes: torch.Tensor,
+    centers: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and mean square of the tokens of each cluster, both relative to `mean`.
+
+    Args:
+        x: `[B, H, N, D]`, any strides. mean: `[B, H, 1, D]` float32.
+        order, sizes: as `in_clusters` gives them.
+        centers: `[B, H, C, D]` float32, the mean of a cluster without tokens; 0 when None.
+
+    Returns:
+        `[B, H, C, D]` float32, and the sum over the channels of the mean square, `[B, H, C]` float32.
+    """
     x = rows_contiguous(x)
     batch, heads, tokens, dim = x.shape
-    clusters = centers.shape[2]
-    # Few digits sort faster: a radix sort of 64 bits makes four times the passes of one of 16.
-    ordered, order = (labels.short() if clusters < 2**15 else labels).sort(dim=-1, stable=True)
-    ids = torch.arange(clusters, dtype=ordered.dtype, device=x.device).expand(batch, heads, clusters).contiguous()
-    ends = torch.searchsorted(ordered, ids, right=True)
-    sizes = ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
-    start, length, _ = cut_segments(ends - sizes, sizes, tokens, PIECE)
+    clusters = sizes.shape[-1]
+    start, length, _ = cut_segments(sizes.cumsum(-1) - sizes, sizes, tokens, PIECE)
     pieces = start.shape[-1]
     sums = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=x.device)
+    piece_square = torch.empty(batch, heads, pieces, dtype=torch.float32, device=x.device)
     out = torch.empty(batch, heads, clusters, dim, dtype=torch.float32, device=x.device)
+    square = torch.empty(batch, heads, clusters, dtype=torch.float32, device=x.device)
+    centers = torch.zeros_like(out) if centers is None else centers
     count = (sizes + PIECE - 1) // PIECE
     first = (count.cumsum(-1) - count).int()
     mean, centers, sizes, count = (t.contiguous() for t in (mean, centers, sizes.int(), count.int()))
     with on_device(x):
         _sum_kernel[(pieces, batch * heads)](
-            x, order, start, length, sums, *x.stride()[:3], heads, tokens, pieces,
+            x, mean, order, start, length, sums, piece_square, *x.stride()[:3], heads, tokens, pieces,
             D=dim, D_PAD=padded(dim), BLOCK=ADDED, num_warps=4,
         )  # fmt: skip
         _mean_kernel[(clusters, batch * heads)](
-            sums, first, count, sizes, mean, centers, out, clusters, pieces, D=dim, D_PAD=padded(dim), num_warps=1,
+            sums, piece_square, first, count, sizes, centers, out, square, clusters, pieces,
+            D=dim, D_PAD=padded(dim), num_warps=1,
         )  # fmt: skip
-    return out
+    return out, square
 
 
 @triton.jit
@@ -119,40 +147,49 @@ def _assign_kernel(
 
 @triton.jit
 def _sum_kernel(
-    x_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
+    x_ptr, mean_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, square_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the tokens of one piece of a cluster."""
+    """The sum and the square of the tokens of one piece of a cluster."""
     head = tl.program_id(1).to(tl.int64)
     at = head * pieces + tl.program_id(0)
     start = tl.load(start_ptr + at)
     length = tl.load(length_ptr + at)
     d = tl.arange(0, D_PAD)
+    mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
     x_ptr += (head // heads) * x_sb + (head % heads) * x_sh
     total = tl.zeros([D_PAD], tl.float32)
+    square = tl.zeros([D_PAD], tl.float32)
     for offset in range(0, length, BLOCK):
         members = offset + tl.arange(0, BLOCK)
         inside = members < length
         rows = tl.load(order_ptr + head * tokens + start + members, mask=inside, other=0)
-        total += tl.sum(load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32), 0)
+        x = load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
+        x = tl.where(inside[:, None], x - mean, 0.0)
+        total += tl.sum(x, 0)
+        square += tl.sum(x * x, 0)
     tl.store(sum_ptr + at * D + d, total, mask=d < D)
+    tl.store(square_ptr + at, tl.sum(square, 0))
 
 
 @triton.jit
 def _mean_kernel(
-    sum_ptr, first_ptr, count_ptr, size_ptr, mean_ptr, center_ptr, out_ptr, clusters, pieces,
+    sum_ptr, piece_square_ptr, first_ptr, count_ptr, size_ptr, center_ptr, out_ptr, square_ptr, clusters, pieces,
     D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The center of one cluster from the sums of its pieces."""
+    """The center of one cluster, and its mean square, from the sums of its pieces."""
     head = tl.program_id(1).to(tl.int64)
     at = head * clusters + tl.program_id(0)
     first = tl.load(first_ptr + at)
     size = tl.load(size_ptr + at)
     d = tl.arange(0, D_PAD)
     total = tl.zeros([D_PAD], tl.float32)
+    square = tl.full([], 0.0, tl.float32)
     for piece in range(tl.load(count_ptr + at)):
-        total += tl.load(sum_ptr + (head * pieces + first + piece) * D + d, mask=d < D, other=0.0)
-    mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)
+        place = head * pieces + first + piece
+        total += tl.load(sum_ptr + place * D + d, mask=d < D, other=0.0)
+        square += tl.load(piece_square_ptr + place)
     old = tl.load(center_ptr + at * D + d, mask=d < D, other=0.0)
-    center = tl.where(size > 0, total / tl.maximum(size, 1).to(tl.float32) - mean, old)
-    tl.store(out_ptr + at * D + d, center, mask=d < D)
+    share = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    tl.store(out_ptr + at * D + d, tl.where(size > 0, total * share, old), mask=d < D)
+    tl.store(square_ptr + at, square * share)

@@ -17,8 +17,6 @@ from ..plan import BlockPlan
 from .launch import rows_contiguous
 from .walk import load_rows
 
-CLUSTERS = tl.constexpr(64)  # stand-ins a step
-
 
 class StandIns(NamedTuple):
     """The tables of a plan as the kernels read them.
@@ -55,13 +53,15 @@ def stand_in_args(tables: StandIns | None) -> tuple:
 
 @triton.jit
 def attend_stand_ins(
-    state, q, factor, key_ptr, value_ptr, bias_ptr, clusters, D: tl.constexpr, D_PAD: tl.constexpr
+    state, q, factor, key_ptr, value_ptr, bias_ptr, clusters,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the stand-ins of a tile to its online softmax `(m, total, acc)`, in base 2."""
     m, total, acc = state
     d = tl.arange(0, D_PAD)
-    for first in range(0, clusters, CLUSTERS):
-        rows = first + tl.arange(0, CLUSTERS)
+    STEP: tl.constexpr = min(64, BLOCK_N)
+    for first in range(0, clusters, STEP):
+        rows = first + tl.arange(0, STEP)
         inside = rows < clusters
         key = load_rows(key_ptr, rows, D, inside, d, D, D_PAD, True)
         bias = tl.load(bias_ptr + rows, mask=inside, other=float("-inf")) * 1.4426950408889634
@@ -80,12 +80,14 @@ def attend_stand_ins(
 
 @triton.jit
 def stand_ins_to_queries(
-    dq, q, grad, lse2, delta, factor, key_ptr, value_ptr, bias_ptr, clusters, D: tl.constexpr, D_PAD: tl.constexpr
+    dq, q, grad, lse2, delta, factor, key_ptr, value_ptr, bias_ptr, clusters,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the stand-ins of a tile add to the gradient of its queries, not yet multiplied by the scale of the scores."""
     d = tl.arange(0, D_PAD)
-    for first in range(0, clusters, CLUSTERS):
-        rows = first + tl.arange(0, CLUSTERS)
+    STEP: tl.constexpr = min(64, BLOCK_N)
+    for first in range(0, clusters, STEP):
+        rows = first + tl.arange(0, STEP)
         inside = rows < clusters
         key = load_rows(key_ptr, rows, D, inside, d, D, D_PAD, True)
         bias = tl.load(bias_ptr + rows, mask=inside, other=float("-inf")) * 1.4426950408889634

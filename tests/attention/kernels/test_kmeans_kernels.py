@@ -58,6 +58,18 @@ def test_update(device, dtype, n, clusters, d):
         assert got[:, :, -2:].equal(centers[:, :, -2:])
 
 
+def test_mean_squares(device):
+    x = tokens((1, 2, 300, 40), torch.float32, device)
+    mean = x.mean(2, keepdim=True)
+    labels = torch.randint(0, 6, (1, 2, 300), device=device)
+    order, sizes = kernels.in_clusters(labels, 8)
+    assert sizes.equal(reference.cluster_sizes(labels, 8)) and order.equal(labels.argsort(stable=True, dim=-1))
+    _, square = kernels.moments(x, mean, order, sizes)
+    zeros = torch.zeros(1, 2, 8, 40, device=device)
+    expected = reference.update((x - mean).square(), labels, zeros).sum(-1)
+    torch.testing.assert_close(square, expected, atol=1e-4, rtol=1e-5)
+
+
 def test_one_giant_cluster_is_summed_in_pieces(device):
     x = tokens((1, 1, 512, 64), torch.float32, device)
     mean, centers = start_of(x, 4)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from vidaccel.attention.kernels.probe import probe_clusters
+from vidaccel.attention.kernels.probe import probe_clusters, read_outputs
 
 
 def written_out(q_means, k, v, order, sizes, scale):
@@ -50,7 +50,24 @@ def test_equals_the_definition(device, dim, dtype, tolerance):
     sizes = torch.stack([torch.bincount(x, minlength=clusters) for x in labels[0]])[None].to(device)
     order = labels.argsort(stable=True, dim=-1).to(device)
     scale = dim**-0.5
-    found = probe_clusters(q_means, k, v, order, sizes, scale)
+    found = probe_clusters(q_means, k, v, order, sizes, scale, room=1)
     expected = written_out(q_means, k, v, order, sizes, scale)
+    assert not found[2][:, :, -1].any() and not found[3][:, :, :, -1].any()
+    found = [*found[:2], *(table[:, :, :-1, :-1] for table in found[2:])]
     for name, ours, theirs in zip(("log_mass", "bias", "key", "value"), found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_what_the_centroids_make_of_it(device, room):
+    log_mass = 3 * torch.randn(2, 2, 9, 37, device=device)
+    log_mass[:, :, :, 5] = -torch.inf
+    value = torch.randn(2, 2, 9 + room, 37 + room, 40, device=device)
+    mass, outputs, away = read_outputs(log_mass, value)
+    value = value[:, :, :9, :37].double()
+    share = log_mass.double().softmax(-1)
+    expected = (share.unsqueeze(-2) @ value).squeeze(-2)
+    torch.testing.assert_close(mass.double(), share, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(outputs.double(), expected, atol=1e-5, rtol=1e-5)
+    apart = (value - expected.unsqueeze(-2)).square().sum(-1)
+    torch.testing.assert_close(away.double(), apart, atol=1e-4, rtol=1e-5)
