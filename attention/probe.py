@@ -12,7 +12,7 @@ from .plan import permute
 from .runs import cut_segments
 
 PIECE = 32  # keys of a cluster that are probed at once
-COVARIANCE_PIECE = 64  # tokens of a cluster whose products are added up at once
+SAMPLE = 32  # tokens of a cluster that its covariance is estimated from
 NUMBERS = 2**25  # of each large table held at once in float32, over the heads that are worked on together
 ALIKE = 0.85  # clusters that are probed together on the CPU: the size of the smallest over that of the largest
 
@@ -47,16 +47,16 @@ def probe(q_means: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Cluster
     log_mass = k.new_full((batch * heads, count, clusters), -torch.inf, dtype=torch.float32)
     key, value = (k.new_zeros(batch * heads, count + room, clusters + room, dim, dtype=dtype) for _ in range(2))
     order = keys.labels.argsort(stable=True, dim=-1)
-    k, v = (permute(x, order).flatten(0, 1) for x in (k, v))
+    pairs = permute(torch.cat([k, v], -1), order).flatten(0, 1)
     starts = (keys.sizes.cumsum(-1) - keys.sizes).flatten(0, 1)
     q = q_means.float().flatten(0, 1) * scale
     made = Probe(log_mass, key[:, :count, :clusters], value[:, :count, :clusters])
     if k.device.type == "cpu":
-        _probe_by_size(q, torch.cat([k, v], -1).float(), starts, keys.sizes.flatten(0, 1), made)
+        _probe_by_size(q, pairs.float(), starts, keys.sizes.flatten(0, 1), made)
     else:
         first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
         for some in _heads_at_once(batch * heads, first.shape[-1] * count * dim):
-            _probe_pieces(*(x[some] for x in (q, k, v, first, length, owner)), Probe(*(x[some] for x in made)))
+            _probe_pieces(*(x[some] for x in (q, pairs, first, length, owner)), Probe(*(x[some] for x in made)))
     return Probe(*(x.unflatten(0, (batch, heads)) for x in (log_mass, key, value)))
 
 
@@ -111,8 +111,7 @@ def _probe_by_size(
 
 def _probe_pieces(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    pairs: torch.Tensor,
     first: torch.Tensor,
     length: torch.Tensor,
     owner: torch.Tensor,
@@ -121,49 +120,38 @@ def _probe_pieces(
     """Some heads, without a look at the sizes. Each piece of a cluster has its own maximum: nothing overflows.
 
     Args:
-        q: `[G, Cq, D]` scaled. k, v: `[G, N, D]`, sorted by cluster.
+        q: `[G, Cq, D]` scaled. pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
         first, length, owner: `[G, P]`, pieces of clusters.
         made: tables `[G, Cq, Ck, ...]` to be filled.
     """
-    group, clusters = len(q), made.log_mass.shape[-1]
-    (keys, values), inside = _rows_of_pieces((k, v), first, length, PIECE)
-    scores = (q.unsqueeze(1) @ keys.transpose(-1, -2)).masked_fill(~inside.unsqueeze(2), -torch.inf)  # [G, P, Cq, 32]
+    (group, tokens, _), clusters = pairs.shape, made.log_mass.shape[-1]
+    offsets = torch.arange(PIECE, device=q.device)
+    inside = offsets < length.unsqueeze(-1)  # [G, P, 32]
+    rows = (first.unsqueeze(-1) + offsets).clamp(max=tokens - 1).long()
+    flat = (rows + tokens * torch.arange(group, device=q.device).view(-1, 1, 1)).flatten()
+    some = pairs.flatten(0, 1).index_select(0, flat).view(*rows.shape, -1).float()
+    scores = (q.unsqueeze(1) @ some[..., : q.shape[-1]].transpose(-1, -2)).masked_fill(
+        ~inside.unsqueeze(2), -torch.inf
+    )  # [G, P, Cq, 32]
     top = scores.amax(-1)
     weights = (scores - top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)).exp()
     shape = (group, clusters, q.shape[1])
     place = owner.long().unsqueeze(-1).expand(-1, -1, q.shape[1])
-    whole = torch.full(shape, -torch.inf, device=k.device).scatter_reduce_(1, place, top, "amax")
+    whole = torch.full(shape, -torch.inf, device=q.device).scatter_reduce_(1, place, top, "amax")
     lift = (top - whole.gather(1, place).nan_to_num(neginf=0.0)).exp()  # 0 where the piece is empty
+    index = (owner.long() + clusters * torch.arange(group, device=q.device).view(-1, 1)).flatten()
 
     def joined(x: torch.Tensor) -> torch.Tensor:
-        return _sums_of_pieces(x, owner, clusters).transpose(1, 2)
+        """Sums over the pieces of each cluster, `[G, Cq, Ck, ...]`."""
+        sums = x.new_zeros(group * clusters, *x.shape[2:]).index_add_(0, index, x.flatten(0, 1))
+        return sums.view(group, clusters, *x.shape[2:]).transpose(1, 2)
 
     mass = joined(weights.sum(-1) * lift)
-    weights = weights * lift.unsqueeze(-1)
-    share = mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    means = joined((weights * lift.unsqueeze(-1)) @ some)
+    means = means / mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     made.log_mass.copy_(whole.transpose(1, 2) + mass.log())
-    made.key.copy_(joined(weights @ keys) / share)
-    made.value.copy_(joined(weights @ values) / share)
-
-
-def _rows_of_pieces(
-    tables: tuple[torch.Tensor, ...], first: torch.Tensor, length: torch.Tensor, piece: int
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Tokens of each piece, `[G, P, piece, D]` float32 for each of `tables [G, N, D]`, and which of them are in it."""
-    group, tokens = tables[0].shape[:2]
-    offsets = torch.arange(piece, device=first.device)
-    inside = offsets < length.unsqueeze(-1)
-    rows = (first.unsqueeze(-1) + offsets).clamp(max=tokens - 1).long()
-    flat = (rows + tokens * torch.arange(group, device=first.device).view(-1, 1, 1)).flatten()
-    return [x.flatten(0, 1).index_select(0, flat).view(*rows.shape, -1).float() for x in tables], inside
-
-
-def _sums_of_pieces(x: torch.Tensor, owner: torch.Tensor, clusters: int) -> torch.Tensor:
-    """Sums of `x [G, P, ...]` over the pieces of each cluster, `[G, clusters, ...]`."""
-    group = len(x)
-    index = (owner.long() + clusters * torch.arange(group, device=x.device).view(-1, 1)).flatten()
-    sums = x.new_zeros(group * clusters, *x.shape[2:]).index_add_(0, index, x.flatten(0, 1))
-    return sums.view(group, clusters, *x.shape[2:])
+    for table, part in zip(made[1:], means.split(q.shape[-1], -1), strict=True):
+        table.copy_(part)
 
 
 class Seen(NamedTuple):
@@ -204,42 +192,42 @@ def score_variance(
     """Mean square of the scaled score between what a query and a key have beyond their centroids, `[B, H, Cq, Ck]`.
 
     That is the trace of the product of both covariances, which needs no axes, and so no eigenvectors, whose solver
-    waits for the GPU.
+    waits for the GPU. Covariances are estimated from `SAMPLE` tokens of each cluster.
 
     Args:
         q, k: `[B, H, N, D]`.
         from_zero: of the whole query instead, not less its centroid.
     """
     batch, heads, _, dim = q.shape
-    spread = []
-    most = max(x.shape[2] // COVARIANCE_PIECE + c.sizes.shape[-1] for x, c in ((q, queries), (k, keys)))
-    flat = [(x.flatten(0, 1), Clusters(*(part.flatten(0, 1) for part in c))) for x, c in ((q, queries), (k, keys))]
-    for some in _heads_at_once(batch * heads, most * dim * dim):
-        of_q, of_k = (_covariances(x[some], Clusters(*(part[some] for part in c))) for x, c in flat)
+    low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
+    spread = torch.empty(batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], device=q.device)
+    most = max(queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
+    for some in _heads_at_once(heads, batch * most):
+        of_q, of_k = (
+            _covariances(x[:, some], Clusters(*(part[:, some] for part in clusters)), low)
+            for x, clusters in ((q, queries), (k, keys))
+        )
         if from_zero:
-            means = queries.means.flatten(0, 1)[some]
-            of_q = of_q + means.unsqueeze(-1) * means.unsqueeze(-2)
-        low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
-        of_q, of_k = ((scale * x).flatten(-2).to(low) for x in (of_q, of_k))
-        spread.append((of_q @ of_k.transpose(-1, -2)).float())
-    return torch.cat(spread).unflatten(0, (batch, heads)).clamp(min=0)
+            means = queries.means[:, some]
+            of_q = of_q + (means.unsqueeze(-1) * means.unsqueeze(-2)).to(low)
+        of_q, of_k = ((scale * x).flatten(-2) for x in (of_q, of_k))
+        spread[:, some] = (of_q @ of_k.transpose(-1, -2)).float()
+    return spread.clamp_(min=0)
 
 
-def _covariances(x: torch.Tensor, clusters: Clusters) -> torch.Tensor:
-    """`[G, C, D, D]` float32 of tokens `[G, N, D]` about the means of their clusters, which are those of these tokens."""
+def _covariances(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:
+    """`[B, H, C, D, D]` of tokens `[B, H, N, D]` about the means of their clusters, from tokens spread over each."""
+    sizes = clusters.sizes.unsqueeze(-1)
     order = clusters.labels.argsort(stable=True, dim=-1)
-    labels = clusters.labels.gather(-1, order)
-    index = order + x.shape[1] * torch.arange(len(x), device=x.device).unsqueeze(-1)
-    of_cluster = labels + clusters.means.shape[1] * torch.arange(len(x), device=x.device).unsqueeze(-1)
-    x = x.flatten(0, 1).index_select(0, index.flatten()).float()
-    x = x - clusters.means.flatten(0, 1).index_select(0, of_cluster.flatten())
-    x = x.view(*order.shape, -1)
-    starts = clusters.sizes.cumsum(-1) - clusters.sizes
-    first, length, owner = cut_segments(starts, clusters.sizes, x.shape[1], COVARIANCE_PIECE)
-    (rows,), inside = _rows_of_pieces((x,), first, length, COVARIANCE_PIECE)
-    rows = rows * inside.unsqueeze(-1)
-    sums = _sums_of_pieces(rows.transpose(-1, -2) @ rows, owner, clusters.means.shape[1])
-    return sums / clusters.sizes.clamp(min=1).view(*clusters.sizes.shape, 1, 1)
+    count = sizes.clamp(max=SAMPLE)
+    place = torch.arange(SAMPLE, device=x.device)
+    inside = place < count
+    rows = (sizes.cumsum(2) - sizes) + torch.where(inside, place * sizes // count.clamp(min=1), 0)
+    rows = rows.flatten(2).clamp(max=x.shape[2] - 1)
+    some = permute(x, order.gather(-1, rows)).float().unflatten(2, inside.shape[2:]) - clusters.means.unsqueeze(3)
+    # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster.
+    some = (some * (inside / count.clamp(min=1).sqrt()).unsqueeze(-1)).to(dtype)
+    return some.transpose(-1, -2) @ some
 
 
 def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: float) -> torch.Tensor:
