@@ -1,4 +1,4 @@
-"""What the cluster methods share: clusters of tokens, what centroids see of the keys, and how a budget is spent."""
+"""What the cluster methods share: clusters of tokens, how a budget is spent on them, and the plan of a selection."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import torch.nn.functional as F
 
 from .kmeans import chain_order, cluster_sizes, kmeans, update
 from .layout import VideoLayout
-from .plan import BlockPlan, permute
-from .runs import cut_segments
-
-PIECE = 32  # keys of a cluster that are probed at once
-PROBED = 2**25  # numbers of each table of the probe held at once, over all heads
+from .plan import BlockPlan
 
 
 class Clusters(NamedTuple):
@@ -49,92 +45,24 @@ def renewed(x: torch.Tensor, clusters: Clusters) -> Clusters:
     return clusters._replace(means=update(x.float(), clusters.labels, clusters.means))
 
 
-def variances(x: torch.Tensor, clusters: Clusters) -> torch.Tensor:
-    """Variance of each channel within each cluster, `[B, H, C, D]`; `x` and the means in the same axes."""
-    centre = x.mean(2, keepdim=True)
-    squares = update((x - centre).square(), clusters.labels, torch.zeros_like(clusters.means))
-    return (squares - (clusters.means - centre).square()).clamp(min=0)
+def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
+    """Estimated softmax mass of each key cluster for each query cluster, `[B, H, Cq, Ck]`; rows sum to 1."""
+    scores = q_centroids.float() @ k_centroids.float().transpose(-1, -2) * q_centroids.shape[-1] ** -0.5
+    return torch.softmax(scores + k_sizes.float().log().unsqueeze(-2), -1)
 
 
-class Probe(NamedTuple):
-    """What the centroid of each query cluster sees of each key cluster: its softmax over the keys, cut into clusters.
-
-    Args:
-        log_mass: `[B, H, Cq, Ck]` float32, log of the sum of the exponentials of the scaled scores; -inf without keys.
-        key, value: `[B, H, Cq, Ck, D]` float32, means weighted by that softmax; 0 without keys.
-    """
-
-    log_mass: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-
-def probe(q_means: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Clusters, scale: float) -> Probe:
-    """Hold the query centroids against every key: `3 * Cq * N` products of length D a head, and no host sync.
+def value_variance(v: torch.Tensor, keys: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean value of each key cluster, `[B, H, C, D]`, and the variance within it, over all channels, `[B, H, C]`.
 
     Args:
-        q_means: `[B, H, Cq, D]`.
-        k, v: `[B, H, N, D]`.
-        keys: the clusters of k.
-        scale: multiplies the scores.
+        v: `[B, H, N, D]`. keys: clusters of the keys.
     """
-    batch, heads, tokens, dim = k.shape
-    order = keys.labels.argsort(stable=True, dim=-1)
-    k, v = (permute(x, order).flatten(0, 1) for x in (k, v))
-    starts = keys.sizes.cumsum(-1) - keys.sizes
-    first, length, owner = (x.flatten(0, 1) for x in cut_segments(starts, keys.sizes, tokens, PIECE))
-    q_means = q_means.float().flatten(0, 1)
-    heads_at_once = max(1, PROBED // (first.shape[-1] * q_means.shape[1] * dim))
-    parts = []
-    for start in range(0, batch * heads, heads_at_once):
-        some = slice(start, start + heads_at_once)
-        tables = (x[some] for x in (q_means * scale, k, v, first, length, owner))
-        parts.append(_probe_heads(keys.sizes.shape[-1], *tables))
-    log_mass, key, value = (torch.cat(x).unflatten(0, (batch, heads)) for x in zip(*parts, strict=True))
-    return Probe(log_mass, key, value)
-
-
-def _probe_heads(
-    clusters: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    first: torch.Tensor,
-    length: torch.Tensor,
-    owner: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Some heads. Each piece of a cluster has its own maximum, so that nothing overflows.
-
-    Args:
-        clusters: Ck.
-        q: `[G, Cq, D]` scaled. k, v: `[G, N, D]`, sorted by cluster.
-        first, length, owner: `[G, P]`, pieces of clusters.
-    """
-    group, tokens, dim = k.shape
-    offsets = torch.arange(PIECE, device=k.device)
-    inside = offsets < length.unsqueeze(-1)  # [G, P, 32]
-    rows = (first.unsqueeze(-1) + offsets).clamp(max=tokens - 1).long()
-    flat = (rows + tokens * torch.arange(group, device=k.device).view(-1, 1, 1)).flatten()
-    keys, values = (x.float().flatten(0, 1).index_select(0, flat).view(*rows.shape, dim) for x in (k, v))
-    scores = (q.unsqueeze(1) @ keys.transpose(-1, -2)).masked_fill(~inside.unsqueeze(2), -torch.inf)  # [G, P, Cq, 32]
-    top = scores.amax(-1)
-    weights = (scores - top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    shape = (group, clusters, q.shape[1])
-    place = owner.long().unsqueeze(-1).expand(-1, -1, q.shape[1])
-    whole = torch.full(shape, -torch.inf, device=k.device).scatter_reduce_(1, place, top, "amax")
-    lift = (top - whole.gather(1, place).nan_to_num(neginf=0.0)).exp()  # 0 where the piece is empty
-    index = (owner.long() + clusters * torch.arange(group, device=k.device).view(-1, 1)).flatten()
-
-    def joined(x: torch.Tensor) -> torch.Tensor:
-        """Sums over the pieces of each cluster, `[G, Cq, Ck, ...]`."""
-        sums = x.new_zeros(group * clusters, *x.shape[2:]).index_add_(0, index, x.flatten(0, 1))
-        return sums.view(group, clusters, *x.shape[2:]).transpose(1, 2)
-
-    mass = joined(weights.sum(-1) * lift)
-    weights = weights * lift.unsqueeze(-1)
-    share = mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    log_mass = whole.transpose(1, 2) + mass.log()
-    return log_mass, joined(weights @ keys) / share, joined(weights @ values) / share
+    v = v.float()
+    centre = v.mean(2, keepdim=True)
+    zeros = torch.zeros_like(keys.means)
+    means = update(v - centre, keys.labels, zeros)
+    squares = update((v - centre).square(), keys.labels, zeros)
+    return means + centre * (keys.sizes > 0).unsqueeze(-1), (squares - means.square()).clamp(min=0).sum(-1)
 
 
 def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:

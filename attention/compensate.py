@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .merge import attend_scores
 from .plan import BlockPlan, permute, unpermute
 
 SCORES = 2**26  # scores held at once, over all heads: a quarter of a GiB
@@ -25,13 +26,6 @@ def attend_skipped(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torc
     return _attend_own(q, plan, scale) if plan.skipped.bias is not None else _attend_shared(q, plan, scale)
 
 
-def _softmax(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of scores `[..., R, C]` over values `[..., C, D]`; a row of -inf gives 0, not NaN."""
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    return weights @ values, lse
-
-
 def _attend_shared(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One key and value a cluster, for all tiles."""
     batch, heads, queries, _ = q.shape
@@ -43,7 +37,7 @@ def _attend_shared(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torc
         piece = slice(start, start + rows)
         own = tile[:, :, piece, None].expand(-1, -1, -1, bias.shape[-1])
         scores = (q[:, :, piece].float() * scale) @ plan.skipped.key.float().transpose(-1, -2) + bias.gather(2, own)
-        out, lse = _softmax(scores, plan.skipped.value.float())
+        out, lse = attend_scores(scores, plan.skipped.value.float())
         outputs.append(out.to(q.dtype))
         sums.append(lse)
     return torch.cat(outputs, 2), torch.cat(sums, 2)
@@ -70,7 +64,7 @@ def _attend_own(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torch.T
         own = tile[some].long()
         keys, values = (_of_tile(table[some], own).float() for table in (key, value))
         scores = (x * scale) @ keys.transpose(-1, -2) + _of_tile(bias[some], own).unsqueeze(-2)
-        out, lse = _softmax(scores, values)
+        out, lse = attend_scores(scores, values)
         made = x.new_zeros(rows.shape[0], queries + 1, dim)
         outputs.append(made.scatter(1, rows.unsqueeze(-1).expand(-1, -1, dim), out.flatten(1, 2))[:, :-1])
         logs = x.new_full((rows.shape[0], queries + 1), -torch.inf)

@@ -1,8 +1,27 @@
-"""Join two attention results over disjoint sets of keys, as if one softmax had seen both."""
+"""Attention with its log-sum-exp, and two such results over disjoint keys joined as if one softmax had seen both."""
 
 from __future__ import annotations
 
 import torch
+
+
+def attend_scores(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax over scores, applied to values; a row of -inf gives 0 and -inf, not NaN.
+
+    Args:
+        scores: `[..., R, K]` scaled, -inf where a query does not read a key.
+        values: `[..., K, D]`.
+
+    Returns:
+        `([..., R, D], log-sum-exp [..., R])`.
+    """
+    # The result does not depend on what is subtracted, so neither do the gradients.
+    top = scores.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = (top + total.log()).squeeze(-1)
+    return weights @ values / total.masked_fill(total == 0, 1.0), lse
 
 
 def merge(

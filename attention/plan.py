@@ -294,14 +294,14 @@ class BlockPlan:
 
 
 def permute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of `x [B, H, N, ...]` in `order [1|B, 1|H, N]`; `None` leaves them."""
+    """Tokens of `x [B, H, N, ...]` in `order [1|B, 1|H, R]`, all or some of them; `None` leaves them."""
     if order is None:
         return x
     batch, heads, tokens = x.shape[:3]
     # One flat index over all heads: several times faster than a gather that repeats the index for each channel.
     head = torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
-    flat = (order.expand(batch, heads, tokens) + tokens * head).flatten()
-    return x.flatten(0, 2).index_select(0, flat).view(x.shape)
+    flat = (order.expand(batch, heads, -1) + tokens * head).flatten()
+    return x.flatten(0, 2).index_select(0, flat).view(batch, heads, order.shape[-1], *x.shape[3:])
 
 
 def unpermute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

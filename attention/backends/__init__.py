@@ -7,12 +7,15 @@ import torch
 from .base import Backend, Capability, Request
 from .flex import FlexBackend
 from .gather import GatherBackend
+from .masked import MaskedBackend
+from .packed import PackedBackend
 from .reference import ReferenceBackend
 from .sdpa import SdpaBackend
 from .triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (FlexBackend(), GatherBackend(), ReferenceBackend(), SdpaBackend(), TritonBackend())
+    b.name: b
+    for b in (FlexBackend(), GatherBackend(), MaskedBackend(), PackedBackend(), ReferenceBackend(), SdpaBackend(), TritonBackend())
 }
 
 # Best first. On the CPU compiled FlexAttention wins on the blocks and bands of long sequences, one SDPA per query tile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
@@ -163,8 +164,10 @@ def _attend(
     scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
     if bias is not None:
         scores[..., : bias.shape[-1]] += bias
-    out = (torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype)
-    return out, scores.logsumexp(-1).float() if return_lse else None
+    if not return_lse:
+        return (torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype), None
+    out, lse = attend_scores(scores, v.to(wide))
+    return out.to(q.dtype), lse.float()
 
 
 def _cut_out(x: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:

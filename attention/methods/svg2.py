@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, plan_with_text
+from ..clusters import Clusters, cluster, cluster_mass, plan_with_text
 from ..kmeans import update
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -156,12 +156,6 @@ def select_clusters(
     """
     mass = cluster_mass(q_centroids, k_centroids, k_sizes)
     return _select(mass, top_p, int(min_ratio * mass.shape[-1]))
-
-
-def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
-    """Estimated softmax mass of each key cluster for each query cluster, `[B, H, Cq, Ck]`; rows sum to 1."""
-    scores = q_centroids.float() @ k_centroids.float().transpose(-1, -2) * q_centroids.shape[-1] ** -0.5
-    return torch.softmax(scores + k_sizes.float().log().unsqueeze(-2), -1)
 
 
 def _ranked(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

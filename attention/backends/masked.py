@@ -1,0 +1,82 @@
+"""Dense attention with a mask: what short sequences are fastest with on the CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..compensate import attend_skipped
+from ..merge import attend_scores, merge
+from ..plan import BlockPlan, permute
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
+
+BIASES = 2**22  # numbers of the mask held at once: what the processor's cache can hold, more or less
+
+
+class MaskedBackend(Backend):
+    """`scaled_dot_product_attention` with an additive float mask, some queries at a time.
+
+    It computes every pair, and so costs what dense attention costs, whatever the plan: more than `gather` in long
+    sequences, and much less where the tiles are so small that a call for each costs more than its work. What stands for
+    skipped clusters is further columns. Where each tile has its own, or where the log-sum-exp is wanted, the softmax is
+    written out, and the tiles' own part merged with it.
+    """
+
+    name = "masked"
+    summary = "dense attention with a mask; for short sequences on the CPU"
+    capability = Capability(
+        devices=EVERYWHERE,
+        dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        max_head_dim=ANY_HEAD_DIM,
+        lse=EVERYWHERE,
+        backward=EVERYWHERE,
+        sparse=True,
+        stand_ins=EVERYWHERE,
+    )
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        bias = q.new_zeros((), dtype=wide).masked_fill(~plan.keys_of_tile(), -torch.inf)  # [Bp, Hp, T, n_kv]
+        k, v = permute(k, plan.kv_order), permute(v, plan.kv_order)
+        skipped = plan.skipped
+        columns = skipped is not None and skipped.bias is None
+        if columns:
+            k, v = (torch.cat([x.to(wide), y.to(wide)], 2) for x, y in ((k, skipped.key), (v, skipped.value)))
+            lead = torch.broadcast_shapes(bias.shape[:2], skipped.key.shape[:2])
+            bias = torch.cat([x.to(wide).expand(*lead, -1, -1) for x in (bias, plan.stand_in_bias())], -1)
+        # SDPA has no log-sum-exp, and in half precision the stand-ins' bias would be off by per cents.
+        written_out = return_lse or skipped is not None and (not columns or q.dtype != wide)
+        tile = plan.tile_of_token()
+        rows = max(1, BIASES // (bias.shape[0] * bias.shape[1] * bias.shape[-1]))
+        if written_out:
+            rows = max(1, BIASES // (q.shape[0] * q.shape[1] * bias.shape[-1]))
+            k, v = k.to(wide), v.to(wide).contiguous()
+        outputs, sums = [], []
+        for start in range(0, plan.n_q, rows):
+            some = slice(start, start + rows)
+            mask = _rows(bias, tile[:, :, some])
+            if written_out:
+                out, lse = attend_scores((q[:, :, some].to(wide) * scale) @ k.transpose(-1, -2) + mask, v)
+                sums.append(lse)
+            else:
+                mask = mask.to(q.dtype)
+                out = F.scaled_dot_product_attention(q[:, :, some], k, v, attn_mask=mask, scale=scale)
+                # What SDPA makes of a row without keys depends on the kernel that it takes.
+                out = out.masked_fill(mask.amax(-1, keepdim=True) == -torch.inf, 0.0)
+            outputs.append(out)
+        out = torch.cat(outputs, 2).to(q.dtype)
+        lse = torch.cat(sums, 2) if written_out else None
+        if skipped is not None and not columns:
+            out, lse = merge(out, lse.float(), *attend_skipped(q, plan, scale))
+        return out, lse.float() if return_lse else None
+
+
+def _rows(bias: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    """Rows of `bias [B', H', T, K]` for each of `tile [B'', H'', R]`; whole rows are copied, which is fast."""
+    batch, heads = torch.broadcast_shapes(bias.shape[:2], tile.shape[:2])
+    bias = bias.expand(batch, heads, -1, -1)
+    first = torch.arange(batch * heads, device=bias.device).view(batch, heads, 1) * bias.shape[2]
+    index = (tile.expand(batch, heads, -1) + first).flatten()
+    return bias.flatten(0, 2).index_select(0, index).view(batch, heads, -1, bias.shape[-1])

@@ -1,0 +1,254 @@
+"""What the centroids of query clusters see of each key cluster, and what a first-order stand-in for it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .clusters import Clusters
+from .plan import permute
+from .runs import cut_segments
+
+PIECE = 32  # keys of a cluster that are probed at once
+SAMPLE = 32  # tokens of a cluster that its covariance is estimated from
+NUMBERS = 2**25  # of each large table held at once in float32, over the heads that are worked on together
+ALIKE = 0.85  # clusters that are probed together on the CPU: the size of the smallest over that of the largest
+
+
+class Probe(NamedTuple):
+    """What the centroid of each query cluster sees of each key cluster: its softmax over the keys, cut into clusters.
+
+    Args:
+        log_mass: `[B, H, Cq, Ck]` float32, log of the sum of the exponentials of the scaled scores; -inf without keys.
+        key, value: `[B, H, Cq + r, Ck + r, D]`, means weighted by that softmax, 0 without keys; in the dtype of k where
+            that is narrower than float32. The last `r` rows and columns are empty: room for the text.
+    """
+
+    log_mass: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def probe(q_means: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Clusters, scale: float, room: int = 0) -> Probe:
+    """Hold the query centroids against every key: `3 * Cq * N` products of length D a head, and no sync on a GPU.
+
+    Args:
+        q_means: `[B, H, Cq, D]`.
+        k, v: `[B, H, N, D]`.
+        keys: the clusters of k.
+        scale: multiplies the scores.
+        room: empty rows and columns behind those of the clusters.
+    """
+    batch, heads, tokens, dim = k.shape
+    count, clusters = q_means.shape[2], keys.sizes.shape[-1]
+    dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
+    log_mass = k.new_full((batch * heads, count, clusters), -torch.inf, dtype=torch.float32)
+    key, value = (k.new_zeros(batch * heads, count + room, clusters + room, dim, dtype=dtype) for _ in range(2))
+    order = keys.labels.argsort(stable=True, dim=-1)
+    pairs = permute(torch.cat([k, v], -1), order).flatten(0, 1)
+    starts = (keys.sizes.cumsum(-1) - keys.sizes).flatten(0, 1)
+    q = q_means.float().flatten(0, 1) * scale
+    made = Probe(log_mass, key[:, :count, :clusters], value[:, :count, :clusters])
+    if k.device.type == "cpu":
+        _probe_by_size(q, pairs.float(), starts, keys.sizes.flatten(0, 1), made)
+    else:
+        first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
+        for some in _heads_at_once(batch * heads, first.shape[-1] * count * dim):
+            _probe_pieces(*(x[some] for x in (q, pairs, first, length, owner)), Probe(*(x[some] for x in made)))
+    return Probe(*(x.unflatten(0, (batch, heads)) for x in (log_mass, key, value)))
+
+
+def _heads_at_once(heads: int, numbers: int) -> Iterator[slice]:
+    """Slices of heads whose tables, of so many numbers a head, stay within `NUMBERS`."""
+    step = max(1, NUMBERS // max(1, numbers))
+    return (slice(start, start + step) for start in range(0, heads, step))
+
+
+def _probe_by_size(
+    q: torch.Tensor, pairs: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor, made: Probe
+) -> None:
+    """All heads, clusters of like size together, in float32: two batched products for each such group.
+
+    Args:
+        q: `[G, Cq, D]` scaled. pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
+        starts, sizes: `[G, Ck]`.
+        made: tables `[G, Cq, Ck, ...]` to be filled.
+    """
+    heads, count, dim = q.shape
+    clusters, tokens = sizes.shape[-1], pairs.shape[1]
+    first = (starts + tokens * torch.arange(heads).unsqueeze(-1)).flatten()
+    order = sizes.flatten().argsort()
+    rising = sizes.flatten()[order].tolist()
+    begin = 0
+    while begin < len(rising):
+        end = begin + 1
+        while end < len(rising) and ALIKE * rising[end] <= rising[begin] and (end - begin) * count * dim < NUMBERS // 16:
+            end += 1
+        group, longest = order[begin:end], rising[end - 1]
+        begin = end
+        if not longest:
+            continue
+        offsets = torch.arange(longest)
+        outside = offsets >= sizes.flatten()[group].unsqueeze(-1)
+        rows = (first[group].unsqueeze(-1) + offsets).clamp(max=heads * tokens - 1)
+        some = pairs.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, 2 * dim)
+        head, cluster = group // clusters, group % clusters
+        scores = torch.baddbmm(
+            some.new_zeros(rows.shape).masked_fill_(outside, -torch.inf).unsqueeze(1),
+            q.index_select(0, head),
+            some[..., :dim].transpose(1, 2),
+        )
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        means = (weights @ some).div_(total)
+        made.log_mass[head, :, cluster] = (top + total.log()).squeeze(-1)
+        for table, part in zip(made[1:], means.split(dim, -1), strict=True):
+            table[head, :, cluster] = part.to(table.dtype)
+
+
+def _probe_pieces(
+    q: torch.Tensor,
+    pairs: torch.Tensor,
+    first: torch.Tensor,
+    length: torch.Tensor,
+    owner: torch.Tensor,
+    made: Probe,
+) -> None:
+    """Some heads, without a look at the sizes. Each piece of a cluster has its own maximum: nothing overflows.
+
+    Args:
+        q: `[G, Cq, D]` scaled. pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
+        first, length, owner: `[G, P]`, pieces of clusters.
+        made: tables `[G, Cq, Ck, ...]` to be filled.
+    """
+    (group, tokens, _), clusters = pairs.shape, made.log_mass.shape[-1]
+    offsets = torch.arange(PIECE, device=q.device)
+    inside = offsets < length.unsqueeze(-1)  # [G, P, 32]
+    rows = (first.unsqueeze(-1) + offsets).clamp(max=tokens - 1).long()
+    flat = (rows + tokens * torch.arange(group, device=q.device).view(-1, 1, 1)).flatten()
+    some = pairs.flatten(0, 1).index_select(0, flat).view(*rows.shape, -1).float()
+    scores = (q.unsqueeze(1) @ some[..., : q.shape[-1]].transpose(-1, -2)).masked_fill(
+        ~inside.unsqueeze(2), -torch.inf
+    )  # [G, P, Cq, 32]
+    top = scores.amax(-1)
+    weights = (scores - top.masked_fill(top == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    shape = (group, clusters, q.shape[1])
+    place = owner.long().unsqueeze(-1).expand(-1, -1, q.shape[1])
+    whole = torch.full(shape, -torch.inf, device=q.device).scatter_reduce_(1, place, top, "amax")
+    lift = (top - whole.gather(1, place).nan_to_num(neginf=0.0)).exp()  # 0 where the piece is empty
+    index = (owner.long() + clusters * torch.arange(group, device=q.device).view(-1, 1)).flatten()
+
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        """Sums over the pieces of each cluster, `[G, Cq, Ck, ...]`."""
+        sums = x.new_zeros(group * clusters, *x.shape[2:]).index_add_(0, index, x.flatten(0, 1))
+        return sums.view(group, clusters, *x.shape[2:]).transpose(1, 2)
+
+    mass = joined(weights.sum(-1) * lift)
+    means = joined((weights * lift.unsqueeze(-1)) @ some)
+    means = means / mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    made.log_mass.copy_(whole.transpose(1, 2) + mass.log())
+    for table, part in zip(made[1:], means.split(q.shape[-1], -1), strict=True):
+        table.copy_(part)
+
+
+class Seen(NamedTuple):
+    """What is read off a probe, float32.
+
+    Args:
+        mass: `[B, H, Cq, Ck]`, share of each centroid's softmax.
+        bias: the same shape, of the stand-in: `bias + scale * q . key` is the log of the mass, to first order in q.
+        outputs: `[B, H, Cq, D]`, of the centroids.
+        away: `[B, H, Cq, Ck]`, squared distance of each cluster's value from the centroid's output.
+    """
+
+    mass: torch.Tensor
+    bias: torch.Tensor
+    outputs: torch.Tensor
+    away: torch.Tensor
+
+
+def read(seen: Probe, q_means: torch.Tensor, scale: float) -> Seen:
+    """A few heads at a time, since the tables are large and may be in half precision."""
+    batch, heads, count, clusters = seen.log_mass.shape
+    mass = seen.log_mass.softmax(-1)
+    bias, away, outputs = torch.empty_like(mass), torch.empty_like(mass), torch.empty_like(q_means)
+    key, value = (x[:, :, :count, :clusters] for x in (seen.key, seen.value))
+    for some in _heads_at_once(heads, batch * count * clusters * q_means.shape[-1]):
+        # The keys as they are stored: so the stand-in is exact at the centroid.
+        at_centroid = (key[:, some].float() @ q_means[:, some].unsqueeze(-1)).squeeze(-1)
+        bias[:, some] = seen.log_mass[:, some] - scale * at_centroid
+        values = value[:, some].float()
+        outputs[:, some] = (mass[:, some].unsqueeze(-2) @ values).squeeze(-2)
+        away[:, some] = (values - outputs[:, some].unsqueeze(-2)).square_().sum(-1)
+    return Seen(mass, bias.nan_to_num(neginf=0.0), outputs, away)
+
+
+def score_variance(
+    q: torch.Tensor, k: torch.Tensor, queries: Clusters, keys: Clusters, scale: float, from_zero: bool = False
+) -> torch.Tensor:
+    """Mean square of the scaled score between what a query and a key have beyond their centroids, `[B, H, Cq, Ck]`.
+
+    That is the trace of the product of both covariances, which needs no axes, and so no eigenvectors, whose solver
+    waits for the GPU. Covariances are estimated from `SAMPLE` tokens of each cluster.
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        from_zero: of the whole query instead, not less its centroid.
+    """
+    batch, heads, _, dim = q.shape
+    low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
+    spread = torch.empty(batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], device=q.device)
+    most = max(queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
+    for some in _heads_at_once(heads, batch * most):
+        of_q, of_k = (
+            _covariances(x[:, some], Clusters(*(part[:, some] for part in clusters)), low)
+            for x, clusters in ((q, queries), (k, keys))
+        )
+        if from_zero:
+            means = queries.means[:, some]
+            of_q = of_q + (means.unsqueeze(-1) * means.unsqueeze(-2)).to(low)
+        of_q, of_k = ((scale * x).flatten(-2) for x in (of_q, of_k))
+        spread[:, some] = (of_q @ of_k.transpose(-1, -2)).float()
+    return spread.clamp_(min=0)
+
+
+def _covariances(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:
+    """`[B, H, C, D, D]` of tokens `[B, H, N, D]` about the means of their clusters, from tokens spread over each."""
+    sizes = clusters.sizes.unsqueeze(-1)
+    order = clusters.labels.argsort(stable=True, dim=-1)
+    count = sizes.clamp(max=SAMPLE)
+    place = torch.arange(SAMPLE, device=x.device)
+    inside = place < count
+    rows = (sizes.cumsum(2) - sizes) + torch.where(inside, place * sizes // count.clamp(min=1), 0)
+    rows = rows.flatten(2).clamp(max=x.shape[2] - 1)
+    some = permute(x, order.gather(-1, rows)).float().unflatten(2, inside.shape[2:]) - clusters.means.unsqueeze(3)
+    # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster.
+    some = (some * (inside / count.clamp(min=1).sqrt()).unsqueeze(-1)).to(dtype)
+    return some.transpose(-1, -2) @ some
+
+
+def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: float) -> torch.Tensor:
+    """By how much the mean key of each cluster gets a centroid's attention wrong: `[B, H, Cq, Ck]` float32.
+
+    The sum over the keys of a cluster of `(weight - weight of the mean key)^2`, weights being softmax over all keys.
+
+    Args:
+        q_means: `[B, H, Cq, D]`. k: `[B, H, N, D]`. keys: its clusters.
+    """
+    batch, heads, tokens, dim = k.shape
+    count = q_means.shape[2]
+    made = []
+    q, k, labels, means = (x.flatten(0, 1) for x in (q_means.float() * scale, k, keys.labels, keys.means))
+    for some in _heads_at_once(batch * heads, tokens * count):
+        scores = k[some].float() @ q[some].transpose(-1, -2)  # [G, N, Cq]
+        total = scores.logsumexp(1, keepdim=True)
+        of_mean = (means[some] @ q[some].transpose(-1, -2) - total).exp()
+        where = labels[some].unsqueeze(-1).expand(scores.shape)
+        wrong = ((scores - total).exp() - of_mean.gather(1, where)).square()
+        sums = torch.zeros_like(of_mean).scatter_add_(1, where, wrong)
+        made.append(sums.transpose(1, 2))
+    return torch.cat(made).unflatten(0, (batch, heads))
+
