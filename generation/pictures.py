@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageCms
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ _ORIENTATION = 274
 """The EXIF tag of how a picture is turned."""
 _BITS, _PHOTOMETRIC = 258, 262
 """The TIFF tags of the bits a sample has, and of whether 0 is white (0) or black (1)."""
+_ROUNDING = 2
+"""Levels of 256 by which a profile of sRGB, such as that of a camera, may be off it."""
 _ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 """Formats whose further pictures are previews, layers or sizes of the first one, and not frames."""
 
@@ -47,20 +49,39 @@ def read_picture(path: str | Path, background: str | tuple[int, int, int] = BACK
         PictureError: the file cannot be read, is damaged, holds several frames, or has numbers whose black and white it
             does not tell (32 bits or floating point).
     """
-    from PIL import Image, ImageOps
-
     with _opened(path) as image:
         _check_single(image)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        # What `exif_transpose` makes has no file any more, and with that no tags.
-        eight = _eight_bits(upright, image)
-        colours, alpha = _in_srgb(eight, path)
-        if alpha is None:
-            return colours
-        below = Image.new("RGB", colours.size, background)
-        below.paste(colours, mask=alpha)
-        return below
+        return as_shown(image, str(path), background)
+
+
+def as_shown(
+    image: Image.Image, name: str = "a picture", background: str | tuple[int, int, int] = BACKGROUND
+) -> Image.Image:
+    """A picture as PIL has it, in any of its modes, as people see it; see `read_picture`.
+
+    Args:
+        image: loaded.
+        name: what a warning calls it.
+        background: a colour as PIL knows it.
+
+    Returns:
+        A PIL image of mode "RGB".
+
+    Raises:
+        ValueError: numbers whose black and white are not told.
+    """
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    # What `exif_transpose` makes has no file any more, and with that no tags.
+    eight = _eight_bits(upright, image)
+    colours, alpha = _in_srgb(eight, name)
+    if alpha is None:
+        return colours
+    below = Image.new("RGB", colours.size, background)
+    below.paste(colours, mask=alpha)
+    return below
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -150,7 +171,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
     )
     try:
-        with Image.open(path) as image:
+        # Not by its path: PIL would map a file that is not compressed, and map one that is turned in the wrong shape.
+        with open(path, "rb") as file, Image.open(file) as image:
             yield image
     except UnidentifiedImageError as error:
         raise PictureError(f"{path} is no picture, or one of a kind that is not known here.") from error
@@ -195,19 +217,20 @@ def _eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
     return made
 
 
-def _in_srgb(image: Image.Image, path: str | Path) -> tuple[Image.Image, Image.Image | None]:
+def _in_srgb(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
     """The colours of an 8-bit picture as "RGB" in sRGB, and how opaque it is ("L"), or None where all is."""
     profile = image.info.get("icc_profile")
     alpha = None
     if image.has_transparency_data:
-        whole = image.convert("RGBA")
+        is_grey = image.mode in ("1", "L", "LA", "La")  # and stays so, since its profile is for grey
+        whole = image.convert("LA" if is_grey else "RGBA")
         alpha = whole.getchannel("A")
-        image = whole.convert("RGB")
-    managed = _managed(image, profile, path) if profile else None
+        image = whole.convert("L" if is_grey else "RGB")
+    managed = _managed(image, profile, name) if profile else None
     return image.convert("RGB") if managed is None else managed, alpha
 
 
-def _managed(image: Image.Image, profile: bytes, path: str | Path) -> Image.Image | None:
+def _managed(image: Image.Image, profile: bytes, name: str) -> Image.Image | None:
     """The picture converted by its ICC profile; None where that is sRGB already, or is of no use, which is said."""
     import io
 
@@ -215,12 +238,33 @@ def _managed(image: Image.Image, profile: bytes, path: str | Path) -> Image.Imag
 
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(own):
-            return None
-        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(own.profile.xcolor_space)
-        if mode is None or (mode != image.mode and "CMYK" in (mode, image.mode)):
-            raise ImageCms.PyCMSError(f"it is for {own.profile.xcolor_space.strip()}, and the picture is {image.mode}")
-        return ImageCms.profileToProfile(image.convert(mode), own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        space = own.profile.xcolor_space.strip()
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
+        if mode not in _modes_of_profiles(image.mode):
+            raise ImageCms.PyCMSError(f"it is for {space}, and the picture is {image.mode}")
+        to_srgb = ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return None if _keeps_colours(to_srgb, mode) else ImageCms.applyTransform(image.convert(mode), to_srgb)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        logger.warning("%s: its colour profile cannot be used (%s), so it is taken for sRGB.", path, error)
+        logger.warning("%s: its colour profile cannot be used (%s), so it is taken for sRGB.", name, error)
         return None
+
+
+def _modes_of_profiles(mode: str) -> tuple[str, ...]:
+    """For which modes the profile of a picture can be: its own, and for a grey one RGB as well, of equal parts."""
+    if mode in ("1", "L"):
+        return ("L", "RGB")
+    return ("CMYK",) if mode == "CMYK" else ("RGB",)
+
+
+def _keeps_colours(to_srgb: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether the colours that a profile means are those of sRGB, whatever it is called, but for its rounding."""
+    import numpy as np
+    from PIL import Image, ImageCms
+
+    if mode == "CMYK":
+        return False
+    values = np.arange(0, 256, 1 if mode == "L" else 15, dtype=np.uint8)
+    sample = values[None] if mode == "L" else np.stack(np.meshgrid(values, values, values), -1).reshape(1, -1, 3)
+    picture = Image.fromarray(np.ascontiguousarray(sample))
+    made = np.asarray(ImageCms.applyTransform(picture, to_srgb)).astype(int)
+    return bool(np.abs(made - np.asarray(picture.convert("RGB"))).max() <= _ROUNDING)
