@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -128,25 +129,60 @@ def fit_picture(
         raise ValueError(f"a picture of {width}x{height} cannot be made: width and height must be at least 1.")
     if how not in ("crop", "pad"):
         raise ValueError(f'how is {how!r}: it must be "crop" or "pad".')
-    wide, high = (
-        covering(image.width, image.height, width, height)
-        if how == "crop"
-        else _inside(image.width, image.height, width, height)
-    )
-    scaled = image.resize((wide, high), Image.Resampling.LANCZOS)
-    if (wide, high) == (width, height):
+    fit = Fit.of(image.width, image.height, width, height, how)
+    scaled = image.resize((fit.wide, fit.high), Image.Resampling.LANCZOS)
+    if (fit.wide, fit.high) == (width, height):
         return scaled, ""
-    # Negative where something is added; the odd pixel is the second side's.
-    left, top = int((wide - width) / 2), int((high - height) / 2)
     fitted = Image.new("RGB", (width, height), background)
-    fitted.paste(scaled, (-left, -top))
-    if wide != width:
-        unit, amounts = "column", {"left": left, "right": wide - width - left}
-    else:
-        unit, amounts = "row", {"top": top, "bottom": high - height - top}
-    parts = [f"{abs(n)} {unit}{'s' if abs(n) > 1 else ''} at the {side}" for side, n in amounts.items() if n]
-    done = "cut off" if how == "crop" else f"added in {background}"
-    return fitted, f"{image.width}x{image.height} is scaled to {wide}x{high}; {done}: {' and '.join(parts)}."
+    fitted.paste(scaled, (-fit.left, -fit.top))
+    return fitted, fit.words(background)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture gets a size: it is scaled, its proportions kept, and what sticks out is cut off, or filled up.
+
+    Args:
+        of_width, of_height: pixels of the picture.
+        wide, high: of the scaled one.
+        width, height: of the result.
+    """
+
+    of_width: int
+    of_height: int
+    wide: int
+    high: int
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, of_width: int, of_height: int, width: int, height: int, how: Literal["crop", "pad"] = "crop") -> Fit:
+        """For a picture and a size; see `fit_picture`."""
+        scaled = covering if how == "crop" else _inside
+        return cls(of_width, of_height, *scaled(of_width, of_height, width, height), width, height)
+
+    @property
+    def left(self) -> int:
+        """What is cut off there, negative where something is added; the odd pixel is the right side's."""
+        return int((self.wide - self.width) / 2)
+
+    @property
+    def top(self) -> int:
+        """Likewise; the odd pixel is at the bottom."""
+        return int((self.high - self.height) / 2)
+
+    def words(self, background: str | tuple[int, int, int] = "black") -> str:
+        """What is cut off or added, in words; "" for nothing."""
+        if (self.wide, self.high) == (self.width, self.height):
+            return ""
+        if self.wide != self.width:
+            unit, amounts = "column", {"left": self.left, "right": self.wide - self.width - self.left}
+        else:
+            unit, amounts = "row", {"top": self.top, "bottom": self.high - self.height - self.top}
+        parts = [f"{abs(n)} {unit}{'s' if abs(n) > 1 else ''} at the {side}" for side, n in amounts.items() if n]
+        done = "cut off" if self.wide + self.high > self.width + self.height else f"added in {background}"
+        scaled = f"{self.of_width}x{self.of_height} is scaled to {self.wide}x{self.high}"
+        return f"{scaled}; {done}: {' and '.join(parts)}."
 
 
 def covering(width: int, height: int, over_width: int, over_height: int, enlarge: float = 1.0) -> tuple[int, int]:

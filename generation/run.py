@@ -15,7 +15,8 @@ import numpy as np
 from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
-from .request import Settings, pipeline_inputs
+from .methods import measured_note
+from .request import DEFAULT_FPS, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
             on_step(step + 1, getattr(pipe, "num_timesteps", settings.steps), tensors["latents"])
         return {}
 
-    inputs, notes = pipeline_inputs(settings)
+    inputs = _inputs(settings)
     # A video-to-video pipeline makes as many frames as it is given.
     if "num_frames" in inspect.signature(pipe.__call__).parameters:
         inputs["num_frames"] = settings.frames
@@ -153,7 +154,17 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
             f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "
             "another dtype may help (bfloat16 or float32)."
         )
-    return Run(frames, seconds, tuple(ends), None, tuple(notes))
+    return Run(frames, seconds, tuple(ends), None, settings.notes)
+
+
+def _inputs(settings: Settings) -> dict[str, Any]:
+    """The pictures and the video of a checked request, as pipelines take them."""
+    from PIL import Image
+
+    given = {"image": settings.image, "last_image": settings.last_image, "strength": settings.strength}
+    if settings.video is not None:
+        given["video"] = [Image.fromarray(frame) for frame in settings.video]
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def make_video(
@@ -174,7 +185,7 @@ def make_video(
         report=made.report,
         step_seconds=made.step_seconds,
         decode_seconds=made.seconds - made.step_ends[-1],
-        fps=settings.fps,
+        fps=settings.fps or DEFAULT_FPS,
         notes=made.notes,
     )
 
@@ -218,4 +229,14 @@ def make_videos(
             warm_seconds = warm_up(pipe, job.settings, method, backend=job.backend)
         tell(name, "steps", 0, job.settings.steps)
         video = make_video(pipe, job.settings, name, method, backend=job.backend, on_step=stepped)
-        yield replace(video, warm_up_seconds=warm_seconds)
+        yield replace(video, warm_up_seconds=warm_seconds, notes=(*video.notes, *_density_notes(job, video, method)))
+
+
+def _density_notes(job: Job, video: GeneratedVideo, method: Method | None) -> list[str]:
+    """Whether the sparse calls of a run had the density that was to be expected of the one asked for."""
+    densities = [] if video.report is None else [r.density for r in video.report.records if not r.reason]
+    if job.density is None or method is None or not densities:
+        return []
+    expected = method.expected_density(job.layout)
+    note = measured_note(video.name, statistics.fmean(densities), job.density if expected is None else expected)
+    return [note] if note else []
