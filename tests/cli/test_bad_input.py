@@ -62,6 +62,10 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--density", "0.01", "--method", "radial"], ["--method is radial", "0.01", "is possible"]),
         (["--set", "svg2.top_p=1.5"], ["--method is svg2", "top_p is 1.5", "at most 1"]),
         (["--set", "radial.decay=-1", "--method", "radial"], ["--method is radial", "decay is -1", "above 0"]),
+        (
+            ["--method", "sparge", "--density", "0.4", "--set", "sparge.cdf=0.9"],
+            ["--set is sparge.cdf: --density 0.4 decides it. Give one of the two."],
+        ),
         (["--set", "svg2.topp=0.5"], ["svg2 has no such setting", "top_p"]),
         (["--set", "svg2.top_p"], ["METHOD.SETTING=VALUE"]),
         (["--set", "radial.decay=1"], ["--set is radial.decay", "not among those to run (svg2)"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from diffusers import WanPipeline
 
@@ -121,6 +123,13 @@ def test_two_configs_of_one_method_are_compared(pipe, tmp_path):
     assert all(file.is_file() for file in made.files)
     page = (tmp_path / "page.html").read_text()
     assert all(name in page for name in names)
+
+
+def test_a_comparison_refuses_two_videos_of_one_name(comparison, clip):
+    """Its metrics are by name: one would stand for the other."""
+    made = comparison(svg=clip)
+    with pytest.raises(ValueError, match="names of their own, got dense, svg, svg"):
+        replace(made, videos=(*made.videos, made.videos[1]), files=())
 
 
 def test_a_config_that_is_its_methods_default_is_the_same_run():
