@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
 from .job import Job, Sparse, prepare
 from .machine import environment
+from .methods import measured_note
 from .outputs import check_file, check_files
 from .progress import bars
 from .report import files_beside, video_file, write_report
@@ -129,8 +131,8 @@ def generate(
         wanted,
         Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend),
         compare=compare,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        dtype=dtype,
         offload=offload,
         tiling=tiling,
     )
@@ -183,8 +185,19 @@ def carry_out(
     for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
         if files:
             video.save(files[video.name])
-        videos.append(video)
+        videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
     return videos
+
+
+def _density_notes(job: Job, video: GeneratedVideo) -> list[str]:
+    """Whether the sparse calls of a run had the density that was to be expected of the one asked for."""
+    method = job.methods[video.name]
+    densities = [] if video.report is None else [r.density for r in video.report.records if not r.reason]
+    if job.density is None or method is None or not densities:
+        return []
+    expected = method.expected_density(job.layout)
+    note = measured_note(video.name, statistics.fmean(densities), job.density if expected is None else expected)
+    return [note] if note else []
 
 
 def compared(

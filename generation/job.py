@@ -47,10 +47,10 @@ class Job:
         backend: a name, or "auto".
         device, dtype: where and in what the model runs.
         offload, tiling: see `pipelines.loading.load_pipeline`.
-        pipe: the pipeline, where it was given loaded.
-        notes: what a user should know, in sentences.
         density: what was asked for, None for the methods' own.
         inputs: field -> file that was read for it.
+        pipe: the pipeline, where it was given loaded.
+        notes: what a user should know, in sentences.
     """
 
     facts: ModelFacts
@@ -64,10 +64,10 @@ class Job:
     dtype: torch.dtype
     offload: bool = False
     tiling: bool = False
-    pipe: DiffusionPipeline | None = None
-    notes: tuple[str, ...] = ()
     density: float | None = None
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    pipe: DiffusionPipeline | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def first(self) -> str:
@@ -156,8 +156,8 @@ def prepare(
     sparse: Sparse,
     *,
     compare: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     offload: bool = False,
     tiling: bool = False,
 ) -> Job:
@@ -219,10 +219,10 @@ def prepare(
         chosen_dtype,
         offload=offload,
         tiling=tiling,
-        pipe=pipe,
-        notes=tuple(notes),
         density=sparse.density,
         inputs=inputs,
+        pipe=pipe,
+        notes=tuple(notes),
     )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
-from .methods import measured_note
 from .request import DEFAULT_FPS, Settings
 
 if TYPE_CHECKING:
@@ -229,14 +228,4 @@ def make_videos(
             warm_seconds = warm_up(pipe, job.settings, method, backend=job.backend)
         tell(name, "steps", 0, job.settings.steps)
         video = make_video(pipe, job.settings, name, method, backend=job.backend, on_step=stepped)
-        yield replace(video, warm_up_seconds=warm_seconds, notes=(*video.notes, *_density_notes(job, video, method)))
-
-
-def _density_notes(job: Job, video: GeneratedVideo, method: Method | None) -> list[str]:
-    """Whether the sparse calls of a run had the density that was to be expected of the one asked for."""
-    densities = [] if video.report is None else [r.density for r in video.report.records if not r.reason]
-    if job.density is None or method is None or not densities:
-        return []
-    expected = method.expected_density(job.layout)
-    note = measured_note(video.name, statistics.fmean(densities), job.density if expected is None else expected)
-    return [note] if note else []
+        yield replace(video, warm_up_seconds=warm_seconds)
