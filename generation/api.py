@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -127,7 +126,7 @@ def generate(
     if len(methods) > 1 and not compare:
         raise BadInput("method", "can have several only in a comparison", f"Add {mention('compare')}.")
     job = prepare(
-        str(model) if isinstance(model, os.PathLike) else model,
+        str(model) if isinstance(model, Path) else model,
         wanted,
         Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend),
         compare=compare,
