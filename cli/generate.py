@@ -56,7 +56,9 @@ def generate_command(
     steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's)")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance. (default: the model's)")] = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 16,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file. (default: those of --video, otherwise 16)")
+    ] = None,
     density: Annotated[
         float | None,
         typer.Option(
@@ -96,7 +98,7 @@ def generate_command(
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
     with one_line_errors():
-        from ..generation.api import carry_out, check_outputs, compared
+        from ..generation.api import carry_out, check_files_of, check_outputs, compared
         from ..generation.job import Sparse, prepare
         from ..generation.progress import bars
         from ..generation.report import write_report
@@ -140,6 +142,7 @@ def generate_command(
             offload=offload,
             tiling=vae_tiling,
         )
+        check_files_of(job, out, page)
         if threads is not None:
             import torch
 

@@ -31,7 +31,7 @@ def print_summary(videos: list[GeneratedVideo], files: dict[str, Path], comparis
             row += [format_psnr(metrics.mean_psnr), f"{metrics.mean_ssim:.3f}"] if metrics else ["–", "–"]
         table.add_row(*row, str(files[video.name]))
     Console().print(table)
-    for note in videos[0].notes:  # the runs start from the same pictures
+    for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures
         typer.echo(note)
     for video in videos:
         if note := all_dense(video):

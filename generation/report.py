@@ -114,12 +114,23 @@ def write_report(comparison: Comparison, page: Path) -> Comparison:
         The comparison with its files.
     """
     if not comparison.files:
-        files = tuple(video.save(page.with_name(f"{page.stem}.{video.name}.mp4")) for video in comparison.videos)
+        files = tuple(video.save(video_file(page, video.name)) for video in comparison.videos)
         comparison = replace(comparison, files=files)
-    write_json(comparison, page.with_suffix(".json"))
-    write_bytes(contact_sheet_png(comparison), page.with_suffix(".png"))
+    numbers, sheet = files_beside(page)
+    write_json(comparison, numbers)
+    write_bytes(contact_sheet_png(comparison), sheet)
     write_html(comparison, page)
     return comparison
+
+
+def files_beside(page: Path) -> tuple[Path, Path]:
+    """The files of a page's numbers and of its contact sheet."""
+    return page.with_suffix(".json"), page.with_suffix(".png")
+
+
+def video_file(page: Path, name: str) -> Path:
+    """The file of a video that has none but beside its page."""
+    return page.with_name(f"{page.stem}.{name}.mp4")
 
 
 def write_json(comparison: Comparison, path: str | Path) -> Path:

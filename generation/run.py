@@ -15,7 +15,7 @@ import numpy as np
 from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
-from .request import Settings, pipeline_inputs
+from .request import DEFAULT_FPS, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
             on_step(step + 1, getattr(pipe, "num_timesteps", settings.steps), tensors["latents"])
         return {}
 
-    inputs, notes = pipeline_inputs(settings)
+    inputs = _inputs(settings)
     # A video-to-video pipeline makes as many frames as it is given.
     if "num_frames" in inspect.signature(pipe.__call__).parameters:
         inputs["num_frames"] = settings.frames
@@ -153,7 +153,17 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
             f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "
             "another dtype may help (bfloat16 or float32)."
         )
-    return Run(frames, seconds, tuple(ends), None, tuple(notes))
+    return Run(frames, seconds, tuple(ends), None, settings.notes)
+
+
+def _inputs(settings: Settings) -> dict[str, Any]:
+    """The pictures and the video of a checked request, as pipelines take them."""
+    from PIL import Image
+
+    given = {"image": settings.image, "last_image": settings.last_image, "strength": settings.strength}
+    if settings.video is not None:
+        given["video"] = [Image.fromarray(frame) for frame in settings.video]
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def make_video(
@@ -174,7 +184,7 @@ def make_video(
         report=made.report,
         step_seconds=made.step_seconds,
         decode_seconds=made.seconds - made.step_ends[-1],
-        fps=settings.fps,
+        fps=settings.fps or DEFAULT_FPS,
         notes=made.notes,
     )
 

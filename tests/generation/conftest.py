@@ -23,6 +23,12 @@ def clip() -> np.ndarray:
     return frames
 
 
+@pytest.fixture
+def loads_nothing(monkeypatch):
+    """A request of `vidaccel.generate` that gets as far as reading weights fails the test."""
+    monkeypatch.setattr("vidaccel.generation.api.load", lambda *_, **__: pytest.fail("weights were read"))
+
+
 def _records(method: str, details: dict, density: float = 0.25) -> tuple[CallRecord, ...]:
     """3 steps of 2 layers with two branches; the first step is dense."""
     return tuple(

@@ -32,11 +32,6 @@ def dense(pipe) -> GeneratedVideo:
     return vidaccel.generate(pipe, PROMPT, **{**SMALL, "device": "auto"})
 
 
-@pytest.fixture
-def loads_nothing(monkeypatch):
-    monkeypatch.setattr("vidaccel.generation.api.load", lambda *_, **__: pytest.fail("weights were read"))
-
-
 def test_a_name_and_a_loaded_pipeline_give_the_same_video(pipe, dense, tmp_path):
     named = vidaccel.generate("demo", PROMPT, out=tmp_path / "video.mp4", **SMALL)
     assert named.report is None and named.name == "dense"  # a short video
@@ -101,6 +96,7 @@ def test_video_to_video(pipe, dense, tmp_path):
     # The less noise, the nearer to the input.
     off = [np.abs(v.frames.astype(int) - dense.frames).mean() for v in (made[0], made[2])]
     assert 0 < off[1] < off[0]
+    assert made[0].notes == ("video: the result has its 16 frames per second.",)
     with pytest.raises(BadInput, match="frames is 13: the input video has 9"):
         vidaccel.generate("demo", PROMPT, video=video, **{**chosen, "frames": 13})
 
