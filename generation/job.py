@@ -38,6 +38,7 @@ class Job:
         offload, tiling: see `pipelines.loading.load_pipeline`.
         pipe: the pipeline, where it was given loaded.
         notes: what a user should know, in sentences.
+        measure_error: see `accelerate`.
     """
 
     facts: ModelFacts
@@ -53,6 +54,7 @@ class Job:
     tiling: bool = False
     pipe: DiffusionPipeline | None = None
     notes: tuple[str, ...] = ()
+    measure_error: int = 0
 
     @property
     def first(self) -> str:
@@ -93,9 +95,10 @@ class Sparse:
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         overrides: method -> field -> value.
         backend: a name, which then runs or raises, or "auto".
+        measure_error: see `accelerate`.
 
     Raises:
-        BadInput: a density out of its bounds.
+        BadInput: a density or a `measure_error` out of its bounds.
     """
 
     methods: Sequence[str | Method] = ()
@@ -104,8 +107,13 @@ class Sparse:
     dense_layers: int | float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "auto"
+    measure_error: int = 0
 
     def __post_init__(self) -> None:
+        if self.measure_error < 0:
+            raise BadInput(
+                "measure_error", "it must be 0 or more queries (0 measures nothing)", value=self.measure_error
+            )
         if self.density is not None and not 0 < self.density <= 1:
             raise BadInput("density", "it must be above 0 and at most 1 (1 is dense)", value=self.density)
 
@@ -122,6 +130,7 @@ class Sparse:
             "dense_layers": self.dense_layers is not None,
             "settings": bool(self.overrides),
             "backend": self.backend != "auto",
+            "measure_error": bool(self.measure_error),
         }
 
 
@@ -192,6 +201,7 @@ def prepare(
         tiling=tiling,
         pipe=pipe,
         notes=tuple(notes),
+        measure_error=sparse.measure_error,
     )
 
 
@@ -233,7 +243,8 @@ def _methods(
 
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
     """A config, which has all its settings already."""
-    given = {name: is_given for name, is_given in sparse.given().items() if name != "backend"}
+    of_methods = ("density", "dense_steps", "dense_layers", "settings")
+    given = {name: is_given for name, is_given in sparse.given().items() if name in of_methods}
     refuse_given(given, f"for a method's name, and a {type(method).__name__} was given", "Set its own fields")
     try:
         method.check(layout)
