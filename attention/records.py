@@ -98,15 +98,12 @@ class RunReport:
         """Mean density `[layers, steps]`, see `map_of`."""
         return self.map_of(lambda r: r.density)
 
-    def error_map(self) -> np.ndarray | None:
-        """Measured error `[layers, steps]`, see `map_of`; None when nothing was measured."""
-        return self.map_of(lambda r: r.error) if self.measured() else None
+    def error_map(self) -> np.ndarray:
+        """Measured error `[layers, steps]`, see `map_of`."""
+        return self.map_of(lambda r: r.error)
 
-    def predicted_error_map(self) -> np.ndarray | None:
-        """The method's own prediction where the error was measured `[layers, steps]`; None when it predicts nothing."""
-        measured = self.measured()
-        if all(r.predicted_error is None for r in measured):
-            return None
+    def predicted_error_map(self) -> np.ndarray:
+        """What the method expected of the error where it was measured `[layers, steps]`, see `map_of`."""
         return self.map_of(lambda r: None if r.error is None else r.predicted_error)
 
     def measured(self) -> list[CallRecord]:

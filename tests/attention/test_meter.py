@@ -192,5 +192,6 @@ class TestReport:
         engine.enter(StepInfo(num_steps=1), LAYOUT)
         engine(*tokens(LAYOUT), 0)
         report = engine.report()
-        assert report.error_map() is report.predicted_error_map() is None and not report.error_in_words()
+        assert not report.measured() and not report.error_in_words()
+        assert torch.tensor(report.error_map()).isnan().all()
         assert "error" not in str(report)
