@@ -28,6 +28,7 @@ class Acceleration:
         compensate: skipped clusters enter through their mean. For svg2; the others have no clusters.
         backend: a name, or "auto".
         min_tokens: videos with fewer tokens stay dense.
+        measure_error: queries of each sparse call whose true error is measured; 0 measures nothing.
 
     Raises:
         ValueError: a value out of its bounds.
@@ -41,6 +42,7 @@ class Acceleration:
     compensate: bool = True
     backend: str = "auto"
     min_tokens: int = 0
+    measure_error: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -49,7 +51,7 @@ class Acceleration:
             raise BadInput("density", "it must be above 0 and at most 1 (1 computes all pairs)", value=self.density)
         instead = "For a dense video, connect the pipeline from before this node."
         check_shares(self.dense_start_percent, self.dense_end_percent, instead)
-        for name in ("dense_layers", "min_tokens"):
+        for name in ("dense_layers", "min_tokens", "measure_error"):
             if getattr(self, name) < 0:
                 raise BadInput(name, "it must be 0 or more", value=getattr(self, name))
 
@@ -90,6 +92,7 @@ class Acceleration:
     def reported(self, report: RunReport) -> RunReport:
         """The report of a run in the words of the node: its settings, and the input that each dense call is owed to."""
         config: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "method"}
+        config["measure_error"] = self.measure_error or None
         if self.method != "svg2":
             del config["compensate"]
         reasons = {

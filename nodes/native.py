@@ -21,6 +21,7 @@ import torch
 from ..attention import CallRecord, DenseSchedule, Method, RunReport, SparseAttention, StepInfo, VideoLayout
 from ..attention.backends import check_backend
 from ..attention.engine import KEPT_RUNS
+from ..attention.meter import check_rows
 from ..attention.methods.base import OutOfReach
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
@@ -51,9 +52,10 @@ class NativeAttention:
         dense: steps and layers that stay dense.
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
+        measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
 
     Raises:
-        ValueError: unknown backend, or a negative `min_tokens`.
+        ValueError: unknown backend, or a negative `min_tokens` or `measure_error`.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class NativeAttention:
         dense: DensePart,
         min_tokens: int = 0,
         backend: str = "auto",
+        measure_error: int = 0,
     ) -> None:
         if min_tokens < 0:
             raise ValueError(f"min_tokens is {min_tokens}: it must be 0 or more.")
         self.method_for, self.name, self.settings = method_for, name, settings
         self.dense, self.min_tokens, self.backend = dense, min_tokens, check_backend(backend)
+        self.measure_error = check_rows(measure_error)
         self._engines: dict[VideoLayout, SparseAttention] = {}
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
         self._notes: dict[str, int] = {}  # -> the last run that it was true of
@@ -216,6 +220,7 @@ class NativeAttention:
                 schedule=DenseSchedule(),  # which calls stay dense is decided here, so that they stay ComfyUI's own
                 backend=self.backend,
                 model=geometry.family,
+                measure_error=self.measure_error,
             )
         return self._engines[layout]
 

@@ -26,6 +26,7 @@ def sparsify(
     dense_layers: str = "",
     min_tokens: int = 0,
     backend: str = "auto",
+    measure_error: int = 0,
 ) -> tuple[Any, NativeAttention]:
     """A clone of a MODEL with sparse attention; the MODEL itself stays as it is.
 
@@ -38,6 +39,7 @@ def sparsify(
         dense_layers: layers that stay dense, such as "0, 1, 36-39".
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
+        measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
 
     Returns:
         The clone, and the object that holds its state and report.
@@ -67,6 +69,7 @@ def sparsify(
         "dense_layers": dense_layers,
         "min_tokens": min_tokens,
         "backend": backend,
+        "measure_error": measure_error or None,
     }
     session = NativeAttention(
         method_for,
@@ -75,6 +78,7 @@ def sparsify(
         dense=DensePart(dense_start_percent, dense_end_percent, layers),
         min_tokens=min_tokens,
         backend=backend,
+        measure_error=measure_error,
     )
 
     # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.

@@ -20,7 +20,14 @@ from .patch import queue_entry
 from .report_node import Report
 from .residency import Residency
 from .schema import accepted
-from .sparse_nodes import DENSE_LAYERS, backend_input, compensate_input, min_tokens_input, share_inputs
+from .sparse_nodes import (
+    DENSE_LAYERS,
+    backend_input,
+    compensate_input,
+    measure_error_input,
+    min_tokens_input,
+    share_inputs,
+)
 from .wording import plain_messages
 
 if TYPE_CHECKING:
@@ -121,15 +128,16 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                 # Optional, so that graphs that were saved without it run, and as they did; and the last, since the page
                 # saves the values of inputs by their place.
                 min_tokens_input(optional=True),
+                measure_error_input(),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "sparse attention", "speed up video", "svg2", "radial"]),
         )
 
     @classmethod
-    def execute(cls, pipeline: pipelines.VideoPipeline, min_tokens: int = 0, **settings: Any) -> io.NodeOutput:
+    def execute(cls, pipeline: pipelines.VideoPipeline, **settings: Any) -> io.NodeOutput:
         with plain_messages():
-            acceleration = Acceleration(min_tokens=min_tokens, **settings)
+            acceleration = Acceleration(**settings)
         return io.NodeOutput(pipeline.accelerated(acceleration))
 
 

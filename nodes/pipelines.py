@@ -227,8 +227,8 @@ def generate(
         method = acceleration.method_for(layout) if acceleration else None
         pipeline.residency.begin(pipeline.pipe, layout, settings)
     start = time.perf_counter()
-    backend = acceleration.backend if acceleration else "auto"
-    made = run_pipeline(pipeline.pipe, settings, method, backend=backend, on_step=on_step)
+    options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error} if acceleration else {}
+    made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
     return _generation(acceleration, layout, settings, made, time.perf_counter() - start)
 
 

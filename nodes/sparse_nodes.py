@@ -101,6 +101,21 @@ def backend_input() -> io.Input:
     )
 
 
+def measure_error_input() -> io.Input:
+    """How much of the output is held against dense attention. Optional and the last, so that saved graphs run on."""
+    return io.Int.Input(
+        "measure_error",
+        default=0,
+        min=0,
+        max=4096,
+        optional=True,
+        **accepted(io.Int.Input, advanced=True),
+        tooltip="So many queries of each sparse call are computed densely too, and the report tells how far the output "
+        "is from that, by layer and step. 64 is enough; 0 measures nothing. The video stays the same; it takes some "
+        "time and memory.",
+    )
+
+
 def _inputs(special: list[io.Input]) -> list[io.Input]:
     """The inputs that every method has, with those of one method in their midst."""
     return [
@@ -119,6 +134,7 @@ def _inputs(special: list[io.Input]) -> list[io.Input]:
         min_tokens_input(),
         *special,
         backend_input(),
+        measure_error_input(),
     ]
 
 

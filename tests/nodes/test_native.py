@@ -555,3 +555,20 @@ def test_records_do_not_pile_up():
 def test_bad_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         session_of(**options)
+
+
+def test_errors_are_measured_for_each_branch_and_change_nothing():
+    recorded = RECORDED["wan"]
+    outs = []
+    for rows in (0, 16):
+        session = session_of(measure_error=rows)
+        session.begin()
+        executor = step(session, Executor(recorded, seeds=(0, 1)), cond_or_uncond=[0, 1])
+        outs.append(executor.outputs)
+        sparse = [r for r in session.report().records if not r.reason]
+        assert {r.branch for r in sparse} == {"cond", "uncond"}
+        assert all((r.error is None) == (rows == 0) for r in sparse)
+    assert all(one.equal(other) for one, other in zip(*outs, strict=True))
+    assert "Measured error of the output in 4 sparse calls" in report_text(session.news())
+    with pytest.raises(ValueError, match="measure_error is -1"):
+        session_of(measure_error=-1)

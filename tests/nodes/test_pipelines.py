@@ -113,6 +113,7 @@ def test_a_picture_for_a_model_of_text(pipeline):
         ({"dense_end_percent": -0.1}, "between 0 and 1"),
         ({"dense_layers": -1}, "0 or more"),
         ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"measure_error": -1}, "measure_error is -1"),
     ],
 )
 def test_an_acceleration_that_cannot_be(changes, message):
@@ -154,6 +155,17 @@ def test_the_report_names_the_inputs(pipeline):
     assert set(report.config) == {field.name for field in fields(Acceleration)} - {"method"}
     radial = generate(pipeline.accelerated(Acceleration(method="radial", density=0.8)), settings(), on_step=ignore)
     assert "compensate" not in radial.report.news().report.config
+
+
+def test_errors_are_measured_where_they_are_asked_for(pipeline):
+    made = [
+        generate(pipeline.accelerated(Acceleration(density=0.5, measure_error=rows)), settings(), on_step=ignore)
+        for rows in (0, 16)
+    ]
+    assert torch.equal(made[0].frames, made[1].frames)
+    texts = [report_text(one.report.news()) for one in made]
+    assert "Measured error" not in texts[0] and "measure_error" not in texts[0]
+    assert "measure_error 16" in texts[1] and "Measured error of the output in" in texts[1]
 
 
 def test_a_short_video_stays_dense_and_says_why(pipeline):
