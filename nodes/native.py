@@ -211,7 +211,7 @@ class NativeAttention:
                     method = self.method_for(layout)
                     method.check(layout)
                 except OutOfReach as error:
-                    raise ValueError(limit_words(error, layout)) from error
+                    raise ValueError(limit_words(error, layout, self.settings)) from error
             while len(self._engines) >= KEPT_LAYOUTS:
                 del self._engines[next(iter(self._engines))]
             self._engines[layout] = SparseAttention(

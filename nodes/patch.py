@@ -12,7 +12,7 @@ from ..attention.backends import refusal
 from .geometry import find_geometry, unwrap
 from .native import KEY, NativeAttention
 from .sampling import DensePart, parse_layers
-from .wording import check_compensate
+from .wording import check_stand_ins
 
 
 def sparsify(
@@ -21,6 +21,7 @@ def sparsify(
     *,
     name: str,
     settings: dict[str, Any],
+    stand_ins: str = "",
     dense_start_percent: float = 0.0,
     dense_end_percent: float = 0.0,
     dense_layers: str = "",
@@ -35,6 +36,7 @@ def sparsify(
         method_for: layout -> the method to use on it.
         name: of the method.
         settings: of the method, for the report.
+        stand_ins: what stands for skipped keys, see `check_stand_ins`.
         dense_start_percent, dense_end_percent: shares of the sampling that stay dense, see `DensePart`.
         dense_layers: layers that stay dense, such as "0, 1, 36-39".
         min_tokens: videos with fewer tokens stay dense.
@@ -59,8 +61,7 @@ def sparsify(
             "before the other Sparse Attention node."
         )
     check_runs(backend, model.load_device)
-    if settings.get("compensate"):
-        check_compensate(backend, model.load_device)
+    check_stand_ins(backend, model.load_device, stand_ins)
     geometry = find_geometry(diffusion_model)
     layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(unwrap(diffusion_model)))
     common = {

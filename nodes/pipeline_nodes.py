@@ -102,10 +102,10 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
             node_id="VidaccelAcceleratePipeline",
             display_name="Accelerate Pipeline",
             category=CATEGORY,
-            description="Sparse attention for a pipeline. svg2 follows content; svg finds spatial and temporal heads; "
-            "radial is one fixed pattern for long videos. The video differs from the dense one of the same seed, the "
-            "more so the lower the density and the fewer steps stay dense. The pipeline that comes in stays dense, so "
-            "that one graph can make both videos.",
+            description="Sparse attention for a pipeline. svg2 and tangent follow content; svg finds spatial and "
+            "temporal heads; sparge compares blocks of neighbours; radial is one fixed pattern for long videos. The "
+            "video differs from the dense one of the same seed, the more so the lower the density and the fewer steps "
+            "stay dense. The pipeline that comes in stays dense, so that one graph can make both videos.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
                 io.Combo.Input(
@@ -113,7 +113,9 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                     options=list(METHODS),
                     default="svg2",
                     tooltip="svg2: nearest to the dense video from a density of about 0.35 up (below: with compensate) "
-                    "and most planning. svg: cheap planning, any size. radial: hardly any planning, for long videos.",
+                    "and most planning. svg: cheap planning, any size. radial: hardly any planning, for long videos. "
+                    "tangent: this project's own, made for low densities; skipped keys enter by their tangent. sparge: "
+                    "blocks of tokens by their means, cheap planning.",
                 ),
                 *share_inputs(),
                 io.Int.Input(

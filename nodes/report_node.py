@@ -28,8 +28,8 @@ class VidaccelReport(io.ComfyNode):
             display_name="Sparse Attention Report",
             category="video acceleration",
             description="What sparse attention did in this sampling: the density of every step, what stayed dense and "
-            "why, which backend ran, and the seconds in attention; measured errors, where the node measures them; or why "
-            "there is nothing to show. The picture shows the density, and the errors, of each layer and step.",
+            "why, which backend ran, and the seconds in attention; measured errors, where the node measures them; or "
+            "why there is nothing to show. The picture shows the density, and the errors, of each layer and step.",
             inputs=[
                 Report.Input(
                     "report",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from native_calls import HEAD_DIM, HEADS, RECORDED, WAN, Executor, Recorded, dense, model_of, with_cross
 
-from vidaccel import SVG, SVG2, Radial, VideoLayout, sparse_attention
+from vidaccel import SVG, SVG2, Radial, Sparge, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.nodes.native import KEY, OVERRIDE, NativeAttention
 from vidaccel.nodes.news import CACHED, NEVER
@@ -30,7 +30,7 @@ def session_of(method=None, **options: Any) -> NativeAttention:
     return NativeAttention(
         method if callable(method) else lambda layout: method,
         name="test",
-        settings={},
+        settings={"compensate": None, "key_clusters": None},
         **{"dense": DensePart(), **options},
     )
 
@@ -358,6 +358,17 @@ def test_few_tokens_stay_dense():
             "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.21. Raise it, or switch "
             "compensate off.",
         ),
+        (
+            Tangent(density=0.1),
+            "wan",
+            "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.21. Raise it, or take fewer "
+            "key_clusters.",
+        ),
+        (
+            lambda layout: Sparge.for_density(layout, 0.1),
+            "wan",
+            "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.51. Raise it.",
+        ),
         (SVG2(density=0.1), "hunyuan", "density is 0.1, .* it must be at least 0.16. Raise it."),
         (
             SVG2(density=0.5, q_clusters=81),
@@ -375,7 +386,11 @@ def test_what_a_method_cannot_do_is_said_in_the_words_of_its_node_before_the_mod
 
 def test_the_bound_that_is_said_can_be_followed():
     """And what lies more than one step of the input below it cannot."""
-    for make in (lambda d: SVG(density=d), lambda d: SVG2(density=d, compensate=True)):
+    for make in (
+        lambda d: SVG(density=d),
+        lambda d: SVG2(density=d, compensate=True),
+        lambda d: Tangent(density=d),
+    ):
         with pytest.raises(ValueError, match="at least") as refused:
             step(session_of(make(0.01)), Executor(RECORDED["wan"]))
         least = float(str(refused.value).partition("at least ")[2].split(". ")[0])
