@@ -66,7 +66,8 @@ def cards() -> list[Card]:
 
 def compose(card: Card, frames: np.ndarray, dense: np.ndarray | None, note: str) -> Image.Image:
     """The picture of a card, from a video `[F, H, W, 3]` of bytes and, of a comparison, the dense one."""
-    told = f"{card.method.upper() if card.method.startswith('svg') else card.method.capitalize()}, {card.density:.0%} of pairs"
+    method = card.method.upper() if card.method.startswith("svg") else card.method.capitalize()
+    told = f"{method}, {card.density:.0%} of pairs"
     middle = len(frames) // 2
     if dense is not None:
         halves = [_fitted(video[middle], SIDE // 2 - 2, SIDE - BAR) for video in (dense, frames)]

@@ -240,8 +240,7 @@ class StepClock:
         self._notes = {run: note for run, note in self._notes.items() if run > number - KEPT_RUNS}
         place = 0
         if table is not None:
-            found = table.places(now)
-            place = next(p for p in (table.index, table.begin, *found[:1], 0) if p is not None)
+            place = next(p for p in (table.index, table.begin, table.start(now)) if p is not None)
         self._run = _Run(number, table, place, place, now, ignored)
         return self._run
 
