@@ -15,7 +15,6 @@ from ...attention.engine import KEPT_RUNS
 from ...attention.meter import check_rows
 from .clock import StepClock
 from .copies import CopiedNotPickled
-from .diffusers_hooks import register_like, unregister
 from .families import ModelSpec, find_transformers
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 
@@ -216,16 +215,6 @@ class _Installed(CopiedNotPickled):
         # must not bring back the one from before that.
         self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.active = True
-        self._register()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.active:
-            self._register()
-
-    def _register(self) -> None:
-        for own, replaced in {(type(own), type(self._originals[n])) for n, own in self._own.items()}:
-            register_like(own, replaced, self)
 
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -248,6 +237,5 @@ class _Installed(CopiedNotPickled):
         ours = {n: self._originals[n] for n, own in self._own.items() if current.get(n) is own}
         self.transformer.set_attn_processor({**current, **ours})
         self._hook.remove()
-        unregister(self)
         self.engine.forget()
         self.active = False
