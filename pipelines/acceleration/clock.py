@@ -85,6 +85,7 @@ class StepClock:
 
     def __init__(self, pipe: object) -> None:
         self._pipe = pipe
+        self.lost_its_pipeline = False  # a copy of a transformer without the pipeline that tells its steps
         self._number = 0  # of the next run
         self._run: _Run | None = None
         self._table: Table | None = None
@@ -96,6 +97,7 @@ class StepClock:
         # A transformer that is copied alone must not bring a copy of its pipeline.
         new = StepClock(memo.get(id(self._pipe)))
         new._number = self._number
+        new.lost_its_pipeline = new._pipe is None and self._pipe is not None and hasattr(self._pipe, "scheduler")
         return new
 
     def observe(self, timestep: torch.Tensor, model: str, branches: tuple[str, ...]) -> StepInfo:

@@ -20,6 +20,8 @@ from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 
 logger = logging.getLogger(__name__)
 
+COPY = "copy the pipeline, or call vidaccel.restore() with the copy and accelerate it again where it is used."
+
 
 class Handle:
     """Sparse attention at work in a pipeline. Made by `accelerate`; a context manager that removes itself."""
@@ -30,7 +32,8 @@ class Handle:
         self.method = method
         schedule = schedule if schedule is not None else method.schedule
         if not hasattr(pipe, "scheduler"):
-            _check_without_scheduler(pipe, schedule)
+            fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
+            _check_without_scheduler(f"{type(pipe).__name__} is no pipeline, so", schedule, fix)
         elif schedule.needs_sigma:
             _check_noise_levels(pipe.scheduler, schedule)
         self._pipe = pipe
@@ -150,26 +153,30 @@ def _contains(component: object, transformer: torch.nn.Module) -> bool:
     return isinstance(component, torch.nn.Module) and any(module is transformer for module in component.modules())
 
 
-def _check_without_scheduler(pipe: object, schedule: DenseSchedule) -> None:
-    what = f"{type(pipe).__name__} is no pipeline, so"
+def _check_without_scheduler(what: str, schedule: DenseSchedule, fix: str) -> None:
+    """Refuse a schedule that needs what only a scheduler tells.
+
+    Args:
+        what: why there is none, as the start of a clause.
+        fix: what to do.
+    """
     if schedule.needs_num_steps:
         raise ValueError(
-            f"{schedule} counts in fractions of a run or from its end, but {what} the number of steps is unknown: "
-            "pass schedule=DenseSchedule(first_steps=...) with a whole number."
+            f"{schedule} counts in fractions of a run or from its end, but {what} the number of steps is unknown: {fix}"
         )
     if schedule.needs_sigma:
-        raise ValueError(
-            f"{schedule} goes by noise levels, but {what} they are unknown: pass "
-            "schedule=DenseSchedule(first_steps=...) with a whole number."
-        )
+        raise ValueError(f"{schedule} goes by noise levels, but {what} they are unknown: {fix}")
 
 
 def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
     """Refuse bounds on noise levels at once where the scheduler shows that its own are not a flow's, from 0 to 1.
 
-    What is not known yet is told in the first step: levels may come with the table of timesteps, and people swap
-    schedulers.
+    So do those of diffusion that have no `sigmas` at all, such as DDIM. What is not known yet is told in the first
+    step: levels may come with the table of timesteps (`sigmas` is None until then), and people swap schedulers.
     """
+    instead = "use first_steps and last_steps, or give the pipeline a scheduler for flow models first."
+    if scheduler is not None and not hasattr(scheduler, "sigmas"):
+        raise ValueError(f"{schedule} goes by noise levels, but {type(scheduler).__name__} has none: {instead}")
     # Schedulers that can do both hold the levels of diffusion until their timesteps are set.
     if getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
         return
@@ -177,7 +184,7 @@ def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
     if highest is not None and highest > MAX_FLOW_SIGMA:
         raise ValueError(
             f"{schedule} goes by noise levels from 0 to 1, but those of {type(scheduler).__name__} reach "
-            f"{highest:.3g}: use first_steps and last_steps, or give the pipeline a scheduler for flow models first."
+            f"{highest:.3g}: {instead}"
         )
 
 
@@ -227,6 +234,8 @@ class _Installed(CopiedNotPickled):
                 f"{self.name} was called with {self.spec.timestep}={timestep} and hidden_states of shape {shape}: "
                 "sparse attention needs a timestep and a batch that is not empty."
             )
+        if self._clock.lost_its_pipeline:
+            _check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
         step = self._clock.observe(torch.as_tensor(timestep), self.name, self.spec.branches)
         self.engine.enter(step, self.spec.layout(module, hidden_states))
 

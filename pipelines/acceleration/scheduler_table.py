@@ -90,7 +90,7 @@ class Table:
     def start(self, timestep: Timestep) -> int:
         """The row at which a run starts, where only its first timestep tells.
 
-        Where that stands twice, schedulers with an index start at the second row (`index_for_timestep` in diffusers): in
+        Where that stands twice, schedulers with an index start at the second row (`index_for_timestep`): in
         the tables of second-order ones, the first of the two belongs to the step before.
         """
         found = self.places(timestep)

@@ -10,9 +10,12 @@ import pickle
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
@@ -75,12 +78,18 @@ class TestSteps:
     def test_noise_levels_that_are_no_flows_are_refused_at_once(self, pipe, bound):
         processors = dict(pipe.transformer.attn_processors)
         flow, schedule = pipe.scheduler, DenseSchedule(**{bound: 0.5})
-        for diffusion in (UniPCMultistepScheduler(prediction_type="epsilon"), EulerDiscreteScheduler()):
+        for diffusion, said in (
+            (UniPCMultistepScheduler(prediction_type="epsilon"), r"reach \d+"),
+            (EulerDiscreteScheduler(), r"reach \d+"),
+            (DDIMScheduler(), "has none"),
+            (CogVideoXDPMScheduler(), "has none"),
+        ):
             pipe.scheduler = diffusion
-            with pytest.raises(ValueError, match=rf"{bound}=0.5.*{type(diffusion).__name__} reach \d+.*first_steps"):
+            with pytest.raises(ValueError, match=rf"{bound}=0.5.*{type(diffusion).__name__} {said}.*first_steps"):
                 vidaccel.accelerate(pipe, METHOD, schedule=schedule)
         assert pipe.transformer.attn_processors == processors
-        for able in (flow, FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()):
+        late = LTXEulerAncestralRFScheduler()  # has its levels once it has timesteps
+        for able in (flow, FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), late):
             pipe.scheduler = able
             vidaccel.accelerate(pipe, METHOD, schedule=schedule).remove()
 
@@ -129,6 +138,47 @@ class TestCopies:
             with torch.no_grad():
                 alone(*inputs())
         assert alone.blocks[0].attn1.processor.engine.report().records
+
+    @pytest.mark.parametrize(
+        ("schedule", "needs", "unknown"),
+        [
+            (DenseSchedule(first_steps=0.3), "counts in fractions of a run", "the number of steps is unknown"),
+            (DenseSchedule(last_steps=1), "or from its end", "the number of steps is unknown"),
+            (DenseSchedule(sigma_above=0.9), "goes by noise levels", "they are unknown"),
+        ],
+    )
+    def test_a_copy_whose_schedule_needs_the_pipeline_says_so_in_its_first_call(self, pipe, schedule, needs, unknown):
+        with vidaccel.accelerate(pipe, METHOD, schedule=schedule):
+            expected = generate(pipe)
+            alone = copy.deepcopy(pipe.transformer)
+            message = rf"^DenseSchedule.* {needs}.*transformer was copied without its pipeline, so {unknown}: copy"
+            with torch.no_grad(), pytest.raises(ValueError, match=message):
+                alone(*inputs())
+            copied = copy.deepcopy(pipe)
+            assert generate(copied).equal(expected)
+            vidaccel.restore(alone)
+            with torch.no_grad():
+                alone(*inputs())
+            other = make_pipe(transformer=alone)
+            with vidaccel.accelerate(other, METHOD, schedule=schedule):
+                assert generate(other).equal(expected)
+
+    def test_a_transformer_that_was_accelerated_alone_is_copied(self):
+        transformer = make_transformer()
+        with torch.no_grad(), vidaccel.accelerate(transformer, METHOD) as handle:
+            copied = copy.deepcopy(transformer)
+            for model in (transformer, copied):
+                for timestep in (900.0, 500.0):
+                    model(inputs()[0], torch.tensor([timestep]), inputs()[2])
+            assert len(handle.report().records) == 6
+            assert len(copied.blocks[0].attn1.processor.engine.report().records) == 6
+
+    def test_a_shallow_copy_of_a_processor_says_what_to_do(self, pipe):
+        handle = vidaccel.accelerate(pipe, METHOD)
+        said = r"shallow copy of SparseWanAttnProcessor would share.*copy\.deepcopy.*handle\.remove\(\)"
+        with pytest.raises(TypeError, match=said):
+            copy.copy(pipe.transformer.blocks[0].attn1.processor)
+        handle.remove()
 
     @pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
     def test_pickling_says_what_to_do(self, pipe, save):
