@@ -18,14 +18,13 @@ from .layout import VideoLayout
 from .meter import check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
 from .plan import BlockPlan
-from .records import CallRecord, RunReport
+from .records import KEPT_RUNS, CallRecord, RunReport, dropped_note
 from .schedule import DenseSchedule, StepInfo
 from .timing import Span
 
 logger = logging.getLogger(__name__)
 
 KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
-KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
 
 _engines: weakref.WeakValueDictionary[int, SparseAttention] = weakref.WeakValueDictionary()
 _ids = itertools.count()
@@ -246,7 +245,13 @@ class SparseAttention:
         config["backend"] = self.backend
         if self.measure_error:
             config["measure_error"] = self.measure_error
-        return RunReport(self.method.name, config, tuple(self._all_records()), tuple(self._notes))
+        notes = (*self._notes, *dropped_note(self.oldest_run))
+        return RunReport(self.method.name, config, tuple(self._all_records()), notes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noted, without what the report says of dropped records."""
+        return tuple(self._notes)
 
     def _all_records(self) -> list[CallRecord]:
         return self._finished + [self._finish(r) for r in self._pending]

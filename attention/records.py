@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
+
 
 @dataclass(frozen=True)
 class CallRecord:
@@ -197,6 +199,13 @@ class RunReport:
         for record in self.records:
             groups.setdefault(getattr(record, key), []).append(record.density)
         return groups
+
+
+def dropped_note(oldest: int) -> list[str]:
+    """What a report says where records of the runs before `oldest` were dropped; nothing where that is 0."""
+    if not oldest:
+        return []
+    return [f"records before run {oldest} were dropped: those of the last {KEPT_RUNS} runs are kept"]
 
 
 def percent(share: float) -> str:

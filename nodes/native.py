@@ -20,9 +20,9 @@ import torch
 
 from ..attention import CallRecord, DenseSchedule, Method, RunReport, SparseAttention, StepInfo, VideoLayout
 from ..attention.backends import check_backend
-from ..attention.engine import KEPT_RUNS
 from ..attention.meter import check_rows
 from ..attention.methods.base import OutOfReach
+from ..attention.records import KEPT_RUNS
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
 from .geometry import Geometry, Inputs, find_geometry, supported_models, unwrap
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 KEY = "vidaccel_sparse_attention"
 OVERRIDE = "optimized_attention_override"
 KEPT_LAYOUTS = 4  # resolutions whose engines stay alive
+DROPPED = f"records of earlier samplings were dropped: those of the last {KEPT_RUNS} are kept"
 
 Attention = Callable[..., torch.Tensor]
 
@@ -338,7 +339,9 @@ class NativeAttention:
         records = [record for record in records if record.run > self._run - KEPT_RUNS]
         # A stable sort: the calls of one layer stay in the order of the guidance branches.
         records.sort(key=lambda r: (r.run, r.step, r.layer))
-        notes = dict.fromkeys([*self._notes, *(note for report in reports for note in report.notes)])
+        notes = dict.fromkeys([*self._notes, *(note for engine in self._engines.values() for note in engine.notes)])
+        if self._run >= KEPT_RUNS:
+            notes[DROPPED] = None
         return RunReport(self.name, self.settings, tuple(records), tuple(notes))
 
     def news(self, queued: str | None = None) -> News:
@@ -360,7 +363,8 @@ class NativeAttention:
         records = tuple(record for record in report.records if record.run >= first)
         # An engine's notes are on its sparse calls.
         of_engines = self._run if any(not record.reason for record in records) else -1
-        notes = tuple(note for note in report.notes if self._notes.get(note, of_engines) >= first)
+        true_of = {**self._notes, DROPPED: self._run - KEPT_RUNS}
+        notes = tuple(note for note in report.notes if true_of.get(note, of_engines) >= first)
         return News(replace(report, records=records, notes=notes), heading)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:

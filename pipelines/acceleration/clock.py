@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...attention import StepInfo
-from ...attention.engine import KEPT_RUNS
+from ...attention.records import KEPT_RUNS
 from .scheduler_table import Table, Timestep, read_table
 
 logger = logging.getLogger(__name__)

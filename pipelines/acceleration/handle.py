@@ -11,8 +11,8 @@ import torch
 
 from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
 from ...attention.backends import check_backend
-from ...attention.engine import KEPT_RUNS
 from ...attention.meter import check_rows
+from ...attention.records import dropped_note
 from .clock import StepClock
 from .copies import CopiedNotPickled
 from .families import ModelSpec, find_transformers
@@ -50,13 +50,12 @@ class Handle:
 
     def report(self) -> RunReport:
         """What was done since `accelerate` or `reset`: per layer, step and branch."""
-        reports = [installed.engine.report() for installed in self._installed]
+        engines = [installed.engine for installed in self._installed]
+        reports = [engine.report() for engine in engines]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
-        notes = dict.fromkeys(note for report in reports for note in report.notes)
+        notes = dict.fromkeys(note for engine in engines for note in engine.notes)
         notes |= dict.fromkeys([*self._clock.notes(), *self._replaced()])
-        oldest = max(installed.engine.oldest_run for installed in self._installed)
-        if oldest:
-            notes[f"records before run {oldest} were dropped: those of the last {KEPT_RUNS} runs are kept"] = None
+        notes |= dict.fromkeys(dropped_note(max(engine.oldest_run for engine in engines)))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
     def reset(self) -> None:

@@ -587,3 +587,17 @@ def test_errors_are_measured_for_each_branch_and_change_nothing():
     assert "Measured error of the output in 4 sparse calls" in report_text(session.news())
     with pytest.raises(ValueError, match="measure_error is -1"):
         session_of(measure_error=-1)
+
+
+def test_the_report_says_that_records_of_samplings_were_dropped():
+    """Ten samplings of one model in one entry of the queue, as a loop makes them; the next entry has lost none."""
+    said = "records of earlier samplings were dropped: those of the last 8 are kept"
+    session, executor = session_of(), Executor(RECORDED["wan"])
+    for number in range(10):
+        session.begin("loop")
+        step(session, executor)
+        assert (said in session.report().notes) == (number > 7)
+    assert f"Note: {said}" in report_text(session.news("loop"))
+    session.begin("next")
+    step(session, executor)
+    assert said in session.report().notes and said not in session.news("next").report.notes
