@@ -131,8 +131,8 @@ class RunReport:
         )
         predicted = [r.predicted_error for r in calls if r.predicted_error is not None]
         if predicted:
-            text += f"; the method predicted {percent(float(np.median(predicted)))}"
-            text += f" and {percent(worst.predicted_error)}" if worst.predicted_error is not None else ""
+            text += f"; the method itself predicted a median of {percent(float(np.median(predicted)))}"
+            text += f", and {percent(worst.predicted_error)} there" if worst.predicted_error is not None else ""
         return text
 
     def mean_density(self) -> float:

@@ -110,10 +110,10 @@ class Sparse:
     measure_error: int = 0
 
     def __post_init__(self) -> None:
-        if self.measure_error < 0:
-            raise BadInput(
-                "measure_error", "it must be 0 or more queries (0 measures nothing)", value=self.measure_error
-            )
+        rows = self.measure_error
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            problem = "it must be a whole number of queries, 0 or more (0 measures nothing)"
+            raise BadInput("measure_error", problem, value=rows)
         if self.density is not None and not 0 < self.density <= 1:
             raise BadInput("density", "it must be above 0 and at most 1 (1 is dense)", value=self.density)
 

@@ -219,6 +219,6 @@ def make_videos(
             tell(name, "warm-up", 0, job.settings.steps)
             warm_seconds = warm_up(pipe, job.settings, method, backend=job.backend)
         tell(name, "steps", 0, job.settings.steps)
-        options = {"backend": job.backend, "measure_error": job.measure_error}
+        options: dict[str, Any] = {"backend": job.backend, "measure_error": job.measure_error}
         video = make_video(pipe, job.settings, name, method, **options, on_step=stepped)
         yield replace(video, warm_up_seconds=warm_seconds)

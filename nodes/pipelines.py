@@ -226,7 +226,9 @@ def generate(
         method = acceleration.method_for(layout) if acceleration else None
         pipeline.residency.begin(pipeline.pipe, layout, settings)
     start = time.perf_counter()
-    options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error} if acceleration else {}
+    options: dict[str, Any] = {}
+    if acceleration is not None:
+        options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
     made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
     return _generation(acceleration, layout, settings, made, time.perf_counter() - start)
 

@@ -295,7 +295,7 @@ class VidaccelSparseAttentionTangent(io.ComfyNode):
         key_clusters: int,
         **common: Any,
     ) -> io.NodeOutput:
-        spent = {"density": density} if budget == "density" else {"tolerance": tolerance}
+        spent: dict[str, Any] = {"density": density} if budget == "density" else {"tolerance": tolerance}
         method = Tangent(**spent, q_clusters=query_clusters or None, k_clusters=key_clusters or None)
         settings = {**spent, "query_clusters": query_clusters or None, "key_clusters": key_clusters or None}
         return _patched(model, lambda layout: method, "Tangent", settings, common, stand_ins="tangent")

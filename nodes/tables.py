@@ -65,6 +65,7 @@ def _errors(run: RunReport) -> list[str]:
     calls = run.measured()
     if not calls:
         return []
+    of_models = len({call.model for call in calls}) > 1
     predicts = any(call.predicted_error is not None for call in calls)
     lines = ["", f"{'step':>7}  {'median error':>12}  {'worst error':>11}{'  predicted' * predicts}  worst in"]
     for step in sorted({call.step for call in calls}):
@@ -73,15 +74,19 @@ def _errors(run: RunReport) -> list[str]:
         predicted = f"  {percent(float(np.median(expected))) if expected else '':>9}" * predicts
         lines.append(
             f"{_step_words(worst):>7}  {percent(float(np.median([c.error for c in of_step]))):>12}  "
-            f"{percent(worst.error):>11}{predicted}  layer {worst.layer}, {worst.branch}"
+            f"{percent(worst.error):>11}{predicted}  {_layer_words(worst, of_models)}, {worst.branch}"
         )
     worst = calls[0]
     lines.append(
         f"Measured error of the output in {len(calls)} sparse calls: median {percent(run.median_error())}, worst "
-        f"{percent(worst.error)} in layer {worst.layer} at step {_step_words(worst)}; measuring "
+        f"{percent(worst.error)} in {_layer_words(worst, of_models)} at step {_step_words(worst)}; measuring "
         f"{format_seconds(run.error_seconds)}."
     )
     return lines
+
+
+def _layer_words(call: CallRecord, of_models: bool) -> str:
+    return f"layer {call.layer} of {call.model}" if of_models else f"layer {call.layer}"
 
 
 def _step_words(call: CallRecord) -> str:

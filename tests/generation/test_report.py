@@ -190,7 +190,7 @@ class TestMeasuredErrors:
         text = " ".join(re.sub(r"<(style|script).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL).split())
         assert (
             "Measured error of the output in 8 sparse calls: median 1.0 %, worst 9.0 % in layer 1 at step 2 (cond); "
-            "the method predicted 0.50 % and 4.5 %. Measuring took 1.0 s." in text
+            "the method itself predicted a median of 0.50 %, and 4.5 % there. Measuring took 1.0 s." in text
         )
         assert text.count("Error per layer and step") == text.count("Predicted error per layer and step") == 1
         assert "density median error denoising" in text and " 50 % 1.0 % 3.5 s " in text and " 50 % – 3.5 s " in text

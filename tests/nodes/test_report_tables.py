@@ -114,6 +114,10 @@ class TestMeasuredErrors:
         head, *rows = lines[-4:-1]
         assert all(row.index("layer") == head.index("worst in") for row in rows)
 
+    def test_a_layer_is_that_of_a_model_where_there_are_two(self):
+        text = text_of(report(record(error=0.5), record(error=0.6, model="transformer_2")))
+        assert "layer 0 of transformer_2, cond" in text and "in layer 0 of transformer_2 at step 1/2" in text
+
     def test_a_method_that_predicts_nothing_has_no_column_for_it(self):
         text = text_of(report(record(error=0.5)))
         assert "median error" in text and "predicted" not in text
