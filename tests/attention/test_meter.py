@@ -180,10 +180,8 @@ class TestReport:
         assert len(calls) == 8 and calls[0].error == max(r.error for r in calls)
         text = str(report)
         assert f"in layer {calls[0].layer} at step {calls[0].step} ({calls[0].branch})" in text
-        assert (
-            "in 8 sparse calls: median" in text and "the method itself predicted" in text
-        assert "measuring took" in text
-        )
+        for words in ("in 8 sparse calls: median", "the method itself predicted", "measuring took"):
+            assert words in text
         assert "measure_error=32" in text
 
     def test_it_is_json(self, report):
