@@ -315,7 +315,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ELSEWHERE)
 @pytest.mark.parametrize("method", [*METHODS, SVG2(density=0.4, compensate=True)], ids=str)
 def test_no_float64_is_needed_on_devices_beside_cpu_and_cuda(method, backend):
-    engine = make(method, backend=backend)
+    engine = make(method, backend=backend, measure_error=8)
     q, k, v = tokens()
     with NoFloat64():
         with pytest.raises(TypeError, match="float64"):
