@@ -77,6 +77,12 @@ def generate_command(
         typer.Option("--set", help="Any setting of a method, such as svg2.top_p=0.85; repeatable."),
     ] = None,
     backend: Annotated[str, typer.Option(help="What computes attention: auto, or a name of `vidaccel info`.")] = "auto",
+    measure_error: Annotated[
+        int,
+        typer.Option(
+            help="Queries of each sparse call whose true error is measured and reported, 64 for example; takes time."
+        ),
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")
@@ -131,6 +137,7 @@ def generate_command(
             dense_layers=amount("dense_layers", dense_layers),
             overrides=method_settings(setting or []),
             backend=backend,
+            measure_error=measure_error,
         )
         job = prepare(
             model,

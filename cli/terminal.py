@@ -36,6 +36,8 @@ def print_summary(videos: list[GeneratedVideo], files: dict[str, Path], comparis
     for video in videos:
         if note := all_dense(video):
             typer.echo(note)
+        if video.report is not None and (error := video.report.error_in_words()):
+            typer.echo(f"{video.name}: {error}.")
 
 
 def all_dense(video: GeneratedVideo) -> str:

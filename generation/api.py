@@ -51,6 +51,7 @@ def generate(
     dense_layers: int | float | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     backend: str = "auto",
+    measure_error: int = 0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     offload: bool = False,
@@ -83,6 +84,8 @@ def generate(
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         settings: further settings by method: `{"svg2": {"top_p": 0.85}}`.
         backend: what computes attention, a name of `BACKENDS`, or "auto".
+        measure_error: queries of each sparse call whose true error is measured and reported, see `accelerate`; times
+            then include the measuring.
         device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
         offload: keep on the device only the part that is at work.
         tiling: encode and decode in tiles.
@@ -128,7 +131,7 @@ def generate(
     job = prepare(
         str(model) if isinstance(model, Path) else model,
         wanted,
-        Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend),
+        Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend, measure_error),
         compare=compare,
         device=device,
         dtype=dtype,

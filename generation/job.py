@@ -51,6 +51,7 @@ class Job:
         inputs: field -> file that was read for it.
         pipe: the pipeline, where it was given loaded.
         notes: what a user should know, in sentences.
+        measure_error: see `accelerate`.
     """
 
     facts: ModelFacts
@@ -68,6 +69,7 @@ class Job:
     inputs: Mapping[str, Path] = field(default_factory=dict)
     pipe: DiffusionPipeline | None = None
     notes: tuple[str, ...] = ()
+    measure_error: int = 0
 
     @property
     def first(self) -> str:
@@ -108,6 +110,7 @@ class Sparse:
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         overrides: method -> field -> value.
         backend: a name, which then runs or raises, or "auto".
+        measure_error: see `accelerate`.
 
     Raises:
         BadInput: a value of another kind or out of its bounds.
@@ -119,6 +122,7 @@ class Sparse:
     dense_layers: int | float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "auto"
+    measure_error: int = 0
 
     def __post_init__(self) -> None:
         _check_methods(self.methods)
@@ -133,6 +137,10 @@ class Sparse:
         if not isinstance(self.overrides, Mapping) or any(not isinstance(v, Mapping) for v in self.overrides.values()):
             problem = 'they must be settings by method, such as {"svg2": {"top_p": 0.85}}'
             raise BadInput("settings", problem, value=repr(self.overrides))
+        rows = self.measure_error
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            problem = "it must be a whole number of queries, 0 or more (0 measures nothing)"
+            raise BadInput("measure_error", problem, value=rows)
 
     @property
     def names(self) -> list[str]:
@@ -147,6 +155,7 @@ class Sparse:
             "dense_layers": self.dense_layers is not None,
             "settings": bool(self.overrides),
             "backend": self.backend != "auto",
+            "measure_error": bool(self.measure_error),
         }
 
 
@@ -223,6 +232,7 @@ def prepare(
         inputs=inputs,
         pipe=pipe,
         notes=tuple(notes),
+        measure_error=sparse.measure_error,
     )
 
 
@@ -276,7 +286,8 @@ def _methods(
 
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
     """A config, which has all its settings already."""
-    given = {name: is_given for name, is_given in sparse.given().items() if name != "backend"}
+    of_methods = ("density", "dense_steps", "dense_layers", "settings")
+    given = {name: is_given for name, is_given in sparse.given().items() if name in of_methods}
     refuse_given(given, f"for a method's name, and a {type(method).__name__} was given", "Set its own fields")
     try:
         method.check(layout)

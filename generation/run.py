@@ -88,6 +88,7 @@ def run(
     *,
     backend: str = "auto",
     schedule: DenseSchedule | None = None,
+    measure_error: int = 0,
     on_step: StepCallback | None = None,
     decode: bool = True,
 ) -> Run:
@@ -98,7 +99,7 @@ def run(
     Args:
         pipe: the pipeline.
         settings: checked.
-        method, backend, schedule: see `accelerate`.
+        method, backend, schedule, measure_error: see `accelerate`.
         on_step: told of every step.
         decode: make frames of the latents.
 
@@ -109,7 +110,7 @@ def run(
 
     if method is None:
         return _call(pipe, settings, on_step, decode)
-    with accelerate(pipe, method, backend=backend, schedule=schedule) as handle:
+    with accelerate(pipe, method, backend=backend, schedule=schedule, measure_error=measure_error) as handle:
         made = _call(pipe, settings, on_step, decode)
         return replace(made, report=handle.report().last())
 
@@ -173,10 +174,11 @@ def make_video(
     method: Method | None,
     *,
     backend: str = "auto",
+    measure_error: int = 0,
     on_step: StepCallback | None = None,
 ) -> GeneratedVideo:
     """Run a pipeline once; the video as bytes, and its times."""
-    made = run(pipe, settings, method, backend=backend, on_step=on_step)
+    made = run(pipe, settings, method, backend=backend, measure_error=measure_error, on_step=on_step)
     return GeneratedVideo(
         name=name,
         frames=(made.frames * 255).round().astype(np.uint8),
@@ -227,5 +229,6 @@ def make_videos(
             tell(name, "warm-up", 0, job.settings.steps)
             warm_seconds = warm_up(pipe, job.settings, method, backend=job.backend)
         tell(name, "steps", 0, job.settings.steps)
-        video = make_video(pipe, job.settings, name, method, backend=job.backend, on_step=stepped)
+        options: dict[str, Any] = {"backend": job.backend, "measure_error": job.measure_error}
+        video = make_video(pipe, job.settings, name, method, **options, on_step=stepped)
         yield replace(video, warm_up_seconds=warm_seconds)

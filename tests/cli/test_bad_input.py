@@ -41,6 +41,8 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--backend", "sdpa"], ["--backend is sdpa", "computes dense attention only", "Give auto"]),
         (["--density", "0"], ["--density is 0.0", "above 0 and at most 1"]),
         (["--density", "1.5"], ["--density is 1.5", "above 0 and at most 1"]),
+        (["--measure-error", "-1"], ["--measure-error is -1", "0 or more"]),
+        (["--measure-error", "64", "--method", "dense"], ["--measure-error is of use only with a sparse method"]),
         (["--density", "nan"], ["--density is nan"]),
         (["--density", "0.5", "--method", "dense"], ["--density is of use only with a sparse method"]),
         # A video that is dense without --method; none of these would do anything.

@@ -46,6 +46,9 @@ def test_a_method_by_its_config_and_by_its_name(pipe):
     named = vidaccel.generate(pipe, PROMPT, method="svg2", density=0.5, settings={"svg2": {"q_clusters": 4}}, **chosen)
     assert np.array_equal(config.frames, named.frames)
     assert config.report.method == "svg2" and config.report.mean_density() < 1
+    measured = vidaccel.generate(pipe, PROMPT, method=SVG2(density=0.5, q_clusters=4), measure_error=8, **chosen)
+    assert np.array_equal(measured.frames, named.frames) and measured.report.error_in_words()
+    assert not named.report.error_in_words()
 
 
 def test_a_comparison_and_its_page(pipe, dense, tmp_path):
@@ -127,6 +130,8 @@ def test_first_and_last_picture(tmp_path):
         ({"method": ["svg", "svg2"]}, r"^method can have several only in a comparison\. Add compare\.$"),
         ({"method": SVG2(), "density": 0.2}, r"^density is for a method's name, and a SVG2 was given"),
         ({"method": "dense", "density": 0.2}, r"^density is of use only with a sparse method"),
+        ({"method": "svg", "measure_error": -1}, r"^measure_error is -1: it must be a whole number"),
+        ({"method": "svg", "measure_error": 0.5}, r"^measure_error is 0\.5: it must be a whole number"),
         ({"report": "page.html"}, r"^report is the page of compare\. Give both\.$"),
         ({"out": "/no/such/folder/x.mp4"}, r"^out is .*: there is no folder /no/such/folder\. Create it first\.$"),
         ({"image": "missing.png"}, r"^image is missing\.png: there is no such file\.$"),
