@@ -15,7 +15,15 @@ from .triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
-    for b in (FlexBackend(), GatherBackend(), MaskedBackend(), PackedBackend(), ReferenceBackend(), SdpaBackend(), TritonBackend())
+    for b in (
+        FlexBackend(),
+        GatherBackend(),
+        MaskedBackend(),
+        PackedBackend(),
+        ReferenceBackend(),
+        SdpaBackend(),
+        TritonBackend(),
+    )
 }
 
 # Best first. On the CPU compiled FlexAttention wins on the blocks and bands of long sequences, one SDPA per query tile

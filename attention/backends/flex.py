@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 
 from ..block_mask import to_block_mask
-from ..plan import BlockPlan, permute, unpermute
 from ..own_kernels import INSTALL_TRITON, has_triton
+from ..plan import BlockPlan, permute, unpermute
 from .base import Backend, Capability
 
 # Flex compiles one kernel per set of shapes. torch's own limit of 8 is passed by a few resolutions and cluster counts,

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from ..plan import BlockPlan
 from ..own_kernels import INSTALL_TRITON, has_triton
+from ..plan import BlockPlan
 from .base import Backend, Capability, Precision, Request
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies

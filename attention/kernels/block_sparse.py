@@ -48,7 +48,9 @@ def block_sparse_attention(
     k, v, kv_order = keys_in_order(k, v, kv_order, gather_kv)
     stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
     q = rows_contiguous(q)
-    launch_forward(q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, forward_tiles(q, plan), stand_ins=stand_ins)
+    launch_forward(
+        q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, forward_tiles(q, plan), stand_ins=stand_ins
+    )
     return out, lse
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..layout import VideoLayout
+from ..own_kernels import use_kernels
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from ..own_kernels import use_kernels
 from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays
 
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend, value_variance
+from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend, value_variance, with_order
 from ..kmeans import cluster_sizes
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -16,7 +16,6 @@ from ..probe import probe, read, score_variance
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
-
 
 # Video tokens. With the probe paid out of a density of .20, its error on the demo model is .076 at 576 tokens and .051 at
 # 1,088; without it .078 and .078. On imitated heads: .134 and .068, without it .101 and .078.
@@ -174,12 +173,12 @@ class Tangent(Method):
         kept = memory.get(f"tangent_{name}")
         if kept is not None and not anew:
             labels = kept[0].long()
-            clusters = renewed(x, Clusters(labels, cluster_sizes(labels, count), kept[1]))
+            clusters = renewed(x, with_order(Clusters(labels, cluster_sizes(labels, count), kept[1])))
         else:
             iterations = self.init_iterations if kept is None else self.step_iterations
             clusters = cluster(x, count, iterations, None if kept is None else kept[1])
             # The means that labels belong to are those before the last update of k-means.
-            clusters = renewed(x, clusters)
+            clusters = renewed(x, with_order(clusters))
         memory[f"tangent_{name}"] = (clusters.labels.short() if count < 2**15 else clusters.labels, clusters.means)
         return clusters
 

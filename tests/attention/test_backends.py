@@ -154,7 +154,13 @@ def test_flex_skips_what_the_plan_skips():
 
 class TestPick:
     def request(self, **changes) -> Request:
-        values = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "queries": 100, "precision": AS_INPUTS}
+        values = {
+            "device": torch.device("cpu"),
+            "dtype": torch.float32,
+            "head_dim": 64,
+            "queries": 100,
+            "precision": AS_INPUTS,
+        }
         return Request(**{**values, "dense": False, "lse": False, "grad": False, **changes})
 
     def test_dense_goes_to_sdpa(self):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from vidaccel import METHODS, SVG2, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.attention.clusters import Clusters
-from vidaccel.attention.probe import probe
 from vidaccel.attention.kmeans import cluster_sizes, update
+from vidaccel.attention.probe import probe
 
 LAYOUT = VideoLayout(4, 7, 6)
 WITH_TEXT = VideoLayout(4, 7, 6, text_before=3, text_after=5)
@@ -182,7 +182,9 @@ def test_it_plans_without_reading_anything_on_the_host():
     for settings in ({"density": 0.8}, {"tolerance": 0.1}):
         memory = PlanMemory()
         for _ in range(3):
-            plan = Tangent(q_clusters=5, k_clusters=9, init_iterations=3, probe=True, **settings).plan(q, k, v, layout, memory)
+            plan = Tangent(q_clusters=5, k_clusters=9, init_iterations=3, probe=True, **settings).plan(
+                q, k, v, layout, memory
+            )
         assert plan.device.type == "meta" and plan.skipped.bias.shape == (2, 3, 6, 10)
 
 

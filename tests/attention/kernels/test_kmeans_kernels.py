@@ -103,8 +103,10 @@ def test_whole_kmeans_is_that_of_torch(device, dtype):
     theirs = reference.kmeans(x, 7, 6, implementation="torch")
     # The kernel rounds centers to the dtype of the tokens, so a token between two may go to the other one: what counts
     # is how near the tokens are to their centers.
-    spread = [(x.float() - means.gather(2, labels.unsqueeze(-1).expand(x.shape))).square().mean() for labels, means in
-              (ours, theirs)]
+    spread = [
+        (x.float() - means.gather(2, labels.unsqueeze(-1).expand(x.shape))).square().mean()
+        for labels, means in (ours, theirs)
+    ]
     assert (ours[0] != theirs[0]).float().mean() <= 0.02 and abs(spread[0] / spread[1] - 1) < 0.01
     warm = reference.kmeans(x, 7, 1, ours[1], implementation="triton")
     assert (warm[0] == ours[0]).float().mean() > 0.98

@@ -55,7 +55,9 @@ def test_equals_the_definition(device, dim, dtype, tolerance):
     assert not found[2][:, :, -1].any() and not found[3][:, :, :, -1].any()
     found = [*found[:2], *(table[:, :, :-1, :-1] for table in found[2:])]
     for name, ours, theirs in zip(("log_mass", "bias", "key", "value"), found, expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours.double(), theirs, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("room", [0, 1])
