@@ -25,11 +25,13 @@ class Probe(NamedTuple):
         log_mass: `[B, H, Cq, Ck]` float32, log of the sum of the exponentials of the scaled scores; -inf without keys.
         key, value: `[B, H, Cq + r, Ck + r, D]`, means weighted by that softmax, 0 without keys; in the dtype of k where
             that is narrower than float32. The last `r` rows and columns are empty: room for the text.
+        bias: `[B, H, Cq, Ck]` float32, the log of the mass less the scaled score of the mean key, where that is known.
     """
 
     log_mass: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 def probe(
