@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backends import BACKENDS, Backend, Request, check_backend, pick
-from .backends.base import AS_INPUTS, Precision
+from .backends.base import AS_INPUTS, SMALL_TILE, Precision
 from .compensate import attend_skipped
 from .merge import merge
 from .plan import BlockPlan
@@ -91,7 +91,9 @@ def choose_backend(
     """
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     shape = (q.device, q.dtype, q.shape[-1], q.shape[2])
-    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None)
+    own = plan.skipped is not None and plan.skipped.bias is not None
+    small = not own and plan.n_q < SMALL_TILE * plan.tile_len.shape[-1]
+    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None, small)
     if precision != AS_INPUTS:
         return _pick_quantized(backend, request)
     return pick(backend, request, scattered=plan.is_scattered)

@@ -31,7 +31,9 @@ class Probe(NamedTuple):
     value: torch.Tensor
 
 
-def probe(q_means: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Clusters, scale: float, room: int = 0) -> Probe:
+def probe(
+    q_means: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: Clusters, scale: float, room: int = 0
+) -> Probe:
     """Hold the query centroids against every key: `3 * Cq * N` products of length D a head, and no sync on a GPU.
 
     Args:
@@ -84,7 +86,9 @@ def _probe_by_size(
     begin = 0
     while begin < len(rising):
         end = begin + 1
-        while end < len(rising) and ALIKE * rising[end] <= rising[begin] and (end - begin) * count * dim < NUMBERS // 16:
+        while (
+            end < len(rising) and ALIKE * rising[end] <= rising[begin] and (end - begin) * count * dim < NUMBERS // 16
+        ):
             end += 1
         group, longest = order[begin:end], rising[end - 1]
         begin = end
@@ -251,4 +255,3 @@ def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: flo
         sums = torch.zeros_like(of_mean).scatter_add_(1, where, wrong)
         made.append(sums.transpose(1, 2))
     return torch.cat(made).unflatten(0, (batch, heads))
-

@@ -108,7 +108,9 @@ def _rotary(layout: VideoLayout, head_dim: int) -> tuple[torch.Tensor, list[int]
     """Angles `[N, head_dim / 2]`, and where the pairs of channels of time, height and width begin and end."""
     place = 2 * (head_dim // 6)
     channels = (head_dim - 2 * place, place, place)
-    grid = torch.meshgrid(*(torch.arange(n).float() for n in (layout.frames, layout.height, layout.width)), indexing="ij")
+    grid = torch.meshgrid(
+        *(torch.arange(n).float() for n in (layout.frames, layout.height, layout.width)), indexing="ij"
+    )
     turns = [
         axis.reshape(-1, 1) * 10000.0 ** (-torch.arange(0, n, 2) / n) for axis, n in zip(grid, channels, strict=True)
     ]

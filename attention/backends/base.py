@@ -12,6 +12,7 @@ from ..plan import BlockPlan
 
 ANY_HEAD_DIM = 2**31
 EVERYWHERE = ("cpu", "cuda", "mps", "xpu")  # for backends made of torch's operators
+SMALL_TILE = 64  # queries: fewer take less time than a call for them
 NO_FLOAT64 = ("mps",)
 INSTALL_TRITON = "pip install triton (on Windows: triton-windows)"
 
@@ -91,6 +92,7 @@ class Request:
         grad: an input requires a gradient.
         precision: in which formats to multiply.
         skipped: the plan has stand-ins for skipped clusters.
+        small_tiles: its tiles have fewer than `SMALL_TILE` queries on average, and no stand-ins of their own.
     """
 
     device: torch.device
@@ -102,6 +104,7 @@ class Request:
     grad: bool
     precision: Precision = AS_INPUTS
     skipped: bool = False
+    small_tiles: bool = False
 
 
 class Backend(abc.ABC):

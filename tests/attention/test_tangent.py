@@ -182,7 +182,9 @@ def test_it_plans_without_reading_anything_on_the_host():
     for settings in ({"density": 0.8}, {"tolerance": 0.1}):
         memory = PlanMemory()
         for _ in range(3):
-            plan = Tangent(q_clusters=5, k_clusters=9, init_iterations=3, probe=True, **settings).plan(q, k, v, layout, memory)
+            plan = Tangent(q_clusters=5, k_clusters=9, init_iterations=3, probe=True, **settings).plan(
+                q, k, v, layout, memory
+            )
         assert plan.device.type == "meta" and plan.skipped.bias.shape == (2, 3, 6, 10)
 
 
