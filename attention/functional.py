@@ -62,7 +62,7 @@ def attend(
     return_lse: bool = False,
     precision: Precision = AS_INPUTS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `Backend.attend` computes; what stands for skipped clusters is merged with it where the backend takes none."""
+    """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none."""
     merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
     with_lse = return_lse or merged
     if precision == AS_INPUTS:

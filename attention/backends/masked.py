@@ -47,7 +47,7 @@ class MaskedBackend(Backend):
             lead = torch.broadcast_shapes(bias.shape[:2], skipped.key.shape[:2])
             bias = torch.cat([x.to(wide).expand(*lead, -1, -1) for x in (bias, plan.stand_in_bias())], -1)
         # SDPA has no log-sum-exp, and in half precision the stand-ins' bias would be off by per cents.
-        written_out = return_lse or skipped is not None and (not columns or q.dtype != wide)
+        written_out = return_lse or (skipped is not None and (not columns or q.dtype != wide))
         empty = bias.amax(-1, keepdim=True) == -torch.inf
         tile = plan.tile_of_token()
         rows = max(1, BIASES // (bias.shape[0] * bias.shape[1] * bias.shape[-1]))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from vidaccel import METHODS, SVG2, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.attention.clusters import Clusters
-from vidaccel.attention.probe import probe
 from vidaccel.attention.kmeans import cluster_sizes, update
+from vidaccel.attention.probe import probe
 
 LAYOUT = VideoLayout(4, 7, 6)
 WITH_TEXT = VideoLayout(4, 7, 6, text_before=3, text_after=5)
