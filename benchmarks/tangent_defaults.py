@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -64,6 +64,12 @@ class Measure:
             errors.append(float((out - dense).norm() / dense.norm()))
         return f"{statistics.geometric_mean(errors):.4f}"
 
+    def plan_seconds(self, method: Tangent) -> float:
+        """Of the processor, since other processes may be at work, for the first plan of a layer."""
+        start = time.process_time()
+        method.plan(*self.layers[0][-1], self.layout, PlanMemory())
+        return time.process_time() - start
+
     def row(self, name: str, settings: dict[str, dict], **common: object) -> dict[str, str]:
         """Errors of a table's columns."""
         return {"calls": name} | {
@@ -71,13 +77,6 @@ class Measure:
             for column, changes in settings.items()
             for density in (0.1, 0.2)
         }
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Of the processor, since other processes may be at work."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def main(out: Path = RESULTS, long: bool = True) -> None:
@@ -109,27 +108,24 @@ def main(out: Path = RESULTS, long: bool = True) -> None:
                 }
                 tables["every"].append({"calls": name, **errors})
             iterations = {f"{n} iterations": {"init_iterations": n} for n in (3, 10, 50)}
-            cost = {}
-            for column, changes in iterations.items():
-                method = Tangent(probe=True, **changes)
-                call = layers[0][-1]
-                cost[f"{column}, first plan ms"] = round(
-                    1000 * seconds(lambda m=method, c=call: m.plan(*c, layout, PlanMemory()))
-                )
+            cost = {
+                f"{column}, first plan ms": round(1000 * measure.plan_seconds(Tangent(probe=True, **changes)))
+                for column, changes in iterations.items()
+            }
             tables["iterations"].append(measure.row(name, iterations, probe=True) | cost)
             print(name, "done", flush=True)
     write_markdown(
         out / "tangent_defaults.md",
         "What the defaults of Tangent rest on",
         f"`python benchmarks/tangent_defaults.py`; {environment_line()}.\n\n"
-        "Error of one attention call against dense attention, relative L2, the geometric mean over layers. Demo: q, k, v "
-        "of a dense video of the demo model. Imitated: five kinds of heads of 128 channels (`heads.py`). A stand-in "
+        "Error of one attention call against dense attention, relative L2, the geometric mean over layers. Demo: q, "
+        "k, v of a dense video of the demo model. Imitated: five kinds of heads of 128 channels (`heads.py`). A stand-in "
         "counts as one pair per query.\n\n"
-        "1. The probe, with the query clusters of SVG2. *Paid for*: what it costs, 1.5 times query clusters over tokens, "
-        "is taken from the density.\n"
+        "1. The probe, with the query clusters of SVG2. *Paid for*: what it costs, 1.5 times query clusters over "
+        "tokens, is taken from the density.\n"
         "2. Query clusters, in multiples of SVG2's.\n"
-        "3. k-means at every so many steps, the error at the sixth of six consecutive steps at density 0.2. Every 6: not "
-        "since the first.\n"
+        "3. k-means at every so many steps, the error at the sixth of six consecutive steps at density 0.2. Every 6: "
+        "not since the first.\n"
         "4. Iterations of the first k-means, and processor time of the first plan.",
         *tables.values(),
     )

@@ -21,9 +21,9 @@ BACKENDS: dict[str, Backend] = {
 # on scattered runs and wherever a compilation would not pay (measured: benchmarks/results/cpu_speed.md); on
 # CUDA a launch per tile would be far too many. The order on CUDA is by design, not yet by measurement.
 COMPILE_PAYS = 4096  # queries
-# Up to here a mask beats a call for each tile where tiles are small. Seconds of one thread over those of dense attention,
-# SVG2 and SVG at density .2, masked and gather: 576 tokens 1.5 and 1.7 to 2.9, 1,088 tokens 1.4 and 1.2 to 1.6, 2,112
-# tokens 1.7 to 2.0 and .5 to 1.1. With more threads the mask gains, since small calls use but one.
+# Up to here a mask beats a call for each tile where tiles are small. Seconds of one thread over those of dense
+# attention, SVG2 and SVG at density .2, masked and gather: 576 tokens 1.5 and 1.7 to 2.9, 1,088 tokens 1.4 and 1.2 to
+# 1.6, 2,112 tokens 1.7 to 2.0 and .5 to 1.1. With more threads the mask gains, since small calls use but one.
 MASK_PAYS = 1536  # queries
 PREFERENCE = {
     ("cpu", "small"): ("masked", "gather", "flex", "reference"),
