@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .backends import BACKENDS, Backend, Request, check_backend, pick
-from .backends.base import AS_INPUTS, Precision
+from .backends.base import AS_INPUTS, SMALL_TILE, Precision
 from .compensate import attend_skipped
 from .merge import merge
 from .plan import BlockPlan
@@ -62,7 +62,7 @@ def attend(
     return_lse: bool = False,
     precision: Precision = AS_INPUTS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `Backend.attend` computes; what stands for skipped clusters is merged with it where the backend takes none."""
+    """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none."""
     merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
     with_lse = return_lse or merged
     if precision == AS_INPUTS:
@@ -91,7 +91,9 @@ def choose_backend(
     """
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     shape = (q.device, q.dtype, q.shape[-1], q.shape[2])
-    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None)
+    own = plan.skipped is not None and plan.skipped.bias is not None
+    small = not own and plan.n_q < SMALL_TILE * plan.tile_len.shape[-1]
+    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None, small)
     if precision != AS_INPUTS:
         return _pick_quantized(backend, request)
     return pick(backend, request, scattered=plan.is_scattered)

@@ -255,7 +255,7 @@ def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: flo
     Args:
         q_means: `[B, H, Cq, D]`. k: `[B, H, N, D]`. keys: its clusters.
     """
-    batch, heads, tokens, dim = k.shape
+    batch, heads, tokens, _ = k.shape
     count = q_means.shape[2]
     made = []
     q, k, labels, means = (x.flatten(0, 1) for x in (q_means.float() * scale, k, keys.labels, keys.means))

@@ -1,9 +1,10 @@
-"""Queries, keys and values to measure one attention call on: of the demo model, and imitations of large models' heads."""
+"""Queries, keys and values to measure one attention call on: of the demo model, or imitated heads of large ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -153,12 +154,12 @@ def _head(
     shown = _content(layout, generator)
     tokens, width = shown.shape
     bias = torch.zeros(head_dim // 2)
-    for share, first, last in zip(position, edges[:-1], edges[1:], strict=True):
+    for share, (first, last) in zip(position, pairwise(edges), strict=True):
         falling = torch.exp(-torch.arange(last - first) / ((last - first) / 3.5))
         bias[first:last] = (share * falling / falling.sum()).sqrt()
     bias = torch.stack([bias, torch.zeros_like(bias)], -1).flatten()  # one phase in q and k: the peak is at distance 0
     # Content lies mostly in the channels that turn slowly, as in trained models.
-    slow = torch.cat([torch.linspace(0.2, 1.6, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    slow = torch.cat([torch.linspace(0.2, 1.6, b - a) for a, b in pairwise(edges)])
     of_q = torch.randn(width, head_dim, generator=generator) / (width * head_dim) ** 0.5
     of_k = of_q + 0.5 * torch.randn(width, head_dim, generator=generator) / (width * head_dim) ** 0.5
     q, k = (

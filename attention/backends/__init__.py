@@ -8,29 +8,25 @@ from .base import Backend, Capability, Request
 from .flex import FlexBackend
 from .gather import GatherBackend
 from .masked import MaskedBackend
-from .packed import PackedBackend
 from .reference import ReferenceBackend
 from .sdpa import SdpaBackend
 from .triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
-    for b in (
-        FlexBackend(),
-        GatherBackend(),
-        MaskedBackend(),
-        PackedBackend(),
-        ReferenceBackend(),
-        SdpaBackend(),
-        TritonBackend(),
-    )
+    for b in (FlexBackend(), GatherBackend(), MaskedBackend(), ReferenceBackend(), SdpaBackend(), TritonBackend())
 }
 
 # Best first. On the CPU compiled FlexAttention wins on the blocks and bands of long sequences, one SDPA per query tile
 # on scattered runs and wherever a compilation would not pay (measured: benchmarks/results/cpu_speed.md); on
 # CUDA a launch per tile would be far too many. The order on CUDA is by design, not yet by measurement.
 COMPILE_PAYS = 4096  # queries
+# Up to here a mask beats a call for each tile where tiles are small. Seconds of one thread over those of dense
+# attention, SVG2 and SVG at density .2, masked and gather: 576 tokens 1.5 and 1.7 to 2.9, 1,088 tokens 1.4 and 1.2 to
+# 1.6, 2,112 tokens 1.7 to 2.0 and .5 to 1.1. With more threads the mask gains, since small calls use but one.
+MASK_PAYS = 1536  # queries
 PREFERENCE = {
+    ("cpu", "small"): ("masked", "gather", "flex", "reference"),
     ("cpu", "regular"): ("flex", "gather", "reference"),
     ("cpu", "scattered"): ("gather", "flex", "reference"),
     ("cuda", "regular"): ("triton", "flex", "gather", "reference"),
@@ -40,7 +36,7 @@ ELSEWHERE = ("gather", "reference")  # mps, xpu: made of torch's operators alone
 
 # What "auto" must find one of on a device: the others run there too, but slower than dense attention. Of devices that
 # are not here nothing was measured, and any backend will do. ROCm's device type is cuda.
-WORTHWHILE = {"cpu": ("flex", "gather"), "cuda": ("triton", "flex")}
+WORTHWHILE = {"cpu": ("flex", "gather", "masked"), "cuda": ("triton", "flex")}
 
 
 def check_backend(name: str) -> str:
@@ -95,7 +91,10 @@ def pick(name: str, request: Request, *, scattered: bool) -> Backend:
         return BACKENDS["sdpa"]
     reasons = {}
     kind = "scattered" if scattered or request.queries < COMPILE_PAYS else "regular"
-    for candidate in PREFERENCE.get((request.device.type, kind), ELSEWHERE):
+    order = PREFERENCE.get((request.device.type, kind), ELSEWHERE)
+    if request.small_tiles and request.queries <= MASK_PAYS:
+        order = PREFERENCE.get((request.device.type, "small"), order)
+    for candidate in order:
         reason = BACKENDS[candidate].declines(request)
         if reason is None:
             return BACKENDS[candidate]

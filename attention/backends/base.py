@@ -12,6 +12,7 @@ from ..plan import BlockPlan
 
 ANY_HEAD_DIM = 2**31
 EVERYWHERE = ("cpu", "cuda", "mps", "xpu")  # for backends made of torch's operators
+SMALL_TILE = 64  # queries: fewer take less time than a call for them
 NO_FLOAT64 = ("mps",)
 
 
@@ -90,6 +91,7 @@ class Request:
         grad: an input requires a gradient.
         precision: in which formats to multiply.
         skipped: the plan has stand-ins for skipped clusters.
+        small_tiles: its tiles have fewer than `SMALL_TILE` queries on average, and no stand-ins of their own.
     """
 
     device: torch.device
@@ -102,6 +104,7 @@ class Request:
     # No default: torch.compile of torch 2.11 cannot trace one that is an object.
     precision: Precision
     skipped: bool = False
+    small_tiles: bool = False
 
 
 class Backend(abc.ABC):

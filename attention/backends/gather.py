@@ -38,7 +38,6 @@ class GatherBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         queries = permute(q, plan.q_order)
         pairs = permute(torch.cat([k, v], -1), plan.kv_order)
-        stand_ins = None if plan.skipped is None else _StandIns(plan)
         batch, heads = plan.run_start.shape[:2]
         rows = []
         for b in range(batch):
@@ -48,7 +47,7 @@ class GatherBackend(Backend):
             for h in range(heads):
                 head_slice = slice(None) if heads == 1 else slice(h, h + 1)
                 some = [x[batch_slice, head_slice] for x in (queries, pairs)]
-                row.append(_Tiles(*some, k.shape[-1], plan, b, h, stand_ins).attend(scale, return_lse))
+                row.append(_Tiles(*some, k.shape[-1], plan, b, h).attend(scale, return_lse))
             rows.append(_join(row, 1))
         out, lse = _join(rows, 0)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
@@ -66,20 +65,23 @@ def _join(results: list[Result], dim: int) -> Result:
 
 
 class _StandIns:
-    """What a tile reads of the clusters that it skips: all of them, with a bias of -inf where it reads their tokens."""
+    """What the tiles of plan entry `(b, h)` read of clusters: all stand-ins, -inf as the bias of those not skipped.
 
-    def __init__(self, plan: BlockPlan) -> None:
-        self.tables = plan.skipped.key, plan.skipped.value
-        self.bias = plan.stand_in_bias()
+    Args:
+        plan: with `skipped`.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, plan: BlockPlan, b: int, h: int, dtype: torch.dtype) -> None:
+        parts = [x[_entry(x, 0, b), _entry(x, 1, h)].to(dtype) for x in (plan.skipped.key, plan.skipped.value)]
+        self.pairs = torch.cat(parts, -1)
+        bias = plan.stand_in_bias()
+        self.bias = bias[_entry(bias, 0, b), _entry(bias, 1, h)]
         self.count = self.bias.shape[-1]
 
-    def write(self, into: torch.Tensor, key_width: int, b: int, h: int, tile: int) -> torch.Tensor:
-        """Keys and values into the first rows of a buffer `[B', H', rows, 2D]`; returns their bias `[B', H', 1, C]`."""
-        of_tile = self.tables[0].ndim == 5
-        for table, part in zip(self.tables, into.split(key_width, -1), strict=True):
-            some = table[_entry(table, 0, b), _entry(table, 1, h)]
-            part[:, :, : self.count] = some[:, :, tile] if of_tile else some
-        return self.bias[_entry(self.bias, 0, b), _entry(self.bias, 1, h), tile].unsqueeze(-2)
+    def of(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values side by side, `[B', H', C, 2D]`, and their bias, `[B', H', 1, C]`."""
+        return self.pairs[:, :, tile] if self.pairs.ndim == 5 else self.pairs, self.bias[:, :, tile].unsqueeze(-2)
 
 
 def _entry(x: torch.Tensor, dim: int, index: int) -> slice:
@@ -102,19 +104,16 @@ class _Tiles:
         plan: BlockPlan,
         b: int,
         h: int,
-        stand_ins: _StandIns | None,
     ) -> None:
-        self.q, self.pairs, self.key_width, self.stand_ins, self.place = q, pairs, key_width, stand_ins, (b, h)
+        self.q, self.pairs, self.key_width = q, pairs, key_width
+        self.stand_ins = None if plan.skipped is None else _StandIns(plan, b, h, pairs.dtype)
         self.starts, self.lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
         self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
         # Without gradients all copies go through one buffer: memory that is new for each tile costs more than the copy.
-        self.extra = 0 if stand_ins is None else stand_ins.count
-        self.longest = self.extra + max(map(sum, self.run_lengths))
+        self.extra = 0 if self.stand_ins is None else self.stand_ins.count
+        longest = self.extra + max(map(sum, self.run_lengths))
         grad = torch.is_grad_enabled() and (q.requires_grad or pairs.requires_grad)
-        self.buffer = None if grad else self._new(self.longest)
-
-    def _new(self, rows: int) -> torch.Tensor:
-        return self.pairs.new_empty(*self.pairs.shape[:2], rows, self.pairs.shape[-1])
+        self.buffer = None if grad else pairs.new_empty(*pairs.shape[:2], longest, pairs.shape[-1])
 
     def attend(self, scale: float, return_lse: bool) -> Result:
         results = []
@@ -139,16 +138,14 @@ class _Tiles:
         if self.stand_ins is None and len(runs) == 1:
             ((start, length),) = runs
             return self.pairs[:, :, start : start + length], None
-        total = self.extra + sum(length for _, length in runs)
-        parts = _cut_out(self.pairs, runs)
+        parts, bias = _cut_out(self.pairs, runs), None
+        if self.stand_ins is not None:
+            first, bias = self.stand_ins.of(tile)
+            parts = (first.expand(*self.pairs.shape[:2], -1, -1), *parts)
         if self.buffer is None:
-            front = self._new(self.extra)
-            bias = self.stand_ins and self.stand_ins.write(front, self.key_width, *self.place, tile)
-            return torch.cat([front, *parts], 2), bias
-        if parts:
-            torch.cat(parts, 2, out=self.buffer[:, :, self.extra : total])
-        bias = self.stand_ins and self.stand_ins.write(self.buffer, self.key_width, *self.place, tile)
-        return self.buffer[:, :, :total], bias
+            return torch.cat(parts, 2), bias
+        total = self.extra + sum(length for _, length in runs)
+        return torch.cat(parts, 2, out=self.buffer[:, :, :total]), bias
 
 
 def _attend(

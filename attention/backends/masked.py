@@ -48,6 +48,7 @@ class MaskedBackend(Backend):
             bias = torch.cat([x.to(wide).expand(*lead, -1, -1) for x in (bias, plan.stand_in_bias())], -1)
         # SDPA has no log-sum-exp, and in half precision the stand-ins' bias would be off by per cents.
         written_out = return_lse or (skipped is not None and (not columns or q.dtype != wide))
+        empty = bias.amax(-1, keepdim=True) == -torch.inf
         tile = plan.tile_of_token()
         rows = max(1, BIASES // (bias.shape[0] * bias.shape[1] * bias.shape[-1]))
         if written_out:
@@ -64,7 +65,7 @@ class MaskedBackend(Backend):
                 mask = mask.to(q.dtype)
                 out = F.scaled_dot_product_attention(q[:, :, some], k, v, attn_mask=mask, scale=scale)
                 # What SDPA makes of a row without keys depends on the kernel that it takes.
-                out = out.masked_fill(mask.amax(-1, keepdim=True) == -torch.inf, 0.0)
+                out = out.masked_fill(_rows(empty, tile[:, :, some]), 0.0)
             outputs.append(out)
         out = torch.cat(outputs, 2).to(q.dtype)
         lse = torch.cat(sums, 2) if written_out else None

@@ -17,8 +17,8 @@ from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
 
-# Video tokens. With the probe paid out of a density of .20, its error on the demo model is .076 at 576 tokens and .051 at
-# 1,088; without it .078 and .078. On imitated heads: .134 and .068, without it .101 and .078.
+# Video tokens. With the probe paid out of a density of .20, the error on the demo model is .076 at 576 tokens and .051
+# at 1,088; without it .078 and .078. On imitated heads: .134 and .068, without it .101 and .078.
 PROBE_PAYS = 768
 
 
@@ -39,8 +39,9 @@ class Tangent(Method):
             is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning.
         tolerance: instead: pairs are taken until the estimated error of the output, relative to the output, is below
             this, in (0, 1]. Density then follows the content.
-        q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 4 times the query
-            clusters in sequences that are long enough for their probe.
+        q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 3 times the query clusters
+            as long as they have 128 queries each: 300 and 495 at 75,600 tokens, with which the stand-ins of 40 heads of
+            128 channels are 2.9 GiB in half precision (`table_bytes`), and 66 and 165 at 8,448.
         recluster_every: k-means runs at every so many steps, and in between the labels stay and the means are renewed.
         init_iterations, step_iterations: of k-means at the first sparse step of a run, and at later ones.
         schedule: dense steps and layers; 20 % of the steps.
@@ -131,7 +132,7 @@ class Tangent(Method):
             OutOfReach: more clusters were asked for than there are tokens.
         """
         few = max(36, 0.364 * tokens**0.5)
-        many = max(few, min(4 * few, tokens / 64))
+        many = max(few, min(3 * few, tokens / 128))
         q_clusters = cluster_count("Tangent", "q_clusters", self.q_clusters, many, tokens)
         return q_clusters, cluster_count("Tangent", "k_clusters", self.k_clusters, 1.8 * tokens**0.5, tokens)
 

@@ -11,7 +11,7 @@ from vidaccel.attention.backends.base import AS_INPUTS
 
 SPARSE = [
     pytest.param(name, marks=[pytest.mark.compiler] if name == "flex" else [])
-    for name in ("flex", "gather", "reference")
+    for name in ("flex", "gather", "masked", "reference")
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # FlexAttention compiles for every new combination of shapes, so all plans here share one.
@@ -52,7 +52,7 @@ def test_half_precision_stays_within_its_error(backend, dtype):
     assert (got - expected).abs().max() <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "gather", "masked"])
 @pytest.mark.parametrize("d", [16, 96, 128])
 def test_head_dimensions(backend, d):
     plan, mask = PLANS["ragged"]()
@@ -64,7 +64,7 @@ def test_cross_lengths():
     plan, mask = clusters(B, H, 40, 90, 5, 9)
     q, (k, v) = torch.randn(B, H, 40, D), torch.randn(2, B, H, 90, D)
     expected = masked_attention(q, k, v, mask)[0]
-    for backend in ("reference", "gather"):
+    for backend in ("reference", "gather", "masked"):
         assert (sparse_attention(q, k, v, plan, backend=backend) - expected).abs().max() <= 2e-6
 
 
@@ -78,11 +78,12 @@ def test_the_reference_in_float64_is_the_definition_and_returns_its_lse():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gather_returns_the_lse_too(dtype):
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+def test_the_cpus_backends_return_the_lse_too(backend, dtype):
     plan, mask = PLANS["ragged"]()
     q, k, v = tokens(dtype)
     expected, lse = masked_attention(q.double(), k.double(), v.double(), mask)
-    out, sums = sparse_attention(q, k, v, plan, backend="gather", return_lse=True)
+    out, sums = sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
     assert out.dtype == dtype and (out.double() - expected).abs().max() <= TOLERANCE[dtype]
     assert sums.dtype == torch.float32 and (sums - lse).abs().max() <= 2e-5
 
@@ -110,7 +111,7 @@ def test_rows_without_keys_give_zero_not_nan(backend):
     assert lse[:, :, :32].eq(float("-inf")).all() and lse[:, :, 32:].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "gather", "masked"])
 def test_gradients_are_those_of_masked_attention(backend):
     plan, mask = clusters(1, 2, 40, 40, 5, 9)
     mask[..., 0, 0] = True  # SDPA's own gradient is NaN for a row without keys; compare where it is defined
@@ -171,6 +172,14 @@ class TestPick:
         assert pick("auto", self.request(), scattered=True).name == "gather"
         assert pick("auto", self.request(), scattered=False).name == "gather"
         assert pick("auto", self.request(queries=8000), scattered=False).name == "flex"
+
+    def test_auto_masks_short_sequences_of_small_tiles(self):
+        small = {"small_tiles": True, "queries": 1088}
+        for scattered in (True, False):
+            assert pick("auto", self.request(**small), scattered=scattered).name == "masked"
+            assert pick("auto", self.request(**small, grad=True, lse=True), scattered=scattered).name == "masked"
+        assert pick("auto", self.request(**{**small, "queries": 2112}), scattered=True).name == "gather"
+        assert pick("auto", self.request(**small, device=torch.device("mps")), scattered=True).name == "gather"
 
     def test_auto_respects_what_is_needed(self):
         assert pick("auto", self.request(lse=True, queries=2**16), scattered=False).name == "gather"

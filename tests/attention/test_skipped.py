@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ def written_out(q, k, v, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, VideoLayout(4, 6, 6, text_before=3, text_after=5)])
-@pytest.mark.parametrize("backend", ["gather", "reference", "auto"])
+@pytest.mark.parametrize("backend", ["gather", "masked", "reference", "auto"])
 def test_equals_attention_to_the_means_of_what_is_skipped(layout, backend):
     q, k, v = clustered(layout, 0.5)
     plan = plan_of(q, k, v, layout, density=0.45, compensate=True)
@@ -137,3 +139,30 @@ def test_gradients_reach_the_queries_through_both_parts():
     (ours,) = torch.autograd.grad(sparse_attention(q, k, v, plan).square().sum(), q)
     (theirs,) = torch.autograd.grad(written_out(q, k, v, plan)[0].square().sum(), q)
     torch.testing.assert_close(ours, theirs.float(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters(backend, own):
+    """Tables for all tiles or for each; a tile that reads no token, one that skips nothing, clusters without any."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 2, 3, 90, 16, generator=generator, dtype=torch.float64)
+    q_sizes = torch.tensor([40, 0, 3, 46, 1]).expand(2, 3, -1)
+    k_sizes = torch.tensor([1, 30, 0, 50, 9, 0]).expand(2, 3, -1)
+    selected = torch.rand(2, 3, 5, 6, generator=generator) < 0.4
+    selected[:, :, 2], selected[:, :, 3] = False, True
+    orders = torch.rand(2, 2, 3, 90, generator=generator).argsort(-1)
+    plan = BlockPlan.from_clusters(q_sizes, k_sizes, selected, orders[0], orders[1])
+    shape = (2, 3, 5, 6, 16) if own else (2, 3, 6, 16)
+    tables = torch.randn(2, *shape, generator=generator)
+    plan = replace(
+        plan, skipped=SkippedClusters(*tables, torch.randn(2, 3, 5, 6, generator=generator) if own else None)
+    )
+    expected, sums = sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
+    out, lse = sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+    # The reference merges the stand-ins' part, which is computed in float32.
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(lse, sums, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(sparse_attention(q, k, v, plan, backend=backend), expected, atol=2e-6, rtol=2e-6)
+    half = sparse_attention(*(x.bfloat16() for x in (q, k, v)), plan, backend=backend)
+    assert half.dtype == torch.bfloat16 and (half - expected).abs().max() < 3e-2

@@ -189,7 +189,7 @@ def test_it_plans_without_reading_anything_on_the_host():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "expected"), [(75_600, (400, 495)), (8448, (132, 165)), (576, (36, 43)), (2, (2, 2))]
+    ("tokens", "expected"), [(75_600, (300, 495)), (8448, (66, 165)), (576, (36, 43)), (2, (2, 2))]
 )
 def test_cluster_counts_scale_with_the_sequence(tokens, expected):
     assert Tangent().cluster_counts(tokens) == expected
