@@ -139,8 +139,8 @@ def _forward_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr, DESCRIBED: tl.constexpr, STAND_INS: tl.constexpr,
 ):  # fmt: skip
-    """`DESCRIBED`: k, v and their tails are tensor descriptors, whose "strides" are a row of a batch entry and of a head,
-    and the column of a head.
+    """`DESCRIBED`: k, v and their tails are tensor descriptors; their "strides" are the row of a batch entry, that of a
+    head, and the column of a head.
     """
     b, h, start, size, tile = find_piece(
         piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles

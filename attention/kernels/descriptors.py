@@ -14,8 +14,8 @@ def describe(k: torch.Tensor, v: torch.Tensor, tiles: Tiles) -> tuple[tuple, tup
     """Descriptors of k and v `[B, H, N, D]`, or None where their memory cannot be described.
 
     Returns:
-        `((k, v, k tail, v tail), places)`: matrices of rows for tiles of `block_n` and of `tail_n` keys, and for each of
-        k and v how many rows lie between batch entries and between heads, and how many columns between heads. Heads
+        `((k, v, k tail, v tail), places)`: matrices of rows for tiles of `block_n` and of `tail_n` keys, and for each
+        of k and v how many rows lie between batch entries and between heads, and how many columns between heads. Heads
         lie one behind the other (rows), or side by side in one row, as projections leave them (columns).
     """
     matrices = [_as_rows(x) for x in (k, v)]
@@ -30,7 +30,7 @@ def describe(k: torch.Tensor, v: torch.Tensor, tiles: Tiles) -> tuple[tuple, tup
 
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], int, tuple[int, int, int]] | None:
-    """`x [B, H, N, D]` as a matrix: its memory, shape, elements from row to row, and where batch entries and heads lie."""
+    """`x [B, H, N, D]` as a matrix: memory, shape, elements from row to row, and where batch entries and heads lie."""
     batch, heads, tokens, dim = x.shape
     sb, sh, sn, sd = (stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
     sn = sn or dim

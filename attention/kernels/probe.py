@@ -1,4 +1,4 @@
-"""What query centroids see of each key cluster, as one Triton kernel: the probe of `Tangent`, without a table of scores.
+"""What query centroids see of each key cluster: the probe of `Tangent` as Triton kernels, without a table of scores.
 
 One program holds some centroids of a head against the keys of one cluster and keeps, with an online softmax over these
 keys alone, the sum of the weights and the weighted means of keys and values: three products of length D a pair. Keys

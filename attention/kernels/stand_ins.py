@@ -1,4 +1,4 @@
-"""What stands for skipped clusters, in the kernels: a second, short walk over one row a cluster (`attention/skipped.py`).
+"""What stands for skipped clusters (`attention/skipped.py`), in the kernels: a second, short walk, one row a cluster.
 
 A stand-in is one more key of a tile's softmax, with a number that is added to its score: the log of the mass that it
 stands for. Read in the same program as the tile's own keys, it costs `clusters / n_kv` of a dense call and no memory
@@ -39,7 +39,7 @@ def stand_ins_of(plan: BlockPlan, dtype: torch.dtype) -> StandIns:
 
 
 def stand_in_args(tables: StandIns | None) -> tuple:
-    """The tables, their strides for batch, head and tile (0 where one holds for all), and how many clusters there are."""
+    """The tables, their strides for batch, head and tile (0 where one holds for all), and the number of clusters."""
     if tables is None:
         return (None, 0, 0, 0, None, 0, 0, 0, None, 0, 0, 0, 0)
     arguments: list = []
@@ -83,7 +83,7 @@ def stand_ins_to_queries(
     dq, q, grad, lse2, delta, factor, key_ptr, value_ptr, bias_ptr, clusters,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What the stand-ins of a tile add to the gradient of its queries, not yet multiplied by the scale of the scores."""
+    """What the stand-ins of a tile add to the gradient of its queries, before the scale of the scores is multiplied in."""
     d = tl.arange(0, D_PAD)
     STEP: tl.constexpr = min(64, BLOCK_N)
     for first in range(0, clusters, STEP):

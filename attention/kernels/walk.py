@@ -47,9 +47,9 @@ class Walk(NamedTuple):
 
 
 def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
-    """Cut a plan to pieces of `block_m` queries and its runs to tiles of `block_n` keys, what is left of a run to tails.
+    """Cut a plan to pieces of `block_m` queries and its runs to tiles of `block_n` keys; no host sync.
 
-    `tail_n`, the most keys of a tail, divides `block_n`. No host sync.
+    What is left of a run makes tails of at most `tail_n` keys, a divisor of `block_n`.
     """
     full_start, full_tiles, full_count, tail_start, tail_len, tail_count = cut_runs(
         plan.run_start, plan.run_len, block_n, tail_n
@@ -129,8 +129,8 @@ def walk_keys(
 ):  # fmt: skip
     """`state = STEP(state, inputs, first, keys, rows, inside, D, D_PAD, MASKED)` for each tile of keys of `tile`.
 
-    `first` is the first key, `keys` are permuted positions, `rows` the tokens there when GATHER_KV (else the same), `inside` which of them count
-    (all, unless MASKED). `state` and `inputs` are tuples.
+    `first` is the first key, `keys` are permuted positions, `rows` the tokens there when GATHER_KV (else the same),
+    `inside` which of them count (all, unless MASKED). `state` and `inputs` are tuples.
     """
     offs_n = tl.arange(0, BLOCK_N)
     slot = tile * slots

@@ -122,7 +122,7 @@ def test_auto_says_once_what_it_chose():
     engine.enter(StepInfo(num_steps=1), LAYOUT)
     for layer in range(2):
         engine(*tokens(), layer)
-    assert engine.report().notes == ("backend auto: gather for scattered plans on cpu",)
+    assert engine.report().notes == ("backend auto: masked for scattered plans on cpu",)
 
 
 def test_a_named_backend_that_cannot_run_raises():
@@ -160,7 +160,7 @@ def test_the_report_sums_up_and_prints():
     assert report.density_map().shape == (2, 3) and report.density_map()[1].tolist() == pytest.approx([1, 0.25, 0.25])
     assert report.mean_density() == pytest.approx(0.5)
     text = str(report)
-    assert "random" in text and "first steps (2)" in text and "gather" in text and "mean density 0.500" in text
+    assert "random" in text and "first steps (2)" in text and "masked" in text and "mean density 0.500" in text
     engine.reset()
     assert "no attention call" in str(engine.report())
 

@@ -36,7 +36,8 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
     if kernel is forward._forward_kernel:
         constants["DESCRIBED"] = described
         unused |= {f"{name}_ptr": None for name in ("q_scale", "k_scale", "v_scale", "lse_shift")}
-        for name, keys in (("k", tiles.block_n), ("v", tiles.block_n), ("k_tail", tiles.tail_n), ("v_tail", tiles.tail_n)):
+        full, tail = tiles.block_n, tiles.tail_n
+        for name, keys in (("k", full), ("v", full), ("k_tail", tail), ("v_tail", tail)):
             if described:
                 kinds[name] = f"tensordesc<{dtype}[{keys}, {dim}]>"
             elif "tail" in name:

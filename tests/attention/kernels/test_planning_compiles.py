@@ -19,7 +19,8 @@ blocks = {"BLOCK_N": tiles.block_m, "BLOCK_C": tiles.block_n, "HALF": dtype != "
 print(json.dumps([
     compile_kernel(kmeans._assign_kernel, architecture, dtype, {**width, **blocks}, tiles, center=dtype,
                    offset="fp32", label="i64"),
-    compile_kernel(kmeans._sum_kernel, architecture, dtype, {**width, "BLOCK": kmeans.ADDED}, tiles._replace(num_warps=4), sum="fp32", square="fp32"),
+    compile_kernel(kmeans._sum_kernel, architecture, dtype, {**width, "BLOCK": kmeans.ADDED},
+                   tiles._replace(num_warps=4), sum="fp32", square="fp32"),
     compile_kernel(kmeans._mean_kernel, architecture, dtype, width, tiles._replace(num_warps=1), sum="fp32",
                    piece_square="fp32", center="fp32", out="fp32", square="fp32"),
     compile_kernel(probe._probe_kernel, architecture, dtype, {**width, "BLOCK_M": probing.block_m,
