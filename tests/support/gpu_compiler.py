@@ -25,8 +25,8 @@ from triton.compiler import ASTSource
 
 POINTERS = {"i64": "order q_order kv_order bits", "i8": "int8 mask selected", "fp8e4nv": "fp8",
             "dtype": "x q k v out grad dq dk dv key value skip_key skip_value",
-            "fp32": "lse delta grad_lse q_scale k_scale v_scale scale mean shift lse_shift inverse skip_bias bias mass top "
-                    "total"}
+            "fp32": "lse delta grad_lse q_scale k_scale v_scale scale mean shift lse_shift inverse skip_bias bias "
+                    "mass top total"}
 
 
 def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
