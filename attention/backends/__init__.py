@@ -19,7 +19,8 @@ BACKENDS: dict[str, Backend] = {
 
 # Best first. On the CPU compiled FlexAttention wins on the blocks and bands of long sequences, one SDPA per query tile
 # on scattered runs and wherever a compilation would not pay (measured: benchmarks/results/cpu_speed.md); on
-# CUDA a launch per tile would be far too many. The order on CUDA is by design, not yet by measurement.
+# CUDA a launch per tile would be far too many, and the own kernels were ahead of FlexAttention on every plan that was
+# measured (benchmarks/results/h200).
 COMPILE_PAYS = 4096  # queries
 # Up to here a mask beats a call for each tile where tiles are small. Seconds of one thread over those of dense
 # attention, SVG2 and SVG at density .2, masked and gather: 576 tokens 1.5 and 1.7 to 2.9, 1,088 tokens 1.4 and 1.2 to

@@ -9,8 +9,8 @@ Where the GPU has a copy engine for tiles (compute capability 9 and up), keys an
 
 Orders: the rows of queries are read, and the outputs written, through `q_order`, since each is touched once. Keys and
 values are read by many tiles, so by default they are copied in permuted order first (`gather_kv=False`: the memory of
-one more k and v); `gather_kv=True` reads them through `kv_order` instead, without the copies. Which is faster has not
-been measured.
+one more k and v, and about 3 % of the time at density .1 on an H200); `gather_kv=True` reads them through `kv_order`
+instead, without the copies and without descriptors.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from .launch import Tiles, choose_tiles, on_device, order_args, padded, plan_str
 from .stand_ins import StandIns, attend_stand_ins, stand_in_args
 from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
-# By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. Initial
-# values, chosen by the registers and the shared memory that the compiler reports, not yet tuned by measurement. float32
-# is computed exactly and not in TF32, so without tensor cores, in small tiles.
+# By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. (9, 128, 2)
+# is measured (`benchmarks/results/h200/`), (9, 64, 2) taken over from it; the others are initial values, chosen by the
+# registers and the shared memory that the compiler reports. float32 is computed exactly and not in TF32, so without
+# tensor cores, in small tiles.
 FORWARD_TILES = {
     (9, 64, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 128, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
@@ -45,7 +46,7 @@ FORWARD_TILES = {
 
 SCATTERED = 64  # run slots a tile: more are those of clusters
 # For plans of many short runs and uneven tiles (clusters), where a small tile wastes least, and short tails more than
-# make up for what a small tile costs: measured on an H200 (`benchmarks/results/kernels.md`).
+# make up for what a small tile costs: measured for a head_dim of 128 (`benchmarks/results/h200/`).
 SCATTERED_TILES = {
     (9, 64, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
     (9, 128, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
