@@ -53,13 +53,18 @@ def probe(
     starts = (keys.sizes.cumsum(-1) - keys.sizes).flatten(0, 1)
     q = q_means.float().flatten(0, 1) * scale
     made = Probe(log_mass, key[:, :count, :clusters], value[:, :count, :clusters])
-    if k.device.type == "cpu":
+    if on_the_host(k.device):
         _probe_by_size(q, pairs.float(), starts, keys.sizes.flatten(0, 1), made)
     else:
         first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
         for some in _heads_at_once(batch * heads, first.shape[-1] * count * dim):
             _probe_pieces(*(x[some] for x in (q, pairs, first, length, owner)), Probe(*(x[some] for x in made)))
     return Probe(*(x.unflatten(0, (batch, heads)) for x in (log_mass, key, value)))
+
+
+def on_the_host(device: torch.device) -> bool:
+    """Whether sizes can be read without a wait."""
+    return device.type == "cpu"
 
 
 def _heads_at_once(heads: int, numbers: int) -> Iterator[slice]:

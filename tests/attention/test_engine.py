@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, resolve_method
 from vidaccel.attention.backends import ELSEWHERE
+from vidaccel.attention.engine import engine_attention
 from vidaccel.attention.timing import Span, event_class
 
 LAYOUT = VideoLayout(5, 8, 8)
@@ -122,7 +123,7 @@ def test_auto_says_once_what_it_chose():
     engine.enter(StepInfo(num_steps=1), LAYOUT)
     for layer in range(2):
         engine(*tokens(), layer)
-    assert engine.report().notes == ("backend auto: gather for scattered plans on cpu",)
+    assert engine.report().notes == ("backend auto: masked for scattered plans on cpu",)
 
 
 def test_a_named_backend_that_cannot_run_raises():
@@ -160,7 +161,7 @@ def test_the_report_sums_up_and_prints():
     assert report.density_map().shape == (2, 3) and report.density_map()[1].tolist() == pytest.approx([1, 0.25, 0.25])
     assert report.mean_density() == pytest.approx(0.5)
     text = str(report)
-    assert "random" in text and "first steps (2)" in text and "gather" in text and "mean density 0.500" in text
+    assert "random" in text and "first steps (2)" in text and "masked" in text and "mean density 0.500" in text
     engine.reset()
     assert "no attention call" in str(engine.report())
 
@@ -344,3 +345,20 @@ def test_no_quadratic_memory():
     """Plans, calls and block masks at 20,480 tokens: an N x N tensor of bools for two heads would be 800 MiB."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 300  # MiB
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_compiled_operator_refuses_gradients_before_the_backward_pass(compiled):
+    engine = SparseAttention(RandomBlocks(density=0.5), num_layers=1, schedule=DenseSchedule())
+    engine.enter(StepInfo(), VideoLayout(3, 4, 5))
+    site = torch.tensor([engine.id, 0])
+
+    def call(q):
+        return engine_attention(q, q, q, site)
+
+    run = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    q = torch.randn(1, 2, 60, 16, requires_grad=True)
+    with pytest.raises(Exception, match="no backward inside torch.compile: train without compiling"):
+        run(q)
+    with torch.no_grad():
+        assert run(q).shape == q.shape
