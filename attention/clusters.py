@@ -48,7 +48,7 @@ def cluster(x: torch.Tensor, count: int, iterations: int, start: torch.Tensor | 
 
     New clusters are put in an order in which neighbours are alike.
     """
-    labels, means = kmeans(x, count, iterations, start)
+    labels, means = kmeans(x.float() if x.dtype == torch.float64 else x, count, iterations, start)
     if start is None:
         # Later clusters start from these means, so they keep this order at no cost.
         order = chain_order(means)

@@ -360,3 +360,14 @@ def engine_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: to
 @engine_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _refuse_gradients(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    """Called before a compiled forward pass with gradients; without it, the backward pass alone would fail."""
+    raise RuntimeError(
+        "sparse attention has no backward inside torch.compile: train without compiling, or run the compiled model "
+        "under torch.no_grad()."
+    )
+
+
+engine_attention.register_autograd(lambda ctx, grad: None, setup_context=_refuse_gradients)

@@ -16,7 +16,7 @@ class SkippedClusters:
     - *One for all tiles*, the mean key and value: `size * exp(q . mean k)` stands for the sum of `exp(q . k)`. By
       Jensen's inequality that is never too much; it is exact where the keys of a cluster are equal. SVG2's selection
       uses the same estimate. SVG-EAR (arXiv 2603.08982) attends to it, and chooses the clusters to skip by the error
-      that this leaves, which is the larger half of it; that is not here.
+      that this leaves, which is the larger half of it: `SVG2(compensate=True, route="error")`.
     - *One for each tile*, with a bias: `exp(bias + scale * q . k)` stands for that sum. `Tangent` sets the first-order
       expansion of the log of the sum at the tile's mean query.
 

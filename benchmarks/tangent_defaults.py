@@ -119,8 +119,8 @@ def main(out: Path = RESULTS, long: bool = True) -> None:
         "What the defaults of Tangent rest on",
         f"`python benchmarks/tangent_defaults.py`; {environment_line()}.\n\n"
         "Error of one attention call against dense attention, relative L2, the geometric mean over layers. Demo: q, "
-        "k, v of a dense video of the demo model. Imitated: five kinds of heads of 128 channels (`heads.py`). A stand-in "
-        "counts as one pair per query.\n\n"
+        "k, v of a dense video of the demo model. Imitated: five kinds of heads of 128 channels (`heads.py`). A "
+        "stand-in counts as one pair per query.\n\n"
         "1. The probe, with the query clusters of SVG2. *Paid for*: what it costs, 1.5 times query clusters over "
         "tokens, is taken from the density.\n"
         "2. Query clusters, in multiples of SVG2's.\n"

@@ -77,19 +77,39 @@ class Sparge(Method):
     def for_density(cls, layout: VideoLayout, density: float, **settings: Any) -> Sparge:
         """A config whose `topk` computes `density` of all pairs, text included.
 
+        What `sink` and `published` add is in it, to a key block for each query block: the sink may be among the best.
+
         Raises:
-            ValueError: a density out of range. OutOfReach: one below what text and one key block a query block cost.
+            ValueError: a density out of range. OutOfReach: one below what text and one key block a query block cost; a
+                similarity that is not off, with which the density depends on the content.
         """
         check_fraction("Sparge", "density", density, fix="0.3 computes 30 % of the pairs")
         video = (layout.video_tokens / layout.tokens) ** 2
-        topk = (density - (1 - video)) / video
-        method = cls(topk=min(1.0, max(topk, 1e-9)), **settings)
-        blocks = -(-layout.video_tokens // method.block[1])
-        # `topk` counts whole blocks: half a block more, so that the nearest count is taken.
-        method = replace(method, topk=min(1.0, max(topk, 0.0) + 0.5 / blocks))
-        least = 1 - video + video / blocks
+        method = cls(**{"topk": 1.0, **settings})
+        if method.similarity >= 0:
+            raise OutOfReach(
+                f"Sparge similarity is {method.similarity}: which blocks are read in full then depends on the content, "
+                f"and no topk gives a density of {density}. Leave similarity below 0, or give topk.",
+                "similarity",
+                method.similarity,
+                most=0.0,
+            )
+        tokens, block = layout.video_tokens, method.block[1]
+        blocks = -(-tokens // block)
+        tails = [tokens % size / tokens * method.published for size in method.block]
+
+        def computed(count: int) -> float:
+            """The density with so many key blocks; the sink is one of them as often as any other."""
+            read = count + method.sink * (1 - count / blocks)
+            share = min(1.0, read * block / tokens + tails[1]) if tails[1] else read / blocks
+            return 1 - video * (1 - tails[0]) * (1 - share)
+
+        count = min(range(1, blocks + 1), key=lambda n: abs(computed(n) - density))
+        method = replace(method, topk=min(1.0, (count + 0.5) / blocks))  # between two counts, whatever the rounding
+        least = computed(1)
         if density < least - 0.5 / blocks:
-            what = f"one key block of {method.block[1]} tokens for each query block"
+            what = f"one key block of {block} tokens for each query block"
+            what += f"{', the sink' if method.sink else ''}{', the last blocks' if any(tails) else ''}"
             raise OutOfReach(
                 f"Sparge density {density} is below {least:.3f}, which is {what}"
                 f"{' and the text' if layout.text_tokens else ''}: raise density, or use smaller blocks.",

@@ -36,7 +36,9 @@ class SVG(Method):
         profile_rows: query rows sampled over the whole sequence, at least 1.
         tile: queries per tile; by the length of the sequence when None.
         sink: whether every query also reads the whole first frame; when None, where that frame is at most a fifth of
-            `density`, so not in short videos.
+            `density`, so not in short videos. In temporal heads, whose keys are permuted, the published code reads
+            as many keys at the front of the permuted order instead, which was further from dense where compared
+            (0.250 against 0.179 relative error of one call).
         seed: of the choice of rows.
         schedule: dense steps and layers; a quarter of the steps by default, as in the paper.
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, cluster_mass, plan_with_text
+from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, spend
 from ..kmeans import update
 from ..layout import VideoLayout
 from ..plan import BlockPlan
+from ..probe import map_error
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
@@ -26,6 +27,11 @@ class SVG2(Method):
     each query cluster keeps the best key clusters until their share of the softmax passes `top_p`. Text tokens stay
     outside: they read and are read by everything.
 
+    `route="error"` spends a density on the error that leaving out a cluster makes, over all heads of a layer at once.
+    With `compensate` that is SVG-EAR (arXiv 2603.08982), restated from its project page since no code was published
+    with it: the clusters whose mean key gets the attention of the query cluster's centroid most wrong, in squares and
+    for each key computed. Without, what a cluster would move the centroid's output by, from means alone.
+
     Args:
         q_clusters, k_clusters: clusters of queries and of keys; when None `0.364 N^0.5`, at least 36, and `1.8 N^0.5`,
             which is the paper's (100, 500) at 75,600 tokens, (36, 165) at 8,448 and (36, 43) at 576. Short sequences
@@ -38,6 +44,8 @@ class SVG2(Method):
             little in long sequences and much in short ones. Needs a backend that returns the log-sum-exp.
         density: when given, replaces `top_p` and `min_ratio`: each call finds the `top_p` that computes this share of
             all pairs, the mean over its heads, in (0, 1]. Each query cluster keeps its best key cluster all the same.
+        route: "mass", the paper's; or "error", see above, which needs a density and, with `compensate`, holds the
+            centroids of the queries against every key, at `query clusters / 2 / tokens` of the cost of a dense call.
         init_iterations: k-means iterations at the first sparse step of a run.
         step_iterations: at every later one; 1 here and 2 in the paper, which costs twice as much and lowered the error
             of a call by 0.2 % on the demo model.
@@ -61,6 +69,7 @@ class SVG2(Method):
     min_ratio: float = 0.1
     density: float | None = None
     compensate: bool = False
+    route: str = "mass"
     init_iterations: int = 50
     step_iterations: int = 1
     schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.3))
@@ -76,6 +85,10 @@ class SVG2(Method):
             )
         if isinstance(self.min_ratio, bool) or not 0 <= self.min_ratio <= 1:
             raise ValueError(f"SVG2 min_ratio is {self.min_ratio!r}: it must lie between 0 and 1; 0.1 is the paper's.")
+        if self.route not in ("mass", "error"):
+            raise ValueError(f'SVG2 route is {self.route!r}: choose "mass" or "error".')
+        if self.route == "error" and self.density is None:
+            raise ValueError('SVG2 route is "error" and density None: give the density to spend, such as 0.2.')
         check_count("SVG2", "init_iterations", self.init_iterations, 1)
         check_count("SVG2", "step_iterations", self.step_iterations, 1)
 
@@ -113,23 +126,59 @@ class SVG2(Method):
         q_clusters, k_clusters = self.cluster_counts(layout.video_tokens)
         queries = self._cluster(q, q_clusters, layout, memory.call, "svg2_q")
         keys = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
+        k, v = (x[:, :, layout.video] for x in (k, v))
         mass = cluster_mass(queries.means, keys.means, keys.sizes)
-        if self.density is None:
-            top_p: float | torch.Tensor = self.top_p
-            forced = int(self.min_ratio * k_clusters)
+        if self.compensate or self.route == "error":
+            v_means = update(v.float(), keys.labels, torch.zeros_like(keys.means))
+        if self.route == "error":
+            selected, facts = self._by_error(mass, queries, k, keys, v_means, layout)
         else:
-            top_p, forced = _top_p_for(self.density, mass, queries.sizes, keys.sizes, layout, self.compensate), 1
-        plan = plan_with_text(queries, keys, _select(mass, top_p, forced), layout)
+            if self.density is None:
+                top_p: float | torch.Tensor = self.top_p
+                forced = int(self.min_ratio * k_clusters)
+            else:
+                top_p, forced = _top_p_for(self.density, mass, queries.sizes, keys.sizes, layout, self.compensate), 1
+            selected = _select(mass, top_p, forced)
+            facts = {"top_p": top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p}
+        plan = plan_with_text(queries, keys, selected, layout)
         if self.compensate:
-            v_means = update(v[:, :, layout.video].float(), keys.labels, torch.zeros_like(keys.means))
             text = (0, 0, 0, int(layout.text_tokens > 0))  # the text's own cluster, which is never skipped
             plan = replace(plan, skipped=SkippedClusters(*(F.pad(x, text) for x in (keys.means, v_means))))
         deciles = torch.linspace(0, 1, 11, device=q.device)
         return plan.with_details(
             q_cluster_sizes=torch.quantile(queries.sizes.float().flatten(), deciles),
             k_cluster_sizes=torch.quantile(keys.sizes.float().flatten(), deciles),
-            top_p=top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p,
+            **facts,
         )
+
+    def _by_error(
+        self,
+        mass: torch.Tensor,
+        queries: Clusters,
+        k: torch.Tensor,
+        keys: Clusters,
+        v_means: torch.Tensor,
+        layout: VideoLayout,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The clusters that `route="error"` reads, `[B, H, Cq, Ck]` bool, and what the report says of it."""
+        rows, sizes = queries.sizes.unsqueeze(-1), keys.sizes.unsqueeze(-2)
+        cost = rows * (sizes - int(self.compensate)).clamp(min=0)
+        budget = mass.shape[1] * (self.density * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
+        budget = torch.full(mass.shape[:1], budget, device=mass.device)
+        if self.compensate:
+            error = map_error(queries.means, k, keys, k.shape[-1] ** -0.5)
+            budget = budget - layout.video_tokens * (keys.sizes > 0).sum((1, 2))
+            probed = queries.means.shape[2] / 2 * layout.video_tokens / layout.tokens**2
+        else:
+            error = mass.square() * torch.cdist(mass @ v_means, v_means).square()
+            probed = 0.0
+        rank = (error / sizes.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
+        if not self.compensate:  # no query may read nothing
+            best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
+            selected = spend(rank.masked_fill(best & (cost > 0), torch.inf), cost, budget) | best
+        else:
+            selected = spend(rank, cost, budget)
+        return selected, {"planning_pairs": probed}
 
     def _cluster(self, x: torch.Tensor, count: int, layout: VideoLayout, memory: dict, key: str) -> Clusters:
         """Clusters of the video tokens, from those of the last step where there are any."""

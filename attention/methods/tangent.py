@@ -34,6 +34,12 @@ class Tangent(Method):
     it is estimated from the variances of both, and the pairs that leave most per key computed are computed, under one
     threshold over all heads and rows of a layer. Text tokens stay outside: they read and are read by everything.
 
+    In short sequences the probe costs more than it gives. There a cluster enters through its mean key and value, and
+    what that leaves is estimated from the means and variances alone.
+
+    Gradients take selection and stand-ins as constants. An engine keeps the plans of a forward pass with gradients,
+    with their stand-ins (`table_bytes` for each layer), until the next one.
+
     Args:
         density: pairs computed over all pairs, stand-ins and text included, the mean over heads, in (0, 1]. The probe
             is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning.
@@ -42,6 +48,7 @@ class Tangent(Method):
         q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 3 times the query clusters
             as long as they have 128 queries each: 300 and 495 at 75,600 tokens, with which the stand-ins of 40 heads of
             128 channels are 2.9 GiB in half precision (`table_bytes`), and 66 and 165 at 8,448.
+        probe: whether to probe; when None from 768 video tokens up, where it pays at a density of 0.2.
         recluster_every: k-means runs at every so many steps, and in between the labels stay and the means are renewed.
         init_iterations, step_iterations: of k-means at the first sparse step of a run, and at later ones.
         schedule: dense steps and layers; 20 % of the steps.
@@ -53,7 +60,7 @@ class Tangent(Method):
     name: ClassVar[str] = "tangent"
     summary: ClassVar[str] = "key clusters that change the output most, and the tangent of the others"
     good_for: ClassVar[str] = "low densities: nearest to the dense output of one call at every density"
-    costs: ClassVar[str] = "a probe of the query clusters at every call, k-means at every other step"
+    costs: ClassVar[str] = "a probe of the query clusters at every call, k-means at every third step"
     source: ClassVar[str] = "this project"
 
     density: float | None = None
@@ -61,7 +68,7 @@ class Tangent(Method):
     q_clusters: int | None = None
     k_clusters: int | None = None
     probe: bool | None = None
-    recluster_every: int = 2
+    recluster_every: int = 3
     init_iterations: int = 10
     step_iterations: int = 1
     schedule: DenseSchedule = field(default_factory=lambda: DenseSchedule(first_steps=0.2))
@@ -83,22 +90,36 @@ class Tangent(Method):
         for name in ("recluster_every", "init_iterations", "step_iterations"):
             check_count("Tangent", name, getattr(self, name), 1)
 
-    def check(self, layout: VideoLayout) -> None:
-        least = self._least(layout)
-        if self.density is not None and self.density < least:
-            raise OutOfReach(
-                f"Tangent density is {self.density}, but one stand-in a key cluster"
-                f"{' and the text' if layout.text_tokens else ''} make {least:.3f} of the pairs: raise density, or "
-                "lower k_clusters.",
-                "density",
-                self.density,
-                least=least,
-                eased_by=("k_clusters",),
-            )
+    @classmethod
+    def for_density(cls, layout: VideoLayout, density: float | None, **settings: Any) -> Tangent:
+        """A config that computes `density` of all pairs; with a `tolerance` among the settings that decides instead.
 
-    def _least(self, layout: VideoLayout) -> float:
-        stand_ins = layout.video_tokens * self.cluster_counts(layout.video_tokens)[1]
-        return (layout.tokens**2 - layout.video_tokens**2 + stand_ins) / layout.tokens**2
+        Raises:
+            ValueError: a value out of range. OutOfReach: a density that this layout does not allow.
+        """
+        if settings.get("tolerance") is not None:
+            density = None
+        method = cls(**{"density": density, **settings})
+        method.check(layout)
+        return method
+
+    def check(self, layout: VideoLayout) -> None:
+        stand_ins = layout.video_tokens * self.cluster_counts(layout.video_tokens)[1] / layout.tokens**2
+        text = 1 - (layout.video_tokens / layout.tokens) ** 2
+        least = text + stand_ins
+        if self.density is None or self.density >= least:
+            return
+        fewer = text < self.density  # fewer clusters would do
+        what = f"the text, which stays dense, makes {text:.3f} of the pairs" if text else ""
+        what += f"{' and ' if text else ''}one stand-in for each key cluster makes {stand_ins:.3f}"
+        raise OutOfReach(
+            f"Tangent density is {self.density}, but {what}{'' if text else ' of the pairs'}: raise density to "
+            f"{least:.3f} or more{', or lower k_clusters' if fewer else ''}.",
+            "density",
+            self.density,
+            least=least,
+            eased_by=("k_clusters",) if fewer else (),
+        )
 
     def expected_density(self, layout: VideoLayout) -> float | None:
         return self.density
@@ -136,6 +157,7 @@ class Tangent(Method):
         q_clusters = cluster_count("Tangent", "q_clusters", self.q_clusters, many, tokens)
         return q_clusters, cluster_count("Tangent", "k_clusters", self.k_clusters, 1.8 * tokens**0.5, tokens)
 
+    @torch.no_grad()
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:

@@ -12,7 +12,15 @@ from vidaccel.attention.runs import merge_segments
 LAYOUT = VideoLayout(3, 4, 5, text_before=2, text_after=3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"density": 0.6}, {"density": 0.8, "compensate": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"density": 0.6},
+        {"density": 0.8, "compensate": True},
+        *({"density": 0.8, "compensate": c, "route": "error"} for c in (False, True)),
+    ],
+)
 def test_svg2_plans_both_the_first_and_a_later_step(settings):
     q, k, v = (torch.empty(2, 3, LAYOUT.tokens, 16, device="meta", dtype=torch.bfloat16) for _ in range(3))
     memory = PlanMemory()

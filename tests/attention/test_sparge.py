@@ -128,3 +128,19 @@ def test_all_of_the_mass_is_all_blocks():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 4, layout.tokens, 32)
     assert Sparge(cdf=1.0, block=(16, 8)).block_mask(q, k).all()
+
+
+@pytest.mark.parametrize("settings", [{"sink": True}, {"published": True}, {"sink": True, "published": True}])
+def test_a_density_counts_what_is_read_in_any_case(settings):
+    layout = VideoLayout(9, 8, 11)  # 792 tokens: neither kind of block fits
+    q, k, v = torch.randn(3, 1, 4, layout.tokens, 16)
+    for density in (0.4, 0.6):
+        plan = Sparge.for_density(layout, density, **settings).plan(q, k, v, layout, PlanMemory())
+        assert plan.density() == pytest.approx(density, abs=0.5 / 13 + 0.01)
+    with pytest.raises(ValueError, match="of 64 tokens for each query block, the sink"):
+        Sparge.for_density(layout, 0.05, sink=True)
+
+
+def test_no_density_where_the_content_decides():
+    with pytest.raises(ValueError, match=r"similarity is 0\.3: .* no topk gives a density of 0\.5"):
+        Sparge.for_density(VideoLayout(9, 8, 8), 0.5, similarity=0.3)

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from vidaccel import SVG2, BlockPlan, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
+from vidaccel.attention.clusters import cluster, renewed
 from vidaccel.attention.methods.svg2 import select_clusters
+from vidaccel.attention.probe import map_error
 
 LAYOUT = VideoLayout(5, 8, 8)
 
@@ -129,3 +131,56 @@ def test_bad_values_are_named(values, message):
 def test_more_clusters_than_tokens_are_refused():
     with pytest.raises(ValueError, match="k_clusters is 1000, but there are only 320"):
         SVG2(k_clusters=1000).check(LAYOUT)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, VideoLayout(5, 8, 8, 3, 9)], ids=["video", "text"])
+@pytest.mark.parametrize("compensate", [False, True])
+def test_routing_by_error_spends_the_density_and_is_nearer_to_dense(layout, compensate):
+    torch.manual_seed(0)
+    centres = torch.randn(12, 32) * 1.3
+    picks = torch.randint(0, 12, (2, 3, layout.tokens))
+    noise = torch.randn(3, 2, 3, layout.tokens, 32) * 0.8
+    q, k, v = centres[picks] + noise[0], centres[picks.flip(2)] + noise[1], centres[picks.flip(2)].flip(-1) + noise[2]
+    dense = sparse_attention(q, k, v, BlockPlan.dense(layout.tokens, layout.tokens))
+    errors = {}
+    for route in ("mass", "error"):
+        method = SVG2(q_clusters=12, k_clusters=24, density=0.35, compensate=compensate, route=route)
+        plan = method.plan(q, k, v, layout, PlanMemory()).validate()
+        errors[route] = float((sparse_attention(q, k, v, plan) - dense).norm())
+        if route == "error":
+            assert (plan.pairs().double().mean(1) / layout.tokens**2 - 0.35).abs().max() < 0.01
+            expected = 12 / 2 * layout.video_tokens / layout.tokens**2 if compensate else 0.0
+            assert plan.details["planning_pairs"] == pytest.approx(expected)
+            if not compensate:
+                assert plan.run_len.sum(-1)[plan.tile_len > 0].min() > 0  # no query reads nothing
+    if not layout.text_tokens:
+        assert errors["error"] < errors["mass"]
+
+
+def test_the_error_of_the_attention_map_written_out():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 90, 8)
+    queries, keys = (renewed(x, cluster(x, n, 3, None)) for x, n in ((q, 4), (k, 7)))
+    got = map_error(queries.means, k, keys, 0.5)
+    for h in range(2):
+        weights = (0.5 * queries.means[0, h].double() @ k[0, h].double().T).softmax(-1)
+        of_mean = 0.5 * queries.means[0, h].double() @ keys.means[0, h].double().T
+        of_mean = (
+            of_mean - (0.5 * queries.means[0, h].double() @ k[0, h].double().T).logsumexp(-1, keepdim=True)
+        ).exp()
+        for j in range(7):
+            members = keys.labels[0, h] == j
+            expected = (weights[:, members] - of_mean[:, j : j + 1]).square().sum(-1)
+            torch.testing.assert_close(got[0, h, :, j].double(), expected, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"route": "ear"}, 'route is \'ear\': choose "mass" or "error"'),
+        ({"route": "error"}, 'route is "error" and density None: give the density to spend'),
+    ],
+)
+def test_a_route_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SVG2(**settings)

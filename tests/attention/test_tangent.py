@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidaccel import METHODS, SVG2, Tangent, VideoLayout, sparse_attention
-from vidaccel.attention import PlanMemory
-from vidaccel.attention.clusters import Clusters
+import vidaccel.attention.probe as PROBES
+from vidaccel import METHODS, SVG2, DenseSchedule, Tangent, VideoLayout, sparse_attention
+from vidaccel.attention import PlanMemory, SparseAttention, StepInfo
+from vidaccel.attention.clusters import Clusters, cluster, renewed
 from vidaccel.attention.kmeans import cluster_sizes, update
-from vidaccel.attention.probe import probe
+from vidaccel.attention.methods.base import OutOfReach
+from vidaccel.attention.probe import probe, read, score_variance
 
 LAYOUT = VideoLayout(4, 7, 6)
 WITH_TEXT = VideoLayout(4, 7, 6, text_before=3, text_after=5)
@@ -145,6 +147,7 @@ def test_it_is_nearer_to_dense_than_svg2_at_equal_density(density):
         return float((sparse_attention(q, k, v, plan) - dense).norm() / dense.norm())
 
     ours = error(Tangent(density=density, probe=True))
+    assert error(Tangent(density=density, probe=False)) < 0.95 * error(SVG2(density=density, compensate=True))
     assert ours < 0.6 * error(SVG2(density=density, compensate=True)) and ours < 0.6 * error(SVG2(density=density))
 
 
@@ -212,9 +215,139 @@ def test_bad_settings(settings, message):
 
 def test_what_a_layout_does_not_allow():
     assert METHODS["tangent"] is Tangent and Tangent().density == 0.2
-    with pytest.raises(ValueError, match=r"density is 0\.05, but one stand-in a key cluster make 0\.071 of the pairs"):
+    one = r"density is 0\.05, but one stand-in for each key cluster makes 0\.071 of the pairs: raise density to 0\.071"
+    with pytest.raises(OutOfReach, match=one + " or more, or lower k_clusters") as refused:
         Tangent(density=0.05, k_clusters=12).check(LAYOUT)
-    with pytest.raises(ValueError, match="and the text make"):
+    assert refused.value.eased_by == ("k_clusters",) and refused.value.least == pytest.approx(12 / 168)
+    with pytest.raises(OutOfReach, match="the text, which stays dense, makes 0.089 of the pairs and one") as refused:
         Tangent(density=0.1, k_clusters=12).check(WITH_TEXT)
+    assert refused.value.eased_by == ("k_clusters",)
+    with pytest.raises(OutOfReach, match=r"raise density to \d\.\d+ or more\.$") as refused:  # no cluster would help
+        Tangent(density=0.08, k_clusters=12).check(WITH_TEXT)
+    assert refused.value.eased_by == ()
     with pytest.raises(ValueError, match="q_clusters is 1000, but there are only 168 video tokens"):
         Tangent(q_clusters=1000).check(LAYOUT)
+    with pytest.raises(OutOfReach, match="k_clusters is 169"):
+        Tangent(tolerance=0.1, k_clusters=169).check(LAYOUT)
+
+
+def test_for_density_leaves_the_density_to_a_tolerance():
+    method = Tangent.for_density(LAYOUT, 0.01, tolerance=0.1)
+    assert (method.density, method.tolerance) == (None, 0.1)
+    assert Tangent.for_density(LAYOUT, 0.5, tolerance=None).density == 0.5
+    with pytest.raises(OutOfReach, match=r"density is 0\.01"):
+        Tangent.for_density(LAYOUT, 0.01)
+
+
+def test_nan_is_refused_before_a_plan_is_made_of_it():
+    q, k, v = clustered(LAYOUT)
+    engine = SparseAttention(Tangent(**FEW, density=0.5), num_layers=1, schedule=DenseSchedule())
+    engine.enter(StepInfo(), LAYOUT)
+    q[0, 1, 7, 3] = float("nan")
+    with pytest.raises(ValueError, match="1 of .* values of q are NaN or infinite in layer 0"):
+        engine(q, k, v, 0)
+
+
+@pytest.mark.parametrize("backend", ["gather", "reference"])
+def test_gradients_take_selection_and_stand_ins_as_constants(backend):
+    q, k, v = (x.double().requires_grad_() for x in clustered(LAYOUT))
+    plan = plan_of(q, k, v, LAYOUT, density=0.4)
+    tables = (plan.skipped.key, plan.skipped.value, plan.skipped.bias)
+    assert not any(x.requires_grad for x in tables)
+    got = torch.autograd.grad(sparse_attention(q, k, v, plan, backend=backend).square().sum(), (q, k, v))
+    # Written out: every key a query reads, and the stand-ins as further keys.
+    selected, sizes = plan.selection
+    tile = plan.tile_of_token()
+    rows = (torch.arange(2)[:, None, None], torch.arange(2)[None, :, None], tile)
+    key, value, bias = (x.double()[rows] for x in tables)
+    skipped = ~selected[rows] & (sizes > 0).unsqueeze(2)
+    scale = q.shape[-1] ** -0.5
+    read = (q @ k.transpose(-1, -2) * scale).masked_fill(~plan.to_dense_mask(), -torch.inf)
+    stand_ins = (key @ q.unsqueeze(-1)).squeeze(-1) * scale + bias
+    weights = torch.cat([read, stand_ins.masked_fill(~skipped, -torch.inf)], -1).softmax(-1)
+    out = weights[..., : k.shape[2]] @ v + (weights[..., None, k.shape[2] :] @ value).squeeze(-2)
+    expected = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
+def test_without_a_probe_means_stand_in_and_the_budget_is_met(layout):
+    q, k, v = clustered(layout)
+    plan = plan_of(q, k, v, layout, density=0.3, probe=False).validate()
+    assert plan.skipped.bias is None and plan.details["probe"] is False and plan.details["planning_pairs"] == 0
+    assert (plan.pairs().double().mean(1) / layout.tokens**2 - 0.3).abs().max() < 0.03
+    keys = plan.kv_order[0, 0].split(plan.selection[1][0, 0].tolist())
+    for table, x in ((plan.skipped.key, k), (plan.skipped.value, v)):
+        for mean, members in zip(table[0, 0][:12], keys[:12], strict=True):
+            torch.testing.assert_close(mean, x[0, 0, members].mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_whether_it_probes_and_what_that_costs():
+    short, longer = VideoLayout(9, 8, 8), VideoLayout(17, 8, 8)
+    assert not Tangent().probes(short) and Tangent().probes(longer)
+    assert Tangent(probe=True).probes(short) and not Tangent(probe=False).probes(longer)
+    assert Tangent().planning_pairs(short) == 0
+    assert Tangent(probe=True).planning_pairs(short) == pytest.approx(1.5 * 36 / 576)
+    plan = plan_of(*clustered(WITH_TEXT), WITH_TEXT, density=0.5)
+    assert plan.details["planning_pairs"] == pytest.approx(1.5 * 6 * 168 / 176**2) and plan.details["probe"]
+
+
+@pytest.mark.parametrize("probes", [True, False])
+@pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
+def test_stand_ins_take_the_memory_that_is_said(layout, probes):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.to(dtype) for x in clustered(layout))
+        method = Tangent(**{**FEW, "probe": probes}, density=0.5)
+        skipped = method.plan(q, k, v, layout, PlanMemory()).skipped
+        tables = [x for x in (skipped.key, skipped.value, skipped.bias) if x is not None]
+        made = sum(x.numel() * x.element_size() for x in tables)
+        assert method.table_bytes(layout, 4, 16, dtype.itemsize) == made
+        assert skipped.key.dtype == (dtype if probes else torch.float32)
+    of_wan = Tangent().table_bytes(VideoLayout(21, 45, 80), 40, 128, 2)
+    assert 2.5 * 2**30 < of_wan < 3 * 2**30
+
+
+def test_half_precision_stays_near_the_definition():
+    q, k, v = (x.bfloat16() for x in clustered(LAYOUT))
+    plan = plan_of(q, k, v, LAYOUT, density=0.4)
+    out = sparse_attention(q, k, v, plan)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - written_out(q, k, v, plan, LAYOUT)).abs().max() < 3e-2
+
+
+def test_pieces_and_groups_of_clusters_make_the_same_probe(monkeypatch):
+    """What a GPU does without a look at the sizes, and what the CPU does with one; a few heads at a time, too."""
+    generator = torch.Generator().manual_seed(5)
+    k, v = torch.randn(2, 2, 3, 150, 8, generator=generator) * 3
+    labels = torch.randint(0, 6, (2, 3, 150), generator=generator) * (torch.arange(150) > 70)
+    keys = Clusters(labels, cluster_sizes(labels, 7), update(k, labels, torch.zeros(2, 3, 7, 8)))
+    centroids = torch.randn(2, 3, 5, 8, generator=generator)
+    expected = probe(centroids, k, v, keys, 0.5, room=1)
+    assert not expected.key[:, :, 5:].any() and not expected.value[..., 7:, :].any()
+    for numbers in (2**25, 1):
+        monkeypatch.setattr(PROBES, "NUMBERS", numbers)
+        monkeypatch.setattr(PROBES, "on_the_host", lambda device: False)
+        for one, other in zip(probe(centroids, k, v, keys, 0.5, room=1), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        seen = read(expected, centroids, 0.5)
+        torch.testing.assert_close(seen.outputs, (seen.mass.unsqueeze(-2) @ expected.value[:, :, :5, :7]).squeeze(-2))
+        monkeypatch.undo()
+
+
+def test_the_variance_of_the_score_is_what_the_tokens_have(monkeypatch):
+    q, k, _ = clustered(LAYOUT)
+    of_q, of_k = (cluster(x, count, 3, None) for x, count in ((q, 5), (k, 8)))
+    of_q, of_k = renewed(q, of_q), renewed(k, of_k)
+    monkeypatch.setattr(PROBES, "SAMPLE", LAYOUT.tokens)  # all tokens
+    for from_zero in (False, True):
+        got = score_variance(q, k, of_q, of_k, 0.25, from_zero)
+        for i in range(5):
+            for j in range(8):
+                some = q[1, 0, of_q.labels[1, 0] == i] - (0 if from_zero else of_q.means[1, 0, i])
+                other = k[1, 0, of_k.labels[1, 0] == j] - of_k.means[1, 0, j]
+                expected = (0.25 * some @ other.T).square().mean()
+                torch.testing.assert_close(got[1, 0, i, j], expected.nan_to_num(), atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(PROBES, "SAMPLE", 16)
+    sampled = score_variance(q, k, of_q, of_k, 0.25)
+    assert 0.3 < sampled.sum() / score_variance(q, k, of_q, of_k, 0.25).sum() < 3

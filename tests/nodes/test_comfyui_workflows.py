@@ -105,7 +105,7 @@ def test_it_runs_with_tiny_weights(server, name):
     texts = [out["text"][0] for out in outputs if "text" in out]
     assert len(texts) == (2 if name == "wan22_i2v_svg2" else 1)
     # Sparse calls were made: the dense start of each workflow is shorter than its run, even in four steps.
-    assert all("Mean density" in text for text in texts) and any("gather" in text or "flex" in text for text in texts)
+    assert all("Mean density" in text for text in texts) and any("masked" in text or "flex" in text for text in texts)
     assert ("Measured error" in texts[0]) == (name == "wan_t2v_tangent")
 
 
