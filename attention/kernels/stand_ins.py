@@ -83,7 +83,7 @@ def stand_ins_to_queries(
     dq, q, grad, lse2, delta, factor, key_ptr, value_ptr, bias_ptr, clusters,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What the stand-ins of a tile add to the gradient of its queries, before the scale of the scores is multiplied in."""
+    """What the stand-ins of a tile add to the gradient of its queries, but for the scale of the scores."""
     d = tl.arange(0, D_PAD)
     STEP: tl.constexpr = min(64, BLOCK_N)
     for first in range(0, clusters, STEP):
