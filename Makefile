@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## make a video from a prompt, dense and accelerated side by side, with the built-in model
 	@mkdir -p demo_out
-	$(BIN)/vidaccel generate "$(PROMPT)" --model demo --compare --density 0.35 --out demo_out/demo.mp4 $(METHODS:%=--method %)
+	$(BIN)/vidaccel generate "$(PROMPT)" --model demo --compare --density 0.2 --out demo_out/demo.mp4 $(METHODS:%=--method %)
 	$(BIN)/vidaccel generate "$(PROMPT)" --model demo-dc --method dense --out demo_out/demo_dc.mp4
 	@echo
 	@echo "The video: demo_out/demo.mp4. The comparison, to be opened in a browser: demo_out/report.html"

@@ -199,7 +199,7 @@ def main(only: str = "", densities: str = "0.05,0.1,0.2,0.35,0.5", out: Path = R
         out / "fidelity.md",
         "Error of one call at equal density",
         f"`python benchmarks/fidelity.py`; {environment_line()}.\n\n"
-        "Relative L2 distance of the output from dense attention, the geometric mean over calls: of the demo model (two "
+        "Relative L2 distance of the output from dense attention, geometric mean over calls: of the demo model (two "
         "steps and four layers of one video, two layers of the longest), and of five imitated heads of 128 channels. "
         "Stand-ins count as pairs; *planning of tangent* is what its probe costs beside the density, as a share of the "
         "pairs of dense attention. *tangent, probed* probes also where the default does not. *oracle* keeps the best "

@@ -30,7 +30,7 @@ def generate_command(
         list[str] | None,
         typer.Option(
             help="dense, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
-            "(default: svg2 for a video of at least 8192 tokens, otherwise dense; with --compare: svg2, radial, svg)"
+            "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, radial)"
         ),
     ] = None,
     compare: Annotated[

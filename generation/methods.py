@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
 
 DENSE = "dense"
-DEFAULT_METHOD = "svg2"
-DEFAULT_COMPARED = ("svg2", "radial", "svg")
+DEFAULT_METHOD = "tangent"
+DEFAULT_COMPARED = ("tangent", "svg2", "radial")
 MIN_SPARSE_TOKENS = 8192
 """Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves."""
 _SET_BY_DENSITY = {"radial": ("decay", "rule"), "svg2": ("top_p", "min_ratio"), "sparge": ("topk", "cdf")}

@@ -13,7 +13,7 @@ from .wording import InputError, check_shares, limit_words
 if TYPE_CHECKING:
     from ..attention import Method, RunReport, VideoLayout
 
-METHODS = ("svg2", "svg", "radial", "tangent", "sparge")
+METHODS = ("tangent", "svg2", "svg", "radial", "sparge")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Acceleration:
         ValueError: a value out of its bounds.
     """
 
-    method: str = "svg2"
+    method: str = "tangent"
     density: float = 0.3
     dense_start_percent: float = 0.3
     dense_end_percent: float = 0.0

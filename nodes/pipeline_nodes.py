@@ -111,10 +111,10 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    default="svg2",
-                    tooltip="svg2: nearest to the dense video from a density of about 0.35 up (below: with compensate) "
-                    "and most planning. svg: cheap planning, any size. radial: hardly any planning, for long videos. "
-                    "tangent: this project's own, made for low densities; skipped keys enter by their tangent. sparge: "
+                    default="tangent",
+                    tooltip="tangent: this project's own, nearest to the dense video at every density that was measured; "
+                    "skipped keys enter by their tangent. svg2: clusters of tokens, as published, with compensate for low "
+                    "densities. svg: cheap planning, any size. radial: hardly any planning, for long videos. sparge: "
                     "blocks of tokens by their means, cheap planning.",
                 ),
                 *share_inputs(),
