@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -95,6 +97,21 @@ class Method(abc.ABC):
         """Share of the pairs that a sparse call computes on a layout; None where it depends on the content."""
         return None
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether something stands for the keys that a query skips, which not every backend can attend to."""
+        return False
+
+    def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
+        """Memory of what stands for skipped keys in a call, the largest thing that a plan holds, in bytes.
+
+        Args:
+            layout: the token grid.
+            heads: times the batch. head_dim: D.
+            itemsize: bytes of a number of q.
+        """
+        return 0
+
     @abc.abstractmethod
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
@@ -123,6 +140,40 @@ def check_count(owner: str, name: str, value: int, least: int) -> None:
     """Raise a `ValueError` unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.")
+
+
+def check_reach(
+    owner: str, density: float | None, layout: VideoLayout, clusters: int, stand_in: str, easing: Mapping[str, str]
+) -> None:
+    """Raise `OutOfReach` where what is computed whatever is skipped is more than a density.
+
+    Args:
+        owner: the method's class, for the message.
+        density: of the method; None where it has none to meet.
+        layout: the token grid; its text stays dense.
+        clusters: of keys for which each video token reads a stand-in; 0 for none.
+        stand_in: what that is, "one stand-in for each key cluster".
+        easing: field of the method that leads to fewer stand-ins -> what to do with it.
+    """
+    shares = {
+        "the text, which stays dense,": 1 - (layout.video_tokens / layout.tokens) ** 2,
+        stand_in: clusters * layout.video_tokens / layout.tokens**2,
+    }
+    text, least = next(iter(shares.values())), sum(shares.values())
+    if density is None or density >= least:
+        return
+    told = [f"{what} makes {share:.3f}" for what, share in shares.items() if share]
+    told[0] += " of the pairs"
+    fixes = easing if text < density else {}  # else the text alone is too much
+    enough = math.ceil(least * 1000) / 1000  # as it is printed, it must be possible
+    raise OutOfReach(
+        f"{owner} density is {density}, but {' and '.join(told)}: "
+        f"{', or '.join([f'raise density to {enough:.3f} or more', *fixes.values()])}.",
+        "density",
+        density,
+        least=least,
+        eased_by=tuple(fixes),
+    )
 
 
 def cluster_count(owner: str, name: str, asked: int | None, rule: float, tokens: int) -> int:
