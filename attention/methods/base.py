@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -142,6 +142,13 @@ def check_count(owner: str, name: str, value: int, least: int) -> None:
         raise ValueError(f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.")
 
 
+def check_flag(owner: str, name: str, value: bool | None, or_none: bool = False) -> None:
+    """Raise a `ValueError` unless `value` is True or False: a text such as "false" would count as true."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        known = "True, False or None" if or_none else "True or False"
+        raise ValueError(f"{owner} {name} is {value!r}: it must be {known}.")
+
+
 def check_reach(
     owner: str, density: float | None, layout: VideoLayout, clusters: int, stand_in: str, easing: Mapping[str, str]
 ) -> None:
@@ -168,12 +175,17 @@ def check_reach(
     enough = math.ceil(least * 1000) / 1000  # as it is printed, it must be possible
     raise OutOfReach(
         f"{owner} density is {density}, but {' and '.join(told)}: "
-        f"{', or '.join([f'raise density to {enough:.3f} or more', *fixes.values()])}.",
+        f"{either([f'raise density to {enough:.3f} or more', *fixes.values()])}.",
         "density",
         density,
         least=least,
         eased_by=tuple(fixes),
     )
+
+
+def either(ways: Sequence[str]) -> str:
+    """Things that can be done, in words: "a", "a, or b", "a, b, or c"."""
+    return ", or ".join([", ".join(ways[:-1]), ways[-1]]) if ways[1:] else ways[0]
 
 
 def cluster_count(owner: str, name: str, asked: int | None, rule: float, tokens: int) -> int:

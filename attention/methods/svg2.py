@@ -15,7 +15,7 @@ from ..plan import BlockPlan
 from ..probe import map_error
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, PlanMemory, check_count, check_fraction, check_reach, cluster_count
+from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ class SVG2(Method):
             )
         if isinstance(self.min_ratio, bool) or not 0 <= self.min_ratio <= 1:
             raise ValueError(f"SVG2 min_ratio is {self.min_ratio!r}: it must lie between 0 and 1; 0.1 is the paper's.")
+        check_flag("SVG2", "compensate", self.compensate)
         if self.route not in ("mass", "error"):
             raise ValueError(f'SVG2 route is {self.route!r}: choose "mass" or "error".')
         if self.route == "error" and self.density is None:

@@ -15,7 +15,7 @@ from ..plan import BlockPlan
 from ..probe import probe, read, score_variance
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, PlanMemory, check_count, check_fraction, check_reach, cluster_count
+from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 # Video tokens. With the probe paid out of a density of .20, the error on the demo model is .076 at 576 tokens and .051
 # at 1,088; without it .078 and .078. On imitated heads: .134 and .068, without it .101 and .078.
@@ -87,6 +87,7 @@ class Tangent(Method):
         for name in ("q_clusters", "k_clusters"):
             if getattr(self, name) is not None:
                 check_count("Tangent", name, getattr(self, name), 1)
+        check_flag("Tangent", "probe", self.probe, or_none=True)
         for name in ("recluster_every", "init_iterations", "step_iterations"):
             check_count("Tangent", name, getattr(self, name), 1)
 

@@ -113,7 +113,7 @@ def test_the_help_of_generate_names_every_method(vidaccel, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     shown = _words(vidaccel("generate", "--help").stdout)
     assert ", ".join(["dense", *sorted(METHODS)]) in shown
-    assert f"svg2 for a video of at least {MIN_SPARSE_TOKENS} tokens, otherwise dense" in shown
+    assert f"tangent for a video of at least {MIN_SPARSE_TOKENS} tokens, otherwise dense" in shown
 
 
 def test_threads_are_counted_in_words(monkeypatch):
