@@ -30,7 +30,8 @@ def generate_command(
         list[str] | None,
         typer.Option(
             help="dense, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
-            "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, radial)"
+            "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, "
+            "radial)"
         ),
     ] = None,
     compare: Annotated[
@@ -74,7 +75,7 @@ def generate_command(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any setting of a method, such as svg2.top_p=0.85; repeatable."),
+        typer.Option("--set", help="Any setting of a method, such as tangent.tolerance=0.02; repeatable."),
     ] = None,
     backend: Annotated[str, typer.Option(help="What computes attention: auto, or a name of `vidaccel info`.")] = "auto",
     measure_error: Annotated[

@@ -29,7 +29,9 @@ def method_settings(texts: list[str]) -> dict[str, dict[str, Any]]:
         target, equals, value = text.partition("=")
         method, dot, field = target.strip().partition(".")
         if not (equals and dot and method and field):
-            raise BadInput("settings", "it has the form METHOD.SETTING=VALUE, such as svg2.top_p=0.85", value=text)
+            raise BadInput(
+                "settings", "it has the form METHOD.SETTING=VALUE, such as tangent.tolerance=0.02", value=text
+            )
         found.setdefault(method, {})[field] = _value(value.strip())
     return found
 

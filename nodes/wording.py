@@ -58,10 +58,7 @@ def limit_words(error: OutOfReach, layout: VideoLayout, inputs: Collection[str])
     bound, verb = (f"at least {least:g}", "Raise") if too_low else (f"at most {most:g}", "Lower")
     easing = [INPUTS.get(field) for field in error.eased_by]
     ways = [f"{verb} it", *(_EASING[easier] for easier in easing if easier in _EASING and easier in inputs)]
-    return (
-        f"{name} is {error.value:g}, and with a video of {video_words(layout)} it must be {bound}. "
-        f"{either(ways)}."
-    )
+    return f"{name} is {error.value:g}, and with a video of {video_words(layout)} it must be {bound}. {either(ways)}."
 
 
 @contextmanager

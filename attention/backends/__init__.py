@@ -72,7 +72,7 @@ def refusal(name: str, device: torch.device) -> str | None:
 
 
 def with_stand_ins(device: torch.device) -> list[str]:
-    """Names of the backends that run on a device and can attend to what stands for skipped keys (`Method.stands_in`)."""
+    """Names of the backends that run on a device and attend to what stands for skipped keys (`Method.stands_in`)."""
     return [
         name
         for name, b in BACKENDS.items()

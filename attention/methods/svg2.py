@@ -95,9 +95,10 @@ class SVG2(Method):
 
     def check(self, layout: VideoLayout) -> None:
         _, clusters = self.cluster_counts(layout.video_tokens)
-        fixes = {"compensate": "leave compensate out", "k_clusters": "lower k_clusters"}
+        means = clusters * self.compensate
+        fixes = {"compensate": "leave compensate out", "k_clusters": "lower k_clusters"} if means else {}
         of_means = "compensate=True, which reads the mean of each key cluster,"
-        check_reach("SVG2", self.density, layout, clusters * self.compensate, of_means, fixes if self.compensate else {})
+        check_reach("SVG2", self.density, layout, means, of_means, fixes)
 
     def expected_density(self, layout: VideoLayout) -> float | None:
         return self.density

@@ -62,7 +62,7 @@ def test_the_density_asked_for_is_computed(layout, density):
 
 
 def test_a_density_below_that_of_the_text_is_refused():
-    said = r"density is 0.1, but the text, which stays dense, makes 0\.306 of the pairs: raise density to 0\.306 or more\.$"
+    said = "density is 0.1, but the text, which stays dense, makes 0.306 of the pairs: raise density to 0.306 or more.$"
     with pytest.raises(OutOfReach, match=said) as refused:
         SVG2(density=0.1).check(VideoLayout(5, 8, 8, 0, 64))
     assert refused.value.eased_by == ()
@@ -73,8 +73,8 @@ def test_a_density_below_that_of_the_means_names_them_and_no_text_where_there_is
     with pytest.raises(OutOfReach) as refused:
         SVG2(density=0.05, compensate=True).check(layout)
     assert str(refused.value) == (
-        "SVG2 density is 0.05, but compensate=True, which reads the mean of each key cluster, makes 0.075 of the pairs: "
-        "raise density to 0.075 or more, leave compensate out, or lower k_clusters."
+        "SVG2 density is 0.05, but compensate=True, which reads the mean of each key cluster, makes 0.075 of the "
+        "pairs: raise density to 0.075 or more, leave compensate out, or lower k_clusters."
     )
     assert refused.value.least == pytest.approx(43 / 576) and refused.value.eased_by == ("compensate", "k_clusters")
     SVG2(density=0.075, compensate=True).check(layout)  # as it was told

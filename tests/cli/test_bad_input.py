@@ -88,7 +88,10 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
             ["--backend", "flex", "--method", "svg2", "--set", "svg2.compensate=true"],
             ["--backend is flex: flex cannot compute what stands for the keys that svg2 skips on cpu"],
         ),
-        (["--set", "svg2.compensate=yes", "--method", "svg2"], ["--method is svg2", "compensate is 'yes'", "True or False"]),
+        (
+            ["--set", "svg2.compensate=yes", "--method", "svg2"],
+            ["--method is svg2", "compensate is 'yes'", "True or False"],
+        ),
         (["--density", "0.005"], ["--method is tangent: Tangent density is 0.005", "one stand-in", "raise density to"]),
         (["--dense-steps", "1.5"], ["--dense-steps is 1.5", "a count", "a fraction (0.0 to 1.0)"]),
         (["--dense-layers", "few"], ["--dense-layers is few", "a count"]),
@@ -127,8 +130,8 @@ def test_options(refused, options, words):
 def test_words_of_settings():
     from vidaccel.cli.options import method_settings
 
-    texts = ["svg2.compensate=true", "svg2.route=error", "tangent.probe=false", "radial.sink=none", "sparge.block=(64,64)"]
-    assert method_settings([*texts, "tangent.tolerance=0.1", "svg.sink=True"]) == {
+    words = ["svg2.compensate=true", "svg2.route=error", "tangent.probe=false", "radial.sink=none", "svg.sink=True"]
+    assert method_settings([*words, "tangent.tolerance=0.1", "sparge.block=(64,64)"]) == {
         "svg2": {"compensate": True, "route": "error"},
         "tangent": {"probe": False, "tolerance": 0.1},
         "radial": {"sink": None},

@@ -70,6 +70,14 @@ print([name for name in ("torch", "numpy", "diffusers", "matplotlib") if name in
 def test_a_plan_says_what_a_video_takes(vidaccel):
     text = _words(vidaccel("info", "--forecast", "--frames", "33", "--height", "128", "--width", "128").stdout)
     assert "576 (9 x 8 x 8)" in text and "331,776" in text and "transformer 7.8 MB" in text
+    assert "tangent" not in text  # so short a video is dense without --method
+
+
+def test_a_plan_counts_what_the_default_method_holds(vidaccel):
+    """3 heads of 64 channels, 66 x 165 pairs of clusters, bfloat16; a bias each."""
+    text = _words(vidaccel("info", "--forecast", "--frames", "129", "--height", "256", "--width", "256").stdout)
+    assert "8,448 (33 x 16 x 16)" in text
+    assert f"tables of a tangent call {3 * 66 * 165 * (2 * 64 * 2 + 4) / 1e6:.1f} MB" in text
 
 
 def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):
