@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, check_tensors, choose_backend
 from .layout import VideoLayout
+from .meter import check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
 from .plan import BlockPlan
-from .records import CallRecord, RunReport
+from .records import KEPT_RUNS, CallRecord, RunReport, dropped_note
 from .schedule import DenseSchedule, StepInfo
 from .timing import Span
 
 logger = logging.getLogger(__name__)
 
 KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
-KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
 
 _engines: weakref.WeakValueDictionary[int, SparseAttention] = weakref.WeakValueDictionary()
 _ids = itertools.count()
@@ -44,6 +44,8 @@ class _Pending:
     plan_span: Span | None
     attention_span: Span
     details: dict[str, torch.Tensor]
+    error: torch.Tensor | None = None
+    error_span: Span | None = None
 
 
 class SparseAttention:
@@ -59,9 +61,11 @@ class SparseAttention:
         schedule: the steps and layers that stay dense; the method's own when None.
         backend: a backend's name, which then runs or raises, or "auto".
         model: name of the component, for the report.
+        measure_error: queries of each sparse call whose dense attention is computed too, to tell the true error of the
+            method's output; 0 measures nothing. The output stays the same to the bit.
 
     Raises:
-        ValueError: unknown method or backend.
+        ValueError: unknown method or backend; a `measure_error` below 0.
     """
 
     def __init__(
@@ -72,12 +76,14 @@ class SparseAttention:
         schedule: DenseSchedule | None = None,
         backend: str = "auto",
         model: str = "transformer",
+        measure_error: int = 0,
     ) -> None:
         self.method = resolve_method(method)
         self.num_layers = num_layers
         self.schedule = schedule if schedule is not None else self.method.schedule
         self.backend = check_backend(backend)
         self.model = model
+        self.measure_error = check_rows(measure_error)
         self.step = StepInfo()
         self.layout: VideoLayout | None = None
         self.id = next(_ids)
@@ -184,7 +190,7 @@ class SparseAttention:
         if reason:
             with Span(q.device) as span:
                 out = self._dense_attention(layer)(q, k, v)
-            self._record(layer, reason, "dense", None, None, span, {})
+            self._pending.append(_Pending(self.step, layer, reason, "dense", None, None, span, {}))
             return out
 
         with Span(q.device) as plan_span:
@@ -197,7 +203,8 @@ class SparseAttention:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
         pairs = plan.pairs()
         counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
-        self._record(layer, "", chosen.name, counts, plan_span, span, plan.details)
+        error = self._measured(out, q, k, v, layer)
+        self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, plan.details, *error))
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             place = q.device.type
@@ -236,7 +243,15 @@ class SparseAttention:
         """Everything since the last `reset`, of the last few runs."""
         config = {f.name: getattr(self.method, f.name) for f in fields(self.method)} | {"schedule": self.schedule}
         config["backend"] = self.backend
-        return RunReport(self.method.name, config, tuple(self._all_records()), tuple(self._notes))
+        if self.measure_error:
+            config["measure_error"] = self.measure_error
+        notes = (*self._notes, *dropped_note(self.oldest_run))
+        return RunReport(self.method.name, config, tuple(self._all_records()), notes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noted, without what the report says of dropped records."""
+        return tuple(self._notes)
 
     def _all_records(self) -> list[CallRecord]:
         return self._finished + [self._finish(r) for r in self._pending]
@@ -293,17 +308,17 @@ class SparseAttention:
                     f"({x.dtype}); bfloat16 overflows less than float16."
                 )
 
-    def _record(
-        self,
-        layer: int,
-        reason: str,
-        backend: str,
-        plan: tuple[torch.Tensor, int] | None,
-        plan_span: Span | None,
-        span: Span,
-        details: dict[str, Any],
-    ) -> None:
-        self._pending.append(_Pending(self.step, layer, reason, backend, plan, plan_span, span, details))
+    def _measured(
+        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor | None, Span | None]:
+        """The true error of a call, which stays on its device until the report is asked for, and how long it took."""
+        if not self.measure_error:
+            return None, None
+        with Span(q.device) as span, torch.autocast(q.device.type, enabled=False):
+            # Other rows in each layer and step, and the same for every method.
+            rows = sample_rows(q.shape[2], self.measure_error, self.step.step * self.num_layers + layer, q.device)
+            error = relative_error(out, q, k, v, rows)
+        return error, span
 
     def _finish(self, r: _Pending) -> CallRecord:
         return CallRecord(
@@ -320,6 +335,8 @@ class SparseAttention:
             plan_seconds=r.plan_span.seconds() if r.plan_span else 0.0,
             attention_seconds=r.attention_span.seconds(),
             details={k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.details.items()},
+            error=None if r.error is None else float(r.error),
+            error_seconds=r.error_span.seconds() if r.error_span else 0.0,
         )
 
 

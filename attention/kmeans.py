@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-
 import torch
 
-from .backends.base import INSTALL_TRITON
-
-logger = logging.getLogger(__name__)
+from .own_kernels import use_kernels
 
 CHUNK = 4096  # tokens whose distances are held at once; all of them would be N x C numbers for each head
 GPU_DISTANCES = 2**27  # distances held at once on a GPU, over all heads: half a GiB
@@ -60,7 +54,7 @@ def kmeans(
         centers = x[:, :, picks] - mean
     else:
         centers = centroids - mean
-    if implementation == "triton" or (implementation == "auto" and x.is_cuda and _has_triton()):
+    if implementation == "triton" or (implementation == "auto" and use_kernels(x)):
         from .kernels.kmeans import assign as nearest
         from .kernels.kmeans import update as means
 
@@ -77,14 +71,6 @@ def kmeans(
         if x.device.type == "cpu" and previous.equal(labels):
             break
     return labels, centers + mean
-
-
-@functools.cache
-def _has_triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        logger.warning("k-means on the GPU runs in plain torch, which is slower: %s", INSTALL_TRITON)
-    return found
 
 
 def chain_order(centers: torch.Tensor) -> torch.Tensor:

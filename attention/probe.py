@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .clusters import Clusters
+from .clusters import Clusters, in_order, with_order
+from .own_kernels import use_kernels
 from .plan import permute
 from .runs import cut_segments
 
@@ -26,11 +27,13 @@ class Probe(NamedTuple):
         log_mass: `[B, H, Cq, Ck]` float32, log of the sum of the exponentials of the scaled scores; -inf without keys.
         key, value: `[B, H, Cq + r, Ck + r, D]`, means weighted by that softmax, 0 without keys; in the dtype of k where
             that is narrower than float32. The last `r` rows and columns are empty: room for the text.
+        bias: `[B, H, Cq, Ck]` float32, the log of the mass less the scaled score of the mean key, where that is known.
     """
 
     log_mass: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 def probe(
@@ -45,12 +48,17 @@ def probe(
         scale: multiplies the scores.
         room: empty rows and columns behind those of the clusters.
     """
+    if use_kernels(k):
+        from .kernels.probe import probe_clusters
+
+        log_mass, bias, key, value = probe_clusters(q_means, k, v, in_order(keys), keys.sizes, scale, room)
+        return Probe(log_mass, key, value, bias)
     batch, heads, tokens, dim = k.shape
     count, clusters = q_means.shape[2], keys.sizes.shape[-1]
     dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
     log_mass = k.new_full((batch * heads, count, clusters), -torch.inf, dtype=torch.float32)
     key, value = (k.new_zeros(batch * heads, count + room, clusters + room, dim, dtype=dtype) for _ in range(2))
-    order = keys.labels.argsort(stable=True, dim=-1)
+    order = in_order(keys)
     starts = (keys.sizes.cumsum(-1) - keys.sizes).flatten(0, 1)
     q = q_means.float().flatten(0, 1) * scale
     made = Probe(log_mass, key[:, :count, :clusters], value[:, :count, :clusters])
@@ -60,7 +68,7 @@ def probe(
         pairs = permute(torch.cat([k, v], -1), order).flatten(0, 1)
         first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
         for some in _heads_at_once(batch * heads, first.shape[-1] * count * dim):
-            _probe_pieces(*(x[some] for x in (q, pairs, first, length, owner)), Probe(*(x[some] for x in made)))
+            _probe_pieces(*(x[some] for x in (q, pairs, first, length, owner)), Probe(*(x[some] for x in made[:3])))
     return Probe(*(x.unflatten(0, (batch, heads)) for x in (log_mass, key, value)))
 
 
@@ -125,7 +133,7 @@ def _probe_by_size(
         total = weights.sum(-1, keepdim=True)
         weights.div_(total)
         made.log_mass[head, :, cluster] = (top + total.log()).squeeze(-1)
-        for table, x in zip(made[1:], (keys, values), strict=True):
+        for table, x in zip(made[1:3], (keys, values), strict=True):
             table[head, :, cluster] = (weights @ x).to(table.dtype)
 
 
@@ -170,7 +178,7 @@ def _probe_pieces(
     means = joined((weights * lift.unsqueeze(-1)) @ some)
     means = means / mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     made.log_mass.copy_(whole.transpose(1, 2) + mass.log())
-    for table, part in zip(made[1:], means.split(q.shape[-1], -1), strict=True):
+    for table, part in zip(made[1:3], means.split(q.shape[-1], -1), strict=True):
         table.copy_(part)
 
 
@@ -192,6 +200,11 @@ class Seen(NamedTuple):
 
 def read(seen: Probe, q_means: torch.Tensor, scale: float) -> Seen:
     """A few heads at a time, since the tables are large and may be in half precision."""
+    if seen.bias is not None:
+        from .kernels.probe import read_outputs
+
+        mass, outputs, away = read_outputs(seen.log_mass, seen.value)
+        return Seen(mass, seen.bias.nan_to_num(neginf=0.0), outputs, away)
     batch, heads, count, clusters = seen.log_mass.shape
     mass = seen.log_mass.softmax(-1)
     bias, away, outputs = torch.empty_like(mass), torch.empty_like(mass), torch.empty_like(q_means)
@@ -224,7 +237,7 @@ def score_variance(
     most = max(queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
     for some in _heads_at_once(heads, batch * most):
         of_q, of_k = (
-            _covariances(x[:, some], Clusters(*(part[:, some] for part in clusters)), low)
+            _covariances(x[:, some], Clusters(*(part[:, some] for part in with_order(clusters))), low)
             for x, clusters in ((q, queries), (k, keys))
         )
         if from_zero:
@@ -237,7 +250,7 @@ def score_variance(
 def _covariances(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:
     """`[B, H, C, D, D]` of tokens `[B, H, N, D]` about the means of their clusters, from tokens spread over each."""
     sizes = clusters.sizes.unsqueeze(-1)
-    order = clusters.labels.argsort(stable=True, dim=-1)
+    order = in_order(clusters)
     count = sizes.clamp(max=SAMPLE)
     place = torch.arange(SAMPLE, device=x.device)
     inside = place < count

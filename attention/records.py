@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+
+KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class CallRecord:
         plan_seconds: time in profiling, clustering and building the plan.
         attention_seconds: time in attention itself, permutations included.
         details: facts of the method, such as the share of temporal heads.
+        error: the measured error of the output on some queries, `norm(out - dense) / norm(dense)` over batch and heads;
+            None where it was not measured.
+        error_seconds: time in measuring it, which is in no other number here.
     """
 
     run: int
@@ -39,6 +45,14 @@ class CallRecord:
     plan_seconds: float
     attention_seconds: float
     details: dict[str, Any]
+    error: float | None = None
+    error_seconds: float = 0.0
+
+    @property
+    def predicted_error(self) -> float | None:
+        """What the method itself expected of `error`, the mean over the batch; None where it expects nothing."""
+        predicted = self.details.get("predicted_error")
+        return None if predicted is None else float(np.mean(predicted))
 
 
 @dataclass(frozen=True)
@@ -70,17 +84,56 @@ class RunReport:
         """Mean density of each step, over layers and branches."""
         return {step: float(np.mean(d)) for step, d in sorted(self._densities("step").items())}
 
-    def density_map(self) -> np.ndarray:
-        """Mean density `[layers, steps]` over branches; several models are stacked; NaN where no call was made."""
-        models = sorted({r.model for r in self.records})
-        layers = {(m, r.layer) for r in self.records for m in [r.model]}
-        rows = {key: i for i, key in enumerate(sorted(layers, key=lambda key: (models.index(key[0]), key[1])))}
+    def map_of(self, value: Callable[[CallRecord], float | None]) -> np.ndarray:
+        """The mean of a value `[layers, steps]` over branches; several models are stacked; NaN where no call has it."""
+        rows = {key: i for i, key in enumerate(sorted({(r.model, r.layer) for r in self.records}))}
         steps = max((r.step for r in self.records), default=-1) + 1
         total, count = np.zeros((len(rows), steps)), np.zeros((len(rows), steps))
         for r in self.records:
-            total[rows[r.model, r.layer], r.step] += r.density
-            count[rows[r.model, r.layer], r.step] += 1
+            found = value(r)
+            if found is not None:
+                total[rows[r.model, r.layer], r.step] += found
+                count[rows[r.model, r.layer], r.step] += 1
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+    def density_map(self) -> np.ndarray:
+        """Mean density `[layers, steps]`, see `map_of`."""
+        return self.map_of(lambda r: r.density)
+
+    def error_map(self) -> np.ndarray:
+        """Measured error `[layers, steps]`, see `map_of`."""
+        return self.map_of(lambda r: r.error)
+
+    def predicted_error_map(self) -> np.ndarray:
+        """What the method expected of the error where it was measured `[layers, steps]`, see `map_of`."""
+        return self.map_of(lambda r: None if r.error is None else r.predicted_error)
+
+    def measured(self) -> list[CallRecord]:
+        """The calls whose error was measured, the largest error first."""
+        # NaN, of a model that has gone wrong, is the worst.
+        calls = [r for r in self.records if r.error is not None]
+        return sorted(calls, key=lambda r: float("inf") if np.isnan(r.error) else r.error, reverse=True)
+
+    def median_error(self) -> float:
+        """Median of the measured errors, NaN without any."""
+        return float(np.median([r.error for r in self.measured()])) if self.measured() else float("nan")
+
+    def error_in_words(self) -> str:
+        """Median and worst measured error and where, with what the method predicted there; empty without any."""
+        calls = self.measured()
+        if not calls:
+            return ""
+        worst = calls[0]
+        model = f" of {worst.model}" if len({r.model for r in self.records}) > 1 else ""
+        text = (
+            f"measured error of the output in {len(calls)} sparse calls: median {percent(self.median_error())}, worst "
+            f"{percent(worst.error)} in layer {worst.layer}{model} at step {worst.step} ({worst.branch})"
+        )
+        predicted = [r.predicted_error for r in calls if r.predicted_error is not None]
+        if predicted:
+            text += f"; the method itself predicted a median of {percent(float(np.median(predicted)))}"
+            text += f", and {percent(worst.predicted_error)} there" if worst.predicted_error is not None else ""
+        return text
 
     def mean_density(self) -> float:
         """Mean over all calls, NaN without any."""
@@ -95,6 +148,11 @@ class RunReport:
     def attention_seconds(self) -> float:
         """Time in attention, all calls."""
         return sum(r.attention_seconds for r in self.records)
+
+    @property
+    def error_seconds(self) -> float:
+        """Time in measuring errors, all calls."""
+        return sum(r.error_seconds for r in self.records)
 
     def backends(self) -> dict[str, int]:
         """Calls by backend."""
@@ -131,6 +189,8 @@ class RunReport:
             f"mean density {self.mean_density():.3f}, planning {self.plan_seconds:.2f} s, "
             f"attention {self.attention_seconds:.2f} s"
         )
+        if self.measured():
+            lines.append(f"{self.error_in_words()}; measuring took {self.error_seconds:.2f} s")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -139,3 +199,18 @@ class RunReport:
         for record in self.records:
             groups.setdefault(getattr(record, key), []).append(record.density)
         return groups
+
+
+def dropped_note(oldest: int) -> list[str]:
+    """What a report says where records of the runs before `oldest` were dropped; nothing where that is 0."""
+    if not oldest:
+        return []
+    return [f"records before run {oldest} were dropped: those of the last {KEPT_RUNS} runs are kept"]
+
+
+def percent(share: float) -> str:
+    """An error for a reader, in percent with two digits that count: 0.034 %, 1.2 %, 12 %."""
+    if not np.isfinite(share) or share == 0:
+        return f"{100 * share:g} %"
+    digits = max(0, 1 - int(np.floor(np.log10(100 * share))))
+    return f"{100 * share:.{min(digits, 6)}f} %"

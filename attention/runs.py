@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .own_kernels import use_kernels
+
 FEW_RUNS = 4  # up to so many runs a tile a plan counts as a few long ones, which can be compared one by one
 
 
@@ -27,6 +29,10 @@ def merge_segments(
     Returns:
         `(run_start, run_len)`, each `[..., T, R]` int32, unused slots at the end with length 0.
     """
+    if use_kernels(selected):
+        from .kernels import runs
+
+        return runs.merge_segments(selected, sizes, max_runs or (selected.shape[-1] + 1) // 2)
     sizes = sizes.to(torch.int64)
     starts = sizes.cumsum(-1) - sizes
     # Empty segments go last, so that "the neighbour before" is always a segment with tokens in it.

@@ -47,13 +47,14 @@ class Shape:
 
 
 SHAPES = {
+    "toy": Shape(4, 5, 5, 1, 16, text=4),
     "tiny": Shape(5, 8, 8, 2, 64, text=8),
     "wan-1.3b-480p": Shape(21, 30, 52, 12, 128),
     "wan-14b-720p": Shape(21, 45, 80, 40, 128),
     "hunyuan-720p": Shape(33, 45, 80, 24, 128, text=256),
     "cogvideox": Shape(13, 30, 45, 48, 64, text=226),
 }
-METHODS = ("dense", "radial", "svg", "svg2", "skewed clusters")
+METHODS = ("dense", "radial", "svg", "svg2", "tangent", "skewed clusters")
 COLUMNS = (
     *("gpu", "shape", "plan", "density", "implementation", "pass", "ms", "p20", "p80", "tflops", "vs_dense"),
     *("vs_best_other", "planning_ms", "peak_mib", "max_error", "mean_error", "first_call_s", "note"),
@@ -76,14 +77,15 @@ def make_plan(method: str, density: float, layout, q, k, v):
     """The plan of a method on random tokens, and the milliseconds of making it once more with warm centroids."""
     import torch
 
-    from vidaccel import SVG, SVG2, BlockPlan, Radial
+    from vidaccel import BlockPlan
+    from vidaccel.attention import METHODS as CLASSES
     from vidaccel.attention import PlanMemory
 
     if method == "dense":
         return BlockPlan.dense(layout.tokens, layout.tokens, q.device), 0.0
     if method == "skewed clusters":
         return skewed_plan(density, layout.tokens, q), 0.0
-    config = {"radial": Radial, "svg": SVG, "svg2": SVG2}[method].for_density(layout, density)
+    config = CLASSES[method].for_density(layout, density)
     memory = PlanMemory()
     with torch.inference_mode():
         config.plan(q, k, v, layout, memory)
@@ -146,16 +148,36 @@ def time_calls(call: Callable[[], Any], device, repeats: int, seconds: float) ->
 
 
 def expected_rows(tensors, plan, rows):
-    """Attention of some query rows in float32 under the plan's mask, `[B, H, R, D]`; one head at a time."""
+    """Attention of some query rows in float32 under the plan's mask and to its stand-ins, `[B, H, R, D]`, head by head.
+
+    For one batch entry.
+    """
     import torch
 
     q, k, v = tensors
     mask = plan.rows(rows).expand(*q.shape[:2], -1, -1)
+    if plan.skipped is not None:
+        tile = plan.tile_of_token()[..., rows].expand(*q.shape[:2], -1)
+        bias = plan.stand_in_bias().expand(*q.shape[:2], -1, -1)
     heads = []
     for h in range(q.shape[1]):
-        scores = q[:, h, rows].float() @ k[:, h].float().transpose(-1, -2) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~mask[:, h], -torch.inf).softmax(-1)
-        heads.append(weights @ v[:, h].float())
+        some, scale = q[:, h, rows].float(), q.shape[-1] ** -0.5
+        scores = some @ k[:, h].float().transpose(-1, -2) * scale
+        scores = scores.masked_fill(~mask[:, h], -torch.inf)
+        out = 0.0
+        if plan.skipped is not None:
+            own = tile[0, h]
+            key, value = (
+                (x[0, h] if plan.skipped.bias is None else x[0, h, own]).float().expand(len(rows), -1, -1)
+                for x in (plan.skipped.key, plan.skipped.value)
+            )
+            extra = (key @ some[0].unsqueeze(-1)).squeeze(-1) * scale + bias[0, h, own]
+            total = torch.cat([scores[0], extra], -1).logsumexp(-1, keepdim=True)
+            out = ((extra - total).exp().unsqueeze(-2) @ value).squeeze(-2)
+            weights = (scores - total).exp()
+        else:
+            weights = scores.softmax(-1)
+        heads.append(weights @ v[:, h].float() + out)
     return torch.stack(heads, 1)
 
 
@@ -357,7 +379,7 @@ def publish(raw: Path, out: Path, versions: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[s for s in SHAPES if s != "tiny"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[s for s in SHAPES if s not in ("toy", "tiny")])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--densities", nargs="+", type=float, default=[0.5, 0.25, 0.1, 0.05])
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

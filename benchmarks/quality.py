@@ -1,68 +1,132 @@
 """What a method costs in quality: the demo model on its 64 held-out prompts, dense and sparse, with a random control.
 
-    python benchmarks/quality.py
+    python benchmarks/quality.py                       # two processes on a CPU: hours
+    python benchmarks/quality.py --device cuda         # all prompts at a time: minutes
 
-Every prompt is generated once per configuration from the same seed. Reported: whether shape, colour and motion are
-right (`demo.checker`), and PSNR and SSIM against the dense video of the same seed. Results go to
-`benchmarks/results/quality.*`; a run that was broken off goes on where it stopped (delete `quality.jsonl` to start
-anew).
+Every prompt is generated once per configuration from the same seed, one that was used for no choice in this project.
+Reported: whether shape, colour and motion are right (`demo.checker`), PSNR and SSIM against the dense video of the same
+seed, the difference of each method to SVG2 with compensation prompt by prompt, and what planning costs in pairs beside
+the density. Results go to `benchmarks/results/quality.*`; a run that was broken off goes on where it stopped (delete
+`quality.jsonl` to start anew).
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from common import RESULTS, environment_line, write_markdown
 
 # Name in the table -> method and settings. A method with one mask for the whole run is to be held against the fixed
 # control, one that plans at every step against the redrawn one.
-METHODS = {
-    "radial": ("radial", {}),
-    "svg": ("svg", {}),
-    "svg2": ("svg2", {}),
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tangent": ("tangent", {}),
+    "tangent, probed": ("tangent", {"probe": True}),
+    "svg2, error route": ("svg2", {"compensate": True, "route": "error"}),
     "svg2, compensated": ("svg2", {"compensate": True}),
+    "svg2": ("svg2", {}),
+    "svg": ("svg", {}),
+    "sparge": ("sparge", {}),
+    "radial": ("radial", {}),
     "random": ("random", {}),
     "random, fixed": ("random", {"redraw": False}),
 }
+TOLERANCES = (0.05, 0.1, 0.2)  # of `tangent`, whose density then follows
+DENSE_STEPS = (0, 1, 2)  # first steps that stay dense, beside the share that all methods are compared at
+RIVAL = "svg2, compensated"  # what the others are held against, prompt by prompt
 BATCH = 8
 
 
-def configurations(densities: tuple[float, ...]) -> Iterator[tuple[str, float]]:
-    """(name, density) of every run."""
-    yield "dense", 1.0
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table.
+
+    Args:
+        name: of `METHODS`, or "dense".
+        density: of the sparse calls; None where a tolerance stands for it.
+        dense: first dense steps: a number, or a share of the steps.
+        layers: first layers that stay dense.
+        tolerance: of the output of a call, relative.
+    """
+
+    name: str
+    density: float | None
+    dense: float
+    layers: int = 0
+    tolerance: float | None = None
+
+    def __str__(self) -> str:
+        budget = f"tolerance {self.tolerance}" if self.tolerance else f"density {self.density}"
+        dense = f"{self.dense:.0%} dense" if isinstance(self.dense, float) else f"{self.dense} dense steps"
+        return f"{self.name}, {budget}, {dense}" + (f", {self.layers} dense layers" if self.layers else "")
+
+
+def configurations(densities: Iterable[float], dense_steps: float) -> Iterator[Configuration]:
+    """Every run: all methods with the same dense steps, then with fewer."""
     for density in densities:
         for name in METHODS:
-            yield name, density
+            yield Configuration(name, density, dense_steps)
+    for tolerance in TOLERANCES:
+        yield Configuration("tangent, probed", None, dense_steps, tolerance=tolerance)
+    for name in ("tangent", "tangent, probed", "svg2, error route", RIVAL):
+        for dense in DENSE_STEPS:
+            yield Configuration(name, 0.2, dense)
+    yield Configuration("tangent, probed", 0.2, 0, layers=1)
+    yield Configuration("tangent, probed", 0.2, 1, layers=1)
+    # What is left of a density of .2 when the probe is paid out of it.
+    yield Configuration("tangent, probed", 0.106, dense_steps)
 
 
-def measure(first: int, count: int, steps: int, dense_steps: float, wanted: list[tuple[str, float]]) -> list[dict]:
+def build(configuration: Configuration, layout):
+    """The method of a configuration.
+
+    Raises:
+        OutOfReach: the layout does not allow the density.
+    """
+    from vidaccel import DenseSchedule
+    from vidaccel.attention import METHODS as CLASSES
+
+    method, settings = METHODS[configuration.name]
+    schedule = DenseSchedule(first_steps=configuration.dense, first_layers=configuration.layers)
+    if configuration.tolerance is not None:
+        return CLASSES[method](tolerance=configuration.tolerance, schedule=schedule, **settings)
+    return CLASSES[method].for_density(layout, configuration.density, schedule=schedule, **settings)
+
+
+def measure(
+    first: int, count: int, steps: int, first_seed: int, device: str, wanted: list[Configuration], seconds: float
+) -> list[dict]:
     """Some configurations for `count` prompts from number `first`, in one process with one thread."""
     import torch
 
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     from diffusers import WanPipeline
 
-    from vidaccel import DenseSchedule, VideoLayout, accelerate, demo
-    from vidaccel.attention import METHODS as CLASSES
+    from vidaccel import VideoLayout, accelerate, demo
+    from vidaccel.attention.methods.base import OutOfReach
     from vidaccel.demo.checker import check
     from vidaccel.demo.evaluate import sample
     from vidaccel.generation.comparison import compare
 
-    pipe = WanPipeline.from_pretrained(demo.path())
+    begin = time.perf_counter()
+    pipe = WanPipeline.from_pretrained(demo.path()).to(device)
     pipe.set_progress_bar_config(disable=True)
-    schedule = DenseSchedule(first_steps=dense_steps)
     layout = VideoLayout(9, 8, 8)
     prompts = list(demo.HELD_OUT_PROMPTS[first : first + count])
-    seeds = list(range(first, first + len(prompts)))
+    seeds = list(range(first_seed + first, first_seed + first + len(prompts)))
     rows = []
 
-    def record(method: str, wanted: float, videos: torch.Tensor, references: torch.Tensor, report) -> None:
+    def record(configuration: Configuration, videos, references, report, planning: float) -> None:
         sparse = [r.density for r in report.records if not r.reason] if report else [1.0]
         for index, prompt in enumerate(prompts):
             metrics = compare(as_bytes(references[index]), as_bytes(videos[index]))
@@ -70,8 +134,13 @@ def measure(first: int, count: int, steps: int, dense_steps: float, wanted: list
                 {
                     "prompt": prompt,
                     "seed": seeds[index],
-                    "method": method,
-                    "wanted_density": wanted,
+                    "configuration": str(configuration),
+                    "method": configuration.name,
+                    "wanted_density": configuration.density,
+                    "tolerance": configuration.tolerance,
+                    "dense_steps": configuration.dense,
+                    "dense_layers": configuration.layers,
+                    "planning": planning,
                     "sparse_density": statistics.mean(sparse),
                     "mean_density": report.mean_density() if report else 1.0,
                     "right": check(videos[index]).agrees_with(prompt),
@@ -80,16 +149,22 @@ def measure(first: int, count: int, steps: int, dense_steps: float, wanted: list
                 }
             )
 
-    dense = sample(pipe, prompts, seeds, steps=steps)
-    for name, density in wanted:
-        if name == "dense":
-            record(name, density, dense, dense, None)
+    dense = sample(pipe, prompts, seeds, steps=steps).cpu()
+    record(Configuration("dense", 1.0, 1.0), dense, dense, None, 0.0)
+    for configuration in wanted:
+        if time.perf_counter() - begin > seconds:
+            break
+        try:
+            config = build(configuration, layout)
+            config.check(layout)
+        except OutOfReach as error:
+            print(f"{configuration}: {error}", flush=True)
             continue
-        method, settings = METHODS[name]
-        config = CLASSES[method].for_density(layout, density, schedule=schedule, **settings)
         with accelerate(pipe, config) as handle:
-            videos = sample(pipe, prompts, seeds, steps=steps)
-            record(name, density, videos, dense, handle.report())
+            videos = sample(pipe, prompts, seeds, steps=steps).cpu()
+            pairs = getattr(config, "planning_pairs", None)
+            record(configuration, videos, dense, handle.report(), pairs(layout) if pairs else 0.0)
+        print(f"{configuration}: {statistics.mean(r['psnr'] for r in rows[-len(prompts) :]):.2f} dB", flush=True)
     return rows
 
 
@@ -99,27 +174,55 @@ def as_bytes(video):
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """One line per configuration: mean, and the standard deviation over prompts where there is one."""
-    groups: dict[tuple[str, float], list[dict]] = {}
+    """One line per configuration: means over prompts, standard deviations, and the paired difference to the rival."""
+    groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["wanted_density"]), []).append(row)
+        groups.setdefault(row["configuration"], []).append(row)
     table = []
-    for (method, wanted), group in sorted(groups.items(), key=lambda item: (-item[0][1], "random" in item[0][0])):
+    for group in groups.values():
+        row = group[0]
         accuracy = {a: statistics.mean(r["right"][a] for r in group) for a in ("shape", "colour", "motion", "all")}
         line = {
-            "method": method,
-            "wanted density": wanted,
+            "method": row["method"],
+            "wanted": f"tolerance {row['tolerance']}" if row["tolerance"] else row["wanted_density"],
+            "dense": f"{row['dense_steps']:.0%}" if isinstance(row["dense_steps"], float) else row["dense_steps"],
+            "dense layers": row["dense_layers"],
             "density of sparse calls": round(statistics.mean(r["sparse_density"] for r in group), 3),
+            "planning": round(row["planning"], 3),
             "density of all calls": round(statistics.mean(r["mean_density"] for r in group), 3),
             **{f"{a} right": round(v, 3) for a, v in accuracy.items()},
         }
+        dense = row["method"] == "dense"
         for metric, digits in (("psnr", 2), ("ssim", 4)):
             values = [r[metric] for r in group]
-            dense = method == "dense"
             line[f"{metric} mean"] = "" if dense else round(statistics.mean(values), digits)
             line[f"{metric} sd"] = "" if dense else round(statistics.stdev(values), digits) if len(values) > 1 else ""
-        table.append({**line, "videos": len(group)})
-    return table
+        table.append({**line, "psnr - rival": paired(group, rows), "videos": len(group)})
+    return sorted(table, key=rank_of)
+
+
+def paired(group: list[dict], rows: list[dict]) -> str:
+    """Mean difference in PSNR to the rival of the same seed, density and dense steps, with its standard error."""
+    keys = ("seed", "wanted_density", "dense_steps", "dense_layers")
+    rival = {tuple(r[k] for k in keys): r["psnr"] for r in rows if r["method"] == RIVAL}
+    differences = [r["psnr"] - rival[key] for r in group if (key := tuple(r[k] for k in keys)) in rival]
+    if group[0]["method"] in ("dense", RIVAL) or len(differences) < 2:
+        return ""
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{statistics.mean(differences):+.2f} ± {error:.2f}"
+
+
+def rank_of(line: dict) -> tuple:
+    """Dense first, then by dense steps, by density, and the best first."""
+    wanted = line["wanted"]
+    return (
+        line["method"] != "dense",
+        not str(line["dense"]).endswith("%"),
+        str(line["dense"]),
+        isinstance(wanted, str),
+        -wanted if isinstance(wanted, float) else 0,
+        -(line["psnr mean"] or 0),
+    )
 
 
 def figure(table: list[dict], path: Path) -> None:
@@ -129,13 +232,16 @@ def figure(table: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     dense = next(line for line in table if line["method"] == "dense")
     for method in METHODS:
-        lines = sorted((line for line in table if line["method"] == method), key=lambda x: x["density of sparse calls"])
+        lines = [x for x in table if x["method"] == method and str(x["dense"]).endswith("%")]
+        lines = sorted((x for x in lines if x["wanted"] != 0.106), key=lambda x: x["density of sparse calls"])
+        lines = [x for x in lines if isinstance(x["wanted"], float)]
         if not lines:
             continue
-        style = {"color": "grey", "linestyle": "--" if method == "random" else ":"} if "random" in method else {}
+        style: dict = {"color": "grey", "linestyle": "--" if method == "random" else ":"} if "random" in method else {}
+        style |= {"linewidth": 2.5} if "tangent" in method else {}
         density = [line["density of sparse calls"] for line in lines]
         axes[0].plot(density, [line["psnr mean"] for line in lines], marker="o", label=method, **style)
         axes[1].plot(density, [100 * line["all right"] for line in lines], marker="o", label=method, **style)
@@ -144,7 +250,7 @@ def figure(table: list[dict], path: Path) -> None:
     axes[1].set(xlabel="density of the sparse calls", ylabel="shape, colour and motion right (%)", ylim=(0, 102))
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[0].legend(fontsize=7)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
@@ -153,35 +259,44 @@ def main(
     prompts: int = 64,
     steps: int = 20,
     dense_steps: float = 0.2,
-    densities: str = "0.2,0.35,0.5",
+    densities: str = "0.05,0.1,0.2,0.35",
+    only: str = "",
+    first_seed: int = 5000,
     processes: int = 2,
+    device: str = "cpu",
+    seconds: float = float("inf"),
     out: Path = RESULTS,
 ) -> None:
-    """Measure `--prompts` held-out prompts in `--processes` processes of one thread each."""
-    wanted = tuple(float(d) for d in densities.split(","))
+    """Measure `--prompts` held-out prompts: on a CPU in `--processes` processes, on a GPU all at a time.
+
+    `--only` is a regular expression: configurations in whose names it is found, as printed, are measured, and what was
+    measured before stays in the table. `--seconds` ends a run after the configuration that is under way then.
+    """
+    values = tuple(float(d) for d in densities.split(","))
     raw = out / "quality.jsonl"
     rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
-    settings = {"steps": steps, "dense_steps": dense_steps, "densities": densities}
+    settings = {"steps": steps, "dense_steps": dense_steps, "densities": densities, "first_seed": first_seed}
     for row in rows:
         if row["settings"] != settings:
             raise typer.BadParameter(f"{raw} was made with {row['settings']}, not {settings}: delete it, or use --out.")
-    done = {(row["seed"], row["method"], row["wanted_density"]) for row in rows}
+    done = {(row["seed"], row["configuration"]) for row in rows}
+    batch = BATCH if device == "cpu" else prompts
     batches = {}
-    for first in range(0, prompts, BATCH):
-        seeds = range(first, min(first + BATCH, prompts))
-        missing = [c for c in configurations(wanted) if any((s, *c) not in done for s in seeds)]
+    for first in range(0, prompts, batch):
+        seeds = range(first_seed + first, first_seed + min(first + batch, prompts))
+        every = (c for c in configurations(values, dense_steps) if re.search(only, str(c)))
+        missing = [c for c in every if any((s, str(c)) not in done for s in seeds)]
         if missing:
             batches[first] = missing
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes if device == "cpu" else 1) as pool:
         futures = [
-            pool.submit(measure, first, min(BATCH, prompts - first), steps, dense_steps, missing)
+            pool.submit(measure, first, min(batch, prompts - first), steps, first_seed, device, missing, seconds)
             for first, missing in batches.items()
         ]
         for future in as_completed(futures):
             made = [{**row, "settings": settings} for row in future.result()]
-            again = {(row["seed"], row["method"], row["wanted_density"]) for row in made}
-            kept = [row for row in rows if (row["seed"], row["method"], row["wanted_density"]) not in again]
-            rows = kept + made
+            again = {(row["seed"], row["configuration"]) for row in made}
+            rows = [row for row in rows if (row["seed"], row["configuration"]) not in again] + made
             raw.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["seed"])))
             print(f"{len(rows)} videos", flush=True)
     table = summarise(rows)
@@ -194,13 +309,19 @@ def main(
         out / "quality.md",
         "Quality of the methods on the demo model",
         f"`python benchmarks/quality.py --prompts {prompts} --steps {steps} --dense-steps {dense_steps} "
-        f"--densities {densities}`; {environment_line()}.\n\n"
-        f"Each configuration makes the same {prompts} held-out prompts from the same seeds (33 frames of 128x128, 576 "
-        f"tokens, {steps} steps, the first {dense_steps:.0%} of them dense). *Right* is the share of videos in which "
-        "the checker finds the shape, colour and motion asked for. PSNR and SSIM are against the dense video of the "
-        "same seed (mean and standard deviation over videos). The controls keep random blocks of 16 tokens: *random* "
-        "draws them anew at each step, so that its errors partly cancel over the run, and is what `svg` and `svg2` "
-        "must beat, which plan at each step; *random, fixed* keeps them for the run, as `radial` does.\n\n"
+        f"--densities {densities} --device {device}"
+        + (f" --only '{only}'" if only else "")
+        + f"`; {environment_line(device)}.\n\n"
+        f"Each configuration makes the same {prompts} held-out prompts from the same seeds, {first_seed} and up (33 "
+        f"frames of 128x128, 576 tokens, {steps} steps; *dense*: how many of the first ones are dense). *Right* is the "
+        "share of videos in which the checker finds the shape, colour and motion asked for. PSNR and SSIM are against "
+        "the dense video of the same seed (mean and standard deviation over videos). *Density of sparse calls* counts "
+        "text and stand-ins; *planning* is what a probe costs beside it, as a share of the pairs of dense attention. "
+        f"*psnr - rival* is the mean difference to *{RIVAL}* of the same seed, density and dense steps, and its "
+        "standard error. *tangent* takes its rank without a probe at so few tokens, *tangent, probed* with it; its row "
+        "at .106 is what a density of .2 leaves when the probe is paid out of it. The controls keep random blocks of "
+        "16 tokens: *random* draws them anew at each step, so that its errors partly cancel over the run, and is what "
+        "methods must beat that plan at each step; *random, fixed* keeps them for the run, as `radial` does.\n\n"
         "![PSNR and accuracy over density](quality.png)",
         table,
     )

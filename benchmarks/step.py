@@ -27,7 +27,7 @@ MODELS = {
     "wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "wan-14b": {},
 }
-METHODS = ("radial", "svg", "svg2")
+METHODS = ("radial", "svg", "svg2", "tangent")
 
 
 def measure(transformer, inputs: dict, config, schedule, backend: str, steps: int, device) -> dict[str, float | str]:

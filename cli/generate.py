@@ -56,7 +56,9 @@ def generate_command(
     steps: Annotated[int | None, typer.Option(help="Denoising steps. (default: the model's)")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance. (default: the model's)")] = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 16,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file. (default: those of --video, otherwise 16)")
+    ] = None,
     density: Annotated[
         float | None,
         typer.Option(
@@ -75,6 +77,12 @@ def generate_command(
         typer.Option("--set", help="Any setting of a method, such as svg2.top_p=0.85; repeatable."),
     ] = None,
     backend: Annotated[str, typer.Option(help="What computes attention: auto, or a name of `vidaccel info`.")] = "auto",
+    measure_error: Annotated[
+        int,
+        typer.Option(
+            help="Queries of each sparse call whose true error is measured and reported, 64 for example; takes time."
+        ),
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")
@@ -96,7 +104,7 @@ def generate_command(
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
     with one_line_errors():
-        from ..generation.api import carry_out, check_outputs, compared
+        from ..generation.api import carry_out, check_files_of, check_outputs, compared
         from ..generation.job import Sparse, prepare
         from ..generation.progress import bars
         from ..generation.report import write_report
@@ -129,6 +137,7 @@ def generate_command(
             dense_layers=amount("dense_layers", dense_layers),
             overrides=method_settings(setting or []),
             backend=backend,
+            measure_error=measure_error,
         )
         job = prepare(
             model,
@@ -140,6 +149,7 @@ def generate_command(
             offload=offload,
             tiling=vae_tiling,
         )
+        check_files_of(job, out, page)
         if threads is not None:
             import torch
 

@@ -7,17 +7,17 @@ import contextlib
 from typing import Any
 
 from ..generation.errors import BadInput
+from ..generation.values import count_or_share
 
 
 def amount(field: str, text: str | None) -> int | float | None:
     """A count ("4") or a fraction ("0.2"); BadInput for anything else."""
     if text is None:
         return None
+    value: Any = text
     with contextlib.suppress(ValueError):
         value = int(text) if text.lstrip("+-").isdigit() else float(text)
-        if (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0 <= value <= 1):
-            return value
-    raise BadInput(field, "it is a count (a whole number from 0) or a fraction (0.0 to 1.0)", value=text)
+    return count_or_share(field, value)
 
 
 def method_settings(texts: list[str]) -> dict[str, dict[str, Any]]:

@@ -31,11 +31,13 @@ def print_summary(videos: list[GeneratedVideo], files: dict[str, Path], comparis
             row += [format_psnr(metrics.mean_psnr), f"{metrics.mean_ssim:.3f}"] if metrics else ["–", "–"]
         table.add_row(*row, str(files[video.name]))
     Console().print(table)
-    for note in videos[0].notes:  # the runs start from the same pictures
+    for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures
         typer.echo(note)
     for video in videos:
         if note := all_dense(video):
             typer.echo(note)
+        if video.report is not None and (error := video.report.error_in_words()):
+            typer.echo(f"{video.name}: {error}.")
 
 
 def all_dense(video: GeneratedVideo) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +13,16 @@ from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
 from .job import Job, Sparse, prepare
 from .machine import environment
-from .outputs import check_file
+from .methods import measured_note
+from .outputs import check_file, check_files
 from .progress import bars
-from .report import write_report
+from .report import files_beside, video_file, write_report
 from .request import Settings
 from .run import StageCallback, load, make_videos
+from .values import file_name
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from ..attention.methods.base import Method
@@ -40,14 +45,15 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
-    fps: float = 16,
+    fps: float | None = None,
     density: float | None = None,
     dense_steps: int | float | None = None,
     dense_layers: int | float | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     backend: str = "auto",
-    device: str = "auto",
-    dtype: str = "auto",
+    measure_error: int = 0,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     offload: bool = False,
     tiling: bool = False,
     out: str | Path | None = None,
@@ -63,23 +69,28 @@ def generate(
         model: "demo" or "demo-dc" (built in), a folder of a diffusers pipeline, a hub id, or a loaded pipeline, which
             stays as it is.
         prompt, negative_prompt: what the video shows, and what it should not show.
-        method: "dense", a name of `METHODS` or a config such as `SVG2(top_p=0.9)`; with `compare`, several. None takes
-            SVG2 for a video of at least 8192 tokens and dense for a shorter one; with `compare`, SVG2, Radial and SVG.
+        method: "dense", a name of `METHODS` or a config such as `SVG2(top_p=0.9)`; with `compare`, several, of which
+            those of one method are named by what differs ("svg2-top_p=0.9"). None takes SVG2 for a video of at least
+            8192 tokens and dense for a shorter one; with `compare`, SVG2, Radial and SVG.
         compare: also run dense, first, and measure the others against it.
-        image, last_image: files or PIL pictures, the first and the last frame, for image to video.
-        video: a file, or frames `[F, H, W, 3]` of bytes, for video to video.
+        image, last_image: the first and the last frame, for image to video: a file, a PIL picture, or an array
+            `[H, W, 3]` of bytes or of floats in [0, 1].
+        video: for video to video: a file, a list of PIL pictures, or an array `[F, H, W, 3]` of the same.
         strength: how much of the noise is added to `video`, in (0, 1].
         frames, height, width, steps, guidance_scale: None takes the model's.
         seed: of the initial noise.
-        fps: frames per second of the result.
+        fps: frames per second of the result; None for those of a file in `video`, and 16 without one.
         density: share of attention to compute in sparse steps; None takes the method's.
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         settings: further settings by method: `{"svg2": {"top_p": 0.85}}`.
         backend: what computes attention, a name of `BACKENDS`, or "auto".
-        device, dtype: a name, or "auto"; of a loaded pipeline they are its own.
+        measure_error: queries of each sparse call whose true error is measured and reported, see `accelerate`; times
+            then include the measuring.
+        device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
         offload: keep on the device only the part that is at work.
         tiling: encode and decode in tiles.
-        out: MP4 file to write; with `compare`, that of the first method, with the others beside it.
+        out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
+            there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
         warm_up: with `compare`, one uncounted step before each run, so that compilation is not timed.
         progress: show bars.
@@ -101,42 +112,41 @@ def generate(
         guidance_scale,
         seed,
         fps,
-        image=_file(image),
-        last_image=_file(last_image),
-        video=_file(video),
+        image=image,
+        last_image=last_image,
+        video=video,
         strength=strength,
     )
-    file, page = _file(out), _file(report)
+    file, page = (
+        None if path is None else file_name(field, path) for field, path in (("out", out), ("report", report))
+    )
     check_outputs(file, page, compare)
     methods: Sequence[str | Method]
     if method is None:
         methods = ()
     else:
-        methods = method if isinstance(method, Sequence) and not isinstance(method, str) else [method]
+        methods = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
     if len(methods) > 1 and not compare:
         raise BadInput("method", "can have several only in a comparison", f"Add {mention('compare')}.")
     job = prepare(
         str(model) if isinstance(model, Path) else model,
         wanted,
-        Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend),
+        Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend, measure_error),
         compare=compare,
         device=device,
         dtype=dtype,
         offload=offload,
         tiling=tiling,
     )
+    check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
     with shown as on_stage:
         videos = carry_out(job, out=file, warm=warm_up and compare, on_stage=on_stage)
     if not compare:
-        return videos[0]
+        return replace(videos[0], notes=(*map(worded, job.notes), *videos[0].notes))
     files = () if file is None else tuple(job.files(file).values())
     made = compared(job, videos, files, "vidaccel.generate(...)")
     return made if page is None else write_report(made, page)
-
-
-def _file(given: Any) -> Any:
-    return Path(given) if isinstance(given, str) else given
 
 
 def check_outputs(out: Path | None, report: Path | None, compare: bool) -> None:
@@ -147,6 +157,15 @@ def check_outputs(out: Path | None, report: Path | None, compare: bool) -> None:
         raise BadInput("report", f"is the page of {mention('compare')}", "Give both.")
     if report is not None:
         check_file("report", report, ".html")
+
+
+def check_files_of(job: Job, out: Path | None, report: Path | None) -> None:
+    """Raise BadInput unless all the files of a job can be written; see `outputs.check_files`."""
+    if out is not None:
+        check_files("out", out, job.files(out).values(), job.inputs)
+    if report is not None:
+        videos = [video_file(report, name) for name in job.methods] if out is None else []
+        check_files("report", report, [report, *files_beside(report), *videos], job.inputs)
 
 
 def carry_out(
@@ -168,8 +187,19 @@ def carry_out(
     for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
         if files:
             video.save(files[video.name])
-        videos.append(video)
+        videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
     return videos
+
+
+def _density_notes(job: Job, video: GeneratedVideo) -> list[str]:
+    """Whether the sparse calls of a run had the density that was to be expected of the one asked for."""
+    method = job.methods[video.name]
+    densities = [] if video.report is None else [r.density for r in video.report.records if not r.reason]
+    if job.density is None or method is None or not densities:
+        return []
+    expected = method.expected_density(job.layout)
+    note = measured_note(video.name, statistics.fmean(densities), job.density if expected is None else expected)
+    return [note] if note else []
 
 
 def compared(
@@ -188,5 +218,6 @@ def compared(
         environment=environment(job.device),
         command=command,
         files=tuple(files),
-        notes=tuple(worded(note, name) for note in (*job.notes, *videos[0].notes)),
+        # The runs start from the same pictures, and have the same to say of them.
+        notes=tuple(dict.fromkeys(worded(note, name) for note in (*job.notes, *(n for v in videos for n in v.notes)))),
     )

@@ -112,6 +112,9 @@ class Comparison:
             raise ValueError(
                 f"a comparison needs two or more videos and a file each, got {len(self.videos)}, {len(self.files)}."
             )
+        names = [video.name for video in self.videos]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the videos of a comparison need names of their own, got {', '.join(names)}.")
         metrics = {v.name: compare(self.reference.frames, v.frames) for v in self.others}
         object.__setattr__(self, "metrics", metrics)
 

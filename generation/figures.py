@@ -43,10 +43,16 @@ def line_chart(series: dict[str, tuple[float, ...]], ylabel: str, least_span: fl
     return figure
 
 
-def heat_map(values: np.ndarray, label: str, rows: str = "layer") -> Figure:
-    """`values [layers, steps]` in [0, 1]; NaN stays empty. `label` says what they are, `rows` what the rows are."""
+def heat_map(values: np.ndarray, label: str, rows: str = "layer", top: float = 1.0) -> Figure:
+    """`values [layers, steps]` from 0 to `top`; NaN stays empty.
+
+    Args:
+        values: what to show. label: what they are. rows: what the rows are. top: the end of the scale.
+    """
     figure, axes = _figure(1.5 + 0.11 * min(30, max(len(values), 8)))
-    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest", origin="upper")
+    image = axes.imshow(
+        values, vmin=0, vmax=top, aspect="auto", cmap="viridis", interpolation="nearest", origin="upper"
+    )
     axes.set_xlabel("step")
     axes.set_ylabel(rows)
     axes.locator_params(integer=True)

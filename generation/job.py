@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .machine import check_runs, choose_device, choose_dtype
-from .methods import DENSE, build_method, check_names, check_sparse_only, choose_names
+from .methods import (
+    DENSE,
+    build_method,
+    check_names,
+    check_sparse_only,
+    choose_runs,
+    expected_note,
+    labels,
+    name_of,
+)
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
-from .request import Settings
+from .request import INPUTS, Settings
+from .values import count_or_share, number, text
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +40,18 @@ class Job:
         facts: of the model.
         settings: with the model's defaults.
         layout: the token grid of the video.
-        methods: by name, in the order of the runs; None is dense.
+        methods: by name, in the order of the runs; None is dense. Several configs of one method have what differs in
+            their names.
         why: why these methods; to be `worded`, as all texts here.
         compare: whether the first is the reference of a comparison.
         backend: a name, or "auto".
         device, dtype: where and in what the model runs.
         offload, tiling: see `pipelines.loading.load_pipeline`.
+        density: what was asked for, None for the methods' own.
+        inputs: field -> file that was read for it.
         pipe: the pipeline, where it was given loaded.
         notes: what a user should know, in sentences.
+        measure_error: see `accelerate`.
     """
 
     facts: ModelFacts
@@ -51,8 +65,11 @@ class Job:
     dtype: torch.dtype
     offload: bool = False
     tiling: bool = False
+    density: float | None = None
+    inputs: Mapping[str, Path] = field(default_factory=dict)
     pipe: DiffusionPipeline | None = None
     notes: tuple[str, ...] = ()
+    measure_error: int = 0
 
     @property
     def first(self) -> str:
@@ -88,14 +105,15 @@ class Sparse:
     """What is asked for of sparse attention; None keeps the method's default.
 
     Args:
-        methods: names, or configs with all their settings; none for the default (see `methods.choose_names`).
+        methods: names, or configs with all their settings; none for the default (see `methods.choose_runs`).
         density: pairs computed over all pairs, in sparse steps.
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         overrides: method -> field -> value.
         backend: a name, which then runs or raises, or "auto".
+        measure_error: see `accelerate`.
 
     Raises:
-        BadInput: a density out of its bounds.
+        BadInput: a value of another kind or out of its bounds.
     """
 
     methods: Sequence[str | Method] = ()
@@ -104,15 +122,30 @@ class Sparse:
     dense_layers: int | float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "auto"
+    measure_error: int = 0
 
     def __post_init__(self) -> None:
-        if self.density is not None and not 0 < self.density <= 1:
-            raise BadInput("density", "it must be above 0 and at most 1 (1 is dense)", value=self.density)
+        _check_methods(self.methods)
+        text("backend", self.backend)
+        if self.density is not None:
+            object.__setattr__(self, "density", number("density", self.density))
+            if not 0 < self.density <= 1:
+                raise BadInput("density", "it must be above 0 and at most 1 (1 is dense)", value=self.density)
+        for name in ("dense_steps", "dense_layers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, count_or_share(name, getattr(self, name)))
+        if not isinstance(self.overrides, Mapping) or any(not isinstance(v, Mapping) for v in self.overrides.values()):
+            problem = 'they must be settings by method, such as {"svg2": {"top_p": 0.85}}'
+            raise BadInput("settings", problem, value=repr(self.overrides))
+        rows = self.measure_error
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            problem = "it must be a whole number of queries, 0 or more (0 measures nothing)"
+            raise BadInput("measure_error", problem, value=rows)
 
     @property
     def names(self) -> list[str]:
         """Of the methods."""
-        return [method if isinstance(method, str) else method.name for method in self.methods]
+        return [name_of(method) for method in self.methods]
 
     def given(self) -> dict[str, bool]:
         """The fields that only a sparse method has, and whether they were given."""
@@ -122,6 +155,7 @@ class Sparse:
             "dense_layers": self.dense_layers is not None,
             "settings": bool(self.overrides),
             "backend": self.backend != "auto",
+            "measure_error": bool(self.measure_error),
         }
 
 
@@ -131,8 +165,8 @@ def prepare(
     sparse: Sparse,
     *,
     compare: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     offload: bool = False,
     tiling: bool = False,
 ) -> Job:
@@ -162,6 +196,7 @@ def prepare(
             pipe = as_video_to_video(model)
         facts = inspect_pipeline(pipe)
         place, chosen_dtype = pipe._execution_device, pipe.transformer.dtype
+    inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     settings = settings.checked(facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
@@ -170,11 +205,14 @@ def prepare(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
     layout = facts.layout(settings.frames, settings.height, settings.width)
-    names, why = choose_names(sparse.names, compare, layout.tokens)
+    runs, why = choose_runs(sparse.methods, compare, layout.tokens)
+    names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given())
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
-    methods, left_out = _methods(names, sparse, layout)
+    methods, left_out = _methods(runs, sparse, layout)
     notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    made = [(label, method) for label, method in methods.items() if method is not None]
+    notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))
         notes.append(f"The file has {wide}x{high} pixels, the last row or column twice: H.264 needs even sizes.")
@@ -190,8 +228,11 @@ def prepare(
         chosen_dtype,
         offload=offload,
         tiling=tiling,
+        density=sparse.density,
+        inputs=inputs,
         pipe=pipe,
         notes=tuple(notes),
+        measure_error=sparse.measure_error,
     )
 
 
@@ -200,40 +241,53 @@ def _refuse_placing(**given: Any) -> None:
     refuse_given(told, "for a model that is yet to be loaded, and this pipeline is loaded")
 
 
+def _check_methods(methods: Sequence[Any]) -> None:
+    """Raise BadInput for what is neither a name nor a config."""
+    from ..attention.methods.base import Method
+
+    for method in methods:
+        if isinstance(method, type) and issubclass(method, Method):
+            raise BadInput("method", "it is the class, not a config", f"Give {method.__name__}().", value=method.name)
+        if not isinstance(method, str | Method):
+            raise BadInput("method", "it must be a name, or a config such as SVG2()", value=repr(method))
+
+
 def _methods(
-    names: Sequence[str], sparse: Sparse, layout: VideoLayout
+    runs: Sequence[str | Method], sparse: Sparse, layout: VideoLayout
 ) -> tuple[dict[str, Method | None], dict[str, str]]:
-    """The methods of the runs, and those of a default choice that cannot do this video, with the reason."""
+    """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why."""
+    names = [name_of(run) for run in runs]
     unknown = [name for name in sparse.overrides if name not in names]
     if unknown:
-        value = f"{unknown[0]}.{next(iter(sparse.overrides[unknown[0]]))}"
+        value = f"{unknown[0]}.{next(iter(sparse.overrides[unknown[0]]), '')}"
         raise BadInput("settings", f"this method is not among those to run ({', '.join(names)})", value=value)
-    ready = {m.name: m for m in sparse.methods if not isinstance(m, str)}
-    found: dict[str, Method | None] = {}
+    found: dict[Method | None, None] = {}  # an ordered set: a config that is given twice, once by its name, is one run
     left_out: dict[str, str] = {}
-    for name in names:
-        if name == DENSE:
-            found[name] = None
+    for run in runs:
+        if run == DENSE:
+            found[None] = None
             continue
-        if name in ready:
-            found[name] = _as_given(ready[name], sparse, layout)
+        if not isinstance(run, str):
+            found[_as_given(run, sparse, layout)] = None
             continue
         values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
         try:
-            found[name] = build_method(name, layout, **values, overrides=sparse.overrides.get(name))
+            found[build_method(run, layout, **values, overrides=sparse.overrides.get(run))] = None
         except BadInput as error:
-            if sparse.methods or sparse.overrides.get(name):
+            if sparse.methods or sparse.overrides.get(run):
                 raise
-            left_out[name] = error.problem
-    if not any(found.values()) and left_out:
+            left_out[run] = error.problem
+    if not any(found) and left_out:
         name, reason = next(iter(left_out.items()))
         raise BadInput("method", f"none of {', '.join(left_out)} can make this video ({name}: {reason})")
-    return found, left_out
+    named = iter(labels([method for method in found if method is not None]))
+    return {DENSE if method is None else next(named): method for method in found}, left_out
 
 
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
     """A config, which has all its settings already."""
-    given = {name: is_given for name, is_given in sparse.given().items() if name != "backend"}
+    of_methods = ("density", "dense_steps", "dense_layers", "settings")
+    given = {name: is_given for name, is_given in sparse.given().items() if name in of_methods}
     refuse_given(given, f"for a method's name, and a {type(method).__name__} was given", "Set its own fields")
     try:
         method.check(layout)

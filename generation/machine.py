@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def choose_device(name: str, offload: bool) -> torch.device:
+def choose_device(name: str | torch.device, offload: bool) -> torch.device:
     """The device that `device` means; BadInput when this machine lacks it.
 
     Every kind of accelerator that this build of torch has will do (cuda, which ROCm is as well, mps, xpu, ...).
     """
     import torch
 
+    name = str(name)
     present = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         name = "cpu" if present is None else present.type
@@ -68,10 +69,11 @@ def check_runs(backend: str, device: torch.device, sparse: bool) -> None:
         raise BadInput("backend", f"it cannot be used here: it {reason}", fix, value=backend)
 
 
-def choose_dtype(name: str, device: torch.device, model: str) -> torch.dtype:
+def choose_dtype(name: str | torch.dtype, device: torch.device, model: str) -> torch.dtype:
     """The dtype that `dtype` means; BadInput for one that models are not run in."""
     import torch
 
+    name = str(name).removeprefix("torch.")
     if name != "auto" and name not in DTYPES:
         raise BadInput("dtype", f"it must be auto, {', '.join(DTYPES)}", value=name)
     if name == "auto":

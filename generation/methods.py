@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ DEFAULT_METHOD = "svg2"
 DEFAULT_COMPARED = ("svg2", "radial", "svg")
 MIN_SPARSE_TOKENS = 8192
 """Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves."""
+_SET_BY_DENSITY = {"radial": ("decay", "rule"), "svg2": ("top_p", "min_ratio"), "sparge": ("topk", "cdf")}
+"""Method -> the settings, beside `density`, that a density decides or puts out of use."""
+_NEAR = 0.04
+"""A density that is off by no more than this share of it is met; SVG's temporal heads may be 3 % below theirs."""
 
 
 def check_names(names: Sequence[str], compare: bool) -> None:
@@ -32,28 +37,34 @@ def check_names(names: Sequence[str], compare: bool) -> None:
         raise BadInput("compare", f"needs a {mention('method')} other than dense, which is always the reference")
 
 
-def choose_names(asked: Sequence[str], compare: bool, tokens: int) -> tuple[list[str], str]:
-    """The runs in their order, and why these (to be `worded`): dense first where it is the reference, every name once.
+def choose_runs(asked: Sequence[str | Method], compare: bool, tokens: int) -> tuple[list[str | Method], str]:
+    """The runs in their order, and why these (to be `worded`): dense first where it is the reference, every run once.
 
     Args:
-        asked: methods that were given, checked; may be empty.
+        asked: names and configs that were given, checked; may be empty.
         compare: whether a comparison was asked for.
         tokens: length of the video's sequence in self-attention.
     """
     few = tokens < MIN_SPARSE_TOKENS
+    runs: list[str | Method]
     if asked:
-        names, why = list(dict.fromkeys(asked)), "as given"
+        runs, why = list(dict.fromkeys(asked)), "as given"
     elif compare:
-        names, why = list(DEFAULT_COMPARED), f"what {mention('compare')} takes without {mention('method')}"
+        runs, why = list(DEFAULT_COMPARED), f"what {mention('compare')} takes without {mention('method')}"
         if few:
             why += f" (the video has {tokens:,} tokens; below {MIN_SPARSE_TOKENS:,}, dense is the choice without it)"
     else:
-        names = [DENSE if few else DEFAULT_METHOD]
+        runs = [DENSE if few else DEFAULT_METHOD]
         why = f"the video has {tokens:,} tokens, {'fewer than' if few else 'at least'} {MIN_SPARSE_TOKENS:,}"
         why += f"; {mention('method')} {DEFAULT_METHOD if few else DENSE} for the other"
     if compare:
-        names = [DENSE, *(name for name in names if name != DENSE)]
-    return names, why
+        runs = [DENSE, *(run for run in runs if run != DENSE)]
+    return runs, why
+
+
+def name_of(run: str | Method) -> str:
+    """The name of the method of a run."""
+    return run if isinstance(run, str) else run.name
 
 
 def check_sparse_only(names: Sequence[str], was_asked: bool, given: Mapping[str, bool]) -> None:
@@ -85,31 +96,77 @@ def build_method(
         name: a key of `attention.METHODS`.
         layout: the token grid, which a method may need to meet a density.
         density: pairs computed over pairs in dense attention, in the sparse steps; None keeps the method's own default.
-        overrides: further fields of the method.
+        overrides: further fields of the method, none that the density decides.
         dense_steps, dense_layers: first steps and layers that stay dense (count or fraction); None keeps the default.
 
     Raises:
-        BadInput: a field the method lacks, or a value it refuses.
+        BadInput: a field the method lacks, one that the density decides, or a value it refuses.
     """
     from ..attention import METHODS
     from ..pipelines.errors import first_line
 
     method_class = METHODS[name]
-    known = [f.name for f in fields(method_class) if f.name != "schedule"]
-    for field in overrides or {}:
-        if field not in known:
-            raise BadInput(
-                "settings", f"{name} has no such setting; it has {', '.join(known)}", value=f"{name}.{field}"
-            )
+    settings = dict(overrides or {})
+    _check_settings(name, settings, density)
     try:
-        method = method_class() if density is None else method_class.for_density(layout, density)
-        schedule = method.schedule
-        if dense_steps is not None:
-            schedule = replace(schedule, first_steps=dense_steps)
-        if dense_layers is not None:
-            schedule = replace(schedule, first_layers=dense_layers)
-        method = replace(method, schedule=schedule, **(overrides or {}))
+        # All at once: one setting can decide what another may be, and what a method makes of those that are left out.
+        changed = {"first_steps": dense_steps, "first_layers": dense_layers}
+        changed = {field: value for field, value in changed.items() if value is not None}
+        if changed:
+            settings["schedule"] = replace(method_class().schedule, **changed)
+        if density is None:
+            method = method_class(**settings)
+        else:
+            method = method_class.for_density(layout, density, **settings)
         method.check(layout)
         return method
     except (ValueError, TypeError) as error:
         raise BadInput("method", first_line(error).rstrip("."), value=name) from error
+
+
+def _check_settings(name: str, settings: Mapping[str, Any], density: float | None) -> None:
+    """Raise BadInput for settings that a method lacks, and for those that are given twice, once by the density."""
+    from ..attention import METHODS
+
+    known = [f.name for f in fields(METHODS[name]) if f.name != "schedule"]
+    for field in settings:
+        if field not in known:
+            problem = f"{name} has no such setting; it has {', '.join(known)}"
+            raise BadInput("settings", problem, value=f"{name}.{field}")
+        if density is not None and field in ("density", *_SET_BY_DENSITY.get(name, ())):
+            problem = f"{mention('density')} {density:g} decides it"
+            raise BadInput("settings", problem, "Give one of the two.", value=f"{name}.{field}")
+
+
+def expected_note(label: str, method: Method, layout: VideoLayout, asked: float | None) -> str:
+    """What the density will be instead of the one asked for, where that is known before the run; else ""."""
+    expected = method.expected_density(layout)
+    if asked is None or expected is None or abs(expected - asked) <= _NEAR * asked:
+        return ""
+    return f"{label}: density {asked:g} cannot be met on this video; the nearest is {expected:.3f}."
+
+
+def measured_note(label: str, measured: float, expected: float) -> str:
+    """What the density of the sparse calls of a run was, where it is not the one expected; else ""."""
+    if abs(measured - expected) <= _NEAR * expected:
+        return ""
+    return f"{label}: density {expected:g} was not met; its sparse calls computed {measured:.3f} of the pairs."
+
+
+def labels(methods: Sequence[Method]) -> list[str]:
+    """A name for each run, which can be part of a file's name: that of its method, and where several runs have one
+    method, the settings in which they differ ("svg2-top_p=0.8")."""
+    told = [_settings(method) for method in methods]
+    made = []
+    for method, settings in zip(methods, told, strict=True):
+        peers = [other for other, its in zip(told, methods, strict=True) if its.name == method.name]
+        differing = [f"{key}={value}" for key, value in settings.items() if any(p[key] != value for p in peers)]
+        made.append("-".join([method.name, *differing]))
+    return made
+
+
+def _settings(method: Method) -> dict[str, str]:
+    """Field -> value as a text of letters, digits and what file names may have; those of the schedule among them."""
+    values = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "schedule"}
+    values |= {f.name: getattr(method.schedule, f.name) for f in fields(method.schedule)}
+    return {name: re.sub(r"[^\w.+-]+", "_", repr(value)) for name, value in values.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .errors import BadInput
+from .errors import BadInput, mention
 
 
 def check_file(field: str, path: Path, suffix: str) -> None:
@@ -17,6 +18,32 @@ def check_file(field: str, path: Path, suffix: str) -> None:
     if not path.parent.is_dir():
         raise BadInput(field, f"there is no folder {path.parent}", "Create it first.", value=path)
     check_writable(field, path)
+
+
+def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[str, Path]) -> None:
+    """Raise BadInput unless all files that are written for a field can be; those that are there are replaced.
+
+    Args:
+        field: of the request.
+        given: what it is; see `check_file`.
+        files: all that is written for it, `given` among them.
+        inputs: field -> file that the request reads, which is not to be lost.
+    """
+    for file in files:
+        what = "it" if file == given else f"{file.name}, which is written for it,"
+        other = "Give another name."
+        if file.is_dir():
+            raise BadInput(field, f"{what} is a folder", other, value=given)
+        for name, source in inputs.items():
+            if file.exists() and source.samefile(file):
+                raise BadInput(field, f"{what} is the file that {mention(name)} reads", other, value=given)
+        try:
+            # With a name as long as that of `video.staged`.
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", suffix=".part"):
+                pass
+        except OSError as error:
+            problem = f"{what} cannot be written (the system says: {error.strerror})"
+            raise BadInput(field, problem, other, value=given) from error
 
 
 def check_writable(field: str, path: Path) -> None:

@@ -7,11 +7,12 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageCms
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,8 @@ _ORIENTATION = 274
 """The EXIF tag of how a picture is turned."""
 _BITS, _PHOTOMETRIC = 258, 262
 """The TIFF tags of the bits a sample has, and of whether 0 is white (0) or black (1)."""
+_ROUNDING = 2
+"""Levels of 256 by which a profile of sRGB, such as that of a camera, may be off it."""
 _ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 """Formats whose further pictures are previews, layers or sizes of the first one, and not frames."""
 
@@ -47,20 +50,39 @@ def read_picture(path: str | Path, background: str | tuple[int, int, int] = BACK
         PictureError: the file cannot be read, is damaged, holds several frames, or has numbers whose black and white it
             does not tell (32 bits or floating point).
     """
-    from PIL import Image, ImageOps
-
     with _opened(path) as image:
         _check_single(image)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        # What `exif_transpose` makes has no file any more, and with that no tags.
-        eight = _eight_bits(upright, image)
-        colours, alpha = _in_srgb(eight, path)
-        if alpha is None:
-            return colours
-        below = Image.new("RGB", colours.size, background)
-        below.paste(colours, mask=alpha)
-        return below
+        return as_shown(image, str(path), background)
+
+
+def as_shown(
+    image: Image.Image, name: str = "a picture", background: str | tuple[int, int, int] = BACKGROUND
+) -> Image.Image:
+    """A picture as PIL has it, in any of its modes, as people see it; see `read_picture`.
+
+    Args:
+        image: loaded.
+        name: what a warning calls it.
+        background: a colour as PIL knows it.
+
+    Returns:
+        A PIL image of mode "RGB".
+
+    Raises:
+        ValueError: numbers whose black and white are not told.
+    """
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    # What `exif_transpose` makes has no file any more, and with that no tags.
+    eight = _eight_bits(upright, image)
+    colours, alpha = _in_srgb(eight, name)
+    if alpha is None:
+        return colours
+    below = Image.new("RGB", colours.size, background)
+    below.paste(colours, mask=alpha)
+    return below
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -107,25 +129,60 @@ def fit_picture(
         raise ValueError(f"a picture of {width}x{height} cannot be made: width and height must be at least 1.")
     if how not in ("crop", "pad"):
         raise ValueError(f'how is {how!r}: it must be "crop" or "pad".')
-    wide, high = (
-        covering(image.width, image.height, width, height)
-        if how == "crop"
-        else _inside(image.width, image.height, width, height)
-    )
-    scaled = image.resize((wide, high), Image.Resampling.LANCZOS)
-    if (wide, high) == (width, height):
+    fit = Fit.of(image.width, image.height, width, height, how)
+    scaled = image.resize((fit.wide, fit.high), Image.Resampling.LANCZOS)
+    if (fit.wide, fit.high) == (width, height):
         return scaled, ""
-    # Negative where something is added; the odd pixel is the second side's.
-    left, top = int((wide - width) / 2), int((high - height) / 2)
     fitted = Image.new("RGB", (width, height), background)
-    fitted.paste(scaled, (-left, -top))
-    if wide != width:
-        unit, amounts = "column", {"left": left, "right": wide - width - left}
-    else:
-        unit, amounts = "row", {"top": top, "bottom": high - height - top}
-    parts = [f"{abs(n)} {unit}{'s' if abs(n) > 1 else ''} at the {side}" for side, n in amounts.items() if n]
-    done = "cut off" if how == "crop" else f"added in {background}"
-    return fitted, f"{image.width}x{image.height} is scaled to {wide}x{high}; {done}: {' and '.join(parts)}."
+    fitted.paste(scaled, (-fit.left, -fit.top))
+    return fitted, fit.words(background)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture gets a size: it is scaled, its proportions kept, and what sticks out is cut off, or filled up.
+
+    Args:
+        of_width, of_height: pixels of the picture.
+        wide, high: of the scaled one.
+        width, height: of the result.
+    """
+
+    of_width: int
+    of_height: int
+    wide: int
+    high: int
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, of_width: int, of_height: int, width: int, height: int, how: Literal["crop", "pad"] = "crop") -> Fit:
+        """For a picture and a size; see `fit_picture`."""
+        scaled = covering if how == "crop" else _inside
+        return cls(of_width, of_height, *scaled(of_width, of_height, width, height), width, height)
+
+    @property
+    def left(self) -> int:
+        """What is cut off there, negative where something is added; the odd pixel is the right side's."""
+        return int((self.wide - self.width) / 2)
+
+    @property
+    def top(self) -> int:
+        """Likewise; the odd pixel is at the bottom."""
+        return int((self.high - self.height) / 2)
+
+    def words(self, background: str | tuple[int, int, int] = "black") -> str:
+        """What is cut off or added, in words; "" for nothing."""
+        if (self.wide, self.high) == (self.width, self.height):
+            return ""
+        if self.wide != self.width:
+            unit, amounts = "column", {"left": self.left, "right": self.wide - self.width - self.left}
+        else:
+            unit, amounts = "row", {"top": self.top, "bottom": self.high - self.height - self.top}
+        parts = [f"{abs(n)} {unit}{'s' if abs(n) > 1 else ''} at the {side}" for side, n in amounts.items() if n]
+        done = "cut off" if self.wide + self.high > self.width + self.height else f"added in {background}"
+        scaled = f"{self.of_width}x{self.of_height} is scaled to {self.wide}x{self.high}"
+        return f"{scaled}; {done}: {' and '.join(parts)}."
 
 
 def covering(width: int, height: int, over_width: int, over_height: int, enlarge: float = 1.0) -> tuple[int, int]:
@@ -150,7 +207,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
     )
     try:
-        with Image.open(path) as image:
+        # Not by its path: PIL would map a file that is not compressed, and map one that is turned in the wrong shape.
+        with open(path, "rb") as file, Image.open(file) as image:
             yield image
     except UnidentifiedImageError as error:
         raise PictureError(f"{path} is no picture, or one of a kind that is not known here.") from error
@@ -195,19 +253,20 @@ def _eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
     return made
 
 
-def _in_srgb(image: Image.Image, path: str | Path) -> tuple[Image.Image, Image.Image | None]:
+def _in_srgb(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
     """The colours of an 8-bit picture as "RGB" in sRGB, and how opaque it is ("L"), or None where all is."""
     profile = image.info.get("icc_profile")
     alpha = None
     if image.has_transparency_data:
-        whole = image.convert("RGBA")
+        is_grey = image.mode in ("1", "L", "LA", "La")  # and stays so, since its profile is for grey
+        whole = image.convert("LA" if is_grey else "RGBA")
         alpha = whole.getchannel("A")
-        image = whole.convert("RGB")
-    managed = _managed(image, profile, path) if profile else None
+        image = whole.convert("L" if is_grey else "RGB")
+    managed = _managed(image, profile, name) if profile else None
     return image.convert("RGB") if managed is None else managed, alpha
 
 
-def _managed(image: Image.Image, profile: bytes, path: str | Path) -> Image.Image | None:
+def _managed(image: Image.Image, profile: bytes, name: str) -> Image.Image | None:
     """The picture converted by its ICC profile; None where that is sRGB already, or is of no use, which is said."""
     import io
 
@@ -215,12 +274,33 @@ def _managed(image: Image.Image, profile: bytes, path: str | Path) -> Image.Imag
 
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(own):
-            return None
-        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(own.profile.xcolor_space)
-        if mode is None or (mode != image.mode and "CMYK" in (mode, image.mode)):
-            raise ImageCms.PyCMSError(f"it is for {own.profile.xcolor_space.strip()}, and the picture is {image.mode}")
-        return ImageCms.profileToProfile(image.convert(mode), own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        space = own.profile.xcolor_space.strip()
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
+        if mode not in _modes_of_profiles(image.mode):
+            raise ImageCms.PyCMSError(f"it is for {space}, and the picture is {image.mode}")
+        to_srgb = ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return None if _keeps_colours(to_srgb, mode) else ImageCms.applyTransform(image.convert(mode), to_srgb)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        logger.warning("%s: its colour profile cannot be used (%s), so it is taken for sRGB.", path, error)
+        logger.warning("%s: its colour profile cannot be used (%s), so it is taken for sRGB.", name, error)
         return None
+
+
+def _modes_of_profiles(mode: str) -> tuple[str, ...]:
+    """For which modes the profile of a picture can be: its own, and for a grey one RGB as well, of equal parts."""
+    if mode in ("1", "L"):
+        return ("L", "RGB")
+    return ("CMYK",) if mode == "CMYK" else ("RGB",)
+
+
+def _keeps_colours(to_srgb: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether the colours that a profile means are those of sRGB, whatever it is called, but for its rounding."""
+    import numpy as np
+    from PIL import Image, ImageCms
+
+    if mode == "CMYK":
+        return False
+    values = np.arange(0, 256, 1 if mode == "L" else 15, dtype=np.uint8)
+    sample = values[None] if mode == "L" else np.stack(np.meshgrid(values, values, values), -1).reshape(1, -1, 3)
+    picture = Image.fromarray(np.ascontiguousarray(sample))
+    made = np.asarray(ImageCms.applyTransform(picture, to_srgb)).astype(int)
+    return bool(np.abs(made - np.asarray(picture.convert("RGB"))).max() <= _ROUNDING)

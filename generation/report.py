@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +16,15 @@ from .figures import figure_svg, heat_map, line_chart, quantile_chart
 from .video import contact_sheet, png, write_bytes
 
 if TYPE_CHECKING:
-    from ..attention.records import CallRecord, RunReport
+    from ..attention.records import RunReport
+
+
+class HeatMap(NamedTuple):
+    """Values `[layers, steps]` from 0 to `top`, NaN where there is none, and what they are."""
+
+    label: str
+    values: np.ndarray
+    top: float = 1.0
 
 
 # -- what the records say ----------------------------------------------------------------------------------------------
@@ -25,7 +32,9 @@ if TYPE_CHECKING:
 
 def temporal_share(report: RunReport) -> np.ndarray | None:
     """Share of temporal heads `[layers, steps]`, NaN where unknown (dense calls); None when no call has head kinds."""
-    return _by_layer_and_step(report.records, "temporal")
+    if all(r.details.get("temporal") is None for r in report.records):
+        return None
+    return report.map_of(lambda r: None if (kinds := r.details.get("temporal")) is None else float(np.mean(kinds)))
 
 
 def cluster_deciles(report: RunReport) -> dict[str, np.ndarray] | None:
@@ -42,24 +51,12 @@ def cluster_deciles(report: RunReport) -> dict[str, np.ndarray] | None:
     return found or None
 
 
-def _by_layer_and_step(records: Iterable[CallRecord], key: str) -> np.ndarray | None:
-    values: dict[tuple[tuple[str, int], int], list[float]] = {}
-    layers, steps = set(), 0
-    for record in records:
-        layers.add((record.model, record.layer))
-        steps = max(steps, record.step + 1)
-        if record.details.get(key) is not None:
-            values.setdefault(((record.model, record.layer), record.step), []).append(
-                float(np.mean(record.details[key]))
-            )
-    if not values:
-        return None
-    out = np.full((len(layers), steps), np.nan)
-    for row, layer in enumerate(sorted(layers)):
-        for step in range(steps):
-            if (layer, step) in values:
-                out[row, step] = np.mean(values[layer, step])
-    return out
+def heat_maps(report: RunReport) -> list[HeatMap]:
+    """What is known of each layer and step: the density; measured errors and predicted ones where there are some."""
+    errors = {"error": report.error_map(), "predicted error": report.predicted_error_map()}
+    known = {label: values for label, values in errors.items() if np.isfinite(values).any()}
+    top = max((float(np.nanmax(values)) for values in known.values()), default=1.0) or 1.0  # one scale for both
+    return [HeatMap("density", report.density_map()), *(HeatMap(label, values, top) for label, values in known.items())]
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -114,12 +111,23 @@ def write_report(comparison: Comparison, page: Path) -> Comparison:
         The comparison with its files.
     """
     if not comparison.files:
-        files = tuple(video.save(page.with_name(f"{page.stem}.{video.name}.mp4")) for video in comparison.videos)
+        files = tuple(video.save(video_file(page, video.name)) for video in comparison.videos)
         comparison = replace(comparison, files=files)
-    write_json(comparison, page.with_suffix(".json"))
-    write_bytes(contact_sheet_png(comparison), page.with_suffix(".png"))
+    numbers, sheet = files_beside(page)
+    write_json(comparison, numbers)
+    write_bytes(contact_sheet_png(comparison), sheet)
     write_html(comparison, page)
     return comparison
+
+
+def files_beside(page: Path) -> tuple[Path, Path]:
+    """The files of a page's numbers and of its contact sheet."""
+    return page.with_suffix(".json"), page.with_suffix(".png")
+
+
+def video_file(page: Path, name: str) -> Path:
+    """The file of a video that has none but beside its page."""
+    return page.with_name(f"{page.stem}.{name}.mp4")
 
 
 def write_json(comparison: Comparison, path: str | Path) -> Path:
@@ -136,9 +144,11 @@ def write_html(comparison: Comparison, path: str | Path) -> Path:
     """
     import jinja2
 
+    from ..attention.records import percent
+
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(seconds=format_seconds, decibel=format_psnr)
+    environment.filters.update(seconds=format_seconds, decibel=format_psnr, percent=percent)
     page = environment.get_template("report.html.j2").render(_page(comparison))
     return write_bytes(page.encode(), path)
 
@@ -170,13 +180,12 @@ def _metrics_summary(metrics: FrameMetrics) -> dict[str, Any]:
 
 
 def _attention_summary(report: RunReport) -> dict[str, Any]:
-    density = report.density_map()
     out: dict[str, Any] = {
         "method": report.method,
         "config": report.config,
         "mean_density": report.mean_density(),
         "density_by_step": report.density_by_step(),
-        "density_layers_x_steps": [[None if math.isnan(v) else v for v in row] for row in density.tolist()],
+        "density_layers_x_steps": _for_json(report.density_map()),
         "plan_seconds": report.plan_seconds,
         "attention_seconds": report.attention_seconds,
         "calls": len(report.records),
@@ -187,9 +196,26 @@ def _attention_summary(report: RunReport) -> dict[str, Any]:
     share = temporal_share(report)
     if share is not None:
         out["temporal_head_share"] = float(np.nanmean(share))
+    if calls := report.measured():
+        out["error"] = {
+            "median": _for_json(report.median_error()),
+            "worst": {name: getattr(calls[0], name) for name in ("model", "layer", "step", "branch")}
+            | {"error": _for_json(calls[0].error), "predicted": _for_json(calls[0].predicted_error)},
+            "calls": len(calls),
+            "seconds": report.error_seconds,
+            "layers_x_steps": _for_json(report.error_map()),
+            "predicted_layers_x_steps": _for_json(report.predicted_error_map()),
+        }
     for name, deciles in (cluster_deciles(report) or {}).items():
         out[f"{name}_cluster_size_deciles"] = np.median(deciles, axis=0).tolist()
     return out
+
+
+def _for_json(value: Any) -> Any:
+    """A number or an array with null for what JSON has no number for."""
+    if isinstance(value, np.ndarray | list):
+        return [_for_json(item) for item in value]
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _page(comparison: Comparison) -> dict[str, Any]:
@@ -216,6 +242,7 @@ def _page(comparison: Comparison) -> dict[str, Any]:
         "rows": rows,
         "charts": charts,
         "sheet": _data_url(contact_sheet_png(comparison), "image/png"),
+        "measured": any(v.report is not None and v.report.measured() for v in comparison.videos),
         "warm": any(v.warm_up_seconds is not None for v in comparison.videos),
     }
 
@@ -224,8 +251,11 @@ def _attention_page(video: GeneratedVideo, index: int) -> dict[str, Any]:
     report = video.report
     models = sorted({r.model for r in report.records})
     layers = "layer" if len(models) < 2 else f"layer ({', then '.join(models)})"
-    figure = heat_map(report.density_map(), "density", layers)
-    figures = [(figure_svg(figure, f"density{index}"), "Density per layer and step")]
+    figures = []
+    for label, values, top in heat_maps(report):
+        figure = heat_map(values, label, layers, top)
+        name = f"{label.replace(' ', '-')}{index}"
+        figures.append((figure_svg(figure, name), f"{label.capitalize()} per layer and step"))
     share = temporal_share(report)
     if share is not None:
         figure = heat_map(share, "share of temporal heads", layers)
@@ -244,6 +274,8 @@ def _attention_page(video: GeneratedVideo, index: int) -> dict[str, Any]:
         "calls": len(report.records),
         "sparse_calls": sparse,
         "sparse_density": float(np.mean([r.density for r in report.records if not r.reason])) if sparse else None,
+        "error": report.error_in_words(),
+        "error_seconds": report.error_seconds,
         "dense_reasons": _counts(report.dense_reasons()),
         "backends": _counts(report.backends()),
         "notes": report.notes,

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, mention
+from .values import number, text, whole_number
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
+    from .inputs import VideoSource
     from .model_facts import ModelFacts
 
 MAX_SEED = 2**63 - 1
+DEFAULT_FPS = 16.0
+"""Of a video that starts from no other."""
+MIN_FPS, MAX_FPS = 1, 240
+INPUTS = ("image", "last_image", "video")
+"""The fields of what a video starts from."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,14 @@ class Settings:
         prompt, negative_prompt: what the video shows, and what it should not show.
         frames, height, width, steps, guidance_scale: as in diffusers; a guidance scale of 1 is no guidance.
         seed: of the initial noise.
-        fps: frames per second of the file.
-        image, last_image: files or PIL pictures, the first and the last frame, for image to video.
-        video: a file, or frames `[F, H, W, 3]` of bytes, for video to video.
+        fps: frames per second of the file; None for those of the file in `video`, and 16 without one.
+        image, last_image: the first and the last frame, for image to video; see `inputs.open_picture`.
+        video: for video to video; see `inputs.open_video`. Once `checked`, all three have the result's size and length.
         strength: how much of the noise is added to `video`, in (0, 1]; None for the pipeline's own.
+        notes: what was done to the pictures or the video, in words; `checked` writes them.
 
     Raises:
-        BadInput: a value out of its bounds, or a file that is not there.
+        BadInput: a value of another kind or out of its bounds, or a file that is not there.
     """
 
     prompt: str
@@ -42,13 +50,15 @@ class Settings:
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int = 0
-    fps: float = 16
-    image: Path | Image.Image | None = None
-    last_image: Path | Image.Image | None = None
-    video: Path | np.ndarray | None = None
+    fps: float | None = None
+    image: Any = None
+    last_image: Any = None
+    video: Any = None
     strength: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._take_harmless_kinds()
         if not self.prompt.strip():
             raise BadInput("prompt", "is empty", "Say what the video shows.")
         for field in ("frames", "height", "width", "steps"):
@@ -60,29 +70,57 @@ class Settings:
             raise BadInput("guidance_scale", "it must be at least 1 (1 switches guidance off)", value=guidance)
         if not 0 <= self.seed <= MAX_SEED:
             raise BadInput("seed", f"it must be between 0 and {MAX_SEED}", value=self.seed)
-        if not 0 < self.fps <= 240:
-            raise BadInput("fps", "it must be above 0 and at most 240", value=self.fps)
+        if self.fps is not None and not MIN_FPS <= self.fps <= MAX_FPS:
+            raise BadInput("fps", f"it must be at least {MIN_FPS} and at most {MAX_FPS}", value=self.fps)
         if self.strength is not None and not 0 < self.strength <= 1:
             raise BadInput("strength", "it must be above 0 and at most 1 (1 keeps nothing)", value=self.strength)
-        for field in ("image", "last_image", "video"):
+        for field in INPUTS:
             file = getattr(self, field)
             if isinstance(file, Path) and not file.is_file():
                 raise BadInput(field, "there is no such file", value=file)
 
+    def _take_harmless_kinds(self) -> None:
+        """Values of the kinds that the fields have; raise BadInput for those that cannot be meant."""
+        kinds: dict[str, Callable[[str, Any], Any]] = {
+            **dict.fromkeys(("prompt", "negative_prompt"), text),
+            **dict.fromkeys(("frames", "height", "width", "steps", "seed"), whole_number),
+            **dict.fromkeys(("guidance_scale", "fps", "strength"), number),
+        }
+        for field, of_kind in kinds.items():
+            value = getattr(self, field)
+            if value is None and field == "negative_prompt":
+                value = ""
+            if value is not None or field in ("prompt", "seed"):
+                object.__setattr__(self, field, of_kind(field, value))
+        for field in INPUTS:
+            if isinstance(given := getattr(self, field), str | os.PathLike):
+                object.__setattr__(self, field, Path(given))
+
     def checked(self, model: ModelFacts) -> Settings:
-        """The request with the model's defaults filled in.
+        """The request with the model's defaults filled in, and its pictures and video read, at the size of the result.
 
         Raises:
             BadInput: frames or a size that the model cannot make, or a picture or video that is missing, unasked for or
                 unreadable.
         """
+        from .inputs import fitted_picture, open_video
+
         self._check_inputs(model)
-        # Read once: the runs get what is read here.
-        first, last = (open_picture(field, getattr(self, field)) for field in ("image", "last_image"))
-        read = replace(self, image=first, last_image=last)
-        if self.video is not None:
-            read = read._for_video(model)
-        return read.sized(model)
+        source = None if self.video is None else open_video(self.video)
+        whole = (self if source is None else self._for_video(source, model)).sized(model)
+        if source is not None:
+            _check_strength(whole, model)
+        # Read once, the largest last: the runs get what is read here.
+        read: dict[str, Any] = {}
+        notes = list(whole.notes)
+        for field in ("image", "last_image"):
+            if (given := getattr(whole, field)) is not None:
+                read[field], note = fitted_picture(field, given, whole.width, whole.height)
+                notes += [note] if note else []
+        if source is not None:
+            read["video"], more = source.read(whole.frames, whole.width, whole.height)
+            notes += more
+        return replace(whole, **read, notes=tuple(notes))
 
     def _check_inputs(self, model: ModelFacts) -> None:
         """Pictures and videos are there where the model needs them, and nowhere else."""
@@ -100,15 +138,22 @@ class Settings:
         if self.strength is not None and self.video is None:
             raise BadInput("strength", f"is of use only with {mention('video')}", "Leave it out.")
 
-    def _for_video(self, model: ModelFacts) -> Settings:
-        """As many frames as the input video has and the model makes, where none are given."""
-        frames = open_video(self.video)
-        count = (len(frames) - 1) // model.frame_factor * model.frame_factor + 1
-        if self.frames is not None and self.frames > len(frames):
+    def _for_video(self, source: VideoSource, model: ModelFacts) -> Settings:
+        """As many frames as the input video has and the model makes, and its rate, where none are given."""
+        if self.frames is not None and self.frames > source.frames:
             raise BadInput(
-                "frames", f"the input video has {len(frames)}", "Give fewer, or a longer video.", value=self.frames
+                "frames", f"the input video has {source.frames}", "Give fewer, or a longer video.", value=self.frames
             )
-        return replace(self, video=frames, frames=count if self.frames is None else self.frames)
+        count = (source.frames - 1) // model.frame_factor * model.frame_factor + 1
+        whole = replace(self, frames=count if self.frames is None else self.frames)
+        if self.fps is not None or source.fps is None:
+            return whole
+        rate = float(source.fps)
+        if not MIN_FPS <= rate <= MAX_FPS:
+            problem = f"is missing: the input video has {rate:g} frames per second, which cannot be written"
+            raise BadInput("fps", problem, f"Give {MIN_FPS} to {MAX_FPS}.")
+        note = f"video: the result has its {rate:g} frames per second."
+        return replace(whole, fps=rate, notes=(*whole.notes, note))
 
     def sized(self, model: ModelFacts) -> Settings:
         """The request with the model's defaults filled in, of which only frames and sizes are checked.
@@ -116,7 +161,7 @@ class Settings:
         Raises:
             BadInput: frames or a size that the model cannot make.
         """
-        defaults = model.call_defaults()
+        defaults = {**model.call_defaults(), "fps": DEFAULT_FPS}
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         if not model.makes_any_size:
             _check_size(whole, model)
@@ -158,53 +203,18 @@ def _check_size(settings: Settings, model: ModelFacts) -> None:
             )
 
 
-def open_picture(field: str, picture: Path | Image.Image | None) -> Image.Image | None:
-    """The first or last frame for an image-to-video model; BadInput when the file is no picture."""
-    if not isinstance(picture, Path):
-        return picture
-    from ..pipelines.errors import first_line
-    from .pictures import read_picture
+def _check_strength(settings: Settings, model: ModelFacts) -> None:
+    """Raise BadInput where the part of the steps that an input video is put through has none, as diffusers counts."""
+    from ..pipelines.loading import call_defaults
 
-    try:
-        return read_picture(picture)
-    except (OSError, ValueError) as error:
-        raise BadInput(field, f"cannot be used: {first_line(error).rstrip('.')}") from error
-
-
-def open_video(video: Path | np.ndarray) -> np.ndarray:
-    """The frames `[F, H, W, 3]` of bytes for a video-to-video model; BadInput when the file is no video."""
-    if not isinstance(video, Path):
-        return video
-    from ..pipelines.errors import first_line
-    from .video_reader import read_video
-
-    try:
-        return read_video(video)[0]
-    except OSError as error:
-        raise BadInput("video", f"cannot be used: {first_line(error).rstrip('.')}") from error
-
-
-def pipeline_inputs(settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    """Pictures and video as the pipeline takes them, in the video's size, and what was cut off for it, in words."""
-    from PIL import Image
-
-    from .pictures import fit_picture
-
-    inputs: dict[str, Any] = {}
-    notes = []
-    for field in ("image", "last_image"):
-        picture = open_picture(field, getattr(settings, field))
-        if picture is not None:
-            inputs[field], note = fit_picture(picture, settings.width, settings.height)
-            notes += [f"{field}: {note}"] if note else []
-    if settings.video is not None:
-        frames = open_video(settings.video)
-        if len(frames) > settings.frames:
-            notes.append(f"video: of its {len(frames)} frames, the first {settings.frames} are used.")
-        whole = (Image.fromarray(frame) for frame in frames[: settings.frames])
-        fitted = [fit_picture(frame, settings.width, settings.height) for frame in whole]
-        inputs["video"] = [picture for picture, _ in fitted]
-        notes += [f"video: {fitted[0][1]}"] if fitted[0][1] else []
-        if settings.strength is not None:
-            inputs["strength"] = settings.strength
-    return inputs, notes
+    steps, strength = settings.steps, settings.strength
+    if strength is None:
+        strength = call_defaults(model.pipeline_class).get("strength", 1.0)
+    if int(steps * strength) >= 1:
+        return
+    digits = max(3, len(str(steps)))
+    least = math.ceil(10**digits / steps) / 10**digits
+    if int(steps * least) < 1:  # rounded in binary
+        least += 10**-digits
+    problem = f"with {mention('steps')} {steps} it leaves no step to make"
+    raise BadInput("strength", problem, f"Give {least:.{digits}g} or more, or more steps.", value=strength)

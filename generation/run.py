@@ -15,7 +15,7 @@ import numpy as np
 from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
-from .request import Settings, pipeline_inputs
+from .request import DEFAULT_FPS, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,7 @@ def run(
     *,
     backend: str = "auto",
     schedule: DenseSchedule | None = None,
+    measure_error: int = 0,
     on_step: StepCallback | None = None,
     decode: bool = True,
 ) -> Run:
@@ -98,7 +99,7 @@ def run(
     Args:
         pipe: the pipeline.
         settings: checked.
-        method, backend, schedule: see `accelerate`.
+        method, backend, schedule, measure_error: see `accelerate`.
         on_step: told of every step.
         decode: make frames of the latents.
 
@@ -109,7 +110,7 @@ def run(
 
     if method is None:
         return _call(pipe, settings, on_step, decode)
-    with accelerate(pipe, method, backend=backend, schedule=schedule) as handle:
+    with accelerate(pipe, method, backend=backend, schedule=schedule, measure_error=measure_error) as handle:
         made = _call(pipe, settings, on_step, decode)
         return replace(made, report=handle.report().last())
 
@@ -126,7 +127,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
             on_step(step + 1, getattr(pipe, "num_timesteps", settings.steps), tensors["latents"])
         return {}
 
-    inputs, notes = pipeline_inputs(settings)
+    inputs = _inputs(settings)
     # A video-to-video pipeline makes as many frames as it is given.
     if "num_frames" in inspect.signature(pipe.__call__).parameters:
         inputs["num_frames"] = settings.frames
@@ -153,7 +154,17 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
             f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "
             "another dtype may help (bfloat16 or float32)."
         )
-    return Run(frames, seconds, tuple(ends), None, tuple(notes))
+    return Run(frames, seconds, tuple(ends), None, settings.notes)
+
+
+def _inputs(settings: Settings) -> dict[str, Any]:
+    """The pictures and the video of a checked request, as pipelines take them."""
+    from PIL import Image
+
+    given = {"image": settings.image, "last_image": settings.last_image, "strength": settings.strength}
+    if settings.video is not None:
+        given["video"] = [Image.fromarray(frame) for frame in settings.video]
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def make_video(
@@ -163,10 +174,11 @@ def make_video(
     method: Method | None,
     *,
     backend: str = "auto",
+    measure_error: int = 0,
     on_step: StepCallback | None = None,
 ) -> GeneratedVideo:
     """Run a pipeline once; the video as bytes, and its times."""
-    made = run(pipe, settings, method, backend=backend, on_step=on_step)
+    made = run(pipe, settings, method, backend=backend, measure_error=measure_error, on_step=on_step)
     return GeneratedVideo(
         name=name,
         frames=(made.frames * 255).round().astype(np.uint8),
@@ -174,7 +186,7 @@ def make_video(
         report=made.report,
         step_seconds=made.step_seconds,
         decode_seconds=made.seconds - made.step_ends[-1],
-        fps=settings.fps,
+        fps=settings.fps or DEFAULT_FPS,
         notes=made.notes,
     )
 
@@ -217,5 +229,6 @@ def make_videos(
             tell(name, "warm-up", 0, job.settings.steps)
             warm_seconds = warm_up(pipe, job.settings, method, backend=job.backend)
         tell(name, "steps", 0, job.settings.steps)
-        video = make_video(pipe, job.settings, name, method, backend=job.backend, on_step=stepped)
+        options: dict[str, Any] = {"backend": job.backend, "measure_error": job.measure_error}
+        video = make_video(pipe, job.settings, name, method, **options, on_step=stepped)
         yield replace(video, warm_up_seconds=warm_seconds)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import subprocess
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +65,14 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         _, height, width, _ = frames.shape
     frames = np.ascontiguousarray(frames)
-    if not fps > 0:
+    if not 0 < fps < math.inf:
         raise ValueError(f"fps is {fps}: it must be above 0.")
+    rate = Fraction(fps).limit_denominator(1_000_000)  # 29.97... is 30000/1001 exactly
     with staged(path) as temporary:
         # fmt: off
         command = [
             encoder(), "-hide_banner", "-loglevel", "error", "-y",
-            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-",
+            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "-",
             # ffmpeg converts RGB with BT.601 unless told. What a file says of its colours comes from the frames.
             "-vf", "scale=out_color_matrix=bt709:out_range=tv,"
             "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",
@@ -80,8 +83,9 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
         # A session of its own: Ctrl-C in a terminal must reach this process, which then ends the encoder, not both.
         done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, start_new_session=True)
         if done.returncode:
+            # The first says what was wrong, the others what followed from it.
             lines = done.stderr.decode(errors="replace").strip().splitlines()
-            raise EncodingError(f"ffmpeg could not write {path}: {lines[-1] if lines else f'exit {done.returncode}'}")
+            raise EncodingError(f"ffmpeg could not write {path}: {lines[0] if lines else f'exit {done.returncode}'}")
     return Path(path)
 
 

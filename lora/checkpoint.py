@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import random
+import shlex
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,8 +25,11 @@ from ..generation.video import staged
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
-_FORMAT = 1
+_FORMAT = 2
+"""1 had no checksums."""
 _PREFIX = "step_"
+_TENSORS = ("trained", "weights", "ema")
+_FILES = (*(f"{name}.safetensors" for name in _TENSORS), "state.pt")
 
 
 class NotWritten(OSError):
@@ -68,6 +73,11 @@ class Checkpoint:
     random: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def validation_due(self) -> bool:
+        """Whether the validation after the step was cut off, and comes first when the run goes on."""
+        return bool(self.state.get("validation_due", False))
+
+    @property
     def _facts(self) -> dict[str, Any]:
         names = ("phase", "step", "total_steps", "seconds", "global_batch")
         return {"format": _FORMAT} | {name: getattr(self, name) for name in names}
@@ -79,17 +89,36 @@ class CheckpointFolder:
     Args:
         folder: where they lie.
         keep_last: how many stay.
+
+    Attributes:
+        current: the checkpoint that the run in this process stands on: the one it was resumed from, wherever that lies,
+            or the last one it wrote. None before the first. It need not be the last one in the folder, which may be of
+            a run that went further before this one was resumed.
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
         self.folder = Path(folder)
         self.keep_last = keep_last
+        self.current: Path | None = None
 
     def saved(self) -> list[Path]:
         """The checkpoints in the order in which they were written, which need not be that of their steps."""
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
         whole = [path for path in found if (path / "checkpoint.json").is_file()]
         return sorted(whole, key=lambda path: ((path / "checkpoint.json").stat().st_mtime_ns, path.name))
+
+    def path(self, total_steps: int) -> Path:
+        """Where the checkpoint after so many steps over all phases lies."""
+        return self.folder / f"{_PREFIX}{total_steps:08d}"
+
+    def how_to_resume(self) -> str:
+        """The option that goes on from `current`; without one, from the start."""
+        if self.current is None:
+            return "start again without --resume"
+        saved = self.saved()
+        if saved and saved[-1].resolve() == self.current.resolve():
+            return "continue with --resume latest"
+        return f"continue with --resume {shlex.quote(str(self.current))}"
 
     def find(self, which: str | Path) -> Path:
         """The folder of "latest" or of a path.
@@ -120,10 +149,10 @@ class CheckpointFolder:
             CheckpointError: it could not be written, for example because the disk is full; what was there before is
                 untouched and nothing is left behind.
         """
-        target = self.folder / f"{_PREFIX}{checkpoint.total_steps:08d}"
+        target = self.path(checkpoint.total_steps)
         try:
             with replaced(target) as draft:
-                for name in ("trained", "weights", "ema"):
+                for name in _TENSORS:
                     _write_tensors(draft / f"{name}.safetensors", getattr(checkpoint, name))
                 with open(draft / "state.pt", "wb") as file:
                     torch.save({"state": checkpoint.state, "random": checkpoint.random}, file)
@@ -131,14 +160,15 @@ class CheckpointFolder:
                 _write(draft / "config.yaml", config.encode())
                 if adapter is not None:
                     adapter(draft, checkpoint.trained | (checkpoint.ema or checkpoint.weights))
-                _write(draft / "checkpoint.json", json.dumps(checkpoint._facts, indent=2).encode())
+                checksums = {name: _checksum(draft / name) for name in _FILES}
+                facts = checkpoint._facts | {"checksums": checksums}
+                _write(draft / "checkpoint.json", json.dumps(facts, indent=2).encode())
         except (NotWritten, RuntimeError) as error:
             # torch.save reports a failed write as RuntimeError.
             told = error if isinstance(error, NotWritten) else NotWritten(target, error)
-            last = self.saved()
-            raise CheckpointError(
-                f"the checkpoint {told} {f'The last good one is {last[-1]}.' if last else 'There is no earlier one.'}"
-            ) from error
+            last = "There is no earlier one." if self.current is None else f"The last good one is {self.current}."
+            raise CheckpointError(f"the checkpoint {told} {last}") from error
+        self.current = target
         for old in self.saved()[: -self.keep_last]:
             shutil.rmtree(old, ignore_errors=True)
         return target
@@ -153,9 +183,10 @@ class CheckpointFolder:
             facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
-            tensors: dict[str, Any] = {
-                name: load_file(path / f"{name}.safetensors") for name in ("trained", "weights", "ema")
-            }
+            for name, checksum in facts.pop("checksums").items():
+                if _checksum(path / name) != checksum:
+                    raise ValueError(f"{name} does not hold what was written")
+            tensors: dict[str, Any] = {name: load_file(path / f"{name}.safetensors") for name in _TENSORS}
             other = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
@@ -280,6 +311,15 @@ def _write(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
         _flush(file)
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32 of a file; neither safetensors nor torch look for damage that leaves the length."""
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            value = zlib.crc32(part, value)
+    return f"{value:08x}"
 
 
 def _flush(file: Any) -> None:

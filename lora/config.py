@@ -137,6 +137,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}."
 
 
+def broken_character(text: str) -> str | None:
+    """What to say of half a character in a text, such as "\\ud83d" in JSON, which nothing can encode; or None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        return f"has {half}, which is half of a character: write the character itself, in UTF-8."
+    return None
+
+
 # -- parsing -----------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +224,9 @@ def _scalar(value: Any, hint: type, path: str, faults: list[str]) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        broken = broken_character(value) if isinstance(value, str) else None
+        if broken is not None:
+            faults.append(f"{path} {broken}")
         return value
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
     faults.append(f"{path} is {_kind(value)}, but must be {wanted}.")

@@ -17,7 +17,7 @@ def dataset_identity(dataset: ClipDataset, sizes: Sequence[SizeSettings], pixels
     Args:
         dataset: of the clips.
         sizes: of the clips.
-        pixels: whether what their pixels follow from counts; else which clips and captions there are.
+        pixels: whether what their pixels follow from counts, for which files are read whole; else their outlines.
     """
     members = dataset.members(sizes)
     if members is None:
@@ -27,6 +27,6 @@ def dataset_identity(dataset: ClipDataset, sizes: Sequence[SizeSettings], pixels
         size = sizes[number]
         for index in indices:
             pick = Pick(index, (size.frames, size.height, size.width), Place(0, 0, 1, 0))
-            what = dataset.identity(pick) if pixels else ""
+            what = dataset.identity(pick) if pixels else dataset.outline(index)
             digest.update(f"{number} {index} {what} {dataset.caption(index)}\n".encode())
     return digest.hexdigest()[:16]

@@ -87,8 +87,8 @@ def _encode(recipe: Recipe) -> dict[str, Any]:
         with process.stop.listening(), process.stop.at_once():
             facts = recipe.encode()
     except StopRequested:
-        kept = recipe.config.data.cache
-        raise Stopped(f"stopped while clips were encoded; what was encoded is kept in {kept}.") from None
+        kept = f"; what was encoded is kept in {recipe.encodings}" if recipe.encodings else ""
+        raise Stopped(f"stopped while clips were encoded{kept}.") from None
     finally:
         process.progress.close()
     return facts if process.is_main else {}

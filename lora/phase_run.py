@@ -49,7 +49,8 @@ class PhaseRun:
         self.context, self.phase, self.settings = context, phase, phase.settings
         self.accelerator, self.process, self.loop = context.accelerator, context.process, context.config.loop
         self._trained, self._before = trained, before
-        self._saved_step = 0
+        self._saved = (0, False)
+        """The step and whether its validation is due, as the checkpoint has them that a resume would take."""
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Build the model and the optimiser, and take up where a checkpoint left; nothing of it is kept.
@@ -62,7 +63,7 @@ class PhaseRun:
         self._build()
         if checkpoint is not None:
             self.state.restore(checkpoint)
-            self._saved_step = self.state.step
+            self._saved = (self.state.step, self.state.validation_due)
             self.context.tracker.say(f"phase {self.phase.name}: continues after step {self.state.step}.")
 
     def train(self) -> Tensors:
@@ -172,7 +173,8 @@ class PhaseRun:
                     self._stop(before)
                 means.add(step_values)
                 state.step += 1
-                state.seconds = time.perf_counter() - begin
+                # One clock: learning rate and end follow from it, and must be the same in every process.
+                state.seconds = self.process.of_main(time.perf_counter() - begin)
                 advance()
                 last = self._done()
                 if state.step % loop.log_every == 0 or last:
@@ -235,13 +237,13 @@ class PhaseRun:
         """
         name, step = self.phase.name, self.state.step
         self.optimizer.zero_grad(set_to_none=True)
-        if step == self._saved_step and not self.state.validation_due:
+        if (step, self.state.validation_due) == self._saved:
             if not step and not self._before:
                 raise Stopped(f"stopped before the first step of phase {name}; there is nothing to resume yet.")
         else:
             self._check_finite(loss)
             self._save(random, must=True)
-        raise Stopped(f"stopped after step {step} of phase {name}; continue with --resume latest.")
+        raise Stopped(f"stopped after step {step} of phase {name}; {self.context.checkpoints.how_to_resume()}.")
 
     def _check_finite(self, loss: torch.Tensor | None) -> None:
         """Let nothing be saved that is no number, in whichever process it is: it would push out good checkpoints."""
@@ -251,15 +253,15 @@ class PhaseRun:
             raise self._diverged(f"the loss or a weight of phase {self.phase.name} is NaN or infinite")
 
     def _diverged(self, what: str) -> Diverged:
-        saved = self.context.checkpoints.saved()
+        last = self.context.checkpoints.current
         return Diverged(
             f"{what} by step {self.state.step}: lower learning_rate or max_grad_norm, or use mixed_precision bf16 or "
-            f"no. {f'The last checkpoint is {saved[-1]}.' if saved else 'Nothing was saved.'}"
+            f"no. {'Nothing was saved.' if last is None else f'The last checkpoint is {last}.'}"
         )
 
     def _done(self) -> bool:
         limit = self.settings.max_minutes
-        late = limit is not None and self.process.any(self.state.seconds >= 60 * limit)
+        late = limit is not None and self.state.seconds >= 60 * limit
         return self.state.step >= self.settings.steps or late
 
     def _left(self, seconds_per_step: float) -> str:
@@ -301,13 +303,15 @@ class PhaseRun:
             return
         state.validation_due = False
         if values:
-            values = {f"validation_{k}": v for k, v in values.items()}
-            self.context.tracker.write(self.phase.name, state.step, state.total_steps, values, self.settings.steps)
+            self.context.tracker.write_validation(
+                self.phase.name, state.step, state.total_steps, values, self.settings.steps
+            )
         self.context.tracker.show(self.phase.name, state.total_steps, folder)
 
     def _save(self, random: dict[str, Any], must: bool) -> None:
         """Write a checkpoint. Where it fails and need not be now, say so and go on."""
         checkpoint, failed = self.state.take(random), False
+        self.context.tracker.goes_on()
         if self.process.is_main:
             try:
                 self.context.checkpoints.save(checkpoint, as_yaml(self.context.config), self.phase.write_adapter)
@@ -318,7 +322,8 @@ class PhaseRun:
                 logger.error("%s The run goes on and tries again in %d steps.", error, self.loop.save_every)
         self.process.wait()
         if not self.process.any(failed):
-            self._saved_step = self.state.step
+            self._saved = (self.state.step, self.state.validation_due)
+            self.context.checkpoints.current = self.context.checkpoints.path(self.state.total_steps)
 
 
 def phase_seed(seed: int, phase: str) -> int:

@@ -32,7 +32,7 @@ class PhaseState:
         before: optimiser steps done before this phase.
         inputs: what the data and the models of the run are.
         step: optimiser steps done in it.
-        seconds: training time of the phase.
+        seconds: training time of the phase, by the clock of the main process.
         validation_due: whether the validation after `step` was cut off.
     """
 
@@ -111,7 +111,7 @@ class PhaseState:
         if self.accelerator.scaler is not None and checkpoint.state.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
-        self.validation_due = checkpoint.state.get("validation_due", False)
+        self.validation_due = checkpoint.validation_due
         if len(checkpoint.random) == self.accelerator.num_processes:
             set_random_state(checkpoint.random[self.accelerator.process_index])
 

@@ -60,6 +60,14 @@ class Process:
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(flags.item())
 
+    def of_main(self, number: float) -> float:
+        """The number that the main process has; every process must call this."""
+        if self.count == 1:
+            return number
+        numbers = torch.tensor([number], dtype=torch.float64)
+        torch.distributed.broadcast(numbers, 0, group=self.group)
+        return numbers.item()
+
     def asked_to_stop(self) -> bool:
         """Whether any process was asked to stop; every process must call this."""
         return self.any(self.stop.requested)

@@ -137,6 +137,11 @@ class DataSettings(Settings):
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     workers: int = setting(0, low=0, free=True)
 
+    @property
+    def source(self) -> str:
+        """The setting that says what there is, for messages."""
+        return "data.folders" if self.folders else "data.folder"
+
     def check(self) -> Iterator[str]:
         if not self.sizes:
             yield "sizes is empty: give at least one, such as {frames: 80, height: 480, width: 832}."

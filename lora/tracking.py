@@ -13,12 +13,15 @@ from .checkpoint import save_text
 from .config import ConfigError, flat
 from .progress import Progress
 from .settings import RunSettings
-from .tensorboard_media import add_file
+from .tensorboard_events import add_file, forget_from
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+_VALIDATION = "validation_"
+"""What the names of its numbers begin with."""
 
 
 def choose_tracker(name: str) -> str | None:
@@ -53,19 +56,26 @@ class Tracker:
         accelerator: with its tracker.
         config: of the run.
         progress: the terminal, on which a bar may be shown.
-        done: steps over all phases that were done before, when a run is resumed: what the log has of later ones is
-            removed, since they come again.
+        done: steps over all phases that were done before, when a run is resumed. What the log has of later ones is
+            removed when the run goes on, and not before (`goes_on`): one that was resumed from an earlier checkpoint
+            and never trained has lost nothing.
+        validates_again: whether the validation after `done` comes again, too.
     """
 
-    def __init__(self, accelerator: Accelerator, config: RunSettings, progress: Progress, done: int = 0) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: RunSettings,
+        progress: Progress,
+        done: int = 0,
+        validates_again: bool = False,
+    ) -> None:
         self.accelerator, self.progress = accelerator, progress
         self.path = Path(config.out) / "log.jsonl"
-        if accelerator.is_main_process:
-            self._forget_after(done)
+        self._done, self._validates_again, self._goes_on = done, validates_again, False
         if accelerator.log_with:
             simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat(config).items()}
-            again = {"tensorboard": {"purge_step": done + 1}} if done else {}
-            accelerator.init_trackers(config.recipe, config=simple, init_kwargs=again)
+            accelerator.init_trackers(config.recipe, config=simple)
 
     def write(
         self, phase: str, step: int, total_steps: int, values: dict[str, float], steps: int, left: str = ""
@@ -83,6 +93,7 @@ class Tracker:
             return
         numbers = {k: float(f"{v:.6g}") for k, v in values.items()}
         row = {"phase": phase, "step": step, "total_steps": total_steps, **numbers}
+        self.goes_on()
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -92,6 +103,10 @@ class Tracker:
         self.say(f"{time.strftime('%H:%M:%S')} {phase} {step}/{steps}  {shown}{f'  {left} left' if left else ''}")
         if self.accelerator.log_with:
             self.accelerator.log({f"{phase}/{k}": v for k, v in values.items()}, step=total_steps)
+
+    def write_validation(self, phase: str, step: int, total_steps: int, values: dict[str, float], steps: int) -> None:
+        """Numbers of the validation after a step, as `write` takes them."""
+        self.write(phase, step, total_steps, {f"{_VALIDATION}{k}": v for k, v in values.items()}, steps)
 
     def show(self, phase: str, total_steps: int, folder: Path) -> None:
         """Give the pictures and videos of a validation, which are in its folder by the step, to tensorboard."""
@@ -108,6 +123,24 @@ class Tracker:
         if self.accelerator.is_main_process:
             self.progress.say(text)
 
+    def goes_on(self) -> None:
+        """Forget what comes again: a number or a checkpoint of the run is written now."""
+        if self._goes_on or not self.accelerator.is_main_process:
+            return
+        self._goes_on = True
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard" and self._done:
+                forget_from(tracker.writer, self._done + 1)
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            kept = [line for line in text.splitlines() if self._stays(line)]
+            if len(kept) < len(text.splitlines()):
+                save_text("".join(f"{line}\n" for line in kept), self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.error("%s cannot be read or written: %s. The run goes on.", self.path, error)
+
     def close(self) -> None:
         """Close the tracker. The other processes may be anywhere."""
         for tracker in self.accelerator.trackers:
@@ -118,24 +151,15 @@ class Tracker:
         if self.accelerator.log_with:
             self.accelerator.end_training()
 
-    def _forget_after(self, done: int) -> None:
+    def _stays(self, line: str) -> bool:
+        """Whether a line of the log is whole and does not come again."""
         try:
-            text = self.path.read_text(encoding="utf-8")
-            kept = [line for line in text.splitlines() if _is_of(line, done)]
-            if len(kept) < len(text.splitlines()):
-                save_text("".join(f"{line}\n" for line in kept), self.path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            logger.error("%s cannot be read or written: %s. The run goes on.", self.path, error)
-
-
-def _is_of(line: str, done: int) -> bool:
-    """Whether a line of the log is whole and of the steps that were done."""
-    try:
-        return json.loads(line)["total_steps"] <= done
-    except (ValueError, KeyError, TypeError):
-        return False
+            row = json.loads(line)
+            step = row["total_steps"]
+            again = self._validates_again and step == self._done and any(key.startswith(_VALIDATION) for key in row)
+            return step <= self._done and not again
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
 
 
 class Means:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,7 @@ class Trainer:
             OSError: the result cannot be written.
         """
         self.tracker: Tracker | None = None
-        self._doing = "before training began"
+        self._resume, self._doing, self._encodes = resume, "before training began", False
         with self.process.stop.listening():
             try:
                 return self._run(resume)
@@ -140,7 +141,8 @@ class Trainer:
                 self.out.mkdir(parents=True, exist_ok=True)
                 save_text(as_yaml(self.config), self.out / "config.yaml")
             self.process.wait()
-            self.tracker = Tracker(self.accelerator, self.config, self.process.progress, start.done)
+            again = start.checkpoint is not None and start.checkpoint.validation_due
+            self.tracker = Tracker(self.accelerator, self.config, self.process.progress, start.done, again)
             self._say_where_it_runs()
         context = RunContext(self.config, self.accelerator, self.process, self.checkpoints, self.tracker, inputs)
         trained = self._phases(context, phases, start)
@@ -162,11 +164,12 @@ class Trainer:
             if not phase.settings.steps:
                 self.tracker.say(f"phase {phase.name}: skipped, it has 0 steps.")
                 continue
-            self._doing = f"while the phase {phase.name} was prepared"
+            self._doing, self._encodes = f"while the phase {phase.name} was prepared", True
             with self.process.stop.at_once():
                 run = PhaseRun(context, phase, trained, total)
                 run.begin(start.checkpoint if number == first else None)
                 start.checkpoint = None  # as large as weights and optimiser together
+            self._encodes = False
             trained = trained | run.train()
             total = run.state.total_steps
             self._keep(phase.name, trained)
@@ -186,7 +189,7 @@ class Trainer:
 
     def _start(self, resume: str | None, phases: list[Phase]) -> _Start:
         if resume == "auto":
-            resume = "latest" if self.checkpoints.saved() else None
+            resume = self._resume = "latest" if self.checkpoints.saved() else None
         if resume is None:
             saved = self.checkpoints.saved()
             if saved:
@@ -195,7 +198,7 @@ class Trainer:
                     "--resume latest, or choose another `out`."
                 )
             return _Start()
-        path = self.checkpoints.find(resume)
+        path = self.checkpoints.current = self.checkpoints.find(resume)
         try:
             then = load(type(self.config), path / "config.yaml")
         except ConfigError as error:
@@ -214,11 +217,12 @@ class Trainer:
         return _Start(checkpoint.phase, checkpoint, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
 
     def _how_to_go_on(self) -> str:
-        saved, cache = self.checkpoints.saved(), self.config.data.cache
+        current, cache = self.checkpoints.current, self.recipe.encodings if self._encodes else None
         kept = f"what was encoded is kept in {cache}, and " if cache else ""
-        if saved:
-            return f"{kept}the last checkpoint is {saved[-1].name}: continue with --resume latest."
-        return f"{kept}nothing was trained yet: start again without --resume."
+        if current is None and self._resume:  # before it was looked for
+            return f"start again with --resume {shlex.quote(self._resume)}."
+        where = "nothing was trained yet" if current is None else f"the run stands at {current.name}"
+        return f"{kept}{where}: {self.checkpoints.how_to_resume()}."
 
     def _say_where_it_runs(self) -> None:
         count, device = self.process.count, self.process.device

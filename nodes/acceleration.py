@@ -13,7 +13,7 @@ from .wording import InputError, check_shares, limit_words
 if TYPE_CHECKING:
     from ..attention import Method, RunReport, VideoLayout
 
-METHODS = ("svg2", "svg", "radial")
+METHODS = ("svg2", "svg", "radial", "tangent", "sparge")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Acceleration:
         density: pairs computed over all pairs, in the sparse steps.
         dense_start_percent, dense_end_percent: shares of the steps at the start and the end that stay dense.
         dense_layers: so many transformer blocks at the input stay dense.
-        compensate: skipped clusters enter through their mean. For svg2; the others have no clusters.
+        compensate: skipped clusters enter through their mean. For svg2 alone.
         backend: a name, or "auto".
         min_tokens: videos with fewer tokens stay dense.
+        measure_error: queries of each sparse call whose true error is measured; 0 measures nothing.
 
     Raises:
         ValueError: a value out of its bounds.
@@ -41,6 +42,7 @@ class Acceleration:
     compensate: bool = True
     backend: str = "auto"
     min_tokens: int = 0
+    measure_error: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -49,14 +51,16 @@ class Acceleration:
             raise BadInput("density", "it must be above 0 and at most 1 (1 computes all pairs)", value=self.density)
         instead = "For a dense video, connect the pipeline from before this node."
         check_shares(self.dense_start_percent, self.dense_end_percent, instead)
-        for name in ("dense_layers", "min_tokens"):
+        for name in ("dense_layers", "min_tokens", "measure_error"):
             if getattr(self, name) < 0:
                 raise BadInput(name, "it must be 0 or more", value=getattr(self, name))
 
     @property
-    def compensates(self) -> bool:
-        """Whether means of skipped clusters are computed."""
-        return self.compensate and self.method == "svg2"
+    def stand_ins(self) -> str:
+        """What stands for skipped keys, see `check_stand_ins`; empty for nothing."""
+        if self.method == "svg2":
+            return "compensate" if self.compensate else ""
+        return "tangent" if self.method == "tangent" else ""
 
     def dense_reason(self, layout: VideoLayout) -> str:
         """Why a video stays dense as a whole, empty when it may be sparse."""
@@ -77,19 +81,20 @@ class Acceleration:
                 self.method,
                 layout,
                 density=self.density,
-                overrides={"compensate": True} if self.compensates else {},
+                overrides={"compensate": True} if self.stand_ins == "compensate" else {},
                 dense_steps=float(self.dense_start_percent),
                 dense_layers=self.dense_layers,
             )
         except BadInput as error:
             if not isinstance(error.__cause__, OutOfReach):
                 raise
-            raise InputError(limit_words(error.__cause__, layout)) from error
+            raise InputError(limit_words(error.__cause__, layout, vars(self))) from error
         return replace(method, schedule=replace(method.schedule, last_steps=float(self.dense_end_percent)))
 
     def reported(self, report: RunReport) -> RunReport:
         """The report of a run in the words of the node: its settings, and the input that each dense call is owed to."""
         config: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "method"}
+        config["measure_error"] = self.measure_error or None
         if self.method != "svg2":
             del config["compensate"]
         reasons = {

@@ -20,8 +20,9 @@ import torch
 
 from ..attention import CallRecord, DenseSchedule, Method, RunReport, SparseAttention, StepInfo, VideoLayout
 from ..attention.backends import check_backend
-from ..attention.engine import KEPT_RUNS
+from ..attention.meter import check_rows
 from ..attention.methods.base import OutOfReach
+from ..attention.records import KEPT_RUNS
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
 from .geometry import Geometry, Inputs, find_geometry, supported_models, unwrap
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 KEY = "vidaccel_sparse_attention"
 OVERRIDE = "optimized_attention_override"
 KEPT_LAYOUTS = 4  # resolutions whose engines stay alive
+DROPPED = f"records of earlier samplings were dropped: those of the last {KEPT_RUNS} are kept"
 
 Attention = Callable[..., torch.Tensor]
 
@@ -51,9 +53,10 @@ class NativeAttention:
         dense: steps and layers that stay dense.
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
+        measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
 
     Raises:
-        ValueError: unknown backend, or a negative `min_tokens`.
+        ValueError: unknown backend, or a negative `min_tokens` or `measure_error`.
     """
 
     def __init__(
@@ -65,11 +68,13 @@ class NativeAttention:
         dense: DensePart,
         min_tokens: int = 0,
         backend: str = "auto",
+        measure_error: int = 0,
     ) -> None:
         if min_tokens < 0:
             raise ValueError(f"min_tokens is {min_tokens}: it must be 0 or more.")
         self.method_for, self.name, self.settings = method_for, name, settings
         self.dense, self.min_tokens, self.backend = dense, min_tokens, check_backend(backend)
+        self.measure_error = check_rows(measure_error)
         self._engines: dict[VideoLayout, SparseAttention] = {}
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
         self._notes: dict[str, int] = {}  # -> the last run that it was true of
@@ -207,7 +212,7 @@ class NativeAttention:
                     method = self.method_for(layout)
                     method.check(layout)
                 except OutOfReach as error:
-                    raise ValueError(limit_words(error, layout)) from error
+                    raise ValueError(limit_words(error, layout, self.settings)) from error
             while len(self._engines) >= KEPT_LAYOUTS:
                 del self._engines[next(iter(self._engines))]
             self._engines[layout] = SparseAttention(
@@ -216,6 +221,7 @@ class NativeAttention:
                 schedule=DenseSchedule(),  # which calls stay dense is decided here, so that they stay ComfyUI's own
                 backend=self.backend,
                 model=geometry.family,
+                measure_error=self.measure_error,
             )
         return self._engines[layout]
 
@@ -333,7 +339,9 @@ class NativeAttention:
         records = [record for record in records if record.run > self._run - KEPT_RUNS]
         # A stable sort: the calls of one layer stay in the order of the guidance branches.
         records.sort(key=lambda r: (r.run, r.step, r.layer))
-        notes = dict.fromkeys([*self._notes, *(note for report in reports for note in report.notes)])
+        notes = dict.fromkeys([*self._notes, *(note for engine in self._engines.values() for note in engine.notes)])
+        if self._run >= KEPT_RUNS:
+            notes[DROPPED] = None
         return RunReport(self.name, self.settings, tuple(records), tuple(notes))
 
     def news(self, queued: str | None = None) -> News:
@@ -355,7 +363,8 @@ class NativeAttention:
         records = tuple(record for record in report.records if record.run >= first)
         # An engine's notes are on its sparse calls.
         of_engines = self._run if any(not record.reason for record in records) else -1
-        notes = tuple(note for note in report.notes if self._notes.get(note, of_engines) >= first)
+        true_of = {**self._notes, DROPPED: self._run - KEPT_RUNS}
+        notes = tuple(note for note in report.notes if true_of.get(note, of_engines) >= first)
         return News(replace(report, records=records, notes=notes), heading)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:

@@ -12,7 +12,7 @@ from ..attention.backends import refusal
 from .geometry import find_geometry, unwrap
 from .native import KEY, NativeAttention
 from .sampling import DensePart, parse_layers
-from .wording import check_compensate
+from .wording import check_stand_ins
 
 
 def sparsify(
@@ -21,11 +21,13 @@ def sparsify(
     *,
     name: str,
     settings: dict[str, Any],
+    stand_ins: str = "",
     dense_start_percent: float = 0.0,
     dense_end_percent: float = 0.0,
     dense_layers: str = "",
     min_tokens: int = 0,
     backend: str = "auto",
+    measure_error: int = 0,
 ) -> tuple[Any, NativeAttention]:
     """A clone of a MODEL with sparse attention; the MODEL itself stays as it is.
 
@@ -34,10 +36,12 @@ def sparsify(
         method_for: layout -> the method to use on it.
         name: of the method.
         settings: of the method, for the report.
+        stand_ins: what stands for skipped keys, see `check_stand_ins`.
         dense_start_percent, dense_end_percent: shares of the sampling that stay dense, see `DensePart`.
         dense_layers: layers that stay dense, such as "0, 1, 36-39".
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
+        measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
 
     Returns:
         The clone, and the object that holds its state and report.
@@ -57,8 +61,7 @@ def sparsify(
             "before the other Sparse Attention node."
         )
     check_runs(backend, model.load_device)
-    if settings.get("compensate"):
-        check_compensate(backend, model.load_device)
+    check_stand_ins(backend, model.load_device, stand_ins)
     geometry = find_geometry(diffusion_model)
     layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(unwrap(diffusion_model)))
     common = {
@@ -67,6 +70,7 @@ def sparsify(
         "dense_layers": dense_layers,
         "min_tokens": min_tokens,
         "backend": backend,
+        "measure_error": measure_error or None,
     }
     session = NativeAttention(
         method_for,
@@ -75,6 +79,7 @@ def sparsify(
         dense=DensePart(dense_start_percent, dense_end_percent, layers),
         min_tokens=min_tokens,
         backend=backend,
+        measure_error=measure_error,
     )
 
     # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.

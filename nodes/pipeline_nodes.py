@@ -20,7 +20,14 @@ from .patch import queue_entry
 from .report_node import Report
 from .residency import Residency
 from .schema import accepted
-from .sparse_nodes import DENSE_LAYERS, backend_input, compensate_input, min_tokens_input, share_inputs
+from .sparse_nodes import (
+    DENSE_LAYERS,
+    backend_input,
+    compensate_input,
+    measure_error_input,
+    min_tokens_input,
+    share_inputs,
+)
 from .wording import plain_messages
 
 if TYPE_CHECKING:
@@ -95,10 +102,10 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
             node_id="VidaccelAcceleratePipeline",
             display_name="Accelerate Pipeline",
             category=CATEGORY,
-            description="Sparse attention for a pipeline. svg2 follows content; svg finds spatial and temporal heads; "
-            "radial is one fixed pattern for long videos. The video differs from the dense one of the same seed, the "
-            "more so the lower the density and the fewer steps stay dense. The pipeline that comes in stays dense, so "
-            "that one graph can make both videos.",
+            description="Sparse attention for a pipeline. svg2 and tangent follow content; svg finds spatial and "
+            "temporal heads; sparge compares blocks of neighbours; radial is one fixed pattern for long videos. The "
+            "video differs from the dense one of the same seed, the more so the lower the density and the fewer steps "
+            "stay dense. The pipeline that comes in stays dense, so that one graph can make both videos.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
                 io.Combo.Input(
@@ -106,7 +113,9 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                     options=list(METHODS),
                     default="svg2",
                     tooltip="svg2: nearest to the dense video from a density of about 0.35 up (below: with compensate) "
-                    "and most planning. svg: cheap planning, any size. radial: hardly any planning, for long videos.",
+                    "and most planning. svg: cheap planning, any size. radial: hardly any planning, for long videos. "
+                    "tangent: this project's own, made for low densities; skipped keys enter by their tangent. sparge: "
+                    "blocks of tokens by their means, cheap planning.",
                 ),
                 *share_inputs(),
                 io.Int.Input(
@@ -121,15 +130,16 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                 # Optional, so that graphs that were saved without it run, and as they did; and the last, since the page
                 # saves the values of inputs by their place.
                 min_tokens_input(optional=True),
+                measure_error_input(),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "sparse attention", "speed up video", "svg2", "radial"]),
         )
 
     @classmethod
-    def execute(cls, pipeline: pipelines.VideoPipeline, min_tokens: int = 0, **settings: Any) -> io.NodeOutput:
+    def execute(cls, pipeline: pipelines.VideoPipeline, **settings: Any) -> io.NodeOutput:
         with plain_messages():
-            acceleration = Acceleration(min_tokens=min_tokens, **settings)
+            acceleration = Acceleration(**settings)
         return io.NodeOutput(pipeline.accelerated(acceleration))
 
 

@@ -25,7 +25,7 @@ from .acceleration import Acceleration
 from .loras import Lora, attach
 from .news import GenerationReport, News
 from .residency import Residency
-from .wording import InputError, check_compensate, plain_messages
+from .wording import InputError, check_stand_ins, plain_messages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,12 +101,11 @@ class VideoPipeline:
         """The same weights with another acceleration, this object as it is.
 
         Raises:
-            ValueError: the backend cannot run on the device, or not with `compensate`.
+            ValueError: the backend cannot run on the device, or not with `compensate` or Tangent.
         """
         with plain_messages():
             check_runs(acceleration.backend, self.residency.device, sparse=True)
-        if acceleration.compensates:
-            check_compensate(acceleration.backend, self.residency.device)
+        check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
         return replace(self, acceleration=acceleration)
 
     def for_video(self) -> VideoPipeline:
@@ -227,8 +226,10 @@ def generate(
         method = acceleration.method_for(layout) if acceleration else None
         pipeline.residency.begin(pipeline.pipe, layout, settings)
     start = time.perf_counter()
-    backend = acceleration.backend if acceleration else "auto"
-    made = run_pipeline(pipeline.pipe, settings, method, backend=backend, on_step=on_step)
+    options: dict[str, Any] = {}
+    if acceleration is not None:
+        options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
+    made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
     return _generation(acceleration, layout, settings, made, time.perf_counter() - start)
 
 

@@ -28,8 +28,8 @@ class VidaccelReport(io.ComfyNode):
             display_name="Sparse Attention Report",
             category="video acceleration",
             description="What sparse attention did in this sampling: the density of every step, what stayed dense and "
-            "why, which backend ran, and the seconds in attention; or why there is nothing to show. The picture shows "
-            "the density of each layer and step.",
+            "why, which backend ran, and the seconds in attention; measured errors, where the node measures them; or "
+            "why there is nothing to show. The picture shows the density, and the errors, of each layer and step.",
             inputs=[
                 Report.Input(
                     "report",
@@ -45,7 +45,10 @@ class VidaccelReport(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The table, for a node such as Preview as Text."),
-                io.Image.Output(display_name="heat_map", tooltip="Density of every layer (rows) and step (columns)."),
+                io.Image.Output(
+                    display_name="heat_map",
+                    tooltip="Density, and measured errors, of every layer (rows) and step (columns).",
+                ),
                 io.AnyType.Output(display_name="after", tooltip="What came in as after, unchanged."),
             ],
             is_output_node=True,

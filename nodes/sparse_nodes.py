@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..attention import BACKENDS, SVG, SVG2, Method, Radial, VideoLayout
+from ..attention import BACKENDS, SVG, SVG2, Method, Radial, Sparge, Tangent, VideoLayout
 from ..attention.methods.base import check_fraction
 from ..generation.methods import MIN_SPARSE_TOKENS
 from .geometry import supported_models
@@ -101,6 +101,21 @@ def backend_input() -> io.Input:
     )
 
 
+def measure_error_input() -> io.Input:
+    """How much of the output is held against dense attention. Optional and the last, so that saved graphs run on."""
+    return io.Int.Input(
+        "measure_error",
+        default=0,
+        min=0,
+        max=4096,
+        optional=True,
+        **accepted(io.Int.Input, advanced=True),
+        tooltip="So many queries of each sparse call are computed densely too, and the report tells how far the output "
+        "is from that, by layer and step. 64 is enough; 0 measures nothing. The video stays the same; it takes some "
+        "time and memory.",
+    )
+
+
 def _inputs(special: list[io.Input]) -> list[io.Input]:
     """The inputs that every method has, with those of one method in their midst."""
     return [
@@ -119,6 +134,7 @@ def _inputs(special: list[io.Input]) -> list[io.Input]:
         min_tokens_input(),
         *special,
         backend_input(),
+        measure_error_input(),
     ]
 
 
@@ -138,9 +154,35 @@ def _schema(name: str, words: list[str], description: str, inputs: list[io.Input
 
 
 def _patched(
-    model: Any, method_for: Callable[[VideoLayout], Method], name: str, settings: dict[str, Any], common: dict[str, Any]
+    model: Any,
+    method_for: Callable[[VideoLayout], Method],
+    name: str,
+    settings: dict[str, Any],
+    common: dict[str, Any],
+    stand_ins: str = "",
 ) -> io.NodeOutput:
-    return io.NodeOutput(*sparsify(model, method_for, name=name, settings=settings, **common))
+    return io.NodeOutput(*sparsify(model, method_for, name=name, settings=settings, stand_ins=stand_ins, **common))
+
+
+def _for_density(model: Any, method: type[Method], name: str, density: float, common: dict[str, Any]) -> io.NodeOutput:
+    """A method whose settings for a density follow from the size of the video."""
+    check_fraction(name, "density", density, fix="0.3 computes 30 % of the pairs")
+    return _patched(model, lambda layout: method.for_density(layout, density), name, {"density": density}, common)
+
+
+def _cluster_inputs() -> list[io.Input]:
+    """How many groups a method makes that follows content."""
+    return [
+        io.Int.Input(
+            f"{name}_clusters",
+            default=0,
+            min=0,
+            max=4096,
+            **accepted(io.Int.Input, advanced=True),
+            tooltip=f"Clusters of {of} in each head. 0 follows the length of the video.",
+        )
+        for name, of in (("query", "queries"), ("key", "keys"))
+    ]
 
 
 class VidaccelSparseAttentionSVG2(io.ComfyNode):
@@ -148,24 +190,11 @@ class VidaccelSparseAttentionSVG2(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        clusters = {"default": 0, "min": 0, "max": 4096, **accepted(io.Int.Input, advanced=True)}
-        special = [
-            compensate_input(),
-            io.Int.Input(
-                "query_clusters",
-                **clusters,
-                tooltip="Clusters of queries in each head. 0 follows the length of the video.",
-            ),
-            io.Int.Input(
-                "key_clusters",
-                **clusters,
-                tooltip="Clusters of keys in each head. 0 follows the length of the video.",
-            ),
-        ]
+        special = [compensate_input(), *_cluster_inputs()]
         description = (
             "Sparse VideoGen 2: groups queries and keys by content, and each group of queries reads the groups of keys "
-            "that matter to it. On the built-in model it stays nearest to the dense video of the three methods from a "
-            "density of about 0.35 up; below that, with compensate on. It spends the most time on planning."
+            "that matter to it. On the built-in model it stays nearer to the dense video than SVG and Radial from a "
+            "density of about 0.35 up; below that, with compensate on. It spends more time on planning than they do."
         )
         words = ["sparse videogen 2", "semantic clustering"]
         return _schema("SVG2", words, description, _inputs(special))
@@ -186,7 +215,8 @@ class VidaccelSparseAttentionSVG2(io.ComfyNode):
             "query_clusters": query_clusters or None,
             "key_clusters": key_clusters or None,
         }
-        return _patched(model, lambda layout: method, "SVG2", settings, common)
+        stand_ins = "compensate" if compensate else ""
+        return _patched(model, lambda layout: method, "SVG2", settings, common, stand_ins)
 
 
 class VidaccelSparseAttentionSVG(io.ComfyNode):
@@ -220,14 +250,78 @@ class VidaccelSparseAttentionRadial(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:
-        check_fraction("Radial", "density", density, fix="0.3 computes 30 % of the pairs")
-        return _patched(
-            model, lambda layout: Radial.for_density(layout, density), "Radial", {"density": density}, common
+        return _for_density(model, Radial, "Radial", density, common)
+
+
+class VidaccelSparseAttentionTangent(io.ComfyNode):
+    """Tangent in a native model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        special = [
+            io.Combo.Input(
+                "budget",
+                options=["density", "tolerance"],
+                default="density",
+                tooltip="What sets the amount of work. density: the same share of the pairs in every call. tolerance: "
+                "as many pairs as the estimated error of a call needs, so that the work follows the content.",
+            ),
+            io.Float.Input(
+                "tolerance",
+                default=0.02,
+                min=0.001,
+                max=1.0,
+                step=0.001,
+                tooltip="With the budget tolerance alone, in place of density: the estimated error of a call's output, "
+                "relative to the output; 0.02 is 2 %.",
+            ),
+            *_cluster_inputs(),
+        ]
+        description = (
+            "Tangent, this project's own: groups queries and keys by content, as SVG2 does; a group of keys that is "
+            "skipped enters by the tangent of what it would have given, and pairs are computed where they change the "
+            "output most. Made for low densities. Planning looks at all keys for each group of queries in every call."
         )
+        return _schema("Tangent", ["tangent", "semantic clustering"], description, _inputs(special))
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        density: float,
+        budget: str,
+        tolerance: float,
+        query_clusters: int,
+        key_clusters: int,
+        **common: Any,
+    ) -> io.NodeOutput:
+        spent: dict[str, Any] = {"density": density} if budget == "density" else {"tolerance": tolerance}
+        method = Tangent(**spent, q_clusters=query_clusters or None, k_clusters=key_clusters or None)
+        settings = {**spent, "query_clusters": query_clusters or None, "key_clusters": key_clusters or None}
+        return _patched(model, lambda layout: method, "Tangent", settings, common, stand_ins="tangent")
+
+
+class VidaccelSparseAttentionSparge(io.ComfyNode):
+    """The first stage of SpargeAttn in a native model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        description = (
+            "SpargeAttn, its first stage: blocks of neighbouring tokens stand for themselves by their means, and each "
+            "block of queries reads the blocks of keys that their means say matter most. Planning is cheap; blocks "
+            "follow the order of the tokens and not their content."
+        )
+        return _schema("Sparge", ["spargeattn", "sparge attention"], description, _inputs([]))
+
+    @classmethod
+    def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:
+        return _for_density(model, Sparge, "Sparge", density, common)
 
 
 NODES: list[type[io.ComfyNode]] = [
     VidaccelSparseAttentionSVG2,
     VidaccelSparseAttentionSVG,
     VidaccelSparseAttentionRadial,
+    VidaccelSparseAttentionTangent,
+    VidaccelSparseAttentionSparge,
 ]

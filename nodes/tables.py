@@ -1,22 +1,24 @@
-"""A report as a node shows it: a table in plain text and a heat map of layers and steps."""
+"""A report as a node shows it: tables in plain text and heat maps of layers and steps."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..attention import CallRecord, RunReport
+from ..attention.records import percent
 from ..generation.figures import heat_map
-from ..generation.report import format_seconds
+from ..generation.report import HeatMap, format_seconds, heat_maps
 from .news import News, why_dense
 
 
 def report_text(news: News) -> str:
     """What a run did: method and settings, then for each step the density, what stayed dense and why, the backends and
-    the seconds in attention; totals and notes at the end. Or why there is no such thing."""
+    the seconds in attention; measured errors; totals and notes at the end. Or why there is no such thing."""
     report = news.report
     lines = [news.heading] if news.heading else []
     if report.method:
@@ -44,10 +46,9 @@ def _run_table(records: list[CallRecord]) -> list[str]:
     )
     for step in sorted({record.step for record in records}):
         calls = [record for record in records if record.step == step]
-        steps = calls[0].num_steps
         sparse = sum(not call.reason for call in calls)
         lines.append(
-            f"{step + 1 if steps is None else f'{step + 1}/{steps}':>7}  {np.mean([c.density for c in calls]):>7.3f}  "
+            f"{_step_words(calls[0]):>7}  {np.mean([c.density for c in calls]):>7.3f}  "
             f"{f'{sparse} of {len(calls)}':>12}  {format_seconds(sum(c.plan_seconds for c in calls)):>9}  "
             f"{format_seconds(sum(c.attention_seconds for c in calls)):>9}  {_why(calls)}"
         )
@@ -56,7 +57,40 @@ def _run_table(records: list[CallRecord]) -> list[str]:
         f"Mean density {np.mean([c.density for c in records]):.3f}; planning {format_seconds(planning)}, attention "
         f"{format_seconds(attention)}."
     )
+    return lines + _errors(RunReport("", {}, tuple(records)))
+
+
+def _errors(run: RunReport) -> list[str]:
+    """The measured errors of a run: in words, and a table of the steps where there are some."""
+    calls = run.measured()
+    if not calls:
+        return []
+    of_models = len({call.model for call in calls}) > 1
+    predicts = any(call.predicted_error is not None for call in calls)
+    lines = ["", f"{'step':>7}  {'median error':>12}  {'worst error':>11}{'  predicted' * predicts}  worst in"]
+    for step in sorted({call.step for call in calls}):
+        of_step = [call for call in calls if call.step == step]  # the worst first
+        worst, expected = of_step[0], [c.predicted_error for c in of_step if c.predicted_error is not None]
+        predicted = f"  {percent(float(np.median(expected))) if expected else '':>9}" * predicts
+        lines.append(
+            f"{_step_words(worst):>7}  {percent(float(np.median([c.error for c in of_step]))):>12}  "
+            f"{percent(worst.error):>11}{predicted}  {_layer_words(worst, of_models)}, {worst.branch}"
+        )
+    worst = calls[0]
+    lines.append(
+        f"Measured error of the output in {len(calls)} sparse calls: median {percent(run.median_error())}, worst "
+        f"{percent(worst.error)} in {_layer_words(worst, of_models)} at step {_step_words(worst)}; measuring "
+        f"{format_seconds(run.error_seconds)}."
+    )
     return lines
+
+
+def _layer_words(call: CallRecord, of_models: bool) -> str:
+    return f"layer {call.layer} of {call.model}" if of_models else f"layer {call.layer}"
+
+
+def _step_words(call: CallRecord) -> str:
+    return f"{call.step + 1}" if call.num_steps is None else f"{call.step + 1}/{call.num_steps}"
 
 
 def _why(calls: list[CallRecord]) -> str:
@@ -69,18 +103,34 @@ def _why(calls: list[CallRecord]) -> str:
 def report_image(report: RunReport) -> torch.Tensor:
     """Density of every layer and step, `[1, H, W, 3]` in [0, 1], as ComfyUI's IMAGE. Several runs are put side by side.
 
-    Without any call it is an empty chart.
+    Below it are measured errors and what the method predicted, where there are some. Without any call it is an empty
+    chart.
     """
+    pictures = [_picture(shown) for shown in heat_maps(side_by_side(report))]
+    return torch.cat(pictures)[None]
+
+
+def side_by_side(report: RunReport) -> RunReport:
+    """The runs as one, each behind the steps of the one before: two samplers with a step 0 each are no branches.
+
+    With a list of two samplers each run begins at the step at which its sampler began.
+    """
+    records, steps = [], 0
+    for run in report.runs():
+        calls = [record for record in report.records if record.run == run]
+        records += [replace(call, run=0, step=call.step + steps) for call in calls]
+        steps += max(call.step for call in calls) + 1
+    return replace(report, records=tuple(records))
+
+
+def _picture(shown: HeatMap) -> torch.Tensor:
+    """A heat map as pixels, `[H, W, 3]` in [0, 1]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    maps = [RunReport("", {}, tuple(r for r in report.records if r.run == run)).density_map() for run in report.runs()]
-    rows = max((len(values) for values in maps), default=1)
-    maps = [np.pad(values, ((0, rows - len(values)), (0, 0)), constant_values=np.nan) for values in maps]
-    # With a list of two samplers each map begins at the step at which its sampler began.
-    values = np.concatenate(maps, axis=1) if maps else np.full((1, 1), np.nan)
-    figure = heat_map(values, "density")
+    values = shown.values if shown.values.size else np.full((1, 1), np.nan)
+    figure = heat_map(values, shown.label, top=shown.top)
     figure.set(dpi=144, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    return torch.from_numpy(pixels.astype(np.float32) / 255)[None]
+    return torch.from_numpy(pixels.astype(np.float32) / 255)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,9 +17,12 @@ from ..generation.errors import BadInput
 INPUTS = {
     "density": "density",
     "compensate": "compensate",
+    "tolerance": "tolerance",
     "q_clusters": "query_clusters",
     "k_clusters": "key_clusters",
 }
+# What to do with an input that moves a bound.
+_EASING = {"compensate": "switch compensate off", "key_clusters": "take fewer key_clusters"}
 STEP = 0.01  # of the inputs that are shares
 
 # A field of a request, of which there are several front ends -> the input that sets it.
@@ -45,15 +48,16 @@ def video_words(layout: VideoLayout) -> str:
     return text if not layout.text_tokens else f"{text} with {layout.text_tokens} tokens of text or references"
 
 
-def limit_words(error: OutOfReach, layout: VideoLayout) -> str:
-    """What a method cannot do with a video, and which input to change."""
+def limit_words(error: OutOfReach, layout: VideoLayout, inputs: Collection[str]) -> str:
+    """What a method cannot do with a video, and which of the node's inputs to change."""
     name = INPUTS.get(error.field, error.field)
     whole = isinstance(error.value, int) and not isinstance(error.value, bool)
-    least = error.least if error.least is None or whole else (math.floor(error.least / STEP) + 1) * STEP
+    least = error.least if error.least is None or whole else min(1.0, (math.floor(error.least / STEP) + 1) * STEP)
     most = error.most if error.most is None or whole else min(1.0, (math.ceil(error.most / STEP) - 1) * STEP)
     too_low = least is not None and error.value < least
     bound, verb = (f"at least {least:g}", "Raise") if too_low else (f"at most {most:g}", "Lower")
-    others = [f", or switch {INPUTS[field]} off" for field in error.eased_by if field in INPUTS]
+    easing = [INPUTS.get(field) for field in error.eased_by]
+    others = [f", or {_EASING[easier]}" for easier in easing if easier in _EASING and easier in inputs]
     return (
         f"{name} is {error.value:g}, and with a video of {video_words(layout)} it must be {bound}. "
         f"{verb} it{''.join(others)}."
@@ -91,11 +95,18 @@ def check_shares(start: float, end: float, instead: str) -> None:
         )
 
 
-def check_compensate(backend: str, device: torch.device) -> None:
-    """Raise a `ValueError` where a backend that was chosen by name cannot compute what `compensate` needs."""
+def check_stand_ins(backend: str, device: torch.device, of: str) -> None:
+    """Raise a `ValueError` where a backend that was chosen by name cannot compute what stands for skipped keys.
+
+    Args:
+        backend, device: what is to compute, and where.
+        of: what has them, "compensate" or a method; empty for nothing.
+    """
+    if not of:
+        return
     if backend != "auto" and device.type not in BACKENDS[backend].capability.lse:
         able = [name for name, b in BACKENDS.items() if b.capability.sparse and device.type in b.capability.lse]
         raise ValueError(
-            f"backend is {backend}: it cannot compute compensate on {device.type}. Choose auto or "
-            f"{' or '.join(able)}, or switch compensate off."
+            f"backend is {backend}: it cannot compute {of} on {device.type}. Choose auto or {' or '.join(able)}, or "
+            f"{_EASING.get(of, 'another method')}."
         )

@@ -20,13 +20,14 @@ from PIL import Image, ImageDraw, ImageFont
 FOLDER = Path(__file__).parent
 SIDE = 640  # pixels
 BAR = 92  # below the picture; a card is some 220 pixels wide, so its letters are large
-METHODS = {"VidaccelSparseAttention" + name: name.lower() for name in ("SVG2", "SVG", "Radial")}
+METHODS = {"VidaccelSparseAttention" + name: name.lower() for name in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")}
 PROMPTS = {
     "demo_compare": "a red circle moves left on a grey background",
     "hunyuan_t2v_svg": "a yellow circle moves up on a black background",
     "wan22_i2v_svg2": "a blue square moves right on a white background",
     "wan_t2v_radial_long": "a green circle moves right on a grey background",
     "wan_t2v_svg2": "a red square moves down on a white background",
+    "wan_t2v_tangent": "a green square moves left on a black background",
 }
 
 
@@ -65,7 +66,8 @@ def cards() -> list[Card]:
 
 def compose(card: Card, frames: np.ndarray, dense: np.ndarray | None, note: str) -> Image.Image:
     """The picture of a card, from a video `[F, H, W, 3]` of bytes and, of a comparison, the dense one."""
-    told = f"{card.method.upper() if card.method != 'radial' else 'Radial'}, {card.density:.0%} of pairs"
+    method = card.method.upper() if card.method.startswith("svg") else card.method.capitalize()
+    told = f"{method}, {card.density:.0%} of pairs"
     middle = len(frames) // 2
     if dense is not None:
         halves = [_fitted(video[middle], SIDE // 2 - 2, SIDE - BAR) for video in (dense, frames)]

@@ -14,7 +14,6 @@ ANY_HEAD_DIM = 2**31
 EVERYWHERE = ("cpu", "cuda", "mps", "xpu")  # for backends made of torch's operators
 SMALL_TILE = 64  # queries: fewer take less time than a call for them
 NO_FLOAT64 = ("mps",)
-INSTALL_TRITON = "pip install triton (on Windows: triton-windows)"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ class Request:
     dense: bool
     lse: bool
     grad: bool
-    precision: Precision = AS_INPUTS
+    # No default: torch.compile of torch 2.11 cannot trace one that is an object.
+    precision: Precision
     skipped: bool = False
     small_tiles: bool = False
 

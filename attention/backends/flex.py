@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import shutil
 import sys
@@ -12,8 +11,9 @@ from collections.abc import Callable
 import torch
 
 from ..block_mask import to_block_mask
+from ..own_kernels import INSTALL_TRITON, has_triton
 from ..plan import BlockPlan, permute, unpermute
-from .base import INSTALL_TRITON, Backend, Capability
+from .base import Backend, Capability
 
 # Flex compiles one kernel per set of shapes. torch's own limit of 8 is passed by a few resolutions and cluster counts,
 # and what it does then (run eagerly, that is densely) is what this backend must never do.
@@ -49,7 +49,7 @@ class FlexBackend(Backend):
             elif " " in torch.__file__:
                 # torch passes the folder of its libraries to the linker unquoted.
                 reason = f"cannot be compiled with a space in the path of torch ({os.path.dirname(torch.__file__)})"
-        if reason is None and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        if reason is None and device.type == "cuda" and not has_triton():
             reason = f"needs triton, which is not installed: {INSTALL_TRITON}"
         return reason
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
 
+from ..own_kernels import INSTALL_TRITON, has_triton
 from ..plan import BlockPlan
-from .base import INSTALL_TRITON, Backend, Capability, Precision, Request
+from .base import Backend, Capability, Precision, Request
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 FP8_COMPUTE_CAPABILITY = (8, 9)
@@ -36,6 +36,7 @@ class TritonBackend(Backend):
         sparse=True,
         qk=("int8",),
         pv=("fp8",),
+        stand_ins=("cuda", "cpu"),
     )
 
     def __init__(self, gather_kv: bool = False) -> None:
@@ -45,7 +46,7 @@ class TritonBackend(Backend):
         reason = super().unavailable(device)
         if reason is not None:
             return reason
-        if importlib.util.find_spec("triton") is None:
+        if not has_triton():
             return f"needs triton, which is not installed: {INSTALL_TRITON}"
         if device.type == "cpu":
             if os.environ.get("TRITON_INTERPRET") == "1":
@@ -75,7 +76,9 @@ class TritonBackend(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         from ..kernels.block_sparse import block_sparse_attention
+        from ..kernels.stand_ins import stand_ins_of
 
+        stand_ins = (None, None, None) if plan.skipped is None else stand_ins_of(plan, q.dtype)
         out, lse = block_sparse_attention(
             q,
             k,
@@ -88,6 +91,7 @@ class TritonBackend(Backend):
             plan.kv_order,
             float(scale),
             self.gather_kv,
+            *stand_ins,
         )
         return out, lse if return_lse else None
 

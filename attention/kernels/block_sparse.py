@@ -6,8 +6,10 @@ import torch
 
 from ..plan import BlockPlan
 from .block_sparse_backward import block_sparse_attention_backward
-from .block_sparse_forward import FORWARD_TILES, launch_forward, results
-from .launch import LOG2E, choose_tiles, keys_in_order, rows_contiguous
+from .block_sparse_forward import forward_tiles, launch_forward, results
+from .launch import LOG2E, rows_contiguous
+from .permute import keys_in_order
+from .stand_ins import StandIns
 
 
 @torch.library.custom_op("vidaccel::block_sparse_attention", mutates_args=())
@@ -23,6 +25,9 @@ def block_sparse_attention(
     kv_order: torch.Tensor | None,
     scale: float,
     gather_kv: bool = False,
+    skip_key: torch.Tensor | None = None,
+    skip_value: torch.Tensor | None = None,
+    skip_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a plan as one operator, differentiable in q, k and v, also through the log-sum-exp.
 
@@ -31,6 +36,8 @@ def block_sparse_attention(
         tile_start, tile_len, run_start, run_len, q_order, kv_order: of a `BlockPlan`.
         scale: multiplies the scores.
         gather_kv: read keys and values through `kv_order` instead of copying them in order first.
+        skip_key, skip_value, skip_bias: what stands for skipped clusters, as `stand_ins.StandIns` holds it, or None. No
+            gradient flows to it.
 
     Returns:
         `[B, H, n_q, D]` in the dtype and memory layout of q, and the log-sum-exp `[B, H, n_q]` float32. The latter is
@@ -38,25 +45,28 @@ def block_sparse_attention(
     """
     out, lse = results(q)
     plan = BlockPlan(q.shape[2], k.shape[2], tile_start, tile_len, run_start, run_len)
-    tiles = choose_tiles(FORWARD_TILES, q, tile_len)
     k, v, kv_order = keys_in_order(k, v, kv_order, gather_kv)
-    launch_forward(rows_contiguous(q), k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, tiles)
+    stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
+    q = rows_contiguous(q)
+    launch_forward(
+        q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, forward_tiles(q, plan), stand_ins=stand_ins
+    )
     return out, lse
 
 
 @block_sparse_attention.register_fake
-def _(q, k, v, tile_start, tile_len, run_start, run_len, q_order, kv_order, scale, gather_kv=False):
+def _(q, *rest, **options):
     return results(q)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.gather_kv = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.scale, ctx.gather_kv, skip_key, skip_value, skip_bias = inputs
+    ctx.save_for_backward(*tensors, skip_key, skip_value, skip_bias, *output)
 
 
 def _backward(ctx, grad_out: torch.Tensor, grad_lse: torch.Tensor):
     grads = block_sparse_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.gather_kv)
-    return *grads, *[None] * 8
+    return *grads, *[None] * 11
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_save)

@@ -25,13 +25,14 @@ from .launch import (
     LOG2E,
     Tiles,
     choose_tiles,
-    keys_in_order,
     on_device,
     order_args,
     padded,
     plan_strides,
     rows_contiguous,
 )
+from .permute import keys_in_order
+from .stand_ins import StandIns, stand_in_args, stand_ins_to_queries
 from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
 # Keyed like FORWARD_TILES; initial values, not yet tuned by measurement.
@@ -86,7 +87,7 @@ def _delta_kernel(
 
 
 @triton.jit
-def _query_tile(state, inputs, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
+def _query_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
     """What a tile of keys adds to the gradient of the queries."""
     (dq,) = state
     q, grad, lse2, delta, k_ptr, v_ptr, k_sn, v_sn, qk_scale = inputs
@@ -109,9 +110,11 @@ def _query_kernel(
     q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
     piece_start_ptr, piece_len_ptr, piece_tile_ptr,
     full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
-    plan_sb, plan_sh, heads, n_q, pieces, tiles, slots, scale, qk_scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
+    skip_key_ptr, skip_key_sb, skip_key_sh, skip_key_st, skip_value_ptr, skip_value_sb, skip_value_sh, skip_value_st,
+    skip_bias_ptr, skip_bias_sb, skip_bias_sh, skip_bias_st, clusters,
+    plan_sb, plan_sh, heads, n_q, pieces, tiles, slots, tail_slots, scale, qk_scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr, STAND_INS: tl.constexpr,
 ):  # fmt: skip
     b, h, start, size, tile = find_piece(
         piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles
@@ -134,10 +137,19 @@ def _query_kernel(
     (dq,) = walk_keys(
         _query_tile, (tl.zeros([BLOCK_M, D_PAD], tl.float32),),
         (q, grad, lse2, delta, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, qk_scale),
-        tile, slots, kv_order_ptr,
+        tile, slots, tail_slots, kv_order_ptr,
         full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
-        D, D_PAD, BLOCK_N, GATHER_KV,
+        D, D_PAD, BLOCK_N, TAIL_N, GATHER_KV,
     )  # fmt: skip
+    if STAND_INS:
+        place = tile - (b * plan_sb + h * plan_sh) * tiles
+        dq = stand_ins_to_queries(
+            dq, q, grad, tl.where(lse2 == float("-inf"), 0.0, lse2), delta, qk_scale,
+            skip_key_ptr + b * skip_key_sb + h * skip_key_sh + place * skip_key_st,
+            skip_value_ptr + b * skip_value_sb + h * skip_value_sh + place * skip_value_st,
+            skip_bias_ptr + b * skip_bias_sb + h * skip_bias_sh + place * skip_bias_st,
+            clusters, D, D_PAD, BLOCK_N,
+        )  # fmt: skip
     store_rows(dq_ptr + b * dq_sb + h * dq_sh, q_rows, dq_sn, inside_m, d, dq * scale, D)
 
 
@@ -291,6 +303,9 @@ def block_sparse_attention_backward(
     run_len: torch.Tensor,
     q_order: torch.Tensor | None,
     kv_order: torch.Tensor | None,
+    skip_key: torch.Tensor | None,
+    skip_value: torch.Tensor | None,
+    skip_bias: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
@@ -321,13 +336,15 @@ def block_sparse_attention_backward(
         )  # fmt: skip
 
         tiles = choose_tiles(QUERY_TILES, q, tile_len)
-        walk = make_walk(plan, tiles.block_m, tiles.block_n)
+        walk = make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
+        stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
         pieces = walk.piece_len.shape[-1]
         _query_kernel[(pieces * batch * heads,)](
             q, k, v, grad_out, dq, lse, delta, *inputs, *dq.stride()[:3],
-            *order_args(q_order), *order_args(load_order), *walk,
+            *order_args(q_order), *order_args(load_order), *walk, *stand_in_args(stand_ins),
             *plan_strides(tile_len.shape), heads, plan.n_q, pieces, tile_len.shape[-1], walk.full_start.shape[-1],
-            scale, scale * LOG2E, **shape, **orders, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            walk.tail_start.shape[-1], scale, scale * LOG2E, **shape, **orders,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TAIL_N=tiles.tail_n, STAND_INS=stand_ins is not None,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 

@@ -1,7 +1,11 @@
 """The forward pass of attention over a `BlockPlan`, as a Triton kernel.
 
 One program computes one *piece*: at most `BLOCK_M` queries of one tile, of one head. It walks the runs of keys of that
-tile with an online softmax (FlashAttention-2, arXiv 2307.08691) in base 2 and float32; how is in `walk.py`.
+tile with an online softmax (FlashAttention-2, arXiv 2307.08691) in base 2 and float32; how is in `walk.py`. What stands
+for the keys that a tile skips is a second walk (`stand_ins.py`).
+
+Where the GPU has a copy engine for tiles (compute capability 9 and up), keys and values come through tensor descriptors
+(`descriptors.py`): a tile may start at any row, so runs need not be aligned, and what lies behind a tail is masked.
 
 Orders: the rows of queries are read, and the outputs written, through `q_order`, since each is touched once. Keys and
 values are read by many tiles, so by default they are copied in permuted order first (`gather_kv=False`: the memory of
@@ -16,15 +20,17 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
-from .launch import Tiles, on_device, order_args, padded, plan_strides, rows_contiguous
+from .descriptors import describe
+from .launch import Tiles, choose_tiles, on_device, order_args, padded, plan_strides, rows_contiguous
+from .stand_ins import StandIns, attend_stand_ins, stand_in_args
 from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
 # By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. Initial
 # values, chosen by the registers and the shared memory that the compiler reports, not yet tuned by measurement. float32
 # is computed exactly and not in TF32, so without tensor cores, in small tiles.
 FORWARD_TILES = {
-    (9, 64, 2): Tiles(128, 64, 4, 3),
-    (9, 128, 2): Tiles(128, 64, 8, 3),
+    (9, 64, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
+    (9, 128, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 256, 2): Tiles(128, 32, 8, 2),
     (10, 64, 2): Tiles(128, 64, 4, 3),
     (10, 128, 2): Tiles(128, 64, 8, 3),
@@ -37,6 +43,14 @@ FORWARD_TILES = {
     (0, 256, 4): Tiles(16, 16, 8, 1),
 }
 
+SCATTERED = 64  # run slots a tile: more are those of clusters
+# For plans of many short runs and uneven tiles (clusters), where a small tile wastes least, and short tails more than
+# make up for what a small tile costs: measured on an H200 (`benchmarks/results/kernels.md`).
+SCATTERED_TILES = {
+    (9, 64, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
+    (9, 128, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
+}
+
 # Of the fp8 variant (`block_sparse_int8.py`): the power of two that lifts its weights; how many products may be added
 # before their sum moves to float32, at most the keys of a tile.
 FP8_LIFT = tl.constexpr(8.0)
@@ -47,7 +61,33 @@ FP8_ADDED = tl.constexpr(32)
 
 
 @triton.jit
-def _attend_tile(state, inputs, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
+def _attend_described_tile(
+    state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """`_attend_tile` with keys and values through tensor descriptors; a tail has descriptors of its own size."""
+    m, total, acc = state
+    q, k_desc, v_desc, k_tail_desc, v_tail_desc, k_row, v_row, k_column, v_column, factor = inputs
+    if MASKED:
+        k = k_tail_desc.load([k_row + first, k_column])
+    else:
+        k = k_desc.load([k_row + first, k_column])
+    scores = tl.dot(q, tl.trans(k))
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    # The scale is above 0, so the maximum can be taken before it; it then enters where the maximum is subtracted.
+    new_m = tl.maximum(m, tl.max(scores, 1) * factor)
+    p = tl.exp2(scores * factor - new_m[:, None])
+    shrink = tl.exp2(m - new_m)
+    if MASKED:
+        v = v_tail_desc.load([v_row + first, v_column])
+    else:
+        v = v_desc.load([v_row + first, v_column])
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+    return new_m, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _attend_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
     """One step of the online softmax: `m` row maxima, `total` row sums, `acc` unnormalised output.
 
     Where k is int8, its rows lie in permuted order, and `factor` holds the scale of each query; else it is one number.
@@ -88,15 +128,20 @@ def _attend_tile(state, inputs, keys, rows, inside, D: tl.constexpr, D_PAD: tl.c
 
 @triton.jit(do_not_specialize=["pieces", "tiles", "slots"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_shift_ptr,
+    q_ptr, k_ptr, v_ptr, k_tail_ptr, v_tail_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_shift_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn,
     q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
     piece_start_ptr, piece_len_ptr, piece_tile_ptr,
     full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
-    plan_sb, plan_sh, heads, n_q, n_kv, pieces, tiles, slots, qk_scale,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
+    skip_key_ptr, skip_key_sb, skip_key_sh, skip_key_st, skip_value_ptr, skip_value_sb, skip_value_sh, skip_value_st,
+    skip_bias_ptr, skip_bias_sb, skip_bias_sh, skip_bias_st, clusters,
+    plan_sb, plan_sh, heads, n_q, n_kv, pieces, tiles, slots, tail_slots, qk_scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr, DESCRIBED: tl.constexpr, STAND_INS: tl.constexpr,
 ):  # fmt: skip
+    """`DESCRIBED`: k, v and their tails are tensor descriptors; their "strides" are the row of a batch entry, that of a
+    head, and the column of a head.
+    """
     b, h, start, size, tile = find_piece(
         piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles
     )
@@ -123,18 +168,40 @@ def _forward_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    m, total, acc = walk_keys(
-        _attend_tile, (m, total, acc),
-        (q, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, factor, k_scale_ptr),
-        tile, slots, kv_order_ptr,
-        full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
-        D, D_PAD, BLOCK_N, GATHER_KV,
-    )  # fmt: skip
+    if DESCRIBED:
+        k_row = (b * k_sb + h * k_sh).to(tl.int32)
+        v_row = (b * v_sb + h * v_sh).to(tl.int32)
+        k_column = (h * k_sn).to(tl.int32)
+        v_column = (h * v_sn).to(tl.int32)
+        m, total, acc = walk_keys(
+            _attend_described_tile, (m, total, acc),
+            (q, k_ptr, v_ptr, k_tail_ptr, v_tail_ptr, k_row, v_row, k_column, v_column, factor),
+            tile, slots, tail_slots, kv_order_ptr,
+            full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+            D, D_PAD, BLOCK_N, TAIL_N, False,
+        )  # fmt: skip
+    else:
+        m, total, acc = walk_keys(
+            _attend_tile, (m, total, acc),
+            (q, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, factor, k_scale_ptr),
+            tile, slots, tail_slots, kv_order_ptr,
+            full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
+            D, D_PAD, BLOCK_N, TAIL_N, GATHER_KV,
+        )  # fmt: skip
+    if STAND_INS:
+        place = tile - (b * plan_sb + h * plan_sh) * tiles
+        m, total, acc = attend_stand_ins(
+            (m, total, acc), q, factor,
+            skip_key_ptr + b * skip_key_sb + h * skip_key_sh + place * skip_key_st,
+            skip_value_ptr + b * skip_value_sb + h * skip_value_sh + place * skip_value_st,
+            skip_bias_ptr + b * skip_bias_sb + h * skip_bias_sh + place * skip_bias_st,
+            clusters, D, D_PAD, BLOCK_N,
+        )  # fmt: skip
 
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
     lse = m + tl.log2(tl.where(empty, 1.0, total))
-    if v_ptr.dtype.element_ty == tl.float8e4nv:
+    if not DESCRIBED and v_ptr.dtype.element_ty == tl.float8e4nv:
         out *= tl.load(v_scale_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
         lse -= FP8_LIFT
     lse *= 0.6931471805599453
@@ -159,6 +226,7 @@ def launch_forward(
     qk_scale: float,
     tiles: Tiles,
     scales: tuple[torch.Tensor | None, ...] = (None, None, None, None),
+    stand_ins: StandIns | None = None,
 ) -> None:
     """Run the forward kernel into `out` and `lse`.
 
@@ -168,21 +236,30 @@ def launch_forward(
         q_order: where a permuted query lies in `out`, and in q unless that is int8. kv_order: likewise in k and v.
         qk_scale: multiplies the scores, in base 2; not read for int8.
         scales: the scales of q, k and v and what to add to the log-sum-exp, where q and k are int8 (v: fp8).
+        stand_ins: of the clusters that each tile skips; not with int8.
     """
-    walk = make_walk(plan, tiles.block_m, tiles.block_n)
+    walk = make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
     (batch, heads), dim = q.shape[:2], q.shape[3]
     pieces = walk.piece_len.shape[-1]
+    described = describe(k, v, tiles) if tiles.described and kv_order is None and qk_scale > 0 else None
+    keys, places = described or ((k, v, None, None), (*k.stride()[:3], *v.stride()[:3]))
     with on_device(q):
         _forward_kernel[(pieces * batch * heads,)](
-            q, k, v, out, lse, *scales,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *order_args(q_order), *order_args(kv_order), *walk,
+            q, *keys, out, lse, *scales, *q.stride()[:3], *places, *out.stride()[:3],
+            *order_args(q_order), *order_args(kv_order), *walk, *stand_in_args(stand_ins),
             *plan_strides(plan.tile_len.shape), heads, plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
-            walk.full_start.shape[-1], qk_scale,
+            walk.full_start.shape[-1], walk.tail_start.shape[-1], qk_scale,
             D=dim, D_PAD=max(padded(dim), 32 // q.element_size()), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
+            TAIL_N=tiles.tail_n, Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
+            DESCRIBED=described is not None, STAND_INS=stand_ins is not None,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
+
+
+def forward_tiles(q: torch.Tensor, plan: BlockPlan) -> Tiles:
+    """The launch configuration for a plan; reads shapes only."""
+    table = FORWARD_TILES | SCATTERED_TILES if plan.run_len.shape[-1] > SCATTERED else FORWARD_TILES
+    return choose_tiles(table, q, plan.tile_len)
 
 
 def results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from ..plan import BlockPlan, permute
+from ..plan import BlockPlan
 from .block_sparse_forward import launch_forward, results
 from .launch import Tiles, choose_tiles, rows_contiguous
+from .permute import permute_rows
 from .quantize import quantize_qk, quantize_v
 
 # Keyed like FORWARD_TILES, by the dtype of the values; initial values, not yet tuned by measurement. At least 32 keys:
@@ -73,8 +74,8 @@ def block_sparse_attention_int8(
     if fp8_values:
         v, v_scale = quantize_v(v, kv_order)
         kv_order = None
-    elif not gather_kv:
-        v, kv_order = permute(v, kv_order), None
+    elif kv_order is not None and not gather_kv:
+        v, kv_order = permute_rows(v, kv_order), None
     scales = (qk.q_scale, qk.k_scale, v_scale, qk.lse_shift)
     launch_forward(qk.q, qk.k, rows_contiguous(v), out, lse, plan, q_order, kv_order, 0.0, tiles, scales)
     return out, lse

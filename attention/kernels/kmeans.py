@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from ..runs import cut_segments
-from .launch import on_device, padded, rows_contiguous
+from .launch import Tiles, on_device, padded, rows_contiguous
 from .walk import load_rows
 
-TOKENS = 64  # per program of the assignment
-CENTROIDS = 64  # compared at a time
+# Of the assignment: tokens a program, centroids at a time, warps and stages; of 16-bit tokens measured on an H200.
+HALF = Tiles(128, 64, 8, 3)
+SINGLE = Tiles(64, 64, 4, 2)
 PIECE = 256  # members that one program adds up: a cluster of half the sequence is the work of many programs
 ADDED = 32  # of them at a time
 
@@ -24,24 +25,42 @@ ADDED = 32  # of them at a time
 def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     """The nearest centroid of each token, `[B, H, N]` int64; of equally near ones the first.
 
+    16-bit tokens are compared with the centroids rounded to their dtype, relative to the mean: a product of 16-bit
+    numbers is exact in float32, so each token still gets the nearest of these. That is three times as fast as TF32, and
+    k-means is as good with centroids moved by a rounding.
+
     Args:
         x: `[B, H, N, D]`, any strides.
-        mean: `[B, H, 1, D]` float32, subtracted from each token: without it, bfloat16 distances are mostly ties.
+        mean: `[B, H, 1, D]` float32, of the tokens.
         centers: `[B, H, C, D]` float32, relative to the mean.
     """
-    x, mean, centers = rows_contiguous(x), mean.contiguous(), centers.contiguous()
+    x, mean = rows_contiguous(x), mean.contiguous()
+    half = x.element_size() == 2
+    tiles = HALF if half else SINGLE
+    centers = centers.to(x.dtype).contiguous()
     batch, heads, tokens, dim = x.shape
     clusters = centers.shape[2]
-    half_norm = centers.square().sum(-1) / 2
+    # The nearest has the largest (x - mean) . c - |c| ** 2 / 2. Of the first term, 16-bit tokens leave out the mean.
+    offset = centers.float().square().sum(-1) / 2
+    if half:
+        offset += (centers.float() @ mean.transpose(-1, -2)).squeeze(-1)
     labels = torch.empty(batch, heads, tokens, dtype=torch.int64, device=x.device)
     with on_device(x):
-        _assign_kernel[(triton.cdiv(tokens, TOKENS), batch * heads)](
-            x, mean, centers, half_norm, labels, *x.stride()[:3], heads, tokens, clusters,
-            D=dim, D_PAD=padded(dim), BLOCK_N=TOKENS, BLOCK_C=min(CENTROIDS, padded(clusters)),
-            # 16-bit tokens have no more digits than TF32 keeps, save those that the mean brings in.
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
+        _assign_kernel[(triton.cdiv(tokens, tiles.block_m), batch * heads)](
+            x, mean, centers, offset.contiguous(), labels, *x.stride()[:3], heads, tokens, clusters,
+            D=dim, D_PAD=padded(dim), BLOCK_N=tiles.block_m, BLOCK_C=min(tiles.block_n, padded(clusters)), HALF=half,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return labels
+
+
+def in_clusters(labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens sorted by cluster, `[B, H, N]` int64, and the size of each cluster, `[B, H, C]` int64."""
+    # Few digits sort faster: a radix sort of 64 bits makes four times the passes of one of 16.
+    ordered, order = (labels.short() if clusters < 2**15 else labels).sort(dim=-1, stable=True)
+    ids = torch.arange(clusters, dtype=ordered.dtype, device=labels.device)
+    ends = torch.searchsorted(ordered, ids.expand(*labels.shape[:2], clusters).contiguous(), right=True)
+    return order, ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
 
 
 def update(x: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
@@ -51,53 +70,74 @@ def update(x: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, centers: t
         x, mean, centers: as for `assign`.
         labels: `[B, H, N]` int64 in `[0, C)`.
     """
+    return moments(x, mean, *in_clusters(labels, centers.shape[2]), centers)[0]
+
+
+def moments(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    order: torch.Tensor,
+    sizes: torch.Tensor,
+    centers: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and mean square of the tokens of each cluster, both relative to `mean`.
+
+    Args:
+        x: `[B, H, N, D]`, any strides. mean: `[B, H, 1, D]` float32.
+        order, sizes: as `in_clusters` gives them.
+        centers: `[B, H, C, D]` float32, the mean of a cluster without tokens; 0 when None.
+
+    Returns:
+        `[B, H, C, D]` float32, and the sum over the channels of the mean square, `[B, H, C]` float32.
+    """
     x = rows_contiguous(x)
     batch, heads, tokens, dim = x.shape
-    clusters = centers.shape[2]
-    ordered, order = labels.sort(dim=-1, stable=True)
-    ids = torch.arange(clusters, device=x.device).expand(batch, heads, clusters).contiguous()
-    ends = torch.searchsorted(ordered, ids, right=True)
-    sizes = ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
-    start, length, _ = cut_segments(ends - sizes, sizes, tokens, PIECE)
+    clusters = sizes.shape[-1]
+    start, length, _ = cut_segments(sizes.cumsum(-1) - sizes, sizes, tokens, PIECE)
     pieces = start.shape[-1]
     sums = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=x.device)
+    piece_square = torch.empty(batch, heads, pieces, dtype=torch.float32, device=x.device)
     out = torch.empty(batch, heads, clusters, dim, dtype=torch.float32, device=x.device)
+    square = torch.empty(batch, heads, clusters, dtype=torch.float32, device=x.device)
+    centers = torch.zeros_like(out) if centers is None else centers
     count = (sizes + PIECE - 1) // PIECE
     first = (count.cumsum(-1) - count).int()
     mean, centers, sizes, count = (t.contiguous() for t in (mean, centers, sizes.int(), count.int()))
     with on_device(x):
         _sum_kernel[(pieces, batch * heads)](
-            x, order, start, length, sums, *x.stride()[:3], heads, tokens, pieces,
+            x, mean, order, start, length, sums, piece_square, *x.stride()[:3], heads, tokens, pieces,
             D=dim, D_PAD=padded(dim), BLOCK=ADDED, num_warps=4,
         )  # fmt: skip
         _mean_kernel[(clusters, batch * heads)](
-            sums, first, count, sizes, mean, centers, out, clusters, pieces, D=dim, D_PAD=padded(dim), num_warps=1,
+            sums, piece_square, first, count, sizes, centers, out, square, clusters, pieces,
+            D=dim, D_PAD=padded(dim), num_warps=1,
         )  # fmt: skip
-    return out
+    return out, square
 
 
 @triton.jit
 def _assign_kernel(
-    x_ptr, mean_ptr, center_ptr, half_norm_ptr, label_ptr, x_sb, x_sh, x_sn, heads, tokens, clusters,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, mean_ptr, center_ptr, offset_ptr, label_ptr, x_sb, x_sh, x_sn, heads, tokens, clusters,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < tokens
     d = tl.arange(0, D_PAD)
     x_ptr += (head // heads) * x_sb + (head % heads) * x_sh
-    x = load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
-    x -= tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
+    x = load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True)
+    if not HALF:
+        x -= tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
     center_ptr += head * clusters * D
-    half_norm_ptr += head * clusters
+    offset_ptr += head * clusters
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     label = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, clusters, BLOCK_C):
         ids = start + tl.arange(0, BLOCK_C)
         real = ids < clusters
         c = load_rows(center_ptr, ids, D, real, d, D, D_PAD, True)
-        half_norm = tl.load(half_norm_ptr + ids, mask=real, other=float("inf"))
-        score = tl.dot(x, tl.trans(c), input_precision=PRECISION) - half_norm[None, :]
+        offset = tl.load(offset_ptr + ids, mask=real, other=float("inf"))
+        score = tl.dot(x, tl.trans(c), input_precision="ieee") - offset[None, :]
         top, place = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
         better = top > best
         best = tl.where(better, top, best)
@@ -107,40 +147,49 @@ def _assign_kernel(
 
 @triton.jit
 def _sum_kernel(
-    x_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
+    x_ptr, mean_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, square_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the tokens of one piece of a cluster."""
+    """The sum and the square of the tokens of one piece of a cluster."""
     head = tl.program_id(1).to(tl.int64)
     at = head * pieces + tl.program_id(0)
     start = tl.load(start_ptr + at)
     length = tl.load(length_ptr + at)
     d = tl.arange(0, D_PAD)
+    mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
     x_ptr += (head // heads) * x_sb + (head % heads) * x_sh
     total = tl.zeros([D_PAD], tl.float32)
+    square = tl.zeros([D_PAD], tl.float32)
     for offset in range(0, length, BLOCK):
         members = offset + tl.arange(0, BLOCK)
         inside = members < length
         rows = tl.load(order_ptr + head * tokens + start + members, mask=inside, other=0)
-        total += tl.sum(load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32), 0)
+        x = load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
+        x = tl.where(inside[:, None], x - mean, 0.0)
+        total += tl.sum(x, 0)
+        square += tl.sum(x * x, 0)
     tl.store(sum_ptr + at * D + d, total, mask=d < D)
+    tl.store(square_ptr + at, tl.sum(square, 0))
 
 
 @triton.jit
 def _mean_kernel(
-    sum_ptr, first_ptr, count_ptr, size_ptr, mean_ptr, center_ptr, out_ptr, clusters, pieces,
+    sum_ptr, piece_square_ptr, first_ptr, count_ptr, size_ptr, center_ptr, out_ptr, square_ptr, clusters, pieces,
     D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The center of one cluster from the sums of its pieces."""
+    """The center of one cluster, and its mean square, from the sums of its pieces."""
     head = tl.program_id(1).to(tl.int64)
     at = head * clusters + tl.program_id(0)
     first = tl.load(first_ptr + at)
     size = tl.load(size_ptr + at)
     d = tl.arange(0, D_PAD)
     total = tl.zeros([D_PAD], tl.float32)
+    square = tl.full([], 0.0, tl.float32)
     for piece in range(tl.load(count_ptr + at)):
-        total += tl.load(sum_ptr + (head * pieces + first + piece) * D + d, mask=d < D, other=0.0)
-    mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)
+        place = head * pieces + first + piece
+        total += tl.load(sum_ptr + place * D + d, mask=d < D, other=0.0)
+        square += tl.load(piece_square_ptr + place)
     old = tl.load(center_ptr + at * D + d, mask=d < D, other=0.0)
-    center = tl.where(size > 0, total / tl.maximum(size, 1).to(tl.float32) - mean, old)
-    tl.store(out_ptr + at * D + d, center, mask=d < D)
+    share = 1.0 / tl.maximum(size, 1).to(tl.float32)
+    tl.store(out_ptr + at * D + d, tl.where(size > 0, total * share, old), mask=d < D)
+    tl.store(square_ptr + at, square * share)

@@ -9,18 +9,31 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..plan import permute
-
 LOG2E = math.log2(math.e)
 
 
 class Tiles(NamedTuple):
-    """A launch configuration: queries and keys per tile, warps per program, stages of the load pipeline."""
+    """A launch configuration.
+
+    Args:
+        block_m, block_n: queries and keys per tile.
+        num_warps: per program.
+        num_stages: of the load pipeline.
+        tail: keys of a tile at the end of a run; `block_n` when 0.
+        described: keys and values come through tensor descriptors, where their memory can be described.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tail: int = 0
+    described: bool = False
+
+    @property
+    def tail_n(self) -> int:
+        """Keys of a tile at the end of a run."""
+        return self.tail or self.block_n
 
 
 def choose_tiles(table: dict[tuple[int, int, int], Tiles], q: torch.Tensor, tile_len: torch.Tensor) -> Tiles:
@@ -64,12 +77,3 @@ def plan_strides(lead: torch.Size) -> tuple[int, int]:
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it that of `x`."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def keys_in_order(
-    k: torch.Tensor, v: torch.Tensor, kv_order: torch.Tensor | None, gather_kv: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """k and v as the kernels read them, and the order they still have to be read through, or None."""
-    if kv_order is not None and not gather_kv:
-        k, v, kv_order = permute(k, kv_order), permute(v, kv_order), None
-    return rows_contiguous(k), rows_contiguous(v), kv_order

@@ -20,17 +20,18 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
+from .runs import cut_runs
 
 
 class Walk(NamedTuple):
-    """What a query piece reads, on the device, with shapes that depend on no value. `P` pieces, `R + 1` slots.
+    """What a query piece reads, on the device, with shapes that depend on no value. `P` pieces, `R` runs.
 
     Args:
         piece_start, piece_len, piece_tile: `[Bp, Hp, P]` int32; first permuted query, queries (0 is padding), tile;
             the pieces with most keys first, so that what remains at the end of a head is short.
         full_start, full_tiles: `[Bp, Hp, T, R + 1]` int32; of the runs with a whole tile: first key, whole tiles.
         full_count: `[Bp, Hp, T]` int32, whole tiles of all runs together.
-        tail_start, tail_len: `[Bp, Hp, T, R + 1]` int32; of the runs with a tail: its first key, its keys.
+        tail_start, tail_len: `[Bp, Hp, T, S + 1]` int32, S a multiple of R; of the tails: first key, keys.
         tail_count: `[Bp, Hp, T]` int32, tails.
     """
 
@@ -45,32 +46,19 @@ class Walk(NamedTuple):
     tail_count: torch.Tensor
 
 
-def make_walk(plan: BlockPlan, block_m: int, block_n: int) -> Walk:
-    """Cut a plan to pieces of `block_m` queries and its runs to tiles of `block_n` keys; no host sync."""
-    full = plan.run_len // block_n
-    tail = plan.run_len - full * block_n
-    full_start, full_tiles = _to_front(full, plan.run_start, full)
-    tail_start, tail_len = _to_front(tail, plan.run_start + full * block_n, tail)
-    full_count = full.sum(-1, dtype=torch.int32)
-    tail_count = (tail > 0).sum(-1, dtype=torch.int32)
+def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
+    """Cut a plan to pieces of `block_m` queries and its runs to tiles of `block_n` keys; no host sync.
+
+    What is left of a run makes tails of at most `tail_n` keys, a divisor of `block_n`.
+    """
+    full_start, full_tiles, full_count, tail_start, tail_len, tail_count = cut_runs(
+        plan.run_start, plan.run_len, block_n, tail_n
+    )
     start, length, tile = plan.cut(block_m)
     work = (full_count + tail_count).gather(-1, tile.long()).masked_fill(length == 0, -1)
-    order = work.argsort(-1, descending=True)
+    order = work.argsort(dim=-1, descending=True, stable=True)  # equals in sequence share keys in the L2 cache
     start, length, tile = (x.gather(-1, order).contiguous() for x in (start, length, tile))
-    full_count, tail_count = full_count.contiguous(), tail_count.contiguous()
     return Walk(start, length, tile, full_start, full_tiles, full_count, tail_start, tail_len, tail_count)
-
-
-def _to_front(size: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
-    """The entries of `values [..., R]` where `size > 0`, moved to the front: `[..., R + 1]` contiguous.
-
-    The last slot takes what is dropped, so a kernel may look one entry past the last one it uses.
-    """
-    kept = size > 0
-    slots = size.shape[-1]
-    place = torch.where(kept, kept.cumsum(-1) - 1, slots)
-    shape = (*size.shape[:-1], slots + 1)
-    return [torch.zeros(shape, dtype=x.dtype, device=x.device).scatter_(-1, place, x) for x in values]
 
 
 # -- device code -------------------------------------------------------------------------------------------------------
@@ -135,14 +123,14 @@ def _next_full_tile(start_ptr, tiles_ptr, slot, key, left, BLOCK_N: tl.constexpr
 
 @triton.jit
 def walk_keys(
-    STEP: tl.constexpr, state, inputs, tile, slots, kv_order_ptr,
+    STEP: tl.constexpr, state, inputs, tile, slots, tail_slots, kv_order_ptr,
     full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, GATHER_KV: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, GATHER_KV: tl.constexpr,
 ):  # fmt: skip
-    """`state = STEP(state, inputs, keys, rows, inside, D, D_PAD, MASKED)` for each tile of keys that `tile` reads.
+    """`state = STEP(state, inputs, first, keys, rows, inside, D, D_PAD, MASKED)` for each tile of keys of `tile`.
 
-    `keys` are permuted positions, `rows` the tokens there when GATHER_KV (else the same), `inside` which of them count
-    (all, unless MASKED). `state` and `inputs` are tuples.
+    `first` is the first key, `keys` are permuted positions, `rows` the tokens there when GATHER_KV (else the same),
+    `inside` which of them count (all, unless MASKED). `state` and `inputs` are tuples.
     """
     offs_n = tl.arange(0, BLOCK_N)
     slot = tile * slots
@@ -152,13 +140,15 @@ def walk_keys(
         keys = key + offs_n
         inside = offs_n < BLOCK_N
         rows = token_rows(kv_order_ptr, keys, inside, GATHER_KV, False)
-        state = STEP(state, inputs, keys, rows, inside, D, D_PAD, False)
+        state = STEP(state, inputs, key, keys, rows, inside, D, D_PAD, False)
         slot, key, left = _next_full_tile(full_start_ptr, full_tiles_ptr, slot, key, left, BLOCK_N)
 
-    slot = tile * slots
+    offs_n = tl.arange(0, TAIL_N)
+    slot = tile * tail_slots
     for i in range(tl.load(tail_count_ptr + tile)):
-        keys = tl.load(tail_start_ptr + slot + i) + offs_n
+        key = tl.load(tail_start_ptr + slot + i)
+        keys = key + offs_n
         inside = offs_n < tl.load(tail_len_ptr + slot + i)
         rows = token_rows(kv_order_ptr, keys, inside, GATHER_KV, True)
-        state = STEP(state, inputs, keys, rows, inside, D, D_PAD, True)
+        state = STEP(state, inputs, key, keys, rows, inside, D, D_PAD, True)
     return state

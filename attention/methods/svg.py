@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..layout import VideoLayout
+from ..own_kernels import use_kernels
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
 from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays
@@ -15,6 +16,7 @@ from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, f
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
 ROW_SETS = 4
+KERNEL_ROWS = 64  # profiled by one kernel on a GPU; its accumulators hold no more
 PROFILED_HEADS = 4  # at once: float32 copies of all heads would be gigabytes on a large model
 
 
@@ -192,6 +194,12 @@ class _Static:
 
     def profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, which: int) -> torch.Tensor:
         """Which heads are temporal, `[B, H]` bool."""
+        if use_kernels(q) and len(self.rows[which]) <= KERNEL_ROWS:
+            from ..kernels.profile import attend_rows
+
+            full, masked = attend_rows(q[:, :, self.rows[which]], k, v, self.masks[which], q.shape[-1] ** -0.5)
+            spatial, temporal = (masked - full.unsqueeze(2)).square().mean((-1, -2)).unbind(2)
+            return temporal < spatial
         parts = [x.split(PROFILED_HEADS, dim=1) for x in (q[:, :, self.rows[which]], k, v)]
         return torch.cat([self._profile(a, b, c, self.masks[which]) for a, b, c in zip(*parts, strict=True)], dim=1)
 

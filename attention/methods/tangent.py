@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend, value_variance
+from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend, value_variance, with_order
 from ..kmeans import cluster_sizes
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -196,12 +196,12 @@ class Tangent(Method):
         kept = memory.get(f"tangent_{name}")
         if kept is not None and not anew:
             labels = kept[0].long()
-            clusters = renewed(x, Clusters(labels, cluster_sizes(labels, count), kept[1]))
+            clusters = renewed(x, with_order(Clusters(labels, cluster_sizes(labels, count), kept[1])))
         else:
             iterations = self.init_iterations if kept is None else self.step_iterations
             clusters = cluster(x, count, iterations, None if kept is None else kept[1])
             # The means that labels belong to are those before the last update of k-means.
-            clusters = renewed(x, clusters)
+            clusters = renewed(x, with_order(clusters))
         memory[f"tangent_{name}"] = (clusters.labels.short() if count < 2**15 else clusters.labels, clusters.means)
         return clusters
 

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ..checkpoint import CheckpointError, save_tensors
+from ..config import ConfigError
+
+_CHECKSUM = "crc32"
+"""Its name among the metadata of a file."""
+
+
+def check_cache(location: str | None) -> None:
+    """See that `data.cache`, where it is set, is a folder or can become one, before long work that it is for.
+
+    Raises:
+        ConfigError: a file is in its place.
+    """
+    if location is None:
+        return
+    folder = Path(location).expanduser()
+    for place in (folder, *folder.parents):
+        try:
+            if place.is_dir():
+                return
+            if place.exists():
+                raise ConfigError(f"data.cache: {folder} cannot be a folder, because {place} is a file: name another.")
+        except OSError as error:
+            raise ConfigError(f"data.cache: {folder} cannot be looked into: {error}.") from error
+
+
+def not_kept(folder: Path, error: Exception) -> CheckpointError:
+    """What to raise where a file of a cache cannot be written."""
+    return CheckpointError(
+        f"the cache {folder} cannot be written: {error}. Make room, or choose another data.cache; what is there is "
+        "used again."
+    )
 
 
 class TensorCache:
-    """Named tensors in safetensors files below a folder.
+    """Named tensors in safetensors files below a folder, each with a checksum of what is in it.
 
     Args:
         folder: made when the first tensor comes.
@@ -36,26 +68,31 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, *identity: str) -> bool:
-        """Whether they are there, in a file that is whole; its numbers are not read."""
+        """Whether they are there, in a file that is whole by its length; its numbers are not read."""
         try:
-            with safe_open(self.path(*identity), "pt"):
-                return True
+            with safe_open(self.path(*identity), "pt") as file:
+                return _CHECKSUM in (file.metadata() or {})
         except (OSError, SafetensorError):
             return False
 
     def read(self, *identity: str) -> dict[str, torch.Tensor] | None:
         """The tensors, or None when they are not there or their file is damaged."""
         try:
-            found = load_file(self.path(*identity))
+            with safe_open(self.path(*identity), "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                wanted = (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, SafetensorError):
+            return None
+        if _checksum(found) != wanted:
             return None
         if self.half is None:
             return found
         return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     def remove(self, *identity: str) -> None:
-        """Let go of what follows from these, if it is there."""
-        self.path(*identity).unlink(missing_ok=True)
+        """Let go of what follows from these, if it is there and can be removed."""
+        with contextlib.suppress(OSError):
+            self.path(*identity).unlink()
 
     def write(self, tensors: dict[str, torch.Tensor], *identity: str) -> None:
         """Keep named tensors under what they follow from.
@@ -65,13 +102,11 @@ class TensorCache:
         """
         if self.half is not None:
             tensors = {name: self._halved(value) for name, value in tensors.items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
-            save_tensors(tensors, self.path(*identity), flush=False)
+            save_tensors(tensors, self.path(*identity), {_CHECKSUM: _checksum(tensors)}, flush=False)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the cache {self.folder} cannot be written: {error}. Make room, or choose another data.cache; what is "
-                "there is used again."
-            ) from error
+            raise not_kept(self.folder, error) from error
 
     def _halved(self, value: torch.Tensor) -> torch.Tensor:
         if not value.is_floating_point():
@@ -83,6 +118,15 @@ class TensorCache:
                 f"{self.half}: set data.cache_dtype to bfloat16 or float32."
             )
         return made
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names, kinds and bytes; with CRC-32, which is several times as fast as disks are."""
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def fingerprint(module: nn.Module, samples: int = 64) -> str:

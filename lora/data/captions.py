@@ -10,10 +10,11 @@ import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from ..config import ConfigError, broken_character
 from .files import CAPTION_SUFFIX, METADATA, some
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _NAME, _TEXT = "file_name", "text"
 
 
 def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -> dict[Path, str]:
-    """The caption of each file.
+    """The caption of each file that has one.
 
     `metadata.jsonl` or else `metadata.csv` at the top of the folder has `file_name` and `text`. A file that it does not
     name has its caption in the text file of the same name beside it, all of it.
@@ -30,11 +31,11 @@ def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -
     Args:
         folder: with the metadata; file names are relative to it, or absolute.
         files: those that are there.
-        missing: "error", or "skip" files without a caption.
+        missing: "error", or "skip" files without a caption, which may be all.
 
     Raises:
-        ConfigError: no captions at all, a file that is not in UTF-8, a line that cannot be read or says what another
-            denies, or missing captions. The message has the number of the line.
+        ConfigError: a file that is not in UTF-8, a line that cannot be read or says what another denies, or missing
+            captions. The message has the number of the line.
     """
     tables = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(tables) > 1:
@@ -43,10 +44,11 @@ def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -
     listed = _listed(rows, _Names(folder, files), tables[0]) if tables else {}
     beside = _beside(folder, files)
     if not tables and not beside:
-        raise ConfigError(
+        what = (
             f"{folder} has no captions: write a metadata.jsonl or metadata.csv with {_NAME} and {_TEXT}, or a "
             f"{CAPTION_SUFFIX} file beside each of the files, with the same name."
         )
+        return _none_at_all(what, missing)
     both = [path.name for path, text in listed.items() if beside.get(path, text) != text]
     if both:
         logger.warning(
@@ -59,7 +61,7 @@ def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -
     if len(without) == len(files):
         names = [row.name for row in rows]
         named = f" It names {some(names)}; there are {some(without)}." if names else ""
-        raise ConfigError(f"{source}: no file in {folder} has a caption.{named}")
+        return _none_at_all(f"{source}: no file in {folder} has a caption.{named}", missing)
     if without and missing == "error":
         raise ConfigError(
             f"{source}: {len(without)} of {len(files)} files have no caption ({some(without)}): write them, or set "
@@ -68,6 +70,14 @@ def read_captions(folder: Path, files: Sequence[Path], missing: str = "error") -
     if without:
         logger.warning("%d files have no caption and are left out: %s", len(without), some(without))
     return {path: text for path, text in captions.items() if text}
+
+
+def _none_at_all(what: str, missing: str) -> dict[Path, str]:
+    """No captions: a fault, or of one folder that is left out."""
+    if missing == "error":
+        raise ConfigError(what)
+    logger.warning("%s It is left out.", what)
+    return {}
 
 
 @dataclass(frozen=True)
@@ -103,10 +113,11 @@ def _listed(rows: Sequence[_Row], names: _Names, table: Path) -> dict[Path, str]
 
 
 class _Names:
-    """Files by the names that people write: `./a.mp4`, `sub\\a.mp4`, absolute, composed or not, in another case."""
+    """Files by the names that people write: `./a.mp4`, `sub\\a.mp4`, absolute, composed or not, in another case, or by
+    a link."""
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
-        self.folder = folder
+        self.folder, self.files = folder, files
         self.exact: dict[str, list[Path]] = {}
         self.alike: dict[str, list[Path]] = {}
         for path in files:
@@ -122,13 +133,21 @@ class _Names:
         """
         for written in dict.fromkeys((name, name.replace("\\", "/"))):
             relative = self._relative(written)
-            for known, key in ((self.exact, relative), (self.alike, relative.casefold())):
-                meant = known.get(key, [])
-                if len(meant) > 1:
-                    raise ConfigError(f"{place}: {name} could be {some([path.name for path in meant])}: rename one.")
-                if meant:
-                    return meant[0]
+            meant = self.exact.get(relative) or self._linked(written) or self.alike.get(relative.casefold(), [])
+            if len(meant) > 1:
+                raise ConfigError(f"{place}: {name} could be {some([path.name for path in meant])}: rename one.")
+            if meant:
+                return meant[0]
         return None
+
+    def _linked(self, name: str) -> list[Path]:
+        """The file to which a name leads through links: of its names, the files have one."""
+        path = self._real.get(os.path.realpath(self.folder / name))
+        return [path] if path is not None else []
+
+    @cached_property
+    def _real(self) -> dict[str, Path]:
+        return {os.path.realpath(path): path for path in self.files}
 
     def _relative(self, name: str) -> str:
         path = os.path.normpath(name)
@@ -181,11 +200,22 @@ def _rows(table: Path, missing: str) -> Iterator[_Row]:
             if key not in row and (key == _NAME or missing == "error"):
                 raise ConfigError(f"{place}: there is no {key} in it; found: {', '.join(row) or 'nothing'}.")
         name, text = row[_NAME], row.get(_TEXT)
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.strip() or not _names_a_file(name):
             raise ConfigError(f"{place}: there is no {_NAME} in it: {name!r} is no name.")
         if text is not None and not isinstance(text, str):
             raise ConfigError(f"{place}: {_TEXT} of {name} is {text!r}, but must be text.")
+        broken = broken_character(text or "")
+        if broken is not None:
+            raise ConfigError(f"{place}: {_TEXT} of {name} {broken}")
         yield _Row(line, name.strip(), (text or "").strip())
+
+
+def _names_a_file(name: str) -> bool:
+    """Whether a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from ..settings import DataSettings, SizeSettings
+from .cache import check_cache
 from .sampler import Pick
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,10 @@ class ClipDataset(Protocol):
 
     def identity(self, pick: Pick) -> str:
         """What the pixels of a clip follow from: equal for equal pixels."""
+        ...
+
+    def outline(self, index: int) -> str:
+        """What is known of the file of a clip that was looked into but not read whole; another file hardly has it."""
         ...
 
     def caption(self, index: int) -> str:
@@ -83,8 +88,9 @@ def open_dataset(data: DataSettings, seed: int, random_crops: bool = False, need
         need_captions: whether files without captions are a fault.
 
     Raises:
-        ConfigError: a folder that is missing, empty or without captions.
+        ConfigError: a folder that is missing, empty or without captions; or a cache that is no folder.
     """
+    check_cache(data.cache)
     if data.kind == "demo":
         from .demo import DemoScenes
 

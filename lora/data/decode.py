@@ -17,7 +17,7 @@ VIDEO_SUFFIXES = (
 )
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 
-DECODER_VERSION = 3
+DECODER_VERSION = 4
 """Of the pixels that a file gives, as caches name them; another one where they change."""
 
 

@@ -35,6 +35,9 @@ class DemoScenes:
     def identity(self, pick: Pick) -> str:
         return f"demo world 1, seed {self._seed(pick.index)}, zoom {list(self.zoom)}, size {list(pick.size)}"
 
+    def outline(self, index: int) -> str:
+        return f"demo world 1, seed {self._seed(index)}"
+
     def caption(self, index: int) -> str:
         return world.sample_scene(random.Random(self._seed(index))).caption
 

@@ -51,15 +51,24 @@ class MediaFolder:
         """Read the captions and look into every file.
 
         Raises:
-            ConfigError: no such folder, nothing in it, no or incomplete captions, or no file that can be decoded.
+            ConfigError: no such folder, nothing in it, no or incomplete captions, or no file that can be decoded; or
+                what the cache remembers of them cannot be read.
+            CheckpointError: it cannot be written there.
         """
         captions: dict[Path, tuple[str, int]] = {}
+        # A file has many names: through links, relative or absolute. Once as two, it could be trained on and measured.
+        seen: set[Path] = set()
         again = []
-        for folder in _folders(data):
-            for path, text in _captioned(folder, data, need_captions).items():
-                if path in captions:
+        for name, folder in _folders(data):
+            for path, text in _captioned(name, folder, data, need_captions).items():
+                real = path.resolve()
+                if real in seen:
                     again.append(str(path))
-                captions.setdefault(path, (text, folder.repeats))
+                else:
+                    captions[path] = (text, folder.repeats)
+                    seen.add(real)
+        if not captions:
+            raise ConfigError(f"{data.source}: no file in {_named(data)} has a caption; the log above says more.")
         if again:
             logger.warning(
                 "%d files are in several of data.folders and count for the first: %s", len(again), some(again)
@@ -78,7 +87,7 @@ class MediaFolder:
                 "%d of %d %s in %s cannot be decoded and are left out.", lost, len(captions), data.kind, names
             )
         if not entries:
-            raise ConfigError(f"data.folder: none of the {len(captions)} {data.kind} in {names} can be decoded.")
+            raise ConfigError(f"{data.source}: none of the {len(captions)} {data.kind} in {names} can be decoded.")
         _say_what_is_special(entries, data.fps)
         return cls(entries, data, random_crops)
 
@@ -102,8 +111,8 @@ class MediaFolder:
         if not any(found.values()):
             least = min(size.frames for size in sizes)
             raise ConfigError(
-                f"data.folder: no video in {_named(self.data)} has the {least} frames of the shortest of the sizes: "
-                "give longer videos, or smaller `frames`."
+                f"{self.data.source}: no video in {_named(self.data)} has the {least} frames of the shortest of the "
+                "sizes: give longer videos, or smaller `frames`."
             )
         return found
 
@@ -119,6 +128,11 @@ class MediaFolder:
 
     def caption(self, index: int) -> str:
         return self.entries[index // _PARTS].caption
+
+    def outline(self, index: int) -> str:
+        entry = self.entries[index // _PARTS]
+        media, size = entry.media, entry.path.stat().st_size
+        return f"{size} bytes, {media.height}x{media.width}, {media.frames} frames in {media.seconds} s"
 
     def captions(self) -> Sequence[str]:
         return list(dict.fromkeys(entry.caption for entry in self.entries))
@@ -149,23 +163,33 @@ class MediaFolder:
         )
 
 
-def _folders(data: DataSettings) -> tuple[FolderSettings, ...]:
-    return data.folders or (FolderSettings(data.folder),)
+def _folders(data: DataSettings) -> list[tuple[str, FolderSettings]]:
+    """The folders, each with the name of its setting."""
+    if data.folders:
+        return [(f"data.folders.{number}", folder) for number, folder in enumerate(data.folders)]
+    return [("data.folder", FolderSettings(data.folder))]
 
 
 def _named(data: DataSettings) -> str:
-    return ", ".join(folder.path for folder in _folders(data))
+    return ", ".join(folder.path for _, folder in _folders(data))
 
 
-def _captioned(settings: FolderSettings, data: DataSettings, need_captions: bool) -> dict[Path, str]:
-    """The files of one folder that are trained on, with their captions."""
+def _captioned(name: str, settings: FolderSettings, data: DataSettings, need_captions: bool) -> dict[Path, str]:
+    """The files of one folder that are trained on, with their captions.
+
+    Args:
+        name: of the setting of the folder.
+        settings: of the folder.
+        data: all settings of the data.
+        need_captions: whether they have any.
+    """
     folder = Path(settings.path).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"data.folder: {folder} is no folder.")
+        raise ConfigError(f"{name}: {folder} is no folder.")
     suffixes = IMAGE_SUFFIXES if data.kind == "images" else VIDEO_SUFFIXES
     files = media_files(folder, suffixes, data.kind)
     if not files:
-        raise ConfigError(f"data.folder: {folder} holds no {data.kind} ({', '.join(suffixes)}).")
+        raise ConfigError(f"{name}: {folder} holds no {data.kind} ({', '.join(suffixes)}).")
     return read_captions(folder, files, data.missing_captions) if need_captions else dict.fromkeys(files, "")
 
 

@@ -118,7 +118,7 @@ class Latents:
         missing = [(pick, parts) for pick in picks if (parts := self._missing(pick))]
         damaged = sum(self.cache.path(*self._key(pick, part)).exists() for pick, parts in missing for part in parts)
         if damaged and process.is_main:
-            logger.warning("%d files of the cache are damaged and are made again.", damaged)
+            logger.warning("%d files of the cache are damaged, or of an earlier version, and are made again.", damaged)
         process.wait()  # before the first one writes, or they would not share the same list
         own = missing[process.index :: process.count]
         for pick, parts in process.track(own, "encoding clips", len(own)):

@@ -6,19 +6,23 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from ...generation.media import Media, Undecodable
 from ...generation.video import staged
+from ..config import ConfigError
+from .cache import not_kept
 from .decode import probe
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 3
 """Of what is remembered of a file; 3 has the picture stream of videos, as shown."""
+_KINDS = get_type_hints(Media)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
         kind: "videos" or "images".
         cache: folder in which it is remembered by path, size and time of the file; None for nowhere.
         contents: also hash the files, if there is a cache to remember it.
+
+    Raises:
+        ConfigError: what is remembered cannot be read.
+        CheckpointError: it cannot be written.
     """
     index_file = Path(cache).expanduser() / "media.json" if cache else None
     index = _read(index_file) if index_file is not None else {}
@@ -60,10 +68,8 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
     def look(path: Path) -> tuple[str, Known] | None:
         try:
             stamp = _stamp(path, kind)
-            facts = index.get(stamp)
-            media = Media(**facts["media"]) if facts is not None else probe(path, kind)
-            known = facts["content"] if facts is not None else None
-            return stamp, Known(media, known or (content(path) if contents else None))
+            known = index.get(stamp) or Known(probe(path, kind), None)
+            return stamp, replace(known, content=content(path)) if contents and known.content is None else known
         except Undecodable as error:
             logger.warning("%s; it is left out.", error)
         except OSError as error:
@@ -72,24 +78,48 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         looked = {path: found for path, found in zip(files, pool.map(look, files), strict=True) if found is not None}
-    if index_file is not None:
-        index.update({stamp: {"version": _VERSION, **asdict(known)} for stamp, known in looked.values()})
-        index_file.parent.mkdir(parents=True, exist_ok=True)
-        with staged(index_file) as draft:
-            draft.write_text(json.dumps(index, default=str), encoding="utf-8")
+    if index_file is not None and any(index.get(stamp) != known for stamp, known in looked.values()):
+        _write(index_file, index | dict(looked.values()))
     return {path: known for path, (_, known) in looked.items()}
 
 
-def _read(index_file: Path) -> dict[str, dict]:
-    """What is remembered, by `_stamp`; entries of older versions are looked up anew."""
-    if not index_file.is_file():
-        return {}
+def _write(index_file: Path, index: Mapping[str, Known]) -> None:
+    rows = {stamp: {"version": _VERSION, **asdict(known)} for stamp, known in index.items()}
+    try:
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        with staged(index_file) as draft:
+            draft.write_text(json.dumps(rows, default=str), encoding="utf-8")
+    except OSError as error:
+        raise not_kept(index_file.parent, error) from error
+
+
+def _read(index_file: Path) -> dict[str, Known]:
+    """What is remembered, by `_stamp`; files whose entries are not whole, or of older versions, are looked up anew."""
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        return {stamp: facts for stamp, facts in index.items() if facts.get("version") == _VERSION}
-    except (ValueError, AttributeError):
+        entries = {stamp: _known(facts) for stamp, facts in index.items()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ConfigError(f"data.cache: {index_file} cannot be read: {error}. Correct that, or remove it.") from error
+    except (ValueError, AttributeError, RecursionError):
         logger.warning("%s is damaged and is written anew.", index_file)
         return {}
+    return {stamp: known for stamp, known in entries.items() if known is not None}
+
+
+def _known(facts: Any) -> Known | None:
+    """An entry of the index; None where it is of an older version or not whole."""
+    try:
+        if facts["version"] != _VERSION or facts["media"].keys() != _KINDS.keys():
+            return None
+        known = Known(Media(**facts["media"]), facts["content"])
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):  # the last two: of a fraction
+        return None
+    media = known.media
+    whole = all(isinstance(getattr(media, name), kind) for name, kind in _KINDS.items())
+    whole = whole and min(media.height, media.width, media.frames) >= 1 and min(media.fps, media.seconds) > 0
+    return known if whole and isinstance(known.content, str | None) else None
 
 
 def _stamp(path: Path, kind: str) -> str:

@@ -90,7 +90,7 @@ class AEAdapt(Recipe):
         data = self.config.data
         if data.cache is None:
             raise ConfigError("data.cache is missing: with --encode-only, say in which folder encodings are kept.")
-        if data.kind == "demo" and data.clips is None:
+        if self._endless():
             raise ConfigError("clips that are endless cannot be encoded beforehand: set data.clips.")
         self.prepare()
         phases = self.config.phases
@@ -100,6 +100,14 @@ class AEAdapt(Recipe):
             latents.fill(self.process)
         clips = {index for latents in used for indices in latents.members.values() for index in indices}
         return {"cache": data.cache, "clips": len(clips), "captions": len(self.dataset.captions())}
+
+    @property
+    def encodings(self) -> str | None:
+        return None if self._endless() else self.config.data.cache
+
+    def _endless(self) -> bool:
+        """Whether every clip is a new one, of which none is kept."""
+        return self.config.data.kind == "demo" and self.config.data.clips is None
 
     def phases(self) -> list[Phase]:
         phases = self.config.phases
@@ -123,7 +131,7 @@ class AEAdapt(Recipe):
         return {
             "model.base": f"{transformer_files(self.backbone.base)} {self.text_encoder.identity}",
             "model.autoencoder": fingerprint(self.backbone.autoencoder),
-            f"data.folder ({data.kind})": dataset_identity(self.dataset, data.sizes),
+            f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes),
         }
 
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -130,7 +130,10 @@ class TrainAutoencoder(Recipe):
         # Clips are cut at random, so no one else needs the hashes of their files, which take long.
         config = self.config
         start = {} if config.model.start is None else {"model.start": fingerprint(self.build())}
-        return {f"data.folder ({config.data.kind})": dataset_identity(self.dataset, config.data.sizes, False), **start}
+        return {
+            f"{config.data.source} ({config.data.kind})": dataset_identity(self.dataset, config.data.sizes, False),
+            **start,
+        }
 
     def build(self) -> AutoencoderDCV:
         """The autoencoder as training starts."""

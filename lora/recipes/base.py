@@ -132,6 +132,11 @@ class Recipe(ABC):
         """
         return {}
 
+    @property
+    def encodings(self) -> str | None:
+        """The folder in which the clips and captions that it encodes stay for the next run; None where none do."""
+        return None
+
     @abstractmethod
     def phases(self) -> Sequence[Phase]:
         """The phases in order, those with 0 steps included; called before `prepare`, so they load nothing yet."""

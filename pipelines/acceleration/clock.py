@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...attention import StepInfo
-from ...attention.engine import KEPT_RUNS
+from ...attention.records import KEPT_RUNS
 from .scheduler_table import Table, Timestep, read_table
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class StepClock:
 
     def __init__(self, pipe: object) -> None:
         self._pipe = pipe
+        self.lost_its_pipeline = False  # a copy of a transformer without the pipeline that tells its steps
         self._number = 0  # of the next run
         self._run: _Run | None = None
         self._table: Table | None = None
@@ -96,6 +97,7 @@ class StepClock:
         # A transformer that is copied alone must not bring a copy of its pipeline.
         new = StepClock(memo.get(id(self._pipe)))
         new._number = self._number
+        new.lost_its_pipeline = new._pipe is None and self._pipe is not None and hasattr(self._pipe, "scheduler")
         return new
 
     def observe(self, timestep: torch.Tensor, model: str, branches: tuple[str, ...]) -> StepInfo:
@@ -240,8 +242,7 @@ class StepClock:
         self._notes = {run: note for run, note in self._notes.items() if run > number - KEPT_RUNS}
         place = 0
         if table is not None:
-            found = table.places(now)
-            place = next(p for p in (table.index, table.begin, *found[:1], 0) if p is not None)
+            place = next(p for p in (table.index, table.begin, table.start(now)) if p is not None)
         self._run = _Run(number, table, place, place, now, ignored)
         return self._run
 

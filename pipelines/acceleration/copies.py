@@ -18,6 +18,13 @@ class CopiedNotPickled:
         new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            f"a shallow copy of {type(self).__name__} would share what sparse attention remembers with the original: "
+            "use copy.deepcopy with the model or the pipeline, or call handle.remove() (or vidaccel.restore(pipe)) "
+            "first."
+        )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 

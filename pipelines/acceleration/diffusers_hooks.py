@@ -1,42 +1,14 @@
-"""diffusers' own hooks (layer skip, perturbed attention) beside sparse attention.
+"""diffusers' perturbed attention beside sparse attention: it replaces `scaled_dot_product_attention` in a block's call.
 
-They look attention processors up by their exact class, and replace `scaled_dot_product_attention` in a block's call.
+Its hooks look attention processors up by their exact class, and diffusers 0.42 refuses Wan's own: it knows an alias
+only. So there is nothing to take over when a processor is replaced; who registers Wan's processor and applies the
+hooks before `accelerate` gets what they do to dense attention.
 """
 
 from __future__ import annotations
 
-import weakref
-
 import torch
-from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
-
-# diffusers' registry is one for the process, so who needs an entry is known for the process too.
-_users: dict[type, weakref.WeakSet[object]] = {}
-
-
-def register_like(own: type, replaced: type, user: object) -> None:
-    """Make diffusers' hooks treat a processor as they do the one it replaces, if they know that one.
-
-    Args:
-        own, replaced: classes of the processors.
-        user: who needs this until `unregister`; held weakly.
-    """
-    AttentionProcessorRegistry._register()
-    known = AttentionProcessorRegistry._registry
-    if replaced not in known or (own in known and own not in _users):
-        return
-    known[own] = known[replaced]
-    _users.setdefault(own, weakref.WeakSet()).add(user)
-
-
-def unregister(user: object) -> None:
-    """Undo all that was registered for a user; the last one takes the entry away."""
-    for own, users in list(_users.items()):
-        users.discard(user)
-        if not users:
-            del _users[own]
-            AttentionProcessorRegistry._registry.pop(own, None)
 
 
 def scores_are_skipped() -> bool:

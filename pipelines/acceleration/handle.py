@@ -11,24 +11,29 @@ import torch
 
 from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
 from ...attention.backends import check_backend
-from ...attention.engine import KEPT_RUNS
+from ...attention.meter import check_rows
+from ...attention.records import dropped_note
 from .clock import StepClock
 from .copies import CopiedNotPickled
-from .diffusers_hooks import register_like, unregister
 from .families import ModelSpec, find_transformers
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 
 logger = logging.getLogger(__name__)
 
+COPY = "copy the pipeline, or call vidaccel.restore() with the copy and accelerate it again where it is used."
+
 
 class Handle:
     """Sparse attention at work in a pipeline. Made by `accelerate`; a context manager that removes itself."""
 
-    def __init__(self, pipe: object, method: Method, backend: str, schedule: DenseSchedule | None) -> None:
+    def __init__(
+        self, pipe: object, method: Method, backend: str, schedule: DenseSchedule | None, measure_error: int = 0
+    ) -> None:
         self.method = method
         schedule = schedule if schedule is not None else method.schedule
         if not hasattr(pipe, "scheduler"):
-            _check_without_scheduler(pipe, schedule)
+            fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
+            _check_without_scheduler(f"{type(pipe).__name__} is no pipeline, so", schedule, fix)
         elif schedule.needs_sigma:
             _check_noise_levels(pipe.scheduler, schedule)
         self._pipe = pipe
@@ -37,20 +42,20 @@ class Handle:
         self._installed: list[_Installed] = []
         try:
             for name, (transformer, spec) in find_transformers(pipe).items():
-                self._installed.append(_Installed(name, transformer, spec, method, backend, schedule, self._clock))
+                options = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
+                self._installed.append(_Installed(name, transformer, spec, method, self._clock, **options))
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
             raise
 
     def report(self) -> RunReport:
         """What was done since `accelerate` or `reset`: per layer, step and branch."""
-        reports = [installed.engine.report() for installed in self._installed]
+        engines = [installed.engine for installed in self._installed]
+        reports = [engine.report() for engine in engines]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
-        notes = dict.fromkeys(note for report in reports for note in report.notes)
+        notes = dict.fromkeys(note for engine in engines for note in engine.notes)
         notes |= dict.fromkeys([*self._clock.notes(), *self._replaced()])
-        oldest = max(installed.engine.oldest_run for installed in self._installed)
-        if oldest:
-            notes[f"records before run {oldest} were dropped: those of the last {KEPT_RUNS} runs are kept"] = None
+        notes |= dict.fromkeys(dropped_note(max(engine.oldest_run for engine in engines)))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
     def reset(self) -> None:
@@ -94,7 +99,12 @@ class Handle:
 
 
 def accelerate(
-    pipe: Any, method: Method | str, *, backend: str = "auto", schedule: DenseSchedule | None = None
+    pipe: Any,
+    method: Method | str,
+    *,
+    backend: str = "auto",
+    schedule: DenseSchedule | None = None,
+    measure_error: int = 0,
 ) -> Handle:
     """Give the self-attention layers of a pipeline a sparse-attention method.
 
@@ -107,17 +117,21 @@ def accelerate(
         method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults.
         backend: a backend's name, which then runs or raises, or "auto".
         schedule: the steps and layers that stay dense; the method's own when None.
+        measure_error: so many queries of each sparse call are computed densely too, in float32, and the report tells
+            how far the method's output is from that, by layer and step: 64 are enough. The video stays the same to the
+            bit. It costs `measure_error / tokens` of a dense call in float32 and a read of all keys and values; 0
+            measures nothing.
 
     Returns:
         A `Handle` with `report()`, `reset()` and `remove()`.
 
     Raises:
         TypeError: no transformer of the pipeline is known; names the supported pipelines.
-        ValueError: unknown method or backend; a schedule that needs the number of steps, or noise levels, where they
-            cannot be known.
+        ValueError: unknown method or backend, or a `measure_error` below 0; a schedule that needs the number of steps,
+            or noise levels, where they cannot be known.
         RuntimeError: the pipeline is accelerated already.
     """
-    return Handle(pipe, resolve_method(method), check_backend(backend), schedule)
+    return Handle(pipe, resolve_method(method), check_backend(backend), schedule, check_rows(measure_error))
 
 
 def restore(pipe: Any) -> None:
@@ -138,26 +152,30 @@ def _contains(component: object, transformer: torch.nn.Module) -> bool:
     return isinstance(component, torch.nn.Module) and any(module is transformer for module in component.modules())
 
 
-def _check_without_scheduler(pipe: object, schedule: DenseSchedule) -> None:
-    what = f"{type(pipe).__name__} is no pipeline, so"
+def _check_without_scheduler(what: str, schedule: DenseSchedule, fix: str) -> None:
+    """Refuse a schedule that needs what only a scheduler tells.
+
+    Args:
+        what: why there is none, as the start of a clause.
+        fix: what to do.
+    """
     if schedule.needs_num_steps:
         raise ValueError(
-            f"{schedule} counts in fractions of a run or from its end, but {what} the number of steps is unknown: "
-            "pass schedule=DenseSchedule(first_steps=...) with a whole number."
+            f"{schedule} counts in fractions of a run or from its end, but {what} the number of steps is unknown: {fix}"
         )
     if schedule.needs_sigma:
-        raise ValueError(
-            f"{schedule} goes by noise levels, but {what} they are unknown: pass "
-            "schedule=DenseSchedule(first_steps=...) with a whole number."
-        )
+        raise ValueError(f"{schedule} goes by noise levels, but {what} they are unknown: {fix}")
 
 
 def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
     """Refuse bounds on noise levels at once where the scheduler shows that its own are not a flow's, from 0 to 1.
 
-    What is not known yet is told in the first step: levels may come with the table of timesteps, and people swap
-    schedulers.
+    So do those of diffusion that have no `sigmas` at all, such as DDIM. What is not known yet is told in the first
+    step: levels may come with the table of timesteps (`sigmas` is None until then), and people swap schedulers.
     """
+    instead = "use first_steps and last_steps, or give the pipeline a scheduler for flow models first."
+    if scheduler is not None and not hasattr(scheduler, "sigmas"):
+        raise ValueError(f"{schedule} goes by noise levels, but {type(scheduler).__name__} has none: {instead}")
     # Schedulers that can do both hold the levels of diffusion until their timesteps are set.
     if getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
         return
@@ -165,12 +183,12 @@ def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
     if highest is not None and highest > MAX_FLOW_SIGMA:
         raise ValueError(
             f"{schedule} goes by noise levels from 0 to 1, but those of {type(scheduler).__name__} reach "
-            f"{highest:.3g}: use first_steps and last_steps, or give the pipeline a scheduler for flow models first."
+            f"{highest:.3g}: {instead}"
         )
 
 
 class _Installed(CopiedNotPickled):
-    """The processors and the hook in one transformer."""
+    """The processors and the hook in one transformer; `options` are those of its engine."""
 
     def __init__(
         self,
@@ -178,9 +196,8 @@ class _Installed(CopiedNotPickled):
         transformer: Any,
         spec: ModelSpec,
         method: Method,
-        backend: str,
-        schedule: DenseSchedule,
         clock: StepClock,
+        **options: Any,
     ) -> None:
         names = spec.processor_names(transformer)
         processors = transformer.attn_processors
@@ -194,7 +211,7 @@ class _Installed(CopiedNotPickled):
                 f"{name} runs under context parallelism, which sparse attention cannot: disable it first."
             )
         self.name, self.transformer, self.spec = name, transformer, spec
-        self.engine = SparseAttention(method, num_layers=len(names), schedule=schedule, backend=backend, model=name)
+        self.engine = SparseAttention(method, num_layers=len(names), model=name, **options)
         self._signature = inspect.signature(type(transformer).forward)
         self._clock = clock
         self._originals = {n: processors[n] for n in names}
@@ -204,16 +221,6 @@ class _Installed(CopiedNotPickled):
         # must not bring back the one from before that.
         self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.active = True
-        self._register()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.active:
-            self._register()
-
-    def _register(self) -> None:
-        for own, replaced in {(type(own), type(self._originals[n])) for n, own in self._own.items()}:
-            register_like(own, replaced, self)
 
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -226,6 +233,8 @@ class _Installed(CopiedNotPickled):
                 f"{self.name} was called with {self.spec.timestep}={timestep} and hidden_states of shape {shape}: "
                 "sparse attention needs a timestep and a batch that is not empty."
             )
+        if self._clock.lost_its_pipeline:
+            _check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
         step = self._clock.observe(torch.as_tensor(timestep), self.name, self.spec.branches)
         self.engine.enter(step, self.spec.layout(module, hidden_states))
 
@@ -236,6 +245,5 @@ class _Installed(CopiedNotPickled):
         ours = {n: self._originals[n] for n, own in self._own.items() if current.get(n) is own}
         self.transformer.set_attn_processor({**current, **ours})
         self._hook.remove()
-        unregister(self)
         self.engine.forget()
         self.active = False

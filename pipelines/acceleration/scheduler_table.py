@@ -87,6 +87,18 @@ class Table:
         nearest = min(distances)
         return [i for i, d in enumerate(distances) if d == nearest and d <= ROUNDING * max(1.0, abs(value))]
 
+    def start(self, timestep: Timestep) -> int:
+        """The row at which a run starts, where only its first timestep tells.
+
+        Where that stands twice, schedulers with an index start at the second row (`index_for_timestep`): in
+        the tables of second-order ones, the first of the two belongs to the step before.
+        """
+        found = self.places(timestep)
+        if not found:
+            return 0
+        same = [place for place in found if self.rows[place] == self.rows[found[0]]]
+        return same[1] if self.counts_itself and len(same) > 1 else found[0]
+
     def sigma(self, place: int) -> float | None:
         """The noise level of a row; None for schedulers whose levels are not a flow's, from 0 to 1."""
         highest = highest_sigma(self.scheduler)

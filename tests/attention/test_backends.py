@@ -7,6 +7,7 @@ from plans import clusters, masked_attention, uniform
 from vidaccel import BlockPlan, sparse_attention
 from vidaccel.attention import BACKENDS
 from vidaccel.attention.backends import Request, pick, refusal, runs_somehow
+from vidaccel.attention.backends.base import AS_INPUTS
 
 SPARSE = [
     pytest.param(name, marks=[pytest.mark.compiler] if name == "flex" else [])
@@ -154,7 +155,13 @@ def test_flex_skips_what_the_plan_skips():
 
 class TestPick:
     def request(self, **changes) -> Request:
-        values = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "queries": 100}
+        values = {
+            "device": torch.device("cpu"),
+            "dtype": torch.float32,
+            "head_dim": 64,
+            "queries": 100,
+            "precision": AS_INPUTS,
+        }
         return Request(**{**values, "dense": False, "lse": False, "grad": False, **changes})
 
     def test_dense_goes_to_sdpa(self):
@@ -230,7 +237,7 @@ def test_disagreement_with_the_plan_is_named(change, message):
 
 
 def test_why_sparse_attention_cannot_run_on_a_device(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("vidaccel.attention.own_kernels._FOUND", False)
     assert refusal("auto", torch.device("cpu")) is None
     assert refusal("sdpa", torch.device("cpu")) == "computes dense attention only"
     on_cuda = refusal("auto", torch.device("cuda"))
@@ -245,7 +252,7 @@ def test_why_sparse_attention_cannot_run_on_a_device(monkeypatch):
 @pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_other_devices_get_what_is_made_of_torchs_operators(device):
     def request(dtype=torch.float16, dense=False):
-        return Request(torch.device(device), dtype, 64, 9000, dense, False, False)
+        return Request(torch.device(device), dtype, 64, 9000, dense, False, False, AS_INPUTS)
 
     assert refusal("auto", torch.device(device)) is None and runs_somehow(torch.device(device))
     assert pick("auto", request(), scattered=False).name == pick("auto", request(), scattered=True).name == "gather"

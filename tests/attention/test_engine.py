@@ -171,7 +171,11 @@ def test_records_of_old_runs_are_dropped():
     for run in range(12):
         engine.enter(StepInfo(run, 0, 1), LAYOUT)
         engine(*tokens(), 0)
+        assert any("dropped" in note for note in engine.report().notes) == (run > 7)
     assert engine.report().runs() == list(range(4, 12))
+    assert "note: records before run 4 were dropped: those of the last 8 runs are kept" in str(engine.report())
+    engine.reset()
+    assert not engine.report().notes
 
 
 def test_the_fixed_control_keeps_its_plan_for_a_run():
@@ -312,7 +316,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ELSEWHERE)
 @pytest.mark.parametrize("method", [*METHODS, SVG2(density=0.4, compensate=True)], ids=str)
 def test_no_float64_is_needed_on_devices_beside_cpu_and_cuda(method, backend):
-    engine = make(method, backend=backend)
+    engine = make(method, backend=backend, measure_error=8)
     q, k, v = tokens()
     with NoFloat64():
         with pytest.raises(TypeError, match="float64"):

@@ -133,6 +133,17 @@ def test_density_one_equals_dense(vidaccel, tiny_model, tmp_path):
     assert svg["against_dense"]["psnr_mean"] is None or svg["against_dense"]["psnr_mean"] > 60
 
 
+def test_measured_errors_are_told(vidaccel, tiny_model, tmp_path):
+    options = ("--compare", "--method", "tangent", "--density", 0.8, "--dense-steps", 0.5, "--no-warm-up")
+    more = ("--measure-error", 16, "--backend", "gather", "--out", tmp_path / "out.mp4")
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options, *SMALL, *more)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "tangent: measured error of the output in 4 sparse calls: median" in " ".join(result.output.split())
+    error = json.loads((tmp_path / "report.json").read_text())["videos"][1]["attention"]["error"]
+    assert error["layers_x_steps"][0][0] is None and 0 < error["layers_x_steps"][0][1] < 1
+    assert error["predicted_layers_x_steps"][0][1] is not None
+
+
 def test_without_compare(vidaccel, tiny_model, tmp_path):
     """Several methods, no reference: a video each and no page; an existing file is replaced."""
     (tmp_path / "out.mp4").write_bytes(b"old")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,12 @@ def clip() -> np.ndarray:
     for index in range(6):
         frames[index, 10:20, 4 + 5 * index : 14 + 5 * index] = 230
     return frames
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch):
+    """A request of `vidaccel.generate` that gets as far as reading weights fails the test."""
+    monkeypatch.setattr("vidaccel.generation.api.load", lambda *_, **__: pytest.fail("weights were read"))
 
 
 def _records(method: str, details: dict, density: float = 0.25) -> tuple[CallRecord, ...]:
@@ -59,3 +66,14 @@ def comparison(clip, reports, tmp_path: Path) -> Callable[..., Comparison]:
         return Comparison(prompt, tuple(videos), 36, **facts, command="vidaccel generate", files=files)
 
     return make
+
+
+@pytest.fixture
+def measured(reports) -> RunReport:
+    """The report of svg2 with measured errors of 1 % a layer and step, 9 % at one place, and half of it predicted."""
+    records = []
+    for record in reports["svg2"].records:
+        error = None if record.reason else 0.09 if (record.layer, record.step) == (1, 2) else 0.01
+        details = record.details if error is None else {**record.details, "predicted_error": [error / 2]}
+        records.append(replace(record, error=error, error_seconds=0.0 if error is None else 0.125, details=details))
+    return replace(reports["svg2"], records=tuple(records))

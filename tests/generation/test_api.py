@@ -32,11 +32,6 @@ def dense(pipe) -> GeneratedVideo:
     return vidaccel.generate(pipe, PROMPT, **{**SMALL, "device": "auto"})
 
 
-@pytest.fixture
-def loads_nothing(monkeypatch):
-    monkeypatch.setattr("vidaccel.generation.api.load", lambda *_, **__: pytest.fail("weights were read"))
-
-
 def test_a_name_and_a_loaded_pipeline_give_the_same_video(pipe, dense, tmp_path):
     named = vidaccel.generate("demo", PROMPT, out=tmp_path / "video.mp4", **SMALL)
     assert named.report is None and named.name == "dense"  # a short video
@@ -51,6 +46,9 @@ def test_a_method_by_its_config_and_by_its_name(pipe):
     named = vidaccel.generate(pipe, PROMPT, method="svg2", density=0.5, settings={"svg2": {"q_clusters": 4}}, **chosen)
     assert np.array_equal(config.frames, named.frames)
     assert config.report.method == "svg2" and config.report.mean_density() < 1
+    measured = vidaccel.generate(pipe, PROMPT, method=SVG2(density=0.5, q_clusters=4), measure_error=8, **chosen)
+    assert np.array_equal(measured.frames, named.frames) and measured.report.error_in_words()
+    assert not named.report.error_in_words()
 
 
 def test_a_comparison_and_its_page(pipe, dense, tmp_path):
@@ -101,6 +99,7 @@ def test_video_to_video(pipe, dense, tmp_path):
     # The less noise, the nearer to the input.
     off = [np.abs(v.frames.astype(int) - dense.frames).mean() for v in (made[0], made[2])]
     assert 0 < off[1] < off[0]
+    assert made[0].notes == ("video: the result has its 16 frames per second.",)
     with pytest.raises(BadInput, match="frames is 13: the input video has 9"):
         vidaccel.generate("demo", PROMPT, video=video, **{**chosen, "frames": 13})
 
@@ -131,6 +130,8 @@ def test_first_and_last_picture(tmp_path):
         ({"method": ["svg", "svg2"]}, r"^method can have several only in a comparison\. Add compare\.$"),
         ({"method": SVG2(), "density": 0.2}, r"^density is for a method's name, and a SVG2 was given"),
         ({"method": "dense", "density": 0.2}, r"^density is of use only with a sparse method"),
+        ({"method": "svg", "measure_error": -1}, r"^measure_error is -1: it must be a whole number"),
+        ({"method": "svg", "measure_error": 0.5}, r"^measure_error is 0\.5: it must be a whole number"),
         ({"report": "page.html"}, r"^report is the page of compare\. Give both\.$"),
         ({"out": "/no/such/folder/x.mp4"}, r"^out is .*: there is no folder /no/such/folder\. Create it first\.$"),
         ({"image": "missing.png"}, r"^image is missing\.png: there is no such file\.$"),

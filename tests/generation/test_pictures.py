@@ -62,6 +62,27 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path, quarters, suffix, orie
     assert (read.width, read.height) == ((64, 32) if orientation < 5 else (32, 64))
 
 
+# Orientation -> what it means for the rows, as PIL calls it; 5 to 8 are turned by a quarter.
+TRANSPOSED = {5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", TRANSPOSED)
+def test_tiffs_that_are_not_compressed_are_turned_in_every_mode(tmp_path, mode, orientation):
+    """PIL maps such a file into memory, where the mode allows it."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    wide = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    image = wide if mode == "I;16" else Image.fromarray(noise).convert(mode)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / "plain.tif")
+    image.save(tmp_path / "turned.tif", exif=exif)
+    wanted = read_picture(tmp_path / "plain.tif").transpose(Image.Transpose[TRANSPOSED[orientation]])
+    read = read_picture(tmp_path / "turned.tif")
+    assert read.size == (32, 64) and np.array_equal(np.asarray(read), np.asarray(wanted))
+    assert picture_size(tmp_path / "turned.tif") == (64, 32)
+
+
 def grey_png(path, values: np.ndarray, clear: int | None = None) -> None:
     """A 16-bit grey PNG `[H, W]`, written without PIL, with one value that is transparent."""
 
@@ -164,6 +185,44 @@ def _swapped(profile: bytes) -> bytes:
     changed = changed.replace("sRGB".encode("utf-16-be"), "gRGB".encode("utf-16-be")).replace(b"sRGB bu", b"gRGB bu")
     assert "sRGB" not in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(changed)))
     return changed
+
+
+def _linear(profile: bytes) -> bytes:
+    """The profile of sRGB with a straight curve, under the same name."""
+    start = profile.index(b"para")
+    return profile[:start] + b"para" + struct.pack(">IHHi", 0, 0, 0, 1 << 16) + bytes(16) + profile[start + 32 :]
+
+
+def _grey(profile: bytes) -> bytes:
+    """A profile of grey with the curve of one of RGB."""
+    return (profile[:16] + b"GRAY" + profile[20:]).replace(b"rTRC", b"kTRC", 1)
+
+
+def test_a_profile_is_judged_by_its_numbers_and_not_by_its_name(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    linear = _linear(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(linear)))
+    Image.new("RGB", (4, 4), (128, 0, 255)).save(tmp_path / "linear.png", icc_profile=linear)
+    # Half of the light is 188 in sRGB.
+    assert near(read_picture(tmp_path / "linear.png").getpixel((0, 0)), (188, 0, 255), 1)
+    Image.new("L", (4, 4), 128).save(tmp_path / "grey.png", icc_profile=linear)
+    assert near(read_picture(tmp_path / "grey.png").getpixel((0, 0)), (188, 188, 188), 1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_profile_of_grey(tmp_path, caplog, mode):
+    caplog.set_level(logging.WARNING)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = Image.new(mode, (4, 4), 128 if mode == "L" else (128, 255))
+    for profile, value in ((srgb, 128), (_linear(srgb), 188)):
+        grey.save(tmp_path / "grey.png", icc_profile=_grey(profile))
+        assert near(read_picture(tmp_path / "grey.png").getpixel((0, 0)), (value,) * 3, 1)
+    assert not caplog.records
+    # Of no use for colours, which stay.
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "red.png", icc_profile=_grey(srgb))
+    assert read_picture(tmp_path / "red.png").getpixel((0, 0)) == RED
+    assert "red.png: its colour profile cannot be used (it is for GRAY, and the picture is RGB)" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])

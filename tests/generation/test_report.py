@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from vidaccel.attention.records import percent
 from vidaccel.generation.comparison import Comparison, GeneratedVideo, compare
 from vidaccel.generation.report import (
     cluster_deciles,
     format_psnr,
     format_seconds,
+    heat_maps,
     summary,
     temporal_share,
     write_html,
@@ -137,8 +140,6 @@ def test_the_page(comparison, clip, tmp_path):
 
 
 def test_a_page_without_warm_up(comparison, clip, tmp_path):
-    from dataclasses import replace
-
     made = comparison(svg=clip)
     videos = tuple(replace(v, warm_up_seconds=None, step_seconds=None) for v in made.videos)
     made = replace(made, videos=videos)
@@ -174,3 +175,67 @@ def test_formats():
         "12 min 34 s",
     ]
     assert [format_psnr(v) for v in (None, math.inf, 27.345)] == ["–", "identical", "27.3 dB"]
+
+
+class TestMeasuredErrors:
+    @pytest.fixture
+    def made(self, comparison, clip, measured):
+        """A comparison with a measured method beside one that was not measured."""
+        made = comparison(svg=clip, svg2=np.roll(clip, 1, axis=1))
+        videos = [replace(v, report=measured) if v.name == "svg2" else v for v in made.videos]
+        return replace(made, videos=tuple(videos))
+
+    def test_the_page_has_maps_and_a_headline(self, made, tmp_path):
+        page = write_html(made, tmp_path / "p.html").read_text()
+        text = " ".join(re.sub(r"<(style|script).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL).split())
+        assert (
+            "Measured error of the output in 8 sparse calls: median 1.0 %, worst 9.0 % in layer 1 at step 2 (cond); "
+            "the method itself predicted a median of 0.50 %, and 4.5 % there. Measuring took 1.0 s." in text
+        )
+        assert text.count("Error per layer and step") == text.count("Predicted error per layer and step") == 1
+        assert "density median error denoising" in text and " 50 % 1.0 % 3.5 s " in text and " 50 % – 3.5 s " in text
+
+    def test_a_page_without_a_meter_has_none_of_it(self, comparison, clip, tmp_path):
+        page = write_html(comparison(svg=clip), tmp_path / "p.html").read_text()
+        assert "easuring" not in page and "rror per layer" not in page and "rror of the output" not in page
+
+    def test_the_numbers(self, made, tmp_path):
+        numbers = json.loads(write_json(made, tmp_path / "report.json").read_text())
+        dense, svg, svg2 = numbers["videos"]
+        assert "attention" not in dense and "error" not in svg["attention"]
+        assert svg2["attention"]["error"] == {
+            "median": pytest.approx(0.01),
+            "worst": {
+                "model": "transformer",
+                "layer": 1,
+                "step": 2,
+                "branch": "cond",
+                "error": 0.09,
+                "predicted": 0.045,
+            },
+            "calls": 8,
+            "seconds": 1.0,
+            "layers_x_steps": [[None, 0.01, 0.01], [None, 0.01, 0.09]],
+            "predicted_layers_x_steps": [[None, 0.005, 0.005], [None, 0.005, 0.045]],
+        }
+
+    def test_errors_and_predictions_have_one_scale(self, measured):
+        density, error, predicted = heat_maps(measured)
+        assert (density.top, error.top, predicted.top) == (1.0, 0.09, 0.09)
+        assert predicted.label == "predicted error" and predicted.values[1].tolist()[1:] == [0.005, 0.045]
+
+    def test_what_is_no_number_is_null(self, measured, comparison, clip, tmp_path):
+        broken = replace(measured, records=tuple(replace(r, error=math.nan) for r in measured.records))
+        made = comparison(svg=clip)
+        videos = (made.videos[0], replace(made.videos[1], report=broken))
+        numbers = json.loads(write_json(replace(made, videos=videos), tmp_path / "r.json").read_text())
+        assert numbers["videos"][1]["attention"]["error"]["median"] is None
+        assert "median nan %" in write_html(replace(made, videos=videos), tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(0, "0 %"), (0.000_034, "0.0034 %"), (0.00123, "0.12 %"), (0.0249, "2.5 %"), (0.123, "12 %"), (1.5, "150 %")],
+)
+def test_percents_have_two_digits_that_count(share, shown):
+    assert percent(share) == shown

@@ -26,6 +26,11 @@ def test_round_trip(clip, tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"clip.mp4"}
 
 
+@pytest.mark.parametrize("fps", [24000 / 1001, 30000 / 1001, 12.5, 1])
+def test_the_rate_is_exact(clip, tmp_path, fps):
+    assert read_video(write_mp4(clip, tmp_path / "clip.mp4", fps))[1] == fps
+
+
 @pytest.mark.parametrize("colour", [(220, 30, 30), (30, 200, 60), (20, 40, 220), (0, 0, 0), (255, 255, 255)])
 def test_colours(colour, tmp_path):
     frames = np.full((3, 32, 32, 3), colour, np.uint8)
@@ -61,9 +66,12 @@ def test_an_existing_file_is_replaced(clip, tmp_path):
 
 
 def test_a_failing_encoder_leaves_nothing(clip, tmp_path, monkeypatch):
-    """It wrote half a file and failed: neither that nor the temporary name is left, and the old file still is."""
+    """It wrote half a file, said why, and failed: neither it nor the temporary name is left; the old file still is."""
     fake = tmp_path / "ffmpeg"
-    fake.write_text('#!/bin/sh\nfor last; do :; done\necho half > "$last"\necho "no space left" >&2\nexit 1\n')
+    failing = (
+        'for last; do :; done\necho half > "$last"\necho "no space left" >&2\necho "Conversion failed!" >&2\nexit 1\n'
+    )
+    fake.write_text(f"#!/bin/sh\n{failing}")
     fake.chmod(0o755)
     monkeypatch.setattr(video, "encoder", lambda: str(fake))
     folder = tmp_path / "out"
@@ -102,6 +110,7 @@ def test_interrupted_while_writing(tmp_path):
         (np.zeros((2, 32, 32, 3), np.float32), 16, "got float32"),
         (np.zeros((0, 32, 32, 3), np.uint8), 16, r"\[0, 32, 32, 3\]"),
         (np.zeros((2, 32, 32, 3), np.uint8), 0, "fps is 0"),
+        (np.zeros((2, 32, 32, 3), np.uint8), float("inf"), "fps is inf"),
     ],
 )
 def test_frames_that_cannot_be_written(frames, fps, message, tmp_path):

@@ -95,6 +95,10 @@ class TinyRecipe(Recipe):
         self.seen: list = []
         self.calls: list[str] = []
 
+    @property
+    def encodings(self):
+        return self.config.data.cache
+
     def phases(self):
         phases = self.config.phases
         return [TinyPhase("first", phases.first, self), TinyPhase("second", phases.second, self)]

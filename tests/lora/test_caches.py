@@ -16,12 +16,13 @@ from vidaccel.lora.__main__ import main
 from vidaccel.lora.backbones.base import Encoder, TextEncoder
 from vidaccel.lora.backbones.wan_encoding import WanTextEncoder
 from vidaccel.lora.checkpoint import CheckpointError
-from vidaccel.lora.config import ConfigError
+from vidaccel.lora.config import ConfigError, load
 from vidaccel.lora.data.cache import TensorCache, fingerprint, tokenizer_fingerprint
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.latents import Latents, say_what_is_cut
 from vidaccel.lora.data.sampler import Pick
 from vidaccel.lora.generators import Place
+from vidaccel.lora.recipes.ae_adapt import AEAdapt
 from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.settings import SizeSettings
 
@@ -141,7 +142,9 @@ def test_damaged_files_are_made_again_all_at_once(tmp_path, caplog):
     second = latents(cache, encoder, texts)
     second.fill(HERE)
     assert encoder.clips + len(texts.given) == len(files[::2])
-    assert f"{encoder.clips} files of the cache are damaged and are made again" in caplog.text
+    assert (
+        f"{encoder.clips} files of the cache are damaged, or of an earlier version, and are made again" in caplog.text
+    )
     assert second.members == first.members and torch.equal(second.load(pick(0))["latents"], wanted)
     third = Rows(), Words()
     latents(cache, *third).fill(HERE)
@@ -161,6 +164,63 @@ def test_a_file_that_is_damaged_in_the_run_is_made_again_by_the_next(tmp_path):
     encoder = Rows()
     latents(cache, encoder, Words()).fill(HERE)
     assert encoder.clips == 1 and file.exists()
+
+
+@pytest.mark.parametrize("where", ["number", "shape", "checksum", "all numbers"])
+def test_damage_that_leaves_the_length_is_noticed(tmp_path, where):
+    """safetensors has no checksum of its own."""
+    cache = TensorCache(tmp_path)
+    cache.write({"x": torch.arange(64.0).view(4, 16)}, "a")
+    file = cache.path("a")
+    whole = bytearray(file.read_bytes())
+    if where == "number":
+        whole[-100] ^= 1
+    elif where == "all numbers":
+        whole[-256:] = bytes(256)
+    else:
+        old, new = {"shape": (b"[4,16]", b"[16,4]"), "checksum": (b"crc32", b"crc31")}[where]
+        assert whole.count(old) == 1
+        whole = whole.replace(old, new)
+    file.write_bytes(whole)
+    assert cache.read("a") is None
+    cache.write({"x": torch.arange(64.0).view(4, 16)}, "a")
+    assert torch.equal(cache.read("a")["x"], torch.arange(64.0).view(4, 16))
+
+
+def test_every_kind_of_tensor_has_a_checksum(tmp_path):
+    cache = TensorCache(tmp_path)
+    made = {
+        "none": torch.zeros(0, 3),
+        "one": torch.tensor(3.0, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False]),
+        "turned": torch.arange(6).view(2, 3).T,
+    }
+    cache.write(made, "a")
+    read = cache.read("a")
+    assert read.keys() == made.keys() and all(torch.equal(read[name], value) for name, value in made.items())
+
+
+def test_damaged_numbers_are_encoded_again(tmp_path):
+    """A caption at once, a clip by the next run: the models that encode it are not there any more."""
+    cache = TensorCache(tmp_path)
+    first = latents(cache, Rows(), Words())
+    first.fill(HERE)
+    clip = cache.path(*first._key(pick(2), "latents"))
+    caption = first.dataset.caption(2)
+    for file in (clip, cache.path(*first._texts._key(caption))):
+        whole = bytearray(file.read_bytes())
+        whole[-1] ^= 64
+        file.write_bytes(whole)
+    words = Words()
+    second = latents(cache, Rows(), words)
+    assert torch.equal(second.texts([caption])[0]["states"], Words().encode([caption])[0]["states"])
+    assert words.given == [caption]
+    with pytest.raises(OSError, match="is gone or damaged: resume, and it is made again"):
+        second.load(pick(2))
+    encoder = Rows()
+    latents(cache, encoder, Words()).fill(HERE)
+    wanted = Rows().encode(first.dataset.pixels(pick(2))[None])["latents"][0]
+    assert encoder.clips == 1 and torch.equal(first.load(pick(2))["latents"], wanted)
 
 
 def test_processes_look_before_one_of_them_writes(tmp_path):
@@ -304,6 +364,13 @@ def test_encoding_beforehand(tmp_path, text_base, autoencoder_folder, capsys, mo
     monkeypatch.setattr(WanTextEncoder, "encode", lambda *_: pytest.fail("a caption was encoded again"))
     assert "pipeline" in run("ae_adapt", file)
     assert set((tmp_path / "cache").rglob("*")) == files
+
+
+def test_where_encodings_are_kept(tmp_path):
+    """Where they are not, a run that is stopped promises none."""
+    for data, kept in (({}, str(tmp_path / "cache")), ({"cache": None}, None), ({"clips": None}, None)):
+        config = load(AEAdapt.Config, settings(tmp_path, tmp_path, tmp_path, **data))
+        assert AEAdapt(config, HERE).encodings == kept
 
 
 def test_what_cannot_be_encoded_beforehand(tmp_path, text_base, autoencoder_folder):

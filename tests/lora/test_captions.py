@@ -6,6 +6,8 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,7 +17,8 @@ from vidaccel.lora.data.captions import read_captions
 from vidaccel.lora.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from vidaccel.lora.data.files import media_files
 from vidaccel.lora.data.folder import MediaFolder
-from vidaccel.lora.data.sampler import ClipSampler
+from vidaccel.lora.data.held_out import hold_out
+from vidaccel.lora.data.sampler import ClipSampler, without
 from vidaccel.lora.settings import DataSettings, FolderSettings, SizeSettings
 
 Reading = Callable[..., dict[str, str]]
@@ -175,11 +178,21 @@ def test_tables_that_are_refused(reading, content, words):
         ('\n{"file_name": "a.mp4", "text": ["x"]}', r"line 2: text of a.mp4 is \['x'\], but must be text"),
         ('{"file_name": "a.mp4", "text": "x", "text": "y"}', "line 1: no JSON: text is there twice"),
         ('{"file_name": 7, "text": "x"}', "line 1: there is no file_name in it: 7 is no name"),
+        ('{"file_name": "\\u0000", "text": "x"}', "line 1: there is no file_name in it: .* is no name"),
+        ('{"file_name": "\\ud83d.mp4", "text": "x"}', "line 1: there is no file_name in it: .* is no name"),
+        (
+            '\n{"file_name": "a.mp4", "text": "a cat \\ud83d runs"}',
+            r"metadata.jsonl, line 2: text of a.mp4 has \\ud83d, which is half of a character: write the character",
+        ),
     ],
 )
 def test_lines_that_are_refused(reading, content, words):
     with pytest.raises(ConfigError, match=words):
         reading("a.mp4", metadata_dot_jsonl=content)
+
+
+def test_a_character_of_two_halves_is_whole(reading):
+    assert reading("a.mp4", metadata_dot_jsonl=lines({"file_name": "a.mp4", "text": "😀"})) == {"a.mp4": "😀"}
 
 
 def test_what_has_none_is_left_out_when_asked(reading, caplog):
@@ -206,7 +219,7 @@ def test_links_hidden_files_and_other_kinds(tmp_path, caplog):
     os.symlink(tmp_path / "gone.mp4", inside / "dangling.mp4")
     os.mkfifo(inside / "pipe.mp4")
     found = media_files(inside, VIDEO_SUFFIXES, "videos")
-    assert [path.relative_to(inside).as_posix() for path in found] == ["a.mp4", "b.GIF", "e.mov", "linked/d.mov"]
+    assert [path.relative_to(inside).as_posix() for path in found] == ["a.mp4", "b.GIF", "linked/d.mov"]
     left = {record.getMessage().partition("because it ")[2] for record in caplog.records}
     assert left == {
         "is hidden: .git, ._a.mp4",
@@ -214,7 +227,33 @@ def test_links_hidden_files_and_other_kinds(tmp_path, caplog):
         "is a link to nothing: dangling.mp4",
         "is no plain file: pipe.mp4",
         "leads to a folder that was searched already: linked/back",
+        "is a link to a file that is there already: e.mov",
     }
+
+
+def test_a_folder_keeps_its_own_name_whatever_links_lead_to_it(reading, tmp_path, caplog):
+    """Also to a link in a folder that is searched first, and to one that leads outside by two ways."""
+    (tmp_path / "z_real" / "deep").mkdir(parents=True)
+    os.symlink(tmp_path / "z_real", tmp_path / "a_link")
+    (tmp_path / "b").mkdir()
+    os.symlink(tmp_path / "z_real" / "deep", tmp_path / "b" / "link")
+    names = {"z_real/one.mp4": "z_real/one.mp4", "a_link/two.mp4": "z_real/two.mp4"}
+    names |= {"b/link/three.mp4": "z_real/deep/three.mp4", "a_link/deep/four.mp4": "z_real/deep/four.mp4"}
+    table = lines(*({"file_name": name, "text": f"for {file}"} for name, file in names.items()))
+    assert reading(*names.values(), metadata_dot_jsonl=table) == {file: f"for {file}" for file in names.values()}
+    assert "that are not there" not in caplog.text
+    assert "leads to a folder that was searched already: a_link, b/link" in caplog.text
+
+
+def test_a_link_to_a_file_that_is_there_is_that_file(reading, tmp_path):
+    """By whichever name its caption knows it, but not with two captions."""
+    os.symlink(tmp_path / "z.mp4", tmp_path / "a.mp4")
+    for name in ("a.mp4", "z.mp4"):
+        table = lines({"file_name": name, "text": "x"})
+        assert reading("z.mp4", metadata_dot_jsonl=table) == {"z.mp4": "x"}
+    table = lines({"file_name": "z.mp4", "text": "x"}, {"file_name": "a.mp4", "text": "y"})
+    with pytest.raises(ConfigError, match=r"line 2: a.mp4 has another caption than in line 1: keep one"):
+        reading(metadata_dot_jsonl=table)
 
 
 def test_many_names_are_counted(tmp_path, caplog):
@@ -268,6 +307,64 @@ def test_a_file_of_two_folders_counts_once(two_folders, caplog):
     folder = MediaFolder.open(DataSettings(kind="images", folders=folders, sizes=(SizeSettings(1, 32, 64),)))
     assert len(folder.entries) == 2 and {entry.repeats for entry in folder.entries} == {1}
     assert "2 files are in several of data.folders and count for the first" in caplog.text
+
+
+def spellings(folder: Path) -> dict[str, str]:
+    """Other names of a folder, and of one that holds nothing but links to its files."""
+    link, files = folder.with_name("link"), folder.with_name("files")
+    link.symlink_to(folder, target_is_directory=True)
+    files.mkdir()
+    for path in folder.iterdir():
+        (files / path.name).symlink_to(path)
+    (files / "metadata.csv").unlink()
+    (files / "metadata.csv").write_bytes((folder / "metadata.csv").read_bytes())
+    return {
+        "link": str(link),
+        "files": str(files),
+        "dots": f"{folder}/../{folder.name}",
+        "relative": os.path.relpath(folder),
+    }
+
+
+@pytest.mark.parametrize("spelling", ["link", "files", "dots", "relative"])
+def test_a_file_of_two_names_is_not_trained_on_and_measured(two_folders, spelling, caplog):
+    size = SizeSettings(1, 32, 64)
+    paths = (two_folders[1], spellings(Path(two_folders[1]))[spelling])
+    folder = MediaFolder.open(
+        DataSettings(kind="images", folders=tuple(map(FolderSettings, paths)), sizes=(size,)), random_crops=True
+    )
+    assert "2 files are in several of data.folders and count for the first" in caplog.text
+    held = hold_out(folder, (size,), 1)
+    measured = {folder.caption(pick.index) for pick in held.picks}
+    trained = [folder.caption(index) for index in without(folder.members((size,)), held.clips)[0]]
+    assert len(measured) == len(trained) == 1 and measured.isdisjoint(trained)
+
+
+def test_a_folder_without_any_captions_is_left_out_when_asked(two_folders, caplog):
+    (Path(two_folders[0]) / "a.txt").unlink()
+    folders = tuple(map(FolderSettings, two_folders))
+    settings = DataSettings(kind="images", folders=folders, sizes=(SizeSettings(1, 32, 64),))
+    with pytest.raises(ConfigError, match="one has no captions: write a metadata.jsonl"):
+        MediaFolder.open(settings)
+    skipping = replace(settings, missing_captions="skip")
+    assert MediaFolder.open(skipping).captions() == ["of b", "of c"]
+    assert "one has no captions: write a metadata.jsonl" in caplog.text and "It is left out." in caplog.text
+    with pytest.raises(ConfigError, match=r"^data.folder: no file in .*one has a caption; the log above says more"):
+        MediaFolder.open(replace(skipping, folders=(), folder=two_folders[0]))
+
+
+def test_the_setting_of_a_folder_is_named_by_its_number(two_folders, tmp_path):
+    size = SizeSettings(1, 32, 64)
+    (tmp_path / "empty").mkdir()
+    for path, words in (("none", "none is no folder"), ("empty", "empty holds no images")):
+        folders = tuple(map(FolderSettings, (*two_folders, str(tmp_path / path))))
+        with pytest.raises(ConfigError, match=f"^data.folders.2: .*{words}"):
+            MediaFolder.open(DataSettings(kind="images", folders=folders, sizes=(size,)))
+    for picture in (*Path(two_folders[0]).glob("*.png"), *Path(two_folders[1]).glob("*.png")):
+        picture.write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"^data.folders: none of the 3 images"):
+        folders = tuple(map(FolderSettings, two_folders))
+        MediaFolder.open(DataSettings(kind="images", folders=folders, sizes=(size,)))
 
 
 def test_folders_that_do_not_go_together(two_folders):

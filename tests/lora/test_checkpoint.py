@@ -131,6 +131,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name):
         folder.load(path)
 
 
+@pytest.mark.parametrize("name", ["trained.safetensors", "weights.safetensors", "state.pt"])
+def test_damage_that_leaves_the_length_is_noticed(tmp_path, name):
+    folder = CheckpointFolder(tmp_path)
+    path = folder.save(make(size=1000), "")
+    whole = bytearray((path / name).read_bytes())
+    # Of the archive, a number of the optimiser: its first storage, behind the pickle.
+    place = whole.index(np.float32(2.0).tobytes(), whole.index(b"data/0")) if name == "state.pt" else len(whole) - 3
+    whole[place] ^= 1
+    (path / name).write_bytes(whole)
+    with pytest.raises(CheckpointError, match=rf"is damaged \({name} does not hold what was written\): resume from an"):
+        folder.load(path)
+
+
 def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         CheckpointFolder(tmp_path).find("latest")

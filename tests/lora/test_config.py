@@ -46,6 +46,7 @@ def test_defaults_and_values():
     [
         ({}, ["name is missing"]),
         ({"name": 3}, ["name is the number 3, but must be text"]),
+        ({"name": "a \ud83d"}, [r"name has \ud83d, which is half of a character: write the character itself"]),
         ({"name": "x", "stepz": 1}, ['stepz is not known: did you mean "steps"?']),
         ({"name": "x", "part": {"rte": 1}}, ['part.rte is not known: did you mean "rate"?']),
         ({"name": "x", "qqqqqq": 1}, ["known: name, steps"]),

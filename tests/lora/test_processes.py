@@ -26,14 +26,16 @@ def write(folder: Path, name: str, content: dict, **sections) -> str:
     return str(file)
 
 
-def autoencoder(folder: Path, name: str, batch_size: int) -> str:
-    """Settings of three steps."""
+def autoencoder(folder: Path, name: str, batch_size: int, **phase) -> str:
+    """Settings of three steps, unless the phase says otherwise."""
     model = {"latent_channels": 4, "block_out_channels": [8] * 7, "layers_per_block": [0] + [1] * 6, "chunk_size": 8}
     content = {
         "recipe": "autoencoder",
         "model": model,
         "data": {"kind": "demo", "clips": 9, "sizes": [{"frames": 8, "height": 32, "width": 32}]},
-        "phases": [{"name": "train", "steps": 3, "learning_rate": 1e-3, "batch_size": batch_size, "ema_decay": 0.9}],
+        "phases": [
+            {"name": "train", "steps": 3, "learning_rate": 1e-3, "batch_size": batch_size, "ema_decay": 0.9, **phase}
+        ],
         "validation": {"clips": 1},
         "statistics_clips": 1,
     }
@@ -64,16 +66,19 @@ def ae_adapt(folder: Path, name: str, batch_size: int, base: Path, new: Path) ->
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
-    """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed."""
+    """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed; and
+    `autoencoder` with a limit of time."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "path").mkdir()
     (folder / "path" / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
     adapt = ae_adapt(folder, "adapt", 1, text_base, autoencoder_folder)
+    timed = autoencoder(folder, "timed", 1, lr_scheduler="linear", max_minutes=1000)
     jobs = [
         {"recipe": "autoencoder", "config": autoencoder(folder, "train", 1), "out": str(folder / "train")},
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "encoded"), "encode_only": True},
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "adapt")},
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "resumed"), "stop_after": 4},
+        {"recipe": "autoencoder", "config": timed, "out": str(folder / "timed"), "fast_clock": 1e6},
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as listener:
@@ -134,3 +139,11 @@ def test_two_processes_stopped_and_resumed_end_bit_equal(launched):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert losses(launched / "adapt")[-2:] == losses(launched / "resumed")[-2:]
+
+
+def test_one_clock_counts_where_time_is_limited(launched):
+    """Else the learning rates of the processes would differ, and so would their weights; and one would end the run."""
+    first, second = (torch.load(launched / "timed" / f"rates{number}.pt") for number in range(2))
+    assert first == second and len(first) == 3
+    first, second = ranks(launched / "timed")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

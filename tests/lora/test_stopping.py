@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,8 +78,85 @@ def test_a_stop_before_training_promises_nothing(tiny_settings, run_tiny, monkey
 
 def test_before_a_later_phase_the_last_checkpoint_is_named(tiny_settings, run_tiny, monkeypatch, tiny_phase):
     once(monkeypatch, tiny_phase, "clips", at=2)
-    with pytest.raises(Stopped, match="the last checkpoint is step_00000003: continue with --resume latest"):
+    with pytest.raises(Stopped, match="the run stands at step_00000003: continue with --resume latest"):
         run_tiny(tiny_settings())
+
+
+TWO_MICRO_BATCHES = {
+    name: {"steps": 3, "batch_size": 1, "gradient_accumulation_steps": 2} for name in ("first", "second")
+}
+
+
+def resumed_from(settings, run_tiny, monkeypatch, checkpoint: Path, cls: type, method: str) -> tuple[str, str]:
+    """Resume from a checkpoint, stop in a method before a step is done; the message, and the option that it names."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
+        once(patch, cls, method)
+        run_tiny(settings, str(checkpoint))
+    option = str(caught.value).rpartition("--resume ")[2]
+    assert option.endswith(".")
+    (option,) = shlex.split(option[:-1])
+    return str(caught.value), option
+
+
+@pytest.mark.parametrize("method", ["prepare", "clips", "loss"])
+def test_what_is_said_goes_on_from_the_checkpoint_that_was_chosen(
+    tiny_settings, run_tiny, monkeypatch, tiny_recipe, tiny_phase, method
+):
+    """Not the last one of the folder, which is of a run that went further; and nothing of that run is lost."""
+    loop = {"save_every": 1, "keep_last": 9, "validate_every": 1}
+    settings = tiny_settings("with space", loop=loop, phases=TWO_MICRO_BATCHES)
+    run_tiny(settings)
+    log = (Path(settings.out) / "log.jsonl").read_text()
+    assert len(checkpoints(settings)) == 6
+    early = checkpoints(settings)[1]
+    cls = tiny_recipe if method == "prepare" else tiny_phase
+    said, option = resumed_from(settings, run_tiny, monkeypatch, early, cls, method)
+    assert Path(option) == early, said
+    assert (Path(settings.out) / "log.jsonl").read_text() == log
+    again = run_tiny(settings, option)
+    assert again.seen[0][:2] == ("first", 2)
+    assert len(log.splitlines()) == len((Path(settings.out) / "log.jsonl").read_text().splitlines())
+
+
+def test_a_checkpoint_of_another_folder_is_named_where_this_one_has_none(
+    tiny_settings, run_tiny, monkeypatch, tiny_phase
+):
+    one, two = (tiny_settings(name, phases=TWO_MICRO_BATCHES) for name in ("one", "two"))
+    run_tiny(one)
+    there = checkpoints(one)[0]
+    said, option = resumed_from(two, run_tiny, monkeypatch, there, tiny_phase, "loss")
+    assert Path(option) == there, said
+    assert not checkpoints(two)
+    once(monkeypatch, tiny_phase, "loss", at=2)
+    with pytest.raises(Stopped, match="after step 1 of phase second; continue with --resume latest"):
+        run_tiny(two, option)
+
+
+@pytest.mark.parametrize("resume", ["latest", "auto", "run/checkpoints/step_00000003"])
+def test_before_a_checkpoint_is_looked_for_the_same_option_is_named(
+    tiny_settings, run_tiny, monkeypatch, tiny_phase, resume
+):
+    run_tiny(tiny_settings())
+    once(monkeypatch, CheckpointFolder, "clean")
+    with pytest.raises(Stopped, match=f"before training began; start again with --resume {resume}"):
+        run_tiny(tiny_settings(), resume)
+
+
+def test_auto_with_nothing_to_resume_promises_nothing(tiny_settings, run_tiny, monkeypatch, tiny_phase):
+    once(monkeypatch, tiny_phase, "clips")
+    with pytest.raises(Stopped, match="was prepared; nothing was trained yet: start again without --resume"):
+        run_tiny(tiny_settings(), "auto")
+
+
+def test_what_keeps_no_encodings_promises_none(tiny_settings, run_tiny, monkeypatch, tiny_recipe, tiny_phase):
+    settings = tiny_settings(data={"cache": "some_cache"})
+    monkeypatch.setattr(tiny_recipe, "encodings", None)
+    once(monkeypatch, tiny_phase, "clips")
+    with pytest.raises(Stopped, match="while the phase first was prepared; nothing was trained yet"):
+        run_tiny(settings)
+    monkeypatch.setattr(tiny_recipe, "encode", lambda self: terminate())
+    with pytest.raises(Stopped, match=r"stopped while clips were encoded\.$"):
+        _encode(tiny_recipe(settings, Process(torch.device("cpu"))))
 
 
 def test_a_stop_while_models_are_loaded(tiny_settings, run_tiny, monkeypatch, tiny_recipe):
@@ -120,10 +198,39 @@ def test_a_validation_is_left_and_made_again(tiny_settings, run_tiny, monkeypatc
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("ends", ["stopped", "killed"])
+def test_a_validation_that_was_made_again_is_in_the_log_once(tiny_settings, run_tiny, monkeypatch, tiny_phase, ends):
+    """Whether the run is stopped behind it, or killed before it can say in a checkpoint that it is done."""
+
+    def validate(self, model, folder, number, original=tiny_phase.validate):
+        calls.append(number)
+        if len(calls) == 1:
+            terminate()
+            self.recipe.process.check_stop()
+        if len(calls) == 2 and ends == "stopped":
+            terminate()
+        return original(self, model, folder, number)
+
+    calls: list[int] = []
+    monkeypatch.setattr(tiny_phase, "validate", validate)
+    settings = tiny_settings(loop={"validate_every": 2})
+    with pytest.raises(Stopped):
+        run_tiny(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_phase, "loss", lambda *_: (_ for _ in ()).throw(MemoryError("killed")))
+        with pytest.raises(Stopped if ends == "stopped" else MemoryError):
+            run_tiny(settings, "latest")
+    run_tiny(settings, "latest")
+    rows = [json.loads(line) for line in (Path(settings.out) / "log.jsonl").read_text().splitlines()]
+    assert [row["total_steps"] for row in rows if "validation_bias" in row] == [2, 3, 5, 6]
+    assert [row["total_steps"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert calls == ([2, 2, 3, 5, 6] if ends == "stopped" else [2, 2, 2, 3, 5, 6])
+
+
 def test_a_stop_while_the_result_is_written(tiny_settings, run_tiny, monkeypatch, tiny_recipe):
     straight = run_tiny(tiny_settings("straight"))
     once(monkeypatch, tiny_recipe, "finish", stop=lambda: (terminate(), pytest.fail("it went on")))
-    with pytest.raises(Stopped, match="while the result was written; the last checkpoint is step_00000006"):
+    with pytest.raises(Stopped, match="while the result was written; the run stands at step_00000006: continue"):
         run_tiny(tiny_settings("stopped"))
     monkeypatch.undo()
     resumed = run_tiny(tiny_settings("stopped"), "latest")
@@ -194,7 +301,7 @@ def test_two_processes_leave_what_takes_long_together(launch, tmp_path, mode):
     read_until(launcher, "process 0 takes long", "process 1 takes long")
     launcher.send_signal(signal.SIGINT)
     said, _ = launcher.communicate(timeout=1800)
-    assert "stopped after step 1 of phase first; continue with --resume latest." in said, said
+    assert said.count("stopped after step 1 of phase first; continue with --resume latest.") == 2, said
     assert said.count("the run ends after this micro-batch, and what was trained is saved") == 2
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     saved = folder.load(folder.find("latest"))

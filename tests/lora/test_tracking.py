@@ -44,6 +44,17 @@ def test_the_log_has_each_step_once(tiny_settings, run_tiny, stop_after):
     assert [row["total_steps"] for row in log(settings) if "validation_bias" in row] == [2, 3, 5, 6]
 
 
+def test_the_log_is_of_the_run_that_the_checkpoint_is_of(tiny_settings, run_tiny, stop_after):
+    """Also where the resumed run wrote no number before it was stopped."""
+    loop = {"save_every": 1, "keep_last": 9}
+    run_tiny(tiny_settings(loop=loop))
+    settings = tiny_settings(loop={**loop, "log_every": 100})
+    stop_after(1)
+    with pytest.raises(Stopped, match="after step 2 of phase first; continue with --resume latest"):
+        run_tiny(settings, f"{settings.out}/checkpoints/step_00000001")
+    assert [row["total_steps"] for row in log(settings)] == [1]
+
+
 def test_what_runs_is_said_at_the_start(tiny_settings, run_tiny, capsys):
     phases = {"first": {"steps": 2, "batch_size": 3, "gradient_accumulation_steps": 2}, "second": {"steps": 0}}
     run_tiny(tiny_settings(phases=phases))
@@ -133,6 +144,12 @@ def test_tensorboard_has_the_pictures_and_each_step_once(tiny_settings, run_tiny
     (folder,) = {
         file.parent for file in (Path(settings.out) / "tracker").rglob("*tfevents*") if "tiny" in file.parent.name
     }
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("first/loss")] == [1, 2, 3]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(tiny_phase, "loss", lambda *_: (_ for _ in ()).throw(MemoryError("killed")))
+        run_tiny(settings, f"{settings.out}/checkpoints/step_00000002")  # which never trains
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [event.step for event in events.Scalars("first/loss")] == [1, 2, 3]

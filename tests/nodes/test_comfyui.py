@@ -48,6 +48,8 @@ def graph(node: str | None = None, size: int = 128, frames: int = 17, **inputs) 
         common = {"density": 0.5, "dense_start_percent": 0.2, "dense_end_percent": 0.0, "dense_layers": ""}
         if node == "SVG2":
             common |= {"compensate": False, "query_clusters": 0, "key_clusters": 0}
+        if node == "Tangent":
+            common |= {"budget": "density", "tolerance": 0.02, "query_clusters": 0, "key_clusters": 0}
         made["sparse"] = {
             "class_type": f"VidaccelSparseAttention{node}",
             "inputs": {"model": ["load", 0], **common, "min_tokens": 0, "backend": "auto", **inputs},
@@ -69,7 +71,7 @@ def test_the_pack_loads_quickly_and_without_a_warning(server):
 def test_every_input_of_every_node_has_a_tooltip(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Vidaccel")}
     others = ("Report", "LoadPipeline", "PipelineLoRA", "AcceleratePipeline", "GenerateVideo", "LoadDCAEV")
-    assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial")} | {
+    assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")} | {
         f"Vidaccel{name}" for name in others
     }
     for info in nodes.values():
@@ -82,7 +84,8 @@ def test_the_same_input_has_the_same_default_and_words_in_every_node(server):
     """Native nodes and Accelerate Pipeline; layers are counted by one and listed by the others."""
     found: dict[str, list] = {}
     known = server.get("/object_info")
-    for name in ("SparseAttentionSVG2", "SparseAttentionSVG", "SparseAttentionRadial", "AcceleratePipeline"):
+    native = ("SVG2", "SVG", "Radial", "Tangent", "Sparge")
+    for name in (*(f"SparseAttention{method}" for method in native), "AcceleratePipeline"):
         inputs = known[f"Vidaccel{name}"]["input"]
         for key, (kind, *options) in {**inputs["required"], **inputs.get("optional", {})}.items():
             told = {k: v for k, v in (options[0] if options else {}).items() if k not in ("tooltip", "advanced")}
@@ -95,10 +98,13 @@ def test_the_same_input_has_the_same_default_and_words_in_every_node(server):
         "min_tokens",
         "compensate",
         "backend",
+        "measure_error",
+        "query_clusters",
+        "key_clusters",
     }
     for key, specs in shared.items():
         assert all(spec == specs[0] for spec in specs), (key, specs)
-    assert [told["default"] for _, told in found["dense_layers"]] == ["0", "0", "0", 1]
+    assert [told["default"] for _, told in found["dense_layers"]] == ["0"] * 5 + [1]
 
 
 def test_density_one_gives_the_video_of_the_unpatched_model(server):
@@ -110,14 +116,24 @@ def test_density_one_gives_the_video_of_the_unpatched_model(server):
 
 @pytest.mark.parametrize(
     ("node", "inputs"),
-    [("SVG2", {"density": 0.4, "compensate": True}), ("SVG", {"density": 0.5}), ("Radial", {"density": 0.8})],
+    [
+        ("SVG2", {"density": 0.4, "compensate": True}),
+        ("SVG", {"density": 0.5}),
+        ("Radial", {"density": 0.8}),
+        ("Tangent", {"density": 0.4, "measure_error": 32}),
+        ("Tangent", {"budget": "tolerance", "tolerance": 0.05}),
+        ("Sparge", {"density": 0.5}),
+    ],
 )
 def test_each_method_runs_and_reports(server, node, inputs):
     entry = server.queue(graph(node, **inputs))
     assert entry["status"]["status_str"] == "success", entry["status"]
     assert server.latent(entry, "save").isfinite().all()
     text = entry["outputs"]["text"]["text"][0]
-    assert "Mean density" in text and "dense_start_percent (" in text and f"{node}: density" in text
+    assert "Mean density" in text and "dense_start_percent (" in text and f"{node}: " in text
+    assert ("tolerance 0.05" in text) == ("tolerance" in inputs) and ("Measured error" in text) == (
+        "measure_error" in inputs
+    )
     (picture,) = entry["outputs"]["map"]["images"]
     assert server.file(picture).stat().st_size > 2000
 

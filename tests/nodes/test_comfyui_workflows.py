@@ -106,3 +106,13 @@ def test_it_runs_with_tiny_weights(server, name):
     assert len(texts) == (2 if name == "wan22_i2v_svg2" else 1)
     # Sparse calls were made: the dense start of each workflow is shorter than its run, even in four steps.
     assert all("Mean density" in text for text in texts) and any("masked" in text or "flex" in text for text in texts)
+    assert ("Measured error" in texts[0]) == (name == "wan_t2v_tangent")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_stay_dense_are_those_of_the_node(server, name):
+    known = server.get("/object_info")
+    for node in server_form(name).values():
+        if node["class_type"].startswith("VidaccelSparse"):
+            default = known[node["class_type"]]["input"]["required"]["dense_layers"][1]["default"]
+            assert node["inputs"]["dense_layers"] == default

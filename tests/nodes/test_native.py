@@ -14,7 +14,7 @@ import pytest
 import torch
 from native_calls import HEAD_DIM, HEADS, RECORDED, WAN, Executor, Recorded, dense, model_of, with_cross
 
-from vidaccel import SVG, SVG2, Radial, VideoLayout, sparse_attention
+from vidaccel import SVG, SVG2, Radial, Sparge, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.nodes.native import KEY, OVERRIDE, NativeAttention
 from vidaccel.nodes.news import CACHED, NEVER
@@ -30,7 +30,7 @@ def session_of(method=None, **options: Any) -> NativeAttention:
     return NativeAttention(
         method if callable(method) else lambda layout: method,
         name="test",
-        settings={},
+        settings={"compensate": None, "key_clusters": None},
         **{"dense": DensePart(), **options},
     )
 
@@ -358,6 +358,17 @@ def test_few_tokens_stay_dense():
             "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.21. Raise it, or switch "
             "compensate off.",
         ),
+        (
+            Tangent(density=0.1),
+            "wan",
+            "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.21. Raise it, or take fewer "
+            "key_clusters.",
+        ),
+        (
+            lambda layout: Sparge.for_density(layout, 0.1),
+            "wan",
+            "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.51. Raise it.",
+        ),
         (SVG2(density=0.1), "hunyuan", "density is 0.1, .* it must be at least 0.16. Raise it."),
         (
             SVG2(density=0.5, q_clusters=81),
@@ -375,7 +386,11 @@ def test_what_a_method_cannot_do_is_said_in_the_words_of_its_node_before_the_mod
 
 def test_the_bound_that_is_said_can_be_followed():
     """And what lies more than one step of the input below it cannot."""
-    for make in (lambda d: SVG(density=d), lambda d: SVG2(density=d, compensate=True)):
+    for make in (
+        lambda d: SVG(density=d),
+        lambda d: SVG2(density=d, compensate=True),
+        lambda d: Tangent(density=d),
+    ):
         with pytest.raises(ValueError, match="at least") as refused:
             step(session_of(make(0.01)), Executor(RECORDED["wan"]))
         least = float(str(refused.value).partition("at least ")[2].split(". ")[0])
@@ -555,3 +570,34 @@ def test_records_do_not_pile_up():
 def test_bad_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         session_of(**options)
+
+
+def test_errors_are_measured_for_each_branch_and_change_nothing():
+    recorded = RECORDED["wan"]
+    outs = []
+    for rows in (0, 16):
+        session = session_of(measure_error=rows)
+        session.begin()
+        executor = step(session, Executor(recorded, seeds=(0, 1)), cond_or_uncond=[0, 1])
+        outs.append(executor.outputs)
+        sparse = [r for r in session.report().records if not r.reason]
+        assert {r.branch for r in sparse} == {"cond", "uncond"}
+        assert all((r.error is None) == (rows == 0) for r in sparse)
+    assert all(one.equal(other) for one, other in zip(*outs, strict=True))
+    assert "Measured error of the output in 4 sparse calls" in report_text(session.news())
+    with pytest.raises(ValueError, match="measure_error is -1"):
+        session_of(measure_error=-1)
+
+
+def test_the_report_says_that_records_of_samplings_were_dropped():
+    """Ten samplings of one model in one entry of the queue, as a loop makes them; the next entry has lost none."""
+    said = "records of earlier samplings were dropped: those of the last 8 are kept"
+    session, executor = session_of(), Executor(RECORDED["wan"])
+    for number in range(10):
+        session.begin("loop")
+        step(session, executor)
+        assert (said in session.report().notes) == (number > 7)
+    assert f"Note: {said}" in report_text(session.news("loop"))
+    session.begin("next")
+    step(session, executor)
+    assert said in session.report().notes and said not in session.news("next").report.notes

@@ -271,7 +271,7 @@ def defaults(node) -> dict:
     return {i.id: i.default for i in node.define_schema().inputs if hasattr(i, "default")}
 
 
-SPARSE = [f"VidaccelSparseAttention{name}" for name in ("SVG2", "SVG", "Radial")]
+SPARSE = [f"VidaccelSparseAttention{name}" for name in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")]
 
 
 def test_every_input_and_node_is_explained():
@@ -302,6 +302,32 @@ def test_a_node_patches_a_clone_and_the_report_node_shows_it(name, tmp_path):
     assert "4/4" in text and "dense_start_percent (" in text and 0.5 < session.report().density_by_step()[3] < 0.85
 
 
+def test_tangent_by_tolerance_follows_the_content():
+    description, model, _ = tiny("wan_t2v")
+    node = nodes()["VidaccelSparseAttentionTangent"]
+    densities = []
+    for tolerance in (0.3, 1e-5):  # random weights attend to everything alike, so even clusters are hardly wrong
+        values = {"min_tokens": 0, "budget": "tolerance", "tolerance": tolerance, "measure_error": 64}
+        clone, session = node.execute(model, **(defaults(node) | values)).result
+        sample(clone, description, latent=(9, 16, 16))
+        report = session.report()
+        assert "density" not in report.config and report.config["tolerance"] == tolerance
+        assert report.measured() and all(r.predicted_error <= tolerance for r in report.measured())
+        densities.append(report.mean_density())
+    assert densities[0] < densities[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_measured_in_every_model_and_change_nothing(name):
+    description, model, _ = tiny(name)
+    plain, _ = patched(model)
+    expected = sample(plain, description)
+    clone, session = patched(model, measure_error=16)
+    assert sample(clone, description).equal(expected)
+    sparse = [record for record in session.report().records if not record.reason]
+    assert sparse and all(0 < record.error < 2 for record in sparse)
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_defaults_leave_short_videos_dense(name):
     description, model, unpatched = tiny("wan_t2v")
@@ -319,6 +345,7 @@ def test_defaults_leave_short_videos_dense(name):
         ({"dense_layers": "0-99"}, "the model has 3 layers"),
         ({"dense_layers": "first"}, "numbers and ranges"),
         ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"measure_error": -1}, "measure_error is -1"),
         ({"backend": "sdpa"}, "computes dense attention only"),
         ({"backend": "nothing"}, "unknown backend"),
     ],

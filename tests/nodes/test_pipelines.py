@@ -64,6 +64,15 @@ def test_dense_and_accelerated_from_one_pipeline(pipeline, moved):
     assert all(memory > 0 for name, memory in moved if name != "UMT5EncoderModel")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_makes_a_video(pipeline, method):
+    chosen = Acceleration(method=method, density=0.6, dense_start_percent=0.2, measure_error=8)
+    made = generate(pipeline.accelerated(chosen), settings(height=128, width=128), on_step=ignore)
+    text = report_text(made.report.news())
+    assert text.startswith(f"{method}: density 0.6") and "Measured error" in text
+    assert ("predicted" in text) == (method == "tangent")
+
+
 def test_the_callback_counts_steps_and_sees_latents(pipeline):
     seen = []
     generate(pipeline, settings(), on_step=lambda step, steps, latents: seen.append((step, steps, latents.shape)))
@@ -113,6 +122,7 @@ def test_a_picture_for_a_model_of_text(pipeline):
         ({"dense_end_percent": -0.1}, "between 0 and 1"),
         ({"dense_layers": -1}, "0 or more"),
         ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"measure_error": -1}, "measure_error is -1"),
     ],
 )
 def test_an_acceleration_that_cannot_be(changes, message):
@@ -133,6 +143,11 @@ def test_a_backend_that_cannot_compensate(pipeline):
         ValueError, match="^backend is flex: it cannot compute compensate on cpu. Choose auto or gather"
     ):
         pipeline.accelerated(Acceleration(backend="flex"))
+    with pytest.raises(
+        ValueError,
+        match="^backend is flex: it cannot compute tangent on cpu. Choose auto or gather.*, or another method",
+    ):
+        pipeline.accelerated(Acceleration(backend="flex", method="tangent"))
     for fits in (Acceleration(backend="flex", compensate=False), Acceleration(backend="flex", method="radial")):
         assert pipeline.accelerated(fits).acceleration == fits
 
@@ -140,7 +155,7 @@ def test_a_backend_that_cannot_compensate(pipeline):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_density_that_a_video_cannot_have_is_told_in_the_words_of_the_node(pipeline, method):
     fast = pipeline.accelerated(Acceleration(density=0.01, method=method))
-    said = r"^density is 0.01, and with a video of 3 frames of 4x4 it must be at least 0\.\d+. Raise it"
+    said = r"^density is 0.01, and with a video of 3 frames of 4x4 it must be at least (0\.\d+|1)\. Raise it"
     with pytest.raises(InputError, match=said) as refused:
         generate(fast, settings(), on_step=lambda *_: pytest.fail("it ran"))
     assert ("switch compensate off" in str(refused.value)) == (method == "svg2")
@@ -154,6 +169,17 @@ def test_the_report_names_the_inputs(pipeline):
     assert set(report.config) == {field.name for field in fields(Acceleration)} - {"method"}
     radial = generate(pipeline.accelerated(Acceleration(method="radial", density=0.8)), settings(), on_step=ignore)
     assert "compensate" not in radial.report.news().report.config
+
+
+def test_errors_are_measured_where_they_are_asked_for(pipeline):
+    made = [
+        generate(pipeline.accelerated(Acceleration(density=0.5, measure_error=rows)), settings(), on_step=ignore)
+        for rows in (0, 16)
+    ]
+    assert torch.equal(made[0].frames, made[1].frames)
+    texts = [report_text(one.report.news()) for one in made]
+    assert "Measured error" not in texts[0] and "measure_error" not in texts[0]
+    assert "measure_error 16" in texts[1] and "Measured error of the output in" in texts[1]
 
 
 def test_a_short_video_stays_dense_and_says_why(pipeline):

@@ -7,7 +7,7 @@ import torch
 
 from vidaccel.attention import CallRecord, RunReport
 from vidaccel.nodes.news import GenerationReport, News
-from vidaccel.nodes.tables import report_image, report_text
+from vidaccel.nodes.tables import report_image, report_text, side_by_side
 
 
 def record(run: int = 0, step: int = 0, layer: int = 0, **changes) -> CallRecord:
@@ -86,3 +86,52 @@ def test_runs_stand_side_by_side_even_of_unequal_depth():
 
 def test_an_empty_report_is_an_empty_picture():
     assert report_image(report()).shape[3] == 3
+
+
+class TestMeasuredErrors:
+    CALLS = tuple(
+        record(
+            step=step,
+            layer=layer,
+            error=0.02 * (1 + step + layer),
+            error_seconds=0.25,
+            details={"predicted_error": [0.01]} if layer else {},
+        )
+        for step in range(2)
+        for layer in range(2)
+    )
+
+    def test_they_have_a_table_and_a_headline(self):
+        lines = text_of(report(record(**DENSE, layer=2), *self.CALLS)).splitlines()
+        table = [" ".join(line.split()) for line in lines]
+        assert table[-4:] == [
+            "step median error worst error predicted worst in",
+            "1/2 3.0 % 4.0 % 1.0 % layer 1, cond",
+            "2/2 5.0 % 6.0 % 1.0 % layer 1, cond",
+            "Measured error of the output in 4 sparse calls: median 4.0 %, worst 6.0 % in layer 1 at step 2/2; "
+            "measuring 1.0 s.",
+        ]
+        head, *rows = lines[-4:-1]
+        assert all(row.index("layer") == head.index("worst in") for row in rows)
+
+    def test_a_layer_is_that_of_a_model_where_there_are_two(self):
+        text = text_of(report(record(error=0.5), record(error=0.6, model="transformer_2")))
+        assert "layer 0 of transformer_2, cond" in text and "in layer 0 of transformer_2 at step 1/2" in text
+
+    def test_a_method_that_predicts_nothing_has_no_column_for_it(self):
+        text = text_of(report(record(error=0.5)))
+        assert "median error" in text and "predicted" not in text
+
+    def test_nothing_is_said_where_nothing_was_measured(self):
+        assert "rror" not in text_of(report(record()))
+
+    def test_maps_stand_below_the_density(self):
+        plain, measured = report_image(report(record())), report_image(report(*self.CALLS))
+        assert measured.shape[1] == 3 * plain.shape[1] and measured.shape[2] == plain.shape[2]
+        unpredicted = report_image(report(record(error=0.5)))
+        assert unpredicted.shape[1] == 2 * plain.shape[1]
+
+
+def test_two_runs_of_one_model_do_not_share_a_column():
+    shown = side_by_side(report(record(run=3), record(run=4, density=0.75), record(run=4, step=1)))
+    assert shown.density_map().tolist() == [[0.25, 0.75, 0.25]]

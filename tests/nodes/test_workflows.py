@@ -15,7 +15,14 @@ ROOT = FOLDER.parent
 
 
 def test_these_are_the_workflows():
-    assert NAMES == ["demo_compare", "hunyuan_t2v_svg", "wan22_i2v_svg2", "wan_t2v_radial_long", "wan_t2v_svg2"]
+    assert NAMES == [
+        "demo_compare",
+        "hunyuan_t2v_svg",
+        "wan22_i2v_svg2",
+        "wan_t2v_radial_long",
+        "wan_t2v_svg2",
+        "wan_t2v_tangent",
+    ]
     assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == NAMES
 
 
@@ -24,6 +31,12 @@ def test_both_forms_are_the_same_graph(name):
     sent = to_server_form(page_form(name))
     filed = {number: {k: node[k] for k in ("class_type", "inputs")} for number, node in server_form(name).items()}
     assert sent == filed
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "demo_compare"])
+def test_the_first_layer_is_dense_as_the_nodes_have_it(name):
+    nodes = [n["inputs"] for n in server_form(name).values() if n["class_type"].startswith("VidaccelSparse")]
+    assert nodes and all(inputs["dense_layers"] == "0" for inputs in nodes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,4 +92,4 @@ def test_weights_are_named_with_their_address_and_folder(name):
 def test_every_node_of_this_pack_has_a_page_of_help():
     used = {n["class_type"] for name in NAMES for n in server_form(name).values() if "Vidaccel" in n["class_type"]}
     helped = {path.parent.name for path in (ROOT / "nodes" / "web" / "docs").glob("*/en.md")}
-    assert used <= helped and len(helped) == 9
+    assert used <= helped and len(helped) == 11

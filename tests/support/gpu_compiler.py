@@ -23,8 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-POINTERS = {"i64": "order q_order kv_order bits", "dtype": "x q k v out grad dq dk dv", "i8": "int8", "fp8e4nv": "fp8",
-            "fp32": "lse delta grad_lse q_scale k_scale v_scale scale mean shift lse_shift inverse"}
+POINTERS = {"i64": "order q_order kv_order bits", "i8": "int8 mask selected", "fp8e4nv": "fp8",
+            "dtype": "x q k v out grad dq dk dv key value skip_key skip_value",
+            "fp32": "lse delta grad_lse q_scale k_scale v_scale scale mean shift lse_shift inverse skip_bias bias "
+                    "mass top total"}
 
 
 def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
@@ -35,10 +37,12 @@ def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + types.get(name, "i32").replace("dtype", dtype)
+            kind = types.get(name, "i32").replace("dtype", dtype)
+            signature[name] = kind if kind.startswith("tensordesc") else "*" + kind
         else:
             signature[name] = "fp32" if name.endswith(("scale", "factor")) else "i32"
-        if name not in constants and re.search("(_ptr|_s[bhn])$", name):
+        pointer = name.endswith("_ptr") and signature[name].startswith("*")
+        if name not in constants and (pointer or re.search("_s[bhnt]$", name)):
             aligned[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)
@@ -47,6 +51,7 @@ def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
     assert len(binary.asm["cubin"]) > 1000
     text, products = binary.asm["ttgir"], re.findall(r"mma[.\w:]*", binary.asm["ptx"])
     return {"kernel": kernel.__name__, "shared": binary.metadata.shared, "copies": text.count("async_copy_global"),
+            "tma": text.count("async_tma_copy_global_to_local"),
             "tensor_cores": text.count("mma"), "int8": sum(bool(re.search("s8|i8", x)) for x in products),
             "fp8": sum(bool(re.search("e4m3|f8f6f4", x)) for x in products)}
 """

@@ -206,20 +206,28 @@ def test_large_scores_do_not_overflow(device, dtype):
     check(q * 30, k * 30, v, plan, mask, tolerance=2e-3)
 
 
+def listed(starts, sizes):
+    """The entries of a list of the walk, whose first size of 0 ends it; what lies behind is not written."""
+    return list(itertools.takewhile(lambda entry: entry[1] > 0, zip(starts.tolist(), sizes.tolist(), strict=True)))
+
+
 def test_the_walk_holds_exactly_the_keys_of_the_plan():
     """Whole tiles and tails put together again, and the pieces: each query once, those with most keys first."""
     plan, _ = clusters(2, 2, 90, 100, 5, 20)
-    walk = make_walk(plan, 16, 8)
+    walk = make_walk(plan, 16, 8, 8)
     keys = plan.keys_of_tile()
     for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
         for tile in range(keys.shape[2]):
             found = []
-            for start, count in zip(walk.full_start[b, h, tile], walk.full_tiles[b, h, tile, :-1], strict=False):
-                found += range(int(start), int(start) + 8 * int(count))
-            for start, size in zip(walk.tail_start[b, h, tile], walk.tail_len[b, h, tile, :-1], strict=False):
-                found += range(int(start), int(start) + int(size))
+            whole = listed(walk.full_start[b, h, tile], walk.full_tiles[b, h, tile])
+            for start, count in whole:
+                found += range(start, start + 8 * count)
+            tails = listed(walk.tail_start[b, h, tile], walk.tail_len[b, h, tile])
+            for start, size in tails:
+                found += range(start, start + size)
             assert sorted(found) == keys[b, h, tile].nonzero().flatten().tolist()
-            assert walk.full_count[b, h, tile] == walk.full_tiles[b, h, tile, :-1].sum()
+            assert walk.full_count[b, h, tile] == sum(count for _, count in whole)
+            assert walk.tail_count[b, h, tile] == len(tails)
         real = walk.piece_len[b, h] > 0
         queries = [
             q

@@ -187,5 +187,5 @@ def test_operators_keep_the_promises_of_their_registration(device):
     detached = [x.detach() for x in inputs]
     out, lse = block_sparse.block_sparse_attention(*detached, *described, 0.1)
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    arguments = (*grads, *detached, *described, out, lse, 0.1)
+    arguments = (*grads, *detached, *described, None, None, None, out, lse, 0.1)
     torch.library.opcheck(block_sparse_backward.block_sparse_attention_backward, arguments)

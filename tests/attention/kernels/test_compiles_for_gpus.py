@@ -22,12 +22,27 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
                       (backward._key_kernel, backward.KEY_TILES)):
     width = max(64, forward.padded(dim))
     tiles = table.get((architecture // 10, width, size)) or table[0, width, size]
+    described = tiles.described and dim == width and kernel is forward._forward_kernel
+    gathered = ordered and not described
     constants = {"D": dim, "D_PAD": forward.padded(dim), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-                 "Q_ORDERED": ordered, "GATHER_KV": ordered}
+                 "Q_ORDERED": ordered, "GATHER_KV": gathered}
+    unused = {name: None for name, used in (("q_order_ptr", ordered), ("kv_order_ptr", gathered)) if not used}
+    kinds = {}
     if kernel is backward._key_kernel:
         constants["KV_ORDERED"] = ordered
-    unused = {name: None for name in ("q_order_ptr", "kv_order_ptr") if not ordered}
-    found.append(compile_kernel(kernel, architecture, dtype, {**constants, **unused}, tiles))
+        unused.pop("kv_order_ptr", None) if ordered else None
+    else:
+        constants |= {"TAIL_N": tiles.tail_n, "STAND_INS": True}
+    if kernel is forward._forward_kernel:
+        constants["DESCRIBED"] = described
+        unused |= {f"{name}_ptr": None for name in ("q_scale", "k_scale", "v_scale", "lse_shift")}
+        full, tail = tiles.block_n, tiles.tail_n
+        for name, keys in (("k", full), ("v", full), ("k_tail", tail), ("v_tail", tail)):
+            if described:
+                kinds[name] = f"tensordesc<{dtype}[{keys}, {dim}]>"
+            elif "tail" in name:
+                unused[f"{name}_ptr"] = None
+    found.append(compile_kernel(kernel, architecture, dtype, {**constants, **unused}, tiles, **kinds))
 small = forward.Tiles(64, 64, 4, 1)
 found.append(compile_kernel(backward._delta_kernel, architecture, dtype, {"D": dim, "D_PAD": forward.padded(dim),
                             "BLOCK_M": 64}, small))
@@ -59,4 +74,7 @@ def test_kernels_compile(tmp_path, architecture, dim, dtype, ordered):
         for name in ("_forward_kernel", "_query_kernel", "_key_kernel"):
             assert results[name]["tensor_cores"] > 0, results[name]
     if architecture >= 90 and dtype != "fp32":
-        assert results["_forward_kernel"]["copies"] > 0, "the loads of the forward kernel are not pipelined"
+        pipelined = results["_forward_kernel"]["copies"] + results["_forward_kernel"]["tma"]
+        assert pipelined > 0, "the loads of the forward kernel are not pipelined"
+    if architecture == 90 and dim in (64, 128) and dtype != "fp32":
+        assert results["_forward_kernel"]["tma"] > 0, "keys and values do not come through the copy engine"

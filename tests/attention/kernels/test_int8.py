@@ -445,6 +445,8 @@ width = max(64, shape["D_PAD"])
 tiles = table.get((architecture // 10, width, 2)) or table[0, width, 2]
 unused = {} if ordered else {"q_order_ptr": None, "kv_order_ptr": None}
 unused |= {} if values == "fp8e4nv" else {"v_scale_ptr": None}
+unused |= {f"{name}_ptr": None for name in ("k_tail", "v_tail", "skip_key", "skip_value", "skip_bias")}
+unused |= {"TAIL_N": tiles.tail_n, "DESCRIBED": False, "STAND_INS": False}
 constants = {**shape, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "Q_ORDERED": ordered,
              "GATHER_KV": ordered and values != "fp8e4nv", **unused}
 found = [compile_kernel(forward._forward_kernel, architecture, dtype, constants, tiles, q="i8", k="i8", v=values)]

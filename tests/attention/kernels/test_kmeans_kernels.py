@@ -21,9 +21,10 @@ def tokens(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, see
 
 
 def start_of(x: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean, and centers relative to it that the dtype of x can hold, to which the kernel rounds."""
     mean = x.mean(2, keepdim=True, dtype=torch.float32)
     picks = torch.linspace(0, x.shape[2] - 1, clusters, device=x.device).round().long()
-    return mean, x[:, :, picks].float() - mean
+    return mean, (x[:, :, picks].float() - mean).to(x.dtype).float()
 
 
 def check_labels(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor, got: torch.Tensor, slack: float) -> None:
@@ -57,6 +58,18 @@ def test_update(device, dtype, n, clusters, d):
         assert got[:, :, -2:].equal(centers[:, :, -2:])
 
 
+def test_mean_squares(device):
+    x = tokens((1, 2, 300, 40), torch.float32, device)
+    mean = x.mean(2, keepdim=True)
+    labels = torch.randint(0, 6, (1, 2, 300), device=device)
+    order, sizes = kernels.in_clusters(labels, 8)
+    assert sizes.equal(reference.cluster_sizes(labels, 8)) and order.equal(labels.argsort(stable=True, dim=-1))
+    _, square = kernels.moments(x, mean, order, sizes)
+    zeros = torch.zeros(1, 2, 8, 40, device=device)
+    expected = reference.update((x - mean).square(), labels, zeros).sum(-1)
+    torch.testing.assert_close(square, expected, atol=1e-4, rtol=1e-5)
+
+
 def test_one_giant_cluster_is_summed_in_pieces(device):
     x = tokens((1, 1, 512, 64), torch.float32, device)
     mean, centers = start_of(x, 4)
@@ -88,8 +101,13 @@ def test_whole_kmeans_is_that_of_torch(device, dtype):
     x = tokens((1, 2, 240, 64), dtype, device)
     ours = reference.kmeans(x, 7, 6, implementation="triton")
     theirs = reference.kmeans(x, 7, 6, implementation="torch")
-    assert (ours[0] != theirs[0]).float().mean() <= 0.01
-    torch.testing.assert_close(ours[1], theirs[1], atol=2e-2, rtol=1e-2)
+    # The kernel rounds centers to the dtype of the tokens, so a token between two may go to the other one: what counts
+    # is how near the tokens are to their centers.
+    spread = [
+        (x.float() - means.gather(2, labels.unsqueeze(-1).expand(x.shape))).square().mean()
+        for labels, means in (ours, theirs)
+    ]
+    assert (ours[0] != theirs[0]).float().mean() <= 0.02 and abs(spread[0] / spread[1] - 1) < 0.01
     warm = reference.kmeans(x, 7, 1, ours[1], implementation="triton")
     assert (warm[0] == ours[0]).float().mean() > 0.98
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vidaccel.attention.backends import PREFERENCE, Request
+from vidaccel.attention.backends.base import AS_INPUTS
 from vidaccel.attention.backends.triton import TritonBackend
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def request(**changes) -> Request:
-    values = {"device": CPU, "dtype": torch.float32, "head_dim": 64, "queries": 100}
+    values = {"device": CPU, "dtype": torch.float32, "head_dim": 64, "queries": 100, "precision": AS_INPUTS}
     return Request(**{**values, "dense": False, "lse": True, "grad": True, **changes})
 
 
 def test_a_missing_triton_names_the_extra(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    monkeypatch.setattr("vidaccel.attention.own_kernels._FOUND", False)
     for device in (CPU, CUDA):
         assert "pip install triton (on Windows: triton-windows)" in TritonBackend().unavailable(device)
 

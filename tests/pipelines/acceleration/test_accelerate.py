@@ -8,7 +8,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchEulerDiscreteSchedul
 from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
-from vidaccel import SVG, SVG2, DenseSchedule, Radial, VideoLayout
+from vidaccel import SVG, SVG2, DenseSchedule, Radial, Sparge, Tangent, VideoLayout
 from vidaccel.attention import RandomBlocks
 from vidaccel.pipelines import supported_pipelines
 from vidaccel.pipelines.acceleration.wan_attention import SparseWanAttnProcessor
@@ -265,3 +265,42 @@ def test_a_subclassed_transformer_is_known():
     with vidaccel.accelerate(pipe, "svg2") as handle:
         assert "transformer" in repr(handle) and isinstance(pipe, WanPipeline)
     assert "removed" in repr(handle)
+
+
+class TestMeasuredErrors:
+    @pytest.mark.parametrize("method", [*METHODS, Tangent(density=0.5), Sparge()], ids=lambda m: m.name)
+    def test_they_are_in_the_report_and_the_video_is_the_same_to_the_bit(self, pipe, method):
+        with vidaccel.accelerate(pipe, method, schedule=SPARSE):
+            expected = generate(pipe)
+        with vidaccel.accelerate(pipe, method, schedule=SPARSE, measure_error=16) as handle:
+            assert generate(pipe).equal(expected)
+            report = handle.report()
+        assert {(r.layer, r.step, r.branch) for r in report.measured()} == {
+            (layer, step, branch) for layer in (1, 2) for step in (1, 2, 3) for branch in ("cond", "uncond")
+        }
+        assert all(0 < r.error < 2 for r in report.measured())
+        assert all((r.predicted_error is None) == (method.name != "tangent") for r in report.measured())
+        assert "measured error of the output in 12 sparse calls" in str(report)
+
+    @pytest.mark.parametrize("rows", [-4, 0.5])
+    def test_what_is_no_count_is_refused_before_anything_is_touched(self, pipe, rows):
+        with pytest.raises(ValueError, match="measure_error is"):
+            vidaccel.accelerate(pipe, "svg2", measure_error=rows)
+        assert not any(isinstance(p, SparseWanAttnProcessor) for p in pipe.transformer.attn_processors.values())
+
+    def test_a_copy_measures_too(self, pipe):
+        with vidaccel.accelerate(pipe, SVG2(density=0.4), schedule=SPARSE, measure_error=8):
+            copied = copy.deepcopy(pipe)
+        generate(copied, steps=2)
+        assert copied.transformer.blocks[0].attn1.processor.engine.report().measured()
+
+    def test_compiled_blocks_are_measured_as_eager_ones_are(self, pipe):
+        method = SVG2(density=0.4)
+        with vidaccel.accelerate(pipe, method, schedule=SPARSE, measure_error=8) as handle:
+            generate(pipe, steps=2)
+            expected = handle.report().error_map()
+        torch._dynamo.reset()
+        with vidaccel.accelerate(pipe, method, schedule=SPARSE, measure_error=8) as handle:
+            pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+            generate(pipe, steps=2)
+            assert handle.report().error_map() == pytest.approx(expected, rel=0.05, nan_ok=True)

@@ -301,11 +301,33 @@ def test_the_last_steps_of_a_second_order_scheduler_stay_dense():
     assert not [note for note in report.notes if "steps seen" in note]
 
 
-def test_video_to_video_counts_the_steps_that_are_run():
+HEUN = (diffusers.FlowMatchHeunDiscreteScheduler, diffusers.HeunDiscreteScheduler)
+
+
+@pytest.mark.parametrize("scheduler", [None, *HEUN])
+def test_video_to_video_counts_the_steps_that_are_run(scheduler):
+    """Half of 6 steps; Heun has two rows for each step but the first, and starts at the second of two equal ones."""
     pipe = diffusers.WanVideoToVideoPipeline.from_pretrained(demo.path())
     pipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial
     pipe.set_progress_bar_config(disable=True)
-    _, seen = watched(pipe)
+    if scheduler is not None:
+        pipe.scheduler = scheduler()
+    clock, seen = watched(pipe)
     size = {"height": 64, "width": 64, "strength": 0.5, "guidance_scale": 1.0}
-    run(pipe, {"video": list(torch.rand(9, 3, 64, 64)), "prompt": "a red circle", **size}, steps=6)
-    assert [(s.run, s.step, s.num_steps) for s in seen] == [(0, step, 3) for step in range(3)]
+    for _ in range(2):
+        run(pipe, {"video": list(torch.rand(9, 3, 64, 64)), "prompt": "a red circle", **size}, steps=6)
+    count = 3 if scheduler is None else 5
+    assert [(s.run, s.step, s.num_steps) for s in seen] == [(r, step, count) for r in range(2) for step in range(count)]
+    assert clock.notes() == []
+
+
+@pytest.mark.parametrize("scheduler", HEUN)
+def test_a_loop_that_starts_at_the_second_of_two_equal_rows(scheduler):
+    pipe, options = wan(scheduler())
+    clock, seen = watched(pipe)
+    for _ in range(2):
+        pipe.scheduler.set_timesteps(5)
+        rows = pipe.scheduler.timesteps.tolist()
+        assert rows[3] == rows[4] and len(rows) == 9
+        denoise(pipe, options, first=4)
+    assert places(seen, 0) == places(seen, 1) == both(5) and {s.num_steps for s in seen} == {5} and not clock.notes()

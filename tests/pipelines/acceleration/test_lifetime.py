@@ -10,9 +10,12 @@ import pickle
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
@@ -24,7 +27,6 @@ from tiny_wan import generate, make_pipe, make_scheduler, make_transformer
 import vidaccel
 from vidaccel import SVG2, DenseSchedule
 from vidaccel.pipelines import find_transformers
-from vidaccel.pipelines.acceleration.wan_attention import SparseWanAttnProcessor
 
 METHOD = SVG2(density=0.4, schedule=DenseSchedule(first_steps=1))
 
@@ -76,12 +78,18 @@ class TestSteps:
     def test_noise_levels_that_are_no_flows_are_refused_at_once(self, pipe, bound):
         processors = dict(pipe.transformer.attn_processors)
         flow, schedule = pipe.scheduler, DenseSchedule(**{bound: 0.5})
-        for diffusion in (UniPCMultistepScheduler(prediction_type="epsilon"), EulerDiscreteScheduler()):
+        for diffusion, said in (
+            (UniPCMultistepScheduler(prediction_type="epsilon"), r"reach \d+"),
+            (EulerDiscreteScheduler(), r"reach \d+"),
+            (DDIMScheduler(), "has none"),
+            (CogVideoXDPMScheduler(), "has none"),
+        ):
             pipe.scheduler = diffusion
-            with pytest.raises(ValueError, match=rf"{bound}=0.5.*{type(diffusion).__name__} reach \d+.*first_steps"):
+            with pytest.raises(ValueError, match=rf"{bound}=0.5.*{type(diffusion).__name__} {said}.*first_steps"):
                 vidaccel.accelerate(pipe, METHOD, schedule=schedule)
         assert pipe.transformer.attn_processors == processors
-        for able in (flow, FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()):
+        late = LTXEulerAncestralRFScheduler()  # has its levels once it has timesteps
+        for able in (flow, FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler(), late):
             pipe.scheduler = able
             vidaccel.accelerate(pipe, METHOD, schedule=schedule).remove()
 
@@ -130,6 +138,47 @@ class TestCopies:
             with torch.no_grad():
                 alone(*inputs())
         assert alone.blocks[0].attn1.processor.engine.report().records
+
+    @pytest.mark.parametrize(
+        ("schedule", "needs", "unknown"),
+        [
+            (DenseSchedule(first_steps=0.3), "counts in fractions of a run", "the number of steps is unknown"),
+            (DenseSchedule(last_steps=1), "or from its end", "the number of steps is unknown"),
+            (DenseSchedule(sigma_above=0.9), "goes by noise levels", "they are unknown"),
+        ],
+    )
+    def test_a_copy_whose_schedule_needs_the_pipeline_says_so_in_its_first_call(self, pipe, schedule, needs, unknown):
+        with vidaccel.accelerate(pipe, METHOD, schedule=schedule):
+            expected = generate(pipe)
+            alone = copy.deepcopy(pipe.transformer)
+            message = rf"^DenseSchedule.* {needs}.*transformer was copied without its pipeline, so {unknown}: copy"
+            with torch.no_grad(), pytest.raises(ValueError, match=message):
+                alone(*inputs())
+            copied = copy.deepcopy(pipe)
+            assert generate(copied).equal(expected)
+            vidaccel.restore(alone)
+            with torch.no_grad():
+                alone(*inputs())
+            other = make_pipe(transformer=alone)
+            with vidaccel.accelerate(other, METHOD, schedule=schedule):
+                assert generate(other).equal(expected)
+
+    def test_a_transformer_that_was_accelerated_alone_is_copied(self):
+        transformer = make_transformer()
+        with torch.no_grad(), vidaccel.accelerate(transformer, METHOD) as handle:
+            copied = copy.deepcopy(transformer)
+            for model in (transformer, copied):
+                for timestep in (900.0, 500.0):
+                    model(inputs()[0], torch.tensor([timestep]), inputs()[2])
+            assert len(handle.report().records) == 6
+            assert len(copied.blocks[0].attn1.processor.engine.report().records) == 6
+
+    def test_a_shallow_copy_of_a_processor_says_what_to_do(self, pipe):
+        handle = vidaccel.accelerate(pipe, METHOD)
+        said = r"shallow copy of SparseWanAttnProcessor would share.*copy\.deepcopy.*handle\.remove\(\)"
+        with pytest.raises(TypeError, match=said):
+            copy.copy(pipe.transformer.blocks[0].attn1.processor)
+        handle.remove()
 
     @pytest.mark.parametrize("save", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
     def test_pickling_says_what_to_do(self, pipe, save):
@@ -220,50 +269,48 @@ def test_a_replaced_transformer_is_warned_of_once_even_without_a_report(pipe, ca
 
 
 class TestDiffusersHooks:
+    OPTIONS = ("skip_attention", "skip_attention_scores")
+
     @pytest.fixture
     def known(self, monkeypatch):
-        """diffusers 0.42 registers an alias of Wan's processor only; its hooks know Wan once this is mended."""
+        """diffusers 0.42 registers an alias of Wan's processor only; some users register it themselves."""
         AttentionProcessorRegistry._register()
         entry = AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, *args, **kwargs: args[0])
         monkeypatch.setitem(AttentionProcessorRegistry._registry, WanAttnProcessor, entry)
-        return entry
 
-    def test_the_registry_is_as_it_was_after_the_last_remove(self, known):
-        before = dict(AttentionProcessorRegistry._registry)
-        first, second = (vidaccel.accelerate(make_transformer(), METHOD) for _ in range(2))
-        assert AttentionProcessorRegistry.get(SparseWanAttnProcessor) is known
-        first.remove()
-        first.remove()
-        assert AttentionProcessorRegistry.get(SparseWanAttnProcessor) is known
-        second.remove()
-        assert before == AttentionProcessorRegistry._registry
-
-    def test_a_copy_that_is_removed_takes_nothing_from_the_original(self, known):
-        transformer = make_transformer()
-        handle = vidaccel.accelerate(transformer, METHOD)
-        vidaccel.restore(copy.deepcopy(transformer))
-        assert AttentionProcessorRegistry.get(SparseWanAttnProcessor) is known
-        handle.remove()
-        assert SparseWanAttnProcessor not in AttentionProcessorRegistry._registry
-
-    @pytest.mark.parametrize("skip", ["skip_attention", "skip_attention_scores"])
-    def test_skipped_attention_is_skipped_in_sparse_layers_too(self, known, skip):
+    @staticmethod
+    def config(skip: str) -> LayerSkipConfig:
         """All layers are skipped, so sparse and stock must agree."""
-        options = {"skip_attention": False, "skip_ff": False, skip: True}
-        config = LayerSkipConfig(indices=[0, 1, 2], fqn="blocks", **options)
+        return LayerSkipConfig(
+            indices=[0, 1, 2], fqn="blocks", **{"skip_attention": False, "skip_ff": False, skip: True}
+        )
+
+    @pytest.mark.parametrize("skip", OPTIONS)
+    def test_skipped_attention_is_skipped_in_sparse_layers_too(self, known, skip):
         given = inputs()
         stock, ours = make_transformer(), make_transformer()
         plain = stock(*given).sample
-        apply_layer_skip(stock, config)
+        for transformer in (stock, ours):
+            apply_layer_skip(transformer, self.config(skip))
         expected = stock(*given).sample
         assert not torch.allclose(expected, plain)
         with torch.no_grad(), vidaccel.accelerate(ours, METHOD, schedule=DenseSchedule()) as handle:
-            apply_layer_skip(ours, config)
             torch.testing.assert_close(ours(*given).sample, expected)
             reasons = handle.report().dense_reasons()
         assert reasons == ({"perturbed attention": 3} if skip == "skip_attention_scores" else {})
         with torch.no_grad():
             torch.testing.assert_close(ours(*given).sample, expected)
+
+    @pytest.mark.parametrize("skip", OPTIONS)
+    def test_what_stock_refuses_is_refused(self, skip):
+        """Not done to the accelerated model alone, where nothing dense could be held against it."""
+        with pytest.raises(ValueError, match="WanAttnProcessor'> not registered"):
+            apply_layer_skip(make_transformer(), self.config(skip))
+        before = dict(AttentionProcessorRegistry._registry)
+        with vidaccel.accelerate(make_transformer(), METHOD) as handle:
+            with pytest.raises(ValueError, match="not registered"):
+                apply_layer_skip(handle._installed[0].transformer, self.config(skip))
+            assert before == AttentionProcessorRegistry._registry
 
     def test_blocks_are_skipped_as_in_stock(self):
         config = LayerSkipConfig(indices=[1], fqn="blocks")

@@ -1,7 +1,8 @@
-"""Pictures and videos of a validation in tensorboard."""
+"""What accelerate's tracker does not do in tensorboard: pictures and videos, and steps that come again."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 from pathlib import Path
@@ -24,7 +25,6 @@ def add_file(writer: Any, tag: str, file: Path, step: int) -> None:
     if file.suffix not in (".png", ".mp4"):
         return
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
     try:
         if file.suffix == ".png":
@@ -35,8 +35,25 @@ def add_file(writer: Any, tag: str, file: Path, step: int) -> None:
     except OSError as error:
         logger.error("%s cannot be shown in tensorboard: %s. The run goes on.", file, error)
         return
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    summary = _messages(writer, "summary_pb2").Summary
+    image = summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+    writer.file_writer.add_summary(summary(value=[summary.Value(tag=tag, image=image)]), step)
+
+
+def forget_from(writer: Any, step: int) -> None:
+    """Let tensorboard show nothing of earlier runs from this step on: it comes again.
+
+    `SummaryWriter(purge_step=)` says the same, but as soon as it is made.
+    """
+    events = _messages(writer, "event_pb2")
+    begin = events.SessionLog(status=events.SessionLog.START)
+    writer.file_writer.add_event(events.Event(session_log=begin), step)
+
+
+def _messages(writer: Any, module: str) -> Any:
+    """The kinds of messages that a writer takes: accelerate has it from tensorboardX where tensorboard is missing."""
+    other = type(writer).__module__.startswith("tensorboardX")
+    return importlib.import_module(f"{'tensorboardX' if other else 'tensorboard.compat'}.proto.{module}")
 
 
 def _gif(file: Path) -> tuple[bytes, tuple[int, int]]:

@@ -1,0 +1,49 @@
+"""Tokens in another order, in one pass over memory: `plan.permute` for what the kernels read, from any strides."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import on_device, order_args, padded, rows_contiguous
+from .walk import load_rows, store_rows, token_rows
+
+ROWS = 64  # tokens a program
+
+
+def permute_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Tokens of `x [B, H, N, D]` in `order [1|B, 1|H, N]`, contiguous; torch needs two copies, one to flatten x."""
+    x = rows_contiguous(x)
+    batch, heads, tokens, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with on_device(x):
+        _permute_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
+            x, out, *x.stride()[:3], *order_args(order), heads, tokens, D=dim, D_PAD=padded(dim), ROWS=ROWS,
+        )  # fmt: skip
+    return out
+
+
+def keys_in_order(
+    k: torch.Tensor, v: torch.Tensor, kv_order: torch.Tensor | None, gather_kv: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """k and v as the kernels read them, and the order they still have to be read through, or None."""
+    if kv_order is not None and not gather_kv:
+        k, v, kv_order = permute_rows(k, kv_order), permute_rows(v, kv_order), None
+    return rows_contiguous(k), rows_contiguous(v), kv_order
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _permute_kernel(
+    x_ptr, out_ptr, x_sb, x_sh, x_sn, order_ptr, order_sb, order_sh, heads, tokens,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    b = head // heads
+    h = head % heads
+    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = positions < tokens
+    d = tl.arange(0, D_PAD)
+    rows = token_rows(order_ptr + b * order_sb + h * order_sh, positions, inside, True, True)
+    tile = load_rows(x_ptr + b * x_sb + h * x_sh, rows, x_sn, inside, d, D, D_PAD, True)
+    store_rows(out_ptr + head * tokens * D, positions, D, inside, d, tile, D)

@@ -1,0 +1,137 @@
+"""Runs of keys on the GPU: the arithmetic of `attention/runs.py` and of the walk in one pass each.
+
+In torch each is a dozen operators over 64-bit numbers, one for every pair of clusters of every head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import on_device
+
+BLOCK = 256  # entries of a row at a time
+
+
+def merge_segments(selected: torch.Tensor, sizes: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`runs.merge_segments` into a given number of run slots, which must suffice.
+
+    Args:
+        selected: `[B, H, T, C]` bool.
+        sizes: `[B, H, C]` integer.
+        slots: R.
+    """
+    lead, rows, segments = selected.shape[:-2], selected.shape[-2], selected.shape[-1]
+    sizes = sizes.expand(*lead, segments)
+    order = torch.argsort((sizes == 0).to(torch.int8), dim=-1, stable=True)  # the empty ones last: they part nothing
+    starts = (sizes.cumsum(-1) - sizes).gather(-1, order).int()
+    sizes = sizes.gather(-1, order).int()
+    start, end = (torch.zeros(*lead, rows, slots, dtype=torch.int32, device=selected.device) for _ in range(2))
+    with on_device(selected):
+        _merge_kernel[(start[..., 0].numel(),)](
+            selected.contiguous().view(torch.int8), order.int(), starts, sizes, start, end, rows, segments, slots,
+            BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return start, end - start
+
+
+def cut_runs(
+    run_start: torch.Tensor, run_len: torch.Tensor, block_n: int, tail_n: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs `[..., T, R]` as whole tiles of `block_n` keys and as tails of at most `tail_n`, a divisor of it.
+
+    Returns:
+        `(full_start, full_tiles, full_count, tail_start, tail_len, tail_count)` as `walk.Walk` describes them.
+    """
+    *lead, slots = run_start.shape
+    tails = slots * (block_n // tail_n)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*lead, *shape, dtype=torch.int32, device=run_start.device)
+
+    made = empty(slots + 1), empty(slots + 1), empty(), empty(tails + 1), empty(tails + 1), empty()
+    with on_device(run_start):
+        _cut_kernel[(run_start[..., 0].numel(),)](
+            run_start.contiguous(), run_len.contiguous(), *made, slots, tails,
+            BLOCK_N=block_n, TAIL_N=tail_n, BLOCK=min(BLOCK, triton.next_power_of_2(slots)), num_warps=4,
+        )  # fmt: skip
+    return made
+
+
+@triton.jit(do_not_specialize=["rows", "segments", "slots"])
+def _merge_kernel(
+    selected_ptr, order_ptr, start_ptr, size_ptr, run_start_ptr, run_end_ptr, rows, segments, slots,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    selected_ptr += row * segments
+    order_ptr += (row // rows) * segments
+    start_ptr += (row // rows) * segments
+    size_ptr += (row // rows) * segments
+    runs = 0
+    for first in range(0, segments, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < segments
+        size = tl.load(size_ptr + at, mask=inside, other=0)
+        start = tl.load(start_ptr + at, mask=inside, other=0)
+        chosen = (tl.load(selected_ptr + tl.load(order_ptr + at, mask=inside, other=0), mask=inside, other=0) != 0) & (
+            size > 0
+        )
+        has_before = inside & (at > 0)
+        before = tl.load(order_ptr + at - 1, mask=has_before, other=0)
+        joined = tl.load(selected_ptr + before, mask=has_before, other=0) != 0
+        has_after = at + 1 < segments
+        after = tl.load(order_ptr + at + 1, mask=has_after, other=0)
+        goes_on = (tl.load(selected_ptr + after, mask=has_after, other=0) != 0) & (
+            tl.load(size_ptr + at + 1, mask=has_after, other=0) > 0
+        )
+        begins = (chosen & (joined == 0)).to(tl.int32)
+        place = runs + tl.cumsum(begins, 0) - 1
+        tl.store(run_start_ptr + row * slots + place, start, mask=begins != 0)
+        tl.store(run_end_ptr + row * slots + place, start + size, mask=chosen & (goes_on == 0))
+        runs += tl.sum(begins, 0)
+
+
+@triton.jit(do_not_specialize=["slots", "tails"])
+def _cut_kernel(
+    run_start_ptr, run_len_ptr, full_start_ptr, full_tiles_ptr, full_count_ptr,
+    tail_start_ptr, tail_len_ptr, tail_count_ptr, slots, tails,
+    BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tile: its runs with whole tiles to the front of one list, its tails to the front of another.
+
+    The entry behind the last one is zero, since a walk looks one entry ahead.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    full_start_ptr += row * (slots + 1)
+    full_tiles_ptr += row * (slots + 1)
+    tail_start_ptr += row * (tails + 1)
+    tail_len_ptr += row * (tails + 1)
+    fulls = 0
+    whole = 0
+    parts = 0
+    for first in range(0, slots, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        start = tl.load(run_start_ptr + row * slots + at, mask=at < slots, other=0)
+        length = tl.load(run_len_ptr + row * slots + at, mask=at < slots, other=0)
+        tiles = length // BLOCK_N
+        some = (tiles > 0).to(tl.int32)
+        place = fulls + tl.cumsum(some, 0) - 1
+        tl.store(full_start_ptr + place, start, mask=some != 0)
+        tl.store(full_tiles_ptr + place, tiles, mask=some != 0)
+        fulls += tl.sum(some, 0)
+        whole += tl.sum(tiles, 0)
+        for skip in tl.static_range(0, BLOCK_N, TAIL_N):
+            left = tl.minimum(tl.maximum(length - tiles * BLOCK_N - skip, 0), TAIL_N)
+            some = (left > 0).to(tl.int32)
+            place = parts + tl.cumsum(some, 0) - 1
+            tl.store(tail_start_ptr + place, start + tiles * BLOCK_N + skip, mask=some != 0)
+            tl.store(tail_len_ptr + place, left, mask=some != 0)
+            parts += tl.sum(some, 0)
+    tl.store(full_start_ptr + fulls, 0)
+    tl.store(full_tiles_ptr + fulls, 0)
+    tl.store(tail_start_ptr + parts, 0)
+    tl.store(tail_len_ptr + parts, 0)
+    tl.store(full_count_ptr + row, whole)
+    tl.store(tail_count_ptr + row, parts)

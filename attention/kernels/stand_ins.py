@@ -1,0 +1,99 @@
+"""What stands for skipped clusters (`attention/skipped.py`), in the kernels: a second, short walk, one row a cluster.
+
+A stand-in is one more key of a tile's softmax, with a number that is added to its score: the log of the mass that it
+stands for. Read in the same program as the tile's own keys, it costs `clusters / n_kv` of a dense call and no memory
+but its tables, where a second result to merge would cost several passes over all outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..plan import BlockPlan
+from .launch import rows_contiguous
+from .walk import load_rows
+
+
+class StandIns(NamedTuple):
+    """The tables of a plan as the kernels read them.
+
+    Args:
+        key, value: `[1|B, 1|H, 1|T, C, D]` in the dtype of the queries.
+        bias: `[1|B, 1|H, T, C]` float32, added to the scaled score; -inf for a cluster that is read or empty.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor
+
+
+def stand_ins_of(plan: BlockPlan, dtype: torch.dtype) -> StandIns:
+    """The stand-ins of a plan that has some; no host sync."""
+    tables = (plan.skipped.key.to(dtype), plan.skipped.value.to(dtype))
+    key, value = tables if plan.skipped.bias is not None else (x.unsqueeze(2) for x in tables)
+    return StandIns(key, value, plan.stand_in_bias())
+
+
+def stand_in_args(tables: StandIns | None) -> tuple:
+    """The tables, their strides for batch, head and tile (0 where one holds for all), and the number of clusters."""
+    if tables is None:
+        return (None, 0, 0, 0, None, 0, 0, 0, None, 0, 0, 0, 0)
+    arguments: list = []
+    for table in tables:
+        table = rows_contiguous(table)
+        if table.ndim == 5 and table.stride(-2) != table.shape[-1]:
+            table = table.contiguous()
+        arguments += [table, *(table.stride(i) if table.shape[i] > 1 else 0 for i in range(3))]
+    return *arguments, tables.bias.shape[-1]
+
+
+@triton.jit
+def attend_stand_ins(
+    state, q, factor, key_ptr, value_ptr, bias_ptr, clusters,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the stand-ins of a tile to its online softmax `(m, total, acc)`, in base 2."""
+    m, total, acc = state
+    d = tl.arange(0, D_PAD)
+    STEP: tl.constexpr = min(64, BLOCK_N)
+    for first in range(0, clusters, STEP):
+        rows = first + tl.arange(0, STEP)
+        inside = rows < clusters
+        key = load_rows(key_ptr, rows, D, inside, d, D, D_PAD, True)
+        bias = tl.load(bias_ptr + rows, mask=inside, other=float("-inf")) * 1.4426950408889634
+        scores = tl.dot(q, tl.trans(key), input_precision="ieee") * factor + bias[None, :]
+        new_m = tl.maximum(m, tl.max(scores, 1))
+        # A tile without keys of its own may meet clusters that do not count before the first that does.
+        safe = tl.where(new_m == float("-inf"), 0.0, new_m)
+        p = tl.exp2(scores - safe[:, None])
+        shrink = tl.exp2(m - safe)
+        value = load_rows(value_ptr, rows, D, inside, d, D, D_PAD, True)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        total = total * shrink + tl.sum(p, 1)
+        m = new_m
+    return m, total, acc
+
+
+@triton.jit
+def stand_ins_to_queries(
+    dq, q, grad, lse2, delta, factor, key_ptr, value_ptr, bias_ptr, clusters,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What the stand-ins of a tile add to the gradient of its queries, before the scale of the scores is multiplied in."""
+    d = tl.arange(0, D_PAD)
+    STEP: tl.constexpr = min(64, BLOCK_N)
+    for first in range(0, clusters, STEP):
+        rows = first + tl.arange(0, STEP)
+        inside = rows < clusters
+        key = load_rows(key_ptr, rows, D, inside, d, D, D_PAD, True)
+        bias = tl.load(bias_ptr + rows, mask=inside, other=float("-inf")) * 1.4426950408889634
+        scores = tl.dot(q, tl.trans(key), input_precision="ieee") * factor + bias[None, :]
+        p = tl.exp2(scores - lse2[:, None])
+        value = load_rows(value_ptr, rows, D, inside, d, D, D_PAD, True)
+        grad_scores = p * (tl.dot(grad, tl.trans(value), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(grad_scores.to(key.dtype), key, dq, input_precision="ieee")
+    return dq

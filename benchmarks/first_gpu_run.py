@@ -1,0 +1,87 @@
+"""Everything that wants a GPU, the most valuable first, in one command that may be broken off and called again.
+
+    python benchmarks/first_gpu_run.py                         # on the GPU that is there
+    python benchmarks/first_gpu_run.py --seconds 500           # no step is begun after that
+    python benchmarks/first_gpu_run.py --toy                   # on a CPU in Triton's interpreter: whether it runs
+
+Steps: the kernels' tests, the parts of a sparse call (`kernels.py`), attention against other implementations
+(`attention.py`), a denoising step (`step.py`), and quality on the demo model (`quality.py`). Each is a process of its
+own; what it printed is in `benchmarks/results/gpu/STEP.log`, what is done in `benchmarks/results/gpu/done.json`. A step
+that fails is said and does not keep the others from running. The last two need diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse  # not typer: machines with a GPU to measure on often have torch and nothing else
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+# Name, what Python runs, and seconds after which it is stopped. `{out}` is the folder of the results.
+STEPS = (
+    ("tests", "-m pytest -q -p no:cacheprovider -m gpu {root}/tests/attention/kernels", 300),
+    ("kernels", "{here}/kernels.py --out {out}", 240),
+    ("attention-14b", "{here}/attention.py --shapes wan-14b-720p --densities .25 .1 .05 --repeats 10 --out {out}", 300),
+    ("step-14b", "{here}/step.py --model wan-14b --height 720 --width 1280 --layers 8 --density .1 --out {out}", 240),
+    ("step-1.3b", "{here}/step.py --model wan-1.3b --density .2 --out {out}", 180),
+    ("quality", "{here}/quality.py --device cuda --seconds 300 --out {out}", 420),
+    ("attention-1.3b", "{here}/attention.py --shapes wan-1.3b-480p --repeats 10 --out {out}", 240),
+    ("backward", "{here}/attention.py --shapes wan-1.3b-480p --backward --densities .25 --repeats 5 --out {out}", 200),
+    ("cogvideox", "{here}/kernels.py --shape cogvideox --parts forward --out {out}", 120),
+)
+TOY = (
+    ("kernels", "{here}/kernels.py --shape toy --density .8 --device cpu --dtype float32 --repeats 1 --chosen "
+                "--parts forward --out {out}", 300),
+    ("attention", "{here}/attention.py --shapes toy --methods dense radial --densities .8 --device cpu --dtype float32 "
+                  "--repeats 1 --out {out}", 300),
+)  # fmt: skip
+
+
+def run(name: str, words: str, limit: int, out: Path, environment: dict[str, str]) -> str:
+    """One step; "done", or what went wrong."""
+    command = [sys.executable, *(word.format(here=HERE, root=ROOT, out=out) for word in words.split())]
+    with (out / f"{name}.log").open("w") as log:
+        try:
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=environment
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit} s"
+    return "done" if code == 0 else f"exit code {code}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no step is begun after that")
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="do again what is done")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    state = arguments.out / "done.json"
+    done = {} if arguments.fresh or not state.exists() else json.loads(state.read_text())
+    environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if arguments.toy else {})}
+    begin = time.perf_counter()
+    for name, words, limit in TOY if arguments.toy else STEPS:
+        if done.get(name) == "done":
+            continue
+        if time.perf_counter() - begin > arguments.seconds:
+            print("the time is up; call again to go on", flush=True)
+            return
+        start = time.perf_counter()
+        done[name] = run(name, words, limit, arguments.out, environment)
+        beside = state.with_suffix(".partial")
+        beside.write_text(json.dumps(done, indent=1) + "\n")
+        os.replace(beside, state)
+        print(f"{name}: {done[name]}, {time.perf_counter() - start:.0f} s", flush=True)
+    if any(what != "done" for what in done.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a video starts from, pictures or a video, at its size: from files, or as PIL, numpy or torch have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import BadInput
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from PIL import Image
+
+    from .media import Media
+
+
+def open_picture(field: str, picture: Any) -> Image.Image:
+    """A picture in sRGB, upright and opaque.
+
+    Args:
+        field: that it is given for.
+        picture: a file, a PIL picture, or an array `[H, W, 3]` of bytes or of floats in [0, 1].
+
+    Raises:
+        BadInput: it is none of these, or the file is no picture.
+    """
+    from PIL import Image
+
+    from ..pipelines.errors import first_line
+    from .pictures import as_shown, read_picture
+
+    try:
+        if isinstance(picture, Path):
+            return read_picture(picture)
+        if isinstance(picture, Image.Image):
+            return as_shown(picture)
+    except (OSError, ValueError) as error:
+        raise BadInput(field, f"cannot be used: {first_line(error).rstrip('.')}") from error
+    return Image.fromarray(_bytes(field, _array(picture), "[H, W, 3]"))
+
+
+def fitted_picture(field: str, picture: Any, width: int, height: int) -> tuple[Image.Image, str]:
+    """A picture, see `open_picture`, at a size, and in words what was cut off for it; "" for nothing."""
+    from .pictures import fit_picture
+
+    fitted, note = fit_picture(open_picture(field, picture), width, height)
+    return fitted, note and f"{field}: {note}"
+
+
+@dataclass(frozen=True, eq=False)
+class VideoSource:
+    """A video to start from; of a file no more is read than what is asked for.
+
+    Args:
+        frames: how many there are.
+        fps: frames per second of a file.
+        file, media: where it is one.
+        given: `[F, H, W, 3]` of bytes otherwise.
+    """
+
+    frames: int
+    fps: Fraction | None = None
+    file: Path | None = None
+    media: Media | None = None
+    given: np.ndarray | None = None
+
+    def read(self, frames: int, width: int, height: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The first frames at a size, `[frames, height, width, 3]` of bytes, and in words what was left out for it.
+
+        Raises:
+            BadInput: the file is damaged.
+        """
+        from PIL import Image
+
+        from .pictures import fit_picture
+
+        notes = [f"video: of its {self.frames} frames, the first {frames} are used."] if frames < self.frames else []
+        if self.given is None:
+            made, note = self._decoded(frames, width, height)
+        else:
+            fitted = [fit_picture(Image.fromarray(frame), width, height) for frame in self.given[:frames]]
+            made, note = np.stack([np.asarray(picture) for picture, _ in fitted]), fitted[0][1]
+        return made, (*notes, *([f"video: {note}"] if note else []))
+
+    def _decoded(self, frames: int, width: int, height: int) -> tuple[np.ndarray, str]:
+        """Scaled while it is read, so that no more is held than the result."""
+        from ..pipelines.errors import first_line
+        from .media import Cut
+        from .pictures import Fit
+        from .video_reader import read_frames
+
+        assert self.file is not None and self.media is not None
+        fit = Fit.of(self.media.width, self.media.height, width, height)
+        left, top = fit.left / max(1, fit.wide - width), fit.top / max(1, fit.high - height)
+        cut = Cut(0, frames, None, height, width, left=left, top=top)
+        try:
+            return read_frames(self.file, self.media, cut), fit.words()
+        except OSError as error:
+            raise BadInput("video", f"cannot be used: {first_line(error).rstrip('.')}") from error
+
+
+def open_video(video: Any) -> VideoSource:
+    """A video, of which a file is not decoded yet.
+
+    Args:
+        video: a file, PIL pictures or arrays in a list, or an array `[F, H, W, 3]` of bytes or of floats in [0, 1].
+
+    Raises:
+        BadInput: it is none of these, the file is no video, or the pictures differ in size.
+    """
+    from ..pipelines.errors import first_line
+    from .video_reader import probe_video
+
+    if isinstance(video, Path):
+        try:
+            media = probe_video(video)
+        except OSError as error:
+            raise BadInput("video", f"cannot be used: {first_line(error).rstrip('.')}") from error
+        return VideoSource(media.frames, media.fps, file=video, media=media)
+    if isinstance(video, list | tuple):
+        pictures = [np.asarray(open_picture("video", picture)) for picture in video]
+        sizes = sorted({f"{picture.shape[1]}x{picture.shape[0]}" for picture in pictures})
+        if len(sizes) > 1:
+            raise BadInput("video", f"has pictures of several sizes ({', '.join(sizes)})", "Give them one size.")
+        video = np.stack(pictures) if pictures else np.empty((0, 0, 0, 3), np.uint8)
+    frames = _bytes("video", _array(video), "[F, H, W, 3]")
+    return VideoSource(len(frames), given=frames)
+
+
+def _array(given: Any) -> Any:
+    """A tensor of torch as an array; anything else as it is."""
+    if not hasattr(given, "detach"):
+        return given
+    tensor = given.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16
+
+
+def _bytes(field: str, given: Any, shape: str) -> np.ndarray:
+    """An array as bytes. Raise BadInput for one of another shape, dtype or range, and for what is no array."""
+    array = np.asarray(given) if hasattr(given, "__array__") else None
+    told = f"{type(given).__name__}" if array is None else f"{array.dtype} {list(array.shape)}"
+    if array is not None and array.ndim == shape.count(",") + 1 and array.shape[-1] == 3 and array.size:
+        if array.dtype == np.uint8:
+            return array
+        if np.issubdtype(array.dtype, np.floating):
+            if array.min() >= 0 and array.max() <= 1:  # neither holds with a NaN
+                return (array * 255).round().astype(np.uint8)
+            told += f" from {array.min():g} to {array.max():g}"
+    kinds = "a file, a PIL picture" if field != "video" else "a file, a list of PIL pictures"
+    raise BadInput(field, f"it must be {kinds}, or an array {shape} of bytes or of floats in [0, 1]", value=told)

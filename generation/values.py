@@ -1,0 +1,52 @@
+"""Values of a request that must be of a kind: what is harmless is taken, anything else is refused by its field."""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+
+
+def whole_number(field: str, value: Any) -> int:
+    """An int; 5.0 and numpy's numbers will do. Raise BadInput for anything else."""
+    if _is_number(value) and value == int(value):
+        return int(value)
+    raise BadInput(field, "it must be a whole number", value=repr(value))
+
+
+def number(field: str, value: Any) -> float:
+    """A float; whole numbers, fractions and numpy's numbers will do. Raise BadInput for anything else."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    raise BadInput(field, "it must be a number", value=repr(value))
+
+
+def count_or_share(field: str, value: Any) -> int | float:
+    """A count from 0 (int) or a fraction of 0.0 to 1.0 (float). Raise BadInput for anything else."""
+    if _is_number(value):
+        exact: int | float = int(value) if isinstance(value, Integral) else float(value)
+        if exact >= 0 and (isinstance(exact, int) or exact <= 1):
+            return exact
+    raise BadInput(field, "it is a count (a whole number from 0) or a fraction (0.0 to 1.0)", value=value)
+
+
+def text(field: str, value: Any) -> str:
+    """A text. Raise BadInput for anything else."""
+    if isinstance(value, str):
+        return value
+    raise BadInput(field, "it must be one text", value=repr(value))
+
+
+def file_name(field: str, value: Any) -> Path:
+    """A path; its text will do. Raise BadInput for anything else."""
+    if isinstance(value, str | os.PathLike):
+        return Path(value)
+    raise BadInput(field, "it must be the name of a file", value=repr(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,58 @@
+"""Keys and values through tensor descriptors: the same results from every layout in memory, and no others described."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plans import KINDS, masked_attention
+
+pytest.importorskip("triton")
+
+from vidaccel.attention.kernels.block_sparse_forward import launch_forward, results
+from vidaccel.attention.kernels.descriptors import describe
+from vidaccel.attention.kernels.launch import LOG2E, Tiles
+from vidaccel.attention.plan import permute
+
+TILES = Tiles(16, 32, 4, 2, tail=16, described=True)
+
+
+def laid_out(layout, n, dim, device, heads=2, batch=2):
+    """Random `[B, H, N, D]` with the strides of a layout."""
+    if layout == "heads first":
+        x = torch.randn(batch, heads, n, dim)
+    elif layout == "tokens first":
+        x = torch.randn(batch, n, heads, dim).transpose(1, 2)
+    elif layout == "fused projection":
+        x = torch.randn(batch, n, 3, heads, dim)[:, :, 1].transpose(1, 2)
+    elif layout == "every other channel":
+        return torch.randn(batch, heads, n, 2 * dim).to(device)[..., ::2]
+    elif layout == "off by one":
+        return torch.randn(batch * heads * n * dim + 1).to(device)[1:].view(batch, heads, n, dim)
+    return x.to(device)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "fused projection"])
+@pytest.mark.parametrize("kind", ["uniform", "ragged", "small blocks"])
+def test_every_layout_gives_the_same_attention(device, layout, kind):
+    n, dim = 101, 64
+    plan, mask = KINDS[kind](n)
+    plan = plan.to(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    q, k, v = (laid_out(layout, n, dim, device).to(dtype) for _ in range(3))
+    if plan.kv_order is not None:
+        k, v = permute(k, plan.kv_order), permute(v, plan.kv_order)
+    assert describe(k, v, TILES) is not None
+    out, lse = results(q)
+    out.fill_(torch.nan)
+    launch_forward(q, k, v, out, lse, plan, plan.q_order, None, 0.9 * dim**-0.5 * LOG2E, TILES)
+    back = torch.argsort(plan.kv_order, -1) if plan.kv_order is not None else None
+    expected, sums = masked_attention(q, permute(k, back), permute(v, back), mask.to(device), 0.9 * dim**-0.5)
+    tolerance = 2e-3 if dtype == torch.float16 else 3e-6
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), sums, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("layout", "dim"), [("every other channel", 64), ("off by one", 64), ("heads first", 96)])
+def test_other_memory_is_not_described(layout, dim):
+    x = laid_out(layout, 40, dim, "cpu")
+    assert describe(x, x, TILES) is None

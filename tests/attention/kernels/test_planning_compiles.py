@@ -1,0 +1,54 @@
+"""The kernels that plan compile to machine code for GPUs that are not there; see `test_compiles_for_gpus.py`."""
+
+from __future__ import annotations
+
+import pytest
+from gpu_compiler import SHARED, run_with_compiler
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs
+
+architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+width = {"D": dim, "D_PAD": launch.padded(dim)}
+tiles = kmeans.SINGLE if dtype == "fp32" else kmeans.HALF
+probing = probe.TILES[dtype != "fp32", max(64, launch.padded(dim))]
+small = launch.Tiles(0, 0, 4, 1)
+blocks = {"BLOCK_N": tiles.block_m, "BLOCK_C": tiles.block_n, "HALF": dtype != "fp32"}
+print(json.dumps([
+    compile_kernel(kmeans._assign_kernel, architecture, dtype, {**width, **blocks}, tiles, center=dtype,
+                   offset="fp32", label="i64"),
+    compile_kernel(kmeans._sum_kernel, architecture, dtype, {**width, "BLOCK": kmeans.ADDED},
+                   tiles._replace(num_warps=4), sum="fp32", square="fp32"),
+    compile_kernel(kmeans._mean_kernel, architecture, dtype, width, tiles._replace(num_warps=1), sum="fp32",
+                   piece_square="fp32", center="fp32", out="fp32", square="fp32"),
+    compile_kernel(probe._probe_kernel, architecture, dtype, {**width, "BLOCK_M": probing.block_m,
+                   "BLOCK_N": probing.block_n}, probing),
+    compile_kernel(probe._read_kernel, architecture, dtype, {**width, "WIDTH": 512, "BLOCK": 32}, small,
+                   log_mass="fp32", out="fp32", away="fp32"),
+    compile_kernel(profile._rows_kernel, architecture, dtype, {**width, "ROWS": 32, "SPLIT": profile.SPLIT,
+                   "KEYS": profile.KEYS if dtype != "fp32" else 16}, launch.Tiles(0, 0, 8, 2), out="fp32"),
+    compile_kernel(permute._permute_kernel, architecture, dtype, {**width, "ROWS": permute.ROWS}, small),
+    compile_kernel(runs._merge_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, order="i32"),
+    compile_kernel(runs._cut_kernel, architecture, dtype, {"BLOCK_N": 128, "TAIL_N": 64, "BLOCK": runs.BLOCK}, small),
+]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dim", "dtype"),
+    [
+        (90, 128, "bf16"),
+        pytest.param(80, 128, "fp16", marks=pytest.mark.slow),
+        pytest.param(89, 96, "bf16", marks=pytest.mark.slow),
+        pytest.param(90, 64, "fp32", marks=pytest.mark.slow),
+        pytest.param(120, 128, "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_planning_kernels_compile(tmp_path, architecture, dim, dtype):
+    found = run_with_compiler(SCRIPT, tmp_path, architecture, dim, dtype)
+    for result in found:
+        assert result["shared"] <= SHARED[architecture], result
+        if dtype != "fp32" and result["kernel"] in ("_assign_kernel", "_probe_kernel", "_rows_kernel"):
+            assert result["tensor_cores"] > 0, result

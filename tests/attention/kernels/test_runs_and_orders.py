@@ -1,0 +1,34 @@
+"""Runs and orders in one pass: the same as in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from vidaccel.attention.kernels.permute import permute_rows
+from vidaccel.attention.kernels.runs import merge_segments
+from vidaccel.attention.plan import permute
+from vidaccel.attention.runs import merge_segments as merge_in_torch
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.1])
+@pytest.mark.parametrize("segments", [1, 7, 300])
+def test_runs_are_those_of_torch(device, share, segments):
+    sizes = torch.randint(0, 4, (2, 2, segments))  # a quarter of them empty
+    selected = torch.rand(2, 2, 5, segments) < share
+    slots = (segments + 1) // 2
+    expected = merge_in_torch(selected, sizes, slots)
+    found = merge_segments(selected.to(device), sizes.to(device), slots)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.int32 and ours.cpu().equal(theirs.where(expected[1] > 0, ours.cpu()))
+    assert found[1].cpu().equal(expected[1])
+
+
+def test_orders_of_any_layout(device):
+    x = torch.randn(2, 70, 3, 40).to(device).transpose(1, 2)
+    for lead in ((2, 3), (1, 3), (2, 1), (1, 1)):
+        order = torch.rand(*lead, 70).argsort(-1).to(device)
+        found = permute_rows(x, order)
+        assert found.is_contiguous() and found.equal(permute(x, order))

@@ -1,0 +1,151 @@
+"""Which methods a request means: settings that belong together, densities that cannot be met, runs of one method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from diffusers import WanPipeline
+
+import vidaccel
+from vidaccel import SVG2, Radial, Sparge, Tangent, demo
+from vidaccel.attention import DenseSchedule, VideoLayout
+from vidaccel.attention.methods import RandomBlocks
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.methods import build_method, labels
+from vidaccel.generation.request import Settings
+
+PROMPT = "a red circle moves left on a grey background"
+SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 3, "progress": False}
+LAYOUT = VideoLayout(9, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> WanPipeline:
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("random", {"density": 0.9}),
+        ("svg", {"density": 0.9}),
+        ("svg2", {"top_p": 0.9}),
+        ("svg2", {"min_ratio": 0.2}),
+        ("radial", {"decay": 0.2}),
+        ("radial", {"rule": "published"}),
+        ("sparge", {"topk": 0.2}),
+        ("sparge", {"cdf": 0.9}),
+    ],
+)
+def test_what_a_density_decides_cannot_be_set_too(name, setting):
+    field = next(iter(setting))
+    with pytest.raises(
+        BadInput, match=rf"^settings is {name}\.{field}: density 0\.4 decides it\. Give one of the two\.$"
+    ):
+        build_method(name, LAYOUT, density=0.4, overrides=setting)
+    made = build_method(name, LAYOUT, overrides={**setting, **({"block_size": 128} if name == "radial" else {})})
+    assert getattr(made, field) == setting[field]
+
+
+def test_a_density_takes_the_other_settings_into_account():
+    """The search, or the calibration, is of the method as it will run."""
+    for block in ((16, 16), (128, 64)):
+        made = build_method("sparge", LAYOUT, density=0.4, overrides={"block": block})
+        assert made == Sparge.for_density(LAYOUT, 0.4, block=block)
+    made = build_method("radial", LAYOUT, density=0.4, overrides={"sink": 0, "block_size": 16}, dense_layers=2)
+    assert (made.sink, made.block_size, made.schedule.first_layers) == (0, 16, 2)
+    assert made.expected_density(LAYOUT) == pytest.approx(0.4, abs=0.01)
+    made = build_method("svg2", LAYOUT, density=0.4, overrides={"compensate": True}, dense_steps=0.5)
+    assert made == SVG2(density=0.4, compensate=True, schedule=DenseSchedule(first_steps=0.5))
+
+
+def test_one_setting_may_stand_for_another():
+    assert build_method("tangent", LAYOUT, overrides={"tolerance": 0.1}) == Tangent(tolerance=0.1)
+    assert build_method("sparge", LAYOUT, overrides={"cdf": 0.9}) == Sparge(cdf=0.9)
+    with pytest.raises(BadInput, match=r"^method is tangent: .*density.*tolerance"):
+        build_method("tangent", LAYOUT, overrides={"tolerance": 0.1, "density": 0.2})
+
+
+# -- densities that cannot be met --------------------------------------------------------------------------------------
+
+
+def test_a_density_that_is_known_to_be_another_is_said_before_the_run():
+    size = Settings(PROMPT, frames=33, height=64, width=64)
+    job = prepare("demo", size, Sparse(["radial"], 0.6), device="cpu")
+    reached = job.methods["radial"].expected_density(job.layout)
+    assert abs(reached - 0.6) > 0.01
+    assert job.notes == (f"radial: density 0.6 cannot be met on this video; the nearest is {reached:.3f}.",)
+    assert prepare("demo", size, Sparse(["svg2"], 0.6), device="cpu").notes == ()
+
+
+def test_a_density_that_turned_out_to_be_another_is_said_after_it(pipe):
+    """48 tokens are 3 blocks of 16: a share of 0.27 becomes one of them."""
+    made = vidaccel.generate(pipe, PROMPT, method="random", density=0.27, dense_steps=1, backend="gather", **SMALL)
+    sparse = [record.density for record in made.report.records if not record.reason]
+    assert sparse == pytest.approx([1 / 3] * len(sparse)) and sparse
+    assert made.notes == ("random: density 0.27 was not met; its sparse calls computed 0.333 of the pairs.",)
+    made = vidaccel.generate(pipe, PROMPT, method="random", density=0.333, dense_steps=1, backend="gather", **SMALL)
+    assert made.notes == ()
+
+
+# -- several runs of one method ----------------------------------------------------------------------------------------
+
+
+def test_labels_tell_what_differs():
+    assert labels([SVG2(), Radial()]) == ["svg2", "radial"]
+    configs = [SVG2(top_p=0.9), Radial(), SVG2(top_p=0.8, density=0.3), SVG2(schedule=DenseSchedule(first_steps=2))]
+    assert labels(configs) == [
+        "svg2-top_p=0.9-density=None-first_steps=0.3",
+        "radial",
+        "svg2-top_p=0.8-density=0.3-first_steps=0.3",
+        "svg2-top_p=0.9-density=None-first_steps=2",
+    ]
+    assert labels([Sparge(block=(64, 64)), Sparge()]) == ["sparge-block=_64_64_", "sparge-block=_128_64_"]
+
+
+def test_two_configs_of_one_method_are_compared(pipe, tmp_path):
+    low, high = (RandomBlocks(density=density, schedule=DenseSchedule(first_steps=1)) for density in (0.3, 0.7))
+    made = vidaccel.generate(
+        pipe, PROMPT, method=[low, high, low], compare=True, warm_up=False, backend="gather",
+        out=tmp_path / "clip.mp4", report=tmp_path / "page.html", **SMALL,
+    )  # fmt: skip
+    names = ["dense", "random-density=0.3", "random-density=0.7"]
+    assert [video.name for video in made.videos] == names and list(made.metrics) == names[1:]
+    assert made.metrics[names[1]].mean_psnr != made.metrics[names[2]].mean_psnr
+    assert [file.name for file in made.files] == ["clip.dense.mp4", "clip.mp4", "clip.random-density=0.7.mp4"]
+    assert all(file.is_file() for file in made.files)
+    page = (tmp_path / "page.html").read_text()
+    assert all(name in page for name in names)
+
+
+def test_a_comparison_refuses_two_videos_of_one_name(comparison, clip):
+    """Its metrics are by name: one would stand for the other."""
+    made = comparison(svg=clip)
+    with pytest.raises(ValueError, match="names of their own, got dense, svg, svg"):
+        replace(made, videos=(*made.videos, made.videos[1]), files=())
+
+
+def test_a_config_that_is_its_methods_default_is_the_same_run():
+    job = prepare("demo", Settings(PROMPT), Sparse(["svg2", SVG2()]), compare=True, device="cpu")
+    assert list(job.methods) == ["dense", "svg2"]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (SVG2, r"^method is svg2: it is the class, not a config\. Give SVG2\(\)\.$"),
+        ([Radial(), SVG2], r"^method is svg2: it is the class"),
+        (5, r"^method is 5: it must be a name, or a config such as SVG2\(\)\.$"),
+        ([None], r"^method is None: it must be a name"),
+    ],
+)
+def test_what_is_no_method(loads_nothing, method, message):
+    with pytest.raises(BadInput, match=message):
+        vidaccel.generate("demo", PROMPT, method=method, compare=True, device="cpu", **SMALL)

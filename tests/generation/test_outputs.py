@@ -1,0 +1,67 @@
+"""Files that cannot be written are refused before weights are read: all of them, not only the one that was named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vidaccel
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.outputs import check_files
+from vidaccel.generation.video import write_mp4
+
+PROMPT = "a red circle moves left on a grey background"
+CHOSEN = {"frames": 5, "height": 64, "width": 64, "steps": 2, "device": "cpu", "progress": False}
+
+
+@pytest.mark.parametrize(
+    ("in_the_way", "given", "field"),
+    [
+        ("clip.svg.mp4", {"out": "clip.mp4"}, "out"),
+        ("clip.dense.mp4", {"out": "clip.mp4"}, "out"),
+        ("page.json", {"out": "clip.mp4", "report": "page.html"}, "report"),
+        ("page.png", {"report": "page.html"}, "report"),
+        ("page.dense.mp4", {"report": "page.html"}, "report"),
+    ],
+)
+def test_a_folder_in_the_way_of_a_file_beside(loads_nothing, tmp_path, in_the_way, given, field):
+    (tmp_path / in_the_way).mkdir()
+    files = {name: tmp_path / file for name, file in given.items()}
+    with pytest.raises(BadInput) as refused:
+        vidaccel.generate("demo", PROMPT, method=["random", "svg"], compare=True, **files, **CHOSEN)
+    assert str(refused.value) == (
+        f"{field} is {files[field]}: {in_the_way}, which is written for it, is a folder. Give another name."
+    )
+    assert [file.name for file in tmp_path.iterdir()] == [in_the_way]
+
+
+def test_a_file_that_is_read_is_not_replaced(loads_nothing, tmp_path):
+    video = write_mp4(np.zeros((5, 64, 64, 3), np.uint8), tmp_path / "clip.mp4")
+    with pytest.raises(BadInput, match=r"^out is .*clip\.mp4: it is the file that video reads\. Give another name\.$"):
+        vidaccel.generate("demo", PROMPT, video=video, out=tmp_path / "clip.mp4", **CHOSEN)
+
+
+def test_the_contact_sheet_does_not_replace_a_picture(tmp_path):
+    """By whatever name: links are followed."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "first.png")
+    (tmp_path / "page.png").symlink_to("first.png")
+    page = tmp_path / "page.html"
+    with pytest.raises(BadInput, match=r"page\.png, which is written for it, is the file that image reads"):
+        check_files("report", page, [page, tmp_path / "page.png"], {"image": tmp_path / "first.png"})
+
+
+def test_names_that_are_too_long_with_what_is_added(loads_nothing, tmp_path):
+    out = tmp_path / f"{'x' * 235}.mp4"
+    with pytest.raises(
+        BadInput, match=r"x\.dense\.mp4, which is written for it, cannot be written \(the system says: "
+    ):
+        vidaccel.generate("demo", PROMPT, method=["svg", "random"], compare=True, out=out, **CHOSEN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_there_are_replaced(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"old")
+    check_files("out", tmp_path / "clip.mp4", [tmp_path / "clip.mp4"], {})
+    assert (tmp_path / "clip.mp4").read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
