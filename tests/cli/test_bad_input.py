@@ -37,7 +37,10 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
     ("options", "words"),
     [
         (["--method", "sgv"], ["--method is sgv", "dense, radial, svg, svg2"]),
-        (["--backend", "cuda"], ["--backend is cuda", "auto, flex, gather, masked, reference, sdpa", "`vidaccel info`"]),
+        (
+            ["--backend", "cuda"],
+            ["--backend is cuda", "auto, flex, gather, masked, reference, sdpa", "`vidaccel info`"],
+        ),
         (["--backend", "sdpa"], ["--backend is sdpa", "computes dense attention only", "Give auto"]),
         (["--density", "0"], ["--density is 0.0", "above 0 and at most 1"]),
         (["--density", "1.5"], ["--density is 1.5", "above 0 and at most 1"]),
