@@ -52,6 +52,14 @@ def test_dc_videogen(tmp_path):
 
 
 @pytest.mark.slow
+def test_tangent_defaults(tmp_path):
+    run("tangent_defaults.py", "--no-long", "--out", str(tmp_path))
+    text = (tmp_path / "tangent_defaults.md").read_text()
+    assert all(f"| {calls} 576 | {x} | 0." in text for calls in ("demo", "imitated") for x in (0.1, 0.2, 0.35))
+    assert text.count("\n| --- |") == 4 and "nan" not in text
+
+
+@pytest.mark.slow
 def test_dc_demo(tmp_path):
     work = ["--clips", "2", "--bits", "16", "--bits", "4", "--rounds", "1", "--prompts", "1"]
     run("dc_demo.py", *work, "--out", str(tmp_path))
