@@ -25,10 +25,10 @@ from .launch import Tiles, choose_tiles, on_device, order_args, padded, plan_str
 from .stand_ins import StandIns, attend_stand_ins, stand_in_args
 from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
-# By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. That of (9,
-# 128, 2) is measured (`benchmarks/results/h200/`), that of (9, 64, 2) taken over from it; the others are initial values,
-# chosen by the registers and the shared memory that the compiler reports. float32 is computed exactly and not in TF32, so
-# without tensor cores, in small tiles.
+# By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. That of
+# (9, 128, 2) is measured (`benchmarks/results/h200/`), that of (9, 64, 2) taken over from it; the others are initial
+# values, chosen by the registers and the shared memory that the compiler reports. float32 is computed exactly and not in
+# TF32, so without tensor cores, in small tiles.
 FORWARD_TILES = {
     (9, 64, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 128, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
