@@ -95,6 +95,10 @@ class Method(abc.ABC):
         """Share of the pairs that a sparse call computes on a layout; None where it depends on the content."""
         return None
 
+    def remark(self, layout: VideoLayout) -> str:
+        """What a report should say of the method on a layout, in one sentence; empty for nothing."""
+        return ""
+
     @abc.abstractmethod
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
