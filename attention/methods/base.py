@@ -95,6 +95,10 @@ class Method(abc.ABC):
         """Share of the pairs that a sparse call computes on a layout; None where it depends on the content."""
         return None
 
+    def planning_pairs(self, layout: VideoLayout) -> float:
+        """What planning computes, in pairs of dense attention and as a share of them; not in the density."""
+        return 0.0
+
     def remark(self, layout: VideoLayout) -> str:
         """What a report should say of the method on a layout, in one sentence; empty for nothing."""
         return ""

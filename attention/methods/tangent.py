@@ -129,7 +129,6 @@ class Tangent(Method):
         return layout.video_tokens >= PROBE_PAYS if self.probe is None else self.probe
 
     def planning_pairs(self, layout: VideoLayout) -> float:
-        """What the probe costs, as a share of the pairs of dense attention; not in the density."""
         return self._probe_pairs(layout) if self.probes(layout) else 0.0
 
     def _probe_pairs(self, layout: VideoLayout) -> float:
