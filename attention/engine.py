@@ -149,6 +149,8 @@ class SparseAttention:
         self._grad_plans = {}
         if layout != self.layout:
             self.method.check(layout)
+            if remark := self.method.remark(layout):
+                self.note(remark)
         self.step, self.layout = step, layout
 
     def _warn_of_schedule(self, step: StepInfo) -> None:

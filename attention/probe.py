@@ -235,7 +235,8 @@ def score_variance(
     low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
     spread = torch.empty(batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], device=q.device)
     most = max(queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
-    for some in _heads_at_once(heads, batch * most):
+    # In 16 bits on a GPU, where a launch for every few heads would cost more than the memory.
+    for some in _heads_at_once(heads, batch * most // (8 if q.is_cuda else 1)):
         of_q, of_k = (
             _covariances(x[:, some], Clusters(*(part[:, some] for part in with_order(clusters))), low)
             for x, clusters in ((q, queries), (k, keys))

@@ -37,8 +37,6 @@ STEPS = (
 TOY = (
     ("kernels", "{here}/kernels.py --shape toy --density .8 --device cpu --dtype float32 --repeats 1 --chosen "
                 "--parts forward --out {out}", 300),
-    ("attention", "{here}/attention.py --shapes toy --methods dense radial --densities .8 --device cpu --dtype float32 "
-                  "--repeats 1 --out {out}", 300),
 )  # fmt: skip
 
 

@@ -162,8 +162,7 @@ def measure(
             continue
         with accelerate(pipe, config) as handle:
             videos = sample(pipe, prompts, seeds, steps=steps).cpu()
-            pairs = getattr(config, "planning_pairs", None)
-            record(configuration, videos, dense, handle.report(), pairs(layout) if pairs else 0.0)
+            record(configuration, videos, dense, handle.report(), config.planning_pairs(layout))
         print(f"{configuration}: {statistics.mean(r['psnr'] for r in rows[-len(prompts) :]):.2f} dB", flush=True)
     return rows
 

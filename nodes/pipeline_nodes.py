@@ -112,10 +112,10 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default="tangent",
-                    tooltip="tangent: this project's own, nearest to the dense video at every density that was "
-                    "measured; skipped keys enter by their tangent. svg2: clusters of tokens, as published, with "
-                    "compensate for low densities. svg: cheap planning, any size. radial: hardly any planning, for "
-                    "long videos. sparge: blocks of tokens by their means, cheap planning.",
+                    tooltip="tangent: this project's own, nearest to the dense video at every density measured; "
+                    "skipped keys enter by their tangent. svg2: clusters of tokens, as published, with compensate for "
+                    "low densities. svg: cheap planning, any size. radial: hardly any planning, for long videos. "
+                    "sparge: blocks of tokens by their means, cheap planning.",
                 ),
                 *share_inputs(),
                 io.Int.Input(

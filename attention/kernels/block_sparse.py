@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..plan import BlockPlan
@@ -10,6 +12,7 @@ from .block_sparse_forward import forward_tiles, launch_forward, results
 from .launch import LOG2E, rows_contiguous
 from .permute import keys_in_order
 from .stand_ins import StandIns
+from .walk import Walk, make_walk
 
 
 @torch.library.custom_op("vidaccel::block_sparse_attention", mutates_args=())
@@ -23,17 +26,19 @@ def block_sparse_attention(
     run_len: torch.Tensor,
     q_order: torch.Tensor | None,
     kv_order: torch.Tensor | None,
+    walk: Sequence[torch.Tensor],
     scale: float,
-    gather_kv: bool = False,
-    skip_key: torch.Tensor | None = None,
-    skip_value: torch.Tensor | None = None,
-    skip_bias: torch.Tensor | None = None,
+    gather_kv: bool,
+    skip_key: torch.Tensor | None,
+    skip_value: torch.Tensor | None,
+    skip_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a plan as one operator, differentiable in q, k and v, also through the log-sum-exp.
 
     Args:
         q: `[B, H, n_q, D]`, any strides. k, v: `[B, H, n_kv, D]`.
         tile_start, tile_len, run_start, run_len, q_order, kv_order: of a `BlockPlan`.
+        walk: `walk_of(plan, q)`, or empty: it is then made.
         scale: multiplies the scores.
         gather_kv: read keys and values through `kv_order` instead of copying them in order first.
         skip_key, skip_value, skip_bias: what stands for skipped clusters, as `stand_ins.StandIns` holds it, or None. No
@@ -48,10 +53,19 @@ def block_sparse_attention(
     k, v, kv_order = keys_in_order(k, v, kv_order, gather_kv)
     stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
     q = rows_contiguous(q)
-    launch_forward(
-        q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, forward_tiles(q, plan), stand_ins=stand_ins
-    )
+    known = Walk(*walk) if walk else None
+    tiles = forward_tiles(q, plan)
+    launch_forward(q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, tiles, stand_ins=stand_ins, walk=known)
     return out, lse
+
+
+def walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
+    """What the forward kernel makes of a plan before it runs, once for all calls that a plan serves."""
+    tiles = forward_tiles(q, plan)
+    key = (tiles.block_m, tiles.block_n, tiles.tail_n)
+    if key not in plan._walks:
+        plan._walks[key] = list(make_walk(plan, *key))
+    return plan._walks[key]
 
 
 @block_sparse_attention.register_fake
@@ -60,13 +74,16 @@ def _(q, *rest, **options):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.gather_kv, skip_key, skip_value, skip_bias = inputs
+    *tensors, walk, ctx.scale, ctx.gather_kv, skip_key, skip_value, skip_bias = inputs
+    ctx.walk = len(walk)
     ctx.save_for_backward(*tensors, skip_key, skip_value, skip_bias, *output)
 
 
 def _backward(ctx, grad_out: torch.Tensor, grad_lse: torch.Tensor):
+    # None for each argument without a gradient, in the structure of the arguments. None of them has a default, since
+    # what is left out would be missing in that structure.
     grads = block_sparse_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.gather_kv)
-    return *grads, *[None] * 11
+    return *grads, *[None] * 6, [None] * ctx.walk, *[None] * 5
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_save)

@@ -23,12 +23,12 @@ from ..plan import BlockPlan
 from .descriptors import describe
 from .launch import Tiles, choose_tiles, on_device, order_args, padded, plan_strides, rows_contiguous
 from .stand_ins import StandIns, attend_stand_ins, stand_in_args
-from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
+from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
-# By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. That of (9,
-# 128, 2) is measured (`benchmarks/results/h200/`), that of (9, 64, 2) taken over from it; the others are initial values,
-# chosen by the registers and the shared memory that the compiler reports. float32 is computed exactly and not in TF32, so
-# without tensor cores, in small tiles.
+# By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. That of
+# (9, 128, 2) is measured (`benchmarks/results/h200/`), that of (9, 64, 2) taken over from it; the others are initial
+# values, chosen by the registers and the shared memory that the compiler reports. float32 is computed exactly and not
+# in TF32, so without tensor cores, in small tiles.
 FORWARD_TILES = {
     (9, 64, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 128, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
@@ -228,6 +228,7 @@ def launch_forward(
     tiles: Tiles,
     scales: tuple[torch.Tensor | None, ...] = (None, None, None, None),
     stand_ins: StandIns | None = None,
+    walk: Walk | None = None,
 ) -> None:
     """Run the forward kernel into `out` and `lse`.
 
@@ -238,8 +239,9 @@ def launch_forward(
         qk_scale: multiplies the scores, in base 2; not read for int8.
         scales: the scales of q, k and v and what to add to the log-sum-exp, where q and k are int8 (v: fp8).
         stand_ins: of the clusters that each tile skips; not with int8.
+        walk: of this plan and these tiles, where it is at hand.
     """
-    walk = make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
+    walk = walk or make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
     (batch, heads), dim = q.shape[:2], q.shape[3]
     pieces = walk.piece_len.shape[-1]
     described = describe(k, v, tiles) if tiles.described and kv_order is None and qk_scale > 0 else None

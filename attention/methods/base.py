@@ -112,6 +112,14 @@ class Method(abc.ABC):
         """
         return 0
 
+    def planning_pairs(self, layout: VideoLayout) -> float:
+        """What planning computes, in pairs of dense attention and as a share of them; not in the density."""
+        return 0.0
+
+    def remark(self, layout: VideoLayout) -> str:
+        """What a report should say of the method on a layout, in one sentence; empty for nothing."""
+        return ""
+
     @abc.abstractmethod
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory

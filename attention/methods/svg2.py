@@ -111,6 +111,12 @@ class SVG2(Method):
         clusters = self.cluster_counts(layout.video_tokens)[1] + (layout.text_tokens > 0)
         return heads * 2 * 4 * clusters * head_dim if self.compensate else 0
 
+    def planning_pairs(self, layout: VideoLayout) -> float:
+        if self.route == "mass" or not self.compensate:
+            return 0.0
+        # The centroids against every key: of the two products of attention, one.
+        return 0.5 * self.cluster_counts(layout.video_tokens)[0] * layout.video_tokens / layout.tokens**2
+
     def cluster_counts(self, tokens: int) -> tuple[int, int]:
         """Clusters of queries and of keys for a number of video tokens.
 

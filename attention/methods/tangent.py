@@ -121,10 +121,17 @@ class Tangent(Method):
         return layout.video_tokens >= PROBE_PAYS if self.probe is None else self.probe
 
     def planning_pairs(self, layout: VideoLayout) -> float:
-        """What the probe costs, as a share of the pairs of dense attention; not in the density."""
-        if not self.probes(layout):
-            return 0.0
+        return self._probe_pairs(layout) if self.probes(layout) else 0.0
+
+    def _probe_pairs(self, layout: VideoLayout) -> float:
         return 1.5 * self.cluster_counts(layout.video_tokens)[0] * layout.video_tokens / layout.tokens**2
+
+    def remark(self, layout: VideoLayout) -> str:
+        share = self._probe_pairs(layout)
+        if self.probes(layout):
+            return f"tangent: beside the density, planning probes {share:.1%} of the pairs of dense attention"
+        fewer = "" if self.probe is False else f", in a video of fewer than {PROBE_PAYS} tokens"
+        return f"tangent: ranked by mean keys, without the probe of {share:.1%} of the pairs{fewer}"
 
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         q_clusters, k_clusters = (n + (layout.text_tokens > 0) for n in self.cluster_counts(layout.video_tokens))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, VideoLayout, sparse_attention
+from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, resolve_method
 from vidaccel.attention.backends import ELSEWHERE
 from vidaccel.attention.engine import engine_attention
@@ -366,3 +366,20 @@ def test_the_compiled_operator_refuses_gradients_before_the_backward_pass(compil
         run(q)
     with torch.no_grad():
         assert run(q).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "ranked by mean keys, without the probe of"),
+        ({"probe": True}, "planning probes"),
+        ({"probe": False}, "without the probe of"),
+    ],
+)
+def test_the_report_says_what_tangent_plans_with(settings, words):
+    engine = make(Tangent(density=0.5, **settings))
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    engine(*tokens(), 0)
+    notes = [note for note in engine.report().notes if note.startswith("tangent:")]
+    assert len(notes) == 1 and words in notes[0] and "%" in notes[0]
+    assert ("fewer than 768 tokens" in notes[0]) == (settings == {})

@@ -52,6 +52,14 @@ def test_dc_videogen(tmp_path):
 
 
 @pytest.mark.slow
+def test_tangent_defaults(tmp_path):
+    run("tangent_defaults.py", "--no-long", "--out", str(tmp_path))
+    text = (tmp_path / "tangent_defaults.md").read_text()
+    assert all(f"| {calls} 576 | {x} | 0." in text for calls in ("demo", "imitated") for x in (0.1, 0.2, 0.35))
+    assert text.count("\n| --- |") == 4 and "nan" not in text
+
+
+@pytest.mark.slow
 def test_dc_demo(tmp_path):
     work = ["--clips", "2", "--bits", "16", "--bits", "4", "--rounds", "1", "--prompts", "1"]
     run("dc_demo.py", *work, "--out", str(tmp_path))
@@ -117,3 +125,29 @@ def test_step(tmp_path):
     assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2"]
     assert all(float(r["attention ms"]) > 0 for r in rows) and float(rows[3]["planning ms"]) > 0
     assert float(rows[0]["density"]) == 1 and all(0.4 < float(r["density"]) < 0.8 for r in rows[1:])
+
+
+def test_fidelity(tmp_path):
+    work = ["--only", "^demo 576$", "--densities", "0.5"]
+    run("fidelity.py", *work, "--out", str(tmp_path))
+    (row,) = table(tmp_path / "fidelity.csv")
+    errors = {name: float(row[name]) for name in ("tangent", "tangent, probed", "svg2, compensated", "svg2", "random")}
+    assert errors["tangent, probed"] < errors["tangent"] < errors["svg2, compensated"] < errors["svg2"] < 1
+    assert 0 < float(row["oracle, best keys"]) < errors["random"]
+    assert (tmp_path / "fidelity.png").stat().st_size > 5000 and "Where another" in (
+        tmp_path / "fidelity.md"
+    ).read_text()
+    stamp = (tmp_path / "fidelity.jsonl").read_text()
+    run("fidelity.py", *work, "--out", str(tmp_path))  # nothing left to do
+    assert (tmp_path / "fidelity.jsonl").read_text() == stamp
+
+
+def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
+    pytest.importorskip("triton")
+    run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
+    assert json.loads((tmp_path / "done.json").read_text()) == {"kernels": "done"}
+    page = (tmp_path / "kernels-interpreter-toy.md").read_text()
+    assert "| radial |" in page and "| tangent |" in page and "chosen" in page
+    log = (tmp_path / "kernels.log").stat().st_mtime_ns
+    run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
+    assert (tmp_path / "kernels.log").stat().st_mtime_ns == log

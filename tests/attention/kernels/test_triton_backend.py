@@ -61,3 +61,22 @@ def test_what_it_does_not_take(monkeypatch, changes, message):
 def test_auto_chooses_it_first_on_cuda_and_never_on_the_cpu():
     for (device, _), names in PREFERENCE.items():
         assert (names[0] == "triton") == (device == "cuda") and ("triton" in names) == (device == "cuda")
+
+
+def test_a_plan_that_serves_many_calls_is_prepared_once(monkeypatch, device):
+    from plans import KINDS, masked_attention
+
+    from vidaccel.attention.kernels import block_sparse
+
+    made = []
+    make = block_sparse.make_walk
+    monkeypatch.setattr(block_sparse, "make_walk", lambda *a: made.append(a) or make(*a))
+    plan, mask = KINDS["uniform"](70)
+    plan = plan.to(device)
+    for _ in range(3):
+        q, k, v = (torch.randn(1, 2, 70, 64, device=device) for _ in range(3))
+        out, _ = TritonBackend().attend(q, k, v, plan, 0.1, True)
+        torch.testing.assert_close(
+            out.double(), masked_attention(q, k, v, mask.to(device), 0.1)[0], atol=1e-5, rtol=1e-5
+        )
+    assert len(made) == 1
