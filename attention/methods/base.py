@@ -170,14 +170,14 @@ def check_reach(
         stand_in: what that is, "one stand-in for each key cluster".
         easing: field of the method that leads to fewer stand-ins -> what to do with it.
     """
-    shares = {
-        "the text, which stays dense,": 1 - (layout.video_tokens / layout.tokens) ** 2,
-        stand_in: clusters * layout.video_tokens / layout.tokens**2,
+    pairs = {
+        "the text, which stays dense,": layout.tokens**2 - layout.video_tokens**2,
+        stand_in: clusters * layout.video_tokens,
     }
-    text, least = next(iter(shares.values())), sum(shares.values())
+    text, least = (count / layout.tokens**2 for count in (next(iter(pairs.values())), sum(pairs.values())))
     if density is None or density >= least:
         return
-    told = [f"{what} makes {share:.3f}" for what, share in shares.items() if share]
+    told = [f"{what} makes {count / layout.tokens**2:.3f}" for what, count in pairs.items() if count]
     told[0] += " of the pairs"
     fixes = easing if text < density else {}  # else the text alone is too much
     enough = math.ceil(least * 1000) / 1000  # as it is printed, it must be possible

@@ -28,6 +28,14 @@ def test_methods_says_everything_about_each(vidaccel, monkeypatch):
             assert _words(text) in shown
     assert "top_p=0.9" in shown
     assert "first_steps=" in shown
+    rows = [_words(line) for line in result.stdout.splitlines()]
+    taken = [row for row in rows if row.startswith("by default")]
+    assert taken == [
+        "by default for a video of fewer than 8192 tokens",
+        "by default for a video of at least 8192 tokens",
+    ]
+    starts = {name: next(i for i, row in enumerate(rows) if row.startswith(f"{name} does")) for name in METHODS}
+    assert starts["tangent"] < rows.index(taken[1]) < starts["sparge"]
 
 
 def test_info_says_what_can_run_here(vidaccel, monkeypatch):
