@@ -102,7 +102,7 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
             node_id="VidaccelAcceleratePipeline",
             display_name="Accelerate Pipeline",
             category=CATEGORY,
-            description="Sparse attention for a pipeline. svg2 and tangent follow content; svg finds spatial and "
+            description="Sparse attention for a pipeline. tangent and svg2 follow content; svg finds spatial and "
             "temporal heads; sparge compares blocks of neighbours; radial is one fixed pattern for long videos. The "
             "video differs from the dense one of the same seed, the more so the lower the density and the fewer steps "
             "stay dense. The pipeline that comes in stays dense, so that one graph can make both videos.",
@@ -133,7 +133,10 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                 measure_error_input(),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
-            **accepted(io.Schema, search_aliases=["vidaccel", "sparse attention", "speed up video", "svg2", "radial"]),
+            **accepted(
+                io.Schema,
+                search_aliases=["vidaccel", "sparse attention", "speed up video", "tangent", "svg2", "radial"],
+            ),
         )
 
     @classmethod

@@ -70,11 +70,12 @@ def test_a_comparison_and_its_page(pipe, dense, tmp_path):
 
 
 def test_a_default_method_that_cannot_do_it_is_left_out(tmp_path):
-    """Radial and SVG cannot go down to this density on so few tokens; SVG2 can."""
+    """Radial and the stand-ins of Tangent cannot go down to this density on so few tokens; SVG2 can."""
     made = vidaccel.generate("demo", PROMPT, compare=True, density=0.2, **{**SMALL, "frames": 5})
     names = [video.name for video in made.videos]
-    assert names[:2] == ["dense", "svg2"] and "radial" not in names
-    assert any(note.startswith("radial is left out: ") for note in made.notes)
+    assert names == ["dense", "svg2"]
+    for name in ("tangent", "radial"):
+        assert any(note.startswith(f"{name} is left out: ") for note in made.notes)
     with pytest.raises(BadInput, match=r"^method is radial: "):
         vidaccel.generate("demo", PROMPT, method="radial", density=0.2, **{**SMALL, "frames": 5})
 

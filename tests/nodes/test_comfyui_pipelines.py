@@ -65,6 +65,18 @@ def test_demo_compare_as_shipped(server):
     assert "dense_start_percent (" in text and "first steps" not in text
 
 
+def test_accelerate_pipeline_with_the_values_that_it_begins_with(server):
+    """Nothing is said of what belongs to another method, and nothing warned of."""
+    known = server.get("/object_info/VidaccelAcceleratePipeline")["VidaccelAcceleratePipeline"]["input"]
+    values = {name: options[1]["default"] for name, options in known["required"].items() if "default" in options[1]}
+    assert values["method"] == "tangent"
+    entry = server.queue(graph(accelerate=True, **values, min_tokens=0))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    text = entry["outputs"]["text"]["text"][0]
+    assert text.startswith("tangent: density 0.3") and "Mean density" in text
+    assert "compensate" not in text and "warning" not in text.lower()
+
+
 def test_outputs_history_and_another_size(server):
     entry = server.queue(graph(accelerate=True))
     (film,) = entry["outputs"]["save"]["images"]
