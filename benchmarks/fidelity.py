@@ -201,7 +201,7 @@ def main(only: str = "", densities: str = "0.05,0.1,0.2,0.35,0.5", out: Path = R
         "Relative L2 distance of the output from dense attention, geometric mean over calls: of the demo model (two "
         "steps and four layers of one video, two layers of the longest), and of five imitated heads of 128 channels. "
         "Stand-ins count as pairs; *planning of tangent* is what its probe costs beside the density, as a share of the "
-        "pairs of dense attention; the error route pays a third of that. *tangent, probed* probes also where the default "
+        "pairs of dense attention; the error route pays a third of it. *tangent, probed* probes also where the default "
         "does not. *oracle* keeps the best "
         "keys of each query and drops the rest: what it loses to is what stands for the rest.\n\n"
         f"Where another method has less error than *tangent* at its default, or where that is out of reach:\n\n{where}"
