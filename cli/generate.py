@@ -75,7 +75,7 @@ def generate_command(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any setting of a method, such as svg2.top_p=0.85; repeatable."),
+        typer.Option("--set", help="Any setting of a method, such as tangent.tolerance=0.02; repeatable."),
     ] = None,
     backend: Annotated[str, typer.Option(help="What computes attention: auto, or a name of `vidaccel info`.")] = "auto",
     measure_error: Annotated[

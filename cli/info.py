@@ -23,12 +23,16 @@ def methods_command() -> None:
     from rich.table import Table
 
     from ..attention import METHODS
-    from ..generation.methods import DENSE
+    from ..generation.methods import DEFAULT_METHOD, DENSE, MIN_SPARSE_TOKENS
 
     table = Table(show_header=False, show_lines=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
+    by_default = {
+        DENSE: f"for a video of fewer than {MIN_SPARSE_TOKENS} tokens",
+        DEFAULT_METHOD: f"for a video of at least {MIN_SPARSE_TOKENS} tokens",
+    }
     rows = [(DENSE, {"does": "nothing: the pipeline as it is", "good for": "a reference to compare with"})]
     for name, method_class in METHODS.items():
         method = method_class()
@@ -41,6 +45,8 @@ def methods_command() -> None:
     for index, (name, about) in enumerate(rows):
         if index:
             table.add_row()
+        if name in by_default:
+            about["by default"] = by_default[name]
         for line, (title, text) in enumerate(about.items()):
             table.add_row("" if line else name, title, text)
     Console().print(table, markup=False)

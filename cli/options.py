@@ -9,6 +9,8 @@ from typing import Any
 from ..generation.errors import BadInput
 from ..generation.values import count_or_share
 
+_CONSTANTS = {"true": True, "false": False, "none": None}
+
 
 def amount(field: str, text: str | None) -> int | float | None:
     """A count ("4") or a fraction ("0.2"); BadInput for anything else."""
@@ -27,10 +29,18 @@ def method_settings(texts: list[str]) -> dict[str, dict[str, Any]]:
         target, equals, value = text.partition("=")
         method, dot, field = target.strip().partition(".")
         if not (equals and dot and method and field):
-            raise BadInput("settings", "it has the form METHOD.SETTING=VALUE, such as svg2.top_p=0.85", value=text)
-        try:
-            found.setdefault(method, {})[field] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            # A bare word, as in rule=published.
-            found.setdefault(method, {})[field] = value.strip()
+            raise BadInput(
+                "settings", "it has the form METHOD.SETTING=VALUE, such as tangent.tolerance=0.02", value=text
+            )
+        found.setdefault(method, {})[field] = _value(value.strip())
     return found
+
+
+def _value(text: str) -> Any:
+    """A number, tuple, True, False or None as Python writes them or in small letters; else a bare word."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # as in rule=published

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
+from .methods import DEFAULT_METHOD, MIN_SPARSE_TOKENS
 from .model_facts import ModelFacts
 from .request import Settings
+
+if TYPE_CHECKING:
+    from ..attention.layout import VideoLayout
 
 
 def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
@@ -41,7 +45,7 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
     adapter = _json(folder / "adapter.json") if (folder / "adapter.json").is_file() else None
     transformer = adapter["transformer"] if adapter is not None else _json(folder / "transformer" / "config.json")
     vae = _autoencoder_config(facts)
-    inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
     rows = [("model", f"{facts.name} ({facts.pipeline_class})"), ("video", f"{frames} frames of {width}x{height}")]
     canvas = facts.canvas(frames, height, width)
     if canvas is not None and canvas.is_larger:
@@ -52,12 +56,23 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
         ("tokens", f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width})"),
         ("pairs a dense call", f"{layout.tokens**2:,}"),
         ("weights on disk", _weights_on_disk(facts, adapter)),
-        ("a forward pass, about", _gb(transformer_bytes(layout.tokens, inner, itemsize))),
+        ("a forward pass, about", _gb(transformer_bytes(layout.tokens, heads * head_dim, itemsize))),
+        *_sparse_rows(layout, heads, head_dim, itemsize),
         ("decoding, about", _gb(decoding_bytes(vae, *made, of_vae))),
         ("decoding in tiles, about", _gb(decoding_bytes(vae, *made, of_vae, default_tile(vae)))),
         ("the decoded video", _gb(video_bytes(frames, height, width))),
     ]
     return rows
+
+
+def _sparse_rows(layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> list[tuple[str, str]]:
+    """What the method that is taken without a choice needs beside the pass, for one guidance branch; none if dense."""
+    from ..attention import METHODS
+
+    if layout.tokens < MIN_SPARSE_TOKENS:
+        return []
+    size = METHODS[DEFAULT_METHOD]().table_bytes(layout, heads, head_dim, itemsize)
+    return [(f"tables of a {DEFAULT_METHOD} call", _gb(size))]
 
 
 def _autoencoder_config(facts: ModelFacts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
-from .machine import check_runs, choose_device, choose_dtype
+from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
     DENSE,
     build_method,
@@ -209,7 +209,7 @@ def prepare(
     names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given())
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
-    methods, left_out = _methods(runs, sparse, layout)
+    methods, left_out = _methods(runs, sparse, layout, place)
     notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
@@ -253,7 +253,7 @@ def _check_methods(methods: Sequence[Any]) -> None:
 
 
 def _methods(
-    runs: Sequence[str | Method], sparse: Sparse, layout: VideoLayout
+    runs: Sequence[str | Method], sparse: Sparse, layout: VideoLayout, device: torch.device
 ) -> tuple[dict[str, Method | None], dict[str, str]]:
     """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why."""
     names = [name_of(run) for run in runs]
@@ -267,21 +267,27 @@ def _methods(
         if run == DENSE:
             found[None] = None
             continue
-        if not isinstance(run, str):
-            found[_as_given(run, sparse, layout)] = None
-            continue
-        values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
         try:
-            found[build_method(run, layout, **values, overrides=sparse.overrides.get(run))] = None
+            method = _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout)
+            check_stand_ins(sparse.backend, device, method)
         except BadInput as error:
-            if sparse.methods or sparse.overrides.get(run):
+            # Left out of several alone that were chosen here, and of which this one was not meant in particular.
+            if sparse.methods or name_of(run) in sparse.overrides or len(runs) == 1:
                 raise
-            left_out[run] = error.problem
+            left_out[name_of(run)] = error.problem
+        else:
+            found[method] = None
     if not any(found) and left_out:
         name, reason = next(iter(left_out.items()))
         raise BadInput("method", f"none of {', '.join(left_out)} can make this video ({name}: {reason})")
     named = iter(labels([method for method in found if method is not None]))
     return {DENSE if method is None else next(named): method for method in found}, left_out
+
+
+def _as_named(name: str, sparse: Sparse, layout: VideoLayout) -> Method:
+    """A method by its name, with what is asked for."""
+    values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
+    return build_method(name, layout, **values, overrides=sparse.overrides.get(name))
 
 
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:

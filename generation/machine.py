@@ -15,6 +15,8 @@ from .model_facts import DEMOS
 if TYPE_CHECKING:
     import torch
 
+    from ..attention.methods.base import Method
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,6 +69,16 @@ def check_runs(backend: str, device: torch.device, sparse: bool) -> None:
     if reason is not None:
         fix = "" if backend == "auto" else "Give auto, or another."
         raise BadInput("backend", f"it cannot be used here: it {reason}", fix, value=backend)
+
+
+def check_stand_ins(backend: str, device: torch.device, method: Method) -> None:
+    """Raise BadInput when a backend that was given cannot compute what stands for the keys that a method skips."""
+    from ..attention.backends import with_stand_ins
+
+    known = ["auto", *with_stand_ins(device)]
+    if method.stands_in and backend not in known:
+        problem = f"{backend} cannot compute what stands for the keys that {method.name} skips on {device.type}"
+        raise BadInput("backend", problem, f"Give {', '.join(known)}, or another {mention('method')}.", value=backend)
 
 
 def choose_dtype(name: str | torch.dtype, device: torch.device, model: str) -> torch.dtype:

@@ -224,7 +224,7 @@ def generate(
         layout = pipeline.facts.layout(settings.frames, settings.height, settings.width)
         acceleration = pipeline.acceleration
         method = acceleration.method_for(layout) if acceleration else None
-        pipeline.residency.begin(pipeline.pipe, layout, settings)
+        pipeline.residency.begin(pipeline.pipe, layout, settings, method)
     start = time.perf_counter()
     options: dict[str, Any] = {}
     if acceleration is not None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from ..attention import VideoLayout
+    from ..attention import Method, VideoLayout
     from ..generation.request import Settings
 
 
@@ -58,14 +58,19 @@ class Residency:
             if isinstance(part, torch.nn.Module):
                 add_hook_to_module(part, BringIn(name))
 
-    def begin(self, pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings) -> None:
+    def begin(
+        self, pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings, method: Method | None = None
+    ) -> None:
         """A run begins: something else may have taken the device in the meantime.
+
+        Args:
+            pipe, layout, settings, method: see `working_memory`.
 
         Raises:
             BadInput: the weights of a part are more than the device holds.
         """
         self.invalidate()
-        self._needs = working_memory(pipe, layout, settings)
+        self._needs = working_memory(pipe, layout, settings, method)
         if self.capacity is None:
             return
         for name, size in part_bytes(pipe).items():
@@ -100,16 +105,25 @@ def part_bytes(pipe: DiffusionPipeline) -> dict[str, int]:
     }
 
 
-def working_memory(pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings) -> dict[str, int]:
-    """A rough estimate of what each part needs beside its weights, in bytes, for ComfyUI to make room."""
+def working_memory(
+    pipe: DiffusionPipeline, layout: VideoLayout, settings: Settings, method: Method | None = None
+) -> dict[str, int]:
+    """A rough estimate of what each part needs beside its weights, in bytes, for ComfyUI to make room.
+
+    Args:
+        pipe: with its guidance branches one after the other, as Wan's.
+        layout, settings: of the video.
+        method: of self-attention; None for dense.
+    """
     from ..autoencoders.memory import memory_to_decode
 
     needs, (height, width) = {}, (settings.height, settings.width)
     for name in ("transformer", "transformer_2"):
         part = getattr(pipe, name, None)
         if part is not None:
-            inner = part.config.num_attention_heads * part.config.attention_head_dim
-            needs[name] = transformer_bytes(layout.tokens, inner, part.dtype.itemsize)
+            heads, head_dim = part.config.num_attention_heads, part.config.attention_head_dim
+            needs[name] = transformer_bytes(layout.tokens, heads * head_dim, part.dtype.itemsize)
+            needs[name] += 0 if method is None else method.table_bytes(layout, heads, head_dim, part.dtype.itemsize)
             # What is made may be larger than what is asked for, and is cropped.
             factor = pipe.vae.config.scale_factor_spatial
             height = max(height, layout.height * part.config.patch_size[1] * factor)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from ..attention import VideoLayout
-from ..attention.backends import BACKENDS
-from ..attention.methods.base import OutOfReach
+from ..attention.backends import with_stand_ins
+from ..attention.methods.base import OutOfReach, either
 from ..generation.errors import BadInput
 
 # A field of a method -> the input of the nodes that sets it. What is not here, no node sets.
@@ -57,11 +57,8 @@ def limit_words(error: OutOfReach, layout: VideoLayout, inputs: Collection[str])
     too_low = least is not None and error.value < least
     bound, verb = (f"at least {least:g}", "Raise") if too_low else (f"at most {most:g}", "Lower")
     easing = [INPUTS.get(field) for field in error.eased_by]
-    others = [f", or {_EASING[easier]}" for easier in easing if easier in _EASING and easier in inputs]
-    return (
-        f"{name} is {error.value:g}, and with a video of {video_words(layout)} it must be {bound}. "
-        f"{verb} it{''.join(others)}."
-    )
+    ways = [f"{verb} it", *(_EASING[easier] for easier in easing if easier in _EASING and easier in inputs)]
+    return f"{name} is {error.value:g}, and with a video of {video_words(layout)} it must be {bound}. {either(ways)}."
 
 
 @contextmanager
@@ -102,10 +99,8 @@ def check_stand_ins(backend: str, device: torch.device, of: str) -> None:
         backend, device: what is to compute, and where.
         of: what has them, "compensate" or a method; empty for nothing.
     """
-    if not of:
-        return
-    if backend != "auto" and device.type not in BACKENDS[backend].capability.lse:
-        able = [name for name, b in BACKENDS.items() if b.capability.sparse and device.type in b.capability.lse]
+    able = with_stand_ins(device)
+    if of and backend not in ("auto", *able):
         raise ValueError(
             f"backend is {backend}: it cannot compute {of} on {device.type}. Choose auto or {' or '.join(able)}, or "
             f"{_EASING.get(of, 'another method')}."

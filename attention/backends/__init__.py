@@ -71,6 +71,17 @@ def refusal(name: str, device: torch.device) -> str | None:
     return f"finds no backend that is fast on {device.type}: " + "; ".join(f"{n} {why}" for n, why in reasons.items())
 
 
+def with_stand_ins(device: torch.device) -> list[str]:
+    """Names of the backends that run on a device and attend to what stands for skipped keys (`Method.stands_in`)."""
+    return [
+        name
+        for name, b in BACKENDS.items()
+        if b.capability.sparse
+        and b.unavailable(device) is None
+        and (b.takes_stand_ins(device) or device.type in b.capability.lse)
+    ]
+
+
 def pick(name: str, request: Request, *, scattered: bool) -> Backend:
     """The backend for a call.
 
@@ -113,4 +124,5 @@ __all__ = [
     "pick",
     "refusal",
     "runs_somehow",
+    "with_stand_ins",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -95,6 +97,21 @@ class Method(abc.ABC):
         """Share of the pairs that a sparse call computes on a layout; None where it depends on the content."""
         return None
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether something stands for the keys that a query skips, which not every backend can attend to."""
+        return False
+
+    def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
+        """Memory of what stands for skipped keys in a call, the largest thing that a plan holds, in bytes.
+
+        Args:
+            layout: the token grid.
+            heads: times the batch. head_dim: D.
+            itemsize: bytes of a number of q.
+        """
+        return 0
+
     def planning_pairs(self, layout: VideoLayout) -> float:
         """What planning computes, in pairs of dense attention and as a share of them; not in the density."""
         return 0.0
@@ -131,6 +148,52 @@ def check_count(owner: str, name: str, value: int, least: int) -> None:
     """Raise a `ValueError` unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.")
+
+
+def check_flag(owner: str, name: str, value: bool | None, or_none: bool = False) -> None:
+    """Raise a `ValueError` unless `value` is True or False: a text such as "false" would count as true."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        known = "True, False or None" if or_none else "True or False"
+        raise ValueError(f"{owner} {name} is {value!r}: it must be {known}.")
+
+
+def check_reach(
+    owner: str, density: float | None, layout: VideoLayout, clusters: int, stand_in: str, easing: Mapping[str, str]
+) -> None:
+    """Raise `OutOfReach` where what is computed whatever is skipped is more than a density.
+
+    Args:
+        owner: the method's class, for the message.
+        density: of the method; None where it has none to meet.
+        layout: the token grid; its text stays dense.
+        clusters: of keys for which each video token reads a stand-in; 0 for none.
+        stand_in: what that is, "one stand-in for each key cluster".
+        easing: field of the method that leads to fewer stand-ins -> what to do with it.
+    """
+    pairs = {
+        "the text, which stays dense,": layout.tokens**2 - layout.video_tokens**2,
+        stand_in: clusters * layout.video_tokens,
+    }
+    text, least = (count / layout.tokens**2 for count in (next(iter(pairs.values())), sum(pairs.values())))
+    if density is None or density >= least:
+        return
+    told = [f"{what} makes {count / layout.tokens**2:.3f}" for what, count in pairs.items() if count]
+    told[0] += " of the pairs"
+    fixes = easing if text < density else {}  # else the text alone is too much
+    enough = math.ceil(least * 1000) / 1000  # as it is printed, it must be possible
+    raise OutOfReach(
+        f"{owner} density is {density}, but {' and '.join(told)}: "
+        f"{either([f'raise density to {enough:.3f} or more', *fixes.values()])}.",
+        "density",
+        density,
+        least=least,
+        eased_by=tuple(fixes),
+    )
+
+
+def either(ways: Sequence[str]) -> str:
+    """Things that can be done, in words: "a", "a, or b", "a, b, or c"."""
+    return ", or ".join([", ".join(ways[:-1]), ways[-1]]) if ways[1:] else ways[0]
 
 
 def cluster_count(owner: str, name: str, asked: int | None, rule: float, tokens: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, check_count, check_fraction
+from .base import Method, PlanMemory, check_count, check_flag, check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class RandomBlocks(Method):
     def __post_init__(self) -> None:
         check_fraction("RandomBlocks", "density", self.density, fix="0.3 keeps 30 % of the pairs")
         check_count("RandomBlocks", "block_size", self.block_size, 1)
+        check_flag("RandomBlocks", "redraw", self.redraw)
 
     def expected_density(self, layout: VideoLayout) -> float | None:
         return self.density

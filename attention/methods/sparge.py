@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,8 @@ class Sparge(Method):
             raise ValueError(
                 f"Sparge similarity is {self.similarity!r}: it is a mean cosine, from -1 to 1; below 0 it is off."
             )
+        for name in ("sink", "published"):
+            check_flag("Sparge", name, getattr(self, name))
         if not isinstance(self.block, tuple) or len(self.block) != 2:
             raise ValueError(f"Sparge block is {self.block!r}: it is (queries, keys), such as (128, 64).")
         for name, size in zip(("block[0]", "block[1]"), self.block, strict=True):

@@ -11,7 +11,7 @@ from ..layout import VideoLayout
 from ..own_kernels import use_kernels
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays
+from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction, first_frame_pays
 
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
@@ -62,6 +62,7 @@ class SVG(Method):
     def __post_init__(self) -> None:
         check_fraction("SVG", "density", self.density, fix="0.3 computes 30 % of the pairs")
         check_count("SVG", "profile_rows", self.profile_rows, 1)
+        check_flag("SVG", "sink", self.sink, or_none=True)
         if self.tile is not None:
             check_count("SVG", "tile", self.tile, 1)
 

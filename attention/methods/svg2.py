@@ -15,7 +15,7 @@ from ..plan import BlockPlan
 from ..probe import map_error
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
+from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ class SVG2(Method):
             )
         if isinstance(self.min_ratio, bool) or not 0 <= self.min_ratio <= 1:
             raise ValueError(f"SVG2 min_ratio is {self.min_ratio!r}: it must lie between 0 and 1; 0.1 is the paper's.")
+        check_flag("SVG2", "compensate", self.compensate)
         if self.route not in ("mass", "error"):
             raise ValueError(f'SVG2 route is {self.route!r}: choose "mass" or "error".')
         if self.route == "error" and self.density is None:
@@ -93,23 +94,22 @@ class SVG2(Method):
         check_count("SVG2", "step_iterations", self.step_iterations, 1)
 
     def check(self, layout: VideoLayout) -> None:
-        self.cluster_counts(layout.video_tokens)
-        text_pairs = layout.tokens**2 - layout.video_tokens**2
-        mean_pairs = layout.video_tokens * self.cluster_counts(layout.video_tokens)[1] if self.compensate else 0
-        least = (text_pairs + mean_pairs) / layout.tokens**2
-        if self.density is not None and self.density <= least:
-            raise OutOfReach(
-                f"SVG2 density is {self.density}, but {layout.text_tokens} of the {layout.tokens} tokens are text, "
-                f"which stays dense{' (and compensate=True reads a mean of each cluster)' if self.compensate else ''}, "
-                f"and makes {least:.3f} of the pairs: raise density.",
-                "density",
-                self.density,
-                least=least,
-                eased_by=("compensate",) if self.compensate else (),
-            )
+        _, clusters = self.cluster_counts(layout.video_tokens)
+        means = clusters * self.compensate
+        fixes = {"compensate": "leave compensate out", "k_clusters": "lower k_clusters"} if means else {}
+        of_means = "compensate=True, which reads the mean of each key cluster,"
+        check_reach("SVG2", self.density, layout, means, of_means, fixes)
 
     def expected_density(self, layout: VideoLayout) -> float | None:
         return self.density
+
+    @property
+    def stands_in(self) -> bool:
+        return self.compensate
+
+    def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
+        clusters = self.cluster_counts(layout.video_tokens)[1] + (layout.text_tokens > 0)
+        return heads * 2 * 4 * clusters * head_dim if self.compensate else 0
 
     def planning_pairs(self, layout: VideoLayout) -> float:
         if self.route == "mass" or not self.compensate:

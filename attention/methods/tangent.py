@@ -15,7 +15,7 @@ from ..plan import BlockPlan
 from ..probe import probe, read, score_variance
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, cluster_count
+from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 # Video tokens. With the probe paid out of a density of .20, the error on the demo model is .076 at 576 tokens and .051
 # at 1,088; without it .078 and .078. On imitated heads: .134 and .068, without it .101 and .078.
@@ -87,6 +87,7 @@ class Tangent(Method):
         for name in ("q_clusters", "k_clusters"):
             if getattr(self, name) is not None:
                 check_count("Tangent", name, getattr(self, name), 1)
+        check_flag("Tangent", "probe", self.probe, or_none=True)
         for name in ("recluster_every", "init_iterations", "step_iterations"):
             check_count("Tangent", name, getattr(self, name), 1)
 
@@ -104,25 +105,16 @@ class Tangent(Method):
         return method
 
     def check(self, layout: VideoLayout) -> None:
-        stand_ins = layout.video_tokens * self.cluster_counts(layout.video_tokens)[1] / layout.tokens**2
-        text = 1 - (layout.video_tokens / layout.tokens) ** 2
-        least = text + stand_ins
-        if self.density is None or self.density >= least:
-            return
-        fewer = text < self.density  # fewer clusters would do
-        what = f"the text, which stays dense, makes {text:.3f} of the pairs" if text else ""
-        what += f"{' and ' if text else ''}one stand-in for each key cluster makes {stand_ins:.3f}"
-        raise OutOfReach(
-            f"Tangent density is {self.density}, but {what}{'' if text else ' of the pairs'}: raise density to "
-            f"{least:.3f} or more{', or lower k_clusters' if fewer else ''}.",
-            "density",
-            self.density,
-            least=least,
-            eased_by=("k_clusters",) if fewer else (),
-        )
+        _, clusters = self.cluster_counts(layout.video_tokens)
+        fixes = {"k_clusters": "lower k_clusters"}
+        check_reach("Tangent", self.density, layout, clusters, "one stand-in for each key cluster", fixes)
 
     def expected_density(self, layout: VideoLayout) -> float | None:
         return self.density
+
+    @property
+    def stands_in(self) -> bool:
+        return True
 
     def probes(self, layout: VideoLayout) -> bool:
         """Whether the centroids are held against every key on a layout."""
@@ -142,12 +134,6 @@ class Tangent(Method):
         return f"tangent: ranked by mean keys, without the probe of {share:.1%} of the pairs{fewer}"
 
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
-        """Memory of a call's stand-ins, the largest thing that a plan holds, in bytes.
-
-        Args:
-            heads: times the batch. head_dim: D.
-            itemsize: bytes of a number of q; 4 at most are kept.
-        """
         q_clusters, k_clusters = (n + (layout.text_tokens > 0) for n in self.cluster_counts(layout.video_tokens))
         if not self.probes(layout):
             return heads * 2 * 4 * k_clusters * head_dim

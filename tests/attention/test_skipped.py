@@ -127,7 +127,7 @@ def test_means_without_a_selection_are_refused():
 
 
 def test_a_density_that_the_means_alone_exceed_is_refused():
-    with pytest.raises(ValueError, match="mean of each cluster.*raise density"):
+    with pytest.raises(ValueError, match="mean of each key cluster, makes 0.* raise density"):
         SVG2(k_clusters=72, density=0.4, compensate=True).check(LAYOUT)
 
 

@@ -106,6 +106,7 @@ def test_it_plans_without_reading_anything_on_the_host():
         ({"topk": 0.0}, "topk is 0.0: it must be above 0 and at most 1"),
         ({"cdf": 1.5}, "cdf is 1.5: it must be above 0"),
         ({"similarity": 2}, "similarity is 2: it is a mean cosine, from -1 to 1"),
+        ({"sink": 1}, "sink is 1: it must be True or False"),
         ({"block": 64}, r"block is 64: it is \(queries, keys\)"),
         ({"block": (64, 0)}, r"block\[1\] is 0: it must be a whole number of at least 1"),
     ],

@@ -109,6 +109,7 @@ def test_a_new_layout_has_its_own_band():
         ({"density": 1.2}, "density is 1.2"),
         ({"profile_rows": 0}, "profile_rows is 0"),
         ({"tile": 1.5}, "tile is 1.5"),
+        ({"sink": "false"}, "sink is 'false': it must be True, False or None"),
     ],
 )
 def test_bad_values_are_named(values, message):

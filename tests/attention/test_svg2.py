@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from vidaccel import SVG2, BlockPlan, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.attention.clusters import cluster, renewed
+from vidaccel.attention.methods.base import OutOfReach
 from vidaccel.attention.methods.svg2 import select_clusters
 from vidaccel.attention.probe import map_error
 
@@ -61,8 +62,26 @@ def test_the_density_asked_for_is_computed(layout, density):
 
 
 def test_a_density_below_that_of_the_text_is_refused():
-    with pytest.raises(ValueError, match=r"density is 0.1, but 64 of the 384 tokens are text.*0\.306"):
+    said = "density is 0.1, but the text, which stays dense, makes 0.306 of the pairs: raise density to 0.306 or more.$"
+    with pytest.raises(OutOfReach, match=said) as refused:
         SVG2(density=0.1).check(VideoLayout(5, 8, 8, 0, 64))
+    assert refused.value.eased_by == ()
+
+
+def test_a_density_below_that_of_the_means_names_them_and_no_text_where_there_is_none():
+    layout = VideoLayout(9, 8, 8)  # 43 clusters of 576 keys: 0.07465
+    with pytest.raises(OutOfReach) as refused:
+        SVG2(density=0.05, compensate=True).check(layout)
+    assert str(refused.value) == (
+        "SVG2 density is 0.05, but compensate=True, which reads the mean of each key cluster, makes 0.075 of the "
+        "pairs: raise density to 0.075 or more, leave compensate out, or lower k_clusters."
+    )
+    assert refused.value.least == pytest.approx(43 / 576) and refused.value.eased_by == ("compensate", "k_clusters")
+    SVG2(density=0.075, compensate=True).check(layout)  # as it was told
+    SVG2(density=0.05).check(layout)
+    SVG2(density=0.05, compensate=True, k_clusters=20).check(layout)
+    with pytest.raises(OutOfReach, match=r"the text, which stays dense, makes 0\.306 of the pairs and compensate=True"):
+        SVG2(density=0.32, compensate=True).check(VideoLayout(5, 8, 8, 0, 64))
 
 
 def test_top_p_of_one_is_dense():
@@ -121,6 +140,7 @@ def test_cluster_counts_scale_with_the_sequence(tokens, expected):
         ({"density": 2}, "density is 2"),
         ({"q_clusters": 0}, "q_clusters is 0"),
         ({"init_iterations": 0}, "init_iterations is 0"),
+        ({"compensate": "false"}, "compensate is 'false': it must be True or False"),
     ],
 )
 def test_bad_values_are_named(values, message):

@@ -206,6 +206,7 @@ def test_cluster_counts_scale_with_the_sequence(tokens, expected):
         ({"tolerance": 2.0}, "tolerance is 2.0: it must be above 0 and at most 1"),
         ({"k_clusters": 0}, "k_clusters is 0"),
         ({"recluster_every": 0}, "recluster_every is 0"),
+        ({"probe": "no"}, "probe is 'no': it must be True, False or None"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -215,10 +216,11 @@ def test_bad_settings(settings, message):
 
 def test_what_a_layout_does_not_allow():
     assert METHODS["tangent"] is Tangent and Tangent().density == 0.2
-    one = r"density is 0\.05, but one stand-in for each key cluster makes 0\.071 of the pairs: raise density to 0\.071"
+    one = r"density is 0\.05, but one stand-in for each key cluster makes 0\.071 of the pairs: raise density to 0\.072"
     with pytest.raises(OutOfReach, match=one + " or more, or lower k_clusters") as refused:
         Tangent(density=0.05, k_clusters=12).check(LAYOUT)
     assert refused.value.eased_by == ("k_clusters",) and refused.value.least == pytest.approx(12 / 168)
+    Tangent(density=0.072, k_clusters=12).check(LAYOUT)  # as it was told: 0.071 would be refused again
     with pytest.raises(OutOfReach, match="the text, which stays dense, makes 0.089 of the pairs and one") as refused:
         Tangent(density=0.1, k_clusters=12).check(WITH_TEXT)
     assert refused.value.eased_by == ("k_clusters",)

@@ -65,15 +65,34 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         ),
         (["--density", "0.001", "--method", "svg"], ["--method is svg", "density 0.001 is below", "raise density"]),
         (["--density", "0.01", "--method", "radial"], ["--method is radial", "0.01", "is possible"]),
-        (["--set", "svg2.top_p=1.5"], ["--method is svg2", "top_p is 1.5", "at most 1"]),
+        (["--set", "tangent.tolerance=1.5"], ["--method is tangent", "tolerance is 1.5", "at most 1"]),
+        (["--set", "svg2.top_p=1.5", "--method", "svg2"], ["--method is svg2", "top_p is 1.5", "at most 1"]),
         (["--set", "radial.decay=-1", "--method", "radial"], ["--method is radial", "decay is -1", "above 0"]),
         (
             ["--method", "sparge", "--density", "0.4", "--set", "sparge.cdf=0.9"],
             ["--set is sparge.cdf: --density 0.4 decides it. Give one of the two."],
         ),
-        (["--set", "svg2.topp=0.5"], ["svg2 has no such setting", "top_p"]),
+        (["--set", "svg2.topp=0.5", "--method", "svg2"], ["svg2 has no such setting", "top_p"]),
         (["--set", "svg2.top_p"], ["METHOD.SETTING=VALUE"]),
-        (["--set", "radial.decay=1"], ["--set is radial.decay", "not among those to run (svg2)"]),
+        (["--set", "radial.decay=1"], ["--set is radial.decay", "not among those to run (tangent)"]),
+        (["--set", "svg2.top_p=0.5"], ["--set is svg2.top_p", "not among those to run (tangent)"]),
+        # Before weights are read, as everything here, although only the first sparse call would need it.
+        (
+            ["--backend", "flex"],
+            [
+                "--backend is flex: flex cannot compute what stands for the keys that tangent skips on cpu",
+                "Give auto, gather, masked, reference, or another --method.",
+            ],
+        ),
+        (
+            ["--backend", "flex", "--method", "svg2", "--set", "svg2.compensate=true"],
+            ["--backend is flex: flex cannot compute what stands for the keys that svg2 skips on cpu"],
+        ),
+        (
+            ["--set", "svg2.compensate=yes", "--method", "svg2"],
+            ["--method is svg2", "compensate is 'yes'", "True or False"],
+        ),
+        (["--density", "0.005"], ["--method is tangent: Tangent density is 0.005", "one stand-in", "raise density to"]),
         (["--dense-steps", "1.5"], ["--dense-steps is 1.5", "a count", "a fraction (0.0 to 1.0)"]),
         (["--dense-layers", "few"], ["--dense-layers is few", "a count"]),
         (["--dense-steps", "-1"], ["--dense-steps is -1"]),
@@ -106,6 +125,19 @@ def test_options(refused, options, words):
     message = refused(*options)
     for word in words:
         assert word in message
+
+
+def test_words_of_settings():
+    from vidaccel.cli.options import method_settings
+
+    words = ["svg2.compensate=true", "svg2.route=error", "tangent.probe=false", "radial.sink=none", "svg.sink=True"]
+    assert method_settings([*words, "tangent.tolerance=0.1", "sparge.block=(64,64)"]) == {
+        "svg2": {"compensate": True, "route": "error"},
+        "tangent": {"probe": False, "tolerance": 0.1},
+        "radial": {"sink": None},
+        "sparge": {"block": (64, 64)},
+        "svg": {"sink": True},
+    }
 
 
 def test_empty_prompt(vidaccel, tmp_path):

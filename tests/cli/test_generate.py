@@ -20,7 +20,7 @@ PROMPT = "a <b>dot</b> & more"
 
 @pytest.fixture(scope="module")
 def compared(tiny_model, tmp_path_factory):
-    """The folder of one run of `--compare` with the three methods that have a paper."""
+    """The folder of one run of `--compare` with the methods that it takes by itself."""
     from typer.testing import CliRunner
 
     from vidaccel.cli import app
@@ -47,7 +47,7 @@ def compared(tiny_model, tmp_path_factory):
 
 def test_one_video_a_method(compared):
     """--out is the first method; nothing half-written stays behind."""
-    names = {"clip.mp4", "clip.dense.mp4", "clip.radial.mp4", "clip.svg.mp4"}
+    names = {"clip.mp4", "clip.dense.mp4", "clip.svg2.mp4", "clip.radial.mp4"}
     assert {f.name for f in compared.iterdir()} == names | {"report.html", "report.json", "report.png"}
     for name in names:
         frames, fps = read_video(compared / name)
@@ -61,11 +61,11 @@ def test_the_numbers(compared):
     assert numbers["tokens"] == 3 * 4 * 4
     assert numbers["settings"]["seed"] == "3"
     by_name = {v["name"]: v for v in numbers["videos"]}
-    assert list(by_name) == ["dense", "svg2", "radial", "svg"]
+    assert list(by_name) == ["dense", "tangent", "svg2", "radial"]
     assert "attention" not in by_name["dense"]
-    for name in ("svg2", "radial", "svg"):
+    for name in ("tangent", "svg2", "radial"):
         video = by_name[name]
-        assert video["file"] == ("clip.mp4" if name == "svg2" else f"clip.{name}.mp4")
+        assert video["file"] == ("clip.mp4" if name == "tangent" else f"clip.{name}.mp4")
         assert video["seconds"] > video["decode_seconds"] > 0
         assert video["warm_up_seconds"] > 0
         assert len(video["against_dense"]["psnr"]) == len(video["against_dense"]["ssim"]) == 9
@@ -78,19 +78,18 @@ def test_the_numbers(compared):
         # In the sparse step attention skipped pairs, and so the video is another one.
         assert density[-1, 1] < 1
         assert video["against_dense"]["psnr_mean"] < 100
-    assert by_name["svg"]["attention"]["density_layers_x_steps"][1][1] == pytest.approx(0.7, abs=0.05)
+    assert by_name["tangent"]["attention"]["density_layers_x_steps"][1][1] == pytest.approx(0.7, abs=0.05)
     assert by_name["radial"]["attention"]["config"]["sink"] == 0
     assert len(by_name["svg2"]["attention"]["key_cluster_size_deciles"]) == 11
-    assert 0 <= by_name["svg"]["attention"]["temporal_head_share"] <= 1
 
 
 def test_the_page_is_complete_and_asks_nobody(compared):
     page = (compared / "report.html").read_text()
     assert page.count('<video src="data:video/mp4;base64,') == 4
     assert page.count('class="sheet" src="data:image/png;base64,') == 1
-    # PSNR, SSIM, a density map each for three methods, head kinds and cluster sizes.
-    assert page.count("<svg") == page.count("</svg>") == 2 + 3 + 1 + 1
-    for words in ("PSNR per frame", "SSIM per frame", "Density per layer and step", "Temporal heads", "Cluster sizes"):
+    # PSNR, SSIM, a density map each for three methods, and cluster sizes.
+    assert page.count("<svg") == page.count("</svg>") == 2 + 3 + 1
+    for words in ("PSNR per frame", "SSIM per frame", "Density per layer and step", "Cluster sizes"):
         assert words in page
     assert "first steps (4)" in page
     assert "against the dense video of the same seed" in page
@@ -160,7 +159,7 @@ def test_without_a_method_a_short_video_stays_dense(vidaccel, tiny_model, tmp_pa
     monkeypatch.setenv("COLUMNS", "400")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *SMALL, "--out", tmp_path / "out.mp4")
     assert result.exit_code == 0, (result.output, result.exception)
-    said = "method dense: the video has 48 tokens, fewer than 8,192; --method svg2 for the other"
+    said = "method dense: the video has 48 tokens, fewer than 8,192; --method tangent for the other"
     assert said in result.stdout.splitlines()
     # The table has one run, of the untouched pipeline.
     rows = [line.split() for line in result.stdout.splitlines() if line.rstrip().endswith("out.mp4")]
@@ -171,17 +170,17 @@ def test_without_a_method_a_long_video_is_sparse(vidaccel, tiny_model, tmp_path,
     """48 tokens are many here."""
     monkeypatch.setattr("vidaccel.generation.methods.MIN_SPARSE_TOKENS", 48)
     monkeypatch.setenv("COLUMNS", "400")
-    options = (*SMALL, "--backend", "gather", "--out", tmp_path / "out.mp4")
+    options = (*SMALL, "--backend", "gather", "--density", 0.5, "--out", tmp_path / "out.mp4")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "method svg2: the video has 48 tokens, at least 48; --method dense for the other" in result.stdout
-    assert [line.split()[0] for line in result.stdout.splitlines() if line.rstrip().endswith("out.mp4")] == ["svg2"]
+    assert "method tangent: the video has 48 tokens, at least 48; --method dense for the other" in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines() if line.rstrip().endswith("out.mp4")] == ["tangent"]
 
 
 def test_the_report_says_why_these_methods(compared):
     methods = json.loads((compared / "report.json").read_text())["settings"]["methods"]
     assert methods.startswith(
-        "dense, svg2, radial, svg: what --compare takes without --method (the video has 48 tokens"
+        "dense, tangent, svg2, radial: what --compare takes without --method (the video has 48 tokens"
     )
     assert methods in (compared / "report.html").read_text()
 

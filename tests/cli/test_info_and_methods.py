@@ -28,6 +28,14 @@ def test_methods_says_everything_about_each(vidaccel, monkeypatch):
             assert _words(text) in shown
     assert "top_p=0.9" in shown
     assert "first_steps=" in shown
+    rows = [_words(line) for line in result.stdout.splitlines()]
+    taken = [row for row in rows if row.startswith("by default")]
+    assert taken == [
+        "by default for a video of fewer than 8192 tokens",
+        "by default for a video of at least 8192 tokens",
+    ]
+    starts = {name: next(i for i, row in enumerate(rows) if row.startswith(f"{name} does")) for name in METHODS}
+    assert starts["tangent"] < rows.index(taken[1]) < starts["sparge"]
 
 
 def test_info_says_what_can_run_here(vidaccel, monkeypatch):
@@ -70,6 +78,14 @@ print([name for name in ("torch", "numpy", "diffusers", "matplotlib") if name in
 def test_a_plan_says_what_a_video_takes(vidaccel):
     text = _words(vidaccel("info", "--forecast", "--frames", "33", "--height", "128", "--width", "128").stdout)
     assert "576 (9 x 8 x 8)" in text and "331,776" in text and "transformer 7.8 MB" in text
+    assert "tangent" not in text  # so short a video is dense without --method
+
+
+def test_a_plan_counts_what_the_default_method_holds(vidaccel):
+    """3 heads of 64 channels, 66 x 165 pairs of clusters, bfloat16; a bias each."""
+    text = _words(vidaccel("info", "--forecast", "--frames", "129", "--height", "256", "--width", "256").stdout)
+    assert "8,448 (33 x 16 x 16)" in text
+    assert f"tables of a tangent call {3 * 66 * 165 * (2 * 64 * 2 + 4) / 1e6:.1f} MB" in text
 
 
 def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):
@@ -113,7 +129,7 @@ def test_the_help_of_generate_names_every_method(vidaccel, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     shown = _words(vidaccel("generate", "--help").stdout)
     assert ", ".join(["dense", *sorted(METHODS)]) in shown
-    assert f"svg2 for a video of at least {MIN_SPARSE_TOKENS} tokens, otherwise dense" in shown
+    assert f"tangent for a video of at least {MIN_SPARSE_TOKENS} tokens, otherwise dense" in shown
 
 
 def test_threads_are_counted_in_words(monkeypatch):

@@ -95,6 +95,28 @@ def test_a_density_that_turned_out_to_be_another_is_said_after_it(pipe):
     assert made.notes == ()
 
 
+# -- methods that cannot run -------------------------------------------------------------------------------------------
+
+
+def test_of_the_methods_of_a_comparison_one_without_a_backend_is_left_out():
+    """The methods that were not asked for by name; nothing is loaded yet."""
+    job = prepare("demo", Settings(PROMPT), Sparse(backend="flex"), compare=True, device="cpu")
+    assert list(job.methods) == ["dense", "svg2", "radial"]
+    why = "tangent is left out: flex cannot compute what stands for the keys that tangent skips on cpu"
+    assert [note for note in job.notes if note.startswith("tangent")] == [why]
+    for asked in ("tangent", Tangent(), SVG2(density=0.5, compensate=True)):
+        with pytest.raises(BadInput, match=r"^backend is flex: flex cannot .* Give auto, gather, masked, reference"):
+            prepare("demo", Settings(PROMPT), Sparse([asked], backend="flex"), compare=True, device="cpu")
+    assert prepare("demo", Settings(PROMPT), Sparse([SVG2()], backend="flex"), device="cpu").notes == ()
+
+
+def test_the_default_method_alone_says_itself_why_it_cannot(monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.methods.MIN_SPARSE_TOKENS", 48)
+    small = Settings(PROMPT, frames=9, height=64, width=64)
+    with pytest.raises(BadInput, match=r"^method is tangent: Tangent density is 0\.1, but one stand-in .* raise"):
+        prepare("demo", small, Sparse(density=0.1), device="cpu")
+
+
 # -- several runs of one method ----------------------------------------------------------------------------------------
 
 

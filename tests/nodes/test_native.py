@@ -355,8 +355,8 @@ def test_few_tokens_stay_dense():
         (
             SVG2(density=0.1, compensate=True),
             "wan",
-            "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.21. Raise it, or switch "
-            "compensate off.",
+            "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.21. Raise it, switch "
+            "compensate off, or take fewer key_clusters.",
         ),
         (
             Tangent(density=0.1),

@@ -55,7 +55,7 @@ def test_dense_and_accelerated_from_one_pipeline(pipeline, moved):
     assert dense.frames.min() >= 0 and dense.frames.max() <= 1
     assert torch.equal(dense.frames, again.frames)
     assert 0 < (dense.frames - fast.frames).abs().mean() < 0.2
-    assert "svg2: density 0.5" in report_text(fast.report.news())
+    assert "tangent: density 0.5" in report_text(fast.report.news())
     assert "Nothing was accelerated" in report_text(dense.report.news())
     assert report_image(fast.report.news().report).shape[-1] == 3
     # Each part was brought in once a run, in the order of its work, and with an estimate of what it needs.
@@ -117,7 +117,7 @@ def test_a_picture_for_a_model_of_text(pipeline):
     [
         ({"density": 0.0}, "density is 0.0"),
         ({"density": 1.5}, "at most 1"),
-        ({"method": "magic"}, "there are svg2, svg, radial"),
+        ({"method": "magic"}, "there are tangent, svg2, svg, radial"),
         ({"dense_start_percent": 0.6, "dense_end_percent": 0.4}, "leave no step sparse"),
         ({"dense_end_percent": -0.1}, "between 0 and 1"),
         ({"dense_layers": -1}, "0 or more"),
@@ -139,16 +139,13 @@ def test_a_backend_that_this_machine_lacks(pipeline):
 
 
 def test_a_backend_that_cannot_compensate(pipeline):
-    with pytest.raises(
-        ValueError, match="^backend is flex: it cannot compute compensate on cpu. Choose auto or gather"
-    ):
+    said = r"^backend is flex: it cannot compute {} on cpu. Choose auto or gather or masked or reference, or {}\."
+    with pytest.raises(ValueError, match=said.format("tangent", "another method")):
         pipeline.accelerated(Acceleration(backend="flex"))
-    with pytest.raises(
-        ValueError,
-        match="^backend is flex: it cannot compute tangent on cpu. Choose auto or gather.*, or another method",
-    ):
-        pipeline.accelerated(Acceleration(backend="flex", method="tangent"))
-    for fits in (Acceleration(backend="flex", compensate=False), Acceleration(backend="flex", method="radial")):
+    svg2 = Acceleration(backend="flex", method="svg2")
+    with pytest.raises(ValueError, match=said.format("compensate", "switch compensate off")):
+        pipeline.accelerated(svg2)
+    for fits in (replace(svg2, compensate=False), Acceleration(backend="flex", method="radial")):
         assert pipeline.accelerated(fits).acceleration == fits
 
 
@@ -166,9 +163,11 @@ def test_the_report_names_the_inputs(pipeline):
     made = generate(pipeline.accelerated(chosen), settings(steps=5), on_step=ignore)
     report = made.report.news().report
     assert set(report.dense_reasons()) == {"dense_start_percent", "dense_end_percent", "dense_layers"}
-    assert set(report.config) == {field.name for field in fields(Acceleration)} - {"method"}
-    radial = generate(pipeline.accelerated(Acceleration(method="radial", density=0.8)), settings(), on_step=ignore)
-    assert "compensate" not in radial.report.news().report.config
+    inputs = {field.name for field in fields(Acceleration)} - {"method"}
+    assert set(report.config) == inputs - {"compensate"}  # of svg2 alone, and nothing is said of it elsewhere
+    assert not [note for note in report.notes if "compensate" in note]
+    svg2 = generate(pipeline.accelerated(Acceleration(method="svg2", density=0.8)), settings(), on_step=ignore)
+    assert set(svg2.report.news().report.config) == inputs
 
 
 def test_errors_are_measured_where_they_are_asked_for(pipeline):
@@ -187,7 +186,7 @@ def test_a_short_video_stays_dense_and_says_why(pipeline):
     short = generate(pipeline.accelerated(Acceleration(min_tokens=49)), settings(), on_step=ignore)
     assert torch.equal(plain.frames, short.frames)
     text = report_text(short.report.news())
-    assert text.startswith("No call was sparse: min_tokens 49, above the video's 48 tokens.\nsvg2: density 0.3")
+    assert text.startswith("No call was sparse: min_tokens 49, above the video's 48 tokens.\ntangent: density 0.3")
     long = generate(pipeline.accelerated(Acceleration(min_tokens=48)), settings(), on_step=ignore)
     assert not torch.equal(plain.frames, long.frames)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from vidaccel import AutoencoderDCV, VideoLayout, demo
+from vidaccel import SVG, SVG2, AutoencoderDCV, Tangent, VideoLayout, demo
+from vidaccel.attention import PlanMemory
 from vidaccel.autoencoders.memory import memory_to_decode
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.request import Settings
@@ -81,6 +82,20 @@ def test_the_estimate_grows_with_the_video(pipe):
     small = working_memory(pipe, VideoLayout(3, 4, 4), Settings("x", frames=9, height=64, width=64))
     large = working_memory(pipe, VideoLayout(3, 8, 8), Settings("x", frames=9, height=128, width=128))
     assert large["transformer"] == 4 * small["transformer"] and large["vae"] == 4 * small["vae"]
+
+
+def test_the_estimate_has_room_for_what_stands_for_skipped_keys(pipe):
+    layout, settings = VideoLayout(9, 12, 12), Settings("x", frames=33, height=192, width=192)
+    dense = working_memory(pipe, layout, settings)
+    assert working_memory(pipe, layout, settings, SVG(density=0.3)) == dense
+    config = pipe.transformer.config
+    for method in (Tangent(), SVG2(density=0.3, compensate=True)):
+        q, k, v = torch.randn(3, 1, config.num_attention_heads, layout.tokens, config.attention_head_dim)
+        made = method.plan(q, k, v, layout, PlanMemory()).skipped
+        tables = [x for x in (made.key, made.value, made.bias) if x is not None]
+        more = working_memory(pipe, layout, settings, method)
+        assert more["vae"] == dense["vae"]
+        assert more["transformer"] - dense["transformer"] == sum(x.numel() * x.element_size() for x in tables) > 0
 
 
 def test_the_estimate_of_a_deep_compression_autoencoder(pipe):
