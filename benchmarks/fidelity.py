@@ -45,6 +45,7 @@ CONTENDERS = {
 ORACLE = "oracle, best keys"
 PROMPT = "a red circle moves left on a grey background"
 ROWS = 512  # queries of the oracle at a time
+TICKS = (0.05, 0.1, 0.2, 0.35, 0.5)
 
 Loader = Callable[[], tuple[VideoLayout, list[Tensors]]]
 
@@ -149,6 +150,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     names = [name for name in sets() if any(r["calls"] == name for r in rows)]
     across = min(3, len(names))
@@ -163,8 +165,12 @@ def figure(rows: list[dict], path: Path) -> None:
             if line:
                 axis.plot(*zip(*line, strict=True), marker="." if method != ORACLE else "x", label=method, **style)
         axis.set(title=calls, xlabel="density", ylabel="relative error", xscale="log", yscale="log")
+        axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both")
-    axes.flat[0].legend(fontsize=6)
+    handles = {label: line for line, label in zip(*axes.flat[len(names) - 1].get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     fig.savefig(path, dpi=130)
@@ -201,7 +207,7 @@ def main(only: str = "", densities: str = "0.05,0.1,0.2,0.35,0.5", out: Path = R
         "Relative L2 distance of the output from dense attention, geometric mean over calls: of the demo model (two "
         "steps and four layers of one video, two layers of the longest), and of five imitated heads of 128 channels. "
         "Stand-ins count as pairs; *planning of tangent* is what its probe costs beside the density, as a share of the "
-        "pairs of dense attention; the error route pays a third of that. *tangent, probed* probes also where the default "
+        "pairs of dense attention; the error route pays a third of it. *tangent, probed* probes also where the default "
         "does not. *oracle* keeps the best "
         "keys of each query and drops the rest: what it loses to is what stands for the rest.\n\n"
         f"Where another method has less error than *tangent* at its default, or where that is out of reach:\n\n{where}"

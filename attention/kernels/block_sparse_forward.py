@@ -45,8 +45,9 @@ FORWARD_TILES = {
 }
 
 SCATTERED = 64  # run slots a tile: more are those of clusters
-# For plans of many short runs and uneven tiles (clusters), where a small tile wastes least, and short tails more than
-# make up for what a small tile costs: measured for a head_dim of 128 (`benchmarks/results/h200/`).
+# For plans of many short runs and uneven tiles (clusters), and of tiles that do not fill the larger ones. A small tile
+# wastes least there, and short tails more than make up for what it costs: measured for a head_dim of 128
+# (`benchmarks/results/h200/`).
 SCATTERED_TILES = {
     (9, 64, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
     (9, 128, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
@@ -261,8 +262,10 @@ def launch_forward(
 
 def forward_tiles(q: torch.Tensor, plan: BlockPlan) -> Tiles:
     """The launch configuration for a plan; reads shapes only."""
-    table = FORWARD_TILES | SCATTERED_TILES if plan.run_len.shape[-1] > SCATTERED else FORWARD_TILES
-    return choose_tiles(table, q, plan.tile_len)
+    many_runs, small_tiles = plan.run_len.shape[-1] > SCATTERED, plan.n_q <= 64 * plan.tile_len.shape[-1]
+    return choose_tiles(
+        FORWARD_TILES | SCATTERED_TILES if many_runs or small_tiles else FORWARD_TILES, q, plan.tile_len
+    )
 
 
 def results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from plans import KINDS, masked_attention
 
 pytest.importorskip("triton")
 
-from vidaccel.attention.kernels.block_sparse_forward import launch_forward, results
+from vidaccel import SVG2, Radial, Sparge, VideoLayout
+from vidaccel.attention import PlanMemory
+from vidaccel.attention.kernels.block_sparse_forward import forward_tiles, launch_forward, results
 from vidaccel.attention.kernels.descriptors import describe
 from vidaccel.attention.kernels.launch import LOG2E, Tiles
 from vidaccel.attention.plan import permute
@@ -56,3 +61,23 @@ def test_every_layout_gives_the_same_attention(device, layout, kind):
 def test_other_memory_is_not_described(layout, dim):
     x = laid_out(layout, 40, dim, "cpu")
     assert describe(x, x, TILES) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "tile", "described"),
+    [(Radial(decay=0.2), 128, True), (SVG2(density=0.2), 64, True), (Sparge(topk=0.3, block=(64, 64)), 64, True)],
+)
+def test_tiles_on_hopper_are_those_of_the_plan(monkeypatch, method, tile, described):
+    """Long aligned runs take large tiles, clusters and small blocks take small ones; from the shapes alone."""
+    layout = VideoLayout(8, 32, 32)
+    q = torch.zeros(1, 1, layout.tokens, 64, dtype=torch.float16, device="meta")
+    real = torch.randn(1, 1, layout.tokens, 64)
+    plan = method.plan(real, real, real, layout, PlanMemory())
+    if plan.selection is not None and plan.block is None:  # a GPU does not wait for the largest number of runs
+        room = (0, (plan.selection[1].shape[-1] + 1) // 2 - plan.run_len.shape[-1])
+        plan = replace(plan, run_start=F.pad(plan.run_start, room), run_len=F.pad(plan.run_len, room))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    tiles = forward_tiles(q, plan)
+    assert (tiles.block_m, tiles.described) == (tile, described)
+    assert tiles.num_warps == (8 if tile == 128 else 4)
