@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vidaccel import SVG2, BlockPlan, VideoLayout, sparse_attention
-from vidaccel.attention import PlanMemory
+from vidaccel.attention import METHODS, PlanMemory
 from vidaccel.attention.skipped import SkippedClusters
 
 LAYOUT = VideoLayout(4, 6, 6)
@@ -124,6 +124,20 @@ def test_means_without_a_selection_are_refused():
             dense.run_len,
             skipped=SkippedClusters(means, means),
         )
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("layout", [VideoLayout(9, 8, 8), VideoLayout(13, 8, 8, 0, 5)], ids=["video", "text"])
+def test_every_method_says_what_stands_for_skipped_keys_and_what_it_takes(name, layout):
+    """Front ends ask before a run: which backends will do, and how much memory to make room for."""
+    changes = [{"density": 0.5, "compensate": compensate} for compensate in (False, True)] if name == "svg2" else [{}]
+    for change in changes:
+        method = METHODS[name](**change)
+        q, k, v = torch.randn(3, 1, 2, layout.tokens, 16)
+        skipped = method.plan(q, k, v, layout, PlanMemory()).skipped
+        assert method.stands_in == (skipped is not None)
+        tables = [] if skipped is None else [x for x in (skipped.key, skipped.value, skipped.bias) if x is not None]
+        assert method.table_bytes(layout, 2, 16, 4) == sum(x.numel() * x.element_size() for x in tables)
 
 
 def test_a_density_that_the_means_alone_exceed_is_refused():
