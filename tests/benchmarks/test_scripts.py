@@ -122,7 +122,7 @@ def test_step(tmp_path):
         str(tmp_path),
     )
     rows = table(tmp_path / "step-tiny-64x64x9.csv")
-    assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2"]
+    assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2", "tangent"]
     assert all(float(r["attention ms"]) > 0 for r in rows) and float(rows[3]["planning ms"]) > 0
     assert float(rows[0]["density"]) == 1 and all(0.4 < float(r["density"]) < 0.8 for r in rows[1:])
 
