@@ -6,7 +6,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -271,9 +271,13 @@ class SparseAttention:
         key = (layer, tuple(q.shape))
         if key in self._grad_plans:
             return self._grad_plans[key]
+        memory = self._memory(q, layer)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            # The last call of a training was of another sample, whose clusters say nothing of this one.
+            memory = replace(memory, call={})
         # Under autocast, products would lose the float32 that methods compute in.
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            plan = self.method.plan(q, k, v, self.layout, self._memory(q, layer))
+            plan = self.method.plan(q, k, v, self.layout, memory)
         if torch.is_grad_enabled():
             self._grad_plans[key] = plan
         return plan

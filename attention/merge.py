@@ -20,8 +20,10 @@ def attend_scores(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Ten
     top = top.masked_fill(top == -torch.inf, 0.0)
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
-    lse = (top + total.log()).squeeze(-1)
-    return weights @ values / total.masked_fill(total == 0, 1.0), lse
+    # Not the log of 0, whose gradient is not a number even where nothing comes of it.
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    return weights @ values / total, (top + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
 
 
 def merge(

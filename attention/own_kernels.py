@@ -12,6 +12,9 @@ INSTALL_TRITON = "pip install triton (on Windows: triton-windows)"
 # Looked up once, here: torch.compile cannot trace the search for a module.
 _FOUND = importlib.util.find_spec("triton") is not None
 
+MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+MOST_CHANNELS = 256  # head_dim
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,8 +24,14 @@ def has_triton() -> bool:
 
 
 def use_kernels(x: torch.Tensor) -> bool:
-    """Whether `x` lies where the kernels run: on CUDA, with triton installed (if not, that is logged once)."""
-    return x.is_cuda and (has_triton() or _without_triton())
+    """Whether the kernels can work on `x [..., D]`, and run where it lies.
+
+    That is on CUDA of compute capability 8.0 and up, with triton installed (if not, that is logged once).
+    """
+    if not x.is_cuda or x.dtype == torch.float64 or (x.is_floating_point() and x.shape[-1] > MOST_CHANNELS):
+        return False
+    properties = torch.cuda.get_device_properties(x.device)  # torch.compile knows this way of asking
+    return (properties.major, properties.minor) >= MIN_COMPUTE_CAPABILITY and (has_triton() or _without_triton())
 
 
 @functools.cache

@@ -63,12 +63,14 @@ def probe(
     q = q_means.float().flatten(0, 1) * scale
     made = Probe(log_mass, key[:, :count, :clusters], value[:, :count, :clusters])
     if on_the_host(k.device):
-        _probe_by_size(q, *(x.flatten(0, 1) for x in (k, v, order)), starts, keys.sizes.flatten(0, 1), made)
+        flat = [x.flatten(0, 1) for x in (k, v, order, keys.sizes)]
+        _probe_by_size(q, flat[0], flat[1], flat[2], starts, flat[3], made)
     else:
         pairs = permute(torch.cat([k, v], -1), order).flatten(0, 1)
         first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
         for some in _heads_at_once(batch * heads, first.shape[-1] * count * dim):
-            _probe_pieces(*(x[some] for x in (q, pairs, first, length, owner)), Probe(*(x[some] for x in made[:3])))
+            part = Probe(log_mass[some], made.key[some], made.value[some])
+            _probe_pieces(q[some], pairs[some], first[some], length[some], owner[some], part)
     return Probe(*(x.unflatten(0, (batch, heads)) for x in (log_mass, key, value)))
 
 

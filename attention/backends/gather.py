@@ -46,8 +46,8 @@ class GatherBackend(Backend):
             row = []
             for h in range(heads):
                 head_slice = slice(None) if heads == 1 else slice(h, h + 1)
-                some = [x[batch_slice, head_slice] for x in (queries, pairs)]
-                row.append(_Tiles(*some, k.shape[-1], plan, b, h).attend(scale, return_lse))
+                some, others = (x[batch_slice, head_slice] for x in (queries, pairs))
+                row.append(_Tiles(some, others, k.shape[-1], plan, b, h).attend(scale, return_lse))
             rows.append(_join(row, 1))
         out, lse = _join(rows, 0)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
@@ -73,10 +73,14 @@ class _StandIns:
     """
 
     def __init__(self, plan: BlockPlan, b: int, h: int, dtype: torch.dtype) -> None:
-        parts = [x[_entry(x, 0, b), _entry(x, 1, h)].to(dtype) for x in (plan.skipped.key, plan.skipped.value)]
-        self.pairs = torch.cat(parts, -1)
-        bias = plan.stand_in_bias()
-        self.bias = bias[_entry(bias, 0, b), _entry(bias, 1, h)]
+        # A plan of one entry for all may have tables for each: its tiles are then worked on for all at once.
+        lead = plan.run_start.shape[:2]
+        own = [None if size == 1 else index for size, index in zip(lead, (b, h), strict=True)]
+        key, value, self.bias = (
+            x[_entry(x, 0, own[0]), _entry(x, 1, own[1])]
+            for x in (plan.skipped.key, plan.skipped.value, plan.stand_in_bias())
+        )
+        self.pairs = torch.cat([key.to(dtype), value.to(dtype)], -1)
         self.count = self.bias.shape[-1]
 
     def of(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +88,8 @@ class _StandIns:
         return self.pairs[:, :, tile] if self.pairs.ndim == 5 else self.pairs, self.bias[:, :, tile].unsqueeze(-2)
 
 
-def _entry(x: torch.Tensor, dim: int, index: int) -> slice:
-    return slice(None) if x.shape[dim] == 1 else slice(index, index + 1)
+def _entry(x: torch.Tensor, dim: int, index: int | None) -> slice:
+    return slice(None) if index is None or x.shape[dim] == 1 else slice(index, index + 1)
 
 
 class _Tiles:

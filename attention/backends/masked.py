@@ -43,7 +43,10 @@ class MaskedBackend(Backend):
         skipped = plan.skipped
         columns = skipped is not None and skipped.bias is None
         if columns:
-            k, v = (torch.cat([x.to(wide), y.to(wide)], 2) for x, y in ((k, skipped.key), (v, skipped.value)))
+            k, v = (
+                torch.cat([x.to(wide), y.to(wide).expand(*x.shape[:2], -1, -1)], 2)
+                for x, y in ((k, skipped.key), (v, skipped.value))
+            )
             lead = torch.broadcast_shapes(bias.shape[:2], skipped.key.shape[:2])
             bias = torch.cat([x.to(wide).expand(*lead, -1, -1) for x in (bias, plan.stand_in_bias())], -1)
         # SDPA has no log-sum-exp, and in half precision the stand-ins' bias would be off by per cents.

@@ -6,11 +6,10 @@ import os
 
 import torch
 
-from ..own_kernels import INSTALL_TRITON, has_triton
+from ..own_kernels import INSTALL_TRITON, MIN_COMPUTE_CAPABILITY, MOST_CHANNELS, has_triton
 from ..plan import BlockPlan
 from .base import Backend, Capability, Precision, Request
 
-MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 FP8_COMPUTE_CAPABILITY = (8, 9)
 
 
@@ -30,7 +29,7 @@ class TritonBackend(Backend):
     capability = Capability(
         devices=("cuda", "cpu"),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        max_head_dim=256,
+        max_head_dim=MOST_CHANNELS,
         lse=("cuda", "cpu"),
         backward=("cuda", "cpu"),
         sparse=True,

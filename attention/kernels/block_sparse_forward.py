@@ -81,7 +81,8 @@ def _attend_described_tile(
     p = tl.exp2(scores * factor - new_m[:, None])
     shrink = tl.exp2(m - new_m)
     if MASKED:
-        v = v_tail_desc.load([v_row + first, v_column])
+        # What lies behind the tail may be anything, and 0 times NaN is NaN.
+        v = tl.where(inside[:, None], v_tail_desc.load([v_row + first, v_column]), 0.0)
     else:
         v = v_desc.load([v_row + first, v_column])
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])

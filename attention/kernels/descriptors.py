@@ -33,6 +33,8 @@ def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], int, tuple
     """`x [B, H, N, D]` as a matrix: memory, shape, elements from row to row, and where batch entries and heads lie."""
     batch, heads, tokens, dim = x.shape
     sb, sh, sn, sd = (stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True))
+    if tokens > 1 and sn == 0:  # one token, repeated
+        return None
     sn = sn or dim
     itemsize = x.element_size()
     if dim != padded(dim) or sd != 1 or sb % sn or sn * itemsize % ALIGNED or x.data_ptr() % ALIGNED:

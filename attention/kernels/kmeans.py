@@ -18,6 +18,7 @@ from .walk import load_rows
 # Of the assignment: tokens a program, centroids at a time, warps and stages; of 16-bit tokens measured on an H200.
 HALF = Tiles(128, 64, 8, 3)
 SINGLE = Tiles(64, 64, 4, 2)
+HALF_WIDE, SINGLE_WIDE = Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1)  # of a head_dim above 128
 PIECE = 256  # members that one program adds up: a cluster of half the sequence is the work of many programs
 ADDED = 32  # of them at a time
 
@@ -36,7 +37,7 @@ def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.
     """
     x, mean = rows_contiguous(x), mean.contiguous()
     half = x.element_size() == 2
-    tiles = HALF if half else SINGLE
+    tiles = (HALF if half else SINGLE) if x.shape[-1] <= 128 else (HALF_WIDE if half else SINGLE_WIDE)
     centers = centers.to(x.dtype).contiguous()
     batch, heads, tokens, dim = x.shape
     clusters = centers.shape[2]

@@ -15,7 +15,7 @@ BLOCK = 256  # entries of a row at a time
 
 
 def merge_segments(selected: torch.Tensor, sizes: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`runs.merge_segments` into a given number of run slots, which must suffice.
+    """`runs.merge_segments` into a given number of run slots, which must suffice: further runs are left out.
 
     Args:
         selected: `[B, H, T, C]` bool.
@@ -30,7 +30,8 @@ def merge_segments(selected: torch.Tensor, sizes: torch.Tensor, slots: int) -> t
     start, end = (torch.zeros(*lead, rows, slots, dtype=torch.int32, device=selected.device) for _ in range(2))
     with on_device(selected):
         _merge_kernel[(start[..., 0].numel(),)](
-            selected.contiguous().view(torch.int8), order.int(), starts, sizes, start, end, rows, segments, slots,
+            selected.contiguous().view(torch.int8), *(x.contiguous() for x in (order.int(), starts, sizes)), start, end,
+            rows, segments, slots,
             BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return start, end - start
@@ -88,8 +89,9 @@ def _merge_kernel(
         )
         begins = (chosen & (joined == 0)).to(tl.int32)
         place = runs + tl.cumsum(begins, 0) - 1
-        tl.store(run_start_ptr + row * slots + place, start, mask=begins != 0)
-        tl.store(run_end_ptr + row * slots + place, start + size, mask=chosen & (goes_on == 0))
+        room = place < slots
+        tl.store(run_start_ptr + row * slots + place, start, mask=(begins != 0) & room)
+        tl.store(run_end_ptr + row * slots + place, start + size, mask=chosen & (goes_on == 0) & room)
         runs += tl.sum(begins, 0)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, spend
-from ..kmeans import update
+from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import map_error
@@ -126,6 +125,7 @@ class SVG2(Method):
         q_clusters = cluster_count("SVG2", "q_clusters", self.q_clusters, max(36, 0.364 * tokens**0.5), tokens)
         return q_clusters, cluster_count("SVG2", "k_clusters", self.k_clusters, 1.8 * tokens**0.5, tokens)
 
+    @torch.no_grad()
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
@@ -135,9 +135,10 @@ class SVG2(Method):
         k, v = (x[:, :, layout.video] for x in (k, v))
         mass = cluster_mass(queries.means, keys.means, keys.sizes)
         if self.compensate or self.route == "error":
-            v_means = update(v.float(), keys.labels, torch.zeros_like(keys.means))
+            v_means = renewed(v, keys._replace(means=torch.zeros_like(keys.means))).means
         if self.route == "error":
-            selected, facts = self._by_error(mass, queries, k, keys, v_means, layout)
+            selected = self._by_error(mass, queries, k, keys, v_means, layout)
+            facts: dict[str, Any] = {"planning_pairs": self.planning_pairs(layout)}
         else:
             if self.density is None:
                 top_p: float | torch.Tensor = self.top_p
@@ -165,26 +166,22 @@ class SVG2(Method):
         keys: Clusters,
         v_means: torch.Tensor,
         layout: VideoLayout,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The clusters that `route="error"` reads, `[B, H, Cq, Ck]` bool, and what the report says of it."""
+    ) -> torch.Tensor:
+        """The clusters that `route="error"` reads, `[B, H, Cq, Ck]` bool."""
         rows, sizes = queries.sizes.unsqueeze(-1), keys.sizes.unsqueeze(-2)
         cost = rows * (sizes - int(self.compensate)).clamp(min=0)
-        budget = mass.shape[1] * (self.density * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
-        budget = torch.full(mass.shape[:1], budget, device=mass.device)
+        pairs = mass.shape[1] * ((self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
+        budget = torch.full(mass.shape[:1], pairs, device=mass.device)
         if self.compensate:
             error = map_error(queries.means, k, keys, k.shape[-1] ** -0.5)
             budget = budget - layout.video_tokens * (keys.sizes > 0).sum((1, 2))
-            probed = queries.means.shape[2] / 2 * layout.video_tokens / layout.tokens**2
         else:
             error = mass.square() * torch.cdist(mass @ v_means, v_means).square()
-            probed = 0.0
         rank = (error / sizes.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
         if not self.compensate:  # no query may read nothing
             best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
-            selected = spend(rank.masked_fill(best & (cost > 0), torch.inf), cost, budget) | best
-        else:
-            selected = spend(rank, cost, budget)
-        return selected, {"planning_pairs": probed}
+            return spend(rank.masked_fill(best & (cost > 0), torch.inf), cost, budget) | best
+        return spend(rank, cost, budget)
 
     def _cluster(self, x: torch.Tensor, count: int, layout: VideoLayout, memory: dict, key: str) -> Clusters:
         """Clusters of the video tokens, from those of the last step where there are any."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, Tangent, VideoLayout, sparse_attention
-from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, resolve_method
+from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, own_kernels, resolve_method
 from vidaccel.attention.backends import ELSEWHERE
 from vidaccel.attention.engine import engine_attention
 from vidaccel.attention.timing import Span, event_class
@@ -383,3 +384,33 @@ def test_the_report_says_what_tangent_plans_with(settings, words):
     notes = [note for note in engine.report().notes if note.startswith("tangent:")]
     assert len(notes) == 1 and words in notes[0] and "%" in notes[0]
     assert ("fewer than 768 tokens" in notes[0]) == (settings == {})
+
+
+@pytest.mark.parametrize("method", ["svg2", "tangent"])
+def test_training_plans_each_sample_from_itself(method):
+    """Steps of a training are of other videos, whose clusters say nothing of this one."""
+    engine, alone = make(method), make(method)
+    samples = [[x.requires_grad_() for x in tokens()] for _ in range(2)]
+    engine.enter(StepInfo(step=0, num_steps=2), LAYOUT)
+    engine(*samples[0], 0)
+    engine.enter(StepInfo(step=1, num_steps=2), LAYOUT)
+    alone.enter(StepInfo(step=0, num_steps=2), LAYOUT)
+    assert engine(*samples[1], 0).equal(alone(*samples[1], 0))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "channels", "runs"),
+    [
+        ((9, 0), torch.bfloat16, 128, True),
+        ((8, 0), torch.float32, 256, True),
+        ((7, 5), torch.float16, 64, False),
+        ((9, 0), torch.float64, 64, False),
+        ((9, 0), torch.float16, 320, False),
+    ],
+)
+def test_kernels_plan_where_they_can_run(monkeypatch, capability, dtype, channels, runs):
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(own_kernels, "_FOUND", True)
+    assert own_kernels.use_kernels(torch.zeros(1, 1, 4, channels, dtype=dtype)) == runs

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidaccel import SVG2, BlockPlan, VideoLayout, sparse_attention
+from vidaccel import SVG2, BlockPlan, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory
 from vidaccel.attention.skipped import SkippedClusters
 
@@ -180,3 +180,53 @@ def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters
     torch.testing.assert_close(sparse_attention(q, k, v, plan, backend=backend), expected, atol=2e-6, rtol=2e-6)
     half = sparse_attention(*(x.bfloat16() for x in (q, k, v)), plan, backend=backend)
     assert half.dtype == torch.bfloat16 and (half - expected).abs().max() < 3e-2
+
+
+def one_plan_with_tables(lead, tables, own):
+    """Clusters of one order, selected for `lead`, with stand-ins for `tables` batch entries and heads."""
+    sizes = torch.tensor([20, 0, 30, 20])
+    selected = torch.rand(*lead, 4, 4) < 0.5
+    selected[..., 0] = True
+    plan = BlockPlan.from_clusters(sizes.expand(*lead, 4), sizes.expand(*lead, 4), selected, n_q=70, n_kv=70)
+    shape = (*tables, 4, 4) if own else (*tables, 4)
+    bias = torch.randn(shape) if own else None
+    return replace(plan, skipped=SkippedClusters(torch.randn(*shape, 16), torch.randn(*shape, 16), bias))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("lead", "tables"), [((1, 1), (2, 3)), ((1, 3), (2, 3)), ((2, 3), (1, 1)), ((2, 3), (2, 1))])
+def test_tables_for_fewer_or_more_than_the_plan_is_for(lead, tables, own):
+    plan = one_plan_with_tables(lead, tables, own)
+    q, k, v = (torch.randn(2, 3, 70, 16, dtype=torch.float64) for _ in range(3))
+    label = torch.arange(4).repeat_interleave(torch.tensor([20, 0, 30, 20]))
+    key, value = (x.double().expand(2, 3, *x.shape[2:]) for x in (plan.skipped.key, plan.skipped.value))
+    if not own:
+        key, value = (x.unsqueeze(2).expand(-1, -1, 4, -1, -1) for x in (key, value))
+    scores = (q @ k.transpose(-1, -2) / 4).masked_fill(~plan.to_dense_mask().expand(2, 3, -1, -1), -torch.inf)
+    extra = torch.einsum("bhnd,bhncd->bhnc", q, key[:, :, label]) / 4
+    extra = extra + plan.stand_in_bias().double().expand(2, 3, -1, -1)[:, :, label]
+    weights = torch.cat([scores, extra], -1).softmax(-1)
+    expected = weights[..., :70] @ v + torch.einsum("bhnc,bhncd->bhnd", weights[..., 70:], value[:, :, label])
+    for backend in ("gather", "masked", "reference"):
+        out = sparse_attention(q, k, v, plan, backend=backend)
+        torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6, msg=lambda m, b=backend: f"{b}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["gather", "masked", "reference"])
+def test_gradients_of_queries_that_skip_nothing(backend):
+    """Text reads everything, so it has no stand-in."""
+    layout = VideoLayout(4, 4, 5, text_after=3)
+    q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
+    plan = Tangent(density=0.7, probe=True, q_clusters=8, k_clusters=10).plan(q, k, v, layout, PlanMemory())
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad(sparse_attention(*tensors, plan, backend=backend).square().sum(), tensors)
+    assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("backend", ["gather", "masked", "reference"])
+def test_autocast_does_not_round_what_is_computed_in_float32(backend):
+    q, k, v = clustered(LAYOUT, 0.5)
+    plan = plan_of(q, k, v, LAYOUT, density=0.45, compensate=True)
+    expected = sparse_attention(q, k, v, plan, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse_attention(q, k, v, plan, backend=backend).equal(expected)

@@ -31,6 +31,8 @@ def laid_out(layout, n, dim, device, heads=2, batch=2):
         x = torch.randn(batch, n, 3, heads, dim)[:, :, 1].transpose(1, 2)
     elif layout == "every other channel":
         return torch.randn(batch, heads, n, 2 * dim).to(device)[..., ::2]
+    elif layout == "one token":
+        return torch.randn(batch, heads, 1, dim).to(device).expand(-1, -1, n, -1)
     elif layout == "off by one":
         return torch.randn(batch * heads * n * dim + 1).to(device)[1:].view(batch, heads, n, dim)
     return x.to(device)
@@ -57,7 +59,9 @@ def test_every_layout_gives_the_same_attention(device, layout, kind):
     torch.testing.assert_close(lse.double(), sums, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("layout", "dim"), [("every other channel", 64), ("off by one", 64), ("heads first", 96)])
+@pytest.mark.parametrize(
+    ("layout", "dim"), [("every other channel", 64), ("off by one", 64), ("one token", 64), ("heads first", 96)]
+)
 def test_other_memory_is_not_described(layout, dim):
     x = laid_out(layout, 40, dim, "cpu")
     assert describe(x, x, TILES) is None
@@ -81,3 +85,20 @@ def test_tiles_on_hopper_are_those_of_the_plan(monkeypatch, method, tile, descri
     tiles = forward_tiles(q, plan)
     assert (tiles.block_m, tiles.described) == (tile, described)
     assert tiles.num_warps == (8 if tile == 128 else 4)
+
+
+def test_what_lies_behind_the_keys_does_not_matter(device):
+    """A buffer that is longer than the sequence, as a cache is, may hold anything behind it."""
+    n, dim = 70, 64
+    plan, mask = KINDS["uniform"](n)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    q = laid_out("heads first", n, dim, device).to(dtype)
+    k, v = (torch.full((2, 2, 128, dim), torch.nan, dtype=dtype, device=device) for _ in range(2))
+    k[:, :, :n], v[:, :, :n] = torch.randn(2, 2, 2, n, dim, device=device).to(dtype)
+    k, v = k[:, :, :n], v[:, :, :n]
+    assert describe(k, v, TILES) is not None
+    out, lse = results(q)
+    launch_forward(q, k, v, out, lse, plan.to(device), None, None, dim**-0.5 * LOG2E, TILES)
+    expected, _ = masked_attention(q, k, v, mask.to(device))
+    tolerance = 2e-3 if dtype == torch.float16 else 3e-6
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)

@@ -12,7 +12,7 @@ from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, 
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 width = {"D": dim, "D_PAD": launch.padded(dim)}
-tiles = kmeans.SINGLE if dtype == "fp32" else kmeans.HALF
+tiles = kmeans.SINGLE if dtype == "fp32" else kmeans.HALF if dim <= 128 else kmeans.HALF_WIDE
 probing = probe.TILES[dtype != "fp32", max(64, launch.padded(dim))]
 small = launch.Tiles(0, 0, 4, 1)
 blocks = {"BLOCK_N": tiles.block_m, "BLOCK_C": tiles.block_n, "HALF": dtype != "fp32"}
@@ -44,6 +44,7 @@ print(json.dumps([
         pytest.param(89, 96, "bf16", marks=pytest.mark.slow),
         pytest.param(90, 64, "fp32", marks=pytest.mark.slow),
         pytest.param(120, 128, "bf16", marks=pytest.mark.slow),
+        pytest.param(89, 256, "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_planning_kernels_compile(tmp_path, architecture, dim, dtype):

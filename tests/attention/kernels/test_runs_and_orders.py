@@ -32,3 +32,19 @@ def test_orders_of_any_layout(device):
         order = torch.rand(*lead, 70).argsort(-1).to(device)
         found = permute_rows(x, order)
         assert found.is_contiguous() and found.equal(permute(x, order))
+
+
+def test_sizes_of_any_layout(device):
+    sizes = torch.randint(0, 4, (3, 2, 20)).transpose(0, 1)
+    selected = torch.rand(2, 3, 5, 20) < 0.4
+    expected = merge_in_torch(selected, sizes, 10)
+    found = merge_segments(selected.to(device), sizes.to(device), 10)
+    assert found[1].cpu().equal(expected[1])
+    assert (found[0].cpu() * (expected[1] > 0)).equal(expected[0] * (expected[1] > 0))
+
+
+def test_runs_beyond_the_slots_do_not_spill_into_the_next_row(device):
+    selected = torch.zeros(1, 1, 2, 7, dtype=torch.bool)
+    selected[:, :, 0, ::2] = True  # four runs, for two slots
+    found = merge_segments(selected.to(device), torch.full((1, 1, 7), 3).to(device), 2)
+    assert found[0][0, 0].tolist() == [[0, 6], [0, 0]] and found[1][0, 0].tolist() == [[3, 3], [0, 0]]
