@@ -140,7 +140,7 @@ class BlockPlan:
             selected: `[Bp, Hp, Cq, Ck]` bool.
             q_order: `[1|B, 1|H, n_q]` int64, tokens sorted by query cluster. kv_order: likewise for keys.
             n_q, n_kv: the sequence lengths; read from the orders or from the sizes (a host sync) when not given.
-            max_runs: run slots per tile; found from the data (a host sync) when not given.
+            max_runs: run slots per tile; when not given, on the CPU what the data need, elsewhere what they can need.
 
         Raises:
             ValueError: shapes disagree, or the sizes of some head do not add up to the sequence length.

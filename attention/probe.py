@@ -212,7 +212,8 @@ def read(seen: Probe, q_means: torch.Tensor, scale: float) -> Seen:
     bias, away, outputs = torch.empty_like(mass), torch.empty_like(mass), torch.empty_like(q_means)
     key, value = (x[:, :, :count, :clusters] for x in (seen.key, seen.value))
     for some in _heads_at_once(heads, batch * count * clusters * q_means.shape[-1]):
-        # The keys as they are stored: so the stand-in is exact at the centroid.
+        # The keys as they are stored: so the stand-in is exact at the centroid. (That of the kernel is so for the
+        # centroid rounded to the dtype of the keys.)
         at_centroid = (key[:, some].float() @ q_means[:, some].unsqueeze(-1)).squeeze(-1)
         bias[:, some] = seen.log_mass[:, some] - scale * at_centroid
         values = value[:, some].float()

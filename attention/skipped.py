@@ -21,8 +21,8 @@ class SkippedClusters:
       expansion of the log of the sum at the tile's mean query.
 
     Args:
-        key, value: `[B, H, C, D]`, or `[B, H, T, C, D]` for each of the plan's tiles; float32, in the order of the
-            plan's `selection`.
+        key, value: `[B, H, C, D]`, or `[B, H, T, C, D]` for each of the plan's tiles; float32 or the dtype of the
+            keys, in the order of the plan's `selection`.
         bias: `[B, H, T, C]` float32, for the second kind; None for the first, whose bias is the log of the size.
 
     Raises:

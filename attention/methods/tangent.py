@@ -53,6 +53,9 @@ class Tangent(Method):
         init_iterations, step_iterations: of k-means at the first sparse step of a run, and at later ones.
         schedule: dense steps and layers; 20 % of the steps.
 
+    In training the tables of each layer's plan are kept for the backward pass, `table_bytes` of them: 50 GiB over the 40
+    layers of Wan 14B at 32,760 tokens, 11 GiB over the 30 of Wan 1.3B. `SVG2(compensate=True)` keeps next to nothing.
+
     Raises:
         ValueError: `density` and `tolerance` together or neither, or a value out of its bounds.
     """
@@ -185,7 +188,9 @@ class Tangent(Method):
         )
 
     def _clusters(self, x: torch.Tensor, count: int, memory: dict[str, Any], name: str, anew: bool) -> Clusters:
-        """Clusters for this call; what is kept of them is small: 16-bit labels, and the means."""
+        """Clusters for this call. Kept of them are 16-bit labels and the means: at 75,600 tokens and 40 heads 27 MiB a
+        call, 2.1 GiB over 40 layers and two branches of guidance.
+        """
         kept = memory.get(f"tangent_{name}")
         if kept is not None and not anew:
             labels = kept[0].long()
