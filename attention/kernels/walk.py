@@ -1,14 +1,14 @@
 """How a kernel walks the keys of a query tile: the plan cut to pieces and tiles, and the device code that does it.
 
-How runs become tiles of `BLOCK_N` keys: each run is cut, from its own first key, into whole tiles and what is left of it
-into tails of at most `TAIL_N` keys. The program walks all whole tiles first, without any mask, then all tails, each
+How runs become tiles of `BLOCK_N` keys: each run is cut, from its own first key, into whole tiles, and what is left of
+it into tails of at most `TAIL_N` keys. The program walks all whole tiles first, without any mask, then all tails, each
 masked. Softmax does not care about the order, and both walks are flat loops, so that the loads of the next tile can be
 under way while this one is computed. Runs start anywhere: a tile is loaded row by row, and a row lies where it lies.
 
 What that costs: a tail takes as long as `TAIL_N` keys. With runs of mean length L, about `TAIL_N / (2 * L)` more pairs
-are computed than the plan names: 11 % for runs of 150 keys and tails of 32, nothing for plans of aligned blocks. Packing
-the tails of several runs into one tile would save most of it, but needs a list of key positions per tile (4 bytes for
-every tail key of every query tile) and a gather in place of contiguous rows.
+are computed than the plan names: 11 % for runs of 150 keys and tails of 32, nothing for plans of aligned blocks.
+Packing the tails of several runs into one tile would save most of it, but needs a list of key positions per tile (4
+bytes for every tail key of every query tile) and a gather in place of contiguous rows.
 """
 
 from __future__ import annotations

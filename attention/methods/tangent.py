@@ -53,8 +53,8 @@ class Tangent(Method):
         init_iterations, step_iterations: of k-means at the first sparse step of a run, and at later ones.
         schedule: dense steps and layers; 20 % of the steps.
 
-    In training the tables of each layer's plan are kept for the backward pass, `table_bytes` of them: 50 GiB over the 40
-    layers of Wan 14B at 32,760 tokens, 11 GiB over the 30 of Wan 1.3B. `SVG2(compensate=True)` keeps next to nothing.
+    In training the tables of each layer's plan are kept for the backward pass, `table_bytes` of them: 50 GiB over the
+    40 layers of Wan 14B at 32,760 tokens, 11 GiB over the 30 of Wan 1.3B. `SVG2(compensate=True)` keeps next to nothing.
 
     Raises:
         ValueError: `density` and `tolerance` together or neither, or a value out of its bounds.
