@@ -54,7 +54,7 @@ class Tangent(Method):
         schedule: dense steps and layers; 20 % of the steps.
 
     In training the tables of each layer's plan are kept for the backward pass, `table_bytes` of them: 50 GiB over the
-    40 layers of Wan 14B at 32,760 tokens, 11 GiB over the 30 of Wan 1.3B. `SVG2(compensate=True)` keeps next to nothing.
+    40 layers of Wan 14B at 32,760 tokens, 11 GiB over the 30 of Wan 1.3B. `SVG2(compensate=True)` keeps almost nothing.
 
     Raises:
         ValueError: `density` and `tolerance` together or neither, or a value out of its bounds.
