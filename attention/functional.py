@@ -65,13 +65,14 @@ def attend(
     """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none."""
     merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
     with_lse = return_lse or merged
-    # Under autocast, what backends compute in float32, or are asked to, would be rounded to 16 bits.
-    with torch.autocast(q.device.type, enabled=False):
-        if precision == AS_INPUTS:
-            result = backend.attend(q, k, v, plan, scale, with_lse)
-        else:
-            result = backend.attend_quantized(q, k, v, plan, scale, with_lse, precision)
-        return merge(*result, *attend_skipped(q, plan, scale)) if merged else result
+    if precision == AS_INPUTS:
+        result = backend.attend(q, k, v, plan, scale, with_lse)
+    else:
+        result = backend.attend_quantized(q, k, v, plan, scale, with_lse, precision)
+    if not merged:
+        return result
+    with torch.autocast(q.device.type, enabled=False):  # stand-ins are float32
+        return merge(*result, *attend_skipped(q, plan, scale))
 
 
 def choose_backend(

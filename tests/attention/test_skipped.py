@@ -221,12 +221,3 @@ def test_gradients_of_queries_that_skip_nothing(backend):
     tensors = [x.requires_grad_() for x in (q, k, v)]
     gradients = torch.autograd.grad(sparse_attention(*tensors, plan, backend=backend).square().sum(), tensors)
     assert all(x.isfinite().all() for x in gradients)
-
-
-@pytest.mark.parametrize("backend", ["gather", "masked", "reference"])
-def test_autocast_does_not_round_what_is_computed_in_float32(backend):
-    q, k, v = clustered(LAYOUT, 0.5)
-    plan = plan_of(q, k, v, LAYOUT, density=0.45, compensate=True)
-    expected = sparse_attention(q, k, v, plan, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert sparse_attention(q, k, v, plan, backend=backend).equal(expected)
