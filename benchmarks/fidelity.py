@@ -25,23 +25,14 @@ import torch.nn.functional as F
 import typer
 from common import RESULTS, environment_line, write_markdown
 from heads import Tensors, demo_heads, synthetic_heads
+from quality import METHODS
 
-from vidaccel import METHODS, VideoLayout, sparse_attention
+from vidaccel import VideoLayout, sparse_attention
+from vidaccel.attention import METHODS as CLASSES
 from vidaccel.attention import PlanMemory
 from vidaccel.attention.methods.base import OutOfReach
 
-# Name in the table -> method and settings.
-CONTENDERS = {
-    "tangent": ("tangent", {}),
-    "tangent, probed": ("tangent", {"probe": True}),
-    "svg2, error route": ("svg2", {"compensate": True, "route": "error"}),
-    "svg2, compensated": ("svg2", {"compensate": True}),
-    "svg2": ("svg2", {}),
-    "svg": ("svg", {}),
-    "sparge": ("sparge", {}),
-    "radial": ("radial", {}),
-    "random": ("random", {}),
-}
+CONTENDERS = {name: of for name, of in METHODS.items() if name != "random, fixed"}  # one call is one mask
 ORACLE = "oracle, best keys"
 PROMPT = "a red circle moves left on a grey background"
 ROWS = 512  # queries of the oracle at a time
@@ -100,7 +91,7 @@ def measure(load: Loader, name: str, densities: list[float], done: set) -> Itera
             continue
         method, settings = CONTENDERS[contender]
         try:
-            config = METHODS[method].for_density(layout, density, **settings)
+            config = CLASSES[method].for_density(layout, density, **settings)
             config.check(layout)
         except OutOfReach as problem:
             yield row | {"density": None, "planning": None, "error": None, "note": str(problem)}

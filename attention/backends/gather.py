@@ -39,6 +39,7 @@ class GatherBackend(Backend):
         queries = permute(q, plan.q_order)
         pairs = permute(torch.cat([k, v], -1), plan.kv_order)
         batch, heads = plan.run_start.shape[:2]
+        bias = None if plan.skipped is None else plan.stand_in_bias()
         rows = []
         for b in range(batch):
             # A plan for all batch entries or heads is computed for all of them in one call.
@@ -47,7 +48,7 @@ class GatherBackend(Backend):
             for h in range(heads):
                 head_slice = slice(None) if heads == 1 else slice(h, h + 1)
                 some, others = (x[batch_slice, head_slice] for x in (queries, pairs))
-                row.append(_Tiles(some, others, k.shape[-1], plan, b, h).attend(scale, return_lse))
+                row.append(_Tiles(some, others, k.shape[-1], plan, bias, b, h).attend(scale, return_lse))
             rows.append(_join(row, 1))
         out, lse = _join(rows, 0)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
@@ -68,17 +69,16 @@ class _StandIns:
     """What the tiles of plan entry `(b, h)` read of clusters: all stand-ins, -inf as the bias of those not skipped.
 
     Args:
-        plan: with `skipped`.
+        plan: with `skipped`. bias: its `stand_in_bias()`.
         dtype: of keys and values.
     """
 
-    def __init__(self, plan: BlockPlan, b: int, h: int, dtype: torch.dtype) -> None:
+    def __init__(self, plan: BlockPlan, bias: torch.Tensor, b: int, h: int, dtype: torch.dtype) -> None:
         # A plan of one entry for all may have tables for each: its tiles are then worked on for all at once.
         lead = plan.run_start.shape[:2]
         own = [None if size == 1 else index for size, index in zip(lead, (b, h), strict=True)]
         key, value, self.bias = (
-            x[_entry(x, 0, own[0]), _entry(x, 1, own[1])]
-            for x in (plan.skipped.key, plan.skipped.value, plan.stand_in_bias())
+            x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in (plan.skipped.key, plan.skipped.value, bias)
         )
         self.pairs = torch.cat([key.to(dtype), value.to(dtype)], -1)
         self.count = self.bias.shape[-1]
@@ -98,6 +98,7 @@ class _Tiles:
     Args:
         q: `[B', H', n_q, D]`. pairs: keys and values side by side, `[B', H', n_kv, D + Dv]`. Both permuted.
         key_width: D.
+        bias: `plan.stand_in_bias()`, where it has stand-ins; made once for all entries.
     """
 
     def __init__(
@@ -106,11 +107,12 @@ class _Tiles:
         pairs: torch.Tensor,
         key_width: int,
         plan: BlockPlan,
+        bias: torch.Tensor | None,
         b: int,
         h: int,
     ) -> None:
         self.q, self.pairs, self.key_width = q, pairs, key_width
-        self.stand_ins = None if plan.skipped is None else _StandIns(plan, b, h, pairs.dtype)
+        self.stand_ins = None if bias is None else _StandIns(plan, bias, b, h, pairs.dtype)
         self.starts, self.lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
         self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
         # Without gradients all copies go through one buffer: memory that is new for each tile costs more than the copy.

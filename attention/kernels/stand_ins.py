@@ -52,6 +52,14 @@ def stand_in_args(tables: StandIns | None) -> tuple:
 
 
 @triton.jit
+def _scores(q, factor, key_ptr, bias_ptr, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr):
+    """The keys of some stand-ins, and their scores in base 2; -inf for those that do not count."""
+    key = load_rows(key_ptr, rows, D, inside, tl.arange(0, D_PAD), D, D_PAD, True)
+    bias = tl.load(bias_ptr + rows, mask=inside, other=float("-inf")) * 1.4426950408889634
+    return key, tl.dot(q, tl.trans(key), input_precision="ieee") * factor + bias[None, :]
+
+
+@triton.jit
 def attend_stand_ins(
     state, q, factor, key_ptr, value_ptr, bias_ptr, clusters,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -63,9 +71,7 @@ def attend_stand_ins(
     for first in range(0, clusters, STEP):
         rows = first + tl.arange(0, STEP)
         inside = rows < clusters
-        key = load_rows(key_ptr, rows, D, inside, d, D, D_PAD, True)
-        bias = tl.load(bias_ptr + rows, mask=inside, other=float("-inf")) * 1.4426950408889634
-        scores = tl.dot(q, tl.trans(key), input_precision="ieee") * factor + bias[None, :]
+        _, scores = _scores(q, factor, key_ptr, bias_ptr, rows, inside, D, D_PAD)
         new_m = tl.maximum(m, tl.max(scores, 1))
         # A tile without keys of its own may meet clusters that do not count before the first that does.
         safe = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -89,9 +95,7 @@ def stand_ins_to_queries(
     for first in range(0, clusters, STEP):
         rows = first + tl.arange(0, STEP)
         inside = rows < clusters
-        key = load_rows(key_ptr, rows, D, inside, d, D, D_PAD, True)
-        bias = tl.load(bias_ptr + rows, mask=inside, other=float("-inf")) * 1.4426950408889634
-        scores = tl.dot(q, tl.trans(key), input_precision="ieee") * factor + bias[None, :]
+        key, scores = _scores(q, factor, key_ptr, bias_ptr, rows, inside, D, D_PAD)
         p = tl.exp2(scores - lse2[:, None])
         value = load_rows(value_ptr, rows, D, inside, d, D, D_PAD, True)
         grad_scores = p * (tl.dot(grad, tl.trans(value), input_precision="ieee") - delta[:, None])
