@@ -24,8 +24,7 @@ class _Transforms:
             return F.interpolate(x, size=size, mode="nearest")
 
 
-if not hasattr(transformer_cosmos, "transforms"):
-    transformer_cosmos.transforms = _Transforms
+transforms = transformer_cosmos.__dict__.setdefault("transforms", _Transforms)
 
 COSMOS = {"out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2, "text_embed_dim": 16,
           "adaln_lora_dim": 4, "max_size": (8, 32, 32)}  # fmt: skip
