@@ -207,8 +207,8 @@ class _Functional:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
-            more: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **more)
+            more: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, **more)
 
         return _call(query, key, value, attn_mask, stock, plain=_plain(query, dropout_p, is_causal, scale))
 
