@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .heads import ALL_HEADS, HeadGroup
+
 CHUNK_BYTES = 2**28  # keys, values and scores of so many heads at a time
 
 
@@ -40,7 +42,12 @@ def sample_rows(tokens: int, rows: int, turn: int, device: torch.device) -> torc
 
 @torch.no_grad()
 def relative_error(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    group: HeadGroup = ALL_HEADS,
 ) -> torch.Tensor:
     """How far an output is from dense attention, in some rows: `norm(out - dense) / norm(dense)` over all of them.
 
@@ -52,6 +59,7 @@ def relative_error(
     Args:
         out: what a method gave, `[B, H, Nq, D]`. q: `[B, H, Nq, D]`. k, v: `[B, H, Nk, D]`.
         rows: `[R]` int64, positions in q.
+        group: the processes that share the heads; the error is that of all.
 
     Returns:
         0-dim, on the device of `q`, over batch, heads and rows: nothing is read on the host.
@@ -67,4 +75,5 @@ def relative_error(
         weights = (query @ k[:, part].to(dtype).transpose(-1, -2) * channels**-0.5).softmax(-1)
         dense = weights @ v[:, part].to(dtype)
         wrong, whole = wrong + (got - dense).square().sum(), whole + dense.square().sum()
+    wrong, whole = group.each(torch.stack([wrong, whole])).sum(0)
     return (wrong / whole.clamp(min=torch.finfo(dtype).tiny)).sqrt()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..heads import ALL_HEADS, HeadGroup
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
@@ -44,17 +45,19 @@ class OutOfReach(ValueError):
 
 @dataclass
 class PlanMemory:
-    """What a method may keep between calls. The engine owns it: methods themselves hold no state.
+    """What a method may keep between calls, and whose heads the call has. The engine owns it: methods hold no state.
 
     Args:
         call: of one (model, layer, guidance branch, layout); emptied when a run starts.
         layout: shared by every layer of one layout and device; holds what needs nothing else, such as static masks.
         run: shared by every layer; emptied when a run starts.
+        heads: what is decided over all heads of a layer, or by a head's number, goes through it.
     """
 
     call: dict[str, Any] = field(default_factory=dict)
     layout: dict[Any, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    heads: HeadGroup = ALL_HEADS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend
+from ..heads import HeadGroup
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import map_error
@@ -137,14 +138,15 @@ class SVG2(Method):
         if self.compensate or self.route == "error":
             v_means = renewed(v, keys._replace(means=torch.zeros_like(keys.means))).means
         if self.route == "error":
-            selected = self._by_error(mass, queries, k, keys, v_means, layout)
+            selected = self._by_error(mass, queries, k, keys, v_means, layout, memory.heads)
             facts: dict[str, Any] = {"planning_pairs": self.planning_pairs(layout)}
         else:
             if self.density is None:
                 top_p: float | torch.Tensor = self.top_p
                 forced = int(self.min_ratio * k_clusters)
             else:
-                top_p, forced = _top_p_for(self.density, mass, queries.sizes, keys.sizes, layout, self.compensate), 1
+                tables = (memory.heads.gather(x) for x in (mass, queries.sizes, keys.sizes))
+                top_p, forced = _top_p_for(self.density, *tables, layout, self.compensate), 1
             selected = _select(mass, top_p, forced)
             facts = {"top_p": top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p}
         plan = plan_with_text(queries, keys, selected, layout)
@@ -166,22 +168,25 @@ class SVG2(Method):
         keys: Clusters,
         v_means: torch.Tensor,
         layout: VideoLayout,
+        heads: HeadGroup,
     ) -> torch.Tensor:
         """The clusters that `route="error"` reads, `[B, H, Cq, Ck]` bool."""
         rows, sizes = queries.sizes.unsqueeze(-1), keys.sizes.unsqueeze(-2)
         cost = rows * (sizes - int(self.compensate)).clamp(min=0)
-        pairs = mass.shape[1] * ((self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
+        count = heads.total(mass.shape[1])
+        pairs = count * ((self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
         budget = torch.full(mass.shape[:1], pairs, device=mass.device)
         if self.compensate:
             error = map_error(queries.means, k, keys, k.shape[-1] ** -0.5)
-            budget = budget - layout.video_tokens * (keys.sizes > 0).sum((1, 2))
+            budget = budget - layout.video_tokens * heads.gather(keys.sizes > 0).sum((1, 2))
         else:
             error = mass.square() * torch.cdist(mass @ v_means, v_means).square()
         rank = (error / sizes.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
         if not self.compensate:  # no query may read nothing
             best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
-            return spend(rank.masked_fill(best & (cost > 0), torch.inf), cost, budget) | best
-        return spend(rank, cost, budget)
+            rank = rank.masked_fill(best & (cost > 0), torch.inf)
+        selected = heads.mine(spend(heads.gather(rank), heads.gather(cost), budget))
+        return selected if self.compensate else selected | best
 
     def _cluster(self, x: torch.Tensor, count: int, layout: VideoLayout, memory: dict, key: str) -> Clusters:
         """Clusters of the video tokens, from those of the last step where there are any."""

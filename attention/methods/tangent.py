@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend, value_variance, with_order
+from ..heads import HeadGroup
 from ..kmeans import cluster_sizes
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -181,7 +182,7 @@ class Tangent(Method):
         # weights and values within the cluster depends, and by its curvature the mass. A mean key has no first order.
         spread = score_variance(q, k, queries, keys, scale, from_zero=not self.probes(layout))
         left = mass.square() * (spread * value_spread.unsqueeze(-2) + 0.25 * spread.square() * away)
-        selected, predicted = self._spend(left, outputs, queries, keys, layout)
+        selected, predicted = self._spend(left, outputs, queries, keys, layout, memory.heads)
         plan = plan_with_text(queries, keys, selected, layout)
         return replace(plan, skipped=skipped).with_details(
             predicted_error=predicted, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
@@ -204,15 +205,23 @@ class Tangent(Method):
         return clusters
 
     def _spend(
-        self, left: torch.Tensor, outputs: torch.Tensor, queries: Clusters, keys: Clusters, layout: VideoLayout
+        self,
+        left: torch.Tensor,
+        outputs: torch.Tensor,
+        queries: Clusters,
+        keys: Clusters,
+        layout: VideoLayout,
+        heads: HeadGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pairs of clusters to compute, and the estimated relative error of what is left, `[B]`."""
-        rows = queries.sizes.float().unsqueeze(-1)
-        more = (keys.sizes - 1).clamp(min=0).float().unsqueeze(-2)  # keys beyond the stand-in
+        """The pairs of clusters to compute, and the estimated relative error of what is left in all heads, `[B]`."""
+        tables = (left, outputs.square().sum(-1), queries.sizes, keys.sizes)
+        left, squares, q_sizes, k_sizes = (heads.gather(x) for x in tables)  # one budget for all heads of the layer
+        rows = q_sizes.float().unsqueeze(-1)
+        more = (k_sizes - 1).clamp(min=0).float().unsqueeze(-2)  # keys beyond the stand-in
         cost = rows * more
         error = rows * left
         rank = (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
-        norm = (rows.squeeze(-1) * outputs.square().sum(-1)).sum((1, 2))
+        norm = (rows.squeeze(-1) * squares).sum((1, 2))
         if self.tolerance is not None:
             flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
             # Added up from the smallest: what is left of the error when all pairs before this one are computed.
@@ -220,10 +229,9 @@ class Tangent(Method):
             keep = (before > (self.tolerance**2 * norm).unsqueeze(-1)) & (flat > -torch.inf)
             selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
         else:
-            heads = left.shape[1]
             text = layout.tokens**2 - layout.video_tokens**2
-            stand_ins = layout.video_tokens * (keys.sizes > 0).sum(-1).float().sum(-1)
-            budget = heads * (self.density * layout.tokens**2 - text) - stand_ins
+            stand_ins = layout.video_tokens * (k_sizes > 0).sum(-1).float().sum(-1)
+            budget = left.shape[1] * (self.density * layout.tokens**2 - text) - stand_ins
             selected = spend(rank, cost, budget)
         remaining = (error * ~selected).sum((1, 2, 3))
-        return selected, (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        return heads.mine(selected), (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()

@@ -1,0 +1,178 @@
+"""Ulysses: processes share a video's tokens between attention calls, and the heads of a layer within them.
+
+`transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=...))` of diffusers gives each process a
+part of the sequence. Around each attention call the processes exchange it: one gets the whole sequence of some heads.
+That is all that a plan needs, so a sparse call is this exchange by diffusers' own functions, with a plan in between.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers.models._modeling_parallel import gather_size_by_comm
+from diffusers.models.attention_dispatch import (
+    SeqAllToAllDim,
+    all_to_all_single_any_o_async,
+    all_to_all_single_any_qkv_async,
+)
+
+from ...attention.heads import HeadGroup
+from ...attention.records import CallRecord
+
+SEQUENCE, HEADS = 1, 2  # dimensions of what is exchanged, `[B, N, H, D]`
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """How processes share the sequence and the heads of a transformer's attention calls.
+
+    Args:
+        group: the processes.
+        anything: whether parts may differ in size, of the sequence by a token and of the heads in the last process.
+    """
+
+    group: dist.ProcessGroup
+    anything: bool = False
+
+    @classmethod
+    def of(cls, transformer: Any, name: str) -> Self | None:
+        """What `enable_parallelism` set up; None where nothing is shared.
+
+        Args:
+            transformer: of diffusers.
+            name: of the component, for messages.
+
+        Raises:
+            RuntimeError: ring attention, or a model without a plan of diffusers'.
+        """
+        config = getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+        if config is None:
+            return None
+        if config.ring_degree > 1:
+            raise RuntimeError(
+                f"{name} runs under ring attention (ring_degree={config.ring_degree}), in which no process sees a "
+                "whole sequence that could be planned: use ContextParallelConfig(ulysses_degree=...) alone, or remove "
+                "sparse attention."
+            )
+        if not shares_sequences(type(transformer)):
+            raise RuntimeError(
+                f"{type(transformer).__name__} has no context-parallel plan in diffusers, and with a cp_plan of your "
+                "own the order of the tokens in a gathered sequence is not known: run it in one process, or remove "
+                "sparse attention."
+            )
+        return cls(config._ulysses_mesh.get_group(), config.ulysses_anything)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share a sequence."""
+        return dist.get_world_size(self.group)
+
+    def check_tokens(self, tokens: int, name: str) -> None:
+        """Refuse a sequence that cannot be cut in equal parts, before diffusers asserts it without the numbers."""
+        if not self.anything and tokens % self.ranks:
+            raise ValueError(
+                f"{name} has {tokens} tokens, which {self.ranks} processes cannot share evenly: use a size or length "
+                f"whose tokens are a multiple of {self.ranks}, or ContextParallelConfig(ulysses_anything=True)."
+            )
+
+    def heads(self, total: int) -> RankHeads:
+        """The heads of this process in a layer of `total`.
+
+        Raises:
+            ValueError: they cannot be shared.
+        """
+        most = -(-total // self.ranks)  # diffusers gives so many to each process, what is left to the last
+        if total % self.ranks if not self.anything else most * (self.ranks - 1) >= total:
+            fix = "" if self.anything else ", or ulysses_anything=True"
+            raise ValueError(
+                f"{self.ranks} processes cannot share {total} heads of attention: use a ulysses_degree that divides "
+                f"{total}{fix}."
+            )
+        return RankHeads(self.group, total, most)
+
+    def tokens(self, local: int) -> int:
+        """Tokens of the whole sequence, of which this process has `local`."""
+        return sum(gather_size_by_comm(local, self.group)) if self.anything else local * self.ranks
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, H, n, D]` with the tokens of this process and all heads -> `[B, h, N, D]` with all tokens of its heads."""
+        x = x.transpose(1, 2)
+        if self.anything:
+            x = all_to_all_single_any_qkv_async(x, self.group)()
+        else:
+            x = SeqAllToAllDim.apply(self.group, x, HEADS, SEQUENCE)
+        return x.transpose(1, 2)
+
+    def scatter(self, x: torch.Tensor, heads: RankHeads, tokens: int) -> torch.Tensor:
+        """`[B, h, N, D]` -> `[B, H, n, D]`, as it was before `gather`.
+
+        Args:
+            heads: of the layer.
+            tokens: of this process.
+        """
+        x = x.transpose(1, 2)
+        if self.anything:
+            x = all_to_all_single_any_o_async(x, self.group, NUM_QO_HEAD=heads.count, Q_S_LOCAL=tokens)()
+        else:
+            x = SeqAllToAllDim.apply(self.group, x, SEQUENCE, HEADS)
+        return x.transpose(1, 2)
+
+
+class RankHeads(HeadGroup):
+    """The heads of one of several processes.
+
+    Args:
+        group: the processes.
+        count: heads of the layer.
+        most: heads of each process but the last, which has what is left.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, count: int, most: int) -> None:
+        self.group, self.count, self.most = group, count, most
+        self.ranks = dist.get_world_size(group)
+        first = dist.get_rank(group) * most
+        self.own = slice(first, min(first + most, count))
+
+    def total(self, heads: int) -> int:
+        return self.count
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        missing = self.most - x.shape[1]
+        if missing:
+            x = F.pad(x, (*itertools.repeat(0, 2 * (x.ndim - 2)), 0, missing))
+        return self.each(x).transpose(0, 1).flatten(1, 2)[:, : self.count]
+
+    def mine(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, self.own]
+
+    def each(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.ranks)]
+        dist.all_gather(parts, x, group=self.group)
+        return torch.stack(parts)
+
+
+def shares_sequences(cls: type) -> bool:
+    """Whether diffusers can share the sequences of a transformer class between processes."""
+    return getattr(cls, "_cp_plan", None) is not None
+
+
+def balance_note(records: Sequence[CallRecord]) -> list[str]:
+    """What a report says of how evenly processes share the pairs of sparse calls; nothing in one process."""
+    shares = [(record, record.details["rank_pairs"]) for record in records if "rank_pairs" in record.details]
+    if not shares:
+        return []
+    busiest = [(max(pairs) * len(pairs) / sum(pairs), record) for record, pairs in shares]
+    most, record = max(busiest, key=lambda entry: entry[0])
+    return [
+        f"{len(shares[0][1])} processes share the heads: the busiest computes {median(b for b, _ in busiest):.2f} "
+        f"times the mean of all in the median sparse call, {most:.2f} times in the worst (layer {record.layer} at step "
+        f"{record.step})"
+    ]
