@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, check_tensors, choose_backend
+from .groups import dense_attention
 from .layout import VideoLayout
 from .meter import check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
@@ -115,7 +115,7 @@ class SparseAttention:
 
         Args:
             layer: block number.
-            attention: `(q, k, v) -> out`, all `[B, H, N, D]`.
+            attention: `(q, k, v) -> out`, all `[B, H, N, D]`; k and v come with fewer heads where the model's have.
         """
         self._dense[layer] = weakref.WeakMethod(attention)
 
@@ -170,7 +170,8 @@ class SparseAttention:
         """Attention of one layer.
 
         Args:
-            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
+            q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding; H is a multiple of Hkv,
+                and query head h reads head `h // (H // Hkv)`.
             layer: block number, counted from 0.
             dense: why this call must stay dense, whatever the schedule says; empty if it need not.
 
@@ -181,7 +182,7 @@ class SparseAttention:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k.
             RuntimeError: a named backend cannot run the call.
         """
-        # Dense layers too: there heads would be broadcast in silence, and the first sparse step come too late to tell.
+        # Dense layers too: the first sparse step would come too late to tell.
         check_tensors(q, k, v)
         if self.layout is not None and q.shape[2] == self.layout.tokens != k.shape[2]:
             raise ValueError(
@@ -260,7 +261,7 @@ class SparseAttention:
 
     def _dense_attention(self, layer: int) -> DenseAttention:
         bound = self._dense[layer]() if layer in self._dense else None
-        return bound or F.scaled_dot_product_attention
+        return bound or dense_attention
 
     def _plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> BlockPlan:
         """The method's plan. With gradients, a second call in one forward pass gets the plan of the first.
@@ -268,10 +269,10 @@ class SparseAttention:
         Gradient checkpointing runs a layer again in the backward pass. A method with a memory would plan anew then, and
         the gradient would be of another function than the one that was computed.
         """
-        key = (layer, tuple(q.shape))
+        key = (layer, tuple(q.shape), k.shape[1])
         if key in self._grad_plans:
             return self._grad_plans[key]
-        memory = self._memory(q, layer)
+        memory = self._memory(q, k, layer)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
@@ -282,9 +283,9 @@ class SparseAttention:
             self._grad_plans[key] = plan
         return plan
 
-    def _memory(self, q: torch.Tensor, layer: int) -> PlanMemory:
+    def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> PlanMemory:
         place = (self.layout, q.device)
-        call = (layer, self.step.branch, tuple(q.shape[:2]), *place)
+        call = (layer, self.step.branch, tuple(q.shape[:2]), k.shape[1], *place)
         return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
@@ -353,7 +354,7 @@ def engine_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: to
     """The call of an engine as one operator.
 
     Args:
-        q, k, v: `[B, H, N, D]`.
+        q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`.
         site: `[2]` int64 on the CPU: the engine's `id`, the layer.
 
     Returns:
