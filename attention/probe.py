@@ -100,7 +100,7 @@ def _probe_by_size(
     """All heads, clusters of like size together, in float32: three batched products for each such group.
 
     Args:
-        q: `[G, S * Cq, D]` scaled. k, v: `[G, N, D]`.
+        q: `[G, S * Cq, D]` scaled, of the S query heads that share each head of k and v, `[G, N, D]`.
         order: `[G, N]`, tokens sorted by cluster.
         starts, sizes: `[G, Ck]`.
         made: tables `[G, S, Cq, Ck, ...]` to be filled.
@@ -154,7 +154,8 @@ def _probe_pieces(
     """Some heads, without a look at the sizes. Each piece of a cluster has its own maximum: nothing overflows.
 
     Args:
-        q: `[G, S * Cq, D]` scaled. pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
+        q: `[G, S * Cq, D]` scaled, of the S query heads that share each head of k and v.
+        pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
         first, length, owner: `[G, P]`, pieces of clusters.
         made: tables `[G, S, Cq, Ck, ...]` to be filled.
     """

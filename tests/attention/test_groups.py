@@ -48,7 +48,7 @@ CASES = [
     SVG2(density=0.5, compensate=True),
     SVG2(density=0.5, route="error"),
     SVG2(density=0.5, route="error", compensate=True),
-    Sparge(similarity=0.2, block=(16, 16)),
+    Sparge(topk=0.2, similarity=0.0625, block=(16, 16)),  # some blocks of random tokens pass
 ]
 
 
@@ -135,7 +135,7 @@ def test_stand_ins_of_each_query_head(backend, plan_heads, own):
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
-@pytest.mark.parametrize("method", CASES, ids=str)
+@pytest.mark.parametrize("method", CASES, ids=lambda m: m.name)
 def test_plans_are_those_of_repeated_heads(method, layout):
     """At a first and at a later step: the same pairs, the same stand-ins."""
     inputs, memories = tokens(2, layout.tokens), (PlanMemory(), PlanMemory())
@@ -197,7 +197,7 @@ def test_k_and_v_take_no_more_memory_than_they_have_heads(method):
 # -- the engine --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", CASES, ids=str)
+@pytest.mark.parametrize("method", CASES, ids=lambda m: m.name)
 def test_an_engine_takes_fewer_heads_of_k_and_v(method):
     """In dense and in sparse steps; density and measured error are those of repeated heads."""
     inputs = tokens(2, WITH_TEXT.tokens)
@@ -212,8 +212,8 @@ def test_an_engine_takes_fewer_heads_of_k_and_v(method):
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=5e-6)
     for ours, theirs in zip(*reports, strict=True):
         assert ours.density == theirs.density and ours.reason == theirs.reason
-        assert ours.error == pytest.approx(theirs.error, rel=1e-4)
-        assert ours.predicted_error == pytest.approx(theirs.predicted_error, rel=1e-4)
+        facts = [[r.error or 0.0, r.predicted_error or 0.0] for r in (ours, theirs)]
+        assert facts[0] == pytest.approx(facts[1], rel=1e-4) and (facts[0][0] > 0) == (not ours.reason)
 
 
 @pytest.mark.parametrize("name", ["svg2", "tangent"])
