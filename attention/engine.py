@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, check_tensors, choose_backend
-from .heads import ALL_HEADS, HeadGroup
+from .groups import dense_attention
+from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
 from .meter import check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
@@ -160,14 +160,15 @@ class SparseAttention:
         layer: int,
         *,
         dense: str = "",
-        stock: DenseAttention = F.scaled_dot_product_attention,
+        stock: DenseAttention = dense_attention,
         sample: int = 0,
-        heads: HeadGroup = ALL_HEADS,
+        heads: HeadShare = ALL_HEADS,
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
-            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
+            q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding; H is a multiple of Hkv,
+                and query head h reads head `h // (H // Hkv)`.
             layer: block number, counted from 0.
             dense: why this call must stay dense, whatever the schedule says; empty if it need not.
             stock: what computes dense calls.
@@ -182,7 +183,7 @@ class SparseAttention:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k.
             RuntimeError: a named backend cannot run the call.
         """
-        # Dense layers too: there heads would be broadcast in silence, and the first sparse step come too late to tell.
+        # Dense layers too: the first sparse step would come too late to tell.
         check_tensors(q, k, v)
         layout = self.layouts[sample] if self.layouts else None
         if layout is not None and q.shape[2] == layout.tokens != k.shape[2]:
@@ -231,8 +232,7 @@ class SparseAttention:
             return "unknown layout"
         if tokens != self.layouts[sample].tokens:
             self.note(
-                f"a call with {tokens} tokens does not fit the layout's {self.layouts[sample].tokens}: it stays "
-                "dense",
+                f"a call with {tokens} tokens does not fit the layout's {self.layouts[sample].tokens}: it stays dense",
                 logging.WARNING,
             )
             return "unknown layout"
@@ -266,17 +266,17 @@ class SparseAttention:
         return self._finished + [self._finish(r) for r in self._pending]
 
     def _plan(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int, heads: HeadGroup
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int, heads: HeadShare
     ) -> BlockPlan:
         """The method's plan. With gradients, a second call in one forward pass gets the plan of the first.
 
         Gradient checkpointing runs a layer again in the backward pass. A method with a memory would plan anew then, and
         the gradient would be of another function than the one that was computed.
         """
-        key = (layer, sample, tuple(q.shape))
+        key = (layer, sample, tuple(q.shape), k.shape[1])
         if key in self._grad_plans:
             return self._grad_plans[key]
-        memory = self._memory(q, layer, sample, heads)
+        memory = self._memory(q, k, layer, sample, heads)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
@@ -287,9 +287,9 @@ class SparseAttention:
             self._grad_plans[key] = plan
         return plan
 
-    def _memory(self, q: torch.Tensor, layer: int, sample: int, heads: HeadGroup) -> PlanMemory:
+    def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int, heads: HeadShare) -> PlanMemory:
         place = (self.layouts[sample], q.device)
-        call = (layer, self.step.branch, sample, tuple(q.shape[:2]), *place)
+        call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
         return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory, heads)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
@@ -321,7 +321,7 @@ class SparseAttention:
                 )
 
     def _measured(
-        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, heads: HeadGroup
+        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, heads: HeadShare
     ) -> tuple[torch.Tensor | None, Span | None]:
         """The true error of a call, which stays on its device until the report is asked for, and how long it took."""
         if not self.measure_error:

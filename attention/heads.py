@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class HeadGroup:
+class HeadShare:
     """The heads of a layer, and what is decided over all of them. This one is a single process, which has all.
 
     Methods decide most things head by head. What they decide over all heads of a layer, such as one budget, goes
@@ -33,4 +33,4 @@ class HeadGroup:
         return x[None]
 
 
-ALL_HEADS = HeadGroup()
+ALL_HEADS = HeadShare()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .heads import ALL_HEADS, HeadGroup
+from .groups import group_product
+from .heads import ALL_HEADS, HeadShare
 
 CHUNK_BYTES = 2**28  # keys, values and scores of so many heads at a time
 
@@ -47,7 +48,7 @@ def relative_error(
     k: torch.Tensor,
     v: torch.Tensor,
     rows: torch.Tensor,
-    group: HeadGroup = ALL_HEADS,
+    share: HeadShare = ALL_HEADS,
 ) -> torch.Tensor:
     """How far an output is from dense attention, in some rows: `norm(out - dense) / norm(dense)` over all of them.
 
@@ -57,23 +58,24 @@ def relative_error(
     autocast.
 
     Args:
-        out: what a method gave, `[B, H, Nq, D]`. q: `[B, H, Nq, D]`. k, v: `[B, H, Nk, D]`.
+        out: what a method gave, `[B, H, Nq, D]`. q: `[B, H, Nq, D]`. k, v: `[B, Hkv, Nk, D]`, H a multiple of Hkv.
         rows: `[R]` int64, positions in q.
-        group: the processes that share the heads; the error is that of all.
+        share: which of the heads these are, where processes share them; the error is that of all.
 
     Returns:
         0-dim, on the device of `q`, over batch, heads and rows: nothing is read on the host.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, keys, channels = k.shape
-    per_head = batch * keys * (2 * channels + 2 * len(rows)) * dtype.itemsize
+    group = q.shape[1] // heads
+    per_head = batch * keys * (2 * channels + 2 * group * len(rows)) * dtype.itemsize
     step = max(1, CHUNK_BYTES // per_head)
     wrong = whole = torch.zeros((), dtype=dtype, device=q.device)
     for first in range(0, heads, step):
-        part = slice(first, first + step)
-        query, got = (x[:, part].index_select(2, rows).to(dtype) for x in (q, out))
-        weights = (query @ k[:, part].to(dtype).transpose(-1, -2) * channels**-0.5).softmax(-1)
-        dense = weights @ v[:, part].to(dtype)
+        part, readers = slice(first, first + step), slice(group * first, group * (first + step))
+        query, got = (x[:, readers].index_select(2, rows).to(dtype) for x in (q, out))
+        weights = (group_product(query, k[:, part].to(dtype).transpose(-1, -2)) * channels**-0.5).softmax(-1)
+        dense = group_product(weights, v[:, part].to(dtype))
         wrong, whole = wrong + (got - dense).square().sum(), whole + dense.square().sum()
-    wrong, whole = group.each(torch.stack([wrong, whole])).sum(0)
+    wrong, whole = share.each(torch.stack([wrong, whole])).sum(0)
     return (wrong / whole.clamp(min=torch.finfo(dtype).tiny)).sqrt()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..heads import ALL_HEADS, HeadGroup
+from ..heads import ALL_HEADS, HeadShare
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
@@ -57,7 +57,7 @@ class PlanMemory:
     call: dict[str, Any] = field(default_factory=dict)
     layout: dict[Any, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
-    heads: HeadGroup = ALL_HEADS
+    heads: HeadShare = ALL_HEADS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,8 @@ class Method(abc.ABC):
         """Decide what each query reads.
 
         Args:
-            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding, `N = layout.tokens`.
+            q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding, `N = layout.tokens`; H
+                is a multiple of Hkv. The plan is for H heads (`kv_order` may have fewer, see `BlockPlan`).
             layout: where the video tokens are.
             memory: what this method left behind in earlier calls.
         """

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ...attention import SparseAttention
 from ...attention.engine import DenseAttention
-from ...attention.heads import ALL_HEADS, HeadGroup
+from ...attention.heads import ALL_HEADS, HeadShare
 from .diffusers_hooks import scores_are_skipped
 from .ulysses import Ulysses
 
@@ -84,7 +84,7 @@ class Site:
 
         if self.shared is None:
             return self._all(q, k, v, masked, dense, ALL_HEADS)
-        heads, tokens = self.shared.heads(q.shape[1]), q.shape[2]
+        heads, tokens = self.shared.heads(q.shape[1], k.shape[1]), q.shape[2]
         dense = dense or self.engine.dense_reason(self.shared.tokens(tokens), q.device, self.layer)
         if dense:  # diffusers' own attention shares the heads itself
             return self.engine(q, k, v, self.layer, dense=dense, stock=masked)
@@ -92,7 +92,7 @@ class Site:
         return self.shared.scatter(self._all(*whole, masked, "", heads), heads, tokens)
 
     def _all(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, dense: str, heads: HeadGroup
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, dense: str, heads: HeadShare
     ) -> torch.Tensor:
         """The call with the whole sequence, and some heads or all."""
         count = len(self.engine.layouts)
@@ -114,7 +114,7 @@ class Site:
         stock: DenseAttention,
         sample: int,
         dense: str,
-        heads: HeadGroup,
+        heads: HeadShare,
     ) -> torch.Tensor:
         """The call of samples that share a layout."""
         padded = q.shape[2]

@@ -23,7 +23,7 @@ from diffusers.models.attention_dispatch import (
     all_to_all_single_any_qkv_async,
 )
 
-from ...attention.heads import HeadGroup
+from ...attention.heads import HeadShare
 from ...attention.records import CallRecord
 
 SEQUENCE, HEADS = 1, 2  # dimensions of what is exchanged, `[B, N, H, D]`
@@ -82,19 +82,23 @@ class Ulysses:
                 f"whose tokens are a multiple of {self.ranks}, or ContextParallelConfig(ulysses_anything=True)."
             )
 
-    def heads(self, total: int) -> RankHeads:
+    def heads(self, total: int, of_keys: int) -> RankHeads:
         """The heads of this process in a layer of `total`.
+
+        Args:
+            of_keys: heads of keys and values, fewer where several heads of queries share one.
 
         Raises:
             ValueError: they cannot be shared.
         """
         most = -(-total // self.ranks)  # diffusers gives so many to each process, what is left to the last
-        if total % self.ranks if not self.anything else most * (self.ranks - 1) >= total:
-            fix = "" if self.anything else ", or ulysses_anything=True"
-            raise ValueError(
-                f"{self.ranks} processes cannot share {total} heads of attention: use a ulysses_degree that divides "
-                f"{total}{fix}."
-            )
+        fix = f"use a ulysses_degree that divides {of_keys}"
+        if self.anything and of_keys == total:
+            shared = most * (self.ranks - 1) < total
+        else:
+            shared, fix = of_keys % self.ranks == 0, fix + (", or ulysses_anything=True" if of_keys == total else "")
+        if not shared:
+            raise ValueError(f"{self.ranks} processes cannot share {of_keys} heads of attention: {fix}.")
         return RankHeads(self.group, total, most)
 
     def tokens(self, local: int) -> int:
@@ -102,7 +106,7 @@ class Ulysses:
         return sum(gather_size_by_comm(local, self.group)) if self.anything else local * self.ranks
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, H, n, D]` with the tokens of this process and all heads -> `[B, h, N, D]` with all tokens of its heads."""
+        """`[B, H, n, D]`, the tokens of this process in all heads -> `[B, h, N, D]`, all tokens in its heads."""
         x = x.transpose(1, 2)
         if self.anything:
             x = all_to_all_single_any_qkv_async(x, self.group)()
@@ -125,7 +129,7 @@ class Ulysses:
         return x.transpose(1, 2)
 
 
-class RankHeads(HeadGroup):
+class RankHeads(HeadShare):
     """The heads of one of several processes.
 
     Args:
