@@ -57,7 +57,7 @@ class Site:
         self.__dict__.update(state)
         self._number()
 
-    def enter(self, trims: bool, dense: str, shared: Ulysses | None) -> None:
+    def enter(self, trims: bool, dense: str, shared: Ulysses | None = None) -> None:
         """Say what holds for the calls of the forward pass that begins."""
         self.trims, self.dense, self.shared, self._turn = trims, dense, shared, 0
 
