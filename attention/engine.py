@@ -100,13 +100,14 @@ class SparseAttention:
 
     def _forget_run(self) -> None:
         self._call_memory: dict[tuple, dict[str, Any]] = {}
+        self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
         self._grad_plans: dict[tuple, BlockPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Events on a GPU cannot be copied, so a copy gets finished records. It starts with a run, so without a memory.
         state = {**self.__dict__, "_finished": self._all_records(), "_pending": []}
-        return state | dict.fromkeys(("_layout_memory", "_call_memory", "_run_memory", "_grad_plans"))
+        return state | dict.fromkeys(("_layout_memory", "_call_memory", "_shares", "_run_memory", "_grad_plans"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -199,7 +200,7 @@ class SparseAttention:
             return out
 
         with Span(q.device) as plan_span:
-            self._check_finite(q, k, layer)
+            self._check_finite(q, k, layer, heads)
             plan = self._plan(q, k, v, layer, sample, heads)
             check_inputs(q, k, v, plan)
             chosen = choose_backend(q, k, v, plan, self.backend)
@@ -208,8 +209,8 @@ class SparseAttention:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
         pairs, details = plan.pairs(), plan.details
         counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
-        if heads.ranks > 1:
-            shares = heads.each(pairs.expand(q.shape[:2]).sum())
+        shares = heads.computed(pairs.expand(q.shape[:2]))
+        if shares is not None:
             counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * plan.n_q * plan.n_kv
             details = {**details, "rank_pairs": shares}
         error = self._measured(out, q, k, v, layer, heads)
@@ -290,7 +291,11 @@ class SparseAttention:
     def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int, heads: HeadShare) -> PlanMemory:
         place = (self.layouts[sample], q.device)
         call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
-        return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory, heads)
+        kept, before = self._call_memory.get(call, {}), self._shares.get(call, heads)
+        if heads is not before:
+            kept = heads.taken_over(kept, before)
+        self._call_memory[call], self._shares[call] = kept, heads
+        return PlanMemory(kept, self._of_layout(place), self._run_memory, heads)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
         """The memory of a layout on a device, which is now the one used last."""
@@ -301,7 +306,7 @@ class SparseAttention:
             del self._layout_memory[old]
         return memory
 
-    def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> None:
+    def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int, heads: HeadShare) -> None:
         """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.
 
         On a GPU the check waits for it, so there it runs once a step.
@@ -311,11 +316,13 @@ class SparseAttention:
             return
         self._checked = place
         for name, x in (("q", q), ("k", k)):
-            # NaN and infinity survive a sum (opposite infinities make NaN), and a sum needs no second tensor.
-            if not torch.isfinite(x.detach().sum(dtype=torch.float32)):
-                bad = int((~torch.isfinite(x)).sum())
+            # NaN and infinity survive a sum (opposite infinities make NaN), and a sum needs no second tensor. It is one
+            # over all processes, which must all stop where one does.
+            if not torch.isfinite(heads.sum(x.detach().sum(dtype=torch.float32))):
+                counts = torch.tensor([int((~torch.isfinite(x)).sum()), x.numel()], device=x.device)
+                bad, count = heads.sum(counts).tolist()
                 raise ValueError(
-                    f"{bad} of {x.numel()} values of {name} are NaN or infinite in layer "
+                    f"{bad} of {count} values of {name} are NaN or infinite in layer "
                     f"{layer} at step {self.step.step}: no plan can be made from them. Check the weights and the dtype "
                     f"({x.dtype}); bfloat16 overflows less than float16."
                 )

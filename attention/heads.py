@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -10,11 +12,8 @@ class HeadShare:
 
     Methods decide most things head by head. What they decide over all heads of a layer, such as one budget, goes
     through `gather` and `mine`, and what they choose by a head's number through `total` and `mine`: then several
-    processes decide what one would.
+    processes decide what one would. All of them make the same calls in the same order.
     """
-
-    ranks = 1
-    """Processes that share the heads of a layer."""
 
     def total(self, heads: int) -> int:
         """Heads of the layer, where this process has so many."""
@@ -28,9 +27,21 @@ class HeadShare:
         """Of `[B, H, ...]` the heads of this process, `[B, h, ...]`."""
         return x
 
-    def each(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor of one shape in all processes, `[ranks, ...]`."""
-        return x[None]
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        return x
+
+    def computed(self, pairs: torch.Tensor) -> torch.Tensor | None:
+        """Take note of the pairs that a call computed, `[B, h]` int64.
+
+        Returns:
+            Those of each process, `[ranks]`; None in a single one.
+        """
+        return None
+
+    def taken_over(self, kept: dict[str, Any], before: HeadShare) -> dict[str, Any]:
+        """What a method kept of the heads that this process had before, of those that it has now."""
+        return kept
 
 
 ALL_HEADS = HeadShare()

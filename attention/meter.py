@@ -77,5 +77,5 @@ def relative_error(
         weights = (group_product(query, k[:, part].to(dtype).transpose(-1, -2)) * channels**-0.5).softmax(-1)
         dense = group_product(weights, v[:, part].to(dtype))
         wrong, whole = wrong + (got - dense).square().sum(), whole + dense.square().sum()
-    wrong, whole = share.each(torch.stack([wrong, whole])).sum(0)
+    wrong, whole = share.sum(torch.stack([wrong, whole]))
     return (wrong / whole.clamp(min=torch.finfo(dtype).tiny)).sqrt()

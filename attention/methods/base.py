@@ -105,6 +105,14 @@ class Method(abc.ABC):
         """Whether something stands for the keys that a query skips, which not every backend can attend to."""
         return False
 
+    @property
+    def uneven_heads(self) -> bool:
+        """Whether heads of one layer compute different numbers of pairs, so that processes which share them swap some.
+
+        What such a method keeps in `memory.call` are tensors `[B, H, ...]`, tuples of them, and numbers.
+        """
+        return False
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         """Memory of what stands for skipped keys in a call, the largest thing that a plan holds, in bytes.
 

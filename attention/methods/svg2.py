@@ -108,6 +108,10 @@ class SVG2(Method):
     def stands_in(self) -> bool:
         return self.compensate
 
+    @property
+    def uneven_heads(self) -> bool:
+        return True
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         clusters = self.cluster_counts(layout.video_tokens)[1] + (layout.text_tokens > 0)
         return heads * 2 * 4 * clusters * head_dim if self.compensate else 0

@@ -149,6 +149,10 @@ class Tangent(Method):
         fewer = "" if self.probe is False else f", in a video of fewer than {PROBE_PAYS} tokens"
         return f"tangent: ranked by mean keys, without the probe of {share:.1%} of the pairs{fewer}"
 
+    @property
+    def uneven_heads(self) -> bool:
+        return True
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         q_clusters, k_clusters = (n + (layout.text_tokens > 0) for n in self.cluster_counts(layout.video_tokens))
         if not self.probes(layout):

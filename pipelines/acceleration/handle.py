@@ -16,10 +16,11 @@ from ...attention.records import dropped_note
 from .clock import StepClock
 from .copies import CopiedNotPickled
 from .families import Family, find_transformers
+from .rank_heads import balance_note
 from .rebinding import SparseProcessor, rebind
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 from .site import Site
-from .ulysses import Ulysses, balance_note
+from .ulysses import Ulysses
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from ...attention import SparseAttention
 from ...attention.engine import DenseAttention
 from ...attention.heads import ALL_HEADS, HeadShare
 from .diffusers_hooks import scores_are_skipped
+from .rank_heads import RankHeads
 from .ulysses import Ulysses
 
 StockAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -40,6 +41,8 @@ class Site:
         self.own_samples, self.reads_prefix = own_samples, reads_prefix
         self.trims = False  # whether tokens behind those of the layout are padding, in this forward pass
         self.shared: Ulysses | None = None  # how processes share the sequence of this forward pass
+        self._shares: dict[tuple, RankHeads] = {}  # which heads are this process's, in this run
+        self._run = -1
         self.dense = ""  # why calls of this forward pass stay dense, whatever the schedule says
         self.calls = 0
         self.processor: Any = None  # whose attention this is
@@ -51,6 +54,10 @@ class Site:
         # A tensor, not a number: a Python int per layer would compile every layer anew.
         self.tensor = torch.tensor(self.number)
         _sites[self.number] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Groups of processes cannot be copied. The next forward pass says again which they are.
+        return {**self.__dict__, "shared": None, "_shares": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must not be answered for by the original in compiled blocks, which find their site by its number.
@@ -84,12 +91,25 @@ class Site:
 
         if self.shared is None:
             return self._all(q, k, v, masked, dense, ALL_HEADS)
-        heads, tokens = self.shared.heads(q.shape[1], k.shape[1]), q.shape[2]
+        heads, tokens = self._heads(self.shared, q, k), q.shape[2]
         dense = dense or self.engine.dense_reason(self.shared.tokens(tokens), q.device, self.layer)
         if dense:  # diffusers' own attention shares the heads itself
             return self.engine(q, k, v, self.layer, dense=dense, stock=masked)
-        whole = [self.shared.gather(x) for x in (q, k, v)]
+        whole = [self.shared.gather(x, heads) for x in (q, k, v)]
         return self.shared.scatter(self._all(*whole, masked, "", heads), heads, tokens)
+
+    def _heads(self, shared: Ulysses, q: torch.Tensor, k: torch.Tensor) -> RankHeads:
+        """The heads of this process in a call, after what each head took in the last such call of this run."""
+        step, place = self.engine.step, (self.engine.step.branch, self.engine.layouts, *q.shape[:2])
+        if step.run != self._run:
+            self._run, self._shares = step.run, {}
+        heads = self._shares.get(place) or shared.heads(q.shape[1], k.shape[1])
+        # With grouped heads, those of a group would have to stay together; and a backward pass that computes the layer
+        # again must find the heads where they were.
+        if self.engine.method.uneven_heads and q.shape[1] == k.shape[1] and not torch.is_grad_enabled():
+            heads = heads.balanced()
+        self._shares[place] = heads
+        return heads
 
     def _all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, dense: str, heads: HeadShare

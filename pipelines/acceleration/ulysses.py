@@ -7,15 +7,11 @@ That is all that a plan needs, so a sparse call is this exchange by diffusers' o
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers.models._modeling_parallel import gather_size_by_comm
 from diffusers.models.attention_dispatch import (
     SeqAllToAllDim,
@@ -23,8 +19,7 @@ from diffusers.models.attention_dispatch import (
     all_to_all_single_any_qkv_async,
 )
 
-from ...attention.heads import HeadShare
-from ...attention.records import CallRecord
+from .rank_heads import RankHeads
 
 SEQUENCE, HEADS = 1, 2  # dimensions of what is exchanged, `[B, N, H, D]`
 
@@ -91,23 +86,28 @@ class Ulysses:
         Raises:
             ValueError: they cannot be shared.
         """
-        most = -(-total // self.ranks)  # diffusers gives so many to each process, what is left to the last
+        heads = RankHeads(self.group, total)
         fix = f"use a ulysses_degree that divides {of_keys}"
         if self.anything and of_keys == total:
-            shared = most * (self.ranks - 1) < total
+            possible = heads.most * (self.ranks - 1) < total
         else:
-            shared, fix = of_keys % self.ranks == 0, fix + (", or ulysses_anything=True" if of_keys == total else "")
-        if not shared:
-            raise ValueError(f"{self.ranks} processes cannot share {of_keys} heads of attention: {fix}.")
-        return RankHeads(self.group, total, most)
+            possible = of_keys % self.ranks == 0
+            fix += ", or ulysses_anything=True" if of_keys == total else ""
+        if not possible:
+            raise ValueError(f"the heads of attention, {of_keys}, cannot be shared by {self.ranks} processes: {fix}.")
+        return heads
 
     def tokens(self, local: int) -> int:
         """Tokens of the whole sequence, of which this process has `local`."""
         return sum(gather_size_by_comm(local, self.group)) if self.anything else local * self.ranks
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, H, n, D]`, the tokens of this process in all heads -> `[B, h, N, D]`, all tokens in its heads."""
-        x = x.transpose(1, 2)
+    def gather(self, x: torch.Tensor, heads: RankHeads) -> torch.Tensor:
+        """`[B, H, n, D]`, the tokens of this process in all heads -> `[B, h, N, D]`, all tokens in its heads.
+
+        Args:
+            heads: of the layer.
+        """
+        x = heads.arranged(x).transpose(1, 2)
         if self.anything:
             x = all_to_all_single_any_qkv_async(x, self.group)()
         else:
@@ -115,7 +115,7 @@ class Ulysses:
         return x.transpose(1, 2)
 
     def scatter(self, x: torch.Tensor, heads: RankHeads, tokens: int) -> torch.Tensor:
-        """`[B, h, N, D]` -> `[B, H, n, D]`, as it was before `gather`.
+        """`[B, h, N, D]` -> `[B, H, n, D]`: undo `gather`.
 
         Args:
             heads: of the layer.
@@ -126,57 +126,9 @@ class Ulysses:
             x = all_to_all_single_any_o_async(x, self.group, NUM_QO_HEAD=heads.count, Q_S_LOCAL=tokens)()
         else:
             x = SeqAllToAllDim.apply(self.group, x, SEQUENCE, HEADS)
-        return x.transpose(1, 2)
-
-
-class RankHeads(HeadShare):
-    """The heads of one of several processes.
-
-    Args:
-        group: the processes.
-        count: heads of the layer.
-        most: heads of each process but the last, which has what is left.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, count: int, most: int) -> None:
-        self.group, self.count, self.most = group, count, most
-        self.ranks = dist.get_world_size(group)
-        first = dist.get_rank(group) * most
-        self.own = slice(first, min(first + most, count))
-
-    def total(self, heads: int) -> int:
-        return self.count
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        missing = self.most - x.shape[1]
-        if missing:
-            x = F.pad(x, (*itertools.repeat(0, 2 * (x.ndim - 2)), 0, missing))
-        return self.each(x).transpose(0, 1).flatten(1, 2)[:, : self.count]
-
-    def mine(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, self.own]
-
-    def each(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.ranks)]
-        dist.all_gather(parts, x, group=self.group)
-        return torch.stack(parts)
+        return heads.restored(x.transpose(1, 2))
 
 
 def shares_sequences(cls: type) -> bool:
     """Whether diffusers can share the sequences of a transformer class between processes."""
     return getattr(cls, "_cp_plan", None) is not None
-
-
-def balance_note(records: Sequence[CallRecord]) -> list[str]:
-    """What a report says of how evenly processes share the pairs of sparse calls; nothing in one process."""
-    shares = [(record, record.details["rank_pairs"]) for record in records if "rank_pairs" in record.details]
-    if not shares:
-        return []
-    busiest = [(max(pairs) * len(pairs) / sum(pairs), record) for record, pairs in shares]
-    most, record = max(busiest, key=lambda entry: entry[0])
-    return [
-        f"{len(shares[0][1])} processes share the heads: the busiest computes {median(b for b, _ in busiest):.2f} "
-        f"times the mean of all in the median sparse call, {most:.2f} times in the worst (layer {record.layer} at step "
-        f"{record.step})"
-    ]
