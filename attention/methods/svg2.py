@@ -152,8 +152,8 @@ class SVG2(Method):
                 top_p: float | torch.Tensor = self.top_p
                 forced = int(self.min_ratio * k_clusters)
             else:
-                tables = (memory.heads.gather(x) for x in (mass, queries.sizes, keys.sizes))
-                top_p, forced = _top_p_for(self.density, *tables, layout, self.compensate), 1
+                every, q_sizes, k_sizes = (memory.heads.gather(x) for x in (mass, queries.sizes, keys.sizes))
+                top_p, forced = _top_p_for(self.density, every, q_sizes, k_sizes, layout, self.compensate), 1
             selected = _select(mass, top_p, forced)
             facts = {"top_p": top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p}
         plan = plan_with_text(queries, keys, selected, layout)

@@ -95,8 +95,8 @@ class Site:
         dense = dense or self.engine.dense_reason(self.shared.tokens(tokens), q.device, self.layer)
         if dense:  # diffusers' own attention shares the heads itself
             return self.engine(q, k, v, self.layer, dense=dense, stock=masked)
-        whole = [self.shared.gather(x, heads) for x in (q, k, v)]
-        return self.shared.scatter(self._all(*whole, masked, "", heads), heads, tokens)
+        q, k, v = (self.shared.gather(x, heads) for x in (q, k, v))
+        return self.shared.scatter(self._all(q, k, v, masked, "", heads), heads, tokens)
 
     def _heads(self, shared: Ulysses, q: torch.Tensor, k: torch.Tensor) -> RankHeads:
         """The heads of this process in a call, after what each head took in the last such call of this run."""
