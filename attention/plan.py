@@ -188,7 +188,7 @@ class BlockPlan:
     @property
     def lead(self) -> tuple[int, int]:
         """`(Bp, Hp)`, broadcast over tiles and both orders."""
-        shapes = [t.shape[:2] for t in self._tensors() if t is not self.kv_order]
+        shapes = [tuple(t.shape[:2]) for t in self._tensors() if t is not self.kv_order]
         if self.kv_order is not None:
             batch, heads = self.kv_order.shape[:2]
             known = torch.broadcast_shapes(*shapes)[1]
