@@ -115,8 +115,9 @@ def accelerate(
 ) -> Handle:
     """Give the self-attention layers of a pipeline a sparse-attention method.
 
-    Cross-attention stays as it is, and so do the weights. Works before or after LoRA loading and offloading, under
-    `compile_repeated_blocks(fullgraph=True)` and beside diffusers' caches.
+    Cross-attention stays as it is, and so do the weights. Works before or after LoRA loading, offloading, and
+    `enable_parallelism` with a `ulysses_degree`; under `compile_repeated_blocks(fullgraph=True)` and beside diffusers'
+    caches.
 
     Args:
         pipe: a diffusers pipeline whose transformers are all of a known family (`FAMILIES`), or such a transformer
@@ -137,7 +138,7 @@ def accelerate(
             processor of it cannot be rebound; names it.
         ValueError: unknown method or backend, or a `measure_error` below 0; a schedule that needs the number of steps,
             or noise levels, where they cannot be known.
-        RuntimeError: the pipeline is accelerated already.
+        RuntimeError: the pipeline is accelerated already, or runs under ring attention.
     """
     return Handle(pipe, resolve_method(method), check_backend(backend), schedule, check_rows(measure_error))
 

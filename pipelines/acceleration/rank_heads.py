@@ -32,7 +32,8 @@ class RankHeads(HeadShare):
         self.group, self.count = group, count
         self.ranks = dist.get_world_size(group)
         self.most = -(-count // self.ranks)
-        self.order = None if order is None else torch.tensor(order)
+        self.order = None if order is None else tuple(order)
+        self._places: tuple[torch.Tensor, torch.Tensor] | None = None  # the order and its inverse, on the device
         first = dist.get_rank(group) * self.most
         self.own = slice(first, min(first + self.most, count))
         self._taken: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []  # pairs of each head, on the host
@@ -54,11 +55,11 @@ class RankHeads(HeadShare):
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, H, ...]` with the heads of the first process first."""
-        return x if self.order is None else x.index_select(1, self.order.to(x.device))
+        return x if self.order is None else x.index_select(1, self._index(self.order, x.device)[0])
 
     def restored(self, x: torch.Tensor) -> torch.Tensor:
         """Undo `arranged`."""
-        return x if self.order is None else x.index_select(1, self.order.argsort().to(x.device))
+        return x if self.order is None else x.index_select(1, self._index(self.order, x.device)[1])
 
     def computed(self, pairs: torch.Tensor) -> torch.Tensor:
         pairs = self.gather(pairs).sum(0)
@@ -88,15 +89,19 @@ class RankHeads(HeadShare):
                 event.synchronize()
             pairs = [old + new for old, new in zip(pairs, more.tolist(), strict=True)]
         self._taken = []
-        now = _busiest(pairs, range(self.count) if self.order is None else self.order.tolist(), self.most)
+        now = _busiest(pairs, range(self.count) if self.order is None else self.order, self.most)
         if now * self.ranks <= UNEVEN * sum(pairs):
             return self
         better = assign(pairs, self.ranks)
-        return (
-            RankHeads(self.group, self.count, better)
-            if WORTHWHILE * _busiest(pairs, better, self.most) <= now
-            else self
-        )
+        if WORTHWHILE * _busiest(pairs, better, self.most) > now:
+            return self
+        return RankHeads(self.group, self.count, better)
+
+    def _index(self, order: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._places is None or self._places[0].device != device:
+            places = torch.tensor(order, device=device)
+            self._places = places, places.argsort()
+        return self._places
 
     def _each(self, x: torch.Tensor) -> torch.Tensor:
         """`x` of every process, `[ranks, ...]`."""
