@@ -109,6 +109,11 @@ class Ulysses:
         """
         x = heads.arranged(x).transpose(1, 2)
         if self.anything:
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise RuntimeError(
+                    "ulysses_anything has no backward in diffusers: train with heads and tokens that processes share "
+                    "evenly, or run under torch.no_grad()."
+                )
             x = all_to_all_single_any_qkv_async(x, self.group)()
         else:
             x = SeqAllToAllDim.apply(self.group, x, HEADS, SEQUENCE)

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import ContextParallelConfig
 from tiny_families import others
-from tiny_wan import make_transformer
+from tiny_wan import generate, make_pipe, make_transformer
 from torch.distributed.device_mesh import init_device_mesh
 
 from vidaccel import SVG, SVG2, DenseSchedule, Radial, Tangent, accelerate
@@ -36,14 +36,16 @@ METHODS: dict[str, Method] = {
 
 @dataclass
 class Shared:
-    """A transformer and the arguments of its passes, one for each step; `plan` is for `enable_parallelism`."""
+    """A transformer and the arguments of its passes, one for each step; or the pipeline that it is in."""
 
     model: torch.nn.Module
     steps: list[dict[str, Any]]
-    plan: dict[str, Any] | None = None
+    pipe: Any = None
 
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
+        if self.pipe is not None:
+            return [generate(self.pipe, steps=3)]
         return [self.model(**given, return_dict=False)[0].clone() for given in self.steps]
 
 
@@ -60,6 +62,12 @@ def wan(heads: int = 4, grid: tuple[int, int, int] = (6, 4, 4)) -> Shared:
     frames, height, width = grid
     given = {"hidden_states": noise(2, 4, frames, 2 * height, 2 * width), "encoder_hidden_states": noise(2, 5, 16)}
     return Shared(model, [{**given, "timestep": torch.tensor([time, time])} for time in (900, 500, 300)])
+
+
+def wan_pipeline() -> Shared:
+    """Two branches of guidance, whose heads take different numbers of pairs."""
+    pipe = make_pipe(transformer=wan().model)
+    return Shared(pipe.transformer, [], pipe)
 
 
 def ltx() -> Shared:
@@ -85,6 +93,7 @@ def minimax_h3() -> Shared:
 
 BUILDERS: dict[str, Callable[[], Shared]] = {
     "wan": wan,
+    "wan pipeline": wan_pipeline,
     "ltx": ltx,
     "minimax_h3": minimax_h3,
     "wan, 3 heads": lambda: wan(heads=3),
@@ -99,6 +108,7 @@ def build(name: str) -> Shared:
 
 
 CASES = [("wan", method) for method in METHODS]
+CASES += [("wan pipeline", "tangent, probe")]
 CASES += [("ltx", "radial"), ("ltx", "tangent, probe"), ("minimax_h3", "radial"), ("minimax_h3", "tangent, probe")]
 CASES += [("wan, 3 heads", "radial"), ("wan, 3 heads", "random"), ("wan, 3 heads", "tangent, probe")]
 
@@ -107,12 +117,21 @@ def share(shared: Shared, ranks: int, anything: bool = False) -> None:
     """Let processes share the sequences of a model."""
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("ring", "ulysses"))
     config = ContextParallelConfig(ulysses_degree=ranks, mesh=mesh, ulysses_anything=anything)
-    shared.model.enable_parallelism(config=config, cp_plan=shared.plan)
+    shared.model.enable_parallelism(config=config)
+
+
+def gradient(shared: Shared, method: str) -> torch.Tensor:
+    """Of the sum of a pass, for the queries' weights in the sparse layer, as far as this process's tokens make it."""
+    weight = shared.model.blocks[1].attn1.to_q.weight.requires_grad_()
+    with accelerate(shared.model, METHODS[method], schedule=FIRST_LAYER):
+        out = shared.model(**shared.steps[0], return_dict=False)[0]
+    return torch.autograd.grad(out.square().sum(), weight)[0]
 
 
 def run_sparse(shared: Shared, method: str) -> dict[str, Any]:
     """What a model makes of its steps under a method, and what the report says."""
-    with accelerate(shared.model, METHODS[method], schedule=FIRST_LAYER, measure_error=16) as handle:
+    target = shared.pipe or shared.model
+    with accelerate(target, METHODS[method], schedule=FIRST_LAYER, measure_error=16) as handle:
         outs = shared.run()
         report = handle.report()
     keys = ("layer", "step", "reason", "density", "error")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ContextParallelConfig, ParallelConfig
-from shared_sequences import CASES, FIRST_LAYER, METHODS, build, run_sparse
+from shared_sequences import CASES, FIRST_LAYER, METHODS, build, gradient, run_sparse
 from tiny_families import BUILDERS
 from tiny_families import build as build_family
 
@@ -77,6 +77,12 @@ def test_heads_change_places_until_processes_compute_alike(launched):
     assert f"{first:.2f} times in the worst (layer 1 at step 0)" in note
 
 
+def test_the_gradients_of_all_processes_add_up_to_that_of_one(launched):
+    total = sum(process["gradient"] for process in launched)
+    torch.testing.assert_close(total, gradient(build("wan"), "radial"), atol=1e-5, rtol=1e-4)
+    assert total.abs().max() > 1e-3
+
+
 def test_parallelism_comes_before_or_after_and_stays_when_the_handle_goes(launched):
     for made in (process["lifetime"] for process in launched):
         for name in ("dense, shared before", "removed, shared before", "removed, shared after"):
@@ -95,6 +101,7 @@ def test_what_cannot_be_shared_is_refused_by_all_processes(launched):
         assert "heads of attention, 3, cannot be shared by 2 processes" in texts["heads"]
         assert "75 tokens, which 2 processes cannot share evenly" in texts["tokens"]
         assert "heads of attention, 1, cannot be shared by 2 processes" in texts["heads, anything"]
+        assert "ulysses_anything has no backward" in texts["gradient, anything"]
         assert "values of q are NaN or infinite in layer 1" in texts["nan in one head"]
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 import diffusers
-from shared_sequences import CASES, FIRST_LAYER, METHODS, build, run_sparse, share, wan
+from shared_sequences import CASES, FIRST_LAYER, METHODS, build, gradient, run_sparse, share, wan
 
 from vidaccel import DenseSchedule, accelerate
 from vidaccel.pipelines.acceleration.rank_heads import RankHeads
@@ -89,6 +89,9 @@ def refusals(ranks: int) -> dict[str, str]:
     weight[-1] = torch.inf  # in the last head, which the last process has
     with accelerate(broken.model, METHODS["radial"], schedule=FIRST_LAYER):
         texts["nan in one head"] = text_of(ValueError, broken.run)
+    trained = build("wan, 3 heads")
+    share(trained, ranks, anything=True)
+    texts["gradient, anything"] = text_of(RuntimeError, lambda: gradient(trained, "radial"))
     return texts
 
 
@@ -98,7 +101,10 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     if not torch.accelerator.device_count():
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    made: dict = {"lifetime": lifetime(ranks), "refusals": refusals(ranks), "exchanged": exchanged(ranks)}
+    trained = build("wan")
+    share(trained, ranks)
+    made: dict = {"gradient": gradient(trained, "radial")}
+    made |= {"lifetime": lifetime(ranks), "refusals": refusals(ranks), "exchanged": exchanged(ranks)}
     for name, method in CASES:
         shared = build(name)
         share(shared, ranks, anything="3 heads" in name)
