@@ -1,0 +1,136 @@
+"""What stays dense in ComfyUI's own models, and that it says why, once, in the log and in the report.
+
+Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to run these.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from native_comfyui import MODELS, Calls, build, models, patched, sample, tiny, with_override
+
+WAN = MODELS["wan_t2v"]
+
+
+def notes_of(model, description, caplog, **options) -> tuple[torch.Tensor, list[str]]:
+    """What a patched clone samples, and its notes, each of which was logged once."""
+    clone, session = patched(model)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "vidaccel"):
+        out = sample(clone, description, **options)
+    notes = list(session.report().notes)
+    assert [r.getMessage() for r in caplog.records] == [f"Sparse Attention (test): {note}" for note in notes]
+    assert all(record.reason for record in session.report().records)
+    return out, notes
+
+
+def test_a_model_that_is_not_known_is_sampled_as_it_is(caplog):
+    """A class that ComfyUI adds tomorrow, with Wan's calls: no guess is made."""
+    model = build(WAN)
+    unpatched = sample(model, WAN)
+    model.model.diffusion_model.__class__ = type("TomorrowsModel", (type(model.model.diffusion_model),), {})
+    out, (note,) = notes_of(model, WAN, caplog)
+    assert out.equal(unpatched) and note.startswith("TomorrowsModel is no model that sparse attention knows")
+
+
+CAUSAL = replace(WAN, config="WAN21_CausalAR_T2V", unet={**WAN.unet, "causal_ar": True}, needs="WAN21_CausalAR")
+ANIMATE2 = replace(
+    MODELS["wan_i2v"], config="WAN_Animate2", unet={**MODELS["wan_i2v"].unet, "model_type": "animate2"},
+    needs="WAN_Animate2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("description", "why"),
+    [
+        (CAUSAL, "CausalWanModel stays dense: it makes one group of frames after another and keeps the keys"),
+        (ANIMATE2, "WanAnimate2Model stays dense: each of its frames reads the whole video and a pose frame"),
+    ],
+    ids=["causal", "animate2"],
+)
+def test_a_model_whose_calls_are_not_of_a_whole_video_says_why(description, why, caplog):
+    from comfy_models import missing
+
+    if missing(description):
+        pytest.skip(missing(description))
+    model = build(description)
+    out, (note,) = notes_of(model, description, caplog)
+    assert note.startswith(why) and out.equal(sample(model, description))
+
+
+@pytest.mark.parametrize("name", models("ltxv_guide", "ltxav_guide"))
+def test_a_guide_with_a_strength_of_its_own_masks_the_attention(name, caplog):
+    """ComfyUI weights each layer's scores then, and splits the queries: no call is plain attention of the video."""
+    description, model, _ = tiny(name)
+    _, height, width = description.latent
+    entry = {
+        "pre_filter_count": height * width,
+        "strength": 0.5,
+        "pixel_mask": None,
+        "latent_shape": [1, height, width],
+    }
+    conditions = {"guide_attention_entries": [entry]}
+    out, (note,) = notes_of(model, description, caplog, conditions=conditions)
+    assert (
+        note
+        == "a guide with a strength other than 1 or a mask weights the attention of every layer, so all stayed dense."
+    )
+    assert out.equal(sample(model, description, conditions=conditions))
+    clone, session = patched(model)
+    sample(clone, description, conditions={"guide_attention_entries": [{**entry, "strength": 1.0}]})
+    assert session.report().density_by_step()[3] < 0.7
+
+
+def test_an_image_of_a_video_model_stays_dense(caplog):
+    """Kandinsky 5 makes images of latents without frames."""
+    name = "kandinsky5"
+    description, model, _ = tiny(name)
+    image = replace(description, latent=(15, 17))
+    out, (note,) = notes_of(model, image, caplog)
+    assert "a latent of 2x16x15x17 is no video" in note and out.shape == (1, 16, 15, 17)
+
+
+@pytest.mark.parametrize("name", models("ltxav", "wan_t2v", "kandinsky5"))
+def test_a_text_as_long_as_the_video(name, caplog):
+    description, model, _ = tiny(name)
+    same = replace(description, text=description.tokens)
+    out, (note,) = notes_of(model, same, caplog)
+    assert f"as long as the video ({description.tokens} tokens)" in note and out.equal(sample(model, same))
+
+
+@pytest.mark.parametrize("name", models("ltxav"))
+def test_audio_as_long_as_the_video(name, caplog):
+    description, model, _ = tiny(name)
+    same = replace(description, audio=(1, 8, description.tokens, 16))
+    out, (note,) = notes_of(model, same, caplog)
+    assert f"as long as the video ({description.tokens} tokens)" in note and out.equal(sample(model, same))
+
+
+def test_blocks_that_guidance_skips_do_not_shift_the_layers(caplog):
+    """LTX-2's spatio-temporal guidance: a further pass, in which one block has no self-attention."""
+    from comfy_extras import nodes_lt
+
+    node = getattr(nodes_lt, "LTXVSpatioTemporalGuidance", None)
+    if node is None:
+        pytest.skip("this ComfyUI has no spatio-temporal guidance yet")
+    description, model, _ = tiny("ltxav")
+    guided = node.execute(model, 1.0, "1", 0.0, 1.0).result[0]
+    clone, session = patched(guided, dense_layers="0", dense_start_percent=0.0)
+    assert sample(clone, description, steps=1).isfinite().all()
+    records = session.report().records
+    # cond, uncond and the further pass
+    assert [record.layer for record in records].count(0) == [record.layer for record in records].count(2) == 3
+    assert [record.layer for record in records].count(1) == 2
+    assert {record.layer for record in records if record.reason} == {0}
+
+
+def test_the_calls_of_a_face_are_not_the_videos():
+    """Wan Animate's adapter and its like call attention without options: no override sees them."""
+    description, model, _ = tiny("wan_animate")
+    seen = Calls()
+    sample(with_override(model, seen.override()), description, steps=1)
+    assert len(seen.lengths) % description.layers == 0
+    assert set(seen.lengths) == {(189, 189), (189, 7)}
