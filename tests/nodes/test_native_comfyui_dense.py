@@ -10,7 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfy_tiny import randn
 from native_comfyui import MODELS, Calls, build, models, patched, sample, tiny, with_override
+
+from vidaccel import SVG2
 
 WAN = MODELS["wan_t2v"]
 
@@ -88,9 +91,9 @@ def test_an_image_of_a_video_model_stays_dense(caplog):
     """Kandinsky 5 makes images of latents without frames."""
     name = "kandinsky5"
     description, model, _ = tiny(name)
-    image = replace(description, latent=(15, 17))
+    image = replace(description, latent=(14, 18))
     out, (note,) = notes_of(model, image, caplog)
-    assert "a latent of 2x16x15x17 is no video" in note and out.shape == (1, 16, 15, 17)
+    assert "a latent of 2x16x14x18 is no video" in note and out.shape == (1, 16, 14, 18)
 
 
 @pytest.mark.parametrize("name", models("ltxav", "wan_t2v", "kandinsky5"))
@@ -128,9 +131,14 @@ def test_blocks_that_guidance_skips_do_not_shift_the_layers(caplog):
 
 
 def test_the_calls_of_a_face_are_not_the_videos():
-    """Wan Animate's adapter and its like call attention without options: no override sees them."""
+    """Wan Animate's adapter calls attention without options, so no override sees it; the layers count as without it."""
     description, model, _ = tiny("wan_animate")
+    alone = replace(description, cfg=1.0)
+    face = {"face_video_pixels": randn(1, 3, 1, 512, 512)}
     seen = Calls()
-    sample(with_override(model, seen.override()), description, steps=1)
-    assert len(seen.lengths) % description.layers == 0
-    assert set(seen.lengths) == {(189, 189), (189, 7)}
+    stock = sample(with_override(model, seen.override()), alone, steps=1, conditions=face)
+    assert seen.lengths == [(189, 189), (189, 7)] * description.layers
+    assert not stock.equal(sample(model, alone, steps=1))
+    clone, session = patched(model, SVG2(density=1.0), dense_start_percent=0.0)
+    torch.testing.assert_close(sample(clone, alone, steps=1, conditions=face), stock, rtol=1e-3, atol=1e-3)
+    assert [record.layer for record in session.report().records] == list(range(description.layers))

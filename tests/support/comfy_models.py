@@ -47,7 +47,7 @@ def build(tiny: Tiny) -> comfy.model_patcher.ModelPatcher:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.diffusion_model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * (0.15 if weight.ndim > 1 else 0.05))
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (tiny.scale if weight.ndim > 1 else 0.05))
         for name, values in tiny.buffers.items():
             model.diffusion_model.get_buffer(name).copy_(values)
     cpu = torch.device("cpu")

@@ -159,12 +159,13 @@ _KANDINSKY = {
 _COGVIDEO = {
     "image_model": "cogvideox",
     "num_attention_heads": 2,
-    "attention_head_dim": 24,
+    "attention_head_dim": 32,
     "time_embed_dim": 16,
     "text_embed_dim": 32,
     "num_layers": 3,
+    "use_rotary_positional_embeddings": True,
 }
-_COGVIDEO15 = {**_COGVIDEO, "attention_head_dim": 32, "patch_size_t": 2, "use_rotary_positional_embeddings": True}
+_COGVIDEO15 = {**_COGVIDEO, "patch_size_t": 2, "in_channels": 32}
 _MINIMAX = {
     "image_model": "minimax_h3",
     "hidden_size": 48,
@@ -189,6 +190,7 @@ _MINIMAX_H3: dict[str, Any] = {
     "buffers": {"rope.inv_freq": 100.0 ** -torch.linspace(0, 1, 4)},
     "needs": "MiniMaxH3",
     "one_only": True,
+    "scale": 0.4,
 }
 
 OTHERS = {
@@ -201,6 +203,7 @@ OTHERS = {
         layers=4,
         conditions=lambda latent: {"ref_latent": randn(1, 16, 1, *latent[1:])},
         cfg=1.0,
+        one_only=True,
     ),
     "hunyuan15": Tiny(
         config="HunyuanVideo15",
@@ -240,16 +243,17 @@ OTHERS = {
     ),
     "cosmos1": Tiny(config="CosmosT2V", unet=_COSMOS1, **_EVEN, layers=3),
     "cosmos_predict2": Tiny(config="CosmosT2IPredict2", unet=_COSMOS_PREDICT2, **_USUAL, layers=3),
-    "kandinsky5": Tiny(config="Kandinsky5", unet=_KANDINSKY, **_ODD, layers=3),
-    "cogvideox": Tiny(config="CogVideoX_T2V", unet=_COGVIDEO, **_ODD, before=7, layers=3, needs="CogVideoX"),
+    "kandinsky5": Tiny(config="Kandinsky5", unet=_KANDINSKY, **_EVEN, layers=3),
+    "cogvideox": Tiny(config="CogVideoX_T2V", unet=_COGVIDEO, **_ODD, before=7, layers=3, scale=0.4, needs="CogVideoX"),
     "cogvideox15": Tiny(
         config="CogVideoX_I2V",
-        unet={**_COGVIDEO15, "in_channels": 32},
+        unet=_COGVIDEO15,
         latent=(5, 15, 17),
         other=(3, 11, 19),
         grid=(3, 8, 9),
         before=7,
         layers=3,
+        scale=0.4,
         needs="CogVideoX",
     ),
     "minimax": Tiny(**_MINIMAX_H3, before=7 + 10),

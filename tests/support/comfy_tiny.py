@@ -24,6 +24,7 @@ class Tiny:
         conditions: further entries of a conditioning, made for a latent. mask: of the latent, likewise.
         audio: shape `[B, ...]` of the audio latent that is packed with the video.
         cfg: guidance scale; 1 calls the positive branch alone.
+        scale: of the random weights, so large that a change of the attention shows in the result.
         buffers: values of buffers that ComfyUI leaves to the checkpoint.
         needs: a class or word in the source of ComfyUI's `model_base` that older versions lack.
         one_only: whether the model refuses a batch of two.
@@ -44,6 +45,7 @@ class Tiny:
     mask: Callable[[Size], torch.Tensor] | None = None
     audio: tuple[int, ...] | None = None
     cfg: float = 3.0
+    scale: float = 0.15
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     needs: str = ""
     one_only: bool = False
@@ -57,6 +59,12 @@ class Tiny:
     def tokens(self) -> int:
         """Tokens of the whole sequence."""
         return self.before + self.video + self.after
+
+    @property
+    def density(self) -> float:
+        """Of a test: the pairs of what is not video, which stay exact, and 0.6 of the video's own."""
+        own = (self.video / self.tokens) ** 2
+        return round(1 - 0.4 * own, 2)
 
 
 def randn(*shape: int, seed: int = 5) -> torch.Tensor:

@@ -14,8 +14,7 @@ from vidaccel import SVG2, VideoLayout
 if not os.environ.get("COMFYUI_PATH"):
     pytest.skip("set COMFYUI_PATH to the folder of a ComfyUI to run its models", allow_module_level=True)
 try:
-    import comfy.model_management as management
-    from comfy_models import MODELS, build, missing, sample
+    from comfy_models import MODELS, build, comfy, missing, sample
 except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
     reason = f"this Python cannot import ComfyUI ({error}): run pytest with the one that ComfyUI runs with"
     pytest.skip(reason, allow_module_level=True)
@@ -24,6 +23,7 @@ from vidaccel.nodes.patch import sparsify
 __all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "models", "nodes"]
 __all__ += ["patched", "sample", "tiny", "with_override"]
 
+management = comfy.model_management
 _built: dict[str, tuple] = {}
 
 
