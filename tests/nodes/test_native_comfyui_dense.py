@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from comfy_tiny import randn
-from native_comfyui import MODELS, Calls, build, models, patched, sample, tiny, with_override
+from native_comfyui import MODELS, Calls, build, missing, models, patched, sample, tiny, with_override
 
 from vidaccel import SVG2
+from vidaccel.nodes.native_models import why_dense
 
 WAN = MODELS["wan_t2v"]
 
@@ -55,13 +56,28 @@ ANIMATE2 = replace(
     ids=["causal", "animate2"],
 )
 def test_a_model_whose_calls_are_not_of_a_whole_video_says_why(description, why, caplog):
-    from comfy_models import missing
-
     if missing(description):
         pytest.skip(missing(description))
     model = build(description)
     out, (note,) = notes_of(model, description, caplog)
     assert note.startswith(why) and out.equal(sample(model, description))
+
+
+def test_an_upscaler_in_windows_says_why():
+    """SeedVR2's class; its attention gets no options, so that no override could see it."""
+    seedvr = pytest.importorskip("comfy.ldm.seedvr.model", reason="this ComfyUI has no SeedVR2 yet")
+    assert why_dense(seedvr.NaDiT.__new__(seedvr.NaDiT)).startswith("NaDiT stays dense: it upscales a video in windows")
+
+
+def test_a_padded_text_masks_every_call():
+    description, model, _ = tiny("hunyuan")
+    description = replace(description, cfg=1.0)  # ComfyUI cannot do such a mask with two prompts in a batch
+    mask = torch.ones(1, description.text, dtype=torch.long)
+    mask[:, -2:] = 0
+    clone, session = patched(model, dense_start_percent=0.0)
+    out = sample(clone, description, conditions={"attention_mask": mask})
+    assert out.equal(sample(model, description, conditions={"attention_mask": mask}))
+    assert session.report().dense_reasons() == {"attention mask": 4 * description.layers}
 
 
 @pytest.mark.parametrize("name", models("ltxv_guide", "ltxav_guide"))
@@ -137,7 +153,7 @@ def test_the_calls_of_a_face_are_not_the_videos():
     face = {"face_video_pixels": randn(1, 3, 1, 512, 512)}
     seen = Calls()
     stock = sample(with_override(model, seen.override()), alone, steps=1, conditions=face)
-    assert seen.lengths == [(189, 189), (189, 7)] * description.layers
+    assert seen.lengths == [(189, 189), (189, 7), (189, 7)] * description.layers  # cross-attention to text and image
     assert not stock.equal(sample(model, alone, steps=1))
     clone, session = patched(model, SVG2(density=1.0), dense_start_percent=0.0)
     torch.testing.assert_close(sample(clone, alone, steps=1, conditions=face), stock, rtol=1e-3, atol=1e-3)

@@ -45,6 +45,11 @@ def _vace(latent: Size) -> dict[str, Any]:
     }
 
 
+def _camera(latent: Size) -> dict[str, Any]:
+    frames, height, width = latent
+    return {"camera_conditions": randn(1, 24, frames, 8 * height, 8 * width)}
+
+
 def _animate(latent: Size) -> dict[str, Any]:
     """A pose for every frame but the first, the character. Faces take seconds, and have a test of their own."""
     frames, *size = latent
@@ -101,6 +106,9 @@ WAN = {
             layers=6,
             conditions=_vace,
         )
+    ),
+    "wan_camera": Tiny(
+        **_wan("WAN21_Camera", unet={"model_type": "camera", "in_dim": 32}, **_EVEN, conditions=_camera)
     ),
     "wan_subject": Tiny(
         **_wan(

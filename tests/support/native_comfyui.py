@@ -20,8 +20,8 @@ except (ImportError, RuntimeError) as error:  # a torchvision that does not fit 
     pytest.skip(reason, allow_module_level=True)
 from vidaccel.nodes.patch import sparsify
 
-__all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "models", "nodes"]
-__all__ += ["patched", "sample", "tiny", "with_override"]
+__all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "missing", "models"]
+__all__ += ["nodes", "patched", "sample", "tiny", "with_override"]
 
 management = comfy.model_management
 _built: dict[str, tuple] = {}
