@@ -43,7 +43,8 @@ def test_two_prompts_of_one_side_have_a_state_each():
 def test_a_latent_batch_stays_together_within_a_branch():
     session = session_of()
     step(session, Executor(RECORDED["wan"], 4), cond_or_uncond=[0, 1])
-    assert {key[2] for key in session._engines[RECORDED["wan"].layout]._call_memory} == {(2, HEADS)}
+    memory = session._engines[RECORDED["wan"].layout]._call_memory
+    assert memory and all((2, HEADS) in key for key in memory)
 
 
 def test_a_run_begins_without_the_state_of_the_last():
