@@ -1,4 +1,4 @@
-"""What a row of `native_models.py` tells of a model: where its video tokens are, and which attention calls are theirs."""
+"""What a row of `native_models.py` tells of a model: where its video tokens are, and which calls are over them."""
 
 from __future__ import annotations
 
