@@ -55,7 +55,8 @@ class VidaccelLoadPipeline(io.ComfyNode):
             node_id="VidaccelLoadPipeline",
             display_name="Load Video Pipeline",
             category=CATEGORY,
-            description="Loads a video pipeline of diffusers: Wan 2.1 and 2.2, DC-VideoGen. The built-in ones are tiny "
+            description="Loads a video pipeline of diffusers: Wan and its kin, HunyuanVideo, CogVideoX, LTX, Cosmos, "
+            "Kandinsky, Mochi, Allegro and others; DC-VideoGen. The built-in ones are tiny "
             "models that draw moving shapes, one in Wan's latents and one in DC-AE-V's (demo-dc); they need no "
             "download and run on a CPU.",
             inputs=[
@@ -174,7 +175,7 @@ class VidaccelGenerateVideo(io.ComfyNode):
                         min=0,
                         max=8192,
                         step=8,
-                        tooltip=f"Pixels: a multiple of 16 for Wan, any number for DC-VideoGen. {own}",
+                        tooltip=f"Pixels: a multiple of 16 for most (32 for LTX), any number for DC-VideoGen. {own}",
                     )
                     for side in ("width", "height")
                 ),
@@ -183,7 +184,8 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     default=0,
                     min=0,
                     max=4097,
-                    tooltip=f"4k + 1 for Wan: 33, 81, ...; any number for DC-VideoGen. {own}",
+                    tooltip="4k + 1 for Wan and most others: 33, 81, ...; 8k + 1 for LTX and CogVideoX, 6k + 1 for "
+                    f"Mochi; any number for DC-VideoGen. {own}",
                 ),
                 io.Int.Input("steps", default=0, min=0, max=1000, tooltip=f"Denoising steps. {own}"),
                 io.Float.Input(
@@ -324,7 +326,7 @@ def _preview(pipeline: pipelines.VideoPipeline) -> Callable[[torch.Tensor], Pict
     from PIL import Image
 
     pipe = pipeline.pipe
-    if args.preview_method == LatentPreviewMethod.NoPreviews:
+    if args.preview_method == LatentPreviewMethod.NoPreviews or not previews.has_known_latents(pipe):
         return lambda latents: None
 
     def decoded(latents: torch.Tensor) -> Picture:
