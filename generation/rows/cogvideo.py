@@ -7,7 +7,7 @@ from typing import Any
 
 from .frames import COGVIDEOX, COGVIDEOX_PAIRS, FLOORED
 from .row import Config, PipelineRow
-from .sequence import text_before
+from .sequence import Shape, grid, text_before
 
 
 def _factors(vae: Config) -> tuple[int, int]:
@@ -66,6 +66,11 @@ def _controlled(settings: Any) -> dict[str, Any]:
     return given
 
 
+def _easyanimate_text(shape: Shape) -> Any:
+    """Its call does not say how long the text is."""
+    return grid(shape, before=256)
+
+
 _COGVIDEOX = PipelineRow(
     "CogVideoXPipeline",
     COGVIDEOX,
@@ -76,7 +81,7 @@ _COGVIDEOX = PipelineRow(
     by_config=_faster,
 )
 _PICTURE: dict[str, Any] = {"takes": {"image": "image"}, "needs": (("image",),)}
-_EASYANIMATE = PipelineRow("EasyAnimatePipeline", FLOORED, fps=8.0, factors=_magvit_factors, sequence=text_before)
+_EASYANIMATE = PipelineRow("EasyAnimatePipeline", FLOORED, fps=8.0, factors=_magvit_factors, sequence=_easyanimate_text)
 
 ROWS = (
     _COGVIDEOX,

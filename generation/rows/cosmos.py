@@ -1,4 +1,7 @@
-"""Cosmos 1, Predict2, Predict2.5 and 3. They come with a guardrail, a package of its own."""
+"""Cosmos 1, Predict2, Predict2.5 and 3. They come with a guardrail, a package of its own.
+
+Cosmos 3's queries are those of the video alone; its keys have the prompt before them, whose length is not known before.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 from .frames import FLOORED
 from .row import Config, PipelineRow, downsampling_factors, stated_factors, wan_factors
-from .sequence import text_before
 
 
 def _factors(vae: Config) -> tuple[int, int]:
@@ -47,8 +49,6 @@ ROWS = (
         continues=True,
         no_negative_prompt=None,
         rate="fps",
-        sequence=text_before,
-        text_varies=True,
         result="video",
         single=True,
         follows=False,

@@ -80,11 +80,7 @@ _LTX = PipelineRow(
     fps=25.0,
     factors=_factors,
     rate="frame_rate",
-    variants={
-        "image": "LTXImageToVideoPipeline",
-        "last_image": "LTXConditionPipeline",
-        "video": "LTXConditionPipeline",
-    },
+    variants={"image": "LTXImageToVideoPipeline"},
 )
 _PICTURE: dict[str, Any] = {"takes": {"image": "image"}, "needs": (("image",),)}
 _ALL: dict[str, Any] = {"continues": True, "sequence": _with_last, "variants": {}}
@@ -107,7 +103,7 @@ ROWS = (
     replace(
         _LTX,
         pipeline="LTXImageToVideoPipeline",
-        variants={"last_image": "LTXConditionPipeline", "video": "LTXConditionPipeline"},
+        variants={},
         **_PICTURE,
     ),
     replace(

@@ -1,0 +1,175 @@
+"""Every family of video pipelines, whole and real, at tiny sizes: saved to a folder, and run from there."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import cosmos
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+
+import vidaccel
+from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.request import Settings
+
+PROMPT = "a dot moves"
+
+
+def picture(size: int = 32, value: int = 200) -> Image.Image:
+    return Image.new("RGB", (size, size), (value, 40, 90))
+
+
+def clip(frames: int, size: int = 32) -> np.ndarray:
+    return np.full((frames, size, size, 3), 90, np.uint8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a tiny pipeline.
+
+    Args:
+        build: file and function of tests/support/families.
+        runs: the class that runs, where it is not the one that was saved.
+        request: arguments of `generate` beside size and frames.
+        frames, size: of the video.
+        loaded: it cannot be saved to a folder, and runs as it was built.
+    """
+
+    build: str
+    frames: int = 5
+    size: int = 32
+    request: dict[str, Any] = field(default_factory=dict, hash=False)
+    runs: str = ""
+    loaded: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        sized = {"frames": self.frames, "height": self.size, "width": self.size}
+        return {**sized, "steps": 2, **self.request}
+
+    def __str__(self) -> str:
+        given = [name for name in ("image", "last_image", "video") if name in self.request]
+        return "-".join([self.build.partition(".")[2], *given])
+
+
+IMAGE = {"image": picture()}
+BOTH = {**IMAGE, "last_image": picture(value=20)}
+STG = {"pipeline_options": {"spatio_temporal_guidance_blocks": [1]}}
+I2V, V2V = "DiffusionForcingImageToVideoPipeline", "DiffusionForcingVideoToVideoPipeline"
+CASES = [
+    Case("wan_kin.wan"),
+    Case("wan_kin.wan_5b", request=IMAGE, runs="WanImageToVideoPipeline"),
+    Case("wan_kin.wan_image", request=IMAGE),
+    Case("wan_kin.wan_first_last", request=BOTH),
+    Case("wan_kin.vace"),
+    Case("wan_kin.vace", request=IMAGE),
+    Case("wan_kin.vace", request={"video": clip(5)}),
+    Case("wan_kin.animate", 9, request={**IMAGE, "video": clip(9), "face_video": clip(9, 16)}),
+    Case("wan_kin.chronoedit", request=IMAGE),
+    Case("wan_kin.skyreels"),
+    Case("wan_kin.skyreels_image", request=IMAGE),
+    Case("wan_kin.skyreels_forcing"),
+    Case("wan_kin.skyreels_forcing", 9, request=IMAGE, runs=f"SkyReelsV2{I2V}"),
+    Case("wan_kin.skyreels_forcing", 33, request={"video": clip(17)}, runs=f"SkyReelsV2{V2V}"),
+    Case("wan_kin.anyflow"),
+    Case("wan_kin.anyflow", 9, request={"video": clip(5)}),
+    Case("wan_kin.helios", 33),
+    Case("wan_kin.helios", 65, request=IMAGE),
+    Case("wan_kin.helios_pyramid", 33, 128, request={"steps": 3}),
+    Case("hunyuan.hunyuan"),
+    Case("hunyuan.hunyuan", request={"negative_prompt": "a", "pipeline_options": {"true_cfg_scale": 4.0}}),
+    Case("hunyuan.skyreels_v1", request=IMAGE),
+    Case("hunyuan.framepack", 37, request=IMAGE),
+    Case("hunyuan.framepack", 73, request=BOTH),
+    Case("hunyuan.hunyuan_15"),
+    Case("hunyuan.hunyuan_15_image", size=64, request=IMAGE),
+    Case("cogvideo.cogvideox_2b", 9),
+    Case("cogvideo.cogvideox_5b", 9),
+    Case("cogvideo.cogvideox_15", 9),
+    Case("cogvideo.cogvideox_image", 9, request=IMAGE),
+    Case("cogvideo.cogvideox_15_image", 17, request=IMAGE),
+    Case("cogvideo.cogvideox_video", 9, request={"video": clip(9), "strength": 0.6}),
+    Case("cogvideo.cogvideox_15_video", 8, request={"video": clip(9), "strength": 0.6}),
+    Case("cogvideo.cogvideox_control", 9, request={"video": clip(9)}),
+    Case("cogvideo.consisid", 9, request=IMAGE),
+    Case("cogvideo.easyanimate"),
+    Case("cogvideo.easyanimate_inpaint", request=IMAGE),
+    Case("cogvideo.easyanimate_control", request={"video": clip(5)}),
+    Case("ltx.ltx", 9, 64),
+    Case("ltx.ltx", 9, 64, request=IMAGE, runs="LTXImageToVideoPipeline"),
+    Case("ltx.ltx_condition", 9, 64),
+    Case("ltx.ltx_condition", 17, 64, request=BOTH),
+    Case("ltx.ltx_condition", 17, 64, request={"video": clip(9)}),
+    Case("ltx.ltx2", 9, 64, request=STG),
+    Case("ltx.ltx2", 9, 64, request={**STG, **IMAGE}, runs="LTX2ImageToVideoPipeline"),
+    Case("ltx.ltx2", 17, 64, request={**STG, **BOTH}, runs="LTX2ConditionPipeline"),
+    Case("cosmos.text_to_world", 9, loaded=True),
+    Case("cosmos.video_to_world", 9, request=IMAGE, loaded=True),
+    Case("cosmos.predict_2", request=IMAGE, loaded=True),
+    Case("cosmos.predict_2", 9, request={"video": clip(5)}, loaded=True),
+    Case("cosmos.cosmos_3"),
+    Case("cosmos.cosmos_3", request=IMAGE),
+    Case("kandinsky.kandinsky_5", loaded=True),
+    Case("kandinsky.kandinsky_5_image", request=IMAGE, loaded=True),
+    Case("kandinsky.kandinsky_6", loaded=True),
+    Case("kandinsky.kandinsky_6", request=IMAGE, loaded=True),
+    Case("others.mochi", 7),
+    Case("others.motif"),
+    Case("others.motif", request=IMAGE, runs="MotifVideoImage2VideoPipeline"),
+]
+
+
+class Lengths(TorchFunctionMode):
+    """Collects the lengths of the sequences that attend to themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            self.seen.add(query.shape[-2])
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A tiny pipeline by its name: the folder that it was saved to, or itself where that cannot be."""
+
+    @functools.cache
+    def of(build: str, loaded: bool) -> Any:
+        torch.manual_seed(0)
+        group, name = build.split(".")
+        pipe = getattr(importlib.import_module(f"families.{group}"), name)()
+        pipe.set_progress_bar_config(disable=True)
+        if loaded:
+            return pipe
+        folder = tmp_path_factory.mktemp("families") / name
+        pipe.save_pretrained(folder)
+        return folder
+
+    return of
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_family_runs(case, built, monkeypatch):
+    """The video that was asked for comes out, and the sequence in self-attention is the one that was told before."""
+    cosmos.without_torchvision(monkeypatch)
+    model = built(case.build, case.loaded)
+    place = {} if case.loaded else {"device": "cpu"}
+    job = prepare(model if case.loaded else str(model), Settings(PROMPT, **case.arguments()), Sparse(), **place)
+    assert not case.runs or job.facts.pipeline_class == case.runs
+    with Lengths() as lengths:
+        made = vidaccel.generate(model, PROMPT, **case.arguments(), **place, progress=False)
+    assert made.frames.shape == (case.frames, case.size, case.size, 3)
+    assert not [note for note in made.notes if "frames instead" in note]
+    layout = job.layout
+    least = layout.video_tokens + layout.text_before if job.facts.row.text_varies else layout.tokens
+    assert any(least <= length <= layout.tokens for length in lengths.seen), (layout, sorted(lengths.seen))
