@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,20 +134,14 @@ def stepped(pipe: DiffusionPipeline, on_step: StepEnd) -> Iterator[dict[str, Any
         del scheduler.step
 
 
-def frames_of(row: PipelineRow, result: Any) -> np.ndarray:
-    """The frames of a result, `[F, H, W, 3]` float32 in [0, 1]."""
+def frames_of(row: PipelineRow, settings: Settings, result: Any) -> np.ndarray:
+    """The frames of a result, `[F, H, W, 3]` float32 in [0, 1], without those of a video before them."""
     video = getattr(result, row.result)
-    return np.asarray(video if row.single else video[0], np.float32)
+    frames = np.asarray(video if row.single else video[0], np.float32)
+    return frames[len(settings.video) :] if row.repeats_video else frames
 
 
 def sound_of(pipe: DiffusionPipeline, row: PipelineRow, result: Any) -> Sound | None:
     """The sound of a result; None where it has none."""
     found = None if row.audio is None else row.audio(pipe, result)
     return found and Sound.of(*found)
-
-
-def missing_packages(names: Collection[str]) -> list[str]:
-    """Those of some packages that are not installed."""
-    from importlib.util import find_spec
-
-    return [name for name in names if find_spec(name) is None]

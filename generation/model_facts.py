@@ -204,6 +204,20 @@ def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
     return _facts(name, location, type(pipe).__name__, read, dict(pipe.config))
 
 
+def check_packages(facts: ModelFacts) -> None:
+    """Raise BadInput where a package that the pipeline needs is not installed."""
+    _refuse_missing(facts.name, facts.row)
+
+
+def _refuse_missing(model: str, row: PipelineRow) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for module, package in row.packages.items() if find_spec(module) is None]
+    if missing:
+        problem = f"a {row.pipeline} needs {' and '.join(missing)}, which is not installed"
+        raise BadInput("model", problem, f"pip install {' '.join(missing)}.", value=model)
+
+
 def variant(facts_class: str, given: Collection[str], index: Mapping[str, Any]) -> str:
     """The class that takes the same weights and what is given; the class itself where there is none, or no need."""
     row = find_row(facts_class, index=index)
@@ -223,6 +237,8 @@ def _facts(
     given: Collection[str] = (),
 ) -> ModelFacts:
     """Of a pipeline whose configs can be read."""
+    from ..pipelines.loading import call_arguments
+
     pipeline_class = variant(pipeline_class, given, index)
     if pipeline_class not in ROWS:
         raise BadInput(
@@ -242,6 +258,8 @@ def _facts(
         raise BadInput("video", f"is of no use: {problem}", "Take a model with one, such as Wan 2.1.")
     row = find_row(pipeline_class, transformer, index)
     assert row is not None
+    if not call_arguments(pipeline_class):  # in its place diffusers has a class without a call
+        _refuse_missing(model, row)
     more: dict[str, Any] = {
         "own_defaults": _own_defaults(model, DEFAULTS_FILE, read(DEFAULTS_FILE)),
         "transformer": transformer,

@@ -159,7 +159,8 @@ class Settings:
             read["video"], more = source.read(length, whole.width, whole.height)
             notes += more
         if self.face_video is not None:
-            read["face_video"] = _face(self.face_video, whole, model)
+            read["face_video"], more = _face(self.face_video, whole, model)
+            notes += more
         return replace(whole, **read, notes=tuple(notes))
 
     def _check_inputs(self, model: ModelFacts) -> None:
@@ -185,7 +186,8 @@ class Settings:
         if self.negative_prompt and not row.negative_prompt:
             raise BadInput("negative_prompt", f"is of no use: this {kind} takes none", "Leave it out.")
         true = row.true_guidance
-        if self.negative_prompt and true and not self.pipeline_options.get(true, 1) > 1:
+        scale = self.pipeline_options.get(true)
+        if self.negative_prompt and true and not (isinstance(scale, int | float) and scale > 1):
             problem = f"is of no use: the guidance of this {kind} is built into the model"
             fix = f"Leave it out, or give {true} above 1 in {mention('pipeline_options')}, which takes twice the time."
             raise BadInput("negative_prompt", problem, fix)
@@ -313,22 +315,27 @@ def _check_size(settings: Settings, model: ModelFacts) -> None:
 
 
 def _length_to_read(source: VideoSource, settings: Settings, model: ModelFacts) -> int:
-    """Frames of the input video that are used: all of the result, or of a beginning as many as make latent frames."""
-    if not model.row.continues:
+    """Frames of the input video that are used: as many as the result has, or all that make whole latent frames."""
+    row = model.row
+    if not row.continues:
         return settings.frames
-    frames = min(source.frames, settings.frames)
+    if source.frames < row.least_video:
+        raise BadInput(
+            "video", f"has {source.frames} frames: this {row.pipeline} needs {row.least_video} to go on from"
+        )
+    frames = source.frames if row.continues == "before" else min(source.frames, settings.frames)
     return (frames - 1) // model.frame_factor * model.frame_factor + 1
 
 
-def _face(video: Any, settings: Settings, model: ModelFacts) -> np.ndarray:
-    """As many frames of a face as the result has, at the size that the model's eye for faces has."""
+def _face(video: Any, settings: Settings, model: ModelFacts) -> tuple[np.ndarray, tuple[str, ...]]:
+    """As many frames of a face as the result has, at the size that the model's eye for faces has; and what was cut."""
     from .inputs import open_video
 
     source = open_video(video, "face_video")
     if source.frames < settings.frames:
         raise BadInput("face_video", f"has {source.frames} frames, fewer than the {settings.frames} of the result")
     side = model.transformer.get("motion_encoder_size") or 512
-    return source.read(settings.frames, side, side)[0]
+    return source.read(settings.frames, side, side)
 
 
 def _check_strength(settings: Settings, model: ModelFacts) -> None:

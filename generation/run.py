@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .calls import call_arguments, frames_of, guided, missing_packages, parts_of, row_of, sound_of, stepped
+from .calls import call_arguments, frames_of, guided, parts_of, row_of, sound_of, stepped
 from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
+from .model_facts import ModelFacts, check_packages
 from .request import DEFAULT_FPS, Settings
 from .sound import Sound
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from ..attention.records import RunReport
     from ..attention.schedule import DenseSchedule
     from .job import Job
-    from .model_facts import ModelFacts
 
 StepCallback = Callable[[int, int, Any], None]
 """Called with (steps done, steps of the run, latents after the step) at the end of every denoising step; may raise."""
@@ -76,10 +76,7 @@ def load(
     from ..pipelines.errors import first_line
     from ..pipelines.loading import load_pipeline
 
-    missing = missing_packages(facts.row.packages)
-    if missing:
-        problem = f"a {facts.pipeline_class} needs {' and '.join(missing)}, which is not installed"
-        raise BadInput("model", problem, f"pip install {' '.join(missing)}.", value=facts.name)
+    check_packages(facts)
     try:
         return load_pipeline(
             facts.location,
@@ -155,7 +152,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     seconds = time.perf_counter() - start
     if not decode:
         return Run(None, seconds, tuple(ends), None, settings.notes)
-    frames = frames_of(row, result)
+    frames = frames_of(row, settings, result)
     if not np.isfinite(frames).all():
         raise GenerationError(
             f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "

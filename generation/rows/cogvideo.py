@@ -101,7 +101,7 @@ ROWS = (
         needs=(("video",),),
         by_config=_in_pairs,
     ),
-    replace(_COGVIDEOX, pipeline="ConsisIDPipeline", **_PICTURE),
+    replace(_COGVIDEOX, pipeline="ConsisIDPipeline", packages={"cv2": "opencv-python"}, **_PICTURE),
     _EASYANIMATE,
     replace(
         _EASYANIMATE,

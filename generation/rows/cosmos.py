@@ -16,6 +16,7 @@ def _factors(vae: Config) -> tuple[int, int]:
     return stated_factors({"temporal_compression_ratio": 8, **vae})
 
 
+_GUARDRAIL = {"cosmos_guardrail": "cosmos_guardrail"}
 _COSMOS = PipelineRow(
     "CosmosTextToWorldPipeline",
     FLOORED,
@@ -23,12 +24,12 @@ _COSMOS = PipelineRow(
     factors=_factors,
     no_negative_prompt=None,
     rate="fps",
-    packages=("torchvision", "cosmos_guardrail"),
+    packages=_GUARDRAIL | {"torchvision": "torchvision"},
 )
 _WORLD: dict[str, Any] = {
     "takes": {"image": "image", "video": "video"},
     "needs": (("image", "video"),),
-    "continues": True,
+    "continues": "inside",
 }
 _PREDICT_2 = replace(
     _COSMOS, pipeline="Cosmos2VideoToWorldPipeline", fps=16.0, factors=downsampling_factors, follows=False, **_WORLD
@@ -38,7 +39,7 @@ ROWS = (
     _COSMOS,
     replace(_COSMOS, pipeline="CosmosVideoToWorldPipeline", **_WORLD),
     _PREDICT_2,
-    replace(_PREDICT_2, pipeline="Cosmos2_5_PredictBasePipeline", rate="", needs=()),
+    replace(_PREDICT_2, pipeline="Cosmos2_5_PredictBasePipeline", rate="", needs=(), continues="before", least_video=5),
     PipelineRow(
         "Cosmos3OmniPipeline",
         FLOORED,
@@ -46,16 +47,16 @@ ROWS = (
         factors=wan_factors,
         defaults=lambda transformer, size_factor: {"frames": 189, "height": 720, "width": 1280},
         takes={"image": "image", "video": "video"},
-        continues=True,
+        continues="inside",
         no_negative_prompt=None,
         rate="fps",
         result="video",
         single=True,
         follows=False,
         heads=lambda config: (config["num_attention_heads"], config["head_dim"]),
-        packages=("cosmos_guardrail",),
+        packages=_GUARDRAIL,
         by_config=lambda row, transformer, index: (
-            row if index.get("enable_safety_checker", True) else replace(row, packages=())
+            row if index.get("enable_safety_checker", True) else replace(row, packages={})
         ),
     ),
 )

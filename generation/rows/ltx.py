@@ -83,7 +83,7 @@ _LTX = PipelineRow(
     variants={"image": "LTXImageToVideoPipeline"},
 )
 _PICTURE: dict[str, Any] = {"takes": {"image": "image"}, "needs": (("image",),)}
-_ALL: dict[str, Any] = {"continues": True, "sequence": _with_last, "variants": {}}
+_ALL: dict[str, Any] = {"continues": "inside", "sequence": _with_last, "variants": {}}
 _LTX_2 = replace(
     _LTX,
     pipeline="LTX2Pipeline",

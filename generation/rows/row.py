@@ -59,7 +59,10 @@ class PipelineRow:
         takes: field of the request (image, last_image, video, face_video) -> argument.
         needs: fields of which one has to be given, each time.
         inputs: request, checked -> arguments for what is given, where it is not simply passed on as `takes` says.
-        continues: whether `video` is the beginning of the result, and not as long as it.
+        continues: "inside" where `video` is the beginning of the result, "before" where the result goes on after it, ""
+            where it is as long as the result.
+        least_video: frames that such a video has at the least.
+        repeats_video: whether the pipeline puts the video before its result.
         strength: the argument for how much of `video` is replaced by noise.
         guidance: the argument of the guidance scale; "guider" for pipelines that have a guider; "" for none.
         negative_prompt: whether there is one.
@@ -78,7 +81,7 @@ class PipelineRow:
         tiled: whether the autoencoder can decode in tiles alone.
         device_noise: whether it draws noise on the device of the weights alone.
         heads: config of the transformer -> heads of self-attention, and their size.
-        packages: that it needs beside this package's own.
+        packages: module -> package, of those that it needs beside this package's own.
         variants: field -> the class that takes the same weights where that field is given.
         by_config: `(row, config of the transformer, index of the pipeline)` -> the row for this very model.
     """
@@ -93,7 +96,9 @@ class PipelineRow:
     takes: Mapping[str, str] = field(default_factory=dict, hash=False)
     needs: Needs = ()
     inputs: Callable[[Any], dict[str, Any]] | None = None
-    continues: bool = False
+    continues: str = ""
+    least_video: int = 1
+    repeats_video: bool = False
     strength: str = ""
     guidance: str = "guidance_scale"
     negative_prompt: bool = True
@@ -115,6 +120,6 @@ class PipelineRow:
         config["num_attention_heads"],
         config["attention_head_dim"],
     )
-    packages: tuple[str, ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict, hash=False)
     variants: Mapping[str, str] = field(default_factory=dict, hash=False)
     by_config: Callable[[PipelineRow, Config, Config], PipelineRow] = lambda row, transformer, index: row

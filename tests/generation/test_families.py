@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import cosmos
+from families import cogvideo, cosmos
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 import vidaccel
+from vidaccel.generation.forecast import forecast
 from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.model_facts import inspect_model, inspect_pipeline
 from vidaccel.generation.request import Settings
+from vidaccel.generation.run import load, run
 
 PROMPT = "a dot moves"
 
@@ -80,6 +83,7 @@ CASES = [
     Case("wan_kin.anyflow", 9, request={"video": clip(5)}),
     Case("wan_kin.helios", 33),
     Case("wan_kin.helios", 65, request=IMAGE),
+    Case("wan_kin.helios", 33, request={"video": clip(34)}),
     Case("wan_kin.helios_pyramid", 33, 128, request={"steps": 3}),
     Case("hunyuan.hunyuan"),
     Case("hunyuan.hunyuan", request={"negative_prompt": "a", "pipeline_options": {"true_cfg_scale": 4.0}}),
@@ -96,7 +100,7 @@ CASES = [
     Case("cogvideo.cogvideox_video", 9, request={"video": clip(9), "strength": 0.6}),
     Case("cogvideo.cogvideox_15_video", 8, request={"video": clip(9), "strength": 0.6}),
     Case("cogvideo.cogvideox_control", 9, request={"video": clip(9)}),
-    Case("cogvideo.consisid", 9, request=IMAGE),
+    Case("cogvideo.consisid", 9, request=IMAGE, loaded=True),
     Case("cogvideo.easyanimate"),
     Case("cogvideo.easyanimate_inpaint", request=IMAGE),
     Case("cogvideo.easyanimate_control", request={"video": clip(5)}),
@@ -162,6 +166,7 @@ def built(tmp_path_factory):
 def test_a_family_runs(case, built, monkeypatch):
     """The video that was asked for comes out, and the sequence in self-attention is the one that was told before."""
     cosmos.without_torchvision(monkeypatch)
+    cogvideo.without_opencv(monkeypatch)
     model = built(case.build, case.loaded)
     place = {} if case.loaded else {"device": "cpu"}
     job = prepare(model if case.loaded else str(model), Settings(PROMPT, **case.arguments()), Sparse(), **place)
@@ -173,3 +178,80 @@ def test_a_family_runs(case, built, monkeypatch):
     layout = job.layout
     least = layout.video_tokens + layout.text_before if job.facts.row.text_varies else layout.tokens
     assert any(least <= length <= layout.tokens for length in lengths.seen), (layout, sorted(lengths.seen))
+
+
+@pytest.mark.parametrize("build", ["cogvideo.cogvideox_15", "hunyuan.hunyuan_15", "wan_kin.helios", "ltx.ltx2"])
+def test_a_forecast_counts_what_lies_beside_the_video(build, built):
+    facts = inspect_model(str(built(build, False)))
+    settings = Settings(PROMPT, height=64, width=64).sized(facts)
+    rows = dict(forecast(facts, settings, 2))
+    layout = facts.layout(settings.frames, 64, 64)
+    assert rows["tokens"].startswith(f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width}")
+    beside = {"cogvideox_15": ", and 226 beside them)", "hunyuan_15": ", and at most 1,256 beside them)"}
+    assert rows["tokens"].endswith(beside.get(build.partition(".")[2], ")"))
+    assert ("decoding, about" in rows) == (build == "wan_kin.helios")
+
+
+def test_sound_is_in_the_file(built, tmp_path):
+    """As long as the video, and as the model made it."""
+    import av
+
+    case = Case("ltx.ltx2", 25, 64, request=STG)
+    out = tmp_path / "out.mp4"
+    made = vidaccel.generate(
+        built(case.build, False), PROMPT, **case.arguments(), device="cpu", out=out, progress=False
+    )
+    assert made.sound.rate == 16000 and made.sound.samples.shape[1] == 2 and np.abs(made.sound.samples).max() > 0
+    with av.open(str(out)) as file:
+        video, sound = file.streams.video[0], file.streams.audio[0]
+        assert sound.rate == 16000 and sound.channels == 2
+        assert abs(float(sound.duration * sound.time_base) - float(video.duration * video.time_base)) < 0.1
+
+
+def test_steps_are_told_of_pipelines_that_have_no_callback_and_of_those_that_go_through_them_again(built):
+    for build, case, told in (
+        ("hunyuan.hunyuan_15", Case("", 5), [(1, 2), (2, 2)]),
+        ("wan_kin.helios", Case("", 65), [(1, 4), (2, 4), (3, 4), (4, 4)]),
+    ):
+        facts = inspect_model(str(built(build, False)))
+        pipe = load(facts, torch.float32, "cpu")
+        seen: list[tuple[int, int]] = []
+        settings = Settings(PROMPT, **case.arguments()).checked(facts)
+        run(pipe, settings, on_step=lambda done, total, latents, seen=seen: seen.append((done, total)), decode=False)
+        assert seen == told
+        assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_guider_has_the_scale_of_the_request_for_the_run_alone(built):
+    facts = inspect_model(str(built("hunyuan.hunyuan_15", False)))
+    pipe = load(facts, torch.float32, "cpu")
+    before = pipe.guider
+    made = {
+        scale: run(pipe, Settings(PROMPT, **Case("").arguments(), guidance_scale=scale).checked(facts)).frames
+        for scale in (None, 6.0, 1.0, 9.0)
+    }
+    assert pipe.guider is before
+    assert np.array_equal(made[None], made[6.0])
+    assert not np.array_equal(made[1.0], made[6.0]) and not np.array_equal(made[9.0], made[6.0])
+
+
+def test_a_loaded_pipeline_runs_as_the_one_that_takes_what_is_given(built):
+    """The same weights, where they are; the result is that of the folder."""
+    from vidaccel.pipelines.loading import load_pipeline
+
+    folder = built("ltx.ltx", False)
+    pipe = load_pipeline(str(folder), torch.float32, "cpu")
+    case = Case("ltx.ltx", 9, 64, request=IMAGE)
+    loaded = vidaccel.generate(pipe, PROMPT, **case.arguments(), progress=False)
+    saved = vidaccel.generate(folder, PROMPT, **case.arguments(), device="cpu", progress=False)
+    assert inspect_pipeline(pipe).pipeline_class == "LTXPipeline"
+    assert np.array_equal(loaded.frames, saved.frames)
+
+
+def test_options_reach_the_pipeline(built):
+    folder, case = built("cogvideo.cogvideox_2b", False), Case("", 9)
+    plain, dynamic = (
+        vidaccel.generate(folder, PROMPT, **case.arguments(), device="cpu", progress=False, pipeline_options=options)
+        for options in ({}, {"use_dynamic_cfg": True})
+    )
+    assert not np.array_equal(plain.frames, dynamic.frames)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import cogvideo
 from PIL import Image
 
 import vidaccel
@@ -25,6 +26,11 @@ CLIP = np.zeros((9, 64, 64, 3), np.uint8)
 
 def asked(**given: Any) -> Settings:
     return Settings("a dot", frames=5, height=32, width=32, steps=2, guidance_scale=2.0, fps=16, **given)
+
+
+@pytest.fixture(autouse=True)
+def _every_class(monkeypatch):
+    cogvideo.without_opencv(monkeypatch)
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -131,6 +137,7 @@ CONFIGS: dict[str, tuple[dict, dict, dict]] = {
     "CosmosVideoToWorldPipeline": ({"patch_size": [1, 2, 2]}, {}, {}),
     "WanAnimatePipeline": ({"patch_size": [1, 2, 2]}, WAN_VAE, {}),
     "Kandinsky5T2VPipeline": ({"patch_size": [1, 2, 2], "attention_type": "nabla"}, HUNYUAN_VAE, {}),
+    "ConsisIDPipeline": ({"patch_size": 2}, {"block_out_channels": [1] * 4}, {}),
     "CogVideoXVideoToVideoPipeline": ({"patch_size": 2, "patch_size_t": 2}, {"block_out_channels": [1] * 4}, {}),
 }
 
@@ -172,7 +179,7 @@ REFUSED = [
     (
         "HunyuanVideo15ImageToVideoPipeline",
         {"image": PICTURE, "height": 480, "width": 640},
-        r"^height is 480: this model does not make 640x480. Give width 736 and height 544, or neither",
+        r"^height is 480: this model does not make 640x480. Give width 720 and height 544, or neither",
     ),
     ("MotifVideoPipeline", {"guidance_scale": 4.0}, r"^guidance_scale is of no use: this Motif.* has no guidance"),
     ("HeliosPipeline", {"frames": 132}, r"^frames is 132: .* 33, 65, .* round it to 129 .*Give 129 or 165"),
@@ -186,7 +193,7 @@ REFUSED = [
     (
         "CogVideoXVideoToVideoPipeline",
         {"video": CLIP, "frames": 9},
-        r"^frames is 9: this model makes 8k frames; .*Give 8 or 16",
+        r"^frames is 9: this model makes 8k frames. Give 8 or 16",
     ),
 ]
 
@@ -213,6 +220,23 @@ def test_sizes_follow_from_the_picture_where_the_pipeline_takes_them_from_it(con
     assert again.image.size == (848, 480)
 
 
+def test_the_size_of_a_picture_is_the_pipeline_s_own(configs):
+    from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
+    facts, processor = inspect_model(str(configs("HunyuanVideo15ImageToVideoPipeline"))), HunyuanVideo15ImageProcessor()
+    for height, width in ((1080, 1920), (1920, 1080), (100, 100), (480, 640), (300, 1000), (777, 778), (90, 900)):
+        own = processor.calculate_default_height_width(height, width, 640)
+        assert facts.nearest_size(height, width) == own
+
+
+def test_a_missing_package_is_named(configs, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match=r"a ConsisIDPipeline needs opencv-python, .* pip install opencv-python\.$"):
+        inspect_model(str(configs("ConsisIDPipeline")))
+    with pytest.raises(BadInput, match=r"a CosmosVideoToWorldPipeline needs cosmos_guardrail"):
+        vidaccel.generate(configs("CosmosVideoToWorldPipeline"), "a dot", image=PICTURE, device="cpu")
+
+
 def test_the_guidance_of_a_guider_is_its_own_by_default(configs):
     facts = inspect_model(str(configs("HunyuanVideo15Pipeline")))
     assert Settings("a dot").sized(facts).guidance_scale == 6.0
@@ -225,7 +249,7 @@ def test_the_guidance_of_a_guider_is_its_own_by_default(configs):
         ("LTXPipeline", 161, 512, 704, (21, 16, 22, 0, 0)),
         ("HunyuanVideoPipeline", 129, 720, 1280, (33, 45, 80, 0, 256)),
         ("HunyuanVideo15Pipeline", 121, 480, 848, (31, 30, 53, 0, 1256)),
-        ("HeliosPipeline", 129, 384, 640, (9, 24, 40, 480 + 240 + 1920, 0)),
+        ("HeliosPipeline", 129, 384, 640, (9, 24, 40, 240 + 240 + 1920, 0)),
         ("AllegroPipeline", 88, 720, 1280, (22, 45, 80, 0, 0)),
         ("CogVideoXVideoToVideoPipeline", 80, 768, 1360, (10, 48, 85, 226, 0)),
     ],

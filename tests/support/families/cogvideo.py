@@ -83,6 +83,13 @@ def cogvideox_control() -> Any:
     return diffusers.CogVideoXFunControlPipeline(**parts(transformer))
 
 
+def without_opencv(monkeypatch: Any) -> None:
+    """diffusers hides ConsisID's pipeline where OpenCV, which it needs for faces alone, is not installed."""
+    from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline
+
+    monkeypatch.setattr(diffusers, "ConsisIDPipeline", ConsisIDPipeline)
+
+
 def consisid() -> Any:
     transformer = diffusers.ConsisIDTransformer3DModel(
         **{**TRANSFORMER, "in_channels": 8}, use_rotary_positional_embeddings=True
