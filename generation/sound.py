@@ -28,10 +28,11 @@ class Sound:
         values = np.asarray(samples.detach().float().cpu() if hasattr(samples, "detach") else samples, np.float32)
         return cls(np.atleast_2d(values).T.clip(-1, 1), rate)
 
-    def write_wav(self, path: Path) -> None:
-        """Write the samples in 16 bits."""
+    def write_wav(self, path: Path, seconds: float) -> None:
+        """Write the samples in 16 bits, no more than so many seconds."""
+        kept = self.samples[: round(seconds * self.rate)]
         with wave.open(str(path), "wb") as file:
             file.setnchannels(self.samples.shape[1])
             file.setsampwidth(2)
             file.setframerate(self.rate)
-            file.writeframes((self.samples * 32767).round().astype("<i2").tobytes())
+            file.writeframes((kept * 32767).round().astype("<i2").tobytes())

@@ -77,8 +77,8 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Soun
         heard: list[str] = []
         if sound is not None:
             samples = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sound.wav"
-            sound.write_wav(samples)
-            heard = ["-i", str(samples), "-c:a", "aac", "-shortest"]
+            sound.write_wav(samples, len(frames) / fps)
+            heard = ["-i", str(samples), "-c:a", "aac"]
         # fmt: off
         command = [
             encoder(), "-hide_banner", "-loglevel", "error", "-y",

@@ -54,18 +54,6 @@ def _inpainted(settings: Any) -> dict[str, Any]:
     return {name: torch.from_numpy(values).permute(3, 0, 1, 2)[None] for name, values in given.items()}
 
 
-def _controlled(settings: Any) -> dict[str, Any]:
-    import torch
-
-    video = torch.from_numpy(settings.video).permute(3, 0, 1, 2)[None] / 255
-    given = {"control_video": video}
-    if settings.image is not None:
-        import numpy as np
-
-        given["ref_image"] = torch.from_numpy(np.array(settings.image)).permute(2, 0, 1)[None, :, None] / 255
-    return given
-
-
 def _easyanimate_text(shape: Shape) -> Any:
     """Its call does not say how long the text is."""
     return grid(shape, before=256)
@@ -108,12 +96,5 @@ ROWS = (
         pipeline="EasyAnimateInpaintPipeline",
         takes={"image": "video", "last_image": "mask_video"},
         inputs=_inpainted,
-    ),
-    replace(
-        _EASYANIMATE,
-        pipeline="EasyAnimateControlPipeline",
-        takes={"image": "ref_image", "video": "control_video"},
-        needs=(("video",),),
-        inputs=_controlled,
     ),
 )

@@ -93,6 +93,8 @@ def _chunked(frames: int, factor: int) -> int:
 
 ROUNDED = FrameRule("{k}k+1", _rounded)
 FLOORED = FrameRule("{k}k+1", _floored)
+FROM_FIVE = FrameRule("{k}k+1 (one, or from 17 on)", _rounded, allowed=lambda n, factor: n == 1 or n > 4 * factor)
+"""The first four latent frames are normalised by those behind them."""
 ANY = FrameRule("any number of", lambda frames, factor: frames)
 FIVE = FrameRule("5", lambda frames, factor: 5)
 SEGMENTS = FrameRule("2 or more", lambda frames, factor: frames, allowed=lambda frames, factor: frames > 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .frames import ROUNDED
+from .frames import FROM_FIVE, ROUNDED
 from .row import Config, PipelineRow, stated_factors
 from .sequence import Shape, grid
 
@@ -58,7 +58,13 @@ _KANDINSKY_5 = PipelineRow(
 
 ROWS = (
     _KANDINSKY_5,
-    replace(_KANDINSKY_5, pipeline="Kandinsky5I2VPipeline", takes={"image": "image"}, needs=(("image",),)),
+    replace(
+        _KANDINSKY_5,
+        pipeline="Kandinsky5I2VPipeline",
+        frames=FROM_FIVE,
+        takes={"image": "image"},
+        needs=(("image",),),
+    ),
     replace(
         _KANDINSKY_5,
         pipeline="Kandinsky6TI2VAPipeline",

@@ -12,26 +12,10 @@ from .sequence import Shape, grid
 
 
 def _factors(vae: Config) -> tuple[int, int]:
-    """Stated, or counted: both are halved as often as `spatio_temporal_scaling` says."""
+    """Stated, or counted as the autoencoders count: both are halved as often as `spatio_temporal_scaling` says."""
     halved = 2 ** sum(map(bool, vae.get("spatio_temporal_scaling", (True, True, True, False))))
     temporal = vae.get("temporal_compression_ratio") or (vae.get("patch_size_t") or 1) * halved
     return int(temporal), int(vae.get("spatial_compression_ratio") or (vae.get("patch_size") or 4) * halved)
-
-
-def _factors_2(vae: Config) -> tuple[int, int]:
-    """Stated, or counted: by the kinds of its downsampling, where `spatio_temporal_scaling` has them on."""
-    kinds = [
-        kind
-        for kind, used in zip(
-            vae.get("downsample_type", ("spatial", "temporal", "spatiotemporal", "spatiotemporal")),
-            vae.get("spatio_temporal_scaling", (True,) * 4),
-            strict=False,
-        )
-        if used
-    ]
-    temporal = 2 ** sum(kind != "spatial" for kind in kinds) * (vae.get("patch_size_t") or 1)
-    spatial = 2 ** sum(kind != "temporal" for kind in kinds) * (vae.get("patch_size") or 4)
-    return int(vae.get("temporal_compression_ratio") or temporal), int(vae.get("spatial_compression_ratio") or spatial)
 
 
 def _conditions(settings: Any) -> dict[str, Any]:
@@ -88,7 +72,6 @@ _LTX_2 = replace(
     _LTX,
     pipeline="LTX2Pipeline",
     fps=24.0,
-    factors=_factors_2,
     defaults=lambda transformer, size_factor: {"frames": 121},
     audio=_sound,
     variants={

@@ -112,6 +112,7 @@ def _easyanimate(channels: int) -> dict[str, Any]:
     vae = diffusers.AutoencoderKLMagvit(
         latent_channels=4, block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=4
     )
+    vae.register_to_config(cache_mag_vae=True)  # as the published configs have it
     own = {
         "vae": vae.eval(),
         "text_encoder": llama(),
@@ -128,7 +129,3 @@ def easyanimate() -> Any:
 def easyanimate_inpaint() -> Any:
     """The latents, the mask of the known frames (one channel), and the known frames."""
     return diffusers.EasyAnimateInpaintPipeline(**_easyanimate(9))
-
-
-def easyanimate_control() -> Any:
-    return diffusers.EasyAnimateControlPipeline(**_easyanimate(12))

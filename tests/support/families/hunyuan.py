@@ -87,7 +87,7 @@ def _parts_15(**more: Any) -> dict[str, Any]:
     own = {
         "text_encoder_2": t5(12),
         "tokenizer_2": tokenizer(256),
-        "tokenizer": tokenizer(2048),
+        "tokenizer": tokenizer(2048, before=60),
         "vae": vae.eval(),
         "guider": ClassifierFreeGuidance(guidance_scale=6.0),
     }

@@ -87,12 +87,14 @@ def ltx2() -> Any:
     vae = diffusers.AutoencoderKLLTX2Video(
         latent_channels=8,
         block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
     )
     audio_vae = diffusers.AutoencoderKLLTX2Audio(
-        base_channels=4, latent_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, mel_bins=16
+        base_channels=16, latent_channels=4, ch_mult=(1,), num_res_blocks=1, resolution=32, mel_bins=16
     )
     vocoder = LTX2Vocoder(
         in_channels=32,

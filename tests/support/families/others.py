@@ -8,7 +8,7 @@ import diffusers
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
-from families.text import WIDTH, siglip_pictures, t5, tokenizer
+from families.text import WIDTH, siglip_pictures, siglip_vision, t5, tokenizer
 from families.wan_kin import autoencoder as wan_autoencoder
 
 
@@ -19,19 +19,17 @@ def mochi() -> Any:
         attention_head_dim=16,
         num_layers=1,
         pooled_projection_dim=16,
-        in_channels=4,
+        in_channels=12,  # what the pipeline expects
         text_embed_dim=WIDTH,
         time_embed_dim=8,
         max_sequence_length=256,
     )
     torch.nn.init.normal_(transformer.pos_frequencies)
     vae = diffusers.AutoencoderKLMochi(
-        latent_channels=4,
+        latent_channels=12,
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1),
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
     )
     return diffusers.MochiPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
@@ -75,12 +73,15 @@ def motif() -> Any:
         num_single_layers=2,
         num_decoder_layers=1,
         text_embed_dim=WIDTH,
+        image_embed_dim=WIDTH,
         rope_axes_dim=(4, 6, 6),
     )
+    text_encoder = t5()
+    text_encoder.vision_tower = siglip_vision()  # a part of its T5Gemma 2, which is not saved with this one
     return diffusers.MotifVideoPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=wan_autoencoder(),
-        text_encoder=t5(),
+        text_encoder=text_encoder,
         tokenizer=tokenizer(512),
         transformer=transformer.eval(),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),

@@ -11,10 +11,15 @@ WIDTH = 16
 CHAT = "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }} {% endfor %}"
 
 
-def tokenizer(length: int = 64) -> transformers.PreTrainedTokenizerFast:
-    """Words of `WORDS`, all others unknown; up to `length` tokens."""
+def tokenizer(length: int = 64, before: int = 0) -> transformers.PreTrainedTokenizerFast:
+    """Words of `WORDS`, all others unknown; signs apart, so that templates are as long as pipelines expect.
+
+    Args:
+        length: the most tokens.
+        before: words that the chat template has before what it is given.
+    """
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",
@@ -23,7 +28,7 @@ def tokenizer(length: int = 64) -> transformers.PreTrainedTokenizerFast:
         bos_token="<s>",
         model_max_length=length,
     )
-    made.chat_template = CHAT
+    made.chat_template = "dot " * before + CHAT
     return made
 
 

@@ -137,4 +137,4 @@ def helios() -> Any:
 
 def helios_pyramid() -> Any:
     transformer = diffusers.HeliosTransformer3DModel(**_HELIOS)
-    return diffusers.HeliosPyramidPipeline(**parts(transformer, diffusers.HeliosScheduler()))
+    return diffusers.HeliosPyramidPipeline(**parts(transformer, diffusers.HeliosScheduler(gamma=0.3)))
