@@ -201,7 +201,7 @@ def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
         config = getattr(part, "config", None)
         return None if config is None else {"_class_name": type(part).__name__, **config}
 
-    return _facts(name, location, type(pipe).__name__, read, dict(pipe.config))
+    return _facts(name, location, type(pipe).__name__, read, dict(getattr(pipe, "config", {})))
 
 
 def check_packages(facts: ModelFacts) -> None:
@@ -260,10 +260,7 @@ def _facts(
     assert row is not None
     if not call_arguments(pipeline_class):  # in its place diffusers has a class without a call
         _refuse_missing(model, row)
-    more: dict[str, Any] = {
-        "own_defaults": _own_defaults(model, DEFAULTS_FILE, read(DEFAULTS_FILE)),
-        "transformer": transformer,
-    }
+    more: dict[str, Any] = {"own_defaults": _own_defaults(model, DEFAULTS_FILE, read(DEFAULTS_FILE))}
     if vae.get("_class_name") == "AutoencoderDCV":
         return _deep_compression_facts(model, location, row, vae, transformer, **more)
     if row.guidance == "guider":
@@ -278,6 +275,7 @@ def _facts(
         size_factor=size_factor,
         patch=patch_of(transformer),
         max_positions=transformer.get("rope_max_seq_len"),
+        transformer=transformer,
         **more,
     )
 
@@ -332,7 +330,7 @@ def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Rea
     pipeline_class = "DCVideoGenImageToVideoPipeline" if image else "DCVideoGenPipeline"
     defaults = _own_defaults(model, "adapter.json", adapter.get("defaults"))
     row = find_row(pipeline_class, transformer)
-    more = {"autoencoder": autoencoder, "own_defaults": defaults, "transformer": transformer}
+    more: dict[str, Any] = {"autoencoder": autoencoder, "own_defaults": defaults}
     return _deep_compression_facts(model, location, row, vae, transformer, **more)
 
 
@@ -362,6 +360,7 @@ def _deep_compression_facts(
         size_factor=2 ** (len(vae.get("block_out_channels", ())) - 2),
         patch=tuple(transformer.get("patch_size", (1, 1, 1))),
         max_positions=transformer.get("rope_max_seq_len"),
+        transformer=transformer,
         pad_frames=int(vae.get("pad_frames", 0)),
         **more,
     )

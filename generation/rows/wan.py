@@ -11,7 +11,7 @@ from .sequence import Shape, grid
 
 _IMAGE = {"image": "image"}
 _FIRST = (("image",),)
-_SKYREELS = {"fps": 24.0, "follows": False}
+_SKYREELS: dict[str, Any] = {"fps": 24.0, "follows": False}
 SKYREELS_WINDOW = 97
 """Frames that SkyReels' diffusion forcing makes at once; a longer video goes on from what was made before."""
 SKYREELS_OVERLAP = 17
