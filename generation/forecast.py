@@ -48,7 +48,7 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
     if not folder.is_dir():
         raise BadInput("model", "a forecast needs the folder of a model that is on this machine", value=facts.name)
     frames, height, width = settings.frames, settings.height, settings.width
-    layout = facts.layout(frames, height, width)
+    layout = settings.layout(facts)
     adapter = _json(folder / "adapter.json") if (folder / "adapter.json").is_file() else None
     vae = _autoencoder_config(facts)
     heads, head_dim = facts.row.heads(facts.transformer)

@@ -205,7 +205,7 @@ def prepare(
         raise BadInput(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
-    layout = facts.layout(settings.frames, settings.height, settings.width, settings.given)
+    layout = settings.layout(facts)
     runs, why = choose_runs(sparse.methods, compare, layout.tokens)
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)

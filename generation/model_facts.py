@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 from .model_files import Reader, folder_reader, reader
-from .rows import ROWS, PipelineRow, Shape, find_row, patch_of
+from .rows import NOT_RUN, ROWS, PipelineRow, Shape, find_row, patch_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -99,7 +99,9 @@ class ModelFacts:
         factors = {"spatial": self.size_factor, "temporal": self.frame_factor, "pad_frames": self.pad_frames}
         return Canvas.for_video(frames, height, width, patch=self.patch, **factors)
 
-    def layout(self, frames: int, height: int, width: int, given: Collection[str] = ()) -> VideoLayout:
+    def layout(
+        self, frames: int, height: int, width: int, given: Collection[str] = (), text: int | None = None
+    ) -> VideoLayout:
         """The sequence in self-attention of a video of `frames` x `height` x `width` pixels.
 
         Text that is as long as the prompt (`row.text_varies`) counts with the most that it can have.
@@ -107,12 +109,14 @@ class ModelFacts:
         Args:
             frames, height, width: of the video.
             given: what it starts from, of image, last_image and video.
+            text: the most tokens that the prompt may have; None for the pipeline's own.
         """
         from ..attention.layout import VideoLayout
 
         canvas = self.canvas(frames, height, width)
         if canvas is not None:
             return VideoLayout(*canvas.tokens(self.patch, self.size_factor))
+        own = self._call_defaults().get("max_sequence_length") or 0
         shape = Shape(
             frames,
             height,
@@ -122,7 +126,7 @@ class ModelFacts:
             self.patch,
             frozenset(given),
             self.transformer,
-            int(self._call_defaults().get("max_sequence_length") or 0),
+            int(own if text is None else text),
         )
         return self.row.sequence(shape)
 
@@ -240,6 +244,8 @@ def _facts(
     from ..pipelines.loading import call_arguments
 
     pipeline_class = variant(pipeline_class, given, index)
+    if pipeline_class in NOT_RUN:
+        raise BadInput("model", f"it is a {pipeline_class}, which is not run: {NOT_RUN[pipeline_class]}", value=model)
     if pipeline_class not in ROWS:
         raise BadInput(
             "model",

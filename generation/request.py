@@ -16,6 +16,7 @@ from .values import number, text, whole_number
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..attention.layout import VideoLayout
     from .inputs import VideoSource
     from .model_facts import ModelFacts
 
@@ -122,6 +123,11 @@ class Settings:
     def given(self) -> tuple[str, ...]:
         """The fields of what the video starts from that are given."""
         return tuple(name for name in INPUTS if getattr(self, name) is not None)
+
+    def layout(self, model: ModelFacts) -> VideoLayout:
+        """The sequence in self-attention that the video makes; see `ModelFacts.layout`."""
+        text = self.pipeline_options.get("max_sequence_length")
+        return model.layout(self.frames, self.height, self.width, self.given, text=text)
 
     def pictures(self, field: str) -> list[Any]:
         """The frames of a video that was read, as PIL has them."""
@@ -258,7 +264,7 @@ class Settings:
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         if not model.makes_any_size:
             _check_size(whole, model)
-        layout = model.layout(whole.frames, whole.height, whole.width, self.given)
+        layout = whole.layout(model)
         longest = max(layout.frames, layout.height, layout.width)
         if model.max_positions is not None and longest > model.max_positions:
             wanted = f"{whole.frames} frames of {whole.width}x{whole.height}"

@@ -220,7 +220,7 @@ def generate(
         )
         pipeline = pipeline.starting_from(settings.given)
         settings = settings.checked(pipeline.facts)
-        layout = pipeline.facts.layout(settings.frames, settings.height, settings.width, settings.given)
+        layout = settings.layout(pipeline.facts)
         acceleration = pipeline.acceleration
         if acceleration is not None and pipeline.facts.only_dense:
             raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")

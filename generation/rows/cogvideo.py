@@ -26,16 +26,32 @@ def _sample(transformer: Config, size_factor: int) -> dict[str, int | float]:
     return found | {"frames": transformer.get("sample_frames", 49)}
 
 
-def _faster(row: PipelineRow, transformer: Config, index: Config) -> PipelineRow:
+def _own_size(height: int, width: int, transformer: Config, size_factor: int) -> tuple[int, int]:
+    """Learned positions are those of one size."""
+    return transformer["sample_height"] * size_factor, transformer["sample_width"] * size_factor
+
+
+def _no_larger(height: int, width: int, transformer: Config, size_factor: int) -> tuple[int, int]:
+    """CogVideoX 1.5's rotary positions reach as far as the size that it was made for."""
+    step = 2 * size_factor
+    own = _own_size(height, width, transformer, size_factor)
+    high, wide = (max(step, min(side, most) // step * step) for side, most in zip((height, width), own, strict=True))
+    return high, wide
+
+
+def _of_version(row: PipelineRow, transformer: Config, index: Config) -> PipelineRow:
     """CogVideoX 1.5, which joins two latent frames in a token, makes 16 frames a second."""
-    return row if transformer.get("patch_size_t") is None else replace(row, fps=16.0)
+    if transformer.get("use_learned_positional_embeddings"):
+        row = replace(row, nearest_size=_own_size)
+    if transformer.get("patch_size_t") is None:
+        return row
+    return replace(row, fps=16.0, nearest_size=_no_larger if "sample_height" in transformer else None)
 
 
 def _in_pairs(row: PipelineRow, transformer: Config, index: Config) -> PipelineRow:
     """Where the video is given, 1.5 fills nothing up: its number of latent frames has to be even."""
-    if transformer.get("patch_size_t") is None:
-        return row
-    return replace(row, fps=16.0, frames=COGVIDEOX_PAIRS)
+    row = _of_version(row, transformer, index)
+    return row if transformer.get("patch_size_t") is None else replace(row, frames=COGVIDEOX_PAIRS)
 
 
 def _inpainted(settings: Any) -> dict[str, Any]:
@@ -66,7 +82,7 @@ _COGVIDEOX = PipelineRow(
     factors=_factors,
     defaults=_sample,
     sequence=text_before,
-    by_config=_faster,
+    by_config=_of_version,
 )
 _PICTURE: dict[str, Any] = {"takes": {"image": "image"}, "needs": (("image",),)}
 _EASYANIMATE = PipelineRow("EasyAnimatePipeline", FLOORED, fps=8.0, factors=_magvit_factors, sequence=_easyanimate_text)

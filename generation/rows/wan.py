@@ -123,6 +123,13 @@ ROWS = (
         defaults=lambda transformer, size_factor: {"frames": 81},
     ),
     PipelineRow(
+        "LucyEditPipeline",
+        follows=False,
+        takes={"video": "video"},
+        needs=(("video",),),
+        by_config=lambda row, transformer, index: replace(row, fps=24.0) if index.get("expand_timesteps") else row,
+    ),
+    PipelineRow(
         "WanVACEPipeline",
         follows=False,
         factors=downsampling_factors,

@@ -24,7 +24,7 @@ def test_a_video_and_what_is_refused(vidaccel, cogvideox, tmp_path):
     done = vidaccel(*asked, "--pipeline-option", "use_dynamic_cfg=true")
     assert done.exit_code == 0, done.output
     frames, rate = read_video(out)
-    assert frames.shape == (9, 32, 32, 3) and rate == 8
+    assert frames.shape == (9, 64, 64, 3) and rate == 8
     for given, message in (
         (["--frames", 12], "--frames is 12: this model makes 8k+1 frames"),
         (["--pipeline-option", "use_dynamic_cfg"], "--pipeline-option is use_dynamic_cfg: it has the form"),
@@ -36,4 +36,4 @@ def test_a_video_and_what_is_refused(vidaccel, cogvideox, tmp_path):
 
 def test_a_forecast_counts_the_text(vidaccel, cogvideox):
     told = " ".join(vidaccel("info", "--forecast", "--model", cogvideox).output.split())
-    assert "tokens 238 (3 x 2 x 2, and 226 beside them)" in told
+    assert "tokens 274 (3 x 4 x 4, and 226 beside them)" in told

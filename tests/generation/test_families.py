@@ -70,6 +70,7 @@ CASES = [
     Case("wan_kin.wan_5b", request=IMAGE, runs="WanImageToVideoPipeline"),
     Case("wan_kin.wan_image", request=IMAGE),
     Case("wan_kin.wan_first_last", request=BOTH),
+    Case("wan_kin.lucy", request={"video": clip(5)}),
     Case("wan_kin.vace"),
     Case("wan_kin.vace", request=IMAGE),
     Case("wan_kin.vace", request={"video": clip(5)}),
@@ -178,6 +179,46 @@ def test_a_family_runs(case, built, monkeypatch):
     layout = job.layout
     least = layout.video_tokens + layout.text_before if job.facts.row.text_varies else layout.tokens
     assert any(least <= length <= layout.tokens for length in lengths.seen), (layout, sorted(lengths.seen))
+
+
+SHORT = {"pipeline_options": {"max_sequence_length": 16}}
+SPARSE = [
+    Case("wan_kin.wan_5b", 17, 64, request=IMAGE),
+    Case("wan_kin.vace", 17, 64, request=IMAGE),
+    Case("wan_kin.animate", 9, 64, request={**IMAGE, "video": clip(9), "face_video": clip(9, 16)}),
+    Case("wan_kin.skyreels_forcing", 17, 64, request=IMAGE),
+    Case("wan_kin.anyflow", 17, 64),
+    Case("wan_kin.helios", 33, 64, request=IMAGE),
+    Case("hunyuan.hunyuan", 17, 64, request=SHORT),
+    Case("hunyuan.framepack", 37, 64, request={**SHORT, **IMAGE}),
+    Case("hunyuan.hunyuan_15_image", 17, 64, request=IMAGE),
+    Case("cogvideo.cogvideox_15", 17, 64, request=SHORT),
+    Case("cogvideo.easyanimate", 17, 64),
+    Case("ltx.ltx", 33, 128, request=IMAGE),
+    Case("ltx.ltx2", 33, 128, request=STG),
+    Case("cosmos.predict_2", 17, 64, request=IMAGE, loaded=True),
+    Case("cosmos.cosmos_3", 17, 64),
+    Case("kandinsky.kandinsky_5", 17, 64, loaded=True),
+    Case("kandinsky.kandinsky_6", 17, 64, request=IMAGE, loaded=True),
+    Case("others.mochi", 25, 64, request=SHORT),
+    Case("others.motif", 17, 64, request=SHORT),
+]
+
+
+@pytest.mark.parametrize("case", SPARSE, ids=str)
+def test_a_family_runs_sparse(case, built, monkeypatch):
+    """With a method by its name, in every step and layer; the sequences are those that were told before."""
+    cosmos.without_torchvision(monkeypatch)
+    model = built(case.build, case.loaded)
+    place = {} if case.loaded else {"device": "cpu"}
+    job = prepare(model if case.loaded else str(model), Settings(PROMPT, **case.arguments()), Sparse(), **place)
+    # Text stays dense: of so small a video it is most of the pairs.
+    text = 1 - (job.layout.video_tokens / job.layout.tokens) ** 2
+    asked = {"method": "svg2", "density": text + 0.6 * (1 - text), "dense_steps": 0, "dense_layers": 0}
+    made = vidaccel.generate(model, PROMPT, **case.arguments(), **asked, **place, progress=False)
+    assert made.frames.shape == (case.frames, case.size, case.size, 3)
+    sparse = [record for record in made.report.records if not record.reason]
+    assert sparse and all(0 < record.density < 1 for record in sparse)
 
 
 @pytest.mark.parametrize("build", ["cogvideo.cogvideox_15", "hunyuan.hunyuan_15", "wan_kin.helios", "ltx.ltx2"])

@@ -15,7 +15,7 @@ import vidaccel
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.request import Settings
-from vidaccel.generation.rows import ROWS, find_row
+from vidaccel.generation.rows import NOT_RUN, ROWS, find_row
 from vidaccel.generation.rows.frames import nearest
 from vidaccel.pipelines.acceleration.families import supported_pipelines
 from vidaccel.pipelines.loading import call_arguments, call_defaults
@@ -66,7 +66,21 @@ def test_a_row_states_all_that_its_class_leaves_open(name):
 
 
 def test_every_pipeline_that_can_be_accelerated_has_a_row():
-    assert set(supported_pipelines()) <= set(ROWS)
+    """Or is said not to be run, and why."""
+    assert set(supported_pipelines()) <= {*ROWS, *NOT_RUN}
+    assert not set(NOT_RUN) & set(ROWS)
+
+
+def test_a_pipeline_that_is_not_run_says_why(configs):
+    folder = configs("LTXPipeline")
+    (folder / "model_index.json").write_text('{"_class_name": "Kandinsky5T2IPipeline"}')
+    with pytest.raises(BadInput, match=r"a Kandinsky5T2IPipeline, which is not run: it makes images\.$"):
+        inspect_model(str(folder))
+
+
+def test_the_page_of_models_names_every_pipeline():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert not [name for name in (*ROWS, *NOT_RUN) if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -137,6 +151,16 @@ CONFIGS: dict[str, tuple[dict, dict, dict]] = {
     "CosmosVideoToWorldPipeline": ({"patch_size": [1, 2, 2]}, {}, {}),
     "WanAnimatePipeline": ({"patch_size": [1, 2, 2]}, WAN_VAE, {}),
     "Kandinsky5T2VPipeline": ({"patch_size": [1, 2, 2], "attention_type": "nabla"}, HUNYUAN_VAE, {}),
+    "CogVideoXImageToVideoPipeline": (
+        {"patch_size": 2, "use_learned_positional_embeddings": True, "sample_height": 60, "sample_width": 90},
+        {"block_out_channels": [1] * 4},
+        {},
+    ),
+    "CogVideoXPipeline": (
+        {"patch_size": 2, "patch_size_t": 2, "sample_height": 96, "sample_width": 170},
+        {"block_out_channels": [1] * 4},
+        {},
+    ),
     "ConsisIDPipeline": ({"patch_size": 2}, {"block_out_channels": [1] * 4}, {}),
     "CogVideoXVideoToVideoPipeline": ({"patch_size": 2, "patch_size_t": 2}, {"block_out_channels": [1] * 4}, {}),
 }
@@ -187,6 +211,16 @@ REFUSED = [
     ("ChronoEditPipeline", {"image": PICTURE, "frames": 81}, r"^frames is 81: this model makes 5 frames; .*Give 5\.$"),
     ("AllegroPipeline", {"height": 640}, r"^height is 640: .* not make 1280x640. Give width 1280 and height 720"),
     ("AllegroPipeline", {"frames": 81}, r"^frames is 81: this model makes 24, 40, .*Give 72 or 88"),
+    (
+        "CogVideoXImageToVideoPipeline",
+        {"image": PICTURE, "width": 640},
+        r"^width is 640: .* not make 640x480. Give width 720 and height 480",
+    ),
+    (
+        "CogVideoXPipeline",
+        {"height": 1024, "width": 1024, "frames": 81},
+        r"^height is 1024: .* not make 1024x1024. Give width 1024 and height 768",
+    ),
     ("CosmosVideoToWorldPipeline", {}, r"^image is missing: .* a picture to start from or a video .*\(or video\)"),
     ("WanAnimatePipeline", {"image": PICTURE, "video": CLIP}, r"^face_video is missing"),
     ("Kandinsky5T2VPipeline", {"height": 576, "width": 768}, r"^height is 576: .*Give width 768 and height"),

@@ -16,8 +16,8 @@ TRANSFORMER: dict[str, Any] = {
     "time_embed_dim": 8,
     "text_embed_dim": WIDTH,
     "num_layers": 1,
-    "sample_width": 4,
-    "sample_height": 4,
+    "sample_width": 8,
+    "sample_height": 8,
     "sample_frames": 9,
     "max_text_seq_length": 226,
 }

@@ -74,6 +74,12 @@ def wan_first_last() -> Any:
     return diffusers.WanImageToVideoPipeline(**parts(transformer, **eyes))
 
 
+def lucy() -> Any:
+    """The latents, and those of the video that is edited."""
+    transformer = diffusers.WanTransformer3DModel(**{**TRANSFORMER, "in_channels": 8})
+    return diffusers.LucyEditPipeline(**parts(transformer, expand_timesteps=True))
+
+
 def vace() -> Any:
     # The control has what changes, what stays (4 channels each) and a mask of 64 values a latent pixel.
     transformer = diffusers.WanVACETransformer3DModel(**TRANSFORMER, vace_layers=[0], vace_in_channels=72)
