@@ -89,6 +89,8 @@ CASES = [
     Case("wan_kin.helios_pyramid", 33, 128, request={"steps": 3}),
     Case("hunyuan.hunyuan"),
     Case("hunyuan.hunyuan", request={"negative_prompt": "a", "pipeline_options": {"true_cfg_scale": 4.0}}),
+    Case("hunyuan.hunyuan_image", request=IMAGE),
+    Case("hunyuan.hunyuan_image_replaced", request=IMAGE),
     Case("hunyuan.skyreels_v1", request=IMAGE),
     Case("hunyuan.framepack", 37, request=IMAGE),
     Case("hunyuan.framepack", 73, request=BOTH),
@@ -163,7 +165,11 @@ def built(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Its autoencoder decodes in tiles of 24 frames and 320 pixels, and no smaller.
+ALLEGRO = pytest.param(Case("others.allegro", 24, 320, request={"steps": 1}), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", [*CASES, ALLEGRO], ids=str)
 def test_a_family_runs(case, built, monkeypatch):
     """The video that was asked for comes out, and the sequence in self-attention is the one that was told before."""
     cosmos.without_torchvision(monkeypatch)

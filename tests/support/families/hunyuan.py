@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import transformers
 from diffusers.guiders import ClassifierFreeGuidance
 
-from families.text import WIDTH, clip_text, llama, siglip_pictures, siglip_vision, t5, tokenizer
+from families.text import WIDTH, clip_pictures, clip_text, llama, siglip_pictures, siglip_vision, t5, tokenizer
 
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,
@@ -52,6 +53,39 @@ def parts(transformer: Any, **more: Any) -> dict[str, Any]:
 
 def hunyuan() -> Any:
     return diffusers.HunyuanVideoPipeline(**parts(diffusers.HunyuanVideoTransformer3DModel(**TRANSFORMER)))
+
+
+def _seeing(condition: str, **changes: Any) -> Any:
+    """Image to video: the text encoder sees the picture, through the 576 tokens that the pipeline expects."""
+    words = tokenizer(2048)
+    signs = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+    words.add_tokens([transformers.AddedToken(sign, special=True) for sign in signs])
+    block = {"hidden_size": WIDTH, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**block, num_hidden_layers=2, image_size=336, patch_size=14),
+        text_config=transformers.LlamaConfig(
+            **block, num_hidden_layers=3, num_key_value_heads=2, vocab_size=len(words), pad_token_id=0
+        ),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+    )
+    transformer = diffusers.HunyuanVideoTransformer3DModel(**{**TRANSFORMER, **changes}, image_condition_type=condition)
+    own = {
+        "text_encoder": transformers.LlavaForConditionalGeneration(config).eval(),
+        "tokenizer": words,
+        "image_processor": clip_pictures(336),
+    }
+    return diffusers.HunyuanVideoImageToVideoPipeline(**parts(transformer, **own))
+
+
+def hunyuan_image() -> Any:
+    """The first model, which gets the picture beside its latents."""
+    return _seeing("latent_concat", in_channels=9, guidance_embeds=False)
+
+
+def hunyuan_image_replaced() -> Any:
+    """The second one, whose first latent frame is the picture."""
+    return _seeing("token_replace")
 
 
 def skyreels_v1() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -68,8 +67,8 @@ def clip_vision(width: int = WIDTH) -> transformers.CLIPVisionModel:
     return transformers.CLIPVisionModel(config).eval()
 
 
-def clip_pictures() -> transformers.CLIPImageProcessor:
-    return transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+def clip_pictures(size: int = 16) -> transformers.CLIPImageProcessor:
+    return transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def siglip_vision(width: int = WIDTH) -> transformers.SiglipVisionModel:
@@ -86,7 +85,3 @@ def siglip_pictures() -> transformers.SiglipImageProcessor:
 def llama() -> transformers.LlamaModel:
     config = transformers.LlamaConfig(**_BLOCK, vocab_size=len(WORDS), num_hidden_layers=3, num_key_value_heads=2)
     return transformers.LlamaModel(config).eval()
-
-
-def seeded(seed: int = 0) -> None:
-    torch.manual_seed(seed)
