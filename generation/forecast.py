@@ -57,7 +57,10 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
     if canvas is not None and canvas.is_larger:
         rows.append(("made as", f"{canvas.frames} frames of {canvas.width}x{canvas.height}, cropped"))
     made = (frames, height, width) if canvas is None else (canvas.frames, canvas.height, canvas.width)
-    of_vae = 4 if canvas is None else itemsize
+    parts = facts.row.parts(frames, facts.frame_factor)
+    if parts > 1:
+        rows.append(("made in", f"{parts} parts, one after the other"))
+    of_vae = itemsize if canvas is not None or facts.row.follows else 4
     rows += [
         ("tokens", _tokens(facts, layout)),
         ("pairs a dense call", f"{layout.tokens**2:,}"),
@@ -71,7 +74,7 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
 
 
 def _tokens(facts: ModelFacts, layout: VideoLayout) -> str:
-    """The grid, what lies beside it, and how often it is gone through for a long video."""
+    """The grid, and what lies beside it."""
     told = f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width}"
     if layout.text_tokens:
         told += f", and {'at most ' if facts.row.text_varies else ''}{layout.text_tokens:,} beside them"

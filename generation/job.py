@@ -91,7 +91,7 @@ class Job:
             of_vae = self.dtype
         if self.pipe is not None:
             of_vae = self.pipe.vae.dtype
-        guidance = settings.guidance_scale
+        guidance, options = settings.guidance_scale, settings.pipeline_options
         return {
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
@@ -99,6 +99,7 @@ class Job:
             "steps": str(settings.steps),
             "guidance scale": "none" if guidance is None else f"{guidance:g}",
             "seed": str(settings.seed),
+            **({"pipeline options": ", ".join(f"{k}={v!r}" for k, v in options.items())} if options else {}),
             "backend": self.backend,
             "dtype": f"{self.dtype}, autoencoder {of_vae}".replace("torch.", ""),
         }

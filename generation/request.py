@@ -321,7 +321,7 @@ def _check_size(settings: Settings, model: ModelFacts) -> None:
 
 
 def _length_to_read(source: VideoSource, settings: Settings, model: ModelFacts) -> int:
-    """Frames of the input video that are used: as many as the result has, or all that make whole latent frames."""
+    """Frames of the input video that are used: as many as the result has, or as it can go on from."""
     row = model.row
     if not row.continues:
         return settings.frames
@@ -329,7 +329,9 @@ def _length_to_read(source: VideoSource, settings: Settings, model: ModelFacts) 
         raise BadInput(
             "video", f"has {source.frames} frames: this {row.pipeline} needs {row.least_video} to go on from"
         )
-    frames = source.frames if row.continues == "before" else min(source.frames, settings.frames)
+    if row.continues == "before":
+        return source.frames  # its last frames count, and the pipeline takes as many as it wants
+    frames = min(source.frames, settings.frames)
     return (frames - 1) // model.frame_factor * model.frame_factor + 1
 
 

@@ -205,7 +205,12 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     tooltip="Of the initial noise.",
                 ),
                 io.Float.Input(
-                    "fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second of the VIDEO output."
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=240.0,
+                    step=1.0,
+                    tooltip=f"Frames per second of the VIDEO output, which some models are told. {own}",
                 ),
                 io.Image.Input(
                     "image", optional=True, tooltip="The first frame, for an image-to-video pipeline; fitted to size."
@@ -230,6 +235,9 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     step=0.05,
                     tooltip=f"With video alone: how much of it is replaced by noise; 1 keeps nothing. {own}",
                 ),
+                io.Video.Input(
+                    "face_video", optional=True, tooltip="For Wan Animate, whose video is that of the pose: the face."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames."),
@@ -248,10 +256,11 @@ class VidaccelGenerateVideo(io.ComfyNode):
         last_image: torch.Tensor | None = None,
         video: Any = None,
         strength: float = 0.0,
+        face_video: Any = None,
         **given: Any,
     ) -> io.NodeOutput:
         with plain_messages():
-            own = ("width", "height", "frames", "steps")  # 0: the model's own
+            own = ("width", "height", "frames", "steps", "fps")  # 0: the model's own
             sizes = {name: given.pop(name) or None for name in own}
             settings = Settings(**given, **sizes, guidance_scale=guidance or None, strength=strength or None)
         made = pipelines.generate(
@@ -260,12 +269,11 @@ class VidaccelGenerateVideo(io.ComfyNode):
             image=image,
             last_image=last_image,
             video=None if video is None else video.get_components().images,
+            face_video=None if face_video is None else face_video.get_components().images,
             on_step=_progress(pipeline),
         )
         film = InputImpl.VideoFromComponents(
-            Types.VideoComponents(
-                images=made.frames, audio=None, frame_rate=Fraction(settings.fps).limit_denominator(1001)
-            )
+            Types.VideoComponents(images=made.frames, audio=None, frame_rate=Fraction(made.fps).limit_denominator(1001))
         )
         return io.NodeOutput(made.frames, film, replace(made.report, queued=queue_entry()))
 

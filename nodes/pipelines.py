@@ -128,10 +128,12 @@ class Generation:
     Args:
         frames: `[F, H, W, 3]` float32 on the CPU, in [0, 1], as ComfyUI's IMAGE.
         report: for the report node.
+        fps: frames per second, those asked for or the model's.
     """
 
     frames: torch.Tensor
     report: GenerationReport
+    fps: float
 
 
 # -- loading and running -----------------------------------------------------------------------------------------------
@@ -194,6 +196,7 @@ def generate(
     image: torch.Tensor | None = None,
     last_image: torch.Tensor | None = None,
     video: torch.Tensor | None = None,
+    face_video: torch.Tensor | None = None,
     on_step: StepCallback,
 ) -> Generation:
     """Make a video. The initial noise comes from a CPU generator, so a seed gives the same one on every device.
@@ -205,6 +208,7 @@ def generate(
             fitted to the video's size.
         video: `[F, H, W, 3]` in [0, 1], to start from. A pipeline that takes none then runs as the one that does, with
             the same weights, where there is one: Wan's as video to video, for example.
+        face_video: `[F, H, W, 3]` in [0, 1], for Wan Animate alone.
         on_step: called at the end of every step; may raise to stop the run.
 
     Raises:
@@ -217,6 +221,7 @@ def generate(
             image=_picture(image),
             last_image=_picture(last_image),
             video=None if video is None else _bytes(video),
+            face_video=None if face_video is None else _bytes(face_video),
         )
         pipeline = pipeline.starting_from(settings.given)
         settings = settings.checked(pipeline.facts)
@@ -254,7 +259,7 @@ def _generation(
         f"seed {settings.seed}: {seconds:.1f} s with text and decoding"
     )
     report = replace(report, notes=(*report.notes, *made.notes, told))
-    return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading)))
+    return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading)), settings.fps)
 
 
 def _picture(image: torch.Tensor | None) -> Any:

@@ -26,6 +26,6 @@ def test_a_pipeline_of_another_family(build, tmp_path):
     settings = Settings("a dot", frames=9, height=64, width=64, steps=2, guidance_scale=2.0)
     image = {"image": torch.rand(1, 48, 64, 3)} if build is ltx.ltx else {}
     made = generate(pipeline, settings, **image, on_step=lambda *told: seen.append(told[:2]))
-    assert made.frames.shape == (9, 64, 64, 3)
+    assert made.frames.shape == (9, 64, 64, 3) and made.fps == pipeline.facts.row.fps
     assert seen == [(1, 2), (2, 2)]
     assert dict(moved)[pipeline.pipe.transformer] > 0 and dict(moved)[pipeline.pipe.vae] > 0
