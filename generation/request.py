@@ -262,6 +262,10 @@ class Settings:
         """
         defaults = {**model.call_defaults(), "fps": model.row.fps}
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        least = model.row.least_steps
+        if whole.steps < least:
+            problem = f"a {model.pipeline_class} makes {least} at the least"
+            raise BadInput("steps", problem, f"Give {least} or more.", value=whole.steps)
         if not model.makes_any_size:
             _check_size(whole, model)
         layout = whole.layout(model)

@@ -190,7 +190,7 @@ def make_video(
 
 
 def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, *, backend: str = "auto") -> float:
-    """One step that is not counted, so that compilation and first-use costs stay out of the comparison.
+    """A step (or as few as the pipeline makes) that is not counted: compilation and first use stay out of a comparison.
 
     An accelerated warm-up is sparse in every layer, since a dense first step would compile nothing.
 
@@ -199,7 +199,7 @@ def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, 
     """
     from ..attention.schedule import DenseSchedule
 
-    single = replace(settings, steps=1, strength=None if settings.video is None else 1.0)
+    single = replace(settings, steps=row_of(pipe).least_steps, strength=None if settings.video is None else 1.0)
     if method is None:
         return run(pipe, single).seconds
     return run(pipe, single, method, backend=backend, schedule=DenseSchedule(), decode=False).seconds

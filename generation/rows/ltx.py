@@ -64,6 +64,7 @@ _LTX = PipelineRow(
     fps=25.0,
     factors=_factors,
     rate="frame_rate",
+    least_steps=2,  # the schedule is stretched between its first and its last
     variants={"image": "LTXImageToVideoPipeline"},
 )
 _PICTURE: dict[str, Any] = {"takes": {"image": "image"}, "needs": (("image",),)}

@@ -73,6 +73,7 @@ ROWS = (
         defaults=lambda transformer, size_factor: {"height": 480, "width": 848},
         sequence=text_after,
         text_varies=True,
+        least_steps=2,  # one for each half of its schedule
     ),
     _MOTIF,
     replace(

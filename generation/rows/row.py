@@ -70,6 +70,7 @@ class PipelineRow:
         true_guidance: where guidance is built into the model, the argument without which no negative prompt counts.
         rate: the argument of the frames per second.
         steps: steps asked for -> the argument that says so.
+        least_steps: that its schedule has.
         always: `(pipeline, request)` -> further arguments of every call.
         sequence: the sequence in self-attention.
         text_varies: whether only so much text is in the sequence as the prompt has; its length is then the most.
@@ -106,6 +107,7 @@ class PipelineRow:
     true_guidance: str = ""
     rate: str = ""
     steps: Callable[[int], dict[str, Any]] = lambda steps: {"num_inference_steps": steps}
+    least_steps: int = 1
     always: Callable[[Any, Any], dict[str, Any]] = lambda pipe, settings: {}
     sequence: Callable[[Shape], VideoLayout] = video_alone
     text_varies: bool = False

@@ -190,6 +190,7 @@ ROWS = (
         _HELIOS,
         pipeline="HeliosPyramidPipeline",
         steps=_pyramid_steps,
+        least_steps=3,
         by_config=lambda row, transformer, index: replace(row, guidance="") if index.get("is_distilled") else row,
         defaults=lambda transformer, size_factor: {"steps": 30},
     ),

@@ -293,6 +293,14 @@ def test_a_loaded_pipeline_runs_as_the_one_that_takes_what_is_given(built):
     assert np.array_equal(loaded.frames, saved.frames)
 
 
+def test_a_comparison_warms_up_with_as_few_steps_as_there_can_be(built):
+    case = Case("ltx.ltx", 33, 128)
+    asked = {"method": "radial", "dense_steps": 0, "dense_layers": 0, "device": "cpu", "progress": False}
+    made = vidaccel.generate(built("ltx.ltx", False), PROMPT, **case.arguments(), **asked, compare=True)
+    assert [video.name for video in made.videos] == ["dense", "radial"]
+    assert all(video.warm_up_seconds > 0 for video in made.videos)
+
+
 def test_options_reach_the_pipeline(built):
     folder, case = built("cogvideo.cogvideox_2b", False), Case("", 9)
     plain, dynamic = (

@@ -189,6 +189,7 @@ REFUSED = [
         r"^frames is 160: this model makes 8k\+1 frames; diffusers would round it to 153 without asking. "
         r"Give 153 or 161\.$",
     ),
+    ("LTXPipeline", {"steps": 1}, r"^steps is 1: a LTXPipeline makes 2 at the least. Give 2 or more"),
     ("LTXPipeline", {"height": 48}, r"^height is 48: it must be a multiple of 32 \(autoencoder 32x, patches of 1\)"),
     ("LTXPipeline", {"strength": 0.5, "video": CLIP}, r"^video is of no use: this LTXPipeline takes no video"),
     (
