@@ -197,6 +197,9 @@ def prepare(
         _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
         pipe = as_class(model, variant(type(model).__name__, settings.given, dict(getattr(model, "config", {}))))
         facts = inspect_pipeline(pipe)
+        if facts.row.tiled and not pipe.vae.use_tiling:
+            problem = "its autoencoder can decode in tiles alone"
+            raise BadInput("model", problem, "Call enable_tiling() of its vae first.", value=facts.pipeline_class)
         place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     settings = settings.checked(facts)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 from .model_files import Reader, folder_reader, reader
+from .model_places import DEMOS, converted, locate, published_class
 from .rows import NOT_RUN, ROWS, PipelineRow, Shape, find_row, patch_of
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from ..attention.layout import VideoLayout
     from ..pipelines.deep_compression.canvas import Canvas
 
-DEMOS = ("demo", "demo-dc")
-_PUBLISHED = ("transformer_t2v", "transformer_i2v")
 DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
@@ -167,18 +166,18 @@ def inspect_model(model: str, image: bool = False, video: bool = False, last_ima
     Raises:
         BadInput: no such model, a folder that is no pipeline, or a pipeline class that has no row.
     """
-    location = _locate(model)
+    location = locate(model)
     read = reader(location)
     index = read("model_index.json")
     adapter = read("adapter.json") if index is None else None
     if adapter is not None:
         return _adapter_facts(model, location, adapter, read)
     if index is None:
-        published_class = _published_class(read, image)
-        if published_class is None:
+        found = published_class(read, image)
+        if found is None:
             problem = "it is no diffusers pipeline: it has no model_index.json"
             raise BadInput("model", problem, "Give the folder that holds it.", value=model)
-        location = _converted(model, location, published_class)
+        location = converted(model, location, found)
         read = folder_reader(Path(location))
         index = read("model_index.json") or {}
     pipeline_class = index.get("_class_name")
@@ -196,7 +195,7 @@ def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
     from ..pipelines.acceleration.families import unwrap
 
     location = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
-    name = next((demo for demo in DEMOS if location == _locate(demo)), location)
+    name = next((demo for demo in DEMOS if location == locate(demo)), location)
 
     def read(file: str) -> dict[str, Any] | None:
         if file == DEFAULTS_FILE:
@@ -286,35 +285,6 @@ def _facts(
     )
 
 
-def _published_class(read: Reader, image: bool) -> str | None:
-    """The pipeline class of a model in a published layout; None for what is in none."""
-    there = [name for name in _PUBLISHED if read(f"{name}/config.json") is not None]
-    config = read("transformer/config.json")
-    if not there and config is not None and config.get("patch_size") == [1, 1, 1]:
-        there = [_PUBLISHED[config.get("in_channels") != config.get("out_channels")]]
-    if not there:
-        return None
-    name = _PUBLISHED[image] if len(there) > 1 else there[0]
-    return "DCVideoGenPipeline" if name == _PUBLISHED[0] else "DCVideoGenImageToVideoPipeline"
-
-
-def _converted(model: str, location: str, pipeline_class: str) -> str:
-    """The folder of a published model in diffusers' layout, of what is on this machine."""
-    from ..pipelines.deep_compression.published import cached_conversion
-    from ..pipelines.deep_compression.published_hub import downloaded_folder, known_parts
-    from ..pipelines.errors import first_line
-
-    fix = f'Convert it once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
-    folder = Path(location) if Path(location).is_dir() else downloaded_folder(location)
-    if folder is None:
-        raise BadInput("model", "it is in the layout in which DC-VideoGen is published", fix, value=model)
-    try:
-        parts: dict[str, Any] = known_parts(location, folder)
-        return str(cached_conversion(folder, pipeline_class, **parts, options={"local_files_only": True}))
-    except ValueError as error:
-        raise BadInput("model", first_line(error).rstrip("."), fix, value=model) from error
-
-
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:
     """Of adapter-only weights (see `pipelines.adapted`): the autoencoder is in `vae/`, otherwise the one they name."""
     transformer = adapter.get("transformer", {})
@@ -390,22 +360,3 @@ def _own_defaults(model: str, file: str, stated: Any) -> dict[str, int | float]:
 
     measured = {"frames": 33 if model == DEMOS[0] else 32, "height": 128, "width": 128}
     return {**measured, "steps": modeling.STEPS, "guidance_scale": modeling.GUIDANCE_SCALE, **stated}
-
-
-def _locate(model: str) -> str:
-    from ..pipelines.locations import is_hub_id
-
-    if model in DEMOS:
-        from .. import demo
-
-        try:
-            return str(demo.path(model))
-        except OSError as error:
-            raise BadInput("model", str(error).rstrip("."), value=model) from error
-    if Path(model).expanduser().is_dir():
-        return str(Path(model).expanduser())
-    if is_hub_id(model):
-        return model
-    known = " nor ".join(f'"{name}"' for name in DEMOS)
-    problem = f"it is neither {known}, nor a folder here, nor a hub id of the form owner/name"
-    raise BadInput("model", problem, value=model)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ..generation.calls import as_class
 from ..generation.errors import BadInput
 from ..generation.machine import check_runs, choose_dtype
-from ..generation.model_facts import DEMOS, ModelFacts, inspect_model
+from ..generation.model_facts import ModelFacts, inspect_model
+from ..generation.model_places import DEMOS
 from ..generation.request import Settings
 from ..generation.run import Run, StepCallback
 from ..generation.run import load as load_pipeline

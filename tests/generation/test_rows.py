@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import cogvideo
+from families import cogvideo, others
 from PIL import Image
 
 import vidaccel
@@ -146,6 +146,7 @@ CONFIGS: dict[str, tuple[dict, dict, dict]] = {
     ),
     "MotifVideoPipeline": ({"patch_size": 2, "patch_size_t": 1}, WAN_VAE, {"guider/guider_config.json": {}}),
     "HeliosPipeline": ({"patch_size": [1, 2, 2]}, WAN_VAE, {}),
+    "AnyFlowFARPipeline": ({"patch_size": [1, 2, 2]}, WAN_VAE, {}),
     "ChronoEditPipeline": ({"patch_size": [1, 2, 2]}, WAN_VAE, {}),
     "AllegroPipeline": ({"patch_size": 2}, {"block_out_channels": [1] * 4}, {}),
     "CosmosVideoToWorldPipeline": ({"patch_size": [1, 2, 2]}, {}, {}),
@@ -210,6 +211,12 @@ REFUSED = [
     ("HeliosPipeline", {"frames": 132}, r"^frames is 132: .* 33, 65, .* round it to 129 .*Give 129 or 165"),
     ("HeliosPipeline", {"image": PICTURE, "video": CLIP}, r"^video is of no use with image"),
     ("ChronoEditPipeline", {"image": PICTURE, "frames": 81}, r"^frames is 81: this model makes 5 frames; .*Give 5\.$"),
+    (
+        "AnyFlowFARPipeline",
+        {"method": "tangent"},
+        r"^method is tangent: the attention of a AnyFlowFAR.* cannot be",
+    ),
+    ("AnyFlowFARPipeline", {"compare": True}, r"^compare is of no use: the attention of a AnyFlowFARPipeline cannot"),
     ("AllegroPipeline", {"height": 640}, r"^height is 640: .* not make 1280x640. Give width 1280 and height 720"),
     ("AllegroPipeline", {"frames": 81}, r"^frames is 81: this model makes 24, 40, .*Give 72 or 88"),
     (
@@ -237,6 +244,11 @@ REFUSED = [
 def test_what_a_pipeline_cannot_do_is_refused_before_weights_are_read(loads_nothing, configs, name, given, message):
     with pytest.raises(BadInput, match=message):
         vidaccel.generate(configs(name), "a dot", device="cpu", **given)
+
+
+def test_a_loaded_pipeline_that_decodes_in_tiles_alone_has_to_do_so(loads_nothing):
+    with pytest.raises(BadInput, match=r"^model is AllegroPipeline: .* in tiles alone. Call enable_tiling"):
+        vidaccel.generate(others.allegro(), "a dot")
 
 
 def test_an_unknown_pipeline_names_the_known_ones_and_what_a_row_needs(configs):
