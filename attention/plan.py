@@ -85,6 +85,11 @@ class BlockPlan:
                 raise ValueError(
                     f"BlockPlan.{name} must be int64 [1|B, 1|H, {length}], got {order.dtype} {tuple(order.shape)}."
                 )
+        if self.kv_order is not None and lead[1] > 1 and lead[1] % self.kv_order.shape[1]:
+            raise ValueError(
+                f"BlockPlan.kv_order is for {self.kv_order.shape[1]} heads or groups of them, which must divide the "
+                f"{lead[1]} heads of the tiles."
+            )
         if self.skipped is not None and self.selection is None:
             raise ValueError("BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters.")
         if len({t.device for t in self._tensors()}) > 1:
@@ -188,7 +193,7 @@ class BlockPlan:
     @property
     def lead(self) -> tuple[int, int]:
         """`(Bp, Hp)`, broadcast over tiles and both orders."""
-        shapes = [t.shape[:2] for t in self._tensors() if t is not self.kv_order]
+        shapes = [tuple(t.shape[:2]) for t in self._tensors() if t is not self.kv_order]
         if self.kv_order is not None:
             batch, heads = self.kv_order.shape[:2]
             known = torch.broadcast_shapes(*shapes)[1]

@@ -324,16 +324,16 @@ def block_sparse_attention_backward(
     Returns:
         The gradients of q, k and v, in their shapes, dtypes and layouts.
     """
-    dq, dk, dv = results = _results(q, k, v)
+    dq, dk, dv = _results(q, k, v)
     q, grad_out, out = (rows_contiguous(x) for x in (q, grad_out, out))
     plan = BlockPlan(q.shape[2], k.shape[2], tile_start, tile_len, run_start, run_len)
     (batch, heads), dim = q.shape[:2], q.shape[3]
     shape = {"D": dim, "D_PAD": padded(dim)}
     delta = torch.empty_like(lse)
     orders = {"Q_ORDERED": q_order is not None, "GATHER_KV": kv_order is not None and gather_kv}
-    grouped = k.shape[1] != heads
-    if grouped:
-        dk, dv = (x.new_empty(batch, heads, *x.shape[2:]) for x in (k, v))
+    of_k, of_v = dk, dv  # of each query head
+    if k.shape[1] != heads:
+        of_k, of_v = (x.new_empty(batch, heads, *x.shape[2:]) for x in (k, v))
     k, v, load_order = keys_in_order(k, v, kv_order, gather_kv)
     group = heads // k.shape[1]
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
@@ -360,16 +360,16 @@ def block_sparse_attention_backward(
         readers = make_readers(plan, tiles.block_m, tiles.block_n)
         blocks = readers.block.shape[-1]
         _key_kernel[(blocks * batch * heads,)](
-            q, k, v, grad_out, dk, dv, lse, delta, *inputs, *dk.stride()[:3], *dv.stride()[:3],
+            q, k, v, grad_out, of_k, of_v, lse, delta, *inputs, *of_k.stride()[:3], *of_v.stride()[:3],
             *order_args(q_order, heads), *order_args(kv_order, heads), *readers,
             *plan_strides(tile_len.shape), heads, group, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
             scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-    if grouped:
-        for whole, parts in zip(results[1:], (dk, dv), strict=True):
+    if of_k is not dk:
+        for whole, parts in ((dk, of_k), (dv, of_v)):
             torch.sum(parts.unflatten(1, (whole.shape[1], -1)), 2, out=whole)
-    return results
+    return dq, dk, dv
 
 
 @block_sparse_attention_backward.register_fake

@@ -268,6 +268,8 @@ def test_orders_that_cut_across_the_heads_of_k_are_refused():
     plan, _ = clusters(1, 12, N, N, 3, 5, kv_heads=4)
     with pytest.raises(ValueError, match="orders keys for 4 groups of heads, but k and v have 6 heads"):
         sparse_attention(*tokens(6, heads=12), plan)
+    with pytest.raises(ValueError, match="kv_order is for 5 heads or groups of them, which must divide the 12 heads"):
+        replace(plan, kv_order=torch.arange(N).expand(1, 5, N))
     for kv_heads in (1, 2, 4, 12):
         assert sparse_attention(*tokens(kv_heads, heads=12), plan).shape == (B, 12, N, D)
 
