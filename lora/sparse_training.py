@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
+from ..attention.backends import check_backend
 from ..attention.layout import VideoLayout
 from ..generation.errors import BadInput
 from ..generation.methods import DENSE, build_method, check_names
 from ..pipelines.acceleration.families import SPECS
-from ..pipelines.acceleration.handle import Handle, accelerate
 from .config import ConfigError
 
 
@@ -19,6 +17,7 @@ def training_method(
     name: str,
     density: float | None,
     dense_layers: int | None,
+    backend: str,
     transformer_class: str,
     layouts: Sequence[VideoLayout | None],
 ) -> Any:
@@ -30,11 +29,12 @@ def training_method(
         name: "dense", or of `attention.METHODS`.
         density: share of the pairs, at the last layout; None for the method's own.
         dense_layers: first layers that stay dense; None for the method's own.
+        backend: what computes it, a name or "auto".
         transformer_class: name of the transformer's class.
         layouts: the tokens of the clips, one a size.
 
     Raises:
-        ConfigError: there is no such method, the model takes none, or one that cannot do a size.
+        ConfigError: there is no such method or backend, the model takes none, or one that cannot do a size.
     """
     if name == DENSE:
         return None
@@ -43,20 +43,12 @@ def training_method(
     try:
         check_names([name], compare=False)
         method = build_method(name, layouts[-1], density=density, dense_steps=0, dense_layers=dense_layers)
+    except BadInput as error:
+        raise ConfigError(f"attention.{error}") from error
+    try:
+        check_backend(backend)
         for layout in layouts:
             method.check(layout)
-    except (BadInput, ValueError) as error:
-        raise ConfigError(f"attention.{error}") from error
-    return method
-
-
-def attach(transformer: nn.Module, method: Any, backend: str) -> Handle:
-    """Give the self-attention of a transformer a method until `remove()`.
-
-    Raises:
-        ConfigError: there is no such backend.
-    """
-    try:
-        return accelerate(transformer, method, backend=backend)
     except ValueError as error:
-        raise ConfigError(f"attention.backend: {error}") from error
+        raise ConfigError(f"attention: {error}") from error
+    return method

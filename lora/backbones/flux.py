@@ -14,6 +14,7 @@ from ...pipelines.deep_compression.adapted import started_anew, zero_head
 from ...pipelines.deep_compression.text_to_image import DCGenFluxPipeline
 from ..config import ConfigError
 from .base import Text
+from .folders import read_config
 from .image import ImageBackbone
 from .image_family import ImageFamily
 from .image_own import OwnImageModel
@@ -133,7 +134,9 @@ class FluxModel(FluxFamily, OwnImageModel):
     """FLUX.1 as it is."""
 
     lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2", "proj_mlp")
-    factor = 16
+
+    def unit(self) -> int:
+        return 2 ** len(read_config(AutoencoderKL, self.base, "vae")["block_out_channels"])
 
     def packed(self, latents: torch.Tensor) -> torch.Tensor:
         return functional.pixel_unshuffle(latents, 2)  # in the order (channel, row, column)

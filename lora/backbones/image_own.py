@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ class OwnImageModel(ImageFamily, OwnModel):
         super().__init__(base, dtype, device, merge_text_padding, guidance)
         self.autoencoder_dtype = autoencoder_dtype
         self.check_base()
+        self.factor = self.unit()
+
+    @abstractmethod
+    def unit(self) -> int:
+        """What height and width must be a multiple of, in pixels."""
 
     def transformer(self, quantisation: Any = None) -> nn.Module:
         transformer = self.transformer_class.from_pretrained(
@@ -61,8 +67,9 @@ class OwnImageModel(ImageFamily, OwnModel):
 
     def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
         pipe = self.load("scheduler", "vae")
+        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
         pipe.register_modules(transformer=transformer)
-        return pipe.to(self.device)
+        return pipe
 
 
 class OwnImageEncoder(ImageParts):

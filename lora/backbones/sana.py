@@ -148,8 +148,5 @@ class SanaModel(SanaFamily, OwnImageModel):
         "ff.conv_point",
     )
 
-    @property
-    def factor(self) -> int:
-        """What height and width must be a multiple of."""
-        widths = read_config(AutoencoderDC, self.base, "vae")["encoder_block_out_channels"]
-        return 2 ** (len(widths) - 1)
+    def unit(self) -> int:
+        return 2 ** (len(read_config(AutoencoderDC, self.base, "vae")["encoder_block_out_channels"]) - 1)

@@ -69,10 +69,14 @@ class WanFamily(PretrainedModel):
     def sampler(self, transformer: nn.Module) -> Any:
         """A pipeline with the transformer that is trained, and without what encodes prompts."""
 
+    def picture(self, image: torch.Tensor) -> Any:
+        """A first frame `[3, H, W]` in [-1, 1], as the pipeline of `sampler` takes it."""
+        return (image[None] + 1) / 2
+
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         pipe = self.sampler(transformer)
         pipe.set_progress_bar_config(disable=True)
-        inputs = {"image": (request.image[None] + 1) / 2} if self.image else {}
+        inputs = {"image": self.picture(request.image)} if self.image else {}
         embeds = [self.pad([text]).to(self.device, self.dtype) for text in texts]
         video = pipe(
             prompt_embeds=embeds[0],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
 from torch import nn
 
 from ...attention.layout import VideoLayout
@@ -165,8 +166,13 @@ class WanModel(WanFamily, OwnModel):
         eyes = ("image_encoder", "image_processor") if self.config.get("image_dim") is not None else ()
         pipe = base_pipeline(self.base, self.image, ("scheduler", "vae", *others, *eyes), self.dtype)
         pipe.vae.to(torch.float32)
+        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
         pipe.register_modules(**{self.part: transformer})
-        return pipe.to(self.device)
+        return pipe
+
+    def picture(self, image: torch.Tensor) -> Image.Image:
+        # The image encoder's processor would divide numbers in [0, 1] by 255.
+        return Image.fromarray(((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().byte().numpy())
 
     def file_name(self, layer: str) -> str:
         if layer in _FILE_NAMES:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ... import demo
+from ...pipelines import accelerate
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
@@ -22,7 +23,7 @@ from ..generators import Generators
 from ..identities import file_identity
 from ..lora_file import FILE, lora_path, read_facts, read_lora, save_lora
 from ..quantise import quantisation
-from ..sparse_training import attach, training_method
+from ..sparse_training import training_method
 from .base import Batch, Phase, load_trained
 from .encoded_clips import EncodedClipsRecipe
 from .flow_phase import FlowPhase, train_only
@@ -46,7 +47,7 @@ class TrainLora(EncodedClipsRecipe):
         skeleton = self.backbone.skeleton()
         chosen = config.attention
         self.method = training_method(
-            chosen.method, chosen.density, chosen.dense_layers, type(skeleton).__name__, layouts
+            chosen.method, chosen.density, chosen.dense_layers, chosen.backend, type(skeleton).__name__, layouts
         )
         self.layers = layers_named(skeleton, lora.targets or self.backbone.lora_targets, "lora.targets")
         refusal = self.backbone.check_layers(self.layers)
@@ -155,7 +156,7 @@ class FlowLora(FlowPhase):
         train_only(transformer, lambda name: ".lora_" in name)
         self._handle = None
         if recipe.method is not None:
-            self._handle = attach(transformer, recipe.method, recipe.config.attention.backend)
+            self._handle = accelerate(transformer, recipe.method, backend=recipe.config.attention.backend)
         return transformer
 
     def levels(self, rng: Generators) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Frozen weights and optimiser states in 8 bits: the error where their packages are missing, and runs where they are."""
+"""Frozen weights and optimiser states in 8 bits: the error where a package is missing, and runs where it is there."""
 
 from __future__ import annotations
 
