@@ -19,10 +19,12 @@ def optional(module: str, setting: str, package: str | None = None) -> ModuleTyp
     Raises:
         ConfigError: it is missing, or does not run here.
     """
-    package = package or module.partition(".")[0]
+    root = module.partition(".")[0]
+    package = package or root
     try:
+        importlib.import_module(root)
         return importlib.import_module(module)
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+        if isinstance(error, ModuleNotFoundError) and error.name == root:
             raise ConfigError(f"{setting}, which needs {package}: pip install {package}") from None
         raise ConfigError(f"{setting}, but the installed {package} cannot be imported: {error}") from error

@@ -88,7 +88,7 @@ def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part
     second = {"load_into_transformer_2": True} if name == "transformer_2" else {}
     try:
         pipe.load_lora_weights(folder, adapter_name=adapter, **file, **second)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
         raise LoraError(f"{lora.path.name} cannot be loaded: {first_line(error)}") from error
     # diffusers only logs it when nothing in a file is of this model.
     if adapter not in getattr(part, "peft_config", {}):

@@ -150,3 +150,7 @@ class SanaModel(SanaFamily, OwnImageModel):
 
     def unit(self) -> int:
         return 2 ** (len(read_config(AutoencoderDC, self.base, "vae")["encoder_block_out_channels"]) - 1)
+
+    def prompt_inputs(self, text: Text, negative: Text) -> dict[str, Any]:
+        # The size is the one that was asked for, not the nearest of the pipeline's list.
+        return super().prompt_inputs(text, negative) | {"use_resolution_binning": False}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ... import demo
-from ...pipelines import accelerate
+from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
@@ -144,6 +144,7 @@ class FlowLora(FlowPhase):
     def __init__(self, recipe: TrainLora) -> None:
         config = recipe.config
         super().__init__("train", config.train, recipe, config.flow.caption_dropout, config.flow.unconditional)
+        self._handle: Handle | None = None
         if config.model.quantise != "none":
             self.whole_weights = f"model.quantise is {config.model.quantise}, whose matrices must be whole"
 
@@ -154,7 +155,6 @@ class FlowLora(FlowPhase):
         if recipe.config.loop.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         train_only(transformer, lambda name: ".lora_" in name)
-        self._handle = None
         if recipe.method is not None:
             self._handle = accelerate(transformer, recipe.method, backend=recipe.config.attention.backend)
         return transformer

@@ -43,9 +43,11 @@ def test_what_fsdp_would_split_is_refused_under_it(tmp_path, text_base, monkeypa
     monkeypatch.setattr("vidaccel.lora.recipes.lora.quantisation", lambda kind: None)
     made = recipe(write(tmp_path, text_base), [override])
     phase = FlowLora(made)
-    unbuilt = SimpleNamespace(accelerator=None, settings=phase.settings, phase=phase)
+    state = SimpleNamespace(fsdp_plugin=None)
+    accelerator = SimpleNamespace(state=state)
+    unbuilt = SimpleNamespace(accelerator=accelerator, settings=phase.settings, phase=phase)
     phase_run.PhaseRun._check_fsdp(unbuilt)  # without FSDP it may be
-    monkeypatch.setattr(phase_run, "plugin_of", lambda _: object())
+    state.fsdp_plugin = object()
     with pytest.raises(ConfigError, match="FSDP"):
         phase_run.PhaseRun._check_fsdp(unbuilt)
 

@@ -258,7 +258,7 @@ def test_a_lora_on_an_image_model(bases, tmp_path, name):
     pipe = (FluxPipeline if name == "flux" else SanaPipeline).from_pretrained(bases[name])
     pipe.load_lora_weights(Path(result["lora"]).parent)
     texts = made.flowing.texts(["a red circle"])
-    latents, sigma = torch.randn(1, 4, 1, 4, 8), torch.tensor([0.5])
+    latents, sigma = torch.randn(1, {"flux": 4, "sana": 8}[name], 1, 4, 8), torch.tensor([0.5])
     with torch.no_grad():
         wanted, loaded, plain = (
             made.backbone.velocity(model, latents, sigma, texts, {})
