@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ def make_optimizer(
         }
         for (factor, is_matrix), members in groups.items()
     ]
-    cls = torch.optim.AdamW if settings.optimizer == "adamw" else eight_bit(settings.optimizer)
+    cls: Any = torch.optim.AdamW if settings.optimizer == "adamw" else eight_bit(settings.optimizer)
     return cls(listed, lr=settings.learning_rate, betas=settings.betas)
 
 
@@ -72,7 +73,7 @@ EIGHT_BIT = {
 """Name of an AdamW whose state takes 8 bits a number -> the module that has it."""
 
 
-def eight_bit(name: str) -> type[torch.optim.Optimizer]:
+def eight_bit(name: str) -> Any:
     """The class of an 8-bit AdamW. To load it also lets torch read the checkpoints that hold its state.
 
     Raises:
