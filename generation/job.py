@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
-    from ..pipelines.loras import LoraFile
+    from .lora_files import LoraFile
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInput
+from .lora_files import LoraError, LoraFile, attach_loras, trained_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from ..pipelines.loras import LoraFile
 
 
 def lora_files(given: str | Path | Sequence[str | Path]) -> tuple[LoraFile, ...]:
@@ -24,8 +23,6 @@ def lora_files(given: str | Path | Sequence[str | Path]) -> tuple[LoraFile, ...]
     Raises:
         BadInput: there is no such file, or the weight is no number.
     """
-    from ..pipelines.loras import LoraFile, trained_for
-
     texts = [given] if isinstance(given, str | os.PathLike) else list(given)
     made = []
     for text in map(str, texts):
@@ -50,8 +47,6 @@ def attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
     Raises:
         BadInput: one does not fit the pipeline.
     """
-    from ..pipelines.loras import LoraError, attach_loras
-
     try:
         attach_loras(pipe, loras)
     except LoraError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..pipelines.loras import FACTS
+from ..generation.lora_files import FACTS
 from .checkpoint import save_tensors
 from .config import ConfigError
 

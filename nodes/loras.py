@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..pipelines.loras import TARGETS, LoraError, LoraFile, attach_loras
+from ..generation.lora_files import TARGETS, LoraError, LoraFile, attach_loras
 from .wording import InputError
 
 if TYPE_CHECKING:

@@ -71,8 +71,8 @@ def lora(folder: Path, name: str, batch_size: int, base: Path) -> str:
         "model": {"base": str(base)},
         "lora": {"rank": 2},
         "flow": {"guidance_preserving": 2},
-        "attention": {"method": "radial", "density": 0.7},
-        "data": {"kind": "demo", "clips": 7, "sizes": [{"frames": 9, "height": 32, "width": 32}]},
+        "attention": {"method": "radial", "density": 0.6},
+        "data": {"kind": "demo", "clips": 7, "sizes": [{"frames": 9, "height": 64, "width": 64}]},
         "train": {"steps": 2, "learning_rate": 0.01, "batch_size": batch_size, "ema_decay": 0.5},
         "validation": {"clips": 2},
     }

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import first_line
-
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
@@ -83,6 +81,8 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
 
 
 def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> None:
+    from ..pipelines.errors import first_line
+
     file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
     folder = str(lora.path.parent if file else lora.path)
     second = {"load_into_transformer_2": True} if name == "transformer_2" else {}
