@@ -22,6 +22,10 @@ class LoraError(ValueError):
     """A LoRA that a pipeline cannot take."""
 
 
+class WrongTransformer(LoraError):
+    """A LoRA for a transformer that a pipeline does not have."""
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """One LoRA.
@@ -49,10 +53,10 @@ def trained_for(path: Path) -> str:
     try:
         with safe_open(file, "pt") as opened:
             facts = json.loads((opened.metadata() or {}).get(FACTS, "{}"))
-    except (OSError, SafetensorError):
-        return "all"  # no safetensors file; whether it is a LoRA at all shows when it is loaded
-    part = facts.get("part", "all")
-    return part if facts.get("levels") != [0.0, 1.0] and part in TARGETS else "all"
+    except (OSError, SafetensorError, ValueError):
+        return "all"  # another kind of file; whether it is a LoRA at all shows when it is loaded
+    stage = isinstance(facts, dict) and facts.get("levels") != [0.0, 1.0] and facts.get("part")
+    return stage if stage in TARGETS else "all"
 
 
 def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
@@ -67,9 +71,8 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
     weights: dict[str, dict[str, float]] = {name: dict.fromkeys(_active(part), 1.0) for name, part in parts.items()}
     for number, lora in enumerate(loras):
         if lora.target != "all" and lora.target not in parts:
-            raise LoraError(
-                f"{lora.path.name} is for {lora.target}, and this pipeline has {' and '.join(parts)} alone. Choose all."
-            )
+            has = " and ".join(parts)
+            raise WrongTransformer(f"{lora.path.name} is for {lora.target}, and this pipeline has {has} alone.")
         for name, part in parts.items():
             if lora.target in ("all", name):
                 adapter = f"lora_{number}"

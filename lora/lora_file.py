@@ -71,12 +71,12 @@ def read_facts(location: str | Path, setting: str) -> dict[str, Any]:
     path = lora_path(location)
     try:
         with safe_open(path, "pt") as file:
-            facts = (file.metadata() or {}).get(FACTS)
-    except (OSError, SafetensorError) as error:
+            facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"{setting}: {path} is no LoRA that can be read: {error}") from error
-    if facts is None:
+    if not isinstance(facts, dict) or not {"base", "base_hash", "part", "rank"} <= facts.keys():
         raise ConfigError(f"{setting}: {path} does not say which model it is for: give a LoRA that this trainer made.")
-    return json.loads(facts)
+    return facts
 
 
 def read_lora(

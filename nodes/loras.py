@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generation.lora_files import TARGETS, LoraError, LoraFile, attach_loras
+from ..generation.lora_files import TARGETS, LoraError, LoraFile, WrongTransformer, attach_loras
 from .wording import InputError
 
 if TYPE_CHECKING:
@@ -37,4 +37,5 @@ def attach(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:
     try:
         attach_loras(pipe, loras)
     except LoraError as error:
-        raise InputError(f"loras: {error}") from error
+        fix = " Choose all." if isinstance(error, WrongTransformer) else ""
+        raise InputError(f"loras: {error}{fix}") from error

@@ -61,12 +61,16 @@ def test_the_stage_of_a_file_is_that_of_its_header(tmp_path):
 def test_loras_that_cannot_be(tmp_path, file):
     other = tmp_path / "other.safetensors"
     save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, other)
+    low = tmp_path / "low.safetensors"
+    header = {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.875]})}
+    save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, low, header)
     for lora, words in (
         (tmp_path / "gone", "lora is .*gone: there is no such file or folder"),
         (f"{tmp_path / 'gone'}=0.5", "lora is .*gone: there is no such file or folder"),
         (f"{file}=much", "lora is .*=much: what follows = must be its weight"),
         (f"{file}=inf", "lora is .*=inf: its weight must be finite"),
         (other, "lora cannot be used: .*other.safetensors"),
+        (low, "lora cannot be used: low.safetensors is for transformer_2, and this pipeline has transformer alone.$"),
     ):
         with pytest.raises(BadInput, match=words):
             vidaccel.generate("demo", "a red circle", lora=lora, **SMALL)
