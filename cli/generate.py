@@ -26,6 +26,10 @@ def generate_command(
         str,
         typer.Option(help='"demo" or "demo-dc" (built in), a folder of a diffusers pipeline, or a hub id owner/name.'),
     ] = "demo",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable."),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -159,6 +163,7 @@ def generate_command(
             dtype=dtype,
             offload=offload,
             tiling=vae_tiling,
+            lora=lora or (),
         )
         check_files_of(job, out, page)
         if threads is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
 from .job import Job, Sparse, prepare
+from .loras import attach
 from .machine import environment
 from .methods import measured_note
 from .outputs import check_file, check_files
@@ -58,6 +59,7 @@ def generate(
     dtype: str | torch.dtype = "auto",
     offload: bool = False,
     tiling: bool = False,
+    lora: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -93,6 +95,7 @@ def generate(
         device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
         offload: keep on the device only the part that is at work.
         tiling: encode and decode in tiles.
+        lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -143,6 +146,7 @@ def generate(
         dtype=dtype,
         offload=offload,
         tiling=tiling,
+        lora=lora,
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
@@ -189,6 +193,7 @@ def carry_out(
     pipe = job.pipe
     if pipe is None:
         pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
+        attach(pipe, job.loras)
     videos = []
     for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
         if files:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
+from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
     DENSE,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
+    from .lora_files import LoraFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,7 @@ class Job:
         pipe: the pipeline, where it was given loaded.
         notes: what a user should know, in sentences.
         measure_error: see `accelerate`.
+        loras: that are put into the pipeline once it is loaded.
     """
 
     facts: ModelFacts
@@ -71,6 +74,7 @@ class Job:
     pipe: DiffusionPipeline | None = None
     notes: tuple[str, ...] = ()
     measure_error: int = 0
+    loras: tuple[LoraFile, ...] = ()
 
     @property
     def first(self) -> str:
@@ -86,6 +90,7 @@ class Job:
         from ..pipelines.loading import usual_autoencoder_dtype
 
         settings = self.settings
+        loras = {"LoRAs": ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in self.loras)} if self.loras else {}
         of_vae = usual_autoencoder_dtype(self.facts.makes_any_size, self.dtype)
         if self.facts.row.follows:
             of_vae = self.dtype
@@ -94,6 +99,7 @@ class Job:
         guidance, options = settings.guidance_scale, settings.pipeline_options
         return {
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
+            **loras,
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
@@ -174,6 +180,7 @@ def prepare(
     dtype: str | torch.dtype = "auto",
     offload: bool = False,
     tiling: bool = False,
+    lora: str | Path | Sequence[str | Path] = (),
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -183,11 +190,15 @@ def prepare(
         compare: run dense from the same seed first.
         device, dtype: a name, or "auto".
         offload, tiling: see `pipelines.loading.load_pipeline`.
+        lora: see `loras.lora_files`; of a pipeline that is not loaded yet.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
     """
     check_names(sparse.names, compare)
+    loras = lora_files(lora)
+    if loras and not isinstance(model, str):
+        raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
     if isinstance(model, str):
         place = choose_device(device, offload)
         chosen_dtype = choose_dtype(dtype, place, model)
@@ -240,6 +251,7 @@ def prepare(
         pipe=pipe,
         notes=tuple(notes),
         measure_error=sparse.measure_error,
+        loras=loras,
     )
 
 
