@@ -267,6 +267,11 @@ class _Installed(CopiedNotPickled):
             return
         replaced = [p for p, module in self._modules.items() if module.processor is not self._own[p]]
         silent = [p for p, site in self._sites.items() if not site.calls and p not in replaced]
+        backends = {
+            str(getattr(b, "value", b)) for p in self._own.values() if (b := getattr(p, "_attention_backend", None))
+        }
+        if backends:
+            self.engine.note(f"dense calls go through the attention backend set in diffusers: {', '.join(backends)}")
         if replaced:
             self.engine.note(
                 f"the attention processors of {_some(replaced)} were replaced after accelerate, and run dense: "
