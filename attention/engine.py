@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, check_tensors, choose_backend
+from .groups import dense_attention
 from .layout import VideoLayout
 from .meter import check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
@@ -25,9 +23,6 @@ from .timing import Span
 logger = logging.getLogger(__name__)
 
 KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
-
-_engines: weakref.WeakValueDictionary[int, SparseAttention] = weakref.WeakValueDictionary()
-_ids = itertools.count()
 
 DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -85,10 +80,7 @@ class SparseAttention:
         self.model = model
         self.measure_error = check_rows(measure_error)
         self.step = StepInfo()
-        self.layout: VideoLayout | None = None
-        self.id = next(_ids)
-        _engines[self.id] = self
-        self._dense: dict[int, weakref.WeakMethod] = {}
+        self.layouts: tuple[VideoLayout, ...] = ()
         self._checked: tuple[int, int] | None = None
         self.reset()
 
@@ -110,29 +102,22 @@ class SparseAttention:
         self._run_memory: dict[str, Any] = {}
         self._grad_plans: dict[tuple, BlockPlan] = {}
 
-    def bind_dense(self, layer: int, attention: DenseAttention) -> None:
-        """Let a layer's dense calls go through a bound method, held weakly; torch's SDPA without one.
-
-        Args:
-            layer: block number.
-            attention: `(q, k, v) -> out`, all `[B, H, N, D]`.
-        """
-        self._dense[layer] = weakref.WeakMethod(attention)
-
     def __getstate__(self) -> dict[str, Any]:
         # Events on a GPU cannot be copied, so a copy gets finished records. It starts with a run, so without a memory.
-        state = {**self.__dict__, "_dense": {}, "_finished": self._all_records(), "_pending": []}
+        state = {**self.__dict__, "_finished": self._all_records(), "_pending": []}
         return state | dict.fromkeys(("_layout_memory", "_call_memory", "_run_memory", "_grad_plans"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy must not answer for the original in compiled blocks, which find their engine by its id.
         self.__dict__.update(state)
         self.forget()
-        self.id = next(_ids)
-        _engines[self.id] = self
 
-    def enter(self, step: StepInfo, layout: VideoLayout) -> None:
+    def enter(self, step: StepInfo, *layouts: VideoLayout) -> None:
         """Say where the following calls are: once per forward pass of the model.
+
+        Args:
+            step: of the pass.
+            layouts: of the sequence; or one for each sample of the batch, where their texts are not of one length. No
+                layout says that the sequence is not known: then all calls stay dense.
 
         Raises:
             ValueError: the method cannot do what it is set to on this layout.
@@ -144,14 +129,22 @@ class SparseAttention:
             self._pending = []
             if len(self._finished) < len(records):
                 self.oldest_run = step.run - KEPT_RUNS + 1
-        if step.num_steps != self.step.num_steps or layout != self.layout:
+        if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._grad_plans = {}
-        if layout != self.layout:
-            self.method.check(layout)
-            if remark := self.method.remark(layout):
+        grids = {layout.grid for layout in self.layouts}
+        for layout in dict.fromkeys(layouts):
+            if layout not in self.layouts:
+                self.method.check(layout)
+            # Not once more for each length of text, which many prompts would fill the report with.
+            if layout.grid not in grids and (remark := self.method.remark(layout)):
                 self.note(remark)
-        self.step, self.layout = step, layout
+        self.step, self.layouts = step, layouts
+
+    @property
+    def layout(self) -> VideoLayout | None:
+        """The layout of the first sample."""
+        return self.layouts[0] if self.layouts else None
 
     def _warn_of_schedule(self, step: StepInfo) -> None:
         warning = self.schedule.warning(step.num_steps, self.num_layers)
@@ -166,13 +159,18 @@ class SparseAttention:
         layer: int,
         *,
         dense: str = "",
+        stock: DenseAttention = dense_attention,
+        sample: int = 0,
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
-            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
+            q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding; H is a multiple of Hkv,
+                and query head h reads head `h // (H // Hkv)`.
             layer: block number, counted from 0.
             dense: why this call must stay dense, whatever the schedule says; empty if it need not.
+            stock: what computes dense calls.
+            sample: where samples have a layout each, the one that this call is of.
 
         Returns:
             `[B, H, N, D]`, like `q`.
@@ -181,23 +179,24 @@ class SparseAttention:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k.
             RuntimeError: a named backend cannot run the call.
         """
-        # Dense layers too: there heads would be broadcast in silence, and the first sparse step come too late to tell.
+        # Dense layers too: the first sparse step would come too late to tell.
         check_tensors(q, k, v)
-        if self.layout is not None and q.shape[2] == self.layout.tokens != k.shape[2]:
+        layout = self.layouts[sample] if self.layouts else None
+        if layout is not None and q.shape[2] == layout.tokens != k.shape[2]:
             raise ValueError(
                 f"self-attention needs q and k of one length, got q {tuple(q.shape)} and k {tuple(k.shape)} in layer "
-                f"{layer}, for {self.layout}."
+                f"{layer}, for {layout}."
             )
-        reason = dense or self.dense_reason(q, layer)
+        reason = dense or self.dense_reason(q, layer, sample)
         if reason:
             with Span(q.device) as span:
-                out = self._dense_attention(layer)(q, k, v)
+                out = stock(q, k, v)
             self._pending.append(_Pending(self.step, layer, reason, "dense", None, None, span, {}))
             return out
 
         with Span(q.device) as plan_span:
             self._check_finite(q, k, layer)
-            plan = self._plan(q, k, v, layer)
+            plan = self._plan(q, k, v, layer, sample)
             check_inputs(q, k, v, plan)
             chosen = choose_backend(q, k, v, plan, self.backend)
             chosen.prepare(plan)
@@ -219,13 +218,14 @@ class SparseAttention:
             )
         return out
 
-    def dense_reason(self, q: torch.Tensor, layer: int) -> str:
+    def dense_reason(self, q: torch.Tensor, layer: int, sample: int = 0) -> str:
         """Why the layer stays dense now, empty when it is sparse."""
-        if self.layout is None:
+        if not self.layouts:
             return "unknown layout"
-        if q.shape[2] != self.layout.tokens:
+        if q.shape[2] != self.layouts[sample].tokens:
             self.note(
-                f"a call with {q.shape[2]} tokens does not fit the layout's {self.layout.tokens}: it stays dense",
+                f"a call with {q.shape[2]} tokens does not fit the layout's {self.layouts[sample].tokens}: it stays "
+                "dense",
                 logging.WARNING,
             )
             return "unknown layout"
@@ -258,39 +258,36 @@ class SparseAttention:
     def _all_records(self) -> list[CallRecord]:
         return self._finished + [self._finish(r) for r in self._pending]
 
-    def _dense_attention(self, layer: int) -> DenseAttention:
-        bound = self._dense[layer]() if layer in self._dense else None
-        return bound or F.scaled_dot_product_attention
-
-    def _plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> BlockPlan:
+    def _plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int) -> BlockPlan:
         """The method's plan. With gradients, a second call in one forward pass gets the plan of the first.
 
         Gradient checkpointing runs a layer again in the backward pass. A method with a memory would plan anew then, and
         the gradient would be of another function than the one that was computed.
         """
-        key = (layer, tuple(q.shape))
+        key = (layer, sample, tuple(q.shape), k.shape[1])
         if key in self._grad_plans:
             return self._grad_plans[key]
-        memory = self._memory(q, layer)
+        memory = self._memory(q, k, layer, sample)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
         # Under autocast, products would lose the float32 that methods compute in.
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            plan = self.method.plan(q, k, v, self.layout, memory)
+            plan = self.method.plan(q, k, v, self.layouts[sample], memory)
         if torch.is_grad_enabled():
             self._grad_plans[key] = plan
         return plan
 
-    def _memory(self, q: torch.Tensor, layer: int) -> PlanMemory:
-        place = (self.layout, q.device)
-        call = (layer, self.step.branch, tuple(q.shape[:2]), *place)
+    def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int) -> PlanMemory:
+        place = (self.layouts[sample], q.device)
+        call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
         return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
         """The memory of a layout on a device, which is now the one used last."""
         self._layout_memory[place] = memory = self._layout_memory.pop(place, {})
-        kept = list(dict.fromkeys(layout for layout, _ in reversed(self._layout_memory)))[:KEPT_LAYOUTS]
+        kept = list(dict.fromkeys(layout for layout, _ in reversed(self._layout_memory)))
+        kept = kept[: max(KEPT_LAYOUTS, 2 * len(self.layouts))]
         for old in [key for key in self._layout_memory if key[0] not in kept]:
             del self._layout_memory[old]
         return memory
@@ -344,36 +341,3 @@ class SparseAttention:
             error=None if r.error is None else float(r.error),
             error_seconds=r.error_span.seconds() if r.error_span else 0.0,
         )
-
-
-# `torch.compile` cannot trace a step that looks at data to decide what to compute, so a compiled block sees one opaque
-# operator. `site` is a tensor, not numbers: a Python int per layer would compile every layer anew.
-@torch.library.custom_op("vidaccel::engine_attention", mutates_args=())
-def engine_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
-    """The call of an engine as one operator.
-
-    Args:
-        q, k, v: `[B, H, N, D]`.
-        site: `[2]` int64 on the CPU: the engine's `id`, the layer.
-
-    Returns:
-        `[B, H, N, D]` contiguous.
-    """
-    engine, layer = site.tolist()
-    return _engines[engine](q, k, v, layer).contiguous()
-
-
-@engine_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-def _refuse_gradients(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    """Called before a compiled forward pass with gradients; without it, the backward pass alone would fail."""
-    raise RuntimeError(
-        "sparse attention has no backward inside torch.compile: train without compiling, or run the compiled model "
-        "under torch.no_grad()."
-    )
-
-
-engine_attention.register_autograd(lambda ctx, grad: None, setup_context=_refuse_gradients)

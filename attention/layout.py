@@ -39,6 +39,11 @@ class VideoLayout:
                 raise ValueError(f"VideoLayout.{name} is {value!r}: it must be a whole number of at least {least}.")
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, height and width of the video, in tokens."""
+        return self.frames, self.height, self.width
+
+    @property
     def tokens_per_frame(self) -> int:
         """Video tokens in one latent frame."""
         return self.height * self.width

@@ -1,9 +1,10 @@
-"""What a method saves on the CPU: one denoising step of the demo transformer on a long video, and its attention alone.
+"""What a method saves on the CPU: a step of the demo transformer, from short to long videos, and one call alone.
 
     python benchmarks/cpu_speed.py
 
-129 frames of 256x256 pixels are 33 x 16 x 16 = 8,448 tokens. Dense and every method are measured in one process, taking
-turns, so that a slow minute of the machine hits all of them. Results go to `benchmarks/results/cpu_speed.*`.
+33 frames of 128x128 pixels are 576 tokens, 129 frames of 256x256 are 8,448. Dense and every method are measured in one
+process, taking turns, so that a slow minute of the machine hits all of them. Results go to
+`benchmarks/results/cpu_speed.*`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from common import RESULTS, environment_line, write_markdown
 if TYPE_CHECKING:
     from vidaccel import VideoLayout
 
-METHODS = ("radial", "svg", "svg2")
+METHODS = ("radial", "sparge", "svg", "svg2", "tangent")
+VIDEOS = "33x128,65x128,129x128,129x192,129x256"  # frames x pixels of a side
+STEPS = 3  # measured after a warm-up step: the interval at which `tangent` clusters anew by default
 
 
 def median(values: list[float]) -> str:
@@ -30,58 +33,63 @@ def median(values: list[float]) -> str:
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
+def config(name: str, layout: VideoLayout, density: float):
+    """A method at a density without dense steps; Radial with the largest blocks that reach it, which are fastest."""
+    from vidaccel import DenseSchedule
+    from vidaccel.attention import METHODS as CLASSES
+    from vidaccel.attention.methods.base import OutOfReach
+
+    for settings in ({"block_size": size} for size in (64, 32, 16)) if name == "radial" else ({},):
+        try:
+            return CLASSES[name].for_density(layout, density, schedule=DenseSchedule(), **settings)
+        except OutOfReach as error:
+            last = error
+    raise last
+
+
 def measure_steps(layout: VideoLayout, density: float, rounds: int, backend: str) -> tuple[list[dict], dict]:
     """Steps of the whole transformer: dense, then each method, `rounds` times in turns."""
     import torch
     from diffusers import WanTransformer3DModel
 
     from vidaccel import DenseSchedule, accelerate, demo
-    from vidaccel.attention import METHODS as CLASSES
 
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer").eval()
     generator = torch.Generator().manual_seed(0)
     size = (layout.frames, 2 * layout.height, 2 * layout.width)
     latents = torch.randn(1, transformer.config.in_channels, *size, generator=generator)
     text = torch.randn(1, 512, transformer.config.text_dim, generator=generator)
-    settings = {"radial": {"block_size": 64}}
-    configs = {
-        name: CLASSES[name].for_density(layout, density, schedule=DenseSchedule(), **settings.get(name, {}))
-        for name in METHODS
-    }
+    configs = {name: config(name, layout, density) for name in METHODS}
     seconds: dict[str, list[float]] = {name: [] for name in ("dense", *METHODS)}
     attention: dict[str, list[float]] = {name: [] for name in seconds}
     planning: dict[str, list[float]] = {name: [] for name in seconds}
     facts: dict[str, tuple[float, str]] = {}
-
-    def step(number: int) -> float:
-        start = time.perf_counter()
-        transformer(latents, torch.tensor([900.0 - number]), text)
-        return time.perf_counter() - start
 
     # One handle per configuration for the whole measurement would keep the others out, so state that a method carries
     # from step to step (centroids, compiled kernels, static masks) is warmed up anew each round and not counted.
     with torch.inference_mode():
         for _ in range(rounds):
             for name in seconds:
-                dense = name == "dense"
-                schedule = DenseSchedule(first_steps=10**6) if dense else None
-                with accelerate(
-                    transformer, configs["radial" if dense else name], backend=backend, schedule=schedule
-                ) as h:
-                    step(0)
-                    warm = len(h.report().records)
-                    seconds[name].append(step(1))
-                    records = h.report().records[warm:]
-                attention[name].append(sum(r.attention_seconds for r in records))
-                planning[name].append(sum(r.plan_seconds for r in records))
+                schedule = DenseSchedule(first_steps=10**6) if name == "dense" else None
+                method = configs["radial" if name == "dense" else name]
+                with accelerate(transformer, method, backend=backend, schedule=schedule) as handle:
+                    for number in range(1 + STEPS):
+                        if number == 1:
+                            warm, start = len(handle.report().records), time.perf_counter()
+                        transformer(latents, torch.tensor([900.0 - number]), text)
+                    seconds[name].append((time.perf_counter() - start) / STEPS)
+                    records = handle.report().records[warm:]
+                attention[name].append(sum(r.attention_seconds for r in records) / STEPS)
+                planning[name].append(sum(r.plan_seconds for r in records) / STEPS)
                 facts[name] = (statistics.mean(r.density for r in records), records[0].backend)
-            print(name, "round done", flush=True)
+        print(f"{layout.tokens} tokens measured", flush=True)
 
     rows, base = [], (statistics.median(seconds["dense"]), statistics.median(attention["dense"]))
     for name in seconds:
         step_s, attention_s = statistics.median(seconds[name]), statistics.median(attention[name])
         rows.append(
             {
+                "tokens": layout.tokens,
                 "method": name,
                 "density": round(facts[name][0], 3),
                 "backend": facts[name][1],
@@ -100,7 +108,7 @@ def measure_backends(layout: VideoLayout, density: float, rounds: int) -> list[d
     """One attention call per kind of plan and backend: what `auto` chooses from."""
     import torch
 
-    from vidaccel import SVG, SVG2, Radial, sparse_attention
+    from vidaccel import SVG, SVG2, Radial, Tangent, sparse_attention
     from vidaccel.attention import BACKENDS, BlockPlan, PlanMemory
 
     q, k, v = torch.randn(3, 1, 3, layout.tokens, 64, generator=torch.Generator().manual_seed(1))
@@ -111,15 +119,20 @@ def measure_backends(layout: VideoLayout, density: float, rounds: int) -> list[d
         ),
         "bands (svg)": SVG(density=density).plan(q, k, v, layout, PlanMemory()),
         "scattered runs (svg2)": SVG2(density=density).plan(q, k, v, layout, PlanMemory()),
+        "scattered runs with stand-ins (tangent)": Tangent(density=density).plan(q, k, v, layout, PlanMemory()),
     }
     rows = []
     for kind, plan in plans.items():
         oracle = sparse_attention(q.double(), k.double(), v.double(), plan, backend="reference")
         for name in BACKENDS:
-            if (name == "sdpa") != plan.is_dense or BACKENDS[name].unavailable(q.device):
+            if (name == "sdpa") != plan.is_dense:
                 continue
             start = time.perf_counter()
-            out = sparse_attention(q, k, v, plan, backend=name)
+            try:
+                out = sparse_attention(q, k, v, plan, backend=name)
+            except RuntimeError as error:
+                print(error)  # it cannot run such a plan here
+                continue
             first = time.perf_counter() - start
             seconds = []
             for _ in range(rounds):
@@ -144,33 +157,38 @@ def main(
     rounds: int = 7,
     threads: int = 0,
     backend: str = "auto",
-    frames: int = 129,
-    size: int = 256,
+    videos: str = VIDEOS,
     out: Path = RESULTS,
 ) -> None:
-    """Measure at a density, on `--frames` (4k+1) of `--size` pixels squared; `--threads 0` leaves them to torch."""
+    """Measure at a density, on `--videos` (frames, 4k+1, x pixels of a side); `--threads 0` leaves them to torch."""
     import torch
 
     from vidaccel import VideoLayout
 
     if threads:
         torch.set_num_threads(threads)
-    layout = VideoLayout((frames - 1) // 4 + 1, size // 16, size // 16)
-    steps, model = measure_steps(layout, density, rounds, backend)
-    backends = measure_backends(layout, density, rounds)
+    sizes = [tuple(map(int, video.split("x"))) for video in videos.split(",")]
+    layouts = [VideoLayout((frames - 1) // 4 + 1, size // 16, size // 16) for frames, size in sizes]
+    steps: list[dict] = []
+    for layout in layouts:
+        rows, model = measure_steps(layout, density, rounds, backend)
+        steps += rows
+    backends = measure_backends(layouts[-1], density, rounds)
     with (out / "cpu_speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, steps[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(steps)
     write_markdown(
         out / "cpu_speed.md",
-        f"Speed on the CPU, {layout.tokens:,} tokens",
-        f"`python benchmarks/cpu_speed.py --density {density} --rounds {rounds}`; {environment_line()}.\n\n"
+        f"Speed on the CPU, {layouts[0].tokens:,} to {layouts[-1].tokens:,} tokens",
+        f"`python benchmarks/cpu_speed.py --density {density} --rounds {rounds} --videos {videos}`; "
+        f"{environment_line()}.\n\n"
         f"One step is one forward pass of the demo transformer ({model['layers']} layers, {model['heads']} heads of "
-        f"64, float32) on the latents of {frames} frames of {size}x{size}. Dense is torch's SDPA in the same process. "
-        f"Median of {rounds} with the smallest and largest in brackets; the warm-up step before each (first plan, 50 "
-        "k-means iterations, compilation) is not counted. Attention includes permutations, planning is apart. The "
-        "second table is one attention call on random q, k, v per kind of plan.\n\n"
+        f"64, float32) on the latents of {videos} (frames x pixels of a side). Dense is torch's SDPA in the same "
+        f"process. Mean of {STEPS} steps after a warm-up step (first plan, 50 k-means iterations, compilation), which "
+        f"is not counted; median of {rounds} such, with the smallest and largest in brackets. `tangent` clusters anew "
+        "in one of the three. Attention includes permutations and making masks, planning is apart. The second table "
+        f"is one attention call on random q, k, v at {layouts[-1].tokens:,} tokens per kind of plan.\n\n"
         "OMP_WAIT_POLICY: "
         + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)")
         + ". PASSIVE, which "

@@ -1,7 +1,8 @@
 """One denoising step of a whole transformer with random weights, dense and with each method: where its time goes.
 
     python benchmarks/step.py --model wan-1.3b                        # 480p, 81 frames, on a GPU
-    python benchmarks/step.py --model wan-14b --height 720 --width 1280 --layers 8
+    python benchmarks/step.py --model wan-14b --layers 8
+    python benchmarks/step.py --model hunyuan-video --layers 9
     python benchmarks/step.py --model tiny --frames 9 --height 64 --width 64 --device cpu
 
 Random weights have the speed of trained ones. k-means takes as long as on real tokens, and plans have the density that
@@ -20,13 +21,8 @@ from typing import Annotated
 
 import typer
 from common import RESULTS, environment_line, write_markdown
+from step_models import MODELS
 
-# What differs from `WanTransformer3DModel`'s defaults, which are those of Wan 2.1 14B.
-MODELS = {
-    "tiny": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2, "text_dim": 64},
-    "wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "wan-14b": {},
-}
 METHODS = ("radial", "svg", "svg2", "tangent")
 
 
@@ -71,10 +67,10 @@ def measure(transformer, inputs: dict, config, schedule, backend: str, steps: in
 
 
 def main(
-    model: Annotated[str, typer.Option(help="tiny, wan-1.3b or wan-14b.")] = "wan-1.3b",
-    frames: Annotated[int, typer.Option(help="Pixel frames, 4k+1.")] = 81,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 480,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 832,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "wan-1.3b",
+    frames: Annotated[int, typer.Option(help="Pixel frames; 0 is what the model is published with.")] = 0,
+    height: Annotated[int, typer.Option(help="Pixels; 0 is what the model is published with.")] = 0,
+    width: Annotated[int, typer.Option(help="Pixels; 0 is what the model is published with.")] = 0,
     density: Annotated[float, typer.Option(help="Of the sparse calls.")] = 0.25,
     layers: Annotated[int, typer.Option(help="Fewer layers than the model has; 0 is all.")] = 0,
     steps: Annotated[int, typer.Option(help="Measured steps, after one that is not counted.")] = 5,
@@ -86,31 +82,38 @@ def main(
     """Measure dense and every method on random weights."""
     if model not in MODELS:
         raise typer.BadParameter(f"--model is {model!r}: choose {', '.join(MODELS)}.")
-    if frames % 4 != 1 or height % 16 or width % 16:
-        raise typer.BadParameter(f"{frames} frames of {height}x{width}: frames must be 4k+1, sizes multiples of 16.")
+    known = MODELS[model]
+    frames, height, width = (given or own for given, own in zip((frames, height, width), known.video, strict=True))
+    step, multiple = known.factors[0], 2 * known.factors[1]
+    if frames % step != 1 or height % multiple or width % multiple:
+        raise typer.BadParameter(
+            f"{frames} frames of {height}x{width}: frames must be {step}k+1, sizes multiples of {multiple}."
+        )
+    import diffusers
     import torch
-    from diffusers import WanTransformer3DModel
 
-    from vidaccel import DenseSchedule, VideoLayout
+    from vidaccel import DenseSchedule
     from vidaccel.attention import METHODS as CLASSES
+    from vidaccel.pipelines import find_transformers
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = getattr(torch, ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype)
-    settings = MODELS[model] | ({"num_layers": layers} if layers else {})
     generator = torch.Generator(device).manual_seed(0)
     with torch.device(device):
         default = torch.get_default_dtype()
         torch.set_default_dtype(kind)
-        transformer = WanTransformer3DModel(**settings).eval()
+        transformer = getattr(diffusers, known.transformer)(**known.with_layers(layers)).eval()
         torch.set_default_dtype(default)
     config = transformer.config
-    latent = (1, config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
-    inputs = {
-        "hidden_states": torch.randn(latent, generator=generator, device=device, dtype=kind),
-        "encoder_hidden_states": torch.randn(1, 512, config.text_dim, generator=generator, device=device, dtype=kind),
-        "return_dict": False,
-    }
-    layout = VideoLayout(latent[2], latent[3] // 2, latent[4] // 2)
+
+    def noise(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator, device=device, dtype=kind)
+
+    given = known.inputs(config, noise, *known.latent(frames, height, width))
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    ((_, family),) = find_transformers(transformer).values()
+    (layout,) = family.layout(transformer, inputs)
+    inputs["return_dict"] = False
     rows = []
     for name in ("dense", *METHODS):
         method = CLASSES[METHODS[0] if name == "dense" else name].for_density(layout, density, schedule=DenseSchedule())
@@ -129,7 +132,7 @@ def main(
         out / f"{stem}.md",
         f"One step of {model}, {frames} frames of {width}x{height}: {layout.tokens} tokens",
         f"`python benchmarks/step.py --model {model} --frames {frames} --height {height} --width {width} --density "
-        f"{density} --layers {layers} --steps {steps}`; random weights, {config.num_layers} layers of "
+        f"{density} --layers {layers} --steps {steps}`; random weights, {len(family.modules(transformer))} layers of "
         f"{config.num_attention_heads} heads of {config.attention_head_dim}, {kind}; {environment_line(device.type)}. "
         f"Median of {steps} with the smallest and largest in brackets. The first step, which compiles kernels and "
         "begins k-means, is apart.",

@@ -17,11 +17,18 @@ def register(app: typer.Typer) -> None:
     app.command("info")(info_command)
 
 
-def methods_command() -> None:
-    """What each method does, what it is good for and what it costs."""
+def methods_command(
+    families: Annotated[
+        bool, typer.Option("--families", help="Instead: the model families that they work on.")
+    ] = False,
+) -> None:
+    """What each method does, what it is good for and what it costs; or which models they work on."""
     from rich.console import Console
     from rich.table import Table
 
+    if families:
+        _print_families()
+        return
     from ..attention import METHODS
     from ..generation.methods import DEFAULT_METHOD, DENSE, MIN_SPARSE_TOKENS
 
@@ -50,6 +57,25 @@ def methods_command() -> None:
         for line, (title, text) in enumerate(about.items()):
             table.add_row("" if line else name, title, text)
     Console().print(table, markup=False)
+
+
+def _print_families() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..pipelines.acceleration.families import NOT_SERVED, support_rows
+
+    rows = support_rows()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in rows[0]:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console()
+    console.print(table, markup=False)
+    console.print()
+    for name, why in NOT_SERVED.items():
+        console.print(f"not {name}: {why}", markup=False)
 
 
 def info_command(

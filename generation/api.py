@@ -40,6 +40,7 @@ def generate(
     last_image: Any = None,
     video: Any = None,
     strength: float | None = None,
+    face_video: Any = None,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -51,6 +52,7 @@ def generate(
     dense_steps: int | float | None = None,
     dense_layers: int | float | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    pipeline_options: Mapping[str, Any] | None = None,
     backend: str = "auto",
     measure_error: int = 0,
     device: str | torch.device = "auto",
@@ -79,12 +81,14 @@ def generate(
             `[H, W, 3]` of bytes or of floats in [0, 1].
         video: for video to video: a file, a list of PIL pictures, or an array `[F, H, W, 3]` of the same.
         strength: how much of the noise is added to `video`, in (0, 1].
+        face_video: of the face that moves, for Wan Animate, whose `video` is that of the pose.
         frames, height, width, steps, guidance_scale: None takes the model's.
         seed: of the initial noise.
-        fps: frames per second of the result; None for those of a file in `video`, and 16 without one.
+        fps: frames per second of the result; None for those of a file in `video`, and the model's without one.
         density: share of attention to compute in sparse steps; None takes the method's.
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         settings: further settings by method: `{"svg2": {"top_p": 0.85}}`.
+        pipeline_options: further arguments of the pipeline's call, by its own names: `{"true_cfg_scale": 6.0}`.
         backend: what computes attention, a name of `BACKENDS`, or "auto".
         measure_error: queries of each sparse call whose true error is measured and reported, see `accelerate`; times
             then include the measuring.
@@ -119,6 +123,8 @@ def generate(
         last_image=last_image,
         video=video,
         strength=strength,
+        face_video=face_video,
+        pipeline_options=pipeline_options or {},
     )
     file, page = (
         None if path is None else file_name(field, path) for field, path in (("out", out), ("report", report))

@@ -6,12 +6,12 @@ The names of the second are looked up on first use, because diffusers' own class
 from __future__ import annotations
 
 from . import deep_compression
-from .acceleration import SPECS, Handle, ModelSpec, accelerate, find_transformers, restore, supported_pipelines
+from .acceleration import FAMILIES, Family, Handle, accelerate, find_transformers, restore, supported_pipelines
 
 __all__ = [
-    "SPECS",
+    "FAMILIES",
+    "Family",
     "Handle",
-    "ModelSpec",
     "accelerate",
     "find_transformers",
     "restore",

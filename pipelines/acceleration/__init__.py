@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .families import SPECS, ModelSpec, find_transformers, supported_pipelines
+from .families import FAMILIES, Family, find_transformers, supported_pipelines
 from .handle import Handle, accelerate, restore
 
-__all__ = ["SPECS", "Handle", "ModelSpec", "accelerate", "find_transformers", "restore", "supported_pipelines"]
+__all__ = ["FAMILIES", "Family", "Handle", "accelerate", "find_transformers", "restore", "supported_pipelines"]

@@ -1,4 +1,4 @@
-"""What differs between model families, as data: the next family is one `ModelSpec` here and one attention processor."""
+"""What differs between model families, as data: the next family is one row here, and a layout where none fits."""
 
 from __future__ import annotations
 
@@ -8,72 +8,257 @@ from typing import Any
 
 import torch
 
-from ...attention import SparseAttention, VideoLayout
-from .wan_attention import SparseWanAttnProcessor
+from . import layouts
+from .layouts import Given, Layouts
+
+BOTH = ("all",)  # one pass a step, with the guidance branches as samples of one batch
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """One family of video transformers.
+class Family:
+    """Video transformers that differ in nothing that concerns their self-attention over the video.
 
     Args:
-        family: its name in messages and tables.
-        transformers: class names of the transformers it describes.
-        pipelines: diffusers pipelines that were tried with it; others with such a transformer work too.
-        blocks: attribute that holds the transformer blocks.
-        self_attention: attribute of a block that holds its self-attention.
-        processor: `(engine, layer, replaced processor) -> processor` with the sparse call.
-        layout: `(transformer, hidden_states) -> VideoLayout` of the sequence its blocks see.
-        branches: names of the guidance branches in the order in which the pipeline calls them.
-        timestep: the argument of `forward` that changes from step to step.
+        name: in messages and tables.
+        transformers: class names in diffusers.
+        pipelines: diffusers pipelines that such transformers come in.
+        sites: paths of the self-attention modules over the video in running order, `*` for the number of a block.
+        layout: `(transformer, arguments of its forward pass) -> Layouts` of the sequence its blocks see.
+        branches: names of the guidance branches in the order in which pipelines call them.
+        timestep: the argument of the forward pass that changes from step to step.
+        trims: the model pads its text, and gives its attention a mask that hides the padding. It is cut off instead.
+        own_samples: attention is called once for each sample, with its own text.
+        reads_prefix: keys begin with tokens that are no queries.
+        left_out: the setting of the transformer that says how many of the last sites are left as they are.
+        stays_dense: what of it stays dense and why, in words; empty if nothing does.
     """
 
-    family: str
+    name: str
     transformers: tuple[str, ...]
     pipelines: tuple[str, ...]
-    blocks: str
-    self_attention: str
-    processor: Callable[[SparseAttention, int, object], object]
-    layout: Callable[[torch.nn.Module, torch.Tensor], VideoLayout]
-    branches: tuple[str, ...]
+    layout: Callable[[Any, Given], Layouts]
+    sites: tuple[str, ...] = ("transformer_blocks.*.attn1",)
+    branches: tuple[str, ...] = ("cond", "uncond")
     timestep: str = "timestep"
+    trims: bool = False
+    own_samples: bool = False
+    reads_prefix: bool = False
+    left_out: str = ""
+    stays_dense: str = ""
 
-    def processor_names(self, transformer: torch.nn.Module) -> list[str]:
-        """Keys of the self-attention processors in `transformer.attn_processors`, by layer."""
-        count = len(getattr(transformer, self.blocks))
-        return [f"{self.blocks}.{layer}.{self.self_attention}.processor" for layer in range(count)]
+    def modules(self, transformer: torch.nn.Module) -> dict[str, Any]:
+        """The self-attention modules of a transformer by path, in running order."""
+        found = {}
+        for path in self.sites:
+            blocks, inner = path.split(".*.")
+            for number, block in enumerate(transformer.get_submodule(blocks).children()):
+                found[f"{blocks}.{number}.{inner}"] = block.get_submodule(inner)
+        kept = len(found) - (getattr(transformer.config, self.left_out) if self.left_out else 0)
+        return dict(list(found.items())[:kept])
 
 
-def patch_grid(transformer: Any, hidden_states: torch.Tensor) -> VideoLayout:
-    """The grid of latents `[B, C, frames, height, width]` cut into the transformer's patches, without text."""
-    sizes = hidden_states.shape[2:]
-    return VideoLayout(*(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True)))
+_WAN = ("blocks.*.attn1",)
+_DUAL = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
-
-WAN = ModelSpec(
-    family="Wan 2.1 / 2.2",
-    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
-    pipelines=(
-        "WanPipeline",
-        "WanImageToVideoPipeline",
-        "WanVideoToVideoPipeline",
-        "WanVACEPipeline",
-        "DCVideoGenPipeline",
-        "DCVideoGenImageToVideoPipeline",
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "Wan 2.1 / 2.2",
+        ("WanTransformer3DModel",),
+        (
+            "WanPipeline",
+            "WanImageToVideoPipeline",
+            "WanVideoToVideoPipeline",
+            "LucyEditPipeline",
+            "DCVideoGenPipeline",
+            "DCVideoGenImageToVideoPipeline",
+        ),
+        layouts.video_alone,
+        _WAN,
     ),
-    blocks="blocks",
-    self_attention="attn1",
-    processor=SparseWanAttnProcessor,
-    layout=patch_grid,
-    branches=("cond", "uncond"),
+    Family(
+        "Wan VACE",
+        ("WanVACETransformer3DModel",),
+        ("WanVACEPipeline",),
+        layouts.video_alone,
+        ("vace_blocks.*.attn1", "blocks.*.attn1"),
+    ),
+    Family("Wan Animate", ("WanAnimateTransformer3DModel",), ("WanAnimatePipeline",), layouts.video_alone, _WAN),
+    Family("ChronoEdit", ("ChronoEditTransformer3DModel",), ("ChronoEditPipeline",), layouts.video_alone, _WAN),
+    Family(
+        "SkyReels V2",
+        ("SkyReelsV2Transformer3DModel",),
+        (
+            "SkyReelsV2Pipeline",
+            "SkyReelsV2ImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        ),
+        layouts.video_alone,
+        _WAN,
+        stays_dense="causal blocks of diffusion forcing, whose attention has a mask",
+    ),
+    Family("AnyFlow", ("AnyFlowTransformer3DModel",), ("AnyFlowPipeline",), layouts.frames_before_channels, _WAN, BOTH),
+    Family("Helios", ("HeliosTransformer3DModel",), ("HeliosPipeline", "HeliosPyramidPipeline"), layouts.helios, _WAN),
+    Family(
+        "HunyuanVideo",
+        ("HunyuanVideoTransformer3DModel",),
+        ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+        layouts.text_after,
+        _DUAL,
+        trims=True,
+    ),
+    Family(
+        "HunyuanVideo Framepack",
+        ("HunyuanVideoFramepackTransformer3DModel",),
+        ("HunyuanVideoFramepackPipeline",),
+        layouts.framepack,
+        _DUAL,
+        trims=True,
+    ),
+    Family(
+        "HunyuanVideo 1.5",
+        ("HunyuanVideo15Transformer3DModel",),
+        ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+        layouts.hunyuan_15,
+        ("transformer_blocks.*.attn",),
+        trims=True,
+    ),
+    Family(
+        "CogVideoX",
+        ("CogVideoXTransformer3DModel",),
+        (
+            "CogVideoXPipeline",
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXVideoToVideoPipeline",
+            "CogVideoXFunControlPipeline",
+        ),
+        layouts.cogvideox,
+        branches=BOTH,
+    ),
+    Family("ConsisID", ("ConsisIDTransformer3DModel",), ("ConsisIDPipeline",), layouts.cogvideox, branches=BOTH),
+    Family(
+        "EasyAnimate",
+        ("EasyAnimateTransformer3DModel",),
+        ("EasyAnimatePipeline", "EasyAnimateInpaintPipeline", "EasyAnimateControlPipeline"),
+        layouts.easyanimate,
+        branches=BOTH,
+    ),
+    Family(
+        "Mochi 1",
+        ("MochiTransformer3DModel",),
+        ("MochiPipeline",),
+        layouts.mochi,
+        branches=BOTH,
+        own_samples=True,
+    ),
+    Family(
+        "LTX-Video",
+        ("LTXVideoTransformer3DModel",),
+        ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"),
+        layouts.packed,
+        branches=BOTH,
+    ),
+    Family(
+        "LTX-2",
+        ("LTX2VideoTransformer3DModel",),
+        (
+            "LTX2Pipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2ConditionPipeline",
+            "LTX2InContextPipeline",
+            "LTX2HDRPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+        ),
+        layouts.packed,
+        branches=("all", "pass 1", "pass 2"),
+        stays_dense="video-to-video masks of IC-LoRAs; sound, and attention between sound and video",
+    ),
+    Family(
+        "Cosmos 1 / Predict2 / 2.5",
+        ("CosmosTransformer3DModel",),
+        (
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2TextToImagePipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+        ),
+        layouts.video_alone,
+    ),
+    Family(
+        "Cosmos 3",
+        ("Cosmos3OmniTransformer",),
+        ("Cosmos3OmniPipeline",),
+        layouts.cosmos_3,
+        ("layers.*.self_attn",),
+        timestep="vision_timesteps",
+        reads_prefix=True,
+        stays_dense="the causal attention of its understanding tokens",
+    ),
+    Family(
+        "Kandinsky 5",
+        ("Kandinsky5Transformer3DModel",),
+        ("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
+        layouts.kandinsky,
+        ("visual_transformer_blocks.*.self_attention",),
+        stays_dense="10-second models, which have the sparse attention NABLA of their own",
+    ),
+    Family(
+        "Kandinsky 6",
+        ("Kandinsky6Transformer3DModel",),
+        ("Kandinsky6TI2VAPipeline",),
+        layouts.kandinsky,
+        ("visual_transformer_blocks.*.video_dec_block.self_attention",),
+        stays_dense="sound; its super-resolution model, which has the sparse attention NABLA of its own",
+    ),
+    Family("Allegro", ("AllegroTransformer3DModel",), ("AllegroPipeline",), layouts.video_alone, branches=BOTH),
+    Family(
+        "Motif-Video",
+        ("MotifVideoTransformer3DModel",),
+        ("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
+        layouts.motif,
+        _DUAL,
+        trims=True,
+        left_out="num_decoder_layers",
+        stays_dense="the last num_decoder_layers blocks, which read the encoder's video beside their own",
+    ),
+    Family(
+        "MiniMax-H3",
+        ("MiniMaxH3Transformer3DModel",),
+        (),
+        layouts.minimax,
+        ("transformer_blocks.*.attn",),
+    ),
 )
 
-SPECS: tuple[ModelSpec, ...] = (WAN,)
+NOT_SERVED = {  # transformers of diffusers' video pipelines, and why
+    "LatteTransformer3DModel": "its attention is factorised: no call sees the whole video",
+    "SanaVideoTransformer3DModel": "its self-attention is linear already",
+    "Kandinsky6SRTransformer3DModel": "it has the sparse attention NABLA of its own",
+    "WanAnimate2Transformer3DModel": "its denoising passes run FlexAttention over reference tokens of their own",
+    "AnyFlowFARTransformer3DModel": "its passes read a cache of keys that is longer than their queries",
+}
+
+
+def support_rows() -> list[dict[str, str]]:
+    """The table of families, for the command line and the docs."""
+    return [
+        {
+            "family": family.name,
+            "diffusers pipelines": ", ".join(family.pipelines) or "none yet: its transformer alone",
+            "transformer": ", ".join(family.transformers),
+            "stays dense": family.stays_dense or "nothing",
+        }
+        for family in FAMILIES
+    ]
 
 
 def supported_pipelines() -> list[str]:
     """Names of the diffusers pipelines that `accelerate` knows."""
-    return sorted(name for spec in SPECS for name in spec.pipelines)
+    return sorted(name for family in FAMILIES for name in family.pipelines)
 
 
 def unwrap(component: Any) -> Any:
@@ -98,29 +283,35 @@ def unwrap(component: Any) -> Any:
             return component
 
 
-def find_transformers(pipe: object) -> dict[str, tuple[torch.nn.Module, ModelSpec]]:
-    """The transformers of a pipeline that have a spec, by component name.
+def find_transformers(pipe: object) -> dict[str, tuple[torch.nn.Module, Family]]:
+    """The transformers of a pipeline that have a row, by component name.
 
     Args:
         pipe: a diffusers pipeline, or one transformer. What `torch.compile`, PEFT, DDP and `DataParallel` wrap
             round a transformer is looked through.
 
     Raises:
-        TypeError: there is none; names the supported pipelines.
+        TypeError: there is none, or one of several denoisers has none; names the families and what a row needs.
         RuntimeError: a `DataParallel` over several devices.
     """
     components = getattr(pipe, "components", None) or {"transformer": pipe}
-    by_class = {name: spec for spec in SPECS for name in spec.transformers}
     found = {}
+    unknown = {}
     for name, component in components.items():
         component = unwrap(component)
         # Through the whole inheritance, so that a subclass of a known transformer is one.
-        spec = next((by_class[c.__name__] for c in type(component).__mro__ if c.__name__ in by_class), None)
-        if spec is not None:
-            found[name] = (component, spec)
-    if not found:
-        raise TypeError(
-            f"{type(pipe).__name__} has no transformer that vidaccel knows. Supported pipelines: "
-            f"{', '.join(supported_pipelines())}."
-        )
-    return found
+        classes = [c.__name__ for c in type(component).__mro__]
+        family = next((f for c in classes for f in FAMILIES if c in f.transformers), None)
+        if family is not None:
+            found[name] = (component, family)
+        elif name.startswith("transformer") and component is not None:
+            unknown[name] = next((NOT_SERVED[c] for c in classes if c in NOT_SERVED), "no family has it")
+            unknown[name] = f"{name} is a {classes[0]}: {unknown[name]}"
+    if found and not unknown:
+        return found
+    why = "; ".join(unknown.values()) or "it has none"
+    raise TypeError(
+        f"{type(pipe).__name__} has no transformer that vidaccel knows, or not all of them ({why}). Known families: "
+        f"{', '.join(family.name for family in FAMILIES)}. A new one is a row in pipelines/acceleration/families.py: "
+        "where its self-attention modules are, and where the video tokens are in their sequence."
+    )

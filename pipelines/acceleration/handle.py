@@ -15,8 +15,10 @@ from ...attention.meter import check_rows
 from ...attention.records import dropped_note
 from .clock import StepClock
 from .copies import CopiedNotPickled
-from .families import ModelSpec, find_transformers
+from .families import Family, find_transformers
+from .rebinding import SparseProcessor, rebind
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
+from .site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class Handle:
         self, pipe: object, method: Method, backend: str, schedule: DenseSchedule | None, measure_error: int = 0
     ) -> None:
         self.method = method
+        transformers = find_transformers(pipe)
         schedule = schedule if schedule is not None else method.schedule
         if not hasattr(pipe, "scheduler"):
             fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
@@ -41,15 +44,17 @@ class Handle:
         self._clock = StepClock(pipe)
         self._installed: list[_Installed] = []
         try:
-            for name, (transformer, spec) in find_transformers(pipe).items():
+            for name, (transformer, family) in transformers.items():
                 options = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
-                self._installed.append(_Installed(name, transformer, spec, method, self._clock, **options))
+                self._installed.append(_Installed(name, transformer, family, method, self._clock, **options))
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
             raise
 
     def report(self) -> RunReport:
         """What was done since `accelerate` or `reset`: per layer, step and branch."""
+        for installed in self._installed:
+            installed.check_sites()
         engines = [installed.engine for installed in self._installed]
         reports = [engine.report() for engine in engines]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
@@ -94,7 +99,7 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        state = ", ".join(f"{i.name} ({i.spec.family})" for i in self._installed if i.active) or "removed"
+        state = ", ".join(f"{i.name} ({i.family.name})" for i in self._installed if i.active) or "removed"
         return f"<vidaccel {self.method.name} on {state}>"
 
 
@@ -112,8 +117,8 @@ def accelerate(
     `compile_repeated_blocks(fullgraph=True)` and beside diffusers' caches.
 
     Args:
-        pipe: a diffusers pipeline with a known transformer (Wan 2.1 and 2.2, one or two transformers, VACE's main
-            blocks), or such a transformer alone, whose steps are then counted from its timesteps.
+        pipe: a diffusers pipeline whose transformers are all of a known family (`FAMILIES`), or such a transformer
+            alone, whose steps are then counted from its timesteps.
         method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults.
         backend: a backend's name, which then runs or raises, or "auto".
         schedule: the steps and layers that stay dense; the method's own when None.
@@ -126,7 +131,8 @@ def accelerate(
         A `Handle` with `report()`, `reset()` and `remove()`.
 
     Raises:
-        TypeError: no transformer of the pipeline is known; names the supported pipelines.
+        TypeError: a transformer of the pipeline is not known; names the families and what a new one needs. Or a
+            processor of it cannot be rebound; names it.
         ValueError: unknown method or backend, or a `measure_error` below 0; a schedule that needs the number of steps,
             or noise levels, where they cannot be known.
         RuntimeError: the pipeline is accelerated already.
@@ -194,29 +200,33 @@ class _Installed(CopiedNotPickled):
         self,
         name: str,
         transformer: Any,
-        spec: ModelSpec,
+        family: Family,
         method: Method,
         clock: StepClock,
         **options: Any,
     ) -> None:
-        names = spec.processor_names(transformer)
-        processors = transformer.attn_processors
-        if any(hasattr(p, "engine") and isinstance(p.engine, SparseAttention) for p in processors.values()):
+        self._modules = family.modules(transformer)
+        processors: dict[str, Any] = {path: module.processor for path, module in self._modules.items()}
+        if any(isinstance(p, SparseProcessor) for p in processors.values()):
             raise RuntimeError(
                 f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
                 "accelerating again."
             )
-        if any(getattr(processors[n], "_parallel_config", None) is not None for n in names):
+        if any(getattr(p, "_parallel_config", None) is not None for p in processors.values()):
             raise RuntimeError(
                 f"{name} runs under context parallelism, which sparse attention cannot: disable it first."
             )
-        self.name, self.transformer, self.spec = name, transformer, spec
-        self.engine = SparseAttention(method, num_layers=len(names), model=name, **options)
+        self.name, self.transformer, self.family = name, transformer, family
+        self.engine = SparseAttention(method, num_layers=len(processors), model=name, **options)
         self._signature = inspect.signature(type(transformer).forward)
         self._clock = clock
-        self._originals = {n: processors[n] for n in names}
-        self._own = {n: spec.processor(self.engine, layer, processors[n]) for layer, n in enumerate(names)}
-        transformer.set_attn_processor({**processors, **self._own})
+        self._passes = 0
+        own = {"own_samples": family.own_samples, "reads_prefix": family.reads_prefix}
+        self._sites = {path: Site(self.engine, layer, **own) for layer, path in enumerate(processors)}
+        self._originals = processors
+        self._own = {path: rebind(processor, self._sites[path]) for path, processor in processors.items()}
+        for path, module in self._modules.items():
+            module.processor = self._own[path]
         # A torch hook, not a wrapped `forward`: offloading replaces `forward` before or after us, and removing ours
         # must not bring back the one from before that.
         self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -226,24 +236,58 @@ class _Installed(CopiedNotPickled):
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine the grid and the step of this forward pass."""
         given = self._signature.bind_partial(module, *args, **kwargs).arguments
-        timestep, hidden_states = (given.get(name) for name in (self.spec.timestep, "hidden_states"))
-        if timestep is None or not isinstance(hidden_states, torch.Tensor) or hidden_states.numel() == 0:
-            shape = list(hidden_states.shape) if isinstance(hidden_states, torch.Tensor) else hidden_states
+        timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
+        empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
+        if timestep is None or empty or ("hidden_states" in self._signature.parameters and latents is None):
+            shape = list(latents.shape) if isinstance(latents, torch.Tensor) else latents
             raise ValueError(
-                f"{self.name} was called with {self.spec.timestep}={timestep} and hidden_states of shape {shape}: "
+                f"{self.name} was called with {self.family.timestep}={timestep} and hidden_states of shape {shape}: "
                 "sparse attention needs a timestep and a batch that is not empty."
             )
         if self._clock.lost_its_pipeline:
             _check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
-        step = self._clock.observe(torch.as_tensor(timestep), self.name, self.spec.branches)
-        self.engine.enter(step, self.spec.layout(module, hidden_states))
+        if self._passes == 1:
+            self.check_sites()
+        self._passes += 1
+        step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
+        found = self.family.layout(module, given)
+        layouts, dense = ((), found) if isinstance(found, str) else (found, "")
+        if dense:
+            self.engine.note(f"all calls of a forward pass stay dense: {dense}", logging.WARNING)
+        self.engine.enter(step, *layouts)
+        for site in self._sites.values():
+            site.enter(trims=self.family.trims and not dense, dense=dense)
+
+    def check_sites(self) -> None:
+        """Note the layers that made no attention call of ours in the forward passes so far."""
+        if not self._passes or not self.active:
+            return
+        replaced = [p for p, module in self._modules.items() if module.processor is not self._own[p]]
+        silent = [p for p, site in self._sites.items() if not site.calls and p not in replaced]
+        if replaced:
+            self.engine.note(
+                f"the attention processors of {_some(replaced)} were replaced after accelerate, and run dense: "
+                "remove() this handle and accelerate again (after fuse_qkv_projections and the like)",
+                logging.WARNING,
+            )
+        if silent:
+            self.engine.note(
+                f"{_some(silent)} made no attention call that sparse attention could take over, and ran as they are"
+                + (f" ({self.family.name}: {self.family.stays_dense})" if self.family.stays_dense else ""),
+                logging.WARNING,
+            )
 
     def remove(self) -> None:
         if not self.active:
             return
-        current = self.transformer.attn_processors
-        ours = {n: self._originals[n] for n, own in self._own.items() if current.get(n) is own}
-        self.transformer.set_attn_processor({**current, **ours})
+        for path, module in self._modules.items():
+            if module.processor is self._own[path]:
+                module.processor = self._originals[path]
         self._hook.remove()
         self.engine.forget()
         self.active = False
+
+
+def _some(paths: list[str]) -> str:
+    """The first of some paths, and how many there are."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

@@ -71,12 +71,13 @@ def test_dc_demo(tmp_path):
 
 
 def test_cpu_speed(tmp_path):
-    work = ["--rounds", "1", "--frames", "65", "--size", "128", "--density", "0.5", "--backend", "gather"]
+    work = ["--rounds", "1", "--videos", "33x128,65x128", "--density", "0.5", "--backend", "gather"]
     run("cpu_speed.py", *work, "--out", str(tmp_path))
     rows = table(tmp_path / "cpu_speed.csv")
-    assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2"]
-    assert all(0.4 < float(r["density"]) < 0.6 for r in rows[1:])
-    assert "Speed on the CPU, 1,088 tokens" in (tmp_path / "cpu_speed.md").read_text()
+    assert [r["method"] for r in rows] == 2 * ["dense", "radial", "sparge", "svg", "svg2", "tangent"]
+    assert [r["tokens"] for r in rows] == 6 * ["576"] + 6 * ["1088"]
+    assert all(0.4 < float(r["density"]) < 0.6 for r in rows if r["method"] != "dense")
+    assert "Speed on the CPU, 576 to 1,088 tokens" in (tmp_path / "cpu_speed.md").read_text()
 
 
 def test_attention_goes_on_where_it_stopped(tmp_path):

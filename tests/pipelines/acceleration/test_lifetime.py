@@ -125,7 +125,7 @@ class TestCopies:
             copied = copy.deepcopy(pipe)
             copied.scheduler = make_scheduler()
             assert generate(copied, steps=6).equal(expected)
-            records = copied.transformer.blocks[0].attn1.processor.engine.report().records
+            records = copied.transformer.blocks[0].attn1.processor.site.engine.report().records
         last = [r for r in records if r.run == max(r.run for r in records)]
         assert {r.num_steps for r in last} == {6} and {r.step for r in last if r.reason} == {0, 1, 2}
 
@@ -137,7 +137,7 @@ class TestCopies:
             assert id(pipe) not in memo and id(pipe.text_encoder) not in memo
             with torch.no_grad():
                 alone(*inputs())
-        assert alone.blocks[0].attn1.processor.engine.report().records
+        assert alone.blocks[0].attn1.processor.site.engine.report().records
 
     @pytest.mark.parametrize(
         ("schedule", "needs", "unknown"),
@@ -171,7 +171,7 @@ class TestCopies:
                 for timestep in (900.0, 500.0):
                     model(inputs()[0], torch.tensor([timestep]), inputs()[2])
             assert len(handle.report().records) == 6
-            assert len(copied.blocks[0].attn1.processor.engine.report().records) == 6
+            assert len(copied.blocks[0].attn1.processor.site.engine.report().records) == 6
 
     def test_a_shallow_copy_of_a_processor_says_what_to_do(self, pipe):
         handle = vidaccel.accelerate(pipe, METHOD)

@@ -1,0 +1,193 @@
+"""Where the video tokens of a family's attention sequence are, read from what its transformer is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ...attention import VideoLayout
+
+Given = Mapping[str, Any]
+"""The arguments of a transformer's forward pass, by name."""
+Layouts = tuple[VideoLayout, ...] | str
+"""One layout for the batch, or one for each sample; or why there is none, as the reason of dense calls."""
+
+HOLES = "text mask with holes"  # valid tokens that are no prefix cannot be cut out without moving others
+
+
+def patch_of(model: Any) -> tuple[int, int, int]:
+    """Latent frames, rows and columns that make one token."""
+    patch = model.config.patch_size
+    if not isinstance(patch, int):
+        return tuple(patch)
+    return getattr(model.config, "patch_size_t", None) or 1, patch, patch
+
+
+def grid(model: Any, latents: torch.Tensor, axes: tuple[int, int, int] = (2, 3, 4)) -> tuple[int, int, int]:
+    """Latents cut into patches; `axes` are those of frames, height and width."""
+    frames, height, width = (latents.shape[axis] // patch for axis, patch in zip(axes, patch_of(model), strict=True))
+    return frames, height, width
+
+
+def video_alone(model: Any, given: Given) -> Layouts:
+    """Latents `[B, C, F, H, W]` and nothing beside the video."""
+    return (VideoLayout(*grid(model, given["hidden_states"])),)
+
+
+def frames_before_channels(model: Any, given: Given) -> Layouts:
+    """Latents `[B, F, C, H, W]` and nothing beside the video."""
+    return (VideoLayout(*grid(model, given["hidden_states"], (1, 3, 4))),)
+
+
+def kandinsky(model: Any, given: Given) -> Layouts:
+    """Latents `[B, F, H, W, C]`; NABLA models put the tokens into tiles and have a sparse mask of their own."""
+    if given.get("sparse_params") is not None:
+        return "NABLA, which is sparse already"
+    return (VideoLayout(*grid(model, given["hidden_states"], (1, 2, 3))),)
+
+
+def text_after(model: Any, given: Given) -> Layouts:
+    """`[video, text]`, the text padded behind what `encoder_attention_mask [B, L]` says is valid (HunyuanVideo)."""
+    return with_texts(VideoLayout(*grid(model, given["hidden_states"])), given.get("encoder_attention_mask"))
+
+
+def motif(model: Any, given: Given) -> Layouts:
+    """`[video, picture, text]`, the text padded; without a mask all of it is valid."""
+    video = VideoLayout(*grid(model, given["hidden_states"]), text_after=_length(given.get("image_embeds")))
+    if given.get("encoder_attention_mask") is None:
+        return (replace(video, text_after=video.text_after + _length(given["encoder_hidden_states"])),)
+    return with_texts(video, given["encoder_attention_mask"])
+
+
+def mochi(model: Any, given: Given) -> Layouts:
+    """`[video, valid text]`, for each sample alone; its processor takes valid tokens from wherever they are."""
+    counts = given["encoder_attention_mask"].sum(-1).tolist()
+    video = VideoLayout(*grid(model, given["hidden_states"]))
+    return same(replace(video, text_after=int(count)) for count in counts)
+
+
+def hunyuan_15(model: Any, given: Given) -> Layouts:
+    """`[video, valid picture, byT5 text, other text, padding]`: the model sorts valid tokens to the front."""
+    # Zeros stand for no picture. One wait for the device tells that and the lengths.
+    picture = given["image_embeds"]
+    masks = (given["encoder_attention_mask"], given["encoder_attention_mask_2"])
+    counts = sum(mask.bool().sum(-1) for mask in masks)
+    *counts, empty = torch.cat([counts, (picture == 0).all().to(counts)[None]]).tolist()
+    video = VideoLayout(*grid(model, given["hidden_states"]), text_after=0 if empty else picture.shape[1])
+    return same(replace(video, text_after=video.text_after + count) for count in counts)
+
+
+def framepack(model: Any, given: Given) -> Layouts:
+    """`[history, oldest first, video, picture, text]`."""
+    clean, half, quarter = (given.get(f"latents_{name}") for name in ("clean", "history_2x", "history_4x"))
+    before = _patches(clean, (1, 2, 2)) + _patches(half, (2, 4, 4)) + _patches(quarter, (4, 8, 8))
+    size = grid(model, given["hidden_states"])
+    video = VideoLayout(*size, text_before=before, text_after=_length(given["image_embeds"]))
+    return with_texts(video, given["encoder_attention_mask"])
+
+
+def helios(model: Any, given: Given) -> Layouts:
+    """`[history, oldest first, video]`."""
+    short, mid, long = (given.get(f"latents_history_{name}") for name in ("short", "mid", "long"))
+    before = _patches(short, (1, 2, 2)) + _patches(mid, (2, 4, 4)) + _patches(long, (4, 8, 8))
+    return (VideoLayout(*grid(model, given["hidden_states"]), text_before=before),)
+
+
+def cogvideox(model: Any, given: Given) -> Layouts:
+    """`[text, video]`, latents `[B, F, C, H, W]`."""
+    video = grid(model, given["hidden_states"], (1, 3, 4))
+    return (VideoLayout(*video, text_before=_length(given["encoder_hidden_states"])),)
+
+
+def easyanimate(model: Any, given: Given) -> Layouts:
+    """`[text, second text, video]`, latents `[B, C, F, H, W]`."""
+    text = _length(given["encoder_hidden_states"]) + _length(given.get("encoder_hidden_states_t5"))
+    return (VideoLayout(*grid(model, given["hidden_states"]), text_before=text),)
+
+
+def packed(model: Any, given: Given) -> Layouts:
+    """Latents `[B, N, C]` (LTX): sizes are arguments, or only coordinates are, with conditioning tokens in front."""
+    tokens, frames = given["hidden_states"].shape[1], given.get("num_frames")
+    size = (frames, given.get("height"), given.get("width"))
+    coordinates = given.get("video_coords")
+    if frames is not None and size[0] * size[1] * size[2] == tokens:
+        return (VideoLayout(*size),)
+    if coordinates is None:
+        return f"{tokens} tokens that are no grid of {size[0]} x {size[1]} x {size[2]}"
+    return _by_coordinates(coordinates[0] if coordinates.ndim == 3 else coordinates[0, ..., 0], tokens)
+
+
+def _by_coordinates(places: torch.Tensor, tokens: int) -> Layouts:
+    """The grid of tokens at `places [3, N]` (time, height, width): the longest run in which they go up in this order.
+
+    Conditioning frames before or behind the video start again at the first row, at a time of their own.
+    """
+    time, row, column = places.cpu()  # one wait for the device
+    here, there = (slice(None, -1), slice(1, None))
+    falls = (row[there] < row[here]) | ((row[there] == row[here]) & (column[there] <= column[here]))
+    falls = (time[there] < time[here]) | ((time[there] == time[here]) & falls)
+    ends = [0, *(falls.nonzero().flatten() + 1).tolist(), tokens]
+    first, stop = max(pairwise(ends), key=lambda run: run[1] - run[0])
+    frames, height, width = (len(axis[first:stop].unique()) for axis in (time, row, column))
+    if frames * height * width != stop - first:
+        return "conditioning tokens that cannot be told from the video's"
+    return (VideoLayout(frames, height, width, text_before=first, text_after=tokens - stop),)
+
+
+def cosmos_3(model: Any, given: Given) -> Layouts:
+    """`[understanding, generation]` as keys, generation alone as queries."""
+    shapes, text = given["vision_token_shapes"], given["und_len"]
+    if len(shapes) != 1:
+        return f"{len(shapes)} videos in one sequence"
+    frames, height, width = (int(size) for size in shapes[0])
+    video = VideoLayout(frames, height, width, text_before=int(text))
+    # Sound and action tokens follow the video's.
+    return (replace(video, text_after=int(given["sequence_length"]) - video.tokens),)
+
+
+def minimax(model: Any, given: Given) -> Layouts:
+    """Text, video and sound packed into one sequence at whatever places `*_indices` say."""
+    indices = given["video_indices"]
+    *places, rows = torch.cat([given["position_ids"][indices].T, indices[None]]).cpu()  # one wait for the device
+    frames, height, width = (len(axis.unique()) for axis in places)
+    first, count, total = int(rows[0]), len(rows), len(given["token_tags"])
+    tokens = frames * height * width
+    if tokens > count or not rows.equal(torch.arange(first, first + count).to(rows)):
+        return "video tokens that are no grid in one piece"
+    # Pictures that condition the video come first.
+    before, after = first + count - tokens, total - first - count
+    return (VideoLayout(frames, height, width, text_before=before, text_after=after),)
+
+
+def with_texts(video: VideoLayout, mask: torch.Tensor) -> Layouts:
+    """A layout with the valid tokens of a padding mask `[B, L]` behind what is there, in one wait for the device."""
+    mask = mask.bool()
+    rises = (mask[:, 1:] & ~mask[:, :-1]).sum(-1)
+    *counts, holes = torch.cat([mask.sum(-1), rises.sum()[None]]).tolist()
+    if holes:
+        return HOLES
+    return same(replace(video, text_after=video.text_after + count) for count in counts)
+
+
+def same(layouts: Any) -> Layouts:
+    """One layout for all samples where all are alike."""
+    layouts = tuple(layouts)
+    return layouts[:1] if len(set(layouts)) == 1 else layouts
+
+
+def _length(embeddings: torch.Tensor | None) -> int:
+    return 0 if embeddings is None else embeddings.shape[1]
+
+
+def _patches(latents: torch.Tensor | None, patch: tuple[int, int, int]) -> int:
+    """Tokens of latents `[B, C, F, H, W]` in patches that the last of each axis is padded to."""
+    if latents is None:
+        return 0
+    count = 1
+    for size, step in zip(latents.shape[2:], patch, strict=True):
+        count *= -(-size // step)
+    return count

@@ -1,0 +1,120 @@
+"""One self-attention layer of a transformer at work: what its attention call becomes."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...attention import SparseAttention
+from ...attention.engine import DenseAttention
+from .diffusers_hooks import scores_are_skipped
+
+StockAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""A model's own attention, `(q, k, v, mask) -> out`, `q [B, H, N, D]`."""
+
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Site:
+    """A layer's place in its engine, and how the sequence of its calls becomes one that a plan describes.
+
+    Args:
+        engine: decides and computes.
+        layer: the site's number in running order, counted from 0.
+        own_samples: the model calls attention once for each sample (Mochi), each with its own text.
+        reads_prefix: keys begin with tokens that are no queries (Cosmos 3).
+    """
+
+    def __init__(
+        self, engine: SparseAttention, layer: int, *, own_samples: bool = False, reads_prefix: bool = False
+    ) -> None:
+        self.engine, self.layer = engine, layer
+        self.own_samples, self.reads_prefix = own_samples, reads_prefix
+        self.trims = False  # whether tokens behind those of the layout are padding, in this forward pass
+        self.dense = ""  # why calls of this forward pass stay dense, whatever the schedule says
+        self.calls = 0
+        self.processor: Any = None  # whose attention this is
+        self._turn = 0
+        self._number()
+
+    def _number(self) -> None:
+        self.number = next(_numbers)
+        # A tensor, not a number: a Python int per layer would compile every layer anew.
+        self.tensor = torch.tensor(self.number)
+        _sites[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy must not be answered for by the original in compiled blocks, which find their site by its number.
+        self.__dict__.update(state)
+        self._number()
+
+    def enter(self, trims: bool, dense: str) -> None:
+        """Say what holds for the calls of the forward pass that begins."""
+        self.trims, self.dense, self._turn = trims, dense, 0
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, stock: StockAttention
+    ) -> torch.Tensor:
+        """The call, eagerly.
+
+        Args:
+            q: `[B, H, n_q, D]`, padded where the model pads.
+            k, v: `[B, Hkv, n_kv, D]`; `n_kv` above `n_q` where keys have a prefix.
+            mask: what the model gives its attention; None where that is only padding, which is cut off here.
+            stock: the model's own attention.
+
+        Returns:
+            `[B, H, n_q, D]`; zeros at padding.
+        """
+        self.calls += 1
+        dense = self.dense or ("attention mask" if mask is not None else "")
+        dense = dense or ("perturbed attention" if scores_are_skipped() else "")
+
+        def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return stock(q, k, v, mask)
+
+        count = len(self.engine.layouts)
+        if count < 2:
+            return self._one(q, k, v, masked, 0, dense)
+        if self.own_samples:
+            sample, self._turn = self._turn % count, self._turn + 1
+            return self._one(q, k, v, masked, sample, dense)
+        if count != q.shape[0]:
+            raise RuntimeError(f"a call with a batch of {q.shape[0]} in a forward pass with one of {count}.")
+        one = (slice(i, i + 1) for i in range(count))
+        return torch.cat([self._one(q[i], k[i], v[i], masked, i.start, dense) for i in one])
+
+    def _one(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, sample: int, dense: str
+    ) -> torch.Tensor:
+        """The call of samples that share a layout."""
+        padded = q.shape[2]
+        if self.trims:
+            q, k, v = (x[:, :, : self.engine.layouts[sample].tokens] for x in (q, k, v))
+        queries = q.shape[2]
+        prefix = k.shape[2] - queries if self.reads_prefix else 0
+        # Rows for the prefix are computed and thrown away: a plan's queries are its keys.
+        rows = F.pad(q, (0, 0, prefix, 0)) if prefix else q
+        out = self.engine(
+            rows,
+            k,
+            v,
+            self.layer,
+            dense=dense,
+            stock=(lambda rows, k, v: stock(q, k, v)) if prefix else stock,
+            sample=sample,
+        )
+        if out.shape[2] > queries:
+            out = out[:, :, -queries:]
+        return F.pad(out, (0, 0, 0, padded - queries)) if padded > queries else out
+
+
+def site_of(number: int) -> Site:
+    """The site with a number."""
+    return _sites[number]

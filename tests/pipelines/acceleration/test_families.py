@@ -1,0 +1,176 @@
+"""Every row of the table of families, on the real transformer with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_families import BUILDERS, Tiny, build
+from tiny_families.base import mask
+
+from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, accelerate
+from vidaccel.attention import RandomBlocks
+from vidaccel.pipelines import FAMILIES, find_transformers
+
+ALL_DENSE, NEVER_DENSE = DenseSchedule(first_steps=10**6), DenseSchedule()
+SPARSE = RandomBlocks(density=0.5, redraw=False)
+MASKED = {"skyreels_v2_causal", "ltx2_masked"}  # attention masks of all pairs, with which all calls stay dense
+# Text is padded in these. A pass that drops the padding differs from stock in rounding.
+PADDED = {"hunyuan_video", "hunyuan_video_i2v", "hunyuan_framepack", "hunyuan_video_15", "hunyuan_video_15_i2v",
+          "motif_video"}  # fmt: skip
+
+
+@pytest.fixture(params=BUILDERS)
+def name(request) -> str:
+    return request.param
+
+
+def calls_of(monkeypatch) -> list[tuple[int, torch.Tensor]]:
+    """Layer and queries of every call that reaches an engine from now on."""
+    calls, call = [], SparseAttention.__call__
+
+    def spy(self, q, k, v, layer, **more):
+        calls.append((layer, q.clone()))
+        return call(self, q, k, v, layer, **more)
+
+    monkeypatch.setattr(SparseAttention, "__call__", spy)
+    return calls
+
+
+def test_every_class_of_every_row_is_tested():
+    tested = {type(build(name).model).__name__ for name in BUILDERS}
+    assert tested == {cls for family in FAMILIES for cls in family.transformers}
+
+
+def test_the_layout_is_that_of_the_sequence(name, monkeypatch):
+    """Another content in one token of the video changes the queries of that token alone, where the layout has it."""
+    tiny = build(name)
+    calls = calls_of(monkeypatch)
+    first = 1 if name == "wan_vace" else 0  # the first block of VACE reads the control video
+    with accelerate(tiny.model, SPARSE, schedule=ALL_DENSE) as handle:
+        tiny.run()
+        assert handle._installed[0].engine.layouts == (tiny.layout,)
+        before = next(q for layer, q in calls if layer == first)
+        grid = tiny.layout
+        for frame, row, column in [(0, 0, 0), (0, 1, 2), (1, 2, 3), (grid.frames - 1, grid.height - 1, grid.width - 1)]:
+            calls.clear()
+            tiny.run(**tiny.changed(frame, row, column))
+            after = next(q for layer, q in calls if layer == first)
+            rows = (after - before).abs().amax((0, 1, 3)).gt(1e-6).nonzero().flatten().tolist()
+            place = grid.text_before + (frame * grid.height + row) * grid.width + column
+            assert rows == [place] if first == 0 else place in rows
+    assert before.shape[2] == grid.tokens or name in MASKED
+
+
+def test_dense_passes_are_stock_and_sparse_ones_run_in_every_layer(name):
+    tiny = build(name)
+    before = tiny.run()
+    with accelerate(tiny.model, SPARSE, schedule=ALL_DENSE):
+        dense = tiny.run()
+    if name in PADDED or name == "cosmos_3":
+        torch.testing.assert_close(dense, before, atol=5e-6, rtol=1e-5)
+    else:
+        assert dense.equal(before)
+
+    with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) as handle:
+        sparse = tiny.run()
+        tiny.run()
+        report = handle.report()
+    done = [record.layer for record in report.records if not record.reason]
+    assert sorted(set(done)) == list(range(tiny.layers)) and len(done) == 2 * tiny.layers
+    assert all(record.density < 0.75 for record in report.records if not record.reason)
+    if tiny.layers:
+        assert not sparse.equal(before) and (sparse - before).abs().max() < 10 * before.abs().max()
+    assert {record.reason for record in report.records} == ({"attention mask"} if name in MASKED else {""})
+    silent = [note for note in report.notes if "made no attention call" in note]
+    assert len(silent) == (name == "ltx2_3_guided")
+    assert tiny.run().equal(before)
+
+
+def test_full_density_is_dense_attention(name):
+    tiny = build(name)
+    before = tiny.run()
+    with accelerate(tiny.model, SVG2(top_p=1.0), schedule=NEVER_DENSE):
+        torch.testing.assert_close(tiny.run(), before, atol=2e-5, rtol=1e-4)
+
+
+def two_prompts(name: str, tiny: Tiny) -> tuple[dict, list[dict]]:
+    """The arguments of a batch of two videos with texts of different length, and of each alone."""
+    lengths = {"encoder_attention_mask": (5, 3), "encoder_attention_mask_2": (2, 4)}
+    both, alone = {}, ({}, {})
+    for key, value in tiny.given.items():
+        if key in lengths:
+            padded = value.shape[1]
+            both[key] = mask(*lengths[key], padded=padded).to(value.dtype)
+        elif isinstance(value, torch.Tensor) and value.shape[:1] == (1,) and not key.startswith("indices_"):
+            other = torch.randn_like(value) if value.ndim > 2 else value
+            both[key] = torch.cat([value, other if value.any() else value])
+        else:
+            both[key] = value
+        for i, one in enumerate(alone):
+            one[key] = both[key] if both[key] is value else both[key][i : i + 1]
+    return both, list(alone)
+
+
+@pytest.mark.parametrize("name", sorted(PADDED | {"mochi"}))
+def test_texts_of_different_length_in_one_batch(name):
+    tiny = build(name)
+    both, alone = two_prompts(name, tiny)
+    stock = tiny.run(**both)
+    with accelerate(tiny.model, SPARSE, schedule=ALL_DENSE):
+        torch.testing.assert_close(tiny.run(**both), stock, atol=5e-6, rtol=1e-5)
+    method = Radial(decay=0.05, block_size=8, near=0.25, min_window=0.0)
+    with accelerate(tiny.model, method, schedule=NEVER_DENSE) as handle:
+        batch = tiny.run(**both)
+        assert {r.reason for r in handle.report().records} == {""}
+        singles = torch.cat([tiny.run(**one) for one in alone])
+    torch.testing.assert_close(batch, singles, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(batch, stock, atol=1e-5)
+
+
+def test_a_text_mask_with_holes_stays_dense_and_is_stock():
+    tiny = build("hunyuan_video")
+    holes = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0]])
+    before = tiny.run(encoder_attention_mask=holes)
+    with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) as handle:
+        assert tiny.run(encoder_attention_mask=holes).equal(before)
+        report = handle.report()
+    assert {r.reason for r in report.records} == {"text mask with holes"}
+    assert any("text mask with holes" in note for note in report.notes)
+
+
+def test_hunyuan_15_makes_no_mask_of_all_pairs(monkeypatch):
+    """Stock makes one in every layer: 12.5 GB at 720p."""
+    tiny = build("hunyuan_video_15")
+    sizes, repeat = [], torch.Tensor.repeat
+
+    def spy(self, *times):
+        out = repeat(self, *times)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "repeat", spy)
+    tokens = 72 + 8 + 6 + 4  # padding included
+    tiny.run()
+    assert tokens**2 in sizes
+    for schedule in (ALL_DENSE, NEVER_DENSE):
+        sizes.clear()
+        with accelerate(tiny.model, SPARSE, schedule=schedule):
+            tiny.run()
+        assert tokens**2 not in sizes
+
+
+def test_motif_leaves_its_decoder_alone():
+    tiny = build("motif_video")
+    ((model, family),) = find_transformers(tiny.model).values()
+    assert list(family.modules(model)) == ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]
+
+
+def test_models_that_are_not_served_say_why():
+    import diffusers
+
+    model = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        cross_attention_dim=32, patch_size=2, caption_channels=16, norm_type="ada_norm_single",
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=r"factorised.*Known families: Wan 2.1 / 2.2.*A new one is a row"):
+        accelerate(model, SPARSE)

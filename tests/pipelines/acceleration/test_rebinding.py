@@ -1,0 +1,146 @@
+"""The seam: processors with their attention call rebound."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from tiny_families import build
+
+import vidaccel
+from vidaccel import DenseSchedule, Radial, SparseAttention, VideoLayout, accelerate
+from vidaccel.attention import StepInfo
+from vidaccel.pipelines.acceleration.rebinding import NotRebindable, rebind, site_attention
+from vidaccel.pipelines.acceleration.site import Site
+
+METHOD = Radial(decay=0.05, block_size=8, near=0.25, min_window=0.0, schedule=DenseSchedule())
+COMPILED = ["wan", "hunyuan_video", "hunyuan_video_15", "cogvideox_5b", "mochi", "ltx2_3", "cosmos_25", "cosmos_3",
+            "kandinsky5", "motif_video"]  # fmt: skip
+
+
+def test_the_code_is_stocks_and_nothing_is_patched():
+    tiny = build("wan")
+    stock = type(tiny.model.blocks[0].attn1.processor)
+    before, names = stock.__call__, dict(stock.__call__.__globals__)
+    with accelerate(tiny.model, METHOD):
+        own = type(tiny.model.blocks[0].attn1.processor)
+        assert issubclass(own, stock) and own.__name__ == "SparseWanAttnProcessor"
+        assert inspect.signature(own.__call__) == inspect.signature(stock.__call__)
+        tiny.run()
+    assert stock.__call__ is before and dict(stock.__call__.__globals__) == names
+
+
+def test_the_users_attention_backend_is_kept_set_before_or_after(monkeypatch):
+    import diffusers.models.transformers.transformer_wan as module
+
+    tiny = build("wan")
+    seen, dispatch = [], module.dispatch_attention_fn
+
+    def spy(*args, backend=None, **kwargs):
+        seen.append(backend)
+        return dispatch(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(module, "dispatch_attention_fn", spy)
+    tiny.model.set_attention_backend("_native_math")
+    with accelerate(tiny.model, METHOD, schedule=DenseSchedule(first_steps=9)):
+        tiny.run()
+        tiny.model.set_attention_backend("native")
+        tiny.run()
+    self_attention = [str(getattr(backend, "value", backend)) for backend in seen]
+    assert set(self_attention[:4]) == {"_native_math"} and set(self_attention[4:]) == {"native"}
+
+
+def test_processors_that_cannot_be_rebound_are_refused_by_name():
+    class Linear:
+        def __call__(self, attn, hidden_states):
+            return hidden_states
+
+    site = Site(SparseAttention(METHOD, num_layers=1), 0)
+    with pytest.raises(NotRebindable, match="Linear calls neither dispatch_attention_fn nor scaled_dot_product"):
+        rebind(Linear(), site)
+    tiny = build("wan")
+    processors = [block.attn1.processor for block in tiny.model.blocks]
+    tiny.model.blocks[1].attn1.processor = Linear()
+    with pytest.raises(TypeError, match="Linear"):
+        accelerate(tiny.model, METHOD)
+    assert tiny.model.blocks[0].attn1.processor is processors[0] and not tiny.model._forward_pre_hooks
+
+
+def test_processors_replaced_afterwards_are_told():
+    tiny = build("cogvideox_2b")
+    with accelerate(tiny.model, METHOD) as handle:
+        tiny.run()
+        tiny.model.fuse_qkv_projections()
+        tiny.run()
+        assert any("replaced after accelerate" in note for note in handle.report().notes)
+    tiny.model.unfuse_qkv_projections()
+
+
+def test_a_copy_answers_for_itself():
+    tiny = build("hunyuan_video")
+    with accelerate(tiny.model, METHOD) as handle:
+        tiny.run()
+        count = len(handle.report().records)
+        other = copy.deepcopy(tiny.model)
+        other(**tiny.given)
+        own = [b.attn.processor.site for m in (tiny.model, other) for b in m.transformer_blocks]
+        assert len({site.number for site in own}) == len(own)
+        assert len(handle.report().records) == count
+        vidaccel.restore(other)
+    with torch.no_grad():
+        assert other(**tiny.given, return_dict=False)[0].equal(tiny.run())
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_blocks_are_as_many_graphs_as_stocks(name):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def graphs(tiny, run) -> tuple[int, torch.Tensor]:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        paths = {p.rsplit(".", 2 if "video_dec" in p else 1)[0] for p in sites(tiny)}
+        for path in sorted(paths):
+            tiny.model.get_submodule(path).compile(backend=counter, fullgraph=True)
+        return run(), counter.frame_count
+
+    def sites(tiny):
+        from vidaccel.pipelines import find_transformers
+
+        ((model, family),) = find_transformers(tiny.model).values()
+        return family.modules(model)
+
+    tiny = build(name, layers=4)
+    _, stock = graphs(tiny, tiny.run)
+    tiny = build(name, layers=4)
+    with accelerate(tiny.model, METHOD) as handle:
+        eager = tiny.run()
+        layers = len(handle.report().records)
+        out, ours = graphs(tiny, tiny.run)
+        assert len(handle.report().records) == 2 * layers
+    torch.testing.assert_close(out, eager, atol=1e-5, rtol=1e-5)
+    assert ours <= stock
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_compiled_operator_refuses_gradients_before_the_backward_pass(compiled):
+    engine = SparseAttention(METHOD, num_layers=1, schedule=DenseSchedule())
+    engine.enter(StepInfo(), VideoLayout(3, 4, 5))
+    site = Site(engine, 0)
+    site.enter(trims=False, dense="")
+
+    class Processor:
+        stock = staticmethod(torch.nn.functional.scaled_dot_product_attention)
+
+    site.processor = Processor
+
+    def call(q):
+        return site_attention(q, q, q, None, site.tensor)
+
+    run = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
+    q = torch.randn(1, 2, 60, 16, requires_grad=True)
+    with pytest.raises(Exception, match="no backward inside torch.compile: train without compiling"):
+        run(q)
+    with torch.no_grad():
+        assert run(q).shape == q.shape
