@@ -46,7 +46,8 @@ class TrainGuidanceFree(TrainLora):
 
     def facts(self) -> dict[str, Any]:
         gft = self.config.gft
-        return {**super().facts(), "recipe": RECIPE, "guidance_free": {"loss": gft.loss, "max_scale": gft.max_scale}}
+        stated = {"loss": gft.loss, "max_scale": gft.max_scale, "gated": gft.gated}
+        return {**super().facts(), "recipe": RECIPE, "guidance_free": stated}
 
 
 class GuidanceFreeLora(FlowLora):
@@ -58,20 +59,22 @@ class GuidanceFreeLora(FlowLora):
         super().__init__(recipe)
         self._slot: BetaSlot | None = None
         self._told: torch.Tensor | None = None
-        """beta `[B]` of the pass that runs; None of one of the frozen base."""
+        """beta `[B]` of the last pass; None of one of the frozen base."""
 
     def trains(self, name: str) -> bool:
         return super().trains(name) or name.startswith(f"{BETA}.")
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         self.transformer: Any = super().setup(trained)
-        self._slot = BetaSlot(self.transformer, self.transformer.get_submodule(BETA), lambda: self._told)
+        gft, embedder = self.recipe.config.gft, self.transformer.get_submodule(BETA)
+        highest = gft.max_scale if gft.gated else None
+        self._slot = BetaSlot(self.transformer, embedder, lambda: self._told, "default", highest)
         return self.transformer
 
     def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         gft = self.recipe.config.gft
         # Of two draws, so that what the scales are spread over does not depend on how many are 1.
-        unguided, scale = rng.uniform() < gft.unguided, 1 + (gft.max_scale - 1) * rng.uniform()
+        unguided, scale = rng.uniform() < gft.unguided_share, 1 + (gft.max_scale - 1) * rng.uniform()
         beta = 1 / torch.where(unguided, torch.ones_like(scale), scale)
         return super()._drawn(model, {**batch, "beta": beta}, rng)
 
@@ -99,6 +102,7 @@ class GuidanceFreeLora(FlowLora):
         self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
     ) -> torch.Tensor:
         """The velocity of the frozen base: the LoRA is switched off, and beta is not told."""
+        self._told = None
         self.transformer.disable_adapters()
         try:
             return self.without_gradients(model, shown, sigma, texts, batch)
@@ -116,13 +120,10 @@ class GuidanceFreeLora(FlowLora):
         gradients: bool = True,
     ) -> torch.Tensor:
         """The velocity at beta `[B]`, in one pass."""
-        self._told = beta
-        try:
-            if not gradients:
-                return self.without_gradients(model, shown, sigma, texts, batch)
-            return self.recipe.backbone.velocity(model, shown, sigma, texts, batch).float()
-        finally:
-            self._told = None
+        self._told = beta  # and stays told: checkpointed blocks run again for the gradients
+        if not gradients:
+            return self.without_gradients(model, shown, sigma, texts, batch)
+        return self.recipe.backbone.velocity(model, shown, sigma, texts, batch).float()
 
     # -- what is measured ----------------------------------------------------------------------------------------------
 
@@ -162,10 +163,7 @@ class GuidanceFreeLora(FlowLora):
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         self._told = torch.tensor([1 / max(1.0, request.guidance_scale)])
-        try:
-            return super().sample(transformer, texts, replace(request, guidance_scale=1.0))
-        finally:
-            self._told = None
+        return super().sample(transformer, texts, replace(request, guidance_scale=1.0))
 
     def close(self) -> None:
         if self._slot is not None:

@@ -33,6 +33,7 @@ class GuidanceFreeAdapter:
         part: name of that transformer in its pipeline.
         max_scale: highest guidance scale that it was trained with.
         unconditional: the text that guidance turns away from.
+        gated: whether it counts in proportion to the guidance; see `BetaSlot`.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class GuidanceFreeAdapter:
     part: str
     max_scale: float
     unconditional: str
+    gated: bool
 
     def weights(self) -> tuple[dict[str, torch.Tensor], BetaEmbedder]:
         """The matrices of the LoRA by their names in the file, and the embedder."""
@@ -99,6 +101,7 @@ def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
             str(facts["part"]),
             float(facts["guidance_free"]["max_scale"]),
             str(facts["unconditional"]),
+            bool(facts["guidance_free"]["gated"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise GuidanceFreeError(f"{path}: its header lacks {error}: train it again.") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 BETA = "beta_embedder"
@@ -57,19 +58,37 @@ def time_embedder(transformer: nn.Module) -> nn.Module:
 
 
 class BetaSlot:
-    """Adds the embedding of beta to that of the timestep, by a hook.
+    """Tells a transformer beta, by hooks: its embedding is added to that of the timestep, and a LoRA is made gated.
+
+    A gated LoRA (and embedding) counts (1 / beta - 1) / (highest - 1) times, as guidance itself grows with its scale:
+    at a scale of 1 the model is the base to the bit. That is not in the paper, whose models learn it.
 
     Args:
         transformer: that has a slot.
         embedder: of beta; need not be a part of the transformer.
         beta: asked in each forward pass: `[B]` or `[1]`, or None, with which nothing is added.
+        adapter: name of the LoRA.
+        highest: guidance scale at which a gated LoRA counts fully; None for one that is not gated.
     """
 
     def __init__(
-        self, transformer: nn.Module, embedder: BetaEmbedder, beta: Callable[[], torch.Tensor | None]
+        self,
+        transformer: nn.Module,
+        embedder: BetaEmbedder,
+        beta: Callable[[], torch.Tensor | None],
+        adapter: str,
+        highest: float | None,
     ) -> None:
-        self.embedder, self._beta = embedder, beta
-        self._hook = time_embedder(transformer).register_forward_hook(self._add)
+        self.embedder, self.highest, self._beta = embedder, highest, beta
+        self._hooks = [time_embedder(transformer).register_forward_hook(self._add)]
+        if highest is not None:
+            outs = [layer.lora_B[adapter] for layer in lora_layers(transformer, adapter)]
+            self._hooks += [out.register_forward_hook(self._weigh) for out in outs]
+
+    def _gate(self, beta: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        """What `[B, ...]` is multiplied by."""
+        gate = torch.ones_like(beta) if self.highest is None else (1 / beta - 1) / (self.highest - 1)
+        return gate.to(of).view(-1, *[1] * (of.ndim - 1))
 
     def _add(self, module: nn.Module, args: Any, time: torch.Tensor) -> torch.Tensor | None:
         beta = self._beta()
@@ -78,11 +97,21 @@ class BetaSlot:
         if self.embedder.linear.weight.device != time.device:  # of a part that was moved, by offloading for example
             self.embedder.to(time.device)
         embedding = self.embedder(beta.to(time.device)).to(time.dtype)
-        return time + (embedding if time.ndim == 2 else embedding[:, None])
+        return time + self._gate(beta, time) * (embedding if time.ndim == 2 else embedding[:, None])
+
+    def _weigh(self, module: nn.Module, args: Any, update: torch.Tensor) -> torch.Tensor | None:
+        beta = self._beta()
+        return None if beta is None else update * self._gate(beta, update)
 
     def remove(self) -> None:
-        """Take the hook away. A second call does nothing."""
-        self._hook.remove()
+        """Take the hooks away. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def lora_layers(transformer: nn.Module, adapter: str) -> list[Any]:
+    """The layers of a transformer that have the LoRA of that name."""
+    return [m for m in transformer.modules() if isinstance(m, BaseTunerLayer) and adapter in getattr(m, "lora_B", ())]
 
 
 def width_of(transformer: nn.Module) -> int:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..acceleration.families import unwrap
 from ..errors import first_line
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from .base_check import check_base
-from .beta import BetaSlot, no_slot, width_of
+from .beta import BetaSlot, lora_layers, no_slot, width_of
 
 TRANSFORMERS = ("transformer", "transformer_2")
 _NAME = "guidance_free"
@@ -154,7 +153,7 @@ class _Installed:
         second = {"load_into_transformer_2": True} if name == "transformer_2" else {}
         try:
             pipe.load_lora_weights(lora, adapter_name=_NAME, **second)
-            for layer in _layers(transformer):
+            for layer in lora_layers(transformer, _NAME):
                 # Beside the others, whose weights stay: diffusers' set_adapters would set them all.
                 layer.set_adapter([a for a in (*active, _NAME) if a in layer.lora_A])
                 layer.requires_grad_(False)
@@ -163,7 +162,7 @@ class _Installed:
             if isinstance(error, (ValueError, RuntimeError, LookupError)):
                 raise GuidanceFreeError(f"{adapter.path.name} cannot be loaded: {first_line(error)}") from error
             raise
-        self._slot = BetaSlot(transformer, embedder, beta)
+        self._slot = BetaSlot(transformer, embedder, beta, _NAME, adapter.max_scale if adapter.gated else None)
 
     def remove(self) -> None:
         if self._slot is not None:
@@ -173,11 +172,6 @@ class _Installed:
             self.transformer.unload_lora()  # with the layers that were put round the model's own
         elif _NAME in held:
             self.transformer.delete_adapters(_NAME)
-
-
-def _layers(transformer: torch.nn.Module) -> list[Any]:
-    """The layers that have the LoRA."""
-    return [m for m in transformer.modules() if isinstance(m, BaseTunerLayer) and _NAME in m.lora_A]
 
 
 class _OnePass:
