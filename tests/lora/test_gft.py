@@ -19,6 +19,7 @@ from vidaccel.lora.config import ConfigError
 from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.recipes.gft import mixture, shares
 from vidaccel.lora.trainer import Stopped
+from vidaccel.pipelines.guidance_free.beta import BetaSlot
 
 KEY = "beta_embedder.linear.weight"
 
@@ -34,12 +35,6 @@ def places(count: int) -> list[Place]:
 
 def batch(count: int = 2) -> dict:
     return {"latents": torch.randn(count, 8, 2, 4, 6), "caption": ["a red circle"] * count}
-
-
-def passes(phase, model, count: int = 2) -> dict:
-    """What one pass is given, at beta."""
-    texts = phase.recipe.flowing.texts(["a red circle"] * count)
-    return {"model": model, "shown": batch(count)["latents"], "sigma": torch.full((count,), 0.5), "texts": texts}
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +173,52 @@ def test_it_starts_as_the_base_at_every_beta(tmp_path, wan_bases, kind):
     assert not torch.equal(both, plain)
     torch.testing.assert_close(both[1], told(torch.tensor([0.9]))[1])
     assert (both[0] - told(torch.tensor([0.9]))[0]).abs().max() > 1e-4
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.1)
+    assert torch.equal(told(torch.tensor([1.0, 1.0])), plain)  # gated
     phase.close()
-    assert torch.equal(told(torch.tensor([0.2, 0.9])), plain)
+    assert not model.condition_embedder.time_embedder._forward_hooks
+
+
+def test_a_gate_is_the_share_of_the_guidance(tmp_path, text_base):
+    """Of LoRA and embedding, for each clip: those of a plain adapter times (scale - 1) / (max_scale - 1)."""
+    made = recipe(settings(tmp_path, text_base))
+    model = made.transformer().eval()
+    layer = model.blocks[0].attn1.to_q
+    nn.init.normal_(layer.lora_B["default"].weight)
+    nn.init.normal_(model.beta_embedder.linear.weight)
+    beta, x = torch.tensor([0.25, 0.5, 1.0]), torch.randn(3, 5, layer.in_features)
+    found = {}
+    for highest in (None, 4.0):
+        slot = BetaSlot(model, model.beta_embedder, lambda: beta, "default", highest)
+        time_embedder = model.condition_embedder.time_embedder
+        with torch.no_grad():
+            time = torch.ones(3, time_embedder.linear_1.in_features)
+            found[highest] = layer(x) - layer.base_layer(x), time_embedder(time) - time_embedder.forward(time)
+        slot.remove()
+    for plain, gated in zip(found[None], found[4.0], strict=True):
+        gates = torch.tensor([1.0, 1 / 3, 0.0]).view(-1, *[1] * (plain.ndim - 1))
+        torch.testing.assert_close(gated, gates * plain, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpointed_blocks_have_the_same_gradients(tmp_path, text_base):
+    """They run again for the gradients, at the same beta."""
+    found = []
+    for checkpointed in (False, True):
+        made = recipe(settings(tmp_path, text_base, loop={"gradient_checkpointing": checkpointed}))
+        phase = made.phases()[0]
+        torch.manual_seed(0)
+        model = phase.setup({}).train()
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(parameter, std=0.1)
+        torch.manual_seed(1)
+        loss, _ = phase.loss(model, batch(), Generators(places(2)))
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(value is not None and torch.allclose(found[1][name], value) for name, value in found[0].items())
+    assert found[0][KEY].any()
 
 
 def test_training_explains_the_guidance(tmp_path):

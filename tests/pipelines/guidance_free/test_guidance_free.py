@@ -40,9 +40,10 @@ def base(tmp_path_factory) -> Path:
     return saved(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, base) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapter"), base, make_transformer())
+@pytest.fixture(scope="module", params=["gated", "plain"])
+def adapter(request, tmp_path_factory, base) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    return write_adapter(folder, base, make_transformer(), gated=request.param == "gated")
 
 
 @pytest.fixture
@@ -95,6 +96,13 @@ def test_the_guidance_scale_is_told(pipe, adapter):
         assert handle._beta("transformer").item() == pytest.approx(0.2)
     assert torch.equal(videos[0.5], videos[1.0])
     assert not torch.allclose(videos[1.0], videos[2.0]) and not torch.allclose(videos[2.0], videos[5.0])
+
+
+def test_a_gated_adapter_is_nothing_without_guidance(tmp_path, base, pipe):
+    before = made(pipe, 1.0)
+    with vidaccel.guidance_free(pipe, write_adapter(tmp_path, base, make_transformer())):
+        assert torch.equal(made(pipe, 1.0), before)
+        assert not torch.allclose(made(pipe, 2.0), before)
 
 
 def test_nothing_is_left_behind(pipe, adapter):
