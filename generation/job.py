@@ -101,7 +101,9 @@ class Job:
         if self.pipe is not None:
             of_vae = self.pipe.vae.dtype
         guidance, options = settings.guidance_scale, settings.pipeline_options
-        free = {"guidance in one pass": ", ".join(a.path.name for a in self.guidance_free)} if self.guidance_free else {}
+        free = (
+            {"guidance in one pass": ", ".join(a.path.name for a in self.guidance_free)} if self.guidance_free else {}
+        )
         return {
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
             **loras,

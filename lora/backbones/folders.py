@@ -109,7 +109,9 @@ def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
     index = transformer_file(base, f"{WEIGHTS}.index.json")
     if index is not None:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [transformer_file(base, name) for name in sorted({v for k, v in places.items() if k.startswith(prefix)})]
+        files = [
+            transformer_file(base, name) for name in sorted({v for k, v in places.items() if k.startswith(prefix)})
+        ]
     else:
         files = [transformer_file(base, WEIGHTS)]
     found: dict[str, torch.Tensor] = {}

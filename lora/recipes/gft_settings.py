@@ -47,8 +47,8 @@ class GuidanceFreeLoraSettings(LoraSettings):
             yield "flow.guidance_preserving is for models that need no gft, being distilled on guidance: leave it out."
         if self.gft.loss == "data" and not self.gft.gated and not self.flow.caption_dropout:
             yield (
-                "flow.caption_dropout is 0: with gft.loss data and gft.gated false, the model itself says what guidance turns away from, "
-                "and must go on to learn it; give 0.1."
+                "flow.caption_dropout is 0: with gft.loss data and gft.gated false, the model itself says what "
+                "guidance turns away from, and must go on to learn it; give 0.1."
             )
         if self.validation.negative_prompt:
             yield (

@@ -58,7 +58,8 @@ class GuidanceFreeAdapter:
         """Raise GuidanceFreeError for a guidance scale above those of the training."""
         if scale > self.max_scale:
             raise GuidanceFreeError(
-                f"guidance_scale is {scale:g}: {self.path.name} was trained up to {self.max_scale:g}. Give at most that."
+                f"guidance_scale is {scale:g}: {self.path.name} was trained up to {self.max_scale:g}. Give at most "
+                "that."
             )
 
     def check_negative(self, text: Any, embeds: Any = None) -> None:

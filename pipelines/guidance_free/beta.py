@@ -14,7 +14,7 @@ BETA = "beta_embedder"
 """The embedder's name in the transformer while it is trained, and what its keys in files begin with."""
 
 _SLOTS = {"WanTransformer3DModel": "condition_embedder.time_embedder"}
-"""Class of a transformer -> its module that makes `[B, D]` or `[B, N, D]` of timesteps, of which all modulation is made.
+"""Class of a transformer -> its module that makes `[B, D]` or `[B, N, D]` of timesteps; all modulation follows from it.
 
 Only of models that are told no guidance scale yet: those that are have the slot, and are distilled on it.
 """
@@ -54,7 +54,9 @@ def no_slot(transformer: nn.Module) -> str | None:
 
 def time_embedder(transformer: nn.Module) -> nn.Module:
     """The module whose result beta is added to; of a transformer that has one (`no_slot`)."""
-    return transformer.get_submodule(next(_SLOTS[c.__name__] for c in type(transformer).__mro__ if c.__name__ in _SLOTS))
+    return transformer.get_submodule(
+        next(_SLOTS[c.__name__] for c in type(transformer).__mro__ if c.__name__ in _SLOTS)
+    )
 
 
 class BetaSlot:

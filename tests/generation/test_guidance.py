@@ -63,7 +63,10 @@ def test_what_cannot_be(tmp_path, file, passes):
     other = write_adapter(tmp_path / "other", base, transformer, base_hash="0123")
     for options, words in (
         ({"guidance_free": tmp_path / "gone"}, "guidance_free cannot be used: .*gone is no adapter that can be read"),
-        ({"guidance_free": other}, "guidance_free transformer.safetensors was trained on .*, and this model is another"),
+        (
+            {"guidance_free": other},
+            "guidance_free transformer.safetensors was trained on .*, and this model is another",
+        ),
         ({"guidance_free": file, "negative_prompt": "ugly"}, 'negative_prompt is of no use .* "blurry" is baked into'),
         ({"guidance_free": file, "guidance_scale": 7}, "guidance_scale is 7.0: .* was trained up to 6. Give at most"),
         ({"lora": file}, "is a guidance-free adapter. Give it as guidance_free"),

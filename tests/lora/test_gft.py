@@ -222,7 +222,7 @@ def test_checkpointed_blocks_have_the_same_gradients(tmp_path, text_base):
 
 
 def test_training_explains_the_guidance(tmp_path):
-    """The shares that a run writes for the built-in model: 0 at the start, then more and more of what guidance changes."""
+    """The shares that a run of the built-in model writes: 0 at the start, then more of what guidance changes."""
     more = {
         "model": {"base": "demo", "merge_text_padding": True},
         "data": {"sizes": [{"frames": 5, "height": 64, "width": 64}], "clips": 24},

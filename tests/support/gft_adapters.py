@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from vidaccel.pipelines.weight_files import transformer_files
 
 
-def write_adapter(folder: Path, base: Path, transformer, part: str = "transformer", gated: bool = True, **facts) -> Path:
-    """An adapter of a transformer that was saved in the pipeline folder `base`; keywords change what its header says."""
+def write_adapter(
+    folder: Path, base: Path, transformer, part: str = "transformer", gated: bool = True, **facts
+) -> Path:
+    """An adapter of a transformer that was saved in the pipeline folder `base`; keywords change its header."""
     generator = torch.Generator().manual_seed(len(part))
     tensors = {}
     for number in range(len(transformer.blocks)):
