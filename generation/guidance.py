@@ -68,7 +68,8 @@ def guided_by(
     """
     if not adapters:
         return contextlib.nullcontext()
-    from ..pipelines.guidance_free import GuidanceFreeError, guidance_free
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeError
+    from ..pipelines.guidance_free.handle import guidance_free
 
     try:
         return guidance_free(pipe, [adapter.path for adapter in adapters], base=facts.location)

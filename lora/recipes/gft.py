@@ -66,7 +66,8 @@ class GuidanceFreeLora(FlowLora):
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         self.transformer: Any = super().setup(trained)
-        gft, embedder = self.recipe.config.gft, self.transformer.get_submodule(BETA)
+        gft = self.recipe.config.gft
+        embedder: Any = self.transformer.get_submodule(BETA)
         highest = gft.max_scale if gft.gated else None
         self._slot = BetaSlot(self.transformer, embedder, lambda: self._told, "default", highest)
         return self.transformer

@@ -36,7 +36,8 @@ class GuidanceFree:
         for name, transformer in parts.items():
             check_base(transformer, name, chosen[name], base)
         self.adapters = tuple(chosen.values())
-        self._pipe, self._class = pipe, type(pipe)
+        self._pipe: Any = pipe
+        self._class: Any = type(pipe)
         self._installed: list[_Installed] = []
         self._active = True
         try:
