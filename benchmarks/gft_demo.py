@@ -115,11 +115,11 @@ def main(
     text = (
         f"{facts['environment']}, one thread, on a machine with other work. Made by `benchmarks/gft_demo.py`.\n\n"
         f"A guidance-free adapter ({facts['bytes'] / 1e6:.1f} MB) of the built-in Wan model, trained with the ready "
-        f"settings `demo_gft`. The first table has the videos of {prompts} held-out prompts with {denoising_steps} steps "
-        "and the same seeds in each row: how near they are to those of guidance in two passes, the median time of a step, and how "
-        "many show all that their prompt says. The second has, for held-out clips, the share of what guidance at a "
-        "scale changes in the velocity that the adapter makes (1 is all of it), and its error at a scale of 1 relative "
-        "to what a scale of 2 changes."
+        f"settings `demo_gft`. The first table has the videos of {prompts} held-out prompts with {denoising_steps} "
+        "steps and the same seeds in each row: how near they are to those of guidance in two passes, the median time "
+        "of a step, and how many show all that their prompt says. "
+        "The second has, for held-out clips, the share of what guidance at a scale changes in the velocity that the "
+        "adapter makes (1 is all of it), and its error at a scale of 1 relative to what a scale of 2 changes."
     )
     write_markdown(out / "gft_demo.md", "Guidance in one pass on the built-in model", text, rows, learned)
 

@@ -173,7 +173,7 @@ class GuidanceFreeLora(FlowLora):
 
 
 def mixture(made: torch.Tensor, without: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """beta f + (1 - beta) u: what is the conditional velocity where f is guided with 1 / beta (GFT, equation 8).
+    """beta f + (1 - beta) u: what is the conditional velocity where f is guided with 1 / beta.
 
     Args:
         made, without: f and u, `[B, ...]`; u without gradients.

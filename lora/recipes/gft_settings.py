@@ -18,8 +18,8 @@ class GuidanceFreeSettings(Settings):
         loss: "white_box" regresses the guided velocity of the frozen base, which takes two more passes without
             gradients; "data" is that of the paper, against the flow of the clips, and takes one.
         max_scale: guidance scales of the training are uniform in [1, max_scale].
-        gated: let the adapter count in proportion to scale - 1, as guidance does: it is learned faster, and at a scale
-            of 1 the model is the base. Not in the paper.
+        gated: let the adapter count in proportion to scale - 1, as guidance does: at a scale of 1 the model is the
+            base. Not in the paper.
         unguided: share of the clips at a scale of 1, at which the model has to stay as it is; None for 0.15, and for 0
             where it is gated, of which these teach nothing.
     """

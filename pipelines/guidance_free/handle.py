@@ -48,7 +48,7 @@ class GuidanceFree:
             self.remove()  # the first of two transformers must not stay changed when the second cannot be
             raise
         setattr(pipe, _HANDLE, self)
-        pipe.__class__ = _guidance_free_class(self._class)
+        pipe.__class__ = _guidance_free_class(self._class)  # type: ignore[arg-type]  # classes can be hashed
 
     def scale(self, part: str) -> float:
         """The guidance scale of the call that runs, of one of the transformers; 1 and less are no guidance."""
