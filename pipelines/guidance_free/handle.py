@@ -93,7 +93,7 @@ def guidance_free(
     """Guide a Wan pipeline with one forward pass a step instead of two, by an adapter of the recipe `gft`.
 
     `guidance_scale` keeps its meaning: the transformer is told 1 / guidance_scale. Works with `accelerate`, in either
-    order, and beside other LoRAs. Half the passes are half the time of the steps.
+    order, and beside other LoRAs. A step has half the passes, each with a LoRA that is not merged.
 
     Args:
         pipe: a Wan or DC-VideoGen pipeline.
