@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .groups import repeat_heads
 from .kmeans import chain_order, cluster_sizes, kmeans, update
 from .layout import VideoLayout
 from .own_kernels import use_kernels
@@ -68,6 +69,14 @@ def renewed(x: torch.Tensor, clusters: Clusters) -> Clusters:
     return clusters._replace(means=update(x.float(), clusters.labels, clusters.means))
 
 
+def for_heads(keys: Clusters, heads: int) -> Clusters:
+    """Clusters of keys as each of `heads` query heads sees them: sizes and means `[B, H, C, ...]`.
+
+    Labels and order, which are as long as the sequence, stay those of the key-value heads.
+    """
+    return keys._replace(sizes=repeat_heads(keys.sizes, heads), means=repeat_heads(keys.means, heads))
+
+
 def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
     """Estimated softmax mass of each key cluster for each query cluster, `[B, H, Cq, Ck]`; rows sum to 1."""
     scores = q_centroids.float() @ k_centroids.float().transpose(-1, -2) * q_centroids.shape[-1] ** -0.5
@@ -117,7 +126,7 @@ def plan_with_text(queries: Clusters, keys: Clusters, selected: torch.Tensor, la
     """The plan of a selection, with the text tokens as one more cluster that is read by all and reads all.
 
     Args:
-        queries, keys: of the video tokens.
+        queries, keys: of the video tokens; both with the sizes of each query head (`for_heads`).
         selected: `[B, H, Cq, Ck]` bool.
     """
     orders, sizes = [], []

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, check_tensors, choose_backend
+from .groups import dense_attention
 from .layout import VideoLayout
 from .meter import check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
@@ -159,13 +159,14 @@ class SparseAttention:
         layer: int,
         *,
         dense: str = "",
-        stock: DenseAttention = F.scaled_dot_product_attention,
+        stock: DenseAttention = dense_attention,
         sample: int = 0,
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
-            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding.
+            q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding; H is a multiple of Hkv,
+                and query head h reads head `h // (H // Hkv)`.
             layer: block number, counted from 0.
             dense: why this call must stay dense, whatever the schedule says; empty if it need not.
             stock: what computes dense calls.
@@ -178,7 +179,7 @@ class SparseAttention:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k.
             RuntimeError: a named backend cannot run the call.
         """
-        # Dense layers too: there heads would be broadcast in silence, and the first sparse step come too late to tell.
+        # Dense layers too: the first sparse step would come too late to tell.
         check_tensors(q, k, v)
         layout = self.layouts[sample] if self.layouts else None
         if layout is not None and q.shape[2] == layout.tokens != k.shape[2]:
@@ -263,10 +264,10 @@ class SparseAttention:
         Gradient checkpointing runs a layer again in the backward pass. A method with a memory would plan anew then, and
         the gradient would be of another function than the one that was computed.
         """
-        key = (layer, sample, tuple(q.shape))
+        key = (layer, sample, tuple(q.shape), k.shape[1])
         if key in self._grad_plans:
             return self._grad_plans[key]
-        memory = self._memory(q, layer, sample)
+        memory = self._memory(q, k, layer, sample)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
@@ -277,9 +278,9 @@ class SparseAttention:
             self._grad_plans[key] = plan
         return plan
 
-    def _memory(self, q: torch.Tensor, layer: int, sample: int) -> PlanMemory:
+    def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int) -> PlanMemory:
         place = (self.layouts[sample], q.device)
-        call = (layer, self.step.branch, sample, tuple(q.shape[:2]), *place)
+        call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
         return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:

@@ -27,8 +27,10 @@ def sparse_attention(
 
     Args:
         q: `[B, H, n_q, D]`.
-        k, v: `[B, H, n_kv, D]`, same dtype and device as `q`.
-        plan: its batch and head dimensions are 1 or B and H.
+        k, v: `[B, Hkv, n_kv, D]`, same dtype and device as `q`; H is a multiple of Hkv, and query head h reads head
+            `h // (H // Hkv)` (grouped-query attention).
+        plan: its batch and head dimensions are 1 or B and H. Where it orders the keys of each query head, k and v of
+            fewer heads are repeated as they are put in order; so they are by the backend `masked`.
         backend: a backend's name, which runs or raises, or "auto".
         scale: multiplies the scores; `D ** -0.5` when None.
         return_lse: also return the natural log-sum-exp of the scaled scores.
@@ -121,8 +123,13 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"q, k and v must be [B, H, N, D], got {shapes}.")
     if any(0 in x.shape for x in (q, k, v)):
         raise ValueError(f"q, k and v must not be empty, got {shapes}: batch, heads, length, head_dim must be above 0.")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k and v must agree in batch, heads and head_dim, and k with v in length, got {shapes}.")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v must agree in batch and head_dim, k and v in heads and length too, got {shapes}.")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads, and k and v have {k.shape[1]}: the heads of q must be as many, or a multiple "
+            "(grouped-query attention), so that each head of k and v serves equally many of them."
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first.")
     if not q.is_floating_point():
@@ -148,3 +155,9 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockP
     for axis, size, lead in zip(("batch", "heads"), q.shape[:2], plan.lead, strict=True):
         if lead not in (1, size):
             raise ValueError(f"the plan's {axis} dimension is {lead}, but q has {size}; it must be that or 1.")
+    orders, heads = 1 if plan.kv_order is None else plan.kv_order.shape[1], k.shape[1]
+    if orders % heads and heads % orders:
+        raise ValueError(
+            f"the plan orders keys for {orders} groups of heads, but k and v have {heads} heads: one number must be a "
+            "multiple of the other."
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .groups import group_product
+
 CHUNK_BYTES = 2**28  # keys, values and scores of so many heads at a time
 
 
@@ -50,7 +52,7 @@ def relative_error(
     autocast.
 
     Args:
-        out: what a method gave, `[B, H, Nq, D]`. q: `[B, H, Nq, D]`. k, v: `[B, H, Nk, D]`.
+        out: what a method gave, `[B, H, Nq, D]`. q: `[B, H, Nq, D]`. k, v: `[B, Hkv, Nk, D]`, H a multiple of Hkv.
         rows: `[R]` int64, positions in q.
 
     Returns:
@@ -58,13 +60,14 @@ def relative_error(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, keys, channels = k.shape
-    per_head = batch * keys * (2 * channels + 2 * len(rows)) * dtype.itemsize
+    group = q.shape[1] // heads
+    per_head = batch * keys * (2 * channels + 2 * group * len(rows)) * dtype.itemsize
     step = max(1, CHUNK_BYTES // per_head)
     wrong = whole = torch.zeros((), dtype=dtype, device=q.device)
     for first in range(0, heads, step):
-        part = slice(first, first + step)
-        query, got = (x[:, part].index_select(2, rows).to(dtype) for x in (q, out))
-        weights = (query @ k[:, part].to(dtype).transpose(-1, -2) * channels**-0.5).softmax(-1)
-        dense = weights @ v[:, part].to(dtype)
+        part, readers = slice(first, first + step), slice(group * first, group * (first + step))
+        query, got = (x[:, readers].index_select(2, rows).to(dtype) for x in (q, out))
+        weights = (group_product(query, k[:, part].to(dtype).transpose(-1, -2)) * channels**-0.5).softmax(-1)
+        dense = group_product(weights, v[:, part].to(dtype))
         wrong, whole = wrong + (got - dense).square().sum(), whole + dense.square().sum()
     return (wrong / whole.clamp(min=torch.finfo(dtype).tiny)).sqrt()

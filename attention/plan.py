@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .groups import repeat_heads
 from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments
 from .skipped import SkippedClusters
 
@@ -21,6 +22,10 @@ class BlockPlan:
     query; a tile of length 0 is padding. The runs of a tile ascend and do not overlap; a run of length 0 is padding. A
     tile without any run gives an output of 0 and a log-sum-exp of -inf.
 
+    Heads are those of the queries, also where k and v have fewer (grouped-query attention). `kv_order` alone may have
+    one entry for each of G groups of neighbouring heads: one for each head of k and v (SVG2, Tangent) leaves k and v as
+    many heads as they have, one for each query head (SVG) repeats k and v where a backend puts them in order.
+
     Args:
         n_q: number of queries.
         n_kv: number of keys.
@@ -29,7 +34,7 @@ class BlockPlan:
         run_start: `[Bp, Hp, T, R]` int32, first permuted key of the run.
         run_len: `[Bp, Hp, T, R]` int32, keys in the run; unaligned.
         q_order: `[1|B, 1|H, n_q]` int64 or None.
-        kv_order: `[1|B, 1|H, n_kv]` int64 or None.
+        kv_order: `[1|B, 1|G|H, n_kv]` int64 or None; G divides `Hp`.
         block: `(queries, keys)` when tiles and runs are multiples of a uniform block, None for ragged plans.
         is_dense: known, without a look at the runs, to cover every pair.
         selection: `(selected [Bp, Hp, T, C] bool, sizes [Bp, Hp, C])` when the runs were made from key clusters: the
@@ -80,6 +85,11 @@ class BlockPlan:
                 raise ValueError(
                     f"BlockPlan.{name} must be int64 [1|B, 1|H, {length}], got {order.dtype} {tuple(order.shape)}."
                 )
+        if self.kv_order is not None and lead[1] > 1 and lead[1] % self.kv_order.shape[1]:
+            raise ValueError(
+                f"BlockPlan.kv_order is for {self.kv_order.shape[1]} heads or groups of them, which must divide the "
+                f"{lead[1]} heads of the tiles."
+            )
         if self.skipped is not None and self.selection is None:
             raise ValueError("BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters.")
         if len({t.device for t in self._tensors()}) > 1:
@@ -138,7 +148,8 @@ class BlockPlan:
             q_sizes: `[Bp, Hp, Cq]` integer, queries per cluster in permuted order; 0 is an empty cluster.
             k_sizes: `[Bp, Hp, Ck]` integer, keys per cluster in permuted order.
             selected: `[Bp, Hp, Cq, Ck]` bool.
-            q_order: `[1|B, 1|H, n_q]` int64, tokens sorted by query cluster. kv_order: likewise for keys.
+            q_order: `[1|B, 1|H, n_q]` int64, tokens sorted by query cluster. kv_order: likewise for keys, `[1|B,
+                1|G|H, n_kv]`.
             n_q, n_kv: the sequence lengths; read from the orders or from the sizes (a host sync) when not given.
             max_runs: run slots per tile; when not given, on the CPU what the data need, elsewhere what they can need.
 
@@ -182,7 +193,11 @@ class BlockPlan:
     @property
     def lead(self) -> tuple[int, int]:
         """`(Bp, Hp)`, broadcast over tiles and both orders."""
-        shapes = [t.shape[:2] for t in self._tensors()]
+        shapes = [tuple(t.shape[:2]) for t in self._tensors() if t is not self.kv_order]
+        if self.kv_order is not None:
+            batch, heads = self.kv_order.shape[:2]
+            known = torch.broadcast_shapes(*shapes)[1]
+            shapes.append((batch, known if known % heads == 0 else heads))  # one entry for a group of heads
         return tuple(torch.broadcast_shapes(*shapes))
 
     @property
@@ -253,7 +268,7 @@ class BlockPlan:
         mask = expand_runs(run_start, run_len, self.n_kv)
         if self.kv_order is None:
             return mask
-        columns = invert(self.kv_order).unsqueeze(2).expand(mask.shape)
+        columns = repeat_heads(invert(self.kv_order), heads).unsqueeze(2).expand(mask.shape)
         return mask.gather(-1, columns)
 
     def to_dense_mask(self) -> torch.Tensor:
@@ -297,13 +312,18 @@ class BlockPlan:
 
 
 def permute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of `x [B, H, N, ...]` in `order [1|B, 1|H, R]`, all or some of them; `None` leaves them."""
+    """Tokens of `x [B, H, N, ...]` in `order [1|B, 1|H, R]`, all or some of them; `None` leaves them.
+
+    Where the order has more heads than x, x is repeated for them (`groups.repeat_heads`), in the same pass; and the
+    order, where x has more.
+    """
     if order is None:
         return x
-    batch, heads, tokens = x.shape[:3]
+    batch, own, tokens = x.shape[:3]
+    heads = max(own, order.shape[1])
     # One flat index over all heads: several times faster than a gather that repeats the index for each channel.
-    head = torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
-    flat = (order.expand(batch, heads, -1) + tokens * head).flatten()
+    head = repeat_heads(torch.arange(batch * own, device=x.device).view(batch, own, 1), heads)
+    flat = (repeat_heads(order, heads).expand(batch, heads, -1) + tokens * head).flatten()
     return x.flatten(0, 2).index_select(0, flat).view(batch, heads, order.shape[-1], *x.shape[3:])
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .clusters import Clusters, in_order, with_order
+from .groups import by_group, by_head, group_product
 from .own_kernels import use_kernels
 from .plan import permute
 from .runs import cut_segments
@@ -43,7 +44,7 @@ def probe(
 
     Args:
         q_means: `[B, H, Cq, D]`.
-        k, v: `[B, H, N, D]`.
+        k, v: `[B, Hkv, N, D]`, H a multiple of Hkv.
         keys: the clusters of k.
         scale: multiplies the scores.
         room: empty rows and columns behind those of the clusters.
@@ -54,24 +55,26 @@ def probe(
         log_mass, bias, key, value = probe_clusters(q_means, k, v, in_order(keys), keys.sizes, scale, room)
         return Probe(log_mass, key, value, bias)
     batch, heads, tokens, dim = k.shape
-    count, clusters = q_means.shape[2], keys.sizes.shape[-1]
+    group, count, clusters = q_means.shape[1] // heads, q_means.shape[2], keys.sizes.shape[-1]
     dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
-    log_mass = k.new_full((batch * heads, count, clusters), -torch.inf, dtype=torch.float32)
-    key, value = (k.new_zeros(batch * heads, count + room, clusters + room, dim, dtype=dtype) for _ in range(2))
+    # By head of k and v, with a second dimension for the query heads that share it.
+    lead = (batch * heads, group)
+    log_mass = k.new_full((*lead, count, clusters), -torch.inf, dtype=torch.float32)
+    key, value = (k.new_zeros(*lead, count + room, clusters + room, dim, dtype=dtype) for _ in range(2))
     order = in_order(keys)
     starts = (keys.sizes.cumsum(-1) - keys.sizes).flatten(0, 1)
-    q = q_means.float().flatten(0, 1) * scale
-    made = Probe(log_mass, key[:, :count, :clusters], value[:, :count, :clusters])
+    q = by_group(q_means.float(), heads).flatten(0, 1) * scale
+    made = Probe(log_mass, key[:, :, :count, :clusters], value[:, :, :count, :clusters])
     if on_the_host(k.device):
         flat = [x.flatten(0, 1) for x in (k, v, order, keys.sizes)]
         _probe_by_size(q, flat[0], flat[1], flat[2], starts, flat[3], made)
     else:
         pairs = permute(torch.cat([k, v], -1), order).flatten(0, 1)
         first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
-        for some in _heads_at_once(batch * heads, first.shape[-1] * count * dim):
+        for some in _heads_at_once(batch * heads, first.shape[-1] * group * count * dim):
             part = Probe(log_mass[some], made.key[some], made.value[some])
             _probe_pieces(q[some], pairs[some], first[some], length[some], owner[some], part)
-    return Probe(*(x.unflatten(0, (batch, heads)) for x in (log_mass, key, value)))
+    return Probe(*(x.flatten(0, 1).unflatten(0, (batch, heads * group)) for x in (log_mass, key, value)))
 
 
 def on_the_host(device: torch.device) -> bool:
@@ -97,12 +100,13 @@ def _probe_by_size(
     """All heads, clusters of like size together, in float32: three batched products for each such group.
 
     Args:
-        q: `[G, Cq, D]` scaled. k, v: `[G, N, D]`.
+        q: `[G, S * Cq, D]` scaled, of the S query heads that share each head of k and v, `[G, N, D]`.
         order: `[G, N]`, tokens sorted by cluster.
         starts, sizes: `[G, Ck]`.
-        made: tables `[G, Cq, Ck, ...]` to be filled.
+        made: tables `[G, S, Cq, Ck, ...]` to be filled.
     """
     heads, count, dim = q.shape
+    shared = made.log_mass.shape[1:3]
     clusters, tokens = sizes.shape[-1], k.shape[1]
     token = (order + tokens * torch.arange(heads).unsqueeze(-1)).flatten()
     k, v = k.flatten(0, 1), v.flatten(0, 1)
@@ -134,9 +138,9 @@ def _probe_by_size(
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
         weights.div_(total)
-        made.log_mass[head, :, cluster] = (top + total.log()).squeeze(-1)
+        made.log_mass[head, :, :, cluster] = (top + total.log()).squeeze(-1).unflatten(1, shared)
         for table, x in zip(made[1:3], (keys, values), strict=True):
-            table[head, :, cluster] = (weights @ x).to(table.dtype)
+            table[head, :, :, cluster] = (weights @ x).to(table.dtype).unflatten(1, shared)
 
 
 def _probe_pieces(
@@ -150,9 +154,10 @@ def _probe_pieces(
     """Some heads, without a look at the sizes. Each piece of a cluster has its own maximum: nothing overflows.
 
     Args:
-        q: `[G, Cq, D]` scaled. pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
+        q: `[G, S * Cq, D]` scaled, of the S query heads that share each head of k and v.
+        pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
         first, length, owner: `[G, P]`, pieces of clusters.
-        made: tables `[G, Cq, Ck, ...]` to be filled.
+        made: tables `[G, S, Cq, Ck, ...]` to be filled.
     """
     (group, tokens, _), clusters = pairs.shape, made.log_mass.shape[-1]
     offsets = torch.arange(PIECE, device=q.device)
@@ -172,16 +177,17 @@ def _probe_pieces(
     index = (owner.long() + clusters * torch.arange(group, device=q.device).view(-1, 1)).flatten()
 
     def joined(x: torch.Tensor) -> torch.Tensor:
-        """Sums over the pieces of each cluster, `[G, Cq, Ck, ...]`."""
+        """Sums over the pieces of each cluster, `[G, S * Cq, Ck, ...]`."""
         sums = x.new_zeros(group * clusters, *x.shape[2:]).index_add_(0, index, x.flatten(0, 1))
         return sums.view(group, clusters, *x.shape[2:]).transpose(1, 2)
 
     mass = joined(weights.sum(-1) * lift)
     means = joined((weights * lift.unsqueeze(-1)) @ some)
     means = means / mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    made.log_mass.copy_(whole.transpose(1, 2) + mass.log())
+    shared = made.log_mass.shape[1:3]
+    made.log_mass.copy_((whole.transpose(1, 2) + mass.log()).unflatten(1, shared))
     for table, part in zip(made[1:3], means.split(q.shape[-1], -1), strict=True):
-        table.copy_(part)
+        table.copy_(part.unflatten(1, shared))
 
 
 class Seen(NamedTuple):
@@ -231,23 +237,25 @@ def score_variance(
     waits for the GPU. Covariances are estimated from `SAMPLE` tokens of each cluster.
 
     Args:
-        q, k: `[B, H, N, D]`.
+        q: `[B, H, N, D]`. k: `[B, Hkv, N, D]`. queries, keys: their clusters.
         from_zero: of the whole query instead, not less its centroid.
     """
     batch, heads, _, dim = q.shape
+    group = heads // k.shape[1]
     low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
     spread = torch.empty(batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], device=q.device)
-    most = max(queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
+    most = max(group * queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
     # In 16 bits on a GPU, where a launch for every few heads would cost more than the memory.
-    for some in _heads_at_once(heads, batch * most // (8 if q.is_cuda else 1)):
+    for some in _heads_at_once(k.shape[1], batch * most // (8 if q.is_cuda else 1)):
+        readers = slice(group * some.start, group * some.stop)
         of_q, of_k = (
-            _covariances(x[:, some], Clusters(*(part[:, some] for part in with_order(clusters))), low)
-            for x, clusters in ((q, queries), (k, keys))
+            _covariances(x[:, own], Clusters(*(part[:, own] for part in with_order(clusters))), low)
+            for x, clusters, own in ((q, queries, readers), (k, keys, some))
         )
         if from_zero:
-            means = queries.means[:, some]
+            means = queries.means[:, readers]
             of_q = of_q + (means.unsqueeze(-1) * means.unsqueeze(-2)).to(low)
-        spread[:, some] = (of_q.flatten(-2) @ of_k.flatten(-2).transpose(-1, -2)).float()
+        spread[:, readers] = group_product(of_q.flatten(-2), of_k.flatten(-2).transpose(-1, -2)).float()
     return spread.mul_(scale**2).clamp_(min=0)
 
 
@@ -272,12 +280,13 @@ def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: flo
     The sum over the keys of a cluster of `(weight - weight of the mean key)^2`, weights being softmax over all keys.
 
     Args:
-        q_means: `[B, H, Cq, D]`. k: `[B, H, N, D]`. keys: its clusters.
+        q_means: `[B, H, Cq, D]`. k: `[B, Hkv, N, D]`. keys: its clusters.
     """
     batch, heads, tokens, _ = k.shape
-    count = q_means.shape[2]
+    q = by_group(q_means.float() * scale, heads)
+    count = q.shape[2]
     made = []
-    q, k, labels, means = (x.flatten(0, 1) for x in (q_means.float() * scale, k, keys.labels, keys.means))
+    q, k, labels, means = (x.flatten(0, 1) for x in (q, k, keys.labels, keys.means))
     for some in _heads_at_once(batch * heads, tokens * count):
         scores = k[some].float() @ q[some].transpose(-1, -2)  # [G, N, Cq]
         total = scores.logsumexp(1, keepdim=True)
@@ -286,4 +295,4 @@ def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: flo
         wrong = ((scores - total).exp() - of_mean.gather(1, where)).square()
         sums = torch.zeros_like(of_mean).scatter_add_(1, where, wrong)
         made.append(sums.transpose(1, 2))
-    return torch.cat(made).unflatten(0, (batch, heads))
+    return by_head(torch.cat(made).unflatten(0, (batch, heads)), q_means.shape[1])

@@ -171,7 +171,7 @@ class Backend(abc.ABC):
         """Compute attention.
 
         Args:
-            q, k, v: `[B, H, N, D]`, not permuted.
+            q: `[B, H, n_q, D]`, k, v: `[B, Hkv, n_kv, D]`, not permuted; H is a multiple of Hkv (see `groups.py`).
             plan: on the same device, its orders not yet applied. Its `skipped` is read where `takes_stand_ins` says so,
                 and then belongs to the result.
             scale: multiplies the scores.

@@ -62,7 +62,8 @@ class FlexBackend(Backend):
         mask = to_block_mask(plan, block_size(plan))
         queries, keys, values = permute(q, plan.q_order), permute(k, plan.kv_order), permute(v, plan.kv_order)
         with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
-            out, lse = compiled_flex_attention()(queries, keys, values, mask, scale, return_lse)
+            grouped = queries.shape[1] != keys.shape[1]
+            out, lse = compiled_flex_attention()(queries, keys, values, mask, scale, return_lse, grouped)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse, plan.q_order)
 
 
@@ -82,10 +83,11 @@ def compiled_flex_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor 
     """FlexAttention under `torch.compile`. `fullgraph` turns every way back to eager into an error."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    def call(q, k, v, block_mask, scale, return_lse):
+    def call(q, k, v, block_mask, scale, return_lse, enable_gqa):
+        options = {"block_mask": block_mask, "scale": scale, "enable_gqa": enable_gqa}
         if return_lse:
-            return flex_attention(q, k, v, block_mask=block_mask, scale=scale, return_lse=True)
-        return flex_attention(q, k, v, block_mask=block_mask, scale=scale), None
+            return flex_attention(q, k, v, **options, return_lse=True)
+        return flex_attention(q, k, v, **options), None
 
     return torch.compile(call, fullgraph=True, dynamic=False)
 

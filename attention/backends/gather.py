@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from ..groups import by_group, by_head, dense_attention, repeat_heads
 from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
@@ -39,6 +39,9 @@ class GatherBackend(Backend):
         queries = permute(q, plan.q_order)
         pairs = permute(torch.cat([k, v], -1), plan.kv_order)
         batch, heads = plan.run_start.shape[:2]
+        if heads == 1 and plan.skipped is not None:  # stand-ins of each query head go in front of its keys
+            pairs = repeat_heads(pairs, q.shape[1])
+        group = q.shape[1] // pairs.shape[1]
         bias = None if plan.skipped is None else plan.stand_in_bias()
         rows = []
         for b in range(batch):
@@ -46,8 +49,8 @@ class GatherBackend(Backend):
             batch_slice = slice(None) if batch == 1 else slice(b, b + 1)
             row = []
             for h in range(heads):
-                head_slice = slice(None) if heads == 1 else slice(h, h + 1)
-                some, others = (x[batch_slice, head_slice] for x in (queries, pairs))
+                of_q, of_kv = (slice(None) if heads == 1 else slice(at, at + 1) for at in (h, h // group))
+                some, others = queries[batch_slice, of_q], pairs[batch_slice, of_kv]
                 row.append(_Tiles(some, others, k.shape[-1], plan, bias, b, h).attend(scale, return_lse))
             rows.append(_join(row, 1))
         out, lse = _join(rows, 0)
@@ -96,7 +99,7 @@ class _Tiles:
     """The tiles of plan entry `(b, h)`.
 
     Args:
-        q: `[B', H', n_q, D]`. pairs: keys and values side by side, `[B', H', n_kv, D + Dv]`. Both permuted.
+        q: `[B', H', n_q, D]`. pairs: keys and values side by side, `[B', H'kv, n_kv, D + Dv]`. Both permuted.
         key_width: D.
         bias: `plan.stand_in_bias()`, where it has stand-ins; made once for all entries.
     """
@@ -162,15 +165,15 @@ def _attend(
     exact = q.dtype in (torch.float32, torch.float64)  # half precision would need copies
     small = q.device.type == "cpu" and q.shape[2] < FEW_ROWS and one_head and exact
     if not return_lse and bias is None and not small:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale), None
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+        return dense_attention(q, k, v, scale), None
+    wide, heads = torch.promote_types(q.dtype, torch.float32), q.shape[1]
+    scores = (by_group(q, k.shape[1]).to(wide) * scale) @ k.to(wide).transpose(-1, -2)
     if bias is not None:
         scores[..., : bias.shape[-1]] += bias
     if not return_lse:
-        return (torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype), None
+        return by_head((torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype), heads), None
     out, lse = attend_scores(scores, v.to(wide))
-    return out.to(q.dtype), lse.float()
+    return by_head(out.to(q.dtype), heads), by_head(lse.float(), heads)
 
 
 def _cut_out(x: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:

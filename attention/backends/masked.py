@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..compensate import attend_skipped
+from ..groups import repeat_heads
 from ..merge import attend_scores, merge
 from ..plan import BlockPlan, permute
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
@@ -17,9 +18,10 @@ class MaskedBackend(Backend):
     """`scaled_dot_product_attention` with an additive float mask, some queries at a time.
 
     It computes every pair, and so costs what dense attention costs, whatever the plan: more than `gather` in long
-    sequences, and much less where the tiles are so small that a call for each costs more than its work. What stands for
-    skipped clusters is further columns. Where each tile has its own, or where the log-sum-exp is wanted, the softmax is
-    written out, and the tiles' own part merged with it.
+    sequences, and much less where the tiles are so small that a call for each costs more than its work. k and v of
+    fewer heads than q are repeated, which is little in short sequences. What stands for skipped clusters is further
+    columns. Where each tile has its own, or where the log-sum-exp is wanted, the softmax is written out, and the tiles'
+    own part merged with it.
     """
 
     name = "masked"
@@ -39,7 +41,7 @@ class MaskedBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         wide = torch.promote_types(q.dtype, torch.float32)
         bias = q.new_zeros((), dtype=wide).masked_fill(~plan.keys_of_tile(), -torch.inf)  # [Bp, Hp, T, n_kv]
-        k, v = permute(k, plan.kv_order), permute(v, plan.kv_order)
+        k, v = (repeat_heads(permute(x, plan.kv_order), q.shape[1]) for x in (k, v))
         skipped = plan.skipped
         columns = skipped is not None and skipped.bias is None
         if columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..groups import group_product
 from ..plan import BlockPlan, permute, unpermute
 from ..runs import expand_runs
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
@@ -38,11 +39,11 @@ class ReferenceBackend(Backend):
             rows = slice(start, start + self.rows)
             run_start, run_len = (_take(x, tiles[:, :, rows]) for x in (plan.run_start, plan.run_len))
             allowed = expand_runs(run_start, run_len, plan.n_kv)
-            scores = (queries[:, :, rows] @ keys.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+            scores = group_product(queries[:, :, rows], keys.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
             lse = scores.logsumexp(-1, keepdim=True)
             # A row without keys has an LSE of -inf: exp(-inf - 0) gives it weights of 0 instead of NaN.
             weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp()
-            outputs.append(weights @ values)
+            outputs.append(group_product(weights, values))
             sums.append(lse.squeeze(-1))
         out = unpermute(torch.cat(outputs, 2), plan.q_order).to(q.dtype)
         return out, unpermute(torch.cat(sums, 2), plan.q_order).float() if return_lse else None

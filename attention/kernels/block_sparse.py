@@ -36,7 +36,7 @@ def block_sparse_attention(
     """Attention over a plan as one operator, differentiable in q, k and v, also through the log-sum-exp.
 
     Args:
-        q: `[B, H, n_q, D]`, any strides. k, v: `[B, H, n_kv, D]`.
+        q: `[B, H, n_q, D]`, any strides. k, v: `[B, Hkv, n_kv, D]`, H a multiple of Hkv.
         tile_start, tile_len, run_start, run_len, q_order, kv_order: of a `BlockPlan`.
         walk: `walk_of(plan, q)`, or empty: it is then made.
         scale: multiplies the scores.

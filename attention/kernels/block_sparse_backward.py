@@ -10,6 +10,8 @@ program a block of `BLOCK_N` keys, aligned in permuted order, that walks the que
 Which of the keys such a tile reads is one 64-bit word per (tile, key block), since runs may start and end inside of a
 block; hence `BLOCK_N <= 64` there. The words take `8 * T * ceil(n_kv / BLOCK_N)` bytes per plan entry, the lists of
 tiles half as much, and making them some more for a moment. All shapes depend on no value, so there is no host sync.
+Query heads that share a head of k and v may have its keys in different orders, so each writes a dK and dV of its own,
+and these are added up.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ def _query_kernel(
     full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
     skip_key_ptr, skip_key_sb, skip_key_sh, skip_key_st, skip_value_ptr, skip_value_sb, skip_value_sh, skip_value_st,
     skip_bias_ptr, skip_bias_sb, skip_bias_sh, skip_bias_st, clusters,
-    plan_sb, plan_sh, heads, n_q, pieces, tiles, slots, tail_slots, scale, qk_scale,
+    plan_sb, plan_sh, heads, group, n_q, pieces, tiles, slots, tail_slots, scale, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr, STAND_INS: tl.constexpr,
 ):  # fmt: skip
@@ -134,9 +136,11 @@ def _query_kernel(
     delta = tl.load(delta_ptr + head * n_q + q_rows, mask=inside_m, other=0.0)
     if GATHER_KV:
         kv_order_ptr += b * kv_order_sb + h * kv_order_sh
+    k_ptr += b * k_sb + h // group * k_sh
+    v_ptr += b * v_sb + h // group * v_sh
     (dq,) = walk_keys(
         _query_tile, (tl.zeros([BLOCK_M, D_PAD], tl.float32),),
-        (q, grad, lse2, delta, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, qk_scale),
+        (q, grad, lse2, delta, k_ptr, v_ptr, k_sn, v_sn, qk_scale),
         tile, slots, tail_slots, kv_order_ptr,
         full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
         D, D_PAD, BLOCK_N, TAIL_N, GATHER_KV,
@@ -186,7 +190,7 @@ def _key_kernel(
     dk_sb, dk_sh, dk_sn, dv_sb, dv_sh, dv_sn,
     q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
     tile_start_ptr, tile_len_ptr, bits_ptr, block_ptr, readers_ptr, steps_ptr,
-    plan_sb, plan_sh, heads, n_q, n_kv, blocks, tiles, scale, qk_scale,
+    plan_sb, plan_sh, heads, group, n_q, n_kv, blocks, tiles, scale, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, KV_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
 ):  # fmt: skip
@@ -205,8 +209,8 @@ def _key_kernel(
         kv_order_ptr + b * kv_order_sb + h * kv_order_sh if KV_ORDERED else k_ptr, keys, inside_n, KV_ORDERED, True
     )
     rows = tokens if GATHER_KV else keys
-    k = load_rows(k_ptr + b * k_sb + h * k_sh, rows, k_sn, inside_n, d, D, D_PAD, True)
-    v = load_rows(v_ptr + b * v_sb + h * v_sh, rows, v_sn, inside_n, d, D, D_PAD, True)
+    k = load_rows(k_ptr + b * k_sb + h // group * k_sh, rows, k_sn, inside_n, d, D, D_PAD, True)
+    v = load_rows(v_ptr + b * v_sb + h // group * v_sh, rows, v_sn, inside_n, d, D, D_PAD, True)
     q_ptr += b * q_sb + h * q_sh
     grad_ptr += b * grad_sb + h * grad_sh
     if Q_ORDERED:
@@ -327,7 +331,11 @@ def block_sparse_attention_backward(
     shape = {"D": dim, "D_PAD": padded(dim)}
     delta = torch.empty_like(lse)
     orders = {"Q_ORDERED": q_order is not None, "GATHER_KV": kv_order is not None and gather_kv}
+    of_k, of_v = dk, dv  # of each query head
+    if k.shape[1] != heads:
+        of_k, of_v = (x.new_empty(batch, heads, *x.shape[2:]) for x in (k, v))
     k, v, load_order = keys_in_order(k, v, kv_order, gather_kv)
+    group = heads // k.shape[1]
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
     with on_device(q):
         _delta_kernel[(batch * heads * triton.cdiv(plan.n_q, CHUNK),)](
@@ -341,9 +349,9 @@ def block_sparse_attention_backward(
         pieces = walk.piece_len.shape[-1]
         _query_kernel[(pieces * batch * heads,)](
             q, k, v, grad_out, dq, lse, delta, *inputs, *dq.stride()[:3],
-            *order_args(q_order), *order_args(load_order), *walk, *stand_in_args(stand_ins),
-            *plan_strides(tile_len.shape), heads, plan.n_q, pieces, tile_len.shape[-1], walk.full_start.shape[-1],
-            walk.tail_start.shape[-1], scale, scale * LOG2E, **shape, **orders,
+            *order_args(q_order, heads), *order_args(load_order, heads), *walk, *stand_in_args(stand_ins),
+            *plan_strides(tile_len.shape), heads, group, plan.n_q, pieces, tile_len.shape[-1],
+            walk.full_start.shape[-1], walk.tail_start.shape[-1], scale, scale * LOG2E, **shape, **orders,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TAIL_N=tiles.tail_n, STAND_INS=stand_ins is not None,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
@@ -352,12 +360,15 @@ def block_sparse_attention_backward(
         readers = make_readers(plan, tiles.block_m, tiles.block_n)
         blocks = readers.block.shape[-1]
         _key_kernel[(blocks * batch * heads,)](
-            q, k, v, grad_out, dk, dv, lse, delta, *inputs, *dk.stride()[:3], *dv.stride()[:3],
-            *order_args(q_order), *order_args(kv_order), *readers,
-            *plan_strides(tile_len.shape), heads, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
+            q, k, v, grad_out, of_k, of_v, lse, delta, *inputs, *of_k.stride()[:3], *of_v.stride()[:3],
+            *order_args(q_order, heads), *order_args(kv_order, heads), *readers,
+            *plan_strides(tile_len.shape), heads, group, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
             scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
+    if of_k is not dk:
+        for whole, parts in ((dk, of_k), (dv, of_v)):
+            torch.sum(parts.unflatten(1, (whole.shape[1], -1)), 2, out=whole)
     return dq, dk, dv
 
 

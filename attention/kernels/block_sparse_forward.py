@@ -10,7 +10,8 @@ Where the GPU has a copy engine for tiles (compute capability 9 and up), keys an
 Orders: the rows of queries are read, and the outputs written, through `q_order`, since each is touched once. Keys and
 values are read by many tiles, so by default they are copied in permuted order first (`gather_kv=False`: the memory of
 one more k and v, and about 3 % of the time at density .1 on an H200); `gather_kv=True` reads them through `kv_order`
-instead, without the copies and without descriptors.
+instead, without the copies and without descriptors. Where `kv_order` has more heads than k and v, the copies have as
+many as it.
 """
 
 from __future__ import annotations
@@ -138,12 +139,12 @@ def _forward_kernel(
     full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
     skip_key_ptr, skip_key_sb, skip_key_sh, skip_key_st, skip_value_ptr, skip_value_sb, skip_value_sh, skip_value_st,
     skip_bias_ptr, skip_bias_sb, skip_bias_sh, skip_bias_st, clusters,
-    plan_sb, plan_sh, heads, n_q, n_kv, pieces, tiles, slots, tail_slots, qk_scale,
+    plan_sb, plan_sh, heads, k_group, v_group, n_q, n_kv, pieces, tiles, slots, tail_slots, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr, DESCRIBED: tl.constexpr, STAND_INS: tl.constexpr,
 ):  # fmt: skip
     """`DESCRIBED`: k, v and their tails are tensor descriptors; their "strides" are the row of a batch entry, that of a
-    head, and the column of a head.
+    head, and the column of a head. `k_group` and `v_group`: query heads that share a head of k, and of v.
     """
     b, h, start, size, tile = find_piece(
         piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles
@@ -151,6 +152,8 @@ def _forward_kernel(
     if size == 0:
         return
     head = b * heads + h
+    k_head = h // k_group
+    v_head = h // v_group
     d = tl.arange(0, D_PAD)
     inside_m = tl.arange(0, BLOCK_M) < size
     positions = start + tl.arange(0, BLOCK_M)
@@ -161,7 +164,7 @@ def _forward_kernel(
     if q_ptr.dtype.element_ty == tl.int8:
         q = load_rows(q_ptr, positions, q_sn, inside_m, d, D, D_PAD, True)
         factor = tl.load(q_scale_ptr + head * n_q + positions, mask=inside_m, other=1.0)
-        k_scale_ptr += head * n_kv
+        k_scale_ptr += (b * (heads // k_group) + k_head) * n_kv
     else:
         q = load_rows(q_ptr, q_rows, q_sn, inside_m, d, D, D_PAD, True)
         factor = qk_scale
@@ -172,10 +175,10 @@ def _forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     if DESCRIBED:
-        k_row = (b * k_sb + h * k_sh).to(tl.int32)
-        v_row = (b * v_sb + h * v_sh).to(tl.int32)
-        k_column = (h * k_sn).to(tl.int32)
-        v_column = (h * v_sn).to(tl.int32)
+        k_row = (b * k_sb + k_head * k_sh).to(tl.int32)
+        v_row = (b * v_sb + v_head * v_sh).to(tl.int32)
+        k_column = (k_head * k_sn).to(tl.int32)
+        v_column = (v_head * v_sn).to(tl.int32)
         m, total, acc = walk_keys(
             _attend_described_tile, (m, total, acc),
             (q, k_ptr, v_ptr, k_tail_ptr, v_tail_ptr, k_row, v_row, k_column, v_column, factor),
@@ -186,7 +189,7 @@ def _forward_kernel(
     else:
         m, total, acc = walk_keys(
             _attend_tile, (m, total, acc),
-            (q, k_ptr + b * k_sb + h * k_sh, v_ptr + b * v_sb + h * v_sh, k_sn, v_sn, factor, k_scale_ptr),
+            (q, k_ptr + b * k_sb + k_head * k_sh, v_ptr + b * v_sb + v_head * v_sh, k_sn, v_sn, factor, k_scale_ptr),
             tile, slots, tail_slots, kv_order_ptr,
             full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
             D, D_PAD, BLOCK_N, TAIL_N, GATHER_KV,
@@ -205,7 +208,7 @@ def _forward_kernel(
     out = acc / tl.where(empty, 1.0, total)[:, None]
     lse = m + tl.log2(tl.where(empty, 1.0, total))
     if not DESCRIBED and v_ptr.dtype.element_ty == tl.float8e4nv:
-        out *= tl.load(v_scale_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
+        out *= tl.load(v_scale_ptr + (b * (heads // v_group) + v_head) * D + d, mask=d < D, other=0.0)[None, :]
         lse -= FP8_LIFT
     lse *= 0.6931471805599453
     if q_ptr.dtype.element_ty == tl.int8:
@@ -235,7 +238,8 @@ def launch_forward(
     """Run the forward kernel into `out` and `lse`.
 
     Args:
-        q, k, v: `[B, H, N, D]` with `stride(-1) == 1`; int8 q and k, and fp8 v, in permuted order.
+        q: `[B, H, n_q, D]`. k: `[B, Hk, n_kv, D]`. v: `[B, Hv, n_kv, D]`. H is a multiple of Hk and of Hv. All with
+            `stride(-1) == 1`; int8 q and k, and fp8 v, in permuted order.
         plan: tiles and runs; its own orders are not read.
         q_order: where a permuted query lies in `out`, and in q unless that is int8. kv_order: likewise in k and v.
         qk_scale: multiplies the scores, in base 2; not read for int8.
@@ -251,8 +255,9 @@ def launch_forward(
     with on_device(q):
         _forward_kernel[(pieces * batch * heads,)](
             q, *keys, out, lse, *scales, *q.stride()[:3], *places, *out.stride()[:3],
-            *order_args(q_order), *order_args(kv_order), *walk, *stand_in_args(stand_ins),
-            *plan_strides(plan.tile_len.shape), heads, plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
+            *order_args(q_order, heads), *order_args(kv_order, heads), *walk, *stand_in_args(stand_ins),
+            *plan_strides(plan.tile_len.shape), heads, heads // k.shape[1], heads // v.shape[1],
+            plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
             walk.full_start.shape[-1], walk.tail_start.shape[-1], qk_scale,
             D=dim, D_PAD=max(padded(dim), 32 // q.element_size()), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             TAIL_N=tiles.tail_n, Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..groups import repeat_heads
+
 LOG2E = math.log2(math.e)
 
 
@@ -60,13 +62,18 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def order_args(order: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
-    """An order `[1|B, 1|H, N]` and its strides for batch and head, 0 where it is broadcast."""
+def order_args(order: torch.Tensor | None, heads: int) -> tuple[torch.Tensor | None, int, int]:
+    """An order `[1|B, 1|G|H, N]` for each of H heads, and its strides for batch and head, 0 where it is broadcast."""
     if order is None:
         return None, 0, 0
-    order = rows_contiguous(order)
+    order = rows_contiguous(order if order.shape[1] == 1 else repeat_heads(order, heads))
     batch, head = (order.stride(i) if order.shape[i] > 1 else 0 for i in (0, 1))
     return order, batch, head
+
+
+def heads_in_order(x: torch.Tensor, order: torch.Tensor | None) -> int:
+    """How many heads `x [B, Hkv, N, D]` has in an order `[1|B, 1|G|H, N]`, in which it is repeated for more heads."""
+    return x.shape[1] if order is None else max(x.shape[1], order.shape[1])
 
 
 def plan_strides(lead: torch.Size) -> tuple[int, int]:

@@ -6,20 +6,25 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device, order_args, padded, rows_contiguous
+from .launch import heads_in_order, on_device, order_args, padded, rows_contiguous
 from .walk import load_rows, store_rows, token_rows
 
 ROWS = 64  # tokens a program
 
 
 def permute_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Tokens of `x [B, H, N, D]` in `order [1|B, 1|H, N]`, contiguous; torch needs two copies, one to flatten x."""
+    """Tokens of `x [B, H, N, D]` in `order [1|B, 1|H, N]`, contiguous; torch needs two copies, one to flatten x.
+
+    An order of more heads repeats x for them, as `plan.permute` does.
+    """
     x = rows_contiguous(x)
-    batch, heads, tokens, dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, own, tokens, dim = x.shape
+    heads = heads_in_order(x, order)
+    out = torch.empty(batch, heads, tokens, dim, dtype=x.dtype, device=x.device)
     with on_device(x):
         _permute_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
-            x, out, *x.stride()[:3], *order_args(order), heads, tokens, D=dim, D_PAD=padded(dim), ROWS=ROWS,
+            x, out, *x.stride()[:3], *order_args(order, heads), heads, heads // own, tokens,
+            D=dim, D_PAD=padded(dim), ROWS=ROWS,
         )  # fmt: skip
     return out
 
@@ -35,7 +40,7 @@ def keys_in_order(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _permute_kernel(
-    x_ptr, out_ptr, x_sb, x_sh, x_sn, order_ptr, order_sb, order_sh, heads, tokens,
+    x_ptr, out_ptr, x_sb, x_sh, x_sn, order_ptr, order_sb, order_sh, heads, group, tokens,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -45,5 +50,5 @@ def _permute_kernel(
     inside = positions < tokens
     d = tl.arange(0, D_PAD)
     rows = token_rows(order_ptr + b * order_sb + h * order_sh, positions, inside, True, True)
-    tile = load_rows(x_ptr + b * x_sb + h * x_sh, rows, x_sn, inside, d, D, D_PAD, True)
+    tile = load_rows(x_ptr + b * x_sb + h // group * x_sh, rows, x_sn, inside, d, D, D_PAD, True)
     store_rows(out_ptr + head * tokens * D, positions, D, inside, d, tile, D)

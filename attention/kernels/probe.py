@@ -39,9 +39,9 @@ def probe_clusters(
 
     Args:
         q_means: `[B, H, Cq, D]`; rounded to the dtype of k.
-        k, v: `[B, H, N, D]`, any strides.
-        order: `[B, H, N]` int64, the tokens of k sorted by cluster.
-        sizes: `[B, H, Ck]`, keys of each cluster; 0 is an empty one.
+        k, v: `[B, Hkv, N, D]`, any strides, H a multiple of Hkv.
+        order: `[B, Hkv, N]` int64, the tokens of k sorted by cluster.
+        sizes: `[B, Hkv, Ck]`, keys of each cluster; 0 is an empty one.
         scale: multiplies the scores.
         room: rows and columns of zeros behind the tables of keys and values.
 
@@ -68,7 +68,7 @@ def probe_clusters(
         # Programs of one cluster side by side: they read the same keys.
         _probe_kernel[(triton.cdiv(centroids, block_m) * clusters * batch * heads,)](
             q_means, k, v, log_mass, bias, key, value, first, sizes.contiguous(), *k.stride()[:3], *v.stride()[:3],
-            *order_args(order), heads, centroids, clusters, room, scale * LOG2E,
+            *order_args(order, k.shape[1]), heads, heads // k.shape[1], centroids, clusters, room, scale * LOG2E,
             D=dim, D_PAD=padded(dim), BLOCK_M=block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
@@ -78,7 +78,8 @@ def probe_clusters(
 @triton.jit(do_not_specialize=["centroids", "clusters", "room"])
 def _probe_kernel(
     q_ptr, k_ptr, v_ptr, mass_ptr, bias_ptr, key_ptr, value_ptr, first_ptr, size_ptr,
-    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, order_ptr, order_sb, order_sh, heads, centroids, clusters, room, qk_scale,
+    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, order_ptr, order_sb, order_sh,
+    heads, group, centroids, clusters, room, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(centroids, BLOCK_M)
@@ -90,10 +91,12 @@ def _probe_kernel(
     inside_m = rows < centroids
     d = tl.arange(0, D_PAD)
     q = load_rows(q_ptr + head * centroids * D, rows, D, inside_m, d, D, D_PAD, True)
-    k_ptr += b * k_sb + h * k_sh
-    v_ptr += b * v_sb + h * v_sh
-    order_ptr += b * order_sb + h * order_sh + tl.load(first_ptr + at)
-    size = tl.load(size_ptr + at)
+    kv_head = h // group
+    k_ptr += b * k_sb + kv_head * k_sh
+    v_ptr += b * v_sb + kv_head * v_sh
+    of_keys = (b * (heads // group) + kv_head) * clusters + at % clusters
+    order_ptr += b * order_sb + kv_head * order_sh + tl.load(first_ptr + of_keys)
+    size = tl.load(size_ptr + of_keys)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     score = tl.zeros([BLOCK_M], tl.float32)

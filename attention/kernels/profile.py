@@ -19,7 +19,7 @@ def attend_rows(
     """Attention of R rows over all keys, and over those of each of two masks.
 
     Args:
-        q: `[B, H, R, D]`, 64 rows at most. k, v: `[B, H, N, D]`, any strides.
+        q: `[B, H, R, D]`, 64 rows at most. k, v: `[B, Hkv, N, D]`, any strides, H a multiple of Hkv.
         masks: `[2, R, N]` bool.
         scale: multiplies the scores.
 
@@ -35,7 +35,7 @@ def attend_rows(
     with on_device(k):
         _rows_kernel[(splits, batch * heads)](
             q.to(k.dtype).contiguous(), k, v, masks.contiguous().view(torch.int8), top, total, out,
-            *k.stride()[:3], *v.stride()[:3], heads, rows, tokens, splits, scale * LOG2E,
+            *k.stride()[:3], *v.stride()[:3], heads, heads // k.shape[1], rows, tokens, splits, scale * LOG2E,
             D=dim, D_PAD=padded(dim), ROWS=padded(rows), SPLIT=SPLIT, KEYS=KEYS if k.element_size() == 2 else 16,
             num_warps=8, num_stages=2,
         )  # fmt: skip
@@ -48,12 +48,12 @@ def attend_rows(
 @triton.jit(do_not_specialize=["rows", "tokens", "splits"])
 def _rows_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, top_ptr, total_ptr, out_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn,
-    heads, rows, tokens, splits, qk_scale,
+    heads, group, rows, tokens, splits, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
-    k_ptr += (head // heads) * k_sb + (head % heads) * k_sh
-    v_ptr += (head // heads) * v_sb + (head % heads) * v_sh
+    k_ptr += (head // heads) * k_sb + (head % heads) // group * k_sh
+    v_ptr += (head // heads) * v_sb + (head % heads) // group * v_sh
     row = tl.arange(0, ROWS)
     real = row < rows
     d = tl.arange(0, D_PAD)

@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LOG2E, on_device, order_args, padded, rows_contiguous
+from ..groups import repeat_heads
+from .launch import LOG2E, heads_in_order, on_device, order_args, padded, rows_contiguous
 from .walk import load_rows, store_rows, token_rows
 
 FP8_LARGEST = 448.0  # of float8_e4m3fn
@@ -44,13 +45,13 @@ def _block_of_rows(order_ptr, order_sb, order_sh, heads, n, ROWS: tl.constexpr, 
 @triton.jit
 def _int8_kernel(
     x_ptr, mean_ptr, int8_ptr, scale_ptr, shift_ptr, x_sb, x_sh, x_sn, int8_sb, int8_sh, int8_sn,
-    order_ptr, order_sb, order_sh, heads, n, factor,
+    order_ptr, order_sb, order_sh, heads, group, n, factor,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, SMOOTHED: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     b, h, positions, inside, rows = _block_of_rows(order_ptr, order_sb, order_sh, heads, n, ROWS, ORDERED)
     head = b * heads + h
     d = tl.arange(0, D_PAD)
-    x = load_rows(x_ptr + b * x_sb + h * x_sh, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32) * factor
+    x = load_rows(x_ptr + b * x_sb + h // group * x_sh, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32) * factor
     mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
     if SMOOTHED:
         x = tl.where(inside[:, None], x - mean, 0.0)
@@ -68,12 +69,12 @@ def _int8_kernel(
 @triton.jit
 def _fp8_kernel(
     x_ptr, inverse_ptr, fp8_ptr, x_sb, x_sh, x_sn, fp8_sb, fp8_sh, fp8_sn,
-    order_ptr, order_sb, order_sh, heads, n,
+    order_ptr, order_sb, order_sh, heads, group, n,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     b, h, positions, inside, rows = _block_of_rows(order_ptr, order_sb, order_sh, heads, n, ROWS, ORDERED)
     d = tl.arange(0, D_PAD)
-    x = load_rows(x_ptr + b * x_sb + h * x_sh, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
+    x = load_rows(x_ptr + b * x_sb + h // group * x_sh, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
     inverse = tl.load(inverse_ptr + (b * heads + h) * D + d, mask=d < D, other=0.0)[None, :]
     store_rows(fp8_ptr + b * fp8_sb + h * fp8_sh, positions, fp8_sn, inside, d, x * inverse, D)
 
@@ -82,9 +83,10 @@ class QuantizedQK(NamedTuple):
     """q and k as int8, in permuted order: `q * q_scale` times `k * k_scale` is the score in base 2, less the shift.
 
     Args:
-        q: `[B, H, n_q, D]` int8. k: `[B, H, n_kv, D]` int8. Both with `stride(-1) == 1`.
+        q: `[B, H, n_q, D]` int8. k: `[B, Hk, n_kv, D]` int8, Hk the larger of the heads of k and of `kv_order`. Both
+            with `stride(-1) == 1`.
         q_scale: `[B, H, n_q]` float32, above 0, in permuted order; holds the scale of the scores and log2(e).
-        k_scale: `[B, H, n_kv]` float32, above 0, in permuted order.
+        k_scale: `[B, Hk, n_kv]` float32, above 0, in permuted order.
         lse_shift: `[B, H, n_q]` float32, in permuted order: what to add to the log-sum-exp (natural), because the mean
             over all keys was taken from each key.
     """
@@ -102,7 +104,7 @@ def quantize_qk(
     """Permute and quantise.
 
     Args:
-        q: `[B, H, n_q, D]`, k: `[B, H, n_kv, D]`; float16, bfloat16 or float32; any strides (copied first only where
+        q: `[B, H, n_q, D]`, k: `[B, Hkv, n_kv, D]`; float16, bfloat16 or float32; any strides (copied first only where
             the channels of a token do not lie side by side).
         q_order: `[1|B, 1|H, n_q]` int64 or None. kv_order: `[1|B, 1|H, n_kv]` int64 or None.
         scale: multiplies the scores.
@@ -119,13 +121,16 @@ def _to_int8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 and scales of `factor * x`; of `x - mean` where there is no shift to write."""
     x = rows_contiguous(x)
-    batch, heads, n, dim = x.shape
-    quantized = _empty(x, torch.int8)
+    batch, own, n, dim = x.shape
+    heads = heads_in_order(x, order)
+    mean = repeat_heads(mean, heads).contiguous()
+    quantized = _empty(x, heads, torch.int8)
     scale = torch.empty(batch, heads, n, dtype=torch.float32, device=x.device)
     with on_device(x):
         _int8_kernel[(batch * heads * triton.cdiv(n, ROWS),)](
-            x, mean, quantized, scale, shift, *x.stride()[:3], *quantized.stride()[:3], *order_args(order),
-            heads, n, factor, D=dim, D_PAD=padded(dim), ROWS=ROWS, SMOOTHED=shift is None, ORDERED=order is not None,
+            x, mean, quantized, scale, shift, *x.stride()[:3], *quantized.stride()[:3], *order_args(order, heads),
+            heads, heads // own, n, factor,
+            D=dim, D_PAD=padded(dim), ROWS=ROWS, SMOOTHED=shift is None, ORDERED=order is not None,
         )  # fmt: skip
     return quantized, scale
 
@@ -134,21 +139,26 @@ def quantize_v(v: torch.Tensor, kv_order: torch.Tensor | None) -> tuple[torch.Te
     """Permute `v [B, H, N, D]` and quantise it with one scale for each channel of each head.
 
     Returns:
-        `[B, H, N, D]` float8_e4m3fn in permuted order, and the scales `[B, H, D]` float32.
+        `[B, Hv, N, D]` float8_e4m3fn in permuted order, and the scales `[B, Hv, D]` float32; Hv is the larger of the
+        heads of v and of the order.
     """
     v = rows_contiguous(v)
-    batch, heads, n, dim = v.shape
-    largest = torch.linalg.vector_norm(v, torch.inf, 2).float().clamp(min=1e-30).contiguous()
-    quantized = _empty(v, torch.float8_e4m3fn)
+    batch, own, n, dim = v.shape
+    heads = heads_in_order(v, kv_order)
+    largest = torch.linalg.vector_norm(v, torch.inf, 2).float().clamp(min=1e-30)
+    largest = repeat_heads(largest, heads).contiguous()
+    quantized = _empty(v, heads, torch.float8_e4m3fn)
     with on_device(v):
         _fp8_kernel[(batch * heads * triton.cdiv(n, ROWS),)](
-            v, FP8_LARGEST / largest, quantized, *v.stride()[:3], *quantized.stride()[:3], *order_args(kv_order),
-            heads, n, D=dim, D_PAD=padded(dim), ROWS=ROWS, ORDERED=kv_order is not None,
+            v, FP8_LARGEST / largest, quantized, *v.stride()[:3], *quantized.stride()[:3],
+            *order_args(kv_order, heads), heads, heads // own, n,
+            D=dim, D_PAD=padded(dim), ROWS=ROWS, ORDERED=kv_order is not None,
         )  # fmt: skip
     return quantized, largest / FP8_LARGEST
 
 
-def _empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for `x [..., D]` in a type of one byte; rows start at multiples of 16 bytes, for wide loads."""
-    width = triton.cdiv(x.shape[-1], 16) * 16
-    return torch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)[..., : x.shape[-1]]
+def _empty(x: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for so many heads of `x [B, H, N, D]` in a type of one byte; rows start at multiples of 16 bytes, for
+    wide loads."""
+    batch, _, n, dim = x.shape
+    return torch.empty(batch, heads, n, triton.cdiv(dim, 16) * 16, dtype=dtype, device=x.device)[..., :dim]

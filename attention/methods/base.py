@@ -127,7 +127,8 @@ class Method(abc.ABC):
         """Decide what each query reads.
 
         Args:
-            q, k, v: `[B, H, N, D]` after normalisation and rotary embedding, `N = layout.tokens`.
+            q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding, `N = layout.tokens`; H
+                is a multiple of Hkv. The plan is for H heads (`kv_order` may have fewer, see `BlockPlan`).
             layout: where the video tokens are.
             memory: what this method left behind in earlier calls.
         """

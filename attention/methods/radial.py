@@ -159,7 +159,7 @@ class Radial(Method):
         """The plan of a layout on the device of `q`, one for all batches and heads; kept in `memory.layout`.
 
         Args:
-            q, k, v: `[B, H, N, D]`; only the lengths of q and k and the device of q are read.
+            q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`; only the lengths of q and k and the device of q are read.
             layout: the sequence, `layout.tokens == N`.
             memory: where the plan is kept.
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..groups import repeat_heads
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
@@ -141,12 +142,12 @@ class Sparge(Method):
         """The key blocks that each query block reads, `[B, H, ceil(Nq / block_q), ceil(Nk / block_k)]` bool.
 
         Args:
-            q: `[B, H, Nq, D]`. k: `[B, H, Nk, D]`.
+            q: `[B, H, Nq, D]`. k: `[B, Hkv, Nk, D]`.
         """
         k = k - k.mean(dim=2, keepdim=True)
         block_q, block_k = self.block
         q_mean, q_alike = self._means(q, block_q)
-        k_mean, k_alike = self._means(k, block_k)
+        k_mean, k_alike = (repeat_heads(x, q.shape[1]) for x in self._means(k, block_k))
         scores = (q_mean @ k_mean.transpose(-1, -2)) * q.shape[-1] ** -0.5
         # A block without any block that is alike has no ranking: NaN, and it reads all that are not alike.
         weights = scores.masked_fill(~k_alike.unsqueeze(-2), -torch.inf).softmax(-1).nan_to_num(0.0)

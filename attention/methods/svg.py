@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..groups import by_group
 from ..layout import VideoLayout
 from ..own_kernels import use_kernels
 from ..plan import BlockPlan
@@ -27,7 +28,8 @@ class SVG(Method):
     A *spatial* head looks at the same and nearby frames: a band around the diagonal of the frame-major sequence. A
     *temporal* head looks at the same place in all frames: the same band once the tokens are ordered patch by patch.
     Each sparse call decides for each head by a sample of query rows: the true output against the output under either
-    mask, by mean squared error. The masks judged are the masks executed.
+    mask, by mean squared error. The masks judged are the masks executed. Since each query head has an order of its own,
+    k and v of fewer heads are repeated where they are put in order.
 
     Args:
         density: share of all query-key pairs computed, text and first frame included, in (0, 1]; the width of the band
@@ -201,19 +203,23 @@ class _Static:
             full, masked = attend_rows(q[:, :, self.rows[which]], k, v, self.masks[which], q.shape[-1] ** -0.5)
             spatial, temporal = (masked - full.unsqueeze(2)).square().mean((-1, -2)).unbind(2)
             return temporal < spatial
-        parts = [x.split(PROFILED_HEADS, dim=1) for x in (q[:, :, self.rows[which]], k, v)]
+        heads = k.shape[1]
+        step = max(1, PROFILED_HEADS * heads // q.shape[1])  # heads of k and v, with the query heads that read them
+        q = by_group(q[:, :, self.rows[which]], heads)
+        parts = [x.split(step, dim=1) for x in (q, k, v)]
         return torch.cat([self._profile(a, b, c, self.masks[which]) for a, b, c in zip(*parts, strict=True)], dim=1)
 
     def _profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """For some heads of k and v, whose query heads lie one after the other in `q [B, h, H / Hkv * R, D]`."""
         weights = torch.softmax(q.float() * q.shape[-1] ** -0.5 @ k.float().transpose(-1, -2), -1)
         values = v.float()
         full = weights @ values
         errors = []
         for mask in masks:
-            kept = weights * mask
+            kept = (weights.unflatten(2, (-1, len(mask))) * mask).flatten(2, 3)
             # Renormalising the kept weights is the softmax under the mask. A row always keeps its own tile.
             masked = (kept @ values) / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            errors.append((masked - full).square().mean((-1, -2)))
+            errors.append((masked - full).square().unflatten(2, (-1, len(mask))).mean((-1, -2)).flatten(1, 2))
         return errors[1] < errors[0]
 
     def combine(self, temporal: torch.Tensor) -> BlockPlan:

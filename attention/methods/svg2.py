@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend
+from ..clusters import Clusters, cluster, cluster_mass, for_heads, plan_with_text, renewed, spend
+from ..groups import repeat_heads
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import map_error
@@ -24,7 +25,7 @@ class SVG2(Method):
     k-means on the queries and on the keys of each head, warm-started from the last step; each sequence is permuted by
     its own labels; the score of a pair of clusters is that of their centroids, weighted by the keys in the cluster, and
     each query cluster keeps the best key clusters until their share of the softmax passes `top_p`. Text tokens stay
-    outside: they read and are read by everything.
+    outside: they read and are read by everything. Query heads that share a head of k and v share its clusters.
 
     `route="error"` spends a density on the error that leaving out a cluster makes, over all heads of a layer at once.
     With `compensate` that is SVG-EAR (arXiv 2603.08982), restated from its project page since no code was published
@@ -131,13 +132,15 @@ class SVG2(Method):
     ) -> BlockPlan:
         q_clusters, k_clusters = self.cluster_counts(layout.video_tokens)
         queries = self._cluster(q, q_clusters, layout, memory.call, "svg2_q")
-        keys = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
+        clusters = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
+        keys = for_heads(clusters, q.shape[1])
         k, v = (x[:, :, layout.video] for x in (k, v))
         mass = cluster_mass(queries.means, keys.means, keys.sizes)
         if self.compensate or self.route == "error":
-            v_means = renewed(v, keys._replace(means=torch.zeros_like(keys.means))).means
+            v_means = renewed(v, clusters._replace(means=torch.zeros_like(clusters.means))).means
+            v_means = repeat_heads(v_means, q.shape[1])
         if self.route == "error":
-            selected = self._by_error(mass, queries, k, keys, v_means, layout)
+            selected = self._by_error(mass, queries, k, clusters, v_means, layout)
             facts: dict[str, Any] = {"planning_pairs": self.planning_pairs(layout)}
         else:
             if self.density is None:
@@ -167,14 +170,15 @@ class SVG2(Method):
         v_means: torch.Tensor,
         layout: VideoLayout,
     ) -> torch.Tensor:
-        """The clusters that `route="error"` reads, `[B, H, Cq, Ck]` bool."""
-        rows, sizes = queries.sizes.unsqueeze(-1), keys.sizes.unsqueeze(-2)
+        """The clusters that `route="error"` reads, `[B, H, Cq, Ck]` bool; `keys` are those of the key-value heads."""
+        k_sizes = repeat_heads(keys.sizes, mass.shape[1])
+        rows, sizes = queries.sizes.unsqueeze(-1), k_sizes.unsqueeze(-2)
         cost = rows * (sizes - int(self.compensate)).clamp(min=0)
         pairs = mass.shape[1] * ((self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
         budget = torch.full(mass.shape[:1], pairs, device=mass.device)
         if self.compensate:
             error = map_error(queries.means, k, keys, k.shape[-1] ** -0.5)
-            budget = budget - layout.video_tokens * (keys.sizes > 0).sum((1, 2))
+            budget = budget - layout.video_tokens * (k_sizes > 0).sum((1, 2))
         else:
             error = mass.square() * torch.cdist(mass @ v_means, v_means).square()
         rank = (error / sizes.clamp(min=1)).masked_fill(cost == 0, -torch.inf)

@@ -8,7 +8,18 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, cluster_mass, plan_with_text, renewed, spend, value_variance, with_order
+from ..clusters import (
+    Clusters,
+    cluster,
+    cluster_mass,
+    for_heads,
+    plan_with_text,
+    renewed,
+    spend,
+    value_variance,
+    with_order,
+)
+from ..groups import repeat_heads
 from ..kmeans import cluster_sizes
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -35,7 +46,8 @@ class Tangent(Method):
     threshold over all heads and rows of a layer. Text tokens stay outside: they read and are read by everything.
 
     In short sequences the probe costs more than it gives. There a cluster enters through its mean key and value, and
-    what that leaves is estimated from the means and variances alone.
+    what that leaves is estimated from the means and variances alone. Query heads that share a head of k and v share its
+    clusters of keys; what stands for those is each query head's own.
 
     Gradients take selection and stand-ins as constants. An engine keeps the plans of a forward pass with gradients,
     with their stand-ins (`table_bytes` for each layer), until the next one.
@@ -161,14 +173,16 @@ class Tangent(Method):
         q, k, v = (x[:, :, layout.video] for x in (q, k, v))
         calls = memory.call.get("tangent_calls", 0)
         memory.call["tangent_calls"] = calls + 1
-        queries, keys = (
+        queries, clusters = (
             self._clusters(x, count, memory.call, name, anew=calls % self.recluster_every == 0)
             for x, count, name in zip((q, k), self.cluster_counts(layout.video_tokens), ("q", "k"), strict=True)
         )
-        values, value_spread = value_variance(v, keys)
+        # Of each key-value head; `keys` and what is made of the values, of each query head.
+        keys = for_heads(clusters, q.shape[1])
+        values, value_spread = (repeat_heads(x, q.shape[1]) for x in value_variance(v, clusters))
         text = int(layout.text_tokens > 0)  # a tile and a cluster of its own, which skips nothing and is never skipped
         if self.probes(layout):
-            tables = probe(queries.means, k, v, keys, scale, text)
+            tables = probe(queries.means, k, v, clusters, scale, text)
             seen = read(tables, queries.means, scale)
             skipped = SkippedClusters(tables.key, tables.value, F.pad(seen.bias, (0, text, 0, text)))
             mass, outputs, away = seen.mass, seen.outputs, seen.away
@@ -179,7 +193,7 @@ class Tangent(Method):
             away = torch.cdist(outputs, values).square()
         # What the stand-in of a cluster leaves of a query's output, squared. Of the score's variance the covariance of
         # weights and values within the cluster depends, and by its curvature the mass. A mean key has no first order.
-        spread = score_variance(q, k, queries, keys, scale, from_zero=not self.probes(layout))
+        spread = score_variance(q, k, queries, clusters, scale, from_zero=not self.probes(layout))
         left = mass.square() * (spread * value_spread.unsqueeze(-2) + 0.25 * spread.square() * away)
         selected, predicted = self._spend(left, outputs, queries, keys, layout)
         plan = plan_with_text(queries, keys, selected, layout)

@@ -46,12 +46,12 @@ class Family:
     left_out: str = ""
     stays_dense: str = ""
 
-    def modules(self, transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def modules(self, transformer: torch.nn.Module) -> dict[str, Any]:
         """The self-attention modules of a transformer by path, in running order."""
         found = {}
         for path in self.sites:
             blocks, inner = path.split(".*.")
-            for number, block in enumerate(transformer.get_submodule(blocks)):
+            for number, block in enumerate(transformer.get_submodule(blocks).children()):
                 found[f"{blocks}.{number}.{inner}"] = block.get_submodule(inner)
         kept = len(found) - (getattr(transformer.config, self.left_out) if self.left_out else 0)
         return dict(list(found.items())[:kept])

@@ -206,7 +206,7 @@ class _Installed(CopiedNotPickled):
         **options: Any,
     ) -> None:
         self._modules = family.modules(transformer)
-        processors = {path: module.processor for path, module in self._modules.items()}
+        processors: dict[str, Any] = {path: module.processor for path, module in self._modules.items()}
         if any(isinstance(p, SparseProcessor) for p in processors.values()):
             raise RuntimeError(
                 f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
@@ -251,12 +251,12 @@ class _Installed(CopiedNotPickled):
         self._passes += 1
         step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
         found = self.family.layout(module, given)
-        known = not isinstance(found, str)
-        if not known:
-            self.engine.note(f"all calls of a forward pass stay dense: {found}", logging.WARNING)
-        self.engine.enter(step, *(found if known else ()))
+        layouts, dense = ((), found) if isinstance(found, str) else (found, "")
+        if dense:
+            self.engine.note(f"all calls of a forward pass stay dense: {dense}", logging.WARNING)
+        self.engine.enter(step, *layouts)
         for site in self._sites.values():
-            site.enter(trims=known and self.family.trims, dense="" if known else found)
+            site.enter(trims=self.family.trims and not dense, dense=dense)
 
     def check_sites(self) -> None:
         """Note the layers that made no attention call of ours in the forward passes so far."""

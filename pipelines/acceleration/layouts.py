@@ -29,7 +29,8 @@ def patch_of(model: Any) -> tuple[int, int, int]:
 
 def grid(model: Any, latents: torch.Tensor, axes: tuple[int, int, int] = (2, 3, 4)) -> tuple[int, int, int]:
     """Latents cut into patches; `axes` are those of frames, height and width."""
-    return tuple(latents.shape[axis] // patch for axis, patch in zip(axes, patch_of(model), strict=True))
+    frames, height, width = (latents.shape[axis] // patch for axis, patch in zip(axes, patch_of(model), strict=True))
+    return frames, height, width
 
 
 def video_alone(model: Any, given: Given) -> Layouts:
@@ -131,10 +132,10 @@ def _by_coordinates(places: torch.Tensor, tokens: int) -> Layouts:
     falls = (time[there] < time[here]) | ((time[there] == time[here]) & falls)
     ends = [0, *(falls.nonzero().flatten() + 1).tolist(), tokens]
     first, stop = max(pairwise(ends), key=lambda run: run[1] - run[0])
-    size = tuple(len(axis[first:stop].unique()) for axis in (time, row, column))
-    if size[0] * size[1] * size[2] != stop - first:
+    frames, height, width = (len(axis[first:stop].unique()) for axis in (time, row, column))
+    if frames * height * width != stop - first:
         return "conditioning tokens that cannot be told from the video's"
-    return (VideoLayout(*size, text_before=first, text_after=tokens - stop),)
+    return (VideoLayout(frames, height, width, text_before=first, text_after=tokens - stop),)
 
 
 def cosmos_3(model: Any, given: Given) -> Layouts:
@@ -142,7 +143,8 @@ def cosmos_3(model: Any, given: Given) -> Layouts:
     shapes, text = given["vision_token_shapes"], given["und_len"]
     if len(shapes) != 1:
         return f"{len(shapes)} videos in one sequence"
-    video = VideoLayout(*(int(size) for size in shapes[0]), text_before=int(text))
+    frames, height, width = (int(size) for size in shapes[0])
+    video = VideoLayout(frames, height, width, text_before=int(text))
     # Sound and action tokens follow the video's.
     return (replace(video, text_after=int(given["sequence_length"]) - video.tokens),)
 
@@ -151,13 +153,14 @@ def minimax(model: Any, given: Given) -> Layouts:
     """Text, video and sound packed into one sequence at whatever places `*_indices` say."""
     indices = given["video_indices"]
     *places, rows = torch.cat([given["position_ids"][indices].T, indices[None]]).cpu()  # one wait for the device
-    size = tuple(len(axis.unique()) for axis in places)
+    frames, height, width = (len(axis.unique()) for axis in places)
     first, count, total = int(rows[0]), len(rows), len(given["token_tags"])
-    tokens = size[0] * size[1] * size[2]
+    tokens = frames * height * width
     if tokens > count or not rows.equal(torch.arange(first, first + count).to(rows)):
         return "video tokens that are no grid in one piece"
     # Pictures that condition the video come first.
-    return (VideoLayout(*size, text_before=first + count - tokens, text_after=total - first - count),)
+    before, after = first + count - tokens, total - first - count
+    return (VideoLayout(frames, height, width, text_before=before, text_after=after),)
 
 
 def with_texts(video: VideoLayout, mask: torch.Tensor) -> Layouts:

@@ -82,13 +82,13 @@ class SparseProcessor(CopiedNotPickled):
         return type(self)._dispatch(q, k, v, attn_mask=mask, enable_gqa=gqa, backend=backend).transpose(1, 2)
 
 
-def rebind(processor: object, site: Site) -> SparseProcessor:
+def rebind(processor: Any, site: Site) -> SparseProcessor:
     """A copy of a processor whose attention call is a site's.
 
     Raises:
         NotRebindable: its code makes no such call, or it is a module with weights of its own.
     """
-    cls = type(processor)
+    cls: Any = type(processor)
     code = inspect.unwrap(cls.__call__)
     if isinstance(processor, torch.nn.Module) or not isinstance(code, types.FunctionType):
         raise NotRebindable(f"{cls.__name__} is no plain attention processor, so its attention call cannot be rebound.")
@@ -207,8 +207,8 @@ class _Functional:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
-            more = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **more)
+            more: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, **more)
 
         return _call(query, key, value, attn_mask, stock, plain=_plain(query, dropout_p, is_causal, scale))
 

@@ -87,8 +87,8 @@ class Site:
             return self._one(q, k, v, masked, sample, dense)
         if count != q.shape[0]:
             raise RuntimeError(f"a call with a batch of {q.shape[0]} in a forward pass with one of {count}.")
-        outs = [self._one(*(x[i : i + 1] for x in (q, k, v)), masked, i, dense) for i in range(count)]
-        return torch.cat(outs)
+        one = (slice(i, i + 1) for i in range(count))
+        return torch.cat([self._one(q[i], k[i], v[i], masked, i.start, dense) for i in one])
 
     def _one(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, sample: int, dense: str

@@ -224,7 +224,7 @@ class TestPick:
     [
         (lambda q, k, v, p: (q[:, :, :-1], k, v, p), "150 queries and 150 keys, but q has 149"),
         (lambda q, k, v, p: (q, k.half(), v, p), "one dtype"),
-        (lambda q, k, v, p: (q, k[:, :1], v[:, :1], p), "agree in batch, heads"),
+        (lambda q, k, v, p: (q, k, v[:, :1], p), "k and v in heads"),
         (lambda q, k, v, p: (q[0], k[0], v[0], p), r"\[B, H, N, D\]"),
         (lambda q, k, v, p: (q.to("meta"), k, v, p), "one device"),
         (lambda q, k, v, p: (q[:, :1], k[:, :1], v[:, :1], p), "heads dimension is 2, but q has 1"),

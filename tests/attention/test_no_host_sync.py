@@ -12,6 +12,7 @@ from vidaccel.attention.runs import merge_segments
 LAYOUT = VideoLayout(3, 4, 5, text_before=2, text_after=3)
 
 
+@pytest.mark.parametrize("kv_heads", [3, 1])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -21,8 +22,9 @@ LAYOUT = VideoLayout(3, 4, 5, text_before=2, text_after=3)
         *({"density": 0.8, "compensate": c, "route": "error"} for c in (False, True)),
     ],
 )
-def test_svg2_plans_both_the_first_and_a_later_step(settings):
-    q, k, v = (torch.empty(2, 3, LAYOUT.tokens, 16, device="meta", dtype=torch.bfloat16) for _ in range(3))
+def test_svg2_plans_both_the_first_and_a_later_step(settings, kv_heads):
+    heads = (3, kv_heads, kv_heads)
+    q, k, v = (torch.empty(2, h, LAYOUT.tokens, 16, device="meta", dtype=torch.bfloat16) for h in heads)
     memory = PlanMemory()
     method = SVG2(q_clusters=5, k_clusters=9, init_iterations=3, **settings)
     for _ in range(2):

@@ -14,15 +14,31 @@ def uniform(batch: int, heads: int, n_q: int, n_kv: int, block_q: int, block_k: 
     return BlockPlan.from_block_mask(blocks, block_q, block_k, n_q, n_kv), dense
 
 
-def clusters(batch: int, heads: int, n_q: int, n_kv: int, c_q: int, c_k: int, share: float = 0.5, skew: float = 1.0):
-    """Ragged clusters with orders of their own per head, some empty, and their dense mask."""
-    q_labels, k_labels = ((torch.rand(batch, heads, n) ** skew * c).long() for n, c in ((n_q, c_q), (n_kv, c_k)))
+def clusters(
+    batch: int,
+    heads: int,
+    n_q: int,
+    n_kv: int,
+    c_q: int,
+    c_k: int,
+    share: float = 0.5,
+    skew: float = 1.0,
+    kv_heads: int | None = None,
+):
+    """Ragged clusters with orders of their own per head, some empty, and their dense mask.
+
+    With `kv_heads`, groups of heads share the clusters of keys and one entry of their order.
+    """
+    q_labels, k_labels = (
+        (torch.rand(batch, h, n) ** skew * c).long() for h, n, c in ((heads, n_q, c_q), (kv_heads or heads, n_kv, c_k))
+    )
     selected = torch.rand(batch, heads, c_q, c_k) < share
+    orders = [labels.argsort(stable=True, dim=-1) for labels in (q_labels, k_labels)]
+    k_labels = k_labels.repeat_interleave(heads // k_labels.shape[1], 1)
     sizes = [
         torch.stack([torch.bincount(row, minlength=c) for row in labels.flatten(0, 1)]).view(batch, heads, c)
         for labels, c in ((q_labels, c_q), (k_labels, c_k))
     ]
-    orders = [labels.argsort(stable=True, dim=-1) for labels in (q_labels, k_labels)]
     dense = torch.zeros(batch, heads, n_q, n_kv, dtype=torch.bool)
     for b in range(batch):
         for h in range(heads):
