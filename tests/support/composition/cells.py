@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from .levers import Lever
 ALL_DENSE, NEVER_DENSE = DenseSchedule(first_steps=10**6), DenseSchedule()
 SPARSE = RandomBlocks(density=0.5, redraw=False)  # blocks that do not depend on rounding
 ORDERS = ("before accelerate", "after accelerate")
+PACKAGE = Path(vidaccel.__path__[0])
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 
 FAMILY_BUILDS = {  # the tiny model that stands for a family
@@ -49,98 +51,105 @@ FAMILY_BUILDS = {  # the tiny model that stands for a family
 }
 
 
-def expected_file() -> Path:
-    """What is expected of every cell: `{family: {lever: cell}}`."""
-    return Path(__file__).parents[2] / "data" / "composition.json"
-
-
 def compute(family: str, lever: Lever) -> str | dict[str, str]:
     """What comes of a lever on a family: one outcome, or one for each order where they differ.
 
     An outcome is `works`, or a kind and a text: `absent` (diffusers has no such thing for this class), `told` (it runs
-    dense, and the report says so), `refused` (by us), `upstream` (the same error without vidaccel). What is none of
-    these is an `AssertionError` or whatever was raised.
+    dense, and the report says so), `refused` (by us), `upstream` (the same error with and without vidaccel). What is
+    none of these is raised.
     """
-    name = FAMILY_BUILDS[family]
-    absent = lever.missing(build(name).model)
+    # A cache runs the first block of each stack, and leaves out later ones.
+    tiny = build(FAMILY_BUILDS[family], 4 if lever.caches else 2)
+    absent = lever.missing(tiny.model)
     if absent:
         return f"absent: {absent}"
+    plain = copy.deepcopy(tiny)
+    if lever.lazy:
+        return outcome(plain, plain, lever, ORDERS[0], passes(plain, lever))
     try:
-        tiny = build(name)
         lever.apply(tiny)
         stock = passes(tiny, lever)
     except Exception as error:
-        return f"upstream: {worded(error)}"
-    outcomes = {order: one_order(name, lever, order, stock) for order in ORDERS}
+        fault = worded(error)
+        for order in ORDERS:
+            try:
+                accelerated(copy.deepcopy(plain), lever, order)
+            except Exception as ours:
+                assert worded(ours) == fault, f"another error with vidaccel: {worded(ours)}"
+            else:
+                raise AssertionError(f"no error with vidaccel, and without: {fault}") from error
+        return f"upstream: {fault}"
+    outcomes = {order: outcome(plain, tiny, lever, order, stock) for order in ORDERS}
     return outcomes[ORDERS[0]] if len(set(outcomes.values())) == 1 else outcomes
 
 
-def one_order(name: str, lever: Lever, order: str, stock: list[torch.Tensor]) -> str:
+def outcome(plain: Tiny, used: Tiny, lever: Lever, order: str, stock: list[torch.Tensor]) -> str:
+    """What comes of one order.
+
+    Args:
+        plain: without the lever.
+        used: with it, never accelerated.
+        stock: outputs of this one.
+    """
+    tiny = copy.deepcopy(plain)
     try:
-        dense, report = accelerated(name, lever, order, ALL_DENSE, stock)
-        sparse, report = accelerated(name, lever, order, NEVER_DENSE, stock)
+        sparse, report = accelerated(tiny, lever, order)
     except Exception as error:
-        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        if Path(files[-1]).is_relative_to(vidaccel.__path__[0]) and "/tests/" not in files[-1]:
+        last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if last.is_relative_to(PACKAGE) and not last.is_relative_to(PACKAGE / "tests"):
             return f"refused: {worded(error)}"
         raise
+    assert not any(isinstance(getattr(m, "processor", None), SparseProcessor) for m in tiny.model.modules())
+    if not lever.caches and not lever.lazy:  # a cache remembers what came before
+        assert all(a.equal(b) for a, b in zip(passes(tiny, lever), stock, strict=True)), "remove() left a trace"
     replaced = [note for note in report.notes if "were replaced after accelerate" in note]
-    layers = build(name).layers
     if replaced:
         assert not report.records, "processors that were replaced, and sparse calls all the same"
-        close(dense, stock)
         close(sparse, stock)
         return f"told: {replaced[0].partition(' (')[0]}"
-    close(dense, stock)
     ran = list(by_pass(report).values())
     assert not any(r.reason for r in report.records), "dense calls where none should be"
-    assert ran[0] == Counter(range(layers)), f"sparse calls by layer in the first pass: {ran[0]}"
+    assert ran[0] == Counter(range(plain.layers)), f"sparse calls by layer in the first pass: {ran[0]}"
     if lever.caches:
-        assert 0 < len(ran[1]) < layers or layers == 1, f"layers in a cached pass: {sorted(ran[1])}"
+        assert 0 < len(ran[-1]) < plain.layers, f"layers in a cached pass: {sorted(ran[-1])}"
+        if order == ORDERS[0]:  # cached and dense: what the cache gives without us
+            tiny = copy.deepcopy(plain)
+            close(accelerated(tiny, lever, order, ALL_DENSE)[0], stock)
     assert not torch.allclose(sparse[0], stock[0], **CLOSE), "the sparse output is the dense one"
-    expected = reference(name, lever)
-    if lever.exact and not lever.caches:
-        assert all(a.equal(b) for a, b in zip(sparse, expected, strict=True)), "not to the bit what it should be"
-    close(sparse[:1], expected[:1])
+    expected = reference(plain, used, lever)
+    if lever.exact:
+        assert sparse[0].equal(expected), "not to the bit what it should be"
+    close(sparse[:1], [expected])
     return "works"
 
 
 def accelerated(
-    name: str, lever: Lever, order: str, schedule: DenseSchedule, stock: list[torch.Tensor]
+    tiny: Tiny, lever: Lever, order: str, schedule: DenseSchedule = NEVER_DENSE
 ) -> tuple[list[torch.Tensor], RunReport]:
-    """Outputs of a fresh model with the lever under sparse attention, which is removed without a trace."""
-    tiny = build(name)
+    """Outputs of a model with the lever under sparse attention, which is removed again."""
     if order == ORDERS[0]:
         lever.apply(tiny)
-    handle = accelerate(tiny.model, SPARSE, schedule=schedule)
-    if order != ORDERS[0]:
-        lever.apply(tiny)
-    out, report = passes(tiny, lever), handle.report()
-    handle.remove()
-    assert not any(isinstance(getattr(m, "processor", None), SparseProcessor) for m in tiny.model.modules())
-    if not lever.caches:  # a cache remembers what came before
-        assert all(a.equal(b) for a, b in zip(passes(tiny, lever), stock, strict=True)), "remove() left a trace"
-    return out, report
+    with accelerate(tiny.model, SPARSE, schedule=schedule) as handle:
+        if order != ORDERS[0]:
+            lever.apply(tiny)
+        return passes(tiny, lever), handle.report()
 
 
-def reference(name: str, lever: Lever) -> list[torch.Tensor]:
-    """Sparse outputs of a model without the lever, with the weights that the lever stands for."""
-    tiny, fresh = build(name), build(name)
-    lever.apply(tiny)
-    lever.same_as(tiny.model, fresh.model)
+def reference(plain: Tiny, used: Tiny, lever: Lever) -> torch.Tensor:
+    """Sparse output of a model without the lever, with the weights that the lever stands for."""
+    fresh = copy.deepcopy(plain)
+    lever.same_as(used.model, fresh.model)
     with accelerate(fresh.model, SPARSE, schedule=NEVER_DENSE):
-        return passes(fresh, None)
+        return fresh.run()
 
 
-def passes(tiny: Tiny, lever: Lever | None) -> list[torch.Tensor]:
-    """One forward pass, or two that differ a little where a cache is at work."""
-    caches = lever is not None and lever.caches
-    context = getattr(tiny.model, "cache_context", None) if caches else None
+def passes(tiny: Tiny, lever: Lever) -> list[torch.Tensor]:
+    """The output of a forward pass; where a cache is at work, of two for each of two steps that differ a little."""
+    if not lever.caches:
+        return [tiny.run()]
+    context = getattr(tiny.model, "cache_context", None)
     with context("cond") if context else contextlib.nullcontext():
-        outs = [tiny.run()]
-        if caches:
-            outs.append(tiny.run(**tiny.changed(0, 1, 2)))
-    return outs
+        return [tiny.run(**changes) for changes in ({}, {}, *[tiny.changed(0, 1, 2)] * 2)]
 
 
 def by_pass(report: RunReport) -> dict[tuple[int, str], Counter[int]]:

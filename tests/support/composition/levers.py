@@ -10,6 +10,7 @@ from typing import Any
 import accelerate as hf_accelerate
 import torch
 from diffusers import CacheMixin, FirstBlockCacheConfig
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from tiny_families import Tiny
@@ -33,6 +34,7 @@ class Lever:
         exact: bit for bit.
         package: the optional package that it comes from.
         caches: later forward passes leave layers out.
+        lazy: it does its work at the first call, slowly, so there is one order, and it is not tried without vidaccel.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Lever:
     exact: bool = True
     package: str = ""
     caches: bool = False
+    lazy: bool = False
 
     @property
     def installed(self) -> bool:
@@ -124,6 +127,8 @@ def dequantised(model: torch.nn.Module, fresh: torch.nn.Module) -> None:
 
 
 def first_block_cache(tiny: Tiny) -> None:
+    for metadata in TransformerBlockRegistry._registry.values():
+        metadata._cached_parameter_indices = None  # where a block does not fit, its second call fails otherwise
     tiny.model.enable_cache(FirstBlockCacheConfig(threshold=1e3))
 
 
@@ -165,6 +170,6 @@ LEVERS: dict[str, Lever] = {
         Lever("first-block cache", "`enable_cache(FirstBlockCacheConfig)`", first_block_cache, no_caching, caches=True),
         Lever("cache-dit", "`cache_dit.enable_cache`", cache_dit, package="cache_dit", caches=True),
         Lever("compiled blocks", "`compile_repeated_blocks(fullgraph=True)`", compiled_blocks, no_compiling,
-              exact=False),
+              exact=False, lazy=True),
     )
 }  # fmt: skip
