@@ -9,7 +9,14 @@ from typing import Any
 
 from ..generation.errors import BadInput
 
-_NAMES = {"prompt": "PROMPT", "settings": "--set", "tiling": "--vae-tiling", "source": "SOURCE", "target": "TARGET"}
+_NAMES = {
+    "prompt": "PROMPT",
+    "settings": "--set",
+    "pipeline_options": "--pipeline-option",
+    "tiling": "--vae-tiling",
+    "source": "SOURCE",
+    "target": "TARGET",
+}
 _HINTS = {"backend": " `vidaccel info` says which can run here."}
 
 

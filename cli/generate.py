@@ -11,7 +11,7 @@ import typer
 
 from ..generation.errors import BadInput, worded
 from .errors import one_line_errors, option
-from .options import amount, method_settings
+from .options import amount, method_settings, pipeline_arguments
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +26,10 @@ def generate_command(
         str,
         typer.Option(help='"demo" or "demo-dc" (built in), a folder of a diffusers pipeline, or a hub id owner/name.'),
     ] = "demo",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable."),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,13 +48,16 @@ def generate_command(
         Path | None, typer.Option(help="The last frame, for image-to-video models that take one.")
     ] = None,
     video: Annotated[
-        Path | None, typer.Option(help="A video to start from, for Wan text-to-video models (video to video).")
+        Path | None,
+        typer.Option(help="A video to start from, to go on from or to be led by, for models that take one."),
     ] = None,
+    face_video: Annotated[Path | None, typer.Option(help="For Wan Animate, whose --video is that of the pose.")] = None,
     strength: Annotated[
         float | None, typer.Option(help="With --video: how much of the noise is added to it, above 0 and at most 1.")
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(help="Frames, 4k+1 for Wan, any for DC-VideoGen. (default: the model's)")
+        int | None,
+        typer.Option(help="Frames: 4k+1 for Wan, 8k+1 for LTX, any for DC-VideoGen, ... (default: the model's)"),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. (default: the model's)")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. (default: the model's)")] = None,
@@ -58,7 +65,8 @@ def generate_command(
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance. (default: the model's)")] = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     fps: Annotated[
-        float | None, typer.Option(help="Frames per second of the file. (default: those of --video, otherwise 16)")
+        float | None,
+        typer.Option(help="Frames per second of the file. (default: those of --video, otherwise the model's)"),
     ] = None,
     density: Annotated[
         float | None,
@@ -76,6 +84,10 @@ def generate_command(
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any setting of a method, such as tangent.tolerance=0.02; repeatable."),
+    ] = None,
+    pipeline_option: Annotated[
+        list[str] | None,
+        typer.Option(help="A further argument of the pipeline's call, such as true_cfg_scale=6; repeatable."),
     ] = None,
     backend: Annotated[str, typer.Option(help="What computes attention: auto, or a name of `vidaccel info`.")] = "auto",
     measure_error: Annotated[
@@ -126,6 +138,8 @@ def generate_command(
             last_image,
             video,
             strength,
+            face_video,
+            pipeline_arguments(pipeline_option or []),
         )
         page = out.with_name("report.html") if compare and report is None else report
         check_outputs(out, page, compare)
@@ -149,6 +163,7 @@ def generate_command(
             dtype=dtype,
             offload=offload,
             tiling=vae_tiling,
+            lora=lora or (),
         )
         check_files_of(job, out, page)
         if threads is not None:

@@ -36,6 +36,17 @@ def method_settings(texts: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def pipeline_arguments(texts: list[str]) -> dict[str, Any]:
+    """`["true_cfg_scale=6"]` -> `{"true_cfg_scale": 6}`; BadInput for what has another form."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and name.strip().isidentifier()):
+            raise BadInput("pipeline_options", "it has the form ARGUMENT=VALUE, such as true_cfg_scale=6", value=text)
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
 def _value(text: str) -> Any:
     """A number, tuple, True, False or None as Python writes them or in small letters; else a bare word."""
     if text in _CONSTANTS:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
 from .job import Job, Sparse, prepare
+from .loras import attach
 from .machine import environment
 from .methods import measured_note
 from .outputs import check_file, check_files
@@ -39,6 +40,7 @@ def generate(
     last_image: Any = None,
     video: Any = None,
     strength: float | None = None,
+    face_video: Any = None,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -50,12 +52,14 @@ def generate(
     dense_steps: int | float | None = None,
     dense_layers: int | float | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    pipeline_options: Mapping[str, Any] | None = None,
     backend: str = "auto",
     measure_error: int = 0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     offload: bool = False,
     tiling: bool = False,
+    lora: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -77,18 +81,21 @@ def generate(
             `[H, W, 3]` of bytes or of floats in [0, 1].
         video: for video to video: a file, a list of PIL pictures, or an array `[F, H, W, 3]` of the same.
         strength: how much of the noise is added to `video`, in (0, 1].
+        face_video: of the face that moves, for Wan Animate, whose `video` is that of the pose.
         frames, height, width, steps, guidance_scale: None takes the model's.
         seed: of the initial noise.
-        fps: frames per second of the result; None for those of a file in `video`, and 16 without one.
+        fps: frames per second of the result; None for those of a file in `video`, and the model's without one.
         density: share of attention to compute in sparse steps; None takes the method's.
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         settings: further settings by method: `{"svg2": {"top_p": 0.85}}`.
+        pipeline_options: further arguments of the pipeline's call, by its own names: `{"true_cfg_scale": 6.0}`.
         backend: what computes attention, a name of `BACKENDS`, or "auto".
         measure_error: queries of each sparse call whose true error is measured and reported, see `accelerate`; times
             then include the measuring.
         device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
         offload: keep on the device only the part that is at work.
         tiling: encode and decode in tiles.
+        lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -116,6 +123,8 @@ def generate(
         last_image=last_image,
         video=video,
         strength=strength,
+        face_video=face_video,
+        pipeline_options=pipeline_options or {},
     )
     file, page = (
         None if path is None else file_name(field, path) for field, path in (("out", out), ("report", report))
@@ -137,6 +146,7 @@ def generate(
         dtype=dtype,
         offload=offload,
         tiling=tiling,
+        lora=lora,
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
@@ -183,6 +193,7 @@ def carry_out(
     pipe = job.pipe
     if pipe is None:
         pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
+        attach(pipe, job.loras)
     videos = []
     for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
         if files:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .sound import Sound
 from .video import write_mp4
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class GeneratedVideo:
         warm_up_seconds: time of the uncounted step before, compilation included; None when there was none.
         fps: frames per second to play it with.
         notes: what was done to the pictures or the video that it starts from.
+        sound: of models that make one; it is written with the video.
     """
 
     name: str
@@ -43,10 +45,11 @@ class GeneratedVideo:
     warm_up_seconds: float | None = None
     fps: float = 16
     notes: tuple[str, ...] = ()
+    sound: Sound | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write the video as an MP4 file; see `video.write_mp4`."""
-        return write_mp4(self.frames, path, self.fps)
+        return write_mp4(self.frames, path, self.fps, self.sound)
 
     @property
     def denoise_seconds(self) -> float | None:

@@ -13,7 +13,12 @@ from .model_facts import ModelFacts
 from .request import Settings
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
     from ..attention.layout import VideoLayout
+
+_COUNTED = ("AutoencoderKLWan", "AutoencoderDCV")
+"""Autoencoders whose memory `autoencoders.memory` estimates."""
 
 
 def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
@@ -27,6 +32,8 @@ def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
 def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
     """Tokens and rough memory of a video with a model in a folder: names and texts.
 
+    Of a long video that is made in parts, the tokens of one part count.
+
     Args:
         facts: of the model.
         settings: the request, checked.
@@ -35,34 +42,67 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
     Raises:
         BadInput: a model that is not in a folder here, or whose configs cannot be read.
     """
-    from ..autoencoders.memory import decoding_bytes, default_tile, video_bytes
+    from ..autoencoders.memory import video_bytes
 
     folder = Path(facts.location)
     if not folder.is_dir():
         raise BadInput("model", "a forecast needs the folder of a model that is on this machine", value=facts.name)
     frames, height, width = settings.frames, settings.height, settings.width
-    layout = facts.layout(frames, height, width)
+    layout = settings.layout(facts)
     adapter = _json(folder / "adapter.json") if (folder / "adapter.json").is_file() else None
-    transformer = adapter["transformer"] if adapter is not None else _json(folder / "transformer" / "config.json")
     vae = _autoencoder_config(facts)
-    heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
+    heads, head_dim = facts.row.heads(facts.transformer)
     rows = [("model", f"{facts.name} ({facts.pipeline_class})"), ("video", f"{frames} frames of {width}x{height}")]
     canvas = facts.canvas(frames, height, width)
     if canvas is not None and canvas.is_larger:
         rows.append(("made as", f"{canvas.frames} frames of {canvas.width}x{canvas.height}, cropped"))
     made = (frames, height, width) if canvas is None else (canvas.frames, canvas.height, canvas.width)
-    of_vae = 4 if canvas is None else itemsize
+    parts = facts.row.parts(frames, facts.frame_factor)
+    if parts > 1:
+        rows.append(("made in", f"{parts} parts, one after the other"))
+    of_vae = itemsize if canvas is not None or facts.row.follows else 4
     rows += [
-        ("tokens", f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width})"),
+        ("tokens", _tokens(facts, layout)),
         ("pairs a dense call", f"{layout.tokens**2:,}"),
         ("weights on disk", _weights_on_disk(facts, adapter)),
         ("a forward pass, about", _gb(transformer_bytes(layout.tokens, heads * head_dim, itemsize))),
         *_sparse_rows(layout, heads, head_dim, itemsize),
-        ("decoding, about", _gb(decoding_bytes(vae, *made, of_vae))),
-        ("decoding in tiles, about", _gb(decoding_bytes(vae, *made, of_vae, default_tile(vae)))),
+        *_decoding_rows(vae, made, of_vae),
         ("the decoded video", _gb(video_bytes(frames, height, width))),
     ]
     return rows
+
+
+def _tokens(facts: ModelFacts, layout: VideoLayout) -> str:
+    """The grid, and what lies beside it."""
+    told = f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width}"
+    if layout.text_tokens:
+        told += f", and {'at most ' if facts.row.text_varies else ''}{layout.text_tokens:,} beside them"
+    return f"{told})"
+
+
+def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: int) -> list[tuple[str, str]]:
+    """What decoding takes, whole and in tiles; none for an autoencoder that was not counted."""
+    from ..autoencoders.memory import decoding_bytes, default_tile
+
+    if vae.get("_class_name") not in _COUNTED:
+        return []
+    return [
+        ("decoding, about", _gb(decoding_bytes(vae, *made, itemsize))),
+        ("decoding in tiles, about", _gb(decoding_bytes(vae, *made, itemsize, default_tile(vae)))),
+    ]
+
+
+def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int) -> int:
+    """What decoding takes beside the weights, in bytes, of an autoencoder as it is now.
+
+    One that was not counted is taken for Wan's, a third wider.
+    """
+    from ..autoencoders import memory
+
+    if type(vae).__name__ in _COUNTED:
+        return memory.memory_to_decode(vae, frames, height, width)
+    return memory.decoding_bytes({"base_dim": 128}, frames, height, width, vae.dtype.itemsize)
 
 
 def _sparse_rows(layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> list[tuple[str, str]]:

@@ -60,6 +60,7 @@ class VideoSource:
         fps: frames per second of a file.
         file, media: where it is one.
         given: `[F, H, W, 3]` of bytes otherwise.
+        field: that it is given for.
     """
 
     frames: int
@@ -67,6 +68,7 @@ class VideoSource:
     file: Path | None = None
     media: Media | None = None
     given: np.ndarray | None = None
+    field: str = "video"
 
     def read(self, frames: int, width: int, height: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """The first frames at a size, `[frames, height, width, 3]` of bytes, and in words what was left out for it.
@@ -78,13 +80,15 @@ class VideoSource:
 
         from .pictures import fit_picture
 
-        notes = [f"video: of its {self.frames} frames, the first {frames} are used."] if frames < self.frames else []
+        notes = (
+            [f"{self.field}: of its {self.frames} frames, the first {frames} are used."] if frames < self.frames else []
+        )
         if self.given is None:
             made, note = self._decoded(frames, width, height)
         else:
             fitted = [fit_picture(Image.fromarray(frame), width, height) for frame in self.given[:frames]]
             made, note = np.stack([np.asarray(picture) for picture, _ in fitted]), fitted[0][1]
-        return made, (*notes, *([f"video: {note}"] if note else []))
+        return made, (*notes, *([f"{self.field}: {note}"] if note else []))
 
     def _decoded(self, frames: int, width: int, height: int) -> tuple[np.ndarray, str]:
         """Scaled while it is read, so that no more is held than the result."""
@@ -100,14 +104,15 @@ class VideoSource:
         try:
             return read_frames(self.file, self.media, cut), fit.words()
         except OSError as error:
-            raise BadInput("video", f"cannot be used: {first_line(error).rstrip('.')}") from error
+            raise BadInput(self.field, f"cannot be used: {first_line(error).rstrip('.')}") from error
 
 
-def open_video(video: Any) -> VideoSource:
+def open_video(video: Any, field: str = "video") -> VideoSource:
     """A video, of which a file is not decoded yet.
 
     Args:
         video: a file, PIL pictures or arrays in a list, or an array `[F, H, W, 3]` of bytes or of floats in [0, 1].
+        field: that it is given for.
 
     Raises:
         BadInput: it is none of these, the file is no video, or the pictures differ in size.
@@ -119,16 +124,16 @@ def open_video(video: Any) -> VideoSource:
         try:
             media = probe_video(video)
         except OSError as error:
-            raise BadInput("video", f"cannot be used: {first_line(error).rstrip('.')}") from error
-        return VideoSource(media.frames, media.fps, file=video, media=media)
+            raise BadInput(field, f"cannot be used: {first_line(error).rstrip('.')}") from error
+        return VideoSource(media.frames, media.fps, file=video, media=media, field=field)
     if isinstance(video, list | tuple):
-        pictures = [np.asarray(open_picture("video", picture)) for picture in video]
+        pictures = [np.asarray(open_picture(field, picture)) for picture in video]
         sizes = sorted({f"{picture.shape[1]}x{picture.shape[0]}" for picture in pictures})
         if len(sizes) > 1:
-            raise BadInput("video", f"has pictures of several sizes ({', '.join(sizes)})", "Give them one size.")
+            raise BadInput(field, f"has pictures of several sizes ({', '.join(sizes)})", "Give them one size.")
         video = np.stack(pictures) if pictures else np.empty((0, 0, 0, 3), np.uint8)
-    frames = _bytes("video", _array(video), "[F, H, W, 3]")
-    return VideoSource(len(frames), given=frames)
+    frames = _bytes(field, _array(video), "[F, H, W, 3]")
+    return VideoSource(len(frames), given=frames, field=field)
 
 
 def _array(given: Any) -> Any:
@@ -150,5 +155,5 @@ def _bytes(field: str, given: Any, shape: str) -> np.ndarray:
             if array.min() >= 0 and array.max() <= 1:  # neither holds with a NaN
                 return (array * 255).round().astype(np.uint8)
             told += f" from {array.min():g} to {array.max():g}"
-    kinds = "a file, a PIL picture" if field != "video" else "a file, a list of PIL pictures"
+    kinds = "a file, a list of PIL pictures" if field.endswith("video") else "a file, a PIL picture"
     raise BadInput(field, f"it must be {kinds}, or an array {shape} of bytes or of floats in [0, 1]", value=told)

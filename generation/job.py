@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
+from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
     DENSE,
@@ -20,7 +22,7 @@ from .methods import (
     labels,
     name_of,
 )
-from .model_facts import ModelFacts, inspect_model, inspect_pipeline
+from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .request import INPUTS, Settings
 from .values import count_or_share, number, text
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
+    from .lora_files import LoraFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,7 @@ class Job:
         pipe: the pipeline, where it was given loaded.
         notes: what a user should know, in sentences.
         measure_error: see `accelerate`.
+        loras: that are put into the pipeline once it is loaded.
     """
 
     facts: ModelFacts
@@ -70,6 +74,7 @@ class Job:
     pipe: DiffusionPipeline | None = None
     notes: tuple[str, ...] = ()
     measure_error: int = 0
+    loras: tuple[LoraFile, ...] = ()
 
     @property
     def first(self) -> str:
@@ -85,16 +90,22 @@ class Job:
         from ..pipelines.loading import usual_autoencoder_dtype
 
         settings = self.settings
+        loras = {"LoRAs": ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in self.loras)} if self.loras else {}
         of_vae = usual_autoencoder_dtype(self.facts.makes_any_size, self.dtype)
+        if self.facts.row.follows:
+            of_vae = self.dtype
         if self.pipe is not None:
             of_vae = self.pipe.vae.dtype
+        guidance, options = settings.guidance_scale, settings.pipeline_options
         return {
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
+            **loras,
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
-            "guidance scale": f"{settings.guidance_scale:g}",
+            "guidance scale": "none" if guidance is None else f"{guidance:g}",
             "seed": str(settings.seed),
+            **({"pipeline options": ", ".join(f"{k}={v!r}" for k, v in options.items())} if options else {}),
             "backend": self.backend,
             "dtype": f"{self.dtype}, autoencoder {of_vae}".replace("torch.", ""),
         }
@@ -169,6 +180,7 @@ def prepare(
     dtype: str | torch.dtype = "auto",
     offload: bool = False,
     tiling: bool = False,
+    lora: str | Path | Sequence[str | Path] = (),
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -178,24 +190,28 @@ def prepare(
         compare: run dense from the same seed first.
         device, dtype: a name, or "auto".
         offload, tiling: see `pipelines.loading.load_pipeline`.
+        lora: see `loras.lora_files`; of a pipeline that is not loaded yet.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
     """
     check_names(sparse.names, compare)
+    loras = lora_files(lora)
+    if loras and not isinstance(model, str):
+        raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
     if isinstance(model, str):
         place = choose_device(device, offload)
         chosen_dtype = choose_dtype(dtype, place, model)
-        facts, pipe = inspect_model(model, image=settings.image is not None, video=settings.video is not None), None
+        given = {field: field in settings.given for field in ("image", "video", "last_image")}
+        facts, pipe = inspect_model(model, **given), None
     else:
         _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
-        pipe = model
-        if settings.video is not None and type(model).__name__ == "WanPipeline":
-            from ..pipelines.loading import as_video_to_video
-
-            pipe = as_video_to_video(model)
+        pipe = as_class(model, variant(type(model).__name__, settings.given, dict(getattr(model, "config", {}))))
         facts = inspect_pipeline(pipe)
-        place, chosen_dtype = pipe._execution_device, pipe.transformer.dtype
+        if facts.row.tiled and not pipe.vae.use_tiling:
+            problem = "its autoencoder can decode in tiles alone"
+            raise BadInput("model", problem, "Call enable_tiling() of its vae first.", value=facts.pipeline_class)
+        place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     settings = settings.checked(facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
@@ -204,8 +220,10 @@ def prepare(
         raise BadInput(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
-    layout = facts.layout(settings.frames, settings.height, settings.width)
+    layout = settings.layout(facts)
     runs, why = choose_runs(sparse.methods, compare, layout.tokens)
+    if facts.only_dense:
+        runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given())
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
@@ -233,7 +251,18 @@ def prepare(
         pipe=pipe,
         notes=tuple(notes),
         measure_error=sparse.measure_error,
+        loras=loras,
     )
+
+
+def _dense_alone(facts: ModelFacts, sparse: Sparse, compare: bool) -> tuple[list[str | Method], str]:
+    """The run of a pipeline whose attention cannot be made sparse; BadInput where anything else was asked for."""
+    for name in sparse.names:
+        if name != DENSE:
+            raise BadInput("method", facts.only_dense, "Give dense, or leave it out.", value=name)
+    if compare:
+        raise BadInput("compare", f"is of no use: {facts.only_dense}", "Leave it out.")
+    return [DENSE], f"a {facts.pipeline_class} has no sparse attention here"
 
 
 def _refuse_placing(**given: Any) -> None:

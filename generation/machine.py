@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInput, mention
-from .model_facts import DEMOS
+from .model_places import DEMOS
 
 if TYPE_CHECKING:
     import torch

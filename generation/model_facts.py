@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 from .model_files import Reader, folder_reader, reader
+from .model_places import DEMOS, converted, locate, published_class
+from .rows import NOT_RUN, ROWS, PipelineRow, Shape, find_row, patch_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from ..attention.layout import VideoLayout
     from ..pipelines.deep_compression.canvas import Canvas
 
-DEMOS = ("demo", "demo-dc")
-_PUBLISHED = ("transformer_t2v", "transformer_i2v")
 DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
@@ -31,7 +31,7 @@ class ModelFacts:
     Args:
         name: as the user gave it.
         location: folder or hub id for `from_pretrained`.
-        pipeline_class: name of the diffusers pipeline class.
+        row: of the pipeline class, for this very model.
         frame_factor: pixel frames per latent frame; the first latent frame is one pixel frame.
         size_factor: pixels per latent pixel.
         patch: `(frames, height, width)` of the transformer's patches.
@@ -39,21 +39,28 @@ class ModelFacts:
         pad_frames: frames that the autoencoder puts before a video, for a DC-VideoGen model; None for others.
             Such a model makes any size and length, on a larger canvas that is cropped.
         autoencoder: folder or hub id of the autoencoder of adapter-only weights that lies elsewhere, else None.
-        pictures: first and last pictures that the transformer's image encoder looks at, None where any will do.
         own_defaults: frames, sizes, steps and guidance that the model states, see `DEFAULTS_FILE`.
+        transformer: its config.
+        guider_scale: the guidance scale of its guider, where it has one.
     """
 
     name: str
     location: str
-    pipeline_class: str
+    row: PipelineRow
     frame_factor: int
     size_factor: int
     patch: tuple[int, int, int]
     max_positions: int | None
     pad_frames: int | None = None
     autoencoder: str | None = None
-    pictures: int | None = None
     own_defaults: Mapping[str, int | float] = field(default_factory=dict, hash=False)
+    transformer: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+    guider_scale: float | None = None
+
+    @property
+    def pipeline_class(self) -> str:
+        """Name of the pipeline class."""
+        return self.row.pipeline
 
     @property
     def makes_any_size(self) -> bool:
@@ -66,24 +73,21 @@ class ModelFacts:
         return self.size_factor * self.patch[1], self.size_factor * self.patch[2]
 
     @property
-    def needs_image(self) -> bool:
-        """Whether the pipeline starts from a picture."""
-        return "ImageToVideo" in self.pipeline_class
+    def only_dense(self) -> str:
+        """Why its self-attention cannot be made sparse, in words; "" where it can."""
+        from ..pipelines.acceleration.families import supported_pipelines
 
-    @property
-    def takes_last_image(self) -> bool:
-        """Whether the video can end with a picture."""
-        return self.needs_image and self.pictures != 1
+        known = supported_pipelines()
+        if self.pipeline_class in known:
+            return ""
+        return f"the attention of a {self.pipeline_class} cannot be made sparse; that of these can: {', '.join(known)}"
 
-    @property
-    def needs_last_image(self) -> bool:
-        """Whether the video has to end with a picture."""
-        return self.needs_image and self.pictures == 2
-
-    @property
-    def needs_video(self) -> bool:
-        """Whether the pipeline starts from a video."""
-        return "VideoToVideo" in self.pipeline_class
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size that the model makes where it is asked for another, by its own rule where it has one."""
+        if self.row.nearest_size is not None:
+            return self.row.nearest_size(height, width, self.transformer, self.size_factor)
+        multiple_h, multiple_w = self.size_multiple
+        return max(1, height // multiple_h) * multiple_h, max(1, width // multiple_w) * multiple_w
 
     def canvas(self, frames: int, height: int, width: int) -> Canvas | None:
         """What is generated for a video, where sizes that the model cannot make are made larger; None elsewhere."""
@@ -94,73 +98,104 @@ class ModelFacts:
         factors = {"spatial": self.size_factor, "temporal": self.frame_factor, "pad_frames": self.pad_frames}
         return Canvas.for_video(frames, height, width, patch=self.patch, **factors)
 
-    def layout(self, frames: int, height: int, width: int) -> VideoLayout:
-        """The token grid of a video of `frames` x `height` x `width` pixels."""
+    def layout(
+        self, frames: int, height: int, width: int, given: Collection[str] = (), text: int | None = None
+    ) -> VideoLayout:
+        """The sequence in self-attention of a video of `frames` x `height` x `width` pixels.
+
+        Text that is as long as the prompt (`row.text_varies`) counts with the most that it can have.
+
+        Args:
+            frames, height, width: of the video.
+            given: what it starts from, of image, last_image and video.
+            text: the most tokens that the prompt may have; None for the pipeline's own.
+        """
         from ..attention.layout import VideoLayout
 
         canvas = self.canvas(frames, height, width)
         if canvas is not None:
             return VideoLayout(*canvas.tokens(self.patch, self.size_factor))
-        latent_frames = (frames - 1) // self.frame_factor + 1
-        multiple_h, multiple_w = self.size_multiple
-        return VideoLayout(latent_frames // self.patch[0], height // multiple_h, width // multiple_w)
+        own = self._call_defaults().get("max_sequence_length") or 0
+        shape = Shape(
+            frames,
+            height,
+            width,
+            self.frame_factor,
+            self.size_factor,
+            self.patch,
+            frozenset(given),
+            self.transformer,
+            int(own if text is None else text),
+        )
+        return self.row.sequence(shape)
 
     def call_defaults(self) -> dict[str, Any]:
-        """Frames, sizes, steps, guidance: those that the model states, otherwise those of the pipeline's `__call__`."""
+        """Frames, sizes, steps, guidance: those that the model states, otherwise those of the pipeline's `__call__`.
+
+        guidance_scale is left out where the pipeline has none.
+        """
         if set(self.own_defaults) == set(_DEFAULTS):
             return dict(self.own_defaults)
+        stated = self._call_defaults()
+        names = {"frames": "num_frames", "steps": "num_inference_steps", "guidance_scale": self.row.guidance}
+        found = {n: stated.get(names.get(n, n)) for n in _DEFAULTS}
+        open_ = self.row.defaults(self.transformer, self.size_factor)
+        found = {name: open_.get(name) if value is None else value for name, value in found.items()}
+        if self.guider_scale is not None:
+            found["guidance_scale"] = self.guider_scale
+        if not self.makes_any_size:
+            found["frames"] = self.row.frames.default(int(found["frames"]), self.frame_factor)
+        return {name: value for name, value in found.items() if value is not None} | dict(self.own_defaults)
+
+    def _call_defaults(self) -> dict[str, Any]:
         from ..pipelines.loading import call_defaults
 
-        defaults = call_defaults(self.pipeline_class)
-        defaults.setdefault("num_frames", 81)  # Wan's, where the class takes as many as its input video has
-        names = {"frames": "num_frames", "steps": "num_inference_steps"}
-        return {n: defaults[names.get(n, n)] for n in _DEFAULTS} | dict(self.own_defaults)
+        return call_defaults(self.pipeline_class)
 
 
-def inspect_model(model: str, image: bool = False, video: bool = False) -> ModelFacts:
+def inspect_model(model: str, image: bool = False, video: bool = False, last_image: bool = False) -> ModelFacts:
     """Read what a model is, from `model_index.json` or `adapter.json` and the configs of autoencoder and transformer.
 
     Args:
         model: one of `DEMOS`, a folder that `save_pretrained` of a pipeline wrote or that holds an adapter to another
             autoencoder, or a hub id "owner/name". A folder in the layout in which DC-VideoGen is published is
             converted into the cache of `from_pretrained` first.
-        image: of a published folder with two models, take the one for image to video.
-        video: run a text-to-video model of Wan as video to video, which takes the same weights.
+        image, video, last_image: what is given to start from. Of a published folder with two models, a picture takes
+            the one for image to video; other models run as the class that takes the same weights and that input.
 
     Raises:
-        BadInput: no such model, a folder that is no pipeline, or a pipeline class that cannot be accelerated.
+        BadInput: no such model, a folder that is no pipeline, or a pipeline class that has no row.
     """
-    location = _locate(model)
+    location = locate(model)
     read = reader(location)
     index = read("model_index.json")
     adapter = read("adapter.json") if index is None else None
     if adapter is not None:
         return _adapter_facts(model, location, adapter, read)
     if index is None:
-        published_class = _published_class(read, image)
-        if published_class is None:
+        found = published_class(read, image)
+        if found is None:
             problem = "it is no diffusers pipeline: it has no model_index.json"
             raise BadInput("model", problem, "Give the folder that holds it.", value=model)
-        location = _converted(model, location, published_class)
+        location = converted(model, location, found)
         read = folder_reader(Path(location))
         index = read("model_index.json") or {}
     pipeline_class = index.get("_class_name")
     pipeline_class = pipeline_class[-1] if isinstance(pipeline_class, list) else pipeline_class
-    if video and pipeline_class == "WanPipeline":
-        pipeline_class = "WanVideoToVideoPipeline"
-    return _facts(model, location, str(pipeline_class), read)
+    given = {"image": image, "video": video, "last_image": last_image}
+    return _facts(model, location, str(pipeline_class), read, index, [name for name, there in given.items() if there])
 
 
 def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
     """What a loaded pipeline is; see `inspect_model`.
 
     Raises:
-        BadInput: it is of a class that cannot be accelerated.
+        BadInput: it is of a class that has no row.
     """
     from ..pipelines.acceleration.families import unwrap
 
     location = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
-    name = next((demo for demo in DEMOS if location == _locate(demo)), location)
+    name = next((demo for demo in DEMOS if location == locate(demo)), location)
 
     def read(file: str) -> dict[str, Any] | None:
         if file == DEFAULTS_FILE:
@@ -169,16 +204,55 @@ def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
         config = getattr(part, "config", None)
         return None if config is None else {"_class_name": type(part).__name__, **config}
 
-    return _facts(name, location, type(pipe).__name__, read)
+    return _facts(name, location, type(pipe).__name__, read, dict(getattr(pipe, "config", {})))
 
 
-def _facts(model: str, location: str, pipeline_class: str, read: Reader) -> ModelFacts:
+def check_packages(facts: ModelFacts) -> None:
+    """Raise BadInput where a package that the pipeline needs is not installed."""
+    _refuse_missing(facts.name, facts.row)
+
+
+def _refuse_missing(model: str, row: PipelineRow) -> None:
+    from importlib.util import find_spec
+
+    missing = [package for module, package in row.packages.items() if find_spec(module) is None]
+    if missing:
+        problem = f"a {row.pipeline} needs {' and '.join(missing)}, which is not installed"
+        raise BadInput("model", problem, f"pip install {' '.join(missing)}.", value=model)
+
+
+def variant(facts_class: str, given: Collection[str], index: Mapping[str, Any]) -> str:
+    """The class that takes the same weights and what is given; the class itself where there is none, or no need."""
+    row = find_row(facts_class, index=index)
+    if row is not None:
+        for name in ("last_image", "video", "image"):  # the last picture needs more than the first
+            if name in given and name not in row.takes and name in row.variants:
+                return row.variants[name]
+    return facts_class
+
+
+def _facts(
+    model: str,
+    location: str,
+    pipeline_class: str,
+    read: Reader,
+    index: Mapping[str, Any],
+    given: Collection[str] = (),
+) -> ModelFacts:
     """Of a pipeline whose configs can be read."""
-    from ..pipelines.acceleration.families import supported_pipelines
+    from ..pipelines.loading import call_arguments
 
-    if pipeline_class not in supported_pipelines():
-        known = ", ".join(supported_pipelines())
-        raise BadInput("model", f"it is a {pipeline_class}, which is not supported; supported: {known}", value=model)
+    pipeline_class = variant(pipeline_class, given, index)
+    if pipeline_class in NOT_RUN:
+        raise BadInput("model", f"it is a {pipeline_class}, which is not run: {NOT_RUN[pipeline_class]}", value=model)
+    if pipeline_class not in ROWS:
+        raise BadInput(
+            "model",
+            f"it is a {pipeline_class}, which is not supported; supported: {', '.join(sorted(ROWS))}",
+            "Another one needs a row in generation/rows: the frames that it makes, its autoencoder's factors, and the "
+            "arguments that its call has under other names.",
+            value=model,
+        )
     transformer = next((c for n in ("transformer", "transformer_2") if (c := read(f"{n}/config.json"))), None)
     vae = read("vae/config.json")
     if transformer is None or vae is None:
@@ -187,51 +261,28 @@ def _facts(model: str, location: str, pipeline_class: str, read: Reader) -> Mode
     if "VideoToVideo" in pipeline_class and read("transformer_2/config.json"):
         problem = "it has two transformers, with which diffusers has no video to video"
         raise BadInput("video", f"is of no use: {problem}", "Take a model with one, such as Wan 2.1.")
+    row = find_row(pipeline_class, transformer, index)
+    assert row is not None
+    if not call_arguments(pipeline_class):  # in its place diffusers has a class without a call
+        _refuse_missing(model, row)
     more: dict[str, Any] = {"own_defaults": _own_defaults(model, DEFAULTS_FILE, read(DEFAULTS_FILE))}
-    if transformer.get("image_dim") is not None:
-        more["pictures"] = 1 if transformer.get("pos_embed_seq_len") is None else 2
     if vae.get("_class_name") == "AutoencoderDCV":
-        return _deep_compression_facts(model, location, pipeline_class, vae, transformer, **more)
+        return _deep_compression_facts(model, location, row, vae, transformer, **more)
+    if row.guidance == "guider":
+        scale = (read("guider/guider_config.json") or {}).get("guidance_scale")
+        row, more["guider_scale"] = (row, float(scale)) if scale is not None else (replace(row, guidance=""), None)
+    frame_factor, size_factor = row.factors(vae)
     return ModelFacts(
         name=model,
         location=location,
-        pipeline_class=pipeline_class,
-        # Configs written before diffusers had these two fields belong to Wan 2.1, whose autoencoder is 4x and 8x.
-        frame_factor=int(vae.get("scale_factor_temporal", 4)),
-        size_factor=int(vae.get("scale_factor_spatial", 8)),
-        patch=tuple(transformer.get("patch_size", (1, 2, 2))),
+        row=row,
+        frame_factor=frame_factor,
+        size_factor=size_factor,
+        patch=patch_of(transformer),
         max_positions=transformer.get("rope_max_seq_len"),
+        transformer=transformer,
         **more,
     )
-
-
-def _published_class(read: Reader, image: bool) -> str | None:
-    """The pipeline class of a model in a published layout; None for what is in none."""
-    there = [name for name in _PUBLISHED if read(f"{name}/config.json") is not None]
-    config = read("transformer/config.json")
-    if not there and config is not None and config.get("patch_size") == [1, 1, 1]:
-        there = [_PUBLISHED[config.get("in_channels") != config.get("out_channels")]]
-    if not there:
-        return None
-    name = _PUBLISHED[image] if len(there) > 1 else there[0]
-    return "DCVideoGenPipeline" if name == _PUBLISHED[0] else "DCVideoGenImageToVideoPipeline"
-
-
-def _converted(model: str, location: str, pipeline_class: str) -> str:
-    """The folder of a published model in diffusers' layout, of what is on this machine."""
-    from ..pipelines.deep_compression.published import cached_conversion
-    from ..pipelines.deep_compression.published_hub import downloaded_folder, known_parts
-    from ..pipelines.errors import first_line
-
-    fix = f'Convert it once with "vidaccel convert {model} NEW_FOLDER", and give NEW_FOLDER.'
-    folder = Path(location) if Path(location).is_dir() else downloaded_folder(location)
-    if folder is None:
-        raise BadInput("model", "it is in the layout in which DC-VideoGen is published", fix, value=model)
-    try:
-        parts: dict[str, Any] = known_parts(location, folder)
-        return str(cached_conversion(folder, pipeline_class, **parts, options={"local_files_only": True}))
-    except ValueError as error:
-        raise BadInput("model", first_line(error).rstrip("."), fix, value=model) from error
 
 
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:
@@ -254,9 +305,9 @@ def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Rea
     image = transformer["in_channels"] != transformer["out_channels"]
     pipeline_class = "DCVideoGenImageToVideoPipeline" if image else "DCVideoGenPipeline"
     defaults = _own_defaults(model, "adapter.json", adapter.get("defaults"))
-    return _deep_compression_facts(
-        model, location, pipeline_class, vae, transformer, autoencoder=autoencoder, own_defaults=defaults
-    )
+    row = find_row(pipeline_class, transformer)
+    more: dict[str, Any] = {"autoencoder": autoencoder, "own_defaults": defaults}
+    return _deep_compression_facts(model, location, row, vae, transformer, **more)
 
 
 def _named_autoencoder(model: str, location: str, named: str | None) -> str:
@@ -275,16 +326,17 @@ def _named_autoencoder(model: str, location: str, named: str | None) -> str:
 
 
 def _deep_compression_facts(
-    model: str, location: str, pipeline_class: str, vae: dict[str, Any], transformer: dict[str, Any], **more: Any
+    model: str, location: str, row: PipelineRow, vae: dict[str, Any], transformer: dict[str, Any], **more: Any
 ) -> ModelFacts:
     return ModelFacts(
         name=model,
         location=location,
-        pipeline_class=pipeline_class,
+        row=row,
         frame_factor=4,
         size_factor=2 ** (len(vae.get("block_out_channels", ())) - 2),
         patch=tuple(transformer.get("patch_size", (1, 1, 1))),
         max_positions=transformer.get("rope_max_seq_len"),
+        transformer=transformer,
         pad_frames=int(vae.get("pad_frames", 0)),
         **more,
     )
@@ -308,22 +360,3 @@ def _own_defaults(model: str, file: str, stated: Any) -> dict[str, int | float]:
 
     measured = {"frames": 33 if model == DEMOS[0] else 32, "height": 128, "width": 128}
     return {**measured, "steps": modeling.STEPS, "guidance_scale": modeling.GUIDANCE_SCALE, **stated}
-
-
-def _locate(model: str) -> str:
-    from ..pipelines.locations import is_hub_id
-
-    if model in DEMOS:
-        from .. import demo
-
-        try:
-            return str(demo.path(model))
-        except OSError as error:
-            raise BadInput("model", str(error).rstrip("."), value=model) from error
-    if Path(model).expanduser().is_dir():
-        return str(Path(model).expanduser())
-    if is_hub_id(model):
-        return model
-    known = " nor ".join(f'"{name}"' for name in DEMOS)
-    problem = f"it is neither {known}, nor a folder here, nor a hub id of the form owner/name"
-    raise BadInput("model", problem, value=model)

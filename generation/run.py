@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import statistics
 import time
@@ -12,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .calls import call_arguments, frames_of, guided, parts_of, row_of, sound_of, stepped
 from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
+from .model_facts import ModelFacts, check_packages
 from .request import DEFAULT_FPS, Settings
+from .sound import Sound
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from ..attention.records import RunReport
     from ..attention.schedule import DenseSchedule
     from .job import Job
-    from .model_facts import ModelFacts
 
 StepCallback = Callable[[int, int, Any], None]
 """Called with (steps done, steps of the run, latents after the step) at the end of every denoising step; may raise."""
@@ -47,6 +48,7 @@ class Run:
         step_ends: when each step ended, in seconds from the start.
         report: what attention did; None for the untouched pipeline.
         notes: what was done to the pictures or the video that it starts from, in words.
+        sound: of models that make one.
     """
 
     frames: np.ndarray | None
@@ -54,6 +56,7 @@ class Run:
     step_ends: tuple[float, ...]
     report: RunReport | None
     notes: tuple[str, ...]
+    sound: Sound | None = None
 
     @property
     def step_seconds(self) -> float | None:
@@ -68,16 +71,23 @@ def load(
     """Load the weights and place them; see `pipelines.loading.load_pipeline`.
 
     Raises:
-        BadInput: weights that are missing or unreadable.
+        BadInput: weights that are missing or unreadable, or a package that the pipeline needs is not installed.
     """
     from ..pipelines.errors import first_line
     from ..pipelines.loading import load_pipeline
 
+    check_packages(facts)
     try:
         return load_pipeline(
-            facts.location, dtype, device, pipeline_class=facts.pipeline_class, offload=offload, tiling=tiling
+            facts.location,
+            dtype,
+            device,
+            pipeline_class=facts.pipeline_class,
+            offload=offload,
+            tiling=tiling or facts.row.tiled,
+            autoencoder_dtype=dtype if facts.row.follows else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise BadInput("model", f"it cannot be loaded: {first_line(error).rstrip('.')}", value=facts.name) from error
 
 
@@ -118,53 +128,40 @@ def run(
 def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
     import torch
 
+    row = row_of(pipe)
+    parts = parts_of(pipe, row, settings)
     ends: list[float] = []
 
-    def step_ended(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def step_ended(latents: Any) -> None:
         synchronise(device)
         ends.append(time.perf_counter() - start)
         if on_step is not None:
-            on_step(step + 1, getattr(pipe, "num_timesteps", settings.steps), tensors["latents"])
-        return {}
+            on_step(len(ends), max(len(ends), parts * getattr(pipe, "num_timesteps", settings.steps)), latents)
 
-    inputs = _inputs(settings)
-    # A video-to-video pipeline makes as many frames as it is given.
-    if "num_frames" in inspect.signature(pipe.__call__).parameters:
-        inputs["num_frames"] = settings.frames
     device = pipe._execution_device
     synchronise(device)
     start = time.perf_counter()
-    result = pipe(
-        prompt=settings.prompt,
-        negative_prompt=settings.negative_prompt,
-        height=settings.height,
-        width=settings.width,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(settings.seed),
-        callback_on_step_end=step_ended,
-        output_type="np" if decode else "latent",
-        **inputs,
-    )
+    with guided(pipe, row, settings), stepped(pipe, step_ended) as told:
+        result = pipe(
+            **call_arguments(pipe, row, settings),
+            **told,
+            generator=torch.Generator(device if row.device_noise else "cpu").manual_seed(settings.seed),
+            output_type="np" if decode else "latent",
+        )
     synchronise(device)
     seconds = time.perf_counter() - start
-    frames = np.asarray(result.frames[0], np.float32) if decode else None
-    if frames is not None and not np.isfinite(frames).all():
+    if not decode:
+        return Run(None, seconds, tuple(ends), None, settings.notes)
+    frames = frames_of(row, settings, result)
+    if not np.isfinite(frames).all():
         raise GenerationError(
             f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "
             "another dtype may help (bfloat16 or float32)."
         )
-    return Run(frames, seconds, tuple(ends), None, settings.notes)
-
-
-def _inputs(settings: Settings) -> dict[str, Any]:
-    """The pictures and the video of a checked request, as pipelines take them."""
-    from PIL import Image
-
-    given = {"image": settings.image, "last_image": settings.last_image, "strength": settings.strength}
-    if settings.video is not None:
-        given["video"] = [Image.fromarray(frame) for frame in settings.video]
-    return {name: value for name, value in given.items() if value is not None}
+    notes = settings.notes
+    if len(frames) != settings.frames:
+        notes = (*notes, f"The pipeline made {len(frames)} frames instead of {settings.frames}.")
+    return Run(frames, seconds, tuple(ends), None, notes, sound_of(pipe, row, result))
 
 
 def make_video(
@@ -188,11 +185,12 @@ def make_video(
         decode_seconds=made.seconds - made.step_ends[-1],
         fps=settings.fps or DEFAULT_FPS,
         notes=made.notes,
+        sound=made.sound,
     )
 
 
 def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, *, backend: str = "auto") -> float:
-    """One step that is not counted, so that compilation and first-use costs stay out of the comparison.
+    """A step (or as few as the pipeline makes) that is not counted: compilation and first use stay out of a comparison.
 
     An accelerated warm-up is sparse in every layer, since a dense first step would compile nothing.
 
@@ -201,7 +199,7 @@ def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, 
     """
     from ..attention.schedule import DenseSchedule
 
-    single = replace(settings, steps=1, strength=None if settings.video is None else 1.0)
+    single = replace(settings, steps=row_of(pipe).least_steps, strength=None if settings.video is None else 1.0)
     if method is None:
         return run(pipe, single).seconds
     return run(pipe, single, method, backend=backend, schedule=DenseSchedule(), decode=False).seconds

@@ -7,11 +7,14 @@ import math
 import os
 import secrets
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+
+from .sound import Sound
 
 CRF = 16
 """Quality of H.264: 0 is lossless, 23 is x264's default; 16 is hard to tell from the source."""
@@ -44,7 +47,7 @@ def write_bytes(data: bytes, path: str | Path) -> Path:
     return Path(path)
 
 
-def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
+def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Sound | None = None) -> Path:
     """Encode a video as H.264 with 4:2:0 colour, the one kind every browser plays.
 
     4:2:0 needs even sizes: of an odd one, the last row or column is written twice. The file says that its colours are
@@ -54,6 +57,7 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
         frames: `[F, H, W, 3]` uint8, RGB.
         path: where to, ending in ".mp4"; an existing file is replaced.
         fps: frames per second.
+        sound: written beside it as AAC, as far as the video goes.
 
     Raises:
         ValueError: frames of another shape or dtype, or `fps` not above 0.
@@ -68,11 +72,17 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16) -> Path:
     if not 0 < fps < math.inf:
         raise ValueError(f"fps is {fps}: it must be above 0.")
     rate = Fraction(fps).limit_denominator(1_000_000)  # 29.97... is 30000/1001 exactly
-    with staged(path) as temporary:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(staged(path))
+        heard: list[str] = []
+        if sound is not None:
+            samples = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sound.wav"
+            sound.write_wav(samples, len(frames) / fps)
+            heard = ["-i", str(samples), "-c:a", "aac"]
         # fmt: off
         command = [
             encoder(), "-hide_banner", "-loglevel", "error", "-y",
-            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "-",
+            "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "-", *heard,
             # ffmpeg converts RGB with BT.601 unless told. What a file says of its colours comes from the frames.
             "-vf", "scale=out_color_matrix=bt709:out_range=tv,"
             "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",

@@ -3,29 +3,64 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
 from .checkpoint import replaced, save_tensors
+from .config import ConfigError, nearest
 
 
-def add_lora(transformer: Any, targets: str, rank: int, alpha: float) -> None:
-    """Put a LoRA in float32 on the linear layers of a diffusers model whose names match the expression `targets`.
+def add_lora(transformer: Any, targets: str | Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Put a LoRA in float32 on layers of a diffusers model.
+
+    Args:
+        transformer: the model.
+        targets: regular expression of the names of the layers, or the names themselves.
+        rank, alpha: of the LoRA.
+        dropout: share of a layer's inputs that the LoRA is not shown.
 
     Raises:
         ValueError: no layer has such a name, or the model has a LoRA already.
     """
     from peft import LoraConfig
 
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    chosen = targets if isinstance(targets, str) else list(targets)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=dropout))
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def layers_named(skeleton: nn.Module, targets: Sequence[str], setting: str) -> list[str]:
+    """The layers of a transformer whose names end as the targets say.
+
+    Args:
+        skeleton: the transformer, with or without weights.
+        targets: ends of names, or whole names.
+        setting: that holds them, for messages.
+
+    Raises:
+        ConfigError: a target is the end of no name.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names = [name for name, module in skeleton.named_modules() if isinstance(module, kinds)]
+    for target in targets:
+        if not any(_ends(name, target) for name in names):
+            # Layers of different blocks are called the same behind their number.
+            known = sorted({re.sub(r"^.*\.\d+\.(?=[a-z])", "", name) for name in names})
+            raise ConfigError(f"{setting}: no layer is called {target}: {nearest(target, known)}")
+    return [name for name in names if any(_ends(name, target) for target in targets)]
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def merge(transformer: Any) -> None:

@@ -38,6 +38,39 @@ def sample_sigmas(
     return torch.where(uniform < logit_normal_share, torch.sigmoid(mean + deviation * normal), shifted(rest, shift))
 
 
+def sample_levels(
+    rng: Generators,
+    shift: float,
+    density: str = "logit_normal",
+    mean: float = 0.0,
+    deviation: float = 1.0,
+    levels: tuple[float, float] = (0.0, 1.0),
+) -> torch.Tensor:
+    """A noise level for each clip, `[B]`, of a density that is shifted and cut to a part of [0, 1].
+
+    The density is that of the SD3 paper (arXiv 2403.03206, section 3.1): the numbers that are shifted are uniform, or
+    sigmoids of normal ones. The clips of a step lie in as many parts of equal probability.
+
+    Args:
+        rng: the random numbers.
+        shift: towards noise.
+        density: "uniform" or "logit_normal", with `mean` and `deviation`.
+        levels: the lowest and the highest, where a transformer is used for a part of them only.
+    """
+    low, high = (_before_shift(torch.tensor(level, dtype=torch.float64), shift) for level in levels)
+    if density == "logit_normal":
+        low, high = (torch.special.ndtr((torch.logit(level) - mean) / deviation) for level in (low, high))
+    share = low + rng.stratified().double() * (high - low)
+    if density == "logit_normal":
+        share = torch.sigmoid(mean + deviation * torch.special.ndtri(share.clamp(1e-12, 1 - 1e-12)))
+    return shifted(share, shift).clamp(*levels).float().clamp(max=1 - 2**-24)
+
+
+def _before_shift(level: torch.Tensor, shift: float) -> torch.Tensor:
+    """The number of which `shifted` makes a noise level."""
+    return level / (shift - (shift - 1) * level)
+
+
 def noisy(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Latents `[B, ...]` at the noise levels `[B]`."""
     sigma = sigma.view(-1, *[1] * (latents.ndim - 1))

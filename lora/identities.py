@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from .data.dataset import ClipDataset
 from .data.sampler import Pick
@@ -30,3 +31,9 @@ def dataset_identity(dataset: ClipDataset, sizes: Sequence[SizeSettings], pixels
             what = dataset.identity(pick) if pixels else dataset.outline(index)
             digest.update(f"{number} {index} {what} {dataset.caption(index)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def file_identity(path: Path) -> str:
+    """Equal for equal files, wherever they lie."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from .optional import optional
 from .settings import PhaseSettings
 
 
@@ -35,6 +37,7 @@ def make_optimizer(
 
     Raises:
         ValueError: muon for parameters whose learning rates have different scales.
+        ConfigError: a package that is not installed.
     """
     groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -59,10 +62,30 @@ def make_optimizer(
         }
         for (factor, is_matrix), members in groups.items()
     ]
-    return torch.optim.AdamW(listed, lr=settings.learning_rate, betas=settings.betas)
+    cls: Any = torch.optim.AdamW if settings.optimizer == "adamw" else eight_bit(settings.optimizer)
+    return cls(listed, lr=settings.learning_rate, betas=settings.betas)
+
+
+EIGHT_BIT = {
+    "adamw_8bit_torchao": "torchao.optim",
+    "adamw_8bit_bitsandbytes": "bitsandbytes.optim",
+}
+"""Name of an AdamW whose state takes 8 bits a number -> the module that has it."""
+
+
+def eight_bit(name: str) -> Any:
+    """The class of an 8-bit AdamW. To load it also lets torch read the checkpoints that hold its state.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    return optional(EIGHT_BIT[name], f"optimizer is {name}").AdamW8bit
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group to `rate` times its `scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        if isinstance(group["lr"], torch.Tensor):  # of torchao, which compiles its step
+            group["lr"].fill_(rate * group["scale"])
+        else:
+            group["lr"] = rate * group["scale"]

@@ -19,7 +19,7 @@ from .dataloader import batches, to_device
 from .ema import EMA
 from .fsdp import autocast_forward, layers_of, plugin_of
 from .generators import Generators, derive_seed
-from .optim import learning_rate, make_optimizer, set_learning_rate
+from .optim import EIGHT_BIT, learning_rate, make_optimizer, set_learning_rate
 from .phase_state import PhaseState
 from .progress import duration
 from .recipes.base import Phase
@@ -87,8 +87,7 @@ class PhaseRun:
     def _build(self) -> None:
         accelerator, phase = self.accelerator, self.phase
         seed = phase_seed(self.context.config.seed, phase.name)
-        if self.settings.optimizer == "muon" and plugin_of(accelerator) is not None:
-            raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
+        self._check_fsdp()
         # Before the model is there, so that what encodes the clips has the memory for itself.
         self.clips = phase.clips()
         _seed_all(derive_seed(seed, "process", 0))
@@ -127,6 +126,18 @@ class PhaseRun:
         # Processes must differ in dropout and the like, but not in what `setup` initialised.
         _seed_all(derive_seed(seed, "process", accelerator.process_index))
         self._say_what_begins()
+
+    def _check_fsdp(self) -> None:
+        """Refuse what FSDP would split and must not."""
+        if plugin_of(self.accelerator) is None:
+            return
+        optimizer = self.settings.optimizer
+        if optimizer == "muon":
+            raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
+        if optimizer in EIGHT_BIT:
+            raise ConfigError(f"{optimizer} keeps a state that this trainer cannot gather under FSDP: set adamw.")
+        if self.phase.whole_weights:
+            raise ConfigError(f"{self.phase.whole_weights}, which FSDP splits: train without FSDP, or leave it out.")
 
     def _say_what_begins(self) -> None:
         sizes = self.sampler.members or range(len(self.sampler.sizes))

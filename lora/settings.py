@@ -37,7 +37,8 @@ class PhaseSettings(Settings):
         lr_warmup_steps: steps in which it rises linearly to the peak.
         lr_scheduler: what follows: "constant", or "cosine" or "linear" down to `min_lr_rate` of the peak. With
             `max_minutes` these two end when the time does, if that is earlier.
-        optimizer: "adamw", or "muon" (Muon for matrices, AdamW for the rest).
+        optimizer: "adamw"; "muon" (Muon for matrices, AdamW for the rest); or an AdamW whose state takes 8 bits a
+            number, of torchao or of bitsandbytes, which must be installed.
         betas, weight_decay: of AdamW.
         max_grad_norm: bound of the gradient norm; None for none.
         ema_decay: of the EMA of the weights, which is the result of the phase; 0 for none.
@@ -51,7 +52,7 @@ class PhaseSettings(Settings):
     lr_warmup_steps: int = setting(0, low=0)
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     min_lr_rate: float = setting(0.0, low=0, high=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "adamw_8bit_torchao", "adamw_8bit_bitsandbytes"] = "adamw"
     betas: tuple[float, float] = setting((0.9, 0.99), low=0, below=1)
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float | None = setting(1.0, above=0)
@@ -153,6 +154,24 @@ class DataSettings(Settings):
             yield "folder and folders are both given: put it among `folders`, as {path: ...}."
         if self.kind == "images" and any(size.frames != 1 for size in self.sizes):
             yield "sizes of images have 1 frame: set frames: 1."
+
+
+@dataclass(frozen=True)
+class ValidationSettings(Settings):
+    """What recipes that train a model of videos or images measure and make on the side.
+
+    Args:
+        clips: clips whose loss is measured, each in its own size; nothing of their files is trained on. 0 for none.
+        prompts: of videos that are made; none for none. For image to video, the first frames of the clips are used.
+        negative_prompt, steps, guidance_scale, fps: of these.
+    """
+
+    clips: int = setting(8, low=0)
+    prompts: tuple[str, ...] = setting((), free=True)
+    negative_prompt: str = setting("", free=True)
+    steps: int = setting(20, low=1, free=True)
+    guidance_scale: float = setting(5.0, low=1, free=True)
+    fps: float = setting(16.0, above=0, free=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
+from .optim import EIGHT_BIT, eight_bit
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
 from .recipes.base import Phase, Recipe
@@ -128,6 +129,8 @@ class Trainer:
     def _run(self, resume: str | None) -> dict[str, Any]:
         with self.process.stop.at_once():
             phases = list(self.recipe.phases())
+            for optimizer in {phase.settings.optimizer for phase in phases} & EIGHT_BIT.keys():
+                eight_bit(optimizer)  # before long work, and before a checkpoint with its state is read
             if self.process.is_main:
                 # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
                 self.checkpoints.clean()

@@ -24,7 +24,7 @@ class ForwardPass:
         layout: the sequence of its self-attention calls; None where there is no video that is known.
         reason: why the whole pass stays dense, empty when it may be sparse.
         geometry: of the model, None when it is not known.
-        offsets, main_layers, extra_calls: see `Geometry`.
+        offsets, main_layers, extra_calls, silent: see `Geometry`.
         offered: attention calls of any kind.
         calls: those over the video, of the model's own blocks.
     """
@@ -38,6 +38,7 @@ class ForwardPass:
     offsets: dict[str, int] = field(default_factory=dict)
     main_layers: int = 0
     extra_calls: Mapping[int, int] = field(default_factory=dict)
+    silent: frozenset[int] = frozenset()
     offered: int = 0
     calls: int = 0
     extra: int = 0
@@ -56,10 +57,11 @@ class ForwardPass:
         """
         index = options.get("block_index")
         if index is None:
-            if self.calls >= self.main_layers + sum(self.extra_calls.values()):
+            layers = [n for n in range(self.main_layers + sum(self.extra_calls.values())) if n not in self.silent]
+            if self.calls >= len(layers):
                 return None
             self.calls += 1
-            return self.calls - 1
+            return layers[self.calls - 1]
         # Where there is one kind of blocks, a model may call it as it likes.
         offset = 0 if len(self.offsets) < 2 else self.offsets.get(options.get("block_type", ""))
         if offset is None:

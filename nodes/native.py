@@ -25,7 +25,8 @@ from ..attention.methods.base import OutOfReach
 from ..attention.records import KEPT_RUNS
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
-from .geometry import Geometry, Inputs, find_geometry, supported_models, unwrap
+from .geometry import Geometry, Inputs, StaysDense, unwrap
+from .native_models import find_geometry, why_dense
 from .news import CACHED, NEVER, News, nothing
 from .sampling import DensePart, branches_of, step_of
 from .wording import limit_words, said_by, video_words
@@ -164,31 +165,17 @@ class NativeAttention:
         geometry = find_geometry(model)
         current = ForwardPass(step, branches, x.shape[0], None, "", geometry)
         if geometry is None:
-            self.note(
-                f"{type(model).__name__} is no model that sparse attention knows, so it stays dense. "
-                f"Known: {supported_models()}.",
-                logging.WARNING,
-            )
+            self.note(why_dense(model), logging.WARNING)
             return current
-        inputs = Inputs(model, tuple(x.shape), 0 if text is None else text.shape[1], conditions)
-        layout = geometry.layout(inputs)
-        if layout is None:
-            self.note(
-                f"a latent of {'x'.join(map(str, x.shape))} is no video that can be read here (an image, or several "
-                "latents in one), so all stayed dense.",
-                logging.WARNING,
-            )
-            return current
-        if geometry.ambiguous(inputs, layout):
-            self.note(
-                f"the text is as long as the video ({layout.tokens} tokens), so self- and cross-attention cannot be "
-                "told apart, and all stayed dense. Another size or length of the video helps.",
-                logging.WARNING,
-            )
+        inputs = Inputs.of(model, x, text, conditions)
+        try:
+            layout = geometry.layout(inputs)
+        except StaysDense as reason:
+            self.note(f"{reason}, so all stayed dense.", logging.WARNING)
             return current
         current.layout = layout
         current.offsets, current.main_layers = geometry.block_offsets(model), geometry.main_layers(model)
-        current.extra_calls = geometry.extra_calls(inputs)
+        current.extra_calls, current.silent = geometry.extra_calls(inputs), frozenset(geometry.silent(options))
         if layout.video_tokens < self.min_tokens:
             current.reason = f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
         else:

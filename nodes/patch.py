@@ -9,8 +9,9 @@ import torch
 
 from ..attention import Method, VideoLayout
 from ..attention.backends import refusal
-from .geometry import find_geometry, unwrap
+from .geometry import unwrap
 from .native import KEY, NativeAttention
+from .native_models import find_geometry
 from .sampling import DensePart, parse_layers
 from .wording import check_stand_ins
 

@@ -55,7 +55,8 @@ class VidaccelLoadPipeline(io.ComfyNode):
             node_id="VidaccelLoadPipeline",
             display_name="Load Video Pipeline",
             category=CATEGORY,
-            description="Loads a video pipeline of diffusers: Wan 2.1 and 2.2, DC-VideoGen. The built-in ones are tiny "
+            description="Loads a video pipeline of diffusers: Wan and its kin, HunyuanVideo, CogVideoX, LTX, Cosmos, "
+            "Kandinsky, Mochi, Allegro and others; DC-VideoGen. The built-in ones are tiny "
             "models that draw moving shapes, one in Wan's latents and one in DC-AE-V's (demo-dc); they need no "
             "download and run on a CPU.",
             inputs=[
@@ -174,7 +175,7 @@ class VidaccelGenerateVideo(io.ComfyNode):
                         min=0,
                         max=8192,
                         step=8,
-                        tooltip=f"Pixels: a multiple of 16 for Wan, any number for DC-VideoGen. {own}",
+                        tooltip=f"Pixels: a multiple of 16 for most (32 for LTX), any number for DC-VideoGen. {own}",
                     )
                     for side in ("width", "height")
                 ),
@@ -183,7 +184,8 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     default=0,
                     min=0,
                     max=4097,
-                    tooltip=f"4k + 1 for Wan: 33, 81, ...; any number for DC-VideoGen. {own}",
+                    tooltip="4k + 1 for Wan and most others: 33, 81, ...; 8k + 1 for LTX and CogVideoX, 6k + 1 for "
+                    f"Mochi; any number for DC-VideoGen. {own}",
                 ),
                 io.Int.Input("steps", default=0, min=0, max=1000, tooltip=f"Denoising steps. {own}"),
                 io.Float.Input(
@@ -203,7 +205,12 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     tooltip="Of the initial noise.",
                 ),
                 io.Float.Input(
-                    "fps", default=16.0, min=1.0, max=240.0, step=1.0, tooltip="Frames per second of the VIDEO output."
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=240.0,
+                    step=1.0,
+                    tooltip=f"Frames per second of the VIDEO output, which some models are told. {own}",
                 ),
                 io.Image.Input(
                     "image", optional=True, tooltip="The first frame, for an image-to-video pipeline; fitted to size."
@@ -228,6 +235,9 @@ class VidaccelGenerateVideo(io.ComfyNode):
                     step=0.05,
                     tooltip=f"With video alone: how much of it is replaced by noise; 1 keeps nothing. {own}",
                 ),
+                io.Video.Input(
+                    "face_video", optional=True, tooltip="For Wan Animate, whose video is that of the pose: the face."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The frames."),
@@ -246,10 +256,11 @@ class VidaccelGenerateVideo(io.ComfyNode):
         last_image: torch.Tensor | None = None,
         video: Any = None,
         strength: float = 0.0,
+        face_video: Any = None,
         **given: Any,
     ) -> io.NodeOutput:
         with plain_messages():
-            own = ("width", "height", "frames", "steps")  # 0: the model's own
+            own = ("width", "height", "frames", "steps", "fps")  # 0: the model's own
             sizes = {name: given.pop(name) or None for name in own}
             settings = Settings(**given, **sizes, guidance_scale=guidance or None, strength=strength or None)
         made = pipelines.generate(
@@ -258,12 +269,11 @@ class VidaccelGenerateVideo(io.ComfyNode):
             image=image,
             last_image=last_image,
             video=None if video is None else video.get_components().images,
+            face_video=None if face_video is None else face_video.get_components().images,
             on_step=_progress(pipeline),
         )
         film = InputImpl.VideoFromComponents(
-            Types.VideoComponents(
-                images=made.frames, audio=None, frame_rate=Fraction(settings.fps).limit_denominator(1001)
-            )
+            Types.VideoComponents(images=made.frames, audio=None, frame_rate=Fraction(made.fps).limit_denominator(1001))
         )
         return io.NodeOutput(made.frames, film, replace(made.report, queued=queue_entry()))
 
@@ -324,7 +334,7 @@ def _preview(pipeline: pipelines.VideoPipeline) -> Callable[[torch.Tensor], Pict
     from PIL import Image
 
     pipe = pipeline.pipe
-    if args.preview_method == LatentPreviewMethod.NoPreviews:
+    if args.preview_method == LatentPreviewMethod.NoPreviews or not previews.has_known_latents(pipe):
         return lambda latents: None
 
     def decoded(latents: torch.Tensor) -> Picture:

@@ -14,9 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..generation.calls import as_class
 from ..generation.errors import BadInput
 from ..generation.machine import check_runs, choose_dtype
-from ..generation.model_facts import DEMOS, ModelFacts, inspect_model
+from ..generation.model_facts import ModelFacts, inspect_model
+from ..generation.model_places import DEMOS
 from ..generation.request import Settings
 from ..generation.run import Run, StepCallback
 from ..generation.run import load as load_pipeline
@@ -108,18 +110,16 @@ class VideoPipeline:
         check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
         return replace(self, acceleration=acceleration)
 
-    def for_video(self) -> VideoPipeline:
-        """The same weights where an input video is given: a text-to-video pipeline of Wan can start from one.
+    def starting_from(self, given: Sequence[str]) -> VideoPipeline:
+        """The same weights in the pipeline that takes what is given, of image, last_image and video.
 
         Raises:
-            BadInput: it is one of Wan 2.2's with two transformers.
+            BadInput: a video for one of Wan 2.2's with two transformers.
         """
-        from ..pipelines.loading import as_video_to_video
-
-        facts = inspect_model(self.facts.name, video=True)
+        facts = inspect_model(self.facts.name, **{name: name in given for name in ("image", "last_image", "video")})
         if facts.pipeline_class == self.facts.pipeline_class:
             return self
-        return replace(self, facts=facts, pipe=as_video_to_video(self.pipe))
+        return replace(self, facts=facts, pipe=as_class(self.pipe, facts.pipeline_class))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +129,12 @@ class Generation:
     Args:
         frames: `[F, H, W, 3]` float32 on the CPU, in [0, 1], as ComfyUI's IMAGE.
         report: for the report node.
+        fps: frames per second, those asked for or the model's.
     """
 
     frames: torch.Tensor
     report: GenerationReport
+    fps: float
 
 
 # -- loading and running -----------------------------------------------------------------------------------------------
@@ -195,6 +197,7 @@ def generate(
     image: torch.Tensor | None = None,
     last_image: torch.Tensor | None = None,
     video: torch.Tensor | None = None,
+    face_video: torch.Tensor | None = None,
     on_step: StepCallback,
 ) -> Generation:
     """Make a video. The initial noise comes from a CPU generator, so a seed gives the same one on every device.
@@ -204,7 +207,9 @@ def generate(
         settings: None in a field takes the model's own value.
         image, last_image: `[1, H, W, 3]` in [0, 1], the first and the last frame, for an image-to-video pipeline;
             fitted to the video's size.
-        video: `[F, H, W, 3]` in [0, 1], to start from. A text-to-video pipeline of Wan then runs as video to video.
+        video: `[F, H, W, 3]` in [0, 1], to start from. A pipeline that takes none then runs as the one that does, with
+            the same weights, where there is one: Wan's as video to video, for example.
+        face_video: `[F, H, W, 3]` in [0, 1], for Wan Animate alone.
         on_step: called at the end of every step; may raise to stop the run.
 
     Raises:
@@ -217,12 +222,14 @@ def generate(
             image=_picture(image),
             last_image=_picture(last_image),
             video=None if video is None else _bytes(video),
+            face_video=None if face_video is None else _bytes(face_video),
         )
-        if video is not None:
-            pipeline = pipeline.for_video()
+        pipeline = pipeline.starting_from(settings.given)
         settings = settings.checked(pipeline.facts)
-        layout = pipeline.facts.layout(settings.frames, settings.height, settings.width)
+        layout = settings.layout(pipeline.facts)
         acceleration = pipeline.acceleration
+        if acceleration is not None and pipeline.facts.only_dense:
+            raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")
         method = acceleration.method_for(layout) if acceleration else None
         pipeline.residency.begin(pipeline.pipe, layout, settings, method)
     start = time.perf_counter()
@@ -247,12 +254,13 @@ def _generation(
         report = acceleration.reported(report)
         if made.report is None:
             heading = f"No call was sparse: {acceleration.dense_reason(layout)}."
+    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}, "
     told = (
-        f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, guidance "
-        f"{settings.guidance_scale:g}, seed {settings.seed}: {seconds:.1f} s with text and decoding"
+        f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, {guidance}"
+        f"seed {settings.seed}: {seconds:.1f} s with text and decoding"
     )
     report = replace(report, notes=(*report.notes, *made.notes, told))
-    return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading)))
+    return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading)), settings.fps)
 
 
 def _picture(image: torch.Tensor | None) -> Any:

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+def has_known_latents(pipe: DiffusionPipeline) -> bool:
+    """Whether the latents of its steps are Wan's or DC-AE-V's, `[B, C, F, h, w]`: others differ in order or colour."""
+    of_wan = type(pipe.vae).__name__ == "AutoencoderKLWan" and type(pipe).__name__.startswith("Wan")
+    return of_wan or type(pipe.vae).__name__ == "AutoencoderDCV"
+
+
 def preview_latent(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
     """The middle frame of what the model makes of the latents at this step, `[1, C, 1, h, w]`.
 

@@ -115,18 +115,22 @@ def working_memory(
         layout, settings: of the video.
         method: of self-attention; None for dense.
     """
-    from ..autoencoders.memory import memory_to_decode
+    from ..generation.calls import row_of
+    from ..generation.forecast import memory_to_decode
+    from ..generation.rows import patch_of
 
+    row = row_of(pipe)
     needs, (height, width) = {}, (settings.height, settings.width)
     for name in ("transformer", "transformer_2"):
         part = getattr(pipe, name, None)
         if part is not None:
-            heads, head_dim = part.config.num_attention_heads, part.config.attention_head_dim
+            heads, head_dim = row.heads(part.config)
             needs[name] = transformer_bytes(layout.tokens, heads * head_dim, part.dtype.itemsize)
             needs[name] += 0 if method is None else method.table_bytes(layout, heads, head_dim, part.dtype.itemsize)
             # What is made may be larger than what is asked for, and is cropped.
-            factor = pipe.vae.config.scale_factor_spatial
-            height = max(height, layout.height * part.config.patch_size[1] * factor)
-            width = max(width, layout.width * part.config.patch_size[2] * factor)
+            _, factor = row.factors(pipe.vae.config)
+            _, patch_h, patch_w = patch_of(part.config)
+            height = max(height, layout.height * patch_h * factor)
+            width = max(width, layout.width * patch_w * factor)
     needs["vae"] = memory_to_decode(pipe.vae, settings.frames, height, width)
     return needs

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..attention import BACKENDS, SVG, SVG2, Method, Radial, Sparge, Tangent, VideoLayout
 from ..attention.methods.base import check_fraction
 from ..generation.methods import MIN_SPARSE_TOKENS
-from .geometry import supported_models
+from .native_models import supported_models
 from .patch import sparsify
 from .report_node import Report
 from .schema import accepted

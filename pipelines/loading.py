@@ -124,3 +124,13 @@ def call_defaults(pipeline_class: str) -> dict[str, Any]:
             parameters = inspect.signature(vars(cls)["__call__"]).parameters.values()
             found |= {p.name: p.default for p in parameters if p.default is not p.empty}
     return found
+
+
+def call_arguments(pipeline_class: str) -> list[str]:
+    """The names of the arguments of the `__call__` of a pipeline class and of those it is built on."""
+    found: dict[str, None] = {}
+    for cls in find_class(pipeline_class).__mro__:
+        if "__call__" in vars(cls):
+            parameters = inspect.signature(vars(cls)["__call__"]).parameters.values()
+            found |= {p.name: None for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return [name for name in found if name != "self"]

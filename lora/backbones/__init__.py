@@ -1,11 +1,13 @@
-"""Model families that `ae_adapt` can move to another autoencoder: one file each, derived from `base.Backbone`."""
+"""Model families, one file each: as they are (`OWN_FAMILIES`), and moved to another autoencoder (`FAMILIES`)."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import ConfigError
-from .base import Backbone
+from .base import Backbone, OwnModel
 
 FAMILIES = {
     "WanPipeline": ("wan", "WanBackbone"),
@@ -13,11 +15,19 @@ FAMILIES = {
     "FluxPipeline": ("flux", "FluxBackbone"),
     "SanaPipeline": ("sana", "SanaBackbone"),
 }
-"""Class of the base pipeline -> (module, class)."""
+"""Class of the base pipeline -> (module, class), for models that are moved to another autoencoder."""
+
+OWN_FAMILIES = {
+    "WanPipeline": ("wan_own", "WanModel"),
+    "WanImageToVideoPipeline": ("wan_own", "WanModel"),
+    "FluxPipeline": ("flux", "FluxModel"),
+    "SanaPipeline": ("sana", "SanaModel"),
+}
+"""The same for models as they are. A family is one more file and one line here."""
 
 
 def open_backbone(base: str, autoencoder: str, **options: Any) -> Backbone:
-    """The backbone of a base pipeline.
+    """A base pipeline that is moved to another autoencoder.
 
     Args:
         base: folder or hub id.
@@ -27,8 +37,24 @@ def open_backbone(base: str, autoencoder: str, **options: Any) -> Backbone:
     Raises:
         ConfigError: no pipeline, one of another family, or parts that do not fit.
     """
-    import importlib
+    return _class_of(base, FAMILIES, "ae_adapt")(base, autoencoder, **options)
 
+
+def open_model(base: str, recipe: str, **options: Any) -> OwnModel:
+    """A base pipeline as it is.
+
+    Args:
+        base: folder or hub id.
+        recipe: that asks for it, for messages.
+        options: arguments of the model's class.
+
+    Raises:
+        ConfigError: no pipeline, one of another family, or an option that it does not have.
+    """
+    return _class_of(base, OWN_FAMILIES, recipe)(base, **options)
+
+
+def _class_of(base: str, families: Mapping[str, tuple[str, str]], recipe: str) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
@@ -36,7 +62,7 @@ def open_backbone(base: str, autoencoder: str, **options: Any) -> Backbone:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.base: {base} has no readable model_index.json: {error}") from error
     name = name[-1] if isinstance(name, list) else name
-    if name not in FAMILIES:
-        raise ConfigError(f"model.base: {base} is a {name}; ae_adapt takes {', '.join(FAMILIES)}.")
-    module, cls = FAMILIES[name]
-    return getattr(importlib.import_module(f".{module}", __name__), cls)(base, autoencoder, **options)
+    if name not in families:
+        raise ConfigError(f"model.base: {base} is a {name}; {recipe} takes {', '.join(families)}.")
+    module, cls = families[name]
+    return getattr(importlib.import_module(f".{module}", __name__), cls)

@@ -1,4 +1,4 @@
-"""What `ae_adapt` must know of a model family."""
+"""What the recipes must know of a model family, as it is (`OwnModel`) or moved to another autoencoder (`Backbone`)."""
 
 from __future__ import annotations
 
@@ -11,57 +11,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...attention.layout import VideoLayout
+from ..flow import noisy
+
 Text = dict[str, torch.Tensor]
 """A prompt as a model sees it: "states" `[n, D]`, and for some families "pooled" `[P]`."""
 
 
-class Backbone(ABC):
-    """A pre-trained transformer, its own autoencoder, and the deep-compression autoencoder it is moved to.
+class PretrainedModel(ABC):
+    """A pre-trained transformer with its own or another autoencoder, as training sees it.
 
-    Tokens are grids `[B, D, T, H, W]`; images have T = 1.
+    Latents are grids `[B, C, T, H, W]`; images have T = 1.
 
     Attributes:
-        trained_fully: beginnings of the names of the parameters of the embedder and of the head.
-        lora_targets: regular expression of the names of the layers that get a LoRA.
         text_length: positions that prompts are padded to.
-        factor: pixels of the new autoencoder's latents.
         image: whether the model starts from a picture.
         config: of the transformer.
         base: folder or hub id of the pipeline.
-        autoencoder: the deep-compression one.
     """
 
     base: str
-    autoencoder: Any
-    trained_fully: tuple[str, ...]
-    lora_targets: str
     text_length: int
-    factor: int
     image: bool = False
     config: Mapping[str, Any]
-
-    @property
-    def inner(self) -> int:
-        """Width of the tokens."""
-        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
 
     @abstractmethod
     def check_size(self, frames: int, height: int, width: int) -> str | None:
         """Why clips of this size cannot be trained on, or None."""
-
-    @abstractmethod
-    def student(self) -> nn.Module:
-        """The transformer with a new embedder (Xavier) and a new head (zero), all else as pre-trained."""
-
-    @abstractmethod
-    def aligner(self) -> nn.Module:
-        """The new embedder alone, as a module whose parameters are named as in the transformer. Called with a batch of
-        parts, it gives tokens.
-        """
-
-    @abstractmethod
-    def teacher(self) -> nn.Module:
-        """The pre-trained embedder, frozen. Called with a batch of parts, it gives tokens."""
 
     def told(self, sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The noise levels nearest to `sigma`, `[B]`, that the model can be told when it computes in `dtype`."""
@@ -79,7 +55,7 @@ class Backbone(ABC):
         """The model's prediction of noise - latents.
 
         Args:
-            model: of `student`, possibly wrapped.
+            model: the transformer, possibly wrapped.
             latents: noisy ones, `[B, C, T, H, W]`.
             sigma: their noise levels, `[B]` in [0, 1]; the model is given exactly the timestep of these.
             texts: of each clip's prompt.
@@ -87,26 +63,113 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def save(self, transformer: nn.Module, folder: Path) -> None:
-        """Write a pipeline folder with a finished transformer."""
-
-    @abstractmethod
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         """A video `[3, T, H, W]` in [-1, 1].
 
         Args:
-            transformer: of `student`.
+            transformer: that is trained.
             texts: of the prompt and of the negative prompt.
             request: everything else.
         """
 
     @abstractmethod
-    def encoder(self, parts: Sequence[str]) -> Encoder:
-        """What encodes clips into the named parts."""
-
-    @abstractmethod
     def text_encoder(self) -> TextEncoder:
         """What encodes prompts."""
+
+
+class OwnModel(PretrainedModel):
+    """A pre-trained model as it is, with the autoencoder that it was trained with.
+
+    Attributes:
+        lora_targets: ends of the names of the layers that get a LoRA where nothing else is asked for.
+        part: name of the transformer among the components of the pipeline.
+        levels: the lowest and the highest noise level that the transformer is used for.
+    """
+
+    lora_targets: tuple[str, ...]
+    part: str = "transformer"
+    levels: tuple[float, float] = (0.0, 1.0)
+
+    @abstractmethod
+    def transformer(self, quantisation: Any = None) -> nn.Module:
+        """The transformer as it was trained, frozen.
+
+        Args:
+            quantisation: of its weights, as diffusers takes it; None for none.
+        """
+
+    @abstractmethod
+    def skeleton(self) -> nn.Module:
+        """The transformer without weights, on the meta device, to look into before they are read."""
+
+    def check_layers(self, layers: Sequence[str]) -> str | None:
+        """Why a LoRA on these layers of the transformer cannot be, or None."""
+        return None
+
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """What encodes clips into "latents" and whatever else `velocity` needs."""
+
+    def layout(self, frames: int, height: int, width: int) -> VideoLayout | None:
+        """The tokens of a clip as sparse attention sees them; None where the model has no sparse attention."""
+        return None
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What the model is shown: latents `[B, C, T, H, W]` at their noise levels `[B]`."""
+        return noisy(latents, noise, sigma)
+
+    def error(self, made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Squared errors of the velocity where the model has to predict it, in float32."""
+        return (made.float() - wanted).square()
+
+    def file_name(self, layer: str) -> str:
+        """The name under which files of LoRAs have a layer, so that diffusers and ComfyUI read them."""
+        return f"transformer.{layer}"
+
+
+class Backbone(PretrainedModel):
+    """A pre-trained transformer, its own autoencoder, and the deep-compression autoencoder it is moved to.
+
+    Tokens are grids `[B, D, T, H, W]`; images have T = 1.
+
+    Attributes:
+        trained_fully: beginnings of the names of the parameters of the embedder and of the head.
+        lora_targets: regular expression of the names of the layers that get a LoRA.
+        factor: pixels of the new autoencoder's latents.
+        autoencoder: the deep-compression one.
+    """
+
+    autoencoder: Any
+    trained_fully: tuple[str, ...]
+    lora_targets: str
+    factor: int
+
+    @property
+    def inner(self) -> int:
+        """Width of the tokens."""
+        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+
+    @abstractmethod
+    def student(self) -> nn.Module:
+        """The transformer with a new embedder (Xavier) and a new head (zero), all else as pre-trained."""
+
+    @abstractmethod
+    def aligner(self) -> nn.Module:
+        """The new embedder alone, as a module whose parameters are named as in the transformer. Called with a batch of
+        parts, it gives tokens.
+        """
+
+    @abstractmethod
+    def teacher(self) -> nn.Module:
+        """The pre-trained embedder, frozen. Called with a batch of parts, it gives tokens."""
+
+    @abstractmethod
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        """Write a pipeline folder with a finished transformer."""
+
+    @abstractmethod
+    def encoder(self, parts: Sequence[str]) -> Encoder:
+        """What encodes clips into the named parts."""
 
     @abstractmethod
     def parts(self, align: bool) -> tuple[str, ...]:

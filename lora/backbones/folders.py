@@ -112,19 +112,19 @@ def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def transformer_files(base: str, samples: int = 16) -> str:
-    """A hash of what the transformer of a pipeline is, from a folder or the hub: equal wherever its files lie.
+def transformer_files(base: str, part: str = "transformer", samples: int = 16) -> str:
+    """A hash of what a transformer of a pipeline is, from a folder or the hub: equal wherever its files lie.
 
     Of each file of weights, the size and `samples` evenly spaced parts of 4 KiB count; the first has the names.
     """
-    config = _file(base, "config.json")
+    config = _file(base, "config.json", part)
     stated = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
     digest = hashlib.sha256(json.dumps({k: v for k, v in stated.items() if k[0] != "_"}, sort_keys=True).encode())
-    index = _file(base, f"{_WEIGHTS}.index.json")
+    index = _file(base, f"{_WEIGHTS}.index.json", part)
     names = [_WEIGHTS]
     if index is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for path in filter(None, (_file(base, name) for name in names)):
+    for path in filter(None, (_file(base, name, part) for name in names)):
         size = path.stat().st_size
         digest.update(f"{size}".encode())
         with open(path, "rb") as file:
@@ -134,16 +134,16 @@ def transformer_files(base: str, samples: int = 16) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file(base: str, name: str) -> Path | None:
-    """A file of the transformer, from a folder or the hub."""
+def _file(base: str, name: str, part: str = "transformer") -> Path | None:
+    """A file of a transformer, from a folder or the hub."""
     if Path(base).is_dir():
-        path = Path(base) / "transformer" / name
+        path = Path(base) / part / name
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(base, f"transformer/{name}"))
+        return Path(hf_hub_download(base, f"{part}/{name}"))
     except (OSError, ValueError, EntryNotFoundError):
         return None
 

@@ -1,4 +1,4 @@
-"""SANA, moved from its own `AutoencoderDC` to a deeper one."""
+"""SANA, as it is, and moved from its own `AutoencoderDC` to a deeper one."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ from ...pipelines.deep_compression.text_to_image import DCGenSanaPipeline
 from ..config import ConfigError
 from ..flow import TIMESTEPS
 from .base import Text
+from .folders import read_config
 from .image import ImageBackbone
+from .image_family import ImageFamily
+from .image_own import OwnImageModel
 
 _INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What the pipeline puts before prompts."""
 
 
-class SanaBackbone(ImageBackbone):
+class SanaFamily(ImageFamily):
     """Text to image with SANA 1.0 and 1.5."""
 
     pipeline_class, transformer_class, vae_class = SanaPipeline, SanaTransformer2DModel, AutoencoderDC
     text_parts = ("text_encoder", "tokenizer")
-    trained_fully = ("patch_embed.proj.", "proj_out.")
-    lora_targets = (
-        r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.conv_(inverted|point))"
-        r"|time_embed\.(emb\.timestep_embedder\.linear_[12]|linear)"
-    )
     text_length = 300
-    embedding_name = "patch_embed.proj"
 
     def check_base(self) -> None:
         channels = int(AutoencoderDC.load_config(self.base, subfolder="vae").get("latent_channels", 32))
@@ -41,21 +38,10 @@ class SanaBackbone(ImageBackbone):
         if found != ("SanaTransformer2DModel", channels, 1):
             raise ConfigError(
                 f"model.base: {self.base} has a {found[0]} that takes {found[1]} channels in patches of {found[2]}; "
-                f"ae_adapt takes a SanaTransformer2DModel with the {channels} of its autoencoder in patches of 1."
+                f"the recipes take a SanaTransformer2DModel with the {channels} of its autoencoder in patches of 1."
             )
         if self.config.get("guidance_embeds"):
-            raise ConfigError(f"model.base: {self.base} is a distilled SANA (Sprint), which ae_adapt does not do.")
-
-    def new_embedding(self) -> nn.Conv2d:
-        return started_anew(nn.Conv2d(self.latent_channels, self.inner, kernel_size=1))
-
-    def swap(self, transformer: SanaTransformer2DModel) -> None:
-        transformer.patch_embed.proj = self.new_embedding()
-        transformer.proj_out = zero_head(self.inner, self.latent_channels)
-        transformer.register_to_config(in_channels=self.latent_channels, out_channels=self.latent_channels)
-
-    def embed(self, embedding: nn.Module, latents: torch.Tensor, old: bool) -> torch.Tensor:
-        return embedding(latents)
+            raise ConfigError(f"model.base: {self.base} is a distilled SANA (Sprint), which no recipe does.")
 
     def old_latents(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         return vae.encode(pixels).latent * vae.config.scaling_factor
@@ -111,10 +97,6 @@ class SanaBackbone(ImageBackbone):
         ]
         return torch.stack(states), (torch.arange(longest) < torch.tensor(lengths)[:, None]).float()
 
-    def assemble(self, base: DiffusionPipeline, vae: nn.Module, transformer: nn.Module) -> DCGenSanaPipeline:
-        components = {name: getattr(base, name, None) for name in (*self.text_parts, "scheduler")}
-        return DCGenSanaPipeline(**components, vae=vae, transformer=transformer)
-
     def prompt_inputs(self, text: Text, negative: Text) -> dict[str, Any]:
         made: dict[str, Any] = {"negative_prompt": None}
         both, masks = self._padded([text, negative])
@@ -122,3 +104,53 @@ class SanaBackbone(ImageBackbone):
             made[f"{name}prompt_embeds"] = states[None].to(self.device, self.dtype)
             made[f"{name}prompt_attention_mask"] = mask[None].to(self.device)
         return made
+
+
+class SanaBackbone(SanaFamily, ImageBackbone):
+    """SANA, moved to another autoencoder."""
+
+    trained_fully = ("patch_embed.proj.", "proj_out.")
+    lora_targets = (
+        r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ff\.conv_(inverted|point))"
+        r"|time_embed\.(emb\.timestep_embedder\.linear_[12]|linear)"
+    )
+    embedding_name = "patch_embed.proj"
+
+    def new_embedding(self) -> nn.Conv2d:
+        return started_anew(nn.Conv2d(self.latent_channels, self.inner, kernel_size=1))
+
+    def swap(self, transformer: SanaTransformer2DModel) -> None:
+        transformer.patch_embed.proj = self.new_embedding()
+        transformer.proj_out = zero_head(self.inner, self.latent_channels)
+        transformer.register_to_config(in_channels=self.latent_channels, out_channels=self.latent_channels)
+
+    def embed(self, embedding: nn.Module, latents: torch.Tensor, old: bool) -> torch.Tensor:
+        return embedding(latents)
+
+    def assemble(self, base: DiffusionPipeline, vae: nn.Module, transformer: nn.Module) -> DCGenSanaPipeline:
+        components = {name: getattr(base, name, None) for name in (*self.text_parts, "scheduler")}
+        return DCGenSanaPipeline(**components, vae=vae, transformer=transformer)
+
+
+class SanaModel(SanaFamily, OwnImageModel):
+    """SANA as it is."""
+
+    lora_targets = (
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "attn2.to_q",
+        "attn2.to_k",
+        "attn2.to_v",
+        "attn2.to_out.0",
+        "ff.conv_inverted",
+        "ff.conv_point",
+    )
+
+    def unit(self) -> int:
+        return 2 ** (len(read_config(AutoencoderDC, self.base, "vae")["encoder_block_out_channels"]) - 1)
+
+    def prompt_inputs(self, text: Text, negative: Text) -> dict[str, Any]:
+        # The size is the one that was asked for, not the nearest of the pipeline's list.
+        return super().prompt_inputs(text, negative) | {"use_resolution_binning": False}

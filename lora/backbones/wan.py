@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import nn
-from torch.nn import functional
 
 from ...autoencoders import AutoencoderDCV
 from ...demo.text import use_padded_cross_attention
@@ -17,10 +16,10 @@ from ...pipelines.deep_compression.adapted import new_embedding, retarget
 from ...pipelines.deep_compression.image_to_video import DCVideoGenImageToVideoPipeline
 from ...pipelines.deep_compression.text_to_video import DCVideoGenPipeline
 from ..config import ConfigError
-from ..flow import TIMESTEPS
-from .base import Backbone, SampleRequest, Text
+from .base import Backbone
 from .folders import load_autoencoder, load_part, read_config, write_model
-from .wan_encoding import WanEncoder, WanTextEncoder
+from .wan_encoding import WanEncoder
+from .wan_family import WanFamily, base_pipeline
 
 LORA_TARGETS = (
     r"blocks\.\d+\.(attn1\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
@@ -29,7 +28,7 @@ LORA_TARGETS = (
 """Self-attention, feed-forward, time embedding and projection; neither cross-attention nor the text embedding."""
 
 
-class WanBackbone(Backbone):
+class WanBackbone(WanFamily, Backbone):
     """A Wan model in diffusers' layout.
 
     Args:
@@ -48,7 +47,6 @@ class WanBackbone(Backbone):
 
     trained_fully = ("patch_embedding.", "proj_out.")
     lora_targets = LORA_TARGETS
-    text_length = 512
 
     def __init__(
         self,
@@ -122,34 +120,6 @@ class WanBackbone(Backbone):
         embedding = load_part(WanTransformer3DModel, self.base, "patch_embedding", self.dtype).float()
         return Aligner(embedding, "teacher", "teacher_condition").requires_grad_(False).to(self.device)
 
-    def velocity(
-        self,
-        model: nn.Module,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
-        texts: Sequence[Text],
-        conditions: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
-        if self.image:
-            latents = torch.cat([latents, conditions["condition"].to(latents)], dim=1)
-        embeds = conditions.get("image_embeds")
-        return model(
-            hidden_states=latents,
-            timestep=sigma * TIMESTEPS,
-            encoder_hidden_states=self.pad(texts).to(latents.device, self.dtype),
-            encoder_hidden_states_image=None if embeds is None else embeds.to(self.dtype),
-            return_dict=False,
-        )[0]
-
-    def pad(self, texts: Sequence[Text]) -> torch.Tensor:
-        """States `[B, 512, D]`, zero behind each prompt; with `merge_text_padding` as many as are needed and one."""
-        states = [text["states"] for text in texts]
-        length = self.text_length
-        if self.merge_text_padding:
-            length = min(length, max(state.shape[0] for state in states) + 1)
-        cut = [state[:length] for state in states]
-        return torch.stack([functional.pad(state, (0, 0, 0, length - state.shape[0])) for state in cut])
-
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def parts(self, align: bool) -> tuple[str, ...]:
@@ -161,40 +131,18 @@ class WanBackbone(Backbone):
     def encoder(self, parts: Sequence[str]) -> WanEncoder:
         return WanEncoder(self.base, self.autoencoder, tuple(parts), self.device)
 
-    def text_encoder(self) -> WanTextEncoder:
-        return WanTextEncoder(self.base, self.dtype, self.device, self.text_length)
-
     # -- results -------------------------------------------------------------------------------------------------------
 
-    def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
+    def sampler(self, transformer: nn.Module) -> DCVideoGenPipeline | DCVideoGenImageToVideoPipeline:
         components = {"tokenizer": None, "text_encoder": None, "vae": self.autoencoder.to(self.device)}
         components |= {
-            "scheduler": _pipeline(self.base, self.image, ("scheduler",)).scheduler,
+            "scheduler": base_pipeline(self.base, self.image, ("scheduler",)).scheduler,
             "transformer": transformer,
         }
         if self.image and self.config.get("image_dim") is not None:
-            eye = _pipeline(self.base, True, ("image_encoder", "image_processor"))
+            eye = base_pipeline(self.base, True, ("image_encoder", "image_processor"))
             components |= {"image_encoder": eye.image_encoder.to(self.device), "image_processor": eye.image_processor}
-        pipe = (DCVideoGenImageToVideoPipeline if self.image else DCVideoGenPipeline)(**components)
-        pipe.set_progress_bar_config(disable=True)
-        inputs = {}
-        if self.image:
-            inputs["image"] = (request.image[None] + 1) / 2
-        embeds = [self.pad([text]).to(self.device, self.dtype) for text in texts]
-        video = pipe(
-            prompt_embeds=embeds[0],
-            negative_prompt_embeds=embeds[1] if request.guidance_scale > 1 else None,
-            height=request.height,
-            width=request.width,
-            num_frames=request.frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(request.seed),
-            output_type="pt",
-            callback_on_step_end=request.callback,
-            **inputs,
-        ).frames[0]
-        return video.transpose(0, 1).float().cpu() * 2 - 1
+        return (DCVideoGenImageToVideoPipeline if self.image else DCVideoGenPipeline)(**components)
 
     def save(self, transformer: nn.Module, folder: Path) -> None:
         shared = (
@@ -203,7 +151,7 @@ class WanBackbone(Backbone):
             "scheduler",
             *(("image_encoder", "image_processor") if self.image else ()),
         )
-        base = _pipeline(self.base, self.image, shared, self.dtype)
+        base = base_pipeline(self.base, self.image, shared, self.dtype)
         components = {name: getattr(base, name, None) for name in shared}
         cls = DCVideoGenImageToVideoPipeline if self.image else DCVideoGenPipeline
         pipe = cls(
@@ -262,13 +210,3 @@ def _check_fit(base: str, config: Mapping, vae: Mapping, index: Mapping) -> bool
     if patch[0] != 1 or patch[1] != patch[2] or not math.log2(patch[1]).is_integer():
         raise ConfigError(f"model.base: {base} has patches of {patch}; ae_adapt takes (1, p, p), p a power of 2.")
     return given != z
-
-
-def _pipeline(
-    base: str, image: bool, keep: Sequence[str], dtype: torch.dtype = torch.float32
-) -> WanPipeline | WanImageToVideoPipeline:
-    """The base pipeline with only some of its components."""
-    cls = WanImageToVideoPipeline if image else WanPipeline
-    every = ["tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae"]
-    every += ["image_encoder", "image_processor"] if image else []
-    return cls.from_pretrained(base, dtype=dtype, **{name: None for name in every if name not in keep})

@@ -14,10 +14,103 @@ from ..data.cache import fingerprint, tokenizer_fingerprint
 from .base import Encoder, Text, TextEncoder
 from .folders import to_cpu
 
+
+class WanParts(Encoder):
+    """What clips are encoded with that belongs to a Wan pipeline: its autoencoder and its image encoder, in float32.
+
+    Args:
+        base: folder or hub id of the Wan pipeline.
+        device: where they run.
+    """
+
+    def __init__(self, base: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.base, self.device, self.dtype = base, torch.device(device), dtype
+        self._own: AutoencoderKLWan | None = None
+        self._eye: WanImageToVideoPipeline | None = None
+
+    @property
+    def own(self) -> AutoencoderKLWan:
+        """The autoencoder of the base, where it runs."""
+        return self.loaded_own().to(self.device)
+
+    @property
+    def eye(self) -> WanImageToVideoPipeline:
+        """A pipeline with nothing but the image encoder, where it runs."""
+        return self.loaded_eye().to(self.device)
+
+    def loaded_own(self) -> AutoencoderKLWan:
+        if self._own is None:
+            self._own = AutoencoderKLWan.from_pretrained(self.base, subfolder="vae", dtype=self.dtype)
+            self._own.requires_grad_(False).eval()
+            self._own.enable_slicing()
+        return self._own
+
+    def loaded_eye(self) -> WanImageToVideoPipeline:
+        if self._eye is None:
+            absent = ("tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae")
+            self._eye = WanImageToVideoPipeline.from_pretrained(self.base, **dict.fromkeys(absent))
+        return self._eye
+
+    def release(self) -> None:
+        self._own = self._eye = None
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents `[B, z, T, h, w]` of clips `[B, 3, F, H, W]` in [-1, 1], as the model sees them."""
+        own = self.own
+        latents = own.encode(pixels.to(own.dtype)).latent_dist.mode().float()
+        mean, std = (latents.new_tensor(own.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+        return (latents - mean) / std
+
+    def first_frame_condition(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Mask `[B, 4, T, h, w]` and latents of the first frame alone, as the image-to-video pipeline gives them."""
+        video = torch.zeros_like(pixels)
+        video[:, :, 0] = pixels[:, :, 0]
+        latents = self.normalised(video)
+        mask = latents.new_zeros(latents.shape[0], 4, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        return torch.cat([mask, latents], dim=1)
+
+    def image_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
+        """States of the image encoder for the first frames of clips."""
+        pictures = [
+            (picture.permute(1, 2, 0).cpu() + 1).mul(127.5).round().byte().numpy() for picture in pixels[:, :, 0]
+        ]
+        return self.eye.encode_image(pictures, self.device).float()
+
+
+class OwnWanEncoder(WanParts):
+    """Encodes clips of 4k + 1 frames as the base's own pipeline does: "latents", "condition" and "image_embeds".
+
+    Args:
+        base, device: as those of `WanParts`.
+        parts: which of these.
+        dtype: of the autoencoder.
+    """
+
+    def __init__(self, base: str, parts: tuple[str, ...], device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__(base, device, dtype)
+        self.parts = parts
+        own = f"{fingerprint(self.loaded_own())} {dtype}"
+        models = {name: own for name in parts}
+        if "image_embeds" in parts:
+            models["image_embeds"] = fingerprint(self.loaded_eye().image_encoder)
+        self.identities = {name: f"wan {name} 1, {model}" for name, model in models.items()}
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        makes = {
+            "latents": self.normalised,
+            "condition": self.first_frame_condition,
+            "image_embeds": self.image_embeds,
+        }
+        pixels = pixels.to(self.device)
+        return {name: makes[name](pixels) for name in (self.parts if parts is None else parts)}
+
+
 PARTS = ("latents", "teacher", "condition", "teacher_condition", "image_embeds")
 
 
-class WanEncoder(Encoder):
+class WanEncoder(WanParts):
     """Encodes clips of 4k frames.
 
     - "latents": `[C, k, H/f, W/f]` of the new autoencoder, scaled.
@@ -41,38 +134,15 @@ class WanEncoder(Encoder):
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise ValueError(f"there are no parts {sorted(unknown)}; known: {', '.join(PARTS)}.")
-        self.base, self.autoencoder, self.parts, self.device = base, autoencoder, parts, torch.device(device)
-        self._old: AutoencoderKLWan | None = None
-        self._eye: WanImageToVideoPipeline | None = None
+        super().__init__(base, device)
+        self.autoencoder, self.parts = autoencoder, parts
         self.identities = {name: f"{name} 1, {self._model_of(name)}" for name in parts}
 
     def _model_of(self, part: str) -> str:
         if part in ("latents", "condition"):
             return fingerprint(self.autoencoder)
         # Where they were loaded: it may be long before they run.
-        return fingerprint(self._loaded_old() if part.startswith("teacher") else self._loaded_eye().image_encoder)
-
-    @property
-    def old(self) -> AutoencoderKLWan:
-        """The autoencoder of the base, in float32, where it runs."""
-        return self._loaded_old().to(self.device)
-
-    @property
-    def eye(self) -> WanImageToVideoPipeline:
-        """A pipeline with nothing but the image encoder, where it runs."""
-        return self._loaded_eye().to(self.device)
-
-    def _loaded_old(self) -> AutoencoderKLWan:
-        if self._old is None:
-            self._old = AutoencoderKLWan.from_pretrained(self.base, subfolder="vae").requires_grad_(False).eval()
-            self._old.enable_slicing()
-        return self._old
-
-    def _loaded_eye(self) -> WanImageToVideoPipeline:
-        if self._eye is None:
-            absent = ("tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae")
-            self._eye = WanImageToVideoPipeline.from_pretrained(self.base, **dict.fromkeys(absent))
-        return self._eye
+        return fingerprint(self.loaded_own() if part.startswith("teacher") else self.loaded_eye().image_encoder)
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
@@ -87,30 +157,15 @@ class WanEncoder(Encoder):
             made["condition"] = image_condition(self.autoencoder.to(self.device), pixels[:, :, 0], count).float()
         shown = pixels[:, :, 3:]
         if "teacher" in parts:
-            made["teacher"] = self._normalised(shown)
+            made["teacher"] = self.normalised(shown)
         if "teacher_condition" in parts:
-            video = torch.zeros_like(shown)
-            video[:, :, 0] = shown[:, :, 0]
-            latents = self._normalised(video)
-            mask = latents.new_zeros(latents.shape[0], 4, *latents.shape[2:])
-            mask[:, :, 0] = 1
-            made["teacher_condition"] = torch.cat([mask, latents], dim=1)
+            made["teacher_condition"] = self.first_frame_condition(shown)
         if "image_embeds" in parts:
-            pictures = [
-                (picture.permute(1, 2, 0).cpu() + 1).mul(127.5).round().byte().numpy() for picture in pixels[:, :, 0]
-            ]
-            made["image_embeds"] = self.eye.encode_image(pictures, self.device).float()
+            made["image_embeds"] = self.image_embeds(pixels)
         return made
 
-    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        latents = self.old.encode(pixels).latent_dist.mode()
-        mean, std = (
-            latents.new_tensor(self.old.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std")
-        )
-        return (latents - mean) / std
-
     def release(self) -> None:
-        self._old = self._eye = None
+        super().release()
         self.autoencoder.to("cpu")
 
 

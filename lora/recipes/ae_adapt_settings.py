@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import Settings, setting
-from ..settings import PhaseSettings, RunSettings
+from ..settings import PhaseSettings, RunSettings, ValidationSettings
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,6 @@ class PhasesSettings(Settings):
             steps=8_000, learning_rate=5e-5, lr_warmup_steps=1_000, max_grad_norm=0.1, ema_decay=0.9999
         )
     )
-
-
-@dataclass(frozen=True)
-class ValidationSettings(Settings):
-    """What is measured and made on the side.
-
-    Args:
-        clips: clips whose loss is measured, each in its own size; nothing of their files is trained on. 0 for none.
-        prompts: of videos that are made; none for none. For image to video, the first frames of the clips are used.
-        negative_prompt, steps, guidance_scale, fps: of these.
-    """
-
-    clips: int = setting(8, low=0)
-    prompts: tuple[str, ...] = setting((), free=True)
-    negative_prompt: str = setting("", free=True)
-    steps: int = setting(20, low=1, free=True)
-    guidance_scale: float = setting(5.0, low=1, free=True)
-    fps: float = setting(16.0, above=0, free=True)
 
 
 @dataclass(frozen=True, kw_only=True)

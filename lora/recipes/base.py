@@ -50,6 +50,9 @@ class Phase(ABC):
         settings: steps, learning rate and so on.
     """
 
+    whole_weights: str = ""
+    """Why the weights of its module must be whole, which FSDP splits; empty where they need not be."""
+
     def __init__(self, name: str, settings: PhaseSettings) -> None:
         self.name, self.settings = name, settings
 

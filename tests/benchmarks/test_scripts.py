@@ -152,3 +152,16 @@ def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
     log = (tmp_path / "kernels.log").stat().st_mtime_ns
     run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
     assert (tmp_path / "kernels.log").stat().st_mtime_ns == log
+
+
+@pytest.mark.slow
+def test_lora_demo(tmp_path):
+    """One step teaches nothing; the base shows the colours of the captions, not those of the rule."""
+    arguments = ["--steps", "1", "--clips", "20", "--prompts", "2", "--work", str(tmp_path / "work")]
+    run("lora_demo.py", *arguments, "--out", str(tmp_path))
+    made = json.loads((tmp_path / "lora_demo.json").read_text())
+    base, trained = made["videos"]
+    assert (base["colour of the caption"], base["colour of the rule"]) == (2, 0) and base["all by the rule"] == 0
+    assert trained["LoRA"] == "weight 1" and made["bytes"] > 100_000
+    assert [row["step"] for row in made["errors"]] == [1]
+    assert (tmp_path / "lora_demo.md").read_text().count("\n| --- |") == 2

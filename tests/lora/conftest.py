@@ -277,3 +277,33 @@ def image_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("image_base")
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan_bases(tmp_path_factory, text_base, image_base) -> dict[str, Path]:
+    """A tiny Wan pipeline of each kind, by its name: 2.1 and 2.2, text and image to video."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(8)
+    folder = tmp_path_factory.mktemp("wan_bases")
+
+    def transformer(**changes) -> WanTransformer3DModel:
+        return WanTransformer3DModel(**{**TINY_TRANSFORMER, **changes})
+
+    started = {"image_encoder": None, "image_processor": None}
+    made = {
+        "two stages": WanPipeline(
+            **_parts(), transformer=transformer(), transformer_2=transformer(), boundary_ratio=0.875
+        ),
+        "two stages, first frame": WanImageToVideoPipeline(
+            **_parts(),
+            **started,
+            transformer=transformer(in_channels=20),
+            transformer_2=transformer(in_channels=20),
+            boundary_ratio=0.9,
+        ),
+        "timestep for each token": WanPipeline(**_parts(), transformer=transformer(), expand_timesteps=True),
+    }
+    for name, pipe in made.items():
+        pipe.save_pretrained(folder / name)
+    return {"text": text_base, "first frame": image_base, **{name: folder / name for name in made}}

@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from vidaccel.lora import run
-from vidaccel.lora.backbones import wan
+from vidaccel.lora.backbones import wan_encoding
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError, build, read
 from vidaccel.lora.export import export_adapter
@@ -247,7 +247,7 @@ def test_the_cache_is_used_again(tmp_path, text_base, autoencoder_folder, monkey
     run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases))
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
     assert len(before) >= 4 + 5  # the clips that are not held out, captions and prompts
-    monkeypatch.setattr(wan.WanTextEncoder, "encode", lambda *a: pytest.fail("a text was encoded again"))
+    monkeypatch.setattr(wan_encoding.WanTextEncoder, "encode", lambda *a: pytest.fail("a text was encoded again"))
     run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases), [f"out={tmp_path / 'second'}"])
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
     first, second = (load_file(tmp_path / name / "phases" / "head.safetensors") for name in ("run", "second"))

@@ -18,8 +18,17 @@ from vidaccel.lora.config import Settings, build
 from vidaccel.lora.recipes import RECIPES, find
 from vidaccel.lora.recipes import ae_adapt_settings as ae_adapt
 from vidaccel.lora.recipes import autoencoder as autoencoder_recipe
+from vidaccel.lora.recipes import lora_settings as lora_recipe
 from vidaccel.lora.reconstruction import LossSettings
-from vidaccel.lora.settings import DataSettings, FolderSettings, LoopSettings, PhaseSettings, RunSettings, SizeSettings
+from vidaccel.lora.settings import (
+    DataSettings,
+    FolderSettings,
+    LoopSettings,
+    PhaseSettings,
+    RunSettings,
+    SizeSettings,
+    ValidationSettings,
+)
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -31,12 +40,17 @@ TABLES: dict[str, type[Settings]] = {
     "An entry of `folders`": FolderSettings,
     "An entry of `sizes`": SizeSettings,
     "A phase": PhaseSettings,
+    "`lora`": lora_recipe.LoraSettings,
+    "`model` of `lora`": lora_recipe.ModelSettings,
+    "`lora` of `lora`": lora_recipe.AdapterSettings,
+    "`flow` of `lora`": lora_recipe.FlowSettings,
+    "`attention` of `lora`": lora_recipe.AttentionSettings,
     "`ae_adapt`": ae_adapt.AEAdaptSettings,
     "`model` of `ae_adapt`": ae_adapt.ModelSettings,
     "`flow` of `ae_adapt`": ae_adapt.FlowSettings,
     "`phases` of `ae_adapt`": ae_adapt.PhasesSettings,
     "`phases.lora` of `ae_adapt`": ae_adapt.LoraPhase,
-    "`validation` of `ae_adapt`": ae_adapt.ValidationSettings,
+    "`validation` of `lora` and `ae_adapt`": ValidationSettings,
     "`autoencoder`": autoencoder_recipe.AutoencoderSettings,
     "`model` of `autoencoder`": autoencoder_recipe.ModelSettings,
     "`loss` of `autoencoder`": LossSettings,
@@ -188,7 +202,7 @@ def test_the_examples_are_settings_that_can_be_used(number):
 def test_dotted_names_and_overrides_are_settings():
     texts = [DOC, (ROOT / "README.md").read_text(encoding="utf-8")]
     texts += [file.read_text(encoding="utf-8") for file in config_folder().glob("*.yaml")]
-    named = re.findall(r"`((?:loop|data|phases|model|flow|loss|validation)\.[\w.]+)`", DOC)
+    named = re.findall(r"`((?:loop|data|phases|model|lora|train|flow|attention|loss|validation)\.[\w.]+)`", DOC)
     overridden = [name for text in texts for name in re.findall(r"--set ([\w.]+)=", text)]
     # The first is the form of an override, the second of `vidaccel generate`.
     named += [name for name in overridden if name != "a.b" and not name.startswith("svg2.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidaccel.lora.flow import noisy, sample_sigmas, shifted
+from vidaccel.lora.flow import noisy, sample_levels, sample_sigmas, shifted
 from vidaccel.lora.generators import Generators, Place
 
 
@@ -48,3 +48,23 @@ def test_a_focus_takes_its_share():
 def test_noisy_latents():
     latents, noise = torch.zeros(2, 1, 1, 1, 1), torch.ones(2, 1, 1, 1, 1)
     assert noisy(latents, noise, torch.tensor([0.25, 1.0])).flatten().tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("levels", [(0.0, 1.0), (0.875, 1.0), (0.0, 0.9)])
+def test_levels_of_a_part_have_the_density_of_the_whole_there(levels, shift):
+    """Shifted back, their logits are normal, cut to the part: counted, not by the formula that draws them."""
+    low, high = levels
+    drawn = sample_levels(generators(4000), shift, "logit_normal", 0.5, 1.5, levels)
+    assert drawn.min() >= low and drawn.max() <= high
+    normal = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    whole = shifted(torch.sigmoid(0.5 + 1.5 * normal), shift)
+    part = whole[(whole >= low) & (whole <= high)]
+    for share in (0.1, 0.5, 0.9):
+        assert float(drawn.quantile(share)) == pytest.approx(float(part.quantile(share)), abs=0.01)
+
+
+def test_uniform_levels_are_those_of_the_samplers():
+    levels = sample_levels(generators(500), 3.0, "uniform")
+    torch.testing.assert_close(levels, sample_sigmas(generators(500), 3.0))
+    assert sample_levels(generators(500), 3.0, "uniform", levels=(0.9, 1.0)).min() >= 0.9

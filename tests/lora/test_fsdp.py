@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from lora_runs import recipe, write
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -19,6 +20,7 @@ from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.ema import EMA
 from vidaccel.lora.fsdp import autocast_forward, check_plugin, layers_of
+from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.reconstruction import LossSettings, Reconstruction
 from vidaccel.lora.sharding import all_finite, copy_whole, optimizer_state, whole
 
@@ -104,6 +106,30 @@ def test_in_half_precision_the_model_is_given_the_timestep_of_its_noise(plugin, 
     assert torch.equal(inside, ema.whole()["proj_out.bias"])
     assert ((inside > before["proj_out.bias"]) & (inside < before["proj_out.bias"] + 1)).all()
     assert torch.equal(whole(named)["proj_out.bias"], before["proj_out.bias"] + 1)
+
+
+def test_a_sharded_lora_learns_with_sparse_attention(plugin, tmp_path, text_base):
+    """As the recipe `lora` sets it up: the pass without gradients first, then the one with them."""
+    sections = {
+        "model": {"dtype": "bfloat16"},
+        "loop": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        "attention": {"method": "radial", "density": 0.6, "dense_layers": 0},
+        "flow": {"guidance_preserving": 2},
+    }
+    made = recipe(write(tmp_path, text_base, data={"sizes": [{"frames": 9, "height": 64, "width": 64}]}, **sections))
+    phase = made.phases()[0]
+    transformer = prepared(phase.setup({}), plugin)
+    assert all(isinstance(block, FSDPModule) for block in transformer.blocks)
+    batch = {"latents": torch.randn(1, 8, 3, 8, 8), "caption": ["a red circle"]}
+    loss, _ = phase.loss(transformer, batch, Generators([Place(0, 0, 1, 0)]))
+    loss.backward()
+    named = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    assert named and all(".lora_" in name for name in named)
+    assert {p.grad.dtype for p in named.values()} == {torch.float32}
+    gradients = whole({name: p.grad for name, p in named.items()})
+    assert all(gradients[name].any() for name in gradients if ".lora_B." in name)
+    assert any(not record.reason for record in phase._handle.report().records)
+    phase.close()
 
 
 def test_a_sharded_autoencoder_reconstructs(plugin):

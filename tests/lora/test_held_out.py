@@ -15,8 +15,8 @@ from vidaccel.lora.data.folder import MediaFolder
 from vidaccel.lora.data.held_out import hold_out
 from vidaccel.lora.data.latents import Latents, Texts
 from vidaccel.lora.data.sampler import without
-from vidaccel.lora.recipes.ae_adapt_validation import MeasuredClips
 from vidaccel.lora.recipes.base import Process
+from vidaccel.lora.recipes.measured_clips import MeasuredClips
 from vidaccel.lora.settings import DataSettings, FolderSettings, SizeSettings
 
 WIDE, TALL, LONG = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32), SizeSettings(16, 32, 64)

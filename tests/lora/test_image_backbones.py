@@ -231,3 +231,60 @@ def test_bases_that_do_not_fit(bases, tmp_path, text_base, autoencoder_folder):
     file.write_text(json.dumps({**json.loads(file.read_text()), "in_channels": 96}))
     with pytest.raises(ConfigError, match="takes 96 channels a token; .* with 16, 2x2 latents"):
         open_backbone(str(tmp_path / "fill"), new)
+
+
+# -- as they are: the recipe `lora` ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lora_on_an_image_model(bases, tmp_path, name):
+    """Stock diffusers loads it, and makes with it what was trained."""
+    from lora_runs import recipe, write
+
+    file = write(
+        tmp_path,
+        bases[name],
+        data={"sizes": [SIZE]},
+        train={"learning_rate": 0.1},
+        flow={"guidance_preserving": 2},
+    )
+    result = run("lora", file)
+    assert (tmp_path / "run" / "validation" / "00000002.png").is_file()
+    made = recipe(file)
+    trained, phases = made.transformer(), load_file(tmp_path / "run" / "phases" / "train.safetensors")
+    parameters = dict(trained.named_parameters())
+    for key, value in phases.items():
+        parameters[key].data.copy_(value)
+    pipe = (FluxPipeline if name == "flux" else SanaPipeline).from_pretrained(bases[name])
+    pipe.load_lora_weights(Path(result["lora"]).parent)
+    texts = made.flowing.texts(["a red circle"])
+    latents, sigma = torch.randn(1, {"flux": 4, "sana": 8}[name], 1, 4, 8), torch.tensor([0.5])
+    with torch.no_grad():
+        wanted, loaded, plain = (
+            made.backbone.velocity(model, latents, sigma, texts, {})
+            for model in (trained, pipe.transformer, made.backbone.transformer())
+        )
+    torch.testing.assert_close(loaded, wanted, rtol=1e-4, atol=1e-5)
+    assert wanted.shape == latents.shape and (wanted - plain).abs().max() > 1e-3
+
+
+def test_flux_packs_latents_as_its_pipeline_does(bases):
+    from vidaccel.lora.backbones import open_model
+
+    model, latents = open_model(str(bases["flux"]), "lora"), torch.randn(1, 4, 4, 8)
+    packed = FluxPipeline._pack_latents(latents, 1, 4, 4, 8)
+    assert torch.equal(model.packed(latents).flatten(2).transpose(1, 2), packed)
+    assert torch.equal(model.unpacked(model.packed(latents)), latents)
+
+
+def test_what_a_lora_on_an_image_model_cannot_have(bases, tmp_path):
+    from lora_runs import write
+
+    for override, words in (
+        ("attention.method=radial", "a FluxTransformer2DModel trains with dense attention alone"),
+        ("data.sizes.0.frames=5", "clips of 5 frames do not fit an image model"),
+        ("data.sizes.0.height=24", "24x64 must be a multiple of 16"),
+        ("model.stage=low_noise", "model.stage is of no use: FluxModel has one transformer"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run("lora", write(tmp_path, bases["flux"], data={"sizes": [SIZE]}), [override])

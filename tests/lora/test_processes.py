@@ -64,10 +64,25 @@ def ae_adapt(folder: Path, name: str, batch_size: int, base: Path, new: Path) ->
     return write(folder, name, content)
 
 
+def lora(folder: Path, name: str, batch_size: int, base: Path) -> str:
+    """Settings of two steps, with sparse attention and the pass that preserves guidance."""
+    content = {
+        "recipe": "lora",
+        "model": {"base": str(base)},
+        "lora": {"rank": 2},
+        "flow": {"guidance_preserving": 2},
+        "attention": {"method": "radial", "density": 0.6},
+        "data": {"kind": "demo", "clips": 7, "sizes": [{"frames": 9, "height": 64, "width": 64}]},
+        "train": {"steps": 2, "learning_rate": 0.01, "batch_size": batch_size, "ema_decay": 0.5},
+        "validation": {"clips": 2},
+    }
+    return write(folder, name, content)
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
-    """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed; and
-    `autoencoder` with a limit of time."""
+    """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed;
+    `autoencoder` with a limit of time; and `lora`."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "path").mkdir()
     (folder / "path" / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
@@ -79,6 +94,7 @@ def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "adapt")},
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "resumed"), "stop_after": 4},
         {"recipe": "autoencoder", "config": timed, "out": str(folder / "timed"), "fast_clock": 1e6},
+        {"recipe": "lora", "config": lora(folder, "lora", 1, text_base), "out": str(folder / "lora")},
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as listener:
@@ -104,10 +120,12 @@ def losses(folder: Path) -> list[float]:
     return [row[key] for row in rows for key in ("loss", "validation_error") if key in row]
 
 
-@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt"])
+@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt", "lora"])
 def test_two_processes_do_what_one_does_with_the_same_clips(launched, tmp_path, recipe, text_base, autoencoder_folder):
     if recipe == "autoencoder":
         settings, two, last = autoencoder(tmp_path, "one", 2), launched / "train", "train"
+    elif recipe == "lora":
+        settings, two, last = lora(tmp_path, "one", 2, text_base), launched / "lora", "train"
     else:
         settings, two, last = ae_adapt(tmp_path, "one", 2, text_base, autoencoder_folder), launched / "adapt", "lora"
     first, second = ranks(two)

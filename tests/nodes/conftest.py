@@ -1,7 +1,8 @@
-"""One real ComfyUI server for all tests of the nodes that need one."""
+"""One real ComfyUI server for all tests of the nodes that need one; models in this process are forgotten in time."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.skip(WHY_SKIPPED)
     with running_server(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_model_outlives_its_tests() -> Iterator[None]:
+    yield
+    if "native_comfyui" in sys.modules:
+        sys.modules["native_comfyui"].forget_models()

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vidaccel import VideoLayout
-from vidaccel.nodes.native import OVERRIDE
+from vidaccel import SVG2, VideoLayout, sparse_attention
+from vidaccel.attention import PlanMemory
+from vidaccel.nodes.native import OVERRIDE, NativeAttention
+from vidaccel.nodes.sampling import DensePart
 
 HEADS, HEAD_DIM = 2, 16
 
@@ -145,6 +147,42 @@ RECORDED = {
         with_cross(80, [None, None], None),
         {0: 0, 2: 1},
     ),
+    # In each block: the video, its text, the audio, its text, audio to video, video to audio.
+    "ltx-2": Recorded(
+        model_of("LTXAVModel", transformer_blocks=[None] * 2),
+        (5, 4, 4),
+        VideoLayout(5, 4, 4),
+        [(q, k, None, None) for q, k in [(80, 80), (80, 7), (6, 6), (6, 7), (80, 6), (6, 80)] * 2],
+        {0: 0, 6: 1},
+        conditions={"latent_shapes": [(1, 16, 5, 4, 4), (1, 8, 6, 16)]},
+    ),
+    "kandinsky": Recorded(
+        model_of("Kandinsky5", patch_size=(1, 2, 2), visual_transformer_blocks=[None] * 2),
+        (5, 8, 8),
+        VideoLayout(5, 4, 4),
+        [(7, 7, None, None)] * 2 + with_cross(80, [0, 1], "double"),
+        {2: 0, 4: 1},
+        heads_apart=True,
+    ),
+    "cogvideox 1.5": Recorded(
+        model_of("CogVideoXTransformer3DModel", patch_size=2, patch_size_t=2, blocks=[None] * 2),
+        (5, 8, 8),
+        VideoLayout(3, 4, 4, text_before=7),
+        [(55, 55, None, None)] * 2,
+        {0: 0, 1: 1},
+    ),
+    "minimax": Recorded(
+        model_of("MiniMaxH3Model", patch_size=(1, 2, 2), blocks=[None] * 2),
+        (5, 8, 8),
+        VideoLayout(5, 4, 4, text_before=7 + 16 + 12),
+        [(115, 115, None, None)] * 2,
+        {0: 0, 1: 1},
+        heads_apart=True,
+        conditions={
+            "latent_shapes": [(1, 24, 5, 8, 8), (1, 32, 2, 6)],
+            "minimax_payload": {"layout": SimpleNamespace(segments=[(0, 7, "text"), (7, 23, "cond")])},
+        },
+    ),
     "cosmos predict2": Recorded(
         model_of("MiniTrainDIT", patch_spatial=2, patch_temporal=1, blocks=[None] * 2),
         (5, 8, 8),
@@ -202,3 +240,58 @@ class Executor:
     def _tensor(self, tokens: int, number: int) -> torch.Tensor:
         parts = [torch.Generator().manual_seed(1000 * seed + number) for seed in self.seeds]
         return torch.stack([torch.randn(HEADS, tokens, HEAD_DIM, generator=g) for g in parts])
+
+
+SIGMAS = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def session_of(method=None, **options: Any) -> NativeAttention:
+    method = method or SVG2(density=0.6)
+    return NativeAttention(
+        method if callable(method) else lambda layout: method,
+        name="test",
+        settings={"compensate": None, "key_clusters": None},
+        **{"dense": DensePart(), **options},
+    )
+
+
+def step(session: NativeAttention, executor: Executor, sigma: float = 0.5, **options: Any) -> Executor:
+    """One forward pass."""
+    recorded = executor.recorded
+    x = torch.zeros(len(executor.seeds), 16, *recorded.latent)
+    text = torch.zeros(len(executor.seeds), recorded.text, 8)
+    given = {"sigmas": torch.tensor([sigma]), "sample_sigmas": SIGMAS, "cond_or_uncond": [0], **options}
+    session.forward(executor, x, torch.tensor([sigma]), None, text, None, given, **recorded.conditions)
+    return executor
+
+
+def expected(method, q, k, v, layout, flat: bool) -> torch.Tensor:
+    """What the override must give: `sparse_attention` with the method's plan, each batch entry on its own."""
+    outs = []
+    for one in zip(*(x.split(1) for x in (q, k, v)), strict=True):
+        outs.append(sparse_attention(*one, method.plan(*one, layout, PlanMemory())))
+    out = torch.cat(outs)
+    return out.transpose(1, 2).flatten(2) if flat else out
+
+
+def run(session: NativeAttention, recorded: Recorded, passes: list[dict[str, Any]]) -> dict[tuple, torch.Tensor]:
+    """A run of four steps; the last self-attention output of each step and batch entry, by seed."""
+    session.begin()
+    outputs = {}
+    for sigma in SIGMAS[:-1].tolist():
+        for one in passes:
+            seeds = [round(10 * sigma) + seed * 100 for seed in one["seeds"]]
+            played = step(session, Executor(recorded, seeds=seeds), sigma, **one["options"])
+            for entry, seed in enumerate(one["seeds"]):
+                outputs[sigma, seed] = played.outputs[list(recorded.video)[-1]][entry]
+    session.end()
+    return outputs
+
+
+BATCHED = [{"seeds": [1, 2], "options": {"cond_or_uncond": [1, 0], "uuids": ["n", "p"]}}]
+
+
+SEPARATE = [
+    {"seeds": [2], "options": {"cond_or_uncond": [0], "uuids": ["p"]}},
+    {"seeds": [1], "options": {"cond_or_uncond": [1], "uuids": ["n"]}},
+]

@@ -1,4 +1,4 @@
-"""The clips that `ae_adapt` measures with."""
+"""The clips that recipes measure with."""
 
 from __future__ import annotations
 

@@ -1,0 +1,103 @@
+"""LoRAs for a diffusers pipeline: files of several tools, each into the transformer that it is for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+TRANSFORMERS = ("transformer", "transformer_2")
+TARGETS = ("all", *TRANSFORMERS)
+FACTS = "vidaccel"
+"""The key of a file's header under which the trainer says what a LoRA belongs to."""
+
+
+class LoraError(ValueError):
+    """A LoRA that a pipeline cannot take."""
+
+
+class WrongTransformer(LoraError):
+    """A LoRA for a transformer that a pipeline does not have."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """One LoRA.
+
+    Args:
+        path: a file, as diffusers, ComfyUI or musubi-tuner write them, or a folder with a `pytorch_lora_weights` file.
+        weight: its update is multiplied by this.
+        target: one of `TARGETS`; Wan 2.2 has two transformers, the first for the noisy part of the steps.
+    """
+
+    path: Path
+    weight: float = 1.0
+    target: str = "all"
+
+
+def trained_for(path: Path) -> str:
+    """The transformer that a file says that it was trained for; "all" where it says nothing.
+
+    Args:
+        path: of the file, or of the folder of a `pytorch_lora_weights` file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    try:
+        with safe_open(file, "pt") as opened:
+            facts = json.loads((opened.metadata() or {}).get(FACTS, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return "all"  # another kind of file; whether it is a LoRA at all shows when it is loaded
+    stage = isinstance(facts, dict) and facts.get("levels") != [0.0, 1.0] and facts.get("part")
+    return stage if stage in TARGETS else "all"
+
+
+def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
+    """Load LoRAs into a pipeline, beside those that it has already.
+
+    Raises:
+        LoraError: the pipeline takes none, lacks the transformer that one is for, or a file does not fit it.
+    """
+    if loras and not hasattr(pipe, "load_lora_weights"):
+        raise LoraError(f"a {type(pipe).__name__} takes none. Leave them out.")
+    parts = {name: part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
+    weights: dict[str, dict[str, float]] = {name: dict.fromkeys(_active(part), 1.0) for name, part in parts.items()}
+    for number, lora in enumerate(loras):
+        if lora.target != "all" and lora.target not in parts:
+            has = " and ".join(parts)
+            raise WrongTransformer(f"{lora.path.name} is for {lora.target}, and this pipeline has {has} alone.")
+        for name, part in parts.items():
+            if lora.target in ("all", name):
+                adapter = f"lora_{number}"
+                _load(pipe, lora, adapter, name, part)
+                weights[name][adapter] = lora.weight
+    for name, part in parts.items():
+        if loras and weights[name]:
+            part.set_adapters(list(weights[name]), list(weights[name].values()))
+
+
+def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> None:
+    from ..pipelines.errors import first_line
+
+    file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
+    folder = str(lora.path.parent if file else lora.path)
+    second = {"load_into_transformer_2": True} if name == "transformer_2" else {}
+    try:
+        pipe.load_lora_weights(folder, adapter_name=adapter, **file, **second)
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        raise LoraError(f"{lora.path.name} cannot be loaded: {first_line(error)}") from error
+    # diffusers only logs it when nothing in a file is of this model.
+    if adapter not in getattr(part, "peft_config", {}):
+        raise LoraError(f"nothing in {lora.path.name} is for the {type(part).__name__} of this pipeline.")
+
+
+def _active(part: Any) -> list[str]:
+    """The adapters that a transformer was loaded with, such as that of adapter-only weights."""
+    return part.active_adapters() if getattr(part, "peft_config", None) else []

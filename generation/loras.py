@@ -1,0 +1,53 @@
+"""The LoRAs of a request, from texts, and into a loaded pipeline."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BadInput
+from .lora_files import LoraError, LoraFile, attach_loras, trained_for
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def lora_files(given: str | Path | Sequence[str | Path]) -> tuple[LoraFile, ...]:
+    """LoRAs as they are asked for: a file or folder each, "PATH=WEIGHT" with another weight than 1.
+
+    Of a file of our trainer, the transformer that it is for is known; any other goes into all that a pipeline has.
+
+    Raises:
+        BadInput: there is no such file, or the weight is no number.
+    """
+    texts = [given] if isinstance(given, str | os.PathLike) else list(given)
+    made = []
+    for text in map(str, texts):
+        place, weight = Path(text).expanduser(), 1.0
+        if not place.exists():
+            name, equals, number = text.rpartition("=")
+            try:
+                place, weight = (Path(name).expanduser(), float(number)) if equals else (place, weight)
+            except ValueError:
+                raise BadInput("lora", "what follows = must be its weight, a number", value=text) from None
+        if not place.exists():
+            raise BadInput("lora", "there is no such file or folder", value=place)
+        if not math.isfinite(weight):
+            raise BadInput("lora", "its weight must be finite", value=text)
+        made.append(LoraFile(place, weight, trained_for(place)))
+    return tuple(made)
+
+
+def attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
+    """Load LoRAs into a pipeline that was loaded for a request.
+
+    Raises:
+        BadInput: one does not fit the pipeline.
+    """
+    try:
+        attach_loras(pipe, loras)
+    except LoraError as error:
+        raise BadInput("lora", f"cannot be used: {str(error).rstrip('.')}") from error

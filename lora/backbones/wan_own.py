@@ -1,0 +1,234 @@
+"""Wan as it is: 2.1 and 2.2 of every size, text and image to video, with the autoencoder it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import nn
+
+from ...attention.layout import VideoLayout
+from ...demo.text import use_padded_cross_attention
+from ..config import ConfigError
+from .base import OwnModel
+from .folders import read_config
+from .wan_encoding import OwnWanEncoder
+from .wan_family import WanFamily, base_pipeline
+
+STAGES = {"high_noise": "transformer", "low_noise": "transformer_2"}
+"""Of Wan 2.2 14B: stage -> the component of the pipeline that does it."""
+
+_FILE_NAMES = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "proj_out": "head.head",
+}
+_FILE_PARTS = {
+    ".attn1.": ".self_attn.",
+    ".attn2.": ".cross_attn.",
+    ".to_q": ".q",
+    ".to_k": ".k",
+    ".to_v": ".v",
+    ".to_out.0": ".o",
+    ".add_k_proj": ".k_img",
+    ".add_v_proj": ".v_img",
+    ".ffn.net.0.proj": ".ffn.0",
+    ".ffn.net.2": ".ffn.2",
+}
+"""diffusers' names of layers -> Wan's own, which ComfyUI knows and diffusers translates."""
+
+
+class WanModel(WanFamily, OwnModel):
+    """A Wan pipeline in diffusers' layout, whose transformer (or one of its two) is trained.
+
+    Args:
+        base: folder or hub id of the pipeline.
+        dtype: of the frozen weights.
+        autoencoder_dtype: in which clips are encoded.
+        device: where encoders run.
+        merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
+            prompts are short. Text to video only.
+        stage: of `STAGES`, for a base with two transformers; None for one with a single one.
+        first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
+        guidance: not used by Wan.
+
+    Raises:
+        ConfigError: something is missing or does not fit together; the message says what fits.
+    """
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    def __init__(
+        self,
+        base: str,
+        dtype: torch.dtype = torch.float32,
+        autoencoder_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        merge_text_padding: bool = False,
+        stage: str | None = None,
+        first_frame: bool | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
+        self.device, self.merge_text_padding = torch.device(device), merge_text_padding
+        self.index = WanPipeline.load_config(base)
+        self.part, self.levels = _stage(base, self.index, stage)
+        self.config = read_config(WanTransformer3DModel, base, self.part)
+        self.vae = read_config(AutoencoderKLWan, base, "vae")
+        starts = _fits(base, self.config, self.vae, self.index)
+        self.image = starts if first_frame is None else first_frame
+        self.per_token = bool(self.index.get("expand_timesteps"))
+        if self.image != starts and not self.per_token:
+            kind = "starts from" if starts else "takes no"
+            raise ConfigError(
+                f"model.first_frame is {str(first_frame).lower()}, but {base} {kind} first frames: leave it out (it is "
+                "for Wan 2.2 5B, which does both)."
+            )
+        if merge_text_padding and self.config.get("image_dim") is not None:
+            raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
+
+    @property
+    def _token(self) -> int:
+        """Pixels of a token's side."""
+        return int(self.vae.get("scale_factor_spatial", 8)) * int(self.config["patch_size"][1])
+
+    def check_size(self, frames: int, height: int, width: int) -> str | None:
+        if (frames - 1) % 4:
+            below = (frames - 1) // 4 * 4 + 1
+            return f"clips of {frames} frames do not fit: Wan takes 4k + 1; give {below} or {below + 4}."
+        if height % self._token or width % self._token:
+            return f"{height}x{width} must be a multiple of {self._token}, the width of a token of {self.base}."
+        return None
+
+    def layout(self, frames: int, height: int, width: int) -> VideoLayout:
+        return VideoLayout((frames - 1) // 4 + 1, height // self._token, width // self._token)
+
+    def transformer(self, quantisation: Any = None) -> nn.Module:
+        transformer = WanTransformer3DModel.from_pretrained(
+            self.base, subfolder=self.part, dtype=self.dtype, quantization_config=quantisation
+        )
+        if self.merge_text_padding:
+            use_padded_cross_attention(transformer)
+        return transformer.requires_grad_(False)
+
+    def skeleton(self) -> nn.Module:
+        with init_empty_weights():
+            return WanTransformer3DModel.from_config(self.config)
+
+    def check_layers(self, layers: Sequence[str]) -> str | None:
+        if "patch_embedding" in layers:
+            return "patch_embedding is a convolution, of which files of LoRAs for Wan have no name."
+        if not any(layer.startswith("blocks.") for layer in layers):
+            return f"{', '.join(layers)} alone is a LoRA that diffusers cannot load: add a layer of the blocks."
+        return None
+
+    def encoder(self) -> OwnWanEncoder:
+        embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
+        # A timestep for each token marks the first frame by itself.
+        condition = ("condition",) if self.image and not self.per_token else ()
+        return OwnWanEncoder(self.base, ("latents", *condition, *embeds), self.device, self.autoencoder_dtype)
+
+    # -- the first frame of models with a timestep for each token ------------------------------------------------------
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        shown = super().noised(latents, noise, sigma)
+        if self.image and self.per_token:
+            shown[:, :, 0] = latents[:, :, 0]
+        return shown
+
+    def error(self, made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        error = super().error(made, wanted)
+        return error[:, :, 1:] if self.image and self.per_token else error
+
+    def timestep(self, sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        told = super().timestep(sigma, latents)
+        if not (self.image and self.per_token):
+            return told
+        patch = self.config["patch_size"]
+        frames, height, width = (size // p for size, p in zip(latents.shape[2:], patch, strict=True))
+        each = told[:, None, None].repeat(1, frames, height * width)
+        each[:, 0] = 0
+        return each.flatten(1)
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def sampler(self, transformer: nn.Module) -> WanPipeline | WanImageToVideoPipeline:
+        others = [name for name in STAGES.values() if name != self.part and (self.index.get(name) or [None])[0]]
+        eyes = ("image_encoder", "image_processor") if self.config.get("image_dim") is not None else ()
+        pipe = base_pipeline(self.base, self.image, ("scheduler", "vae", *others, *eyes), self.dtype)
+        pipe.vae.to(torch.float32)
+        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
+        pipe.register_modules(**{self.part: transformer})
+        return pipe
+
+    def picture(self, image: torch.Tensor) -> Image.Image:
+        # The image encoder's processor would divide numbers in [0, 1] by 255.
+        return Image.fromarray(((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().byte().numpy())
+
+    def file_name(self, layer: str) -> str:
+        if layer in _FILE_NAMES:
+            return f"diffusion_model.{_FILE_NAMES[layer]}"
+        for theirs, own in _FILE_PARTS.items():
+            layer = layer.replace(theirs, own)
+        return f"diffusion_model.{layer}"
+
+
+def _stage(base: str, index: Mapping[str, Any], stage: str | None) -> tuple[str, tuple[float, float]]:
+    """The component that is trained, and the noise levels that it is used for.
+
+    Raises:
+        ConfigError: a stage is missing or of no use.
+    """
+    two = all((index.get(name) or [None])[0] for name in STAGES.values())
+    if not two:
+        if stage is not None:
+            raise ConfigError(
+                f"model.stage is {stage}, but {base} has one transformer for all noise levels: leave it out."
+            )
+        return "transformer", (0.0, 1.0)
+    boundary = index.get("boundary_ratio")
+    if not isinstance(boundary, float) or not 0 < boundary < 1:
+        raise ConfigError(
+            f"model.base: {base} has two transformers, but its model_index.json has boundary_ratio {boundary}, which "
+            "must say between 0 and 1 where the second takes over (Wan 2.2: 0.875 for text, 0.9 for image to video)."
+        )
+    if stage is None:
+        raise ConfigError(
+            f"model.stage is missing: {base} has two transformers, each with a LoRA of its own. Give high_noise (noise "
+            f"levels from {boundary:g} up) or low_noise (those below), and train the other in a second run."
+        )
+    return STAGES[stage], (boundary, 1.0) if stage == "high_noise" else (0.0, boundary)
+
+
+def _fits(base: str, config: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any]) -> bool:
+    """Whether the pipeline starts from a first frame.
+
+    Raises:
+        ConfigError: a model that is none of Wan's text or image to video.
+    """
+    name = config.get("_class_name")
+    if name != "WanTransformer3DModel":
+        raise ConfigError(f"model.base: {base} has a {name}; the recipe takes WanTransformer3DModel.")
+    z, given = int(vae.get("z_dim", 16)), int(config["in_channels"])
+    if given not in (z, 2 * z + 4) or config.get("pos_embed_seq_len") is not None:
+        raise ConfigError(
+            f"model.base: the patch embedding of {base} takes {given} channels; with its autoencoder of {z} a text-to-"
+            f"video model takes {z} and an image-to-video model {2 * z + 4}. Models with other inputs (VACE, control, "
+            "first and last frame) do not fit."
+        )
+    starts = index["_class_name"] == "WanImageToVideoPipeline"
+    if starts != (given != z) and not index.get("expand_timesteps"):
+        raise ConfigError(
+            f"model.base: {base} is a {index['_class_name']}, but its transformer takes {given} channels, as one "
+            f"{'of text' if starts else 'of image'} to video does: correct _class_name in its model_index.json."
+        )
+    return starts

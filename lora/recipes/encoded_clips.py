@@ -1,0 +1,105 @@
+"""What recipes share that train a model on encoded clips: opening data and caches, encoding, the clips measured."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from ..backbones.base import Encoder, PretrainedModel
+from ..config import ConfigError
+from ..data.cache import TensorCache
+from ..data.dataset import open_dataset
+from ..data.held_out import hold_out
+from ..data.latents import Latents, say_what_is_cut
+from ..identities import dataset_identity
+from ..settings import ValidationSettings
+from .base import Recipe
+from .measured_clips import MeasuredClips
+
+
+class EncodedClipsRecipe(Recipe):
+    """A recipe whose clips and captions are encoded, once where there is a cache.
+
+    Attributes:
+        backbone: the model.
+        flowing: the clips that flow matching trains on.
+    """
+
+    backbone: PretrainedModel
+    flowing: Latents
+
+    def open_data(self) -> None:
+        """Check the sizes, open data, cache and text encoder, and choose the clips that are measured.
+
+        Raises:
+            ConfigError: sizes that the model cannot take, or data that cannot be read.
+        """
+        config = self.config
+        for number, size in enumerate(config.data.sizes):
+            refusal = self.backbone.check_size(size.frames, size.height, size.width)
+            if refusal:
+                raise ConfigError(f"data.sizes.{number}: {refusal}")
+        if self.backbone.image and self.validation.prompts and not self.validation.clips:
+            raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
+        self.dataset = open_dataset(config.data, config.seed)
+        half = None if config.data.cache_dtype == "float32" else config.data.cache_dtype
+        self.cache = TensorCache(config.data.cache, half) if config.data.cache else None
+        self.text_encoder = self.backbone.text_encoder()
+        if self.process.is_main:
+            say_what_is_cut(self.dataset.captions(), self.text_encoder)
+        self.held_out = hold_out(self.dataset, config.data.sizes, self.validation.clips)
+        self._measured: dict[Latents, MeasuredClips] = {}
+
+    def latents(self, encoder: Encoder, unconditional: str = "") -> Latents:
+        """The clips as an encoder makes them, with the texts that the recipe asks for beside their captions."""
+        prompts = (unconditional, *self.validation.prompts, self.validation.negative_prompt)
+        sizes = self.config.data.sizes
+        return Latents(self.dataset, sizes, encoder, self.text_encoder, self.cache, self.held_out.clips, prompts)
+
+    @abstractmethod
+    def used(self) -> Iterable[Latents]:
+        """What the phases that have steps train on; called after `prepare`."""
+
+    @property
+    def validation(self) -> ValidationSettings:
+        """What is measured and made on the side."""
+        return self.config.validation  # type: ignore[attr-defined]  # all of these recipes have it
+
+    def encode(self) -> dict[str, Any]:
+        data = self.config.data
+        if data.cache is None:
+            raise ConfigError("data.cache is missing: with --encode-only, say in which folder encodings are kept.")
+        if self._endless():
+            raise ConfigError("clips that are endless cannot be encoded beforehand: set data.clips.")
+        self.prepare()
+        used = list(self.used())
+        for latents in used:
+            latents.fill(self.process)
+        clips = {index for latents in used for indices in latents.members.values() for index in indices}
+        return {"cache": data.cache, "clips": len(clips), "captions": len(self.dataset.captions())}
+
+    @property
+    def encodings(self) -> str | None:
+        return None if self._endless() else self.config.data.cache
+
+    def _endless(self) -> bool:
+        """Whether every clip is a new one, of which none is kept."""
+        return self.config.data.kind == "demo" and self.config.data.clips is None
+
+    def data_identity(self) -> dict[str, str]:
+        """What the data are, by the setting that says where they lie; for `inputs`."""
+        data = self.config.data
+        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes)}
+
+    def ready(self, latents: Latents) -> Latents:
+        """Encode what the cache lacks and the clips that are measured; before a model takes the memory for training."""
+        latents.fill(self.process)
+        self.measured(latents)
+        return latents
+
+    def measured(self, latents: Latents) -> MeasuredClips:
+        """The clips that are measured, encoded once."""
+        if latents not in self._measured:
+            self._measured[latents] = MeasuredClips(self.dataset, self.held_out.picks, latents, self.backbone.image)
+        return self._measured[latents]

@@ -1,0 +1,124 @@
+"""The phase that recipes share that train a transformer by flow matching: what is drawn for the loss, validation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..backbones.base import SampleRequest, Text
+from ..fsdp import DTYPES
+from ..generators import Generators
+from ..pictures import strips, write_picture, write_video, written_to
+from ..settings import PhaseSettings
+from .base import Batch, Clips, Phase
+from .encoded_clips import EncodedClipsRecipe
+
+
+class FlowPhase(Phase):
+    """A phase that trains a transformer by flow matching.
+
+    Args:
+        name, settings: as those of `Phase`.
+        recipe: whose.
+        caption_dropout: share of the clips whose caption is left out.
+        unconditional: what stands in its place.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: PhaseSettings,
+        recipe: EncodedClipsRecipe,
+        caption_dropout: float,
+        unconditional: str = "",
+    ) -> None:
+        super().__init__(name, settings)
+        self.recipe, self.caption_dropout, self.unconditional = recipe, caption_dropout, unconditional
+
+    @abstractmethod
+    def levels(self, rng: Generators) -> torch.Tensor:
+        """Noise levels `[B]`, one a clip."""
+
+    @abstractmethod
+    def flow_loss(
+        self, model: nn.Module, batch: Batch, noise: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch whose noise, levels and texts are drawn, and further numbers for the log.
+
+        Args:
+            model, batch: as those of `Phase.loss`, the batch complete.
+            noise: `[B, C, T, H, W]`.
+            sigma: `[B]`, as the model can be told them.
+            texts: of each clip; that of nothing where its caption was left out.
+        """
+
+    def clips(self) -> Clips:
+        return self.recipe.ready(self.recipe.flowing)
+
+    def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self._drawn(model, self.recipe.flowing.complete(batch), rng)
+
+    def nothing(self) -> Text:
+        """The text that stands for no caption."""
+        return self.recipe.flowing.texts([self.unconditional])[0]
+
+    def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        noise = rng.normal(*batch["latents"].shape[1:])
+        # The noise is that of the level which the model is told, not the other way round.
+        sigma = self.recipe.backbone.told(self.levels(rng), DTYPES[self.recipe.config.loop.mixed_precision])
+        dropped = (rng.uniform() < self.caption_dropout).tolist()
+        nothing = self.nothing()
+        texts = [nothing if drop else text for drop, text in zip(dropped, batch["texts"], strict=True)]
+        return self.flow_loss(model, batch, noise, sigma, texts)
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
+            return self._drawn(model, batch, rng)[1]
+
+        recipe = self.recipe
+        values = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process)
+        if recipe.validation.prompts:
+            self._sample(getattr(model, "module", model), folder, step)
+        return values
+
+    def _sample(self, transformer: nn.Module, folder: Path, step: int) -> None:
+        """Make videos from the prompts; for image to video, from the first frames of the measured clips, in turn."""
+        recipe, settings = self.recipe, self.recipe.validation
+        texts = recipe.flowing.texts([*settings.prompts, settings.negative_prompt])
+        pictures = recipe.measured(recipe.flowing).first_frames
+        last = recipe.config.data.sizes[-1]
+        videos = []
+        for number, text in enumerate(recipe.process.track(texts[:-1], "validation videos", len(texts) - 1)):
+            image = pictures[number % len(pictures)] if pictures else None
+            height, width = (last.height, last.width) if image is None else image.shape[1:]
+            request = SampleRequest(
+                last.frames,
+                height,
+                width,
+                settings.steps,
+                settings.guidance_scale,
+                seed=number,
+                image=image,
+                after_step=recipe.process.check_stop,
+            )
+            videos.append(recipe.backbone.sample(transformer, (text, texts[-1]), request))
+        if not recipe.process.is_main:
+            return
+        with written_to(folder):
+            for number, video in enumerate(videos):
+                if video.shape[1] > 1:
+                    write_video(video, folder / f"{step:08d}_{number}.mp4", settings.fps)
+            write_picture(strips(videos), folder / f"{step:08d}.png")
+
+
+def train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
+    """Let the parameters of the chosen names be trained, in float32 whatever the others are, and freeze the rest."""
+    for name, parameter in model.named_parameters():
+        trained = chosen(name)
+        parameter.requires_grad_(trained)
+        if trained:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,205 @@
+"""Recipe `lora`: an ordinary LoRA on an unchanged model of videos or images, by flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ... import demo
+from ...pipelines.acceleration.handle import Handle, accelerate
+from ...pipelines.locations import is_hub_id
+from ..adapter import add_lora, layers_named
+from ..backbones import open_model
+from ..backbones.base import OwnModel, Text
+from ..backbones.folders import located, transformer_files
+from ..config import ConfigError
+from ..data.latents import Latents
+from ..flow import sample_levels
+from ..generators import Generators
+from ..identities import file_identity
+from ..lora_file import FILE, lora_path, read_facts, read_lora, save_lora
+from ..quantise import quantisation
+from ..sparse_training import training_method
+from .base import Batch, Phase, load_trained
+from .encoded_clips import EncodedClipsRecipe
+from .flow_phase import FlowPhase, train_only
+from .lora_settings import LoraSettings
+
+__all__ = ["LoraSettings", "TrainLora"]
+
+
+class TrainLora(EncodedClipsRecipe):
+    """Writes `out/adapter/pytorch_lora_weights.safetensors`, which stock diffusers and ComfyUI load."""
+
+    Config = LoraSettings
+    config: LoraSettings
+    backbone: OwnModel
+
+    def prepare(self) -> None:
+        config, lora = self.config, self.config.lora
+        self.quantisation = quantisation(config.model.quantise)
+        self.backbone = self._model()
+        layouts = [self.backbone.layout(s.frames, s.height, s.width) for s in config.data.sizes]
+        skeleton = self.backbone.skeleton()
+        chosen = config.attention
+        self.method = training_method(
+            chosen.method, chosen.density, chosen.dense_layers, chosen.backend, type(skeleton).__name__, layouts
+        )
+        self.layers = layers_named(skeleton, lora.targets or self.backbone.lora_targets, "lora.targets")
+        refusal = self.backbone.check_layers(self.layers)
+        if refusal:
+            raise ConfigError(f"lora.targets: {refusal}")
+        self.base_hash = transformer_files(self.backbone.base, self.backbone.part)
+        self.start = {} if lora.start is None else self._start(lora.start)
+        self.open_data()
+        self.flowing = self.latents(self.backbone.encoder(), config.flow.unconditional)
+
+    def _model(self) -> OwnModel:
+        model = self.config.model
+        return open_model(
+            located(model.base, "model.base", demo.WAN),
+            self.config.recipe,
+            dtype=getattr(torch, model.dtype),
+            autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
+            device=self.process.device,
+            merge_text_padding=model.merge_text_padding,
+            guidance=model.guidance,
+            stage=model.stage,
+            first_frame=model.first_frame,
+        )
+
+    def _start(self, location: str) -> dict[str, torch.Tensor]:
+        """The LoRA to go on from, which must be of this base and have the same layers and rank."""
+        facts = read_facts(location, "lora.start")
+        if facts["base_hash"] != self.base_hash:
+            raise ConfigError(
+                f"lora.start: {lora_path(location)} was trained on {facts['base']} ({facts['part']}), and "
+                f"{self.config.model.base} has other weights: give the base that it was trained on."
+            )
+        lora = self.config.lora
+        if facts["rank"] != lora.rank:
+            raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in lora.start has {facts['rank']}: set that.")
+        return read_lora(location, self.layers, self.backbone.file_name, lora.scale, "lora.start")
+
+    def used(self) -> list[Latents]:
+        return [self.flowing]
+
+    def phases(self) -> list[Phase]:
+        return [FlowLora(self)]
+
+    def inputs(self) -> dict[str, str]:
+        model, start = self.backbone, self.config.lora.start
+        encoders = " ".join(sorted(self.flowing.identities.values()))
+        return {
+            "model.base": f"{self.base_hash} {model.levels} {self.text_encoder.identity} {encoders}",
+            **({} if start is None else {"lora.start": file_identity(lora_path(start))}),
+            **self.data_identity(),
+        }
+
+    def transformer(self) -> nn.Module:
+        """The frozen transformer with the LoRA as training starts."""
+        lora = self.config.lora
+        transformer = self.backbone.transformer(self.quantisation)
+        add_lora(transformer, self.layers, lora.rank, lora.rank if lora.alpha is None else lora.alpha, lora.dropout)
+        load_trained(transformer, self.start)
+        return transformer
+
+    def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {"lora": str(self.write(trained, Path(self.config.out) / "adapter"))}
+
+    def write(self, weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
+        """Write the LoRA among the weights into a folder."""
+        lora = self.config.lora
+        dtype = getattr(torch, lora.file_dtype)
+        return save_lora(weights, folder / FILE, self.backbone.file_name, lora.scale, self.facts(), dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """What the header of the file says: which model the LoRA is for, and what it was trained with."""
+        config, model, size = self.config, self.config.model, self.config.data.sizes[-1]
+        named = model.base == demo.WAN or is_hub_id(model.base)
+        method = config.attention
+        return {
+            "recipe": config.recipe,
+            "base": model.base if named else Path(model.base).resolve().name,
+            "base_hash": self.base_hash,
+            "part": self.backbone.part,
+            "levels": list(self.backbone.levels),
+            "rank": config.lora.rank,
+            "attention": {"method": method.method, "density": method.density, "dense_layers": method.dense_layers},
+            "guidance_preserving": config.flow.guidance_preserving,
+            "unconditional": config.flow.unconditional,
+            "size": {"frames": size.frames, "height": size.height, "width": size.width},
+        }
+
+
+class FlowLora(FlowPhase):
+    """The phase `train`."""
+
+    recipe: TrainLora
+
+    def __init__(self, recipe: TrainLora) -> None:
+        config = recipe.config
+        super().__init__("train", config.train, recipe, config.flow.caption_dropout, config.flow.unconditional)
+        self._handle: Handle | None = None
+        if config.model.quantise != "none":
+            self.whole_weights = f"model.quantise is {config.model.quantise}, whose matrices must be whole"
+
+    def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
+        recipe = self.recipe
+        transformer: Any = recipe.transformer()
+        load_trained(transformer, trained)
+        if recipe.config.loop.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        train_only(transformer, lambda name: ".lora_" in name)
+        if recipe.method is not None:
+            self._handle = accelerate(transformer, recipe.method, backend=recipe.config.attention.backend)
+        return transformer
+
+    def levels(self, rng: Generators) -> torch.Tensor:
+        flow = self.recipe.config.flow
+        levels = self.recipe.backbone.levels
+        return sample_levels(rng, flow.shift, flow.density, flow.logit_mean, flow.logit_std, levels)
+
+    def flow_loss(
+        self, model: nn.Module, batch: Batch, noise: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        backbone, scale = self.recipe.backbone, self.recipe.config.flow.guidance_preserving
+        latents = batch["latents"]
+        shown = backbone.noised(latents, noise, sigma)
+        if scale is not None:
+            without = self._unconditional(model, shown, sigma, batch)
+        made = backbone.velocity(model, shown, sigma, texts, batch).float()
+        if scale is not None:
+            # GFT (arXiv 2501.15420) at the fixed beta = 1 / scale: what fits the flow is the model's mixture with its
+            # unconditional self, so the model itself stays as guided as it was.
+            made = made / scale + (1 - 1 / scale) * without
+        loss = backbone.error(made, noise - latents).mean()
+        return loss, {"error": loss.detach()}
+
+    @torch.no_grad()
+    def _unconditional(self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The velocity without a caption, from the weights as they are, without dropout and gradients."""
+        if self._handle is not None:
+            self._handle.reset()  # of the last step it must not remember: a resumed run would not
+        training = model.training
+        model.eval()
+        try:
+            return self.recipe.backbone.velocity(model, shown, sigma, [self.nothing()] * len(shown), batch).float()
+        finally:
+            model.train(training)
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        if self._handle is not None:
+            self._handle.reset()
+        return super().validate(model, folder, step)
+
+    def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        self.recipe.write(weights, folder / "adapter")
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()

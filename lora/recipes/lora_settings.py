@@ -1,0 +1,130 @@
+"""Settings of the recipe `lora`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..config import Settings, setting
+from ..settings import PhaseSettings, RunSettings, ValidationSettings
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """The model that gets a LoRA.
+
+    Args:
+        base: folder or hub id of a diffusers pipeline; "demo" is the built-in one.
+        stage: of a base with two transformers (Wan 2.2 14B): which one; None for a base with one.
+        first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
+        dtype: of the frozen weights; what is trained stays float32.
+        quantise: keep the frozen weights of the linear layers in 8 bits, through torchao, which must be installed.
+        autoencoder_dtype: in which clips are encoded.
+        merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;
+            for Wan without an image encoder.
+        guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training.
+    """
+
+    base: str = setting(free=True)
+    stage: Literal["high_noise", "low_noise"] | None = None
+    first_frame: bool | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantise: Literal["none", "int8", "fp8"] = "none"
+    autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    merge_text_padding: bool = False
+    guidance: float = setting(3.5, low=0)
+
+
+@dataclass(frozen=True)
+class AdapterSettings(Settings):
+    """The LoRA.
+
+    Args:
+        rank: of its two matrices.
+        alpha: its update is multiplied by alpha / rank; None for the rank.
+        dropout: share of a layer's inputs that the LoRA is not shown in a step.
+        targets: ends of the names of the layers that get one, such as "to_q" or "attn1.to_q"; None for the family's:
+            attention and feed-forward of every block.
+        start: file or folder of a LoRA of this recipe to go on from; None for a new one.
+        file_dtype: of the result.
+    """
+
+    rank: int = setting(32, low=1)
+    alpha: float | None = setting(None, above=0)
+    dropout: float = setting(0.0, low=0, below=1)
+    targets: tuple[str, ...] | None = None
+    start: str | None = setting(None, free=True)
+    file_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", free=True)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def check(self) -> Iterator[str]:
+        if self.targets is not None and not self.targets:
+            yield "targets is empty: name at least one layer, such as to_q, or leave it out."
+
+
+@dataclass(frozen=True)
+class FlowSettings(Settings):
+    """Noise levels and prompts in training.
+
+    Args:
+        density: of the noise levels before the shift: "logit_normal" of `logit_mean` and `logit_std`, or "uniform".
+        shift: of the noise levels towards noise.
+        caption_dropout: share of the clips that are shown with `unconditional` instead of their caption.
+        unconditional: the text that stands for no caption: the negative prompt that the model will be sampled with.
+        guidance_preserving: of a base that is distilled on guidance, the scale that is to stay in it: the loss compares
+            v / s + (1 - 1 / s) u with the flow, u the velocity of `unconditional` without gradients. None for none.
+    """
+
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = setting(1.0, above=0)
+    shift: float = setting(3.0, above=0)
+    caption_dropout: float = setting(0.1, low=0, high=1)
+    unconditional: str = ""
+    guidance_preserving: float | None = setting(None, above=1)
+
+
+@dataclass(frozen=True)
+class AttentionSettings(Settings):
+    """The self-attention in training.
+
+    Args:
+        method: "dense", or one of `vidaccel.attention.METHODS`.
+        density: share of the pairs that the method computes, at the last of `data.sizes`; None for its own.
+        dense_layers: first layers that stay dense; None for the method's own.
+        backend: what computes it; "auto" chooses.
+    """
+
+    method: str = "dense"
+    density: float | None = setting(None, above=0, high=1)
+    dense_layers: int | None = setting(None, low=0)
+    backend: str = setting("auto", free=True)
+
+    def check(self) -> Iterator[str]:
+        if self.method == "dense":
+            for name in ("density", "dense_layers"):
+                if getattr(self, name) is not None:
+                    yield f"{name} is of use only with a sparse method: set method, or leave it out."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(RunSettings):
+    """Settings of the recipe `lora`."""
+
+    model: ModelSettings
+    train: PhaseSettings
+    lora: AdapterSettings = field(default_factory=AdapterSettings)
+    flow: FlowSettings = field(default_factory=FlowSettings)
+    attention: AttentionSettings = field(default_factory=AttentionSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+
+    def check(self) -> Iterator[str]:
+        if self.model.dtype != "float32" and self.loop.mixed_precision == "no":
+            yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'
+        if not self.train.steps:
+            yield "train.steps is 0: give at least 1."

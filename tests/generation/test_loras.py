@@ -1,0 +1,84 @@
+"""LoRAs of a request: what is asked for, and what the video shows of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import vidaccel
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.loras import lora_files
+from vidaccel.lora.backbones.wan_own import WanModel
+from vidaccel.lora.lora_file import save_lora
+
+SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 1, "progress": False}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """A LoRA for the demo model, of large random numbers, as the trainer writes it."""
+    from diffusers import WanTransformer3DModel
+
+    config = WanTransformer3DModel.load_config(vidaccel.demo.path(), subfolder="transformer")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    weights = {
+        f"blocks.0.attn1.to_v.lora_{m}.default.weight": torch.randn(*s)
+        for m, s in zip("AB", ((2, width), (width, 2)), strict=True)
+    }
+    facts = {"part": "transformer", "levels": [0.0, 1.0]}
+    names = WanModel.file_name.__get__(object.__new__(WanModel))
+    return save_lora(weights, tmp_path / "pytorch_lora_weights.safetensors", names, 1.0, facts)
+
+
+def test_a_lora_changes_the_video_as_much_as_its_weight(file):
+    plain, without, half, full = (
+        vidaccel.generate("demo", "a red circle", lora=lora, **SMALL).frames.astype(float)
+        for lora in ((), f"{file}=0", f"{file.parent}=0.5", file)
+    )
+    assert np.array_equal(plain, without)
+    assert 0 < np.abs(half - plain).mean() < np.abs(full - plain).mean()
+
+
+def test_the_stage_of_a_file_is_that_of_its_header(tmp_path):
+    for part, levels, wanted in (
+        ("transformer_2", [0.0, 0.875], "transformer_2"),
+        ("transformer", [0.875, 1.0], "transformer"),
+        ("transformer", [0.0, 1.0], "all"),
+    ):
+        header = {"vidaccel": json.dumps({"part": part, "levels": levels})}
+        save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", header)
+        assert [lora.target for lora in lora_files(tmp_path / "a.safetensors")] == [wanted]
+    save_file({"a": torch.zeros(1)}, tmp_path / "b=2.safetensors")
+    (lora,) = lora_files([f"{tmp_path / 'b=2.safetensors'}=-0.5"])
+    assert (lora.path.name, lora.weight, lora.target) == ("b=2.safetensors", -0.5, "all")
+
+
+def test_loras_that_cannot_be(tmp_path, file):
+    other = tmp_path / "other.safetensors"
+    save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, other)
+    low = tmp_path / "low.safetensors"
+    header = {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.875]})}
+    save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, low, header)
+    for lora, words in (
+        (tmp_path / "gone", "lora is .*gone: there is no such file or folder"),
+        (f"{tmp_path / 'gone'}=0.5", "lora is .*gone: there is no such file or folder"),
+        (f"{file}=much", "lora is .*=much: what follows = must be its weight"),
+        (f"{file}=inf", "lora is .*=inf: its weight must be finite"),
+        (other, "lora cannot be used: .*other.safetensors"),
+        (low, "lora cannot be used: low.safetensors is for transformer_2, and this pipeline has transformer alone.$"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            vidaccel.generate("demo", "a red circle", lora=lora, **SMALL)
+
+
+def test_a_loaded_pipeline_loads_its_own(file):
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(vidaccel.demo.path())
+    with pytest.raises(BadInput, match="lora is for a model that is loaded here. Load it with load_lora_weights"):
+        vidaccel.generate(pipe, "a red circle", lora=file, **SMALL)
