@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import accelerate as hf_accelerate
 import torch
@@ -84,7 +83,7 @@ def no_fusing(model: torch.nn.Module) -> str:
 
 
 def model_offload(tiny: Tiny) -> None:
-    """The hook of `enable_model_cpu_offload`, which a pipeline sets on each model but refuses without an accelerator."""
+    """The hook of `enable_model_cpu_offload`, set on each model of a pipeline, which needs an accelerator."""
     hf_accelerate.cpu_offload_with_hook(tiny.model, execution_device=CPU)
 
 
@@ -165,8 +164,8 @@ LEVERS: dict[str, Lever] = {
         Lever("group offload", "`enable_group_offload`, by blocks", group_offload("block_level")),
         Lever("leaf offload", "`enable_group_offload`, by leaves", group_offload("leaf_level")),
         Lever("fp8 storage", "`enable_layerwise_casting` with float8_e4m3fn", layerwise_casting, same_as=rounded),
-        Lever("int8", "torchao's `Int8WeightOnlyConfig` on the attention", torchao_int8, same_as=dequantised, exact=False,
-              package="torchao"),
+        Lever("int8", "torchao's `Int8WeightOnlyConfig` on the attention", torchao_int8, same_as=dequantised,
+              exact=False, package="torchao"),
         Lever("first-block cache", "`enable_cache(FirstBlockCacheConfig)`", first_block_cache, no_caching, caches=True),
         Lever("cache-dit", "`cache_dit.enable_cache`", cache_dit, package="cache_dit", caches=True),
         Lever("compiled blocks", "`compile_repeated_blocks(fullgraph=True)`", compiled_blocks, no_compiling,

@@ -92,6 +92,14 @@ def predict_2() -> Any:
     return diffusers.Cosmos2VideoToWorldPipeline(**_parts(transformer, wan_autoencoder(), scheduler))
 
 
+def predict_25() -> Any:
+    """Its prompts are embeddings, of 20 channels: its encoder is a Qwen2.5-VL whose processor needs torchvision."""
+    config = {"extra_pos_embed_type": None, "use_crossattn_projection": True, "crossattn_proj_in_channels": 20}
+    transformer = _transformer(1, **config, encoder_hidden_states_channels=WIDTH)
+    parts = _parts(transformer, wan_autoencoder(), unipc())
+    return diffusers.Cosmos2_5_PredictBasePipeline(**parts | {"text_encoder": None, "tokenizer": None})
+
+
 def cosmos_3() -> Any:
     transformer = diffusers.Cosmos3OmniTransformer(
         head_dim=16,
