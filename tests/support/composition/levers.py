@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import accelerate as hf_accelerate
 import torch
-from diffusers import CacheMixin, FirstBlockCacheConfig
+from diffusers import CacheMixin, FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -125,10 +125,26 @@ def dequantised(model: torch.nn.Module, fresh: torch.nn.Module) -> None:
             parameter.data.copy_(stored[name].dequantize())
 
 
-def first_block_cache(tiny: Tiny) -> None:
-    for metadata in TransformerBlockRegistry._registry.values():
-        metadata._cached_parameter_indices = None  # where a block does not fit, its second call fails otherwise
-    tiny.model.enable_cache(FirstBlockCacheConfig(threshold=1e3))
+def cache(config: Callable[[], object]) -> Callable[[Tiny], None]:
+    def apply(tiny: Tiny) -> None:
+        for metadata in TransformerBlockRegistry._registry.values():
+            metadata._cached_parameter_indices = None  # where a block does not fit, its second call fails otherwise
+        tiny.model.enable_cache(config())
+
+    return apply
+
+
+def first_block() -> FirstBlockCacheConfig:
+    return FirstBlockCacheConfig(threshold=1e3)
+
+
+def mag() -> MagCacheConfig:
+    ratios = {"num_inference_steps": 4, "mag_ratios": [1.0] * 4}
+    return MagCacheConfig(threshold=10.0, max_skip_steps=2, retention_ratio=0.0, **ratios)
+
+
+def broadcast() -> PyramidAttentionBroadcastConfig:
+    return PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
 
 
 def no_caching(model: torch.nn.Module) -> str:
@@ -154,21 +170,34 @@ def cache_dit(tiny: Tiny) -> None:
     cache_dit.enable_cache(tiny.model, cache_config=config)
 
 
-LEVERS: dict[str, Lever] = {
-    lever.name: lever
-    for lever in (
-        Lever("LoRA", "`add_adapter` on the attention's projections", lora, same_as=merged, exact=False),
-        Lever("fused qkv", "`fuse_qkv_projections`", lambda t: t.model.fuse_qkv_projections(), no_fusing, exact=False),
-        Lever("model offload", "the hook of `enable_model_cpu_offload`", model_offload),
-        Lever("sequential offload", "the hooks of `enable_sequential_cpu_offload`", sequential_offload),
-        Lever("group offload", "`enable_group_offload`, by blocks", group_offload("block_level")),
-        Lever("leaf offload", "`enable_group_offload`, by leaves", group_offload("leaf_level")),
-        Lever("fp8 storage", "`enable_layerwise_casting` with float8_e4m3fn", layerwise_casting, same_as=rounded),
-        Lever("int8", "torchao's `Int8WeightOnlyConfig` on the attention", torchao_int8, same_as=dequantised,
-              exact=False, package="torchao"),
-        Lever("first-block cache", "`enable_cache(FirstBlockCacheConfig)`", first_block_cache, no_caching, caches=True),
-        Lever("cache-dit", "`cache_dit.enable_cache`", cache_dit, package="cache_dit", caches=True),
-        Lever("compiled blocks", "`compile_repeated_blocks(fullgraph=True)`", compiled_blocks, no_compiling,
-              exact=False, lazy=True),
-    )
-}  # fmt: skip
+_CACHE = {"missing": no_caching, "caches": True}
+_ALL = (
+    Lever("LoRA", "`add_adapter` on the attention's projections", lora, same_as=merged, exact=False),
+    Lever("fused qkv", "`fuse_qkv_projections`", lambda t: t.model.fuse_qkv_projections(), no_fusing, exact=False),
+    Lever("model offload", "the hook of `enable_model_cpu_offload`", model_offload),
+    Lever("sequential offload", "the hooks of `enable_sequential_cpu_offload`", sequential_offload),
+    Lever("group offload", "`enable_group_offload`, by blocks", group_offload("block_level")),
+    Lever("leaf offload", "`enable_group_offload`, by leaves", group_offload("leaf_level")),
+    Lever("fp8 storage", "`enable_layerwise_casting` with float8_e4m3fn", layerwise_casting, same_as=rounded),
+    Lever(
+        "int8",
+        "torchao's `Int8WeightOnlyConfig` on the attention",
+        torchao_int8,
+        same_as=dequantised,
+        exact=False,
+        package="torchao",
+    ),
+    Lever("first-block cache", "`enable_cache(FirstBlockCacheConfig)`", cache(first_block), **_CACHE),
+    Lever("MagCache", "`enable_cache(MagCacheConfig)`", cache(mag), **_CACHE),
+    Lever("broadcast", "`enable_cache(PyramidAttentionBroadcastConfig)`", cache(broadcast), **_CACHE),
+    Lever("cache-dit", "`cache_dit.enable_cache`", cache_dit, package="cache_dit", caches=True),
+    Lever(
+        "compiled blocks",
+        "`compile_repeated_blocks(fullgraph=True)`",
+        compiled_blocks,
+        no_compiling,
+        exact=False,
+        lazy=True,
+    ),
+)
+LEVERS: dict[str, Lever] = {lever.name: lever for lever in _ALL}
