@@ -271,3 +271,20 @@ def test_without_guidance_there_is_one_branch(pipeline):
     layers = len({r.layer for r in records})
     assert Counter((r.step, r.branch) for r in records) == {(step, case.branches[0]): layers for step in range(4)}
     assert latents(pipe, case, case.sizes[0], **off).equal(before)
+
+
+def test_a_guidance_pass_that_leaves_out_attention():
+    """LTX-2.3's spatio-temporal guidance: the layers that it perturbs make no call in its pass, which is no fault."""
+    case = case_of("LTX2Pipeline")
+    pipe = built(case)
+    torch.manual_seed(0)
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    pipe.transformer = type(pipe.transformer)(**config | {"perturbed_attn": True}).eval()
+    before = latents(pipe, case, case.sizes[0])
+    with accelerate(pipe, METHOD, schedule=NEVER_DENSE) as handle:
+        assert not latents(pipe, case, case.sizes[0]).equal(before)
+        report = handle.report()
+    expected = {("all", 0), ("all", 1), ("pass 1", 0), ("pass 2", 0), ("pass 2", 1)}
+    assert {(r.branch, r.layer) for r in report.records} == expected
+    assert len(report.records) == 4 * len(expected) and not [n for n in report.notes if "backend auto" not in n]
+    assert latents(pipe, case, case.sizes[0]).equal(before)
