@@ -83,12 +83,19 @@ class Site:
         if count < 2:
             return self._one(q, k, v, masked, 0, dense)
         if self.own_samples:
-            sample, self._turn = self._turn % count, self._turn + 1
+            sample = self._whose(q.shape[2])
+            self._turn = sample + 1
             return self._one(q, k, v, masked, sample, dense)
         if count != q.shape[0]:
             raise RuntimeError(f"a call with a batch of {q.shape[0]} in a forward pass with one of {count}.")
         one = (slice(i, i + 1) for i in range(count))
         return torch.cat([self._one(q[i], k[i], v[i], masked, i.start, dense) for i in one])
+
+    def _whose(self, tokens: int) -> int:
+        """The sample of a call: they come in order, but caches leave some out, which the length of others tells."""
+        layouts = self.engine.layouts
+        turns = [(self._turn + ahead) % len(layouts) for ahead in range(len(layouts))]
+        return next((sample for sample in turns if layouts[sample].tokens == tokens), turns[0])
 
     def _one(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, sample: int, dense: str

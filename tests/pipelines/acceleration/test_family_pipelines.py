@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -288,3 +289,22 @@ def test_a_guidance_pass_that_leaves_out_attention():
     assert {(r.branch, r.layer) for r in report.records} == expected
     assert len(report.records) == 4 * len(expected) and not [n for n in report.notes if "backend auto" not in n]
     assert latents(pipe, case, case.sizes[0]).equal(before)
+
+
+def test_a_cache_that_leaves_out_a_branch_of_the_batch():
+    """FasterCache computes only the conditional branch in every second step, whose text is longer."""
+    case = case_of("MochiPipeline")
+    pipe = built(case)
+    every_step = {"unconditional_batch_skip_range": 2, "unconditional_batch_timestep_skip_range": (-1, 10**4)}
+    config = diffusers.FasterCacheConfig(
+        **every_step,
+        spatial_attention_timestep_skip_range=(-2, -1),  # never
+        attention_weight_callback=lambda module: 0.5,
+        current_timestep_callback=lambda: 500,
+    )
+    pipe.transformer.enable_cache(config)
+    with accelerate(pipe, METHOD, schedule=NEVER_DENSE) as handle:
+        latents(pipe, case, case.sizes[0])
+        report = handle.report()
+    assert Counter(r.step for r in report.records) == {0: 2, 1: 1, 2: 2, 3: 1}
+    assert {r.reason for r in report.records} == {""} and not [n for n in report.notes if "backend auto" not in n]
