@@ -90,6 +90,7 @@ def model_offload(tiny: Tiny) -> None:
 def sequential_offload(tiny: Tiny) -> None:
     """What `enable_sequential_cpu_offload` does: weights are on `meta` between calls."""
     hf_accelerate.cpu_offload(tiny.model, execution_device=CPU)
+    assert all(parameter.is_meta for parameter in tiny.model.parameters())
 
 
 def group_offload(kind: str) -> Callable[[Tiny], None]:
@@ -102,6 +103,7 @@ def group_offload(kind: str) -> Callable[[Tiny], None]:
 
 def layerwise_casting(tiny: Tiny) -> None:
     tiny.model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert all(tiny.model.get_submodule(path).weight.dtype == torch.float8_e4m3fn for path in projections(tiny))
 
 
 def rounded(model: torch.nn.Module, fresh: torch.nn.Module) -> None:
@@ -116,6 +118,7 @@ def torchao_int8(tiny: Tiny) -> None:
     # Only the attention: some models read the dtype of other weights.
     paths = set(projections(tiny))
     quantize_(tiny.model, Int8WeightOnlyConfig(), filter_fn=lambda module, path: path in paths)
+    assert all(type(tiny.model.get_submodule(path).weight.data) is not torch.Tensor for path in paths)
 
 
 def dequantised(model: torch.nn.Module, fresh: torch.nn.Module) -> None:
