@@ -12,6 +12,7 @@ import torch
 from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
 from .functional import attend, check_inputs, check_tensors, choose_backend
 from .groups import dense_attention
+from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
 from .meter import check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
@@ -99,13 +100,14 @@ class SparseAttention:
 
     def _forget_run(self) -> None:
         self._call_memory: dict[tuple, dict[str, Any]] = {}
+        self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
         self._grad_plans: dict[tuple, BlockPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Events on a GPU cannot be copied, so a copy gets finished records. It starts with a run, so without a memory.
         state = {**self.__dict__, "_finished": self._all_records(), "_pending": []}
-        return state | dict.fromkeys(("_layout_memory", "_call_memory", "_run_memory", "_grad_plans"))
+        return state | dict.fromkeys(("_layout_memory", "_call_memory", "_shares", "_run_memory", "_grad_plans"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -161,6 +163,7 @@ class SparseAttention:
         dense: str = "",
         stock: DenseAttention = dense_attention,
         sample: int = 0,
+        heads: HeadShare = ALL_HEADS,
     ) -> torch.Tensor:
         """Attention of one layer.
 
@@ -171,6 +174,8 @@ class SparseAttention:
             dense: why this call must stay dense, whatever the schedule says; empty if it need not.
             stock: what computes dense calls.
             sample: where samples have a layout each, the one that this call is of.
+            heads: where several processes share the heads of the layer, which of them these are. All of these processes
+                make the call.
 
         Returns:
             `[B, H, N, D]`, like `q`.
@@ -187,7 +192,7 @@ class SparseAttention:
                 f"self-attention needs q and k of one length, got q {tuple(q.shape)} and k {tuple(k.shape)} in layer "
                 f"{layer}, for {layout}."
             )
-        reason = dense or self.dense_reason(q, layer, sample)
+        reason = dense or self.dense_reason(q.shape[2], q.device, layer, sample)
         if reason:
             with Span(q.device) as span:
                 out = stock(q, k, v)
@@ -195,17 +200,21 @@ class SparseAttention:
             return out
 
         with Span(q.device) as plan_span:
-            self._check_finite(q, k, layer)
-            plan = self._plan(q, k, v, layer, sample)
+            self._check_finite(q, k, layer, heads)
+            plan = self._plan(q, k, v, layer, sample, heads)
             check_inputs(q, k, v, plan)
             chosen = choose_backend(q, k, v, plan, self.backend)
             chosen.prepare(plan)
         with Span(q.device) as span:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
-        pairs = plan.pairs()
+        pairs, details = plan.pairs(), plan.details
         counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
-        error = self._measured(out, q, k, v, layer)
-        self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, plan.details, *error))
+        shares = heads.computed(pairs.expand(q.shape[:2]))
+        if shares is not None:
+            counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * plan.n_q * plan.n_kv
+            details = {**details, "rank_pairs": shares}
+        error = self._measured(out, q, k, v, layer, heads)
+        self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             place = q.device.type
@@ -218,21 +227,20 @@ class SparseAttention:
             )
         return out
 
-    def dense_reason(self, q: torch.Tensor, layer: int, sample: int = 0) -> str:
-        """Why the layer stays dense now, empty when it is sparse."""
+    def dense_reason(self, tokens: int, device: torch.device, layer: int, sample: int = 0) -> str:
+        """Why the layer stays dense now, with a sequence of so many tokens; empty when it is sparse."""
         if not self.layouts:
             return "unknown layout"
-        if q.shape[2] != self.layouts[sample].tokens:
+        if tokens != self.layouts[sample].tokens:
             self.note(
-                f"a call with {q.shape[2]} tokens does not fit the layout's {self.layouts[sample].tokens}: it stays "
-                "dense",
+                f"a call with {tokens} tokens does not fit the layout's {self.layouts[sample].tokens}: it stays dense",
                 logging.WARNING,
             )
             return "unknown layout"
         reason = self.schedule.dense_reason(self.step, layer, self.num_layers)
-        if not reason and self.backend == "auto" and not runs_somehow(q.device):
-            self.note(f"no backend runs on {q.device.type}: all calls stay dense", logging.WARNING)
-            return f"no backend on {q.device.type}"
+        if not reason and self.backend == "auto" and not runs_somehow(device):
+            self.note(f"no backend runs on {device.type}: all calls stay dense", logging.WARNING)
+            return f"no backend on {device.type}"
         return reason
 
     def note(self, text: str, level: int = logging.INFO) -> None:
@@ -258,7 +266,9 @@ class SparseAttention:
     def _all_records(self) -> list[CallRecord]:
         return self._finished + [self._finish(r) for r in self._pending]
 
-    def _plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int) -> BlockPlan:
+    def _plan(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int, heads: HeadShare
+    ) -> BlockPlan:
         """The method's plan. With gradients, a second call in one forward pass gets the plan of the first.
 
         Gradient checkpointing runs a layer again in the backward pass. A method with a memory would plan anew then, and
@@ -267,7 +277,7 @@ class SparseAttention:
         key = (layer, sample, tuple(q.shape), k.shape[1])
         if key in self._grad_plans:
             return self._grad_plans[key]
-        memory = self._memory(q, k, layer, sample)
+        memory = self._memory(q, k, layer, sample, heads)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
@@ -278,10 +288,14 @@ class SparseAttention:
             self._grad_plans[key] = plan
         return plan
 
-    def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int) -> PlanMemory:
+    def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int, heads: HeadShare) -> PlanMemory:
         place = (self.layouts[sample], q.device)
         call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
-        return PlanMemory(self._call_memory.setdefault(call, {}), self._of_layout(place), self._run_memory)
+        kept, before = self._call_memory.get(call, {}), self._shares.get(call, heads)
+        if heads is not before:
+            kept = heads.taken_over(kept, before)
+        self._call_memory[call], self._shares[call] = kept, heads
+        return PlanMemory(kept, self._of_layout(place), self._run_memory, heads)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
         """The memory of a layout on a device, which is now the one used last."""
@@ -292,7 +306,7 @@ class SparseAttention:
             del self._layout_memory[old]
         return memory
 
-    def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> None:
+    def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int, heads: HeadShare) -> None:
         """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.
 
         On a GPU the check waits for it, so there it runs once a step.
@@ -302,17 +316,19 @@ class SparseAttention:
             return
         self._checked = place
         for name, x in (("q", q), ("k", k)):
-            # NaN and infinity survive a sum (opposite infinities make NaN), and a sum needs no second tensor.
-            if not torch.isfinite(x.detach().sum(dtype=torch.float32)):
-                bad = int((~torch.isfinite(x)).sum())
+            # NaN and infinity survive a sum (opposite infinities make NaN), and a sum needs no second tensor. It is one
+            # over all processes, which must all stop where one does.
+            if not torch.isfinite(heads.sum(x.detach().sum(dtype=torch.float32))):
+                counts = torch.tensor([int((~torch.isfinite(x)).sum()), x.numel()], device=x.device)
+                bad, count = heads.sum(counts).tolist()
                 raise ValueError(
-                    f"{bad} of {x.numel()} values of {name} are NaN or infinite in layer "
+                    f"{bad} of {count} values of {name} are NaN or infinite in layer "
                     f"{layer} at step {self.step.step}: no plan can be made from them. Check the weights and the dtype "
                     f"({x.dtype}); bfloat16 overflows less than float16."
                 )
 
     def _measured(
-        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int
+        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, heads: HeadShare
     ) -> tuple[torch.Tensor | None, Span | None]:
         """The true error of a call, which stays on its device until the report is asked for, and how long it took."""
         if not self.measure_error:
@@ -320,7 +336,7 @@ class SparseAttention:
         with Span(q.device) as span, torch.autocast(q.device.type, enabled=False):
             # Other rows in each layer and step, and the same for every method.
             rows = sample_rows(q.shape[2], self.measure_error, self.step.step * self.num_layers + layer, q.device)
-            error = relative_error(out, q, k, v, rows)
+            error = relative_error(out, q, k, v, rows, heads)
         return error, span
 
     def _finish(self, r: _Pending) -> CallRecord:

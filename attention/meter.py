@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .groups import group_product
+from .heads import ALL_HEADS, HeadShare
 
 CHUNK_BYTES = 2**28  # keys, values and scores of so many heads at a time
 
@@ -42,7 +43,12 @@ def sample_rows(tokens: int, rows: int, turn: int, device: torch.device) -> torc
 
 @torch.no_grad()
 def relative_error(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    share: HeadShare = ALL_HEADS,
 ) -> torch.Tensor:
     """How far an output is from dense attention, in some rows: `norm(out - dense) / norm(dense)` over all of them.
 
@@ -54,6 +60,7 @@ def relative_error(
     Args:
         out: what a method gave, `[B, H, Nq, D]`. q: `[B, H, Nq, D]`. k, v: `[B, Hkv, Nk, D]`, H a multiple of Hkv.
         rows: `[R]` int64, positions in q.
+        share: which of the heads these are, where processes share them; the error is that of all.
 
     Returns:
         0-dim, on the device of `q`, over batch, heads and rows: nothing is read on the host.
@@ -70,4 +77,5 @@ def relative_error(
         weights = (group_product(query, k[:, part].to(dtype).transpose(-1, -2)) * channels**-0.5).softmax(-1)
         dense = group_product(weights, v[:, part].to(dtype))
         wrong, whole = wrong + (got - dense).square().sum(), whole + dense.square().sum()
+    wrong, whole = share.sum(torch.stack([wrong, whole]))
     return (wrong / whole.clamp(min=torch.finfo(dtype).tiny)).sqrt()

@@ -9,7 +9,7 @@ from ..attention.backends import check_backend
 from ..attention.layout import VideoLayout
 from ..generation.errors import BadInput
 from ..generation.methods import DENSE, build_method, check_names
-from ..pipelines.acceleration.families import SPECS
+from ..pipelines.acceleration.families import FAMILIES
 from .config import ConfigError
 
 
@@ -38,7 +38,7 @@ def training_method(
     """
     if name == DENSE:
         return None
-    if not any(transformer_class in spec.transformers for spec in SPECS) or None in layouts:
+    if not any(transformer_class in family.transformers for family in FAMILIES) or None in layouts:
         raise ConfigError(f"attention.method is {name}, but a {transformer_class} trains with dense attention alone.")
     try:
         check_names([name], compare=False)

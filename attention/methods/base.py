@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..heads import ALL_HEADS, HeadShare
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
@@ -44,17 +45,19 @@ class OutOfReach(ValueError):
 
 @dataclass
 class PlanMemory:
-    """What a method may keep between calls. The engine owns it: methods themselves hold no state.
+    """What a method may keep between calls, and whose heads the call has. The engine owns it: methods hold no state.
 
     Args:
         call: of one (model, layer, guidance branch, layout); emptied when a run starts.
         layout: shared by every layer of one layout and device; holds what needs nothing else, such as static masks.
         run: shared by every layer; emptied when a run starts.
+        heads: what is decided over all heads of a layer, or by a head's number, goes through it.
     """
 
     call: dict[str, Any] = field(default_factory=dict)
     layout: dict[Any, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    heads: HeadShare = ALL_HEADS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,14 @@ class Method(abc.ABC):
         """Whether something stands for the keys that a query skips, which not every backend can attend to."""
         return False
 
+    @property
+    def uneven_heads(self) -> bool:
+        """Whether heads of one layer compute different numbers of pairs, so that processes which share them swap some.
+
+        What such a method keeps in `memory.call` are tensors `[B, H, ...]`, tuples of them, and numbers.
+        """
+        return False
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         """Memory of what stands for skipped keys in a call, the largest thing that a plan holds, in bytes.
 
@@ -130,7 +141,7 @@ class Method(abc.ABC):
             q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding, `N = layout.tokens`; H
                 is a multiple of Hkv. The plan is for H heads (`kv_order` may have fewer, see `BlockPlan`).
             layout: where the video tokens are.
-            memory: what this method left behind in earlier calls.
+            memory: what this method left behind in earlier calls, and whose heads these are.
         """
 
 

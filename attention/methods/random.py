@@ -58,7 +58,8 @@ class RandomBlocks(Method):
         batch = batch if self.redraw else 1
         blocks = -(-length // self.block_size)
         kept = max(1, round(self.density * blocks))
-        scores = torch.rand(batch, heads, blocks, blocks, generator=memory.run["generator"])
+        scores = torch.rand(batch, memory.heads.total(heads), blocks, blocks, generator=memory.run["generator"])
+        scores = memory.heads.mine(scores)
         chosen = scores.topk(kept, dim=-1).indices
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
         plan = BlockPlan.from_block_mask(mask, self.block_size, self.block_size, length, length).to(q.device)

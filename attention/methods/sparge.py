@@ -122,6 +122,10 @@ class Sparge(Method):
             )
         return method
 
+    @property
+    def uneven_heads(self) -> bool:
+        return self.cdf is not None or self.similarity >= 0
+
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..clusters import Clusters, cluster, cluster_mass, for_heads, plan_with_text, renewed, spend
 from ..groups import repeat_heads
+from ..heads import HeadShare
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import map_error
@@ -107,6 +108,10 @@ class SVG2(Method):
     def stands_in(self) -> bool:
         return self.compensate
 
+    @property
+    def uneven_heads(self) -> bool:
+        return True
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         clusters = self.cluster_counts(layout.video_tokens)[1] + (layout.text_tokens > 0)
         return heads * 2 * 4 * clusters * head_dim if self.compensate else 0
@@ -140,14 +145,15 @@ class SVG2(Method):
             v_means = renewed(v, clusters._replace(means=torch.zeros_like(clusters.means))).means
             v_means = repeat_heads(v_means, q.shape[1])
         if self.route == "error":
-            selected = self._by_error(mass, queries, k, clusters, v_means, layout)
+            selected = self._by_error(mass, queries, k, clusters, v_means, layout, memory.heads)
             facts: dict[str, Any] = {"planning_pairs": self.planning_pairs(layout)}
         else:
             if self.density is None:
                 top_p: float | torch.Tensor = self.top_p
                 forced = int(self.min_ratio * k_clusters)
             else:
-                top_p, forced = _top_p_for(self.density, mass, queries.sizes, keys.sizes, layout, self.compensate), 1
+                every, q_sizes, k_sizes = (memory.heads.gather(x) for x in (mass, queries.sizes, keys.sizes))
+                top_p, forced = _top_p_for(self.density, every, q_sizes, k_sizes, layout, self.compensate), 1
             selected = _select(mass, top_p, forced)
             facts = {"top_p": top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p}
         plan = plan_with_text(queries, keys, selected, layout)
@@ -169,23 +175,26 @@ class SVG2(Method):
         keys: Clusters,
         v_means: torch.Tensor,
         layout: VideoLayout,
+        heads: HeadShare,
     ) -> torch.Tensor:
         """The clusters that `route="error"` reads, `[B, H, Cq, Ck]` bool; `keys` are those of the key-value heads."""
         k_sizes = repeat_heads(keys.sizes, mass.shape[1])
         rows, sizes = queries.sizes.unsqueeze(-1), k_sizes.unsqueeze(-2)
         cost = rows * (sizes - int(self.compensate)).clamp(min=0)
-        pairs = mass.shape[1] * ((self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
+        count = heads.total(mass.shape[1])
+        pairs = count * ((self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
         budget = torch.full(mass.shape[:1], pairs, device=mass.device)
         if self.compensate:
             error = map_error(queries.means, k, keys, k.shape[-1] ** -0.5)
-            budget = budget - layout.video_tokens * (k_sizes > 0).sum((1, 2))
+            budget = budget - layout.video_tokens * heads.gather(k_sizes > 0).sum((1, 2))
         else:
             error = mass.square() * torch.cdist(mass @ v_means, v_means).square()
         rank = (error / sizes.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
         if not self.compensate:  # no query may read nothing
             best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
-            return spend(rank.masked_fill(best & (cost > 0), torch.inf), cost, budget) | best
-        return spend(rank, cost, budget)
+            rank = rank.masked_fill(best & (cost > 0), torch.inf)
+        selected = heads.mine(spend(heads.gather(rank), heads.gather(cost), budget))
+        return selected if self.compensate else selected | best
 
     def _cluster(self, x: torch.Tensor, count: int, layout: VideoLayout, memory: dict, key: str) -> Clusters:
         """Clusters of the video tokens, from those of the last step where there are any."""

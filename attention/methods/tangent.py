@@ -20,6 +20,7 @@ from ..clusters import (
     with_order,
 )
 from ..groups import repeat_heads
+from ..heads import HeadShare
 from ..kmeans import cluster_sizes
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -148,6 +149,10 @@ class Tangent(Method):
         fewer = "" if self.probe is False else f", in a video of fewer than {PROBE_PAYS} tokens"
         return f"tangent: ranked by mean keys, without the probe of {share:.1%} of the pairs{fewer}"
 
+    @property
+    def uneven_heads(self) -> bool:
+        return True
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         q_clusters, k_clusters = (n + (layout.text_tokens > 0) for n in self.cluster_counts(layout.video_tokens))
         if not self.probes(layout):
@@ -195,7 +200,7 @@ class Tangent(Method):
         # weights and values within the cluster depends, and by its curvature the mass. A mean key has no first order.
         spread = score_variance(q, k, queries, clusters, scale, from_zero=not self.probes(layout))
         left = mass.square() * (spread * value_spread.unsqueeze(-2) + 0.25 * spread.square() * away)
-        selected, predicted = self._spend(left, outputs, queries, keys, layout)
+        selected, predicted = self._spend(left, outputs, queries, keys, layout, memory.heads)
         plan = plan_with_text(queries, keys, selected, layout)
         return replace(plan, skipped=skipped).with_details(
             predicted_error=predicted, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
@@ -218,15 +223,23 @@ class Tangent(Method):
         return clusters
 
     def _spend(
-        self, left: torch.Tensor, outputs: torch.Tensor, queries: Clusters, keys: Clusters, layout: VideoLayout
+        self,
+        left: torch.Tensor,
+        outputs: torch.Tensor,
+        queries: Clusters,
+        keys: Clusters,
+        layout: VideoLayout,
+        heads: HeadShare,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pairs of clusters to compute, and the estimated relative error of what is left, `[B]`."""
-        rows = queries.sizes.float().unsqueeze(-1)
-        more = (keys.sizes - 1).clamp(min=0).float().unsqueeze(-2)  # keys beyond the stand-in
+        """The pairs of clusters to compute, and the estimated relative error of what is left in all heads, `[B]`."""
+        tables = (left, outputs.square().sum(-1), queries.sizes, keys.sizes)
+        left, squares, q_sizes, k_sizes = (heads.gather(x) for x in tables)  # one budget for all heads of the layer
+        rows = q_sizes.float().unsqueeze(-1)
+        more = (k_sizes - 1).clamp(min=0).float().unsqueeze(-2)  # keys beyond the stand-in
         cost = rows * more
         error = rows * left
         rank = (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
-        norm = (rows.squeeze(-1) * outputs.square().sum(-1)).sum((1, 2))
+        norm = (rows.squeeze(-1) * squares).sum((1, 2))
         if self.tolerance is not None:
             flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
             # Added up from the smallest: what is left of the error when all pairs before this one are computed.
@@ -234,10 +247,9 @@ class Tangent(Method):
             keep = (before > (self.tolerance**2 * norm).unsqueeze(-1)) & (flat > -torch.inf)
             selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
         else:
-            heads = left.shape[1]
             text = layout.tokens**2 - layout.video_tokens**2
-            stand_ins = layout.video_tokens * (keys.sizes > 0).sum(-1).float().sum(-1)
-            budget = heads * (self.density * layout.tokens**2 - text) - stand_ins
+            stand_ins = layout.video_tokens * (k_sizes > 0).sum(-1).float().sum(-1)
+            budget = left.shape[1] * (self.density * layout.tokens**2 - text) - stand_ins
             selected = spend(rank, cost, budget)
         remaining = (error * ~selected).sum((1, 2, 3))
-        return selected, (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        return heads.mine(selected), (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()

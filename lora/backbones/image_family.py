@@ -99,6 +99,10 @@ class ImageFamily(PretrainedModel):
         absent = {name: None for name in every if name not in keep}
         return self.pipeline_class.from_pretrained(self.base, dtype=self.dtype, **absent)
 
+    def after_step(self, request: SampleRequest) -> Any:
+        """`callback_on_step_end` of a pipeline."""
+        return request.callback
+
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         pipe = self.sampler(transformer)
         pipe.set_progress_bar_config(disable=True)
@@ -109,7 +113,7 @@ class ImageFamily(PretrainedModel):
             guidance_scale=request.guidance_scale,
             generator=torch.Generator().manual_seed(request.seed),
             output_type="pt",
-            callback_on_step_end=request.callback,
+            callback_on_step_end=self.after_step(request),
             **self.prompt_inputs(*texts),
         ).images
         return pictures[0][:, None].float().cpu() * 2 - 1

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..data.cache import fingerprint
-from .base import OwnModel
+from .base import OwnModel, SampleRequest
 from .image_family import ImageFamily, ImageParts
 
 
@@ -64,6 +64,14 @@ class OwnImageModel(ImageFamily, OwnModel):
 
     def encoder(self) -> OwnImageEncoder:
         return OwnImageEncoder(self)
+
+    def after_step(self, request: SampleRequest) -> Any:
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            made = request.callback(pipe, step, timestep, tensors)
+            # Under mixed precision the model answers in float32, which the pipeline of FLUX hands to the autoencoder.
+            return {**made, "latents": made["latents"].to(pipe.vae.dtype)}
+
+        return callback
 
     def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
         pipe = self.load("scheduler", "vae")

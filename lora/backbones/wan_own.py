@@ -165,7 +165,8 @@ class WanModel(WanFamily, OwnModel):
         others = [name for name in STAGES.values() if name != self.part and (self.index.get(name) or [None])[0]]
         eyes = ("image_encoder", "image_processor") if self.config.get("image_dim") is not None else ()
         pipe = base_pipeline(self.base, self.image, ("scheduler", "vae", *others, *eyes), self.dtype)
-        pipe.vae.to(torch.float32)
+        if pipe.vae.dtype != torch.float32:
+            pipe.vae.to(torch.float32)
         pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
         pipe.register_modules(**{self.part: transformer})
         return pipe

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 
 from . import layouts
 from .layouts import Given, Layouts
+from .ulysses import shares_sequences
 
 BOTH = ("all",)  # one pass a step, with the guidance branches as samples of one batch
 
@@ -251,9 +253,29 @@ def support_rows() -> list[dict[str, str]]:
             "diffusers pipelines": ", ".join(family.pipelines) or "none yet: its transformer alone",
             "transformer": ", ".join(family.transformers),
             "stays dense": family.stays_dense or "nothing",
+            "several GPUs": _several_gpus(family),
         }
         for family in FAMILIES
     ]
+
+
+# What diffusers 0.42.1 itself gets wrong when these share a sequence, with sparse attention or without.
+_SHARING_FAULTS = {
+    "LTX-Video": "not with a text mask, which its pipelines give",
+    "LTX-2": "no: its plan leaves out a rotary embedding",
+    "Helios": "not with amplified history",
+}
+
+
+def _several_gpus(family: Family) -> str:
+    """Whether processes can share a sequence, as diffusers' classes say."""
+    classes = {name: getattr(diffusers, name) for name in family.transformers}
+    able = [name for name, cls in classes.items() if shares_sequences(cls)]
+    if not able:
+        return "no"
+    if family.name in _SHARING_FAULTS:
+        return _SHARING_FAULTS[family.name]
+    return "yes" if len(able) == len(classes) else f"yes: {', '.join(able)}"
 
 
 def supported_pipelines() -> list[str]:

@@ -16,9 +16,11 @@ from ...attention.records import dropped_note
 from .clock import StepClock
 from .copies import CopiedNotPickled
 from .families import Family, find_transformers
+from .rank_heads import balance_note
 from .rebinding import SparseProcessor, rebind
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 from .site import Site
+from .ulysses import Ulysses
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Handle:
         reports = [engine.report() for engine in engines]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
         notes = dict.fromkeys(note for engine in engines for note in engine.notes)
-        notes |= dict.fromkeys([*self._clock.notes(), *self._replaced()])
+        notes |= dict.fromkeys([*self._clock.notes(), *self._replaced(), *balance_note(records)])
         notes |= dict.fromkeys(dropped_note(max(engine.oldest_run for engine in engines)))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
@@ -113,8 +115,9 @@ def accelerate(
 ) -> Handle:
     """Give the self-attention layers of a pipeline a sparse-attention method.
 
-    Cross-attention stays as it is, and so do the weights. Works before or after LoRA loading and offloading, under
-    `compile_repeated_blocks(fullgraph=True)` and beside diffusers' caches.
+    Cross-attention stays as it is, and so do the weights. Works before or after LoRA loading, offloading, and
+    `enable_parallelism` with a `ulysses_degree`; under `compile_repeated_blocks(fullgraph=True)` and beside diffusers'
+    caches.
 
     Args:
         pipe: a diffusers pipeline whose transformers are all of a known family (`FAMILIES`), or such a transformer
@@ -135,7 +138,7 @@ def accelerate(
             processor of it cannot be rebound; names it.
         ValueError: unknown method or backend, or a `measure_error` below 0; a schedule that needs the number of steps,
             or noise levels, where they cannot be known.
-        RuntimeError: the pipeline is accelerated already.
+        RuntimeError: the pipeline is accelerated already, or runs under ring attention.
     """
     return Handle(pipe, resolve_method(method), check_backend(backend), schedule, check_rows(measure_error))
 
@@ -212,10 +215,7 @@ class _Installed(CopiedNotPickled):
                 f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
                 "accelerating again."
             )
-        if any(getattr(p, "_parallel_config", None) is not None for p in processors.values()):
-            raise RuntimeError(
-                f"{name} runs under context parallelism, which sparse attention cannot: disable it first."
-            )
+        Ulysses.of(transformer, name)  # what cannot be is refused now, where parallelism came first
         self.name, self.transformer, self.family = name, transformer, family
         self.engine = SparseAttention(method, num_layers=len(processors), model=name, **options)
         self._signature = inspect.signature(type(transformer).forward)
@@ -254,9 +254,12 @@ class _Installed(CopiedNotPickled):
         layouts, dense = ((), found) if isinstance(found, str) else (found, "")
         if dense:
             self.engine.note(f"all calls of a forward pass stay dense: {dense}", logging.WARNING)
+        shared = Ulysses.of(self.transformer, self.name)
+        if shared is not None and layouts:
+            shared.check_tokens(layouts[0].tokens, self.name)
         self.engine.enter(step, *layouts)
         for site in self._sites.values():
-            site.enter(trims=self.family.trims and not dense, dense=dense)
+            site.enter(trims=self.family.trims and not dense, dense=dense, shared=shared)
 
     def check_sites(self) -> None:
         """Note the layers that made no attention call of ours in the forward passes so far."""
@@ -264,6 +267,11 @@ class _Installed(CopiedNotPickled):
             return
         replaced = [p for p, module in self._modules.items() if module.processor is not self._own[p]]
         silent = [p for p, site in self._sites.items() if not site.calls and p not in replaced]
+        backends = {
+            str(getattr(b, "value", b)) for p in self._own.values() if (b := getattr(p, "_attention_backend", None))
+        }
+        if backends:
+            self.engine.note(f"dense calls go through the attention backend set in diffusers: {', '.join(backends)}")
         if replaced:
             self.engine.note(
                 f"the attention processors of {_some(replaced)} were replaced after accelerate, and run dense: "
@@ -281,8 +289,10 @@ class _Installed(CopiedNotPickled):
         if not self.active:
             return
         for path, module in self._modules.items():
-            if module.processor is self._own[path]:
-                module.processor = self._originals[path]
+            own, original = self._own[path], self._originals[path]
+            if module.processor is own:
+                vars(original).update(own.settings())  # those of enable_parallelism and set_attention_backend since
+                module.processor = original
         self._hook.remove()
         self.engine.forget()
         self.active = False

@@ -35,6 +35,7 @@ from .copies import CopiedNotPickled
 from .site import Site, StockAttention, site_of
 
 _running = threading.local()
+SETTINGS = {"backend": "_attention_backend", "parallel_config": "_parallel_config"}  # of processors, for the dispatch
 _NAMES = {"dispatch_attention_fn", "scaled_dot_product_attention"}
 
 
@@ -72,14 +73,18 @@ class SparseProcessor(CopiedNotPickled):
         super().__setstate__(state)
         self.site.processor = self
 
+    def settings(self) -> dict[str, Any]:
+        """What is set on this processor, as it was on the one before: a backend, or the processes that share a call."""
+        return {name: value for name, value in self.__dict__.items() if name != "site"}
+
     def stock(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The attention of the processor that was there, `[B, H, N, D]`, with the backend that the user chose."""
         gqa = q.shape[1] != k.shape[1]
         if type(self)._dispatch is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        backend = getattr(self, "_attention_backend", None)
-        return type(self)._dispatch(q, k, v, attn_mask=mask, enable_gqa=gqa, backend=backend).transpose(1, 2)
+        more = {name: getattr(self, attribute, None) for name, attribute in SETTINGS.items()}
+        return type(self)._dispatch(q, k, v, attn_mask=mask, enable_gqa=gqa, **more).transpose(1, 2)
 
 
 def rebind(processor: Any, site: Site) -> SparseProcessor:
@@ -160,12 +165,6 @@ def _dispatch_for(dispatch: Callable[..., torch.Tensor] | None) -> Callable[...,
         backend: Any = None,
         parallel_config: Any = None,
     ) -> torch.Tensor:
-        if parallel_config is not None:
-            raise RuntimeError(
-                "sparse attention plans the whole sequence and cannot run under context parallelism: remove the handle "
-                "before enable_parallelism, or run on one device."
-            )
-
         def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
             out = dispatch(
                 *(x.transpose(1, 2) for x in (q, k, v)),
@@ -176,6 +175,7 @@ def _dispatch_for(dispatch: Callable[..., torch.Tensor] | None) -> Callable[...,
                 enable_gqa=enable_gqa,
                 attention_kwargs=attention_kwargs,
                 backend=backend,
+                parallel_config=parallel_config,
             )
             return out.transpose(1, 2)
 

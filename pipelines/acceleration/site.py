@@ -12,7 +12,10 @@ import torch.nn.functional as F
 
 from ...attention import SparseAttention
 from ...attention.engine import DenseAttention
+from ...attention.heads import ALL_HEADS, HeadShare
 from .diffusers_hooks import scores_are_skipped
+from .rank_heads import RankHeads
+from .ulysses import Ulysses
 
 StockAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """A model's own attention, `(q, k, v, mask) -> out`, `q [B, H, N, D]`."""
@@ -37,6 +40,9 @@ class Site:
         self.engine, self.layer = engine, layer
         self.own_samples, self.reads_prefix = own_samples, reads_prefix
         self.trims = False  # whether tokens behind those of the layout are padding, in this forward pass
+        self.shared: Ulysses | None = None  # how processes share the sequence of this forward pass
+        self._shares: dict[tuple, RankHeads] = {}  # which heads are this process's, in this run
+        self._run = -1
         self.dense = ""  # why calls of this forward pass stay dense, whatever the schedule says
         self.calls = 0
         self.processor: Any = None  # whose attention this is
@@ -49,14 +55,18 @@ class Site:
         self.tensor = torch.tensor(self.number)
         _sites[self.number] = self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Groups of processes cannot be copied. The next forward pass says again which they are.
+        return {**self.__dict__, "shared": None, "_shares": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must not be answered for by the original in compiled blocks, which find their site by its number.
         self.__dict__.update(state)
         self._number()
 
-    def enter(self, trims: bool, dense: str) -> None:
+    def enter(self, trims: bool, dense: str, shared: Ulysses | None = None) -> None:
         """Say what holds for the calls of the forward pass that begins."""
-        self.trims, self.dense, self._turn = trims, dense, 0
+        self.trims, self.dense, self.shared, self._turn = trims, dense, shared, 0
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, stock: StockAttention
@@ -64,7 +74,7 @@ class Site:
         """The call, eagerly.
 
         Args:
-            q: `[B, H, n_q, D]`, padded where the model pads.
+            q: `[B, H, n_q, D]`, padded where the model pads; the tokens of this process, where several share them.
             k, v: `[B, Hkv, n_kv, D]`; `n_kv` above `n_q` where keys have a prefix.
             mask: what the model gives its attention; None where that is only padding, which is cut off here.
             stock: the model's own attention.
@@ -79,17 +89,43 @@ class Site:
         def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return stock(q, k, v, mask)
 
+        if self.shared is None:
+            return self._all(q, k, v, masked, dense, ALL_HEADS)
+        heads, tokens = self._heads(self.shared, q, k), q.shape[2]
+        dense = dense or self.engine.dense_reason(self.shared.tokens(tokens), q.device, self.layer)
+        if dense:  # diffusers' own attention shares the heads itself
+            return self.engine(q, k, v, self.layer, dense=dense, stock=masked)
+        q, k, v = (self.shared.gather(x, heads) for x in (q, k, v))
+        return self.shared.scatter(self._all(q, k, v, masked, "", heads), heads, tokens)
+
+    def _heads(self, shared: Ulysses, q: torch.Tensor, k: torch.Tensor) -> RankHeads:
+        """The heads of this process in a call, after what each head took in the last such call of this run."""
+        step, place = self.engine.step, (self.engine.step.branch, self.engine.layouts, *q.shape[:2])
+        if step.run != self._run:
+            self._run, self._shares = step.run, {}
+        heads = self._shares.get(place) or shared.heads(q.shape[1], k.shape[1])
+        # With grouped heads, those of a group would have to stay together; and a backward pass that computes the layer
+        # again must find the heads where they were.
+        if self.engine.method.uneven_heads and q.shape[1] == k.shape[1] and not torch.is_grad_enabled():
+            heads = heads.balanced()
+        self._shares[place] = heads
+        return heads
+
+    def _all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, dense: str, heads: HeadShare
+    ) -> torch.Tensor:
+        """The call with the whole sequence, and some heads or all."""
         count = len(self.engine.layouts)
         if count < 2:
-            return self._one(q, k, v, masked, 0, dense)
+            return self._one(q, k, v, stock, 0, dense, heads)
         if self.own_samples:
             sample = self._whose(q.shape[2])
             self._turn = sample + 1
-            return self._one(q, k, v, masked, sample, dense)
+            return self._one(q, k, v, stock, sample, dense, heads)
         if count != q.shape[0]:
             raise RuntimeError(f"a call with a batch of {q.shape[0]} in a forward pass with one of {count}.")
         one = (slice(i, i + 1) for i in range(count))
-        return torch.cat([self._one(q[i], k[i], v[i], masked, i.start, dense) for i in one])
+        return torch.cat([self._one(q[i], k[i], v[i], stock, i.start, dense, heads) for i in one])
 
     def _whose(self, tokens: int) -> int:
         """The sample of a call: they come in order, but caches leave some out, which the length of others tells."""
@@ -98,7 +134,14 @@ class Site:
         return next((sample for sample in turns if layouts[sample].tokens == tokens), turns[0])
 
     def _one(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, sample: int, dense: str
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        stock: DenseAttention,
+        sample: int,
+        dense: str,
+        heads: HeadShare,
     ) -> torch.Tensor:
         """The call of samples that share a layout."""
         padded = q.shape[2]
@@ -116,6 +159,7 @@ class Site:
             dense=dense,
             stock=(lambda rows, k, v: stock(q, k, v)) if prefix else stock,
             sample=sample,
+            heads=heads,
         )
         if out.shape[2] > queries:
             out = out[:, :, -queries:]

@@ -268,6 +268,17 @@ def test_a_lora_on_an_image_model(bases, tmp_path, name):
     assert wanted.shape == latents.shape and (wanted - plain).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lora_on_an_image_model_in_half_precision(bases, tmp_path, name):
+    from lora_runs import write
+
+    half = {"dtype": "bfloat16", "autoencoder_dtype": "bfloat16"}
+    run("lora", write(tmp_path, bases[name], data={"sizes": [SIZE]}, model=half, loop={"mixed_precision": "bf16"}))
+    trained = load_file(tmp_path / "run" / "phases" / "train.safetensors")
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert (tmp_path / "run" / "validation" / "00000002.png").is_file()
+
+
 def test_flux_packs_latents_as_its_pipeline_does(bases):
     from vidaccel.lora.backbones import open_model
 

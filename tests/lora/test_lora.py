@@ -106,6 +106,18 @@ def test_other_layers_get_a_lora_and_load(tmp_path, text_base):
     assert layers == set(recipe(file).layers) and len(layers) == 2 + 4 + 1
 
 
+@pytest.mark.parametrize("kind", ["first frame", "timestep for each token"])
+def test_half_precision(tmp_path, wan_bases, kind):
+    """Frozen weights and autoencoder in bfloat16, as on a GPU, with a sample; what is trained stays float32."""
+    loop = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+    half = {"dtype": "bfloat16", "autoencoder_dtype": "bfloat16"}
+    run("lora", write(tmp_path, wan_bases[kind], loop=loop, model={**half, **KINDS[kind]}))
+    trained = load_file(tmp_path / "run" / "phases" / "train.safetensors")
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert any(value.any() for name, value in trained.items() if ".lora_B." in name)
+    assert (tmp_path / "run" / "validation" / "00000002_0.mp4").is_file()
+
+
 def test_half_precision_files(tmp_path, text_base):
     result = run("lora", write(tmp_path, text_base, lora={"file_dtype": "bfloat16"}), ["validation.prompts=[]"])
     assert {value.dtype for value in load_file(result["lora"]).values()} == {torch.bfloat16}
@@ -279,7 +291,7 @@ def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, s
     sections = {
         "attention": {"method": "svg2", "density": 0.5, "dense_layers": 0},
         "flow": {"guidance_preserving": 2},
-        "validation": {"prompts": []},
+        "loop": {"validate_every": 1},  # with samples, which go through the method as well
     }
     run("lora", write(tmp_path, text_base, **sections), [f"out={tmp_path / 'straight'}"])
     stop_after(1)

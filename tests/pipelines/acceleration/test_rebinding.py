@@ -44,8 +44,9 @@ def test_the_users_attention_backend_is_kept_set_before_or_after(monkeypatch):
 
     monkeypatch.setattr(module, "dispatch_attention_fn", spy)
     tiny.model.set_attention_backend("_native_math")
-    with accelerate(tiny.model, METHOD, schedule=DenseSchedule(first_steps=9)):
+    with accelerate(tiny.model, METHOD, schedule=DenseSchedule(first_steps=9)) as handle:
         tiny.run()
+        assert any("backend set in diffusers: _native_math" in note for note in handle.report().notes)
         tiny.model.set_attention_backend("native")
         tiny.run()
     self_attention = [str(getattr(backend, "value", backend)) for backend in seen]
