@@ -68,7 +68,7 @@ def _print_families() -> None:
     rows = support_rows()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in rows[0]:
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
     console = Console()
