@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def lora_files(given: str | Path | Sequence[str | Path]) -> tuple[LoraFile, ...]:
+def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFile, ...]:
     """LoRAs as they are asked for: a file or folder each, "PATH=WEIGHT" with another weight than 1.
 
     Of a file of our trainer, the transformer that it is for is known; any other goes into all that a pipeline has.
@@ -23,7 +23,13 @@ def lora_files(given: str | Path | Sequence[str | Path]) -> tuple[LoraFile, ...]
     Raises:
         BadInput: there is no such file, it cannot be read, or the weight is no number.
     """
-    texts = [given] if isinstance(given, str | os.PathLike) else list(given)
+    if given is None:
+        return ()
+    texts = [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str | os.PathLike) for text in texts):
+        raise BadInput(
+            "lora", 'it must be a file or folder, or a list of them, such as ["a.safetensors=0.8"]', value=repr(given)
+        )
     made = []
     for text in map(str, texts):
         place, weight = Path(text).expanduser(), 1.0

@@ -24,6 +24,8 @@ _OWN = {
 """Argument of pipelines -> the field of the request that decides it."""
 _SEVERAL = ("num_videos_per_prompt", "num_images_per_prompt")
 _NOT_OPTIONS = (*_SEVERAL, "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
+_JUDGES = ("diffusers.pipelines.", "diffusers.schedulers.")
+"""Modules that refuse what they are called with; what models raise is another matter."""
 _PLAIN = (bool, int, float, str, list, tuple, dict, NoneType)
 
 
@@ -50,6 +52,8 @@ def check_options(options: Mapping[str, Any], row: PipelineRow) -> None:
             raise BadInput(
                 "pipeline_options", "a run makes one video", f"Run it again with another {mention('seed')}.", value=told
             )
+        if name in row.no_options and value != defaults[name]:
+            raise BadInput("pipeline_options", f"is of no use: {row.no_options[name]}", "Leave it out.", value=told)
         if name not in known:
             problem = f"{row.pipeline} has no such argument; it has {', '.join(known)}"
             raise BadInput("pipeline_options", problem, value=told)
@@ -68,11 +72,17 @@ def refusals(options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        if not options or all(frame.name != "check_inputs" for frame in traceback.extract_tb(error.__traceback__)):
+        if not options or not _raised_in(error).startswith(_JUDGES):
             raise
         told = ", ".join(f"{name}={value!r}" for name, value in options.items())
         problem = f"the pipeline refuses it: {first_line(error).rstrip('.')}"
         raise BadInput("pipeline_options", problem, value=told) from error
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose code raised an error."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"])
 
 
 def admits(hint: Any, value: Any) -> bool:

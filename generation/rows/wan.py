@@ -156,7 +156,14 @@ ROWS = (
         needs=_FIRST,
         by_config=_last_picture,
     ),
-    PipelineRow("ChronoEditPipeline", FIVE, follows=False, takes=_IMAGE, needs=_FIRST),
+    PipelineRow(
+        "ChronoEditPipeline",
+        FIVE,
+        follows=False,
+        takes=_IMAGE,
+        needs=_FIRST,
+        no_options={"enable_temporal_reasoning": "of five frames there are none to reason with"},
+    ),
     PipelineRow("SkyReelsV2Pipeline", **_SKYREELS),
     PipelineRow(
         "SkyReelsV2ImageToVideoPipeline",

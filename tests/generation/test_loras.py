@@ -92,6 +92,8 @@ def test_a_file_that_cannot_be_read_is_refused_before_a_model_is_loaded(tmp_path
         (cut, "lora cannot be used: .*cut.safetensors is damaged, or no safetensors file"),
         (tmp_path / "empty", "lora cannot be used: the folder .*empty has no weights"),
         (f"{tmp_path / 'folder'}=0.5", "lora cannot be used: .*pytorch_lora_weights.safetensors is damaged"),
+        (5, "lora is 5: it must be a file or folder, or a list of them"),
+        ([(cut, 0.5)], "lora is .*: it must be a file or folder, or a list of them"),
         ("", "lora is empty. Give a file or folder"),
         ("=0.5", "lora is =0.5: it has the form PATH or PATH=WEIGHT"),
     ):

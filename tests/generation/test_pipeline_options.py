@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import cogvideo
+from families import cogvideo, ltx
 
 import vidaccel
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.pipeline_options import admits, check_options
 from vidaccel.generation.rows import ROWS
 from vidaccel.pipelines.loading import call_arguments, call_defaults, call_types
+
+SMALL = {"frames": 9, "height": 32, "width": 32, "steps": 2, "progress": False}
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -40,6 +42,7 @@ def test_the_types_of_every_class_are_known_and_admit_its_defaults(name, monkeyp
         ("LTX2Pipeline", {"spatio_temporal_guidance_blocks": ["a"]}, r"takes list\[int\] \| None there"),
         ("HunyuanVideoFramepackPipeline", {"sampling_type": "f1"}, "takes 'vanilla' or 'inverted_anti_drifting'"),
         ("Cosmos3OmniPipeline", {"condition_video_keep": "all"}, "takes 'first' or 'last' there"),
+        ("ChronoEditPipeline", {"enable_temporal_reasoning": True}, "is of no use: of five frames there are none"),
         ("HeliosPyramidPipeline", {"pyramid_num_inference_steps_list": [2, 2, 2]}, "steps decides it"),
     ],
 )
@@ -61,15 +64,30 @@ def test_options_of_their_type_are_taken(name, options):
     check_options(options, ROWS[name])
 
 
-def test_what_the_pipeline_itself_refuses_is_told_of_its_options():
-    with pytest.raises(BadInput, match=r"^pipeline_options is guidance_scale_2=3: the pipeline refuses it: .*boundary"):
-        vidaccel.generate(
-            "demo",
-            "a dot",
-            frames=5,
-            height=32,
-            width=32,
-            steps=1,
-            pipeline_options={"guidance_scale_2": 3},
-            progress=False,
-        )
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance_scale_2": 3}, "guidance_scale_2=3: the pipeline refuses it: .*boundary_ratio"),
+    ],
+)
+def test_what_the_pipeline_itself_refuses_is_told_of_its_options(options, words):
+    with pytest.raises(BadInput, match=f"^pipeline_options is {words}"):
+        vidaccel.generate("demo", "a dot", **SMALL, pipeline_options=options)
+
+
+def test_so_is_what_its_schedule_refuses():
+    pipe = ltx.ltx()
+    with pytest.raises(
+        BadInput, match=r"^pipeline_options is timesteps=\[1000, 500\]: the pipeline refuses it: Only one"
+    ):
+        vidaccel.generate(pipe, "a dot", **SMALL, pipeline_options={"timesteps": [1000, 500]})
+
+
+def test_what_goes_wrong_elsewhere_is_no_fault_of_the_options(monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a fault of the model")
+
+    pipe = ltx.ltx()
+    monkeypatch.setattr(pipe.transformer, "forward", broken)
+    with pytest.raises(ValueError, match="^a fault of the model$"):
+        vidaccel.generate(pipe, "a dot", **SMALL, pipeline_options={"decode_timestep": 0.05})
