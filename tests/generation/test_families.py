@@ -16,6 +16,7 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 import vidaccel
+from vidaccel.generation.errors import BadInput
 from vidaccel.generation.forecast import forecast
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.model_facts import inspect_model, inspect_pipeline
@@ -251,6 +252,16 @@ def test_sound_is_in_the_file(built, tmp_path):
         assert sound.rate == 16000 and sound.channels == 2
         heard = float(sound.duration * sound.time_base)
         assert abs(heard - len(made.sound.samples) / 16000) < 0.1  # AAC has blocks of 1024 samples
+
+
+def test_a_sound_that_an_option_asks_for_is_there():
+    asked = {"frames": 5, "height": 32, "width": 32, "steps": 2, "progress": False}
+    pipe = cosmos.cosmos_3_sound()
+    made = vidaccel.generate(pipe, PROMPT, **asked, pipeline_options={"enable_sound": True})
+    assert made.sound.rate == 800 and made.sound.samples.shape == (168, 2)  # 5 of 24 frames a second, whole latents
+    assert vidaccel.generate(pipe, PROMPT, **asked).sound is None
+    with pytest.raises(BadInput, match="^pipeline_options is enable_sound=True: the pipeline refuses it"):
+        vidaccel.generate(cosmos.cosmos_3(), PROMPT, **asked, pipeline_options={"enable_sound": True})
 
 
 def test_steps_are_told_of_pipelines_that_have_no_callback_and_of_those_that_go_through_them_again(built):
