@@ -118,6 +118,7 @@ def test_the_numbers_of_frames_that_are_offered_can_be_made(row):
         ("HeliosPipeline", 132, (129, 165)),
         ("AllegroPipeline", 80, (72, 88)),
         ("ChronoEditPipeline", 81, (5, None)),
+        ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", 17, (None, 21)),
     ],
 )
 def test_the_frames_next_to_those_that_cannot_be_made(name, wanted, near):
