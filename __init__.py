@@ -41,6 +41,7 @@ _PUBLIC = {
     "autoencoders": ".autoencoders",
     "demo": ".demo",
     "generate": ".generation.api",
+    "guidance_free": ".pipelines.guidance_free",
     "pipelines": ".pipelines",
     "restore": ".pipelines",
     "sparse_attention": ".attention",

@@ -30,6 +30,10 @@ def generate_command(
         list[str] | None,
         typer.Option(help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable."),
     ] = None,
+    guidance_free: Annotated[
+        list[Path] | None,
+        typer.Option(help="An adapter of the recipe gft: guidance in one pass a step; one for each transformer."),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,6 +168,7 @@ def generate_command(
             offload=offload,
             tiling=vae_tiling,
             lora=lora or (),
+            guidance_free=guidance_free or (),
         )
         check_files_of(job, out, page)
         if threads is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
+from .guidance import guided_by
 from .job import Job, Sparse, prepare
 from .loras import attach
 from .machine import environment
@@ -60,6 +61,7 @@ def generate(
     offload: bool = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
+    guidance_free: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -96,6 +98,8 @@ def generate(
         offload: keep on the device only the part that is at work.
         tiling: encode and decode in tiles.
         lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1.
+        guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step: a file or folder, or one
+            for each of two transformers.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -147,6 +151,7 @@ def generate(
         offload=offload,
         tiling=tiling,
         lora=lora,
+        guidance_free=guidance_free,
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
@@ -195,10 +200,11 @@ def carry_out(
         pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
         attach(pipe, job.loras)
     videos = []
-    for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
-        if files:
-            video.save(files[video.name])
-        videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
+    with guided_by(job.guidance_free, pipe, job.facts):
+        for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
+            if files:
+                video.save(files[video.name])
+            videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
     return videos
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
+from .guidance import check_guidance, guidance_adapters
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from .lora_files import LoraFile
 
 
@@ -56,6 +58,7 @@ class Job:
         notes: what a user should know, in sentences.
         measure_error: see `accelerate`.
         loras: that are put into the pipeline once it is loaded.
+        guidance_free: adapters with which guidance takes one pass a step; none for two.
     """
 
     facts: ModelFacts
@@ -75,6 +78,7 @@ class Job:
     notes: tuple[str, ...] = ()
     measure_error: int = 0
     loras: tuple[LoraFile, ...] = ()
+    guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
 
     @property
     def first(self) -> str:
@@ -97,9 +101,13 @@ class Job:
         if self.pipe is not None:
             of_vae = self.pipe.vae.dtype
         guidance, options = settings.guidance_scale, settings.pipeline_options
+        free = (
+            {"guidance in one pass": ", ".join(a.path.name for a in self.guidance_free)} if self.guidance_free else {}
+        )
         return {
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
             **loras,
+            **free,
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
@@ -181,6 +189,7 @@ def prepare(
     offload: bool = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
+    guidance_free: str | Path | Sequence[str | Path] = (),
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -191,6 +200,7 @@ def prepare(
         device, dtype: a name, or "auto".
         offload, tiling: see `pipelines.loading.load_pipeline`.
         lora: see `loras.lora_files`; of a pipeline that is not loaded yet.
+        guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
@@ -199,6 +209,10 @@ def prepare(
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
+    adapters = guidance_adapters(guidance_free)
+    if adapters and not isinstance(model, str):
+        problem = "is for a model that is loaded here"
+        raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
     if isinstance(model, str):
         place = choose_device(device, offload)
         chosen_dtype = choose_dtype(dtype, place, model)
@@ -215,6 +229,7 @@ def prepare(
         place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     settings = settings.checked(facts)
+    check_guidance(adapters, facts, settings)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
         bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
@@ -253,6 +268,7 @@ def prepare(
         notes=tuple(notes),
         measure_error=sparse.measure_error,
         loras=loras,
+        guidance_free=adapters,
     )
 
 

@@ -41,8 +41,8 @@ class LoraFile:
     target: str = "all"
 
 
-def trained_for(path: Path) -> str:
-    """The transformer that a file says that it was trained for; "all" where it says nothing.
+def facts_of(path: Path) -> dict[str, Any]:
+    """What the header of a file of our trainer says; empty for any other.
 
     Args:
         path: of the file, or of the folder of a `pytorch_lora_weights` file.
@@ -53,8 +53,18 @@ def trained_for(path: Path) -> str:
         with safe_open(_in_folder(path), "pt") as opened:
             facts = json.loads((opened.metadata() or {}).get(FACTS, "{}"))
     except (OSError, SafetensorError, ValueError):
-        return "all"  # another kind of file; whether it is a LoRA at all shows when it is loaded
-    stage = isinstance(facts, dict) and facts.get("levels") != [0.0, 1.0] and facts.get("part")
+        return {}  # another kind of file; whether it is a LoRA at all shows when it is loaded
+    return facts if isinstance(facts, dict) else {}
+
+
+def trained_for(path: Path) -> str:
+    """The transformer that a file says that it was trained for; "all" where it says nothing.
+
+    Args:
+        path: of the file, or of the folder of a `pytorch_lora_weights` file.
+    """
+    facts = facts_of(path)
+    stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
     return stage if stage in TARGETS else "all"
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import BadInput
-from .lora_files import LoraError, LoraFile, attach_loras, check_readable, trained_for
+from .errors import BadInput, mention
+from .lora_files import LoraError, LoraFile, attach_loras, check_readable, facts_of, trained_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,6 +51,8 @@ def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFil
             check_readable(place)
         except LoraError as error:
             raise _refused(error) from error
+        if facts_of(place).get("recipe") == "gft":
+            raise BadInput("lora", "is a guidance-free adapter", f"Give it as {mention('guidance_free')}.", value=place)
         made.append(LoraFile(place, weight, trained_for(place)))
     return tuple(made)
 

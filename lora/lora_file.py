@@ -28,6 +28,7 @@ def save_lora(
     scale: float,
     facts: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
+    beside: Sequence[str] = (),
 ) -> Path:
     """Write the LoRA among the parameters of a transformer.
 
@@ -37,7 +38,8 @@ def save_lora(
         name_of: the file's name for a layer.
         scale: alpha / rank.
         facts: what it belongs to.
-        dtype: of the numbers in the file.
+        dtype: of the numbers of the LoRA in the file.
+        beside: names of other parameters that go into it as they are, in float32.
 
     Raises:
         NotWritten: it cannot be written; what was there is untouched.
@@ -49,6 +51,8 @@ def save_lora(
             letter = matrix[0]  # peft puts the name of the adapter behind it
             value = value.detach().cpu().float() * (scale if letter == "B" else 1.0)
             tensors[f"{name_of(layer)}.lora_{letter}.weight"] = value.to(dtype)
+        elif name in beside:
+            tensors[name] = value.detach().cpu().float()
     return save_tensors(tensors, path, {"format": "pt", FACTS: json.dumps(dict(facts), sort_keys=True)})
 
 
@@ -80,7 +84,12 @@ def read_facts(location: str | Path, setting: str) -> dict[str, Any]:
 
 
 def read_lora(
-    location: str | Path, layers: Sequence[str], name_of: Callable[[str], str], scale: float, setting: str
+    location: str | Path,
+    layers: Sequence[str],
+    name_of: Callable[[str], str],
+    scale: float,
+    setting: str,
+    beside: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The matrices of a LoRA by the parameters' names as peft gives them.
 
@@ -90,9 +99,10 @@ def read_lora(
         name_of: the file's name for a layer.
         scale: alpha / rank of the LoRA that they are for.
         setting: that names the file, for messages.
+        beside: names of other parameters in it.
 
     Raises:
-        ConfigError: it has other layers.
+        ConfigError: it has other layers, or lacks one of the other parameters.
     """
     path = lora_path(location)
     made = {}
@@ -108,6 +118,11 @@ def read_lora(
                 known.remove(name)
                 value = file.get_tensor(name).float()
                 made[f"{layer}.lora_{letter}.default.weight"] = value / scale if letter == "B" else value
+        for name in beside:
+            if name not in known:
+                raise ConfigError(f"{setting}: {path} lacks {name}: it was not written as a whole.")
+            known.remove(name)
+            made[name] = file.get_tensor(name).float()
     if known:
         raise ConfigError(
             f"{setting}: {path} has {len(known)} matrices more than lora.targets takes, such as {min(known)}: name all "

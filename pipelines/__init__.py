@@ -1,6 +1,7 @@
-"""diffusers pipelines in two rooms: `acceleration` of those that exist, and `deep_compression` (DC-VideoGen, DC-Gen).
+"""diffusers pipelines in three rooms: `acceleration` and `guidance_free` of those that exist, and `deep_compression`
+(DC-VideoGen, DC-Gen).
 
-The names of the second are looked up on first use, because diffusers' own classes take seconds to import.
+The names of the last two are looked up on first use, because diffusers' own classes take seconds to import.
 """
 
 from __future__ import annotations

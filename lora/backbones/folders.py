@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,20 @@ import torch
 from torch import nn
 
 from ...pipelines.locations import is_hub_id
+from ...pipelines.weight_files import WEIGHTS, transformer_file, transformer_files
 from ..checkpoint import replaced
 from ..config import ConfigError
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+__all__ = [
+    "forget_paths",
+    "load_autoencoder",
+    "load_part",
+    "located",
+    "read_config",
+    "to_cpu",
+    "transformer_files",
+    "write_model",
+]
 
 
 def located(location: str, setting: str, built_in: str, part: str = "") -> str:
@@ -97,12 +106,14 @@ def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of the transformer whose names begin so; empty where it has no safetensors files."""
     from safetensors import safe_open
 
-    index = _file(base, f"{_WEIGHTS}.index.json")
+    index = transformer_file(base, f"{WEIGHTS}.index.json")
     if index is not None:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [_file(base, name) for name in sorted({v for k, v in places.items() if k.startswith(prefix)})]
+        files = [
+            transformer_file(base, name) for name in sorted({v for k, v in places.items() if k.startswith(prefix)})
+        ]
     else:
-        files = [_file(base, _WEIGHTS)]
+        files = [transformer_file(base, WEIGHTS)]
     found: dict[str, torch.Tensor] = {}
     for path in files:
         if path is None:
@@ -110,42 +121,6 @@ def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     return found
-
-
-def transformer_files(base: str, part: str = "transformer", samples: int = 16) -> str:
-    """A hash of what a transformer of a pipeline is, from a folder or the hub: equal wherever its files lie.
-
-    Of each file of weights, the size and `samples` evenly spaced parts of 4 KiB count; the first has the names.
-    """
-    config = _file(base, "config.json", part)
-    stated = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
-    digest = hashlib.sha256(json.dumps({k: v for k, v in stated.items() if k[0] != "_"}, sort_keys=True).encode())
-    index = _file(base, f"{_WEIGHTS}.index.json", part)
-    names = [_WEIGHTS]
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for path in filter(None, (_file(base, name, part) for name in names)):
-        size = path.stat().st_size
-        digest.update(f"{size}".encode())
-        with open(path, "rb") as file:
-            for number in range(samples):
-                file.seek(size * number // samples)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def _file(base: str, name: str, part: str = "transformer") -> Path | None:
-    """A file of a transformer, from a folder or the hub."""
-    if Path(base).is_dir():
-        path = Path(base) / part / name
-        return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(base, f"{part}/{name}"))
-    except (OSError, ValueError, EntryNotFoundError):
-        return None
 
 
 def to_cpu(pipe: Any) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 RECIPES: dict[str, tuple[str, str]] = {
     "ae_adapt": ("ae_adapt", "AEAdapt"),
     "autoencoder": ("autoencoder", "TrainAutoencoder"),
+    "gft": ("gft", "TrainGuidanceFree"),
     "lora": ("lora", "TrainLora"),
 }
 """Name -> (module, class)."""

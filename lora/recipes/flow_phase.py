@@ -68,12 +68,15 @@ class FlowPhase(Phase):
 
     def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         noise = rng.normal(*batch["latents"].shape[1:])
-        # The noise is that of the level which the model is told, not the other way round.
-        sigma = self.recipe.backbone.told(self.levels(rng), DTYPES[self.recipe.config.loop.mixed_precision])
+        sigma = self.told_levels(rng)
         dropped = (rng.uniform() < self.caption_dropout).tolist()
         nothing = self.nothing()
         texts = [nothing if drop else text for drop, text in zip(dropped, batch["texts"], strict=True)]
         return self.flow_loss(model, batch, noise, sigma, texts)
+
+    def told_levels(self, rng: Generators) -> torch.Tensor:
+        """Noise levels `[B]` as the model can be told them; the noise is that of these, not the other way round."""
+        return self.recipe.backbone.told(self.levels(rng), DTYPES[self.recipe.config.loop.mixed_precision])
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
@@ -84,6 +87,10 @@ class FlowPhase(Phase):
         if recipe.validation.prompts:
             self._sample(getattr(model, "module", model), folder, step)
         return values
+
+    def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
+        """A video, see `PretrainedModel.sample`."""
+        return self.recipe.backbone.sample(transformer, texts, request)
 
     def _sample(self, transformer: nn.Module, folder: Path, step: int) -> None:
         """Make videos from the prompts; for image to video, from the first frames of the measured clips, in turn."""
@@ -105,7 +112,7 @@ class FlowPhase(Phase):
                 image=image,
                 after_step=recipe.process.check_stop,
             )
-            videos.append(recipe.backbone.sample(transformer, (text, texts[-1]), request))
+            videos.append(self.sample(transformer, (text, texts[-1]), request))
         if not recipe.process.is_main:
             return
         with written_to(folder):

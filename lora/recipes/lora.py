@@ -38,6 +38,11 @@ class TrainLora(EncodedClipsRecipe):
     Config = LoraSettings
     config: LoraSettings
     backbone: OwnModel
+    beside: tuple[str, ...] = ()
+    """Names of parameters that are trained beside the LoRA, and go into its file as they are."""
+
+    def check_transformer(self, skeleton: nn.Module) -> None:
+        """Raise ConfigError for a transformer that the recipe cannot train."""
 
     def prepare(self) -> None:
         config, lora = self.config, self.config.lora
@@ -45,6 +50,7 @@ class TrainLora(EncodedClipsRecipe):
         self.backbone = self._model()
         layouts = [self.backbone.layout(s.frames, s.height, s.width) for s in config.data.sizes]
         skeleton = self.backbone.skeleton()
+        self.check_transformer(skeleton)
         chosen = config.attention
         self.method = training_method(
             chosen.method, chosen.density, chosen.dense_layers, chosen.backend, type(skeleton).__name__, layouts
@@ -80,10 +86,15 @@ class TrainLora(EncodedClipsRecipe):
                 f"lora.start: {lora_path(location)} was trained on {facts['base']} ({facts['part']}), and "
                 f"{self.config.model.base} has other weights: give the base that it was trained on."
             )
+        if facts.get("recipe") != self.config.recipe:
+            raise ConfigError(
+                f"lora.start: {lora_path(location)} is of the recipe {facts.get('recipe')}: give one of "
+                f"{self.config.recipe}."
+            )
         lora = self.config.lora
         if facts["rank"] != lora.rank:
             raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in lora.start has {facts['rank']}: set that.")
-        return read_lora(location, self.layers, self.backbone.file_name, lora.scale, "lora.start")
+        return read_lora(location, self.layers, self.backbone.file_name, lora.scale, "lora.start", self.beside)
 
     def used(self) -> list[Latents]:
         return [self.flowing]
@@ -115,7 +126,7 @@ class TrainLora(EncodedClipsRecipe):
         """Write the LoRA among the weights into a folder."""
         lora = self.config.lora
         dtype = getattr(torch, lora.file_dtype)
-        return save_lora(weights, folder / FILE, self.backbone.file_name, lora.scale, self.facts(), dtype)
+        return save_lora(weights, folder / FILE, self.backbone.file_name, lora.scale, self.facts(), dtype, self.beside)
 
     def facts(self) -> dict[str, Any]:
         """What the header of the file says: which model the LoRA is for, and what it was trained with."""
@@ -154,10 +165,14 @@ class FlowLora(FlowPhase):
         load_trained(transformer, trained)
         if recipe.config.loop.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        train_only(transformer, lambda name: ".lora_" in name)
+        train_only(transformer, self.trains)
         if recipe.method is not None:
             self._handle = accelerate(transformer, recipe.method, backend=recipe.config.attention.backend)
         return transformer
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained."""
+        return ".lora_" in name
 
     def levels(self, rng: Generators) -> torch.Tensor:
         flow = self.recipe.config.flow
@@ -171,7 +186,7 @@ class FlowLora(FlowPhase):
         latents = batch["latents"]
         shown = backbone.noised(latents, noise, sigma)
         if scale is not None:
-            without = self._unconditional(model, shown, sigma, batch)
+            without = self.without_gradients(model, shown, sigma, [self.nothing()] * len(shown), batch)
         made = backbone.velocity(model, shown, sigma, texts, batch).float()
         if scale is not None:
             # GFT (arXiv 2501.15420) at the fixed beta = 1 / scale: what fits the flow is the model's mixture with its
@@ -181,20 +196,25 @@ class FlowLora(FlowPhase):
         return loss, {"error": loss.detach()}
 
     @torch.no_grad()
-    def _unconditional(self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The velocity without a caption, from the weights as they are, without dropout and gradients."""
-        if self._handle is not None:
-            self._handle.reset()  # of the last step it must not remember: a resumed run would not
+    def without_gradients(
+        self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
+    ) -> torch.Tensor:
+        """The velocity from the weights as they are, without dropout and gradients."""
+        self.forget()
         training = model.training
         model.eval()
         try:
-            return self.recipe.backbone.velocity(model, shown, sigma, [self.nothing()] * len(shown), batch).float()
+            return self.recipe.backbone.velocity(model, shown, sigma, texts, batch).float()
         finally:
             model.train(training)
 
-    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+    def forget(self) -> None:
+        """Let sparse attention forget the last step, which a resumed run would not remember."""
         if self._handle is not None:
             self._handle.reset()
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        self.forget()
         return super().validate(model, folder, step)
 
     def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:

@@ -110,6 +110,7 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--device", "meta"], ["--device is meta", "no meta device here", "Give auto, cpu"]),
         (["--device", "cpu", "--offload"], ["--offload", "cpu"]),
         (["--image", "missing.png"], ["--image is missing.png", "no such file"]),
+        (["--guidance-free", "missing"], ["--guidance-free cannot be used", "missing is no adapter that can be read"]),
         (["--frames", "0"], ["--frames is 0", "at least 1"]),
         # diffusers computes 34 // 4 * 4 + 1 = 33 and 36 // 4 * 4 + 1 = 37.
         (["--frames", "34"], ["--frames is 34", "4k+1", "round it to 33", "33 or 37"]),

@@ -18,6 +18,7 @@ from vidaccel.lora.config import Settings, build
 from vidaccel.lora.recipes import RECIPES, find
 from vidaccel.lora.recipes import ae_adapt_settings as ae_adapt
 from vidaccel.lora.recipes import autoencoder as autoencoder_recipe
+from vidaccel.lora.recipes import gft_settings as gft_recipe
 from vidaccel.lora.recipes import lora_settings as lora_recipe
 from vidaccel.lora.reconstruction import LossSettings
 from vidaccel.lora.settings import (
@@ -45,12 +46,14 @@ TABLES: dict[str, type[Settings]] = {
     "`lora` of `lora`": lora_recipe.AdapterSettings,
     "`flow` of `lora`": lora_recipe.FlowSettings,
     "`attention` of `lora`": lora_recipe.AttentionSettings,
+    "`gft`": gft_recipe.GuidanceFreeLoraSettings,
+    "`gft` of `gft`": gft_recipe.GuidanceFreeSettings,
     "`ae_adapt`": ae_adapt.AEAdaptSettings,
     "`model` of `ae_adapt`": ae_adapt.ModelSettings,
     "`flow` of `ae_adapt`": ae_adapt.FlowSettings,
     "`phases` of `ae_adapt`": ae_adapt.PhasesSettings,
     "`phases.lora` of `ae_adapt`": ae_adapt.LoraPhase,
-    "`validation` of `lora` and `ae_adapt`": ValidationSettings,
+    "`validation` of `lora`, `gft` and `ae_adapt`": ValidationSettings,
     "`autoencoder`": autoencoder_recipe.AutoencoderSettings,
     "`model` of `autoencoder`": autoencoder_recipe.ModelSettings,
     "`loss` of `autoencoder`": LossSettings,

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 from vidaccel.lora.config import build, read
+from vidaccel.lora.recipes import find
 from vidaccel.lora.recipes.base import Process
-from vidaccel.lora.recipes.lora import LoraSettings, TrainLora
+from vidaccel.lora.recipes.lora import TrainLora
 
 SIZE = {"frames": 5, "height": 32, "width": 48}
 
 
 def write(folder: Path, base: Path, **sections) -> Path:
-    """Settings of a run of 2 steps, in `folder/a.yaml`; keywords change sections."""
+    """Settings of a run of 2 steps, in `folder/a.yaml`; keywords change sections, and `recipe`."""
     content = {
-        "recipe": "lora",
+        "recipe": sections.pop("recipe", "lora"),
         "out": str(folder / "run"),
         "model": {"base": str(base)},
         "lora": {"rank": 2, "alpha": 6},
@@ -36,6 +37,8 @@ def write(folder: Path, base: Path, **sections) -> Path:
 
 def recipe(file: Path, overrides: Sequence[str] = ()) -> TrainLora:
     """The recipe of the settings, prepared."""
-    made = TrainLora(build(LoraSettings, read(file, overrides)), Process(torch.device("cpu")))
+    content = read(file, overrides)
+    kind = find(content["recipe"])
+    made = kind(build(kind.Config, content), Process(torch.device("cpu")))
     made.prepare()
     return made

@@ -1,0 +1,77 @@
+"""The guidance-free adapters of a request, checked before weights are read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadInput
+
+if TYPE_CHECKING:
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
+    from .model_facts import ModelFacts
+    from .request import Settings
+
+
+def guidance_adapters(given: str | Path | Sequence[str | Path]) -> tuple[GuidanceFreeAdapter, ...]:
+    """Adapters as they are asked for: a file or folder each.
+
+    Raises:
+        BadInput: one is not there, or is none.
+    """
+    places = [given] if isinstance(given, str | os.PathLike) else list(given)
+    if not places:
+        return ()
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeError, read_adapter
+
+    try:
+        return tuple(read_adapter(place) for place in places)
+    except GuidanceFreeError as error:
+        raise BadInput("guidance_free", f"cannot be used: {str(error).rstrip('.')}") from error
+
+
+def check_guidance(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts, settings: Settings) -> None:
+    """Raise BadInput for adapters of another model, and for guidance that they cannot do.
+
+    Args:
+        adapters: of the request.
+        facts: of the model.
+        settings: checked.
+    """
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeError
+    from ..pipelines.weight_files import transformer_files
+
+    for adapter in adapters:
+        if transformer_files(facts.location, adapter.part) != adapter.base_hash:
+            problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is another"
+            raise BadInput("guidance_free", problem, "Give an adapter of this one.")
+        try:
+            adapter.check_negative(settings.negative_prompt)
+        except GuidanceFreeError as error:
+            problem = str(error).removeprefix("negative_prompt ").rstrip(".")
+            raise BadInput("negative_prompt", problem) from error
+        if settings.guidance_scale is not None and settings.guidance_scale > adapter.max_scale:
+            problem = f"{adapter.path.name} was trained up to {adapter.max_scale:g}"
+            raise BadInput("guidance_scale", problem, "Give at most that.", value=settings.guidance_scale)
+
+
+def guided_by(
+    adapters: Sequence[GuidanceFreeAdapter], pipe: Any, facts: ModelFacts
+) -> contextlib.AbstractContextManager:
+    """A pipeline that was loaded for a request with its adapters; as it is where there are none.
+
+    Raises:
+        BadInput: they do not fit the pipeline.
+    """
+    if not adapters:
+        return contextlib.nullcontext()
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeError
+    from ..pipelines.guidance_free.handle import guidance_free
+
+    try:
+        return guidance_free(pipe, [adapter.path for adapter in adapters], base=facts.location)
+    except GuidanceFreeError as error:
+        raise BadInput("guidance_free", f"cannot be used: {str(error).rstrip('.')}") from error

@@ -1,0 +1,193 @@
+"""Recipe `gft`: a LoRA with which guidance takes one forward pass a step (GFT, arXiv 2501.15420)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...pipelines.guidance_free.adapter_file import RECIPE
+from ...pipelines.guidance_free.beta import BETA, BetaEmbedder, BetaSlot, no_slot, width_of
+from ..backbones.base import SampleRequest, Text
+from ..config import ConfigError
+from ..generators import Generators
+from .base import Batch, Phase, load_trained
+from .gft_settings import GuidanceFreeLoraSettings
+from .lora import FlowLora, TrainLora
+
+MEASURED = (1.0, 1.5, 2.0, 3.0, 4.0)
+"""Guidance scales at which a validation tells how much of the guidance is there."""
+
+
+class TrainGuidanceFree(TrainLora):
+    """Writes `out/adapter/pytorch_lora_weights.safetensors`, which `vidaccel.guidance_free` puts into a pipeline."""
+
+    Config = GuidanceFreeLoraSettings
+    config: GuidanceFreeLoraSettings
+    beside = (f"{BETA}.linear.weight",)
+
+    def check_transformer(self, skeleton: nn.Module) -> None:
+        if refusal := no_slot(skeleton):
+            raise ConfigError(f"model.base: {refusal}.")
+
+    def phases(self) -> list[Phase]:
+        return [GuidanceFreeLora(self)]
+
+    def transformer(self) -> nn.Module:
+        """The frozen transformer with the LoRA and the embedder of beta as training starts."""
+        transformer = super().transformer()
+        transformer.add_module(BETA, BetaEmbedder(width_of(transformer)))
+        load_trained(transformer, self.start)
+        return transformer
+
+    def facts(self) -> dict[str, Any]:
+        gft = self.config.gft
+        stated = {"loss": gft.loss, "max_scale": gft.max_scale, "gated": gft.gated}
+        return {**super().facts(), "recipe": RECIPE, "guidance_free": stated}
+
+
+class GuidanceFreeLora(FlowLora):
+    """The phase `train`."""
+
+    recipe: TrainGuidanceFree
+
+    def __init__(self, recipe: TrainGuidanceFree) -> None:
+        super().__init__(recipe)
+        self._slot: BetaSlot | None = None
+        self._told: torch.Tensor | None = None
+        """beta `[B]` of the last pass; None of one of the frozen base."""
+
+    def trains(self, name: str) -> bool:
+        return super().trains(name) or name.startswith(f"{BETA}.")
+
+    def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
+        self.transformer: Any = super().setup(trained)
+        gft = self.recipe.config.gft
+        embedder: Any = self.transformer.get_submodule(BETA)
+        highest = gft.max_scale if gft.gated else None
+        self._slot = BetaSlot(self.transformer, embedder, lambda: self._told, "default", highest)
+        return self.transformer
+
+    def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        gft = self.recipe.config.gft
+        # Of two draws, so that what the scales are spread over does not depend on how many are 1.
+        unguided, scale = rng.uniform() < gft.unguided_share, 1 + (gft.max_scale - 1) * rng.uniform()
+        beta = 1 / torch.where(unguided, torch.ones_like(scale), scale)
+        return super()._drawn(model, {**batch, "beta": beta}, rng)
+
+    def flow_loss(
+        self, model: nn.Module, batch: Batch, noise: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        backbone, latents, beta = self.recipe.backbone, batch["latents"], batch["beta"]
+        shown = backbone.noised(latents, noise, sigma)
+        nothing = [self.nothing()] * len(shown)
+        # Passes without gradients come first: switching the LoRA off and on between a pass and its gradients would
+        # lose them.
+        if self.recipe.config.gft.loss == "white_box":
+            wanted = self._base(model, shown, sigma, texts, batch)
+            without = self._base(model, shown, sigma, nothing, batch)
+        else:
+            wanted = noise - latents
+            without = self._guided(model, shown, sigma, nothing, batch, torch.ones_like(beta), gradients=False)
+        made = self._guided(model, shown, sigma, texts, batch, beta)
+        loss = backbone.error(mixture(made, without, beta), wanted).mean()
+        return loss, {"error": loss.detach()}
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def _base(
+        self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
+    ) -> torch.Tensor:
+        """The velocity of the frozen base: the LoRA is switched off, and beta is not told."""
+        self._told = None
+        self.transformer.disable_adapters()
+        try:
+            return self.without_gradients(model, shown, sigma, texts, batch)
+        finally:
+            self.transformer.enable_adapters()
+
+    def _guided(
+        self,
+        model: nn.Module,
+        shown: torch.Tensor,
+        sigma: torch.Tensor,
+        texts: Sequence[Text],
+        batch: Batch,
+        beta: torch.Tensor,
+        gradients: bool = True,
+    ) -> torch.Tensor:
+        """The velocity at beta `[B]`, in one pass."""
+        self._told = beta  # and stays told: checkpointed blocks run again for the gradients
+        if not gradients:
+            return self.without_gradients(model, shown, sigma, texts, batch)
+        return self.recipe.backbone.velocity(model, shown, sigma, texts, batch).float()
+
+    # -- what is measured ----------------------------------------------------------------------------------------------
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """How far the model is from the guided base, as shares of what guidance changes.
+
+        explained_w is 1 - |f - v_w|^2 / |v_1 - v_w|^2, v_w the velocity of the base at the guidance scale w: 0 without
+        guidance, 1 for all of it. off_1 is |f - v_1|^2 at scale 1, relative to |v_1 - v_2|^2, and should be 0.
+        """
+
+        def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
+            return self._gaps(model, batch, rng)
+
+        values = super().validate(model, folder, step)
+        recipe = self.recipe
+        self.forget()
+        gaps = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process)
+        return values | shares(gaps)
+
+    def _gaps(self, model: nn.Module, batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
+        """Mean squared distances at each measured scale, by "error_w" and "gap_w"."""
+        backbone, latents, texts = self.recipe.backbone, batch["latents"], batch["texts"]
+        noise = rng.normal(*latents.shape[1:])
+        sigma = self.told_levels(rng)
+        shown = backbone.noised(latents, noise, sigma)
+        nothing = [self.nothing()] * len(shown)
+        own = self._base(model, shown, sigma, texts, batch)
+        without = self._base(model, shown, sigma, nothing, batch)
+        found = {}
+        for scale in (s for s in MEASURED if s in (1.0, 2.0) or s <= self.recipe.config.gft.max_scale):
+            guided = without + scale * (own - without)
+            beta = torch.full((len(shown),), 1 / scale, device=shown.device)
+            made = self._guided(model, shown, sigma, texts, batch, beta, gradients=False)
+            found[f"error_{scale:g}"] = backbone.error(made, guided).mean()
+            found[f"gap_{scale:g}"] = backbone.error(own, guided).mean()
+        return found
+
+    def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
+        self._told = torch.tensor([1 / max(1.0, request.guidance_scale)])
+        return super().sample(transformer, texts, replace(request, guidance_scale=1.0))
+
+    def close(self) -> None:
+        if self._slot is not None:
+            self._slot.remove()
+        super().close()
+
+
+def mixture(made: torch.Tensor, without: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """beta f + (1 - beta) u: what is the conditional velocity where f is guided with 1 / beta.
+
+    Args:
+        made, without: f and u, `[B, ...]`; u without gradients.
+        beta: `[B]`.
+    """
+    beta = beta.view(-1, *[1] * (made.ndim - 1))
+    return beta * made + (1 - beta) * without
+
+
+def shares(gaps: Mapping[str, float]) -> dict[str, float]:
+    """The shares of `GuidanceFreeLora.validate` of mean squared distances; none where guidance changes nothing."""
+    found = {
+        f"explained_{name.removeprefix('gap_')}": 1 - gaps[name.replace("gap", "error")] / gap
+        for name, gap in gaps.items()
+        if name.startswith("gap_") and gap > 0 and name != "gap_1"
+    }
+    return found | ({"off_1": gaps["error_1"] / gaps["gap_2"]} if gaps.get("gap_2") else {})

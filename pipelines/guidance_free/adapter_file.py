@@ -1,0 +1,108 @@
+"""Files of guidance-free adapters: a LoRA, the embedder of beta, and in the header what they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .beta import BETA, BetaEmbedder
+
+FILE = "pytorch_lora_weights.safetensors"
+FACTS = "vidaccel"
+"""The key of the header under which the trainer says what an adapter belongs to."""
+RECIPE = "gft"
+
+
+class GuidanceFreeError(ValueError):
+    """An adapter that cannot be used, or a call that it cannot do; the message says why, and the fix."""
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceFreeAdapter:
+    """A guidance-free adapter as its file has it; the weights are read when they are needed.
+
+    Args:
+        path: of the file.
+        base, base_hash: name and hash of the transformer that it was trained on.
+        part: name of that transformer in its pipeline.
+        max_scale: highest guidance scale that it was trained with.
+        unconditional: the text that guidance turns away from.
+        gated: whether it counts in proportion to the guidance; see `BetaSlot`.
+    """
+
+    path: Path
+    base: str
+    base_hash: str
+    part: str
+    max_scale: float
+    unconditional: str
+    gated: bool
+
+    def weights(self) -> tuple[dict[str, torch.Tensor], BetaEmbedder]:
+        """The matrices of the LoRA by their names in the file, and the embedder."""
+        with safe_open(self.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        lora = {name: value for name, value in tensors.items() if not name.startswith(f"{BETA}.")}
+        weight = tensors[f"{BETA}.linear.weight"]
+        embedder = BetaEmbedder(*weight.shape)
+        embedder.load_state_dict({"linear.weight": weight})
+        return lora, embedder.requires_grad_(False)
+
+    def check_scale(self, scale: float) -> None:
+        """Raise GuidanceFreeError for a guidance scale above those of the training."""
+        if scale > self.max_scale:
+            raise GuidanceFreeError(
+                f"guidance_scale is {scale:g}: {self.path.name} was trained up to {self.max_scale:g}. Give at most "
+                "that."
+            )
+
+    def check_negative(self, text: Any, embeds: Any = None) -> None:
+        """Raise GuidanceFreeError for another negative prompt than that of the training."""
+        texts = [text] if isinstance(text, str) or text is None else list(text)
+        if embeds is not None or any(t not in ("", None, self.unconditional) for t in texts):
+            baked = f'"{self.unconditional}"' if self.unconditional else "the empty one"
+            raise GuidanceFreeError(
+                f"negative_prompt is of no use with a guidance-free adapter: {baked} is baked into {self.path.name}. "
+                "Leave it out, or train an adapter with another flow.unconditional."
+            )
+
+
+def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
+    """What the header of an adapter says.
+
+    Args:
+        location: of the file, or its folder.
+
+    Raises:
+        GuidanceFreeError: there is none, or it is no guidance-free adapter.
+    """
+    path = Path(location).expanduser()
+    path = path / FILE if path.is_dir() else path
+    try:
+        with safe_open(path, "pt") as file:
+            facts: Mapping[str, Any] = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            names = set(file.keys())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise GuidanceFreeError(f"{path} is no adapter that can be read: {error}") from error
+    recipe = facts.get("recipe") if isinstance(facts, dict) else None
+    if recipe != RECIPE or f"{BETA}.linear.weight" not in names:
+        kind = f"an adapter of the recipe {recipe}" if recipe else "not written by this package's trainer"
+        raise GuidanceFreeError(f"{path} is {kind}: give one that the recipe {RECIPE} made.")
+    try:
+        return GuidanceFreeAdapter(
+            path,
+            str(facts["base"]),
+            str(facts["base_hash"]),
+            str(facts["part"]),
+            float(facts["guidance_free"]["max_scale"]),
+            str(facts["unconditional"]),
+            bool(facts["guidance_free"]["gated"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise GuidanceFreeError(f"{path}: its header lacks {error}: train it again.") from error

@@ -1,0 +1,78 @@
+"""Guidance-free adapters of a request: what is asked for, and how many passes it takes."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import WanPipeline, WanTransformer3DModel
+from gft_adapters import write_adapter
+
+import vidaccel
+from vidaccel.generation.errors import BadInput
+
+SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2, "progress": False}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    base = vidaccel.demo.path()
+    return write_adapter(tmp_path, base, WanTransformer3DModel.from_pretrained(base, subfolder="transformer"))
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Grows with each forward pass of a Wan transformer."""
+    seen, forward = [], WanTransformer3DModel.forward
+
+    @functools.wraps(forward)  # whose signature `accelerate` reads
+    def counted(self, *args, **kwargs):
+        seen.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", counted)
+    return seen
+
+
+def test_guidance_in_one_pass(file, passes):
+    """Dense and sparse; without guidance a gated adapter is the model."""
+    one = vidaccel.generate("demo", "a red circle", guidance_free=file, guidance_scale=3, **SMALL).frames
+    assert len(passes) == 2
+    two = vidaccel.generate("demo", "a red circle", guidance_scale=3, **SMALL).frames
+    assert len(passes) == 6 and not np.array_equal(one, two)
+    sparse = vidaccel.generate("demo", "a red circle", guidance_free=[file], method="radial", **SMALL)
+    assert len(passes) == 8 and sparse.report.records
+    plain = (vidaccel.generate("demo", "a red circle", guidance_free=f, guidance_scale=1, **SMALL) for f in (file, ()))
+    assert np.array_equal(*(video.frames for video in plain))
+
+
+def test_it_is_told_in_a_report(file, tmp_path):
+    page = tmp_path / "report.html"
+    options = {**SMALL, "method": "radial", "warm_up": False}
+    vidaccel.generate("demo", "a red circle", guidance_free=file, compare=True, report=page, **options)
+    assert "guidance in one pass" in page.read_text() and "transformer.safetensors" in page.read_text()
+
+
+def test_what_cannot_be(tmp_path, file, passes):
+    """Before weights are read."""
+    base = vidaccel.demo.path()
+    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer")
+    (tmp_path / "other").mkdir()
+    other = write_adapter(tmp_path / "other", base, transformer, base_hash="0123")
+    for options, words in (
+        ({"guidance_free": tmp_path / "gone"}, "guidance_free cannot be used: .*gone is no adapter that can be read"),
+        (
+            {"guidance_free": other},
+            "guidance_free transformer.safetensors was trained on .*, and this model is another",
+        ),
+        ({"guidance_free": file, "negative_prompt": "ugly"}, 'negative_prompt is of no use .* "blurry" is baked into'),
+        ({"guidance_free": file, "guidance_scale": 7}, "guidance_scale is 7.0: .* was trained up to 6. Give at most"),
+        ({"lora": file}, "is a guidance-free adapter. Give it as guidance_free"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            vidaccel.generate("demo", "a red circle", **options, **SMALL)
+    with pytest.raises(BadInput, match="guidance_free is for a model that is loaded here. Call vidaccel.guidance_free"):
+        vidaccel.generate(WanPipeline.from_pretrained(base), "a red circle", guidance_free=file, **SMALL)
+    assert not passes

@@ -1,0 +1,40 @@
+"""Guidance-free adapters of tiny transformers, with random weights, as the recipe `gft` writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vidaccel.pipelines.weight_files import transformer_files
+
+
+def write_adapter(
+    folder: Path, base: Path, transformer, part: str = "transformer", gated: bool = True, **facts
+) -> Path:
+    """An adapter of a transformer that was saved in the pipeline folder `base`; keywords change its header."""
+    generator = torch.Generator().manual_seed(len(part))
+    tensors = {}
+    for number in range(len(transformer.blocks)):
+        layer = transformer.blocks[number].attn1.to_q
+        for letter, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
+            name = f"diffusion_model.blocks.{number}.self_attn.q.lora_{letter}.weight"
+            tensors[name] = 0.3 * torch.randn(shape, generator=generator)
+    width = transformer.condition_embedder.time_embedder.linear_2.out_features
+    tensors["beta_embedder.linear.weight"] = 0.1 * torch.randn(width, 64, generator=generator)
+    header = {
+        "recipe": "gft",
+        "base": base.name,
+        "base_hash": transformer_files(str(base), part),
+        "part": part,
+        "rank": 2,
+        "levels": [0.0, 1.0],
+        "unconditional": "blurry",
+        "guidance_free": {"loss": "white_box", "max_scale": 6.0, "gated": gated},
+        **facts,
+    }
+    file = folder / f"{part}.safetensors"
+    save_file(tensors, file, {"format": "pt", "vidaccel": json.dumps(header)})
+    return file
