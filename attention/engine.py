@@ -143,6 +143,18 @@ class SparseAttention:
                 self.note(remark)
         self.step, self.layouts = step, layouts
 
+    def pass_again(self) -> Callable[[], None]:
+        """What brings the forward pass that was entered last back, with the plans that its gradients need.
+
+        Gradient checkpointing runs layers again in the backward pass, when other forward passes may have come since.
+        """
+        entered = self.step, self.layouts, self._grad_plans
+
+        def again() -> None:
+            self.step, self.layouts, self._grad_plans = entered
+
+        return again
+
     @property
     def layout(self) -> VideoLayout | None:
         """The layout of the first sample."""

@@ -226,6 +226,29 @@ def test_gradient_checkpointing_changes_no_gradient(method):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("schedule", [DenseSchedule(), DenseSchedule(first_steps=1)], ids=["sparse", "first-dense"])
+@pytest.mark.parametrize("teacher", [False, True], ids=["two-samples", "teacher"])
+def test_gradient_checkpointing_knows_the_pass_of_a_layer_that_runs_again(schedule, teacher):
+    """Two forward passes before one backward pass: the layers of the first ran again with the plans of the second."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(1, 4, 3, 8, size, generator=generator) for size in (8, 8 if teacher else 12))
+    text = torch.randn(1, 5, 16, generator=generator)
+
+    def gradients_of_both(checkpointed):
+        transformer = make_transformer()
+        if checkpointed:
+            transformer.enable_gradient_checkpointing()
+        with vidaccel.accelerate(transformer, RandomBlocks(density=0.4), schedule=schedule):
+            one = transformer(first, torch.tensor([900.0]), text).sample
+            with torch.set_grad_enabled(not teacher):
+                other = transformer(second, torch.tensor([500.0]), text).sample
+            (one.square().mean() + other.square().mean() + (one.mean() - other.mean()) ** 2).backward()
+        return [block.attn1.to_q.weight.grad for block in transformer.blocks]
+
+    for one, other in zip(gradients_of_both(True), gradients_of_both(False), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_unknown_pipelines_name_the_supported():
     other = DDIMPipeline(UNet2DModel(8, 1, 1, block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2,
                                      up_block_types=("UpBlock2D",) * 2), DDIMScheduler())  # fmt: skip
