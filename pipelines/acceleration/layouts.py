@@ -64,10 +64,13 @@ def motif(model: Any, given: Given) -> Layouts:
 
 
 def mochi(model: Any, given: Given) -> Layouts:
-    """`[video, valid text]`, for each sample alone; its processor takes valid tokens from wherever they are."""
+    """`[video, valid text]`, for each sample alone; its processor takes valid tokens from wherever they are.
+
+    One for each sample, alike or not: each has calls of its own, which must not pass for one another's.
+    """
     counts = given["encoder_attention_mask"].sum(-1).tolist()
     video = VideoLayout(*grid(model, given["hidden_states"]))
-    return same(replace(video, text_after=int(count)) for count in counts)
+    return tuple(replace(video, text_after=int(count)) for count in counts)
 
 
 def hunyuan_15(model: Any, given: Given) -> Layouts:

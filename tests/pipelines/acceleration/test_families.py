@@ -127,6 +127,24 @@ def test_texts_of_different_length_in_one_batch(name):
     assert not torch.allclose(batch, stock, atol=1e-5)
 
 
+@pytest.mark.parametrize("second", [5, 3])
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_samples_with_calls_of_their_own_have_plans_of_their_own(second, gradients):
+    """Two videos whose texts are equally long had one memory, and in a pass with gradients one plan."""
+    tiny = build("mochi")
+    given = {"encoder_attention_mask": mask(5, second, padded=8).bool(), "timestep": torch.tensor([500, 500])}
+    for key in ("hidden_states", "encoder_hidden_states"):
+        given[key] = torch.cat([tiny.given[key], torch.randn_like(tiny.given[key])])
+
+    def second_pass(**given):
+        with torch.set_grad_enabled(gradients), accelerate(tiny.model, SVG2(density=0.4), schedule=NEVER_DENSE):
+            tiny.model(**given)
+            return tiny.model(**given | {"timestep": given["timestep"] - 100}).sample
+
+    singles = [second_pass(**{key: value[i : i + 1] for key, value in given.items()}) for i in range(2)]
+    torch.testing.assert_close(second_pass(**given), torch.cat(singles), atol=1e-5, rtol=1e-4)
+
+
 def test_a_text_mask_with_holes_stays_dense_and_is_stock():
     tiny = build("hunyuan_video")
     holes = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0]])
