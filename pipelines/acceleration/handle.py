@@ -239,7 +239,7 @@ class _Installed(CopiedNotPickled):
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine the grid and the step of this forward pass."""
-        given = self._signature.bind_partial(module, *args, **kwargs).arguments
+        given = self._signature.bind(module, *args, **kwargs).arguments
         timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
         empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
         if timestep is None or empty or ("hidden_states" in self._signature.parameters and latents is None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from tiny_families import BUILDERS, Tiny, build
@@ -143,6 +145,17 @@ def test_samples_with_calls_of_their_own_have_plans_of_their_own(second, gradien
 
     singles = [second_pass(**{key: value[i : i + 1] for key, value in given.items()}) for i in range(2)]
     torch.testing.assert_close(second_pass(**given), torch.cat(singles), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "mochi", "cogvideox_2b"])
+def test_an_argument_that_is_missing_is_named_as_by_the_model(name):
+    tiny = build(name)
+    missing = "encoder_hidden_states" if name == "cogvideox_2b" else "encoder_attention_mask"
+    given = {key: value for key, value in tiny.given.items() if key != missing}
+    for accelerated in (False, True):
+        with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) if accelerated else contextlib.nullcontext():
+            with pytest.raises(TypeError, match=f"missing .*required .*argument: '{missing}'"):
+                tiny.model(**given)
 
 
 def test_a_text_mask_with_holes_stays_dense_and_is_stock():
