@@ -153,9 +153,9 @@ def test_an_argument_that_is_missing_is_named_as_by_the_model(name):
     missing = "encoder_hidden_states" if name == "cogvideox_2b" else "encoder_attention_mask"
     given = {key: value for key, value in tiny.given.items() if key != missing}
     for accelerated in (False, True):
-        with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) if accelerated else contextlib.nullcontext():
-            with pytest.raises(TypeError, match=f"missing .*required .*argument: '{missing}'"):
-                tiny.model(**given)
+        handle = accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) if accelerated else contextlib.nullcontext()
+        with handle, pytest.raises(TypeError, match=f"missing .*required .*argument: '{missing}'"):
+            tiny.model(**given)
 
 
 def test_a_text_mask_with_holes_stays_dense_and_is_stock():
