@@ -198,7 +198,7 @@ def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
 
 
 class _Installed(CopiedNotPickled):
-    """The processors and the hook in one transformer; `options` are those of its engine."""
+    """The processors and the hooks in one transformer; `options` are those of its engine."""
 
     def __init__(
         self,

@@ -9,9 +9,10 @@ import torch
 from tiny_families import BUILDERS, Tiny, build
 from tiny_families.base import mask
 
-from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, accelerate
+from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, VideoLayout, accelerate
 from vidaccel.attention import RandomBlocks
 from vidaccel.pipelines import FAMILIES, find_transformers
+from vidaccel.pipelines.acceleration.layouts import packed
 
 ALL_DENSE, NEVER_DENSE = DenseSchedule(first_steps=10**6), DenseSchedule()
 SPARSE = RandomBlocks(density=0.5, redraw=False)
@@ -156,6 +157,17 @@ def test_an_argument_that_is_missing_is_named_as_by_the_model(name):
         handle = accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) if accelerated else contextlib.nullcontext()
         with handle, pytest.raises(TypeError, match=f"missing .*required .*argument: '{missing}'"):
             tiny.model(**given)
+
+
+@pytest.mark.parametrize("fps", [24.0, 29.97])
+@pytest.mark.parametrize("pixel_frame", [0, 9, 16])
+def test_a_keyframe_of_the_last_picture_is_no_frame_of_the_video(fps, pixel_frame):
+    """LTX-2 puts it behind the video, at a picture in the middle of the last latent frame or elsewhere."""
+    model = build("ltx2").model
+    video, keyframe = (model.rope.prepare_video_coords(1, frames, 4, 6, "cpu", fps=fps) for frames in (3, 1))
+    keyframe[:, 0, :, 0], keyframe[:, 0, :, 1] = pixel_frame / fps, (pixel_frame + 1) / fps
+    given = {"hidden_states": torch.zeros(1, 96, 4), "video_coords": torch.cat([video, keyframe], 2)}
+    assert packed(model, given) == (VideoLayout(3, 4, 6, text_after=24),)
 
 
 def test_a_text_mask_with_holes_stays_dense_and_is_stock():
