@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -67,6 +68,10 @@ class Site:
     def enter(self, trims: bool, dense: str, shared: Ulysses | None = None) -> None:
         """Say what holds for the calls of the forward pass that begins."""
         self.trims, self.dense, self.shared, self._turn = trims, dense, shared, 0
+
+    def pass_again(self) -> Callable[[], None]:
+        """What brings the forward pass that was entered last back; see `SparseAttention.pass_again`."""
+        return functools.partial(self.enter, self.trims, self.dense, self.shared)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, stock: StockAttention
