@@ -83,6 +83,7 @@ class SparseAttention:
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
         self._checked: tuple[int, int] | None = None
+        self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
         self.reset()
 
     def reset(self) -> None:
@@ -102,11 +103,18 @@ class SparseAttention:
         self._call_memory: dict[tuple, dict[str, Any]] = {}
         self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
+        self._drop_grad_plans()
+
+    def _drop_grad_plans(self) -> None:
+        # Who still holds the output of a pass that had its backward pass does not hold gigabytes of plans with it.
+        for plans in self._backward_plans:
+            plans.clear()
+        self._backward_plans.clear()
         self._grad_plans: dict[tuple, BlockPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Events on a GPU cannot be copied, so a copy gets finished records. It starts with a run, so without a memory.
-        state = {**self.__dict__, "_finished": self._all_records(), "_pending": []}
+        state = {**self.__dict__, "_finished": self._all_records(), "_pending": [], "_backward_plans": []}
         return state | dict.fromkeys(("_layout_memory", "_call_memory", "_shares", "_run_memory", "_grad_plans"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,7 +141,7 @@ class SparseAttention:
                 self.oldest_run = step.run - KEPT_RUNS + 1
         if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
-        self._grad_plans = {}
+        self._drop_grad_plans()
         grids = {layout.grid for layout in self.layouts}
         for layout in dict.fromkeys(layouts):
             if layout not in self.layouts:
@@ -142,6 +150,19 @@ class SparseAttention:
             if layout.grid not in grids and (remark := self.method.remark(layout)):
                 self.note(remark)
         self.step, self.layouts = step, layouts
+
+    def pass_again(self) -> Callable[[], None]:
+        """What brings the forward pass that was entered last back, with the plans that its gradients need.
+
+        Gradient checkpointing runs layers again in the backward pass, when other forward passes may have come since.
+        """
+        entered = self.step, self.layouts, self._grad_plans
+
+        def again() -> None:
+            self.step, self.layouts, self._grad_plans = entered
+            self._backward_plans.append(self._grad_plans)
+
+        return again
 
     @property
     def layout(self) -> VideoLayout | None:

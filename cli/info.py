@@ -65,15 +65,18 @@ def _print_families() -> None:
 
     from ..pipelines.acceleration.families import NOT_SERVED, support_rows
 
-    rows = support_rows()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in rows[0]:
-        table.add_column(title)
-    for row in rows:
-        table.add_row(*row.values())
     console = Console()
-    console.print(table, markup=False)
-    console.print()
+    # One below the other: side by side, names of pipelines would be cut to what is the same in all of them.
+    for row in support_rows():
+        (_, family), *about = row.items()
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True, min_width=max(len(title) for title, _ in about))
+        table.add_column(overflow="fold")
+        for title, text in about:
+            table.add_row(title, text)
+        console.print(family, style="bold", markup=False, highlight=False)
+        console.print(table, markup=False)
+        console.print()
     for name, why in NOT_SERVED.items():
         console.print(f"not {name}: {why}", markup=False)
 

@@ -220,8 +220,9 @@ def prepare(
         facts, pipe = inspect_model(model, **given), None
     else:
         _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
-        pipe = as_class(model, variant(type(model).__name__, settings.given, dict(getattr(model, "config", {}))))
-        facts = inspect_pipeline(pipe)
+        index = dict(getattr(model, "config", {}))
+        pipe = as_class(model, variant(type(model).__name__, settings.given, index))
+        facts = inspect_pipeline(pipe, index)
         if facts.row.tiled and not pipe.vae.use_tiling:
             problem = "its autoencoder can decode in tiles alone"
             raise BadInput("model", problem, "Call enable_tiling() of its vae first.", value=facts.pipeline_class)

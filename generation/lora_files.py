@@ -49,9 +49,8 @@ def facts_of(path: Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
-    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(_in_folder(path), "pt") as opened:
             facts = json.loads((opened.metadata() or {}).get(FACTS, "{}"))
     except (OSError, SafetensorError, ValueError):
         return {}  # another kind of file; whether it is a LoRA at all shows when it is loaded
@@ -67,6 +66,30 @@ def trained_for(path: Path) -> str:
     facts = facts_of(path)
     stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
     return stage if stage in TARGETS else "all"
+
+
+def check_readable(path: Path) -> None:
+    """Raise LoraError for a folder without weights and a safetensors file whose header cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    file = _in_folder(path)
+    if file.is_dir():
+        if not any(each.suffix in (".safetensors", ".bin") for each in file.iterdir()):
+            raise LoraError(f"the folder {path} has no weights: give the file, or the folder that it is in.")
+    elif file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise LoraError(
+                f"{file} is damaged, or no safetensors file ({error}): copy or download it again."
+            ) from error
+
+
+def _in_folder(path: Path) -> Path:
+    """The file of a folder that diffusers and our trainer write; the path itself where there is none."""
+    file = path / "pytorch_lora_weights.safetensors"
+    return file if file.is_file() else path
 
 
 def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:

@@ -9,24 +9,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInput, mention
-from .lora_files import LoraError, LoraFile, attach_loras, facts_of, trained_for
+from .lora_files import LoraError, LoraFile, attach_loras, check_readable, facts_of, trained_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def lora_files(given: str | Path | Sequence[str | Path]) -> tuple[LoraFile, ...]:
+def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFile, ...]:
     """LoRAs as they are asked for: a file or folder each, "PATH=WEIGHT" with another weight than 1.
 
     Of a file of our trainer, the transformer that it is for is known; any other goes into all that a pipeline has.
 
     Raises:
-        BadInput: there is no such file, or the weight is no number.
+        BadInput: there is no such file, it cannot be read, or the weight is no number.
     """
-    texts = [given] if isinstance(given, str | os.PathLike) else list(given)
+    if given is None:
+        return ()
+    texts = [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str | os.PathLike) for text in texts):
+        raise BadInput(
+            "lora", 'it must be a file or folder, or a list of them, such as ["a.safetensors=0.8"]', value=repr(given)
+        )
     made = []
     for text in map(str, texts):
         place, weight = Path(text).expanduser(), 1.0
+        if not text.strip():
+            raise BadInput("lora", "is empty", "Give a file or folder, or leave it out.")
+        if text.startswith("="):
+            raise BadInput("lora", "it has the form PATH or PATH=WEIGHT", value=text)
         if not place.exists():
             name, equals, number = text.rpartition("=")
             try:
@@ -37,6 +47,10 @@ def lora_files(given: str | Path | Sequence[str | Path]) -> tuple[LoraFile, ...]
             raise BadInput("lora", "there is no such file or folder", value=place)
         if not math.isfinite(weight):
             raise BadInput("lora", "its weight must be finite", value=text)
+        try:
+            check_readable(place)
+        except LoraError as error:
+            raise _refused(error) from error
         if facts_of(place).get("recipe") == "gft":
             raise BadInput("lora", "is a guidance-free adapter", f"Give it as {mention('guidance_free')}.", value=place)
         made.append(LoraFile(place, weight, trained_for(place)))
@@ -52,4 +66,8 @@ def attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
     try:
         attach_loras(pipe, loras)
     except LoraError as error:
-        raise BadInput("lora", f"cannot be used: {str(error).rstrip('.')}") from error
+        raise _refused(error) from error
+
+
+def _refused(error: LoraError) -> BadInput:
+    return BadInput("lora", f"cannot be used: {str(error).rstrip('.')}")

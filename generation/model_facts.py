@@ -186,8 +186,12 @@ def inspect_model(model: str, image: bool = False, video: bool = False, last_ima
     return _facts(model, location, str(pipeline_class), read, index, [name for name, there in given.items() if there])
 
 
-def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
+def inspect_pipeline(pipe: DiffusionPipeline, index: Mapping[str, Any] | None = None) -> ModelFacts:
     """What a loaded pipeline is; see `inspect_model`.
+
+    Args:
+        pipe: the pipeline.
+        index: config of the one that it was made of, which may say more than its own class can; None for its own.
 
     Raises:
         BadInput: it is of a class that has no row.
@@ -204,7 +208,8 @@ def inspect_pipeline(pipe: DiffusionPipeline) -> ModelFacts:
         config = getattr(part, "config", None)
         return None if config is None else {"_class_name": type(part).__name__, **config}
 
-    return _facts(name, location, type(pipe).__name__, read, dict(getattr(pipe, "config", {})))
+    index = getattr(pipe, "config", {}) if index is None else index
+    return _facts(name, location, type(pipe).__name__, read, dict(index))
 
 
 def check_packages(facts: ModelFacts) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, mention
+from .pipeline_options import check_options
 from .values import number, text, whole_number
 
 if TYPE_CHECKING:
@@ -26,17 +27,6 @@ DEFAULT_FPS = 16.0
 MIN_FPS, MAX_FPS = 1, 240
 INPUTS = ("image", "last_image", "video", "face_video")
 """The fields of what a video starts from."""
-_OWN = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "num_frames": "frames",
-    "height": "height",
-    "width": "width",
-    "num_inference_steps": "steps",
-    "generator": "seed",
-}
-"""Argument of pipelines -> the field of the request that decides it."""
-_NOT_OPTIONS = ("self", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,7 @@ class Settings:
         from .inputs import fitted_picture, open_video
 
         self._check_inputs(model)
-        self._check_options(model)
+        check_options(self.pipeline_options, model.row)
         source = None if self.video is None else open_video(self.video)
         whole = self if source is None else self._for_video(source, model)
         if model.row.size_of_picture and self.height is None and self.width is None:
@@ -197,24 +187,6 @@ class Settings:
             problem = f"is of no use: the guidance of this {kind} is built into the model"
             fix = f"Leave it out, or give {true} above 1 in {mention('pipeline_options')}, which takes twice the time."
             raise BadInput("negative_prompt", problem, fix)
-
-    def _check_options(self, model: ModelFacts) -> None:
-        """Raise BadInput for arguments that the pipeline lacks, and for those that other fields decide."""
-        from ..pipelines.loading import call_arguments
-
-        if not self.pipeline_options:
-            return
-        row = model.row
-        own = {**_OWN, row.guidance: "guidance_scale", row.rate: "fps", row.strength: "strength"}
-        own |= {argument: field for field, argument in row.takes.items()}
-        known = [name for name in call_arguments(model.pipeline_class) if name not in (*_NOT_OPTIONS, *own)]
-        for name, value in self.pipeline_options.items():
-            told = f"{name}={value!r}"
-            if name in own and name:
-                raise BadInput("pipeline_options", f"{mention(own[name])} decides it", "Give that.", value=told)
-            if name not in known:
-                problem = f"{model.pipeline_class} has no such argument; it has {', '.join(known)}"
-                raise BadInput("pipeline_options", problem, value=told)
 
     def _of_picture(self, model: ModelFacts) -> Settings:
         """The size that follows from the picture, which is then open."""

@@ -16,6 +16,7 @@ from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
 from .model_facts import ModelFacts, check_packages
+from .pipeline_options import refusals
 from .request import DEFAULT_FPS, Settings
 from .sound import Sound
 
@@ -141,7 +142,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     device = pipe._execution_device
     synchronise(device)
     start = time.perf_counter()
-    with guided(pipe, row, settings), stepped(pipe, step_ended) as told:
+    with refusals(settings.pipeline_options), guided(pipe, row, settings), stepped(pipe, step_ended) as told:
         result = pipe(
             **call_arguments(pipe, row, settings),
             **told,

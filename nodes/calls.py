@@ -27,6 +27,7 @@ class ForwardPass:
         offsets, main_layers, extra_calls, silent: see `Geometry`.
         offered: attention calls of any kind.
         calls: those over the video, of the model's own blocks.
+        made: the layers of these calls. again: of those to come in the backward pass; None before it.
     """
 
     step: StepInfo
@@ -43,6 +44,15 @@ class ForwardPass:
     calls: int = 0
     extra: int = 0
     seen: Counter[int] = field(default_factory=Counter)
+    made: list[int] = field(default_factory=list)
+    again: list[int] | None = None
+
+    def run_again(self) -> None:
+        """The backward pass begins, in which gradient checkpointing runs the blocks again, from the last to the first.
+
+        By then `block_index` says nothing: models write it into options that all their blocks share.
+        """
+        self.again = list(self.made)
 
     def layer(self, options: dict[str, Any]) -> int | None:
         """The number of the layer that makes the next call of the video's length.
@@ -55,6 +65,14 @@ class ForwardPass:
             None for a call that none of the model's blocks makes: another node's, such as cross-attention with as many
             text tokens as the video has.
         """
+        if self.again is not None:
+            return self.again.pop() if self.again else None
+        layer = self._next_layer(options)
+        if layer is not None:
+            self.made.append(layer)
+        return layer
+
+    def _next_layer(self, options: dict[str, Any]) -> int | None:
         index = options.get("block_index")
         if index is None:
             layers = [n for n in range(self.main_layers + sum(self.extra_calls.values())) if n not in self.silent]

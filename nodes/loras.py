@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generation.lora_files import TARGETS, LoraError, LoraFile, WrongTransformer, attach_loras
+from ..generation.lora_files import TARGETS, LoraError, LoraFile, WrongTransformer, attach_loras, check_readable
 from .wording import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class Lora(LoraFile):
     """One LoRA of a chain; see `LoraFile`.
 
     Raises:
-        InputError: there is no such file, or no such target.
+        InputError: there is no such file or it cannot be read, or there is no such target.
     """
 
     def __post_init__(self) -> None:
@@ -26,6 +26,10 @@ class Lora(LoraFile):
             raise InputError(f"path is {self.path}: there is no such file or folder.")
         if self.target not in TARGETS:
             raise InputError(f"transformer is {self.target}: it must be one of {', '.join(TARGETS)}.")
+        try:
+            check_readable(self.path)
+        except LoraError as error:
+            raise InputError(f"path: {error}") from error
 
 
 def attach(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:

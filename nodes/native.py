@@ -136,6 +136,8 @@ class NativeAttention:
         options[KEY] = current
         options[OVERRIDE] = self._override_before(options.get(OVERRIDE))
         out = executor(x, t, c_concat, c_crossattn, control, options, **conditions)
+        if isinstance(out, torch.Tensor) and out.requires_grad:
+            out.register_hook(lambda grad: current.run_again())
         # A cache of another node may skip the whole model: then there was no call at all.
         if current.layout is not None and current.offered and not current.calls:
             self.note(

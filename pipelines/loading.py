@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:
     import torch
@@ -134,3 +134,13 @@ def call_arguments(pipeline_class: str) -> list[str]:
             parameters = inspect.signature(vars(cls)["__call__"]).parameters.values()
             found |= {p.name: None for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     return [name for name in found if name != "self"]
+
+
+def call_types(pipeline_class: str) -> dict[str, Any]:
+    """The type hints of the arguments of the `__call__` of a pipeline class and of those it is built on, by name."""
+    found: dict[str, Any] = {}
+    for cls in reversed(find_class(pipeline_class).__mro__):
+        if "__call__" in vars(cls):
+            found |= get_type_hints(vars(cls)["__call__"])
+    found.pop("return", None)
+    return found

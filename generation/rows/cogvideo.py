@@ -20,10 +20,13 @@ def _magvit_factors(vae: Config) -> tuple[int, int]:
 
 
 def _sample(transformer: Config, size_factor: int) -> dict[str, int | float]:
-    """The size that the transformer was made for."""
+    """The size that the transformer was made for; CogVideoX 1.5's config says how far its positions reach instead."""
+    found: dict[str, int | float] = {"frames": transformer.get("sample_frames", 49)}
+    if transformer.get("patch_size_t") is not None:
+        made_for = _no_larger(768, 1360, transformer, size_factor) if "sample_height" in transformer else (768, 1360)
+        return found | dict(zip(("height", "width"), made_for, strict=True))
     sizes = {f: transformer.get(f"sample_{f}") for f in ("height", "width")}
-    found: dict[str, int | float] = {name: size * size_factor for name, size in sizes.items() if size}
-    return found | {"frames": transformer.get("sample_frames", 49)}
+    return found | {name: size * size_factor for name, size in sizes.items() if size}
 
 
 def _own_size(height: int, width: int, transformer: Config, size_factor: int) -> tuple[int, int]:

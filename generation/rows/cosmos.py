@@ -16,6 +16,12 @@ def _factors(vae: Config) -> tuple[int, int]:
     return stated_factors({"temporal_compression_ratio": 8, **vae})
 
 
+def _sound(pipe: Any, result: Any) -> tuple[Any, int] | None:
+    """Made where the option `enable_sound` asks for it."""
+    audio = getattr(result, "sound", None)
+    return None if audio is None else (audio, int(pipe.sound_tokenizer.config.sampling_rate))
+
+
 _GUARDRAIL = {"cosmos_guardrail": "cosmos_guardrail"}
 _COSMOS = PipelineRow(
     "CosmosTextToWorldPipeline",
@@ -52,6 +58,7 @@ ROWS = (
         rate="fps",
         result="video",
         single=True,
+        audio=_sound,
         follows=False,
         heads=lambda config: (config["num_attention_heads"], config["head_dim"]),
         packages=_GUARDRAIL,

@@ -95,6 +95,8 @@ ROUNDED = FrameRule("{k}k+1", _rounded)
 FLOORED = FrameRule("{k}k+1", _floored)
 FROM_FIVE = FrameRule("{k}k+1 (one, or from 17 on)", _rounded, allowed=lambda n, factor: n == 1 or n > 4 * factor)
 """The first four latent frames are normalised by those behind them."""
+FROM_21 = FrameRule("{k}k+1 (from 21 on)", _rounded, allowed=lambda n, factor: n > 17)
+"""Where SkyReels' diffusion forcing goes on from a video: more than the 17 frames that it sees again."""
 ANY = FrameRule("any number of", lambda frames, factor: frames)
 FIVE = FrameRule("5", lambda frames, factor: 5)
 SEGMENTS = FrameRule("2 or more", lambda frames, factor: frames, allowed=lambda frames, factor: frames > 1)

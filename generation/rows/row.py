@@ -82,6 +82,7 @@ class PipelineRow:
         tiled: whether the autoencoder can decode in tiles alone.
         device_noise: whether it draws noise on the device of the weights alone.
         heads: config of the transformer -> heads of self-attention, and their size.
+        no_options: argument that would change nothing that is written -> why; see `pipeline_options`.
         packages: module -> package, of those that it needs beside this package's own.
         variants: field -> the class that takes the same weights where that field is given.
         by_config: `(row, config of the transformer, index of the pipeline)` -> the row for this very model.
@@ -122,6 +123,7 @@ class PipelineRow:
         config["num_attention_heads"],
         config["attention_head_dim"],
     )
+    no_options: Mapping[str, str] = field(default_factory=dict, hash=False)
     packages: Mapping[str, str] = field(default_factory=dict, hash=False)
     variants: Mapping[str, str] = field(default_factory=dict, hash=False)
     by_config: Callable[[PipelineRow, Config, Config], PipelineRow] = lambda row, transformer, index: row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .frames import FIVE, HELIOS, ROUNDED, SEGMENTS, chunks
+from .frames import FIVE, FROM_21, HELIOS, ROUNDED, SEGMENTS, chunks
 from .row import Config, PipelineRow, downsampling_factors
 from .sequence import Shape, grid
 
@@ -22,7 +22,8 @@ def _rate_of_5b(row: PipelineRow, transformer: Config, index: Config) -> Pipelin
     """TI2V-5B, whose autoencoder is another, makes 24 frames a second, and takes a picture with the same weights."""
     if not index.get("expand_timesteps"):
         return row
-    return replace(row, fps=24.0, variants={**row.variants, "image": "WanImageToVideoPipeline"})
+    pictured = {} if "video" in row.takes else {"image": "WanImageToVideoPipeline"}
+    return replace(row, fps=24.0, variants={**row.variants, **pictured})
 
 
 def _last_picture(row: PipelineRow, transformer: Config, index: Config) -> PipelineRow:
@@ -121,13 +122,14 @@ ROWS = (
         needs=(("video",),),
         strength="strength",
         defaults=lambda transformer, size_factor: {"frames": 81},
+        by_config=_rate_of_5b,
     ),
     PipelineRow(
         "LucyEditPipeline",
         follows=False,
         takes={"video": "video"},
         needs=(("video",),),
-        by_config=lambda row, transformer, index: replace(row, fps=24.0) if index.get("expand_timesteps") else row,
+        by_config=_rate_of_5b,
     ),
     PipelineRow(
         "WanVACEPipeline",
@@ -156,7 +158,14 @@ ROWS = (
         needs=_FIRST,
         by_config=_last_picture,
     ),
-    PipelineRow("ChronoEditPipeline", FIVE, follows=False, takes=_IMAGE, needs=_FIRST),
+    PipelineRow(
+        "ChronoEditPipeline",
+        FIVE,
+        follows=False,
+        takes=_IMAGE,
+        needs=_FIRST,
+        no_options={"enable_temporal_reasoning": "of five frames there are none to reason with"},
+    ),
     PipelineRow("SkyReelsV2Pipeline", **_SKYREELS),
     PipelineRow(
         "SkyReelsV2ImageToVideoPipeline",
@@ -176,6 +185,7 @@ ROWS = (
     replace(
         _FORCING,
         pipeline="SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        frames=FROM_21,
         takes={"video": "video"},
         needs=(("video",),),
         continues="before",

@@ -88,6 +88,12 @@ class FlowSettings(Settings):
     unconditional: str = ""
     guidance_preserving: float | None = setting(None, above=1)
 
+    def check(self) -> Iterator[str]:
+        if self.density == "uniform":
+            for name, usual in (("logit_mean", 0.0), ("logit_std", 1.0)):
+                if getattr(self, name) != usual:
+                    yield f'{name} is of use only with "logit_normal": set density to it, or leave {name} out.'
+
 
 @dataclass(frozen=True)
 class AttentionSettings(Settings):
@@ -110,6 +116,8 @@ class AttentionSettings(Settings):
             for name in ("density", "dense_layers"):
                 if getattr(self, name) is not None:
                     yield f"{name} is of use only with a sparse method: set method, or leave it out."
+            if self.backend != "auto":
+                yield f"backend is {self.backend}, of use only with a sparse method: set method, or leave it out."
 
 
 @dataclass(frozen=True, kw_only=True)

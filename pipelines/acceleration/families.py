@@ -189,6 +189,7 @@ FAMILIES: tuple[Family, ...] = (
             "Cosmos2_5_TransferPipeline",
         ),
         layouts.video_alone,
+        stays_dense="the ControlNet of Cosmos2_5_TransferPipeline, a model of its own",
     ),
     Family(
         "Cosmos 3",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
 from ...attention.backends import check_backend
@@ -197,7 +198,7 @@ def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
 
 
 class _Installed(CopiedNotPickled):
-    """The processors and the hook in one transformer; `options` are those of its engine."""
+    """The processors and the hooks in one transformer; `options` are those of its engine."""
 
     def __init__(
         self,
@@ -229,13 +230,16 @@ class _Installed(CopiedNotPickled):
             module.processor = self._own[path]
         # A torch hook, not a wrapped `forward`: offloading replaces `forward` before or after us, and removing ours
         # must not bring back the one from before that.
-        self._hook = transformer.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self._hooks = [
+            transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
+            transformer.register_forward_hook(self._leave),
+        ]
         self.active = True
 
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine the grid and the step of this forward pass."""
-        given = self._signature.bind_partial(module, *args, **kwargs).arguments
+        given = self._signature.bind(module, *args, **kwargs).arguments
         timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
         empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
         if timestep is None or empty or ("hidden_states" in self._signature.parameters and latents is None):
@@ -260,6 +264,25 @@ class _Installed(CopiedNotPickled):
         self.engine.enter(step, *layouts)
         for site in self._sites.values():
             site.enter(trims=self.family.trims and not dense, dense=dense, shared=shared)
+
+    @torch.compiler.disable
+    def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Have the backward pass of this forward pass begin with its grid and step.
+
+        Gradient checkpointing runs the layers again then, and the last forward pass may have been another: a second
+        sample's, or a teacher's.
+        """
+        if not torch.is_grad_enabled():
+            return
+        passes = [self.engine.pass_again(), *(site.pass_again() for site in self._sites.values())]
+
+        def again(grad: torch.Tensor) -> None:
+            for enter in passes:
+                enter()
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(again)
 
     def check_sites(self) -> None:
         """Note the layers that made no attention call of ours in the forward passes so far."""
@@ -293,7 +316,8 @@ class _Installed(CopiedNotPickled):
             if module.processor is own:
                 vars(original).update(own.settings())  # those of enable_parallelism and set_attention_backend since
                 module.processor = original
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.engine.forget()
         self.active = False
 

@@ -64,10 +64,13 @@ def motif(model: Any, given: Given) -> Layouts:
 
 
 def mochi(model: Any, given: Given) -> Layouts:
-    """`[video, valid text]`, for each sample alone; its processor takes valid tokens from wherever they are."""
+    """`[video, valid text]`, for each sample alone; its processor takes valid tokens from wherever they are.
+
+    One for each sample, alike or not: each has calls of its own, which must not pass for one another's.
+    """
     counts = given["encoder_attention_mask"].sum(-1).tolist()
     video = VideoLayout(*grid(model, given["hidden_states"]))
-    return same(replace(video, text_after=int(count)) for count in counts)
+    return tuple(replace(video, text_after=int(count)) for count in counts)
 
 
 def hunyuan_15(model: Any, given: Given) -> Layouts:
@@ -118,18 +121,21 @@ def packed(model: Any, given: Given) -> Layouts:
         return (VideoLayout(*size),)
     if coordinates is None:
         return f"{tokens} tokens that are no grid of {size[0]} x {size[1]} x {size[2]}"
-    return _by_coordinates(coordinates[0] if coordinates.ndim == 3 else coordinates[0, ..., 0], tokens)
+    return _by_coordinates(coordinates[0].cpu(), tokens)  # one wait for the device
 
 
 def _by_coordinates(places: torch.Tensor, tokens: int) -> Layouts:
-    """The grid of tokens at `places [3, N]` (time, height, width): the longest run in which they go up in this order.
+    """The grid of tokens at `places [3, N]`: the longest run in which they go up in time, height and width.
 
+    With `[3, N, 2]`, where tokens begin and end (LTX-2), a frame of the run begins where the one before ends, too.
     Conditioning frames before or behind the video start again at the first row, at a time of their own.
     """
-    time, row, column = places.cpu()  # one wait for the device
+    time, row, column = places if places.ndim == 2 else places[..., 0]
     here, there = (slice(None, -1), slice(1, None))
     falls = (row[there] < row[here]) | ((row[there] == row[here]) & (column[there] <= column[here]))
     falls = (time[there] < time[here]) | ((time[there] == time[here]) & falls)
+    if places.ndim == 3:
+        falls |= (time[there] > time[here]) & (time[there] != places[0, here, 1])
     ends = [0, *(falls.nonzero().flatten() + 1).tolist(), tokens]
     first, stop = max(pairwise(ends), key=lambda run: run[1] - run[0])
     frames, height, width = (len(axis[first:stop].unique()) for axis in (time, row, column))

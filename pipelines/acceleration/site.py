@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -68,6 +69,10 @@ class Site:
         """Say what holds for the calls of the forward pass that begins."""
         self.trims, self.dense, self.shared, self._turn = trims, dense, shared, 0
 
+    def pass_again(self) -> Callable[[], None]:
+        """What brings the forward pass that was entered last back; see `SparseAttention.pass_again`."""
+        return functools.partial(self.enter, self.trims, self.dense, self.shared)
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, stock: StockAttention
     ) -> torch.Tensor:
@@ -119,12 +124,19 @@ class Site:
         if count < 2:
             return self._one(q, k, v, stock, 0, dense, heads)
         if self.own_samples:
-            sample, self._turn = self._turn % count, self._turn + 1
+            sample = self._whose(q.shape[2])
+            self._turn = sample + 1
             return self._one(q, k, v, stock, sample, dense, heads)
         if count != q.shape[0]:
             raise RuntimeError(f"a call with a batch of {q.shape[0]} in a forward pass with one of {count}.")
         one = (slice(i, i + 1) for i in range(count))
         return torch.cat([self._one(q[i], k[i], v[i], stock, i.start, dense, heads) for i in one])
+
+    def _whose(self, tokens: int) -> int:
+        """The sample of a call: they come in order, but caches leave some out, which the length of others tells."""
+        layouts = self.engine.layouts
+        turns = [(self._turn + ahead) % len(layouts) for ahead in range(len(layouts))]
+        return next((sample for sample in turns if layouts[sample].tokens == tokens), turns[0])
 
     def _one(
         self,

@@ -156,12 +156,12 @@ def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_lora_demo(tmp_path):
-    """One step teaches nothing; the base shows the colours of the captions, not those of the rule."""
-    arguments = ["--steps", "1", "--clips", "20", "--prompts", "2", "--work", str(tmp_path / "work")]
-    run("lora_demo.py", *arguments, "--out", str(tmp_path))
+    """One step teaches nothing, and does not make the rule's colours."""
+    arguments = ["--steps", "1", "--clips", "20", "--prompts", "1", "--denoising-steps", "4"]
+    run("lora_demo.py", *arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path))
     made = json.loads((tmp_path / "lora_demo.json").read_text())
     base, trained = made["videos"]
-    assert (base["colour of the caption"], base["colour of the rule"]) == (2, 0) and base["all by the rule"] == 0
+    assert base["colour of the rule"] == 0 and base["all by the rule"] == 0
     assert trained["LoRA"] == "weight 1" and made["bytes"] > 100_000
     assert [row["step"] for row in made["errors"]] == [1]
     assert (tmp_path / "lora_demo.md").read_text().count("\n| --- |") == 2

@@ -10,11 +10,26 @@ import torch
 from vidaccel.attention import METHODS
 from vidaccel.attention.backends import BACKENDS
 from vidaccel.generation.methods import MIN_SPARSE_TOKENS
+from vidaccel.pipelines.acceleration.families import NOT_SERVED, support_rows
 
 
 def _words(text: str) -> str:
     """Without line breaks: tables wrap their cells."""
     return " ".join(text.split())
+
+
+def test_families_are_named_whole_in_a_narrow_terminal(vidaccel, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = vidaccel("methods", "--families")
+    assert result.exit_code == 0, result.output
+    shown = "".join(result.stdout.split())
+    for row in support_rows():
+        for text in row.values():
+            assert "".join(text.split()) in shown, text
+        for name in row["diffusers pipelines"].split(", "):
+            assert name in result.stdout, name
+    assert "…" not in shown
+    assert all(name in shown for name in NOT_SERVED)
 
 
 def test_methods_says_everything_about_each(vidaccel, monkeypatch):
@@ -120,7 +135,7 @@ def test_the_version(vidaccel):
 def test_the_order_of_the_commands(vidaccel, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = _words(vidaccel("--help").stdout)
-    begins = ["Make a video from", "What each method does", "Versions, devices", "Convert published", "Adapt a model"]
+    begins = ["Make a video from", "What each method does", "Versions, devices", "Convert published", "Train a LoRA"]
     places = [shown.index(words) for words in begins]
     assert places == sorted(places)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 import vidaccel
+from vidaccel.generation.errors import BadInput
 from vidaccel.generation.forecast import forecast
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.model_facts import inspect_model, inspect_pipeline
@@ -81,6 +82,7 @@ CASES = [
     Case("wan_kin.skyreels_forcing"),
     Case("wan_kin.skyreels_forcing", 9, request=IMAGE, runs=f"SkyReelsV2{I2V}"),
     Case("wan_kin.skyreels_forcing", 33, request={"video": clip(17)}, runs=f"SkyReelsV2{V2V}"),
+    Case("wan_kin.skyreels_forcing", 21, request={"video": clip(5)}, runs=f"SkyReelsV2{V2V}"),
     Case("wan_kin.anyflow"),
     Case("wan_kin.anyflow", 9, request={"video": clip(5)}),
     Case("wan_kin.helios", 33),
@@ -251,6 +253,25 @@ def test_sound_is_in_the_file(built, tmp_path):
         assert sound.rate == 16000 and sound.channels == 2
         heard = float(sound.duration * sound.time_base)
         assert abs(heard - len(made.sound.samples) / 16000) < 0.1  # AAC has blocks of 1024 samples
+
+
+def test_the_rate_of_a_video_from_pictures_is_the_model_s_own(built):
+    """Also where TI2V-5B runs as another class, from a folder and loaded."""
+    folder = built("wan_kin.wan_5b", False)
+    for model in (folder, load(inspect_model(str(folder)), torch.float32, "cpu")):
+        place = {"device": "cpu"} if model is folder else {}
+        asked = {"frames": 5, "height": 32, "width": 32, "steps": 2, "progress": False, **place}
+        assert vidaccel.generate(model, PROMPT, video=clip(5), **asked).fps == 24.0
+
+
+def test_a_sound_that_an_option_asks_for_is_there():
+    asked = {"frames": 5, "height": 32, "width": 32, "steps": 2, "progress": False}
+    pipe = cosmos.cosmos_3_sound()
+    made = vidaccel.generate(pipe, PROMPT, **asked, pipeline_options={"enable_sound": True})
+    assert made.sound.rate == 800 and made.sound.samples.shape == (168, 2)  # 5 of 24 frames a second, whole latents
+    assert vidaccel.generate(pipe, PROMPT, **asked).sound is None
+    with pytest.raises(BadInput, match="^pipeline_options is enable_sound=True: the pipeline refuses it"):
+        vidaccel.generate(cosmos.cosmos_3(), PROMPT, **asked, pipeline_options={"enable_sound": True})
 
 
 def test_steps_are_told_of_pipelines_that_have_no_callback_and_of_those_that_go_through_them_again(built):

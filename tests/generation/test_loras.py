@@ -76,6 +76,31 @@ def test_loras_that_cannot_be(tmp_path, file):
             vidaccel.generate("demo", "a red circle", lora=lora, **SMALL)
 
 
+def test_a_file_that_cannot_be_read_is_refused_before_a_model_is_loaded(tmp_path, file, monkeypatch):
+    from vidaccel.generation import api
+
+    def load(*_, **__):
+        raise AssertionError("weights were about to be loaded")
+
+    monkeypatch.setattr(api, "load", load)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:100])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / file.name).write_bytes(b"page not found")
+    for lora, words in (
+        (cut, "lora cannot be used: .*cut.safetensors is damaged, or no safetensors file"),
+        (tmp_path / "empty", "lora cannot be used: the folder .*empty has no weights"),
+        (f"{tmp_path / 'folder'}=0.5", "lora cannot be used: .*pytorch_lora_weights.safetensors is damaged"),
+        (5, "lora is 5: it must be a file or folder, or a list of them"),
+        ([(cut, 0.5)], "lora is .*: it must be a file or folder, or a list of them"),
+        ("", "lora is empty. Give a file or folder"),
+        ("=0.5", "lora is =0.5: it has the form PATH or PATH=WEIGHT"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            vidaccel.generate("demo", "a red circle", lora=lora, **SMALL)
+
+
 def test_a_loaded_pipeline_loads_its_own(file):
     from diffusers import WanPipeline
 

@@ -118,6 +118,7 @@ def test_the_numbers_of_frames_that_are_offered_can_be_made(row):
         ("HeliosPipeline", 132, (129, 165)),
         ("AllegroPipeline", 80, (72, 88)),
         ("ChronoEditPipeline", 81, (5, None)),
+        ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", 17, (None, 21)),
     ],
 )
 def test_the_frames_next_to_those_that_cannot_be_made(name, wanted, near):
@@ -304,3 +305,15 @@ def test_the_guidance_of_a_guider_is_its_own_by_default(configs):
 def test_the_sequence_of_a_published_size(configs, name, frames, height, width, grid):
     layout = inspect_model(str(configs(name))).layout(frames, height, width)
     assert (layout.frames, layout.height, layout.width, layout.text_before, layout.text_after) == grid
+
+
+@pytest.mark.parametrize(
+    ("reach", "made"), [((300, 300), (768, 1360)), ((96, 170), (768, 1360)), ((8, 8), (64, 64)), (None, (768, 1360))]
+)
+def test_cogvideox_15_makes_by_default_the_size_that_it_was_trained_on(reach, made):
+    """Its published config has 300 x 300, the reach of its positions, which the pipeline would take for its size."""
+    sample = {} if reach is None else dict(zip(("sample_height", "sample_width"), reach, strict=True))
+    transformer = {"patch_size": 2, "patch_size_t": 2, "sample_frames": 81, **sample}
+    for name in ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"):
+        row = find_row(name, transformer, {})
+        assert dict(row.defaults(transformer, 8)) == {"height": made[0], "width": made[1], "frames": 81}

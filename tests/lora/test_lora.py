@@ -323,6 +323,8 @@ def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, s
         ("text", "lora.targets=[to_q, patch_embedding]", "patch_embedding is a convolution"),
         ("text", "train.steps=0", "train.steps is 0"),
         ("text", "attention.density=0.5", "density is of use only with a sparse method"),
+        ("text", "attention.backend=gather", "attention.backend is gather, of use only with a sparse method"),
+        ("text", "flow={density: uniform, logit_std: 2}", 'logit_std is of use only with "logit_normal"'),
         ("text", "attention.method=best", "attention.method is best: there is none of that name"),
         ("text", "flow.guidance_preserving=1", "guidance_preserving is 1.0: it must be above 1"),
         ("text", "validation.clips=6", "only 6 clips"),

@@ -98,8 +98,11 @@ def test_what_cannot_be_loaded(files, tmp_path):
         Lora(files[0], target="other")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(files[0].read_bytes()[:100])
-    with pytest.raises(InputError, match="^loras: broken.safetensors cannot be loaded"):
-        made(Lora(broken))
+    with pytest.raises(InputError, match="^path: .*broken.safetensors is damaged, or no safetensors file"):
+        Lora(broken)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="^path: the folder .*empty has no weights"):
+        Lora(tmp_path / "empty")
     save_file({"text_encoder.layer.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="^loras: nothing in other.safetensors is for the WanTransformer3DModel"):
         made(Lora(tmp_path / "other.safetensors"))

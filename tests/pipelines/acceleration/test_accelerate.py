@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
 from vidaccel import SVG, SVG2, DenseSchedule, Radial, Sparge, Tangent, VideoLayout
-from vidaccel.attention import RandomBlocks
+from vidaccel.attention import BlockPlan, RandomBlocks
 from vidaccel.pipelines import supported_pipelines
 from vidaccel.pipelines.acceleration.rebinding import SparseProcessor
 
@@ -224,6 +226,42 @@ def test_gradient_checkpointing_changes_no_gradient(method):
     with vidaccel.accelerate(transformer, method, schedule=DenseSchedule()):
         for one, other in zip(gradients(transformer), expected, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("schedule", [DenseSchedule(), DenseSchedule(first_steps=1)], ids=["sparse", "first-dense"])
+@pytest.mark.parametrize("teacher", [False, True], ids=["two-samples", "teacher"])
+def test_gradient_checkpointing_knows_the_pass_of_a_layer_that_runs_again(schedule, teacher):
+    """Two forward passes before one backward pass: the layers of the first ran again with the plans of the second."""
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(1, 4, 3, 8, size, generator=generator) for size in (8, 8 if teacher else 12))
+    text = torch.randn(1, 5, 16, generator=generator)
+
+    def gradients_of_both(checkpointed):
+        transformer = make_transformer()
+        if checkpointed:
+            transformer.enable_gradient_checkpointing()
+        with vidaccel.accelerate(transformer, RandomBlocks(density=0.4), schedule=schedule):
+            one = transformer(first, torch.tensor([900.0]), text).sample
+            with torch.set_grad_enabled(not teacher):
+                other = transformer(second, torch.tensor([500.0]), text).sample
+            (one.square().mean() + other.square().mean() + (one.mean() - other.mean()) ** 2).backward()
+        return [block.attn1.to_q.weight.grad for block in transformer.blocks]
+
+    for one, other in zip(gradients_of_both(True), gradients_of_both(False), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_output_that_is_kept_keeps_no_plans_once_its_backward_pass_ran():
+    """A training loop holds the last output until the next one is there."""
+    transformer = make_transformer()
+    inputs = torch.randn(1, 4, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 5, 16)
+    with vidaccel.accelerate(transformer, RandomBlocks(density=0.4), schedule=DenseSchedule()):
+        kept = transformer(*inputs).sample
+        plans = [weakref.ref(x) for x in gc.get_objects() if type(x) is BlockPlan]
+        kept.mean().backward()
+        transformer(*inputs)
+        gc.collect()
+        assert len(plans) >= 3 and not any(plan() for plan in plans)
 
 
 def test_unknown_pipelines_name_the_supported():

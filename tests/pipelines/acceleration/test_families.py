@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from tiny_families import BUILDERS, Tiny, build
 from tiny_families.base import mask
 
-from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, accelerate
+from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, VideoLayout, accelerate
 from vidaccel.attention import RandomBlocks
 from vidaccel.pipelines import FAMILIES, find_transformers
+from vidaccel.pipelines.acceleration.layouts import packed
 
 ALL_DENSE, NEVER_DENSE = DenseSchedule(first_steps=10**6), DenseSchedule()
 SPARSE = RandomBlocks(density=0.5, redraw=False)
@@ -125,6 +128,46 @@ def test_texts_of_different_length_in_one_batch(name):
         singles = torch.cat([tiny.run(**one) for one in alone])
     torch.testing.assert_close(batch, singles, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(batch, stock, atol=1e-5)
+
+
+@pytest.mark.parametrize("second", [5, 3])
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_samples_with_calls_of_their_own_have_plans_of_their_own(second, gradients):
+    """Two videos whose texts are equally long had one memory, and in a pass with gradients one plan."""
+    tiny = build("mochi")
+    given = {"encoder_attention_mask": mask(5, second, padded=8).bool(), "timestep": torch.tensor([500, 500])}
+    for key in ("hidden_states", "encoder_hidden_states"):
+        given[key] = torch.cat([tiny.given[key], torch.randn_like(tiny.given[key])])
+
+    def second_pass(**given):
+        with torch.set_grad_enabled(gradients), accelerate(tiny.model, SVG2(density=0.4), schedule=NEVER_DENSE):
+            tiny.model(**given)
+            return tiny.model(**given | {"timestep": given["timestep"] - 100}).sample
+
+    singles = [second_pass(**{key: value[i : i + 1] for key, value in given.items()}) for i in range(2)]
+    torch.testing.assert_close(second_pass(**given), torch.cat(singles), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "mochi", "cogvideox_2b"])
+def test_an_argument_that_is_missing_is_named_as_by_the_model(name):
+    tiny = build(name)
+    missing = "encoder_hidden_states" if name == "cogvideox_2b" else "encoder_attention_mask"
+    given = {key: value for key, value in tiny.given.items() if key != missing}
+    for accelerated in (False, True):
+        handle = accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) if accelerated else contextlib.nullcontext()
+        with handle, pytest.raises(TypeError, match=f"missing .*required .*argument: '{missing}'"):
+            tiny.model(**given)
+
+
+@pytest.mark.parametrize("fps", [24.0, 29.97])
+@pytest.mark.parametrize("pixel_frame", [0, 9, 16])
+def test_a_keyframe_of_the_last_picture_is_no_frame_of_the_video(fps, pixel_frame):
+    """LTX-2 puts it behind the video, at a picture in the middle of the last latent frame or elsewhere."""
+    model = build("ltx2").model
+    video, keyframe = (model.rope.prepare_video_coords(1, frames, 4, 6, "cpu", fps=fps) for frames in (3, 1))
+    keyframe[:, 0, :, 0], keyframe[:, 0, :, 1] = pixel_frame / fps, (pixel_frame + 1) / fps
+    given = {"hidden_states": torch.zeros(1, 96, 4), "video_coords": torch.cat([video, keyframe], 2)}
+    assert packed(model, given) == (VideoLayout(3, 4, 6, text_after=24),)
 
 
 def test_a_text_mask_with_holes_stays_dense_and_is_stock():

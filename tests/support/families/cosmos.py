@@ -92,7 +92,16 @@ def predict_2() -> Any:
     return diffusers.Cosmos2VideoToWorldPipeline(**_parts(transformer, wan_autoencoder(), scheduler))
 
 
-def cosmos_3() -> Any:
+def predict_25() -> Any:
+    """Its prompts are embeddings, of 20 channels: its encoder is a Qwen2.5-VL whose processor needs torchvision."""
+    config = {"extra_pos_embed_type": None, "use_crossattn_projection": True, "crossattn_proj_in_channels": 20}
+    transformer = _transformer(1, **config, encoder_hidden_states_channels=WIDTH)
+    parts = _parts(transformer, wan_autoencoder(), unipc())
+    return diffusers.Cosmos2_5_PredictBasePipeline(**parts | {"text_encoder": None, "tokenizer": None})
+
+
+def cosmos_3(sound: bool = False) -> Any:
+    heard = {"sound_gen": True, "sound_dim": 4, "sound_latent_fps": 100.0} if sound else {}
     transformer = diffusers.Cosmos3OmniTransformer(
         head_dim=16,
         hidden_size=32,
@@ -106,11 +115,39 @@ def cosmos_3() -> Any:
         vocab_size=50,
         rope_axes_dim=(3, 3, 2),
         rope_scaling={"mrope_section": [3, 3, 2]},
+        **heard,
     )
     return diffusers.Cosmos3OmniPipeline(
         transformer=transformer.eval(),
         text_tokenizer=tokenizer(512),
         vae=wan_autoencoder(),
         scheduler=unipc(),
+        sound_tokenizer=_sound_tokenizer() if sound else None,
         enable_safety_checker=False,
     )
+
+
+def cosmos_3_sound() -> Any:
+    return cosmos_3(sound=True)
+
+
+def _sound_tokenizer() -> Any:
+    """800 samples a second, 100 latents."""
+    from diffusers.models.autoencoders.autoencoder_cosmos3_audio import Cosmos3AVAEAudioTokenizer
+
+    return Cosmos3AVAEAudioTokenizer(
+        sampling_rate=800,
+        vocoder_input_dim=4,
+        dec_dim=4,
+        dec_c_mults=(1, 2),
+        dec_strides=(2, 4),
+        enc_dim=8,
+        enc_intermediate_dim=8,
+        enc_num_layers=1,
+        enc_num_blocks=1,
+        enc_n_fft=16,
+        enc_hop_length=4,
+        enc_latent_dim=8,
+        enc_c_mults=(1,),
+        enc_strides=(2,),
+    ).eval()

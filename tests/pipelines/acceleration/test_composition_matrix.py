@@ -1,0 +1,28 @@
+"""Every family with everything else that people do to a transformer: what comes of it is what the table says.
+
+`docs/composition.md` has the table in words. A cell that changes is a change for users: `cd tests/support && python -m
+composition` computes the table anew, `python tests/packaging/test_composition_docs.py` the page.
+"""
+
+from __future__ import annotations
+
+import pytest
+from composition import FAMILY_BUILDS, LEVERS, compute, read
+
+from vidaccel.pipelines import FAMILIES
+
+EXPECTED = read()
+
+
+@pytest.mark.parametrize("family", FAMILY_BUILDS)
+@pytest.mark.parametrize("lever", LEVERS)
+def test_what_comes_of_both(lever, family):
+    if not LEVERS[lever].installed:
+        package = LEVERS[lever].package
+        pytest.skip(f"needs {package}; the table has what {package} {EXPECTED['versions'][package]} did")
+    assert compute(family, LEVERS[lever]) == EXPECTED["cells"][family][lever]
+
+
+def test_the_table_is_whole():
+    assert list(EXPECTED["cells"]) == [family.name for family in FAMILIES] == list(FAMILY_BUILDS)
+    assert all(list(row) == list(LEVERS) for row in EXPECTED["cells"].values())
