@@ -1,73 +1,11 @@
-"""The benchmark scripts run from end to end at the smallest size."""
+"""The benchmark scripts of speed and error run from end to end at the smallest size."""
 
 from __future__ import annotations
 
-import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(script: str, *arguments: str) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    # No time limit: what bounds a script is the work it is given, and a busy machine takes its time.
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-def table(path: Path) -> list[dict]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_quality(tmp_path):
-    arguments = ["--prompts", "2", "--steps", "3", "--densities", "0.5", "--processes", "1"]
-    arguments += ["--only", "^(tangent|svg2, compensated|radial)"]
-    run("quality.py", *arguments, "--out", str(tmp_path))
-    rows = table(tmp_path / "quality.csv")
-    fixed = [r for r in rows if r["dense"] == "20%" and r["wanted"] == "0.5"]
-    assert {r["method"] for r in fixed} == {"tangent", "tangent, probed", "svg2, compensated", "radial"}
-    assert all(0.4 < float(r["density of sparse calls"]) < 0.6 for r in fixed)
-    assert all("±" in r["psnr - rival"] for r in fixed if r["method"] != "svg2, compensated")
-    assert all(float(r["psnr mean"]) > 0 for r in rows[1:]) and rows[0]["psnr mean"] == ""
-    assert {r["dense"] for r in rows[1:]} == {"0", "1", "2", "20%"}
-    assert {r["wanted"] for r in rows} >= {"tolerance 0.05", "0.106"}
-    assert (tmp_path / "quality.png").stat().st_size > 5000 and "| dense |" in (tmp_path / "quality.md").read_text()
-    stamp = (tmp_path / "quality.jsonl").read_text()
-    run("quality.py", *arguments, "--out", str(tmp_path))  # nothing left to do
-    assert (tmp_path / "quality.jsonl").read_text() == stamp
-
-
-def test_dc_videogen(tmp_path):
-    run("dc_videogen.py", "--model", "tiny", "--sizes", "tiny", "--device", "cpu", "--out", str(tmp_path))
-    deep, base = table(tmp_path / "dc_videogen-tiny-cpu.csv")
-    assert deep["latents"].startswith("DC-AE-V") and base["latents"] == "Wan"
-    assert (int(deep["tokens"]), int(base["tokens"])) == (2 * 2 * 2, 3 * 4 * 4)
-    assert float(deep["step_ms"]) > 0 and float(deep["video_ratio"]) > 0 and base["video_ratio"] == ""
-
-
-@pytest.mark.slow
-def test_tangent_defaults(tmp_path):
-    run("tangent_defaults.py", "--no-long", "--out", str(tmp_path))
-    text = (tmp_path / "tangent_defaults.md").read_text()
-    assert all(f"| {calls} 576 | {x} | 0." in text for calls in ("demo", "imitated") for x in (0.1, 0.2, 0.35))
-    assert text.count("\n| --- |") == 4 and "nan" not in text
-
-
-@pytest.mark.slow
-def test_dc_demo(tmp_path):
-    work = ["--clips", "2", "--bits", "16", "--bits", "4", "--rounds", "1", "--prompts", "1"]
-    run("dc_demo.py", *work, "--out", str(tmp_path))
-    result = json.loads((tmp_path / "dc_demo.json").read_text())
-    assert [row["tokens"] for row in result["speed"]] == [576, 128]
-    assert [row["model"] for row in result["accuracy"]] == ["demo", "demo-dc"]
-    assert len(result["reconstruction"]) == 4
-    assert (tmp_path / "dc_demo.jpg").stat().st_size > 5000 and "| demo-dc |" in (tmp_path / "dc_demo.md").read_text()
+from benchmark_scripts import run, table
 
 
 def test_cpu_speed(tmp_path):
@@ -152,16 +90,3 @@ def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
     log = (tmp_path / "kernels.log").stat().st_mtime_ns
     run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
     assert (tmp_path / "kernels.log").stat().st_mtime_ns == log
-
-
-@pytest.mark.slow
-def test_lora_demo(tmp_path):
-    """One step teaches nothing, and does not make the rule's colours."""
-    arguments = ["--steps", "1", "--clips", "20", "--prompts", "1", "--denoising-steps", "4"]
-    run("lora_demo.py", *arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path))
-    made = json.loads((tmp_path / "lora_demo.json").read_text())
-    base, trained = made["videos"]
-    assert base["colour of the rule"] == 0 and base["all by the rule"] == 0
-    assert trained["LoRA"] == "weight 1" and made["bytes"] > 100_000
-    assert [row["step"] for row in made["errors"]] == [1]
-    assert (tmp_path / "lora_demo.md").read_text().count("\n| --- |") == 2
