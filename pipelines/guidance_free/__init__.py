@@ -5,7 +5,7 @@ The names are looked up on first use, because diffusers, on which they are built
 
 from __future__ import annotations
 
-import importlib
+from ..later import looked_up_later
 
 _LATER = {
     "BETA": ".beta",
@@ -20,11 +20,4 @@ _LATER = {
 }
 
 __all__ = sorted(_LATER)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LATER[name], __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = looked_up_later(globals(), _LATER)
