@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny_families.cosmos import transforms  # noqa: F401  # what Cosmos takes of torchvision
+from no_torchvision import where_it_is_missing
 
 from vidaccel.pipelines import find_transformers
 
@@ -18,6 +18,7 @@ spec = importlib.util.spec_from_file_location(NAME, Path(__file__).parents[2] / 
 sys.modules[NAME] = module = importlib.util.module_from_spec(spec)  # for its dataclass
 spec.loader.exec_module(module)
 del sys.modules[NAME]  # no second name for a file of the package's folder
+where_it_is_missing()
 LOOK_AT_DATA = ("hunyuan-video-1.5", "mochi")  # in their forward pass, which the meta device cannot
 
 

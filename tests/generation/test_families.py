@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from families import cogvideo, cosmos
+from no_torchvision import without_torchvision
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
@@ -174,7 +175,7 @@ ALLEGRO = pytest.param(Case("others.allegro", 24, 320, request={"steps": 1}), ma
 @pytest.mark.parametrize("case", [*CASES, ALLEGRO], ids=str)
 def test_a_family_runs(case, built, monkeypatch):
     """The video that was asked for comes out, and the sequence in self-attention is the one that was told before."""
-    cosmos.without_torchvision(monkeypatch)
+    without_torchvision(monkeypatch)
     cogvideo.without_opencv(monkeypatch)
     model = built(case.build, case.loaded)
     place = {} if case.loaded else {"device": "cpu"}
@@ -216,7 +217,7 @@ SPARSE = [
 @pytest.mark.parametrize("case", SPARSE, ids=str)
 def test_a_family_runs_sparse(case, built, monkeypatch):
     """With a method by its name, in every step and layer; the sequences are those that were told before."""
-    cosmos.without_torchvision(monkeypatch)
+    without_torchvision(monkeypatch)
     model = built(case.build, case.loaded)
     place = {} if case.loaded else {"device": "cpu"}
     job = prepare(model if case.loaded else str(model), Settings(PROMPT, **case.arguments()), Sparse(), **place)

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from no_torchvision import without_torchvision
 from tiny_wan import make_scheduler, make_transformer
 
 from vidaccel.attention import StepInfo
@@ -222,14 +223,7 @@ def framepack() -> tuple[Any, dict[str, Any]]:
 
 def cosmos2(monkeypatch: Any) -> tuple[Any, dict[str, Any]]:
     """Cosmos Predict2, text to image: its transformer gets `sigma / (sigma + 1)`, not the scheduler's timestep."""
-    from diffusers.models.transformers import transformer_cosmos
-
-    resize = SimpleNamespace(
-        resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size=size, mode="nearest")
-    )
-    nearest = SimpleNamespace(InterpolationMode=SimpleNamespace(NEAREST="nearest"), functional=resize)
-    # torchvision does this one resize of a mask of zeros; it is not among the packages that tests need.
-    monkeypatch.setattr(transformer_cosmos, "transforms", nearest, raising=False)
+    without_torchvision(monkeypatch)
     transformer = diffusers.CosmosTransformer3DModel(
         in_channels=4,
         out_channels=4,

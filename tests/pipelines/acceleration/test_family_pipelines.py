@@ -11,7 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import cogvideo, cosmos
+from families import cogvideo
+from no_torchvision import without_torchvision
 from PIL import Image
 
 from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, accelerate
@@ -166,7 +167,7 @@ def latents(pipe: Any, case: Case, size: tuple[int, int, int], **more: Any) -> t
 
 @pytest.fixture(autouse=True)
 def _without_packages(monkeypatch):
-    cosmos.without_torchvision(monkeypatch)
+    without_torchvision(monkeypatch)
     cogvideo.without_opencv(monkeypatch)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -24,15 +23,6 @@ class Guardrail(torch.nn.Module):
 
     def check_video_safety(self, frames: np.ndarray) -> np.ndarray:
         return frames
-
-
-def without_torchvision(monkeypatch: Any) -> None:
-    """What Cosmos' transformer has torchvision do, a resize of a mask of zeros, where that is not installed."""
-    from diffusers.models.transformers import transformer_cosmos
-
-    resize = SimpleNamespace(resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size=size))
-    stand_in = SimpleNamespace(InterpolationMode=SimpleNamespace(NEAREST="nearest"), functional=resize)
-    monkeypatch.setattr(transformer_cosmos, "transforms", stand_in, raising=False)
 
 
 def _transformer(extra: int, **more: Any) -> Any:

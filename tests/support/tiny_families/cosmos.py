@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import diffusers
 import torch
-import torch.nn.functional as F
-from diffusers.models.transformers import transformer_cosmos
+from no_torchvision import where_it_is_missing
 
 from vidaccel import VideoLayout
 
 from .base import GRID, Tiny, noise
 
-
-class _Transforms:
-    """The one function of torchvision that Cosmos needs, for machines without it: a nearest-neighbour resize."""
-
-    class InterpolationMode:
-        NEAREST = "nearest"
-
-    class functional:
-        @staticmethod
-        def resize(x, size, interpolation):
-            return F.interpolate(x, size=size, mode="nearest")
-
-
-transforms = transformer_cosmos.__dict__.setdefault("transforms", _Transforms)
+where_it_is_missing()
 
 COSMOS = {"out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 2, "text_embed_dim": 16,
           "adaln_lora_dim": 4, "max_size": (8, 32, 32)}  # fmt: skip
