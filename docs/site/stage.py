@@ -31,7 +31,7 @@ PICTURES = (".png", ".jpg", ".svg")
 
 # Page of the site -> its title, and the sections of CONTRIBUTING.md that it has.
 CONTRIBUTING = {
-    "develop/contributing.md": ("Contributing", ("Set up", "On a GPU", "House rules", "Clean room", "Release")),
+    "develop/contributing.md": ("Contributing", ("Set up", "On a GPU", "House rules", "Clean room")),
     "develop/design.md": ("Design and non-goals", ("The one idea", "Non-goals", "The tree")),
     "develop/extend.md": ("How to add a method, a family, a recipe", ("How to add",)),
 }
@@ -201,12 +201,9 @@ def _expanded(listed: Any, matched: dict[str, list[str]]) -> Any:
     if isinstance(listed, dict):
         return {title: _expanded(entry, matched) for title, entry in listed.items()}
     if isinstance(listed, list):
-        return [part for entry in listed for part in (matched[entry] if _is_pattern(entry, matched) else [_expanded(entry, matched)])]
+        parts = [matched.get(e) if isinstance(e, str) else None for e in listed]
+        return [n for e, part in zip(listed, parts, strict=True) for n in (part or [_expanded(e, matched)])]
     return listed
-
-
-def _is_pattern(entry: Any, matched: dict[str, list[str]]) -> bool:
-    return isinstance(entry, str) and entry in matched
 
 
 def finished(root: Path = ROOT, command_line: bool = True) -> tuple[list[Page], dict[str, Any], set[str]]:
