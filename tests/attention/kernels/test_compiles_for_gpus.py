@@ -101,4 +101,4 @@ def check_loops(results, architecture, dim):
         leanest = min(loop["instructions"] for loop in forward["loops"])
         assert leanest * 64 / forward["keys"] <= MOST_INSTRUCTIONS[architecture]
     for name in ("_query_kernel", "_key_kernel"):
-        assert all(loop["spills"] <= 8 for loop in results[name]["loops"]), name
+        assert all(loop["spills"] <= 10 for loop in results[name]["loops"]), name
