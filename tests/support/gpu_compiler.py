@@ -53,7 +53,8 @@ def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
     text, products = binary.asm["ttgir"], re.findall(r"mma[.\w:]*", binary.asm["ptx"])
     return {"kernel": kernel.__name__, "shared": binary.metadata.shared, "copies": text.count("async_copy_global"),
             "tma": text.count("async_tma_copy_global_to_local"),
-            "tensor_cores": text.count("mma"), **machine_code.read(binary, architecture), "int8": sum(bool(re.search("s8|i8", x)) for x in products),
+            **machine_code.read(binary, architecture), "tensor_cores": text.count("mma"),
+            "int8": sum(bool(re.search("s8|i8", x)) for x in products),
             "fp8": sum(bool(re.search("e4m3|f8f6f4", x)) for x in products)}
 """
 

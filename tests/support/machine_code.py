@@ -95,7 +95,5 @@ def _loops(code: list[tuple[str | None, str | None, str]]) -> list[dict]:
         if products and not inner:
             spills = sum(counts[name] for name in _SPILLS)
             total = sum(counts.values())
-            found.append(
-                {"instructions": total, "products": products, "spills": spills, "shuffles": counts["SHFL"]}
-            )
+            found.append({"instructions": total, "products": products, "spills": spills, "shuffles": counts["SHFL"]})
     return found
