@@ -64,7 +64,8 @@ def cut_segments(
     start: torch.Tensor, length: torch.Tensor, total: int, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`runs.cut_segments` in one pass."""
-    return _cut(start.contiguous(), length, total, most)[:3]
+    pieces, lengths, segment, _ = _cut(start.contiguous(), length, total, most)
+    return pieces, lengths, segment
 
 
 def cut_clusters(sizes: torch.Tensor, total: int, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
