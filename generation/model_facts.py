@@ -42,6 +42,7 @@ class ModelFacts:
         own_defaults: frames, sizes, steps and guidance that the model states, see `DEFAULTS_FILE`.
         transformer: its config.
         guider_scale: the guidance scale of its guider, where it has one.
+        most_steps: of a model that is distilled to few, as its scheduler has them.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ModelFacts:
     own_defaults: Mapping[str, int | float] = field(default_factory=dict, hash=False)
     transformer: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
     guider_scale: float | None = None
+    most_steps: int | None = None
 
     @property
     def pipeline_class(self) -> str:
@@ -143,6 +145,8 @@ class ModelFacts:
         found = {name: open_.get(name) if value is None else value for name, value in found.items()}
         if self.guider_scale is not None:
             found["guidance_scale"] = self.guider_scale
+        if self.most_steps is not None:
+            found["steps"] = self.most_steps
         if not self.makes_any_size:
             found["frames"] = self.row.frames.default(int(found["frames"]), self.frame_factor)
         return {name: value for name, value in found.items() if value is not None} | dict(self.own_defaults)
@@ -286,8 +290,14 @@ def _facts(
         patch=patch_of(transformer),
         max_positions=transformer.get("rope_max_seq_len"),
         transformer=transformer,
+        most_steps=_most_steps(read("scheduler/scheduler_config.json") or {}),
         **more,
     )
+
+
+def _most_steps(scheduler: Mapping[str, Any]) -> int | None:
+    """Steps that a scheduler has times for, from its config; None where any number will do."""
+    return len(scheduler["middle_times"]) + 1 if scheduler.get("_class_name") == "RCMScheduler" else None
 
 
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:

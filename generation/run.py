@@ -129,6 +129,8 @@ def run(
 def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
     import torch
 
+    from ..pipelines.few_steps import scaled_start
+
     row = row_of(pipe)
     parts = parts_of(pipe, row, settings)
     ends: list[float] = []
@@ -142,7 +144,12 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     device = pipe._execution_device
     synchronise(device)
     start = time.perf_counter()
-    with refusals(settings.pipeline_options), guided(pipe, row, settings), stepped(pipe, step_ended) as told:
+    with (
+        refusals(settings.pipeline_options),
+        guided(pipe, row, settings),
+        scaled_start(pipe),
+        stepped(pipe, step_ended) as told,
+    ):
         result = pipe(
             **call_arguments(pipe, row, settings),
             **told,
