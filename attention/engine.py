@@ -83,6 +83,7 @@ class SparseAttention:
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
         self._checked: tuple[int, int] | None = None
+        self._logged: set[str] = set()  # of the notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
         self.reset()
 
@@ -273,6 +274,8 @@ class SparseAttention:
         """Log a choice (info) or a fallback (warning) once and keep it for the report."""
         if text not in self._notes:
             self._notes.append(text)
+        if text not in self._logged:
+            self._logged.add(text)
             logger.log(level, "%s: %s", self.model, text)
 
     def report(self) -> RunReport:
