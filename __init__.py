@@ -31,6 +31,7 @@ _PUBLIC = {
     "DenseSchedule": ".attention",
     "RCMScheduler": ".pipelines.few_steps",
     "Radial": ".attention",
+    "SLA": ".attention",
     "SVG": ".attention",
     "SVG2": ".attention",
     "Sparge": ".attention",

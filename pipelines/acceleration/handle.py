@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +23,7 @@ from .rank_heads import balance_note
 from .rebinding import SparseProcessor, rebind
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 from .site import Site
+from .sla_weights import PROJECTION
 from .ulysses import Ulysses
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,18 @@ class Handle:
         self._clock.forget_notes()
         for installed in self._installed:
             installed.engine.reset()
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        """All calls stay dense inside the block, as if nothing were accelerated."""
+        before = [installed.paused for installed in self._installed]
+        for installed in self._installed:
+            installed.paused = "dense()"
+        try:
+            yield
+        finally:
+            for installed, reason in zip(self._installed, before, strict=True):
+                installed.paused = reason
 
     def _replaced(self) -> list[str]:
         """What to say of transformers that the pipeline had when it was accelerated and has no more; logged once."""
@@ -223,7 +238,10 @@ class _Installed(CopiedNotPickled):
         self._clock = clock
         self._passes = 0
         own = {"own_samples": family.own_samples, "reads_prefix": family.reads_prefix}
-        self._sites = {path: Site(self.engine, layer, **own) for layer, path in enumerate(processors)}
+        weights = {path: getattr(module, PROJECTION, None) for path, module in self._modules.items()}
+        self._sites = {
+            path: Site(self.engine, layer, weights=weights[path], **own) for layer, path in enumerate(processors)
+        }
         self._originals = processors
         self._own = {path: rebind(processor, self._sites[path]) for path, processor in processors.items()}
         for path, module in self._modules.items():
@@ -234,6 +252,7 @@ class _Installed(CopiedNotPickled):
             transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
             transformer.register_forward_hook(self._leave),
         ]
+        self.paused = ""
         self.active = True
 
     @torch.compiler.disable
@@ -263,7 +282,7 @@ class _Installed(CopiedNotPickled):
             shared.check_tokens(layouts[0].tokens, self.name)
         self.engine.enter(step, *layouts)
         for site in self._sites.values():
-            site.enter(trims=self.family.trims and not dense, dense=dense, shared=shared)
+            site.enter(trims=self.family.trims and not dense, dense=dense or self.paused, shared=shared)
 
     @torch.compiler.disable
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
