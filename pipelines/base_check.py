@@ -4,33 +4,58 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ..weight_files import transformer_file, transformer_files
-from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError
+from .weight_files import transformer_file, transformer_files
 
 
-def check_base(transformer: Any, part: str, adapter: GuidanceFreeAdapter, base: str | Path | None = None) -> None:
-    """Raise GuidanceFreeError unless a transformer is from the files that an adapter was trained on.
+class Adapter(Protocol):
+    """What must be known of an adapter: its file, and name, hash and part of the transformer that it was trained on."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def base(self) -> str: ...
+    @property
+    def base_hash(self) -> str: ...
+    @property
+    def part(self) -> str: ...
+
+
+def check_base(transformer: Any, part: str, adapter: Adapter, base: str | Path | None, error: type[ValueError]) -> None:
+    """Raise unless a transformer is from the files that an adapter was trained on.
 
     Args:
         transformer: as diffusers loaded it.
         part: its name in the pipeline.
         adapter: for it.
         base: folder or hub id of the pipeline that it is from; None for where it says that it is from.
+        error: what is raised.
     """
     stated = str(base or transformer.config.get("_name_or_path") or "")
-    place = next((p for p in _places(stated, part) if transformer_file(p, "config.json", part)), None)
+    place = place_of(transformer, part, base)
     if place is None:
-        raise GuidanceFreeError(
+        raise error(
             f"whether {adapter.path.name} is for this {part} cannot be told: its files are not in "
             f"{stated or 'any folder that it knows'}. Load it with from_pretrained, or give that folder with base=."
         )
     if _changed(transformer, place, part) or transformer_files(place, part) != adapter.base_hash:
-        raise GuidanceFreeError(
+        raise error(
             f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this {part} has other weights: "
             "give the model that it was trained on, or an adapter of this one."
         )
+
+
+def place_of(transformer: Any, part: str, base: str | Path | None = None) -> str | None:
+    """The folder or hub id of the pipeline that a transformer is from, or None where that is not known.
+
+    Args:
+        transformer: as diffusers loaded it.
+        part: its name in the pipeline.
+        base: where it is from; None for where it says that it is from.
+    """
+    stated = str(base or transformer.config.get("_name_or_path") or "")
+    return next((p for p in _places(stated, part) if transformer_file(p, "config.json", part)), None)
 
 
 def _places(stated: str, part: str) -> list[str]:
