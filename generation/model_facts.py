@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
+LEARNED_FILE = "transformer/sla_config.json"
+"""Beside the weights of a transformer that was trained for SLA; see `pipelines.acceleration.sla_weights`."""
 _DEFAULTS = ("frames", "height", "width", "steps", "guidance_scale")
 
 
@@ -43,6 +45,7 @@ class ModelFacts:
         transformer: its config.
         guider_scale: the guidance scale of its guider, where it has one.
         most_steps: of a model that is distilled to few, as its scheduler has them.
+        trained_for: name of the method of sparse attention that its weights were trained for; "" for none.
     """
 
     name: str
@@ -58,6 +61,7 @@ class ModelFacts:
     transformer: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
     guider_scale: float | None = None
     most_steps: int | None = None
+    trained_for: str = ""
 
     @property
     def pipeline_class(self) -> str:
@@ -206,7 +210,7 @@ def inspect_pipeline(pipe: DiffusionPipeline, index: Mapping[str, Any] | None = 
     name = next((demo for demo in DEMOS if location == locate(demo)), location)
 
     def read(file: str) -> dict[str, Any] | None:
-        if file == DEFAULTS_FILE:
+        if file in (DEFAULTS_FILE, LEARNED_FILE):
             return folder_reader(Path(location))(file)
         part = unwrap(getattr(pipe, file.partition("/")[0], None))
         config = getattr(part, "config", None)
@@ -291,6 +295,7 @@ def _facts(
         max_positions=transformer.get("rope_max_seq_len"),
         transformer=transformer,
         most_steps=_most_steps(read("scheduler/scheduler_config.json") or {}),
+        trained_for="" if read(LEARNED_FILE) is None else "sla",
         **more,
     )
 
