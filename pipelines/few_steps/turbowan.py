@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +189,16 @@ def _write_transformer(checkpoint: Checkpoint, folder: Path) -> None:
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     shards = split_torch_state_dict_into_shards(plan, filename_pattern=pattern, max_shard_size=SHARD)
     for file, names in shards.filename_to_tensors.items():
-        tensors = {name: checkpoint.tensor(name).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _write_shard(checkpoint, names, folder / file)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         _write_json(folder / f"{WEIGHTS}.index.json", index)
+
+
+def _write_shard(checkpoint: Checkpoint, names: Iterable[str], path: Path) -> None:
+    """In a function of its own, so that the tensors of one file are gone before those of the next are made."""
+    tensors = {name: checkpoint.tensor(name).contiguous() for name in names}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _model_index(stages: Mapping[str, Checkpoint], components: Mapping[str, Path], image: bool) -> dict[str, Any]:
