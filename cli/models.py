@@ -22,9 +22,7 @@ def register(app: typer.Typer) -> None:
     convert = typer.Typer(cls=_Convert, no_args_is_help=True)
     convert.command("dc-videogen")(convert_command)
     convert.command("turbowan")(turbowan_command)
-    app.add_typer(
-        convert, name="convert", help="Convert published weights; dc-videogen where neither is named."
-    )
+    app.add_typer(convert, name="convert", help="Convert published weights; dc-videogen where neither is named.")
     app.command("adapt")(adapt_command)
 
 

@@ -46,7 +46,7 @@ def turbowan_command(
     with one_line_errors():
         for field, place in (("source", source), ("low_noise", low_noise)):
             if place is not None and not place.exists():
-                raise BadInput(field, "there is no such file or folder", value=place)
+                raise BadInput(field, "there is no such file or folder", "Download it first.", value=place)
         if target.exists():
             raise BadInput("target", "it exists already", "Give a new name, or delete it first.", value=target)
         if weights not in (None, "net", "net_ema"):

@@ -99,13 +99,27 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def _parameters(place: Path) -> dict[Any, Any]:
     if place.is_dir():
-        return dict(read_folder(place))
+        return _in_folder(place)
     content = read_file(place)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise CheckpointError(f"{place} holds a {type(content).__name__}, not parameters by name.")
     return content
+
+
+def _in_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """What diffusers wrote there, and otherwise all files of safetensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or any(file.name.startswith("diffusion_pytorch_model") for file in files):
+        return read_folder(folder)
+    state: dict[str, torch.Tensor] = {}
+    for part in map(read_file, files):
+        twice = state.keys() & part.keys()
+        if twice:
+            raise CheckpointError(f"{folder} has {min(twice)} in two of its files: leave one model there.")
+        state |= part
+    return state
 
 
 def _named(state: Mapping[Any, Any], where: str, weights: str | None) -> dict[str, torch.Tensor]:

@@ -247,6 +247,18 @@ def test_what_may_stand_round_the_weights(base, tmp_path):
         checked(wrapped | {"net_fake_score.a": torch.ones(1)}, "file")
 
 
+def test_a_folder_whose_files_have_other_names(tmp_path):
+    state = in_layout(own_weights(transformer()), "FastVideo")
+    state["patch_embedding.proj.weight"] = state.pop("patch_embedding.weight")
+    names = sorted(state)
+    for number, part in enumerate((names[:40], names[40:])):
+        save_file({name: state[name].contiguous() for name in part}, tmp_path / f"model-{number}.safetensors")
+    assert read_checkpoint(tmp_path).config["num_layers"] == 3
+    save_file({names[0]: state[names[0]].contiguous()}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"has {names[0]} in two of its files"):
+        read_checkpoint(tmp_path)
+
+
 def test_large_models_are_written_in_parts(base, tmp_path, monkeypatch):
     monkeypatch.setattr(turbowan, "SHARD", "40KB")
     model = transformer()
