@@ -54,6 +54,5 @@ def turbowan_command(
         check_writable("target", target)
         from ..pipelines.few_steps.turbowan import convert_turbowan
 
-        options = {"low_noise": low_noise, "base": base, "weights": weights}
-        convert_turbowan(source, target, **options, ode=ode, link=link)
+        convert_turbowan(source, target, low_noise=low_noise, base=base, weights=weights, ode=ode, link=link)
         typer.echo(f"Wrote {target}")

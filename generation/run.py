@@ -129,7 +129,7 @@ def run(
 def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
     import torch
 
-    from ..pipelines.few_steps import scaled_start
+    from ..pipelines.few_steps.start import scaled_start
 
     row = row_of(pipe)
     parts = parts_of(pipe, row, settings)
