@@ -53,7 +53,10 @@ def test_block_sparse_attention_needs_no_training():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"settings": {"sla": {"topk": 0.6}}}, r"method is sla: .*topk 0.6 reads 2 of 4 key blocks at 32 tokens, trained"),
+        (
+            {"settings": {"sla": {"topk": 0.6}}},
+            "method is sla: .*topk 0.6 reads 2 of 4 key blocks at 32 tokens",
+        ),
         ({"settings": {"sla": {"feature_map": "elu"}}}, "feature_map is elu, trained with softmax"),
         ({"settings": {"sla": {"topp": 0.6}}}, "settings is sla.topp: sla has no such setting"),
         ({"density": 0.8}, "reads 3 of 4 key blocks at 32 tokens, trained with 1"),
