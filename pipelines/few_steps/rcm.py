@@ -75,10 +75,10 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         self._start_run(None)
 
     def _start_run(self, sample: torch.Tensor | None) -> None:
-        """Forget the run before; of a sample, keep what the noise of its run is made from."""
+        """Forget the run before; the sample is the first of a run."""
         self._step_index: int | None = None
         self._dtype = None if sample is None else sample.dtype
-        self._digests = [] if sample is None else [_digest(one) for one in sample]
+        self._digests: list[bytes] = []
 
     @property
     def most_steps(self) -> int:
@@ -178,19 +178,21 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         else:
             x = (1 - then) * (x - now * v)
             if then > 0:
-                x = x + then * self._new_noise(x, index, generator)
+                x = x + then * self._new_noise(sample, index, generator).to(x)
         self._step_index = index + 1
         if self._step_index == self.num_inference_steps:
             x = x.to(self._dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def _new_noise(
-        self, x: torch.Tensor, index: int, generator: torch.Generator | list[torch.Generator] | None
+        self, sample: torch.Tensor, index: int, generator: torch.Generator | list[torch.Generator] | None
     ) -> torch.Tensor:
         if generator is not None:
-            return randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32).to(x.dtype)
-        noise = [torch.randn(x.shape[1:], generator=_generator(digest, index)) for digest in self._digests]
-        return torch.stack(noise).to(x)
+            return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+        if not self._digests:
+            self._digests = [_digest(one) for one in sample]
+        noise = [torch.randn(sample.shape[1:], generator=_generator(digest, index)) for digest in self._digests]
+        return torch.stack(noise)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """(1 - t) data + t noise, at 1000 t = `timesteps`, one for all samples or one for each."""

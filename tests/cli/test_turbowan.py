@@ -85,6 +85,19 @@ def test_accelerate_and_a_loaded_pipeline(converted):
     assert made.name == "sla" and len(made.report.records) == 4 * 2
 
 
+def test_another_share_of_blocks(vidaccel, converted, tmp_path, edit_json):
+    """As the page says: topk is changed in the folder, and a run of another is refused."""
+    import shutil
+
+    folder = shutil.copytree(converted, tmp_path / "model", symlinks=True)
+    asked = ["generate", "a dot", "--model", folder, "--out", tmp_path / "out.mp4", *SMALL]
+    failed = vidaccel(*asked, "--set", "sla.topk=0.4")
+    assert failed.exit_code == 2 and "topk is 0.4, trained with 0.1" in " ".join(failed.output.split())
+    edit_json(folder / "transformer" / "sla_config.json", topk=0.4)
+    done = vidaccel(*asked)
+    assert done.exit_code == 0 and "40 %" in done.output, done.output
+
+
 def test_a_community_lora_on_top(vidaccel, converted, tmp_path):
     """An ordinary Wan LoRA, with the names of diffusers, is loaded on the converted model."""
     from safetensors.torch import save_file

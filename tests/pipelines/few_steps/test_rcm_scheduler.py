@@ -202,6 +202,8 @@ def test_in_place_of_another_scheduler():
     assert made.config.num_train_timesteps == 500 and made.config.sigma_max == 200
     made.set_timesteps(2)
     assert made.timesteps[0] == pytest.approx(500 * 200 / 201)
+    with pytest.raises(ValueError, match="sigma_max is None: it must be a number above 0, such as 80"):
+        RCMScheduler.from_config(dict(other.config) | {"_use_default_values": []})
 
 
 def test_a_wan_pipeline_takes_the_published_times():
