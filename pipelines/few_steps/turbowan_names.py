@@ -150,7 +150,13 @@ def infer_config(shapes: Mapping[str, Sequence[int]], naming: str, projection: s
     dim, head = first[0], shape(f"blocks.0.{OWN_PROJECTION}.weight", 2)[0]
     if dim % head:
         raise CheckpointError(f"{where} is {dim} wide, which heads of {head} (by proj_l) do not divide.")
-    depth = 1 + max(int(match[1]) for match in map(_BLOCK.fullmatch, shapes) if match)
+    blocks = {int(match[1]) for match in map(_BLOCK.fullmatch, shapes) if match}
+    depth = 1 + max(blocks)
+    if len(blocks) < depth:
+        absent = next(block for block in range(depth) if block not in blocks)
+        raise CheckpointError(
+            f"{where} has blocks.{depth - 1} and lacks blocks.{absent}: it was not written as a whole."
+        )
     if depth != _PUBLISHED_DEPTHS.get(dim, depth):
         raise CheckpointError(
             f"{where} has {depth} blocks, and the published model of width {dim} has {_PUBLISHED_DEPTHS[dim]}: it was "

@@ -297,7 +297,8 @@ def _renamed(old, new):
         (_renamed(P, "blocks.1.self_attn.proj_l"), r"mixes layouts: .*\(original\) and .*\(LightX2V\)"),
         (_without("blocks.2.ffn.2.weight"), "lacks blocks.2.ffn.2.weight"),
         (_without("head.modulation"), "lacks head.modulation"),
-        (_renamed("blocks.1.", "blocks.7."), "lacks blocks.1."),
+        (_renamed("blocks.1.", "blocks.7."), "has blocks.7 and lacks blocks.1: it was not"),
+        (_with(blocks__999999999__modulation=torch.ones(1)), "has blocks.999999999 and lacks blocks.3"),
         (_with(img_emb__proj__0__weight=torch.ones(3)), "has a key .* does not have, such as img_emb.proj.0.weight"),
         (_with(blocks__0__norm1__weight=torch.ones(32)), "such as blocks.0.norm1.weight"),
         (
