@@ -70,5 +70,5 @@ def _changed(transformer: Any, place: str, part: str) -> bool:
     """Whether a transformer is of another shape than its files, as one moved to another autoencoder is."""
     file = transformer_file(place, "config.json", part)
     wanted = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-    own = json.loads(json.dumps(dict(transformer.config)))
-    return any(own.get(key) != value for key, value in wanted.items() if key[0] != "_" and key in own)
+    own = json.loads(json.dumps({key: value for key, value in transformer.config.items() if key[0] != "_"}))
+    return any(own.get(key) != value for key, value in wanted.items() if key in own)
