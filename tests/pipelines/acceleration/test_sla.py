@@ -138,6 +138,9 @@ def test_a_transformer_alone_beside_other_loras_and_in_a_copy(model, base, tmp_p
         wanted = velocity(alone)
         assert torch.equal(velocity(pipe.transformer), wanted)
         copied = copy.deepcopy(pipe)
+    (tmp_path / "other").symlink_to(model / "transformer")
+    with vidaccel.accelerate(WanTransformer3DModel.from_pretrained(tmp_path / "other"), "sla") as handle:
+        assert torch.equal(velocity(handle._pipe), wanted)
     torch.testing.assert_close(velocity(copied.transformer), wanted, rtol=1e-5, atol=1e-6)
     vidaccel.restore(copied)
     torch.testing.assert_close(velocity(copied.transformer), velocity(alone), rtol=1e-5, atol=1e-6)
