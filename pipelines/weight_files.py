@@ -61,7 +61,7 @@ def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "t
 
 
 def transformer_file(base: str, name: str, part: str = "transformer") -> Path | None:
-    """A file of a transformer, from a folder or the hub."""
+    """A file of a transformer, from a folder or the hub; the part is "" where it is alone there."""
     if Path(base).is_dir():
         path = Path(base) / part / name
         return path if path.is_file() else None
@@ -69,6 +69,6 @@ def transformer_file(base: str, name: str, part: str = "transformer") -> Path | 
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(base, f"{part}/{name}"))
+        return Path(hf_hub_download(base, f"{part}/{name}" if part else name))
     except (OSError, ValueError, EntryNotFoundError):
         return None
