@@ -81,8 +81,14 @@ def test_accelerate_and_a_loaded_pipeline(converted):
         assert not torch.equal(latents(), sparse)  # so the linear attention counts
 
     pipe = WanPipeline.from_pretrained(converted)
+    first = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: first.append(kwargs["hidden_states"]), with_kwargs=True
+    )
     made = package.generate(pipe, "a dot", frames=17, height=128, width=128, backend="gather", progress=False)
     assert made.name == "sla" and len(made.report.records) == 4 * 2
+    noise = torch.randn(first[0].shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(first[0], noise * (80 / 81))  # as published, which the pipeline's own call leaves out
 
 
 def test_another_share_of_blocks(vidaccel, converted, tmp_path, edit_json):
