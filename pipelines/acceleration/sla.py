@@ -176,8 +176,8 @@ class LearnedAtWork:
         self._modules: Mapping[str, nn.Module] = {}
         self._lora: NamedLora | None = None
         self.trained: TrainedSLA | None = None
-        present = [path for path, module in modules.items() if hasattr(module, PROJECTION)]
-        if not isinstance(method, SLA) or len(present) == len(modules):  # those of a training are there already
+        present = any(hasattr(module, PROJECTION) for module in modules.values())
+        if not isinstance(method, SLA) or present:  # those of a training are there already
             return
         if learned is None:
             if method.needs_weights:
@@ -185,6 +185,7 @@ class LearnedAtWork:
             return
         self.trained = learned.trained
         learned.trained.check(method, schedule, learned.where)
+        modules = dict(list(modules.items())[learned.trained.dense_layers :])  # dense ones learned nothing
         wanted = names_in(modules) if method.needs_weights else []
         if learned.adapter is not None:
             check_complete(wanted, learned.adapter.names, learned.where)

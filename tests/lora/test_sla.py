@@ -118,6 +118,17 @@ def test_what_is_trained_and_how_fast(tmp_path, text_base, train):
     phase.close()
 
 
+def test_layers_that_stay_dense_learn_nothing(tmp_path, text_base):
+    result = run("sla", settings(tmp_path, text_base, sla={"dense_layers": 1}))
+    names = load_file(Path(result["pipeline"]) / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert [name for name in names if "proj_l" in name] == names_in(LAYERS[1:])[::-1]
+    wanted, inputs = trained_model(tmp_path), given()
+    pipe = WanPipeline.from_pretrained(result["pipeline"])
+    with vidaccel.accelerate(pipe, "sla") as handle, torch.no_grad():
+        torch.testing.assert_close(pipe.transformer(**inputs).sample, wanted(**inputs).sample, rtol=1e-4, atol=1e-5)
+        assert [record.reason for record in handle.report().records] == ["first layers", ""]
+
+
 def test_block_sparse_attention_alone_has_no_projections(tmp_path, text_base):
     result = run("sla", settings(tmp_path, text_base, sla={"linear_scope": "none"}))
     names = load_file(Path(result["pipeline"]) / "transformer" / "diffusion_pytorch_model.safetensors")
