@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from families import wan_kin
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from turbowan_files import LAYOUTS, SIZES, in_layout, own_weights, published_shapes, quantised
 
-from vidaccel import RCMScheduler
+from vidaccel import RCMScheduler, accelerate
 from vidaccel.autoencoders.checkpoint_file import CheckpointError
 from vidaccel.generation.model_facts import DEFAULTS_FILE
 from vidaccel.pipelines.acceleration.sla_weights import CONFIG, read_config, read_projections
@@ -163,6 +164,15 @@ def test_both_stages_of_wan_2_2(base, tmp_path):
     assert_same(pipe.transformer, models[0])
     assert_same(pipe.transformer_2, models[1])
     assert (folder / "transformer_2" / CONFIG).is_file()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_frames": 17, "height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 1.0}
+    with accelerate(pipe, "sla", backend="gather") as handle:
+        frames = pipe(Image.new("RGB", (64, 64)), "a dot", **call, generator=torch.Generator().manual_seed(0)).frames[0]
+        records = handle.report().records
+    assert frames.shape == (17, 64, 64, 3) and not any(record.reason for record in records)
+    assert [(r.step, r.model) for r in records if r.layer == 0] == [
+        (0, "transformer"), (1, "transformer"), (2, "transformer_2"), (3, "transformer_2")
+    ]  # fmt: skip
     # A whole folder brings both stages, and its own components.
     again = convert_turbowan(_as_sglang(folder, tmp_path / "sglang"), tmp_path / "again")
     assert_same(WanTransformer3DModel.from_pretrained(again / "transformer_2"), models[1])
