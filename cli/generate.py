@@ -34,12 +34,16 @@ def generate_command(
         list[Path] | None,
         typer.Option(help="An adapter of the recipe gft: guidance in one pass a step; one for each transformer."),
     ] = None,
+    sla: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --method sla: an adapter of the recipe sla; one for each transformer."),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
-            "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, "
-            "radial)"
+            help="dense, radial, random, sla, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
+            "(default: sla for a model that was trained for it; tangent for a video of at least 8192 tokens, otherwise "
+            "dense; with --compare: tangent, svg2, radial)"
         ),
     ] = None,
     compare: Annotated[
@@ -169,6 +173,7 @@ def generate_command(
             tiling=vae_tiling,
             lora=lora or (),
             guidance_free=guidance_free or (),
+            sla=sla or (),
         )
         check_files_of(job, out, page)
         if threads is not None:

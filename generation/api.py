@@ -62,6 +62,7 @@ def generate(
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: str | Path | Sequence[str | Path] = (),
+    sla: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -76,8 +77,9 @@ def generate(
             stays as it is.
         prompt, negative_prompt: what the video shows, and what it should not show.
         method: "dense", a name of `METHODS` or a config such as `SVG2(top_p=0.9)`; with `compare`, several, of which
-            those of one method are named by what differs ("svg2-top_p=0.9"). None takes Tangent for a video of at least
-            8192 tokens and dense for a shorter one; with `compare`, Tangent, SVG2 and Radial.
+            those of one method are named by what differs ("svg2-top_p=0.9"). None takes SLA for a model that was
+            trained for it, Tangent for a video of at least 8192 tokens and dense for a shorter one; with `compare`,
+            Tangent, SVG2 and Radial.
         compare: also run dense, first, and measure the others against it.
         image, last_image: the first and the last frame, for image to video: a file, a PIL picture, or an array
             `[H, W, 3]` of bytes or of floats in [0, 1].
@@ -100,6 +102,7 @@ def generate(
         lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1.
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step: a file or folder, or one
             for each of two transformers.
+        sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -152,6 +155,7 @@ def generate(
         tiling=tiling,
         lora=lora,
         guidance_free=guidance_free,
+        sla=sla,
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -31,8 +36,32 @@ def transformer_files(base: str, part: str = "transformer", samples: int = 16) -
     return digest.hexdigest()[:16]
 
 
+def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "transformer") -> dict[str, torch.Tensor]:
+    """The tensors of a transformer whose names are chosen, without reading others; empty where it has no safetensors.
+
+    Args:
+        base: folder or hub id of the pipeline.
+        chosen: whether a name is.
+        part: name of the transformer in it.
+    """
+    from safetensors import safe_open
+
+    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
+    names = [WEIGHTS]
+    if index is not None:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({file for name, file in places.items() if chosen(name)})
+    found: dict[str, torch.Tensor] = {}
+    for path in (transformer_file(base, name, part) for name in names):
+        if path is None:
+            return {}
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if chosen(name)}  # noqa: SIM118
+    return found
+
+
 def transformer_file(base: str, name: str, part: str = "transformer") -> Path | None:
-    """A file of a transformer, from a folder or the hub."""
+    """A file of a transformer, from a folder or the hub; the part is "" where it is alone there."""
     if Path(base).is_dir():
         path = Path(base) / part / name
         return path if path.is_file() else None
@@ -40,6 +69,6 @@ def transformer_file(base: str, name: str, part: str = "transformer") -> Path | 
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(base, f"{part}/{name}"))
+        return Path(hf_hub_download(base, f"{part}/{name}" if part else name))
     except (OSError, ValueError, EntryNotFoundError):
         return None
