@@ -20,7 +20,7 @@ from .world import held_out_prompts
 
 __all__ = ["DC", "HELD_OUT_PROMPTS", "WAN", "path"]
 
-WAN, DC = "demo", "demo-dc"
+WAN, DC = MODELS = "demo", "demo-dc"
 """Names of the two models."""
 
 # Folder of each, and the file without which it is not there. The second holds an adapter to the first.

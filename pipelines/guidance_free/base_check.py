@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..weight_files import transformer_file, transformer_files
+from ..weight_files import stated_config, transformer_files
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError
 
 
@@ -20,13 +21,14 @@ def check_base(transformer: Any, part: str, adapter: GuidanceFreeAdapter, base: 
         base: folder or hub id of the pipeline that it is from; None for where it says that it is from.
     """
     stated = str(base or transformer.config.get("_name_or_path") or "")
-    place = next((p for p in _places(stated, part) if transformer_file(p, "config.json", part)), None)
-    if place is None:
+    configs = ((place, stated_config(place, part)) for place in _places(stated, part))
+    place, config = next(((place, config) for place, config in configs if config is not None), (None, None))
+    if place is None or config is None:
         raise GuidanceFreeError(
             f"whether {adapter.path.name} is for this {part} cannot be told: its files are not in "
             f"{stated or 'any folder that it knows'}. Load it with from_pretrained, or give that folder with base=."
         )
-    if _changed(transformer, place, part) or transformer_files(place, part) != adapter.base_hash:
+    if _changed(transformer, config) or transformer_files(place, part) != adapter.base_hash:
         raise GuidanceFreeError(
             f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this {part} has other weights: "
             "give the model that it was trained on, or an adapter of this one."
@@ -41,9 +43,7 @@ def _places(stated: str, part: str) -> list[str]:
     return [stated, str(path.parent)] if path.name == part else [stated]
 
 
-def _changed(transformer: Any, place: str, part: str) -> bool:
+def _changed(transformer: Any, wanted: Mapping[str, Any]) -> bool:
     """Whether a transformer is of another shape than its files, as one moved to another autoencoder is."""
-    file = transformer_file(place, "config.json", part)
-    wanted = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
     own = json.loads(json.dumps(dict(transformer.config)))
-    return any(own.get(key) != value for key, value in wanted.items() if key[0] != "_" and key in own)
+    return any(own.get(key) != value for key, value in wanted.items() if key in own)
