@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..acceleration.copies import CopiedNotPickled
 from ..errors import first_line
@@ -69,11 +70,12 @@ class Installed(CopiedNotPickled):
             return f"{self.name}: the LoRA is beside the weights, and costs time in each pass{why}"
         kept = sum(update.kept_bytes for update in self._updates)
         at = f" for a guidance scale of {self._at:g}" if self._at is not None else ""
-        return (
-            f"{self.name}: the LoRA is merged into the weights{at}; {kept / 2**20:.1f} MiB of CPU memory keep the own"
-        )
+        cost = f"{kept / 2**20:.1f} MiB of CPU memory keep the weights without it"
+        return f"{self.name}: the LoRA is merged into the weights{at}, and {cost}"
 
     def _why_not_merged(self) -> str | None:
+        if any(isinstance(module, FSDPModule) for module in self.transformer.modules()):
+            return f"the weights of the {self.name} are sharded"  # and are plain ones between two passes
         return next((refusal for update in self._updates if (refusal := update.why_not_merged())), None)
 
     @torch.compiler.disable

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from gft_adapters import write_adapter
+from gft_calls import NO_TEXT, loaded, made, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_dc import generate_dc, make_dc_pipe
@@ -20,19 +21,6 @@ import vidaccel
 from vidaccel import DCVideoGenPipeline
 from vidaccel.pipelines.guidance_free import GuidanceFreeError
 from vidaccel.pipelines.loading import call_arguments
-
-NO_TEXT = {"tokenizer": None, "text_encoder": None}
-
-
-def saved(folder: Path, **components) -> Path:
-    make_pipe(**components).save_pretrained(folder)
-    return folder
-
-
-def loaded(folder: Path) -> WanPipeline:
-    pipe = WanPipeline.from_pretrained(folder, **NO_TEXT, vae=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +37,6 @@ def adapter(request, tmp_path_factory, base) -> Path:
 @pytest.fixture
 def pipe(base) -> WanPipeline:
     return loaded(base)
-
-
-def made(pipe, scale: float = 5.0, steps: int = 3, **more) -> torch.Tensor:
-    """Latents; with two passes a step a negative prompt must be there."""
-    embeds = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(99))
-    if type(pipe).do_classifier_free_guidance is not False:
-        more = {"negative_prompt_embeds": embeds[1], **more}
-    return pipe(
-        prompt_embeds=embeds[0],
-        num_frames=9,
-        height=64,
-        width=64,
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        generator=torch.Generator().manual_seed(0),
-        output_type="latent",
-        **more,
-    ).frames
 
 
 def passes(pipe, part: str = "transformer") -> list[int]:
