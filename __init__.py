@@ -30,6 +30,7 @@ _PUBLIC = {
     "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",
     "Radial": ".attention",
+    "SLA": ".attention",
     "SVG": ".attention",
     "SVG2": ".attention",
     "Sparge": ".attention",

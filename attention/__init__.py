@@ -7,7 +7,7 @@ from .engine import SparseAttention
 from .functional import sparse_attention
 from .layout import VideoLayout
 from .merge import merge
-from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, Sparge, Tangent, resolve_method
+from .methods import METHODS, SLA, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, Sparge, Tangent, resolve_method
 from .plan import BlockPlan
 from .records import CallRecord, RunReport
 from .schedule import DenseSchedule, StepInfo
@@ -15,6 +15,7 @@ from .schedule import DenseSchedule, StepInfo
 __all__ = [
     "BACKENDS",
     "METHODS",
+    "SLA",
     "SVG",
     "SVG2",
     "BlockPlan",

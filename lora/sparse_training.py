@@ -38,8 +38,7 @@ def training_method(
     """
     if name == DENSE:
         return None
-    if not any(transformer_class in family.transformers for family in FAMILIES) or None in layouts:
-        raise ConfigError(f"attention.method is {name}, but a {transformer_class} trains with dense attention alone.")
+    check_takes_sparse(f"attention.method is {name}", transformer_class, layouts)
     try:
         check_names([name], compare=False)
         method = build_method(name, layouts[-1], density=density, dense_steps=0, dense_layers=dense_layers)
@@ -52,3 +51,15 @@ def training_method(
     except ValueError as error:
         raise ConfigError(f"attention: {error}") from error
     return method
+
+
+def check_takes_sparse(asked: str, transformer_class: str, layouts: Sequence[VideoLayout | None]) -> None:
+    """Raise ConfigError for a model that trains with dense attention alone.
+
+    Args:
+        asked: what was asked for, as the start of a sentence.
+        transformer_class: name of the transformer's class.
+        layouts: the tokens of the clips, one a size.
+    """
+    if not any(transformer_class in family.transformers for family in FAMILIES) or None in layouts:
+        raise ConfigError(f"{asked}, but a {transformer_class} trains with dense attention alone.")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, base_location, is_adapter, read_facts
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -69,6 +72,30 @@ def _weights(base: str, part: str) -> Iterator[Path]:
     if index is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     yield from filter(None, (transformer_file(base, name, part) for name in names))
+
+
+def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "transformer") -> dict[str, torch.Tensor]:
+    """The tensors of a transformer whose names are chosen, without reading others; empty where it has no safetensors.
+
+    Args:
+        base: folder or hub id of the pipeline.
+        chosen: whether a name is.
+        part: name of the transformer in it.
+    """
+    from safetensors import safe_open
+
+    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
+    names = [WEIGHTS]
+    if index is not None:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({file for name, file in places.items() if chosen(name)})
+    found: dict[str, torch.Tensor] = {}
+    for path in (transformer_file(base, name, part) for name in names):
+        if path is None:
+            return {}
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if chosen(name)}  # noqa: SIM118
+    return found
 
 
 def transformer_file(base: str, name: str, part: str = "transformer") -> Path | None:

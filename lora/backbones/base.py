@@ -122,6 +122,10 @@ class OwnModel(PretrainedModel):
         """Squared errors of the velocity where the model has to predict it, in float32."""
         return (made.float() - wanted).square()
 
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        """Write a pipeline folder with a finished transformer in the place of its own; for models of videos."""
+        raise NotImplementedError(f"{type(self).__name__} does not write whole pipelines.")
+
     def file_name(self, layer: str) -> str:
         """The name under which files of LoRAs have a layer, so that diffusers and ComfyUI read them."""
         return f"transformer.{layer}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ...attention.layout import VideoLayout
 from ...demo.text import use_padded_cross_attention
 from ..config import ConfigError
 from .base import OwnModel
-from .folders import read_config
+from .folders import read_config, write_model
 from .wan_encoding import OwnWanEncoder
 from .wan_family import WanFamily, base_pipeline
 
@@ -185,6 +186,12 @@ class WanModel(OwnWan):
         pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
         pipe.register_modules(**{self.part: transformer})
         return pipe
+
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        parts = [name for name, entry in self.index.items() if isinstance(entry, (list, tuple)) and entry[0]]
+        pipe = base_pipeline(self.base, self.image, [name for name in parts if name != self.part], self.dtype)
+        pipe.register_modules(**{self.part: transformer.to("cpu")})
+        write_model(pipe, folder)
 
     def picture(self, image: torch.Tensor) -> Image.Image:
         # The image encoder's processor would divide numbers in [0, 1] by 255.

@@ -15,6 +15,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "autoencoder": ("autoencoder", "TrainAutoencoder"),
     "gft": ("gft", "TrainGuidanceFree"),
     "lora": ("lora", "TrainLora"),
+    "sla": ("sla", "TrainSLA"),
 }
 """Name -> (module, class)."""
 

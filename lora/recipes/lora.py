@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ... import demo
+from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, layers_named
@@ -51,10 +52,7 @@ class TrainLora(EncodedClipsRecipe):
         layouts = [self.backbone.layout(s.frames, s.height, s.width) for s in config.data.sizes]
         skeleton = self.backbone.skeleton()
         self.check_transformer(skeleton)
-        chosen = config.attention
-        self.method = training_method(
-            chosen.method, chosen.density, chosen.dense_layers, chosen.backend, type(skeleton).__name__, layouts
-        )
+        self.method = self.sparse_method(type(skeleton).__name__, layouts)
         self.layers = layers_named(skeleton, lora.targets or self.backbone.lora_targets, "lora.targets")
         refusal = self.backbone.check_layers(self.layers)
         if refusal:
@@ -63,6 +61,21 @@ class TrainLora(EncodedClipsRecipe):
         self.start = {} if lora.start is None else self._start(lora.start)
         self.open_data()
         self.flowing = self.latents(self.backbone.encoder(), config.flow.unconditional)
+
+    def sparse_method(self, transformer_class: str, layouts: Sequence[VideoLayout | None]) -> Any:
+        """The method of the self-attention in training, or None for dense attention.
+
+        Args:
+            transformer_class: name of the transformer's class.
+            layouts: the tokens of the clips, one a size.
+
+        Raises:
+            ConfigError: the model takes none, or one that cannot do a size.
+        """
+        chosen = self.config.attention
+        return training_method(
+            chosen.method, chosen.density, chosen.dense_layers, chosen.backend, transformer_class, layouts
+        )
 
     def _model(self) -> OwnModel:
         model = self.config.model
@@ -95,6 +108,11 @@ class TrainLora(EncodedClipsRecipe):
         if facts["rank"] != lora.rank:
             raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in lora.start has {facts['rank']}: set that.")
         return read_lora(location, self.layers, self.backbone.file_name, lora.scale, "lora.start", self.beside)
+
+    @property
+    def backend(self) -> str:
+        """What computes sparse attention in training."""
+        return self.config.attention.backend
 
     def used(self) -> list[Latents]:
         return [self.flowing]
@@ -167,7 +185,7 @@ class FlowLora(FlowPhase):
             transformer.enable_gradient_checkpointing()
         train_only(transformer, self.trains)
         if recipe.method is not None:
-            self._handle = accelerate(transformer, recipe.method, backend=recipe.config.attention.backend)
+            self._handle = accelerate(transformer, recipe.method, backend=recipe.backend)
         return transformer
 
     def trains(self, name: str) -> bool:

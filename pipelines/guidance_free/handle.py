@@ -10,9 +10,9 @@ from typing import Any
 
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import unwrap
+from ..base_check import check_base
 from ..undo import GUIDANCE_FREE
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
-from .base_check import check_base
 from .beta import no_slot
 from .installed import Installed
 
@@ -32,7 +32,7 @@ class GuidanceFree:
         parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
         chosen = _by_part(pipe, parts, adapters)
         for name, transformer in parts.items():
-            check_base(transformer, name, chosen[name], base)
+            check_base(transformer, name, chosen[name], base, GuidanceFreeError)
         self.adapters = tuple(chosen.values())
         self._pipe: Any = pipe
         self._class: Any = type(pipe)
