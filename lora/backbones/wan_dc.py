@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ...autoencoders import AutoencoderDCV
 from ...pipelines.deep_compression.adapted import adapted_transformer, own_autoencoder
 from ...pipelines.deep_compression.adapter_folder import AdapterError, base_location, is_adapter, read_facts
 from ..config import ConfigError
-from .folders import load_autoencoder, read_config
+from .folders import load_autoencoder, read_config, write_model
 from .wan_encoding import WanEncoder, WanTextEncoder
 from .wan_family import base_pipeline
 from .wan_own import STAGES, OwnWan, stage_of
@@ -76,12 +77,14 @@ class DCWanModel(OwnWan):
             )
         if merge_text_padding and self.config.get("image_dim") is not None:
             raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
-        options = {} if self.adapter else {"subfolder": "vae"}
-        self.autoencoder = load_autoencoder(
-            AutoencoderDCV, place["location"], "model.base", dtype=autoencoder_dtype, **options
-        )
+        self._vae = (facts["vae"], {}) if self.adapter else (base, {"subfolder": "vae"})
+        self.autoencoder = self._loaded_autoencoder(dtype=autoencoder_dtype)
         self.autoencoder.requires_grad_(False).eval()
         self.autoencoder.enable_slicing()  # the same result, and a batch takes no more memory than a clip
+
+    def _loaded_autoencoder(self, **options: Any) -> Any:
+        location, place = self._vae
+        return load_autoencoder(AutoencoderDCV, location, "model.base", **place, **options)
 
     def _adapter_facts(self) -> dict[str, Any]:
         """What adapter-only weights belong to, and under "vae" where their autoencoder is."""
@@ -141,12 +144,23 @@ class DCWanModel(OwnWan):
     def sampler(self, transformer: nn.Module) -> WanPipeline | WanImageToVideoPipeline:
         others = [name for name in STAGES.values() if name != self.part and (self.index.get(name) or [None])[0]]
         eyes = ("image_encoder", "image_processor") if self.config.get("image_dim") is not None else ()
-        parts = base_pipeline(self.shared, self.image, ("scheduler", *others, *eyes), self.dtype).components
+        pipe = self._pipeline(("scheduler", *others, *eyes))
+        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
+        pipe.register_modules(**{self.part: transformer})
+        return pipe
+
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        index = WanPipeline.load_config(self.shared)
+        parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0]]
+        pipe = self._pipeline([name for name in parts if name not in ("vae", self.part)])
+        pipe.register_modules(**{self.part: transformer.to("cpu"), "vae": self._loaded_autoencoder()})
+        write_model(pipe, folder)
+
+    def _pipeline(self, keep: Sequence[str]) -> WanPipeline | WanImageToVideoPipeline:
+        """The pipeline with the autoencoder, some of the shared components, and no transformer that is trained."""
+        parts = base_pipeline(self.shared, self.image, keep, self.dtype).components
         if self.image:  # whose module complains on import where torchvision is missing
             from ...pipelines.deep_compression.image_to_video import DCVideoGenImageToVideoPipeline as cls
         else:
             from ...pipelines.deep_compression.text_to_video import DCVideoGenPipeline as cls
-        pipe = cls(**{**parts, "vae": self.autoencoder}, boundary_ratio=self.index.get("boundary_ratio"))
-        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
-        pipe.register_modules(**{self.part: transformer})
-        return pipe
+        return cls(**{**parts, "vae": self.autoencoder}, boundary_ratio=self.index.get("boundary_ratio"))

@@ -136,3 +136,10 @@ class LoraSettings(RunSettings):
             yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'
         if not self.train.steps:
             yield "train.steps is 0: give at least 1."
+
+    def without_lora(self, setting: str) -> Iterator[str]:
+        """What does not go together with the training of all weights, which `setting` asks for."""
+        if self.lora != AdapterSettings():
+            yield f'lora is of use only with {setting} "lora": set that, or leave lora out.'
+        if self.model.quantise != "none":
+            yield f'model.quantise is {self.model.quantise}, whose weights stay frozen: set {setting} to "lora".'

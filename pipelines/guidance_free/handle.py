@@ -10,9 +10,10 @@ from typing import Any
 
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import unwrap
-from ..base_check import check_base
+from ..base_check import check_base, place_of
 from ..undo import GUIDANCE_FREE
-from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
+from ..weight_files import transformer_file
+from .adapter_file import OWN_FILE, GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from .beta import no_slot
 from .installed import Installed
 
@@ -23,13 +24,16 @@ class GuidanceFree:
     """A guidance-free adapter at work in a pipeline. Made by `guidance_free`; a context manager that removes itself."""
 
     def __init__(
-        self, pipe: Any, adapters: Sequence[GuidanceFreeAdapter], base: str | Path | None, merge: bool | None
+        self, pipe: Any, adapters: Sequence[GuidanceFreeAdapter] | None, base: str | Path | None, merge: bool | None
     ) -> None:
         if hasattr(pipe, GUIDANCE_FREE):
             raise RuntimeError(
                 f"this {type(pipe).__name__} is guidance-free already: call remove() on the first handle."
             )
         parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
+        _check_parts(pipe, parts)
+        if adapters is None:
+            adapters = [own_adapter(transformer, name, base) for name, transformer in parts.items()]
         chosen = _by_part(pipe, parts, adapters)
         for name, transformer in parts.items():
             check_base(transformer, name, chosen[name], base, GuidanceFreeError)
@@ -88,7 +92,7 @@ class GuidanceFree:
 
 def guidance_free(
     pipe: Any,
-    adapter: str | Path | Sequence[str | Path],
+    adapter: str | Path | Sequence[str | Path] | None = None,
     *,
     base: str | Path | None = None,
     merge: bool | None = None,
@@ -101,7 +105,8 @@ def guidance_free(
 
     Args:
         pipe: a Wan or DC-VideoGen pipeline.
-        adapter: file or folder of the adapter; of a pipeline with two transformers, one for each.
+        adapter: file or folder of the adapter; of a pipeline with two transformers, one for each. None for what the
+            model has of its own: the built-in ones, and those that `gft` trained with all weights.
         base: folder or hub id of the pipeline that the transformer is from, where it does not know itself.
         merge: the LoRA into the weights, whose originals are kept in memory of the CPU, as many bytes as the layers
             have; False leaves it beside them, which costs time in each pass. None merges where that can be, and
@@ -116,8 +121,34 @@ def guidance_free(
             negative prompt, a guidance scale above those of the training, or projections that were fused.
         RuntimeError: the pipeline is guidance-free already.
     """
-    places = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    return GuidanceFree(pipe, [read_adapter(place) for place in places], base, merge)
+    places = [adapter] if isinstance(adapter, str | Path) else adapter
+    return GuidanceFree(pipe, None if places is None else [read_adapter(place) for place in places], base, merge)
+
+
+def own_adapter(transformer: Any, part: str, base: str | Path | None = None) -> GuidanceFreeAdapter:
+    """What a transformer has of its own for guidance in one pass, in the folder that it is from.
+
+    Raises:
+        GuidanceFreeError: nothing.
+    """
+    place = place_of(transformer, part, base)
+    file = None if place is None else transformer_file(place, OWN_FILE, part)
+    if file is None:
+        raise GuidanceFreeError(
+            f"the {part} has no guidance-free adapter of its own: {place or 'the folder that it is from'} has no "
+            f"{part}/{OWN_FILE}. Give an adapter that the recipe gft made."
+        )
+    return read_adapter(file)
+
+
+def _check_parts(pipe: Any, parts: dict[str, Any]) -> None:
+    """Raise GuidanceFreeError for a pipeline without transformers, or with one that can have no adapter."""
+    kind = type(pipe).__name__
+    if not parts or not hasattr(pipe, "load_lora_weights"):
+        raise GuidanceFreeError(f"a {kind} has no transformer that takes a guidance-free adapter: give a Wan pipeline.")
+    for transformer in parts.values():
+        if refusal := no_slot(transformer):
+            raise GuidanceFreeError(f"{refusal}.")
 
 
 def _by_part(
@@ -126,14 +157,9 @@ def _by_part(
     """The adapter of each transformer of a pipeline.
 
     Raises:
-        GuidanceFreeError: not one for each, or a transformer that can have none.
+        GuidanceFreeError: not one for each.
     """
     kind = type(pipe).__name__
-    if not parts or not hasattr(pipe, "load_lora_weights"):
-        raise GuidanceFreeError(f"a {kind} has no transformer that takes a guidance-free adapter: give a Wan pipeline.")
-    for transformer in parts.values():
-        if refusal := no_slot(transformer):
-            raise GuidanceFreeError(f"{refusal}.")
     found = {adapter.part: adapter for adapter in adapters}
     if found.keys() != parts.keys() or len(found) < len(adapters):
         given = ", ".join(f"{adapter.path.name} for {adapter.part}" for adapter in adapters) or "none"

@@ -65,6 +65,8 @@ class Installed(CopiedNotPickled):
 
     def note(self) -> str:
         """Where the LoRA is, and what that costs."""
+        if self.adapter.full:
+            return f"{self.name}: all weights were trained for guidance in one pass, so there is no LoRA"
         if self._beside or self._merge is False:
             why = f", because {self._beside}" if self._beside else ""
             return f"{self.name}: the LoRA is beside the weights, and costs time in each pass{why}"
@@ -145,6 +147,8 @@ def _parts(
             f"{adapter.path.name} is for time embeddings of {embedder.linear.out_features} numbers, and the {name} "
             f"has {width_of(transformer)}: give the adapter of this model."
         )
+    if adapter.full:
+        return embedder, []
     try:
         # Files of LoRAs for Wan have its own names, which diffusers translates.
         return embedder, low_ranks(transformer, pipe.lora_state_dict(lora), "transformer")

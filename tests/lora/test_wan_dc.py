@@ -47,9 +47,7 @@ def folders(tmp_path_factory, text_base, image_base, autoencoder_folder) -> dict
 
 def settings(folder: Path, base: Path, **sections) -> Path:
     size = {"frames": 8, "height": 16, "width": 16} if base.name == "adapter" else SIZE
-    return write(
-        folder, base, recipe="gft", gft={"max_scale": 4}, data={"sizes": [size]}, **{"validation": {}, **sections}
-    )
+    return write(folder, base, recipe="gft", data={"sizes": [size]}, **{"gft": {"max_scale": 4}, **sections})
 
 
 @pytest.mark.parametrize("kind", ["text", "adapter"])
@@ -72,6 +70,19 @@ def test_an_adapter_is_put_into_the_pipeline_as_it_was_trained(tmp_path, folders
         made = pipe.transformer(**given).sample
         torch.testing.assert_close(made, trained(**given).sample, rtol=1e-4, atol=1e-5)
         assert (made - plain).abs().max() > 1e-5
+
+
+def test_all_weights(tmp_path, folders):
+    """Of adapter-only weights a whole pipeline is written, with its autoencoder and text encoder."""
+    result = run("gft", settings(tmp_path, folders["adapter"], gft={"train": "full"}, lora={"rank": 32, "alpha": None}))
+    pipe = DCVideoGenPipeline.from_pretrained(result["pipeline"])
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.text_encoder is not None
+    trained = load_file(tmp_path / "run" / "phases" / "train.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in pipe.transformer.named_parameters())
+    given = {"height": 16, "width": 16, "num_frames": 8, "num_inference_steps": 1, "output_type": "latent"}
+    with vidaccel.guidance_free(pipe):
+        assert pipe("a red circle", guidance_scale=3.0, **given).frames.isfinite().all()
 
 
 def test_first_frames(tmp_path, folders):
