@@ -54,6 +54,16 @@ def own_adapters(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
     return guidance_adapters([file for file in files.values() if file is not None])
 
 
+def check_adapters(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts) -> None:
+    """Raise BadInput for adapters of another model."""
+    from ..pipelines.weight_files import transformer_files
+
+    for adapter in adapters:
+        if transformer_files(facts.location, adapter.part) != adapter.base_hash:
+            problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is another"
+            raise BadInput("guidance_free", problem, "Give an adapter of this one.")
+
+
 def check_guidance(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts, settings: Settings) -> None:
     """Raise BadInput for adapters of another model, and for guidance that they cannot do.
 
@@ -63,12 +73,9 @@ def check_guidance(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts, s
         settings: checked.
     """
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeError
-    from ..pipelines.weight_files import transformer_files
 
+    check_adapters(adapters, facts)
     for adapter in adapters:
-        if transformer_files(facts.location, adapter.part) != adapter.base_hash:
-            problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is another"
-            raise BadInput("guidance_free", problem, "Give an adapter of this one.")
         try:
             adapter.check_negative(settings.negative_prompt)
         except GuidanceFreeError as error:
