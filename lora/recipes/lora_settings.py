@@ -15,7 +15,8 @@ class ModelSettings(Settings):
     """The model that gets a LoRA.
 
     Args:
-        base: folder or hub id of a diffusers pipeline; "demo" is the built-in one.
+        base: folder or hub id of a diffusers pipeline, or folder of adapter-only weights; "demo" and "demo-dc" are the
+            built-in ones.
         stage: of a base with two transformers (Wan 2.2 14B): which one; None for a base with one.
         first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
         dtype: of the frozen weights; what is trained stays float32.
