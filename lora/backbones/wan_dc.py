@@ -59,8 +59,8 @@ class DCWanModel(OwnWan):
         """Where the text encoder, the scheduler and the image encoder are."""
         self.part, self.levels = stage_of(base, self.index, stage)
         self.config = facts.get("transformer") or read_config(WanTransformer3DModel, base, self.part)
-        place = {"location": facts["vae"]} if self.adapter else {"location": base, "subfolder": "vae"}
-        config = read_config(AutoencoderDCV, **place)
+        self._vae = (facts["vae"], None) if self.adapter else (base, "vae")
+        config = read_config(AutoencoderDCV, *self._vae)
         if config.get("_class_name") != "AutoencoderDCV" or config.get("pad_frames"):
             found = config.get("_class_name") if not config.get("pad_frames") else f"pad_frames {config['pad_frames']}"
             raise ConfigError(
@@ -77,14 +77,13 @@ class DCWanModel(OwnWan):
             )
         if merge_text_padding and self.config.get("image_dim") is not None:
             raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
-        self._vae = (facts["vae"], {}) if self.adapter else (base, {"subfolder": "vae"})
         self.autoencoder = self._loaded_autoencoder(dtype=autoencoder_dtype)
         self.autoencoder.requires_grad_(False).eval()
         self.autoencoder.enable_slicing()  # the same result, and a batch takes no more memory than a clip
 
     def _loaded_autoencoder(self, **options: Any) -> Any:
-        location, place = self._vae
-        return load_autoencoder(AutoencoderDCV, location, "model.base", **place, **options)
+        location, subfolder = self._vae
+        return load_autoencoder(AutoencoderDCV, location, "model.base", subfolder=subfolder, **options)
 
     def _adapter_facts(self) -> dict[str, Any]:
         """What adapter-only weights belong to, and under "vae" where their autoencoder is."""

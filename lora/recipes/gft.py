@@ -57,7 +57,7 @@ class TrainGuidanceFree(TrainLora):
 
     def facts(self) -> dict[str, Any]:
         gft = self.config.gft
-        stated = {"loss": gft.loss, "max_scale": gft.max_scale, "gated": gft.is_gated}
+        stated: dict[str, Any] = {"loss": gft.loss, "max_scale": gft.max_scale, "gated": gft.is_gated}
         stated |= {"train": "full"} if self.full else {}
         return {**super().facts(), "recipe": RECIPE, "guidance_free": stated}
 
