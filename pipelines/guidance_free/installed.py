@@ -97,17 +97,15 @@ class Installed(CopiedNotPickled):
         highest = self.adapter.max_scale if self.adapter.gated else None
         gate = gate_of(scale, highest)
         with torch.no_grad():
-            self._embedding = gate * self._embedder(
-                torch.tensor([1 / scale], device=self._embedder.linear.weight.device)
-            )
+            self._embedding = gate * self._embedder(torch.tensor([1 / scale]))
             refusal = None if self._merge is False else self._why_not_merged()
-            if refusal is not None and self._merge:
+            if refusal and self._merge:
                 raise GuidanceFreeError(f"{self.adapter.path.name} cannot be merged any more: {refusal}.")
-            if refusal is not None and not self._beside:
+            if refusal and not self._told:
                 logger.warning("%s is not merged, which costs time in each pass: %s.", self.adapter.path.name, refusal)
-            self._beside = refusal or self._beside
+            self._beside, self._told = refusal or "", self._told or bool(refusal)
             for update in self._updates:
-                if self._merge is False or self._beside:
+                if self._merge is False or refusal:
                     update.stand_beside(gate)
                 else:
                     update.merge(gate)

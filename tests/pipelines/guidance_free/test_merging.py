@@ -202,7 +202,7 @@ def one_process():
 @pytest.mark.parametrize("when", ["before", "merged"])
 def test_layer_by_layer_offloading(pipe, gated, when):
     """What accelerate offloads are the weights of the base."""
-    wanted = beside(pipe, gated)
+    wanted, beside_two = beside(pipe, gated), beside(pipe, gated, scale=2.0)
     handle = None
     if when == "merged":
         handle = vidaccel.guidance_free(pipe, gated)
@@ -212,6 +212,10 @@ def test_layer_by_layer_offloading(pipe, gated, when):
     handle = handle or vidaccel.guidance_free(pipe, gated)
     assert near(made(pipe), wanted)
     assert "are offloaded" in handle.notes()[0]
+    if when == "merged":  # and when it is over
+        accelerate.hooks.remove_hook_from_submodules(pipe.transformer)
+        assert near(made(pipe, 2.0), beside_two) and near(made(pipe), wanted)
+        assert "merged" in handle.notes()[0]
     handle.remove()
     assert before is None or torch.equal(made(pipe), before)
     accelerate.hooks.remove_hook_from_submodules(pipe.transformer)
