@@ -101,7 +101,8 @@ def guidance_free(
 
     `guidance_scale` keeps its meaning: the transformer is told 1 / guidance_scale. Works with `accelerate`, in either
     order, with offloading, and beside other LoRAs. A step has half the passes. The LoRA is merged into the weights for
-    the guidance scale of a call, in its first step, and stays there until another scale, `remove()`, or saving.
+    the guidance scale of a call, in its first step, and stays there until another scale, `remove()`, or saving. Other
+    pipelines with the same transformer are changed with this one.
 
     Args:
         pipe: a Wan or DC-VideoGen pipeline.
