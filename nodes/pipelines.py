@@ -236,6 +236,7 @@ def generate(
     options: dict[str, Any] = {}
     if acceleration is not None:
         options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
+        options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
     made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
     return _generation(acceleration, layout, settings, made, time.perf_counter() - start)
 
