@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,4 +118,7 @@ class LearnedSLA(Acceleration):
         return method
 
     def reported(self, report: RunReport) -> RunReport:
-        return report
+        shown = ("topk", "block", "linear_scope", "backend", "measure_error")
+        config = {name: report.config[name] for name in shown if name in report.config}
+        adapters = {"sla": ", ".join(path.name for path in self.adapters)} if self.learned else {}
+        return replace(report, config=adapters | config)

@@ -72,7 +72,9 @@ def test_a_pipeline_with_an_adapter(adapter):
     before = {name: value.clone() for name, value in loaded.pipe.transformer.state_dict().items()}
     acceleration = LearnedSLA(facts=loaded.facts, learned=(open_adapter(adapter),), backend="masked")
     made = video(loaded.accelerated(acceleration))
-    assert "sla: density 0.250" in report_text(made.report.news()) and "masked" in report_text(made.report.news())
+    text = report_text(made.report.news())
+    assert text.startswith("sla: sla transformer.safetensors, topk 0.3, block (8, 8), linear_scope all, backend masked")
+    assert "0.250" in text
     assert not torch.equal(made.frames, video(loaded).frames)
     after = loaded.pipe.transformer.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
@@ -82,7 +84,7 @@ def test_a_pipeline_that_was_trained_and_one_that_was_not(tmp_path):
     folder = write_model(tmp_path / "model", vidaccel.demo.path())
     loaded = pipeline(str(folder))
     made = video(loaded.accelerated(LearnedSLA(facts=loaded.facts)))
-    assert "sla: density 0.250" in report_text(made.report.news())
+    assert "sla: topk 0.3" in report_text(made.report.news())
     short = video(loaded.accelerated(LearnedSLA(facts=loaded.facts, min_tokens=1000)))
     assert "No call was sparse: min_tokens 1000" in report_text(short.report.news())
     plain = pipeline("demo")
