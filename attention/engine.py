@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
 
+
+class NotFinite(ValueError):
+    """NaN or infinity in q or k: weights that are no numbers, or a dtype that overflows."""
+
+
 DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -350,7 +355,7 @@ class SparseAttention:
             if not torch.isfinite(heads.sum(x.detach().sum(dtype=torch.float32))):
                 counts = torch.tensor([int((~torch.isfinite(x)).sum()), x.numel()], device=x.device)
                 bad, count = heads.sum(counts).tolist()
-                raise ValueError(
+                raise NotFinite(
                     f"{bad} of {count} values of {name} are NaN or infinite in layer "
                     f"{layer} at step {self.step.step}: no plan can be made from them. Check the weights and the dtype "
                     f"({x.dtype}); bfloat16 overflows less than float16."

@@ -38,10 +38,14 @@ def generate_command(
             "path, with that of the model itself, which the built-in ones have.",
         ),
     ] = None,
+    sla: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --method sla: an adapter of the recipe sla; one for each transformer."),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
+            help="dense, radial, random, sla, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
             "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, "
             "radial)"
         ),
@@ -173,6 +177,7 @@ def generate_command(
             tiling=vae_tiling,
             lora=lora or (),
             guidance_free=True if guidance_free == [OWN] else guidance_free or (),
+            sla=sla or (),
         )
         check_files_of(job, out, page)
         if threads is not None:

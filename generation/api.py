@@ -62,6 +62,7 @@ def generate(
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
+    sla: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -100,6 +101,7 @@ def generate(
         lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1.
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step: a file or folder, or one
             for each of two transformers; True for what the model has of its own, as the built-in ones do.
+        sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -152,6 +154,7 @@ def generate(
         tiling=tiling,
         lora=lora,
         guidance_free=guidance_free,
+        sla=sla,
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()

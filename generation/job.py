@@ -25,6 +25,7 @@ from .methods import (
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .request import INPUTS, Settings
+from .sla import sla_adapters, trained_method
 from .values import count_or_share, number, text
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
+    from ..pipelines.acceleration.sla import SLAAdapter
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from .lora_files import LoraFile
 
@@ -59,6 +61,7 @@ class Job:
         measure_error: see `accelerate`.
         loras: that are put into the pipeline once it is loaded.
         guidance_free: adapters with which guidance takes one pass a step; none for two.
+        sla: adapters for the method "sla"; none where the weights themselves were trained.
     """
 
     facts: ModelFacts
@@ -79,6 +82,7 @@ class Job:
     measure_error: int = 0
     loras: tuple[LoraFile, ...] = ()
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
+    sla: tuple[SLAAdapter, ...] = ()
 
     @property
     def first(self) -> str:
@@ -108,6 +112,7 @@ class Job:
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
             **loras,
             **free,
+            **({"SLA": ", ".join(a.path.name for a in self.sla)} if self.sla else {}),
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
@@ -190,6 +195,7 @@ def prepare(
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
+    sla: str | Path | Sequence[str | Path] = (),
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -202,6 +208,7 @@ def prepare(
         lora: see `loras.lora_files`; of a pipeline that is not loaded yet.
         guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too. True for what the model has of its
             own (`guidance.own_adapters`).
+        sla: see `sla.sla_adapters`.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
@@ -214,6 +221,7 @@ def prepare(
     if (adapters or guidance_free is True) and not isinstance(model, str):
         problem = "is for a model that is loaded here"
         raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
+    learned = sla_adapters(sla, sparse.names)
     if isinstance(model, str):
         place = choose_device(device, offload)
         chosen_dtype = choose_dtype(dtype, place, model)
@@ -246,7 +254,14 @@ def prepare(
     names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given())
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
-    methods, left_out = _methods(runs, sparse, layout, place)
+
+    def trained() -> Method | None:
+        asked = {"first_steps": sparse.dense_steps, "first_layers": sparse.dense_layers}
+        schedule = {name: value for name, value in asked.items() if value is not None}
+        overrides = sparse.overrides.get("sla", {})
+        return trained_method(learned, facts, pipe, layout, sparse.density, overrides, schedule)
+
+    methods, left_out = _methods(runs, sparse, layout, place, trained)
     notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
@@ -272,6 +287,7 @@ def prepare(
         measure_error=sparse.measure_error,
         loras=loras,
         guidance_free=adapters,
+        sla=learned,
     )
 
 
@@ -302,7 +318,11 @@ def _check_methods(methods: Sequence[Any]) -> None:
 
 
 def _methods(
-    runs: Sequence[str | Method], sparse: Sparse, layout: VideoLayout, device: torch.device
+    runs: Sequence[str | Method],
+    sparse: Sparse,
+    layout: VideoLayout,
+    device: torch.device,
+    trained: Callable[[], Method | None],
 ) -> tuple[dict[str, Method | None], dict[str, str]]:
     """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why."""
     names = [name_of(run) for run in runs]
@@ -317,7 +337,9 @@ def _methods(
             found[None] = None
             continue
         try:
-            method = _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout)
+            method = (
+                _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout, trained)
+            )
             check_stand_ins(sparse.backend, device, method)
         except BadInput as error:
             # Left out of several alone that were chosen here, and of which this one was not meant in particular.
@@ -333,10 +355,18 @@ def _methods(
     return {DENSE if method is None else next(named): method for method in found}, left_out
 
 
-def _as_named(name: str, sparse: Sparse, layout: VideoLayout) -> Method:
-    """A method by its name, with what is asked for."""
+def _as_named(name: str, sparse: Sparse, layout: VideoLayout, trained: Callable[[], Method | None]) -> Method:
+    """A method by its name, with what is asked for; `trained` is asked for the method that a model was trained for."""
+    if name == "sla" and (method := trained()) is not None:
+        return method
     values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
-    return build_method(name, layout, **values, overrides=sparse.overrides.get(name))
+    method = build_method(name, layout, **values, overrides=sparse.overrides.get(name))
+    if method.needs_weights:
+        problem = "this model was not trained for it"
+        fix = f"Train it with vidaccel adapt sla, or give an adapter as {mention('sla')}"
+        fix += "; without training there is sla.linear_scope=none."
+        raise BadInput("method", problem, fix, value=name)
+    return method
 
 
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:

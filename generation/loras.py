@@ -51,8 +51,10 @@ def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFil
             check_readable(place)
         except LoraError as error:
             raise _refused(error) from error
-        if facts_of(place).get("recipe") == "gft":
-            raise BadInput("lora", "is a guidance-free adapter", f"Give it as {mention('guidance_free')}.", value=place)
+        kinds = {"gft": ("a guidance-free adapter", "guidance_free"), "sla": ("an adapter of SLA", "sla")}
+        if (recipe := facts_of(place).get("recipe")) in kinds:
+            kind, field = kinds[recipe]
+            raise BadInput("lora", f"is {kind}", f"Give it as {mention(field)}.", value=place)
         made.append(LoraFile(place, weight, trained_for(place)))
     return tuple(made)
 

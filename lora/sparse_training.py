@@ -44,6 +44,8 @@ def training_method(
         method = build_method(name, layouts[-1], density=density, dense_steps=0, dense_layers=dense_layers)
     except BadInput as error:
         raise ConfigError(f"attention.{error}") from error
+    if method.needs_weights:
+        raise ConfigError(f"attention.method is {name}, which learns weights of its own: use the recipe {name}.")
     try:
         check_backend(backend)
         for layout in layouts:

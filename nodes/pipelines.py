@@ -257,6 +257,7 @@ def generate(
     options: dict[str, Any] = {}
     if acceleration is not None:
         options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
+        options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
     with plain_messages():
         one_pass = guided_by(pipeline.guidance_free, pipeline.pipe, pipeline.facts)
     with one_pass:

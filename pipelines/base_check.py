@@ -39,15 +39,15 @@ def check_base(transformer: Any, part: str, adapter: Adapter, base: str | Path |
             f"whether {adapter.path.name} is for this {part} cannot be told: its files are not in "
             f"{stated or 'any folder that it knows'}. Load it with from_pretrained, or give that folder with base=."
         )
-    if _changed(transformer, place, part) or transformer_files(place, part) != adapter.base_hash:
+    if _changed(transformer, *place) or transformer_files(*place) != adapter.base_hash:
         raise error(
             f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this {part} has other weights: "
             "give the model that it was trained on, or an adapter of this one."
         )
 
 
-def place_of(transformer: Any, part: str, base: str | Path | None = None) -> str | None:
-    """The folder or hub id of the pipeline that a transformer is from, or None where that is not known.
+def place_of(transformer: Any, part: str, base: str | Path | None = None) -> tuple[str, str] | None:
+    """Where a transformer is from: folder or hub id of the pipeline, and the part of it; None where that is not known.
 
     Args:
         transformer: as diffusers loaded it.
@@ -55,19 +55,13 @@ def place_of(transformer: Any, part: str, base: str | Path | None = None) -> str
         base: where it is from; None for where it says that it is from.
     """
     stated = str(base or transformer.config.get("_name_or_path") or "")
-    return next((p for p in _places(stated, part) if stated_config(p, part) is not None), None)
-
-
-def _places(stated: str, part: str) -> list[str]:
-    """Where the folder of the pipeline may be: diffusers notes that of the pipeline or that of its part."""
-    if not stated:
-        return []
-    path = Path(stated)
-    return [stated, str(path.parent)] if path.name == part else [stated]
+    # diffusers notes the folder of the pipeline, or that of its part; and some transformers are alone in theirs.
+    places = [(stated, part), (stated, "")] if stated else []
+    return next((place for place in places if stated_config(*place) is not None), None)
 
 
 def _changed(transformer: Any, place: str, part: str) -> bool:
     """Whether a transformer is of another shape than its files, as one moved to another autoencoder is."""
     wanted = stated_config(place, part) or {}
-    own = json.loads(json.dumps(dict(transformer.config)))
+    own = json.loads(json.dumps({key: value for key, value in transformer.config.items() if key[0] != "_"}))
     return any(own.get(key) != value for key, value in wanted.items() if key in own)

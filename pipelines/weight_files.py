@@ -99,11 +99,11 @@ def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "t
 
 
 def transformer_file(base: str, name: str, part: str = "transformer") -> Path | None:
-    """A file of a transformer, from a folder or the hub."""
+    """A file of a transformer, from a folder or the hub; the part is "" where it is alone there."""
     if Path(base).is_dir():
         path = Path(base) / part / name
         return path if path.is_file() else None
-    return _hub_file(base, f"{part}/{name}")
+    return _hub_file(base, f"{part}/{name}" if part else name)
 
 
 def _hub_file(base: str, name: str) -> Path | None:

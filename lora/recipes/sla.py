@@ -68,7 +68,7 @@ class TrainSLA(TrainLora):
             raise ConfigError(
                 f"sla.dense_layers is {self.config.sla.dense_layers}, all {len(layers)} of the model: lower it."
             )
-        self.beside = tuple(names_in(layers)) if self.config.sla.linear_scope != "none" else ()
+        self.beside = tuple(names_in(self._sparse(skeleton))) if self.config.sla.linear_scope != "none" else ()
 
     def _sites(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """The self-attention modules by path; none of a transformer without sparse attention."""
@@ -77,6 +77,10 @@ class TrainSLA(TrainLora):
         except TypeError:
             return {}
         return family.modules(found)
+
+    def _sparse(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        """Those that do not stay dense: a projection without a gradient would be one too many for several processes."""
+        return dict(list(self._sites(transformer).items())[self.config.sla.dense_layers :])
 
     @property
     def backend(self) -> str:
@@ -87,7 +91,7 @@ class TrainSLA(TrainLora):
         full = self.config.sla.train == "full"
         transformer = self.backbone.transformer() if full else super().transformer()
         if self.method.needs_weights:
-            add_projections(self._sites(transformer), self.backbone.config["attention_head_dim"])
+            add_projections(self._sparse(transformer), self.backbone.config["attention_head_dim"])
         load_trained(transformer, self.start)
         return transformer
 

@@ -77,18 +77,20 @@ class Learned:
 
     Args:
         trained: what it was trained for.
-        place: folder or hub id of its pipeline; None where an adapter has it.
+        place: folder or hub id of its pipeline, and the part of it; None where an adapter has it.
         adapter: the adapter.
     """
 
     trained: TrainedSLA
-    place: str | None = None
+    place: tuple[str, str] | None = None
     adapter: SLAAdapter | None = None
 
     @property
     def where(self) -> str:
         """In words."""
-        return str(self.place) if self.adapter is None else self.adapter.path.name
+        if self.adapter is not None:
+            return self.adapter.path.name
+        return "/".join(filter(None, self.place or ()))
 
 
 def find_learned(
@@ -121,7 +123,7 @@ def find_learned(
     learned = {}
     for name, (transformer, _) in transformers.items():
         place = place_of(transformer, name, base)
-        trained = None if place is None else read_config(place, name)
+        trained = None if place is None else read_config(*place)
         if place is not None and trained is not None:
             learned[name] = Learned(trained, place)
     return learned
@@ -174,8 +176,8 @@ class LearnedAtWork:
         self._modules: Mapping[str, nn.Module] = {}
         self._lora: NamedLora | None = None
         self.trained: TrainedSLA | None = None
-        present = [path for path, module in modules.items() if hasattr(module, PROJECTION)]
-        if not isinstance(method, SLA) or len(present) == len(modules):  # those of a training are there already
+        present = any(hasattr(module, PROJECTION) for module in modules.values())
+        if not isinstance(method, SLA) or present:  # those of a training are there already
             return
         if learned is None:
             if method.needs_weights:
@@ -183,13 +185,15 @@ class LearnedAtWork:
             return
         self.trained = learned.trained
         learned.trained.check(method, schedule, learned.where)
+        modules = dict(list(modules.items())[learned.trained.dense_layers :])  # dense ones learned nothing
         wanted = names_in(modules) if method.needs_weights else []
         if learned.adapter is not None:
             check_complete(wanted, learned.adapter.names, learned.where)
             matrices, tensors = read_split(learned.adapter.path, lambda key: f".{PROJECTION}." in key)
             self._lora = _lora(pipe, name, transformer, matrices, learned.where)
         else:
-            tensors = read_projections(str(learned.place), modules, name) if wanted else {}
+            base, part = learned.place or ("", "")
+            tensors = read_projections(base, modules, part) if wanted else {}
         try:
             if wanted:
                 load_projections(modules, tensors, transformer.config.attention_head_dim)

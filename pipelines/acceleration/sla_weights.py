@@ -1,9 +1,10 @@
 """Where the learned part of SLA lies: a projection in each self-attention module, and what it was trained for beside.
 
 A transformer that was trained for SLA has, beside the weights of its class, `PROJECTION` in each of its self-attention
-modules: for Wan `blocks.N.attn1.proj_l.weight` `[D, D]` and `.bias` `[D]`, D the channels of a head. They lie in the
-files of its weights, as `save_pretrained` writes them. `CONFIG` in the same folder says what they were trained for. An
-adapter (a LoRA) has the same tensors in its file, and the same facts in its header, below "sla".
+modules but the first `dense_layers`: for Wan `blocks.N.attn1.proj_l.weight` `[D, D]` and `.bias` `[D]`, D the channels
+of a head. They lie in the files of its weights, as `save_pretrained` writes them. `CONFIG` in the same folder says what
+they were trained for. An adapter (a LoRA) has the same tensors in its file, and the same facts in its header, below
+"sla".
 """
 
 from __future__ import annotations

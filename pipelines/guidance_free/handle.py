@@ -133,11 +133,12 @@ def own_adapter(transformer: Any, part: str, base: str | Path | None = None) -> 
         GuidanceFreeError: nothing.
     """
     place = place_of(transformer, part, base)
-    file = None if place is None else transformer_file(place, OWN_FILE, part)
+    file = None if place is None else transformer_file(place[0], OWN_FILE, place[1])
     if file is None:
+        where = "the folder that it is from" if place is None else "/".join(filter(None, place))
         raise GuidanceFreeError(
-            f"the {part} has no guidance-free adapter of its own: {place or 'the folder that it is from'} has no "
-            f"{part}/{OWN_FILE}. Give an adapter that the recipe gft made."
+            f"the {part} has no guidance-free adapter of its own: {where} has no {OWN_FILE}. Give an adapter that the "
+            "recipe gft made."
         )
     return read_adapter(file)
 

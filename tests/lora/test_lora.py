@@ -269,7 +269,7 @@ def test_guidance_is_preserved_as_gft_has_it(tmp_path, text_base, monkeypatch):
 # -- sparse attention in training --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("random", "sla")])
 def test_any_method_is_attention_in_training(tmp_path, text_base, name):
     """What it computes is the density, its gradients reach the LoRA, and nothing of it stays in the transformer."""
     size = {"frames": 9, "height": 128, "width": 128}
@@ -289,6 +289,11 @@ def test_any_method_is_attention_in_training(tmp_path, text_base, name):
     assert named["blocks.1.attn1.to_q.lora_B.default.weight"].grad.abs().max() > 0
     phase.close()
     assert "WanAttnProcessor" in type(model.blocks[1].attn1.processor).__name__
+
+
+def test_a_method_that_learns_has_a_recipe_of_its_own(tmp_path, text_base):
+    with pytest.raises(ConfigError, match="attention.method is sla, which learns weights of its own: use"):
+        run("lora", write(tmp_path, text_base, attention={"method": "sla"}))
 
 
 def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, stop_after):

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from vidaccel import BlockPlan
+from vidaccel import SLA, BlockPlan
+from vidaccel.attention import Method, resolve_method
+
+
+def untrained(name: str) -> Method:
+    """A method by its name, without what it would have to be trained for."""
+    return SLA(linear_scope="none") if name == "sla" else resolve_method(name)
 
 
 def uniform(batch: int, heads: int, n_q: int, n_kv: int, block_q: int, block_k: int, share: float = 0.5):
