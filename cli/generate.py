@@ -11,12 +11,12 @@ import typer
 
 from ..generation.errors import BadInput, worded
 from .errors import one_line_errors, option
-from .options import amount, method_settings, pipeline_arguments
+from .options import OWN, ValuesMayBeLeftOut, amount, method_settings, pipeline_arguments
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command("generate")(generate_command)
+    app.command("generate", cls=ValuesMayBeLeftOut)(generate_command)
 
 
 def generate_command(
@@ -31,8 +31,12 @@ def generate_command(
         typer.Option(help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable."),
     ] = None,
     guidance_free: Annotated[
-        list[Path] | None,
-        typer.Option(help="An adapter of the recipe gft: guidance in one pass a step; one for each transformer."),
+        list[str] | None,
+        typer.Option(
+            metavar="[PATH]",
+            help="Guidance in one pass a step, with an adapter of the recipe gft, one for each transformer; without a "
+            "path, with that of the model itself, which the built-in ones have.",
+        ),
     ] = None,
     sla: Annotated[
         list[Path] | None,
@@ -172,7 +176,7 @@ def generate_command(
             offload=offload,
             tiling=vae_tiling,
             lora=lora or (),
-            guidance_free=guidance_free or (),
+            guidance_free=True if guidance_free == [OWN] else guidance_free or (),
             sla=sla or (),
         )
         check_files_of(job, out, page)

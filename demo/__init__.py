@@ -20,8 +20,8 @@ from .world import held_out_prompts
 
 __all__ = ["DC", "HELD_OUT_PROMPTS", "WAN", "path"]
 
-WAN, DC = "demo", "demo-dc"
-"""Names of the two models."""
+WAN, DC = MODELS = "demo", "demo-dc"
+"""Names of the two models, each and together."""
 
 # Folder of each, and the file without which it is not there. The second holds an adapter to the first.
 _FOLDERS = {WAN: ("weights", "model_index.json"), DC: ("weights_dc", "adapter.json")}

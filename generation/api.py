@@ -61,7 +61,7 @@ def generate(
     offload: bool = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
-    guidance_free: str | Path | Sequence[str | Path] = (),
+    guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     report: str | Path | None = None,
@@ -101,7 +101,7 @@ def generate(
         tiling: encode and decode in tiles.
         lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1.
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step: a file or folder, or one
-            for each of two transformers.
+            for each of two transformers; True for what the model has of its own, as the built-in ones do.
         sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.

@@ -139,7 +139,7 @@ def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:
     if facts.autoencoder is not None and (local := _local(facts.autoencoder)) is not None:
         sizes["vae"] = sum(_weights(local).values())
     if adapter is not None:
-        from ..pipelines.deep_compression.adapted import base_location
+        from ..pipelines.deep_compression.adapter_folder import base_location
 
         base = str(adapter.get("base"))
         local = _local(base_location(base))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
-from .guidance import check_guidance, guidance_adapters
+from .guidance import check_guidance, guidance_adapters, own_adapters
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
@@ -194,7 +194,7 @@ def prepare(
     offload: bool = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
-    guidance_free: str | Path | Sequence[str | Path] = (),
+    guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
 ) -> Job:
     """Check a request against the model and the machine.
@@ -206,7 +206,8 @@ def prepare(
         device, dtype: a name, or "auto".
         offload, tiling: see `pipelines.loading.load_pipeline`.
         lora: see `loras.lora_files`; of a pipeline that is not loaded yet.
-        guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too.
+        guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too. True for what the model has of its
+            own (`guidance.own_adapters`).
         sla: see `sla.sla_adapters`.
 
     Raises:
@@ -216,8 +217,8 @@ def prepare(
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
-    adapters = guidance_adapters(guidance_free)
-    if adapters and not isinstance(model, str):
+    adapters = () if isinstance(guidance_free, bool) else guidance_adapters(guidance_free)
+    if (adapters or guidance_free is True) and not isinstance(model, str):
         problem = "is for a model that is loaded here"
         raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
     learned = sla_adapters(sla, sparse.names)
@@ -237,6 +238,8 @@ def prepare(
         place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     settings = settings.checked(facts)
+    if guidance_free is True:
+        adapters = own_adapters(facts)
     check_guidance(adapters, facts, settings)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"

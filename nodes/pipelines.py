@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.calls import as_class
 from ..generation.errors import BadInput
+from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
 from ..generation.model_places import DEMOS
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention import VideoLayout
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
 
 # What the menu shows -> what it is called elsewhere.
 BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
@@ -92,12 +94,28 @@ class VideoPipeline:
         pipe: the diffusers pipeline; dense between two runs, whatever `acceleration` says.
         residency: sees to it that the part at work is on the device.
         acceleration: None for dense attention.
+        guidance_free: adapters for guidance in one pass; none for two.
     """
 
     facts: ModelFacts
     pipe: DiffusionPipeline
     residency: Residency
     acceleration: Acceleration | None = None
+    guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
+
+    def guided_in_one_pass(self, adapters: Sequence[Path]) -> VideoPipeline:
+        """The same weights with guidance in one pass, this object as it is.
+
+        Args:
+            adapters: a file or folder for each transformer; none for what the model has of its own.
+
+        Raises:
+            InputError: one cannot be read or is of another model, or the model has none of its own.
+        """
+        with plain_messages():
+            found = guidance_adapters(adapters) if adapters else own_adapters(self.facts)
+            check_adapters(found, self.facts)
+        return replace(self, guidance_free=found)
 
     def accelerated(self, acceleration: Acceleration) -> VideoPipeline:
         """The same weights with another acceleration, this object as it is.
@@ -140,8 +158,12 @@ class Generation:
 # -- loading and running -----------------------------------------------------------------------------------------------
 
 
-def require_packages() -> None:
-    """Raise InputError when a package that pipelines need is not there or too old: native models run without them."""
+def require_packages(who: str = "diffusers pipelines need") -> None:
+    """Raise InputError when a package that pipelines need is not there or too old: native models run without them.
+
+    Args:
+        who: needs them, as the start of the message.
+    """
     from packaging.requirements import Requirement
 
     if not REQUIREMENTS.is_file():
@@ -158,9 +180,7 @@ def require_packages() -> None:
             if not needed.specifier.contains(found, prereleases=True):
                 wrong.append(f"{needed} (found {found})")
     if wrong:
-        raise InputError(
-            f"diffusers pipelines need {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}"
-        )
+        raise InputError(f"{who} {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}")
 
 
 def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = ()) -> VideoPipeline:
@@ -226,6 +246,7 @@ def generate(
         )
         pipeline = pipeline.starting_from(settings.given)
         settings = settings.checked(pipeline.facts)
+        check_guidance(pipeline.guidance_free, pipeline.facts, settings)
         layout = settings.layout(pipeline.facts)
         acceleration = pipeline.acceleration
         if acceleration is not None and pipeline.facts.only_dense:
@@ -236,17 +257,22 @@ def generate(
     options: dict[str, Any] = {}
     if acceleration is not None:
         options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
-    made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
-    return _generation(acceleration, layout, settings, made, time.perf_counter() - start)
+        options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
+    with plain_messages():
+        one_pass = guided_by(pipeline.guidance_free, pipeline.pipe, pipeline.facts)
+    with one_pass:
+        made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
+    return _generation(pipeline, layout, settings, made, time.perf_counter() - start)
 
 
 def _generation(
-    acceleration: Acceleration | None, layout: VideoLayout, settings: Settings, made: Run, seconds: float
+    pipeline: VideoPipeline, layout: VideoLayout, settings: Settings, made: Run, seconds: float
 ) -> Generation:
     import torch
 
     from ..attention import RunReport
 
+    acceleration = pipeline.acceleration
     report, heading = made.report or RunReport("", {}, ()), ""
     if acceleration is None:
         heading = "Nothing was accelerated: Accelerate Pipeline, before Generate Video, does that."
@@ -254,7 +280,8 @@ def _generation(
         report = acceleration.reported(report)
         if made.report is None:
             heading = f"No call was sparse: {acceleration.dense_reason(layout)}."
-    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}, "
+    one_pass = " in one pass" if pipeline.guidance_free else ""
+    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}{one_pass}, "
     told = (
         f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, {guidance}"
         f"seed {settings.seed}: {seconds:.1f} s with text and decoding"

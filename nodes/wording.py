@@ -26,7 +26,7 @@ _EASING = {"compensate": "switch compensate off", "key_clusters": "take fewer ke
 STEP = 0.01  # of the inputs that are shares
 
 # A field of a request, of which there are several front ends -> the input that sets it.
-_FIELDS = {"model": "pipeline", "guidance_scale": "guidance"}
+_FIELDS = {"model": "pipeline", "guidance_scale": "guidance", "guidance_free": "adapter"}
 
 
 class InputError(ValueError):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from .weight_files import transformer_file, transformer_files
+from .weight_files import stated_config, transformer_files
 
 
 class Adapter(Protocol):
@@ -57,12 +57,11 @@ def place_of(transformer: Any, part: str, base: str | Path | None = None) -> tup
     stated = str(base or transformer.config.get("_name_or_path") or "")
     # diffusers notes the folder of the pipeline, or that of its part; and some transformers are alone in theirs.
     places = [(stated, part), (stated, "")] if stated else []
-    return next((place for place in places if transformer_file(place[0], "config.json", place[1])), None)
+    return next((place for place in places if stated_config(*place) is not None), None)
 
 
 def _changed(transformer: Any, place: str, part: str) -> bool:
     """Whether a transformer is of another shape than its files, as one moved to another autoencoder is."""
-    file = transformer_file(place, "config.json", part)
-    wanted = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    wanted = stated_config(place, part) or {}
     own = json.loads(json.dumps({key: value for key, value in transformer.config.items() if key[0] != "_"}))
     return any(own.get(key) != value for key, value in wanted.items() if key in own)

@@ -26,27 +26,28 @@ __all__ = [
 ]
 
 
-def located(location: str, setting: str, built_in: str, part: str = "") -> str:
-    """Where a model is: a folder or hub id as it is, and the folder of the built-in one.
+def located(location: str, setting: str, *built_in: str, part: str = "") -> str:
+    """Where a model is: a folder or hub id as it is, and the folder of a built-in one.
 
     Args:
         location: as the user wrote it.
         setting: that names it, for the message.
-        built_in: name of the built-in pipeline that has such a model.
-        part: of that pipeline.
+        built_in: names of the built-in pipelines that have such a model.
+        part: of such a pipeline.
 
     Raises:
         ConfigError: neither of the three.
     """
     from ... import demo
 
-    if location == built_in:
-        return str(demo.path(built_in) / part)
+    if location in built_in:
+        return str(demo.path(location) / part)
     if Path(location).is_dir() or is_hub_id(location):
         return location
+    named = " or ".join(f'"{name}"' for name in built_in)
     raise ConfigError(
-        f"{setting}: {location} is no folder here, no hub id of the form owner/name, and not the built-in "
-        f'"{built_in}": correct the path, or make the model first.'
+        f"{setting}: {location} is no folder here, no hub id of the form owner/name, and not the built-in {named}: "
+        "correct the path, or make the model first."
     )
 
 

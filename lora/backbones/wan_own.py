@@ -48,7 +48,37 @@ _FILE_PARTS = {
 """diffusers' names of layers -> Wan's own, which ComfyUI knows and diffusers translates."""
 
 
-class WanModel(WanFamily, OwnModel):
+class OwnWan(WanFamily, OwnModel):
+    """What Wan models have in common that are trained as they are: layers that may get a LoRA, and their names."""
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    def skeleton(self) -> nn.Module:
+        with init_empty_weights():
+            return WanTransformer3DModel.from_config(self.config)
+
+    def check_layers(self, layers: Sequence[str]) -> str | None:
+        if "patch_embedding" in layers:
+            return "patch_embedding is a convolution, of which files of LoRAs for Wan have no name."
+        if not any(layer.startswith("blocks.") for layer in layers):
+            return f"{', '.join(layers)} alone is a LoRA that diffusers cannot load: add a layer of the blocks."
+        return None
+
+    def file_name(self, layer: str) -> str:
+        if layer in _FILE_NAMES:
+            return f"diffusion_model.{_FILE_NAMES[layer]}"
+        for theirs, own in _FILE_PARTS.items():
+            layer = layer.replace(theirs, own)
+        return f"diffusion_model.{layer}"
+
+    def loaded(self, transformer: nn.Module) -> nn.Module:
+        """A transformer as it is trained: frozen, and with its prompts' padding merged where that is set."""
+        if self.merge_text_padding:
+            use_padded_cross_attention(transformer)
+        return transformer.requires_grad_(False)
+
+
+class WanModel(OwnWan):
     """A Wan pipeline in diffusers' layout, whose transformer (or one of its two) is trained.
 
     Args:
@@ -66,8 +96,6 @@ class WanModel(WanFamily, OwnModel):
         ConfigError: something is missing or does not fit together; the message says what fits.
     """
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-
     def __init__(
         self,
         base: str,
@@ -82,7 +110,7 @@ class WanModel(WanFamily, OwnModel):
         self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
         self.device, self.merge_text_padding = torch.device(device), merge_text_padding
         self.index = WanPipeline.load_config(base)
-        self.part, self.levels = _stage(base, self.index, stage)
+        self.part, self.levels = stage_of(base, self.index, stage)
         self.config = read_config(WanTransformer3DModel, base, self.part)
         self.vae = read_config(AutoencoderKLWan, base, "vae")
         starts = _fits(base, self.config, self.vae, self.index)
@@ -117,20 +145,7 @@ class WanModel(WanFamily, OwnModel):
         transformer = WanTransformer3DModel.from_pretrained(
             self.base, subfolder=self.part, dtype=self.dtype, quantization_config=quantisation
         )
-        if self.merge_text_padding:
-            use_padded_cross_attention(transformer)
-        return transformer.requires_grad_(False)
-
-    def skeleton(self) -> nn.Module:
-        with init_empty_weights():
-            return WanTransformer3DModel.from_config(self.config)
-
-    def check_layers(self, layers: Sequence[str]) -> str | None:
-        if "patch_embedding" in layers:
-            return "patch_embedding is a convolution, of which files of LoRAs for Wan have no name."
-        if not any(layer.startswith("blocks.") for layer in layers):
-            return f"{', '.join(layers)} alone is a LoRA that diffusers cannot load: add a layer of the blocks."
-        return None
+        return self.loaded(transformer)
 
     def encoder(self) -> OwnWanEncoder:
         embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
@@ -182,15 +197,8 @@ class WanModel(WanFamily, OwnModel):
         # The image encoder's processor would divide numbers in [0, 1] by 255.
         return Image.fromarray(((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().byte().numpy())
 
-    def file_name(self, layer: str) -> str:
-        if layer in _FILE_NAMES:
-            return f"diffusion_model.{_FILE_NAMES[layer]}"
-        for theirs, own in _FILE_PARTS.items():
-            layer = layer.replace(theirs, own)
-        return f"diffusion_model.{layer}"
 
-
-def _stage(base: str, index: Mapping[str, Any], stage: str | None) -> tuple[str, tuple[float, float]]:
+def stage_of(base: str, index: Mapping[str, Any], stage: str | None) -> tuple[str, tuple[float, float]]:
     """The component that is trained, and the noise levels that it is used for.
 
     Raises:

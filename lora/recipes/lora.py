@@ -80,7 +80,7 @@ class TrainLora(EncodedClipsRecipe):
     def _model(self) -> OwnModel:
         model = self.config.model
         return open_model(
-            located(model.base, "model.base", demo.WAN),
+            located(model.base, "model.base", *demo.MODELS),
             self.config.recipe,
             dtype=getattr(torch, model.dtype),
             autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
@@ -149,7 +149,7 @@ class TrainLora(EncodedClipsRecipe):
     def facts(self) -> dict[str, Any]:
         """What the header of the file says: which model the LoRA is for, and what it was trained with."""
         config, model, size = self.config, self.config.model, self.config.data.sizes[-1]
-        named = model.base == demo.WAN or is_hub_id(model.base)
+        named = model.base in demo.MODELS or is_hub_id(model.base)
         method = config.attention
         return {
             "recipe": config.recipe,

@@ -15,7 +15,8 @@ class ModelSettings(Settings):
     """The model that gets a LoRA.
 
     Args:
-        base: folder or hub id of a diffusers pipeline; "demo" is the built-in one.
+        base: folder or hub id of a diffusers pipeline, or folder of adapter-only weights; "demo" and "demo-dc" are the
+            built-in ones.
         stage: of a base with two transformers (Wan 2.2 14B): which one; None for a base with one.
         first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
         dtype: of the frozen weights; what is trained stays float32.
@@ -136,3 +137,10 @@ class LoraSettings(RunSettings):
             yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'
         if not self.train.steps:
             yield "train.steps is 0: give at least 1."
+
+    def without_lora(self, setting: str) -> Iterator[str]:
+        """What does not go together with the training of all weights, which `setting` asks for."""
+        if self.lora != AdapterSettings():
+            yield f'lora is of use only with {setting} "lora": set that, or leave lora out.'
+        if self.model.quantise != "none":
+            yield f'model.quantise is {self.model.quantise}, whose weights stay frozen: set {setting} to "lora".'

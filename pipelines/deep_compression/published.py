@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import CheckpointError
 from ..drafts import beside, take
-from .adapted import is_adapter, load_adapted
+from .adapted import load_adapted
+from .adapter_folder import is_adapter
 from .dtypes import resolve_dtypes
 from .open_clip import convert_image_encoder
 from .published_files import LayoutError, files_below, hub_options, load_autoencoder, read_json, refuse_changes

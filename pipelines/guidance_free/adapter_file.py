@@ -12,6 +12,9 @@ from ..adapter_files import read_header, read_split
 from .beta import BETA, BetaEmbedder
 
 RECIPE = "gft"
+OWN_FILE = "guidance_free.safetensors"
+"""Of a model that has its own, beside the weights of the transformer: an adapter of it, or, of a model whose weights
+were all trained, the embedder alone."""
 
 
 class GuidanceFreeError(ValueError):
@@ -29,6 +32,7 @@ class GuidanceFreeAdapter:
         max_scale: highest guidance scale that it was trained with.
         unconditional: the text that guidance turns away from.
         gated: whether it counts in proportion to the guidance; see `BetaSlot`.
+        full: whether all weights of the transformer were trained, so that there is no LoRA.
     """
 
     path: Path
@@ -38,6 +42,7 @@ class GuidanceFreeAdapter:
     max_scale: float
     unconditional: str
     gated: bool
+    full: bool = False
 
     def weights(self) -> tuple[dict[str, torch.Tensor], BetaEmbedder]:
         """The matrices of the LoRA by their names in the file, and the embedder."""
@@ -87,6 +92,7 @@ def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
             float(facts["guidance_free"]["max_scale"]),
             str(facts["unconditional"]),
             bool(facts["guidance_free"]["gated"]),
+            facts["guidance_free"].get("train") == "full",
         )
     except (KeyError, TypeError, ValueError) as error:
         raise GuidanceFreeError(f"{path}: its header lacks {error}: train it again.") from error
