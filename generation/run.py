@@ -245,6 +245,6 @@ def make_videos(
             tell(name, "warm-up", 0, job.settings.steps)
             warm_seconds = warm_up(pipe, job.settings, method, **options)
         tell(name, "steps", 0, job.settings.steps)
-        more = {"measure_error": job.measure_error, "on_step": stepped}
-        video = make_video(pipe, job.settings, name, method, **options, **more)
+        measured = {"measure_error": job.measure_error}
+        video = make_video(pipe, job.settings, name, method, on_step=stepped, **options, **measured)
         yield replace(video, warm_up_seconds=warm_seconds)
