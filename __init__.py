@@ -29,6 +29,7 @@ _PUBLIC = {
     "DCVideoGenImageToVideoPipeline": ".pipelines",
     "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",
+    "RCMScheduler": ".pipelines.few_steps",
     "Radial": ".attention",
     "SLA": ".attention",
     "SVG": ".attention",

@@ -42,8 +42,8 @@ def generate_command(
         list[str] | None,
         typer.Option(
             help="dense, radial, random, sla, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
-            "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, "
-            "radial)"
+            "(default: sla for a model that was trained for it; tangent for a video of at least 8192 tokens, otherwise "
+            "dense; with --compare: tangent, svg2, radial)"
         ),
     ] = None,
     compare: Annotated[

@@ -245,7 +245,7 @@ def prepare(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
     layout = settings.layout(facts)
-    runs, why = choose_runs(sparse.methods, compare, layout.tokens)
+    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for)
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]

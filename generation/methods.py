@@ -42,18 +42,23 @@ def check_names(names: Sequence[str], compare: bool) -> None:
         raise BadInput("compare", f"needs a {mention('method')} other than dense, which is always the reference")
 
 
-def choose_runs(asked: Sequence[str | Method], compare: bool, tokens: int) -> tuple[list[str | Method], str]:
+def choose_runs(
+    asked: Sequence[str | Method], compare: bool, tokens: int, trained_for: str = ""
+) -> tuple[list[str | Method], str]:
     """The runs in their order, and why these (to be `worded`): dense first where it is the reference, every run once.
 
     Args:
         asked: names and configs that were given, checked; may be empty.
         compare: whether a comparison was asked for.
         tokens: length of the video's sequence in self-attention.
+        trained_for: the method that the model was trained for; "" for none.
     """
     few = tokens < MIN_SPARSE_TOKENS
     runs: list[str | Method]
     if asked:
         runs, why = list(dict.fromkeys(asked)), "as given"
+    elif trained_for:
+        runs, why = [trained_for], f"the model was trained for it; {mention('method')} {DENSE} for attention to all"
     elif compare:
         runs, why = list(DEFAULT_COMPARED), f"what {mention('compare')} takes without {mention('method')}"
         if few:

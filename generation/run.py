@@ -140,6 +140,8 @@ def run(
 def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
     import torch
 
+    from ..pipelines.few_steps.start import scaled_start
+
     row = row_of(pipe)
     parts = parts_of(pipe, row, settings)
     ends: list[float] = []
@@ -153,7 +155,12 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     device = pipe._execution_device
     synchronise(device)
     start = time.perf_counter()
-    with refusals(settings.pipeline_options), guided(pipe, row, settings), stepped(pipe, step_ended) as told:
+    with (
+        refusals(settings.pipeline_options),
+        guided(pipe, row, settings),
+        scaled_start(pipe),
+        stepped(pipe, step_ended) as told,
+    ):
         result = pipe(
             **call_arguments(pipe, row, settings),
             **told,
@@ -245,6 +252,6 @@ def make_videos(
             tell(name, "warm-up", 0, job.settings.steps)
             warm_seconds = warm_up(pipe, job.settings, method, **options)
         tell(name, "steps", 0, job.settings.steps)
-        measured = {"measure_error": job.measure_error}
-        video = make_video(pipe, job.settings, name, method, on_step=stepped, **options, **measured)
+        more: dict[str, Any] = {"measure_error": job.measure_error, "on_step": stepped}
+        video = make_video(pipe, job.settings, name, method, **options, **more)
         yield replace(video, warm_up_seconds=warm_seconds)
