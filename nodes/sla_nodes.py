@@ -124,7 +124,7 @@ class VidaccelPipelineSLA(io.ComfyNode):
 
     @classmethod
     def execute(cls, pipeline: pipelines.VideoPipeline, sla: str, path: str, **common: Any) -> io.NodeOutput:
-        places = [part.strip() for part in path.split(";") if part.strip()]
+        places: list[str | Path] = [part.strip() for part in path.split(";") if part.strip()]
         places = places or ([_location(sla, "")] if sla != BY_PATH else [])
         learned = tuple(open_adapter(place) for place in places)
         with plain_messages():
