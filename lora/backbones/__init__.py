@@ -22,6 +22,11 @@ OWN_FAMILIES = {
     "WanImageToVideoPipeline": ("wan_own", "WanModel"),
     "FluxPipeline": ("flux", "FluxModel"),
     "SanaPipeline": ("sana", "SanaModel"),
+    "HunyuanVideoPipeline": ("hunyuan_own", "HunyuanVideoModel"),
+    "CogVideoXPipeline": ("cogvideox_own", "CogVideoXModel"),
+    "CogVideoXImageToVideoPipeline": ("cogvideox_own", "CogVideoXModel"),
+    "LTXPipeline": ("ltx_own", "LTXModel"),
+    "LTXImageToVideoPipeline": ("ltx_own", "LTXModel"),
 }
 """The same for models as they are. A family is one more file and one line here."""
 
