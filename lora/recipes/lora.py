@@ -162,6 +162,7 @@ class TrainLora(EncodedClipsRecipe):
             "base": model.base if named else Path(model.base).resolve().name,
             "base_hash": self.base_hash,
             "part": self.backbone.part,
+            "transformer": str(self.backbone.config["_class_name"]),
             "levels": list(self.backbone.levels),
             "rank": config.lora.rank,
             "attention": {"method": method.method, "density": method.density, "dense_layers": method.dense_layers},

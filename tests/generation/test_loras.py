@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vidaccel
 from vidaccel.generation.errors import BadInput
@@ -63,7 +63,7 @@ def test_loras_that_cannot_be(tmp_path, file):
     save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, other)
     low = tmp_path / "low.safetensors"
     header = {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.875]})}
-    save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, low, header)
+    save_file(load_file(file), low, header)
     for lora, words in (
         (tmp_path / "gone", "lora is .*gone: there is no such file or folder"),
         (f"{tmp_path / 'gone'}=0.5", "lora is .*gone: there is no such file or folder"),
@@ -107,3 +107,56 @@ def test_a_loaded_pipeline_loads_its_own(file):
     pipe = WanPipeline.from_pretrained(vidaccel.demo.path())
     with pytest.raises(BadInput, match="lora is for a model that is loaded here. Load it with load_lora_weights"):
         vidaccel.generate(pipe, "a red circle", lora=file, **SMALL)
+
+
+@pytest.fixture
+def no_weights(monkeypatch) -> None:
+    """Nothing may be loaded."""
+    from vidaccel.generation import api
+
+    def load(*_, **__):
+        raise AssertionError("weights were about to be loaded")
+
+    monkeypatch.setattr(api, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("names", "header", "words"),
+    [
+        (["diffusion_model.transformer_blocks.0.attn1.to_q"], {}, "has nothing for the WanTransformer3DModel of demo"),
+        (["transformer.transformer_blocks.0.attn.to_q"], {}, "has nothing for the WanTransformer3DModel of demo"),
+        (["diffusion_model.double_blocks.0.img_attn_qkv"], {}, "has nothing for the WanTransformer3DModel of demo"),
+        (
+            ["diffusion_model.blocks.0.self_attn.q"],
+            {"transformer": "LTXVideoTransformer3DModel"},
+            "was trained for a LTXVideoTransformer3DModel, and demo has a WanTransformer3DModel",
+        ),
+        (["diffusion_model.blocks.0.self_attn.q"], {}, r"is for layers of width 5 where .* \(blocks.0.attn1.to_q\)"),
+    ],
+)
+def test_a_lora_of_another_family_or_size_is_refused_before_a_model_is_loaded(
+    tmp_path, no_weights, names, header, words
+):
+    path = tmp_path / "a.safetensors"
+    tensors = {f"{n}.lora_A.weight": torch.zeros(1, 5) for n in names}
+    tensors |= {f"{n}.lora_B.weight": torch.zeros(5, 1) for n in names}
+    save_file(tensors, path, {"vidaccel": json.dumps(header)})
+    with pytest.raises(BadInput, match=f"lora cannot be used: a.safetensors {words}"):
+        vidaccel.generate("demo", "a red circle", lora=path, **SMALL)
+
+
+def test_what_a_lora_was_trained_with_is_compared_with_the_run(file):
+    from vidaccel.generation.job import Sparse, prepare
+    from vidaccel.generation.request import Settings
+
+    facts = {"attention": {"method": "radial", "density": 0.3, "dense_layers": None}}
+    save_file(load_file(file), file, {"vidaccel": json.dumps(facts)})
+
+    def notes(*methods: str) -> list[str]:
+        settings = Settings(prompt="a red circle", steps=2)
+        return [n for n in prepare("demo", settings, Sparse(methods=methods), lora=file).notes if "was trained" in n]
+
+    (said,) = notes("tangent")
+    assert "was trained with radial attention at a density of 0.3, and tangent is another" in said
+    assert "and dense is another" in notes("dense")[0]
+    assert not notes("radial")
