@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import BadInput
 from .lora_files import LoraFile, facts_of, lora_file
 
 if TYPE_CHECKING:
-    import torch
-
     from ..attention.methods.base import Method
     from .model_facts import ModelFacts
 
@@ -25,61 +22,18 @@ def check_fits(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
     """
     if not loras:
         return
-    import diffusers
+    from ..pipelines.lora_layers import LoraLayers
 
-    loader = getattr(diffusers, facts.pipeline_class, None)
-    name = facts.transformer.get("_class_name")
-    if not hasattr(loader, "lora_state_dict") or not isinstance(name, str) or not hasattr(diffusers, name):
-        return  # whether it fits shows when it is loaded
-    skeleton = _skeleton(getattr(diffusers, name), facts.transformer)
+    layers = LoraLayers(facts.pipeline_class, facts.transformer)
     for lora in loras:
-        if (file := lora_file(lora.path)) is None:
-            continue  # several files, or none in safetensors
-        stated = facts_of(lora.path).get("transformer")
-        if isinstance(stated, str) and stated != name:
-            raise _refused(f"{lora.path.name} was trained for a {stated}, and {facts.name} has a {name}")
-        problem = _misfit(_translated(loader, file), skeleton)
+        stated, file = facts_of(lora.path).get("transformer"), lora_file(lora.path)
+        problem = ""
+        if layers.name is not None and stated not in (None, layers.name):
+            problem = f"was trained for a {stated}, and {facts.name} has a {layers.name}"
+        elif file is not None and layers.known:
+            problem = layers.misfit(file)
         if problem:
-            raise _refused(f"{lora.path.name} {problem.format(name=name, model=facts.name)}")
-
-
-def _refused(problem: str) -> BadInput:
-    return BadInput("lora", f"cannot be used: {problem}")
-
-
-def _skeleton(cls: Any, config: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
-    """The modules of a transformer without weights, by name."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return dict(cls.from_config(dict(config)).named_modules())
-
-
-def _translated(loader: Any, file: Path) -> Mapping[str, torch.Tensor] | None:
-    """The matrices of a file by diffusers' names; None where its loader for the model cannot translate them."""
-    try:
-        made = loader.lora_state_dict(str(file.parent), weight_name=file.name)
-    except (OSError, ValueError, RuntimeError, LookupError):
-        return None
-    return made[0] if isinstance(made, tuple) else made
-
-
-def _misfit(matrices: Mapping[str, torch.Tensor] | None, modules: Mapping[str, torch.nn.Module]) -> str:
-    """What is wrong with a LoRA of these matrices for a transformer of these modules; "" for nothing."""
-    found = 0
-    for key, value in (matrices or {}).items():
-        name = key.removeprefix("transformer.")
-        layer, first, _ = name.partition(".lora_A.")
-        while layer not in modules and "." in layer:  # matrices of other kinds than a LoRA's are named otherwise
-            layer = layer.rpartition(".")[0]
-        module = modules.get(layer)
-        if module is None or next(module.children(), None) is not None:
-            continue
-        found += 1
-        width = getattr(module, "in_features", None)
-        if first and width is not None and value.shape[1] != width:
-            return f"is for layers of width {value.shape[1]} where the {{name}} of {{model}} has {width} ({layer})"
-    return "" if found else "has nothing for the {name} of {model}: it is for another family"
+            raise BadInput("lora", f"cannot be used: {lora.path.name} {problem}")
 
 
 def trained_otherwise(loras: Sequence[LoraFile], methods: Mapping[str, Method | None]) -> list[str]:

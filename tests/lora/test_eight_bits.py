@@ -23,7 +23,11 @@ has_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, re
     [
         ("torchao", "model.quantise=int8", "model.quantise is int8, which needs torchao: pip install torchao"),
         ("torchao", "model.quantise=fp8", "model.quantise is fp8, which needs torchao: pip install torchao"),
-        ("torchao", "train.optimizer=adamw_8bit_torchao", "phase train: optimizer is .*, which needs torchao: pip install"),
+        (
+            "torchao",
+            "train.optimizer=adamw_8bit_torchao",
+            "phase train: optimizer is .*, which needs torchao: pip",
+        ),
         ("bitsandbytes", "train.optimizer=adamw_8bit_bitsandbytes", "phase train: .*, which needs bitsandbytes: pip"),
     ],
 )

@@ -6,8 +6,9 @@ import pytest
 import torch
 from families import hunyuan, ltx
 
+from vidaccel.generation.model_facts import inspect_pipeline
 from vidaccel.generation.request import Settings
-from vidaccel.nodes.pipelines import generate, load
+from vidaccel.nodes.pipelines import VideoPipeline, generate, load
 from vidaccel.nodes.previews import has_known_latents
 from vidaccel.nodes.residency import Residency
 
@@ -29,3 +30,16 @@ def test_a_pipeline_of_another_family(build, tmp_path):
     assert made.frames.shape == (9, 64, 64, 3) and made.fps == pipeline.facts.row.fps
     assert seen == [(1, 2), (2, 2)]
     assert dict(moved)[pipeline.pipe.transformer] > 0 and dict(moved)[pipeline.pipe.vae] > 0
+
+
+def test_the_sound_of_a_model_that_makes_one():
+    """As ComfyUI's AUDIO, as long as the video."""
+    torch.manual_seed(0)
+    pipe = ltx.ltx2()
+    made = VideoPipeline(inspect_pipeline(pipe, dict(pipe.config)), pipe, Residency(CPU, lambda part, memory: None))
+    options = {"spatio_temporal_guidance_blocks": [1]}
+    settings = Settings("a dot", frames=9, height=64, width=64, steps=1, pipeline_options=options)
+    result = generate(made, settings, on_step=lambda *told: None)
+    sound, rate = result.audio["waveform"], result.audio["sample_rate"]
+    assert sound.shape[:2] == (1, 2) and sound.dtype == torch.float32 and sound.abs().max() > 0
+    assert 0 < sound.shape[2] <= round(9 / result.fps * rate)
