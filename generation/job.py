@@ -249,7 +249,7 @@ def prepare(
     notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
-    notes += trained_otherwise(loras, methods)
+    notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))
         notes.append(f"The file has {wide}x{high} pixels, the last row or column twice: H.264 needs even sizes.")

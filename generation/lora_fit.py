@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .errors import BadInput
+from .errors import BadInput, mention
 from .lora_files import LoraFile, facts_of, lora_file
 
 if TYPE_CHECKING:
@@ -36,27 +36,33 @@ def check_fits(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
             raise BadInput("lora", f"cannot be used: {lora.path.name} {problem}")
 
 
-def trained_otherwise(loras: Sequence[LoraFile], methods: Mapping[str, Method | None]) -> list[str]:
+def trained_otherwise(
+    loras: Sequence[LoraFile], methods: Mapping[str, Method | None], density: float | None
+) -> list[str]:
     """How the attention that LoRAs were trained with differs from that of the runs, a sentence for each that does.
 
-    A LoRA whose mask has to be the same (recipe `length`) is refused elsewhere, and not named here.
+    One that was trained with dense attention is as the model, which sparse attention comes near to. One whose mask has
+    to be the same is refused, not named: that check belongs here, before these sentences.
 
     Args:
         loras: of the request; those that do not say how they were trained are passed over.
         methods: of the runs, by label; None is dense.
+        density: that is asked for, None for the methods' own.
     """
     said = []
     for lora in loras:
         attention = facts_of(lora.path).get("attention")
-        if not isinstance(attention, dict) or not isinstance(attention.get("method"), str):
+        wanted = attention.get("method") if isinstance(attention, dict) else None
+        if not isinstance(wanted, str) or wanted == "dense":
             continue
-        wanted = attention["method"]
-        other = [label for label, method in methods.items() if (method.name if method else "dense") != wanted]
+        share = attention.get("density")
+        other = [label for label, method in methods.items() if method is None or method.name != wanted]
+        trained = f"{lora.path.name} was trained with {wanted} attention"
+        if isinstance(share, int | float):
+            trained += f" at a density of {share:g}"
         if other:
-            density = attention.get("density")
-            share = f" at a density of {density:g}" if isinstance(density, int | float) else ""
-            said.append(
-                f"{lora.path.name} was trained with {wanted} attention{share}, and {', '.join(other)} is another: what "
-                "it learned may not come out whole."
-            )
+            said.append(f"{trained}, and {', '.join(other)} is another: what it learned may not come out whole.")
+        elif isinstance(share, int | float) and share != density:
+            asked = "leaves it to the method" if density is None else f"has {density:g}"
+            said.append(f"{trained}, and this run {asked}: give {mention('density')} {share:g} for what it learned.")
     return said

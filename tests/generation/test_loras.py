@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vidaccel
-from vidaccel.generation.errors import BadInput
+from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.loras import lora_files
 from vidaccel.lora.backbones.wan_own import WanModel
 from vidaccel.lora.lora_file import save_lora
@@ -149,14 +149,19 @@ def test_what_a_lora_was_trained_with_is_compared_with_the_run(file):
     from vidaccel.generation.job import Sparse, prepare
     from vidaccel.generation.request import Settings
 
-    facts = {"attention": {"method": "radial", "density": 0.3, "dense_layers": None}}
-    save_file(load_file(file), file, {"vidaccel": json.dumps(facts)})
+    tensors = load_file(file)
 
-    def notes(*methods: str) -> list[str]:
+    def notes(*methods: str, trained: str = "radial", density: float | None = None) -> list[str]:
+        facts = {"attention": {"method": trained, "density": 0.3, "dense_layers": None}}
+        save_file(tensors, file, {"vidaccel": json.dumps(facts)})
         settings = Settings(prompt="a red circle", steps=2)
-        return [n for n in prepare("demo", settings, Sparse(methods=methods), lora=file).notes if "was trained" in n]
+        job = prepare("demo", settings, Sparse(methods=methods, density=density), lora=file)
+        return [worded(note, lambda field: f"--{field}") for note in job.notes if "was trained" in note]
 
-    (said,) = notes("tangent")
-    assert "was trained with radial attention at a density of 0.3, and tangent is another" in said
-    assert "and dense is another" in notes("dense")[0]
-    assert not notes("radial")
+    said = "pytorch_lora_weights.safetensors was trained with radial attention at a density of 0.3, and "
+    lost = " is another: what it learned may not come out whole."
+    assert notes("tangent") == [f"{said}tangent{lost}"] and notes("dense") == [f"{said}dense{lost}"]
+    assert notes("radial") == [f"{said}this run leaves it to the method: give --density 0.3 for what it learned."]
+    assert notes("radial", density=0.5) == [f"{said}this run has 0.5: give --density 0.3 for what it learned."]
+    assert not notes("radial", density=0.3)
+    assert not notes("tangent", trained="dense")  # as the model itself
