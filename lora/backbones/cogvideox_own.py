@@ -163,17 +163,17 @@ class CogVideoXModel(OwnVideoModel):
             encoder_hidden_states=states.to(latents.device, self.dtype),
             timestep=self.timestep(sigma),
             ofs=None if self.config.get("ofs_embed_dim") is None else latents.new_full((1,), 2.0),
-            image_rotary_emb=self.rotary(*latents.shape[2:], latents.device),
+            image_rotary_emb=self.rotary(latents),
             return_dict=False,
         )[0]
         return made.transpose(1, 2)
 
-    def rotary(self, frames: int, height: int, width: int, device: torch.device) -> Any:
-        """Rotary embeddings of a latent's places; None for models without (2B)."""
+    def rotary(self, latents: torch.Tensor) -> Any:
+        """Rotary embeddings of the places of latents `[B, C, T, H, W]`; None for models without (2B)."""
         config = self.config
         if not config.get("use_rotary_positional_embeddings"):
             return None
-        patch = config["patch_size"]
+        patch, (frames, height, width) = config["patch_size"], latents.shape[2:]
         size = (height // patch, width // patch)
         usual_height, usual_width = config["sample_height"] // patch, config["sample_width"] // patch
         if config.get("patch_size_t") is None:
@@ -182,7 +182,7 @@ class CogVideoXModel(OwnVideoModel):
         else:
             more = {"crops_coords": None, "temporal_size": -(-frames // self.patch_frames)}
             more |= {"grid_type": "slice", "max_size": (usual_height, usual_width)}
-        return get_3d_rotary_pos_embed(config["attention_head_dim"], grid_size=size, device=device, **more)
+        return get_3d_rotary_pos_embed(config["attention_head_dim"], grid_size=size, device=latents.device, **more)
 
     def prompt_inputs(self, text: Text, negative: Text, request: SampleRequest) -> dict[str, Any]:
         states, without = self.in_pipeline(text["states"], negative["states"])
