@@ -11,6 +11,7 @@ from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters, own_adapters
+from .lora_fit import check_fits, trained_otherwise
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
@@ -241,6 +242,7 @@ def prepare(
     if guidance_free is True:
         adapters = own_adapters(facts)
     check_guidance(adapters, facts, settings)
+    check_fits(loras, facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
         bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
@@ -265,6 +267,7 @@ def prepare(
     notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
+    notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))
         notes.append(f"The file has {wide}x{high} pixels, the last row or column twice: H.264 needs even sizes.")

@@ -92,6 +92,15 @@ def _in_folder(path: Path) -> Path:
     return file if file.is_file() else path
 
 
+def lora_file(path: Path) -> Path | None:
+    """The one safetensors file of a LoRA; None where a folder has several and none of the usual name."""
+    file = _in_folder(path)
+    if file.is_dir():
+        every = [each for each in file.iterdir() if each.suffix == ".safetensors"]
+        return every[0] if len(every) == 1 else None
+    return file if file.suffix == ".safetensors" else None
+
+
 def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
     """Load LoRAs into a pipeline, beside those that it has already.
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention import VideoLayout
+    from ..generation.sound import Sound
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
 
 # What the menu shows -> what it is called elsewhere.
@@ -148,11 +149,14 @@ class Generation:
         frames: `[F, H, W, 3]` float32 on the CPU, in [0, 1], as ComfyUI's IMAGE.
         report: for the report node.
         fps: frames per second, those asked for or the model's.
+        audio: as ComfyUI's AUDIO, of models that make sound: "waveform" `[1, C, S]` and "sample_rate", no longer than
+            the frames. None for others.
     """
 
     frames: torch.Tensor
     report: GenerationReport
     fps: float
+    audio: dict[str, Any] | None = None
 
 
 # -- loading and running -----------------------------------------------------------------------------------------------
@@ -287,7 +291,18 @@ def _generation(
         f"seed {settings.seed}: {seconds:.1f} s with text and decoding"
     )
     report = replace(report, notes=(*report.notes, *made.notes, told))
-    return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading)), settings.fps)
+    frames, shown = torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading))
+    return Generation(frames, shown, settings.fps, _audio(made.sound, len(frames) / settings.fps))
+
+
+def _audio(sound: Sound | None, seconds: float) -> dict[str, Any] | None:
+    """ComfyUI's AUDIO of a sound, of no more than so many seconds."""
+    import torch
+
+    if sound is None:
+        return None
+    kept = sound.samples[: round(seconds * sound.rate)]
+    return {"waveform": torch.from_numpy(kept.T.copy())[None], "sample_rate": sound.rate}
 
 
 def _picture(image: torch.Tensor | None) -> Any:

@@ -16,6 +16,7 @@ and these are added up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from .launch import (
 )
 from .permute import keys_in_order
 from .stand_ins import StandIns, stand_in_args, stand_ins_to_queries
-from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
+from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
 # Keyed like FORWARD_TILES; values chosen by what the compiler makes of them, not yet tuned by measurement.
 QUERY_TILES = {
@@ -333,6 +334,11 @@ def make_readers(plan: BlockPlan, block_m: int, block_n: int) -> Readers:
     return Readers(plan.tile_start.contiguous(), tile_len, bits, block, readers, steps)
 
 
+def backward_tiles(q: torch.Tensor, tile_len: torch.Tensor) -> Tiles:
+    """The tiles of the kernel that makes dQ, for whose walk they count."""
+    return choose_tiles(QUERY_TILES, q, tile_len)
+
+
 @torch.library.custom_op("vidaccel::block_sparse_attention_backward", mutates_args=())
 def block_sparse_attention_backward(
     grad_out: torch.Tensor,
@@ -351,6 +357,7 @@ def block_sparse_attention_backward(
     skip_bias: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    walk: Sequence[torch.Tensor],
     scale: float,
     gather_kv: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -358,7 +365,9 @@ def block_sparse_attention_backward(
 
     Args:
         grad_out: `[B, H, n_q, D]`. grad_lse: `[B, H, n_q]` float32.
-        out, lse: what the forward pass returned; the rest are its arguments.
+        out, lse: what the forward pass returned.
+        walk: `make_walk` of the plan in `backward_tiles`, or empty: it is then made. The rest are the arguments of the
+            forward pass.
 
     Returns:
         The gradients of q, k and v, in their shapes, dtypes and layouts.
@@ -382,8 +391,8 @@ def block_sparse_attention_backward(
             **shape, BLOCK_M=CHUNK,
         )  # fmt: skip
 
-        tiles = choose_tiles(QUERY_TILES, q, tile_len)
-        walk = make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
+        tiles = backward_tiles(q, tile_len)
+        walk = Walk(*walk) if walk else make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
         stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
         pieces = walk.piece_len.shape[-1]
         _query_kernel[(pieces * batch * heads,)](

@@ -26,6 +26,11 @@ OWN_FAMILIES = {
     "DCVideoGenImageToVideoPipeline": ("wan_dc", "DCWanModel"),
     "FluxPipeline": ("flux", "FluxModel"),
     "SanaPipeline": ("sana", "SanaModel"),
+    "HunyuanVideoPipeline": ("hunyuan_own", "HunyuanVideoModel"),
+    "CogVideoXPipeline": ("cogvideox_own", "CogVideoXModel"),
+    "CogVideoXImageToVideoPipeline": ("cogvideox_own", "CogVideoXModel"),
+    "LTXPipeline": ("ltx_own", "LTXModel"),
+    "LTXImageToVideoPipeline": ("ltx_own", "LTXModel"),
 }
 """The same for models as they are. A family is one more file and one line here."""
 

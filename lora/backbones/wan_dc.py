@@ -15,6 +15,7 @@ from ...autoencoders import AutoencoderDCV
 from ...pipelines.deep_compression.adapted import adapted_transformer, own_autoencoder
 from ...pipelines.deep_compression.adapter_folder import AdapterError, base_location, is_adapter, read_facts
 from ..config import ConfigError
+from .base import told_guidance
 from .folders import load_autoencoder, read_config, write_model
 from .wan_encoding import WanEncoder, WanTextEncoder
 from .wan_family import base_pipeline
@@ -33,7 +34,8 @@ class DCWanModel(OwnWan):
             prompts are short. Text to video only.
         stage: of `STAGES`, for a base with two transformers; None for one with a single one.
         first_frame: must be what the pipeline does, or None.
-        guidance: not used by Wan.
+        guidance: must be None: Wan is not told any.
+        fps: not used by Wan.
 
     Raises:
         ConfigError: something is missing or does not fit together; the message says what fits.
@@ -49,6 +51,7 @@ class DCWanModel(OwnWan):
         stage: str | None = None,
         first_frame: bool | None = None,
         guidance: float | None = None,
+        fps: float | None = None,
     ) -> None:
         self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
         self.device, self.merge_text_padding = torch.device(device), merge_text_padding
@@ -59,6 +62,7 @@ class DCWanModel(OwnWan):
         """Where the text encoder, the scheduler and the image encoder are."""
         self.part, self.levels = stage_of(base, self.index, stage)
         self.config = facts.get("transformer") or read_config(WanTransformer3DModel, base, self.part)
+        told_guidance(base, self.config, guidance, None)
         self._vae = (facts["vae"], None) if self.adapter else (base, "vae")
         config = read_config(AutoencoderDCV, *self._vae)
         if config.get("_class_name") != "AutoencoderDCV" or config.get("pad_frames"):

@@ -15,7 +15,7 @@ from torch import nn
 from ...attention.layout import VideoLayout
 from ...demo.text import use_padded_cross_attention
 from ..config import ConfigError
-from .base import OwnModel
+from .base import OwnModel, told_guidance
 from .folders import read_config, write_model
 from .wan_encoding import OwnWanEncoder
 from .wan_family import WanFamily, base_pipeline
@@ -90,7 +90,8 @@ class WanModel(OwnWan):
             prompts are short. Text to video only.
         stage: of `STAGES`, for a base with two transformers; None for one with a single one.
         first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
-        guidance: not used by Wan.
+        guidance: must be None: Wan is not told any.
+        fps: not used by Wan.
 
     Raises:
         ConfigError: something is missing or does not fit together; the message says what fits.
@@ -106,6 +107,7 @@ class WanModel(OwnWan):
         stage: str | None = None,
         first_frame: bool | None = None,
         guidance: float | None = None,
+        fps: float | None = None,
     ) -> None:
         self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
         self.device, self.merge_text_padding = torch.device(device), merge_text_padding
@@ -116,6 +118,8 @@ class WanModel(OwnWan):
         starts = _fits(base, self.config, self.vae, self.index)
         self.image = starts if first_frame is None else first_frame
         self.per_token = bool(self.index.get("expand_timesteps"))
+        self.clean_first = self.image and self.per_token
+        told_guidance(base, self.config, guidance, None)
         if self.image != starts and not self.per_token:
             kind = "starts from" if starts else "takes no"
             raise ConfigError(
@@ -155,19 +159,9 @@ class WanModel(OwnWan):
 
     # -- the first frame of models with a timestep for each token ------------------------------------------------------
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        shown = super().noised(latents, noise, sigma)
-        if self.image and self.per_token:
-            shown[:, :, 0] = latents[:, :, 0]
-        return shown
-
-    def error(self, made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        error = super().error(made, wanted)
-        return error[:, :, 1:] if self.image and self.per_token else error
-
     def timestep(self, sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         told = super().timestep(sigma, latents)
-        if not (self.image and self.per_token):
+        if not self.clean_first:
             return told
         patch = self.config["patch_size"]
         frames, height, width = (size // p for size, p in zip(latents.shape[2:], patch, strict=True))

@@ -220,7 +220,7 @@ class Flow(FlowPhase):
         self._model = AdaptedModel.of(transformer)
         return transformer
 
-    def levels(self, rng: Generators) -> torch.Tensor:
+    def levels(self, rng: Generators, latents: torch.Tensor) -> torch.Tensor:
         flow = self.recipe.config.flow
         return sample_sigmas(rng, flow.shift, flow.logit_normal_share, flow.logit_mean, flow.logit_std)
 

@@ -120,7 +120,7 @@ class GuidanceFreeLora(FlowLora):
             wanted = self._base(model, shown, sigma, texts, batch)
             without = self._base(model, shown, sigma, nothing, batch)
         else:
-            wanted = noise - latents
+            wanted = backbone.target(latents, noise, sigma)
             without = self._guided(model, shown, sigma, nothing, batch, torch.ones_like(beta), gradients=False)
         made = self._guided(model, shown, sigma, texts, batch, beta)
         loss = backbone.error(mixture(made, without, beta), wanted).mean()
@@ -182,7 +182,7 @@ class GuidanceFreeLora(FlowLora):
         """Mean squared distances at each measured scale, by "error_w" and "gap_w"."""
         backbone, latents, texts = self.recipe.backbone, batch["latents"], batch["texts"]
         noise = rng.normal(*latents.shape[1:])
-        sigma = self.told_levels(rng)
+        sigma = self.told_levels(rng, latents)
         shown = backbone.noised(latents, noise, sigma)
         nothing = [self.nothing()] * len(shown)
         own = self._base(model, shown, sigma, texts, batch)

@@ -177,7 +177,7 @@ class SparseLinear(FlowLora):
 
         def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
             backbone, latents = self.recipe.backbone, batch["latents"]
-            noise, sigma = rng.normal(*latents.shape[1:]), self.told_levels(rng)
+            noise, sigma = rng.normal(*latents.shape[1:]), self.told_levels(rng, latents)
             shown = backbone.noised(latents, noise, sigma)
             wanted = self._dense(model, shown, sigma, batch["texts"], batch)
             made = self.without_gradients(model, shown, sigma, batch["texts"], batch)

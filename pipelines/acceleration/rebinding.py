@@ -247,15 +247,17 @@ def site_attention(
         site: the site's number.
 
     Returns:
-        `[B, H, n_q, D]` contiguous.
+        `[B, H, n_q, D]` in the memory layout of q, as the graph was told. Models merge the heads behind it, which
+        copies nothing where q lies token by token; so lies what backends give.
     """
     here = site_of(int(site))
-    return here.attend(q, k, v, mask, here.processor.stock).contiguous()
+    made = here.attend(q, k, v, mask, here.processor.stock)
+    return made if made.stride() == torch.empty_like(q, device="meta").stride() else torch.empty_like(q).copy_(made)
 
 
 @site_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, site: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return torch.empty_like(q)
 
 
 def _refuse_gradients(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:

@@ -190,9 +190,9 @@ def test_operators_keep_the_promises_of_their_registration(device):
     inputs = tokens(device, n, n, 16, heads=1)
     described = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
     rest = (False, None, None, None)  # orders applied beforehand, no stand-ins
-    torch.library.opcheck(block_sparse.block_sparse_attention, (*inputs, *described, [], 0.1, *rest))
+    torch.library.opcheck(block_sparse.block_sparse_attention, (*inputs, *described, [], [], 0.1, *rest))
     detached = [x.detach() for x in inputs]
-    out, lse = block_sparse.block_sparse_attention(*detached, *described, [], 0.1, *rest)
+    out, lse = block_sparse.block_sparse_attention(*detached, *described, [], [], 0.1, *rest)
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    arguments = (*grads, *detached, *described, None, None, None, out, lse, 0.1)
+    arguments = (*grads, *detached, *described, None, None, None, out, lse, [], 0.1)
     torch.library.opcheck(block_sparse_backward.block_sparse_attention_backward, arguments)
