@@ -53,7 +53,13 @@ class TrainLora(EncodedClipsRecipe):
         self.check_transformer(skeleton)
         chosen = config.attention
         self.method = training_method(
-            chosen.method, chosen.density, chosen.dense_layers, chosen.backend, type(skeleton).__name__, layouts
+            chosen.method,
+            chosen.density,
+            chosen.dense_layers,
+            chosen.block_size,
+            chosen.backend,
+            type(skeleton).__name__,
+            layouts,
         )
         self.layers = layers_named(skeleton, lora.targets or self.backbone.lora_targets, "lora.targets")
         refusal = self.backbone.check_layers(self.layers)

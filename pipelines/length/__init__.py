@@ -1,0 +1,21 @@
+"""Videos longer than a model was trained on: its rotary embedding (RIFLEx), and LoRAs that were trained for it.
+
+The names are looked up on first use, because diffusers, on which they are built, takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from ..later import looked_up_later
+
+_LATER = {
+    "LengthError": ".trained",
+    "Riflex": ".riflex",
+    "RiflexHandle": ".riflex",
+    "TrainedLength": ".trained",
+    "facts_of_length": ".trained",
+    "riflex": ".riflex",
+    "trained_length": ".trained",
+}
+
+__all__ = sorted(_LATER)
+__getattr__ = looked_up_later(globals(), _LATER)
