@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..adapter_header import FACTS, FILE
 from .beta import BETA, BetaEmbedder
 
-FILE = "pytorch_lora_weights.safetensors"
-FACTS = "vidaccel"
-"""The key of the header under which the trainer says what an adapter belongs to."""
 RECIPE = "gft"
 
 

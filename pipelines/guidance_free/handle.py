@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..acceleration.families import unwrap
-from ..errors import first_line
+from ..attached_lora import AttachedLora, LoraNotAttached
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from .base_check import check_base
-from .beta import BetaSlot, lora_layers, no_slot, width_of
+from .beta import BetaSlot, no_slot, width_of
 
 TRANSFORMERS = ("transformer", "transformer_2")
 _NAME = "guidance_free"
@@ -146,33 +146,17 @@ class _Installed:
                 f"has {width_of(transformer)}: give the adapter of this model."
             )
         self.name, self.transformer = name, transformer
-        self._first = not getattr(transformer, "peft_config", None)
         self._slot: BetaSlot | None = None
-        if not self._first and _NAME in transformer.peft_config:
-            raise GuidanceFreeError(f"the {name} has another LoRA called {_NAME}: delete it first.")
-        active = [] if self._first else transformer.active_adapters()
-        second = {"load_into_transformer_2": True} if name == "transformer_2" else {}
         try:
-            pipe.load_lora_weights(lora, adapter_name=_NAME, **second)
-            for layer in lora_layers(transformer, _NAME):
-                # Beside the others, whose weights stay: diffusers' set_adapters would set them all.
-                layer.set_adapter([a for a in (*active, _NAME) if a in layer.lora_A])
-                layer.requires_grad_(False)
-        except BaseException as error:
-            self.remove()
-            if isinstance(error, (ValueError, RuntimeError, LookupError)):
-                raise GuidanceFreeError(f"{adapter.path.name} cannot be loaded: {first_line(error)}") from error
-            raise
+            self._lora = AttachedLora(pipe, name, transformer, lora, _NAME, adapter.path.name)
+        except LoraNotAttached as error:
+            raise GuidanceFreeError(str(error)) from error
         self._slot = BetaSlot(transformer, embedder, beta, _NAME, adapter.max_scale if adapter.gated else None)
 
     def remove(self) -> None:
         if self._slot is not None:
             self._slot.remove()
-        held = getattr(self.transformer, "peft_config", None) or {}
-        if self._first and set(held) <= {_NAME}:
-            self.transformer.unload_lora()  # with the layers that were put round the model's own
-        elif _NAME in held:
-            self.transformer.delete_adapters(_NAME)
+        self._lora.remove()
 
 
 class _OnePass:

@@ -8,11 +8,15 @@ from __future__ import annotations
 from ..later import looked_up_later
 
 _LATER = {
+    "LengthAdapter": ".adapter_file",
     "LengthError": ".trained",
+    "Lengthened": ".handle",
     "Riflex": ".riflex",
     "RiflexHandle": ".riflex",
     "TrainedLength": ".trained",
     "facts_of_length": ".trained",
+    "lengthen": ".handle",
+    "read_length": ".adapter_file",
     "riflex": ".riflex",
     "trained_length": ".trained",
 }

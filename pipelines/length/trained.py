@@ -122,5 +122,3 @@ def _differences(trained: Method | None, asked: Method | None) -> list[str]:
 
 def _plain(settings: Any) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "schedule"}
-
-
