@@ -3,9 +3,10 @@
     python benchmarks/length_demo.py --adapter runs/demo_length/adapter --dense-adapter runs/demo_length_dense/adapter
     python benchmarks/length_demo.py --cost
 
-Videos of held-out prompts are made at 65 frames, of which the model saw 33, and read from their pixels: with the model
+Videos of held-out prompts are made at 65 frames, of which the model saw 33, and read from their pixels: by the model
 as it is, dense and by Radial Attention, with RIFLEx, with LVSA, and with the LoRAs. Each video is a line of
-`benchmarks/results/length_demo.jsonl`, and a call makes those that are missing. `--cost` measures a step of the training
+`benchmarks/results/length_demo.jsonl`, and a call makes those that are missing. `--cost` measures a
+step of the training
 instead, sparse beside dense. Tables go to `benchmarks/results/length_demo.md`.
 """
 
@@ -198,14 +199,15 @@ def main(
     write_markdown(
         out / "length_demo.md",
         "Longer videos with the built-in model",
-        f"{environment_line()}, one thread, on a machine with other work. Made by `python benchmarks/length_demo.py`.\n\n"
-        f"First table: videos of {frames} frames of 128x128 (1,088 tokens at 65), twice the 33 that the model was trained "
-        f"on; held-out prompts, {denoising_steps} steps, guidance 2, the same seeds in each row, read from their pixels. "
-        "The numbers count videos. *Radial* computes 29 % of the pairs, in blocks of 32 tokens, with the first of six "
-        "layers dense and all steps sparse; *RIFLEx* and *LVSA* need no training; the LoRAs are named with the step of "
-        "their training.\n\n"
-        "Second table: CPU-seconds of a step of the training of one clip, forward and backward, a LoRA of rank 64 on the "
-        "projections of self-attention; dense, and by Radial Attention at a density of about 0.3 (the real one in "
+        f"{environment_line()}, one thread, on a machine with other work. Made by `python "
+        "benchmarks/length_demo.py`.\n\n"
+        f"First table: videos of {frames} frames of 128x128 (1,088 tokens at 65), twice the 33 that the model was "
+        f"trained on; held-out prompts, {denoising_steps} steps, guidance 2, the same seeds in each row, read from "
+        "their pixels. The numbers count videos. *Radial* computes 29 % of the pairs, in blocks of 32 tokens, with the "
+        "first of six layers dense and all steps sparse; *RIFLEx* and *LVSA* need no training; the LoRAs are named "
+        "with the step of their training.\n\n"
+        "Second table: CPU-seconds of a step of the training of one clip, forward and backward, a LoRA of rank 64 on "
+        "the projections of self-attention; dense, and by Radial Attention at a density of about 0.3 (the real one in "
         "brackets; *from* is the least that blocks of this size reach), with the first layer dense.",
         *tables,
     )

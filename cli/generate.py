@@ -34,10 +34,14 @@ def generate_command(
         list[Path] | None,
         typer.Option(help="An adapter of the recipe gft: guidance in one pass a step; one for each transformer."),
     ] = None,
+    rope: Annotated[
+        str,
+        typer.Option(help="plain, or riflex: of a Wan model, for videos longer than those of its training."),
+    ] = "plain",
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
+            help="dense, lvsa, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
             "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, "
             "radial)"
         ),
@@ -169,6 +173,7 @@ def generate_command(
             tiling=vae_tiling,
             lora=lora or (),
             guidance_free=guidance_free or (),
+            rope=rope,
         )
         check_files_of(job, out, page)
         if threads is not None:

@@ -11,6 +11,7 @@ from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters
+from .length import check_bases, check_trained, chosen_riflex, trained_lengths, with_trained_method
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
+    from ..pipelines.length.rotary import Riflex
     from .lora_files import LoraFile
 
 
@@ -59,6 +61,7 @@ class Job:
         measure_error: see `accelerate`.
         loras: that are put into the pipeline once it is loaded.
         guidance_free: adapters with which guidance takes one pass a step; none for two.
+        riflex: of the rotary embedding; None for the model's own.
     """
 
     facts: ModelFacts
@@ -79,6 +82,7 @@ class Job:
     measure_error: int = 0
     loras: tuple[LoraFile, ...] = ()
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
+    riflex: Riflex | None = None
 
     @property
     def first(self) -> str:
@@ -108,6 +112,7 @@ class Job:
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
             **loras,
             **free,
+            **({} if self.riflex is None else {"rotary embedding": f"RIFLEx from {self.riflex.frames} latent frames"}),
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
@@ -190,6 +195,7 @@ def prepare(
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: str | Path | Sequence[str | Path] = (),
+    rope: str = "plain",
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -201,6 +207,7 @@ def prepare(
         offload, tiling: see `pipelines.loading.load_pipeline`.
         lora: see `loras.lora_files`; of a pipeline that is not loaded yet.
         guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too.
+        rope: see `length.chosen_riflex`.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
@@ -209,6 +216,8 @@ def prepare(
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
+    trained = trained_lengths(loras)
+    sparse = with_trained_method(sparse, trained, compare)
     adapters = guidance_adapters(guidance_free)
     if adapters and not isinstance(model, str):
         problem = "is for a model that is loaded here"
@@ -230,6 +239,8 @@ def prepare(
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     settings = settings.checked(facts)
     check_guidance(adapters, facts, settings)
+    check_bases(loras, facts)
+    riflex = chosen_riflex(rope, trained, facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
         bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
@@ -244,6 +255,7 @@ def prepare(
     check_sparse_only(names, bool(sparse.methods), sparse.given())
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
     methods, left_out = _methods(runs, sparse, layout, place)
+    check_trained(trained, methods, layout)
     notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
@@ -269,6 +281,7 @@ def prepare(
         measure_error=sparse.measure_error,
         loras=loras,
         guidance_free=adapters,
+        riflex=riflex,
     )
 
 

@@ -12,11 +12,11 @@ async def comfy_entrypoint() -> ComfyExtension:
     """The nodes of this package, as ComfyUI asks for them when it starts."""
     from comfy_api.latest import ComfyExtension, io
 
-    from . import autoencoder_nodes, lora_nodes, pipeline_nodes, report_node, sparse_nodes
+    from . import autoencoder_nodes, length_nodes, lora_nodes, pipeline_nodes, report_node, sparse_nodes
 
     class VideoAcceleration(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            modules = (sparse_nodes, pipeline_nodes, lora_nodes, autoencoder_nodes, report_node)
+            modules = (sparse_nodes, length_nodes, pipeline_nodes, lora_nodes, autoencoder_nodes, report_node)
             return [node for module in modules for node in module.NODES]
 
     return VideoAcceleration()

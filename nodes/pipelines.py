@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.calls import as_class
 from ..generation.errors import BadInput
+from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
 from ..generation.model_places import DEMOS
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention import VideoLayout
+    from ..pipelines.length.trained import TrainedLength
 
 # What the menu shows -> what it is called elsewhere.
 BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
@@ -92,19 +94,27 @@ class VideoPipeline:
         pipe: the diffusers pipeline; dense between two runs, whatever `acceleration` says.
         residency: sees to it that the part at work is on the device.
         acceleration: None for dense attention.
+        trained: what LoRAs for longer videos in it were trained with.
     """
 
     facts: ModelFacts
     pipe: DiffusionPipeline
     residency: Residency
     acceleration: Acceleration | None = None
+    trained: tuple[TrainedLength, ...] = ()
 
     def accelerated(self, acceleration: Acceleration) -> VideoPipeline:
         """The same weights with another acceleration, this object as it is.
 
         Raises:
             ValueError: the backend cannot run on the device, or not with `compensate` or Tangent.
+            InputError: a LoRA in it was trained for an attention of its own.
         """
+        if self.trained:
+            raise InputError(
+                f"{self.trained[0].name} was trained for one attention alone ({self.trained[0]}), which Generate Video "
+                "takes from its file: leave Accelerate Pipeline out."
+            )
         with plain_messages():
             check_runs(acceleration.backend, self.residency.device, sparse=True)
         check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
@@ -180,6 +190,8 @@ def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = (
     with plain_messages():
         facts = inspect_model(model)
         chosen = choose_dtype(dtype, residency.device, model)
+        trained = trained_lengths(loras)
+        check_bases(loras, facts)
         import torch
 
         # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
@@ -187,7 +199,7 @@ def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = (
             pipe = load_pipeline(facts, chosen, "cpu")
             attach(pipe, loras)
     residency.attach(pipe)
-    return VideoPipeline(facts, pipe, residency)
+    return VideoPipeline(facts, pipe, residency, trained=trained)
 
 
 def generate(
@@ -231,12 +243,17 @@ def generate(
         if acceleration is not None and pipeline.facts.only_dense:
             raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")
         method = acceleration.method_for(layout) if acceleration else None
+        if pipeline.trained:
+            method = pipeline.trained[0].method
+        check_trained(pipeline.trained, {"": method}, layout)
+        riflex = chosen_riflex("plain", pipeline.trained, pipeline.facts)
         pipeline.residency.begin(pipeline.pipe, layout, settings, method)
     start = time.perf_counter()
     options: dict[str, Any] = {}
     if acceleration is not None:
         options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
-    made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
+    with roped(pipeline.pipe, riflex):
+        made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
     return _generation(acceleration, layout, settings, made, time.perf_counter() - start)
 
 
@@ -248,9 +265,9 @@ def _generation(
     from ..attention import RunReport
 
     report, heading = made.report or RunReport("", {}, ()), ""
-    if acceleration is None:
+    if acceleration is None and made.report is None:
         heading = "Nothing was accelerated: Accelerate Pipeline, before Generate Video, does that."
-    else:
+    elif acceleration is not None:
         report = acceleration.reported(report)
         if made.report is None:
             heading = f"No call was sparse: {acceleration.dense_reason(layout)}."

@@ -1,7 +1,7 @@
 """Recipe `length`: a LoRA with which a model makes videos longer than those it was trained on, by sparse attention.
 
-After Radial Attention (arXiv 2506.19852, section 4.3): a LoRA on the projections of self-attention, trained on clips of 2
-to 4 times the length under the mask that the videos will be made with.
+After Radial Attention (arXiv 2506.19852, section 4.3): a LoRA on the projections of self-attention, trained on clips of
+2 to 4 times the length under the mask that the videos will be made with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ...generation.model_facts import inspect_model
-from ...pipelines.length.riflex import Riflex, RiflexHandle, no_riflex, riflex
+from ...pipelines.length.rotary import Riflex, RiflexHandle, no_riflex, riflex
 from ...pipelines.length.trained import RECIPE, TrainedLength, facts_of_length
 from ..config import ConfigError
 from .base import Phase

@@ -11,13 +11,13 @@ _LATER = {
     "LengthAdapter": ".adapter_file",
     "LengthError": ".trained",
     "Lengthened": ".handle",
-    "Riflex": ".riflex",
-    "RiflexHandle": ".riflex",
+    "Riflex": ".rotary",
+    "RiflexHandle": ".rotary",
     "TrainedLength": ".trained",
     "facts_of_length": ".trained",
     "lengthen": ".handle",
     "read_length": ".adapter_file",
-    "riflex": ".riflex",
+    "riflex": ".rotary",
     "trained_length": ".trained",
 }
 

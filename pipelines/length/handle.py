@@ -17,7 +17,7 @@ from ..attached_lora import AttachedLora, LoraNotAttached
 from ..guidance_free.adapter_file import GuidanceFreeError
 from ..guidance_free.base_check import check_base
 from .adapter_file import LengthAdapter, read_length
-from .riflex import TRANSFORMERS, riflex
+from .rotary import TRANSFORMERS, riflex
 from .trained import LengthError
 
 _NAME = "length"
