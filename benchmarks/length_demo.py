@@ -5,8 +5,7 @@
 
 Videos of held-out prompts are made at 65 frames, of which the model saw 33, and read from their pixels: by the model
 as it is, dense and by Radial Attention, with RIFLEx, with LVSA, and with the LoRAs. Each video is a line of
-`benchmarks/results/length_demo.jsonl`, and a call makes those that are missing. `--cost` measures a
-step of the training
+`benchmarks/results/length_demo.jsonl`, and a call makes those that are missing. `--cost` measures a step of training
 instead, sparse beside dense. Tables go to `benchmarks/results/length_demo.md`.
 """
 

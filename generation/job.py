@@ -11,7 +11,14 @@ from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters
-from .length import check_bases, check_trained, chosen_riflex, trained_lengths, with_trained_method
+from .length import (
+    built_in_lora,
+    check_bases,
+    check_trained,
+    chosen_riflex,
+    trained_lengths,
+    with_trained_method,
+)
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
@@ -216,6 +223,9 @@ def prepare(
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
+    asked = bool(loras) or compare or bool(sparse.methods) or any(sparse.given().values()) or rope != "plain"
+    own, own_note = built_in_lora(model, settings.frames, asked)
+    loras = loras or own
     trained = trained_lengths(loras)
     sparse = with_trained_method(sparse, trained, compare)
     adapters = guidance_adapters(guidance_free)
@@ -256,7 +266,8 @@ def prepare(
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
     methods, left_out = _methods(runs, sparse, layout, place)
     check_trained(trained, methods, layout)
-    notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    notes = [own_note] if own_note else []
+    notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
     if settings.height % 2 or settings.width % 2:

@@ -22,6 +22,32 @@ if TYPE_CHECKING:
 ROPES = ("plain", "riflex")
 
 
+def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple[LoraFile, ...], str]:
+    """The LoRA of the built-in model for a video longer than it was trained on, and what to say of it.
+
+    Args:
+        model: as it was given.
+        frames: of the request.
+        asked: whether LoRAs, attention or a rotary embedding are asked for, to which it would add.
+    """
+    from .. import demo
+    from .lora_files import LoraFile
+    from .model_facts import inspect_model
+
+    path = demo.length_lora()
+    if model != demo.WAN or asked or path is None or not isinstance(frames, int):
+        return (), ""
+    facts, lora = inspect_model(demo.WAN), LoraFile(path)
+    (trained,) = trained_lengths([lora])
+    if not facts.call_defaults()["frames"] < frames <= (trained.frames - 1) * facts.frame_factor + 1:
+        return (), ""
+    note = (
+        f"{frames} frames are more than the built-in model was trained on: its LoRA for longer videos is used ({trained}); "
+        f"{mention('method')} dense is without it."
+    )
+    return (lora,), note
+
+
 def trained_lengths(loras: Sequence[LoraFile]) -> tuple[TrainedLength, ...]:
     """What those among the LoRAs were trained with that are for longer videos.
 
