@@ -36,10 +36,16 @@ def ways(adapter: Path | None, dense_adapter: Path | None) -> dict[str, Any]:
     def radial(pipe: Any, layout: Any) -> Any:
         return vidaccel.accelerate(pipe, Radial.for_density(layout, **SPARSE, schedule=first))
 
+    @contextlib.contextmanager
+    def radial_riflex(pipe: Any, layout: Any) -> Any:
+        with vidaccel.riflex(pipe, Riflex(BASE_FRAMES)), radial(pipe, layout):
+            yield
+
     found = {
         "dense": lambda pipe, layout: contextlib.nullcontext(),
         "Radial": radial,
         "RIFLEx": lambda pipe, layout: vidaccel.riflex(pipe, Riflex(BASE_FRAMES)),
+        "Radial, RIFLEx": radial_riflex,
         "LVSA": lambda pipe, layout: vidaccel.accelerate(pipe, LVSA(reference=BASE_FRAMES, schedule=first)),
     }
     for name, place in (("dense + LoRA", dense_adapter), ("Radial + LoRA", adapter)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from .length import (
     check_trained,
     chosen_riflex,
     trained_lengths,
-    with_trained_method,
 )
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
@@ -42,7 +41,8 @@ if TYPE_CHECKING:
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
-    from ..pipelines.length.rotary import Riflex
+    from ..pipelines.length.settings import Riflex
+    from ..pipelines.length.trained import TrainedLength
     from .lora_files import LoraFile
 
 
@@ -227,7 +227,7 @@ def prepare(
     own, own_note = built_in_lora(model, settings.frames, asked)
     loras = loras or own
     trained = trained_lengths(loras)
-    sparse = with_trained_method(sparse, trained, compare)
+    sparse = _with_trained_method(sparse, trained, compare)
     adapters = guidance_adapters(guidance_free)
     if adapters and not isinstance(model, str):
         problem = "is for a model that is loaded here"
@@ -294,6 +294,25 @@ def prepare(
         guidance_free=adapters,
         riflex=riflex,
     )
+
+
+def _with_trained_method(sparse: Sparse, trained: Sequence[TrainedLength], compare: bool) -> Sparse:
+    """The request with the attention of the LoRAs where none is asked for.
+
+    Raises:
+        BadInput: a comparison, whose dense video would be another attention than that of the training.
+    """
+    if not trained:
+        return sparse
+    if compare:
+        what = f"{trained[0].name} was trained for one attention alone ({trained[0]})"
+        raise BadInput("compare", f"is of no use: {what}", f"Leave it out, or the LoRA ({mention('lora')}).")
+    method = trained[0].method
+    if sparse.methods or method is None:
+        return sparse if sparse.methods else replace(sparse, methods=(DENSE,))
+    # By its name where settings are given, of which the differences to those of the training are then told.
+    named = any(sparse.given()[name] for name in ("density", "dense_steps", "dense_layers", "settings"))
+    return replace(sparse, methods=(method.name if named else method,))
 
 
 def _dense_alone(facts: ModelFacts, sparse: Sparse, compare: bool) -> tuple[list[str | Method], str]:

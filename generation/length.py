@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, mention
-from .methods import DENSE
 
 if TYPE_CHECKING:
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
-    from ..pipelines.length.rotary import Riflex
+    from ..pipelines.length.settings import Riflex
     from ..pipelines.length.trained import TrainedLength
-    from .job import Sparse
     from .lora_files import LoraFile
     from .model_facts import ModelFacts
 
@@ -42,8 +39,8 @@ def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple
     if not facts.call_defaults()["frames"] < frames <= (trained.frames - 1) * facts.frame_factor + 1:
         return (), ""
     note = (
-        f"{frames} frames are more than the built-in model was trained on: its LoRA for longer videos is used ({trained}); "
-        f"{mention('method')} dense is without it."
+        f"{frames} frames are more than the built-in model was trained on: its LoRA for longer videos is used "
+        f"({trained}); {mention('method')} dense is without it."
     )
     return (lora,), note
 
@@ -89,23 +86,6 @@ def check_bases(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
             raise BadInput("lora", problem, "Give one that was trained on this model.")
 
 
-def with_trained_method(sparse: Sparse, trained: Sequence[TrainedLength], compare: bool) -> Sparse:
-    """The request with the attention of the LoRAs where none is asked for.
-
-    Raises:
-        BadInput: a comparison, whose dense video would be another attention than that of the training.
-    """
-    if not trained:
-        return sparse
-    if compare:
-        what = f"{trained[0].name} was trained for one attention alone ({trained[0]})"
-        raise BadInput("compare", f"is of no use: {what}", f"Leave it out, or the LoRA ({mention('lora')}).")
-    if sparse.methods or any(sparse.given()[name] for name in ("density", "dense_steps", "dense_layers", "settings")):
-        return sparse
-    method = trained[0].method
-    return replace(sparse, methods=(DENSE if method is None else method,))
-
-
 def check_trained(trained: Sequence[TrainedLength], methods: Mapping[str, Method | None], layout: VideoLayout) -> None:
     """Raise BadInput for another attention, or a longer video, than those of the training."""
     from ..pipelines.length.trained import LengthError
@@ -136,7 +116,7 @@ def chosen_riflex(rope: str, trained: Sequence[TrainedLength], facts: ModelFacts
         return trained[0].riflex
     if rope == "plain":
         return None
-    from ..pipelines.length.rotary import Riflex
+    from ..pipelines.length.settings import Riflex
 
     if not facts.pipeline_class.startswith("Wan") or facts.pad_frames is not None:
         problem = f"it is for the rotary embedding of Wan, and this is a {facts.pipeline_class}"

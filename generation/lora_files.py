@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pipelines.adapter_header import adapter_path, facts_of
-
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
@@ -46,6 +44,8 @@ def trained_for(path: Path) -> str:
     Args:
         path: of the file, or of the folder of a `pytorch_lora_weights` file.
     """
+    from ..pipelines.adapter_header import facts_of
+
     facts = facts_of(path)
     stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
     return stage if stage in TARGETS else "all"
@@ -54,6 +54,8 @@ def trained_for(path: Path) -> str:
 def check_readable(path: Path) -> None:
     """Raise LoraError for a folder without weights and a safetensors file whose header cannot be read."""
     from safetensors import SafetensorError, safe_open
+
+    from ..pipelines.adapter_header import adapter_path
 
     file = adapter_path(path)
     if file.is_dir():

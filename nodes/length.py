@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..attention import Method, VideoLayout
-from ..pipelines.length.adapter_file import read_length
-from ..pipelines.length.trained import LengthError
 from .native import NativeAttention
 from .patch import sparsify
 from .wording import InputError
@@ -34,6 +32,10 @@ def lengthened(
     """
     import comfy.sd
     import comfy.utils
+
+    # Not at ComfyUI's start: they stand in a package that imports diffusers, which takes seconds.
+    from ..pipelines.length.adapter_file import read_length
+    from ..pipelines.length.trained import LengthError
 
     try:
         adapter = read_length(file)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ...generation.model_facts import inspect_model
-from ...pipelines.length.rotary import Riflex, RiflexHandle, no_riflex, riflex
+from ...pipelines.length.rotary import RiflexHandle, no_riflex, riflex
+from ...pipelines.length.settings import Riflex
 from ...pipelines.length.trained import RECIPE, TrainedLength, facts_of_length
 from ..config import ConfigError
 from .base import Phase

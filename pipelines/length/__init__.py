@@ -11,7 +11,7 @@ _LATER = {
     "LengthAdapter": ".adapter_file",
     "LengthError": ".trained",
     "Lengthened": ".handle",
-    "Riflex": ".rotary",
+    "Riflex": ".settings",
     "RiflexHandle": ".rotary",
     "TrainedLength": ".trained",
     "facts_of_length": ".trained",

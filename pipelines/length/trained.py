@@ -9,7 +9,7 @@ from typing import Any
 
 from ...attention.methods import METHODS, Method
 from ...attention.schedule import DenseSchedule
-from .rotary import Riflex
+from .settings import Riflex
 
 RECIPE = "length"
 """The recipe that makes such LoRAs, and the key of the header under which it says what follows."""
