@@ -54,3 +54,6 @@ class VidaccelRadialLength(io.ComfyNode):
     ) -> io.NodeOutput:
         file: Path = chosen_file(lora, path)
         return io.NodeOutput(*lengthened(model, file, weight, backend=backend, measure_error=measure_error))
+
+
+NODES: list[type[io.ComfyNode]] = [VidaccelRadialLength]

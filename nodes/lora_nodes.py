@@ -87,3 +87,6 @@ class VidaccelPipelineLoRA(io.ComfyNode):
         cls, lora: str, path: str, weight: float, transformer: str, loras: tuple[Lora, ...] = ()
     ) -> io.NodeOutput:
         return io.NodeOutput((*loras, Lora(chosen_file(lora, path), weight, transformer)))
+
+
+NODES: list[type[io.ComfyNode]] = [VidaccelPipelineLoRA]
