@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..weight_files import transformer_file, transformer_files
-from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError
+from .adapter_file import GuidanceFreeError
 
 
-def check_base(transformer: Any, part: str, adapter: GuidanceFreeAdapter, base: str | Path | None = None) -> None:
+class Trained(Protocol):
+    """A file that was trained on one transformer; see `GuidanceFreeAdapter`."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def base(self) -> str: ...
+    @property
+    def base_hash(self) -> str: ...
+    @property
+    def part(self) -> str: ...
+
+
+def check_base(transformer: Any, part: str, adapter: Trained, base: str | Path | None = None) -> None:
     """Raise GuidanceFreeError unless a transformer is from the files that an adapter was trained on.
 
     Args:
