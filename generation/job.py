@@ -227,6 +227,7 @@ def prepare(
     own, own_note = built_in_lora(model, settings.frames, asked)
     loras = loras or own
     trained = trained_lengths(loras)
+    chosen_here = not sparse.methods
     sparse = _with_trained_method(sparse, trained, compare)
     adapters = guidance_adapters(guidance_free)
     if adapters and not isinstance(model, str):
@@ -259,6 +260,8 @@ def prepare(
         )
     layout = settings.layout(facts)
     runs, why = choose_runs(sparse.methods, compare, layout.tokens)
+    if trained and chosen_here:
+        why = f"what {trained[0].name} was trained for"
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]
@@ -308,8 +311,10 @@ def _with_trained_method(sparse: Sparse, trained: Sequence[TrainedLength], compa
         what = f"{trained[0].name} was trained for one attention alone ({trained[0]})"
         raise BadInput("compare", f"is of no use: {what}", f"Leave it out, or the LoRA ({mention('lora')}).")
     method = trained[0].method
-    if sparse.methods or method is None:
-        return sparse if sparse.methods else replace(sparse, methods=(DENSE,))
+    if sparse.methods:
+        return sparse
+    if method is None:
+        return replace(sparse, methods=(DENSE,))
     # By its name where settings are given, of which the differences to those of the training are then told.
     named = any(sparse.given()[name] for name in ("density", "dense_steps", "dense_layers", "settings"))
     return replace(sparse, methods=(method.name if named else method,))

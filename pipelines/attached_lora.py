@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,8 +13,40 @@ from torch import nn
 from .errors import first_line
 
 
+class ForPart(Protocol):
+    """A file that is for one transformer of a pipeline."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def part(self) -> str: ...
+
+
+File = TypeVar("File", bound=ForPart)
+
+
 class LoraNotAttached(ValueError):
     """A LoRA that a transformer cannot take; the message says why."""
+
+
+def one_for_each(kind: str, parts: Iterable[str], files: Sequence[File], what: str) -> dict[str, File]:
+    """The file of each transformer of a pipeline.
+
+    Args:
+        kind: class of the pipeline, for messages.
+        parts: names of its transformers.
+        files: that were given. what: they are, in the plural.
+
+    Raises:
+        LoraNotAttached: not one for each.
+    """
+    found = {file.part: file for file in files}
+    if found.keys() != set(parts) or len(found) < len(files):
+        given = ", ".join(f"{file.path.name} for {file.part}" for file in files) or "none"
+        raise LoraNotAttached(
+            f"this {kind} has {' and '.join(parts)}, and the {what} are {given}: give one for each transformer."
+        )
+    return found
 
 
 class AttachedLora:

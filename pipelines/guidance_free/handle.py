@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..acceleration.families import unwrap
-from ..attached_lora import AttachedLora, LoraNotAttached
+from ..attached_lora import AttachedLora, LoraNotAttached, one_for_each
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from .base_check import check_base
 from .beta import BetaSlot, no_slot, width_of
@@ -126,13 +126,10 @@ def _by_part(
     for transformer in parts.values():
         if refusal := no_slot(transformer):
             raise GuidanceFreeError(f"{refusal}.")
-    found = {adapter.part: adapter for adapter in adapters}
-    if found.keys() != parts.keys() or len(found) < len(adapters):
-        given = ", ".join(f"{adapter.path.name} for {adapter.part}" for adapter in adapters) or "none"
-        raise GuidanceFreeError(
-            f"this {kind} has {' and '.join(parts)}, and the adapters are {given}: give one for each transformer."
-        )
-    return found
+    try:
+        return one_for_each(kind, parts, adapters, "adapters")
+    except LoraNotAttached as error:
+        raise GuidanceFreeError(str(error)) from error
 
 
 class _Installed:

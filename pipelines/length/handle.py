@@ -13,7 +13,7 @@ from ...attention.methods import Method, resolve_method
 from ...attention.records import RunReport
 from ..acceleration.families import unwrap
 from ..acceleration.handle import Handle, accelerate
-from ..attached_lora import AttachedLora, LoraNotAttached
+from ..attached_lora import AttachedLora, LoraNotAttached, one_for_each
 from ..guidance_free.adapter_file import GuidanceFreeError
 from ..guidance_free.base_check import check_base
 from .adapter_file import LengthAdapter, read_length
@@ -135,10 +135,7 @@ def _by_part(pipe: Any, parts: dict[str, Any], adapters: Sequence[LengthAdapter]
     kind = type(pipe).__name__
     if not parts or not hasattr(pipe, "load_lora_weights"):
         raise LengthError(f"a {kind} takes no LoRA for longer videos: give a Wan pipeline.")
-    found = {adapter.part: adapter for adapter in adapters}
-    if found.keys() != parts.keys() or len(found) < len(adapters):
-        given = ", ".join(f"{adapter.path.name} for {adapter.part}" for adapter in adapters) or "none"
-        raise LengthError(
-            f"this {kind} has {' and '.join(parts)}, and the LoRAs are {given}: give one for each transformer."
-        )
-    return found
+    try:
+        return one_for_each(kind, parts, adapters, "LoRAs")
+    except LoraNotAttached as error:
+        raise LengthError(str(error)) from error

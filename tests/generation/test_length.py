@@ -13,6 +13,8 @@ from length_adapters import METHOD, write_length
 import vidaccel
 from vidaccel import LVSA, Riflex, demo
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.request import Settings
 
 SMALL = {"height": 32, "width": 32, "steps": 2, "progress": False}
 
@@ -37,6 +39,12 @@ def test_the_lora_brings_its_attention(file):
     same = made(lora=file, method=METHOD)
     assert np.array_equal(video.frames, same.frames)
     assert not np.array_equal(video.frames, made(method=METHOD).frames)
+
+
+def test_why_this_method_is_told(file):
+    request = Settings("a red circle", frames=9, height=32, width=32, steps=2)
+    assert prepare("demo", request, Sparse(), lora=file).why == "what transformer.safetensors was trained for"
+    assert prepare("demo", request, Sparse((METHOD,)), lora=file).why == "as given"
 
 
 def test_riflex_is_a_switch_and_comes_with_a_file(tmp_path, transformer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
+from gft_adapters import random_lora
 from safetensors.torch import save_file
 
 from vidaccel.attention import DenseSchedule, Radial
@@ -19,13 +19,7 @@ def write_length(
     folder: Path, base: Path, transformer, part: str = "transformer", frames: int = 17, method=METHOD, riflex=None
 ) -> Path:
     """A LoRA of a transformer that was saved in the pipeline folder `base`."""
-    generator = torch.Generator().manual_seed(len(part))
-    tensors = {}
-    for number in range(len(transformer.blocks)):
-        layer = transformer.blocks[number].attn1.to_q
-        for letter, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
-            name = f"diffusion_model.blocks.{number}.self_attn.q.lora_{letter}.weight"
-            tensors[name] = 0.3 * torch.randn(shape, generator=generator)
+    _, tensors = random_lora(transformer, part)
     trained = TrainedLength(method, 0.3, 2, frames, riflex)
     header = {
         "recipe": "length",
