@@ -1,6 +1,6 @@
 """Longer videos with the built-in Wan model: what a LoRA of the recipe `length` does at twice its length.
 
-    python benchmarks/length_demo.py --adapter runs/demo_length/adapter --dense-adapter runs/demo_length_dense/adapter
+    python benchmarks/length_demo.py --adapter runs/demo_length/adapter
     python benchmarks/length_demo.py --cost
 
 Videos of held-out prompts are made at 65 frames, of which the model saw 33, and read from their pixels: by the model
