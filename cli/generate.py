@@ -42,10 +42,14 @@ def generate_command(
         list[Path] | None,
         typer.Option(help="With --method sla: an adapter of the recipe sla; one for each transformer."),
     ] = None,
+    rope: Annotated[
+        str,
+        typer.Option(help="plain, or riflex: of a Wan model, for videos longer than those of its training."),
+    ] = "plain",
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, sla, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
+            help="dense, lvsa, radial, random, sla, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
             "(default: sla for a model that was trained for it; tangent for a video of at least 8192 tokens, otherwise "
             "dense; with --compare: tangent, svg2, radial)"
         ),
@@ -178,6 +182,7 @@ def generate_command(
             lora=lora or (),
             guidance_free=True if guidance_free == [OWN] else guidance_free or (),
             sla=sla or (),
+            rope=rope,
         )
         check_files_of(job, out, page)
         if threads is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,13 @@ from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters, own_adapters
+from .length import (
+    built_in_lora,
+    check_bases,
+    check_trained,
+    chosen_riflex,
+    trained_lengths,
+)
 from .lora_fit import check_fits, trained_otherwise
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
@@ -37,6 +44,8 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
     from ..pipelines.acceleration.sla import SLAAdapter
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
+    from ..pipelines.length.settings import Riflex
+    from ..pipelines.length.trained import TrainedLength
     from .lora_files import LoraFile
 
 
@@ -63,6 +72,7 @@ class Job:
         loras: that are put into the pipeline once it is loaded.
         guidance_free: adapters with which guidance takes one pass a step; none for two.
         sla: adapters for the method "sla"; none where the weights themselves were trained.
+        riflex: of the rotary embedding; None for the model's own.
     """
 
     facts: ModelFacts
@@ -84,6 +94,7 @@ class Job:
     loras: tuple[LoraFile, ...] = ()
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
     sla: tuple[SLAAdapter, ...] = ()
+    riflex: Riflex | None = None
 
     @property
     def first(self) -> str:
@@ -114,6 +125,7 @@ class Job:
             **loras,
             **free,
             **({"SLA": ", ".join(a.path.name for a in self.sla)} if self.sla else {}),
+            **({} if self.riflex is None else {"rotary embedding": f"RIFLEx from {self.riflex.frames} latent frames"}),
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
@@ -197,6 +209,7 @@ def prepare(
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
+    rope: str = "plain",
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -210,6 +223,7 @@ def prepare(
         guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too. True for what the model has of its
             own (`guidance.own_adapters`).
         sla: see `sla.sla_adapters`.
+        rope: see `length.chosen_riflex`.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
@@ -218,6 +232,12 @@ def prepare(
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
+    asked = bool(loras) or compare or bool(sparse.methods) or any(sparse.given().values()) or rope != "plain"
+    own, own_note = built_in_lora(model, settings.frames, asked)
+    loras = loras or own
+    trained = trained_lengths(loras)
+    chosen_here = not sparse.methods
+    sparse = _with_trained_method(sparse, trained, compare)
     adapters = () if isinstance(guidance_free, bool) else guidance_adapters(guidance_free)
     if (adapters or guidance_free is True) and not isinstance(model, str):
         problem = "is for a model that is loaded here"
@@ -243,6 +263,8 @@ def prepare(
         adapters = own_adapters(facts)
     check_guidance(adapters, facts, settings)
     check_fits(loras, facts)
+    check_bases(loras, facts)
+    riflex = chosen_riflex(rope, trained, facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
         bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
@@ -251,20 +273,24 @@ def prepare(
         )
     layout = settings.layout(facts)
     runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for)
+    if trained and chosen_here:
+        why = f"what {trained[0].name} was trained for"
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given())
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
 
-    def trained() -> Method | None:
+    def sla_method() -> Method | None:
         asked = {"first_steps": sparse.dense_steps, "first_layers": sparse.dense_layers}
         schedule = {name: value for name, value in asked.items() if value is not None}
         overrides = sparse.overrides.get("sla", {})
         return trained_method(learned, facts, pipe, layout, sparse.density, overrides, schedule)
 
-    methods, left_out = _methods(runs, sparse, layout, place, trained)
-    notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    methods, left_out = _methods(runs, sparse, layout, place, sla_method)
+    check_trained(trained, methods, layout)
+    notes = [own_note] if own_note else []
+    notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
     notes += trained_otherwise(loras, methods, sparse.density)
@@ -291,7 +317,29 @@ def prepare(
         loras=loras,
         guidance_free=adapters,
         sla=learned,
+        riflex=riflex,
     )
+
+
+def _with_trained_method(sparse: Sparse, trained: Sequence[TrainedLength], compare: bool) -> Sparse:
+    """The request with the attention of the LoRAs where none is asked for.
+
+    Raises:
+        BadInput: a comparison, whose dense video would be another attention than that of the training.
+    """
+    if not trained:
+        return sparse
+    if compare:
+        what = f"{trained[0].name} was trained for one attention alone ({trained[0]})"
+        raise BadInput("compare", f"is of no use: {what}", f"Leave it out, or the LoRA ({mention('lora')}).")
+    method = trained[0].method
+    if sparse.methods:
+        return sparse
+    if method is None:
+        return replace(sparse, methods=(DENSE,))
+    # By its name where settings are given, of which the differences to those of the training are then told.
+    named = any(sparse.given()[name] for name in ("density", "dense_steps", "dense_layers", "settings"))
+    return replace(sparse, methods=(method.name if named else method,))
 
 
 def _dense_alone(facts: ModelFacts, sparse: Sparse, compare: bool) -> tuple[list[str | Method], str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..pipelines.adapter_header import facts_of
 from .errors import BadInput, mention
-from .lora_files import LoraFile, facts_of, lora_file
+from .lora_files import LoraFile, lora_file
 
 if TYPE_CHECKING:
     from ..attention.methods.base import Method
@@ -41,17 +42,20 @@ def trained_otherwise(
 ) -> list[str]:
     """How the attention that LoRAs were trained with differs from that of the runs, a sentence for each that does.
 
-    One that was trained with dense attention is as the model, which sparse attention comes near to. One whose mask has
-    to be the same is refused, not named: that check belongs here, before these sentences.
+    One that was trained with dense attention is as the model, which sparse attention comes near to. One for longer
+    videos is refused with another attention (`length.check_trained`), so nothing is said of it here.
 
     Args:
         loras: of the request; those that do not say how they were trained are passed over.
         methods: of the runs, by label; None is dense.
         density: that is asked for, None for the methods' own.
     """
+    from ..pipelines.length.trained import RECIPE as LENGTH
+
     said = []
     for lora in loras:
-        attention = facts_of(lora.path).get("attention")
+        facts = facts_of(lora.path)
+        attention = None if facts.get("recipe") == LENGTH else facts.get("attention")
         wanted = attention.get("method") if isinstance(attention, dict) else None
         if not isinstance(wanted, str) or wanted == "dense":
             continue

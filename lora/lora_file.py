@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..generation.lora_files import FACTS
+from ..pipelines.adapter_header import FACTS, FILE
 from .checkpoint import save_tensors
 from .config import ConfigError
 
-FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
 """Beside `FILE`, for models whose layers ComfyUI knows by other names than diffusers."""
 

@@ -17,6 +17,7 @@ def training_method(
     name: str,
     density: float | None,
     dense_layers: int | None,
+    block_size: int | None,
     backend: str,
     transformer_class: str,
     layouts: Sequence[VideoLayout | None],
@@ -29,6 +30,7 @@ def training_method(
         name: "dense", or of `attention.METHODS`.
         density: share of the pairs, at the last layout; None for the method's own.
         dense_layers: first layers that stay dense; None for the method's own.
+        block_size: of the method; None for its own.
         backend: what computes it, a name or "auto".
         transformer_class: name of the transformer's class.
         layouts: the tokens of the clips, one a size.
@@ -41,7 +43,10 @@ def training_method(
     check_takes_sparse(f"attention.method is {name}", transformer_class, layouts)
     try:
         check_names([name], compare=False)
-        method = build_method(name, layouts[-1], density=density, dense_steps=0, dense_layers=dense_layers)
+        overrides = {} if block_size is None else {"block_size": block_size}
+        method = build_method(
+            name, layouts[-1], density=density, overrides=overrides, dense_steps=0, dense_layers=dense_layers
+        )
     except BadInput as error:
         raise ConfigError(f"attention.{error}") from error
     if method.needs_weights:

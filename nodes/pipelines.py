@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..generation.calls import as_class
 from ..generation.errors import BadInput
 from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters
+from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
 from ..generation.model_places import DEMOS
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..attention import VideoLayout
     from ..generation.sound import Sound
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
+    from ..pipelines.length.trained import TrainedLength
 
 # What the menu shows -> what it is called elsewhere.
 BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
@@ -96,12 +98,14 @@ class VideoPipeline:
         residency: sees to it that the part at work is on the device.
         acceleration: None for dense attention.
         guidance_free: adapters for guidance in one pass; none for two.
+        trained: what LoRAs for longer videos in it were trained with.
     """
 
     facts: ModelFacts
     pipe: DiffusionPipeline
     residency: Residency
     acceleration: Acceleration | None = None
+    trained: tuple[TrainedLength, ...] = ()
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
 
     def guided_in_one_pass(self, adapters: Sequence[Path]) -> VideoPipeline:
@@ -123,7 +127,13 @@ class VideoPipeline:
 
         Raises:
             ValueError: the backend cannot run on the device, or not with `compensate` or Tangent.
+            InputError: a LoRA in it was trained for an attention of its own.
         """
+        if self.trained:
+            raise InputError(
+                f"{self.trained[0].name} was trained for one attention alone ({self.trained[0]}), which Generate Video "
+                "takes from its file: leave Accelerate Pipeline out."
+            )
         with plain_messages():
             check_runs(acceleration.backend, self.residency.device, sparse=True)
         check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
@@ -204,6 +214,8 @@ def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = (
     with plain_messages():
         facts = inspect_model(model)
         chosen = choose_dtype(dtype, residency.device, model)
+        trained = trained_lengths(loras)
+        check_bases(loras, facts)
         import torch
 
         # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
@@ -211,7 +223,7 @@ def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = (
             pipe = load_pipeline(facts, chosen, "cpu")
             attach(pipe, loras)
     residency.attach(pipe)
-    return VideoPipeline(facts, pipe, residency)
+    return VideoPipeline(facts, pipe, residency, trained=trained)
 
 
 def generate(
@@ -256,6 +268,10 @@ def generate(
         if acceleration is not None and pipeline.facts.only_dense:
             raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")
         method = acceleration.method_for(layout) if acceleration else None
+        if pipeline.trained:
+            method = pipeline.trained[0].method
+        check_trained(pipeline.trained, {"": method}, layout)
+        riflex = chosen_riflex("plain", pipeline.trained, pipeline.facts)
         pipeline.residency.begin(pipeline.pipe, layout, settings, method)
     start = time.perf_counter()
     options: dict[str, Any] = {}
@@ -264,7 +280,7 @@ def generate(
         options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
     with plain_messages():
         one_pass = guided_by(pipeline.guidance_free, pipeline.pipe, pipeline.facts)
-    with one_pass:
+    with one_pass, roped(pipeline.pipe, riflex):
         made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
     return _generation(pipeline, layout, settings, made, time.perf_counter() - start)
 
@@ -278,9 +294,9 @@ def _generation(
 
     acceleration = pipeline.acceleration
     report, heading = made.report or RunReport("", {}, ()), ""
-    if acceleration is None:
+    if acceleration is None and made.report is None:
         heading = "Nothing was accelerated: Accelerate Pipeline, before Generate Video, does that."
-    else:
+    elif acceleration is not None:
         report = acceleration.reported(report)
         if made.report is None:
             heading = f"No call was sparse: {acceleration.dense_reason(layout)}."

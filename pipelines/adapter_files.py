@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from .adapter_header import FACTS, FILE
+
 if TYPE_CHECKING:
     import torch
-
-FILE = "pytorch_lora_weights.safetensors"
-FACTS = "vidaccel"
-"""The key of the header under which the trainer says what an adapter belongs to."""
 
 
 def read_header(

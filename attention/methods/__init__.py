@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Method, PlanMemory
+from .lvsa import LVSA
 from .radial import Radial
 from .random import RandomBlocks
 from .sla import SLA
@@ -11,7 +12,9 @@ from .svg import SVG
 from .svg2 import SVG2
 from .tangent import Tangent
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Radial, SVG, SVG2, Tangent, Sparge, SLA, RandomBlocks)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Radial, SVG, SVG2, Tangent, Sparge, SLA, LVSA, RandomBlocks)
+}
 
 
 def resolve_method(method: Method | str) -> Method:
@@ -30,6 +33,7 @@ def resolve_method(method: Method | str) -> Method:
 
 
 __all__ = [
+    "LVSA",
     "METHODS",
     "SLA",
     "SVG",

@@ -14,6 +14,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "ae_adapt": ("ae_adapt", "AEAdapt"),
     "autoencoder": ("autoencoder", "TrainAutoencoder"),
     "gft": ("gft", "TrainGuidanceFree"),
+    "length": ("length", "TrainLength"),
     "lora": ("lora", "TrainLora"),
     "sla": ("sla", "TrainSLA"),
 }

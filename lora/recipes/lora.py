@@ -75,7 +75,13 @@ class TrainLora(EncodedClipsRecipe):
         """
         chosen = self.config.attention
         return training_method(
-            chosen.method, chosen.density, chosen.dense_layers, chosen.backend, transformer_class, layouts
+            chosen.method,
+            chosen.density,
+            chosen.dense_layers,
+            chosen.block_size,
+            chosen.backend,
+            transformer_class,
+            layouts,
         )
 
     def _layers(self, skeleton: nn.Module) -> list[str]:

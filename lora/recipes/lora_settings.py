@@ -108,17 +108,19 @@ class AttentionSettings(Settings):
         method: "dense", or one of `vidaccel.attention.METHODS`.
         density: share of the pairs that the method computes, at the last of `data.sizes`; None for its own.
         dense_layers: first layers that stay dense; None for the method's own.
+        block_size: tokens of a block, of methods that have blocks of one size; None for the method's own.
         backend: what computes it; "auto" chooses.
     """
 
     method: str = "dense"
     density: float | None = setting(None, above=0, high=1)
     dense_layers: int | None = setting(None, low=0)
+    block_size: int | None = setting(None, low=8)
     backend: str = setting("auto", free=True)
 
     def check(self) -> Iterator[str]:
         if self.method == "dense":
-            for name in ("density", "dense_layers"):
+            for name in ("density", "dense_layers", "block_size"):
                 if getattr(self, name) is not None:
                     yield f"{name} is of use only with a sparse method: set method, or leave it out."
             if self.backend != "auto":

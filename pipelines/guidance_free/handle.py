@@ -11,6 +11,7 @@ from typing import Any
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import unwrap
 from ..base_check import check_base, place_of
+from ..named_lora import one_for_each
 from ..undo import GUIDANCE_FREE
 from ..weight_files import transformer_file
 from .adapter_file import OWN_FILE, GuidanceFreeAdapter, GuidanceFreeError, read_adapter
@@ -162,13 +163,7 @@ def _by_part(
         GuidanceFreeError: not one for each.
     """
     kind = type(pipe).__name__
-    found = {adapter.part: adapter for adapter in adapters}
-    if found.keys() != parts.keys() or len(found) < len(adapters):
-        given = ", ".join(f"{adapter.path.name} for {adapter.part}" for adapter in adapters) or "none"
-        raise GuidanceFreeError(
-            f"this {kind} has {' and '.join(parts)}, and the adapters are {given}: give one for each transformer."
-        )
-    return found
+    return one_for_each(kind, parts, adapters, "adapters", GuidanceFreeError)
 
 
 class _OnePass(CopiedNotPickled):
