@@ -18,13 +18,14 @@ BENCHMARKS ?= quality cpu_speed
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # With two OpenMP threads spinning between small operations, a small model is many times slower than with one.
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-comfyui lint format bench bench-gpu clean
+.PHONY: help install demo docs test test-comfyui lint format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +52,15 @@ demo: $(STAMP) ## make a video from a prompt, dense and accelerated side by side
 	@echo
 	@echo "The video: demo_out/demo.mp4. The comparison, to be opened in a browser: demo_out/report.html"
 	@echo "The same prompt in a deep-compression latent space, with a quarter of the tokens: demo_out/demo_dc.mp4"
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable ".[docs]"
+	@touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP) ## build the documentation site, and fail on what is missing: build/site/index.html
+	$(BIN)/python docs/site/stage.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/mkdocs.yml
+	@echo "The site: build/site/index.html"
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 # Folders of the checkout that hold Python files but are not installed.
-NOT_INSTALLED = {"benchmarks", "build", "demo_out", "dist", "docs", "notebooks", "tests", "workflows"}
+NOT_INSTALLED = {"benchmarks", "build", "demo_out", "dist", "docs", "examples", "notebooks", "tests", "workflows"}
 
 
 def _folders(folder: Path, name: str = "vidaccel") -> dict[str, Path]:
@@ -51,7 +51,8 @@ def _pins(root: Path) -> dict[str, str]:
 
 
 def test_what_is_required_is_pinned(project, root):
-    required = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["test"]
+    extras = project["project"]["optional-dependencies"]
+    required = project["project"]["dependencies"] + extras["test"] + extras["docs"]
     assert {_name(requirement) for requirement in required} - set(_pins(root)) == set()
 
 
@@ -59,7 +60,8 @@ def test_pins_are_above_the_lower_bounds(project, root):
     from packaging.requirements import Requirement
 
     pins = _pins(root)
-    for text in project["project"]["dependencies"] + project["project"]["optional-dependencies"]["test"]:
+    extras = project["project"]["optional-dependencies"]
+    for text in project["project"]["dependencies"] + extras["test"] + extras["docs"]:
         requirement = Requirement(text)
         assert pins[_name(requirement.name)] in requirement.specifier, text
 
