@@ -21,13 +21,26 @@ from .wording import InputError, plain_messages
 WORDS = ["vidaccel", "sparse linear attention", "speed up video", "lora"]
 
 
+def _adapter_inputs(of_path: str, of_file: str = "") -> list[io.Input]:
+    """Which adapter, by name or by path."""
+    import folder_paths
+
+    return [
+        io.Combo.Input(
+            "sla",
+            options=[BY_PATH, *folder_paths.get_filename_list("loras")],
+            default=BY_PATH,
+            tooltip=f"The adapter, a file in models/loras. {of_file}".rstrip(),
+        ),
+        io.String.Input("path", default="", tooltip=of_path),
+    ]
+
+
 class VidaccelApplySLA(io.ComfyNode):
     """An adapter of the recipe `sla` in a native model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="VidaccelApplySLA",
             display_name="Apply SLA",
@@ -38,16 +51,9 @@ class VidaccelApplySLA(io.ComfyNode):
             "than those of the training cannot be told here.",
             inputs=[
                 io.Model.Input("model", tooltip="The native model that the adapter was trained on; it is not changed."),
-                io.Combo.Input(
-                    "sla",
-                    options=[BY_PATH, *folder_paths.get_filename_list("loras")],
-                    default=BY_PATH,
-                    tooltip="The adapter, a file in models/loras. Of Wan 2.2 14B each of the two models has its own.",
-                ),
-                io.String.Input(
-                    "path",
-                    default="",
-                    tooltip="Path of the file, or of its folder; it is taken instead of the one above.",
+                *_adapter_inputs(
+                    "Path of the file, or of its folder; it is taken instead of the one above.",
+                    "Of Wan 2.2 14B each of the two models has its own.",
                 ),
                 min_tokens_input(),
                 backend_input(),
@@ -92,8 +98,6 @@ class VidaccelPipelineSLA(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="VidaccelPipelineSLA",
             display_name="Apply SLA (Pipeline)",
@@ -102,17 +106,9 @@ class VidaccelPipelineSLA(io.ComfyNode):
             "recipe sla, whose settings are those of the training. The pipeline that comes in stays dense.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
-                io.Combo.Input(
-                    "sla",
-                    options=[BY_PATH, *folder_paths.get_filename_list("loras")],
-                    default=BY_PATH,
-                    tooltip="The adapter, a file in models/loras.",
-                ),
-                io.String.Input(
-                    "path",
-                    default="",
-                    tooltip="Path of the file, or of its folder, instead of the one above; two, with a ; between them, "
-                    "for Wan 2.2 14B. Empty for a pipeline whose weights were trained.",
+                *_adapter_inputs(
+                    "Path of the file, or of its folder, instead of the one above; two, with a ; between them, for Wan "
+                    "2.2 14B. Empty for a pipeline whose weights were trained."
                 ),
                 min_tokens_input(),
                 backend_input(),
