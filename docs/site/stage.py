@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from links import anchor_of, map_links  # noqa: E402 - a script
-from tables import fill  # noqa: E402
+from links import anchor_of, map_links
+from tables import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "docs" / "site" / "mkdocs.yml"
@@ -184,7 +184,8 @@ def navigation(listed: list[Any], found: list[str]) -> list[Any]:
     left = [name for name in sorted(found) if name not in named]
     matched = {p: [n for n in left if posixpath.dirname(n) == posixpath.dirname(p)] for p in patterns}
     problems = [f"{name} is in the menu, and no page" for name in sorted(named - patterns - set(found))]
-    problems += [f"{name} is a page, and not in the menu" for name in left if name not in sum(matched.values(), [])]
+    shown = {name for names in matched.values() for name in names}
+    problems += [f"{name} is a page, and not in the menu" for name in left if name not in shown]
     if problems:
         raise StageError("docs/site/mkdocs.yml: " + "; ".join(problems))
     return _expanded(listed, matched)
@@ -201,7 +202,11 @@ def _expanded(listed: Any, matched: dict[str, list[str]]) -> Any:
     if isinstance(listed, dict):
         return {title: _expanded(entry, matched) for title, entry in listed.items()}
     if isinstance(listed, list):
-        return [part for entry in listed for part in (matched[entry] if _is_pattern(entry, matched) else [_expanded(entry, matched)])]
+        return [
+            part
+            for entry in listed
+            for part in (matched[entry] if _is_pattern(entry, matched) else [_expanded(entry, matched)])
+        ]
     return listed
 
 
@@ -240,7 +245,7 @@ def stage(build: Path) -> None:
 
 
 def _package(folder: Path) -> None:
-    """A folder with the code alone, called as it is imported: a checkout may be called anything, and holds much else."""
+    """A folder with the code alone, by the name it is imported by: a checkout may have any, and holds much else."""
     shutil.rmtree(folder, ignore_errors=True)
     leave_out = shutil.ignore_patterns("__pycache__", "weights*", "web", "configs", "templates")
     for path in ROOT.glob("*/__init__.py"):
