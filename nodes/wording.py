@@ -10,6 +10,7 @@ import torch
 
 from ..attention import VideoLayout
 from ..attention.backends import with_stand_ins
+from ..attention.engine import NotFinite
 from ..attention.methods.base import OutOfReach, either
 from ..generation.errors import BadInput
 
@@ -70,7 +71,7 @@ def said_by(node: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if type(error) not in (ValueError, RuntimeError):
+        if type(error) not in (ValueError, RuntimeError, NotFinite):
             raise
         raise type(error)(f"{node}: {error}") from error
 

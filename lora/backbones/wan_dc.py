@@ -61,7 +61,8 @@ class DCWanModel(OwnWan):
         self.shared = base_location(facts["base"]) if self.adapter else base
         """Where the text encoder, the scheduler and the image encoder are."""
         self.part, self.levels = stage_of(base, self.index, stage)
-        self.config = facts.get("transformer") or read_config(WanTransformer3DModel, base, self.part)
+        named = {"_class_name": WanTransformer3DModel.__name__, **facts.get("transformer", {})}
+        self.config = named if self.adapter else read_config(WanTransformer3DModel, base, self.part)
         told_guidance(base, self.config, guidance, None)
         self._vae = (facts["vae"], None) if self.adapter else (base, "vae")
         config = read_config(AutoencoderDCV, *self._vae)
