@@ -23,13 +23,17 @@ __version__ = "0.1.0"
 # The public API: name -> the submodule that defines it, or the submodule itself where both have one name.
 _PUBLIC = {
     "AutoencoderDCV": ".autoencoders",
+    "LVSA": ".attention",
     "METHODS": ".attention",
     "BlockPlan": ".attention",
     "DCGenPipeline": ".pipelines",
     "DCVideoGenImageToVideoPipeline": ".pipelines",
     "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",
+    "RCMScheduler": ".pipelines.few_steps",
     "Radial": ".attention",
+    "Riflex": ".pipelines.length",
+    "SLA": ".attention",
     "SVG": ".attention",
     "SVG2": ".attention",
     "Sparge": ".attention",
@@ -42,8 +46,10 @@ _PUBLIC = {
     "demo": ".demo",
     "generate": ".generation.api",
     "guidance_free": ".pipelines.guidance_free",
+    "lengthen": ".pipelines.length",
     "pipelines": ".pipelines",
     "restore": ".pipelines",
+    "riflex": ".pipelines.length",
     "sparse_attention": ".attention",
 }
 

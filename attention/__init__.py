@@ -7,14 +7,29 @@ from .engine import SparseAttention
 from .functional import sparse_attention
 from .layout import VideoLayout
 from .merge import merge
-from .methods import METHODS, SVG, SVG2, Method, PlanMemory, Radial, RandomBlocks, Sparge, Tangent, resolve_method
+from .methods import (
+    LVSA,
+    METHODS,
+    SLA,
+    SVG,
+    SVG2,
+    Method,
+    PlanMemory,
+    Radial,
+    RandomBlocks,
+    Sparge,
+    Tangent,
+    resolve_method,
+)
 from .plan import BlockPlan
 from .records import CallRecord, RunReport
 from .schedule import DenseSchedule, StepInfo
 
 __all__ = [
     "BACKENDS",
+    "LVSA",
     "METHODS",
+    "SLA",
     "SVG",
     "SVG2",
     "BlockPlan",

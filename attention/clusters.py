@@ -49,12 +49,14 @@ def cluster(x: torch.Tensor, count: int, iterations: int, start: torch.Tensor | 
 
     New clusters are put in an order in which neighbours are alike.
     """
-    labels, means = kmeans(x.float() if x.dtype == torch.float64 else x, count, iterations, start)
-    if start is None:
-        # Later clusters start from these means, so they keep this order at no cost.
-        order = chain_order(means)
-        means = means.gather(2, order.unsqueeze(-1).expand(means.shape))
-        labels = order.argsort(-1).gather(-1, labels)
+    found = kmeans(x.float() if x.dtype == torch.float64 else x, count, iterations, start)
+    if start is not None:
+        sizes = cluster_sizes(found.labels, count) if found.sizes is None else found.sizes
+        return Clusters(found.labels, sizes, found.centroids, found.order)
+    # Later clusters start from these means, so they keep this order at no cost.
+    order = chain_order(found.centroids)
+    labels = order.argsort(-1).gather(-1, found.labels)
+    means = found.centroids.gather(2, order.unsqueeze(-1).expand(found.centroids.shape))
     return Clusters(labels, cluster_sizes(labels, count), means)
 
 

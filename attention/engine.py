@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
 
+
+class NotFinite(ValueError):
+    """NaN or infinity in q or k: weights that are no numbers, or a dtype that overflows."""
+
+
 DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -83,6 +88,7 @@ class SparseAttention:
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
         self._checked: tuple[int, int] | None = None
+        self._logged: set[str] = set()  # of the notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
         self.reset()
 
@@ -185,6 +191,7 @@ class SparseAttention:
         stock: DenseAttention = dense_attention,
         sample: int = 0,
         heads: HeadShare = ALL_HEADS,
+        weights: Any = None,
     ) -> torch.Tensor:
         """Attention of one layer.
 
@@ -197,12 +204,14 @@ class SparseAttention:
             sample: where samples have a layout each, the one that this call is of.
             heads: where several processes share the heads of the layer, which of them these are. All of these processes
                 make the call.
+            weights: what was trained for the method in this layer; see `Method.complete`.
 
         Returns:
             `[B, H, N, D]`, like `q`.
 
         Raises:
-            ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k.
+            ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k; a method
+                that needs weights, and there are none.
             RuntimeError: a named backend cannot run the call.
         """
         # Dense layers too: the first sparse step would come too late to tell.
@@ -228,6 +237,8 @@ class SparseAttention:
             chosen.prepare(plan)
         with Span(q.device) as span:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
+            with torch.autocast(q.device.type, enabled=False):
+                out = self.method.complete(out, q, k, v, plan, layout, weights)
         pairs, details = plan.pairs(), plan.details
         counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
         shares = heads.computed(pairs.expand(q.shape[:2]))
@@ -268,6 +279,8 @@ class SparseAttention:
         """Log a choice (info) or a fallback (warning) once and keep it for the report."""
         if text not in self._notes:
             self._notes.append(text)
+        if text not in self._logged:
+            self._logged.add(text)
             logger.log(level, "%s: %s", self.model, text)
 
     def report(self) -> RunReport:
@@ -342,7 +355,7 @@ class SparseAttention:
             if not torch.isfinite(heads.sum(x.detach().sum(dtype=torch.float32))):
                 counts = torch.tensor([int((~torch.isfinite(x)).sum()), x.numel()], device=x.device)
                 bad, count = heads.sum(counts).tolist()
-                raise ValueError(
+                raise NotFinite(
                     f"{bad} of {count} values of {name} are NaN or infinite in layer "
                     f"{layer} at step {self.step.step}: no plan can be made from them. Check the weights and the dtype "
                     f"({x.dtype}); bfloat16 overflows less than float16."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .own_kernels import use_kernels
@@ -10,13 +12,27 @@ CHUNK = 4096  # tokens whose distances are held at once; all of them would be N 
 GPU_DISTANCES = 2**27  # distances held at once on a GPU, over all heads: half a GiB
 
 
+class Found(NamedTuple):
+    """What k-means found; `order` and `sizes` where they were made on the way.
+
+    Args:
+        labels: `[B, H, N]` int64. centroids: `[B, H, C, D]` float32, of one update more.
+        order: `[B, H, N]` int64, the tokens sorted by label. sizes: `[B, H, C]` int64, tokens per label.
+    """
+
+    labels: torch.Tensor
+    centroids: torch.Tensor
+    order: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+
+
 def kmeans(
     x: torch.Tensor,
     clusters: int,
     iterations: int,
     centroids: torch.Tensor | None = None,
     implementation: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Found:
     """Cluster tokens by squared Euclidean distance.
 
     Distances are taken from tokens and centroids with the mean token removed, in float32, and without the token's own
@@ -33,8 +49,8 @@ def kmeans(
             on CUDA where it is installed.
 
     Returns:
-        `(labels [B, H, N] int64, centroids [B, H, C, D] float32)`; the labels belong to the centroids *before* their
-        last update, and a cluster that lost all its tokens keeps its centroid.
+        The labels belong to the centroids *before* their last update, and a cluster that lost all its tokens keeps its
+        centroid.
 
     Raises:
         ValueError: more clusters than tokens, no iteration, or an unknown implementation.
@@ -56,12 +72,13 @@ def kmeans(
         centers = centroids - mean
     if implementation == "triton" or (implementation == "auto" and use_kernels(x)):
         from .kernels.kmeans import assign as nearest
-        from .kernels.kmeans import update as means
+        from .kernels.kmeans import in_clusters, moments
 
         for _ in range(iterations):
             labels = nearest(x, mean, centers)
-            centers = means(x, mean, labels, centers)
-        return labels, centers + mean
+            order, sizes = in_clusters(labels, clusters)
+            centers, _ = moments(x, mean, order, sizes, centers)
+        return Found(labels, centers + mean, order, sizes)
     points = x - mean
     labels = assign(points, centers)
     centers = update(points, labels, centers)
@@ -70,7 +87,7 @@ def kmeans(
         centers = update(points, labels, centers)
         if x.device.type == "cpu" and previous.equal(labels):
             break
-    return labels, centers + mean
+    return Found(labels, centers + mean)
 
 
 def chain_order(centers: torch.Tensor) -> torch.Tensor:

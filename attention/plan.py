@@ -41,6 +41,8 @@ class BlockPlan:
             same fact in a form that some backends want. None for other plans.
         skipped: what stands for those clusters, when what a tile skips shall enter through it (`attention/skipped.py`).
             A backend whose capability has `stand_ins` attends to it; with others, that part is merged with theirs.
+        linear: `[Bp, Hp, T, C]` bool over tiles and key blocks of the video alone: what enters by linear attention
+            beside the softmax (`SLA`); None where that is nothing or everything. Never read by a backend.
         details: facts for a report (head kinds, cluster sizes), never read by a backend.
 
     Raises:
@@ -59,6 +61,7 @@ class BlockPlan:
     is_dense: bool = False
     selection: tuple[torch.Tensor, torch.Tensor] | None = None
     skipped: SkippedClusters | None = None
+    linear: torch.Tensor | None = None
     details: dict[str, Any] = field(default_factory=dict)
     # Of `block_mask.to_block_mask`, by block size: a static plan serves every layer and step, and building one costs
     # milliseconds.
@@ -176,7 +179,7 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan on another device."""
-        names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order")
+        names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order", "linear")
         moved = {name: getattr(self, name) for name in names}
         selection = None if self.selection is None else (self.selection[0].to(device), self.selection[1].to(device))
         tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}

@@ -72,6 +72,10 @@ def cut_segments(
         `(start, length, segment)`, each `[..., total // most + S]` int32: the pieces in order with the segment each is
         of; unused slots at the end with start `total` and length 0. The shape depends on no value.
     """
+    if use_kernels(length):
+        from .kernels import runs
+
+        return runs.cut_segments(start, length, total, most)
     start, length = start.long(), length.long()
     pieces = (length + most - 1) // most
     ends = pieces.cumsum(-1)

@@ -36,6 +36,6 @@ def common_options(
     """Faster pre-trained video diffusion models: sparse attention, and deep-compression autoencoders."""
 
 
-# In the order of `vidaccel --help`.
+# In the order of `vidaccel --help`, which has groups of commands last.
 for commands in (generate, info, models):
     commands.register(app)

@@ -11,12 +11,12 @@ import typer
 
 from ..generation.errors import BadInput, worded
 from .errors import one_line_errors, option
-from .options import amount, method_settings, pipeline_arguments
+from .options import OWN, ValuesMayBeLeftOut, amount, method_settings, pipeline_arguments
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command("generate")(generate_command)
+    app.command("generate", cls=ValuesMayBeLeftOut)(generate_command)
 
 
 def generate_command(
@@ -31,15 +31,27 @@ def generate_command(
         typer.Option(help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable."),
     ] = None,
     guidance_free: Annotated[
-        list[Path] | None,
-        typer.Option(help="An adapter of the recipe gft: guidance in one pass a step; one for each transformer."),
+        list[str] | None,
+        typer.Option(
+            metavar="[PATH]",
+            help="Guidance in one pass a step, with an adapter of the recipe gft, one for each transformer; without a "
+            "path, with that of the model itself, which the built-in ones have.",
+        ),
     ] = None,
+    sla: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --method sla: an adapter of the recipe sla; one for each transformer."),
+    ] = None,
+    rope: Annotated[
+        str,
+        typer.Option(help="plain, or riflex: of a Wan model, for videos longer than those of its training."),
+    ] = "plain",
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="dense, radial, random, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
-            "(default: tangent for a video of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, "
-            "radial)"
+            help="dense, lvsa, radial, random, sla, sparge, svg, svg2, tangent (see `vidaccel methods`); repeatable. "
+            "(default: sla for a model that was trained for it; tangent for a video of at least 8192 tokens, otherwise "
+            "dense; with --compare: tangent, svg2, radial)"
         ),
     ] = None,
     compare: Annotated[
@@ -168,7 +180,9 @@ def generate_command(
             offload=offload,
             tiling=vae_tiling,
             lora=lora or (),
-            guidance_free=guidance_free or (),
+            guidance_free=True if guidance_free == [OWN] else guidance_free or (),
+            sla=sla or (),
+            rope=rope,
         )
         check_files_of(job, out, page)
         if threads is not None:

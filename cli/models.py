@@ -7,18 +7,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..generation.errors import BadInput, mention, refuse_given
 from ..generation.outputs import check_writable
 from .errors import one_line_errors
+from .turbowan import turbowan_command
 
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command("convert")(convert_command)
+    convert = typer.Typer(cls=_Convert, no_args_is_help=True)
+    convert.command("dc-videogen")(convert_command)
+    convert.command("turbowan")(turbowan_command)
+    app.add_typer(convert, name="convert", help="Convert published weights; dc-videogen where neither is named.")
     app.command("adapt")(adapt_command)
+
+
+class _Convert(TyperGroup):
+    """`convert SOURCE TARGET` is `convert dc-videogen SOURCE TARGET`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["dc-videogen", *args]
+        return super().parse_args(ctx, args)
 
 
 def convert_command(
@@ -132,7 +146,7 @@ def _write_pipeline(
 def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> None:
     """A published file as the folder of an `AutoencoderDCV`."""
     from ..autoencoders.convert import CheckpointError, load_published
-    from ..pipelines.deep_compression.published import beside
+    from ..pipelines.drafts import beside
     from ..pipelines.errors import first_line
 
     try:
@@ -146,7 +160,7 @@ def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> N
 
 
 def adapt_command(
-    recipe: Annotated[str, typer.Argument(help="lora, gft, ae-adapt, or autoencoder.")] = "",
+    recipe: Annotated[str, typer.Argument(help="lora, gft, sla, ae-adapt, or autoencoder.")] = "",
     config: Annotated[str, typer.Option(help="YAML file, or the name of a ready one (see --list).")] = "",
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: phases.lora.steps=2000; repeatable.")
@@ -172,7 +186,7 @@ def adapt_command(
                 typer.echo(f"{file.stem}: {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
             return
         if not recipe:
-            raise ConfigError("the recipe is missing: give lora, gft, ae-adapt or autoencoder.")
+            raise ConfigError("the recipe is missing: give lora, gft, sla, ae-adapt or autoencoder.")
         if not config:
             raise ConfigError("--config is missing: give a YAML file, or the name of a ready one (--list).")
         from ..lora.__main__ import main

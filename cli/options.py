@@ -6,6 +6,8 @@ import ast
 import contextlib
 from typing import Any
 
+from typer.core import TyperCommand
+
 from ..generation.errors import BadInput
 from ..generation.values import count_or_share
 
@@ -55,3 +57,23 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text  # as in rule=published
+
+
+OWN = "own"
+"""What stands for an option's value that was left out."""
+
+
+class ValuesMayBeLeftOut(TyperCommand):
+    """A command with options whose value may be left out, which click does not have for repeatable ones: then it is
+    `OWN`. A value that does not begin with a dash counts as one, so such an option comes last, or before another.
+    """
+
+    options = ("--guidance-free",)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = []
+        for number, word in enumerate(args):
+            given.append(word)
+            if word in self.options and (args[number + 1 : number + 2] or ["-"])[0].startswith("-"):
+                given.append(OWN)
+        return super().parse_args(ctx, given)

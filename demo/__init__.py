@@ -18,10 +18,10 @@ from pathlib import Path
 
 from .world import held_out_prompts
 
-__all__ = ["DC", "HELD_OUT_PROMPTS", "WAN", "path"]
+__all__ = ["DC", "HELD_OUT_PROMPTS", "WAN", "length_lora", "path"]
 
-WAN, DC = "demo", "demo-dc"
-"""Names of the two models."""
+WAN, DC = MODELS = "demo", "demo-dc"
+"""Names of the two models, each and together."""
 
 # Folder of each, and the file without which it is not there. The second holds an adapter to the first.
 _FOLDERS = {WAN: ("weights", "model_index.json"), DC: ("weights_dc", "adapter.json")}
@@ -47,3 +47,9 @@ def path(model: str = WAN) -> Path:
     if not (folder / marker).is_file():
         raise FileNotFoundError(f"{folder} holds no model: reinstall vidaccel with its package data, or train one")
     return folder
+
+
+def length_lora() -> Path | None:
+    """The LoRA with which "demo" makes longer videos (recipe `length`); None where none is installed."""
+    file = Path(__file__).resolve().parent / "weights_length" / "pytorch_lora_weights.safetensors"
+    return file if file.is_file() else None

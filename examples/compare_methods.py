@@ -17,7 +17,6 @@ made = vidaccel.generate(
     steps=wanted.steps,
     compare=True,
     method=[vidaccel.Tangent(density=0.2), vidaccel.SVG2(density=0.2, compensate=True)],
-    dense_steps=1,
     warm_up=wanted.model != "demo",  # there is nothing to compile at its size
     report=wanted.report,
 )

@@ -13,6 +13,7 @@ from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
 from .guidance import guided_by
 from .job import Job, Sparse, prepare
+from .length import roped
 from .loras import attach
 from .machine import environment
 from .methods import measured_note
@@ -61,7 +62,9 @@ def generate(
     offload: bool = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
-    guidance_free: str | Path | Sequence[str | Path] = (),
+    guidance_free: bool | str | Path | Sequence[str | Path] = (),
+    sla: str | Path | Sequence[str | Path] = (),
+    rope: str = "plain",
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -76,8 +79,9 @@ def generate(
             stays as it is.
         prompt, negative_prompt: what the video shows, and what it should not show.
         method: "dense", a name of `METHODS` or a config such as `SVG2(top_p=0.9)`; with `compare`, several, of which
-            those of one method are named by what differs ("svg2-top_p=0.9"). None takes Tangent for a video of at least
-            8192 tokens and dense for a shorter one; with `compare`, Tangent, SVG2 and Radial.
+            those of one method are named by what differs ("svg2-top_p=0.9"). None takes SLA for a model that was
+            trained for it, Tangent for a video of at least 8192 tokens and dense for a shorter one; with `compare`,
+            Tangent, SVG2 and Radial.
         compare: also run dense, first, and measure the others against it.
         image, last_image: the first and the last frame, for image to video: a file, a PIL picture, or an array
             `[H, W, 3]` of bytes or of floats in [0, 1].
@@ -97,9 +101,13 @@ def generate(
         device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
         offload: keep on the device only the part that is at work.
         tiling: encode and decode in tiles.
-        lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1.
+        lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1. One of the recipe `length`
+            brings the attention that it was trained for.
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step: a file or folder, or one
-            for each of two transformers.
+            for each of two transformers; True for what the model has of its own, as the built-in ones do.
+        sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
+        rope: of a Wan model: "plain", or "riflex", which keeps a video longer than those of its training from
+            beginning anew (RIFLEx, arXiv 2502.15894).
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -152,6 +160,8 @@ def generate(
         tiling=tiling,
         lora=lora,
         guidance_free=guidance_free,
+        sla=sla,
+        rope=rope,
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
@@ -200,7 +210,7 @@ def carry_out(
         pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
         attach(pipe, job.loras)
     videos = []
-    with guided_by(job.guidance_free, pipe, job.facts):
+    with guided_by(job.guidance_free, pipe, job.facts), roped(pipe, job.riflex):
         for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
             if files:
                 video.save(files[video.name])

@@ -82,11 +82,11 @@ def _tokens(facts: ModelFacts, layout: VideoLayout) -> str:
 
 
 def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: int) -> list[tuple[str, str]]:
-    """What decoding takes, whole and in tiles; none for an autoencoder that was not counted."""
+    """What decoding takes, whole and in tiles; for an autoencoder that was not counted, that it was not."""
     from ..autoencoders.memory import decoding_bytes, default_tile
 
-    if vae.get("_class_name") not in _COUNTED:
-        return []
+    if (name := vae.get("_class_name")) not in _COUNTED:
+        return [("decoding", f"not counted: what {name or 'its autoencoder'} takes was not measured")]
     return [
         ("decoding, about", _gb(decoding_bytes(vae, *made, itemsize))),
         ("decoding in tiles, about", _gb(decoding_bytes(vae, *made, itemsize, default_tile(vae)))),
@@ -139,7 +139,7 @@ def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:
     if facts.autoencoder is not None and (local := _local(facts.autoencoder)) is not None:
         sizes["vae"] = sum(_weights(local).values())
     if adapter is not None:
-        from ..pipelines.deep_compression.adapted import base_location
+        from ..pipelines.deep_compression.adapter_folder import base_location
 
         base = str(adapter.get("base"))
         local = _local(base_location(base))

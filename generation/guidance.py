@@ -33,6 +33,37 @@ def guidance_adapters(given: str | Path | Sequence[str | Path]) -> tuple[Guidanc
         raise BadInput("guidance_free", f"cannot be used: {str(error).rstrip('.')}") from error
 
 
+def own_adapters(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
+    """The adapters that a model has of its own, one for each transformer.
+
+    Raises:
+        BadInput: it has none.
+    """
+    from ..pipelines.guidance_free.adapter_file import OWN_FILE
+    from ..pipelines.weight_files import stated_config, transformer_file
+
+    parts = [part for part in ("transformer", "transformer_2") if stated_config(facts.location, part) is not None]
+    files = {part: transformer_file(facts.location, OWN_FILE, part) for part in parts}
+    missing = [f"{part}/{OWN_FILE}" for part, file in files.items() if file is None]
+    if missing:
+        raise BadInput(
+            "guidance_free",
+            f"has no adapter to use: {facts.name} has none of its own ({' and '.join(missing)})",
+            "Give the file or folder of one for this model, which the recipe gft makes.",
+        )
+    return guidance_adapters([file for file in files.values() if file is not None])
+
+
+def check_adapters(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts) -> None:
+    """Raise BadInput for adapters of another model."""
+    from ..pipelines.weight_files import transformer_files
+
+    for adapter in adapters:
+        if transformer_files(facts.location, adapter.part) != adapter.base_hash:
+            problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is another"
+            raise BadInput("guidance_free", problem, "Give an adapter of this one.")
+
+
 def check_guidance(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts, settings: Settings) -> None:
     """Raise BadInput for adapters of another model, and for guidance that they cannot do.
 
@@ -42,12 +73,9 @@ def check_guidance(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts, s
         settings: checked.
     """
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeError
-    from ..pipelines.weight_files import transformer_files
 
+    check_adapters(adapters, facts)
     for adapter in adapters:
-        if transformer_files(facts.location, adapter.part) != adapter.base_hash:
-            problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is another"
-            raise BadInput("guidance_free", problem, "Give an adapter of this one.")
         try:
             adapter.check_negative(settings.negative_prompt)
         except GuidanceFreeError as error:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
-from .guidance import check_guidance, guidance_adapters
+from .guidance import check_guidance, guidance_adapters, own_adapters
+from .length import (
+    built_in_lora,
+    check_bases,
+    check_trained,
+    chosen_riflex,
+    trained_lengths,
+)
+from .lora_fit import check_fits, trained_otherwise
 from .loras import lora_files
 from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
 from .methods import (
@@ -25,6 +33,7 @@ from .methods import (
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .request import INPUTS, Settings
+from .sla import sla_adapters, trained_method
 from .values import count_or_share, number, text
 
 if TYPE_CHECKING:
@@ -33,7 +42,10 @@ if TYPE_CHECKING:
 
     from ..attention.layout import VideoLayout
     from ..attention.methods.base import Method
+    from ..pipelines.acceleration.sla import SLAAdapter
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
+    from ..pipelines.length.settings import Riflex
+    from ..pipelines.length.trained import TrainedLength
     from .lora_files import LoraFile
 
 
@@ -59,6 +71,8 @@ class Job:
         measure_error: see `accelerate`.
         loras: that are put into the pipeline once it is loaded.
         guidance_free: adapters with which guidance takes one pass a step; none for two.
+        sla: adapters for the method "sla"; none where the weights themselves were trained.
+        riflex: of the rotary embedding; None for the model's own.
     """
 
     facts: ModelFacts
@@ -79,6 +93,8 @@ class Job:
     measure_error: int = 0
     loras: tuple[LoraFile, ...] = ()
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
+    sla: tuple[SLAAdapter, ...] = ()
+    riflex: Riflex | None = None
 
     @property
     def first(self) -> str:
@@ -108,6 +124,8 @@ class Job:
             "model": f"{self.facts.name} ({self.facts.pipeline_class})",
             **loras,
             **free,
+            **({"SLA": ", ".join(a.path.name for a in self.sla)} if self.sla else {}),
+            **({} if self.riflex is None else {"rotary embedding": f"RIFLEx from {self.riflex.frames} latent frames"}),
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
@@ -189,7 +207,9 @@ def prepare(
     offload: bool = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
-    guidance_free: str | Path | Sequence[str | Path] = (),
+    guidance_free: bool | str | Path | Sequence[str | Path] = (),
+    sla: str | Path | Sequence[str | Path] = (),
+    rope: str = "plain",
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -200,7 +220,10 @@ def prepare(
         device, dtype: a name, or "auto".
         offload, tiling: see `pipelines.loading.load_pipeline`.
         lora: see `loras.lora_files`; of a pipeline that is not loaded yet.
-        guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too.
+        guidance_free: see `guidance.guidance_adapters`; of such a pipeline, too. True for what the model has of its
+            own (`guidance.own_adapters`).
+        sla: see `sla.sla_adapters`.
+        rope: see `length.chosen_riflex`.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
@@ -209,10 +232,17 @@ def prepare(
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
-    adapters = guidance_adapters(guidance_free)
-    if adapters and not isinstance(model, str):
+    asked = bool(loras) or compare or bool(sparse.methods) or any(sparse.given().values()) or rope != "plain"
+    own, own_note = built_in_lora(model, settings.frames, asked)
+    loras = loras or own
+    trained = trained_lengths(loras)
+    chosen_here = not sparse.methods
+    sparse = _with_trained_method(sparse, trained, compare)
+    adapters = () if isinstance(guidance_free, bool) else guidance_adapters(guidance_free)
+    if (adapters or guidance_free is True) and not isinstance(model, str):
         problem = "is for a model that is loaded here"
         raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
+    learned = sla_adapters(sla, sparse.names)
     if isinstance(model, str):
         place = choose_device(device, offload)
         chosen_dtype = choose_dtype(dtype, place, model)
@@ -229,7 +259,12 @@ def prepare(
         place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     settings = settings.checked(facts)
+    if guidance_free is True:
+        adapters = own_adapters(facts)
     check_guidance(adapters, facts, settings)
+    check_fits(loras, facts)
+    check_bases(loras, facts)
+    riflex = chosen_riflex(rope, trained, facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
         bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
@@ -237,16 +272,28 @@ def prepare(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
     layout = settings.layout(facts)
-    runs, why = choose_runs(sparse.methods, compare, layout.tokens)
+    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for)
+    if trained and chosen_here:
+        why = f"what {trained[0].name} was trained for"
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given())
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
-    methods, left_out = _methods(runs, sparse, layout, place)
-    notes = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+
+    def sla_method() -> Method | None:
+        asked = {"first_steps": sparse.dense_steps, "first_layers": sparse.dense_layers}
+        schedule = {name: value for name, value in asked.items() if value is not None}
+        overrides = sparse.overrides.get("sla", {})
+        return trained_method(learned, facts, pipe, layout, sparse.density, overrides, schedule)
+
+    methods, left_out = _methods(runs, sparse, layout, place, sla_method)
+    check_trained(trained, methods, layout)
+    notes = [own_note] if own_note else []
+    notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
+    notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))
         notes.append(f"The file has {wide}x{high} pixels, the last row or column twice: H.264 needs even sizes.")
@@ -269,7 +316,30 @@ def prepare(
         measure_error=sparse.measure_error,
         loras=loras,
         guidance_free=adapters,
+        sla=learned,
+        riflex=riflex,
     )
+
+
+def _with_trained_method(sparse: Sparse, trained: Sequence[TrainedLength], compare: bool) -> Sparse:
+    """The request with the attention of the LoRAs where none is asked for.
+
+    Raises:
+        BadInput: a comparison, whose dense video would be another attention than that of the training.
+    """
+    if not trained:
+        return sparse
+    if compare:
+        what = f"{trained[0].name} was trained for one attention alone ({trained[0]})"
+        raise BadInput("compare", f"is of no use: {what}", f"Leave it out, or the LoRA ({mention('lora')}).")
+    method = trained[0].method
+    if sparse.methods:
+        return sparse
+    if method is None:
+        return replace(sparse, methods=(DENSE,))
+    # By its name where settings are given, of which the differences to those of the training are then told.
+    named = any(sparse.given()[name] for name in ("density", "dense_steps", "dense_layers", "settings"))
+    return replace(sparse, methods=(method.name if named else method,))
 
 
 def _dense_alone(facts: ModelFacts, sparse: Sparse, compare: bool) -> tuple[list[str | Method], str]:
@@ -299,7 +369,11 @@ def _check_methods(methods: Sequence[Any]) -> None:
 
 
 def _methods(
-    runs: Sequence[str | Method], sparse: Sparse, layout: VideoLayout, device: torch.device
+    runs: Sequence[str | Method],
+    sparse: Sparse,
+    layout: VideoLayout,
+    device: torch.device,
+    trained: Callable[[], Method | None],
 ) -> tuple[dict[str, Method | None], dict[str, str]]:
     """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why."""
     names = [name_of(run) for run in runs]
@@ -314,7 +388,9 @@ def _methods(
             found[None] = None
             continue
         try:
-            method = _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout)
+            method = (
+                _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout, trained)
+            )
             check_stand_ins(sparse.backend, device, method)
         except BadInput as error:
             # Left out of several alone that were chosen here, and of which this one was not meant in particular.
@@ -330,10 +406,18 @@ def _methods(
     return {DENSE if method is None else next(named): method for method in found}, left_out
 
 
-def _as_named(name: str, sparse: Sparse, layout: VideoLayout) -> Method:
-    """A method by its name, with what is asked for."""
+def _as_named(name: str, sparse: Sparse, layout: VideoLayout, trained: Callable[[], Method | None]) -> Method:
+    """A method by its name, with what is asked for; `trained` is asked for the method that a model was trained for."""
+    if name == "sla" and (method := trained()) is not None:
+        return method
     values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
-    return build_method(name, layout, **values, overrides=sparse.overrides.get(name))
+    method = build_method(name, layout, **values, overrides=sparse.overrides.get(name))
+    if method.needs_weights:
+        problem = "this model was not trained for it"
+        fix = f"Train it with vidaccel adapt sla, or give an adapter as {mention('sla')}"
+        fix += "; without training there is sla.linear_scope=none."
+        raise BadInput("method", problem, fix, value=name)
+    return method
 
 
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:

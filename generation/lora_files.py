@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
 
 TRANSFORMERS = ("transformer", "transformer_2")
 TARGETS = ("all", *TRANSFORMERS)
-FACTS = "vidaccel"
-"""The key of a file's header under which the trainer says what a LoRA belongs to."""
 
 
 class LoraError(ValueError):
@@ -41,28 +38,14 @@ class LoraFile:
     target: str = "all"
 
 
-def facts_of(path: Path) -> dict[str, Any]:
-    """What the header of a file of our trainer says; empty for any other.
-
-    Args:
-        path: of the file, or of the folder of a `pytorch_lora_weights` file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(_in_folder(path), "pt") as opened:
-            facts = json.loads((opened.metadata() or {}).get(FACTS, "{}"))
-    except (OSError, SafetensorError, ValueError):
-        return {}  # another kind of file; whether it is a LoRA at all shows when it is loaded
-    return facts if isinstance(facts, dict) else {}
-
-
 def trained_for(path: Path) -> str:
     """The transformer that a file says that it was trained for; "all" where it says nothing.
 
     Args:
         path: of the file, or of the folder of a `pytorch_lora_weights` file.
     """
+    from ..pipelines.adapter_header import facts_of
+
     facts = facts_of(path)
     stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
     return stage if stage in TARGETS else "all"
@@ -72,7 +55,9 @@ def check_readable(path: Path) -> None:
     """Raise LoraError for a folder without weights and a safetensors file whose header cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    file = _in_folder(path)
+    from ..pipelines.adapter_header import adapter_path
+
+    file = adapter_path(path)
     if file.is_dir():
         if not any(each.suffix in (".safetensors", ".bin") for each in file.iterdir()):
             raise LoraError(f"the folder {path} has no weights: give the file, or the folder that it is in.")
@@ -86,10 +71,15 @@ def check_readable(path: Path) -> None:
             ) from error
 
 
-def _in_folder(path: Path) -> Path:
-    """The file of a folder that diffusers and our trainer write; the path itself where there is none."""
-    file = path / "pytorch_lora_weights.safetensors"
-    return file if file.is_file() else path
+def lora_file(path: Path) -> Path | None:
+    """The one safetensors file of a LoRA; None where a folder has several and none of the usual name."""
+    from ..pipelines.adapter_header import adapter_path
+
+    file = adapter_path(path)
+    if file.is_dir():
+        every = [each for each in file.iterdir() if each.suffix == ".safetensors"]
+        return every[0] if len(every) == 1 else None
+    return file if file.suffix == ".safetensors" else None
 
 
 def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInput, mention
-from .lora_files import LoraError, LoraFile, attach_loras, check_readable, facts_of, trained_for
+from .lora_files import LoraError, LoraFile, attach_loras, check_readable, trained_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,6 +25,8 @@ def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFil
     """
     if given is None:
         return ()
+    from ..pipelines.adapter_header import facts_of
+
     texts = [given] if isinstance(given, str | os.PathLike) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str | os.PathLike) for text in texts):
         raise BadInput(
@@ -51,8 +53,10 @@ def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFil
             check_readable(place)
         except LoraError as error:
             raise _refused(error) from error
-        if facts_of(place).get("recipe") == "gft":
-            raise BadInput("lora", "is a guidance-free adapter", f"Give it as {mention('guidance_free')}.", value=place)
+        kinds = {"gft": ("a guidance-free adapter", "guidance_free"), "sla": ("an adapter of SLA", "sla")}
+        if (recipe := facts_of(place).get("recipe")) in kinds:
+            kind, field = kinds[recipe]
+            raise BadInput("lora", f"is {kind}", f"Give it as {mention(field)}.", value=place)
         made.append(LoraFile(place, weight, trained_for(place)))
     return tuple(made)
 

@@ -18,7 +18,12 @@ DEFAULT_METHOD = "tangent"
 DEFAULT_COMPARED = ("tangent", "svg2", "radial")
 MIN_SPARSE_TOKENS = 8192
 """Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves."""
-_SET_BY_DENSITY = {"radial": ("decay", "rule"), "svg2": ("top_p", "min_ratio"), "sparge": ("topk", "cdf")}
+_SET_BY_DENSITY = {
+    "radial": ("decay", "rule"),
+    "svg2": ("top_p", "min_ratio"),
+    "sparge": ("topk", "cdf"),
+    "sla": ("topk",),
+}
 """Method -> the settings, beside `density`, that a density decides or puts out of use."""
 _NEAR = 0.04
 """A density that is off by no more than this share of it is met; SVG's temporal heads may be 3 % below theirs."""
@@ -37,18 +42,23 @@ def check_names(names: Sequence[str], compare: bool) -> None:
         raise BadInput("compare", f"needs a {mention('method')} other than dense, which is always the reference")
 
 
-def choose_runs(asked: Sequence[str | Method], compare: bool, tokens: int) -> tuple[list[str | Method], str]:
+def choose_runs(
+    asked: Sequence[str | Method], compare: bool, tokens: int, trained_for: str = ""
+) -> tuple[list[str | Method], str]:
     """The runs in their order, and why these (to be `worded`): dense first where it is the reference, every run once.
 
     Args:
         asked: names and configs that were given, checked; may be empty.
         compare: whether a comparison was asked for.
         tokens: length of the video's sequence in self-attention.
+        trained_for: the method that the model was trained for; "" for none.
     """
     few = tokens < MIN_SPARSE_TOKENS
     runs: list[str | Method]
     if asked:
         runs, why = list(dict.fromkeys(asked)), "as given"
+    elif trained_for:
+        runs, why = [trained_for], f"the model was trained for it; {mention('method')} {DENSE} for attention to all"
     elif compare:
         runs, why = list(DEFAULT_COMPARED), f"what {mention('compare')} takes without {mention('method')}"
         if few:
@@ -107,7 +117,7 @@ def build_method(
 
     method_class = METHODS[name]
     settings = dict(overrides or {})
-    _check_settings(name, settings, density)
+    check_settings(name, settings, density)
     try:
         # All at once: one setting can decide what another may be, and what a method makes of those that are left out.
         changed = {"first_steps": dense_steps, "first_layers": dense_layers}
@@ -124,7 +134,7 @@ def build_method(
         raise BadInput("method", first_line(error).rstrip("."), value=name) from error
 
 
-def _check_settings(name: str, settings: Mapping[str, Any], density: float | None) -> None:
+def check_settings(name: str, settings: Mapping[str, Any], density: float | None) -> None:
     """Raise BadInput for settings that a method lacks, and for those that are given twice, once by the density."""
     from ..attention import METHODS
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
+LEARNED_FILE = "transformer/sla_config.json"
+"""Beside the weights of a transformer that was trained for SLA; see `pipelines.acceleration.sla_weights`."""
 _DEFAULTS = ("frames", "height", "width", "steps", "guidance_scale")
 
 
@@ -42,6 +44,8 @@ class ModelFacts:
         own_defaults: frames, sizes, steps and guidance that the model states, see `DEFAULTS_FILE`.
         transformer: its config.
         guider_scale: the guidance scale of its guider, where it has one.
+        most_steps: of a model that is distilled to few, as its scheduler has them.
+        trained_for: name of the method of sparse attention that its weights were trained for; "" for none.
     """
 
     name: str
@@ -56,6 +60,8 @@ class ModelFacts:
     own_defaults: Mapping[str, int | float] = field(default_factory=dict, hash=False)
     transformer: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
     guider_scale: float | None = None
+    most_steps: int | None = None
+    trained_for: str = ""
 
     @property
     def pipeline_class(self) -> str:
@@ -143,6 +149,8 @@ class ModelFacts:
         found = {name: open_.get(name) if value is None else value for name, value in found.items()}
         if self.guider_scale is not None:
             found["guidance_scale"] = self.guider_scale
+        if self.most_steps is not None:
+            found["steps"] = self.most_steps
         if not self.makes_any_size:
             found["frames"] = self.row.frames.default(int(found["frames"]), self.frame_factor)
         return {name: value for name, value in found.items() if value is not None} | dict(self.own_defaults)
@@ -202,7 +210,7 @@ def inspect_pipeline(pipe: DiffusionPipeline, index: Mapping[str, Any] | None = 
     name = next((demo for demo in DEMOS if location == locate(demo)), location)
 
     def read(file: str) -> dict[str, Any] | None:
-        if file == DEFAULTS_FILE:
+        if file in (DEFAULTS_FILE, LEARNED_FILE):
             return folder_reader(Path(location))(file)
         part = unwrap(getattr(pipe, file.partition("/")[0], None))
         config = getattr(part, "config", None)
@@ -286,8 +294,15 @@ def _facts(
         patch=patch_of(transformer),
         max_positions=transformer.get("rope_max_seq_len"),
         transformer=transformer,
+        most_steps=_most_steps(read("scheduler/scheduler_config.json") or {}),
+        trained_for="" if read(LEARNED_FILE) is None else "sla",
         **more,
     )
+
+
+def _most_steps(scheduler: Mapping[str, Any]) -> int | None:
+    """Steps that a scheduler has times for, from its config; None where any number will do."""
+    return len(scheduler["middle_times"]) + 1 if scheduler.get("_class_name") == "RCMScheduler" else None
 
 
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:

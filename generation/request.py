@@ -238,6 +238,9 @@ class Settings:
         if whole.steps < least:
             problem = f"a {model.pipeline_class} makes {least} at the least"
             raise BadInput("steps", problem, f"Give {least} or more.", value=whole.steps)
+        if model.most_steps is not None and whole.steps > model.most_steps:
+            problem = f"this model is distilled to {model.most_steps} steps at the most"
+            raise BadInput("steps", problem, f"Give {model.most_steps}.", value=whole.steps)
         if not model.makes_any_size:
             _check_size(whole, model)
         layout = whole.layout(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from .request import DEFAULT_FPS, Settings
 from .sound import Sound
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from diffusers import DiffusionPipeline
 
@@ -100,6 +102,8 @@ def run(
     backend: str = "auto",
     schedule: DenseSchedule | None = None,
     measure_error: int = 0,
+    adapter: Sequence[Path] = (),
+    base: str | None = None,
     on_step: StepCallback | None = None,
     decode: bool = True,
 ) -> Run:
@@ -110,24 +114,33 @@ def run(
     Args:
         pipe: the pipeline.
         settings: checked.
-        method, backend, schedule, measure_error: see `accelerate`.
+        method, backend, schedule, measure_error, adapter, base: see `accelerate`.
         on_step: told of every step.
         decode: make frames of the latents.
 
     Raises:
         GenerationError: the model made NaN or infinite values.
+        BadInput: the model was not trained for SLA as it is asked for.
     """
     from ..pipelines import accelerate
+    from ..pipelines.acceleration.sla_weights import SLAError
 
     if method is None:
         return _call(pipe, settings, on_step, decode)
-    with accelerate(pipe, method, backend=backend, schedule=schedule, measure_error=measure_error) as handle:
+    options: dict[str, Any] = {"backend": backend, "schedule": schedule, "measure_error": measure_error}
+    try:
+        handle = accelerate(pipe, method, **options, adapter=adapter if method.name == "sla" else (), base=base)
+    except SLAError as error:
+        raise BadInput("method", str(error).rstrip("."), value="sla") from error
+    with handle:
         made = _call(pipe, settings, on_step, decode)
         return replace(made, report=handle.report().last())
 
 
 def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
     import torch
+
+    from ..pipelines.few_steps.start import scaled_start
 
     row = row_of(pipe)
     parts = parts_of(pipe, row, settings)
@@ -142,7 +155,12 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     device = pipe._execution_device
     synchronise(device)
     start = time.perf_counter()
-    with refusals(settings.pipeline_options), guided(pipe, row, settings), stepped(pipe, step_ended) as told:
+    with (
+        refusals(settings.pipeline_options),
+        guided(pipe, row, settings),
+        scaled_start(pipe),
+        stepped(pipe, step_ended) as told,
+    ):
         result = pipe(
             **call_arguments(pipe, row, settings),
             **told,
@@ -171,12 +189,11 @@ def make_video(
     name: str,
     method: Method | None,
     *,
-    backend: str = "auto",
-    measure_error: int = 0,
     on_step: StepCallback | None = None,
+    **options: Any,
 ) -> GeneratedVideo:
-    """Run a pipeline once; the video as bytes, and its times."""
-    made = run(pipe, settings, method, backend=backend, measure_error=measure_error, on_step=on_step)
+    """Run a pipeline once; the video as bytes, and its times. `options` are those of `run`."""
+    made = run(pipe, settings, method, on_step=on_step, **options)
     return GeneratedVideo(
         name=name,
         frames=(made.frames * 255).round().astype(np.uint8),
@@ -190,10 +207,11 @@ def make_video(
     )
 
 
-def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, *, backend: str = "auto") -> float:
+def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, **options: Any) -> float:
     """A step (or as few as the pipeline makes) that is not counted: compilation and first use stay out of a comparison.
 
-    An accelerated warm-up is sparse in every layer, since a dense first step would compile nothing.
+    An accelerated warm-up is sparse in every layer, since a dense first step would compile nothing; but SLA has the
+    schedule that it was trained with. `options` are those of `run`.
 
     Returns:
         What it took, in seconds.
@@ -203,7 +221,8 @@ def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, 
     single = replace(settings, steps=row_of(pipe).least_steps, strength=None if settings.video is None else 1.0)
     if method is None:
         return run(pipe, single).seconds
-    return run(pipe, single, method, backend=backend, schedule=DenseSchedule(), decode=False).seconds
+    schedule = None if method.name == "sla" else DenseSchedule()
+    return run(pipe, single, method, schedule=schedule, decode=False, **options).seconds
 
 
 def make_videos(
@@ -218,6 +237,11 @@ def make_videos(
         on_stage: told of what happens.
     """
     tell = on_stage or (lambda name, stage, done, total: None)
+    options: dict[str, Any] = {
+        "backend": job.backend,
+        "adapter": [adapter.path for adapter in job.sla],
+        "base": None if job.pipe is not None else job.facts.location,
+    }
     for name, method in job.methods.items():
 
         def stepped(done: int, total: int, _latents: Any, name: str = name) -> None:
@@ -226,8 +250,8 @@ def make_videos(
         warm_seconds = None
         if warm:
             tell(name, "warm-up", 0, job.settings.steps)
-            warm_seconds = warm_up(pipe, job.settings, method, backend=job.backend)
+            warm_seconds = warm_up(pipe, job.settings, method, **options)
         tell(name, "steps", 0, job.settings.steps)
-        options: dict[str, Any] = {"backend": job.backend, "measure_error": job.measure_error}
-        video = make_video(pipe, job.settings, name, method, **options, on_step=stepped)
+        more: dict[str, Any] = {"measure_error": job.measure_error, "on_step": stepped}
+        video = make_video(pipe, job.settings, name, method, **options, **more)
         yield replace(video, warm_up_seconds=warm_seconds)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
+from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
 from .checkpoint import replaced, save_tensors
 from .config import ConfigError, nearest
 

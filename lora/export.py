@@ -29,7 +29,7 @@ def export_adapter(run: Path, target: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     from ..autoencoders import AutoencoderDCV
-    from ..pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE
+    from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE
     from .backbones.folders import forget_paths
     from .checkpoint import replaced
 

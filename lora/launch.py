@@ -25,7 +25,7 @@ def run(
     """Train.
 
     Args:
-        recipe: "lora", "ae_adapt" or "autoencoder".
+        recipe: a name of `recipes.RECIPES`.
         config_file: YAML; the bare name of a file in `config_folder()` is found there.
         overrides: "a.b=value".
         resume: None, "latest", "auto" (latest, or from the start without any), or the folder of a checkpoint.

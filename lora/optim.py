@@ -73,13 +73,18 @@ EIGHT_BIT = {
 """Name of an AdamW whose state takes 8 bits a number -> the module that has it."""
 
 
-def eight_bit(name: str) -> Any:
+def eight_bit(name: str, phase: str = "") -> Any:
     """The class of an 8-bit AdamW. To load it also lets torch read the checkpoints that hold its state.
+
+    Args:
+        name: of the optimiser.
+        phase: whose it is, for the message.
 
     Raises:
         ConfigError: its package is not installed.
     """
-    return optional(EIGHT_BIT[name], f"optimizer is {name}").AdamW8bit
+    of_phase = f"phase {phase}: " if phase else ""
+    return optional(EIGHT_BIT[name], f"{of_phase}optimizer is {name}").AdamW8bit
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.engine import NotFinite
 from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, set_random_state
 from .config import ConfigError, as_yaml
 from .data.sampler import ClipSampler
@@ -74,12 +75,15 @@ class PhaseRun:
             Diverged: the loss or a weight is no number any more; no checkpoint is written of it.
             CheckpointError: the last checkpoint cannot be written.
         """
-        if self.state.validation_due:
-            self._validate()
-            if self.process.asked_to_stop():
-                self._stop(random_state())
-        if not self._done():
-            self._steps()
+        try:
+            if self.state.validation_due:
+                self._validate()
+                if self.process.asked_to_stop():
+                    self._stop(random_state())
+            if not self._done():
+                self._steps()
+        except NotFinite as error:  # sparse attention plans from it before a loss shows it
+            raise self._diverged(f"a weight of phase {self.phase.name} is NaN or infinite") from error
         return self.state.result()
 
     # -- setting up ----------------------------------------------------------------------------------------------------

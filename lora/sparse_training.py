@@ -17,6 +17,7 @@ def training_method(
     name: str,
     density: float | None,
     dense_layers: int | None,
+    block_size: int | None,
     backend: str,
     transformer_class: str,
     layouts: Sequence[VideoLayout | None],
@@ -29,6 +30,7 @@ def training_method(
         name: "dense", or of `attention.METHODS`.
         density: share of the pairs, at the last layout; None for the method's own.
         dense_layers: first layers that stay dense; None for the method's own.
+        block_size: of the method; None for its own.
         backend: what computes it, a name or "auto".
         transformer_class: name of the transformer's class.
         layouts: the tokens of the clips, one a size.
@@ -38,13 +40,17 @@ def training_method(
     """
     if name == DENSE:
         return None
-    if not any(transformer_class in family.transformers for family in FAMILIES) or None in layouts:
-        raise ConfigError(f"attention.method is {name}, but a {transformer_class} trains with dense attention alone.")
+    check_takes_sparse(f"attention.method is {name}", transformer_class, layouts)
     try:
         check_names([name], compare=False)
-        method = build_method(name, layouts[-1], density=density, dense_steps=0, dense_layers=dense_layers)
+        overrides = {} if block_size is None else {"block_size": block_size}
+        method = build_method(
+            name, layouts[-1], density=density, overrides=overrides, dense_steps=0, dense_layers=dense_layers
+        )
     except BadInput as error:
         raise ConfigError(f"attention.{error}") from error
+    if method.needs_weights:
+        raise ConfigError(f"attention.method is {name}, which learns weights of its own: use the recipe {name}.")
     try:
         check_backend(backend)
         for layout in layouts:
@@ -52,3 +58,15 @@ def training_method(
     except ValueError as error:
         raise ConfigError(f"attention: {error}") from error
     return method
+
+
+def check_takes_sparse(asked: str, transformer_class: str, layouts: Sequence[VideoLayout | None]) -> None:
+    """Raise ConfigError for a model that trains with dense attention alone.
+
+    Args:
+        asked: what was asked for, as the start of a sentence.
+        transformer_class: name of the transformer's class.
+        layouts: the tokens of the clips, one a size.
+    """
+    if not any(transformer_class in family.transformers for family in FAMILIES) or None in layouts:
+        raise ConfigError(f"{asked}, but a {transformer_class} trains with dense attention alone.")

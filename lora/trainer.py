@@ -129,8 +129,10 @@ class Trainer:
     def _run(self, resume: str | None) -> dict[str, Any]:
         with self.process.stop.at_once():
             phases = list(self.recipe.phases())
-            for optimizer in {phase.settings.optimizer for phase in phases} & EIGHT_BIT.keys():
-                eight_bit(optimizer)  # before long work, and before a checkpoint with its state is read
+            for phase in phases:
+                if phase.settings.optimizer in EIGHT_BIT:
+                    # Before long work, and before a checkpoint with its state is read.
+                    eight_bit(phase.settings.optimizer, phase.name)
             if self.process.is_main:
                 # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
                 self.checkpoints.clean()

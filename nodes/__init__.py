@@ -12,11 +12,21 @@ async def comfy_entrypoint() -> ComfyExtension:
     """The nodes of this package, as ComfyUI asks for them when it starts."""
     from comfy_api.latest import ComfyExtension, io
 
-    from . import autoencoder_nodes, lora_nodes, pipeline_nodes, report_node, sparse_nodes
+    from . import (
+        autoencoder_nodes,
+        guidance_nodes,
+        length_nodes,
+        lora_nodes,
+        pipeline_nodes,
+        report_node,
+        sla_nodes,
+        sparse_nodes,
+    )
 
     class VideoAcceleration(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            modules = (sparse_nodes, pipeline_nodes, lora_nodes, autoencoder_nodes, report_node)
+            native = (sparse_nodes, sla_nodes, length_nodes, guidance_nodes)
+            modules = (*native, pipeline_nodes, lora_nodes, autoencoder_nodes, report_node)
             return [node for module in modules for node in module.NODES]
 
     return VideoAcceleration()

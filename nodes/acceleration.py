@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attention.methods.base import OutOfReach
@@ -54,6 +55,11 @@ class Acceleration:
         for name in ("dense_layers", "min_tokens", "measure_error"):
             if getattr(self, name) < 0:
                 raise BadInput(name, "it must be 0 or more", value=getattr(self, name))
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """Files of what was trained for the method; see `accelerate`."""
+        return ()
 
     @property
     def stand_ins(self) -> str:

@@ -14,13 +14,44 @@ BY_PATH = "the path below"
 Loras = io.Custom("VIDACCEL_LORAS")
 
 
+def file_inputs() -> list[io.Input]:
+    """Which file: from ComfyUI's menu, or by its path."""
+    import folder_paths
+
+    return [
+        io.Combo.Input(
+            "lora",
+            options=[BY_PATH, *folder_paths.get_filename_list("loras")],
+            default=BY_PATH,
+            tooltip="A file in models/loras.",
+        ),
+        io.String.Input(
+            "path",
+            default="",
+            tooltip="Path of a file, or of a folder with pytorch_lora_weights.safetensors; it is taken instead "
+            "of the one above.",
+        ),
+    ]
+
+
+def chosen_file(lora: str, path: str) -> Path:
+    """The file of `file_inputs`.
+
+    Raises:
+        ValueError: none was chosen.
+    """
+    import folder_paths
+
+    if not path.strip() and lora == BY_PATH:
+        raise ValueError("lora: choose a file of models/loras, or give the path of one.")
+    return Path(path.strip() or folder_paths.get_full_path_or_raise("loras", lora)).expanduser()
+
+
 class VidaccelPipelineLoRA(io.ComfyNode):
     """A LoRA and its weight."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="VidaccelPipelineLoRA",
             display_name="Pipeline LoRA",
@@ -28,18 +59,7 @@ class VidaccelPipelineLoRA(io.ComfyNode):
             description="A LoRA for Load Video Pipeline, with a weight. Several are connected one behind the other, "
             "through loras. Files of diffusers, ComfyUI and musubi-tuner are taken.",
             inputs=[
-                io.Combo.Input(
-                    "lora",
-                    options=[BY_PATH, *folder_paths.get_filename_list("loras")],
-                    default=BY_PATH,
-                    tooltip="A file in models/loras.",
-                ),
-                io.String.Input(
-                    "path",
-                    default="",
-                    tooltip="Path of a file, or of a folder with pytorch_lora_weights.safetensors; it is taken instead "
-                    "of the one above.",
-                ),
+                *file_inputs(),
                 io.Float.Input(
                     "weight",
                     default=1.0,
@@ -66,12 +86,7 @@ class VidaccelPipelineLoRA(io.ComfyNode):
     def execute(
         cls, lora: str, path: str, weight: float, transformer: str, loras: tuple[Lora, ...] = ()
     ) -> io.NodeOutput:
-        import folder_paths
-
-        if not path.strip() and lora == BY_PATH:
-            raise ValueError("lora: choose a file of models/loras, or give the path of one.")
-        found = path.strip() or folder_paths.get_full_path_or_raise("loras", lora)
-        return io.NodeOutput((*loras, Lora(Path(found).expanduser(), weight, transformer)))
+        return io.NodeOutput((*loras, Lora(chosen_file(lora, path), weight, transformer)))
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelPipelineLoRA]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,7 @@ class NativeAttention:
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
+        weights: what was trained for the method in each layer.
 
     Raises:
         ValueError: unknown backend, or a negative `min_tokens` or `measure_error`.
@@ -70,12 +71,13 @@ class NativeAttention:
         min_tokens: int = 0,
         backend: str = "auto",
         measure_error: int = 0,
+        weights: Mapping[int, torch.nn.Module] | None = None,
     ) -> None:
         if min_tokens < 0:
             raise ValueError(f"min_tokens is {min_tokens}: it must be 0 or more.")
         self.method_for, self.name, self.settings = method_for, name, settings
         self.dense, self.min_tokens, self.backend = dense, min_tokens, check_backend(backend)
-        self.measure_error = check_rows(measure_error)
+        self.measure_error, self.weights = check_rows(measure_error), weights or {}
         self._engines: dict[VideoLayout, SparseAttention] = {}
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
         self._notes: dict[str, int] = {}  # -> the last run that it was true of
@@ -303,7 +305,7 @@ class NativeAttention:
             one_q, one_k, one_v = tensors
             with self._lock, said_by(self.title):
                 engine.enter(replace(current.step, branch=branch), current.layout)
-                outs.append(engine(one_q, one_k, one_v, layer))
+                outs.append(engine(one_q, one_k, one_v, layer, weights=self.weights.get(layer)))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def sparsify(
     min_tokens: int = 0,
     backend: str = "auto",
     measure_error: int = 0,
+    weights: Mapping[int, torch.nn.Module] | None = None,
 ) -> tuple[Any, NativeAttention]:
     """A clone of a MODEL with sparse attention; the MODEL itself stays as it is.
 
@@ -43,6 +44,7 @@ def sparsify(
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
+        weights: what was trained for the method in each layer.
 
     Returns:
         The clone, and the object that holds its state and report.
@@ -81,6 +83,7 @@ def sparsify(
         min_tokens=min_tokens,
         backend=backend,
         measure_error=measure_error,
+        weights=weights,
     )
 
     # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.

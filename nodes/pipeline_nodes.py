@@ -243,6 +243,9 @@ class VidaccelGenerateVideo(io.ComfyNode):
                 io.Image.Output(display_name="images", tooltip="The frames."),
                 io.Video.Output(display_name="video", tooltip="For ComfyUI's Save Video."),
                 Report.Output(display_name="report", tooltip="For Sparse Attention Report."),
+                io.Audio.Output(
+                    display_name="audio", tooltip="The sound, of models that make one; it is in the video as well."
+                ),
             ],
             **accepted(io.Schema, search_aliases=["vidaccel", "text to video", "sample video", "diffusers"]),
         )
@@ -272,10 +275,11 @@ class VidaccelGenerateVideo(io.ComfyNode):
             face_video=None if face_video is None else face_video.get_components().images,
             on_step=_progress(pipeline),
         )
+        rate = Fraction(made.fps).limit_denominator(1001)
         film = InputImpl.VideoFromComponents(
-            Types.VideoComponents(images=made.frames, audio=None, frame_rate=Fraction(made.fps).limit_denominator(1001))
+            Types.VideoComponents(images=made.frames, audio=made.audio, frame_rate=rate)
         )
-        return io.NodeOutput(made.frames, film, replace(made.report, queued=queue_entry()))
+        return io.NodeOutput(made.frames, film, replace(made.report, queued=queue_entry()), made.audio)
 
 
 def _residency() -> Residency:

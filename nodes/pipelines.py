@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.calls import as_class
 from ..generation.errors import BadInput
+from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters
+from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
 from ..generation.model_places import DEMOS
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention import VideoLayout
+    from ..generation.sound import Sound
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
+    from ..pipelines.length.trained import TrainedLength
 
 # What the menu shows -> what it is called elsewhere.
 BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
@@ -92,19 +97,43 @@ class VideoPipeline:
         pipe: the diffusers pipeline; dense between two runs, whatever `acceleration` says.
         residency: sees to it that the part at work is on the device.
         acceleration: None for dense attention.
+        guidance_free: adapters for guidance in one pass; none for two.
+        trained: what LoRAs for longer videos in it were trained with.
     """
 
     facts: ModelFacts
     pipe: DiffusionPipeline
     residency: Residency
     acceleration: Acceleration | None = None
+    trained: tuple[TrainedLength, ...] = ()
+    guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
+
+    def guided_in_one_pass(self, adapters: Sequence[Path]) -> VideoPipeline:
+        """The same weights with guidance in one pass, this object as it is.
+
+        Args:
+            adapters: a file or folder for each transformer; none for what the model has of its own.
+
+        Raises:
+            InputError: one cannot be read or is of another model, or the model has none of its own.
+        """
+        with plain_messages():
+            found = guidance_adapters(adapters) if adapters else own_adapters(self.facts)
+            check_adapters(found, self.facts)
+        return replace(self, guidance_free=found)
 
     def accelerated(self, acceleration: Acceleration) -> VideoPipeline:
         """The same weights with another acceleration, this object as it is.
 
         Raises:
             ValueError: the backend cannot run on the device, or not with `compensate` or Tangent.
+            InputError: a LoRA in it was trained for an attention of its own.
         """
+        if self.trained:
+            raise InputError(
+                f"{self.trained[0].name} was trained for one attention alone ({self.trained[0]}), which Generate Video "
+                "takes from its file: leave Accelerate Pipeline out."
+            )
         with plain_messages():
             check_runs(acceleration.backend, self.residency.device, sparse=True)
         check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
@@ -130,18 +159,25 @@ class Generation:
         frames: `[F, H, W, 3]` float32 on the CPU, in [0, 1], as ComfyUI's IMAGE.
         report: for the report node.
         fps: frames per second, those asked for or the model's.
+        audio: as ComfyUI's AUDIO, of models that make sound: "waveform" `[1, C, S]` and "sample_rate", no longer than
+            the frames. None for others.
     """
 
     frames: torch.Tensor
     report: GenerationReport
     fps: float
+    audio: dict[str, Any] | None = None
 
 
 # -- loading and running -----------------------------------------------------------------------------------------------
 
 
-def require_packages() -> None:
-    """Raise InputError when a package that pipelines need is not there or too old: native models run without them."""
+def require_packages(who: str = "diffusers pipelines need") -> None:
+    """Raise InputError when a package that pipelines need is not there or too old: native models run without them.
+
+    Args:
+        who: needs them, as the start of the message.
+    """
     from packaging.requirements import Requirement
 
     if not REQUIREMENTS.is_file():
@@ -158,9 +194,7 @@ def require_packages() -> None:
             if not needed.specifier.contains(found, prereleases=True):
                 wrong.append(f"{needed} (found {found})")
     if wrong:
-        raise InputError(
-            f"diffusers pipelines need {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}"
-        )
+        raise InputError(f"{who} {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}")
 
 
 def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = ()) -> VideoPipeline:
@@ -180,6 +214,8 @@ def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = (
     with plain_messages():
         facts = inspect_model(model)
         chosen = choose_dtype(dtype, residency.device, model)
+        trained = trained_lengths(loras)
+        check_bases(loras, facts)
         import torch
 
         # ComfyUI runs nodes in inference mode, whose tensors could not be adapted or trained later.
@@ -187,7 +223,7 @@ def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = (
             pipe = load_pipeline(facts, chosen, "cpu")
             attach(pipe, loras)
     residency.attach(pipe)
-    return VideoPipeline(facts, pipe, residency)
+    return VideoPipeline(facts, pipe, residency, trained=trained)
 
 
 def generate(
@@ -226,41 +262,63 @@ def generate(
         )
         pipeline = pipeline.starting_from(settings.given)
         settings = settings.checked(pipeline.facts)
+        check_guidance(pipeline.guidance_free, pipeline.facts, settings)
         layout = settings.layout(pipeline.facts)
         acceleration = pipeline.acceleration
         if acceleration is not None and pipeline.facts.only_dense:
             raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")
         method = acceleration.method_for(layout) if acceleration else None
+        if pipeline.trained:
+            method = pipeline.trained[0].method
+        check_trained(pipeline.trained, {"": method}, layout)
+        riflex = chosen_riflex("plain", pipeline.trained, pipeline.facts)
         pipeline.residency.begin(pipeline.pipe, layout, settings, method)
     start = time.perf_counter()
     options: dict[str, Any] = {}
     if acceleration is not None:
         options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
-    made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
-    return _generation(acceleration, layout, settings, made, time.perf_counter() - start)
+        options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
+    with plain_messages():
+        one_pass = guided_by(pipeline.guidance_free, pipeline.pipe, pipeline.facts)
+    with one_pass, roped(pipeline.pipe, riflex):
+        made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
+    return _generation(pipeline, layout, settings, made, time.perf_counter() - start)
 
 
 def _generation(
-    acceleration: Acceleration | None, layout: VideoLayout, settings: Settings, made: Run, seconds: float
+    pipeline: VideoPipeline, layout: VideoLayout, settings: Settings, made: Run, seconds: float
 ) -> Generation:
     import torch
 
     from ..attention import RunReport
 
+    acceleration = pipeline.acceleration
     report, heading = made.report or RunReport("", {}, ()), ""
-    if acceleration is None:
+    if acceleration is None and made.report is None:
         heading = "Nothing was accelerated: Accelerate Pipeline, before Generate Video, does that."
-    else:
+    elif acceleration is not None:
         report = acceleration.reported(report)
         if made.report is None:
             heading = f"No call was sparse: {acceleration.dense_reason(layout)}."
-    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}, "
+    one_pass = " in one pass" if pipeline.guidance_free else ""
+    guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}{one_pass}, "
     told = (
         f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, {guidance}"
         f"seed {settings.seed}: {seconds:.1f} s with text and decoding"
     )
     report = replace(report, notes=(*report.notes, *made.notes, told))
-    return Generation(torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading)), settings.fps)
+    frames, shown = torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading))
+    return Generation(frames, shown, settings.fps, _audio(made.sound, len(frames) / settings.fps))
+
+
+def _audio(sound: Sound | None, seconds: float) -> dict[str, Any] | None:
+    """ComfyUI's AUDIO of a sound, of no more than so many seconds."""
+    import torch
+
+    if sound is None:
+        return None
+    kept = sound.samples[: round(seconds * sound.rate)]
+    return {"waveform": torch.from_numpy(kept.T.copy())[None], "sample_rate": sound.rate}
 
 
 def _picture(image: torch.Tensor | None) -> Any:

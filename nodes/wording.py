@@ -10,6 +10,7 @@ import torch
 
 from ..attention import VideoLayout
 from ..attention.backends import with_stand_ins
+from ..attention.engine import NotFinite
 from ..attention.methods.base import OutOfReach, either
 from ..generation.errors import BadInput
 
@@ -26,7 +27,7 @@ _EASING = {"compensate": "switch compensate off", "key_clusters": "take fewer ke
 STEP = 0.01  # of the inputs that are shares
 
 # A field of a request, of which there are several front ends -> the input that sets it.
-_FIELDS = {"model": "pipeline", "guidance_scale": "guidance"}
+_FIELDS = {"model": "pipeline", "guidance_scale": "guidance", "guidance_free": "adapter"}
 
 
 class InputError(ValueError):
@@ -70,7 +71,7 @@ def said_by(node: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if type(error) not in (ValueError, RuntimeError):
+        if type(error) not in (ValueError, RuntimeError, NotFinite):
             raise
         raise type(error)(f"{node}: {error}") from error
 

@@ -7,7 +7,8 @@ The names of the last two are looked up on first use, because diffusers' own cla
 from __future__ import annotations
 
 from . import deep_compression
-from .acceleration import FAMILIES, Family, Handle, accelerate, find_transformers, restore, supported_pipelines
+from .acceleration import FAMILIES, Family, Handle, accelerate, find_transformers, supported_pipelines
+from .undo import restore
 
 __all__ = [
     "FAMILIES",

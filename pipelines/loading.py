@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:
@@ -71,7 +74,8 @@ def load_pipeline(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     dtypes = {"default": dtype, "vae": autoencoder_dtype or torch.float32}
-    pipe = find_class(pipeline_class).from_pretrained(location, dtype=dtypes)
+    with _silent_on_projections():
+        pipe = find_class(pipeline_class).from_pretrained(location, dtype=dtypes)
     # The class of the autoencoder is known only now.
     usual = usual_autoencoder_dtype(isinstance(pipe.vae, AutoencoderDCV), dtype)
     if autoencoder_dtype is None and usual != torch.float32:
@@ -88,6 +92,23 @@ def load_pipeline(
     else:
         pipe.to(device)
     return pipe
+
+
+@contextlib.contextmanager
+def _silent_on_projections() -> Iterator[None]:
+    """While this lasts, diffusers does not say that projections of SLA are not used: `accelerate` reads them."""
+
+    def says_more(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        names = re.findall(r"[\w.]+\.(?:weight|bias)\b", text) if "were not used" in text else []
+        return not names or not all(".proj_l." in name for name in names)
+
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    log.addFilter(says_more)
+    try:
+        yield
+    finally:
+        log.removeFilter(says_more)
 
 
 def as_video_to_video(pipe: DiffusionPipeline) -> DiffusionPipeline:

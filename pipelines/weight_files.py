@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, base_location, is_adapter, read_facts
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -12,16 +19,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def transformer_files(base: str, part: str = "transformer", samples: int = 16) -> str:
     """A hash of what a transformer of a pipeline is, from a folder or the hub: equal wherever its files lie.
 
-    Of each file of weights, the size and `samples` evenly spaced parts of 4 KiB count; the first has the names.
+    Of each file of weights, the size and `samples` evenly spaced parts of 4 KiB count; the first has the names. Of
+    adapter-only weights, their own files and those of their base.
+
+    Raises:
+        AdapterError: an `adapter.json` that cannot be read.
     """
-    config = transformer_file(base, "config.json", part)
-    stated = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
-    digest = hashlib.sha256(json.dumps({k: v for k, v in stated.items() if k[0] != "_"}, sort_keys=True).encode())
-    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
-    names = [WEIGHTS]
-    if index is not None:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for path in filter(None, (transformer_file(base, name, part) for name in names)):
+    digest = hashlib.sha256(json.dumps(stated_config(base, part) or {}, sort_keys=True).encode())
+    for path in _weights(base, part):
         size = path.stat().st_size
         digest.update(f"{size}".encode())
         with open(path, "rb") as file:
@@ -31,15 +36,81 @@ def transformer_files(base: str, part: str = "transformer", samples: int = 16) -
     return digest.hexdigest()[:16]
 
 
+def stated_config(base: str, part: str = "transformer") -> dict[str, Any] | None:
+    """The config of a transformer of a pipeline, without what diffusers notes of its own; None where there is none.
+
+    Raises:
+        AdapterError: an `adapter.json` that cannot be read.
+    """
+    folder = adapter_folder(base)
+    if folder is not None:
+        stated = read_facts(folder)["transformer"] if part == "transformer" else None
+    else:
+        file = transformer_file(base, "config.json", part)
+        stated = None if file is None else json.loads(file.read_text(encoding="utf-8"))
+    return None if stated is None else {k: v for k, v in stated.items() if k[0] != "_"}
+
+
+def adapter_folder(base: str) -> Path | None:
+    """The folder of adapter-only weights that are there or on the hub; None for a pipeline, or nothing."""
+    if Path(base).is_dir():
+        return Path(base) if is_adapter(Path(base)) else None
+    if _hub_file(base, "model_index.json") is not None:
+        return None
+    facts = _hub_file(base, FACTS_FILE)
+    return None if facts is None else facts.parent
+
+
+def _weights(base: str, part: str) -> Iterator[Path]:
+    folder = adapter_folder(base)
+    if folder is not None:
+        yield from _weights(base_location(read_facts(folder)["base"]), part)
+        yield from (folder / name for name in (FULL_FILE, LORA_FILE) if (folder / name).is_file())
+        return
+    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
+    names = [WEIGHTS]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    yield from filter(None, (transformer_file(base, name, part) for name in names))
+
+
+def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "transformer") -> dict[str, torch.Tensor]:
+    """The tensors of a transformer whose names are chosen, without reading others; empty where it has no safetensors.
+
+    Args:
+        base: folder or hub id of the pipeline.
+        chosen: whether a name is.
+        part: name of the transformer in it.
+    """
+    from safetensors import safe_open
+
+    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
+    names = [WEIGHTS]
+    if index is not None:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({file for name, file in places.items() if chosen(name)})
+    found: dict[str, torch.Tensor] = {}
+    for path in (transformer_file(base, name, part) for name in names):
+        if path is None:
+            return {}
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if chosen(name)}  # noqa: SIM118
+    return found
+
+
 def transformer_file(base: str, name: str, part: str = "transformer") -> Path | None:
-    """A file of a transformer, from a folder or the hub."""
+    """A file of a transformer, from a folder or the hub; the part is "" where it is alone there."""
     if Path(base).is_dir():
         path = Path(base) / part / name
         return path if path.is_file() else None
+    return _hub_file(base, f"{part}/{name}" if part else name)
+
+
+def _hub_file(base: str, name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(base, f"{part}/{name}"))
+        return Path(hf_hub_download(base, name))
     except (OSError, ValueError, EntryNotFoundError):
         return None

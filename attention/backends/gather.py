@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from ..groups import by_group, by_head, dense_attention, repeat_heads
@@ -123,13 +127,17 @@ class _Tiles:
         longest = self.extra + max(map(sum, self.run_lengths))
         grad = torch.is_grad_enabled() and (q.requires_grad or pairs.requires_grad)
         self.buffer = None if grad else pairs.new_empty(*pairs.shape[:2], longest, pairs.shape[-1])
+        runs = [self._runs(tile) for tile in range(len(self.starts))] if grad else []
+        self.gathered = _GatherTiles.apply(pairs, runs) if grad else ()
+        # One split, whose gradient is one concatenation: that of a slice is as large as q, and there are many.
+        self.rows = dict(self._pieces())
 
     def attend(self, scale: float, return_lse: bool) -> Result:
         results = []
         for tile, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             if length == 0:
                 continue
-            runs = [(s, n) for s, n in zip(self.run_starts[tile], self.run_lengths[tile], strict=True) if n > 0]
+            runs = self._runs(tile)
             if not runs and not self.extra:
                 shape = (*self.q.shape[:2], length)
                 lse = self.q.new_full(shape, -torch.inf, dtype=torch.float32) if return_lse else None
@@ -138,23 +146,58 @@ class _Tiles:
             pairs, bias = self._gather(tile, runs)
             keys, values = pairs[..., : self.key_width], pairs[..., self.key_width :]
             for row in range(start, start + length, MAX_TILE_ROWS):
-                piece = self.q[:, :, row : min(row + MAX_TILE_ROWS, start + length)]
-                results.append(_attend(piece, keys, values, bias, scale, return_lse))
+                results.append(_attend(self.rows[row], keys, values, bias, scale, return_lse))
         return _join(results, 2)
+
+    def _runs(self, tile: int) -> list[tuple[int, int]]:
+        """Start and length of the runs of a tile that are not empty."""
+        return [(s, n) for s, n in zip(self.run_starts[tile], self.run_lengths[tile], strict=True) if n > 0]
+
+    def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The queries that are worked on at once, by the first of them."""
+        firsts = [
+            row
+            for start, length in zip(self.starts, self.lengths, strict=True)
+            for row in range(start, start + length, MAX_TILE_ROWS)
+        ]
+        sizes = [after - first for first, after in itertools.pairwise([*firsts, self.q.shape[2]])]
+        return zip(firsts, self.q.split(sizes, 2), strict=True)
 
     def _gather(self, tile: int, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values of a tile, a view where there is one run, else a copy; and the bias of the stand-ins."""
-        if self.stand_ins is None and len(runs) == 1:
-            ((start, length),) = runs
-            return self.pairs[:, :, start : start + length], None
-        parts, bias = _cut_out(self.pairs, runs), None
+        parts = (self.gathered[tile],) if self.gathered else _cut_out(self.pairs, runs)
+        bias = None
         if self.stand_ins is not None:
             first, bias = self.stand_ins.of(tile)
             parts = (first.expand(*self.pairs.shape[:2], -1, -1), *parts)
         if self.buffer is None:
-            return torch.cat(parts, 2), bias
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 2), bias
         total = self.extra + sum(length for _, length in runs)
         return torch.cat(parts, 2, out=self.buffer[:, :, :total]), bias
+
+
+class _GatherTiles(torch.autograd.Function):
+    """The keys and values of each tile, a tuple of `[B, H, n, W]`, from those of all, `[B, H, N, W]`.
+
+    As one operation, because the gradient of each slice would be a tensor as large as all keys, and adding these up
+    would take longer than attention itself. Here each tile's gradient is added where it came from.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pairs: torch.Tensor, runs: list[list[tuple[int, int]]]) -> tuple[torch.Tensor, ...]:
+        ctx.runs, ctx.like = runs, pairs.shape
+        return tuple(torch.cat(_cut_out(pairs, tile), 2) if tile else pairs[:, :, :0].clone() for tile in runs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grads[0].new_zeros(ctx.like)
+        for tile, grad in zip(ctx.runs, grads, strict=True):
+            at = 0
+            for start, length in tile:
+                total.narrow(2, start, length).add_(grad.narrow(2, at, length))
+                at += length
+        return total, None
 
 
 def _attend(

@@ -74,10 +74,12 @@ class TritonBackend(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        from ..kernels.block_sparse import block_sparse_attention, walk_of
+        from ..kernels.block_sparse import backward_walk_of, block_sparse_attention, walk_of
         from ..kernels.stand_ins import stand_ins_of
 
         stand_ins = (None, None, None) if plan.skipped is None else stand_ins_of(plan, q.dtype)
+        # A compiled graph has them made in the operator, into which it does not look.
+        compiled = torch.compiler.is_compiling()
         out, lse = block_sparse_attention(
             q,
             k,
@@ -88,8 +90,8 @@ class TritonBackend(Backend):
             plan.run_len,
             plan.q_order,
             plan.kv_order,
-            # A compiled graph has it made in the operator, into which it does not look.
-            [] if torch.compiler.is_compiling() else walk_of(plan, q),
+            [] if compiled else walk_of(plan, q),
+            [] if compiled else backward_walk_of(plan, q),
             float(scale),
             self.gather_kv,
             *stand_ins,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ..plan import BlockPlan
-from .block_sparse_backward import block_sparse_attention_backward
+from .block_sparse_backward import backward_tiles, block_sparse_attention_backward
 from .block_sparse_forward import forward_tiles, launch_forward, results
-from .launch import LOG2E, rows_contiguous
+from .launch import LOG2E, Tiles, rows_contiguous
 from .permute import keys_in_order
 from .stand_ins import StandIns
 from .walk import Walk, make_walk
@@ -27,6 +27,7 @@ def block_sparse_attention(
     q_order: torch.Tensor | None,
     kv_order: torch.Tensor | None,
     walk: Sequence[torch.Tensor],
+    backward_walk: Sequence[torch.Tensor],
     scale: float,
     gather_kv: bool,
     skip_key: torch.Tensor | None,
@@ -39,6 +40,7 @@ def block_sparse_attention(
         q: `[B, H, n_q, D]`, any strides. k, v: `[B, Hkv, n_kv, D]`, H a multiple of Hkv.
         tile_start, tile_len, run_start, run_len, q_order, kv_order: of a `BlockPlan`.
         walk: `walk_of(plan, q)`, or empty: it is then made.
+        backward_walk: `backward_walk_of(plan, q)`, or empty: it is then made where gradients are.
         scale: multiplies the scores.
         gather_kv: read keys and values through `kv_order` instead of copying them in order first.
         skip_key, skip_value, skip_bias: what stands for skipped clusters, as `stand_ins.StandIns` holds it, or None. No
@@ -61,7 +63,18 @@ def block_sparse_attention(
 
 def walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
     """What the forward kernel makes of a plan before it runs, once for all calls that a plan serves."""
-    tiles = forward_tiles(q, plan)
+    return _kept(plan, forward_tiles(q, plan))
+
+
+def backward_walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
+    """The same of the backward pass, of the size of the plan; empty where there will be none."""
+    if not (torch.is_grad_enabled() and q.requires_grad):
+        return []
+    return _kept(plan, backward_tiles(q, plan.tile_len))
+
+
+def _kept(plan: BlockPlan, tiles: Tiles) -> list[torch.Tensor]:
+    """The walk of a plan in such tiles, made once."""
     key = (tiles.block_m, tiles.block_n, tiles.tail_n)
     if key not in plan._walks:
         plan._walks[key] = list(make_walk(plan, *key))
@@ -74,16 +87,19 @@ def _(q, *rest, **options):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, walk, ctx.scale, ctx.gather_kv, skip_key, skip_value, skip_bias = inputs
-    ctx.walk = len(walk)
-    ctx.save_for_backward(*tensors, skip_key, skip_value, skip_bias, *output)
+    *tensors, walk, backward_walk, ctx.scale, ctx.gather_kv, skip_key, skip_value, skip_bias = inputs
+    ctx.walk, ctx.backward_walk = len(walk), len(backward_walk)
+    ctx.save_for_backward(*tensors, skip_key, skip_value, skip_bias, *output, *backward_walk)
 
 
 def _backward(ctx, grad_out: torch.Tensor, grad_lse: torch.Tensor):
     # None for each argument without a gradient, in the structure of the arguments. None of them has a default, since
     # what is left out would be missing in that structure.
-    grads = block_sparse_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.gather_kv)
-    return *grads, *[None] * 6, [None] * ctx.walk, *[None] * 5
+    saved = ctx.saved_tensors
+    known = len(saved) - ctx.backward_walk
+    walk = list(saved[known:])
+    grads = block_sparse_attention_backward(grad_out, grad_lse, *saved[:known], walk, ctx.scale, ctx.gather_kv)
+    return *grads, *[None] * 6, [None] * ctx.walk, [None] * ctx.backward_walk, *[None] * 5
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_save)

@@ -7,15 +7,16 @@ log-sum-exp has the gradient P with respect to the scores, so its own gradient e
 
 Three kernels. The first makes D. The second makes dQ with the walk of the forward pass. The third makes dK and dV: one
 program a block of `BLOCK_N` keys, aligned in permuted order, that walks the query tiles which read any of its keys.
-Which of the keys such a tile reads is one 64-bit word per (tile, key block), since runs may start and end inside of a
-block; hence `BLOCK_N <= 64` there. The words take `8 * T * ceil(n_kv / BLOCK_N)` bytes per plan entry, the lists of
-tiles half as much, and making them some more for a moment. All shapes depend on no value, so there is no host sync.
+Which of the keys such a tile reads is a bit each, in 64-bit words per (tile, key block), since runs may start and end
+inside of a block. The words take `8 * T * ceil(n_kv / 64)` bytes per plan entry, and the lists of tiles
+`4 * T * ceil(n_kv / BLOCK_N)`. All shapes depend on no value, so there is no host sync.
 Query heads that share a head of k and v may have its keys in different orders, so each writes a dK and dV of its own,
 and these are added up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,18 +36,18 @@ from .launch import (
 )
 from .permute import keys_in_order
 from .stand_ins import StandIns, stand_in_args, stand_ins_to_queries
-from .walk import find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
+from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
 
-# Keyed like FORWARD_TILES; initial values, not yet tuned by measurement.
+# Keyed like FORWARD_TILES; values chosen by what the compiler makes of them, not yet tuned by measurement.
 QUERY_TILES = {
     (9, 64, 2): Tiles(128, 64, 8, 2),
-    (9, 128, 2): Tiles(64, 64, 4, 2),
+    (9, 128, 2): Tiles(128, 64, 8, 2),
     (9, 256, 2): Tiles(64, 32, 8, 2),
     (10, 64, 2): Tiles(128, 64, 8, 2),
     (10, 128, 2): Tiles(64, 64, 4, 2),
     (10, 256, 2): Tiles(64, 32, 8, 2),
     (0, 64, 2): Tiles(64, 32, 4, 2),
-    (0, 128, 2): Tiles(64, 32, 4, 1),
+    (0, 128, 2): Tiles(128, 32, 8, 2),
     (0, 256, 2): Tiles(32, 16, 4, 1),
     (0, 64, 4): Tiles(32, 32, 4, 1),
     (0, 128, 4): Tiles(16, 32, 8, 1),
@@ -54,19 +55,20 @@ QUERY_TILES = {
 }
 KEY_TILES = {
     (9, 64, 2): Tiles(64, 64, 4, 2),
-    (9, 128, 2): Tiles(64, 64, 8, 2),
+    (9, 128, 2): Tiles(64, 128, 8, 2),
     (9, 256, 2): Tiles(32, 32, 8, 1),
     (10, 64, 2): Tiles(64, 64, 4, 2),
     (10, 128, 2): Tiles(64, 64, 8, 2),
     (10, 256, 2): Tiles(32, 32, 8, 1),
     (0, 64, 2): Tiles(32, 64, 4, 2),
-    (0, 128, 2): Tiles(32, 32, 4, 1),
+    (0, 128, 2): Tiles(32, 128, 8, 2),
     (0, 256, 2): Tiles(16, 32, 4, 1),
     (0, 64, 4): Tiles(32, 32, 4, 1),
     (0, 128, 4): Tiles(16, 32, 4, 1),
     (0, 256, 4): Tiles(16, 16, 4, 1),
 }
-CHUNK = 64  # key blocks a program of _key_bits_kernel, and rows a program of _delta_kernel
+CHUNK = 64  # words a program of _key_bits_kernel, and rows a program of _delta_kernel
+READ_CHUNK = 256  # tiles at a time in _readers_kernel
 
 
 @triton.jit
@@ -183,6 +185,36 @@ def _key_bits_kernel(
     tl.store(bits_ptr + tile * blocks + block, bits, mask=block < blocks)
 
 
+@triton.jit(do_not_specialize=["tiles", "blocks"])
+def _readers_kernel(
+    bits_ptr, tile_len_ptr, readers_ptr, steps_ptr, tiles, blocks,
+    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the tiles that read any of them, in their order, and their pieces."""
+    place = tl.program_id(0).to(tl.int64)
+    entry = place // blocks
+    tile_len_ptr += entry * tiles
+    bits_ptr += (entry * tiles * blocks + place % blocks) * WORDS
+    readers_ptr += place * (tiles + 1)
+    count = 0
+    steps = 0
+    for first in range(0, tiles, CHUNK):
+        tile = first + tl.arange(0, CHUNK)
+        inside = tile < tiles
+        at = bits_ptr + tile.to(tl.int64) * blocks * WORDS
+        bits = tl.load(at, mask=inside, other=0)
+        for word in tl.static_range(1, WORDS):
+            bits = bits | tl.load(at + word, mask=inside, other=0)
+        size = tl.load(tile_len_ptr + tile, mask=inside, other=0)
+        reads = (bits != 0) & (size > 0)
+        one = reads.to(tl.int32)
+        tl.store(readers_ptr + count + tl.cumsum(one, 0) - 1, tile, mask=reads)
+        count += tl.sum(one, 0)
+        steps += tl.sum(tl.where(reads, tl.cdiv(size, BLOCK_M), 0), 0)
+    tl.store(readers_ptr + count, 0)  # the walk looks one entry ahead
+    tl.store(steps_ptr + place, steps)
+
+
 @triton.jit(do_not_specialize=["blocks", "tiles"])
 def _key_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
@@ -192,8 +224,9 @@ def _key_kernel(
     tile_start_ptr, tile_len_ptr, bits_ptr, block_ptr, readers_ptr, steps_ptr,
     plan_sb, plan_sh, heads, group, n_q, n_kv, blocks, tiles, scale, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    Q_ORDERED: tl.constexpr, KV_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
+    WORDS: tl.constexpr, Q_ORDERED: tl.constexpr, KV_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
 ):  # fmt: skip
+    """`WORDS` of 64 bits a block, 1 or 2."""
     head = (tl.program_id(0) // blocks).to(tl.int64)
     b = head // heads
     h = head % heads
@@ -219,7 +252,7 @@ def _key_kernel(
     delta_ptr += head * n_q
     tile_start_ptr += entry * tiles
     tile_len_ptr += entry * tiles
-    bits_ptr += entry * tiles * blocks + block
+    bits_ptr += (entry * tiles * blocks + block) * WORDS
     readers_ptr += (entry * blocks + block) * (tiles + 1)
     dk = tl.zeros([BLOCK_N, D_PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, D_PAD], tl.float32)
@@ -229,9 +262,12 @@ def _key_kernel(
     start = tl.load(tile_start_ptr + tile)
     left = tl.load(tile_len_ptr + tile)
     for _ in range(tl.load(steps_ptr + entry * blocks + block)):
-        bits = tl.load(bits_ptr + tile.to(tl.int64) * blocks)
+        at = bits_ptr + tile.to(tl.int64) * blocks * WORDS
+        bits = tl.load(at)
+        if WORDS == 2:
+            bits = tl.where(offs_n < 64, bits, tl.load(at + 1))
         inside_m = offs_m < left
-        read = ((bits >> offs_n.to(tl.int64)) & 1) != 0
+        read = ((bits >> (offs_n % 64).to(tl.int64)) & 1) != 0
         q_rows = token_rows(q_order_ptr, start + offs_m, inside_m, Q_ORDERED, True)
         q = load_rows(q_ptr, q_rows, q_sn, inside_m, d, D, D_PAD, True)
         lse2 = tl.load(lse_ptr + q_rows, mask=inside_m, other=0.0) * 1.4426950408889634
@@ -259,9 +295,9 @@ class Readers(NamedTuple):
 
     Args:
         tile_start, tile_len: `[Bp, Hp, T]` int32, of the plan.
-        bits: `[Bp, Hp, T, K]` int64; bit n says that the tile reads key n of the block.
+        bits: `[Bp, Hp, T, K, W]` int64; bit n of word w says that the tile reads key 64 w + n of the block.
         block: `[Bp, Hp, K]` int32, the blocks, those with most work first.
-        readers: `[Bp, Hp, K, T + 1]` int32, the tiles that read any key of the block, then whatever.
+        readers: `[Bp, Hp, K, T + 1]` int32, the tiles that read any key of the block, then a 0, then whatever.
         steps: `[Bp, Hp, K]` int32, pieces of `BLOCK_M` queries of all these tiles together.
     """
 
@@ -273,25 +309,34 @@ class Readers(NamedTuple):
     steps: torch.Tensor
 
 
+def words_of(block_n: int) -> int:
+    """Words of 64 bits, one bit a key."""
+    return max(1, block_n // 64)
+
+
 def make_readers(plan: BlockPlan, block_m: int, block_n: int) -> Readers:
-    """Transpose a plan; no host sync."""
+    """Transpose a plan for blocks of `block_n` keys, at most 128; no host sync."""
     lead, tiles = plan.tile_len.shape[:2], plan.tile_len.shape[-1]
-    blocks = -(-plan.n_kv // block_n)
-    bits = torch.empty(*lead, tiles, blocks, dtype=torch.int64, device=plan.device)
-    grid = (bits[..., 0].numel() * triton.cdiv(blocks, CHUNK),)
+    blocks, words = -(-plan.n_kv // block_n), words_of(block_n)
+    tile_len, device = plan.tile_len.contiguous(), plan.device
+    bits = torch.empty(*lead, tiles, blocks, words, dtype=torch.int64, device=device)
+    readers = torch.empty(*lead, blocks, tiles + 1, dtype=torch.int32, device=device)
+    steps = torch.empty(*lead, blocks, dtype=torch.int32, device=device)
     with on_device(bits):
-        _key_bits_kernel[grid](
-            plan.run_start.contiguous(), plan.run_len.contiguous(), bits, blocks, plan.run_len.shape[-1],
-            BLOCK_N=block_n, CHUNK=CHUNK,
+        _key_bits_kernel[(tile_len.numel() * triton.cdiv(blocks * words, CHUNK),)](
+            plan.run_start.contiguous(), plan.run_len.contiguous(), bits, blocks * words, plan.run_len.shape[-1],
+            BLOCK_N=block_n // words, CHUNK=CHUNK,
         )  # fmt: skip
-    reads = ((bits != 0) & (plan.tile_len > 0).unsqueeze(-1)).transpose(-1, -2)
-    pieces = (plan.tile_len + block_m - 1) // block_m
-    steps = (reads * pieces.unsqueeze(-2)).sum(-1, dtype=torch.int32)
-    place = torch.where(reads, reads.cumsum(-1) - 1, tiles)
-    index = torch.arange(tiles, dtype=torch.int32, device=plan.device).expand(reads.shape)
-    readers = torch.zeros(*lead, blocks, tiles + 1, dtype=torch.int32, device=plan.device).scatter_(-1, place, index)
+        _readers_kernel[(steps.numel(),)](
+            bits, tile_len, readers, steps, tiles, blocks, WORDS=words, BLOCK_M=block_m, CHUNK=READ_CHUNK, num_warps=4
+        )
     block = steps.argsort(-1, descending=True).int().contiguous()
-    return Readers(plan.tile_start.contiguous(), plan.tile_len.contiguous(), bits, block, readers, steps.contiguous())
+    return Readers(plan.tile_start.contiguous(), tile_len, bits, block, readers, steps)
+
+
+def backward_tiles(q: torch.Tensor, tile_len: torch.Tensor) -> Tiles:
+    """The tiles of the kernel that makes dQ, for whose walk they count."""
+    return choose_tiles(QUERY_TILES, q, tile_len)
 
 
 @torch.library.custom_op("vidaccel::block_sparse_attention_backward", mutates_args=())
@@ -312,6 +357,7 @@ def block_sparse_attention_backward(
     skip_bias: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    walk: Sequence[torch.Tensor],
     scale: float,
     gather_kv: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -319,7 +365,9 @@ def block_sparse_attention_backward(
 
     Args:
         grad_out: `[B, H, n_q, D]`. grad_lse: `[B, H, n_q]` float32.
-        out, lse: what the forward pass returned; the rest are its arguments.
+        out, lse: what the forward pass returned.
+        walk: `make_walk` of the plan in `backward_tiles`, or empty: it is then made. The rest are the arguments of the
+            forward pass.
 
     Returns:
         The gradients of q, k and v, in their shapes, dtypes and layouts.
@@ -343,8 +391,8 @@ def block_sparse_attention_backward(
             **shape, BLOCK_M=CHUNK,
         )  # fmt: skip
 
-        tiles = choose_tiles(QUERY_TILES, q, tile_len)
-        walk = make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
+        tiles = backward_tiles(q, tile_len)
+        walk = Walk(*walk) if walk else make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
         stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
         pieces = walk.piece_len.shape[-1]
         _query_kernel[(pieces * batch * heads,)](
@@ -363,7 +411,7 @@ def block_sparse_attention_backward(
             q, k, v, grad_out, of_k, of_v, lse, delta, *inputs, *of_k.stride()[:3], *of_v.stride()[:3],
             *order_args(q_order, heads), *order_args(kv_order, heads), *readers,
             *plan_strides(tile_len.shape), heads, group, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
-            scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None,
+            scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None, WORDS=words_of(tiles.block_n),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     if of_k is not dk:

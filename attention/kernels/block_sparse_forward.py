@@ -28,8 +28,9 @@ from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows
 
 # By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. That of
 # (9, 128, 2) is measured (`benchmarks/results/h200/`), that of (9, 64, 2) taken over from it; the others are initial
-# values, chosen by the registers and the shared memory that the compiler reports. float32 is computed exactly and not
-# in TF32, so without tensor cores, in small tiles.
+# values, chosen by what the compiler makes of them. Below compute capability 9, tiles of fewer queries than head
+# dimensions have their columns dealt to several warps, and then row sums go through shared memory: twice the
+# instructions. float32 is computed exactly and not in TF32, so without tensor cores, in small tiles.
 FORWARD_TILES = {
     (9, 64, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 128, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
@@ -38,7 +39,7 @@ FORWARD_TILES = {
     (10, 128, 2): Tiles(128, 64, 8, 3),
     (10, 256, 2): Tiles(128, 32, 8, 2),
     (0, 64, 2): Tiles(128, 32, 4, 3),
-    (0, 128, 2): Tiles(64, 32, 4, 2),
+    (0, 128, 2): Tiles(128, 32, 8, 3),
     (0, 256, 2): Tiles(64, 16, 4, 2),
     (0, 64, 4): Tiles(32, 32, 4, 2),
     (0, 128, 4): Tiles(32, 32, 8, 1),

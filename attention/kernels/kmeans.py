@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..runs import cut_segments
 from .launch import Tiles, on_device, padded, rows_contiguous
+from .runs import cut_clusters
 from .walk import load_rows
 
 # Of the assignment: tokens a program, centroids at a time, warps and stages; of 16-bit tokens measured on an H200.
@@ -21,6 +21,7 @@ SINGLE = Tiles(64, 64, 4, 2)
 HALF_WIDE, SINGLE_WIDE = Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1)  # of a head_dim above 128
 PIECE = 256  # members that one program adds up: a cluster of half the sequence is the work of many programs
 ADDED = 32  # of them at a time
+COUNTED = 128  # clusters whose sizes one program finds
 
 
 def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
@@ -59,19 +60,12 @@ def in_clusters(labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torc
     """Tokens sorted by cluster, `[B, H, N]` int64, and the size of each cluster, `[B, H, C]` int64."""
     # Few digits sort faster: a radix sort of 64 bits makes four times the passes of one of 16.
     ordered, order = (labels.short() if clusters < 2**15 else labels).sort(dim=-1, stable=True)
-    ids = torch.arange(clusters, dtype=ordered.dtype, device=labels.device)
-    ends = torch.searchsorted(ordered, ids.expand(*labels.shape[:2], clusters).contiguous(), right=True)
-    return order, ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
-
-
-def update(x: torch.Tensor, mean: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """The mean of each cluster's tokens relative to `mean`, `[B, H, C, D]` float32; the old center where there is none.
-
-    Args:
-        x, mean, centers: as for `assign`.
-        labels: `[B, H, N]` int64 in `[0, C)`.
-    """
-    return moments(x, mean, *in_clusters(labels, centers.shape[2]), centers)[0]
+    sizes = torch.empty(*labels.shape[:2], clusters, dtype=torch.int64, device=labels.device)
+    with on_device(labels):
+        _sizes_kernel[(triton.cdiv(clusters, COUNTED), sizes[..., 0].numel())](
+            ordered, sizes, labels.shape[2], clusters, labels.shape[2].bit_length(), BLOCK=COUNTED, num_warps=1
+        )
+    return order, sizes
 
 
 def moments(
@@ -94,24 +88,21 @@ def moments(
     x = rows_contiguous(x)
     batch, heads, tokens, dim = x.shape
     clusters = sizes.shape[-1]
-    start, length, _ = cut_segments(sizes.cumsum(-1) - sizes, sizes, tokens, PIECE)
+    start, length, first = cut_clusters(sizes, tokens, PIECE)
     pieces = start.shape[-1]
     sums = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=x.device)
     piece_square = torch.empty(batch, heads, pieces, dtype=torch.float32, device=x.device)
     out = torch.empty(batch, heads, clusters, dim, dtype=torch.float32, device=x.device)
     square = torch.empty(batch, heads, clusters, dtype=torch.float32, device=x.device)
-    centers = torch.zeros_like(out) if centers is None else centers
-    count = (sizes + PIECE - 1) // PIECE
-    first = (count.cumsum(-1) - count).int()
-    mean, centers, sizes, count = (t.contiguous() for t in (mean, centers, sizes.int(), count.int()))
+    mean, centers, sizes = (None if t is None else t.contiguous() for t in (mean, centers, sizes))
     with on_device(x):
         _sum_kernel[(pieces, batch * heads)](
             x, mean, order, start, length, sums, piece_square, *x.stride()[:3], heads, tokens, pieces,
             D=dim, D_PAD=padded(dim), BLOCK=ADDED, num_warps=4,
         )  # fmt: skip
         _mean_kernel[(clusters, batch * heads)](
-            sums, piece_square, first, count, sizes, centers, out, square, clusters, pieces,
-            D=dim, D_PAD=padded(dim), num_warps=1,
+            sums, piece_square, first, sizes, centers, out, square, clusters, pieces,
+            D=dim, D_PAD=padded(dim), MOST=PIECE, CENTERS=centers is not None, num_warps=1,
         )  # fmt: skip
     return out, square
 
@@ -146,6 +137,25 @@ def _assign_kernel(
     tl.store(label_ptr + head * tokens + rows, label.to(tl.int64), mask=inside)
 
 
+@triton.jit(do_not_specialize=["tokens", "clusters", "steps"])
+def _sizes_kernel(ordered_ptr, size_ptr, tokens, clusters, steps, BLOCK: tl.constexpr):
+    """How many of the sorted labels are each cluster's: where they end, less where those of the one before do."""
+    row = tl.program_id(1).to(tl.int64)
+    cluster = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ordered_ptr += row * tokens
+    below = tl.zeros([BLOCK], tl.int32)  # labels that are smaller
+    upto = tl.zeros([BLOCK], tl.int32)  # smaller or the same
+    for step in range(steps):
+        jump = 1 << (steps - 1 - step)
+        at = below + jump
+        label = tl.load(ordered_ptr + at - 1, mask=at <= tokens, other=0)
+        below = tl.where((at <= tokens) & (label < cluster), at, below)
+        at = upto + jump
+        label = tl.load(ordered_ptr + at - 1, mask=at <= tokens, other=0)
+        upto = tl.where((at <= tokens) & (label <= cluster), at, upto)
+    tl.store(size_ptr + row * clusters + cluster, (upto - below).to(tl.int64), mask=cluster < clusters)
+
+
 @triton.jit
 def _sum_kernel(
     x_ptr, mean_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, square_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
@@ -175,22 +185,24 @@ def _sum_kernel(
 
 @triton.jit
 def _mean_kernel(
-    sum_ptr, piece_square_ptr, first_ptr, count_ptr, size_ptr, center_ptr, out_ptr, square_ptr, clusters, pieces,
-    D: tl.constexpr, D_PAD: tl.constexpr,
+    sum_ptr, piece_square_ptr, first_ptr, size_ptr, center_ptr, out_ptr, square_ptr, clusters, pieces,
+    D: tl.constexpr, D_PAD: tl.constexpr, MOST: tl.constexpr, CENTERS: tl.constexpr,
 ):  # fmt: skip
     """The center of one cluster, and its mean square, from the sums of its pieces."""
     head = tl.program_id(1).to(tl.int64)
     at = head * clusters + tl.program_id(0)
     first = tl.load(first_ptr + at)
-    size = tl.load(size_ptr + at)
+    size = tl.load(size_ptr + at).to(tl.int32)
     d = tl.arange(0, D_PAD)
     total = tl.zeros([D_PAD], tl.float32)
     square = tl.full([], 0.0, tl.float32)
-    for piece in range(tl.load(count_ptr + at)):
+    for piece in range(tl.cdiv(size, MOST)):
         place = head * pieces + first + piece
         total += tl.load(sum_ptr + place * D + d, mask=d < D, other=0.0)
         square += tl.load(piece_square_ptr + place)
-    old = tl.load(center_ptr + at * D + d, mask=d < D, other=0.0)
+    old = tl.zeros([D_PAD], tl.float32)
+    if CENTERS:
+        old = tl.load(center_ptr + at * D + d, mask=d < D, other=0.0)
     share = 1.0 / tl.maximum(size, 1).to(tl.float32)
     tl.store(out_ptr + at * D + d, tl.where(size > 0, total * share, old), mask=d < D)
     tl.store(square_ptr + at, square * share)

@@ -60,6 +60,81 @@ def cut_runs(
     return made
 
 
+def cut_segments(
+    start: torch.Tensor, length: torch.Tensor, total: int, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`runs.cut_segments` in one pass."""
+    pieces, lengths, segment, _ = _cut(start.contiguous(), length, total, most)
+    return pieces, lengths, segment
+
+
+def cut_clusters(sizes: torch.Tensor, total: int, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cut clusters that lie one behind the other, `[..., C]` integer, to pieces of at most `most` members.
+
+    Returns:
+        `(start, length, first)`: the pieces as of `cut_segments`, and the first piece of each cluster `[..., C]` int32.
+    """
+    start, length, _, first = _cut(None, sizes, total, most)
+    return start, length, first
+
+
+def _cut(start: torch.Tensor | None, length: torch.Tensor, total: int, most: int) -> tuple[torch.Tensor, ...]:
+    *lead, segments = length.shape
+    slots = total // most + segments
+    *made, first = (
+        torch.empty(*lead, size, dtype=torch.int32, device=length.device) for size in (slots, slots, slots, segments)
+    )
+    with on_device(length):
+        _pieces_kernel[(first[..., 0].numel(),)](
+            start, length.contiguous(), *made, first, segments, slots, total, most,
+            GIVEN=start is not None, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return *made, first
+
+
+@triton.jit(do_not_specialize=["segments", "slots", "total", "most"])
+def _pieces_kernel(
+    start_ptr, length_ptr, piece_start_ptr, piece_len_ptr, segment_ptr, first_ptr, segments, slots, total, most,
+    GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`GIVEN`: where segments start; else each starts where the one before ends."""
+    row = tl.program_id(0).to(tl.int64)
+    if GIVEN:
+        start_ptr += row * segments
+    length_ptr += row * segments
+    first_ptr += row * segments
+    piece_start_ptr += row * slots
+    piece_len_ptr += row * slots
+    segment_ptr += row * slots
+    used = 0
+    passed = 0
+    for block in range(0, segments, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        left = tl.load(length_ptr + at, mask=at < segments, other=0).to(tl.int32)
+        if GIVEN:
+            start = tl.load(start_ptr + at, mask=at < segments, other=0).to(tl.int32)
+        else:
+            start = passed + tl.cumsum(left, 0) - left
+            passed += tl.sum(left, 0)
+        pieces = tl.cdiv(left, most)
+        place = used + tl.cumsum(pieces, 0) - pieces
+        tl.store(first_ptr + at, place, mask=at < segments)
+        used += tl.sum(pieces, 0)
+        for _ in range(tl.max(pieces, 0)):
+            some = left > 0
+            tl.store(piece_start_ptr + place, start, mask=some)
+            tl.store(piece_len_ptr + place, tl.minimum(left, most), mask=some)
+            tl.store(segment_ptr + place, at, mask=some)
+            place += 1
+            start += most
+            left -= most
+    for block in range(used, slots, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        tl.store(piece_start_ptr + at, tl.full([BLOCK], 0, tl.int32) + total, mask=at < slots)
+        tl.store(piece_len_ptr + at, tl.zeros([BLOCK], tl.int32), mask=at < slots)
+        tl.store(segment_ptr + at, tl.zeros([BLOCK], tl.int32) + segments - 1, mask=at < slots)
+
+
 @triton.jit(do_not_specialize=["rows", "segments", "slots"])
 def _merge_kernel(
     selected_ptr, order_ptr, start_ptr, size_ptr, run_start_ptr, run_end_ptr, rows, segments, slots,

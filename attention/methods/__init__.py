@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from .base import Method, PlanMemory
+from .lvsa import LVSA
 from .radial import Radial
 from .random import RandomBlocks
+from .sla import SLA
 from .sparge import Sparge
 from .svg import SVG
 from .svg2 import SVG2
 from .tangent import Tangent
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Radial, SVG, SVG2, Tangent, Sparge, RandomBlocks)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Radial, SVG, SVG2, Tangent, Sparge, SLA, LVSA, RandomBlocks)
+}
 
 
 def resolve_method(method: Method | str) -> Method:
@@ -29,7 +33,9 @@ def resolve_method(method: Method | str) -> Method:
 
 
 __all__ = [
+    "LVSA",
     "METHODS",
+    "SLA",
     "SVG",
     "SVG2",
     "Method",

@@ -113,6 +113,11 @@ class Method(abc.ABC):
         """
         return False
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether each layer must have weights that were trained for this method, which `complete` is given."""
+        return False
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         """Memory of what stands for skipped keys in a call, the largest thing that a plan holds, in bytes.
 
@@ -143,6 +148,29 @@ class Method(abc.ABC):
             layout: where the video tokens are.
             memory: what this method left behind in earlier calls, and whose heads these are.
         """
+
+    def complete(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: BlockPlan,
+        layout: VideoLayout,
+        weights: Any,
+    ) -> torch.Tensor:
+        """The output of a sparse call from what a backend made of its plan; most methods leave it as it is.
+
+        Args:
+            out: `[B, H, N, D]`.
+            q, k, v, layout: as those of `plan`. Gradients flow.
+            plan: of this call.
+            weights: what was trained for the layer; None where there is none.
+
+        Raises:
+            ValueError: it needs weights, and there are none.
+        """
+        return out
 
 
 def first_frame_pays(layout: VideoLayout, density: float) -> bool:

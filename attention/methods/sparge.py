@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..blocks import block_means, block_sizes, centred, in_blocks, plan_of_blocks
 from ..groups import repeat_heads
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -130,17 +131,7 @@ class Sparge(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         video_q, video_k = q[:, :, layout.video], k[:, :, layout.video]
-        selected = self.block_mask(video_q, video_k)
-        block_q, block_k = self.block
-        if not layout.text_tokens:
-            return BlockPlan.from_block_mask(selected, block_q, block_k, layout.tokens, layout.tokens)
-        before, after = (int(count > 0) for count in (layout.text_before, layout.text_after))
-        selected = F.pad(selected, (before, after, before, after), value=True)
-        sizes = (_sizes(layout.video_tokens, block, q.device) for block in self.block)
-        sizes = (F.pad(x, (before, 0), value=layout.text_before) for x in sizes)
-        sizes = (F.pad(x, (0, after), value=layout.text_after) for x in sizes)
-        q_sizes, k_sizes = (x.expand(*selected.shape[:2], -1) for x in sizes)
-        return BlockPlan.from_clusters(q_sizes, k_sizes, selected, n_q=layout.tokens, n_kv=layout.tokens)
+        return plan_of_blocks(self.block_mask(video_q, video_k), self.block, layout)
 
     def block_mask(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The key blocks that each query block reads, `[B, H, ceil(Nq / block_q), ceil(Nk / block_k)]` bool.
@@ -148,7 +139,7 @@ class Sparge(Method):
         Args:
             q: `[B, H, Nq, D]`. k: `[B, Hkv, Nk, D]`.
         """
-        k = k - k.mean(dim=2, keepdim=True)
+        k = centred(k)
         block_q, block_k = self.block
         q_mean, q_alike = self._means(q, block_q)
         k_mean, k_alike = (repeat_heads(x, q.shape[1]) for x in self._means(k, block_k))
@@ -170,22 +161,10 @@ class Sparge(Method):
 
     def _means(self, x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean token `[B, H, n, D]` of each block, and whether it stands for the block, `[B, H, n]` bool."""
-        sizes = _sizes(x.shape[2], block, x.device)
-        blocks = _blocked(x.float(), block)
-        means = blocks.sum(-2) / sizes.unsqueeze(-1)
+        sizes = block_sizes(x.shape[2], block, x.device)
         # The mean of all cosines is the squared length of the mean direction.
-        directions = _blocked(F.normalize(x.float(), dim=-1), block).sum(-2) / sizes.unsqueeze(-1)
+        directions = in_blocks(F.normalize(x.float(), dim=-1), block).sum(-2) / sizes.unsqueeze(-1)
         alike = directions.square().sum(-1) > self.similarity
         if self.published and x.shape[2] % block:
             alike[..., -1] = False
-        return means.to(x.dtype).float(), alike
-
-
-def _blocked(x: torch.Tensor, block: int) -> torch.Tensor:
-    """`[B, H, n, block, D]`, the last block filled up with zeros."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
-
-
-def _sizes(tokens: int, block: int, device: torch.device) -> torch.Tensor:
-    """Tokens of each block, int64; made on the device, since a copy to it would wait."""
-    return (tokens - torch.arange(0, tokens, block, device=device)).clamp(max=block)
+        return block_means(x, block), alike

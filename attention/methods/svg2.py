@@ -148,24 +148,21 @@ class SVG2(Method):
             selected = self._by_error(mass, queries, k, clusters, v_means, layout, memory.heads)
             facts: dict[str, Any] = {"planning_pairs": self.planning_pairs(layout)}
         else:
+            ranked = _ranked(mass)
             if self.density is None:
                 top_p: float | torch.Tensor = self.top_p
                 forced = int(self.min_ratio * k_clusters)
             else:
                 every, q_sizes, k_sizes = (memory.heads.gather(x) for x in (mass, queries.sizes, keys.sizes))
-                top_p, forced = _top_p_for(self.density, every, q_sizes, k_sizes, layout, self.compensate), 1
-            selected = _select(mass, top_p, forced)
+                over_all = ranked if every is mass else _ranked(every)
+                top_p, forced = _top_p_for(self.density, over_all, q_sizes, k_sizes, layout, self.compensate), 1
+            selected = _select(ranked, top_p, forced)
             facts = {"top_p": top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p}
         plan = plan_with_text(queries, keys, selected, layout)
         if self.compensate:
             text = (0, 0, 0, int(layout.text_tokens > 0))  # the text's own cluster, which is never skipped
             plan = replace(plan, skipped=SkippedClusters(*(F.pad(x, text) for x in (keys.means, v_means))))
-        deciles = torch.linspace(0, 1, 11, device=q.device)
-        return plan.with_details(
-            q_cluster_sizes=torch.quantile(queries.sizes.float().flatten(), deciles),
-            k_cluster_sizes=torch.quantile(keys.sizes.float().flatten(), deciles),
-            **facts,
-        )
+        return plan.with_details(q_cluster_sizes=_deciles(queries.sizes), k_cluster_sizes=_deciles(keys.sizes), **facts)
 
     def _by_error(
         self,
@@ -220,7 +217,14 @@ def select_clusters(
         `[B, H, Cq, Ck]` bool.
     """
     mass = cluster_mass(q_centroids, k_centroids, k_sizes)
-    return _select(mass, top_p, int(min_ratio * mass.shape[-1]))
+    return _select(_ranked(mass), top_p, int(min_ratio * mass.shape[-1]))
+
+
+def _deciles(sizes: torch.Tensor) -> torch.Tensor:
+    """The smallest of all sizes, the tenths and the largest, `[11]` float32, by the nearest rank."""
+    ordered = sizes.flatten().sort().values
+    last = len(ordered) - 1
+    return torch.stack([ordered[(i * last + 5) // 10] for i in range(11)]).float()
 
 
 def _ranked(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,8 +233,8 @@ def _ranked(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ranking, ordered.cumsum(-1) - ordered
 
 
-def _select(mass: torch.Tensor, top_p: float | torch.Tensor, forced: int) -> torch.Tensor:
-    ranking, before = _ranked(mass)
+def _select(ranked: tuple[torch.Tensor, torch.Tensor], top_p: float | torch.Tensor, forced: int) -> torch.Tensor:
+    ranking, before = ranked
     keep = before < top_p
     keep[..., : max(1, forced)] = True  # at least one: no query may read nothing
     return torch.zeros_like(keep).scatter_(-1, ranking, keep)
@@ -238,7 +242,7 @@ def _select(mass: torch.Tensor, top_p: float | torch.Tensor, forced: int) -> tor
 
 def _top_p_for(
     density: float,
-    mass: torch.Tensor,
+    ranked: tuple[torch.Tensor, torch.Tensor],
     q_sizes: torch.Tensor,
     k_sizes: torch.Tensor,
     layout: VideoLayout,
@@ -246,18 +250,20 @@ def _top_p_for(
 ) -> torch.Tensor:
     """The smallest `top_p` at which this call computes `density` of all pairs, `[B, 1, 1, 1]`, without a host sync.
 
+    `ranked` and the sizes are those of all heads.
+
     One value for all heads lets a diffuse head read more than a sharp one; one for each batch entry keeps a video from
     depending on its neighbours in the batch.
     """
-    ranking, before = _ranked(mass)
-    keys = k_sizes.unsqueeze(-2).expand(mass.shape).gather(-1, ranking)
+    ranking, before = ranked
+    keys = k_sizes.unsqueeze(-2).expand(ranking.shape).gather(-1, ranking)
     clusters: int | torch.Tensor = 0
     if compensate:  # each query reads the mean of a cluster unless it reads its tokens
         clusters = (k_sizes > 0).sum((1, 2)).unsqueeze(-1)
         keys = (keys - 1).clamp(min=0)
     pairs = (keys * q_sizes.unsqueeze(-1)).flatten(1)
     text_pairs = layout.tokens**2 - layout.video_tokens**2
-    wanted = (density * layout.tokens**2 - text_pairs) * mass.shape[1] - clusters * layout.video_tokens
+    wanted = (density * layout.tokens**2 - text_pairs) * ranking.shape[1] - clusters * layout.video_tokens
     # Raising top_p takes in the pairs of clusters in the order of the mass that lies before them; the best cluster of
     # each row, before which there is none, comes first and is kept anyway.
     thresholds, order = before.flatten(1).sort(-1)

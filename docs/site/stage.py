@@ -184,8 +184,8 @@ def navigation(listed: list[Any], found: list[str]) -> list[Any]:
     left = [name for name in sorted(found) if name not in named]
     matched = {p: [n for n in left if posixpath.dirname(n) == posixpath.dirname(p)] for p in patterns}
     problems = [f"{name} is in the menu, and no page" for name in sorted(named - patterns - set(found))]
-    everywhere = {name for names in matched.values() for name in names}
-    problems += [f"{name} is a page, and not in the menu" for name in left if name not in everywhere]
+    shown = {name for names in matched.values() for name in names}
+    problems += [f"{name} is a page, and not in the menu" for name in left if name not in shown]
     if problems:
         raise StageError("docs/site/mkdocs.yml: " + "; ".join(problems))
     return _expanded(listed, matched)
@@ -202,9 +202,16 @@ def _expanded(listed: Any, matched: dict[str, list[str]]) -> Any:
     if isinstance(listed, dict):
         return {title: _expanded(entry, matched) for title, entry in listed.items()}
     if isinstance(listed, list):
-        parts = [matched.get(e) if isinstance(e, str) else None for e in listed]
-        return [n for e, part in zip(listed, parts, strict=True) for n in (part or [_expanded(e, matched)])]
+        return [
+            part
+            for entry in listed
+            for part in (matched[entry] if _is_pattern(entry, matched) else [_expanded(entry, matched)])
+        ]
     return listed
+
+
+def _is_pattern(entry: Any, matched: dict[str, list[str]]) -> bool:
+    return isinstance(entry, str) and entry in matched
 
 
 def finished(root: Path = ROOT, command_line: bool = True) -> tuple[list[Page], dict[str, Any], set[str]]:
@@ -238,7 +245,7 @@ def stage(build: Path) -> None:
 
 
 def _package(folder: Path) -> None:
-    """A folder with the code alone, under its import name: a checkout may be called anything, and holds much else."""
+    """A folder with the code alone, by the name it is imported by: a checkout may have any, and holds much else."""
     shutil.rmtree(folder, ignore_errors=True)
     leave_out = shutil.ignore_patterns("__pycache__", "weights*", "web", "configs", "templates")
     for path in ROOT.glob("*/__init__.py"):

@@ -87,6 +87,13 @@ def _pyramid_steps(steps: int) -> dict[str, Any]:
     return {"pyramid_num_inference_steps_list": [steps // 3 + (stage < steps % 3) for stage in range(3)]}
 
 
+def _distilled(row: PipelineRow, transformer: Any, index: Any) -> PipelineRow:
+    """Helios distilled: no guidance, and the two steps a size of its authors."""
+    if not index.get("is_distilled"):
+        return row
+    return replace(row, guidance="", defaults=lambda transformer, size_factor: {"steps": 6})
+
+
 _HELIOS = PipelineRow(
     "HeliosPipeline",
     HELIOS,
@@ -201,7 +208,7 @@ ROWS = (
         pipeline="HeliosPyramidPipeline",
         steps=_pyramid_steps,
         least_steps=3,
-        by_config=lambda row, transformer, index: replace(row, guidance="") if index.get("is_distilled") else row,
+        by_config=_distilled,
         defaults=lambda transformer, size_factor: {"steps": 30},
     ),
 )

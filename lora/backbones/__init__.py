@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ...pipelines.deep_compression.adapter_folder import is_adapter
 from ..config import ConfigError
 from .base import Backbone, OwnModel
 
@@ -20,8 +22,15 @@ FAMILIES = {
 OWN_FAMILIES = {
     "WanPipeline": ("wan_own", "WanModel"),
     "WanImageToVideoPipeline": ("wan_own", "WanModel"),
+    "DCVideoGenPipeline": ("wan_dc", "DCWanModel"),
+    "DCVideoGenImageToVideoPipeline": ("wan_dc", "DCWanModel"),
     "FluxPipeline": ("flux", "FluxModel"),
     "SanaPipeline": ("sana", "SanaModel"),
+    "HunyuanVideoPipeline": ("hunyuan_own", "HunyuanVideoModel"),
+    "CogVideoXPipeline": ("cogvideox_own", "CogVideoXModel"),
+    "CogVideoXImageToVideoPipeline": ("cogvideox_own", "CogVideoXModel"),
+    "LTXPipeline": ("ltx_own", "LTXModel"),
+    "LTXImageToVideoPipeline": ("ltx_own", "LTXModel"),
 }
 """The same for models as they are. A family is one more file and one line here."""
 
@@ -55,14 +64,18 @@ def open_model(base: str, recipe: str, **options: Any) -> OwnModel:
 
 
 def _class_of(base: str, families: Mapping[str, tuple[str, str]], recipe: str) -> Any:
+    name = "DCVideoGenPipeline" if is_adapter(Path(base)) else _stated_class(base)
+    if name not in families:
+        raise ConfigError(f"model.base: {base} is a {name}; {recipe} takes {', '.join(families)}.")
+    module, cls = families[name]
+    return getattr(importlib.import_module(f".{module}", __name__), cls)
+
+
+def _stated_class(base: str) -> str:
     from diffusers import DiffusionPipeline
 
     try:
         name = DiffusionPipeline.load_config(base)["_class_name"]
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.base: {base} has no readable model_index.json: {error}") from error
-    name = name[-1] if isinstance(name, list) else name
-    if name not in families:
-        raise ConfigError(f"model.base: {base} is a {name}; {recipe} takes {', '.join(families)}.")
-    module, cls = families[name]
-    return getattr(importlib.import_module(f".{module}", __name__), cls)
+    return name[-1] if isinstance(name, list) else name

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...attention.layout import VideoLayout
+from ..config import ConfigError
 from ..flow import noisy
 
 Text = dict[str, torch.Tensor]
@@ -52,7 +53,7 @@ class PretrainedModel(ABC):
         texts: Sequence[Text],
         conditions: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The model's prediction of noise - latents.
+        """The model's prediction: of noise - latents, or what else `OwnModel.target` says.
 
         Args:
             model: the transformer, possibly wrapped.
@@ -82,13 +83,19 @@ class OwnModel(PretrainedModel):
 
     Attributes:
         lora_targets: ends of the names of the layers that get a LoRA where nothing else is asked for.
+        lora_within: beginnings of these names.
         part: name of the transformer among the components of the pipeline.
         levels: the lowest and the highest noise level that the transformer is used for.
+        density: of the noise levels where the settings leave it to the model, as `flow.density` names it.
+        clean_first: the first latent frame is shown clean, and is no part of the loss.
     """
 
     lora_targets: tuple[str, ...]
+    lora_within: tuple[str, ...] = ("",)
     part: str = "transformer"
     levels: tuple[float, float] = (0.0, 1.0)
+    density: str = "logit_normal"
+    clean_first: bool = False
 
     @abstractmethod
     def transformer(self, quantisation: Any = None) -> nn.Module:
@@ -116,15 +123,43 @@ class OwnModel(PretrainedModel):
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """What the model is shown: latents `[B, C, T, H, W]` at their noise levels `[B]`."""
-        return noisy(latents, noise, sigma)
+        shown = noisy(latents, noise, sigma)
+        if self.clean_first:
+            shown[:, :, 0] = latents[:, :, 0]
+        return shown
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What the model should predict for latents `[B, C, T, H, W]` at their noise levels `[B]`."""
+        return noise - latents
+
+    def shift(self, latents: torch.Tensor) -> float:
+        """Of the noise levels towards noise, for latents `[B, C, T, H, W]`, where the settings leave it open."""
+        return 3.0
 
     def error(self, made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """Squared errors of the velocity where the model has to predict it, in float32."""
-        return (made.float() - wanted).square()
+        error = (made.float() - wanted).square()
+        return error[:, :, 1:] if self.clean_first else error
+
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        """Write a pipeline folder with a finished transformer in the place of its own; for models of videos."""
+        raise NotImplementedError(f"{type(self).__name__} does not write whole pipelines.")
 
     def file_name(self, layer: str) -> str:
         """The name under which files of LoRAs have a layer, so that diffusers and ComfyUI read them."""
         return f"transformer.{layer}"
+
+    def file_rows(self, layer: str) -> tuple[slice, int] | None:
+        """Where several layers are one in such files: the rows that are this one's, and their number in all. None for a
+        layer of its own.
+        """
+        return None
+
+    def comfyui_name(self, layer: str) -> str | None:
+        """The name by which ComfyUI knows a layer, where it does not read `file_name`; None where it does, or has no
+        such model.
+        """
+        return None
 
 
 class Backbone(PretrainedModel):
@@ -174,6 +209,29 @@ class Backbone(PretrainedModel):
     @abstractmethod
     def parts(self, align: bool) -> tuple[str, ...]:
         """Names of the parts that alignment needs, or that `velocity` and the loss need; "latents" among both."""
+
+
+def told_guidance(base: str, config: Mapping[str, Any], given: float | None, usual: float | None) -> float | None:
+    """What a distilled model is told of guidance in training; None for one that is told nothing.
+
+    Args:
+        base: for the message.
+        config: of its transformer.
+        given: in the settings, or None.
+        usual: where nothing is.
+
+    Raises:
+        ConfigError: it is given to a model that is told nothing.
+    """
+    if config.get("guidance_embeds"):
+        return usual if given is None else given
+    if given is not None:
+        raise ConfigError(
+            f"model.guidance is {given:g}, but {base} is not told any: it is for models that are distilled on a "
+            "guidance scale (guidance_embeds in the config of the transformer, as FLUX dev and HunyuanVideo have it). "
+            "Leave it out."
+        )
+    return None
 
 
 class Encoder(ABC):

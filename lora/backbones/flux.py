@@ -26,6 +26,7 @@ class FluxFamily(ImageFamily):
     pipeline_class, transformer_class, vae_class = FluxPipeline, FluxTransformer2DModel, AutoencoderKL
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_length = 512
+    usual_guidance = 3.5
 
     def check_base(self) -> None:
         channels = int(AutoencoderKL.load_config(self.base, subfolder="vae").get("latent_channels", 16))
@@ -71,7 +72,7 @@ class FluxFamily(ImageFamily):
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(latents)
         guidance = None
-        if self.config.get("guidance_embeds"):
+        if self.guidance is not None:
             guidance = torch.full((latents.shape[0],), self.guidance, device=latents.device)
         made = model(
             hidden_states=grid.flatten(2).transpose(1, 2),

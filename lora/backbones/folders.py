@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...pipelines.locations import is_hub_id
-from ...pipelines.weight_files import WEIGHTS, transformer_file, transformer_files
+from ...pipelines.weight_files import transformer_files, transformer_tensors
 from ..checkpoint import replaced
 from ..config import ConfigError
 
@@ -26,27 +26,28 @@ __all__ = [
 ]
 
 
-def located(location: str, setting: str, built_in: str, part: str = "") -> str:
-    """Where a model is: a folder or hub id as it is, and the folder of the built-in one.
+def located(location: str, setting: str, *built_in: str, part: str = "") -> str:
+    """Where a model is: a folder or hub id as it is, and the folder of a built-in one.
 
     Args:
         location: as the user wrote it.
         setting: that names it, for the message.
-        built_in: name of the built-in pipeline that has such a model.
-        part: of that pipeline.
+        built_in: names of the built-in pipelines that have such a model.
+        part: of such a pipeline.
 
     Raises:
         ConfigError: neither of the three.
     """
     from ... import demo
 
-    if location == built_in:
-        return str(demo.path(built_in) / part)
+    if location in built_in:
+        return str(demo.path(location) / part)
     if Path(location).is_dir() or is_hub_id(location):
         return location
+    named = " or ".join(f'"{name}"' for name in built_in)
     raise ConfigError(
-        f"{setting}: {location} is no folder here, no hub id of the form owner/name, and not the built-in "
-        f'"{built_in}": correct the path, or make the model first.'
+        f"{setting}: {location} is no folder here, no hub id of the form owner/name, and not the built-in {named}: "
+        "correct the path, or make the model first."
     )
 
 
@@ -90,7 +91,7 @@ def load_part(cls: Any, base: str, name: str, dtype: torch.dtype) -> Any:
         name: of the module in the transformer.
         dtype: of its weights.
     """
-    tensors = _tensors(base, f"{name}.")
+    tensors = transformer_tensors(base, lambda key: key.startswith(f"{name}."))
     if not tensors:  # not in safetensors
         return cls.from_pretrained(base, subfolder="transformer", dtype=dtype).get_submodule(name)
     from accelerate import init_empty_weights
@@ -100,27 +101,6 @@ def load_part(cls: Any, base: str, name: str, dtype: torch.dtype) -> Any:
     own = {key.removeprefix(f"{name}."): value.to(dtype) for key, value in tensors.items()}
     part.load_state_dict(own, assign=True)
     return part
-
-
-def _tensors(base: str, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of the transformer whose names begin so; empty where it has no safetensors files."""
-    from safetensors import safe_open
-
-    index = transformer_file(base, f"{WEIGHTS}.index.json")
-    if index is not None:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [
-            transformer_file(base, name) for name in sorted({v for k, v in places.items() if k.startswith(prefix)})
-        ]
-    else:
-        files = [transformer_file(base, WEIGHTS)]
-    found: dict[str, torch.Tensor] = {}
-    for path in files:
-        if path is None:
-            return {}
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-    return found
 
 
 def to_cpu(pipe: Any) -> None:

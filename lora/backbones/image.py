@@ -37,7 +37,7 @@ class ImageBackbone(ImageFamily, Backbone):
         autoencoder_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         merge_text_padding: bool = False,
-        guidance: float = 3.5,
+        guidance: float | None = None,
     ) -> None:
         super().__init__(base, dtype, device, merge_text_padding, guidance)
         self.autoencoder_path = autoencoder

@@ -24,6 +24,7 @@ class OwnImageModel(ImageFamily, OwnModel):
         base, dtype, device, merge_text_padding, guidance: as those of `ImageFamily`.
         autoencoder_dtype: in which pictures are encoded.
         stage, first_frame: must be None.
+        fps: of no concern to images.
 
     Raises:
         ConfigError: something is missing or does not fit together.
@@ -36,9 +37,10 @@ class OwnImageModel(ImageFamily, OwnModel):
         autoencoder_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         merge_text_padding: bool = False,
-        guidance: float = 3.5,
+        guidance: float | None = None,
         stage: str | None = None,
         first_frame: bool | None = None,
+        fps: float | None = None,
     ) -> None:
         for name, value in (("stage", stage), ("first_frame", first_frame)):
             if value is not None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 from torch import nn
-from torch.nn import functional
 
 from ...pipelines.deep_compression.adapted import started_anew, zero_head
 from ...pipelines.deep_compression.text_to_image import DCGenSanaPipeline
@@ -20,6 +19,7 @@ from .folders import read_config
 from .image import ImageBackbone
 from .image_family import ImageFamily
 from .image_own import OwnImageModel
+from .pipeline_family import padded
 
 _INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What the pipeline puts before prompts."""
@@ -78,7 +78,7 @@ class SanaFamily(ImageFamily):
         texts: Sequence[Text],
         conditions: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
-        states, mask = self._padded(texts)
+        states, mask = padded([text["states"] for text in texts])
         made = model(
             hidden_states=latents[:, :, 0],
             encoder_hidden_states=states.to(latents.device, self.dtype),
@@ -88,18 +88,9 @@ class SanaFamily(ImageFamily):
         )[0]
         return made[:, :, None]
 
-    def _padded(self, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `[B, n, D]` with as many positions as the longest has, and which of them count, `[B, n]`."""
-        lengths = [text["states"].shape[0] for text in texts]
-        longest = max(lengths)
-        states = [
-            functional.pad(text["states"], (0, 0, 0, longest - n)) for text, n in zip(texts, lengths, strict=True)
-        ]
-        return torch.stack(states), (torch.arange(longest) < torch.tensor(lengths)[:, None]).float()
-
     def prompt_inputs(self, text: Text, negative: Text) -> dict[str, Any]:
         made: dict[str, Any] = {"negative_prompt": None}
-        both, masks = self._padded([text, negative])
+        both, masks = padded([text["states"], negative["states"]])
         for name, states, mask in zip(("", "negative_"), both, masks, strict=True):
             made[f"{name}prompt_embeds"] = states[None].to(self.device, self.dtype)
             made[f"{name}prompt_attention_mask"] = mask[None].to(self.device)

@@ -16,7 +16,7 @@ from ...pipelines.deep_compression.adapted import new_embedding, retarget
 from ...pipelines.deep_compression.image_to_video import DCVideoGenImageToVideoPipeline
 from ...pipelines.deep_compression.text_to_video import DCVideoGenPipeline
 from ..config import ConfigError
-from .base import Backbone
+from .base import Backbone, told_guidance
 from .folders import load_autoencoder, load_part, read_config, write_model
 from .wan_encoding import WanEncoder
 from .wan_family import WanFamily, base_pipeline
@@ -39,7 +39,7 @@ class WanBackbone(WanFamily, Backbone):
         merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
             prompts are short. Text to video only.
         autoencoder_dtype: in which the new autoencoder encodes; it is saved as it was.
-        guidance: not used by Wan.
+        guidance: must be None: Wan is not told any.
 
     Raises:
         ConfigError: something is missing or does not fit together; the message says what fits.
@@ -61,6 +61,7 @@ class WanBackbone(WanFamily, Backbone):
         self.base, self.autoencoder_path = base, autoencoder
         self.dtype, self.device = dtype, torch.device(device)
         self.config = read_config(WanTransformer3DModel, base, "transformer")
+        told_guidance(base, self.config, guidance, None)
         vae = read_config(AutoencoderKLWan, base, "vae")
         new = read_config(AutoencoderDCV, autoencoder)
         if new.get("_class_name") != "AutoencoderDCV":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 from ...attention.layout import VideoLayout
 from ...demo.text import use_padded_cross_attention
 from ..config import ConfigError
-from .base import OwnModel
-from .folders import read_config
+from .base import OwnModel, told_guidance
+from .folders import read_config, write_model
 from .wan_encoding import OwnWanEncoder
 from .wan_family import WanFamily, base_pipeline
 
@@ -47,7 +48,37 @@ _FILE_PARTS = {
 """diffusers' names of layers -> Wan's own, which ComfyUI knows and diffusers translates."""
 
 
-class WanModel(WanFamily, OwnModel):
+class OwnWan(WanFamily, OwnModel):
+    """What Wan models have in common that are trained as they are: layers that may get a LoRA, and their names."""
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    def skeleton(self) -> nn.Module:
+        with init_empty_weights():
+            return WanTransformer3DModel.from_config(self.config)
+
+    def check_layers(self, layers: Sequence[str]) -> str | None:
+        if "patch_embedding" in layers:
+            return "patch_embedding is a convolution, of which files of LoRAs for Wan have no name."
+        if not any(layer.startswith("blocks.") for layer in layers):
+            return f"{', '.join(layers)} alone is a LoRA that diffusers cannot load: add a layer of the blocks."
+        return None
+
+    def file_name(self, layer: str) -> str:
+        if layer in _FILE_NAMES:
+            return f"diffusion_model.{_FILE_NAMES[layer]}"
+        for theirs, own in _FILE_PARTS.items():
+            layer = layer.replace(theirs, own)
+        return f"diffusion_model.{layer}"
+
+    def loaded(self, transformer: nn.Module) -> nn.Module:
+        """A transformer as it is trained: frozen, and with its prompts' padding merged where that is set."""
+        if self.merge_text_padding:
+            use_padded_cross_attention(transformer)
+        return transformer.requires_grad_(False)
+
+
+class WanModel(OwnWan):
     """A Wan pipeline in diffusers' layout, whose transformer (or one of its two) is trained.
 
     Args:
@@ -59,13 +90,12 @@ class WanModel(WanFamily, OwnModel):
             prompts are short. Text to video only.
         stage: of `STAGES`, for a base with two transformers; None for one with a single one.
         first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
-        guidance: not used by Wan.
+        guidance: must be None: Wan is not told any.
+        fps: not used by Wan.
 
     Raises:
         ConfigError: something is missing or does not fit together; the message says what fits.
     """
-
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     def __init__(
         self,
@@ -77,16 +107,19 @@ class WanModel(WanFamily, OwnModel):
         stage: str | None = None,
         first_frame: bool | None = None,
         guidance: float | None = None,
+        fps: float | None = None,
     ) -> None:
         self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
         self.device, self.merge_text_padding = torch.device(device), merge_text_padding
         self.index = WanPipeline.load_config(base)
-        self.part, self.levels = _stage(base, self.index, stage)
+        self.part, self.levels = stage_of(base, self.index, stage)
         self.config = read_config(WanTransformer3DModel, base, self.part)
         self.vae = read_config(AutoencoderKLWan, base, "vae")
         starts = _fits(base, self.config, self.vae, self.index)
         self.image = starts if first_frame is None else first_frame
         self.per_token = bool(self.index.get("expand_timesteps"))
+        self.clean_first = self.image and self.per_token
+        told_guidance(base, self.config, guidance, None)
         if self.image != starts and not self.per_token:
             kind = "starts from" if starts else "takes no"
             raise ConfigError(
@@ -116,20 +149,7 @@ class WanModel(WanFamily, OwnModel):
         transformer = WanTransformer3DModel.from_pretrained(
             self.base, subfolder=self.part, dtype=self.dtype, quantization_config=quantisation
         )
-        if self.merge_text_padding:
-            use_padded_cross_attention(transformer)
-        return transformer.requires_grad_(False)
-
-    def skeleton(self) -> nn.Module:
-        with init_empty_weights():
-            return WanTransformer3DModel.from_config(self.config)
-
-    def check_layers(self, layers: Sequence[str]) -> str | None:
-        if "patch_embedding" in layers:
-            return "patch_embedding is a convolution, of which files of LoRAs for Wan have no name."
-        if not any(layer.startswith("blocks.") for layer in layers):
-            return f"{', '.join(layers)} alone is a LoRA that diffusers cannot load: add a layer of the blocks."
-        return None
+        return self.loaded(transformer)
 
     def encoder(self) -> OwnWanEncoder:
         embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
@@ -139,19 +159,9 @@ class WanModel(WanFamily, OwnModel):
 
     # -- the first frame of models with a timestep for each token ------------------------------------------------------
 
-    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        shown = super().noised(latents, noise, sigma)
-        if self.image and self.per_token:
-            shown[:, :, 0] = latents[:, :, 0]
-        return shown
-
-    def error(self, made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        error = super().error(made, wanted)
-        return error[:, :, 1:] if self.image and self.per_token else error
-
     def timestep(self, sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         told = super().timestep(sigma, latents)
-        if not (self.image and self.per_token):
+        if not self.clean_first:
             return told
         patch = self.config["patch_size"]
         frames, height, width = (size // p for size, p in zip(latents.shape[2:], patch, strict=True))
@@ -171,19 +181,18 @@ class WanModel(WanFamily, OwnModel):
         pipe.register_modules(**{self.part: transformer})
         return pipe
 
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        parts = [name for name, entry in self.index.items() if isinstance(entry, (list, tuple)) and entry[0]]
+        pipe = base_pipeline(self.base, self.image, [name for name in parts if name != self.part], self.dtype)
+        pipe.register_modules(**{self.part: transformer.to("cpu")})
+        write_model(pipe, folder)
+
     def picture(self, image: torch.Tensor) -> Image.Image:
         # The image encoder's processor would divide numbers in [0, 1] by 255.
         return Image.fromarray(((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().byte().numpy())
 
-    def file_name(self, layer: str) -> str:
-        if layer in _FILE_NAMES:
-            return f"diffusion_model.{_FILE_NAMES[layer]}"
-        for theirs, own in _FILE_PARTS.items():
-            layer = layer.replace(theirs, own)
-        return f"diffusion_model.{layer}"
 
-
-def _stage(base: str, index: Mapping[str, Any], stage: str | None) -> tuple[str, tuple[float, float]]:
+def stage_of(base: str, index: Mapping[str, Any], stage: str | None) -> tuple[str, tuple[float, float]]:
     """The component that is trained, and the noise levels that it is used for.
 
     Raises:

@@ -14,7 +14,9 @@ RECIPES: dict[str, tuple[str, str]] = {
     "ae_adapt": ("ae_adapt", "AEAdapt"),
     "autoencoder": ("autoencoder", "TrainAutoencoder"),
     "gft": ("gft", "TrainGuidanceFree"),
+    "length": ("length", "TrainLength"),
     "lora": ("lora", "TrainLora"),
+    "sla": ("sla", "TrainSLA"),
 }
 """Name -> (module, class)."""
 

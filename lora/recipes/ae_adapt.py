@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ... import demo
-from ...pipelines.deep_compression.adapted import DEFAULTS_FILE
+from ...pipelines.deep_compression.adapter_folder import DEFAULTS_FILE
 from ...pipelines.locations import is_hub_id
 from ..adapter import AdaptedModel, add_lora, merge, save_adapter
 from ..backbones import open_backbone
@@ -148,7 +148,7 @@ class AEAdapt(EncodedClipsRecipe):
 
     def _autoencoder(self) -> str:
         """Folder or hub id of the new autoencoder."""
-        return located(self.config.model.autoencoder, "model.autoencoder", demo.DC, "vae")
+        return located(self.config.model.autoencoder, "model.autoencoder", demo.DC, part="vae")
 
 
 class Align(Phase):
@@ -220,7 +220,7 @@ class Flow(FlowPhase):
         self._model = AdaptedModel.of(transformer)
         return transformer
 
-    def levels(self, rng: Generators) -> torch.Tensor:
+    def levels(self, rng: Generators, latents: torch.Tensor) -> torch.Tensor:
         flow = self.recipe.config.flow
         return sample_sigmas(rng, flow.shift, flow.logit_normal_share, flow.logit_mean, flow.logit_std)
 

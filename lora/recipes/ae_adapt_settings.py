@@ -21,7 +21,7 @@ class ModelSettings(Settings):
         autoencoder_dtype: in which clips are encoded.
         merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;
             for Wan text to video.
-        guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training.
+        guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training; None for 3.5.
     """
 
     base: str = setting(free=True)
@@ -29,7 +29,7 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     merge_text_padding: bool = False
-    guidance: float = setting(3.5, low=0)
+    guidance: float | None = setting(None, low=0)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class FlowPhase(Phase):
         self.recipe, self.caption_dropout, self.unconditional = recipe, caption_dropout, unconditional
 
     @abstractmethod
-    def levels(self, rng: Generators) -> torch.Tensor:
-        """Noise levels `[B]`, one a clip."""
+    def levels(self, rng: Generators, latents: torch.Tensor) -> torch.Tensor:
+        """Noise levels `[B]`, one for each of the clips `[B, C, T, H, W]`."""
 
     @abstractmethod
     def flow_loss(
@@ -68,15 +68,15 @@ class FlowPhase(Phase):
 
     def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         noise = rng.normal(*batch["latents"].shape[1:])
-        sigma = self.told_levels(rng)
+        sigma = self.told_levels(rng, batch["latents"])
         dropped = (rng.uniform() < self.caption_dropout).tolist()
         nothing = self.nothing()
         texts = [nothing if drop else text for drop, text in zip(dropped, batch["texts"], strict=True)]
         return self.flow_loss(model, batch, noise, sigma, texts)
 
-    def told_levels(self, rng: Generators) -> torch.Tensor:
+    def told_levels(self, rng: Generators, latents: torch.Tensor) -> torch.Tensor:
         """Noise levels `[B]` as the model can be told them; the noise is that of these, not the other way round."""
-        return self.recipe.backbone.told(self.levels(rng), DTYPES[self.recipe.config.loop.mixed_precision])
+        return self.recipe.backbone.told(self.levels(rng, latents), DTYPES[self.recipe.config.loop.mixed_precision])
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...pipelines.guidance_free.adapter_file import RECIPE
+from ...pipelines.guidance_free.adapter_file import OWN_FILE, RECIPE
 from ...pipelines.guidance_free.beta import BETA, BetaEmbedder, BetaSlot, no_slot, width_of
 from ..backbones.base import SampleRequest, Text
+from ..backbones.folders import transformer_files
+from ..checkpoint import replaced
 from ..config import ConfigError
+from ..fsdp import DTYPES
 from ..generators import Generators
+from ..lora_file import save_lora
 from .base import Batch, Phase, load_trained
 from .gft_settings import GuidanceFreeLoraSettings
 from .lora import FlowLora, TrainLora
@@ -24,7 +28,9 @@ MEASURED = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 class TrainGuidanceFree(TrainLora):
-    """Writes `out/adapter/pytorch_lora_weights.safetensors`, which `vidaccel.guidance_free` puts into a pipeline."""
+    """Writes `out/adapter/pytorch_lora_weights.safetensors`, which `vidaccel.guidance_free` puts into a pipeline; or,
+    with all weights trained, `out/pipeline`, which it takes without an adapter.
+    """
 
     Config = GuidanceFreeLoraSettings
     config: GuidanceFreeLoraSettings
@@ -37,17 +43,37 @@ class TrainGuidanceFree(TrainLora):
     def phases(self) -> list[Phase]:
         return [GuidanceFreeLora(self)]
 
+    @property
+    def full(self) -> bool:
+        """Whether all weights are trained."""
+        return self.config.gft.train == "full"
+
     def transformer(self) -> nn.Module:
-        """The frozen transformer with the LoRA and the embedder of beta as training starts."""
-        transformer = super().transformer()
+        """The transformer with the embedder of beta, and with the LoRA where one is trained, as training starts."""
+        transformer = self.backbone.transformer() if self.full else super().transformer()
         transformer.add_module(BETA, BetaEmbedder(width_of(transformer)))
         load_trained(transformer, self.start)
         return transformer
 
     def facts(self) -> dict[str, Any]:
         gft = self.config.gft
-        stated = {"loss": gft.loss, "max_scale": gft.max_scale, "gated": gft.gated}
+        stated: dict[str, Any] = {"loss": gft.loss, "max_scale": gft.max_scale, "gated": gft.is_gated}
+        stated |= {"train": "full"} if self.full else {}
         return {**super().facts(), "recipe": RECIPE, "guidance_free": stated}
+
+    def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        if not self.full:
+            return super().finish(trained)
+        transformer = self.transformer()
+        load_trained(transformer, trained)
+        del transformer.beta_embedder  # diffusers would not know it
+        folder, part = Path(self.config.out) / "pipeline", self.backbone.part
+        with replaced(folder) as draft:
+            self.backbone.save(transformer, draft)
+            facts = {**self.facts(), "base_hash": transformer_files(str(draft), part)}
+            beside = {name: trained[name] for name in self.beside}
+            save_lora(beside, draft / part / OWN_FILE, self.backbone.file_name, 1.0, facts, beside=self.beside)
+        return {"pipeline": str(folder)}
 
 
 class GuidanceFreeLora(FlowLora):
@@ -58,18 +84,21 @@ class GuidanceFreeLora(FlowLora):
     def __init__(self, recipe: TrainGuidanceFree) -> None:
         super().__init__(recipe)
         self._slot: BetaSlot | None = None
+        self._teacher: nn.Module | None = None
         self._told: torch.Tensor | None = None
         """beta `[B]` of the last pass; None of one of the frozen base."""
 
     def trains(self, name: str) -> bool:
-        return super().trains(name) or name.startswith(f"{BETA}.")
+        return self.recipe.full or super().trains(name) or name.startswith(f"{BETA}.")
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         self.transformer: Any = super().setup(trained)
         gft = self.recipe.config.gft
         embedder: Any = self.transformer.get_submodule(BETA)
-        highest = gft.max_scale if gft.gated else None
+        highest = gft.max_scale if gft.is_gated else None
         self._slot = BetaSlot(self.transformer, embedder, lambda: self._told, "default", highest)
+        if self.recipe.full:
+            self._teacher = self.recipe.backbone.transformer().eval().to(self.recipe.process.device)
         return self.transformer
 
     def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -91,7 +120,7 @@ class GuidanceFreeLora(FlowLora):
             wanted = self._base(model, shown, sigma, texts, batch)
             without = self._base(model, shown, sigma, nothing, batch)
         else:
-            wanted = noise - latents
+            wanted = backbone.target(latents, noise, sigma)
             without = self._guided(model, shown, sigma, nothing, batch, torch.ones_like(beta), gradients=False)
         made = self._guided(model, shown, sigma, texts, batch, beta)
         loss = backbone.error(mixture(made, without, beta), wanted).mean()
@@ -102,8 +131,13 @@ class GuidanceFreeLora(FlowLora):
     def _base(
         self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
     ) -> torch.Tensor:
-        """The velocity of the frozen base: the LoRA is switched off, and beta is not told."""
+        """The velocity of the frozen base: a second copy, or the model with the LoRA off, and beta not told."""
         self._told = None
+        if self._teacher is not None:
+            precision = DTYPES[self.recipe.config.loop.mixed_precision]
+            half = torch.autocast(shown.device.type, precision, enabled=precision != torch.float32)
+            with torch.no_grad(), half:
+                return self.recipe.backbone.velocity(self._teacher, shown, sigma, texts, batch).float()
         self.transformer.disable_adapters()
         try:
             return self.without_gradients(model, shown, sigma, texts, batch)
@@ -148,7 +182,7 @@ class GuidanceFreeLora(FlowLora):
         """Mean squared distances at each measured scale, by "error_w" and "gap_w"."""
         backbone, latents, texts = self.recipe.backbone, batch["latents"], batch["texts"]
         noise = rng.normal(*latents.shape[1:])
-        sigma = self.told_levels(rng)
+        sigma = self.told_levels(rng, latents)
         shown = backbone.noised(latents, noise, sigma)
         nothing = [self.nothing()] * len(shown)
         own = self._base(model, shown, sigma, texts, batch)
@@ -162,6 +196,10 @@ class GuidanceFreeLora(FlowLora):
             found[f"gap_{scale:g}"] = backbone.error(own, guided).mean()
         return found
 
+    def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        if not self.recipe.full:  # else the weights of the checkpoint are all there is
+            super().write_adapter(folder, weights)
+
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         self._told = torch.tensor([1 / max(1.0, request.guidance_scale)])
         return super().sample(transformer, texts, replace(request, guidance_scale=1.0))
@@ -169,6 +207,7 @@ class GuidanceFreeLora(FlowLora):
     def close(self) -> None:
         if self._slot is not None:
             self._slot.remove()
+        self._teacher = None
         super().close()
 
 

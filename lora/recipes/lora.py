@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ... import demo
+from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, layers_named
@@ -21,7 +22,7 @@ from ..data.latents import Latents
 from ..flow import sample_levels
 from ..generators import Generators
 from ..identities import file_identity
-from ..lora_file import FILE, lora_path, read_facts, read_lora, save_lora
+from ..lora_file import COMFYUI_FILE, FILE, lora_path, read_facts, read_lora, save_lora
 from ..quantise import quantisation
 from ..sparse_training import training_method
 from .base import Batch, Phase, load_trained
@@ -48,14 +49,12 @@ class TrainLora(EncodedClipsRecipe):
         config, lora = self.config, self.config.lora
         self.quantisation = quantisation(config.model.quantise)
         self.backbone = self._model()
+        self._check_density()
         layouts = [self.backbone.layout(s.frames, s.height, s.width) for s in config.data.sizes]
         skeleton = self.backbone.skeleton()
         self.check_transformer(skeleton)
-        chosen = config.attention
-        self.method = training_method(
-            chosen.method, chosen.density, chosen.dense_layers, chosen.backend, type(skeleton).__name__, layouts
-        )
-        self.layers = layers_named(skeleton, lora.targets or self.backbone.lora_targets, "lora.targets")
+        self.method = self.sparse_method(type(skeleton).__name__, layouts)
+        self.layers = self._layers(skeleton)
         refusal = self.backbone.check_layers(self.layers)
         if refusal:
             raise ConfigError(f"lora.targets: {refusal}")
@@ -64,10 +63,39 @@ class TrainLora(EncodedClipsRecipe):
         self.open_data()
         self.flowing = self.latents(self.backbone.encoder(), config.flow.unconditional)
 
+    def sparse_method(self, transformer_class: str, layouts: Sequence[VideoLayout | None]) -> Any:
+        """The method of the self-attention in training, or None for dense attention.
+
+        Args:
+            transformer_class: name of the transformer's class.
+            layouts: the tokens of the clips, one a size.
+
+        Raises:
+            ConfigError: the model takes none, or one that cannot do a size.
+        """
+        chosen = self.config.attention
+        return training_method(
+            chosen.method,
+            chosen.density,
+            chosen.dense_layers,
+            chosen.block_size,
+            chosen.backend,
+            transformer_class,
+            layouts,
+        )
+
+    def _layers(self, skeleton: nn.Module) -> list[str]:
+        """The layers of the transformer that get a LoRA."""
+        model, targets = self.backbone, self.config.lora.targets
+        if targets is not None:
+            return layers_named(skeleton, targets, "lora.targets")
+        usual = layers_named(skeleton, model.lora_targets, "lora.targets")
+        return [layer for layer in usual if layer.startswith(model.lora_within)]
+
     def _model(self) -> OwnModel:
         model = self.config.model
         return open_model(
-            located(model.base, "model.base", demo.WAN),
+            located(model.base, "model.base", *demo.MODELS),
             self.config.recipe,
             dtype=getattr(torch, model.dtype),
             autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
@@ -76,6 +104,7 @@ class TrainLora(EncodedClipsRecipe):
             guidance=model.guidance,
             stage=model.stage,
             first_frame=model.first_frame,
+            fps=self.config.data.fps,
         )
 
     def _start(self, location: str) -> dict[str, torch.Tensor]:
@@ -94,7 +123,22 @@ class TrainLora(EncodedClipsRecipe):
         lora = self.config.lora
         if facts["rank"] != lora.rank:
             raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in lora.start has {facts['rank']}: set that.")
-        return read_lora(location, self.layers, self.backbone.file_name, lora.scale, "lora.start", self.beside)
+        model = self.backbone
+        return read_lora(location, self.layers, model.file_name, lora.scale, "lora.start", self.beside, model.file_rows)
+
+    def _check_density(self) -> None:
+        """Raise ConfigError for numbers of a density that is not the model's."""
+        flow, usual = self.config.flow, self.backbone.density
+        if flow.density is None and usual == "uniform" and (flow.logit_mean, flow.logit_std) != (0.0, 1.0):
+            raise ConfigError(
+                f"flow.logit_mean and flow.logit_std are of no use: the noise levels of {self.backbone.base} are "
+                "uniform. Set flow.density to logit_normal, or leave them out."
+            )
+
+    @property
+    def backend(self) -> str:
+        """What computes sparse attention in training."""
+        return self.config.attention.backend
 
     def used(self) -> list[Latents]:
         return [self.flowing]
@@ -124,20 +168,25 @@ class TrainLora(EncodedClipsRecipe):
 
     def write(self, weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
         """Write the LoRA among the weights into a folder."""
-        lora = self.config.lora
-        dtype = getattr(torch, lora.file_dtype)
-        return save_lora(weights, folder / FILE, self.backbone.file_name, lora.scale, self.facts(), dtype, self.beside)
+        lora, model = self.config.lora, self.backbone
+        dtype, facts = getattr(torch, lora.file_dtype), self.facts()
+        if model.comfyui_name(self.layers[0]) is not None:
+            save_lora(weights, folder / COMFYUI_FILE, model.comfyui_name, lora.scale, facts, dtype, self.beside)
+        return save_lora(
+            weights, folder / FILE, model.file_name, lora.scale, facts, dtype, self.beside, model.file_rows
+        )
 
     def facts(self) -> dict[str, Any]:
         """What the header of the file says: which model the LoRA is for, and what it was trained with."""
         config, model, size = self.config, self.config.model, self.config.data.sizes[-1]
-        named = model.base == demo.WAN or is_hub_id(model.base)
+        named = model.base in demo.MODELS or is_hub_id(model.base)
         method = config.attention
         return {
             "recipe": config.recipe,
             "base": model.base if named else Path(model.base).resolve().name,
             "base_hash": self.base_hash,
             "part": self.backbone.part,
+            "transformer": str(self.backbone.config["_class_name"]),
             "levels": list(self.backbone.levels),
             "rank": config.lora.rank,
             "attention": {"method": method.method, "density": method.density, "dense_layers": method.dense_layers},
@@ -167,17 +216,18 @@ class FlowLora(FlowPhase):
             transformer.enable_gradient_checkpointing()
         train_only(transformer, self.trains)
         if recipe.method is not None:
-            self._handle = accelerate(transformer, recipe.method, backend=recipe.config.attention.backend)
+            self._handle = accelerate(transformer, recipe.method, backend=recipe.backend)
         return transformer
 
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained."""
         return ".lora_" in name
 
-    def levels(self, rng: Generators) -> torch.Tensor:
-        flow = self.recipe.config.flow
-        levels = self.recipe.backbone.levels
-        return sample_levels(rng, flow.shift, flow.density, flow.logit_mean, flow.logit_std, levels)
+    def levels(self, rng: Generators, latents: torch.Tensor) -> torch.Tensor:
+        flow, backbone = self.recipe.config.flow, self.recipe.backbone
+        shift = backbone.shift(latents) if flow.shift is None else flow.shift
+        density = flow.density or backbone.density
+        return sample_levels(rng, shift, density, flow.logit_mean, flow.logit_std, backbone.levels)
 
     def flow_loss(
         self, model: nn.Module, batch: Batch, noise: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text]
@@ -192,7 +242,7 @@ class FlowLora(FlowPhase):
             # GFT (arXiv 2501.15420) at the fixed beta = 1 / scale: what fits the flow is the model's mixture with its
             # unconditional self, so the model itself stays as guided as it was.
             made = made / scale + (1 - 1 / scale) * without
-        loss = backbone.error(made, noise - latents).mean()
+        loss = backbone.error(made, backbone.target(latents, noise, sigma)).mean()
         return loss, {"error": loss.detach()}
 
     @torch.no_grad()

@@ -15,15 +15,18 @@ class ModelSettings(Settings):
     """The model that gets a LoRA.
 
     Args:
-        base: folder or hub id of a diffusers pipeline; "demo" is the built-in one.
+        base: folder or hub id of a diffusers pipeline, or folder of adapter-only weights; "demo" and "demo-dc" are the
+            built-in ones.
         stage: of a base with two transformers (Wan 2.2 14B): which one; None for a base with one.
-        first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
+        first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B and LTX-Video do
+            both.
         dtype: of the frozen weights; what is trained stays float32.
         quantise: keep the frozen weights of the linear layers in 8 bits, through torchao, which must be installed.
         autoencoder_dtype: in which clips are encoded.
         merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;
             for Wan without an image encoder.
-        guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training.
+        guidance: what models that are distilled on a guidance scale are told in training; None for the usual: 3.5 of
+            FLUX dev, 1 of HunyuanVideo.
     """
 
     base: str = setting(free=True)
@@ -33,7 +36,7 @@ class ModelSettings(Settings):
     quantise: Literal["none", "int8", "fp8"] = "none"
     autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     merge_text_padding: bool = False
-    guidance: float = setting(3.5, low=0)
+    guidance: float | None = setting(None, low=0)
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,20 @@ class FlowSettings(Settings):
     """Noise levels and prompts in training.
 
     Args:
-        density: of the noise levels before the shift: "logit_normal" of `logit_mean` and `logit_std`, or "uniform".
-        shift: of the noise levels towards noise.
+        density: of the noise levels before the shift: "logit_normal" of `logit_mean` and `logit_std`, or "uniform";
+            None for the model's: "logit_normal", and "uniform" of CogVideoX, whose own schedule does the rest.
+        shift: of the noise levels towards noise; None for the model's: 3, of HunyuanVideo that of its scheduler, of
+            LTX-Video by the number of tokens, as its scheduler has it, of CogVideoX 1.
         caption_dropout: share of the clips that are shown with `unconditional` instead of their caption.
         unconditional: the text that stands for no caption: the negative prompt that the model will be sampled with.
         guidance_preserving: of a base that is distilled on guidance, the scale that is to stay in it: the loss compares
             v / s + (1 - 1 / s) u with the flow, u the velocity of `unconditional` without gradients. None for none.
     """
 
-    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    density: Literal["logit_normal", "uniform"] | None = None
     logit_mean: float = 0.0
     logit_std: float = setting(1.0, above=0)
-    shift: float = setting(3.0, above=0)
+    shift: float | None = setting(None, above=0)
     caption_dropout: float = setting(0.1, low=0, high=1)
     unconditional: str = ""
     guidance_preserving: float | None = setting(None, above=1)
@@ -103,17 +108,19 @@ class AttentionSettings(Settings):
         method: "dense", or one of `vidaccel.attention.METHODS`.
         density: share of the pairs that the method computes, at the last of `data.sizes`; None for its own.
         dense_layers: first layers that stay dense; None for the method's own.
+        block_size: tokens of a block, of methods that have blocks of one size; None for the method's own.
         backend: what computes it; "auto" chooses.
     """
 
     method: str = "dense"
     density: float | None = setting(None, above=0, high=1)
     dense_layers: int | None = setting(None, low=0)
+    block_size: int | None = setting(None, low=8)
     backend: str = setting("auto", free=True)
 
     def check(self) -> Iterator[str]:
         if self.method == "dense":
-            for name in ("density", "dense_layers"):
+            for name in ("density", "dense_layers", "block_size"):
                 if getattr(self, name) is not None:
                     yield f"{name} is of use only with a sparse method: set method, or leave it out."
             if self.backend != "auto":
@@ -136,3 +143,10 @@ class LoraSettings(RunSettings):
             yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'
         if not self.train.steps:
             yield "train.steps is 0: give at least 1."
+
+    def without_lora(self, setting: str) -> Iterator[str]:
+        """What does not go together with the training of all weights, which `setting` asks for."""
+        if self.lora != AdapterSettings():
+            yield f'lora is of use only with {setting} "lora": set that, or leave lora out.'
+        if self.model.quantise != "none":
+            yield f'model.quantise is {self.model.quantise}, whose weights stay frozen: set {setting} to "lora".'

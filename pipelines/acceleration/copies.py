@@ -1,4 +1,4 @@
-"""What a copy of an accelerated model takes along."""
+"""What a copy of a model takes along that is accelerated or guidance-free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CopiedNotPickled:
 
     def __copy__(self) -> NoReturn:
         raise TypeError(
-            f"a shallow copy of {type(self).__name__} would share what sparse attention remembers with the original: "
+            f"a shallow copy of {type(self).__name__} would share what is remembered of calls with the original: "
             "use copy.deepcopy with the model or the pipeline, or call handle.remove() (or vidaccel.restore(pipe)) "
             "first."
         )
@@ -30,6 +30,6 @@ class CopiedNotPickled:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "an accelerated model cannot be pickled or saved whole: call handle.remove() (or vidaccel.restore(pipe)), "
-            "save it, and accelerate it again. state_dict() and save_pretrained() work as they are."
+            "a model that is accelerated or guidance-free cannot be pickled or saved whole: call handle.remove() (or "
+            "vidaccel.restore(pipe)), save it, and do it again. state_dict() and save_pretrained() work as they are."
         )

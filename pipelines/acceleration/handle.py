@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ...attention import DenseSchedule, Method, RunReport, SparseAttention, resolve_method
+from ...attention import SLA, DenseSchedule, Method, RunReport, SparseAttention, resolve_method
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
@@ -21,6 +24,8 @@ from .rank_heads import balance_note
 from .rebinding import SparseProcessor, rebind
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 from .site import Site
+from .sla import Learned, LearnedAtWork, find_learned, method_of
+from .sla_weights import PROJECTION
 from .ulysses import Ulysses
 
 logger = logging.getLogger(__name__)
@@ -32,10 +37,18 @@ class Handle:
     """Sparse attention at work in a pipeline. Made by `accelerate`; a context manager that removes itself."""
 
     def __init__(
-        self, pipe: object, method: Method, backend: str, schedule: DenseSchedule | None, measure_error: int = 0
+        self,
+        pipe: object,
+        method: Method | str,
+        backend: str,
+        schedule: DenseSchedule | None,
+        measure_error: int = 0,
+        adapters: Sequence[str | Path] = (),
+        base: str | Path | None = None,
     ) -> None:
-        self.method = method
         transformers = find_transformers(pipe)
+        method, learned = _with_learned(method, transformers, adapters, base)
+        self.method = method
         schedule = schedule if schedule is not None else method.schedule
         if not hasattr(pipe, "scheduler"):
             fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
@@ -49,7 +62,8 @@ class Handle:
         try:
             for name, (transformer, family) in transformers.items():
                 options = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
-                self._installed.append(_Installed(name, transformer, family, method, self._clock, **options))
+                own = learned.get(name)
+                self._installed.append(_Installed(pipe, name, transformer, family, method, own, self._clock, **options))
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
             raise
@@ -71,6 +85,18 @@ class Handle:
         self._clock.forget_notes()
         for installed in self._installed:
             installed.engine.reset()
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        """All calls stay dense inside the block, as if nothing were accelerated."""
+        before = [installed.paused for installed in self._installed]
+        for installed in self._installed:
+            installed.paused = "dense()"
+        try:
+            yield
+        finally:
+            for installed, reason in zip(self._installed, before, strict=True):
+                installed.paused = reason
 
     def _replaced(self) -> list[str]:
         """What to say of transformers that the pipeline had when it was accelerated and has no more; logged once."""
@@ -113,6 +139,8 @@ def accelerate(
     backend: str = "auto",
     schedule: DenseSchedule | None = None,
     measure_error: int = 0,
+    adapter: str | Path | Sequence[str | Path] = (),
+    base: str | Path | None = None,
 ) -> Handle:
     """Give the self-attention layers of a pipeline a sparse-attention method.
 
@@ -123,13 +151,18 @@ def accelerate(
     Args:
         pipe: a diffusers pipeline whose transformers are all of a known family (`FAMILIES`), or such a transformer
             alone, whose steps are then counted from its timesteps.
-        method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults.
+        method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults; "sla" for what the model was trained
+            with.
         backend: a backend's name, which then runs or raises, or "auto".
         schedule: the steps and layers that stay dense; the method's own when None.
         measure_error: so many queries of each sparse call are computed densely too, in float32, and the report tells
             how far the method's output is from that, by layer and step: 64 are enough. The video stays the same to the
             bit. It costs `measure_error / tokens` of a dense call in float32 and a read of all keys and values; 0
             measures nothing.
+        adapter: file or folder of an adapter of the recipe `sla`, for the method "sla"; of a pipeline with two
+            transformers, one for each.
+        base: folder or hub id of the pipeline that the transformers are from, where they do not know themselves; only
+            SLA asks.
 
     Returns:
         A `Handle` with `report()`, `reset()` and `remove()`.
@@ -138,10 +171,13 @@ def accelerate(
         TypeError: a transformer of the pipeline is not known; names the families and what a new one needs. Or a
             processor of it cannot be rebound; names it.
         ValueError: unknown method or backend, or a `measure_error` below 0; a schedule that needs the number of steps,
-            or noise levels, where they cannot be known.
+            or noise levels, where they cannot be known. As an `SLAError`: a transformer that was not trained for SLA,
+            or for other settings.
         RuntimeError: the pipeline is accelerated already, or runs under ring attention.
     """
-    return Handle(pipe, resolve_method(method), check_backend(backend), schedule, check_rows(measure_error))
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    check_backend(backend)
+    return Handle(pipe, method, backend, schedule, check_rows(measure_error), adapters, base)
 
 
 def restore(pipe: Any) -> None:
@@ -155,6 +191,19 @@ def restore(pipe: Any) -> None:
             owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
             if isinstance(owner, _Installed):
                 owner.remove()
+
+
+def _with_learned(
+    method: Method | str, transformers: dict[str, Any], adapters: Sequence[str | Path], base: str | Path | None
+) -> tuple[Method, dict[str, Learned]]:
+    """The method, and for SLA what each transformer learned; its name stands for the settings of the training."""
+    if method != SLA.name and not isinstance(method, SLA):
+        method = resolve_method(method)
+        if adapters:
+            raise ValueError(f'adapter is for the method "sla", not for {method.name}: leave it out.')
+        return method, {}
+    learned = find_learned(transformers, adapters, base)
+    return method_of(learned, transformers) if isinstance(method, str) else method, learned
 
 
 def _contains(component: object, transformer: torch.nn.Module) -> bool:
@@ -202,10 +251,12 @@ class _Installed(CopiedNotPickled):
 
     def __init__(
         self,
+        pipe: Any,
         name: str,
         transformer: Any,
         family: Family,
         method: Method,
+        learned: Learned | None,
         clock: StepClock,
         **options: Any,
     ) -> None:
@@ -222,8 +273,21 @@ class _Installed(CopiedNotPickled):
         self._signature = inspect.signature(type(transformer).forward)
         self._clock = clock
         self._passes = 0
+        self.paused = ""
+        self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
+        try:
+            self._install(processors)
+        except BaseException:
+            self._learned.remove()
+            raise
+
+    def _install(self, processors: dict[str, Any]) -> None:
+        family, transformer = self.family, self.transformer
         own = {"own_samples": family.own_samples, "reads_prefix": family.reads_prefix}
-        self._sites = {path: Site(self.engine, layer, **own) for layer, path in enumerate(processors)}
+        weights = {path: getattr(module, PROJECTION, None) for path, module in self._modules.items()}
+        self._sites = {
+            path: Site(self.engine, layer, weights=weights[path], **own) for layer, path in enumerate(processors)
+        }
         self._originals = processors
         self._own = {path: rebind(processor, self._sites[path]) for path, processor in processors.items()}
         for path, module in self._modules.items():
@@ -261,9 +325,11 @@ class _Installed(CopiedNotPickled):
         shared = Ulysses.of(self.transformer, self.name)
         if shared is not None and layouts:
             shared.check_tokens(layouts[0].tokens, self.name)
+        if layouts and (remark := self._learned.remark(layouts[0].video_tokens)):
+            self.engine.note(remark, logging.WARNING)
         self.engine.enter(step, *layouts)
         for site in self._sites.values():
-            site.enter(trims=self.family.trims and not dense, dense=dense, shared=shared)
+            site.enter(trims=self.family.trims and not dense, dense=dense or self.paused, shared=shared)
 
     @torch.compiler.disable
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
@@ -318,6 +384,7 @@ class _Installed(CopiedNotPickled):
                 module.processor = original
         for hook in self._hooks:
             hook.remove()
+        self._learned.remove()
         self.engine.forget()
         self.active = False
 

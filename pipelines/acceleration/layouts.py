@@ -29,6 +29,11 @@ def patch_of(model: Any) -> tuple[int, int, int]:
 
 def grid(model: Any, latents: torch.Tensor, axes: tuple[int, int, int] = (2, 3, 4)) -> tuple[int, int, int]:
     """Latents cut into patches; `axes` are those of frames, height and width."""
+    if latents.ndim != 5:
+        raise ValueError(
+            f"latents of a {type(model).__name__} have 5 axes, batch, channels, frames, height and width; these have "
+            f"{latents.ndim}, of shape {tuple(latents.shape)}: give a batch of videos, also where it is one video."
+        )
     frames, height, width = (latents.shape[axis] // patch for axis, patch in zip(axes, patch_of(model), strict=True))
     return frames, height, width
 

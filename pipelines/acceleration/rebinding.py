@@ -247,15 +247,23 @@ def site_attention(
         site: the site's number.
 
     Returns:
-        `[B, H, n_q, D]` contiguous.
+        `[B, H, n_q, D]`, in memory token by token, whatever the layout of q: that may be another one when the graph
+        runs than when it was made. Models merge the heads behind it, which then copies nothing.
     """
     here = site_of(int(site))
-    return here.attend(q, k, v, mask, here.processor.stock).contiguous()
+    made = here.attend(q, k, v, mask, here.processor.stock)
+    wanted = _token_by_token(q)
+    return made if made.stride() == wanted.stride() else wanted.copy_(made)
 
 
 @site_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, site: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return _token_by_token(q)
+
+
+def _token_by_token(q: torch.Tensor) -> torch.Tensor:
+    """Memory for an output in the shape of q, `[B, H, N, D]`, with the heads of a token side by side."""
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _refuse_gradients(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:

@@ -33,12 +33,19 @@ class Site:
         layer: the site's number in running order, counted from 0.
         own_samples: the model calls attention once for each sample (Mochi), each with its own text.
         reads_prefix: keys begin with tokens that are no queries (Cosmos 3).
+        weights: what was trained for the method in this layer.
     """
 
     def __init__(
-        self, engine: SparseAttention, layer: int, *, own_samples: bool = False, reads_prefix: bool = False
+        self,
+        engine: SparseAttention,
+        layer: int,
+        *,
+        own_samples: bool = False,
+        reads_prefix: bool = False,
+        weights: torch.nn.Module | None = None,
     ) -> None:
-        self.engine, self.layer = engine, layer
+        self.engine, self.layer, self.weights = engine, layer, weights
         self.own_samples, self.reads_prefix = own_samples, reads_prefix
         self.trims = False  # whether tokens behind those of the layout are padding, in this forward pass
         self.shared: Ulysses | None = None  # how processes share the sequence of this forward pass
@@ -165,6 +172,7 @@ class Site:
             stock=(lambda rows, k, v: stock(q, k, v)) if prefix else stock,
             sample=sample,
             heads=heads,
+            weights=self.weights,
         )
         if out.shape[2] > queries:
             out = out[:, :, -queries:]

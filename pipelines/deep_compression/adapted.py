@@ -1,13 +1,7 @@
-"""Adapter-only weights of a model that was moved to another autoencoder: what they are on disk, and loading them.
-
-A folder with `adapter.json` (what it belongs to), `embedder_head.safetensors` (parameters that were trained as they
-are), `pytorch_lora_weights.safetensors` (a LoRA on the rest, as diffusers' pipelines write it), and often the
-autoencoder in `vae/`.
-"""
+"""A model that was moved to another autoencoder: its new ends, and adapter-only weights loaded onto their base."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,21 +10,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from ... import demo
 from ..locations import named_autoencoder
+from .adapter_folder import FULL_FILE, LORA_FILE, LORA_PREFIX, AdapterError, base_location, read_facts
 from .published_files import find_autoencoder, hub_options, load_autoencoder
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-LORA_PREFIX = "transformer"
-FULL_FILE = "embedder_head.safetensors"
-FACTS_FILE = "adapter.json"
-DEFAULTS_FILE = "generation_defaults.json"
-"""In the folder of an adapted pipeline: frames, height and width that it was trained at."""
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be loaded; the message says what does not fit, and the fix."""
-
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.Conv3d)
 
@@ -65,35 +47,6 @@ def retarget(transformer: WanTransformer3DModel, in_channels: int, out_channels:
     return transformer
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapter-only weights."""
-    return (folder / FACTS_FILE).is_file() and not (folder / "model_index.json").is_file()
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What an adapter belongs to: `base`, `autoencoder` (a hub id, or a folder, seen from that of the adapter), `lora`,
-    and the config of the transformer.
-
-    Raises:
-        AdapterError: `adapter.json` cannot be read, or lacks one of them.
-    """
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        missing = {"base", "autoencoder", "lora", "transformer"} - set(facts)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder / FACTS_FILE} cannot be read: {error}") from error
-    if missing:
-        raise AdapterError(
-            f"{folder / FACTS_FILE} lacks {', '.join(sorted(missing))}: it was written by something else."
-        )
-    return facts
-
-
-def base_location(base: str) -> str:
-    """Folder or hub id of a base model; "demo" is the built-in Wan model."""
-    return str(demo.path()) if base == demo.WAN else base
-
-
 def load_adapter(transformer: Any, folder: Path) -> Any:
     """Load an adapter into a transformer that `retarget` has prepared; its LoRA stays apart.
 
@@ -125,7 +78,36 @@ def load_adapter(transformer: Any, folder: Path) -> Any:
     return transformer
 
 
-def _own_autoencoder(folder: Path, stated: str) -> str:
+def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = None, **hub: Any) -> WanTransformer3DModel:
+    """The transformer of a base with the adapter in a folder, its LoRA merged.
+
+    Args:
+        folder: with the adapter.
+        base: folder or hub id of the pipeline that it is for.
+        dtype: of the weights.
+        hub: how to reach the hub, as arguments of `from_pretrained`.
+
+    Raises:
+        AdapterError: it does not fit the base.
+        OSError: the base is not there.
+    """
+    facts = read_facts(folder)
+    config = facts["transformer"]
+    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", dtype=dtype, **hub)
+    if len(transformer.blocks) != config["num_layers"]:
+        raise AdapterError(
+            f"{folder} belongs to a model of {config['num_layers']} layers, and {base} has {len(transformer.blocks)}: "
+            f"give the model it was made from, {facts['base']}, with base=."
+        )
+    retarget(transformer, config["in_channels"], config["out_channels"])
+    load_adapter(transformer, folder)
+    if facts["lora"]:
+        transformer.fuse_lora()
+        transformer.unload_lora()
+    return transformer.eval()
+
+
+def own_autoencoder(folder: Path, stated: str) -> str:
     """Folder or hub id of the autoencoder that an adapter was made for."""
     own = folder / "vae"
     found = str(own) if own.is_dir() else named_autoencoder(folder, stated)
@@ -170,24 +152,13 @@ def load_adapted(
     if "vae" in options:
         vae = options.pop("vae")
     else:
-        place = find_autoencoder(autoencoder or _own_autoencoder(folder, facts["autoencoder"]), hub_options(options))
+        place = find_autoencoder(autoencoder or own_autoencoder(folder, facts["autoencoder"]), hub_options(options))
         vae = load_autoencoder(place, of("vae"), autoencoder_config)
-    config = facts["transformer"]
     hub = hub_options(options, "revision", "variant", "use_safetensors")
-    transformer = WanTransformer3DModel.from_pretrained(
-        location, subfolder="transformer", dtype=of("transformer"), **hub
-    )
-    if len(transformer.blocks) != config["num_layers"]:
-        raise AdapterError(
-            f"{folder} belongs to a model of {config['num_layers']} layers, and {location} has "
-            f"{len(transformer.blocks)}: give the model it was made from, {facts['base']}, with base=."
-        )
-    retarget(transformer, config["in_channels"], config["out_channels"])
-    load_adapter(transformer, folder)
-    if facts["lora"]:
-        transformer.fuse_lora()
-        transformer.unload_lora()
+    transformer = adapted_transformer(folder, location, of("transformer"), **hub)
+    if base is None:  # else it does not follow from the folder what the weights are
+        transformer.register_to_config(_name_or_path=str(folder))
     # Through diffusers' own class, because the base is one of its pipelines.
     stock = next(c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers."))
     parts = stock.from_pretrained(location, transformer=None, vae=None, **options).components
-    return pipeline_class(**{**parts, "transformer": transformer.eval(), "vae": vae})
+    return pipeline_class(**{**parts, "transformer": transformer, "vae": vae})

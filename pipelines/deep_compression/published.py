@@ -12,14 +12,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import CheckpointError
-from .adapted import is_adapter, load_adapted
+from ..drafts import beside, take
+from .adapted import load_adapted
+from .adapter_folder import is_adapter
 from .dtypes import resolve_dtypes
 from .open_clip import convert_image_encoder
 from .published_files import LayoutError, files_below, hub_options, load_autoencoder, read_json, refuse_changes
@@ -212,7 +214,7 @@ def convert_repository(
     with beside(target) as draft:
         for name, folder in folders.items():
             if folder is not None:
-                _take(folder, draft / name, link)
+                take(folder, draft / name, link)
         if vae is not None:
             vae.save_pretrained(draft / "vae")
         if parts.clip is not None:
@@ -249,45 +251,10 @@ def _model_index(draft: Path, pipeline_class: str, without: Collection[str] = ()
     return {"_class_name": pipeline_class, "_diffusers_version": __version__, **classes, **settings}
 
 
-def _take(folder: Path, target: Path, link: bool) -> None:
-    if link:
-        try:
-            target.symlink_to(folder.resolve(), target_is_directory=True)
-            return
-        except OSError:
-            logger.info("%s cannot be linked here, so it is copied.", folder)
-    shutil.copytree(folder, target)
-
-
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `target` at the end, or vanishes on an error.
-
-    Raises:
-        OSError: no folder can be made there.
-    """
-    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(
-            f"{target} cannot be written, because no folder can be made in {target.parent} ({error.strerror}): give "
-            "another place."
-        ) from error
-    try:
-        yield draft
-        os.replace(draft, target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-
-
 __all__ = [
     "CheckpointError",
     "LayoutError",
     "PublishedLayoutMixin",
-    "beside",
     "cached_conversion",
     "convert_repository",
 ]

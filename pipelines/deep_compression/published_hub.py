@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import first_line
-from .adapted import is_adapter
+from .adapter_folder import is_adapter
 from .published_files import LayoutError, hub_options, own_autoencoder
 from .published_parts import wanted_files
 

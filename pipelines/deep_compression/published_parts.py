@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...autoencoders import AutoencoderDCV
-from .adapted import DEFAULTS_FILE, FACTS_FILE, FULL_FILE, LORA_FILE, is_adapter
+from .adapter_folder import DEFAULTS_FILE, FACTS_FILE, FULL_FILE, LORA_FILE, is_adapter
 from .published_files import AUTOENCODER_FILES, LayoutError, base_folder, find_autoencoder, own_autoencoder, read_json
 
 IMAGE_CLASS = "DCVideoGenImageToVideoPipeline"

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ..adapter_files import read_header, read_split
 from .beta import BETA, BetaEmbedder
 
-FILE = "pytorch_lora_weights.safetensors"
-FACTS = "vidaccel"
-"""The key of the header under which the trainer says what an adapter belongs to."""
 RECIPE = "gft"
+OWN_FILE = "guidance_free.safetensors"
+"""Of a model that has its own, beside the weights of the transformer: an adapter of it, or, of a model whose weights
+were all trained, the embedder alone."""
 
 
 class GuidanceFreeError(ValueError):
@@ -34,6 +32,7 @@ class GuidanceFreeAdapter:
         max_scale: highest guidance scale that it was trained with.
         unconditional: the text that guidance turns away from.
         gated: whether it counts in proportion to the guidance; see `BetaSlot`.
+        full: whether all weights of the transformer were trained, so that there is no LoRA.
     """
 
     path: Path
@@ -43,13 +42,12 @@ class GuidanceFreeAdapter:
     max_scale: float
     unconditional: str
     gated: bool
+    full: bool = False
 
     def weights(self) -> tuple[dict[str, torch.Tensor], BetaEmbedder]:
         """The matrices of the LoRA by their names in the file, and the embedder."""
-        with safe_open(self.path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        lora = {name: value for name, value in tensors.items() if not name.startswith(f"{BETA}.")}
-        weight = tensors[f"{BETA}.linear.weight"]
+        lora, beside = read_split(self.path, lambda name: name.startswith(f"{BETA}."))
+        weight = beside[f"{BETA}.linear.weight"]
         embedder = BetaEmbedder(*weight.shape)
         embedder.load_state_dict({"linear.weight": weight})
         return lora, embedder.requires_grad_(False)
@@ -82,18 +80,9 @@ def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
     Raises:
         GuidanceFreeError: there is none, or it is no guidance-free adapter.
     """
-    path = Path(location).expanduser()
-    path = path / FILE if path.is_dir() else path
-    try:
-        with safe_open(path, "pt") as file:
-            facts: Mapping[str, Any] = json.loads((file.metadata() or {}).get(FACTS, "{}"))
-            names = set(file.keys())
-    except (OSError, SafetensorError, ValueError) as error:
-        raise GuidanceFreeError(f"{path} is no adapter that can be read: {error}") from error
-    recipe = facts.get("recipe") if isinstance(facts, dict) else None
-    if recipe != RECIPE or f"{BETA}.linear.weight" not in names:
-        kind = f"an adapter of the recipe {recipe}" if recipe else "not written by this package's trainer"
-        raise GuidanceFreeError(f"{path} is {kind}: give one that the recipe {RECIPE} made.")
+    path, facts, names = read_header(location, RECIPE, GuidanceFreeError)
+    if f"{BETA}.linear.weight" not in names:
+        raise GuidanceFreeError(f"{path} has no embedder of beta: it was not written as a whole.")
     try:
         return GuidanceFreeAdapter(
             path,
@@ -103,6 +92,7 @@ def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
             float(facts["guidance_free"]["max_scale"]),
             str(facts["unconditional"]),
             bool(facts["guidance_free"]["gated"]),
+            facts["guidance_free"].get("train") == "full",
         )
     except (KeyError, TypeError, ValueError) as error:
         raise GuidanceFreeError(f"{path}: its header lacks {error}: train it again.") from error

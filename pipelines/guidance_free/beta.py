@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from ..named_lora import lora_layers
 
 BETA = "beta_embedder"
 """The embedder's name in the transformer while it is trained, and what its keys in files begin with."""
@@ -109,11 +110,6 @@ class BetaSlot:
         """Take the hooks away. A second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-
-
-def lora_layers(transformer: nn.Module, adapter: str) -> list[Any]:
-    """The layers of a transformer that have the LoRA of that name."""
-    return [m for m in transformer.modules() if isinstance(m, BaseTunerLayer) and adapter in getattr(m, "lora_B", ())]
 
 
 def width_of(transformer: nn.Module) -> int:

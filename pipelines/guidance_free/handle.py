@@ -8,55 +8,59 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import unwrap
-from ..errors import first_line
-from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
-from .base_check import check_base
-from .beta import BetaSlot, lora_layers, no_slot, width_of
+from ..base_check import check_base, place_of
+from ..named_lora import one_for_each
+from ..undo import GUIDANCE_FREE
+from ..weight_files import transformer_file
+from .adapter_file import OWN_FILE, GuidanceFreeAdapter, GuidanceFreeError, read_adapter
+from .beta import no_slot
+from .installed import Installed
 
 TRANSFORMERS = ("transformer", "transformer_2")
-_NAME = "guidance_free"
-"""Of the LoRA among those of the transformer."""
-_HANDLE = "_vidaccel_guidance_free"
-"""Attribute of the pipeline that holds the handle."""
 
 
 class GuidanceFree:
     """A guidance-free adapter at work in a pipeline. Made by `guidance_free`; a context manager that removes itself."""
 
-    def __init__(self, pipe: Any, adapters: Sequence[GuidanceFreeAdapter], base: str | Path | None) -> None:
-        if hasattr(pipe, _HANDLE):
+    def __init__(
+        self, pipe: Any, adapters: Sequence[GuidanceFreeAdapter] | None, base: str | Path | None, merge: bool | None
+    ) -> None:
+        if hasattr(pipe, GUIDANCE_FREE):
             raise RuntimeError(
                 f"this {type(pipe).__name__} is guidance-free already: call remove() on the first handle."
             )
         parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
+        _check_parts(pipe, parts)
+        if adapters is None:
+            adapters = [own_adapter(transformer, name, base) for name, transformer in parts.items()]
         chosen = _by_part(pipe, parts, adapters)
         for name, transformer in parts.items():
-            check_base(transformer, name, chosen[name], base)
+            check_base(transformer, name, chosen[name], base, GuidanceFreeError)
         self.adapters = tuple(chosen.values())
         self._pipe: Any = pipe
         self._class: Any = type(pipe)
-        self._installed: list[_Installed] = []
+        self._installed: list[Installed] = []
         self._active = True
         try:
             for name, transformer in parts.items():
-                beta = functools.partial(self._beta, name)
-                self._installed.append(_Installed(pipe, name, transformer, chosen[name], beta))
+                scale = functools.partial(self.scale, name)
+                self._installed.append(Installed(pipe, name, transformer, chosen[name], scale, merge))
         except BaseException:
             self.remove()  # the first of two transformers must not stay changed when the second cannot be
             raise
-        setattr(pipe, _HANDLE, self)
+        setattr(pipe, GUIDANCE_FREE, self)
         pipe.__class__ = _guidance_free_class(self._class)  # type: ignore[arg-type]  # classes can be hashed
 
     def scale(self, part: str) -> float:
         """The guidance scale of the call that runs, of one of the transformers; 1 and less are no guidance."""
         own = getattr(self._pipe, "_guidance_scale_2", None) if part == "transformer_2" else None
-        return float(self._pipe._guidance_scale if own is None else own)
+        return float(getattr(self._pipe, "_guidance_scale", 1.0) if own is None else own)
 
-    def _beta(self, part: str) -> torch.Tensor:
-        return torch.tensor([1 / max(1.0, self.scale(part))])
+    def notes(self) -> list[str]:
+        """Of each transformer, where the LoRA is and what that costs; after a call of the pipeline."""
+        return [installed.note() for installed in self._installed] if self._active else []
 
     def check_call(self, negative_prompt: Any, negative_prompt_embeds: Any) -> None:
         """Raise GuidanceFreeError for a call that the adapter cannot do."""
@@ -72,9 +76,9 @@ class GuidanceFree:
         self._active = False
         for installed in self._installed:
             installed.remove()
-        if hasattr(self._pipe, _HANDLE):
+        if hasattr(self._pipe, GUIDANCE_FREE):
             self._pipe.__class__ = self._class
-            delattr(self._pipe, _HANDLE)
+            delattr(self._pipe, GUIDANCE_FREE)
 
     def __enter__(self) -> GuidanceFree:
         return self
@@ -88,28 +92,66 @@ class GuidanceFree:
 
 
 def guidance_free(
-    pipe: Any, adapter: str | Path | Sequence[str | Path], *, base: str | Path | None = None
+    pipe: Any,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    *,
+    base: str | Path | None = None,
+    merge: bool | None = None,
 ) -> GuidanceFree:
     """Guide a Wan pipeline with one forward pass a step instead of two, by an adapter of the recipe `gft`.
 
     `guidance_scale` keeps its meaning: the transformer is told 1 / guidance_scale. Works with `accelerate`, in either
-    order, and beside other LoRAs. A step has half the passes, each with a LoRA that is not merged.
+    order, with offloading, and beside other LoRAs. A step has half the passes. The LoRA is merged into the weights for
+    the guidance scale of a call, in its first step, and stays there until another scale, `remove()`, or saving. Other
+    pipelines with the same transformer are changed with this one.
 
     Args:
         pipe: a Wan or DC-VideoGen pipeline.
-        adapter: file or folder of the adapter; of a pipeline with two transformers, one for each.
+        adapter: file or folder of the adapter; of a pipeline with two transformers, one for each. None for what the
+            model has of its own: the built-in ones, and those that `gft` trained with all weights.
         base: folder or hub id of the pipeline that the transformer is from, where it does not know itself.
+        merge: the LoRA into the weights, whose originals are kept in memory of the CPU, as many bytes as the layers
+            have; False leaves it beside them, which costs time in each pass. None merges where that can be, and
+            `notes()` of the handle tells: not where weights are quantised, sharded or offloaded layer by layer.
 
     Returns:
         A handle with `remove()`.
 
     Raises:
         GuidanceFreeError: an adapter that cannot be read, or is for another transformer; a transformer without a place
-            for it. Later, in calls of the pipeline: a negative prompt, or a guidance scale above those of the training.
+            for it, or whose weights cannot be changed where `merge` is True. Later, in calls of the pipeline: a
+            negative prompt, a guidance scale above those of the training, or projections that were fused.
         RuntimeError: the pipeline is guidance-free already.
     """
-    places = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    return GuidanceFree(pipe, [read_adapter(place) for place in places], base)
+    places = [adapter] if isinstance(adapter, str | Path) else adapter
+    return GuidanceFree(pipe, None if places is None else [read_adapter(place) for place in places], base, merge)
+
+
+def own_adapter(transformer: Any, part: str, base: str | Path | None = None) -> GuidanceFreeAdapter:
+    """What a transformer has of its own for guidance in one pass, in the folder that it is from.
+
+    Raises:
+        GuidanceFreeError: nothing.
+    """
+    place = place_of(transformer, part, base)
+    file = None if place is None else transformer_file(place[0], OWN_FILE, place[1])
+    if file is None:
+        where = "the folder that it is from" if place is None else "/".join(filter(None, place))
+        raise GuidanceFreeError(
+            f"the {part} has no guidance-free adapter of its own: {where} has no {OWN_FILE}. Give an adapter that the "
+            "recipe gft made."
+        )
+    return read_adapter(file)
+
+
+def _check_parts(pipe: Any, parts: dict[str, Any]) -> None:
+    """Raise GuidanceFreeError for a pipeline without transformers, or with one that can have no adapter."""
+    kind = type(pipe).__name__
+    if not parts or not hasattr(pipe, "load_lora_weights"):
+        raise GuidanceFreeError(f"a {kind} has no transformer that takes a guidance-free adapter: give a Wan pipeline.")
+    for transformer in parts.values():
+        if refusal := no_slot(transformer):
+            raise GuidanceFreeError(f"{refusal}.")
 
 
 def _by_part(
@@ -118,64 +160,13 @@ def _by_part(
     """The adapter of each transformer of a pipeline.
 
     Raises:
-        GuidanceFreeError: not one for each, or a transformer that can have none.
+        GuidanceFreeError: not one for each.
     """
     kind = type(pipe).__name__
-    if not parts or not hasattr(pipe, "load_lora_weights"):
-        raise GuidanceFreeError(f"a {kind} has no transformer that takes a guidance-free adapter: give a Wan pipeline.")
-    for transformer in parts.values():
-        if refusal := no_slot(transformer):
-            raise GuidanceFreeError(f"{refusal}.")
-    found = {adapter.part: adapter for adapter in adapters}
-    if found.keys() != parts.keys() or len(found) < len(adapters):
-        given = ", ".join(f"{adapter.path.name} for {adapter.part}" for adapter in adapters) or "none"
-        raise GuidanceFreeError(
-            f"this {kind} has {' and '.join(parts)}, and the adapters are {given}: give one for each transformer."
-        )
-    return found
+    return one_for_each(kind, parts, adapters, "adapters", GuidanceFreeError)
 
 
-class _Installed:
-    """The LoRA and the embedder of beta in one transformer."""
-
-    def __init__(self, pipe: Any, name: str, transformer: Any, adapter: GuidanceFreeAdapter, beta: Any) -> None:
-        lora, embedder = adapter.weights()
-        if embedder.linear.out_features != width_of(transformer):
-            raise GuidanceFreeError(
-                f"{adapter.path.name} is for time embeddings of {embedder.linear.out_features} numbers, and the {name} "
-                f"has {width_of(transformer)}: give the adapter of this model."
-            )
-        self.name, self.transformer = name, transformer
-        self._first = not getattr(transformer, "peft_config", None)
-        self._slot: BetaSlot | None = None
-        if not self._first and _NAME in transformer.peft_config:
-            raise GuidanceFreeError(f"the {name} has another LoRA called {_NAME}: delete it first.")
-        active = [] if self._first else transformer.active_adapters()
-        second = {"load_into_transformer_2": True} if name == "transformer_2" else {}
-        try:
-            pipe.load_lora_weights(lora, adapter_name=_NAME, **second)
-            for layer in lora_layers(transformer, _NAME):
-                # Beside the others, whose weights stay: diffusers' set_adapters would set them all.
-                layer.set_adapter([a for a in (*active, _NAME) if a in layer.lora_A])
-                layer.requires_grad_(False)
-        except BaseException as error:
-            self.remove()
-            if isinstance(error, (ValueError, RuntimeError, LookupError)):
-                raise GuidanceFreeError(f"{adapter.path.name} cannot be loaded: {first_line(error)}") from error
-            raise
-        self._slot = BetaSlot(transformer, embedder, beta, _NAME, adapter.max_scale if adapter.gated else None)
-
-    def remove(self) -> None:
-        if self._slot is not None:
-            self._slot.remove()
-        held = getattr(self.transformer, "peft_config", None) or {}
-        if self._first and set(held) <= {_NAME}:
-            self.transformer.unload_lora()  # with the layers that were put round the model's own
-        elif _NAME in held:
-            self.transformer.delete_adapters(_NAME)
-
-
-class _OnePass:
+class _OnePass(CopiedNotPickled):
     """What a pipeline's class has in front while it is guidance-free: no second pass, whatever the scale."""
 
     do_classifier_free_guidance = False
@@ -184,7 +175,7 @@ class _OnePass:
         """The first work of every call, and where negative prompts go."""
         encode = super().encode_prompt  # type: ignore[misc]  # of the pipeline
         given = inspect.signature(encode).bind(*args, **kwargs).arguments
-        handle = getattr(self, _HANDLE)
+        handle = getattr(self, GUIDANCE_FREE)
         handle.check_call(given.get("negative_prompt"), given.get("negative_prompt_embeds"))
         return encode(*args, **kwargs)
 

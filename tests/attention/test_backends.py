@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from plans import clusters, masked_attention, uniform
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel import BlockPlan, sparse_attention
 from vidaccel.attention import BACKENDS
@@ -86,6 +87,32 @@ def test_the_cpus_backends_return_the_lse_too(backend, dtype):
     out, sums = sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
     assert out.dtype == dtype and (out.double() - expected).abs().max() <= TOLERANCE[dtype]
     assert sums.dtype == torch.float32 and (sums - lse).abs().max() <= 2e-5
+
+
+def test_gather_makes_no_gradient_of_all_keys_for_each_tile():
+    """Else adding them up takes longer than attention: so many tensors of the size of q, k or v, whatever the tiles."""
+
+    class Large(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            views = function in (torch.ops.aten.slice.Tensor, torch.ops.aten.detach.default)
+            for tensor in out if isinstance(out, (list, tuple)) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() >= size and not views and tensor._base is None:
+                    Large.count += 1
+            return out
+
+    counts = []
+    for tokens in (128, 512):
+        plan, _ = uniform(1, 1, tokens, tokens, 8, 8, share=0.2)
+        q, k, v = (torch.randn(1, 2, tokens, 16, requires_grad=True) for _ in range(3))
+        size, Large.count = q.numel(), 0
+        out = sparse_attention(q, k, v, plan, backend="gather").sum()
+        with Large():
+            out.backward()
+        counts.append(Large.count)
+    assert counts[1] <= counts[0] + 2 <= 14
 
 
 def test_gather_keeps_what_the_gradient_of_the_queries_alone_needs():

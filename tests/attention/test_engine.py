@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import untrained
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, Tangent, VideoLayout, sparse_attention
-from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, own_kernels, resolve_method
+from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, own_kernels
 from vidaccel.attention.backends import ELSEWHERE
 from vidaccel.attention.timing import Span, event_class
 
@@ -25,6 +26,7 @@ def tokens(layout: VideoLayout = LAYOUT, batch: int = 1):
 
 
 def make(method="svg2", **options) -> SparseAttention:
+    method = untrained(method) if isinstance(method, str) else method
     return SparseAttention(method, num_layers=2, **{"schedule": NEVER, **options})
 
 
@@ -33,7 +35,7 @@ def test_a_call_is_sparse_attention_from_the_methods_plan(name):
     q, k, v = tokens()
     engine = make(name)
     engine.enter(StepInfo(num_steps=4), LAYOUT)
-    plan = resolve_method(name).plan(q, k, v, LAYOUT, PlanMemory())
+    plan = untrained(name).plan(q, k, v, LAYOUT, PlanMemory())
     torch.testing.assert_close(engine(q, k, v, 0), sparse_attention(q, k, v, plan))
     (record,) = engine.report().records
     assert record.density == pytest.approx(plan.density()) and record.reason == ""

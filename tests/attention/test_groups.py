@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from live_bytes import LiveBytes
-from plans import clusters, masked_attention, uniform
+from plans import clusters, masked_attention, uniform, untrained
 
 from vidaccel import (
     SVG,
@@ -22,7 +22,7 @@ from vidaccel import (
     VideoLayout,
     sparse_attention,
 )
-from vidaccel.attention import METHODS, PlanMemory, StepInfo, resolve_method
+from vidaccel.attention import METHODS, PlanMemory, StepInfo
 from vidaccel.attention import probe as probes
 from vidaccel.attention.groups import by_group, by_head, dense_attention, group_product, repeat_heads
 from vidaccel.attention.meter import relative_error, sample_rows
@@ -43,7 +43,7 @@ PLANS = {
 LAYOUT = VideoLayout(4, 6, 7)
 WITH_TEXT = VideoLayout(4, 6, 7, text_before=3, text_after=9)
 CASES = [
-    *(Tangent(density=0.4) if name == "tangent" else resolve_method(name) for name in METHODS),
+    *(Tangent(density=0.4) if name == "tangent" else untrained(name) for name in METHODS),
     Tangent(density=0.4, probe=True),
     SVG2(density=0.5, compensate=True),
     SVG2(density=0.5, route="error"),

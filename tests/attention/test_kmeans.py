@@ -37,15 +37,15 @@ def test_groups_are_found_whatever_the_common_offset(offset, dtype):
     """A large mean is what breaks distances in low precision; removed, it must not matter."""
     points, truth = blobs(offset, dtype)
     # Start from one token of each group: the question here is the arithmetic, not the luck of the start.
-    labels, _ = kmeans(points, 12, 5, points[:, :, :12].float())
-    assert labels.equal(truth)
+    found = kmeans(points, 12, 5, points[:, :, :12].float())
+    assert found.labels.equal(truth)
 
 
 def test_iterations_lower_the_distance_and_warm_starts_keep_it():
     points = torch.randn(1, 2, 500, 8)
-    _, once = kmeans(points, 10, 1)
-    _, often = kmeans(points, 10, 30)
-    _, warm = kmeans(points, 10, 2, often)
+    once = kmeans(points, 10, 1).centroids
+    often = kmeans(points, 10, 30).centroids
+    warm = kmeans(points, 10, 2, often).centroids
     assert inertia(points, often) < 0.97 * inertia(points, once)
     assert inertia(points, warm) <= inertia(points, often) * 1.0001
 

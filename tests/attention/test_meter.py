@@ -7,16 +7,17 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import untrained
 
 from vidaccel import SVG, SVG2, DenseSchedule, Radial, Sparge, SparseAttention, Tangent, VideoLayout
-from vidaccel.attention import METHODS, RandomBlocks, StepInfo, meter, resolve_method
+from vidaccel.attention import METHODS, RandomBlocks, StepInfo, meter
 from vidaccel.attention.meter import relative_error, sample_rows
 
 LAYOUT = VideoLayout(5, 8, 8)
 WITH_TEXT = VideoLayout(4, 6, 7, text_before=3, text_after=9)
 ALL = 10_000
 # The text alone is a large part of so short a sequence, so the default density of one is out of reach.
-EACH = [Tangent(density=0.4) if name == "tangent" else resolve_method(name) for name in METHODS]
+EACH = [Tangent(density=0.4) if name == "tangent" else untrained(name) for name in METHODS]
 CPU = torch.device("cpu")
 
 

@@ -14,7 +14,7 @@ from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
 from vidaccel.generation.request import Settings
 from vidaccel.generation.video_reader import read_video
 from vidaccel.lora.adapter import AdaptedModel, save_adapter
-from vidaccel.pipelines.deep_compression import adapted
+from vidaccel.pipelines.deep_compression import adapted, adapter_folder
 
 DEEP = {"latent_channels": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": (0, 1, 1, 1), "chunk_size": 8}
 
@@ -118,7 +118,7 @@ def test_a_pipeline_states_its_defaults(tiny_configs):
     (tiny_configs / DEFAULTS_FILE).write_text(json.dumps({"frames": 9}))
     assert _sizes(tiny_configs) == (9, 480, 832, 50, 5.0)
     # What the trainer writes is what is read here.
-    assert adapted.DEFAULTS_FILE == DEFAULTS_FILE
+    assert adapter_folder.DEFAULTS_FILE == DEFAULTS_FILE
 
 
 def test_what_is_given_counts_more(tiny_configs):

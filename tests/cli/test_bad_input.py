@@ -111,6 +111,8 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--device", "cpu", "--offload"], ["--offload", "cpu"]),
         (["--image", "missing.png"], ["--image is missing.png", "no such file"]),
         (["--guidance-free", "missing"], ["--guidance-free cannot be used", "missing is no adapter that can be read"]),
+        (["--guidance-free"], ["--guidance-free has no adapter to use", "(transformer/guidance_free.safetensors)"]),
+        (["--guidance-free", "--steps", "2"], ["--guidance-free has no adapter to use", "Give the file or folder"]),
         (["--frames", "0"], ["--frames is 0", "at least 1"]),
         # diffusers computes 34 // 4 * 4 + 1 = 33 and 36 // 4 * 4 + 1 = 37.
         (["--frames", "34"], ["--frames is 34", "4k+1", "round it to 33", "33 or 37"]),

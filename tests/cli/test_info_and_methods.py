@@ -135,7 +135,7 @@ def test_the_version(vidaccel):
 def test_the_order_of_the_commands(vidaccel, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = _words(vidaccel("--help").stdout)
-    begins = ["Make a video from", "What each method does", "Versions, devices", "Convert published", "Train a LoRA"]
+    begins = ["Make a video from", "What each method does", "Versions, devices", "Train a LoRA", "Convert published"]
     places = [shown.index(words) for words in begins]
     assert places == sorted(places)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,6 +232,17 @@ def test_a_family_runs_sparse(case, built, monkeypatch):
     assert sparse and all(0 < record.density < 1 for record in sparse)
 
 
+@pytest.mark.parametrize(("distilled", "steps"), [(False, 30), (True, 6)])
+def test_the_steps_of_helios_are_those_of_its_authors(built, tmp_path, distilled, steps):
+    """Ten a size, and two of a distilled one."""
+    folder = shutil.copytree(built("wan_kin.helios_pyramid", False), tmp_path / "helios")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": distilled}))
+    facts = inspect_model(str(folder))
+    settings = Settings(PROMPT, height=128, width=128).sized(facts)
+    assert settings.steps == steps and (settings.guidance_scale is None) == distilled
+
+
 @pytest.mark.parametrize("build", ["cogvideo.cogvideox_15", "hunyuan.hunyuan_15", "wan_kin.helios", "ltx.ltx2"])
 def test_a_forecast_counts_what_lies_beside_the_video(build, built):
     facts = inspect_model(str(built(build, False)))
@@ -239,7 +252,8 @@ def test_a_forecast_counts_what_lies_beside_the_video(build, built):
     assert rows["tokens"].startswith(f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width}")
     beside = {"cogvideox_15": ", and 226 beside them)", "hunyuan_15": ", and at most 1,256 beside them)"}
     assert rows["tokens"].endswith(beside.get(build.partition(".")[2], ")"))
-    assert ("decoding, about" in rows) == (build == "wan_kin.helios")
+    assert ("decoding, about" in rows) == (build == "wan_kin.helios") != ("decoding" in rows)
+    assert rows.get("decoding", "not counted").startswith("not counted")
     assert rows.get("made in") == ("4 parts, one after the other" if build == "wan_kin.helios" else None)
 
 

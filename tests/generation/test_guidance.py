@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from gft_adapters import write_adapter
 
 import vidaccel
 from vidaccel.generation.errors import BadInput
+from vidaccel.pipelines.guidance_free.adapter_file import OWN_FILE
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2, "progress": False}
 
@@ -46,6 +48,32 @@ def test_guidance_in_one_pass(file, passes):
     assert len(passes) == 8 and sparse.report.records
     plain = (vidaccel.generate("demo", "a red circle", guidance_free=f, guidance_scale=1, **SMALL) for f in (file, ()))
     assert np.array_equal(*(video.frames for video in plain))
+
+
+@pytest.fixture
+def own(tmp_path, file) -> Path:
+    """The built-in model with an adapter of its own, and without the one that it is shipped with."""
+    folder = tmp_path / "model"
+    shutil.copytree(vidaccel.demo.path(), folder, ignore=shutil.ignore_patterns(OWN_FILE))
+    shutil.copy(file, folder / "transformer" / OWN_FILE)
+    return folder
+
+
+def test_the_adapter_of_the_model_itself(own, file, passes):
+    """The same video as with that file, in Python and for pipelines that are loaded; models without one say so."""
+    video = vidaccel.generate(str(own), "a red circle", guidance_free=True, guidance_scale=3, **SMALL).frames
+    assert len(passes) == 2
+    given = vidaccel.generate(str(own), "a red circle", guidance_free=file, guidance_scale=3, **SMALL).frames
+    assert np.array_equal(video, given)
+    with vidaccel.guidance_free(WanPipeline.from_pretrained(own)) as handle:
+        assert handle.adapters[0].path == own / "transformer" / OWN_FILE
+    (own / "transformer" / OWN_FILE).unlink()
+    passes.clear()
+    with pytest.raises(
+        BadInput, match=rf"guidance_free has no adapter to use: .* \(transformer/{OWN_FILE}\). Give the"
+    ):
+        vidaccel.generate(str(own), "a red circle", guidance_free=True, **SMALL)
+    assert not passes
 
 
 def test_it_is_told_in_a_report(file, tmp_path):

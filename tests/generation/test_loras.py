@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vidaccel
-from vidaccel.generation.errors import BadInput
+from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.loras import lora_files
 from vidaccel.lora.backbones.wan_own import WanModel
 from vidaccel.lora.lora_file import save_lora
@@ -63,7 +63,7 @@ def test_loras_that_cannot_be(tmp_path, file):
     save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, other)
     low = tmp_path / "low.safetensors"
     header = {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.875]})}
-    save_file({"transformer.nothing.lora_A.weight": torch.zeros(1, 1)}, low, header)
+    save_file(load_file(file), low, header)
     for lora, words in (
         (tmp_path / "gone", "lora is .*gone: there is no such file or folder"),
         (f"{tmp_path / 'gone'}=0.5", "lora is .*gone: there is no such file or folder"),
@@ -107,3 +107,61 @@ def test_a_loaded_pipeline_loads_its_own(file):
     pipe = WanPipeline.from_pretrained(vidaccel.demo.path())
     with pytest.raises(BadInput, match="lora is for a model that is loaded here. Load it with load_lora_weights"):
         vidaccel.generate(pipe, "a red circle", lora=file, **SMALL)
+
+
+@pytest.fixture
+def no_weights(monkeypatch) -> None:
+    """Nothing may be loaded."""
+    from vidaccel.generation import api
+
+    def load(*_, **__):
+        raise AssertionError("weights were about to be loaded")
+
+    monkeypatch.setattr(api, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("names", "header", "words"),
+    [
+        (["diffusion_model.transformer_blocks.0.attn1.to_q"], {}, "has nothing for a WanTransformer3DModel"),
+        (["transformer.transformer_blocks.0.attn.to_q"], {}, "has nothing for a WanTransformer3DModel"),
+        (["diffusion_model.double_blocks.0.img_attn_qkv"], {}, "has nothing for a WanTransformer3DModel"),
+        (
+            ["diffusion_model.blocks.0.self_attn.q"],
+            {"transformer": "LTXVideoTransformer3DModel"},
+            "was trained for a LTXVideoTransformer3DModel, and demo has a WanTransformer3DModel",
+        ),
+        (["diffusion_model.blocks.0.self_attn.q"], {}, "is for layers of width 5, and blocks.0.attn1.to_q of this"),
+    ],
+)
+def test_a_lora_of_another_family_or_size_is_refused_before_a_model_is_loaded(
+    tmp_path, no_weights, names, header, words
+):
+    path = tmp_path / "a.safetensors"
+    tensors = {f"{n}.lora_A.weight": torch.zeros(1, 5) for n in names}
+    tensors |= {f"{n}.lora_B.weight": torch.zeros(5, 1) for n in names}
+    save_file(tensors, path, {"vidaccel": json.dumps(header)})
+    with pytest.raises(BadInput, match=f"lora cannot be used: a.safetensors {words}"):
+        vidaccel.generate("demo", "a red circle", lora=path, **SMALL)
+
+
+def test_what_a_lora_was_trained_with_is_compared_with_the_run(file):
+    from vidaccel.generation.job import Sparse, prepare
+    from vidaccel.generation.request import Settings
+
+    tensors = load_file(file)
+
+    def notes(*methods: str, trained: str = "radial", density: float | None = None) -> list[str]:
+        facts = {"attention": {"method": trained, "density": 0.3, "dense_layers": None}}
+        save_file(tensors, file, {"vidaccel": json.dumps(facts)})
+        settings = Settings(prompt="a red circle", steps=2)
+        job = prepare("demo", settings, Sparse(methods=methods, density=density), lora=file)
+        return [worded(note, lambda field: f"--{field}") for note in job.notes if "was trained" in note]
+
+    said = "pytorch_lora_weights.safetensors was trained with radial attention at a density of 0.3, and "
+    lost = " is another: what it learned may not come out whole."
+    assert notes("tangent") == [f"{said}tangent{lost}"] and notes("dense") == [f"{said}dense{lost}"]
+    assert notes("radial") == [f"{said}this run leaves it to the method: give --density 0.3 for what it learned."]
+    assert notes("radial", density=0.5) == [f"{said}this run has 0.5: give --density 0.3 for what it learned."]
+    assert not notes("radial", density=0.3)
+    assert not notes("tangent", trained="dense")  # as the model itself

@@ -19,7 +19,9 @@ from vidaccel.lora.recipes import RECIPES, find
 from vidaccel.lora.recipes import ae_adapt_settings as ae_adapt
 from vidaccel.lora.recipes import autoencoder as autoencoder_recipe
 from vidaccel.lora.recipes import gft_settings as gft_recipe
+from vidaccel.lora.recipes import length_settings as length_recipe
 from vidaccel.lora.recipes import lora_settings as lora_recipe
+from vidaccel.lora.recipes import sla_settings as sla_recipe
 from vidaccel.lora.reconstruction import LossSettings
 from vidaccel.lora.settings import (
     DataSettings,
@@ -46,14 +48,18 @@ TABLES: dict[str, type[Settings]] = {
     "`lora` of `lora`": lora_recipe.AdapterSettings,
     "`flow` of `lora`": lora_recipe.FlowSettings,
     "`attention` of `lora`": lora_recipe.AttentionSettings,
+    "`length`": length_recipe.LengthLoraSettings,
+    "`length` of `length`": length_recipe.LengthSettings,
     "`gft`": gft_recipe.GuidanceFreeLoraSettings,
     "`gft` of `gft`": gft_recipe.GuidanceFreeSettings,
+    "`sla`": sla_recipe.SLASettings,
+    "`sla` of `sla`": sla_recipe.SparseLinearSettings,
     "`ae_adapt`": ae_adapt.AEAdaptSettings,
     "`model` of `ae_adapt`": ae_adapt.ModelSettings,
     "`flow` of `ae_adapt`": ae_adapt.FlowSettings,
     "`phases` of `ae_adapt`": ae_adapt.PhasesSettings,
     "`phases.lora` of `ae_adapt`": ae_adapt.LoraPhase,
-    "`validation` of `lora`, `gft` and `ae_adapt`": ValidationSettings,
+    "`validation` of `lora`, `length`, `gft` and `ae_adapt`": ValidationSettings,
     "`autoencoder`": autoencoder_recipe.AutoencoderSettings,
     "`model` of `autoencoder`": autoencoder_recipe.ModelSettings,
     "`loss` of `autoencoder`": LossSettings,
@@ -205,7 +211,9 @@ def test_the_examples_are_settings_that_can_be_used(number):
 def test_dotted_names_and_overrides_are_settings():
     texts = [DOC, (ROOT / "README.md").read_text(encoding="utf-8")]
     texts += [file.read_text(encoding="utf-8") for file in config_folder().glob("*.yaml")]
-    named = re.findall(r"`((?:loop|data|phases|model|lora|train|flow|attention|loss|validation)\.[\w.]+)`", DOC)
+    named = re.findall(
+        r"`((?:loop|data|phases|model|lora|train|flow|sla|attention|length|loss|validation)\.[\w.]+)`", DOC
+    )
     overridden = [name for text in texts for name in re.findall(r"--set ([\w.]+)=", text)]
     # The first is the form of an override, the second of `vidaccel generate`.
     named += [name for name in overridden if name != "a.b" and not name.startswith("svg2.")]

@@ -132,6 +132,31 @@ def test_a_sharded_lora_learns_with_sparse_attention(plugin, tmp_path, text_base
     phase.close()
 
 
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_sharded_model_learns_sparse_linear_attention(plugin, tmp_path, text_base, train):
+    """As the recipe `sla` sets it up: the projections are split with their blocks, and the teacher is whole."""
+    sections = {
+        "model": {"dtype": "bfloat16"},
+        "loop": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        "sla": {"train": train, "topk": 0.25, "block_q": 12, "block_k": 12},
+        "lora": {"rank": 32, "alpha": None} if train == "full" else {},
+        "flow": {"caption_dropout": 0},
+    }
+    size = {"frames": 9, "height": 64, "width": 64}
+    made = recipe(write(tmp_path, text_base, recipe="sla", data={"sizes": [size]}, **sections))
+    phase = made.phases()[0]
+    transformer = prepared(phase.setup({}), plugin)
+    batch = {"latents": torch.randn(1, 8, 3, 8, 8), "caption": ["a red circle"]}
+    loss, _ = phase.loss(transformer, batch, Generators([Place(0, 0, 1, 0)]))
+    loss.backward()
+    named = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    gradients = whole({name: p.grad for name, p in named.items()})
+    assert all(gradients[name].any() and gradients[name].dtype == torch.float32 for name in made.beside)
+    assert ("patch_embedding.weight" in named) == (train == "full")
+    assert any(not record.reason for record in phase._handle.report().records)
+    phase.close()
+
+
 def test_a_sharded_autoencoder_reconstructs(plugin):
     """Asked past its root, it would find weights that are not gathered."""
     model = {"latent_channels": 4, "block_out_channels": (8,) * 7, "layers_per_block": (0, 1, 1, 1, 1, 1, 1)}

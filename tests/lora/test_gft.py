@@ -19,6 +19,7 @@ from vidaccel.lora.config import ConfigError
 from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.recipes.gft import mixture, shares
 from vidaccel.lora.trainer import Stopped
+from vidaccel.pipelines.guidance_free import GuidanceFreeError
 from vidaccel.pipelines.guidance_free.beta import BetaSlot
 
 KEY = "beta_embedder.linear.weight"
@@ -315,9 +316,41 @@ def test_an_adapter_is_gone_on_from(finished, tmp_path, text_base):
         recipe(write(tmp_path, text_base, lora={"start": start}))
 
 
+@pytest.mark.parametrize("loss", ["white_box", "data"])
+def test_all_weights(tmp_path, text_base, loss):
+    """A pipeline folder with the embedder in it, which needs no adapter, and in which every weight moved."""
+    file = settings(tmp_path, text_base, gft={"train": "full", "loss": loss}, lora={"rank": 32, "alpha": None})
+    result = run("gft", file)
+    trained = load_file(tmp_path / "run" / "phases" / "train.safetensors")
+    before = dict(WanPipeline.from_pretrained(text_base).transformer.named_parameters())
+    assert trained.keys() == before.keys() | {KEY} and trained[KEY].any()
+    moved = [name for name, value in before.items() if not torch.equal(trained[name], value)]
+    assert len(moved) > 0.9 * len(before)
+    pipe = WanPipeline.from_pretrained(result["pipeline"])
+    for name, value in pipe.transformer.named_parameters():
+        assert torch.equal(value, trained[name])
+    phase = recipe(file).phases()[0]
+    student = phase.setup(trained).eval()
+    given = {
+        "hidden_states": torch.randn(1, 8, 2, 4, 6),
+        "timestep": torch.full((1,), 500.0),
+        "encoder_hidden_states": torch.randn(1, 5, 64),
+    }
+    with vidaccel.guidance_free(pipe) as handle, torch.no_grad():
+        for scale in (1.0, 3.0):
+            phase._told, pipe._guidance_scale = torch.tensor([1 / scale]), scale
+            torch.testing.assert_close(pipe.transformer(**given).sample, student(**given).sample, rtol=1e-4, atol=1e-5)
+        assert "all weights were trained" in handle.notes()[0]
+    with pytest.raises(GuidanceFreeError, match=r"has no guidance-free adapter of its own: .* Give an adapter"):
+        vidaccel.guidance_free(WanPipeline.from_pretrained(text_base))
+    phase.close()
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("gft.train=full", "lora is of use only with gft.train"),
+        ("gft={train: full, gated: true}", "gated is true, which is for LoRAs"),
         ("gft.max_scale=1", "max_scale is 1.0: it must be above 1"),
         ("gft.unguided=1", "unguided is 1.0: it must be below 1"),
         ("gft.loss=black_box", "loss is"),

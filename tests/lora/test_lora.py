@@ -191,7 +191,7 @@ def test_a_lora_is_gone_on_from(finished, tmp_path, text_base, wan_bases):
 @pytest.mark.parametrize(("stage", "low", "high"), [("high_noise", 0.875, 1.0), ("low_noise", 0.0, 0.875)])
 def test_a_stage_trains_its_own_transformer_on_its_own_levels(tmp_path, wan_bases, stage, low, high):
     made = recipe(write(tmp_path, wan_bases["two stages"], model={"stage": stage}))
-    levels = made.phases()[0].levels(Generators(places(256)))
+    levels = made.phases()[0].levels(Generators(places(256)), torch.empty(256, 8, 1, 2, 2))
     assert levels.min() >= low and levels.max() <= high and levels.max() - levels.min() > 0.8 * (high - low)
     folder = {"high_noise": "transformer", "low_noise": "transformer_2"}[stage]
     weights = load_file(wan_bases["two stages"] / folder / "diffusion_pytorch_model.safetensors")
@@ -269,7 +269,7 @@ def test_guidance_is_preserved_as_gft_has_it(tmp_path, text_base, monkeypatch):
 # -- sparse attention in training --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("random", "sla")])
 def test_any_method_is_attention_in_training(tmp_path, text_base, name):
     """What it computes is the density, its gradients reach the LoRA, and nothing of it stays in the transformer."""
     size = {"frames": 9, "height": 128, "width": 128}
@@ -289,6 +289,11 @@ def test_any_method_is_attention_in_training(tmp_path, text_base, name):
     assert named["blocks.1.attn1.to_q.lora_B.default.weight"].grad.abs().max() > 0
     phase.close()
     assert "WanAttnProcessor" in type(model.blocks[1].attn1.processor).__name__
+
+
+def test_a_method_that_learns_has_a_recipe_of_its_own(tmp_path, text_base):
+    with pytest.raises(ConfigError, match="attention.method is sla, which learns weights of its own: use"):
+        run("lora", write(tmp_path, text_base, attention={"method": "sla"}))
 
 
 def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, stop_after):
@@ -321,6 +326,7 @@ def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, s
         ("text", "model.first_frame=true", "model.first_frame is true, but .* takes no first frames"),
         ("first frame", "model.first_frame=false", "model.first_frame is false, but .* starts from first frames"),
         ("first frame", "model.merge_text_padding=true", "for models without an image encoder"),
+        ("text", "model.guidance=3.5", "model.guidance is 3.5, but .* is not told any"),
         ("text", "lora.rank=0", "lora.rank is 0: it must be at least 1"),
         ("text", "lora.targets=[]", "targets is empty"),
         ("text", "lora.targets=[to_q, to_query]", 'no layer is called to_query: did you mean "attn1.to_k"|to_query'),
@@ -350,7 +356,7 @@ def test_settings_that_do_not_fit(tmp_path, wan_bases, kind, override, words):
         ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "has a FluxTransformer2DModel"),
         ("transformer/config.json", {"pos_embed_seq_len": 514}, "first and last frame"),
         ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "correct _class_name in its model_index"),
-        ("model_index.json", {"_class_name": "CogVideoXPipeline"}, "is a CogVideoXPipeline; lora takes WanPipeline"),
+        ("model_index.json", {"_class_name": "MochiPipeline"}, "is a MochiPipeline; lora takes WanPipeline"),
         ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "boundary_ratio None"),
     ],
 )

@@ -79,10 +79,38 @@ def lora(folder: Path, name: str, batch_size: int, base: Path) -> str:
     return write(folder, name, content)
 
 
+def sla(folder: Path, name: str, batch_size: int, base: Path) -> str:
+    """Settings of two steps of all weights, with a layer that stays dense."""
+    content = {
+        "recipe": "sla",
+        "model": {"base": str(base)},
+        "sla": {"topk": 0.25, "block_q": 12, "block_k": 12, "dense_layers": 1},
+        "data": {"kind": "demo", "clips": 7, "sizes": [{"frames": 9, "height": 64, "width": 64}]},
+        "train": {"steps": 2, "learning_rate": 0.001, "batch_size": batch_size, "ema_decay": 0.5},
+        "validation": {"clips": 2},
+    }
+    return write(folder, name, content)
+
+
+def length(folder: Path, name: str, batch_size: int, base: Path) -> str:
+    """Settings of two steps on longer clips, under a mask."""
+    content = {
+        "recipe": "length",
+        "model": {"base": str(base)},
+        "lora": {"rank": 2},
+        "length": {"base_frames": 5},
+        "attention": {"density": 0.6, "block_size": 8},
+        "data": {"kind": "demo", "clips": 7, "sizes": [{"frames": 17, "height": 64, "width": 96}]},
+        "train": {"steps": 2, "learning_rate": 0.01, "batch_size": batch_size, "ema_decay": 0.5},
+        "validation": {"clips": 2},
+    }
+    return write(folder, name, content)
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
     """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed;
-    `autoencoder` with a limit of time; and `lora`."""
+    `autoencoder` with a limit of time; `lora`; `sla`; and `length`."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "path").mkdir()
     (folder / "path" / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
@@ -95,6 +123,8 @@ def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "resumed"), "stop_after": 4},
         {"recipe": "autoencoder", "config": timed, "out": str(folder / "timed"), "fast_clock": 1e6},
         {"recipe": "lora", "config": lora(folder, "lora", 1, text_base), "out": str(folder / "lora")},
+        {"recipe": "sla", "config": sla(folder, "sla", 1, text_base), "out": str(folder / "sla")},
+        {"recipe": "length", "config": length(folder, "length", 1, text_base), "out": str(folder / "length")},
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as listener:
@@ -120,12 +150,13 @@ def losses(folder: Path) -> list[float]:
     return [row[key] for row in rows for key in ("loss", "validation_error") if key in row]
 
 
-@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt", "lora"])
+@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt", "lora", "sla", "length"])
 def test_two_processes_do_what_one_does_with_the_same_clips(launched, tmp_path, recipe, text_base, autoencoder_folder):
     if recipe == "autoencoder":
         settings, two, last = autoencoder(tmp_path, "one", 2), launched / "train", "train"
-    elif recipe == "lora":
-        settings, two, last = lora(tmp_path, "one", 2, text_base), launched / "lora", "train"
+    elif recipe in ("lora", "sla", "length"):
+        write_settings = {"lora": lora, "sla": sla, "length": length}[recipe]
+        settings, two, last = write_settings(tmp_path, "one", 2, text_base), launched / recipe, "train"
     else:
         settings, two, last = ae_adapt(tmp_path, "one", 2, text_base, autoencoder_folder), launched / "adapt", "lora"
     first, second = ranks(two)

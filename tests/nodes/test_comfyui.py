@@ -10,6 +10,7 @@ import urllib.error
 import pytest
 import torch
 from comfy_server import COMFYUI, PACK, PYTHON, ROOT, WHY_SKIPPED
+from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED)]
 
@@ -71,6 +72,7 @@ def test_the_pack_loads_quickly_and_without_a_warning(server):
 def test_every_input_of_every_node_has_a_tooltip(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Vidaccel")}
     others = ("Report", "LoadPipeline", "PipelineLoRA", "AcceleratePipeline", "GenerateVideo", "LoadDCAEV")
+    others += ("ApplySLA", "PipelineSLA", "GuidanceFree", "GuidanceFreePipeline")
     assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")} | {
         f"Vidaccel{name}" for name in others
     }
@@ -112,6 +114,30 @@ def test_density_one_gives_the_video_of_the_unpatched_model(server):
     patched = server.latent(server.queue(graph("SVG2", density=1.0)), "save")
     assert plain.abs().max() > 0.1
     torch.testing.assert_close(patched, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_in_one_pass(server, tmp_path):
+    """Whatever cfg and negative prompt the sampler has."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"beta_embedder.linear.weight": 0.1 * torch.randn(256, 64, generator=generator)}
+    facts = {"recipe": "gft", "base": "tiny", "base_hash": "0", "part": "transformer", "rank": 2, "unconditional": ""}
+    facts["guidance_free"] = {"loss": "white_box", "max_scale": 6.0, "gated": True, "train": "full"}
+    save_file(tensors, tmp_path / "a.safetensors", {"vidaccel": json.dumps(facts)})
+    made = []
+    for cfg, negative, guidance in ((3.0, "no", 4.0), (7.0, "yes", 4.0), (3.0, "no", 2.0)):
+        given = graph()
+        given["free"] = {
+            "class_type": "VidaccelGuidanceFree",
+            "inputs": {
+                "model": ["load", 0],
+                "adapter": "the path below",
+                "path": str(tmp_path / "a.safetensors"),
+                "guidance": guidance,
+            },
+        }
+        given["sample"]["inputs"] |= {"model": ["free", 0], "cfg": cfg, "negative": [negative, 0]}
+        made.append(server.latent(server.queue(given), "save"))
+    assert torch.equal(made[0], made[1]) and not torch.allclose(made[0], made[2], atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from comfy_server import COMFYUI, ROOT, WHY_SKIPPED
 from diffusers import WanPipeline
+from gft_adapters import write_adapter
 from peft import LoraConfig, get_peft_model_state_dict
 
 from vidaccel import demo
@@ -141,6 +142,29 @@ def test_a_chain_of_loras(server, tmp_path):
     }
     missing["load"]["inputs"]["loras"] = ["lora", 0]
     assert "path is /no/such: there is no such file or folder" in json.dumps(server.queue(missing)["status"])
+
+
+def test_guidance_in_one_pass(server, tmp_path):
+    """Another video, the same each time, and the pipeline before the node keeps two passes."""
+    transformer = WanPipeline.from_pretrained(demo.path()).transformer
+    path = str(write_adapter(tmp_path, demo.path(), transformer))
+
+    def video(**changes) -> np.ndarray:
+        made = graph(seed=4, guidance=3.0, **changes)
+        made["free"] = {
+            "class_type": "VidaccelGuidanceFreePipeline",
+            "inputs": {"pipeline": ["load", 0], "adapter": "the model's own", "path": path, "second_path": ""},
+        }
+        made["make"]["inputs"]["pipeline"] = ["free", 0]
+        entry = server.queue(made)
+        assert "guidance 3 in one pass" in entry["outputs"]["text"]["text"][0]
+        return frames_of(server, entry)
+
+    plain = frames_of(server, server.queue(graph(seed=4, guidance=3.0)))
+    one = video()
+    assert np.abs(one - plain).mean() > 0.5
+    assert np.array_equal(frames_of(server, server.queue(graph(seed=4, guidance=3.0))), plain)
+    assert np.array_equal(video(), one)
 
 
 def test_a_video_that_starts_from_another(server):

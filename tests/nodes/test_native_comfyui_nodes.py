@@ -19,7 +19,7 @@ def test_every_input_and_node_is_explained():
     for name, node in nodes().items():
         schema = node.GET_SCHEMA()
         assert schema.description and schema.category.startswith("video acceleration")
-        assert name.startswith("Vidaccel") and schema.display_name.startswith("Sparse Attention")
+        assert name.startswith("Vidaccel") and schema.display_name.startswith(("Sparse Attention", "Apply SLA"))
         for item in schema.inputs:
             assert item.tooltip and item.tooltip.endswith("."), (name, item.id)
         assert node.GET_NODE_INFO_V1()["input"]["required"]

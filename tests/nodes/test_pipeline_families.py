@@ -29,3 +29,16 @@ def test_a_pipeline_of_another_family(build, tmp_path):
     assert made.frames.shape == (9, 64, 64, 3) and made.fps == pipeline.facts.row.fps
     assert seen == [(1, 2), (2, 2)]
     assert dict(moved)[pipeline.pipe.transformer] > 0 and dict(moved)[pipeline.pipe.vae] > 0
+
+
+def test_the_sound_of_a_model_that_makes_one(tmp_path):
+    """As ComfyUI's AUDIO, as long as the video."""
+    torch.manual_seed(0)
+    ltx.ltx2().save_pretrained(tmp_path)
+    made = load(str(tmp_path), "auto", Residency(CPU, lambda part, memory: None))
+    options = {"spatio_temporal_guidance_blocks": [1]}
+    settings = Settings("a dot", frames=9, height=64, width=64, steps=2, pipeline_options=options)
+    result = generate(made, settings, on_step=lambda *told: None)
+    sound, rate = result.audio["waveform"], result.audio["sample_rate"]
+    assert sound.shape[:2] == (1, 2) and sound.dtype == torch.float32 and sound.abs().max() > 0
+    assert 0 < sound.shape[2] <= round(9 / result.fps * rate)

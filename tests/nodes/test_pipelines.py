@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from gft_adapters import write_adapter
 
+import vidaccel
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.request import Settings
@@ -62,6 +64,35 @@ def test_dense_and_accelerated_from_one_pipeline(pipeline, moved):
     names = [name for name, _ in moved]
     assert names[:3] == ["UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"] and len(names) == 9
     assert all(memory > 0 for name, memory in moved if name != "UMT5EncoderModel")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer")
+    return write_adapter(tmp_path, demo.path(), transformer)
+
+
+def test_guidance_in_one_pass(pipeline, adapter):
+    """As the handle does it; with sparse attention, too; the pipeline that came in keeps two passes."""
+    before = generate(pipeline, settings(), on_step=ignore)
+    guided = pipeline.guided_in_one_pass([adapter])
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        made = generate(guided, settings(), on_step=ignore)
+    with vidaccel.guidance_free(pipeline.pipe, adapter):
+        wanted = generate(pipeline, settings(), on_step=ignore)
+    assert torch.equal(made.frames, wanted.frames)
+    assert "guidance 2 in one pass" in report_text(made.report.news())
+    fast = generate(guided.accelerated(Acceleration(density=0.5)), settings(), on_step=ignore)
+    assert "tangent: density 0.5" in report_text(fast.report.news()) and not torch.equal(fast.frames, made.frames)
+    assert torch.equal(generate(pipeline, settings(), on_step=ignore).frames, before.frames)
+    for changes, message in (
+        ({"negative_prompt": "ugly"}, "negative_prompt is of no use"),
+        ({"guidance_scale": 7.0}, "guidance is 7.0: .* was trained up to 6"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate(guided, settings(**changes), on_step=ignore)
+    with pytest.raises(InputError, match="adapter cannot be used: .*gone"):
+        pipeline.guided_in_one_pass([adapter.parent / "gone"])
 
 
 @pytest.mark.parametrize("method", METHODS)

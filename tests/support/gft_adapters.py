@@ -11,17 +11,22 @@ from safetensors.torch import save_file
 from vidaccel.pipelines.weight_files import transformer_files
 
 
-def write_adapter(
-    folder: Path, base: Path, transformer, part: str = "transformer", gated: bool = True, **facts
-) -> Path:
-    """An adapter of a transformer that was saved in the pipeline folder `base`; keywords change its header."""
-    generator = torch.Generator().manual_seed(len(part))
-    tensors = {}
+def random_lora(transformer, part: str) -> tuple[torch.Generator, dict[str, torch.Tensor]]:
+    """A LoRA on the queries of each block, by the names in files, and the generator that made it."""
+    generator, tensors = torch.Generator().manual_seed(len(part)), {}
     for number in range(len(transformer.blocks)):
         layer = transformer.blocks[number].attn1.to_q
         for letter, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
             name = f"diffusion_model.blocks.{number}.self_attn.q.lora_{letter}.weight"
             tensors[name] = 0.3 * torch.randn(shape, generator=generator)
+    return generator, tensors
+
+
+def write_adapter(
+    folder: Path, base: Path, transformer, part: str = "transformer", gated: bool = True, **facts
+) -> Path:
+    """An adapter of a transformer that was saved in the pipeline folder `base`; keywords change its header."""
+    generator, tensors = random_lora(transformer, part)
     width = transformer.condition_embedder.time_embedder.linear_2.out_features
     tensors["beta_embedder.linear.weight"] = 0.1 * torch.randn(width, 64, generator=generator)
     header = {

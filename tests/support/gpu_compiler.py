@@ -19,6 +19,7 @@ SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 9
 # For the scripts: `dtype` is what pointers to data point to, `others` what single ones do instead.
 COMMON = r"""
 import json, re, sys
+import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -52,7 +53,8 @@ def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
     text, products = binary.asm["ttgir"], re.findall(r"mma[.\w:]*", binary.asm["ptx"])
     return {"kernel": kernel.__name__, "shared": binary.metadata.shared, "copies": text.count("async_copy_global"),
             "tma": text.count("async_tma_copy_global_to_local"),
-            "tensor_cores": text.count("mma"), "int8": sum(bool(re.search("s8|i8", x)) for x in products),
+            **machine_code.read(binary, architecture), "tensor_cores": text.count("mma"),
+            "int8": sum(bool(re.search("s8|i8", x)) for x in products),
             "fp8": sum(bool(re.search("e4m3|f8f6f4", x)) for x in products)}
 """
 
@@ -69,6 +71,7 @@ def run_with_compiler(script: str, folder: Path, *arguments: object) -> list[dic
     start = f"import importlib.util as u; s = u.spec_from_file_location('vidaccel', {str(root / '__init__.py')!r}, "
     start += f"submodule_search_locations=[{str(root)!r}]); import sys; m = u.module_from_spec(s); "
     start += "sys.modules['vidaccel'] = m; s.loader.exec_module(m)\n"
+    start += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
     command = [sys.executable, "-c", start + COMMON + script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -88,9 +88,10 @@ class Calls:
 
 def nodes() -> dict:
     """The nodes for native models by id."""
-    from vidaccel.nodes import report_node, sparse_nodes
+    from vidaccel.nodes import report_node, sla_nodes, sparse_nodes
 
-    return {node.define_schema().node_id: node for node in [*sparse_nodes.NODES, *report_node.NODES]}
+    native = [*sparse_nodes.NODES, sla_nodes.VidaccelApplySLA, *report_node.NODES]
+    return {node.define_schema().node_id: node for node in native}
 
 
 def defaults(node: Any) -> dict:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from vidaccel import BlockPlan
+from vidaccel import LVSA, SLA, BlockPlan
+from vidaccel.attention import Method, resolve_method
+
+
+def untrained(name: str) -> Method:
+    """A method by its name, without what it would have to be trained for, and sparse on a video of few frames."""
+    special = {"sla": SLA(linear_scope="none"), "lvsa": LVSA(reference=2, window=0)}
+    return special[name] if name in special else resolve_method(name)
 
 
 def uniform(batch: int, heads: int, n_q: int, n_kv: int, block_q: int, block_k: int, share: float = 0.5):

@@ -11,7 +11,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from vidaccel import AutoencoderDCV, demo
-from vidaccel.pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, retarget
+from vidaccel.pipelines.deep_compression.adapted import retarget
+from vidaccel.pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE
 
 TINY = {"latent_channels": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": (0, 1, 1, 1), "chunk_size": 8}
 

@@ -83,6 +83,12 @@ def test_half_precision_gradients(device, dtype):
     check(tokens(device, n, n, 64, dtype), *PLANS["ragged"](n))
 
 
+def test_gradients_of_keys_in_blocks_of_two_words(device):
+    n = length(device, 180)
+    assert block_sparse_backward.words_of(block_sparse_backward.KEY_TILES[0, 128, 2].block_n) == 2
+    check(tokens(device, n, n, 128, torch.float16, heads=1), *clusters(1, 1, n, n, 4, 9))
+
+
 @pytest.mark.parametrize("dim", [40, 96, 128])
 def test_head_dimensions_and_cross_lengths(device, dim):
     n_q, n_kv = length(device, 30), length(device, 70)
@@ -124,13 +130,13 @@ def test_gradients_are_the_same_bits_every_time(device):
 
 
 def test_key_blocks_know_their_readers(device):
-    """The transposed plan says of every pair what the plan says, also for blocks of 64 keys read in part."""
-    for block_n in (16, 64):
+    """The transposed plan says of every pair what the plan says, also for blocks of a word or two read in part."""
+    for block_n in (16, 64, 128):
         plan, _ = clusters(1, 2, 90, 150, 5, 40)
         plan = plan.to(device)
         found = block_sparse_backward.make_readers(plan, 16, block_n)
         keys = plan.keys_of_tile()
-        bits = found.bits.unsqueeze(-1) >> torch.arange(block_n, device=device) & 1
+        bits = (found.bits.unsqueeze(-1) >> torch.arange(min(64, block_n), device=device) & 1).flatten(-2)
         assert bits.flatten(-2)[..., :150].bool().equal(keys)
         assert not bits.flatten(-2)[..., 150:].any()
         for h in range(2):
@@ -184,9 +190,9 @@ def test_operators_keep_the_promises_of_their_registration(device):
     inputs = tokens(device, n, n, 16, heads=1)
     described = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
     rest = (False, None, None, None)  # orders applied beforehand, no stand-ins
-    torch.library.opcheck(block_sparse.block_sparse_attention, (*inputs, *described, [], 0.1, *rest))
+    torch.library.opcheck(block_sparse.block_sparse_attention, (*inputs, *described, [], [], 0.1, *rest))
     detached = [x.detach() for x in inputs]
-    out, lse = block_sparse.block_sparse_attention(*detached, *described, [], 0.1, *rest)
+    out, lse = block_sparse.block_sparse_attention(*detached, *described, [], [], 0.1, *rest)
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    arguments = (*grads, *detached, *described, None, None, None, out, lse, 0.1)
+    arguments = (*grads, *detached, *described, None, None, None, out, lse, [], 0.1)
     torch.library.opcheck(block_sparse_backward.block_sparse_attention_backward, arguments)

@@ -29,7 +29,7 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
     unused = {name: None for name, used in (("q_order_ptr", ordered), ("kv_order_ptr", gathered)) if not used}
     kinds = {}
     if kernel is backward._key_kernel:
-        constants["KV_ORDERED"] = ordered
+        constants |= {"KV_ORDERED": ordered, "WORDS": backward.words_of(tiles.block_n)}
         unused.pop("kv_order_ptr", None) if ordered else None
     else:
         constants |= {"TAIL_N": tiles.tail_n, "STAND_INS": True}
@@ -43,6 +43,7 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
             elif "tail" in name:
                 unused[f"{name}_ptr"] = None
     found.append(compile_kernel(kernel, architecture, dtype, {**constants, **unused}, tiles, **kinds))
+    found[-1]["keys"] = tiles.block_n
 small = forward.Tiles(64, 64, 4, 1)
 found.append(compile_kernel(backward._delta_kernel, architecture, dtype, {"D": dim, "D_PAD": forward.padded(dim),
                             "BLOCK_M": 64}, small))
@@ -56,12 +57,12 @@ print(json.dumps(found))
     [
         (90, 128, "bf16", False),
         (90, 64, "fp16", True),
-        (89, 96, "bf16", True),
+        (89, 128, "bf16", True),
         pytest.param(80, 128, "bf16", True, marks=pytest.mark.slow),
         pytest.param(90, 256, "bf16", False, marks=pytest.mark.slow),
         pytest.param(90, 128, "fp32", False, marks=pytest.mark.slow),
         pytest.param(100, 128, "bf16", True, marks=pytest.mark.slow),
-        pytest.param(120, 256, "bf16", False, marks=pytest.mark.slow),
+        pytest.param(120, 128, "bf16", False, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile(tmp_path, architecture, dim, dtype, ordered):
@@ -78,3 +79,24 @@ def test_kernels_compile(tmp_path, architecture, dim, dtype, ordered):
         assert pipelined > 0, "the loads of the forward kernel are not pipelined"
     if architecture == 90 and dim in (64, 128) and dtype != "fp32":
         assert results["_forward_kernel"]["tma"] > 0, "keys and values do not come through the copy engine"
+    if dim <= 128 and dtype != "fp32":
+        check_loops(results, architecture, dim)
+
+
+# Instructions of one warp in the loop over whole tiles, a product of 64 keys and 16 queries, for a head_dim of 128:
+# 254 on compute capability 9, and 690 to 705 where products are of 16 x 8 x 16.
+MOST_INSTRUCTIONS = {90: 300, 89: 740, 80: 740, 120: 740, 100: 1000}
+
+
+def check_loops(results, architecture, dim):
+    """What a change of tiles or of the compiler may spoil without a word."""
+    forward = results["_forward_kernel"]
+    assert not forward["serialised"], "products wait for one another"
+    assert len(forward["loops"]) >= 3, "whole tiles, tails, stand-ins"
+    assert not any(loop["spills"] for loop in forward["loops"]), "registers go to memory within a loop"
+    assert not forward["split"], "rows are dealt to several warps, and their sums go through shared memory"
+    if dim == 128:
+        leanest = min(loop["instructions"] for loop in forward["loops"])
+        assert leanest * 64 / forward["keys"] <= MOST_INSTRUCTIONS[architecture]
+    for name in ("_query_kernel", "_key_kernel"):
+        assert all(loop["spills"] <= 10 for loop in results[name]["loops"]), name

@@ -170,11 +170,11 @@ def test_the_operator_keeps_its_promises(device):
     plan = clusters(1, HEADS, 24, 24, 3, 5)[0].to(device)
     inputs = [x.requires_grad_() for x in tokens(device, 24, dim=16, batch=1)]
     described = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
-    arguments = (*inputs, *described, [], 0.1, False, None, None, None)
+    arguments = (*inputs, *described, [], [], 0.1, False, None, None, None)
     checks = ("test_schema", "test_faketensor")  # the slow ones run where there are as many heads
     torch.library.opcheck(block_sparse.block_sparse_attention, arguments, test_utils=checks)
     detached = [x.detach() for x in inputs]
     out, lse = block_sparse.block_sparse_attention(*detached, *arguments[3:])
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    arguments = (*grads, *detached, *described, None, None, None, out, lse, 0.1)
+    arguments = (*grads, *detached, *described, None, None, None, out, lse, [], 0.1)
     torch.library.opcheck(block_sparse_backward.block_sparse_attention_backward, arguments, test_utils=checks)

@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from vidaccel.attention.kernels.permute import permute_rows
-from vidaccel.attention.kernels.runs import merge_segments
+from vidaccel.attention.kernels.runs import cut_clusters, cut_segments, merge_segments
 from vidaccel.attention.plan import permute
+from vidaccel.attention.runs import cut_segments as cut_in_torch
 from vidaccel.attention.runs import merge_segments as merge_in_torch
 
 
@@ -24,6 +25,23 @@ def test_runs_are_those_of_torch(device, share, segments):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.int32 and ours.cpu().equal(theirs.where(expected[1] > 0, ours.cpu()))
     assert found[1].cpu().equal(expected[1])
+
+
+@pytest.mark.parametrize("most", [1, 16, 1000])
+@pytest.mark.parametrize("segments", [1, 6, 300])
+def test_pieces_are_those_of_torch(device, segments, most):
+    length = torch.randint(0, 40, (2, 3, segments)) * (torch.rand(2, 3, segments) < 0.7)
+    length[0, 0] = 0  # a row of nothing
+    total = int(length.sum(-1).max()) + 5
+    start = length.cumsum(-1) - length
+    expected = cut_in_torch(start, length, total, most)
+    ours = cut_segments(start.to(device), length.int().to(device), total, most)
+    for one, other in zip(ours, expected, strict=True):
+        assert one.dtype == torch.int32 and one.cpu().equal(other)
+    *pieces, first = cut_clusters(length.to(device), total, most)
+    assert all(one.cpu().equal(other) for one, other in zip(pieces, expected, strict=False))
+    count = (length + most - 1) // most
+    assert first.cpu().equal((count.cumsum(-1) - count).int())
 
 
 def test_orders_of_any_layout(device):

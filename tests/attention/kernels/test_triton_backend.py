@@ -80,3 +80,30 @@ def test_a_plan_that_serves_many_calls_is_prepared_once(monkeypatch, device):
             out.double(), masked_attention(q, k, v, mask.to(device), 0.1)[0], atol=1e-5, rtol=1e-5
         )
     assert len(made) == 1
+
+
+def test_a_plan_of_a_training_is_prepared_once_for_each_pass(monkeypatch, device):
+    """And nothing for the backward pass where there is none."""
+    from plans import KINDS, masked_attention
+
+    from vidaccel.attention.kernels import block_sparse, block_sparse_backward
+
+    made = []
+    make = block_sparse.make_walk
+    for module in (block_sparse, block_sparse_backward):
+        monkeypatch.setattr(module, "make_walk", lambda *a: made.append(a) or make(*a))
+    # Another launch configuration than that of the forward pass, whose walk it would share.
+    tiles = {(0, 64, 4): block_sparse_backward.QUERY_TILES[0, 64, 4]._replace(block_n=16)}
+    monkeypatch.setattr(block_sparse_backward, "QUERY_TILES", block_sparse_backward.QUERY_TILES | tiles)
+    plan, mask = KINDS["uniform"](70)
+    plan, mask = plan.to(device), mask.to(device)
+    plain = [torch.randn(1, 2, 70, 64, device=device) for _ in range(3)]
+    TritonBackend().attend(*plain, plan, 0.1, True)
+    assert len(made) == 1
+    for _ in range(2):
+        inputs = [torch.randn(1, 2, 70, 64, device=device, requires_grad=True) for _ in range(3)]
+        found = torch.autograd.grad(TritonBackend().attend(*inputs, plan, 0.1, True)[0].square().sum(), inputs)
+        wanted = torch.autograd.grad(masked_attention(*inputs, mask, 0.1)[0].square().sum(), inputs)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other.double(), atol=1e-4, rtol=1e-4)
+    assert len(made) == 2

@@ -148,6 +148,15 @@ def test_samples_with_calls_of_their_own_have_plans_of_their_own(second, gradien
     torch.testing.assert_close(second_pass(**given), torch.cat(singles), atol=1e-5, rtol=1e-4)
 
 
+def test_latents_of_another_rank_are_refused_in_words():
+    """A video without its batch."""
+    tiny = build("wan")
+    given = {**tiny.given, "hidden_states": tiny.given["hidden_states"][0]}
+    words = r"latents of a WanTransformer3DModel have 5 axes, .* these have 4, of shape"
+    with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE), pytest.raises(ValueError, match=words):
+        tiny.model(**given)
+
+
 @pytest.mark.parametrize("name", ["hunyuan_video", "mochi", "cogvideox_2b"])
 def test_an_argument_that_is_missing_is_named_as_by_the_model(name):
     tiny = build(name)

@@ -124,6 +124,35 @@ def test_compiled_blocks_are_as_many_graphs_as_stocks(name):
     assert ours <= stock
 
 
+def site_on(attention) -> Site:
+    """A site of a video of 3 x 4 x 5 tokens, whose stock attention is the given one."""
+    engine = SparseAttention(METHOD, num_layers=1, schedule=DenseSchedule())
+    engine.enter(StepInfo(), VideoLayout(3, 4, 5))
+    site = Site(engine, 0)
+    site.enter(trims=False, dense="stays dense")
+    site.processor = type("Processor", (), {"stock": staticmethod(attention)})
+    return site
+
+
+@pytest.mark.parametrize("token_by_token", [False, True])
+def test_the_compiled_operator_copies_nothing_that_lies_as_its_queries(token_by_token):
+    """As models' queries do and what backends give; what lies otherwise is copied once."""
+    made = []
+
+    def attention(q, k, v, mask=None, **_):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        made.append(out.transpose(1, 2).contiguous().transpose(1, 2) if token_by_token else out.contiguous())
+        return made[-1]
+
+    site = site_on(attention)
+    q = torch.randn(1, 60, 2, 16).transpose(1, 2)
+    with torch.no_grad():
+        out = site_attention(q, q, q, None, site.tensor)
+    assert out.stride() == q.stride() and torch.equal(out, made[-1])
+    assert (out.data_ptr() == made[-1].data_ptr()) == token_by_token
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_compiled_operator_refuses_gradients_before_the_backward_pass(compiled):
     engine = SparseAttention(METHOD, num_layers=1, schedule=DenseSchedule())

@@ -11,7 +11,7 @@ from tiny_adapter import TINY, write_adapter
 
 from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
 from vidaccel.generation.model_facts import inspect_model
-from vidaccel.pipelines.deep_compression.adapted import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError
+from vidaccel.pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -1,0 +1,72 @@
+"""Whether LoRAs are for a model, told from their files before its weights are read; and how they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..pipelines.adapter_header import facts_of
+from .errors import BadInput, mention
+from .lora_files import LoraFile, lora_file
+
+if TYPE_CHECKING:
+    from ..attention.methods.base import Method
+    from .model_facts import ModelFacts
+
+
+def check_fits(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
+    """Raise BadInput for a LoRA of another family, or of another size of model.
+
+    Args:
+        loras: of the request.
+        facts: of the model.
+    """
+    if not loras:
+        return
+    from ..pipelines.lora_layers import LoraLayers
+
+    layers = LoraLayers(facts.pipeline_class, facts.transformer)
+    for lora in loras:
+        stated, file = facts_of(lora.path).get("transformer"), lora_file(lora.path)
+        problem = ""
+        if layers.name is not None and stated not in (None, layers.name):
+            problem = f"was trained for a {stated}, and {facts.name} has a {layers.name}"
+        elif file is not None and layers.known:
+            problem = layers.misfit(file)
+        if problem:
+            raise BadInput("lora", f"cannot be used: {lora.path.name} {problem}")
+
+
+def trained_otherwise(
+    loras: Sequence[LoraFile], methods: Mapping[str, Method | None], density: float | None
+) -> list[str]:
+    """How the attention that LoRAs were trained with differs from that of the runs, a sentence for each that does.
+
+    One that was trained with dense attention is as the model, which sparse attention comes near to. One for longer
+    videos is refused with another attention (`length.check_trained`), so nothing is said of it here.
+
+    Args:
+        loras: of the request; those that do not say how they were trained are passed over.
+        methods: of the runs, by label; None is dense.
+        density: that is asked for, None for the methods' own.
+    """
+    from ..pipelines.length.trained import RECIPE as LENGTH
+
+    said = []
+    for lora in loras:
+        facts = facts_of(lora.path)
+        attention = None if facts.get("recipe") == LENGTH else facts.get("attention")
+        wanted = attention.get("method") if isinstance(attention, dict) else None
+        if not isinstance(wanted, str) or wanted == "dense":
+            continue
+        share = attention.get("density")
+        other = [label for label, method in methods.items() if method is None or method.name != wanted]
+        trained = f"{lora.path.name} was trained with {wanted} attention"
+        if isinstance(share, int | float):
+            trained += f" at a density of {share:g}"
+        if other:
+            said.append(f"{trained}, and {', '.join(other)} is another: what it learned may not come out whole.")
+        elif isinstance(share, int | float) and share != density:
+            asked = "leaves it to the method" if density is None else f"has {density:g}"
+            said.append(f"{trained}, and this run {asked}: give {mention('density')} {share:g} for what it learned.")
+    return said

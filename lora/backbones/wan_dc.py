@@ -1,0 +1,170 @@
+"""Wan moved to a deep-compression autoencoder, trained as it is: DC-VideoGen pipelines, and adapter-only weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from torch import nn
+
+from ...attention.layout import VideoLayout
+from ...autoencoders import AutoencoderDCV
+from ...pipelines.deep_compression.adapted import adapted_transformer, own_autoencoder
+from ...pipelines.deep_compression.adapter_folder import AdapterError, base_location, is_adapter, read_facts
+from ..config import ConfigError
+from .base import told_guidance
+from .folders import load_autoencoder, read_config, write_model
+from .wan_encoding import WanEncoder, WanTextEncoder
+from .wan_family import base_pipeline
+from .wan_own import STAGES, OwnWan, stage_of
+
+
+class DCWanModel(OwnWan):
+    """A DC-VideoGen pipeline, whose transformer (or one of its two) is trained.
+
+    Args:
+        base: folder or hub id of the pipeline, or folder of adapter-only weights.
+        dtype: of the frozen weights.
+        autoencoder_dtype: in which clips are encoded.
+        device: where encoders run.
+        merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
+            prompts are short. Text to video only.
+        stage: of `STAGES`, for a base with two transformers; None for one with a single one.
+        first_frame: must be what the pipeline does, or None.
+        guidance: must be None: Wan is not told any.
+        fps: not used by Wan.
+
+    Raises:
+        ConfigError: something is missing or does not fit together; the message says what fits.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        dtype: torch.dtype = torch.float32,
+        autoencoder_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        merge_text_padding: bool = False,
+        stage: str | None = None,
+        first_frame: bool | None = None,
+        guidance: float | None = None,
+        fps: float | None = None,
+    ) -> None:
+        self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
+        self.device, self.merge_text_padding = torch.device(device), merge_text_padding
+        self.adapter = is_adapter(Path(base))
+        facts = self._adapter_facts() if self.adapter else {}
+        self.index = {} if self.adapter else WanPipeline.load_config(base)
+        self.shared = base_location(facts["base"]) if self.adapter else base
+        """Where the text encoder, the scheduler and the image encoder are."""
+        self.part, self.levels = stage_of(base, self.index, stage)
+        named = {"_class_name": WanTransformer3DModel.__name__, **facts.get("transformer", {})}
+        self.config = named if self.adapter else read_config(WanTransformer3DModel, base, self.part)
+        told_guidance(base, self.config, guidance, None)
+        self._vae = (facts["vae"], None) if self.adapter else (base, "vae")
+        config = read_config(AutoencoderDCV, *self._vae)
+        if config.get("_class_name") != "AutoencoderDCV" or config.get("pad_frames"):
+            found = config.get("_class_name") if not config.get("pad_frames") else f"pad_frames {config['pad_frames']}"
+            raise ConfigError(
+                f"model.base: the autoencoder of {base} has {found}; training takes an AutoencoderDCV with pad_frames "
+                "0, whose latent frames stand for 4 pixel frames each."
+            )
+        self.image = self._starts(int(config["latent_channels"]))
+        if first_frame is not None and first_frame != self.image:
+            kind = "starts from" if self.image else "takes no"
+            raise ConfigError(f"model.first_frame is {str(first_frame).lower()}, but {base} {kind} first frames.")
+        if self.index.get("expand_timesteps"):
+            raise ConfigError(
+                f"model.base: {base} has a timestep for each token, which DCVideoGenPipeline does not do."
+            )
+        if merge_text_padding and self.config.get("image_dim") is not None:
+            raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
+        self.autoencoder = self._loaded_autoencoder(dtype=autoencoder_dtype)
+        self.autoencoder.requires_grad_(False).eval()
+        self.autoencoder.enable_slicing()  # the same result, and a batch takes no more memory than a clip
+
+    def _loaded_autoencoder(self, **options: Any) -> Any:
+        location, subfolder = self._vae
+        return load_autoencoder(AutoencoderDCV, location, "model.base", subfolder=subfolder, **options)
+
+    def _adapter_facts(self) -> dict[str, Any]:
+        """What adapter-only weights belong to, and under "vae" where their autoencoder is."""
+        try:
+            facts = read_facts(Path(self.base))
+            return {**facts, "vae": own_autoencoder(Path(self.base), facts["autoencoder"])}
+        except AdapterError as error:
+            raise ConfigError(f"model.base: {error}") from error
+
+    def _starts(self, channels: int) -> bool:
+        """Whether the model starts from a first frame; its autoencoder has latents of so many channels."""
+        given, made = int(self.config["in_channels"]), int(self.config["out_channels"])
+        if made != channels or given not in (channels, 2 * channels + 4):
+            raise ConfigError(
+                f"model.base: the transformer of {self.base} takes {given} channels and makes {made}, and with its "
+                f"autoencoder of {channels} it must make {channels} and take as many, or {2 * channels + 4} with a "
+                "first frame: they do not belong together."
+            )
+        return given != channels
+
+    @property
+    def _token(self) -> int:
+        """Pixels of a token's side."""
+        return int(self.autoencoder.spatial_compression_ratio * self.config["patch_size"][1])
+
+    def check_size(self, frames: int, height: int, width: int) -> str | None:
+        if frames % 4:
+            return f"clips of {frames} frames do not fit: their number must be a multiple of 4."
+        if height % self._token or width % self._token:
+            return f"{height}x{width} must be a multiple of {self._token}, the width of a token of {self.base}."
+        return None
+
+    def layout(self, frames: int, height: int, width: int) -> VideoLayout:
+        return VideoLayout(frames // 4, height // self._token, width // self._token)
+
+    def transformer(self, quantisation: Any = None) -> nn.Module:
+        if self.adapter:
+            if quantisation is not None:
+                raise ConfigError(
+                    f"model.quantise: the weights of {self.base} are those of {self.shared} with an adapter merged, "
+                    "which cannot be quantised: save the pipeline with save_pretrained, and give that folder."
+                )
+            return self.loaded(adapted_transformer(Path(self.base), self.shared, self.dtype))
+        transformer = WanTransformer3DModel.from_pretrained(
+            self.base, subfolder=self.part, dtype=self.dtype, quantization_config=quantisation
+        )
+        return self.loaded(transformer)
+
+    def text_encoder(self) -> WanTextEncoder:
+        return WanTextEncoder(self.shared, self.dtype, self.device, self.text_length)
+
+    def encoder(self) -> WanEncoder:
+        embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
+        condition = ("condition",) if self.image else ()
+        return WanEncoder(self.shared, self.autoencoder, ("latents", *condition, *embeds), self.device)
+
+    def sampler(self, transformer: nn.Module) -> WanPipeline | WanImageToVideoPipeline:
+        others = [name for name in STAGES.values() if name != self.part and (self.index.get(name) or [None])[0]]
+        eyes = ("image_encoder", "image_processor") if self.config.get("image_dim") is not None else ()
+        pipe = self._pipeline(("scheduler", *others, *eyes))
+        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
+        pipe.register_modules(**{self.part: transformer})
+        return pipe
+
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        index = WanPipeline.load_config(self.shared)
+        parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0]]
+        pipe = self._pipeline([name for name in parts if name not in ("vae", self.part)])
+        pipe.register_modules(**{self.part: transformer.to("cpu"), "vae": self._loaded_autoencoder()})
+        write_model(pipe, folder)
+
+    def _pipeline(self, keep: Sequence[str]) -> WanPipeline | WanImageToVideoPipeline:
+        """The pipeline with the autoencoder, some of the shared components, and no transformer that is trained."""
+        parts = base_pipeline(self.shared, self.image, keep, self.dtype).components
+        if self.image:  # whose module complains on import where torchvision is missing
+            from ...pipelines.deep_compression.image_to_video import DCVideoGenImageToVideoPipeline as cls
+        else:
+            from ...pipelines.deep_compression.text_to_video import DCVideoGenPipeline as cls
+        return cls(**{**parts, "vae": self.autoencoder}, boundary_ratio=self.index.get("boundary_ratio"))

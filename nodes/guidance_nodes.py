@@ -1,0 +1,111 @@
+"""The nodes for guidance in one pass: for a MODEL of ComfyUI, and for a pipeline of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from .native_guidance import guide
+from .pipeline_nodes import CATEGORY, Pipeline
+from .pipelines import VideoPipeline, require_packages
+from .schema import accepted
+from .wording import InputError
+
+BY_PATH = "the path below"
+OWN = "the model's own"
+
+
+def _adapter_inputs(first: str, tooltip: str) -> list[Any]:
+    import folder_paths
+
+    return [
+        io.Combo.Input(
+            "adapter", options=[first, *folder_paths.get_filename_list("loras")], default=first, tooltip=tooltip
+        ),
+        io.String.Input(
+            "path",
+            default="",
+            tooltip="Path of an adapter, or of the folder that has it; it is taken instead of the one above.",
+        ),
+    ]
+
+
+def _chosen(adapter: str, path: str) -> Path:
+    import folder_paths
+
+    if not path.strip() and adapter == BY_PATH:
+        raise InputError("adapter: choose a file of models/loras, or give the path of one.")
+    return Path(path.strip() or folder_paths.get_full_path_or_raise("loras", adapter)).expanduser()
+
+
+class VidaccelGuidanceFree(io.ComfyNode):
+    """Guidance in one pass for a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelGuidanceFree",
+            display_name="Guidance-Free",
+            category="video acceleration",
+            description="Guidance in one pass a step instead of two, for Wan 2.1 and 2.2, with an adapter that the "
+            "recipe gft trained for this model. The guidance is set here: the sampler runs with a cfg of 1 whatever it "
+            "has, and its negative prompt is not used, since the adapter has one baked in.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the adapter was trained on. It is not changed."),
+                *_adapter_inputs(BY_PATH, "A file in models/loras."),
+                io.Float.Input(
+                    "guidance",
+                    default=5.0,
+                    min=1.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="What cfg is without this node, up to the highest that the adapter was trained for.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="For a sampler, or Sparse Attention.")],
+            **accepted(io.Schema, search_aliases=["vidaccel", "gft", "cfg", "guidance distillation", "speed up video"]),
+        )
+
+    @classmethod
+    def execute(cls, model: Any, adapter: str, path: str, guidance: float) -> io.NodeOutput:
+        require_packages("Guidance-Free, which reads files of the trainer, needs")
+        return io.NodeOutput(guide(model, _chosen(adapter, path), guidance))
+
+
+class VidaccelGuidanceFreePipeline(io.ComfyNode):
+    """Guidance in one pass for a pipeline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelGuidanceFreePipeline",
+            display_name="Guidance-Free Pipeline",
+            category=CATEGORY,
+            description="Guidance in one pass a step instead of two, for pipelines of Wan and DC-VideoGen, with an "
+            "adapter that the recipe gft trained for this model. guidance of Generate Video keeps its meaning; a "
+            "negative prompt is refused, since the adapter has one baked in.",
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
+                *_adapter_inputs(OWN, "What the model has of its own, if it has one; or a file in models/loras."),
+                io.String.Input(
+                    "second_path",
+                    default="",
+                    **accepted(io.String.Input, advanced=True),
+                    tooltip="Of Wan 2.2 14B, which has two transformers: path of the adapter of the second.",
+                ),
+            ],
+            outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Accelerate Pipeline or Generate Video.")],
+            **accepted(io.Schema, search_aliases=["vidaccel", "gft", "cfg", "guidance distillation"]),
+        )
+
+    @classmethod
+    def execute(cls, pipeline: VideoPipeline, adapter: str, path: str, second_path: str = "") -> io.NodeOutput:
+        places = [] if not path.strip() and adapter == OWN else [_chosen(adapter, path)]
+        if second_path.strip():
+            places.append(Path(second_path.strip()).expanduser())
+        return io.NodeOutput(pipeline.guided_in_one_pass(places))
+
+
+NODES: list[type[io.ComfyNode]] = [VidaccelGuidanceFree, VidaccelGuidanceFreePipeline]

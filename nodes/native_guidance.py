@@ -1,0 +1,116 @@
+"""Guidance in one pass in ComfyUI's native Wan: an adapter of the recipe `gft` as patches of a MODEL's weights.
+
+ComfyUI's own machinery does the work. At one guidance scale the LoRA has one strength, and what beta adds to the
+embedding of the timestep is a constant: a change of the bias of its last layer. So both are patches, as those of any
+LoRA, on weights of whatever kind, and a clone of the MODEL has them. The sampler's CFG is set to 1 while it samples,
+with which ComfyUI leaves the pass of the negative prompt out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .geometry import unwrap
+from .wording import InputError
+
+logger = logging.getLogger(__name__)
+
+KEY = "vidaccel_guidance_free"
+MODELS = ("WanModel",)
+"""Classes of diffusion models that adapters are for; others of Wan's have inputs that none was trained with."""
+_BIAS = "diffusion_model.time_embedding.2.diff_b"
+"""In files of LoRAs, a change of the bias that is added to the embedding of the timestep."""
+
+
+def guide(model: Any, location: Path, scale: float) -> Any:
+    """A clone of a MODEL that is guided in one pass; the MODEL itself stays as it is.
+
+    Args:
+        model: ComfyUI's ModelPatcher of a Wan model.
+        location: file or folder of the adapter.
+        scale: of the guidance; 1 is without.
+
+    Raises:
+        InputError: no such adapter, one of another model, a scale that it was not trained for, or a MODEL that has one
+            already.
+    """
+    from comfy.lora import load_lora, model_lora_keys_unet
+    from comfy.patcher_extension import WrappersMP
+    from comfy.sd import load_lora_for_models
+
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeError, read_adapter
+    from ..pipelines.guidance_free.low_rank import gate_of
+
+    diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if diffusion_model is None:
+        raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        raise InputError("this MODEL is guidance-free already: connect the MODEL from before the other Guidance-Free.")
+    try:
+        adapter = read_adapter(location)
+    except GuidanceFreeError as error:
+        raise InputError(f"adapter: {error}") from error
+    if not 1 <= scale <= adapter.max_scale:
+        raise InputError(
+            f"guidance is {scale:g}: {adapter.path.name} was trained for 1 to {adapter.max_scale:g}. Give one of these."
+        )
+    lora, embedder = adapter.weights()
+    _check_fits(adapter.path.name, unwrap(diffusion_model), lora, embedder.linear.out_features)
+    gate = gate_of(scale, adapter.max_scale if adapter.gated else None)
+    with torch.inference_mode(False), torch.no_grad():
+        patches = {**lora, _BIAS: embedder(torch.tensor([1 / scale]))[0]}
+    found = load_lora(dict(patches), model_lora_keys_unet(model.model, {}), log_missing=False)
+    if len(found) != len(lora) // 2 + 1:
+        raise InputError(
+            f"adapter: {adapter.path.name} has {len(lora) // 2} layers, of which this MODEL has {len(found) - 1}: it "
+            "is of another model."
+        )
+    clone, _ = load_lora_for_models(model, None, dict(patches), gate, 0.0)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _one_pass(scale))
+    return clone
+
+
+def _check_fits(file: str, diffusion_model: Any, lora: dict[str, torch.Tensor], width: int) -> None:
+    """Raise InputError for an adapter of a model of another kind or size."""
+    kind = type(diffusion_model).__name__
+    if kind not in MODELS:
+        raise InputError(
+            f"model is a {kind}, and guidance-free adapters are for {', '.join(MODELS)} (Wan 2.1 and 2.2)."
+        )
+    blocks = {int(name.split(".")[2]) for name in lora if name.startswith("diffusion_model.blocks.")}
+    own = len(diffusion_model.blocks)
+    if width != diffusion_model.dim or max(blocks, default=0) >= own:
+        raise InputError(
+            f"adapter: {file} is for a model of width {width}"
+            + (f" with {max(blocks) + 1} blocks" if blocks else "")
+            + f", and this MODEL has {diffusion_model.dim} and {own}: give the adapter of this model."
+        )
+
+
+def _one_pass(scale: float) -> Callable[..., Any]:
+    """What runs a sampling without its second pass."""
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        from comfy.samplers import CFGGuider
+
+        guider = executor.class_obj
+        if type(guider).predict_noise is not CFGGuider.predict_noise:
+            raise InputError(
+                f"this sampling is guided by a {type(guider).__name__}, which makes passes of its own: with "
+                "Guidance-Free, use KSampler, or SamplerCustomAdvanced with BasicGuider."
+            )
+        given = guider.cfg
+        if given not in (1.0, scale):
+            logger.info("Guidance-Free: cfg %g of the sampler is not used; the node's guidance is %g.", given, scale)
+        guider.cfg = 1.0
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.cfg = given
+
+    return wrapper

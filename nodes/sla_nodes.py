@@ -1,0 +1,140 @@
+"""The nodes that apply what a model learned of SLA: in a native model, and in a diffusers pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import pipelines
+from .lora_nodes import BY_PATH
+from .patch import sparsify
+from .pipeline_nodes import CATEGORY as PIPELINES
+from .pipeline_nodes import Pipeline
+from .report_node import Report
+from .schema import accepted
+from .sla import LearnedSLA, matrices_and_projections, open_adapter
+from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input
+from .wording import InputError, plain_messages
+
+WORDS = ["vidaccel", "sparse linear attention", "speed up video", "lora"]
+
+
+def _adapter_inputs(of_path: str, of_file: str = "") -> list[io.Input]:
+    """Which adapter, by name or by path."""
+    import folder_paths
+
+    return [
+        io.Combo.Input(
+            "sla",
+            options=[BY_PATH, *folder_paths.get_filename_list("loras")],
+            default=BY_PATH,
+            tooltip=f"The adapter, a file in models/loras. {of_file}".rstrip(),
+        ),
+        io.String.Input("path", default="", tooltip=of_path),
+    ]
+
+
+class VidaccelApplySLA(io.ComfyNode):
+    """An adapter of the recipe `sla` in a native model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelApplySLA",
+            display_name="Apply SLA",
+            category=CATEGORY,
+            description="Sparse-linear attention with an adapter of the recipe sla: a LoRA, a projection for each "
+            "layer, and the settings that they were trained with, which are taken from the file. For Wan 2.1 and 2.2, "
+            "text and image to video. Without the training such attention breaks the video; a MODEL with other weights "
+            "than those of the training cannot be told here.",
+            inputs=[
+                io.Model.Input("model", tooltip="The native model that the adapter was trained on; it is not changed."),
+                *_adapter_inputs(
+                    "Path of the file, or of its folder; it is taken instead of the one above.",
+                    "Of Wan 2.2 14B each of the two models has its own.",
+                ),
+                min_tokens_input(),
+                backend_input(),
+                measure_error_input(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the adapter, and sparse attention."),
+                Report.Output(display_name="report", tooltip="For the node Sparse Attention Report."),
+            ],
+            **accepted(io.Schema, search_aliases=WORDS),
+        )
+
+    @classmethod
+    def execute(cls, model: Any, sla: str, path: str, **common: Any) -> io.NodeOutput:
+        adapter = open_adapter(_location(sla, path))
+        diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
+        if diffusion_model is None:
+            raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+        lora, projections = matrices_and_projections(adapter, diffusion_model)
+        from comfy.sd import load_lora_for_models
+
+        changed, _ = load_lora_for_models(model, None, lora, 1.0, 0.0)
+        trained = adapter.trained
+        method = trained.method()
+        told = {"sla": adapter.path.name, "topk": trained.topk, "block": method.block, "scope": trained.linear_scope}
+        dense = ", ".join(map(str, range(trained.dense_layers)))
+        return io.NodeOutput(
+            *sparsify(
+                changed,
+                lambda layout: method,
+                name="SLA",
+                settings=told,
+                weights=projections,
+                dense_layers=dense,
+                **common,
+            )
+        )
+
+
+class VidaccelPipelineSLA(io.ComfyNode):
+    """SLA in a diffusers pipeline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelPipelineSLA",
+            display_name="Apply SLA (Pipeline)",
+            category=PIPELINES,
+            description="Sparse-linear attention for a pipeline that was trained for it, or with an adapter of the "
+            "recipe sla, whose settings are those of the training. The pipeline that comes in stays dense.",
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
+                *_adapter_inputs(
+                    "Path of the file, or of its folder, instead of the one above; two, with a ; between them, for Wan "
+                    "2.2 14B. Empty for a pipeline whose weights were trained."
+                ),
+                min_tokens_input(),
+                backend_input(),
+                measure_error_input(),
+            ],
+            outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
+            **accepted(io.Schema, search_aliases=WORDS),
+        )
+
+    @classmethod
+    def execute(cls, pipeline: pipelines.VideoPipeline, sla: str, path: str, **common: Any) -> io.NodeOutput:
+        places: list[str | Path] = [part.strip() for part in path.split(";") if part.strip()]
+        places = places or ([_location(sla, "")] if sla != BY_PATH else [])
+        learned = tuple(open_adapter(place) for place in places)
+        with plain_messages():
+            acceleration = LearnedSLA(facts=pipeline.facts, learned=learned, **common)
+        return io.NodeOutput(pipeline.accelerated(acceleration))
+
+
+def _location(name: str, path: str) -> Path:
+    """The file that the inputs name."""
+    import folder_paths
+
+    if not path.strip() and name == BY_PATH:
+        raise InputError("sla: choose a file of models/loras, or give the path of one.")
+    return Path(path.strip() or folder_paths.get_full_path_or_raise("loras", name)).expanduser()
+
+
+NODES: list[type[io.ComfyNode]] = [VidaccelApplySLA, VidaccelPipelineSLA]

@@ -1,0 +1,55 @@
+"""Files of adapters that the trainer wrote: a LoRA, what was trained beside it, and in the header what it is for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from .adapter_header import FACTS, FILE
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_header(
+    location: str | Path, recipe: str, error: type[ValueError]
+) -> tuple[Path, Mapping[str, Any], frozenset[str]]:
+    """The file of an adapter, what its header says, and the names of its tensors.
+
+    Args:
+        location: of the file, or its folder.
+        recipe: that must have made it.
+        error: what is raised.
+
+    Raises:
+        ValueError: as `error`, where there is no such file, or one of another recipe.
+    """
+    path = Path(location).expanduser()
+    path = path / FILE if path.is_dir() else path
+    try:
+        with safe_open(path, "pt") as file:
+            facts: Any = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+            names = frozenset(file.keys())
+    except (OSError, SafetensorError, ValueError) as reason:
+        raise error(f"{path} is no adapter that can be read: {reason}") from reason
+    stated = facts.get("recipe") if isinstance(facts, dict) else None
+    if stated != recipe:
+        kind = f"an adapter of the recipe {stated}" if stated else "not written by this package's trainer"
+        raise error(f"{path} is {kind}: give one that the recipe {recipe} made.")
+    return path, facts, names
+
+
+def read_split(path: Path, beside: Callable[[str], bool]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of an adapter: the matrices of the LoRA, and what was trained beside it.
+
+    Args:
+        path: of the file.
+        beside: whether a tensor of that name is beside the LoRA.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    return ({n: t for n, t in tensors.items() if not beside(n)}, {n: t for n, t in tensors.items() if beside(n)})

@@ -1,0 +1,54 @@
+"""Folders of adapter-only weights: what is in them and what they belong to; diffusers is not imported for it.
+
+`adapter.json` says what the weights belong to, `embedder_head.safetensors` has the parameters that were trained as they
+are, `pytorch_lora_weights.safetensors` a LoRA on the rest, as diffusers' pipelines write it, and `vae/` often the
+autoencoder. `adapted` loads them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ... import demo
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_PREFIX = "transformer"
+FULL_FILE = "embedder_head.safetensors"
+FACTS_FILE = "adapter.json"
+DEFAULTS_FILE = "generation_defaults.json"
+"""In the folder of an adapted pipeline: frames, height and width that it was trained at."""
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be loaded; the message says what does not fit, and the fix."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapter-only weights."""
+    return (folder / FACTS_FILE).is_file() and not (folder / "model_index.json").is_file()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What an adapter belongs to: `base`, `autoencoder` (a hub id, or a folder, seen from that of the adapter), `lora`,
+    and the config of the transformer.
+
+    Raises:
+        AdapterError: `adapter.json` cannot be read, or lacks one of them.
+    """
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        missing = {"base", "autoencoder", "lora", "transformer"} - set(facts)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / FACTS_FILE} cannot be read: {error}") from error
+    if missing:
+        raise AdapterError(
+            f"{folder / FACTS_FILE} lacks {', '.join(sorted(missing))}: it was written by something else."
+        )
+    return facts
+
+
+def base_location(base: str) -> str:
+    """Folder or hub id of a base model; "demo" is the built-in Wan model."""
+    return str(demo.path()) if base == demo.WAN else base

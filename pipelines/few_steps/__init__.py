@@ -1,0 +1,17 @@
+"""Models that were distilled to few steps: the sampler of rCM, and TurboDiffusion's checkpoints.
+
+The names are looked up on first use, because diffusers, on which they are built, takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from ..later import looked_up_later
+
+_LATER = {
+    "RCMScheduler": ".rcm",
+    "convert_turbowan": ".turbowan",
+    "scaled_start": ".start",
+}
+
+__all__ = sorted(_LATER)
+__getattr__ = looked_up_later(globals(), _LATER)

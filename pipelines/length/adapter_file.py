@@ -1,0 +1,63 @@
+"""Files of LoRAs for longer videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..adapter_header import adapter_path, facts_of
+from .trained import RECIPE, LengthError, TrainedLength, trained_length
+
+
+@dataclass(frozen=True, eq=False)
+class LengthAdapter:
+    """A LoRA for longer videos as its file has it; the weights are read when they are needed.
+
+    Args:
+        path: of the file.
+        base, base_hash: name and hash of the transformer that it was trained on.
+        part: name of that transformer in its pipeline.
+        trained: the attention that it belongs to.
+    """
+
+    path: Path
+    base: str
+    base_hash: str
+    part: str
+    trained: TrainedLength
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The matrices of the LoRA by their names in the file."""
+        with safe_open(self.path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+def read_length(location: str | Path) -> LengthAdapter:
+    """What the header of a LoRA for longer videos says.
+
+    Args:
+        location: of the file, or its folder.
+
+    Raises:
+        LengthError: there is none, or it is none of the recipe `length`.
+    """
+    path = adapter_path(location)
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise LengthError(f"{path} is no LoRA that can be read: {error}") from error
+    facts: dict[str, Any] = facts_of(path)
+    trained = trained_length(facts, path.name)
+    if trained is None:
+        recipe = facts.get("recipe")
+        kind = f"a LoRA of the recipe {recipe}" if recipe else "not written by this package's trainer"
+        raise LengthError(f"{path} is {kind}: give one that the recipe {RECIPE} made.")
+    try:
+        return LengthAdapter(path, str(facts["base"]), str(facts["base_hash"]), str(facts["part"]), trained)
+    except KeyError as error:
+        raise LengthError(f"{path}: its header lacks {error}: train it again.") from error

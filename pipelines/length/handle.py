@@ -1,0 +1,132 @@
+"""`lengthen`: a pipeline that makes longer videos with a LoRA and the attention that it was trained for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...attention.methods import Method, resolve_method
+from ...attention.records import RunReport
+from ..acceleration.families import unwrap
+from ..acceleration.handle import Handle, accelerate
+from ..base_check import check_base
+from ..named_lora import NamedLora, one_for_each
+from .adapter_file import LengthAdapter, read_length
+from .rotary import TRANSFORMERS, riflex
+from .trained import LengthError
+
+_NAME = "length"
+"""Of the LoRA among those of the transformer."""
+
+
+class Lengthened:
+    """A LoRA for longer videos at work in a pipeline. Made by `lengthen`; a context manager that removes itself."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        adapters: Sequence[LengthAdapter],
+        method: Method | str | None,
+        backend: str,
+        measure_error: int,
+        base: str | Path | None,
+    ) -> None:
+        parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
+        self.adapters = tuple(_by_part(pipe, parts, adapters)[name] for name in parts)
+        trained = self.adapters[0].trained
+        for name, adapter in zip(parts, self.adapters, strict=True):
+            if adapter.trained.riflex != trained.riflex:
+                raise LengthError("one of the LoRAs was trained with RIFLEx and another without: train both alike.")
+            adapter.trained.check_method(trained.method)
+            if method is not None:
+                adapter.trained.check_method(None if method == "dense" else resolve_method(method))
+            check_base(parts[name], name, adapter, base, LengthError)
+        self.sparse: Handle | None = None
+        self._undo = contextlib.ExitStack()
+        try:
+            for (name, transformer), adapter in zip(parts.items(), self.adapters, strict=True):
+                lora = NamedLora(pipe, name, transformer, adapter.weights(), _NAME, adapter.path.name, LengthError)
+                self._undo.callback(lora.remove)
+                hook = transformer.register_forward_pre_hook(_FramesChecked(adapter), with_kwargs=True)
+                self._undo.callback(hook.remove)
+            if trained.riflex is not None:
+                self._undo.callback(riflex(pipe, trained.riflex).remove)
+            if trained.method is not None:
+                self.sparse = accelerate(pipe, trained.method, backend=backend, measure_error=measure_error)
+                self._undo.callback(self.sparse.remove)
+        except BaseException:
+            self.remove()
+            raise
+
+    def report(self) -> RunReport | None:
+        """What attention did; None where the LoRA was trained with dense attention."""
+        return None if self.sparse is None else self.sparse.report()
+
+    def remove(self) -> None:
+        """Put the pipeline back as it was. A second call does nothing."""
+        self._undo.close()
+
+    def __enter__(self) -> Lengthened:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<vidaccel longer videos: {self.adapters[0].trained}>"
+
+
+def lengthen(
+    pipe: Any,
+    adapter: str | Path | Sequence[str | Path],
+    *,
+    method: Method | str | None = None,
+    backend: str = "auto",
+    measure_error: int = 0,
+    base: str | Path | None = None,
+) -> Lengthened:
+    """Make longer videos with a Wan pipeline, by a LoRA of the recipe `length` and all that it was trained with.
+
+    Its file says what that is: the method of sparse attention with all settings, the layers that stay dense, and RIFLEx
+    where it was trained with it.
+
+    Args:
+        pipe: a Wan pipeline.
+        adapter: file or folder of the LoRA; of a pipeline with two transformers, one for each.
+        method: "dense", a name or a config, where it is to be checked that it is that of the training; None for that.
+        backend, measure_error: see `accelerate`.
+        base: folder or hub id of the pipeline that the transformer is from, where it does not know itself.
+
+    Returns:
+        A handle with `report()` and `remove()`.
+
+    Raises:
+        LengthError: a file that cannot be read, or is for another transformer; another attention than that of the
+            training, with the differences named. Later, in calls of the pipeline: a video longer than those.
+        RuntimeError: the pipeline is accelerated already.
+    """
+    places = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    return Lengthened(pipe, [read_length(place) for place in places], method, backend, measure_error, base)
+
+
+class _FramesChecked:
+    """A hook before the forward pass that refuses videos longer than those of the training."""
+
+    def __init__(self, adapter: LengthAdapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        self.adapter.trained.check_frames(latents.shape[2] // transformer.config.patch_size[0])
+
+
+def _by_part(pipe: Any, parts: dict[str, Any], adapters: Sequence[LengthAdapter]) -> dict[str, LengthAdapter]:
+    """The adapter of each transformer of a pipeline; LengthError where there is not one for each."""
+    kind = type(pipe).__name__
+    if not parts or not hasattr(pipe, "load_lora_weights"):
+        raise LengthError(f"a {kind} takes no LoRA for longer videos: give a Wan pipeline.")
+    return one_for_each(kind, parts, adapters, "LoRAs", LengthError)

@@ -1,0 +1,24 @@
+"""`restore`: a pipeline as it was, whatever this package put into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .acceleration import handle as acceleration
+
+GUIDANCE_FREE = "_vidaccel_guidance_free"
+"""Attribute of a pipeline that holds its guidance-free handle."""
+
+
+def restore(pipe: Any) -> None:
+    """Undo `accelerate` and `guidance_free` where the handle is lost, as after running a notebook cell twice.
+
+    Does nothing to a pipeline that nothing was done to.
+
+    Raises:
+        TypeError: no transformer of the pipeline is known.
+    """
+    free = getattr(pipe, GUIDANCE_FREE, None)
+    if free is not None:
+        free.remove()
+    acceleration.restore(pipe)

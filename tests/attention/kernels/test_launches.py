@@ -1,0 +1,38 @@
+"""How many kernels a steady call launches: each costs microseconds that a GPU stands still in small models."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from planned_calls import LAYOUT, METHODS, tokens
+
+from vidaccel import Radial
+from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs
+from vidaccel.attention.backends.triton import TritonBackend
+from vidaccel.attention.methods import svg
+
+# As counted, and a few for a version of torch that splits an operator.
+MOST = {"radial": 2, "svg": 40, "svg2": 110, "svg2, compensated": 150, "tangent": 230, "tangent, probe-free": 240}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_launches_of_a_steady_call(device, monkeypatch, name):
+    if device.type != "cpu":
+        pytest.skip("counted in the interpreter")
+    from launches import Launches
+
+    for module in (clusters, kmeans, probe, runs, svg):
+        monkeypatch.setattr(module, "use_kernels", lambda x: True)
+    method = METHODS.get(name) or Radial(8)
+    memory = PlanMemory()
+    worst = {}
+    for step in range(4):  # re-clustering is in some steps and not in others
+        q, k, v = tokens(device, step + 1)
+        with Launches() as launches:
+            plan = method.plan(q, k, v, LAYOUT, memory)
+            TritonBackend().attend(q, k, v, plan, 0.1, False)
+        if step:
+            worst = max(worst, launches.counts, key=lambda counts: sum(counts.values()))
+    assert sum(worst.values()) <= MOST[name], worst

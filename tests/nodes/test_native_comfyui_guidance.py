@@ -1,0 +1,194 @@
+"""Guidance-Free with ComfyUI's own Wan in this process, against diffusers' Wan with the same weights.
+
+Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to run these.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from native_comfyui import MODELS, build, defaults, patched, sample, tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vidaccel.nodes.native_guidance import guide
+from vidaccel.nodes.wording import InputError
+
+
+def write(folder: Path, blocks: int = 3, width: int = 48, gated: bool = True, **facts) -> Path:
+    """An adapter of the tiny Wan, of random weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    tensors = {"beta_embedder.linear.weight": random(width, 64)}
+    for number in range(blocks):
+        layer = f"diffusion_model.blocks.{number}.self_attn.q"
+        tensors |= {f"{layer}.lora_A.weight": random(2, width), f"{layer}.lora_B.weight": random(width, 2)}
+    header = {"recipe": "gft", "base": "tiny", "base_hash": "0", "part": "transformer", "rank": 2, "unconditional": ""}
+    header["guidance_free"] = {"loss": "white_box", "max_scale": 6.0, "gated": gated}
+    file = folder / "adapter.safetensors"
+    save_file(tensors, file, {"format": "pt", "vidaccel": json.dumps({**header, **facts})})
+    return file
+
+
+def passes(model) -> list[int]:
+    """The batch of each forward pass of a MODEL from now on, in a clone's wrapper."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen: list[int] = []
+
+    def wrapper(executor, x, *args, **kwargs):
+        seen.append(len(x))
+        return executor(x, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "count", wrapper)
+    return seen
+
+
+def test_one_pass_a_step_at_the_node_s_guidance(tmp_path, caplog):
+    """Whatever cfg the sampler has; the MODEL that came in is as it was."""
+    description, model, unpatched = tiny("wan_t2v")
+    two = model.clone()
+    seen = passes(two)
+    sample(two, description)
+    assert sum(seen) == 8 and description.cfg > 1
+    file = write(tmp_path)
+    clone = guide(model, file, 4.0)
+    seen = passes(clone)
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance"):
+        four = sample(clone, description)
+    assert seen == [1, 1, 1, 1]
+    assert f"cfg {description.cfg:g} of the sampler is not used; the node's guidance is 4" in caplog.text
+    weaker = sample(guide(model, file, 2.0), description)
+    assert not torch.allclose(four, weaker, atol=1e-3) and not torch.allclose(four, unpatched, atol=1e-3)
+    assert sample(model, description).equal(unpatched)
+
+
+def test_without_guidance_a_gated_adapter_is_the_model(tmp_path):
+    description, model, _ = tiny("wan_t2v")
+    plain = guide(model, write(tmp_path), 1.0)
+    (tmp_path / "other").mkdir()
+    silent = write(tmp_path / "other")
+    save_file({n: 0 * t for n, t in load_file(silent).items()}, silent, safe_open(silent, "pt").metadata())
+    assert torch.equal(sample(plain, description), sample(guide(model, silent, 4.0), description))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_weights_are_those_of_guidance_free(tmp_path, gated):
+    """W + gate * up @ down, and the bias with the embedding of beta that `guidance_free` adds."""
+    from vidaccel.pipelines.guidance_free import read_adapter
+
+    model = build(MODELS["wan_t2v"])  # with no patches of other tests in its weights
+    file = write(tmp_path, gated=gated)
+    clone = guide(model, file, 3.0)
+    gate = (3 - 1) / (6 - 1) if gated else 1.0
+    lora, embedder = read_adapter(file).weights()
+    with torch.no_grad():
+        added = gate * embedder(torch.tensor([1 / 3]))[0]
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    clone.patch_model()
+    try:
+        after = {name: value.clone() for name, value in clone.model.state_dict().items()}
+    finally:
+        clone.unpatch_model()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    layers = [f"diffusion_model.blocks.{n}.self_attn.q" for n in range(3)]
+    assert changed == {"diffusion_model.time_embedding.2.bias", *(f"{layer}.weight" for layer in layers)}
+    bias = "diffusion_model.time_embedding.2.bias"
+    torch.testing.assert_close(after[bias] - before[bias], added, atol=1e-5, rtol=1e-4)
+    for layer in layers:
+        update = gate * lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
+        name = f"{layer}.weight"
+        torch.testing.assert_close(after[name] - before[name], update, atol=1e-5, rtol=1e-4)
+
+
+def test_all_weights_trained(tmp_path):
+    """Then there is the embedding alone."""
+    description, model, _ = tiny("wan_t2v")
+    stated = {"loss": "white_box", "max_scale": 6.0, "gated": False, "train": "full"}
+    file = write(tmp_path, blocks=0, guidance_free=stated)
+    assert not torch.equal(*(sample(guide(model, file, scale), description) for scale in (2.0, 5.0)))
+
+
+@pytest.mark.parametrize("first", ["sparse", "guidance"])
+def test_with_sparse_attention_in_either_order(tmp_path, first):
+    description, model, _ = tiny("wan_t2v")
+    file = write(tmp_path)
+    if first == "sparse":
+        clone, session = patched(model)
+        clone = guide(clone, file, 4.0)
+    else:
+        clone, session = patched(guide(model, file, 4.0))
+    assert sample(clone, description).isfinite().all()
+    assert {record.branch for record in session.report().records} == {"cond"}
+
+
+def test_the_node(tmp_path):
+    from vidaccel.nodes.guidance_nodes import NODES, VidaccelGuidanceFree
+
+    description, model, _ = tiny("wan_t2v")
+    values = defaults(VidaccelGuidanceFree) | {"path": str(write(tmp_path)), "guidance": 4.0}
+    [clone] = VidaccelGuidanceFree.execute(model, **values).result
+    assert torch.equal(
+        sample(clone, description), sample(guide(model, tmp_path / "adapter.safetensors", 4), description)
+    )
+    for node in NODES:
+        schema = node.GET_SCHEMA()
+        assert schema.description and all(i.tooltip and i.tooltip.endswith(".") for i in schema.inputs)
+        assert node.GET_NODE_INFO_V1()["input"]["required"]
+
+
+def test_other_guiders_are_refused(tmp_path):
+    import comfy.samplers
+
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args, **kwargs):
+            return super().predict_noise(*args, **kwargs)
+
+    description, model, _ = tiny("wan_t2v")
+    guider = Guider(guide(model, write(tmp_path), 4.0))
+    guider.set_conds([], [])
+    latent = torch.zeros(1, 16, *description.latent)
+    sampler = comfy.samplers.sampler_object("euler")
+    with pytest.raises(InputError, match="guided by a Guider, which makes passes of its own"):
+        guider.sample(latent, latent, sampler, torch.tensor([1.0, 0.0]), seed=0)
+
+
+def test_what_does_not_fit(tmp_path):
+    _, model, _ = tiny("wan_t2v")
+    file = write(tmp_path)
+    for other, scale, words in (
+        (tmp_path / "gone", 4.0, "adapter: .*gone is no adapter that can be read"),
+        (file, 7.0, "guidance is 7: adapter.safetensors was trained for 1 to 6"),
+        (file, 0.5, "guidance is 0.5"),
+    ):
+        with pytest.raises(InputError, match=words):
+            guide(model, other, scale)
+    with pytest.raises(InputError, match="guidance-free already"):
+        guide(guide(model, file, 2.0), file, 2.0)
+    with pytest.raises(InputError, match="model is empty"):
+        guide(None, file, 2.0)
+    for changes, words in (
+        ({"blocks": 4}, "width 48 with 4 blocks, and this MODEL has 48 and 3"),
+        ({"width": 64}, "width 64 with 3 blocks"),
+        ({"recipe": "lora"}, "of the recipe lora: give one that the recipe gft made"),
+    ):
+        (folder := tmp_path / "-".join(changes)).mkdir()
+        with pytest.raises(InputError, match=words):
+            guide(model, write(folder, **changes), 2.0)
+    name = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {n.replace(name, "diffusion_model.blocks.0.other.q"): t for n, t in load_file(file).items()}
+    (tmp_path / "odd").mkdir()
+    odd = tmp_path / "odd" / "adapter.safetensors"
+    save_file(tensors, odd, safe_open(file, "pt").metadata())
+    with pytest.raises(InputError, match="has 3 layers, of which this MODEL has 2"):
+        guide(model, odd, 2.0)
+    _, vace, _ = tiny("wan_vace")
+    with pytest.raises(InputError, match="model is a VaceWanModel, and guidance-free adapters are for WanModel"):
+        guide(vace, file, 2.0)

@@ -1,0 +1,78 @@
+"""*Radial Length* on ComfyUI's own Wan, in this process: the LoRA and its mask.
+
+Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to run these.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from length_adapters import METHOD
+from native_comfyui import defaults, sample, tiny
+from safetensors.torch import save_file
+
+from vidaccel import Riflex
+from vidaccel.nodes.length_nodes import VidaccelRadialLength
+from vidaccel.pipelines.length import TrainedLength, facts_of_length
+
+
+def write(folder: Path, model, frames: int = 9, method=METHOD, riflex=None) -> Path:
+    """A LoRA of ComfyUI's tiny Wan, as the recipe `length` writes them."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for number, block in enumerate(model.model.diffusion_model.blocks):
+        for letter, shape in (("A", (2, block.self_attn.q.in_features)), ("B", (block.self_attn.q.out_features, 2))):
+            name = f"diffusion_model.blocks.{number}.self_attn.q.lora_{letter}.weight"
+            tensors[name] = 0.5 * torch.randn(shape, generator=generator)
+    header = {"recipe": "length", "base": "tiny", "base_hash": "none", "part": "transformer", "rank": 2}
+    header["length"] = facts_of_length(TrainedLength(method, 0.3, 2, frames, riflex))
+    file = folder / "length.safetensors"
+    save_file(tensors, file, {"format": "pt", "vidaccel": json.dumps(header)})
+    return file
+
+
+def run(model, **values):
+    return VidaccelRadialLength.execute(model, **(defaults(VidaccelRadialLength) | values)).result
+
+
+def test_it_is_among_the_nodes_and_every_input_is_explained():
+    import asyncio
+
+    from vidaccel.nodes import comfy_entrypoint
+
+    found = asyncio.run(asyncio.run(comfy_entrypoint()).get_node_list())
+    assert VidaccelRadialLength in found and len(found) == len({node.define_schema().node_id for node in found}) == 12
+    assert all(item.tooltip.endswith(".") for item in VidaccelRadialLength.define_schema().inputs)
+
+
+def test_the_lora_and_its_mask(tmp_path):
+    description, model, unpatched = tiny("wan_t2v")
+    file = write(tmp_path, model)
+    made, session = run(model, path=str(file))
+    out = sample(made, description, latent=(9, 16, 16))
+    report = session.report()
+    assert {r.reason for r in report.records if not r.reason} == {""} and report.config["lora"] == file.name
+    assert {r.layer for r in report.records if r.reason} == {0}
+    assert out.isfinite().all() and sample(model, description).equal(unpatched)
+    without, _ = run(model, path=str(file), weight=0.0)
+    assert not sample(without, description, latent=(9, 16, 16)).equal(out)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    description, model, unpatched = tiny("wan_t2v")
+    made, _ = run(model, path=str(write(tmp_path, model, frames=2)))
+    with pytest.raises(ValueError, match="length.safetensors was trained up to 2"):
+        sample(made, description, latent=(9, 16, 16))
+    for settings, words in (
+        ({"method": None}, "was trained with dense attention"),
+        ({"riflex": Riflex(2)}, "was trained with RIFLEx"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(model, path=str(write(tmp_path, model, **settings)))
+    with pytest.raises(ValueError, match="choose a file of models/loras"):
+        run(model)
+    with pytest.raises(ValueError, match="no LoRA that can be read"):
+        run(model, path=str(tmp_path / "gone.safetensors"))
+    assert sample(model, description).equal(unpatched)

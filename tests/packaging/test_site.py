@@ -1,0 +1,62 @@
+"""The documentation site: every page is in its menu, and every link leads somewhere. `make docs` builds it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vidaccel.attention import METHODS
+from vidaccel.lora.recipes import RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def stage():
+    folder = ROOT / "docs" / "site"
+    spec = importlib.util.spec_from_file_location("stage", folder / "stage.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["stage"] = module
+    before = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    return module
+
+
+@pytest.fixture(scope="module")
+def pages(stage):
+    return {page.site: page for page in stage.finished(command_line=False)[0]}
+
+
+def test_there_is_a_page_for_each_method_and_recipe(pages):
+    assert {f"methods/{name}.md" for name in METHODS} <= pages.keys()
+    assert {f"recipes/{name}.md" for name in RECIPES} <= pages.keys()
+
+
+def test_the_lists_name_each_of_them(pages):
+    for kind, names in (("methods", METHODS), ("recipes", RECIPES)):
+        listed = re.findall(r"\| \[`(\w+)`\]\(\1\.md\)", pages[f"{kind}/index.md"].text)
+        assert sorted(listed) == sorted(names)
+
+
+def test_a_link_to_nothing_is_refused(stage, tmp_path):
+    places = stage.Places([], tmp_path, None)
+    with pytest.raises(stage.StageError, match="links to gone.md"):
+        places.target(stage.Page("a.md", "docs/a.md", ""), "gone.md", "")
+
+
+def test_a_page_outside_the_menu_is_refused(stage):
+    with pytest.raises(stage.StageError, match="left.md is a page, and not in the menu"):
+        stage.navigation([{"Start": ["index.md"]}], ["index.md", "left.md"])
+
+
+def test_code_on_the_pages_is_python(pages):
+    for page in pages.values():
+        for block in re.findall(r"^```python\n(.*?)^```", page.text, re.MULTILINE | re.DOTALL):
+            compile(block, page.source, "exec")

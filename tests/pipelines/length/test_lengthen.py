@@ -1,0 +1,117 @@
+"""`lengthen`: a LoRA with the attention that it was trained for, in real Wan pipelines at tiny sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from length_adapters import METHOD, write_length
+from safetensors.torch import save_file
+from tiny_wan import generate, make_pipe, make_transformer
+
+import vidaccel
+from vidaccel import LVSA, Radial, Riflex
+from vidaccel.pipelines.length import LengthError, TrainedLength, facts_of_length, read_length, trained_length
+from vidaccel.pipelines.length.rotary import RiflexRotary
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_pipe().save_pretrained(folder)
+    return folder
+
+
+def loaded(folder):
+    missing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "transformer_2"))
+    return WanPipeline.from_pretrained(folder, **missing)
+
+
+@pytest.fixture
+def pipe(base):
+    made = loaded(base)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_it_is_the_lora_and_its_mask_and_leaves_nothing_behind(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer)
+    plain = generate(pipe)
+    with vidaccel.lengthen(pipe, file, backend="reference") as handle:
+        made, report = generate(pipe), handle.report()
+    assert report.method == "radial" and {r.reason for r in report.records} == {"", "first layers"}
+    assert not torch.allclose(made, plain)
+    pipe.load_lora_weights(tmp_path, weight_name=file.name)
+    with vidaccel.accelerate(pipe, METHOD, backend="reference"):
+        assert torch.equal(generate(pipe), made)
+    pipe.unload_lora_weights()
+    assert torch.equal(generate(pipe), plain)
+    with vidaccel.lengthen(pipe, file, backend="reference"):
+        pass
+    assert torch.equal(generate(pipe), plain) and not getattr(pipe.transformer, "peft_config", None)
+
+
+@pytest.mark.parametrize("method", [METHOD, LVSA(reference=2), None])
+@pytest.mark.parametrize("riflex", [None, Riflex(2, 1)])
+def test_the_header_says_it_all(method, riflex):
+    trained = TrainedLength(method, 0.25, 2, 5, riflex, "a.safetensors")
+    facts = json.loads(json.dumps({"recipe": "length", "length": facts_of_length(trained)}))
+    assert trained_length(facts, "a.safetensors") == trained
+    assert trained_length({**facts, "recipe": "lora"}, "a") is None
+
+
+def test_riflex_comes_with_the_file(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer, method=None, riflex=Riflex(2, 1))
+    own = pipe.transformer.rope
+    with vidaccel.lengthen(pipe, file) as handle:
+        assert isinstance(pipe.transformer.rope, RiflexRotary) and handle.report() is None
+    assert pipe.transformer.rope is own
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("svg2", "method radial then, svg2 now"),
+        ("dense", "method radial then, dense now"),
+        (dataclasses.replace(METHOD, decay=0.5), "this is another: decay 0.3 then, 0.5 now. Leave"),
+        (Radial(16, schedule=METHOD.schedule), "block_size 8 then, 16 now; decay 0.3 then, 0.2 now; sink False then"),
+        (dataclasses.replace(METHOD, schedule=vidaccel.DenseSchedule(first_layers=2)), "first_layers 1 then, 2 now"),
+    ],
+)
+def test_another_attention_is_refused_with_the_difference(tmp_path, base, pipe, asked, words):
+    file = write_length(tmp_path, base, pipe.transformer)
+    with pytest.raises(LengthError, match=words):
+        vidaccel.lengthen(pipe, file, method=asked)
+    assert not getattr(pipe.transformer, "peft_config", None)
+    vidaccel.lengthen(pipe, file, method=METHOD).remove()
+
+
+def test_longer_videos_than_those_of_the_training_are_refused(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer, frames=1)
+    with vidaccel.lengthen(pipe, file), pytest.raises(LengthError, match=r"latent frames, and .* was trained up to 1"):
+        generate(pipe)
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer)
+    other = loaded(base)
+    with pytest.raises(LengthError, match="cannot be told"):
+        vidaccel.lengthen(make_pipe(), file)
+    save_dir = tmp_path / "other"
+    make_pipe(transformer=make_transformer(5)).save_pretrained(save_dir)
+    with pytest.raises(LengthError, match="has other weights"):
+        vidaccel.lengthen(loaded(save_dir), file)
+    with pytest.raises(LengthError, match="no LoRA that can be read"):
+        read_length(tmp_path / "gone")
+    plain = tmp_path / "plain.safetensors"
+    save_file({"a": torch.zeros(1)}, plain)
+    with pytest.raises(LengthError, match="not written by this package's trainer"):
+        read_length(plain)
+    save_file({"a": torch.zeros(1)}, plain, {"vidaccel": json.dumps({"recipe": "length", "length": {"method": "no"}})})
+    with pytest.raises(LengthError, match="header of plain.safetensors cannot be used"):
+        read_length(plain)
+    with pytest.raises(LengthError, match="give one for each transformer"):
+        vidaccel.lengthen(other, [file, file])
