@@ -145,6 +145,11 @@ class OwnModel(PretrainedModel):
         """Write a pipeline folder with a finished transformer in the place of its own; for models of videos."""
         raise NotImplementedError(f"{type(self).__name__} does not write whole pipelines.")
 
+    @property
+    def writes_pipelines(self) -> bool:
+        """Whether there is a `save`, without which a recipe can train adapters alone."""
+        return type(self).save is not OwnModel.save
+
     def file_name(self, layer: str) -> str:
         """The name under which files of LoRAs have a layer, so that diffusers and ComfyUI read them."""
         return f"transformer.{layer}"

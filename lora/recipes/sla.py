@@ -63,6 +63,10 @@ class TrainSLA(TrainLora):
         return method
 
     def check_transformer(self, skeleton: nn.Module) -> None:
+        if self.config.sla.train == "full" and not self.backbone.writes_pipelines:
+            raise ConfigError(
+                f"sla.train is full, and all weights of a {type(skeleton).__name__} cannot be written: set it to lora."
+            )
         layers = self._sites(skeleton)
         if layers and self.config.sla.dense_layers >= len(layers):
             raise ConfigError(

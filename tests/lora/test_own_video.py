@@ -316,3 +316,19 @@ def test_a_base_that_does_not_fit(tmp_path, bases, kind, file, values, words):
     (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **values}))
     with pytest.raises(ConfigError, match=words):
         recipe(settings(tmp_path, base))
+
+
+@pytest.mark.parametrize("kind", ["cogvideox 5b", "ltx"])
+def test_weights_that_cannot_be_written_are_not_trained(tmp_path, bases, kind):
+    content = {
+        "recipe": "sla",
+        "out": str(tmp_path / "run"),
+        "model": {"base": str(bases[kind])},
+        "sla": {"topk": 0.5, "block_q": 8, "block_k": 8},
+        "data": {"kind": "demo", "clips": 4, "sizes": [{"frames": 9, "height": 64, "width": 64}]},
+        "train": {"steps": 1},
+    }
+    (tmp_path / "sla.yaml").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="sla.train is full, .* cannot be written: set it to lora"):
+        run("sla", tmp_path / "sla.yaml")
+    assert not (tmp_path / "run").exists()
