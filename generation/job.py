@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.length.settings import Riflex
     from ..pipelines.length.trained import TrainedLength
-    from .lora_files import LoraFile
+    from ..pipelines.lora_files import LoraFile
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..pipelines.lora_files import LoraError, LoraFile, attach_loras, check_readable, trained_for
 from .errors import BadInput, mention
-from .lora_files import LoraError, LoraFile, attach_loras, check_readable, trained_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

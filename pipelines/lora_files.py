@@ -44,7 +44,7 @@ def trained_for(path: Path) -> str:
     Args:
         path: of the file, or of the folder of a `pytorch_lora_weights` file.
     """
-    from ..pipelines.adapter_header import facts_of
+    from .adapter_header import facts_of
 
     facts = facts_of(path)
     stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
@@ -55,7 +55,7 @@ def check_readable(path: Path) -> None:
     """Raise LoraError for a folder without weights and a safetensors file whose header cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    from ..pipelines.adapter_header import adapter_path
+    from .adapter_header import adapter_path
 
     file = adapter_path(path)
     if file.is_dir():
@@ -73,7 +73,7 @@ def check_readable(path: Path) -> None:
 
 def lora_file(path: Path) -> Path | None:
     """The one safetensors file of a LoRA; None where a folder has several and none of the usual name."""
-    from ..pipelines.adapter_header import adapter_path
+    from .adapter_header import adapter_path
 
     file = adapter_path(path)
     if file.is_dir():
@@ -107,7 +107,7 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
 
 
 def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> None:
-    from ..pipelines.errors import first_line
+    from .errors import first_line
 
     file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
     folder = str(lora.path.parent if file else lora.path)
