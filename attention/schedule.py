@@ -146,7 +146,7 @@ class DenseSchedule:
         return self._by_level(step)
 
     def step_reason(self, step: StepInfo) -> str:
-        """Why a step stays dense in all layers, in words; empty when it may be sparse. Raises as `dense_reason` does."""
+        """Why a step stays dense in all layers; empty when it may be sparse. Raises as `dense_reason` does."""
         return self._by_step(step) or self._by_level(step)
 
     def _by_step(self, step: StepInfo) -> str:

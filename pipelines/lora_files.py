@@ -82,8 +82,12 @@ def lora_file(path: Path) -> Path | None:
     return file if file.suffix == ".safetensors" else None
 
 
-def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
+def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: str = "lora") -> None:
     """Load LoRAs into a pipeline, beside those that it has already.
+
+    Args:
+        pipe: the pipeline. loras: to load.
+        name_as: begins their names, under which the pipeline knows them.
 
     Raises:
         LoraError: the pipeline takes none, lacks the transformer that one is for, or a file does not fit it.
@@ -98,7 +102,7 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
             raise WrongTransformer(f"{lora.path.name} is for {lora.target}, and this pipeline has {has} alone.")
         for name, part in parts.items():
             if lora.target in ("all", name):
-                adapter = f"lora_{number}"
+                adapter = f"{name_as}_{number}"
                 _load(pipe, lora, adapter, name, part)
                 weights[name][adapter] = lora.weight
     for name, part in parts.items():
