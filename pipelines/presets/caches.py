@@ -147,7 +147,12 @@ class _CacheDit:
         self._transformer = None
 
 
-_KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {"first_block": _FirstBlock, "magcache": _Mag, "seacache": _Sea, "cache_dit": _CacheDit}
+_KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {
+    "first_block": _FirstBlock,
+    "magcache": _Mag,
+    "seacache": _Sea,
+    "cache_dit": _CacheDit,
+}
 
 
 def install_cache(transformer: Any, cache: Cache) -> CacheAtWork:
