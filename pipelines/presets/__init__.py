@@ -19,6 +19,7 @@ _LATER = {
     "SchedulerChoice": ".preset",
     "apply": ".applied",
     "load_preset": ".files",
+    "measure_mag_ratios": ".ratios",
     "save_preset": ".files",
     "shipped_presets": ".files",
 }

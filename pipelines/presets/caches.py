@@ -42,6 +42,16 @@ class CacheAtWork(Protocol):
         """Take the cache out. A second call does nothing."""
 
 
+def leader_of(transformer: torch.nn.Module, name: str) -> Any:
+    """The hook of a cache that decides, on the first block or on the model; it has a name in diffusers."""
+    return next(
+        hook
+        for module in transformer.modules()
+        if (registry := getattr(module, "_diffusers_hook", None)) is not None
+        and (hook := registry.get_hook(name)) is not None
+    )
+
+
 class _OfDiffusers:
     """What the caches of diffusers share."""
 
@@ -49,13 +59,7 @@ class _OfDiffusers:
         self._transformer: Any = transformer
         transformer.enable_cache(config)
         self.config = config
-        # The hook that decides, on the first block or on the model.
-        self.hook: Any = next(
-            hook
-            for module in transformer.modules()
-            if (registry := getattr(module, "_diffusers_hook", None)) is not None
-            and (hook := registry.get_hook(leader)) is not None
-        )
+        self.hook = leader_of(transformer, leader)
 
     def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
         pass

@@ -88,7 +88,7 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
     cls: Any = RCMScheduler if choice.name == RCMScheduler.__name__ else getattr(diffusers, choice.name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "from_config")):
         raise PresetError("scheduler", "diffusers has no scheduler of that name", value=choice.name)
-    known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+    known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
     for name in choice.settings:
         if name not in known:
             raise PresetError("scheduler", f"{choice.name} has no setting {name}; it has {', '.join(known)}")

@@ -7,13 +7,14 @@ import json
 
 import pytest
 import torch
+from diffusers import MagCacheConfig
 from gft_adapters import write_adapter
 from gft_calls import loaded, made, saved
 from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
-from vidaccel.pipelines.presets import Cache
+from vidaccel.pipelines.presets import Cache, measure_mag_ratios
 from vidaccel.pipelines.presets.account import PassRecord, accounts
 
 RATIOS = {"mag_ratios": [1.0] * 4, "retention_ratio": 0.0, "max_skip_steps": 3}
@@ -140,3 +141,19 @@ def test_the_report_as_text_and_as_data(pipe):
         assert json.loads(json.dumps(account.to_dict()))["steps"][2]["skipped"] == 2
         handle.reset()
         assert not handle.report().steps
+
+
+def test_the_ratios_that_magcache_needs_are_measured(pipe):
+    plain = generate(pipe, 5)
+    ratios = measure_mag_ratios(pipe, lambda: generate(pipe, 5))
+    assert len(ratios) == 5 and ratios[0] == 1.0 and all(0 < ratio < 10 for ratio in ratios) and len(set(ratios)) > 2
+    assert not pipe.transformer.is_cache_enabled and torch.equal(generate(pipe, 5), plain)
+    # As diffusers itself tells them.
+    pipe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=5))
+    hook = pipe.transformer.blocks[0]._diffusers_hook.get_hook("mag_cache_leader_block_hook")
+    told = []
+    pipe.transformer.register_forward_hook(
+        lambda *_: told.append(list(hook.state_manager.get_state().calibration_ratios))
+    )
+    generate(pipe, 5)
+    assert told[6] == pytest.approx(ratios[:4], abs=1e-5)  # of the fourth step, before the last one forgets them
