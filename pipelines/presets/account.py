@@ -112,6 +112,15 @@ class Account:
             **{name: kinds[name] for name in ("dense", "sparse", "mixed")},
         }
 
+    def in_words(self) -> str:
+        """The sums in one line."""
+        counts = self.counts()
+        text = f"{counts['steps']} steps: {counts['forwards']} forwards, {counts['computed']} computed and "
+        text += f"{counts['skipped']} skipped"
+        if self.attention is not None:
+            text += "; attention " + ", ".join(f"{counts[kind]} {kind}" for kind in ("sparse", "mixed", "dense"))
+        return text
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows."""
         return asdict(self)
@@ -127,13 +136,7 @@ class Account:
                 f"{s.run:>4} {s.step:>5} {s.forwards:>9} {s.computed:>9} {s.skipped:>8}  {s.attention:<9}  {density:<7}"
                 f"  {s.why}".rstrip()
             )
-        counts = self.counts()
-        lines.append(
-            f"{counts['steps']} steps: {counts['forwards']} forwards, {counts['computed']} computed and "
-            f"{counts['skipped']} skipped; attention {counts['sparse']} sparse, {counts['mixed']} mixed, "
-            f"{counts['dense']} dense"
-        )
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, self.in_words(), *(f"note: {note}" for note in self.notes)])
 
 
 def accounts(passes: Iterable[PassRecord], calls: Iterable[CallRecord] | None) -> tuple[StepAccount, ...]:

@@ -21,6 +21,7 @@ from ..undo import GUIDANCE_FREE
 from .caches import check_cache
 from .errors import PresetError
 from .loras import check_loras
+from .packages import check_packages
 from .preset import OWN, Preset
 from .quantise import check_quantize
 
@@ -36,6 +37,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str
         PresetError: what it is that cannot be, and why.
     """
     parts = _check_model(pipe, preset)
+    check_packages(preset)
     scheduler = pipe.scheduler if preset.scheduler is None else chosen_scheduler(pipe, preset)
     check_loras(pipe, preset.loras)
     _check_guidance(pipe, preset, base)

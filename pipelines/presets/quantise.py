@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -82,10 +81,6 @@ def check_quantize(part: str, transformer: Any, family: Family, how: Quantize) -
         part: name of the transformer. transformer: without what wraps it. family: of it.
         how: in which way.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise PresetError(
-            "quantize", "the package torchao is not installed", "Install it: pip install torchao.", how.kind
-        )
     layers = layers_of(transformer, family)
     for path, layer in layers.items():
         if type(layer.weight.data) is not torch.Tensor:
