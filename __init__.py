@@ -53,6 +53,7 @@ _PUBLIC = {
     "restore": ".pipelines",
     "riflex": ".pipelines.length",
     "sparse_attention": ".attention",
+    "waterfall": ".generation.waterfall",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -33,7 +33,7 @@ def generate_command(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A preset: a .yaml or .json file, or a name of `vidaccel presets`. Other options go before what it says."
+            help="A preset: a .yaml or .json file, or a name of `vidaccel presets`. Other options go before it."
         ),
     ] = None,
     cache: Annotated[

@@ -236,9 +236,9 @@ def prepare(
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
     """
     if preset is not None:
-        given = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
-        settings, sparse, given = with_preset(preset, settings, sparse, given)
-        lora, guidance_free, sla = given.values()
+        adapters_given: dict[str, Any] = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
+        settings, sparse, filled = with_preset(preset, settings, sparse, adapters_given)
+        lora, guidance_free, sla = filled.values()
     check_names(sparse.names, compare)
     loras = lora_files(lora)
     if loras and not isinstance(model, str):

@@ -5,7 +5,25 @@ The names are looked up on first use, because diffusers, on which they are built
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..later import looked_up_later
+
+if TYPE_CHECKING:
+    from .account import Account as Account
+    from .applied import Applied as Applied
+    from .applied import apply as apply
+    from .errors import PresetError as PresetError
+    from .files import load_preset as load_preset
+    from .files import save_preset as save_preset
+    from .files import shipped_presets as shipped_presets
+    from .preset import CACHES as CACHES
+    from .preset import Cache as Cache
+    from .preset import LoraFile as LoraFile
+    from .preset import Preset as Preset
+    from .preset import Quantize as Quantize
+    from .preset import SchedulerChoice as SchedulerChoice
+    from .ratios import measure_mag_ratios as measure_mag_ratios
 
 _LATER = {
     "CACHES": ".preset",
