@@ -227,6 +227,7 @@ class Preset:
         if self.version != VERSION:
             fix = "Update vidaccel." if isinstance(self.version, int) and self.version > VERSION else ""
             raise PresetError("version", f"this vidaccel reads version {VERSION}", fix, value=self.version)
+        self._take_harmless_kinds()
         self._check_attention()
         steps, scale = self.num_inference_steps, self.guidance_scale
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
@@ -234,6 +235,24 @@ class Preset:
         if scale is not None:
             _check_number("guidance_scale", scale, CacheSetting(low=1.0))
         self._check_together()
+
+    def _take_harmless_kinds(self) -> None:
+        """Names for what has defaults, one for several, and texts for paths."""
+
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("guidance_free", "sla"):
+            places = getattr(self, name)
+            places = (places,) if isinstance(places, str | Path) else tuple(places)
+            put(name, tuple(map(str, places)))
+        loras = (self.loras,) if isinstance(self.loras, str | Path | LoraFile) else self.loras
+        put("loras", tuple(_lora_file(lora) for lora in loras))
+        for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
+            if isinstance(value := getattr(self, name), str):
+                put(name, kind(value))
+        if isinstance(self.method, str):
+            put("method", _attention(self.method, None)["method"])
 
     def _check_attention(self) -> None:
         if self.method is not None and not isinstance(self.method, Method):
@@ -394,6 +413,12 @@ def _lora(stated: Any, folder: Path | None) -> LoraFile:
     if target not in TARGETS:
         raise PresetError("loras.target", f"it must be one of {', '.join(TARGETS)}", value=repr(target))
     return LoraFile(Path(_place(stated["file"], folder)), float(weight), target)
+
+
+def _lora_file(given: Any) -> LoraFile:
+    if not isinstance(given, str | Path | LoraFile):
+        raise PresetError("loras", "each must be a file or a LoraFile", value=repr(given))
+    return replace(given, path=Path(given.path)) if isinstance(given, LoraFile) else LoraFile(Path(given))
 
 
 def _place(place: Any, folder: Path | None) -> str:
