@@ -10,6 +10,7 @@ whether it shows all that the prompt says. Results go to `benchmarks/results/pre
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import statistics
@@ -96,7 +97,7 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
-    """Measure, and write preset_demo.jsonl (prompt by prompt) and preset_demo.md."""
+    """Measure, and write preset_demo.jsonl (prompt by prompt), preset_demo.csv and preset_demo.md."""
     import torch
 
     from vidaccel.generation.model_facts import inspect_model
@@ -133,7 +134,12 @@ def main(
         "video of the same model as it is. Right is how many videos show the shape, colour and motion that their "
         "prompt says."
     )
-    write_markdown(out / "preset_demo.md", "Presets of the built-in models", text, summarise(done, rows))
+    table = summarise(done, rows)
+    with (out / "preset_demo.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    write_markdown(out / "preset_demo.md", "Presets of the built-in models", text, table)
 
 
 if __name__ == "__main__":
