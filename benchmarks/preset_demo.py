@@ -142,7 +142,7 @@ def main(
     )
     table = summarise(done, rows)
     with (out / "preset_demo.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
     write_markdown(out / "preset_demo.md", "Presets of the built-in models", text, table)
