@@ -1,0 +1,353 @@
+"""`vidaccel.tune`: the fastest preset within a budget, on the user's model, machine, size and prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..comparison import MIN_COMPARED
+from ..errors import BadInput, mention
+from ..job import Job, Sparse, prepare
+from ..machine import environment
+from ..outputs import check_writable
+from ..request import Settings
+from ..run import load
+from .bench import Bench, Done
+from .budget import Budget
+from .journal import Journal
+from .progress import counted
+from .result import FOUND, Tuned
+from .search import Measures, Search
+from .space import CACHES, EFFORTS, LEVERS, METHODS, cache_levers, sparse_levers
+from .trajectory import Clock
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+PRESET = "preset.yaml"
+PAGE = "tune.html"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A request that was checked whole.
+
+    Args:
+        job: the dense video of the first prompt.
+        budget: to keep within.
+        prompts, seeds: of the videos.
+        methods, caches: names of what is tried.
+        precisions: of the product of queries and keys.
+        effort: of `EFFORTS`.
+        most: candidates of which whole videos are made.
+        dropped: lever -> why it is not tried.
+        out: folder of the journal, the page and the preset.
+    """
+
+    job: Job
+    budget: Budget
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    caches: tuple[str, ...]
+    precisions: tuple[str, ...]
+    effort: str
+    most: int
+    dropped: Mapping[str, str]
+    out: Path
+
+
+def tune(
+    model: str | Path | DiffusionPipeline,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int] = 0,
+    *,
+    out: str | Path,
+    max_error: float | None = None,
+    min_psnr: float | None = None,
+    max_time_ratio: float | None = None,
+    levers: Sequence[str] = LEVERS,
+    methods: Sequence[str] = METHODS,
+    caches: Sequence[str] = CACHES,
+    effort: str = "normal",
+    confirm: int = 6,
+    negative_prompt: str = "",
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    offload: bool = False,
+    tiling: bool = False,
+    progress: bool = True,
+    clock: Clock = time.perf_counter,
+) -> Tuned:
+    """Find the fastest preset within a budget, or with `max_time_ratio` the one nearest to dense.
+
+    First single steps of each lever are measured on the inputs of the dense run (error of the output, error of
+    attention in each layer, seconds). From these, all combinations of levers and of steps and layers that stay dense
+    are predicted. Then whole videos are made with the few that promise most, each choice with what the videos before
+    taught. Everything is in a journal in `out`, so that a second call goes on where the first was interrupted, and
+    another budget begins with what is known.
+
+    Args:
+        model: see `vidaccel.generate`.
+        prompts: one video each; four to eight are enough to choose by.
+        seeds: of their noise: one each, or the first of as many.
+        out: a folder, made where it is not there: the journal, the page `tune.html` with its numbers, `preset.yaml`.
+        max_error, min_psnr, max_time_ratio: see `Budget`; at least one.
+        levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs).
+        methods: of sparse attention.
+        caches: over steps. Those whose package is missing are left out, with a word.
+        effort: "quick", "normal" or "thorough": how finely densities and thresholds are tried.
+        confirm: candidates of which whole videos are made, at the most.
+        negative_prompt, frames, height, width, steps, guidance_scale: see `vidaccel.generate`.
+        device, dtype, offload, tiling: see `vidaccel.generate`.
+        progress: show a bar.
+        clock: of all times.
+
+    Returns:
+        What was chosen and everything that was tried; its `outcome` says whether there is a preset.
+
+    Raises:
+        BadInput: a request that cannot be met, or a folder that holds measurements of something else.
+        GenerationError: the model made NaN or infinite values.
+    """
+    plan = planned(
+        model,
+        prompts,
+        seeds,
+        out=out,
+        budget=Budget(max_error, min_psnr, max_time_ratio),
+        levers=levers,
+        methods=methods,
+        caches=caches,
+        effort=effort,
+        confirm=confirm,
+        settings=Settings(
+            prompts if isinstance(prompts, str) else (*prompts, "")[0],
+            negative_prompt,
+            frames,
+            height,
+            width,
+            steps,
+            guidance_scale,
+        ),
+        placing={"device": device, "dtype": dtype, "offload": offload, "tiling": tiling},
+    )
+    return carried_out(plan, progress=progress, clock=clock)
+
+
+def planned(
+    model: str | Path | DiffusionPipeline,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    *,
+    out: str | Path,
+    budget: Budget,
+    levers: Sequence[str],
+    methods: Sequence[str],
+    caches: Sequence[str],
+    effort: str,
+    confirm: int,
+    settings: Settings,
+    placing: Mapping[str, Any],
+) -> Plan:
+    """Check a request, before weights are read; see `tune`."""
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not texts:
+        raise BadInput("prompts", "there are none", "Give at least one.")
+    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
+    if len(numbers) != len(texts):
+        raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    for field, names, known in (("levers", levers, LEVERS), ("caches", caches, CACHES), ("effort", [effort], EFFORTS)):
+        for name in [names] if isinstance(names, str) else names:
+            if name not in known:
+                raise BadInput(field, f"there is none of that name; there are {', '.join(known)}", value=name)
+    if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 1:
+        raise BadInput("confirm", "it must be a whole number of at least 1", value=confirm)
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput("out", "it is a file", "Give a folder; it is made where it is not there.", value=folder)
+    check_writable("out", folder / PAGE)
+    for method in methods:
+        _check_method(method)
+    job = prepare(str(model) if isinstance(model, Path) else model, settings, Sparse(methods=("dense",)), **placing)
+    size = job.settings
+    if min(size.height, size.width) < MIN_COMPARED:
+        side = "height" if size.height < size.width else "width"
+        bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
+        raise BadInput(side, bound, "Give a larger video.", value=getattr(size, side))
+    if size.steps < 2:
+        raise BadInput("steps", "a run of one step has nothing to tune", "Give more.", value=size.steps)
+    chosen, dropped = _available(job, levers, methods, caches)
+    if not (chosen["methods"] or chosen["caches"]):
+        why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
+        raise BadInput("levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}.")
+    return Plan(job, budget, texts, numbers, **chosen, effort=effort, most=confirm, dropped=dropped, out=folder)
+
+
+def _check_method(name: str) -> None:
+    from ...attention import METHODS as KNOWN
+
+    known = [each for each in KNOWN if each not in ("sla", "random")]
+    if name not in known:
+        problem = f"it is none of the methods that can be tuned without training: {', '.join(known)}"
+        raise BadInput("methods", problem, value=name)
+
+
+def _available(
+    job: Job, levers: Sequence[str], methods: Sequence[str], caches: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """What of a request can be tried here; and the rest, with why."""
+    from ...attention.backends import refusal
+    from ...pipelines.presets import Cache, Preset, PresetError
+    from ...pipelines.presets.packages import check_packages
+
+    dropped: dict[str, str] = {}
+    own_methods, own_caches, precisions = tuple(methods), [], ()
+    if "sparse" not in levers:
+        own_methods = ()
+    elif reason := job.facts.only_dense or refusal("auto", job.device):
+        own_methods, dropped["sparse"] = (), reason
+    for name in caches if "cache" in levers else ():
+        settings = {"mag_ratios": [1.0]} if name == "magcache" else {}
+        try:
+            check_packages(Preset(cache=Cache(name, settings=settings)))
+            own_caches.append(name)
+        except PresetError as error:
+            dropped[name] = f"{error.problem}. {error.fix}".rstrip()
+    if "precision" in levers and own_methods:
+        if job.device.type == "cuda" and refusal("triton", job.device) is None:
+            precisions = ("int8",)
+        else:
+            dropped["precision"] = f"no kernel computes attention in 8 bits on {job.device.type}"
+    return {"methods": own_methods, "caches": tuple(own_caches), "precisions": precisions}, dropped
+
+
+def carried_out(plan: Plan, *, progress: bool = True, clock: Clock = time.perf_counter) -> Tuned:
+    """Load the model, measure, choose, and write the page and the preset; see `tune`."""
+    from .page import write_page
+
+    job, folder = plan.job, plan.out
+    journal = Journal(folder, _identity(plan))
+    shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
+    with shown as (tell, expect):
+        pipe = job.pipe or load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
+        made = _searched(plan, pipe, journal, tell, expect, clock)
+    preset_file = folder / PRESET
+    if made.preset is None:
+        preset_file.unlink(missing_ok=True)  # of another budget: it must not pass for an answer to this one
+    else:
+        from ...pipelines.presets import save_preset
+
+        save_preset(made.preset, preset_file)
+    write_page(made, folder / PAGE)
+    return made
+
+
+def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, clock: Clock) -> Tuned:
+    from ...pipelines.acceleration.families import find_transformers
+
+    job = plan.job
+    base = None if job.pipe is not None else job.facts.location
+    bench = Bench(pipe, job.settings, plan.prompts, plan.seeds, journal, plan.out, base=base, tell=tell, clock=clock)
+    parts = find_transformers(pipe)
+    layers = max(len(family.modules(transformer)) for transformer, family in parts.values())
+    dense = bench.dense(layers)
+    dropped = dict(plan.dropped)
+    sparse, refused = sparse_levers(plan.methods, job.layout, job.device, plan.effort, plan.precisions)
+    dropped |= refused
+    ratios = None
+    if "magcache" in plan.caches:
+        try:
+            ratios = bench.ratios()
+        except BadInput as error:
+            dropped["magcache"] = error.problem
+    search = Search(plan.budget, dense, Measures(bench.probe, bench.confirm), plan.most, plan=expect)
+    outcome, chosen, tried = search.run(sparse, cache_levers(plan.caches, plan.effort, ratios))
+    gain = bench.gains(chosen.candidate) if outcome == FOUND else ()
+    settings = {
+        "model": f"{job.facts.name} ({job.facts.pipeline_class})",
+        "size": f"{job.settings.frames} frames of {job.settings.width}x{job.settings.height}, {job.layout.tokens:,} tokens",
+        "steps": str(job.settings.steps),
+        "budget": str(plan.budget),
+        "videos": f"{len(plan.prompts)} prompts, seeds {', '.join(map(str, plan.seeds[:8]))}",
+        "effort": plan.effort,
+        "dtype": str(job.dtype).removeprefix("torch."),
+    }
+    made = Tuned(
+        outcome,
+        plan.budget,
+        tried,
+        statistics.median(bench.seconds),
+        None,
+        chosen,
+        gain,
+        dropped,
+        settings,
+        environment(job.device),
+        plan.prompts,
+    )
+    return made if outcome != FOUND else _with_preset(made, job)
+
+
+def _with_preset(made: Tuned, job: Job) -> Tuned:
+    own = made.chosen.confirmed
+    measured = {
+        "times_as_fast": round(statistics.median(made.gain), 3),
+        "psnr_to_dense": round(own.mean_psnr, 2) if own.mean_psnr < 1e9 else "identical",
+        "error_a_step": round(own.error, 5),
+        "prompts": len(made.prompts),
+        "size": made.settings["size"],
+        "dtype": made.settings["dtype"],
+        "machine": made.environment.get("GPU", made.environment["CPU"]),
+        "torch": made.environment["torch"],
+    }
+    return replace(made, preset=made.chosen.candidate.preset(**_facts_of(job), measured=measured))
+
+
+def _facts_of(job: Job) -> dict[str, Any]:
+    """What a preset says of the model that it is for."""
+    from ...pipelines.acceleration.families import FAMILIES
+
+    family = next((f.name for f in FAMILIES if job.facts.pipeline_class in f.pipelines), "")
+    names = ("num_layers", "num_attention_heads", "attention_head_dim")
+    transformer = {name: job.facts.transformer[name] for name in names if name in job.facts.transformer}
+    told = {"name": "tuned", "family": family, "transformer": transformer, "num_inference_steps": job.settings.steps}
+    return told | ({} if job.pipe is not None else {"model": job.facts.name})
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What measurements are of: those of something else are not to be mixed with them."""
+    import torch
+
+    job, size = plan.job, plan.job.settings
+    told = environment(job.device)
+    return {
+        "model": job.facts.name,
+        "pipeline": job.facts.pipeline_class,
+        "transformer": hashlib.sha256(repr(sorted(job.facts.transformer.items())).encode()).hexdigest()[:16],
+        "size": [size.frames, size.height, size.width],
+        "steps": size.steps,
+        "guidance_scale": size.guidance_scale,
+        "negative_prompt": size.negative_prompt,
+        "prompts": list(plan.prompts),
+        "seeds": list(plan.seeds),
+        "dtype": str(job.dtype),
+        "offload": job.offload,
+        "tiling": job.tiling,
+        "device": told.get("GPU", told["CPU"]),
+        "torch": torch.__version__,
+        "vidaccel": told["vidaccel"],
+    }
+
