@@ -239,7 +239,7 @@ def carried_out(plan: Plan, *, progress: bool = True, clock: Clock = time.perf_c
     from .page import write_page
 
     job, folder = plan.job, plan.out
-    journal = Journal(folder, _identity(plan))
+    journal = journal_of(plan)
     shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
     with shown as (tell, expect):
         pipe = job.pipe or load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
@@ -255,12 +255,18 @@ def carried_out(plan: Plan, *, progress: bool = True, clock: Clock = time.perf_c
     return made
 
 
+def bench_of(plan: Plan, pipe: Any, journal: Journal, tell: Done, clock: Clock) -> Bench:
+    """What measures for a plan."""
+    job = plan.job
+    base = None if job.pipe is not None else job.facts.location
+    return Bench(pipe, job.settings, plan.prompts, plan.seeds, journal, plan.out, base=base, tell=tell, clock=clock)
+
+
 def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, clock: Clock) -> Tuned:
     from ...pipelines.acceleration.families import find_transformers
 
     job = plan.job
-    base = None if job.pipe is not None else job.facts.location
-    bench = Bench(pipe, job.settings, plan.prompts, plan.seeds, journal, plan.out, base=base, tell=tell, clock=clock)
+    bench = bench_of(plan, pipe, journal, tell, clock)
     parts = find_transformers(pipe)
     layers = max(len(family.modules(transformer)) for transformer, family in parts.values())
     dense = bench.dense(layers)
@@ -325,6 +331,11 @@ def _facts_of(job: Job) -> dict[str, Any]:
     transformer = {name: job.facts.transformer[name] for name in names if name in job.facts.transformer}
     told = {"name": "tuned", "family": family, "transformer": transformer, "num_inference_steps": job.settings.steps}
     return told | ({} if job.pipe is not None else {"model": job.facts.name})
+
+
+def journal_of(plan: Plan) -> Journal:
+    """The journal in a plan's folder; BadInput for one of something else."""
+    return Journal(plan.out, _identity(plan))
 
 
 def _identity(plan: Plan) -> dict[str, Any]:

@@ -44,7 +44,8 @@ _THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "cache_dit": {"quick": (0.08,), "normal": (0.05, 0.08, 0.16), "thorough": (0.03, 0.05, 0.08, 0.12, 0.18, 0.25)},
 }
 _VARIANTS: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "magcache": ({"retention_ratio": 0.1, "max_skip_steps": 3}, {"retention_ratio": 0.2, "max_skip_steps": 2}),
+    "magcache": ({}, {"retention_ratio": 0.1, "max_skip_steps": 2}),
+    "seacache": ({}, {"max_consecutive_cached": 4}),
     "cache_dit": ({"Fn_compute_blocks": 1},),
 }
 """Cache -> settings beside its threshold; from the effort "normal" on, all of them."""
