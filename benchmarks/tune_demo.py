@@ -34,7 +34,7 @@ def prompts_of() -> tuple[list[int], list[int]]:
 
 def defaults(ratios: list[float]) -> dict[str, Any]:
     """The fixed defaults, by name."""
-    from vidaccel import SVG2, Tangent
+    from vidaccel import Tangent
     from vidaccel.generation.tuning.space import Candidate, SparseLever
     from vidaccel.pipelines.presets import Cache
 
@@ -43,7 +43,6 @@ def defaults(ratios: list[float]) -> dict[str, Any]:
         "magcache": Candidate(cache=Cache("magcache", settings={"mag_ratios": ratios})),
         "seacache": Candidate(cache=Cache("seacache")),
         "tangent": Candidate(sparse=SparseLever(Tangent())),
-        "svg2": Candidate(sparse=SparseLever(SVG2())),
     }
 
 
@@ -69,7 +68,7 @@ def find(work: Path, confirm: int) -> dict[str, dict[str, Any]]:
             levers=("sparse", "cache"),
             methods=METHODS,
             caches=[name for name in CACHES if name != "cache_dit"],
-            effort="thorough",
+            effort="normal",
             confirm=confirm,
             settings=Settings(texts[0]),
             placing={"device": "cpu"},
@@ -164,27 +163,32 @@ def interval(differences: list[float]) -> str:
 
 def table(found: dict[str, dict[str, Any]], measured: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each default, with what was found beside it, paired by prompt."""
-    rows = []
-    dense = [each["seconds"] for each in measured["dense"]]
+
+    def share(of: list[dict[str, Any]], to: list[dict[str, Any]]) -> str:
+        return f"{statistics.median(x['seconds'] / y['seconds'] for x, y in zip(of, to, strict=True)):.2f}"
+
+    rows, dense = [], measured["dense"]
     for name, each in found.items():
         label = each["tuned_label"] if each["tuned"] is not None else "dense"
-        a, b = measured[name], measured[label]
-        psnr = [0.0 if label == "dense" else y["psnr"] - x["psnr"] for x, y in zip(a, b, strict=True)]
+        own, its = measured[name], measured[label]
+        same = label == "dense"
+        gained = [] if same else [y["psnr"] - x["psnr"] for x, y in zip(own, its, strict=True)]
+        faster = sum(y["seconds"] < x["seconds"] for x, y in zip(own, its, strict=True))
         rows.append(
             {
-                "fixed default": f"{name}",
+                "fixed default": name,
                 "its PSNR (8 prompts)": f"{each['psnr']:.1f}",
                 "found within that": label,
-                "prompts": len(a),
-                "default: of dense": f"{statistics.median(x['seconds'] / d for x, d in zip(a, dense, strict=True)):.2f}",
-                "found: of dense": f"{statistics.median(x['seconds'] / d for x, d in zip(b, dense, strict=True)):.2f}",
-                "found / default": f"{statistics.median(y['seconds'] / x['seconds'] for x, y in zip(a, b, strict=True)):.2f}",
-                "faster on": f"{sum(y['seconds'] < x['seconds'] for x, y in zip(a, b, strict=True))} of {len(a)}",
-                "PSNR, default": f"{statistics.fmean(x['psnr'] for x in a):.1f}",
-                "PSNR, found": "identical" if label == "dense" else f"{statistics.fmean(y['psnr'] for y in b):.1f}",
-                "difference": "–" if label == "dense" else interval(psnr),
-                "passes, default": round(statistics.fmean(x["computed"] for x in a), 1),
-                "passes, found": round(statistics.fmean(y["computed"] for y in b), 1),
+                "prompts": len(own),
+                "default: of dense": share(own, dense),
+                "found: of dense": share(its, dense),
+                "found / default": share(its, own),
+                "faster on": f"{faster} of {len(own)}",
+                "PSNR, default": f"{statistics.fmean(x['psnr'] for x in own):.1f}",
+                "PSNR, found": "identical" if same else f"{statistics.fmean(y['psnr'] for y in its):.1f}",
+                "difference": "–" if same else interval(gained),
+                "passes, default": round(statistics.fmean(x["computed"] for x in own), 1),
+                "passes, found": round(statistics.fmean(y["computed"] for y in its), 1),
             }
         )
     return rows
@@ -213,12 +217,12 @@ def main(
     (out / "tune_demo.json").write_text(json.dumps(content, indent=1) + "\n")
     text = (
         f"{content['environment']}. Made by `python benchmarks/tune_demo.py`.\n\n"
-        "The built-in model, 33 frames of 128x128 (576 tokens), 20 steps. The PSNR of each fixed default on 8 prompts is "
-        f"the budget of a `vidaccel tune` on these. What it found is held against the default on "
+        "The built-in model, 33 frames of 128x128 (576 tokens), 20 steps. The PSNR of each fixed default on 8 prompts "
+        "is the budget of a `vidaccel tune` on these. What it found is held against the default on "
         f"{len(measured['dense'])} other prompts. Seconds are CPU-seconds of one thread for a whole video, decoding "
-        "included: the median over prompts of the ratio to the dense video, or to the default. Differences of PSNR (dB) "
-        "are paired by prompt, the mean and twice its standard error. Passes are those of the transformer that were "
-        f"computed, of {measured['dense'][0]['forwards']}. Sparse attention is slower than dense at this length."
+        "included: the median over prompts of the ratio to the dense video, or to the default. Differences of PSNR "
+        "(dB) are paired by prompt, the mean and twice its standard error. Passes are those of the transformer that "
+        f"were computed, of {measured['dense'][0]['forwards']}. Sparse attention is slower than dense at this length."
     )
     write_markdown(out / "tune_demo.md", "What tune finds, against fixed defaults", text, rows)
 

@@ -35,6 +35,7 @@ from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .presets import beside, check_beside, with_preset
 from .request import INPUTS, Settings
 from .sla import sla_adapters, trained_method
+from .tuning.store import limit_of
 from .values import count_or_share, number, text
 
 if TYPE_CHECKING:
@@ -285,13 +286,16 @@ def prepare(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
     layout = settings.layout(facts)
-    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for)
+    by_length = not (sparse.methods or facts.only_dense)
+    limit = limit_of(facts, place, chosen_dtype) if by_length else None
+    least = None if limit is None else limit.tokens
+    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for, least)
     if trained and chosen_here:
         why = f"what {trained[0].name} was trained for"
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]
-    check_sparse_only(names, bool(sparse.methods), sparse.given())
+    check_sparse_only(names, bool(sparse.methods), sparse.given(), least)
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
 
     def sla_method() -> Method | None:
@@ -303,6 +307,7 @@ def prepare(
     methods, left_out = _methods(runs, sparse, layout, place, sla_method)
     check_trained(trained, methods, layout)
     notes = [own_note] if own_note else []
+    notes += [limit.why] if limit is not None and not (compare or facts.trained_for) else []
     notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))

@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 from ..comparison import MIN_COMPARED
 from ..errors import BadInput, mention
 from ..job import Job, Sparse, prepare
-from ..machine import environment
+from ..machine import check_runs, choose_device, choose_dtype, environment
+from ..methods import DEFAULT_METHOD
+from ..model_facts import inspect_model
 from ..outputs import check_writable
 from ..request import Settings
 from ..run import load
 from .bench import Bench, Done
+from .break_even import BreakEven, find_break_even, timer
 from .budget import Budget
 from .journal import Journal
 from .progress import counted
 from .result import FOUND, Tuned
 from .search import Measures, Search
 from .space import CACHES, EFFORTS, LEVERS, METHODS, cache_levers, sparse_levers
+from .store import Key, store
 from .trajectory import Clock
 
 if TYPE_CHECKING:
@@ -147,6 +151,44 @@ def tune(
     return carried_out(plan, progress=progress, clock=clock)
 
 
+def measured_break_even(
+    model: str | Path,
+    *,
+    method: str = DEFAULT_METHOD,
+    seconds: float = 60.0,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> tuple[BreakEven, Key, Path]:
+    """Measure from how many tokens sparse attention pays for the heads of a model, and keep it for this machine.
+
+    Args:
+        model: see `vidaccel.generate`; its weights are not read.
+        method: of sparse attention, as it is by default.
+        seconds: about as long as it may take.
+        device, dtype: see `vidaccel.generate`.
+
+    Returns:
+        What was found, what it is of, and the file that it is kept in.
+
+    Raises:
+        BadInput: a request that cannot be met.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise BadInput("seconds", "it must be above 0", value=seconds)
+    _check_method(method, "method")
+    name = str(model)
+    place = choose_device(device, False)
+    chosen = choose_dtype(dtype, place, name)
+    facts = inspect_model(name)
+    if facts.only_dense:
+        raise BadInput("model", facts.only_dense, value=name)
+    check_runs("auto", place, sparse=True)
+    key = Key.here(*facts.row.heads(facts.transformer), place, chosen, method)
+    check_writable("model", key.file)
+    found = find_break_even(timer(key.heads, key.head_dim, place, chosen, method), seconds=seconds)
+    return found, key, store(key, found)
+
+
 def planned(
     model: str | Path | DiffusionPipeline,
     prompts: str | Sequence[str],
@@ -192,17 +234,19 @@ def planned(
     chosen, dropped = _available(job, levers, methods, caches)
     if not (chosen["methods"] or chosen["caches"]):
         why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
-        raise BadInput("levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}.")
+        raise BadInput(
+            "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
+        )
     return Plan(job, budget, texts, numbers, **chosen, effort=effort, most=confirm, dropped=dropped, out=folder)
 
 
-def _check_method(name: str) -> None:
+def _check_method(name: str, field: str = "methods") -> None:
     from ...attention import METHODS as KNOWN
 
     known = [each for each in KNOWN if each not in ("sla", "random")]
     if name not in known:
         problem = f"it is none of the methods that can be tuned without training: {', '.join(known)}"
-        raise BadInput("methods", problem, value=name)
+        raise BadInput(field, problem, value=name)
 
 
 def _available(
@@ -282,10 +326,11 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
     search = Search(plan.budget, dense, Measures(bench.probe, bench.confirm), plan.most, plan=expect)
     outcome, chosen, tried = search.run(sparse, cache_levers(plan.caches, plan.effort, ratios))
     gain = bench.gains(chosen.candidate) if outcome == FOUND else ()
+    size = job.settings
     settings = {
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",
-        "size": f"{job.settings.frames} frames of {job.settings.width}x{job.settings.height}, {job.layout.tokens:,} tokens",
-        "steps": str(job.settings.steps),
+        "size": f"{size.frames} frames of {size.width}x{size.height}, {job.layout.tokens:,} tokens",
+        "steps": str(size.steps),
         "budget": str(plan.budget),
         "videos": f"{len(plan.prompts)} prompts, seeds {', '.join(map(str, plan.seeds[:8]))}",
         "effort": plan.effort,
@@ -361,4 +406,3 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "torch": torch.__version__,
         "vidaccel": told["vidaccel"],
     }
-

@@ -25,6 +25,8 @@ from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps,
 
 ROWS = 32
 """Queries of each sparse call that the meter measures."""
+TURNS = 4
+"""Prompts whose videos are made once more, dense and with the chosen preset in turns."""
 Done = Callable[[str, int, int], None]
 """Told of what is measured: in words, and which of how many videos of it."""
 
@@ -139,15 +141,18 @@ class Bench:
         return Confirmed(*made, counts["computed"], counts["forwards"], density)
 
     def gains(self, candidate: Candidate) -> tuple[float, ...]:
-        """Seconds of dense over those of a candidate, prompt by prompt, in turns, so that both have the same machine."""
+        """Seconds of dense over those of a candidate, of the first few prompts, the two in turns.
+
+        So what the machine does beside falls on both.
+        """
         from ...pipelines.presets import apply
 
         key = f"turns {candidate.key}"
         found = self.journal.get(key)
         if found is None:
             found = []
-            for number, request in enumerate(self.requests):
-                self._tell(f"dense and {candidate.label}, in turns", number, len(self.requests))
+            for number, request in enumerate(few := self.requests[:TURNS]):
+                self._tell(f"dense and {candidate.label}, in turns", number, len(few))
                 dense = self._video(request)[1]
                 with apply(self.pipe, candidate.preset(), base=self._base):
                     if not number:

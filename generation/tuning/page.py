@@ -33,8 +33,7 @@ def write_page(made: Tuned, page: Path) -> Path:
         t=made,
         chart=None if chart is None else figure_svg(chart, "front"),
         rest=rest,
-        yaml=made.preset
-        and yaml.safe_dump(made.preset.to_dict(), sort_keys=False, allow_unicode=True),
+        yaml=made.preset and yaml.safe_dump(made.preset.to_dict(), sort_keys=False, allow_unicode=True),
     )
     return write_bytes(html.encode(), page)
 

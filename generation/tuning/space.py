@@ -187,5 +187,7 @@ def schedules(steps: int, layers: int) -> list[DenseSchedule]:
     firsts = dict.fromkeys(round(share * steps) for share in (0, 0.1, 0.2, 0.3))
     lasts = (0, 1) if steps > 4 else (0,)
     kept_layers = (0, 1) if layers > 2 else (0,)
-    found = [DenseSchedule(first_steps=a, last_steps=b, first_layers=c) for a in firsts for b in lasts for c in kept_layers]
+    found = [
+        DenseSchedule(first_steps=a, last_steps=b, first_layers=c) for a in firsts for b in lasts for c in kept_layers
+    ]
     return [each for each in found if not each.warning(steps, layers)]

@@ -22,8 +22,6 @@ from ..machine import synchronise
 from ..run import run
 
 if TYPE_CHECKING:
-    import torch
-
     from ...pipelines.presets import Preset
     from ..request import Settings
 
@@ -114,9 +112,8 @@ def record(pipe: Any, settings: Settings, clock: Clock = time.perf_counter) -> t
     Returns:
         The trajectory, and the frames `[F, H, W, 3]` uint8.
     """
-    from torch.utils._pytree import tree_map_only
-
     import torch
+    from torch.utils._pytree import tree_map_only
 
     outputs: list[Any] = []
     steps: list[int] = []
