@@ -105,7 +105,7 @@ def test_a_method_that_is_slower_at_its_lowest_density_is_not_tried_further():
 
 def test_nothing_within_the_budget_shows_the_nearest():
     machine = Machine()
-    outcome, chosen, tried = machine.search(Budget(min_psnr=90), caches=caches(0.05, 0.1, 0.2), most=2)
+    outcome, chosen, _ = machine.search(Budget(min_psnr=90), caches=caches(0.05, 0.1, 0.2), most=2)
     assert outcome == NOTHING and chosen.candidate.cache.limit == 0.05
     assert chosen.why.startswith("PSNR ") and "below 90" in chosen.why and len(machine.confirmed) == 2
     # A time that nothing reaches, where all is slower than dense.
