@@ -15,8 +15,8 @@ from .wording import InputError, check_shares, limit_words
 if TYPE_CHECKING:
     import torch
 
-    from ..generation.model_facts import ModelFacts
     from ..attention import Method, RunReport, VideoLayout
+    from ..generation.model_facts import ModelFacts
 
 METHODS = ("tangent", "svg2", "svg", "radial", "sparge")
 
