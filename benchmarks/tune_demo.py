@@ -49,7 +49,6 @@ def defaults(ratios: list[float]) -> dict[str, Any]:
 def find(work: Path, confirm: int) -> dict[str, dict[str, Any]]:
     """Default -> its preset, its PSNR on the 8 prompts, and the preset that was found within that."""
     from vidaccel import demo
-    from vidaccel.generation.request import Settings
     from vidaccel.generation.run import load
     from vidaccel.generation.tuning.api import bench_of, carried_out, journal_of, planned
     from vidaccel.generation.tuning.budget import Budget
@@ -70,7 +69,7 @@ def find(work: Path, confirm: int) -> dict[str, dict[str, Any]]:
             caches=[name for name in CACHES if name != "cache_dit"],
             effort="normal",
             confirm=confirm,
-            settings=Settings(texts[0]),
+            settings={},
             placing={"device": "cpu"},
         )
 

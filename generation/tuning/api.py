@@ -137,15 +137,14 @@ def tune(
         caches=caches,
         effort=effort,
         confirm=confirm,
-        settings=Settings(
-            prompts if isinstance(prompts, str) else (*prompts, "")[0],
-            negative_prompt,
-            frames,
-            height,
-            width,
-            steps,
-            guidance_scale,
-        ),
+        settings={
+            "negative_prompt": negative_prompt,
+            "frames": frames,
+            "height": height,
+            "width": width,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+        },
         placing={"device": device, "dtype": dtype, "offload": offload, "tiling": tiling},
     )
     return carried_out(plan, progress=progress, clock=clock)
@@ -201,7 +200,7 @@ def planned(
     caches: Sequence[str],
     effort: str,
     confirm: int,
-    settings: Settings,
+    settings: Mapping[str, Any],
     placing: Mapping[str, Any],
 ) -> Plan:
     """Check a request, before weights are read; see `tune`."""
@@ -217,13 +216,14 @@ def planned(
                 raise BadInput(field, f"there is none of that name; there are {', '.join(known)}", value=name)
     if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 1:
         raise BadInput("confirm", "it must be a whole number of at least 1", value=confirm)
+    wanted = Settings(texts[0], **settings)
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise BadInput("out", "it is a file", "Give a folder; it is made where it is not there.", value=folder)
     check_writable("out", folder / PAGE)
     for method in methods:
         _check_method(method)
-    job = prepare(str(model) if isinstance(model, Path) else model, settings, Sparse(methods=("dense",)), **placing)
+    job = prepare(str(model) if isinstance(model, Path) else model, wanted, Sparse(methods=("dense",)), **placing)
     size = job.settings
     if min(size.height, size.width) < MIN_COMPARED:
         side = "height" if size.height < size.width else "width"

@@ -15,7 +15,7 @@ import numpy as np
 from ..comparison import compare
 from ..presets import refusals
 from ..request import Settings
-from ..run import run, warm_up
+from ..run import GenerationError, run, warm_up
 from ..video import write_bytes
 from .journal import Journal
 from .prediction import DenseRun
@@ -182,7 +182,9 @@ class Bench:
         return as_bytes(made.frames), self._clock() - start, made
 
     def _kept(self, key: str, kind: Any, measure: Callable[[], Any]) -> Any:
-        """From the journal, or measured and written there; a refusal is a text."""
+        """From the journal, or measured and written there; a refusal, NaN or too little memory is a text."""
+        import torch
+
         from ...pipelines.presets import PresetError
 
         known = self.journal.get(key)
@@ -190,9 +192,10 @@ class Bench:
             return known["refused"] if "refused" in known else kind.from_dict(known)
         try:
             made = measure()
-        except PresetError as error:
-            self.journal.put(key, {"refused": str(error)})
-            return str(error)
+        except (PresetError, GenerationError, torch.OutOfMemoryError) as error:
+            why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            self.journal.put(key, {"refused": why})
+            return why
         self.journal.put(key, made.to_dict())
         return made
 

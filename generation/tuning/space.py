@@ -25,7 +25,7 @@ METHODS = ("tangent", "svg2", "sparge", "radial")
 EFFORTS = ("quick", "normal", "thorough")
 _DENSITIES = {"quick": (0.2, 0.4), "normal": (0.1, 0.2, 0.3, 0.45), "thorough": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)}
 _TOLERANCES = {"quick": (), "normal": (0.05,), "thorough": (0.02, 0.05, 0.1)}
-_THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
+THRESHOLDS: dict[str, dict[str, tuple[float, ...]]] = {
     "first_block": {
         "quick": (0.05, 0.1, 0.2),
         "normal": (0.03, 0.05, 0.08, 0.12, 0.2, 0.3),
@@ -43,13 +43,14 @@ _THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     },
     "cache_dit": {"quick": (0.08,), "normal": (0.05, 0.08, 0.16), "thorough": (0.03, 0.05, 0.08, 0.12, 0.18, 0.25)},
 }
+"""Cache -> effort -> thresholds, the lowest first."""
 _VARIANTS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "magcache": ({}, {"retention_ratio": 0.1, "max_skip_steps": 2}),
     "seacache": ({}, {"max_consecutive_cached": 4}),
     "cache_dit": ({"Fn_compute_blocks": 1},),
 }
 """Cache -> settings beside its threshold; from the effort "normal" on, all of them."""
-CACHES = tuple(_THRESHOLDS)
+CACHES = tuple(THRESHOLDS)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def cache_levers(names: Sequence[str], effort: str, ratios: Sequence[float] | No
         own = {"mag_ratios": list(ratios)} if name == "magcache" else {}
         variants = _VARIANTS.get(name, ({},))
         for variant in variants[:1] if effort == "quick" else variants:
-            made += [Cache(name, limit, {**variant, **own}) for limit in _THRESHOLDS[name][effort]]
+            made += [Cache(name, limit, {**variant, **own}) for limit in THRESHOLDS[name][effort]]
     return made
 
 

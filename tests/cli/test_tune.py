@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import constants
 
+from vidaccel.generation.tuning import space
+
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 4)
 PROMPT = "a red circle moves left on a grey background"
 CACHE_ALONE = ("--lever", "cache", "--cache", "first_block", "--effort", "quick", "--confirm", 1)
@@ -12,6 +14,7 @@ CACHE_ALONE = ("--lever", "cache", "--cache", "first_block", "--effort", "quick"
 
 def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (1e3,))
     result = vidaccel("tune", PROMPT, "--min-psnr", 99, "--out", tmp_path / "t", *CACHE_ALONE, *SMALL)
     assert result.exit_code == 1, (result.output, result.exception)
     assert "Nothing that was tried is within PSNR at least 99 dB, so no preset was written." in result.stdout

@@ -13,6 +13,7 @@ from vidaccel import SVG2, DenseSchedule, Preset, demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_pipeline
 from vidaccel.generation.request import Settings
+from vidaccel.generation.tuning import space
 from vidaccel.generation.tuning.journal import FILE, Journal
 from vidaccel.generation.tuning.trajectory import probe, record
 from vidaccel.pipelines.presets import Cache, load_preset
@@ -27,6 +28,12 @@ def pipe() -> WanPipeline:
     pipe = WanPipeline.from_pretrained(demo.path())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(autouse=True)
+def thresholds(monkeypatch):
+    """One that skips nothing of a short run, and one that skips all after the first step."""
+    monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (0.001, 1e3))
 
 
 @pytest.fixture
@@ -76,19 +83,19 @@ def test_steps_are_measured_on_the_dense_run(pipe, settings, layers):
 
 def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     made = vidaccel.tune(pipe, PROMPTS, 3, out=tmp_path / "t", min_psnr=1.0, clock=layers, **CACHE_ALONE, **SMALL)
-    assert made.outcome == "found" and made.chosen.candidate.cache.limit == 0.2
+    assert made.outcome == "found" and made.chosen.candidate.cache.limit == 1e3
     own = made.chosen.confirmed
     assert own.seconds == (own.computed * 6.0 + (8 - own.computed) * 1.0,) * 2 and own.dense == (48.0, 48.0)
-    assert made.gain == (48.0 / own.seconds[0],) * 2 and own.computed < 8
+    assert made.gain == (48.0 / own.seconds[0],) * 2 and own.computed == 2
     preset = load_preset(tmp_path / "t" / "preset.yaml")
-    assert preset.cache == Cache("first_block", 0.2) and preset.num_inference_steps == 4
+    assert preset.cache == Cache("first_block", 1e3) and preset.num_inference_steps == 4
     assert preset.measured["prompts"] == 2 and preset.transformer["num_layers"] == 6
     again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **SMALL)
     assert again.account.counts()["computed"] == own.computed
     page = (tmp_path / "t" / "tune.html").read_text()
-    assert made.in_words() in page and "<svg" in page and "first_block 0.05" in page
+    assert made.in_words() in page and "<svg" in page and "first_block 0.001" in page
     numbers = json.loads((tmp_path / "t" / "tune.json").read_text())
-    assert numbers["outcome"] == "found" and len(numbers["tried"]) == 3
+    assert numbers["outcome"] == "found" and len(numbers["tried"]) == 2
     assert {f.name for f in (tmp_path / "t").iterdir()} == {
         "dense.0.npz", "dense.1.npz", FILE, "preset.yaml", "tune.html", "tune.json",
     }  # fmt: skip
