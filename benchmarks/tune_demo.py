@@ -50,8 +50,9 @@ def find(work: Path, confirm: int) -> dict[str, dict[str, Any]]:
     """Default -> its preset, its PSNR on the 8 prompts, and the preset that was found within that."""
     from vidaccel import demo
     from vidaccel.generation.run import load
-    from vidaccel.generation.tuning.api import bench_of, carried_out, journal_of, planned
+    from vidaccel.generation.tuning.api import bench_of, carried_out
     from vidaccel.generation.tuning.budget import Budget
+    from vidaccel.generation.tuning.plan import journal_of, planned
     from vidaccel.generation.tuning.space import CACHES, METHODS
 
     numbers, _ = prompts_of()
