@@ -202,6 +202,8 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
     search = Search(plan.budget, dense, Measures(bench.probe, bench.confirm), plan.most, plan=expect)
     outcome, chosen, tried = search.run(sparse, cache_levers(plan.caches, plan.effort, ratios))
     gain = bench.gains(chosen.candidate) if outcome == FOUND else ()
+    why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
+    notes = (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
     size = job.settings
     settings = {
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",
@@ -224,6 +226,7 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         settings,
         environment(job.device),
         plan.prompts,
+        notes,
     )
     return made if outcome != FOUND else _with_preset(made, job)
 

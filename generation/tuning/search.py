@@ -39,6 +39,7 @@ class Search:
         measures: the machine.
         most: candidates of which whole videos are made.
         plan: told how many measurements there will be at the most, as far as is known.
+        left_out: combinations that were predicted, and for which there was one as good; thousands, maybe.
     """
 
     budget: Budget
@@ -46,7 +47,7 @@ class Search:
     measures: Measures
     most: int = 6
     plan: Callable[[int], None] = lambda count: None
-    dropped: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
     _tried: dict[str, Tried] = field(default_factory=dict)
 
     def run(self, sparse: Sequence[SparseLever], caches: Sequence) -> tuple[str, Tried | None, tuple[Tried, ...]]:
@@ -117,7 +118,10 @@ class Search:
             if predicted.seconds >= (1 - MIN_GAIN) * self.dense.seconds:
                 keep.discard(key)
                 why = f"no gain: {_told(predicted.seconds)} a video is predicted, dense {_told(self.dense.seconds)}"
-            self._tried[key] = Tried(candidate, predicted, why=why)
+            if key in keep or candidate.is_single:
+                self._tried[key] = Tried(candidate, predicted, why=why)
+            else:
+                self.left_out += 1
         return {key: made[key] for key in made if key in keep}
 
     def _confirm(self, pool: dict[str, tuple[Candidate, Prediction]]) -> None:

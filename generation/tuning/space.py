@@ -102,6 +102,13 @@ class Candidate:
         return "; ".join(told) or "dense"
 
     @property
+    def is_single(self) -> bool:
+        """Whether it is one lever, in all steps and layers: such are measured, combinations are predicted."""
+        from ...attention.schedule import DenseSchedule
+
+        return not (self.sparse and self.cache) and self.schedule in (None, DenseSchedule())
+
+    @property
     def kind(self) -> str:
         """What its errors are of: a method, a cache, or both."""
         sparse = "" if self.sparse is None else self.sparse.method.name
