@@ -207,7 +207,7 @@ def generate_command(
         check_files_of(job, out, page)
         if not method:
             typer.echo(worded(f"method {', '.join(job.methods)}: {job.why}", option))
-        for note in job.notes:
+        for note in (*filter(None, [job.hint]), *job.notes):
             typer.echo(worded(note, option))
         with bars(job.facts.name) as on_stage:
             videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage)

@@ -77,6 +77,7 @@ class Job:
         sla: adapters for the method "sla"; none where the weights themselves were trained.
         riflex: of the rotary embedding; None for the model's own.
         beside: what runs beside sparse attention, see `presets.beside`; not in the reference of a comparison.
+        hint: where the choice went by a fixed length, how to measure that; for a terminal.
     """
 
     facts: ModelFacts
@@ -100,6 +101,7 @@ class Job:
     sla: tuple[SLAAdapter, ...] = ()
     riflex: Riflex | None = None
     beside: Preset | None = None
+    hint: str = ""
 
     @property
     def first(self) -> str:
@@ -307,7 +309,9 @@ def prepare(
     methods, left_out = _methods(runs, sparse, layout, place, sla_method)
     check_trained(trained, methods, layout)
     notes = [own_note] if own_note else []
-    notes += [limit.why] if limit is not None and not (compare or facts.trained_for) else []
+    told = "" if limit is None or compare or facts.trained_for else limit.why
+    if told and limit.measured:
+        notes.append(told)
     notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
@@ -337,6 +341,7 @@ def prepare(
         sla=learned,
         riflex=riflex,
         beside=None if preset is None else beside(preset),
+        hint="" if limit is None or limit.measured else told,
     )
 
 

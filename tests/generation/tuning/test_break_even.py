@@ -142,11 +142,11 @@ def test_the_limit(key):
 
 def test_a_request_without_a_method_goes_by_what_was_measured(key):
     job = prepare("demo", SMALL, Sparse(), device="cpu")
-    assert list(job.methods) == ["dense"] and job.notes == (limit(key, "demo").why,)
+    assert list(job.methods) == ["dense"] and job.notes == () and job.hint == limit(key, "demo").why
     store(key, BreakEven(40, 0))
     job = prepare("demo", SMALL, Sparse(density=0.5), device="cpu")
     assert list(job.methods) == ["tangent"] and "48 tokens, at least 40" in job.why
-    assert job.notes[0] == "On this machine, sparse attention was measured to pay from 40 tokens."
+    assert job.hint == "" and job.notes[0] == "On this machine, sparse attention was measured to pay from 40 tokens."
     store(key, BreakEven(50, 40))
     with pytest.raises(BadInput, match="a video of fewer than 50 tokens is dense without one"):
         prepare("demo", SMALL, Sparse(density=0.5), device="cpu")
