@@ -53,6 +53,7 @@ _PUBLIC = {
     "restore": ".pipelines",
     "riflex": ".pipelines.length",
     "sparse_attention": ".attention",
+    "tune": ".generation.tuning.api",
     "waterfall": ".generation.waterfall",
 }
 

@@ -14,6 +14,10 @@ _NAMES = {
     "settings": "--set",
     "pipeline_options": "--pipeline-option",
     "tiling": "--vae-tiling",
+    "levers": "--lever",
+    "methods": "--method",
+    "caches": "--cache",
+    "seeds": "--seed",
     "source": "SOURCE",
     "target": "TARGET",
 }

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ..generation.errors import BadInput, worded
+from ..generation.errors import worded
 from .errors import one_line_errors, option
-from .options import OWN, ValuesMayBeLeftOut, amount, method_settings, pipeline_arguments
+from .options import OWN, ValuesMayBeLeftOut, amount, method_settings, pipeline_arguments, use_threads
 
 
 def register(app: typer.Typer) -> None:
@@ -179,8 +179,7 @@ def generate_command(
         )
         page = out.with_name("report.html") if compare and report is None else report
         check_outputs(out, page, compare)
-        if threads is not None and threads < 1:
-            raise BadInput("threads", "it must be at least 1", value=threads)
+        use_threads(threads)  # before what was measured with as many is looked up
         sparse = Sparse(
             methods=method or (),
             density=density,
@@ -207,13 +206,9 @@ def generate_command(
             preset=chosen,
         )
         check_files_of(job, out, page)
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
         if not method:
             typer.echo(worded(f"method {', '.join(job.methods)}: {job.why}", option))
-        for note in job.notes:
+        for note in (*filter(None, [job.hint]), *job.notes):
             typer.echo(worded(note, option))
         with bars(job.facts.name) as on_stage:
             videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage)

@@ -59,6 +59,17 @@ def _value(text: str) -> Any:
         return text  # as in rule=published
 
 
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many threads on the CPU; BadInput for fewer than one. None leaves it to torch."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise BadInput("threads", "it must be at least 1", value=threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 OWN = "own"
 """What stands for an option's value that was left out."""
 

@@ -94,7 +94,7 @@ def waterfall_command(
         check_files("out", out, [out, out.with_suffix(".json")], {} if prompts is None else {"prompts": prompts})
         if threads is not None and threads < 1:
             raise BadInput("threads", "it must be at least 1", value=threads)
-        texts = [*(prompt or ()), *_lines(prompts)] or _built_in(model or chosen.model)
+        texts = [*(prompt or ()), *lines_of(prompts)] or built_in_prompts(model or chosen.model)
         if threads is not None:
             import torch
 
@@ -120,7 +120,8 @@ def waterfall_command(
         typer.echo(f"page: {out} (open it in a browser); numbers: {out.with_suffix('.json')}")
 
 
-def _lines(file: Path | None) -> list[str]:
+def lines_of(file: Path | None) -> list[str]:
+    """The prompts in a file, one a line; none without one."""
     if file is None:
         return []
     try:
@@ -129,7 +130,7 @@ def _lines(file: Path | None) -> list[str]:
         raise BadInput("prompts", f"it cannot be read ({error})", value=file) from error
 
 
-def _built_in(model: str) -> list[str]:
+def built_in_prompts(model: str) -> list[str]:
     """Prompts that the built-in models can show, evenly spread over those that training never saw."""
     from ..demo import HELD_OUT_PROMPTS
     from ..generation.model_places import DEMOS

@@ -86,8 +86,8 @@ def generate(
         prompt, negative_prompt: what the video shows, and what it should not show.
         method: "dense", a name of `METHODS` or a config such as `SVG2(top_p=0.9)`; with `compare`, several, of which
             those of one method are named by what differs ("svg2-top_p=0.9"). None takes SLA for a model that was
-            trained for it, Tangent for a video of at least 8192 tokens and dense for a shorter one; with `compare`,
-            Tangent, SVG2 and Radial.
+            trained for it, Tangent for a video of at least 8192 tokens and dense for a shorter one (or of as many as
+            `vidaccel break-even` measured on this machine); with `compare`, Tangent, SVG2 and Radial.
         compare: also run dense, first, and measure the others against it.
         image, last_image: the first and the last frame, for image to video: a file, a PIL picture, or an array
             `[H, W, 3]` of bytes or of floats in [0, 1].

@@ -107,6 +107,33 @@ def waterfall_chart(rows: dict[str, tuple[float, float, float]], told: list[str]
     return figure
 
 
+def pareto_chart(points: list[tuple[float, float, bool]], dense: float, bound: float | None = None) -> Figure:
+    """Seconds over PSNR, a point each, and a line through those than which none is both faster and nearer.
+
+    Args:
+        points: PSNR in dB, seconds, and whether it is the chosen one.
+        dense: seconds of a dense video.
+        bound: the least PSNR that is wanted.
+    """
+    figure, axes = _figure(3.2)
+    best, least = [], np.inf
+    for psnr, seconds, _ in sorted(points, key=lambda p: (-p[0], p[1])):
+        if seconds < least:
+            best.append((psnr, seconds))
+            least = seconds
+    axes.plot(*zip(*best, strict=True), color=COLOURS[0], linewidth=1.2, alpha=0.7)
+    for psnr, seconds, chosen in points:
+        axes.plot(psnr, seconds, marker="*" if chosen else "o", markersize=13 if chosen else 5, color=COLOURS[chosen])
+    axes.axhline(dense, color=INK, alpha=0.5, linewidth=1, linestyle="--")
+    if bound is not None:
+        axes.axvline(bound, color=INK, alpha=0.3, linewidth=1, linestyle=":")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("PSNR to dense (dB)")
+    axes.set_ylabel("seconds a video")
+    axes.grid(color=INK, alpha=0.12)
+    return figure
+
+
 def figure_svg(figure: Figure, name: str) -> str:
     """A figure as SVG to be put into a page: text stays text, `INK` becomes the page's text colour.
 

@@ -36,6 +36,7 @@ from .presets import beside, check_beside, with_preset
 from .request import INPUTS, Settings
 from .sla import sla_adapters, trained_method
 from .sparse import Sparse
+from .tuning.store import limit_of
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,7 @@ class Job:
         sla: adapters for the method "sla"; none where the weights themselves were trained.
         riflex: of the rotary embedding; None for the model's own.
         beside: what runs beside sparse attention, see `presets.beside`; not in the reference of a comparison.
+        hint: where the choice went by a fixed length, how to measure that; for a terminal.
     """
 
     facts: ModelFacts
@@ -99,6 +101,7 @@ class Job:
     sla: tuple[SLAAdapter, ...] = ()
     riflex: Riflex | None = None
     beside: Preset | None = None
+    hint: str = ""
 
     @property
     def first(self) -> str:
@@ -226,13 +229,16 @@ def prepare(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
     layout = settings.layout(facts)
-    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for)
+    by_length = not (sparse.methods or facts.only_dense)
+    limit = limit_of(facts, place, chosen_dtype) if by_length else None
+    least = None if limit is None else limit.tokens
+    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for, least)
     if trained and chosen_here:
         why = f"what {trained[0].name} was trained for"
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]
-    check_sparse_only(names, bool(sparse.methods), sparse.given())
+    check_sparse_only(names, bool(sparse.methods), sparse.given(), least)
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
 
     def sla_method() -> Method | None:
@@ -244,6 +250,9 @@ def prepare(
     methods, left_out = _methods(runs, sparse, layout, place, sla_method)
     check_trained(trained, methods, layout)
     notes = [own_note] if own_note else []
+    told = "" if limit is None or compare or facts.trained_for else limit.why
+    if told and limit.measured:
+        notes.append(told)
     notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
@@ -273,6 +282,7 @@ def prepare(
         sla=learned,
         riflex=riflex,
         beside=None if preset is None else beside(preset),
+        hint="" if limit is None or limit.measured else told,
     )
 
 

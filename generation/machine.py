@@ -103,16 +103,33 @@ def environment(device: torch.device) -> dict[str, str]:
     facts = {"vidaccel": __version__, "Python": platform.python_version()}
     facts.update({name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")})
     facts["system"] = f"{platform.system()} {platform.machine()}"
-    threads, cores = torch.get_num_threads(), os.cpu_count()
-    facts["CPU"] = (
-        f"{_cpu_name()}, {cores} logical core{'s' if cores != 1 else ''}, "
-        f"torch uses {threads} thread{'s' if threads != 1 else ''}"
-    )
+    cores = os.cpu_count()
+    facts["CPU"] = _cpu_words(f", {cores} logical core{'s' if cores != 1 else ''}")
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        facts["GPU"] = f"{_gpu_words(device)}, CUDA {torch.version.cuda}"
     facts["device"] = str(device)
     return facts
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU with its memory, or the CPU with the threads that torch uses."""
+    if device.type == "cpu":
+        return _cpu_words()
+    return _gpu_words(device) if device.type == "cuda" else f"{_cpu_name()}, {device.type}"
+
+
+def _cpu_words(cores: str = "") -> str:
+    import torch
+
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}{cores}, torch uses {threads} thread{'s' if threads != 1 else ''}"
+
+
+def _gpu_words(device: torch.device) -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _version(package: str) -> str:

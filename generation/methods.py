@@ -17,7 +17,8 @@ DENSE = "dense"
 DEFAULT_METHOD = "tangent"
 DEFAULT_COMPARED = ("tangent", "svg2", "radial")
 MIN_SPARSE_TOKENS = 8192
-"""Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves."""
+"""Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves.
+Where it was measured on this machine from how many tokens it pays, that counts instead; see `tuning/store.py`."""
 _SET_BY_DENSITY = {
     "radial": ("decay", "rule"),
     "svg2": ("top_p", "min_ratio"),
@@ -43,7 +44,7 @@ def check_names(names: Sequence[str], compare: bool) -> None:
 
 
 def choose_runs(
-    asked: Sequence[str | Method], compare: bool, tokens: int, trained_for: str = ""
+    asked: Sequence[str | Method], compare: bool, tokens: int, trained_for: str = "", least: int | None = None
 ) -> tuple[list[str | Method], str]:
     """The runs in their order, and why these (to be `worded`): dense first where it is the reference, every run once.
 
@@ -52,8 +53,10 @@ def choose_runs(
         compare: whether a comparison was asked for.
         tokens: length of the video's sequence in self-attention.
         trained_for: the method that the model was trained for; "" for none.
+        least: tokens from which sparse is the choice; None for `MIN_SPARSE_TOKENS`.
     """
-    few = tokens < MIN_SPARSE_TOKENS
+    least = MIN_SPARSE_TOKENS if least is None else least
+    few = tokens < least
     runs: list[str | Method]
     if asked:
         runs, why = list(dict.fromkeys(asked)), "as given"
@@ -62,10 +65,10 @@ def choose_runs(
     elif compare:
         runs, why = list(DEFAULT_COMPARED), f"what {mention('compare')} takes without {mention('method')}"
         if few:
-            why += f" (the video has {tokens:,} tokens; below {MIN_SPARSE_TOKENS:,}, dense is the choice without it)"
+            why += f" (the video has {tokens:,} tokens; below {least:,}, dense is the choice without it)"
     else:
         runs = [DENSE if few else DEFAULT_METHOD]
-        why = f"the video has {tokens:,} tokens, {'fewer than' if few else 'at least'} {MIN_SPARSE_TOKENS:,}"
+        why = f"the video has {tokens:,} tokens, {'fewer than' if few else 'at least'} {least:,}"
         why += f"; {mention('method')} {DEFAULT_METHOD if few else DENSE} for the other"
     if compare:
         runs = [DENSE, *(run for run in runs if run != DENSE)]
@@ -77,16 +80,20 @@ def name_of(run: str | Method) -> str:
     return run if isinstance(run, str) else run.name
 
 
-def check_sparse_only(names: Sequence[str], was_asked: bool, given: Mapping[str, bool]) -> None:
+def check_sparse_only(
+    names: Sequence[str], was_asked: bool, given: Mapping[str, bool], least: int | None = None
+) -> None:
     """Raise BadInput when a field of sparse attention was given and all runs are dense: nothing is ignored in silence.
 
     Args:
         names: the runs.
         was_asked: whether they were given, and not chosen here.
         given: field -> whether it was given.
+        least: see `choose_runs`.
     """
+    least = MIN_SPARSE_TOKENS if least is None else least
     if set(names) == {DENSE}:
-        why = "" if was_asked else f", and a video of fewer than {MIN_SPARSE_TOKENS:,} tokens is dense without one"
+        why = "" if was_asked else f", and a video of fewer than {least:,} tokens is dense without one"
         instead = f"Add {mention('method')} {DEFAULT_METHOD}, for example"
         refuse_given(given, f"of use only with a sparse method{why}", instead)
 

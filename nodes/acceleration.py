@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..attention.methods.base import OutOfReach
 from ..generation.errors import BadInput
-from ..generation.methods import build_method
+from ..generation.methods import MIN_SPARSE_TOKENS, build_method
+from ..generation.tuning.store import limit_of
 from .wording import InputError, check_shares, limit_words
 
 if TYPE_CHECKING:
+    import torch
+
     from ..attention import Method, RunReport, VideoLayout
+    from ..generation.model_facts import ModelFacts
 
 METHODS = ("tangent", "svg2", "svg", "radial", "sparge")
 
@@ -67,6 +71,18 @@ class Acceleration:
         if self.method == "svg2":
             return "compensate" if self.compensate else ""
         return "tangent" if self.method == "tangent" else ""
+
+    def on(self, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> tuple[Acceleration, str]:
+        """The same on a machine, and what a report should say of it; "" for nothing.
+
+        Where `min_tokens` is its default, and it was measured there from how many tokens the method pays, that counts.
+        """
+        if self.min_tokens != MIN_SPARSE_TOKENS:
+            return self, ""
+        limit = limit_of(facts, device, dtype, self.method)
+        if not limit.measured:
+            return self, limit.why
+        return replace(self, min_tokens=limit.tokens), f"min_tokens {limit.tokens}: {limit.why}"
 
     def dense_reason(self, layout: VideoLayout) -> str:
         """Why a video stays dense as a whole, empty when it may be sparse."""

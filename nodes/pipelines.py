@@ -279,6 +279,11 @@ def generate(
         acceleration = pipeline.acceleration
         if acceleration is not None and pipeline.facts.only_dense:
             raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")
+        limit = ""
+        if acceleration is not None:
+            dtype = (pipeline.pipe.transformer or pipeline.pipe.transformer_2).dtype
+            acceleration, limit = acceleration.on(pipeline.facts, pipeline.residency.device, dtype)
+            pipeline = replace(pipeline, acceleration=acceleration)
         method = acceleration.method_for(layout) if acceleration else None
         if preset is not None and preset.method is not None:
             method = preset.method
@@ -301,6 +306,7 @@ def generate(
         one_pass = guided_by(pipeline.guidance_free, pipeline.pipe, pipeline.facts)
     with plain_messages(), one_pass, roped(pipeline.pipe, riflex):
         made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
+    made = replace(made, notes=(*made.notes, *filter(None, [limit])))
     return _generation(pipeline, layout, settings, made, time.perf_counter() - start)
 
 

@@ -106,6 +106,9 @@ class LearnedSLA(Acceleration):
     def adapters(self) -> tuple[Path, ...]:
         return tuple(adapter.path for adapter in self.learned)
 
+    def on(self, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> tuple[Acceleration, str]:
+        return self, ""  # from how many tokens it pays is measured of methods that need no training
+
     def method_for(self, layout: VideoLayout) -> Method | None:
         if self.dense_reason(layout):
             return None

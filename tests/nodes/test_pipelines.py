@@ -10,11 +10,15 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from gft_adapters import write_adapter
+from huggingface_hub import constants
 
 import vidaccel
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.methods import MIN_SPARSE_TOKENS
 from vidaccel.generation.request import Settings
+from vidaccel.generation.tuning.break_even import BreakEven
+from vidaccel.generation.tuning.store import Key, store
 from vidaccel.nodes import pipelines
 from vidaccel.nodes.acceleration import METHODS, Acceleration
 from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
@@ -220,6 +224,25 @@ def test_a_short_video_stays_dense_and_says_why(pipeline):
     assert text.startswith("No call was sparse: min_tokens 49, above the video's 48 tokens.\ntangent: density 0.3")
     long = generate(pipeline.accelerated(Acceleration(min_tokens=48)), settings(), on_step=ignore)
     assert not torch.equal(plain.frames, long.frames)
+
+
+def test_min_tokens_at_its_default_goes_by_what_was_measured_on_this_machine(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    default = Acceleration(density=0.5, min_tokens=MIN_SPARSE_TOKENS)
+    text = report_text(generate(pipeline.accelerated(default), settings(), on_step=ignore).report.news())
+    assert "No call was sparse: min_tokens 8192" in text and "`vidaccel break-even --model demo` measures it" in text
+    store(Key.here(3, 64, CPU, torch.float32), BreakEven(48, 40))
+    text = report_text(generate(pipeline.accelerated(default), settings(), on_step=ignore).report.news())
+    assert "No call was sparse" not in text and "min_tokens 48: On this machine" in text
+    store(Key.here(3, 64, CPU, torch.float32), BreakEven(49, 40))
+    text = report_text(generate(pipeline.accelerated(default), settings(), on_step=ignore).report.news())
+    assert "No call was sparse: min_tokens 49, above the video's 48 tokens." in text
+    # Of a method that was not measured, and of another number, nothing changes.
+    assert replace(default, method="svg2").on(pipeline.facts, CPU, torch.float32)[0].min_tokens == MIN_SPARSE_TOKENS
+    assert replace(default, min_tokens=48).on(pipeline.facts, CPU, torch.float32) == (
+        replace(default, min_tokens=48),
+        "",
+    )
 
 
 def test_the_end_of_the_schedule_stays_dense(pipeline):

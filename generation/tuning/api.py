@@ -1,0 +1,257 @@
+"""`vidaccel.tune`: the fastest preset within a budget, on the user's model, machine, size and prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput
+from ..job import Job
+from ..machine import check_runs, choose_device, choose_dtype, environment
+from ..methods import DEFAULT_METHOD
+from ..model_facts import inspect_model
+from ..outputs import check_writable
+from ..run import load
+from .bench import Bench, Done
+from .break_even import BreakEven, find_break_even, timer
+from .budget import Budget
+from .journal import Journal
+from .plan import PAGE, PRESET, Plan, check_method, journal_of, planned
+from .progress import counted
+from .result import FOUND, Tuned
+from .search import Measures, Search
+from .space import CACHES, LEVERS, METHODS, cache_levers, sparse_levers
+from .store import Key, store
+from .trajectory import Clock
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+def tune(
+    model: str | Path | DiffusionPipeline,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int] = 0,
+    *,
+    out: str | Path,
+    max_error: float | None = None,
+    min_psnr: float | None = None,
+    max_time_ratio: float | None = None,
+    levers: Sequence[str] = LEVERS,
+    methods: Sequence[str] = METHODS,
+    caches: Sequence[str] = CACHES,
+    effort: str = "normal",
+    confirm: int = 6,
+    negative_prompt: str = "",
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    offload: bool = False,
+    tiling: bool = False,
+    progress: bool = True,
+    clock: Clock = time.perf_counter,
+) -> Tuned:
+    """Find the fastest preset within a budget, or with `max_time_ratio` the one nearest to dense.
+
+    First single steps of each lever are measured on the inputs of the dense run (error of the output, error of
+    attention in each layer, seconds). From these, all combinations of levers and of steps and layers that stay dense
+    are predicted. Then whole videos are made with the few that promise most, each choice with what the videos before
+    taught. Everything is in a journal in `out`, so that a second call goes on where the first was interrupted, and
+    another budget begins with what is known.
+
+    Args:
+        model: see `vidaccel.generate`.
+        prompts: one video each; four to eight are enough to choose by.
+        seeds: of their noise: one each, or the first of as many.
+        out: a folder, made where it is not there: the journal, the page `tune.html` with its numbers, `preset.yaml`.
+        max_error, min_psnr, max_time_ratio: see `Budget`; at least one.
+        levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs).
+        methods: of sparse attention.
+        caches: over steps. Those whose package is missing are left out, with a word.
+        effort: "quick", "normal" or "thorough": how finely densities and thresholds are tried.
+        confirm: candidates of which whole videos are made, at the most.
+        negative_prompt, frames, height, width, steps, guidance_scale: see `vidaccel.generate`.
+        device, dtype, offload, tiling: see `vidaccel.generate`.
+        progress: show a bar.
+        clock: of all times.
+
+    Returns:
+        What was chosen and everything that was tried; its `outcome` says whether there is a preset.
+
+    Raises:
+        BadInput: a request that cannot be met, or a folder that holds measurements of something else.
+        GenerationError: the model made NaN or infinite values.
+    """
+    plan = planned(
+        model,
+        prompts,
+        seeds,
+        out=out,
+        budget=Budget(max_error, min_psnr, max_time_ratio),
+        levers=levers,
+        methods=methods,
+        caches=caches,
+        effort=effort,
+        confirm=confirm,
+        settings={
+            "negative_prompt": negative_prompt,
+            "frames": frames,
+            "height": height,
+            "width": width,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+        },
+        placing={"device": device, "dtype": dtype, "offload": offload, "tiling": tiling},
+    )
+    return carried_out(plan, progress=progress, clock=clock)
+
+
+def measured_break_even(
+    model: str | Path,
+    *,
+    method: str = DEFAULT_METHOD,
+    seconds: float = 60.0,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> tuple[BreakEven, Key, Path]:
+    """Measure from how many tokens sparse attention pays for the heads of a model, and keep it for this machine.
+
+    Args:
+        model: see `vidaccel.generate`; its weights are not read.
+        method: of sparse attention, as it is by default.
+        seconds: about as long as it may take.
+        device, dtype: see `vidaccel.generate`.
+
+    Returns:
+        What was found, what it is of, and the file that it is kept in.
+
+    Raises:
+        BadInput: a request that cannot be met.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise BadInput("seconds", "it must be above 0", value=seconds)
+    check_method(method, "method")
+    name = str(model)
+    place = choose_device(device, False)
+    chosen = choose_dtype(dtype, place, name)
+    facts = inspect_model(name)
+    if facts.only_dense:
+        raise BadInput("model", facts.only_dense, value=name)
+    check_runs("auto", place, sparse=True)
+    key = Key.here(*facts.row.heads(facts.transformer), place, chosen, method)
+    check_writable("model", key.file)
+    found = find_break_even(timer(key.heads, key.head_dim, place, chosen, method), seconds=seconds)
+    return found, key, store(key, found)
+
+
+def carried_out(plan: Plan, *, progress: bool = True, clock: Clock = time.perf_counter) -> Tuned:
+    """Load the model, measure, choose, and write the page and the preset; see `tune`."""
+    from .page import write_page
+
+    job, folder = plan.job, plan.out
+    journal = journal_of(plan)
+    shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
+    with shown as (tell, expect):
+        pipe = job.pipe or load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
+        made = _searched(plan, pipe, journal, tell, expect, clock)
+    preset_file = folder / PRESET
+    if made.preset is None:
+        preset_file.unlink(missing_ok=True)  # of another budget: it must not pass for an answer to this one
+    else:
+        from ...pipelines.presets import save_preset
+
+        save_preset(made.preset, preset_file)
+    write_page(made, folder / PAGE)
+    return made
+
+
+def bench_of(plan: Plan, pipe: Any, journal: Journal, tell: Done, clock: Clock) -> Bench:
+    """What measures for a plan."""
+    job = plan.job
+    base = None if job.pipe is not None else job.facts.location
+    return Bench(pipe, job.settings, plan.prompts, plan.seeds, journal, plan.out, base=base, tell=tell, clock=clock)
+
+
+def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, clock: Clock) -> Tuned:
+    from ...pipelines.acceleration.families import find_transformers
+
+    job = plan.job
+    bench = bench_of(plan, pipe, journal, tell, clock)
+    parts = find_transformers(pipe)
+    layers = max(len(family.modules(transformer)) for transformer, family in parts.values())
+    dense = bench.dense(layers)
+    dropped = dict(plan.dropped)
+    sparse, refused = sparse_levers(plan.methods, job.layout, job.device, plan.effort, plan.precisions)
+    dropped |= refused
+    ratios = None
+    if "magcache" in plan.caches:
+        try:
+            ratios = bench.ratios()
+        except BadInput as error:
+            dropped["magcache"] = error.problem
+    search = Search(plan.budget, dense, Measures(bench.probe, bench.confirm), plan.most, plan=expect)
+    outcome, chosen, tried = search.run(sparse, cache_levers(plan.caches, plan.effort, ratios))
+    gain = bench.gains(chosen.candidate) if outcome == FOUND else ()
+    why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
+    notes = (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
+    size = job.settings
+    settings = {
+        "model": f"{job.facts.name} ({job.facts.pipeline_class})",
+        "size": f"{size.frames} frames of {size.width}x{size.height}, {job.layout.tokens:,} tokens",
+        "steps": str(size.steps),
+        "budget": str(plan.budget),
+        "videos": f"{len(plan.prompts)} prompts, seeds {', '.join(map(str, plan.seeds[:8]))}",
+        "effort": plan.effort,
+        "dtype": str(job.dtype).removeprefix("torch."),
+    }
+    made = Tuned(
+        outcome,
+        plan.budget,
+        tried,
+        statistics.median(bench.seconds),
+        None,
+        chosen,
+        gain,
+        dropped,
+        settings,
+        environment(job.device),
+        plan.prompts,
+        notes,
+    )
+    return made if outcome != FOUND else _with_preset(made, job)
+
+
+def _with_preset(made: Tuned, job: Job) -> Tuned:
+    own = made.chosen.confirmed
+    measured = {
+        "times_as_fast": round(statistics.median(made.gain), 3),
+        "psnr_to_dense": round(own.mean_psnr, 2) if own.mean_psnr < 1e9 else "identical",
+        "error_a_step": round(own.error, 5),
+        "prompts": len(made.prompts),
+        "size": made.settings["size"],
+        "dtype": made.settings["dtype"],
+        "machine": made.environment.get("GPU", made.environment["CPU"]),
+        "torch": made.environment["torch"],
+    }
+    return replace(made, preset=made.chosen.candidate.preset(**_facts_of(job), measured=measured))
+
+
+def _facts_of(job: Job) -> dict[str, Any]:
+    """What a preset says of the model that it is for."""
+    from ...pipelines.acceleration.families import FAMILIES
+
+    family = next((f.name for f in FAMILIES if job.facts.pipeline_class in f.pipelines), "")
+    names = ("num_layers", "num_attention_heads", "attention_head_dim")
+    transformer = {name: job.facts.transformer[name] for name in names if name in job.facts.transformer}
+    told = {"name": "tuned", "family": family, "transformer": transformer, "num_inference_steps": job.settings.steps}
+    return told | ({} if job.pipe is not None else {"model": job.facts.name})

@@ -1,0 +1,216 @@
+"""The measurements of `tune` on a real pipeline, each written to the journal before the next begins."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..comparison import compare
+from ..presets import refusals
+from ..request import Settings
+from ..run import GenerationError, run, warm_up
+from ..video import write_bytes
+from .journal import Journal
+from .prediction import DenseRun
+from .result import Confirmed
+from .space import Candidate
+from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record
+
+ROWS = 32
+"""Queries of each sparse call that the meter measures."""
+TURNS = 4
+"""Prompts whose videos are made once more, dense and with the chosen preset in turns."""
+Done = Callable[[str, int, int], None]
+"""Told of what is measured: in words, and which of how many videos of it."""
+
+
+class Bench:
+    """A pipeline, the videos that it makes without anything, and how presets are measured against these.
+
+    Args:
+        pipe: loaded, and as it is.
+        settings: checked; of the first prompt.
+        prompts, seeds: of the videos.
+        journal: of what was measured. folder: where the dense videos are kept beside it.
+        base: see `apply`.
+        tell: see `Done`.
+        clock: of all times.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        settings: Settings,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        journal: Journal,
+        folder: Path,
+        *,
+        base: str | None = None,
+        tell: Done = lambda what, number, count: None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.pipe, self.settings, self.journal, self.folder = pipe, settings, journal, folder
+        self.requests = [replace(settings, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
+        self._base, self._tell, self._clock = base, tell, clock
+        self._frames: list[np.ndarray] = []
+        self._trajectory: Trajectory | None = None
+        self._warm = False
+
+    def dense(self, layers: int) -> DenseRun:
+        """The dense video of each prompt, and what the first one's steps took."""
+        times = self.journal.get("dense")
+        files = [self.folder / f"dense.{number}.npz" for number in range(len(self.requests))]
+        if times is None or not all(file.is_file() for file in files):
+            trajectory, frames = self._recorded()
+            seconds = [trajectory.whole]
+            _save(frames, files[0])
+            for number, request in enumerate(self.requests[1:], 1):
+                self._tell("dense", number, len(self.requests))
+                frames, taken, _ = self._video(request)
+                seconds.append(taken)
+                _save(frames, files[number])
+            steps = trajectory.num_steps
+            other = trajectory.whole - sum(trajectory.seconds)
+            times = {"seconds": seconds, "steps": steps, "step": trajectory.step_seconds, "other": other}
+            self.journal.put("dense", times)
+        self._frames = [_load(file) for file in files]
+        self.seconds = tuple(times["seconds"])
+        return DenseRun(times["steps"], layers, times["step"], times["other"])
+
+    def ratios(self) -> list[float]:
+        """MagCache's, of the first prompt."""
+        from ...pipelines.presets import measure_mag_ratios
+
+        found = self.journal.get("mag_ratios")
+        if found is None:
+            self._tell("ratios of MagCache", 0, 1)
+            with refusals():
+                found = measure_mag_ratios(self.pipe, lambda: run(self.pipe, self.requests[0], decode=False))
+            self.journal.put("mag_ratios", found)
+        return found
+
+    def probe(self, candidate: Candidate, *, whole: bool = False) -> Probe | str:
+        """Steps of a candidate; why it cannot be, where the pipeline refuses it.
+
+        Args:
+            candidate: to be measured.
+            whole: in all steps, as one with a cache always is.
+        """
+        return self._kept(f"{'run' if whole else 'step'} {candidate.key}", Probe, lambda: self._probe(candidate, whole))
+
+    def _probe(self, candidate: Candidate, whole: bool) -> Probe:
+        trajectory = self._recorded()[0]
+        self._tell(candidate.label, 0, 1)
+        steps = trajectory.num_steps
+        asked = range(steps) if whole or candidate.cache is not None else probed_steps(steps)
+        options: dict[str, Any] = {"base": self._base, "clock": self._clock}
+        return probe(self.pipe, self.requests[0], trajectory, candidate.preset(), asked, rows=ROWS, **options)
+
+    def confirm(self, candidate: Candidate) -> Confirmed | str:
+        """The video of each prompt with a candidate; why it cannot be, where the pipeline refuses it."""
+        error = self.probe(candidate, whole=True)
+        if isinstance(error, str):
+            return error
+        return self._kept(f"videos {candidate.key}", Confirmed, lambda: self._confirm(candidate, error.error))
+
+    def _confirm(self, candidate: Candidate, error: float) -> Confirmed:
+        from ...pipelines.presets import apply
+
+        seconds, psnr = [], []
+        with apply(self.pipe, candidate.preset(), base=self._base) as applied:
+            warm_up(self.pipe, self.settings, None)
+            applied.reset()
+            for number, request in enumerate(self.requests):
+                self._tell(candidate.label, number, len(self.requests))
+                frames, taken, _ = self._video(request)
+                seconds.append(taken)
+                psnr.append(_psnr(self._frames[number], frames))
+            account = applied.report().last()
+        counts = account.counts()
+        sparse = [] if account.attention is None else [r.density for r in account.attention.records]
+        density = float(np.mean(sparse)) if sparse else 1.0
+        made = (tuple(seconds), self.seconds, tuple(psnr), error)
+        return Confirmed(*made, counts["computed"], counts["forwards"], density)
+
+    def gains(self, candidate: Candidate) -> tuple[float, ...]:
+        """Seconds of dense over those of a candidate, of the first few prompts, the two in turns.
+
+        So what the machine does beside falls on both.
+        """
+        from ...pipelines.presets import apply
+
+        key = f"turns {candidate.key}"
+        found = self.journal.get(key)
+        if found is None:
+            found = []
+            for number, request in enumerate(few := self.requests[:TURNS]):
+                self._tell(f"dense and {candidate.label}, in turns", number, len(few))
+                dense = self._video(request)[1]
+                with apply(self.pipe, candidate.preset(), base=self._base):
+                    if not number:
+                        warm_up(self.pipe, self.settings, None)
+                    found.append(dense / self._video(request)[1])
+            self.journal.put(key, found)
+        return tuple(found)
+
+    def _recorded(self) -> tuple[Trajectory, np.ndarray]:
+        """The dense run of the first prompt, made once in a process."""
+        frames = None
+        if self._trajectory is None:
+            self._tell("dense", 0, len(self.requests))
+            self._warmed()
+            self._trajectory, frames = record(self.pipe, self.requests[0], self._clock)
+        return self._trajectory, frames if frames is not None else self._frames[0]
+
+    def _warmed(self) -> None:
+        if not self._warm:
+            warm_up(self.pipe, self.settings, None)
+            self._warm = True
+
+    def _video(self, request: Settings) -> tuple[np.ndarray, float, Any]:
+        self._warmed()
+        start = self._clock()
+        made = run(self.pipe, request)
+        return as_bytes(made.frames), self._clock() - start, made
+
+    def _kept(self, key: str, kind: Any, measure: Callable[[], Any]) -> Any:
+        """From the journal, or measured and written there; a refusal, NaN or too little memory is a text."""
+        import torch
+
+        from ...pipelines.presets import PresetError
+
+        known = self.journal.get(key)
+        if known is not None:
+            return known["refused"] if "refused" in known else kind.from_dict(known)
+        try:
+            made = measure()
+        except (PresetError, GenerationError, torch.OutOfMemoryError) as error:
+            why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            self.journal.put(key, {"refused": why})
+            return why
+        self.journal.put(key, made.to_dict())
+        return made
+
+
+def _psnr(reference: np.ndarray, other: np.ndarray) -> float:
+    value = compare(reference, other).mean_psnr
+    return value if not math.isnan(value) else 0.0
+
+
+def _save(frames: np.ndarray, file: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, frames=frames)
+    write_bytes(buffer.getvalue(), file)
+
+
+def _load(file: Path) -> np.ndarray:
+    with np.load(file) as content:
+        return content["frames"]

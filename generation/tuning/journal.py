@@ -1,0 +1,85 @@
+"""What was measured so far, on disk: an interrupted `tune` goes on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+
+VERSION = 1
+FILE = "journal.jsonl"
+
+
+class Journal:
+    """A file of measurements, one a line, each written before the next begins. The budget is in none of them, so that
+    another budget goes on with the same.
+
+    Args:
+        folder: that it is in; made where it is not there.
+        identity: what the measurements are of, name -> value: a journal of something else is refused.
+
+    Raises:
+        BadInput: a journal of something else, with the differences; or one that cannot be read.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.file = folder / FILE
+        self._known: dict[str, Any] = {}
+        head = {"version": VERSION, **json.loads(json.dumps(identity))}
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.file.is_file() or not self._read(head):
+            self._append({"head": head}, "w")
+
+    def _read(self, head: dict[str, Any]) -> bool:
+        """Take what is there; whether there was anything."""
+        try:
+            text = self.file.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]  # a line that was being written when the process ended is not there
+            lines = [json.loads(line) for line in whole.splitlines()]
+            found = lines[0]["head"] if lines else None
+            self._known = {line["key"]: line["value"] for line in lines[1:]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"its {FILE} cannot be read ({error})"
+            raise BadInput("out", problem, "Give another folder, or remove it.", value=self.file.parent) from error
+        if found is None:
+            return False
+        names = [name for name in {**head, **found} if head.get(name) != found.get(name)]
+        if names:
+            told = "; ".join(f"{name} was {_short(found.get(name))} and is {_short(head.get(name))}" for name in names)
+            raise BadInput(
+                "out",
+                f"it holds measurements of something else: {told}",
+                "Give another folder, or the same settings.",
+                value=self.file.parent,
+            )
+        if len(whole) < len(text):
+            with self.file.open("rb+") as file:
+                file.truncate(len(whole))
+        return True
+
+    def get(self, key: str) -> Any:
+        """A measurement, None where there is none."""
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Write a measurement."""
+        self._append({"key": key, "value": value}, "a")
+        self._known[key] = value
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _append(self, line: dict[str, Any], mode: str) -> None:
+        with self.file.open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,176 @@
+"""What is asked of `tune`, checked whole before weights are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..comparison import MIN_COMPARED
+from ..errors import BadInput, mention
+from ..job import Job, Sparse, prepare
+from ..machine import environment
+from ..outputs import check_writable
+from ..request import Settings
+from .budget import Budget
+from .journal import Journal
+from .space import CACHES, EFFORTS, LEVERS
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PRESET = "preset.yaml"
+PAGE = "tune.html"
+"""Files in the folder, beside the journal."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A request that was checked whole.
+
+    Args:
+        job: the dense video of the first prompt.
+        budget: to keep within.
+        prompts, seeds: of the videos.
+        methods, caches: names of what is tried.
+        precisions: of the product of queries and keys.
+        effort: of `EFFORTS`.
+        most: candidates of which whole videos are made.
+        dropped: lever -> why it is not tried.
+        out: folder of the journal, the page and the preset.
+    """
+
+    job: Job
+    budget: Budget
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    caches: tuple[str, ...]
+    precisions: tuple[str, ...]
+    effort: str
+    most: int
+    dropped: Mapping[str, str]
+    out: Path
+
+
+def planned(
+    model: str | Path | DiffusionPipeline,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    *,
+    out: str | Path,
+    budget: Budget,
+    levers: Sequence[str],
+    methods: Sequence[str],
+    caches: Sequence[str],
+    effort: str,
+    confirm: int,
+    settings: Mapping[str, Any],
+    placing: Mapping[str, Any],
+) -> Plan:
+    """Check a request, before weights are read; see `tune`."""
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not texts:
+        raise BadInput("prompts", "there are none", "Give at least one.")
+    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
+    if len(numbers) != len(texts):
+        raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    for field, names, known in (("levers", levers, LEVERS), ("caches", caches, CACHES), ("effort", [effort], EFFORTS)):
+        for name in [names] if isinstance(names, str) else names:
+            if name not in known:
+                raise BadInput(field, f"there is none of that name; there are {', '.join(known)}", value=name)
+    if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 1:
+        raise BadInput("confirm", "it must be a whole number of at least 1", value=confirm)
+    wanted = Settings(texts[0], **settings)
+    folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput("out", "it is a file", "Give a folder; it is made where it is not there.", value=folder)
+    check_writable("out", folder / PAGE)
+    for method in methods:
+        check_method(method)
+    job = prepare(str(model) if isinstance(model, Path) else model, wanted, Sparse(methods=("dense",)), **placing)
+    size = job.settings
+    if min(size.height, size.width) < MIN_COMPARED:
+        side = "height" if size.height < size.width else "width"
+        bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
+        raise BadInput(side, bound, "Give a larger video.", value=getattr(size, side))
+    if size.steps < 2:
+        raise BadInput("steps", "a run of one step has nothing to tune", "Give more.", value=size.steps)
+    chosen, dropped = _available(job, levers, methods, caches)
+    if not (chosen["methods"] or chosen["caches"]):
+        why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
+        raise BadInput(
+            "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
+        )
+    return Plan(job, budget, texts, numbers, **chosen, effort=effort, most=confirm, dropped=dropped, out=folder)
+
+
+def check_method(name: str, field: str = "methods") -> None:
+    """Raise BadInput for a method that cannot be measured without training."""
+    from ...attention import METHODS as KNOWN
+
+    known = [each for each in KNOWN if each not in ("sla", "random")]
+    if name not in known:
+        problem = f"it is none of the methods that can be tuned without training: {', '.join(known)}"
+        raise BadInput(field, problem, value=name)
+
+
+def _available(
+    job: Job, levers: Sequence[str], methods: Sequence[str], caches: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """What of a request can be tried here; and the rest, with why."""
+    from ...attention.backends import refusal
+    from ...pipelines.presets import Cache, Preset, PresetError
+    from ...pipelines.presets.packages import check_packages
+
+    dropped: dict[str, str] = {}
+    own_methods, own_caches, precisions = tuple(methods), [], ()
+    if "sparse" not in levers:
+        own_methods = ()
+    elif reason := job.facts.only_dense or refusal("auto", job.device):
+        own_methods, dropped["sparse"] = (), reason
+    for name in caches if "cache" in levers else ():
+        settings = {"mag_ratios": [1.0]} if name == "magcache" else {}
+        try:
+            check_packages(Preset(cache=Cache(name, settings=settings)))
+            own_caches.append(name)
+        except PresetError as error:
+            dropped[name] = f"{error.problem}. {error.fix}".rstrip()
+    if "precision" in levers and own_methods:
+        if job.device.type == "cuda" and refusal("triton", job.device) is None:
+            precisions = ("int8",)
+        else:
+            dropped["precision"] = f"no kernel computes attention in 8 bits on {job.device.type}"
+    return {"methods": own_methods, "caches": tuple(own_caches), "precisions": precisions}, dropped
+
+
+def journal_of(plan: Plan) -> Journal:
+    """The journal in a plan's folder; BadInput for one of something else."""
+    return Journal(plan.out, _identity(plan))
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What measurements are of: those of something else are not to be mixed with them."""
+    import torch
+
+    job, size = plan.job, plan.job.settings
+    told = environment(job.device)
+    return {
+        "model": job.facts.name,
+        "pipeline": job.facts.pipeline_class,
+        "transformer": hashlib.sha256(repr(sorted(job.facts.transformer.items())).encode()).hexdigest()[:16],
+        "size": [size.frames, size.height, size.width],
+        "steps": size.steps,
+        "guidance_scale": size.guidance_scale,
+        "negative_prompt": size.negative_prompt,
+        "prompts": list(plan.prompts),
+        "seeds": list(plan.seeds),
+        "dtype": str(job.dtype),
+        "offload": job.offload,
+        "tiling": job.tiling,
+        "device": told.get("GPU", told["CPU"]),
+        "torch": torch.__version__,
+        "vidaccel": told["vidaccel"],
+    }

@@ -1,0 +1,131 @@
+"""What a candidate will take and cost, from steps that were measured: no video is made for it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...attention.schedule import StepInfo
+from .space import Candidate
+from .trajectory import Probe
+
+_FIRST_GUESS = 8.0
+"""PSNR of a relative error of 1, in dB, before any video was measured."""
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """What of the dense run predictions are made from.
+
+    Args:
+        steps: of a run. layers: of the transformer.
+        step_seconds: in the transformers.
+        other_seconds: of a video, outside of them.
+    """
+
+    steps: int
+    layers: int
+    step_seconds: float
+    other_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a video."""
+        return self.other_seconds + self.steps * self.step_seconds
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of a video.
+
+    Args:
+        seconds: of the whole call of the pipeline.
+        error: root mean square over the steps, see `Probe.error`.
+    """
+
+    seconds: float
+    error: float
+
+
+def predict(candidate: Candidate, dense: DenseRun, sparse: Probe | None, cache: Probe | None) -> Prediction:
+    """Seconds and error of a candidate.
+
+    Args:
+        candidate: to be told of.
+        dense: the run without it.
+        sparse: of its method, in all steps and layers; None where it has none.
+        cache: of its cache alone, in all steps; None where it has none.
+    """
+    steps, layers = dense.steps, dense.layers
+    errors, sparse_seconds = np.zeros(steps), dense.step_seconds
+    kept = np.zeros(steps, dtype=bool)
+    if sparse is not None:
+        schedule = candidate.schedule or candidate.sparse.method.schedule
+        kept = np.array([bool(schedule.step_reason(StepInfo(0, step, steps))) for step in range(steps)])
+        first = schedule.first_layers
+        own = min(layers, first if isinstance(first, int) else math.ceil(first * layers))
+        errors = np.interp(range(steps), list(sparse.errors), list(sparse.errors.values()))
+        errors = np.where(kept, 0.0, errors * _left_after(sparse, own, layers))
+        sparse_seconds = (own * dense.step_seconds + (layers - own) * sparse.step_seconds) / layers
+    seconds = np.where(kept, dense.step_seconds, sparse_seconds)
+    if cache is not None:
+        share = np.array([cache.computed.get(step, 1.0) for step in range(steps)])
+        skipped = [cache.seconds[step] for step in cache.seconds if not cache.computed[step]]
+        share = np.where(kept, 1.0, share)
+        seconds = share * seconds + (1 - share) * (statistics.median(skipped) if skipped else 0.0)
+        of_cache = np.array([cache.errors.get(step, 0.0) for step in range(steps)])
+        errors = np.sqrt(share * errors**2 + np.where(kept, 0.0, of_cache) ** 2)
+    return Prediction(dense.other_seconds + float(seconds.sum()), float(np.sqrt(np.mean(errors**2))))
+
+
+def _left_after(probe: Probe, first: int, layers: int) -> float:
+    """Share of an error that is left where the first layers are dense, by what the meter found in each."""
+    if not first:
+        return 1.0
+    if len(probe.attention) != layers:
+        return math.sqrt(1 - first / layers)
+    each = np.array([statistics.fmean([e for e in row if e is not None] or [0.0]) for row in probe.attention]) ** 2
+    return float(np.sqrt(each[first:].sum() / each.sum())) if each.sum() else 1.0
+
+
+@dataclass
+class Calibration:
+    """What whole videos taught about predictions: PSNR by error, and seconds.
+
+    Errors of one kind (a method, a cache) become the same loss of PSNR; those of another need not.
+    """
+
+    _psnr: dict[str, list[float]] = field(default_factory=dict)
+    _seconds: list[float] = field(default_factory=list)
+
+    def learn(self, kind: str, predicted: Prediction, seconds: float, psnr: float) -> None:
+        """Hold a video against its prediction."""
+        if math.isfinite(psnr) and predicted.error > 0:
+            self._psnr.setdefault(kind, []).append(psnr + 20 * math.log10(predicted.error))
+        self._seconds.append(seconds / predicted.seconds)
+
+    def psnr(self, kind: str, error: float) -> float:
+        """Expected of an error, in dB; infinite for none."""
+        if error <= 0:
+            return math.inf
+        known: Sequence[float] = self._psnr.get(kind) or [v for each in self._psnr.values() for v in each]
+        return (statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(error)
+
+    def seconds(self, predicted: float) -> float:
+        """Expected of a video."""
+        return predicted * (statistics.median(self._seconds) if self._seconds else 1.0)
+
+
+def front(points: Mapping[str, Prediction]) -> set[str]:
+    """The names of those than which none is both as fast and as near, and in one of the two better."""
+    ordered = sorted(points, key=lambda name: (points[name].seconds, points[name].error))
+    found, least = set(), math.inf
+    for name in ordered:
+        if points[name].error < least:
+            found.add(name)
+            least = points[name].error
+    return found

@@ -1,0 +1,201 @@
+"""What `tune` tries: the levers one by one, and how they are put together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput
+from ..machine import check_stand_ins
+from ..methods import build_method
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...attention.layout import VideoLayout
+    from ...attention.methods.base import Method
+    from ...attention.schedule import DenseSchedule
+    from ...pipelines.presets import Cache, Preset
+
+LEVERS = ("sparse", "cache", "precision")
+METHODS = ("tangent", "svg2", "sparge", "radial")
+"""Tried where none is named: those that need no training and stood for themselves in the fidelity tables."""
+EFFORTS = ("quick", "normal", "thorough")
+_DENSITIES = {"quick": (0.2, 0.4), "normal": (0.1, 0.2, 0.3, 0.45), "thorough": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)}
+_TOLERANCES = {"quick": (), "normal": (0.05,), "thorough": (0.02, 0.05, 0.1)}
+THRESHOLDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "first_block": {
+        "quick": (0.05, 0.1, 0.2),
+        "normal": (0.03, 0.05, 0.08, 0.12, 0.2, 0.3),
+        "thorough": (0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4),
+    },
+    "magcache": {
+        "quick": (0.06, 0.2),
+        "normal": (0.03, 0.06, 0.12, 0.24),
+        "thorough": (0.02, 0.03, 0.045, 0.06, 0.09, 0.12, 0.18, 0.24, 0.36),
+    },
+    "seacache": {
+        "quick": (0.15, 0.3),
+        "normal": (0.1, 0.15, 0.25, 0.4),
+        "thorough": (0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55),
+    },
+    "cache_dit": {"quick": (0.08,), "normal": (0.05, 0.08, 0.16), "thorough": (0.03, 0.05, 0.08, 0.12, 0.18, 0.25)},
+}
+"""Cache -> effort -> thresholds, the lowest first."""
+_VARIANTS: Mapping[str, tuple[dict[str, Any], ...]] = {
+    "magcache": ({}, {"retention_ratio": 0.1, "max_skip_steps": 2}),
+    "seacache": ({}, {"max_consecutive_cached": 4}),
+    "cache_dit": ({"Fn_compute_blocks": 1},),
+}
+"""Cache -> settings beside its threshold; from the effort "normal" on, all of them."""
+CACHES = tuple(THRESHOLDS)
+
+
+@dataclass(frozen=True)
+class SparseLever:
+    """Sparse attention in all steps and layers.
+
+    Args:
+        method: with a schedule that keeps nothing dense.
+        precision: of the products, see `Preset`.
+    """
+
+    method: Method
+    precision: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What users see."""
+        amount = {name: getattr(self.method, name, None) for name in ("density", "tolerance", "topk", "decay")}
+        told = [f"{name} {value:.3g}" for name, value in amount.items() if isinstance(value, int | float)]
+        return " ".join([self.method.name, *told, *(f"{name} {kind}" for name, kind in self.precision)])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make the model faster.
+
+    Args:
+        sparse: of attention; None for dense.
+        schedule: the steps and layers that stay dense.
+        cache: over steps.
+    """
+
+    sparse: SparseLever | None = None
+    schedule: DenseSchedule | None = None
+    cache: Cache | None = None
+
+    @property
+    def label(self) -> str:
+        """What users see, in one line."""
+        told = []
+        if self.sparse is not None:
+            told.append(self.sparse.label)
+            names = {"first_steps": "first steps", "last_steps": "last steps", "first_layers": "first layers"}
+            kept = [f"{n} {text}" for field, text in names.items() if (n := getattr(self.schedule, field, 0))]
+            told += [f"dense: {', '.join(kept)}"] if kept else []
+        if self.cache is not None:
+            own = [f"{name} {value:g}" for name, value in self.cache.settings.items() if name != "mag_ratios"]
+            told.append(" ".join([f"{self.cache.name} {self.cache.limit:g}", *own]))
+        return "; ".join(told) or "dense"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one lever, in all steps and layers: such are measured, combinations are predicted."""
+        from ...attention.schedule import DenseSchedule
+
+        return not (self.sparse and self.cache) and self.schedule in (None, DenseSchedule())
+
+    @property
+    def kind(self) -> str:
+        """What its errors are of: a method, a cache, or both."""
+        sparse = "" if self.sparse is None else self.sparse.method.name
+        return "+".join(filter(None, (sparse, "" if self.cache is None else self.cache.name)))
+
+    def preset(self, **facts: Any) -> Preset:
+        """It as a preset; `facts` are further fields of that."""
+        from ...pipelines.presets import Preset
+
+        method = None
+        if self.sparse is not None:
+            method = self.sparse.method
+            method = method if self.schedule is None else replace(method, schedule=self.schedule)
+            facts["precision"] = dict(self.sparse.precision)
+        return Preset(**{"name": "candidate", **facts}, method=method, cache=self.cache)
+
+    @property
+    def key(self) -> str:
+        """The same for the same candidate, in every process."""
+        stated = self.preset().to_dict()
+        return json.dumps({k: stated[k] for k in ("attention", "cache") if k in stated}, sort_keys=True)
+
+
+def sparse_levers(
+    names: Sequence[str], layout: VideoLayout, device: torch.device, effort: str, precisions: Sequence[str] = ()
+) -> tuple[list[SparseLever], dict[str, str]]:
+    """The methods at their densities and tolerances, the fewest pairs first; and what cannot be, with why.
+
+    Args:
+        names: of methods.
+        layout: of the video.
+        device: where it runs.
+        effort: of `EFFORTS`.
+        precisions: of the product of queries and keys, besides that of its inputs.
+    """
+    from ...attention.schedule import DenseSchedule
+
+    made: list[SparseLever] = []
+    refused: dict[str, str] = {}
+    for name in names:
+        asked: list[dict[str, Any]] = [{"density": density} for density in _DENSITIES[effort]]
+        if name == "tangent":
+            asked += [{"overrides": {"tolerance": tolerance}} for tolerance in _TOLERANCES[effort]]
+        for each in asked:
+            try:
+                method = build_method(name, layout, **each)
+                check_stand_ins("auto", device, method)
+            except BadInput as error:
+                amount = each.get("density") or each["overrides"]["tolerance"]
+                refused[f"{name} {amount:g}"] = error.problem
+                continue
+            method = replace(method, schedule=DenseSchedule())
+            for precision in ((), *((("qk", kind),) for kind in precisions)):
+                if (lever := SparseLever(method, precision)) not in made:  # two densities may be one set of blocks
+                    made.append(lever)
+    return made, refused
+
+
+def cache_levers(names: Sequence[str], effort: str, ratios: Sequence[float] | None = None) -> list[Cache]:
+    """The caches at their thresholds, the lowest first.
+
+    Args:
+        names: of `CACHES`.
+        effort: of `EFFORTS`.
+        ratios: of the model, which MagCache needs; it is left out without.
+    """
+    from ...pipelines.presets import Cache
+
+    made = []
+    for name in names:
+        if name == "magcache" and not ratios:
+            continue
+        own = {"mag_ratios": list(ratios)} if name == "magcache" else {}
+        variants = _VARIANTS.get(name, ({},))
+        for variant in variants[:1] if effort == "quick" else variants:
+            made += [Cache(name, limit, {**variant, **own}) for limit in THRESHOLDS[name][effort]]
+    return made
+
+
+def schedules(steps: int, layers: int) -> list[DenseSchedule]:
+    """The steps and layers that may stay dense, from nothing to 30 % of the steps."""
+    from ...attention.schedule import DenseSchedule
+
+    firsts = dict.fromkeys(round(share * steps) for share in (0, 0.1, 0.2, 0.3))
+    lasts = (0, 1) if steps > 4 else (0,)
+    kept_layers = (0, 1) if layers > 2 else (0,)
+    found = [
+        DenseSchedule(first_steps=a, last_steps=b, first_layers=c) for a in firsts for b in lasts for c in kept_layers
+    ]
+    return [each for each in found if not each.warning(steps, layers)]

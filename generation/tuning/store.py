@@ -1,0 +1,138 @@
+"""Break-evens of this machine, in the cache folder: measured once, used by everything that chooses by length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import methods
+from ..machine import device_name
+from .break_even import BreakEven
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model_facts import ModelFacts
+
+logger = logging.getLogger(__name__)
+COMMAND = "vidaccel break-even"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a break-even is of; with another value of any of these, it is measured anew.
+
+    Args:
+        machine: name of the GPU, or of the CPU with its threads.
+        device: its type. dtype: of q, k and v.
+        heads, head_dim: of self-attention.
+        torch, vidaccel: versions.
+        method: that was held against dense.
+    """
+
+    machine: str
+    device: str
+    dtype: str
+    heads: int
+    head_dim: int
+    torch: str
+    vidaccel: str
+    method: str = methods.DEFAULT_METHOD
+
+    @classmethod
+    def here(
+        cls, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, method: str = methods.DEFAULT_METHOD
+    ) -> Key:
+        """Of this machine."""
+        import torch
+
+        from ... import __version__
+
+        name = str(dtype).removeprefix("torch.")
+        versions = (torch.__version__, __version__)
+        return cls(
+            f"{device_name(device)} ({platform.machine()})", device.type, name, heads, head_dim, *versions, method
+        )
+
+    @property
+    def file(self) -> Path:
+        """Where it is kept."""
+        digest = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:16]
+        return folder() / f"{digest}.json"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """From how many tokens a video is made sparse without being asked.
+
+    Args:
+        tokens: the least number.
+        why: it is that, in a sentence.
+        measured: on this machine.
+    """
+
+    tokens: int
+    why: str
+    measured: bool = False
+
+
+def folder() -> Path:
+    """The folder of break-evens: where the hub's library keeps what other libraries cache (`HF_ASSETS_CACHE`)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE) / "vidaccel" / "break_even"
+
+
+def stored(key: Key) -> BreakEven | None:
+    """What was measured; None where nothing was, or where its file cannot be read, which is logged."""
+    try:
+        content = json.loads(key.file.read_text(encoding="utf-8"))
+        if content["key"] != vars(key):
+            raise ValueError("it is of another machine")
+        return BreakEven.from_dict(content["break_even"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("The break-even in %s cannot be read (%s): `%s` measures it anew.", key.file, error, COMMAND)
+        return None
+
+
+def store(key: Key, found: BreakEven) -> Path:
+    """Keep what was measured, in place of what was there."""
+    from ..video import write_bytes
+
+    content: dict[str, Any] = {"key": vars(key), "break_even": found.to_dict()}
+    key.file.parent.mkdir(parents=True, exist_ok=True)
+    return write_bytes(json.dumps(content, indent=1).encode() + b"\n", key.file)
+
+
+def limit(key: Key, model: str = "") -> Limit:
+    """From how many tokens sparse attention is the choice: what was measured, otherwise the fixed default.
+
+    Args:
+        key: of the machine and the heads.
+        model: that the command would measure for; "" where it has no name.
+    """
+    found, usual = stored(key), methods.MIN_SPARSE_TOKENS
+    if found is None:
+        command = f"{COMMAND} --model {model}" if model else COMMAND
+        return Limit(usual, f"{usual:,} tokens are a fixed default: `{command}` measures it on this machine.")
+    if found.tokens is None:
+        least = max(usual, found.dense_until + 1)
+        return Limit(
+            least, f"Up to {found.dense_until:,} tokens, dense was measured to be faster on this machine.", True
+        )
+    why = f"On this machine, sparse attention was measured to pay from {found.tokens:,} tokens."
+    return Limit(found.tokens, why, True)
+
+
+def limit_of(
+    facts: ModelFacts, device: torch.device, dtype: torch.dtype, method: str = methods.DEFAULT_METHOD
+) -> Limit:
+    """`limit` for a model on a device."""
+    return limit(Key.here(*facts.row.heads(facts.transformer), device, dtype, method), facts.name)

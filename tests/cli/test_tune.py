@@ -1,0 +1,54 @@
+"""`vidaccel tune` and `vidaccel break-even`: what a terminal shows, and exit codes."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import constants
+
+from vidaccel.generation.tuning import space
+
+SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 4)
+PROMPT = "a red circle moves left on a grey background"
+CACHE_ALONE = ("--lever", "cache", "--cache", "first_block", "--effort", "quick", "--confirm", 1)
+
+
+def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (1e3,))
+    result = vidaccel("tune", PROMPT, "--min-psnr", 99, "--out", tmp_path / "t", *CACHE_ALONE, *SMALL)
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert "Nothing that was tried is within PSNR at least 99 dB, so no preset was written." in result.stdout
+    assert "The nearest is first_block" in result.stdout and "below 99" in result.stdout
+    assert (tmp_path / "t" / "tune.html").is_file() and not (tmp_path / "t" / "preset.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "Error: --min-psnr is needed, or another bound. Give --max-error, --min-psnr or --max-time-ratio."),
+        (("--max-error", 2), "Error: --max-error is 2.0: it must be above 0 and at most 1 (0.05 is 5 %)."),
+        (("--min-psnr", 30, "--threads", 0), "Error: --threads is 0: it must be at least 1."),
+        (("--min-psnr", 30, "--lever", "luck"), "Error: --lever is luck: there is none of that name;"),
+        (("--min-psnr", 30, "--model", "demo-nothing"), "Error: --model is demo-nothing:"),
+    ],
+)
+def test_bad_input(vidaccel, tmp_path, options, said):
+    result = vidaccel("tune", PROMPT, "--out", tmp_path / "t", *SMALL, *options)
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.output
+    assert not (tmp_path / "t").exists()
+
+
+def test_break_even_is_measured_and_kept(vidaccel, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "vidaccel.generation.tuning.api.timer", lambda *_: lambda tokens: (tokens / 1e6, 1e-3 + tokens / 1e7)
+    )
+    result = vidaccel("break-even", "--device", "cpu")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "3 heads of 64, float32" in result.stdout and "Sparse attention pays from" in result.stdout
+    (file,) = (tmp_path / "vidaccel" / "break_even").iterdir()
+    assert f"Kept in {file}." in result.stdout
+    for wrong in (("--method", "sla"), ("--seconds", 0)):
+        result = vidaccel("break-even", *wrong)
+        assert result.exit_code == 2 and wrong[0] in result.stderr

@@ -1,0 +1,225 @@
+"""What `tune` chooses, on a machine whose every number is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vidaccel import Radial, Tangent, VideoLayout
+from vidaccel.attention.schedule import DenseSchedule
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.tuning.budget import Budget
+from vidaccel.generation.tuning.prediction import Calibration, DenseRun, Prediction, front, predict
+from vidaccel.generation.tuning.result import FOUND, NO_GAIN, NOTHING, Confirmed
+from vidaccel.generation.tuning.search import Measures, Search
+from vidaccel.generation.tuning.space import Candidate, SparseLever, cache_levers, schedules, sparse_levers
+from vidaccel.generation.tuning.trajectory import Probe, probed_steps
+from vidaccel.pipelines.presets import Cache
+
+STEPS = 10
+DENSE = DenseRun(STEPS, layers=4, step_seconds=1.0, other_seconds=2.0)
+
+
+class Machine:
+    """A machine where a sparse step takes `base + density` seconds, and a cache skips more the higher its threshold.
+
+    A step of a method is off by `0.1 * (1 - density)`. PSNR follows the error of a run: `offset - 20 log10(error)`.
+    """
+
+    def __init__(self, base: float = 0.3, offset: float = 10.0) -> None:
+        self.base, self.offset, self.probed, self.confirmed = base, offset, [], []
+
+    def probe(self, candidate: Candidate) -> Probe:
+        self.probed.append(candidate.label)
+        if candidate.sparse is not None:
+            density = candidate.sparse.method.density
+            steps = probed_steps(STEPS)
+            error = dict.fromkeys(steps, 0.1 * (1 - density))
+            return Probe(error, dict.fromkeys(steps, self.base + density), dict.fromkeys(steps, 1.0))
+        skipped = min(8, round(20 * candidate.cache.limit))
+        computed = {step: float(not 1 <= step <= skipped) for step in range(STEPS)}
+        return Probe(
+            {step: 0.0 if computed[step] else candidate.cache.limit for step in range(STEPS)},
+            {step: computed[step] for step in range(STEPS)},
+            computed,
+        )
+
+    def confirm(self, candidate: Candidate) -> Confirmed:
+        self.confirmed.append(candidate.label)
+        probes = [
+            self.probe(Candidate(sparse=candidate.sparse)) if candidate.sparse else None,
+            self.probe(Candidate(cache=candidate.cache)) if candidate.cache else None,
+        ]
+        true = predict(candidate, DENSE, *probes)
+        psnr = math.inf if true.error == 0 else self.offset - 20 * math.log10(true.error)
+        return Confirmed((true.seconds,) * 2, (DENSE.seconds,) * 2, (psnr,) * 2, true.error, 1, 1)
+
+    def search(self, budget: Budget, sparse=(), caches=(), most: int = 6):
+        found = Search(budget, DENSE, Measures(self.probe, self.confirm), most).run(sparse, caches)
+        outcome, chosen, tried = found
+        return outcome, chosen, {each.candidate.label: each for each in tried}
+
+
+def levers(*densities: float) -> list[SparseLever]:
+    return [SparseLever(Tangent(density=density, schedule=DenseSchedule())) for density in densities]
+
+
+def caches(*limits: float) -> list[Cache]:
+    return [Cache("first_block", limit) for limit in limits]
+
+
+def test_the_fastest_within_a_quality():
+    machine = Machine()
+    outcome, chosen, tried = machine.search(Budget(max_error=0.05), levers(0.2, 0.4, 0.6), caches(0.02, 0.05, 0.1))
+    assert outcome == FOUND and chosen.confirmed.error <= 0.05 and not chosen.why
+    # Nothing within the budget that was predicted is faster, in this world where predictions are true.
+    others = [t for t in tried.values() if t.predicted is not None and t.predicted.error <= 0.05]
+    assert chosen.predicted.seconds == min(t.predicted.seconds for t in others)
+    assert len(machine.confirmed) < 6 and len(others) > 1 and all(t.why for t in others if t is not chosen)
+
+
+def test_videos_correct_what_errors_are_expected_to_mean():
+    """The first guess is far off: where errors cost 14 dB more than guessed, the search comes back into the budget."""
+    machine = Machine(offset=-6.0)
+    outcome, chosen, tried = machine.search(Budget(min_psnr=30), caches=caches(*(0.002 * i for i in range(1, 60))))
+    assert outcome == FOUND and chosen.confirmed.mean_psnr >= 30
+    assert any("PSNR" in t.why for t in tried.values() if t.confirmed is not None)
+
+
+def test_the_nearest_within_a_time():
+    machine = Machine()
+    outcome, chosen, tried = machine.search(Budget(max_time_ratio=0.8), levers(0.2, 0.4), caches(0.05, 0.1, 0.2))
+    assert outcome == FOUND and chosen.confirmed.ratio <= 0.8
+    within = [t for t in tried.values() if t.confirmed is not None and t.confirmed.ratio <= 0.8]
+    assert chosen.confirmed.mean_psnr == max(t.confirmed.mean_psnr for t in within)
+
+
+def test_a_method_that_is_slower_at_its_lowest_density_is_not_tried_further():
+    machine = Machine(base=1.5)
+    outcome, chosen, tried = machine.search(Budget(min_psnr=20), levers(0.2, 0.4, 0.6))
+    assert (outcome, chosen) == (NO_GAIN, None) and machine.probed == ["tangent density 0.2"] and not machine.confirmed
+    assert tried["tangent density 0.2"].why == "no gain: a step takes 1.70 s, a dense one 1.00 s"
+    assert tried["tangent density 0.6"].why == "not measured: tangent density 0.2 is no faster than dense"
+
+
+def test_nothing_within_the_budget_shows_the_nearest():
+    machine = Machine()
+    outcome, chosen, _ = machine.search(Budget(min_psnr=90), caches=caches(0.05, 0.1, 0.2), most=2)
+    assert outcome == NOTHING and chosen.candidate.cache.limit == 0.05
+    assert chosen.why.startswith("PSNR ") and "below 90" in chosen.why and len(machine.confirmed) == 2
+    # A time that nothing reaches, where all is slower than dense.
+    assert Machine(base=2.0).search(Budget(max_time_ratio=0.5), levers(0.2))[0] == NOTHING
+
+
+def test_what_cannot_be_is_dropped_with_why():
+    machine = Machine()
+    machine.probe = lambda candidate: "the model refuses it"
+    outcome, _, tried = machine.search(Budget(min_psnr=30), levers(0.2), caches(0.05))
+    assert outcome == NO_GAIN and {t.why for t in tried.values()} == {"the model refuses it"}
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_is_the_sum_of_its_steps():
+    probe = Probe(
+        {0: 0.1, 9: 0.3}, {0: 5.0, 9: 0.5}, {0: 1.0, 9: 1.0}, ((0.4, 0.4), (0.3, 0.3), (0.0, 0.0), (0.0, 0.0))
+    )
+    lever = levers(0.2)[0]
+    all_sparse = predict(Candidate(lever, DenseSchedule()), DENSE, probe, None)
+    assert all_sparse.seconds == pytest.approx(2 + 10 * 0.5)  # the first step, which made ready, is not counted
+    errors = [0.1 + 0.2 * step / 9 for step in range(10)]
+    assert all_sparse.error == pytest.approx(math.sqrt(sum(e * e for e in errors) / 10))
+    kept = predict(Candidate(lever, DenseSchedule(first_steps=2, last_steps=1)), DENSE, probe, None)
+    assert kept.seconds == pytest.approx(2 + 3 + 7 * 0.5)
+    assert kept.error == pytest.approx(math.sqrt(sum(e * e for e in errors[2:-1]) / 10))
+    # The meter saw 0.5 in all layers and 0.3 without the first.
+    layer = predict(Candidate(lever, DenseSchedule(first_layers=1)), DENSE, probe, None)
+    assert layer.error == pytest.approx(all_sparse.error * 0.6)
+    assert layer.seconds == pytest.approx(2 + 10 * (0.25 + 0.75 * 0.5))
+
+
+def test_a_cache_and_a_method_share_the_steps():
+    cache = Probe(dict.fromkeys(range(10), 0.0) | {4: 0.2, 5: 0.2}, dict.fromkeys(range(10), 1.0) | {4: 0.1, 5: 0.1},
+                  dict.fromkeys(range(10), 1.0) | {4: 0.0, 5: 0.0})  # fmt: skip
+    probe = Probe(dict.fromkeys(range(10), 0.1), dict.fromkeys(range(10), 0.5), dict.fromkeys(range(10), 1.0))
+    candidate = Candidate(levers(0.2)[0], DenseSchedule(first_steps=5), Cache("first_block"))
+    both = predict(candidate, DENSE, probe, cache)
+    # Steps 0 to 4 stay dense, and a step that is kept is not skipped; 5 is skipped, 6 to 9 are sparse.
+    assert both.seconds == pytest.approx(2 + 5 * 1.0 + 0.1 + 4 * 0.5)
+    assert both.error == pytest.approx(math.sqrt((0.2**2 + 4 * 0.1**2) / 10))
+
+
+def test_calibration_learns_by_kind():
+    taught = Calibration()
+    taught.learn("svg2", Prediction(10.0, 0.1), 12.0, 30.0)
+    assert taught.psnr("svg2", 0.01) == pytest.approx(50.0) and taught.seconds(5.0) == pytest.approx(6.0)
+    taught.learn("first_block", Prediction(10.0, 0.1), 12.0, 20.0)
+    assert taught.psnr("first_block", 0.1) == pytest.approx(20.0) and taught.psnr("svg2", 0.1) == pytest.approx(30.0)
+    assert taught.psnr("svg2", 0.0) == math.inf
+
+
+def test_the_front():
+    points = {"a": Prediction(1, 0.3), "b": Prediction(2, 0.2), "c": Prediction(2.5, 0.25), "d": Prediction(1, 0.4)}
+    assert front(points) == {"a", "b"}
+
+
+# -- the space ---------------------------------------------------------------------------------------------------------
+
+
+def test_levers_that_a_size_does_not_allow_are_told():
+    import torch
+
+    made, refused = sparse_levers(("radial", "svg2"), VideoLayout(3, 4, 4), torch.device("cpu"), "quick")
+    assert {lever.method.name for lever in made} == {"svg2"} and all(
+        not lever.method.schedule.first_steps for lever in made
+    )
+    assert set(refused) == {"radial 0.2", "radial 0.4"} and "cannot reach" in refused["radial 0.2"]
+
+
+def test_caches_and_schedules():
+    names = [cache.name for cache in cache_levers(("first_block", "magcache", "cache_dit"), "quick")]
+    assert set(names) == {"first_block", "cache_dit"}  # MagCache without ratios is none
+    assert cache_levers(("magcache",), "normal", [1.0, 0.9])[0].settings["mag_ratios"] == [1.0, 0.9]
+    assert len({str(each) for each in schedules(4, 2)}) == len(schedules(4, 2)) > 1
+    assert all(sum(each.steps_of(50)) <= 16 for each in schedules(50, 30))
+
+
+def test_candidates_have_names_and_keys_of_their_own():
+    one = Candidate(levers(0.2)[0], DenseSchedule(first_steps=2), Cache("first_block", 0.1))
+    assert (
+        one.label == "tangent density 0.2; dense: 2 first steps; first_block 0.1" and one.kind == "tangent+first_block"
+    )
+    others = [Candidate(levers(0.3)[0], one.schedule, one.cache), Candidate(one.sparse, one.schedule), Candidate()]
+    assert len({each.key for each in [one, *others]}) == 4
+    assert one.key == Candidate(levers(0.2)[0], DenseSchedule(first_steps=2), Cache("first_block", 0.1)).key
+    assert Candidate(SparseLever(Radial())).preset().method == Radial()
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_add_up():
+    budget = Budget(max_error=0.1, min_psnr=30)
+    assert budget.excess(0.1, 30.0, 5.0) == 0 and budget.misses(0.1, 30.0, 5.0) == []
+    assert budget.excess(0.2, 30.0, 1.0) == pytest.approx(1.0) and budget.excess(0.1, 23.98, 1.0) == pytest.approx(1.0)
+    assert budget.misses(0.2, 20.0, 1.0) == ["error 0.2 above 0.1", "PSNR 20.0 dB below 30"]
+    assert not budget.wants_nearest and Budget(max_time_ratio=0.5).wants_nearest
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({}, r"^min_psnr is needed, or another bound\. Give max_error, min_psnr or max_time_ratio\.$"),
+        ({"max_error": 0}, r"^max_error is 0: it must be above 0"),
+        ({"max_error": 1.5}, r"^max_error is 1\.5: .*at most 1"),
+        ({"min_psnr": -3}, r"^min_psnr is -3: it must be above 0 and at most 100 dB"),
+        ({"max_time_ratio": 1.0}, r"^max_time_ratio is 1\.0: it must be between 0 and 1"),
+        ({"min_psnr": math.nan}, r"^min_psnr is nan: it must be a finite number"),
+        ({"min_psnr": True}, r"^min_psnr is True: it must be a finite number"),
+    ],
+)
+def test_budgets_that_are_none(bounds, message):
+    with pytest.raises(BadInput, match=message):
+        Budget(**bounds)

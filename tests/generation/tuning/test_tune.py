@@ -1,0 +1,189 @@
+"""`vidaccel.tune` on the built-in model at a small size; the clock counts layers of the transformer that run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from diffusers import WanPipeline
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule, Preset, demo
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.model_facts import inspect_pipeline
+from vidaccel.generation.request import Settings
+from vidaccel.generation.tuning import space
+from vidaccel.generation.tuning.journal import FILE, Journal
+from vidaccel.generation.tuning.trajectory import probe, record
+from vidaccel.pipelines.presets import Cache, load_preset
+
+PROMPTS = demo.HELD_OUT_PROMPTS[:2]
+SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 4}
+CACHE_ALONE = {"levers": ("cache",), "caches": ("first_block",), "effort": "quick", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> WanPipeline:
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def thresholds(monkeypatch):
+    """One that skips nothing of a short run, and one that skips all after the first step."""
+    monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (0.001, 1e3))
+
+
+@pytest.fixture
+def layers(pipe):
+    """`layers()`: self-attention layers of the pipeline that ran so far, one a second."""
+    count = [0]
+    hooks = [
+        block.attn1.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+        for block in pipe.transformer.blocks
+    ]
+    yield lambda: float(count[0])
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def settings(pipe) -> Settings:
+    return Settings(PROMPTS[0], seed=3, **SMALL).checked(inspect_pipeline(pipe))
+
+
+# -- single steps ------------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_measured_on_the_dense_run(pipe, settings, layers):
+    trajectory, frames = record(pipe, settings, layers)
+    assert trajectory.steps == (0, 0, 1, 1, 2, 2, 3, 3) and trajectory.step_seconds == 12 and trajectory.whole == 48
+    made = vidaccel.generate(pipe, PROMPTS[0], seed=3, method="dense", progress=False, **SMALL)
+    assert np.array_equal(frames, made.frames)  # recording changes nothing
+    before = layers()
+    same = probe(pipe, settings, trajectory, Preset(name="same"), (1, 3), clock=layers)
+    assert layers() - before == 24  # the steps that are not measured are not computed
+    assert same.errors == {1: 0.0, 3: 0.0} and same.seconds == {1: 12.0, 3: 12.0}
+    sparse = Preset(name="a", method=SVG2(density=0.5, q_clusters=4, schedule=DenseSchedule(first_steps=2)))
+    own = probe(pipe, settings, trajectory, sparse, range(4), rows=16, clock=layers)
+    assert own.errors[0] == own.errors[1] == 0.0 and 0 < own.errors[2] < 1 and 0 < own.errors[3] < 1
+    assert len(own.attention) == 6 and own.attention[0][0] is None and 0 < own.attention[0][3] < 1
+    skips = probe(pipe, settings, trajectory, Preset(name="b", cache=Cache("first_block", 1e3)), range(4), clock=layers)
+    assert skips.computed == {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0} and skips.seconds == {0: 12.0, 1: 2.0, 2: 2.0, 3: 2.0}
+    assert skips.errors[0] == 0.0 and skips.error > 0
+    # The error of a step is that of the step alone: step 3 of the run that kept two steps dense, measured by itself.
+    assert probe(pipe, settings, trajectory, sparse, (2, 3)).errors[2] == pytest.approx(own.errors[2])
+    assert "forward" not in pipe.transformer.__dict__  # nothing is left behind
+
+
+# -- whole -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
+    made = vidaccel.tune(pipe, PROMPTS, 3, out=tmp_path / "t", min_psnr=1.0, clock=layers, **CACHE_ALONE, **SMALL)
+    assert made.outcome == "found" and made.chosen.candidate.cache.limit == 1e3
+    own = made.chosen.confirmed
+    assert own.seconds == (own.computed * 6.0 + (8 - own.computed) * 1.0,) * 2 and own.dense == (48.0, 48.0)
+    assert made.gain == (48.0 / own.seconds[0],) * 2 and own.computed == 2
+    preset = load_preset(tmp_path / "t" / "preset.yaml")
+    assert preset.cache == Cache("first_block", 1e3) and preset.num_inference_steps == 4
+    assert preset.measured["prompts"] == 2 and preset.transformer["num_layers"] == 6
+    again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **SMALL)
+    assert again.account.counts()["computed"] == own.computed
+    page = (tmp_path / "t" / "tune.html").read_text()
+    assert made.in_words() in page and "<svg" in page and "first_block 0.001" in page
+    numbers = json.loads((tmp_path / "t" / "tune.json").read_text())
+    assert numbers["outcome"] == "found" and len(numbers["tried"]) == 2
+    assert {f.name for f in (tmp_path / "t").iterdir()} == {
+        "dense.0.npz", "dense.1.npz", FILE, "preset.yaml", "tune.html", "tune.json",
+    }  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, tmp_path, monkeypatch):
+    options = {"out": tmp_path / "t", "clock": layers, **CACHE_ALONE, **SMALL}
+    whole = Journal.put
+
+    def full(self, key, value):
+        if key.startswith("videos"):
+            raise KeyboardInterrupt
+        whole(self, key, value)
+
+    monkeypatch.setattr(Journal, "put", full)
+    with pytest.raises(KeyboardInterrupt):
+        vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options)
+    assert not (tmp_path / "t" / "preset.yaml").exists()
+    monkeypatch.setattr(Journal, "put", whole)
+    before = (tmp_path / "t" / FILE).read_text()
+    with (tmp_path / "t" / FILE).open("a") as file:
+        file.write('{"key": "torn')
+    made = vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options)
+    after = (tmp_path / "t" / FILE).read_text()
+    assert made.outcome == "found" and after.startswith(before) and "torn" not in after
+    # All is known, so nothing runs.
+    ran = layers()
+    assert vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options).to_dict() == made.to_dict() and layers() == ran
+    # A budget that nothing meets: the preset of the other budget does not pass for an answer to it.
+    nothing = vidaccel.tune(pipe, PROMPTS, min_psnr=99.0, **options)
+    assert nothing.outcome == "nothing within the budget" and nothing.preset is None and nothing.chosen is not None
+    assert not (tmp_path / "t" / "preset.yaml").exists()
+    with pytest.raises(BadInput, match=r"measurements of something else: steps was 4 and is 5\. Give another folder"):
+        vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options | {"steps": 5})
+
+
+def test_sparse_attention_of_a_short_video_is_no_gain(pipe, layers, tmp_path):
+    """By this clock a sparse step takes as long as a dense one."""
+    options = {"levers": ("sparse",), "methods": ("svg2",), "effort": "quick", "progress": False, **SMALL}
+    made = vidaccel.tune(pipe, PROMPTS[:1], out=tmp_path / "t", min_psnr=1.0, clock=layers, **options)
+    assert made.outcome == "no gain" and made.in_words().startswith("No gain here: within PSNR at least 1 dB")
+    assert not (tmp_path / "t" / "preset.yaml").exists() and not made.confirmed
+    assert "no gain: a step takes" in (tmp_path / "t" / "tune.html").read_text()
+
+
+# -- bad input, before anything is loaded ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_psnr": None}, r"^min_psnr is needed"),
+        ({"prompts": ()}, r"^prompts there are none"),
+        ({"seeds": (1, 2, 3)}, r"^seeds there are 3, for 2 prompts"),
+        ({"levers": ("sparse", "magic")}, r"^levers is magic: there is none of that name; there are sparse, cache"),
+        ({"caches": ("teacache",)}, r"^caches is teacache: .* first_block, magcache, seacache, cache_dit"),
+        ({"methods": ("sla",)}, r"^methods is sla: it is none of the methods that can be tuned without training"),
+        ({"effort": "heroic"}, r"^effort is heroic: .* quick, normal, thorough"),
+        ({"confirm": 0}, r"^confirm is 0: it must be a whole number of at least 1"),
+        ({"steps": 1}, r"^steps is 1: a run of one step has nothing to tune"),
+        ({"frames": 10}, r"^frames is 10: this model makes 4k\+1 frames"),
+        (
+            {"levers": ("cache",), "caches": ("cache_dit",)},
+            r"^levers nothing is left to try \(cache_dit: .*pip install",
+        ),
+        ({"levers": ("precision",)}, r"^levers nothing is left to try"),
+    ],
+)
+def test_bad_input(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.tuning.api.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("importlib.util.find_spec", _without("cache_dit"))
+    asked = {"prompts": PROMPTS, "out": tmp_path / "t", "min_psnr": 30.0, "device": "cpu", **SMALL} | changes
+    with pytest.raises(BadInput, match=message):
+        vidaccel.tune("demo", **asked)
+    assert not (tmp_path / "t").exists()
+
+
+def _without(package: str):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    return lambda name, *more: None if name == package else find(name, *more)
+
+
+def test_a_folder_that_cannot_be_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"^out is .*file: it is a file\. Give a folder"):
+        vidaccel.tune("demo", PROMPTS, out=tmp_path / "file", min_psnr=30, device="cpu")
+    (tmp_path / FILE).write_text("no journal\n")
+    with pytest.raises(BadInput, match=r"its journal\.jsonl cannot be read .* Give another folder, or remove it"):
+        Journal(tmp_path, {"model": "demo"})
