@@ -11,8 +11,8 @@ import gft_adapters
 import length_adapters
 import sla_models
 import tiny_adapter
+import tiny_dc
 import tiny_images
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 
@@ -83,10 +83,11 @@ def make_files(folder: Path) -> None:
     tiny_adapter.write_adapter(folder / "runs" / "my_wan" / "adapter")
     (folder / "runs" / "my_autoencoder").mkdir()
     (folder / "runs" / "my_autoencoder" / "autoencoder").symlink_to(demo.path("demo-dc") / "vae")
-    torch.manual_seed(0)
+    text = tiny_dc.make_text()
     DCGenFluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=tiny_images.autoencoder_dc(4, 4),
         transformer=tiny_images.flux_transformer(),
-        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+        **text,
+        **{f"{name}_2": part for name, part in text.items()},
     ).save_pretrained(folder / "runs" / "my_flux" / "pipeline")
