@@ -143,7 +143,7 @@ def commit_of(root: Path) -> str:
         return "unknown"
 
 
-def workloads(frames: int) -> dict[str, Callable[[], object]]:
+def workloads(frames: int, methods: Sequence[str]) -> dict[str, Callable[[], object]]:
     """What is timed: steps of the transformer by method, and decoding."""
     import torch
     from cpu_speed import config
@@ -175,17 +175,17 @@ def workloads(frames: int) -> dict[str, Callable[[], object]]:
     side = PIXELS // deep.spatial_compression_ratio
     deep_latents = torch.randn(1, deep.config.latent_channels, 4, side, side, generator=generator)
     return {
-        **{f"{name}, two steps, s": steps(name) for name in ("dense", *METHODS)},
+        **{f"{name}, two steps, s": steps(name) for name in ("dense", *methods)},
         "decoding 9 frames, s": lambda: wan.decode(short),
         "decoding 16 frames of demo-dc, s": lambda: deep.decode(deep_latents),
     }
 
 
-def measure(frames: int, repeats: int) -> dict[str, list[float]]:
+def measure(frames: int, methods: Sequence[str], repeats: int) -> dict[str, list[float]]:
     """Seconds of each workload by turns, after one uncounted turn, and the methods as shares of dense in their turn."""
     import torch
 
-    found = workloads(frames)
+    found = workloads(frames, methods)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     with torch.inference_mode():
         for turn in range(repeats + 1):
@@ -196,7 +196,7 @@ def measure(frames: int, repeats: int) -> dict[str, list[float]]:
                     seconds[name].append(time.perf_counter() - start)
     dense = seconds["dense, two steps, s"]
     shares = {}
-    for name in METHODS:
+    for name in methods:
         shares[f"{name}, of dense"] = [a / b for a, b in zip(seconds[f"{name}, two steps, s"], dense, strict=True)]
     return seconds | shares
 
@@ -204,6 +204,7 @@ def measure(frames: int, repeats: int) -> dict[str, list[float]]:
 def main(
     repeats: Annotated[int, typer.Option(min=3, help="Turns; the spread of them is the noise.")] = 7,
     frames: Annotated[int, typer.Option(min=5, help="Frames of the video, 4k+1.")] = FRAMES,
+    methods: Annotated[str, typer.Option(help="Methods that are measured, with commas between.")] = ",".join(METHODS),
     accept: Annotated[
         bool, typer.Option("--accept", help="These figures are what later runs are compared with.")
     ] = False,
@@ -218,7 +219,7 @@ def main(
     torch.set_num_threads(1)
     facts = environment(torch.device("cpu"))
     # Sizes belong to the name of a figure, so that those of another size are not compared.
-    figures = measure(frames, repeats)
+    figures = measure(frames, methods.split(","), repeats)
     if frames != FRAMES:
         figures = {f"{name} ({frames} frames)": values for name, values in figures.items()}
     verdicts = track(figures, facts, commit_of(Path(__file__).parents[1]), out, accept)
