@@ -15,9 +15,10 @@ from vidaccel import demo
 @pytest.mark.slow
 def test_dc_demo(tmp_path):
     work = ["--clips", "2", "--bits", "16", "--bits", "4", "--rounds", "1", "--prompts", "1"]
+    work += ["--steps", "4", "--size", "64"]
     run("dc_demo.py", *work, "--out", str(tmp_path))
     result = json.loads((tmp_path / "dc_demo.json").read_text())
-    assert [row["tokens"] for row in result["speed"]] == [576, 128]
+    assert [row["tokens"] for row in result["speed"]] == [144, 32]
     assert [row["model"] for row in result["accuracy"]] == ["demo", "demo-dc"]
     assert len(result["reconstruction"]) == 4
     assert (tmp_path / "dc_demo.jpg").stat().st_size > 5000 and "| demo-dc |" in (tmp_path / "dc_demo.md").read_text()
@@ -27,6 +28,7 @@ def test_dc_demo(tmp_path):
 def test_lora_demo(tmp_path):
     """One step teaches nothing, and does not make the rule's colours."""
     arguments = ["--steps", "1", "--clips", "20", "--prompts", "1", "--denoising-steps", "4"]
+    arguments += ["--size", "64", "--batch-size", "1"]
     run("lora_demo.py", *arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path))
     made = json.loads((tmp_path / "lora_demo.json").read_text())
     base, trained = made["videos"]
