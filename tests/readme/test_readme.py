@@ -39,6 +39,11 @@ def test_it_begins_with_the_two_commands():
     assert [words[:2] for words in commands(README)][:2] == [["make", "demo"], ["make", "test"]]
 
 
+def test_it_is_one_screen():
+    """What is longer belongs to a page of `docs/`."""
+    assert len(README.splitlines()) <= 100
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
