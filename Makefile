@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test test-comfyui lint format bench bench-gpu clean
+.PHONY: help install demo docs dist test test-comfyui lint format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,11 @@ docs: $(DOCS_STAMP) ## build the documentation site, and fail on what is missing
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/mkdocs.yml
 	@echo "The site: build/site/index.html"
 
+dist: $(STAMP) ## build the source distribution, and the wheel from it: dist/
+	@rm -rf dist && mkdir -p dist
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
@@ -90,4 +95,4 @@ bench-gpu: $(STAMP) ## run the benchmarks that need a CUDA device
 	$(BIN)/python benchmarks/dc_videogen.py --model wan-14b
 
 clean: ## delete .venv and what the demo and builds left
-	rm -rf $(VENV) demo_out build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

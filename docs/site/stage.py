@@ -35,7 +35,7 @@ CONTRIBUTING = {
     "develop/design.md": ("Design and non-goals", ("The one idea", "Non-goals", "The tree")),
     "develop/extend.md": ("How to add a method, a family, a recipe", ("How to add",)),
 }
-README = {"": "index.md", "#install": "start/install.md"}  # which is no page, but is linked to
+README = {"": "index.md"}  # which is no page, but may be linked to
 
 
 @dataclass(frozen=True)

@@ -66,4 +66,4 @@ def _listed(values: Any) -> list[Any]:
 
 
 def _cell(value: str, percent: bool) -> str:
-    return f"{float(value):.0%}".replace("%", " %") if percent and value else value or "–"
+    return f"{float(value):.0%}".replace("%", "\N{NO-BREAK SPACE}%") if percent and value else value or "–"

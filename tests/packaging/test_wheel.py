@@ -1,4 +1,4 @@
-"""The wheel holds the package and its data, no more, and works from another place."""
+"""The source distribution suffices to build the wheel, which holds the package and its data, no more, and installs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,19 +16,35 @@ import vidaccel
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A wheel, built from a copy of the checkout, since building leaves files in the folder."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A source distribution, built from a copy of the checkout, since building leaves files in the folder."""
+    folder = tmp_path_factory.mktemp("sdist")
     leave_out = shutil.ignore_patterns(
         ".*", "__pycache__", "build", "dist", "*.egg-info", "demo_out", "*venv*", "results"
     )
     shutil.copytree(root, folder / "checkout", ignore=leave_out, symlinks=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    command += ["--disable-pip-version-check", "--wheel-dir", str(folder), str(folder / "checkout")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr
-    [built] = folder.glob("*.whl")
+    build = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    _succeeds([sys.executable, "-c", build], folder / "checkout")
+    [built] = folder.glob("*.tar.gz")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """The wheel that pip makes of the source distribution, as it does for who installs that."""
+    _succeeds([*_PIP, "wheel", *_AS_IT_IS, "--no-build-isolation", "--wheel-dir", str(sdist.parent), str(sdist)])
+    [built] = sdist.parent.glob("*.whl")
+    return built
+
+
+_PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+_AS_IT_IS = ["--no-deps", "--no-index", "--quiet"]
+
+
+def _succeeds(command: list[str], folder: Path | None = None) -> None:
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
 
 
 def _files(wheel: Path) -> set[str]:
@@ -64,10 +81,19 @@ def test_it_holds_the_licence_and_the_command(wheel):
         assert "vidaccel = vidaccel.cli:main" in archive.read(entry_points).decode()
 
 
-def test_it_works_from_where_it_is_unpacked(wheel, tmp_path, fresh, root):
+def test_the_source_has_no_more_than_the_wheel_and_what_builds_it(sdist, wheel):
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    assert {name.removeprefix("vidaccel/") for name in _files(wheel) if ".dist-info/" not in name} <= held
+    rest = held - {name.removeprefix("vidaccel/") for name in _files(wheel)}
+    metadata = {name for name in rest if ".egg-info/" in name}
+    assert rest - metadata == {"LICENSE", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
+
+
+def test_it_works_from_where_it_is_installed(wheel, tmp_path, fresh, root):
     unpacked = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(unpacked)
+    _succeeds([*_PIP, "install", *_AS_IT_IS, "--target", str(unpacked), str(wheel)])
+    assert (unpacked / "bin" / "vidaccel").is_file()
     out = fresh(
         """
         import torch, vidaccel

@@ -1,70 +1,47 @@
-"""What the README shows runs, and says what it says."""
+"""The README says what it says, and its commands run whole; `test_pages.py` runs or checks the code of every page."""
 
 from __future__ import annotations
 
+import csv
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from doc_code import ROOT, blocks, commands, pages, small
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = pages()["README.md"]
+GENERATE = [words[1:] for words in commands(README) if words[0] == "vidaccel"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    """With nothing at hand but what it says."""
+    monkeypatch.chdir(tmp_path)
+    [code] = blocks(README, "python")
+    exec(compile(small(code), "README.md", "exec"), {})
+    assert "mean density" in capsys.readouterr().out
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
-
-
-VIDACCEL = [c[1:] for c in commands() if c[0] == "vidaccel"]
-LOCAL = [c for c in VIDACCEL if "cuda" not in c]
-
-
-def test_the_python_examples_run_one_after_the_other(tmp_path):
-    """In one process, as a reader would in a notebook."""
-    code = "\n".join(blocks("python"))
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "mean density" in result.stdout and "of the pairs" in result.stdout
-
-
-@pytest.mark.parametrize("arguments", LOCAL, ids=" ".join)
+@pytest.mark.parametrize("arguments", GENERATE, ids=" ".join)
 def test_the_commands_run(arguments, tmp_path, monkeypatch):
+    """Whole, but for the size of the video."""
     from vidaccel.cli import app
 
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, arguments)
+    size = ["--frames", "9", "--height", "128", "--width", "128", "--steps", "2"]
+    result = CliRunner().invoke(app, [*arguments, *size])
     assert result.exit_code == 0, result.output
-    if "--out" in arguments:
-        assert (tmp_path / arguments[arguments.index("--out") + 1]).stat().st_size > 1000
+    assert (tmp_path / arguments[arguments.index("--out") + 1]).stat().st_size > 1000
     if "--compare" in arguments:
         assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_the_command_for_a_gpu_is_understood(tmp_path, monkeypatch):
-    """Where there is no GPU or no hub it must fail for that reason, not for its options."""
-    from vidaccel.cli import app
-
-    (arguments,) = [c for c in VIDACCEL if "cuda" in c]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and "finds no CUDA device" in " ".join(result.output.split())
+def test_it_begins_with_the_two_commands():
+    assert [words[:2] for words in commands(README)][:2] == [["make", "demo"], ["make", "test"]]
 
 
-def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = [c[1] for c in commands() if c[0] == "make"]
-    assert targets == ["demo", "test"]
-    assert all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets)
+def test_it_is_one_screen():
+    """What is longer belongs to a page of `docs/`."""
+    assert len(README.splitlines()) <= 100
 
 
 def test_links_lead_somewhere():
@@ -72,7 +49,21 @@ def test_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-def test_every_method_is_in_the_table():
-    from vidaccel import METHODS
-
-    assert all(f"| `{name}` |" in README for name in METHODS)
+def test_the_table_is_that_of_the_results():
+    with (ROOT / "benchmarks" / "results" / "quality.csv").open(encoding="utf-8", newline="") as file:
+        results = list(csv.DictReader(file))
+    measured = []
+    for row in results:
+        psnr = f"{float(row['psnr mean']):.1f} ± {float(row['psnr sd']):.1f}" if row["psnr mean"] else "–"
+        sparse = row["method"] != "dense"
+        density = f"{float(row['density of sparse calls']):.2f}"
+        measured.append((row["method"], density, row["planning"] if sparse else "–", row["all right"], psnr))
+    measured = {(*row[:2], f"{float(row[2]):.3f}" if row[2] != "–" else "–", *row[3:]) for row in measured}
+    section = README.split("## Measured")[1].split("\n## ")[0]
+    shown = [
+        tuple(cell.strip() for cell in line.strip("|\n ").split("|")) for line in re.findall(r"^\|.*", section, re.M)
+    ]
+    assert len(shown) > 4
+    for method, density, planning, right, psnr in shown[2:]:
+        fits = [row for row in measured if row[:3] == (method, density, planning) and row[4] == psnr]
+        assert [row for row in fits if f"{float(row[3]):.0%}".replace("%", " %") == right], (method, density)
