@@ -30,6 +30,7 @@ _PUBLIC = {
     "DCVideoGenImageToVideoPipeline": ".pipelines",
     "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",
+    "GridScheduler": ".pipelines.few_steps",
     "RCMScheduler": ".pipelines.few_steps",
     "Radial": ".attention",
     "Riflex": ".pipelines.length",

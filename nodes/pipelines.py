@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.calls import as_class
 from ..generation.errors import BadInput
-from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters
+from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters, suited
 from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
@@ -261,7 +261,7 @@ def generate(
             face_video=None if face_video is None else _bytes(face_video),
         )
         pipeline = pipeline.starting_from(settings.given)
-        settings = settings.checked(pipeline.facts)
+        settings = suited(settings, pipeline.guidance_free, pipeline.facts).checked(pipeline.facts)
         check_guidance(pipeline.guidance_free, pipeline.facts, settings)
         layout = settings.layout(pipeline.facts)
         acceleration = pipeline.acceleration
