@@ -1,6 +1,7 @@
 """Euler steps at the noise levels that a model was distilled for.
 
-Saved pipelines may name this module and class in their `model_index.json`, so neither may be renamed.
+Saved pipelines may name this module and class in their `model_index.json`, so neither may be renamed. diffusers looks
+for `SchedulerMixin` in the module, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401 - see above
 
 
 class GridScheduler(FlowMatchEulerDiscreteScheduler):
