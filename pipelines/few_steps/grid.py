@@ -7,6 +7,7 @@ for `SchedulerMixin` in the module, too.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         if not sigmas or sigmas[0] > 1 or any(a <= b for a, b in itertools.pairwise([*sigmas, 0.0])):
             raise ValueError(f"sigmas are {list(sigmas)}: they must fall, from at most 1 to above 0.")
         self.levels = tuple(float(sigma) for sigma in sigmas)
+
+    def to_json_string(self) -> str:
+        """The settings as they are saved: without those of diffusers' scheduler, which follow."""
+        own = {"_class_name", "_diffusers_version", "sigmas", "num_train_timesteps"}
+        settings = json.loads(super().to_json_string())
+        return json.dumps({name: value for name, value in settings.items() if name in own}, indent=2) + "\n"
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: str | torch.device | None = None, **given: Any

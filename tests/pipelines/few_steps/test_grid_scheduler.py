@@ -38,20 +38,21 @@ def test_steps_are_euler_s():
     torch.testing.assert_close(x, wanted)
 
 
-def test_a_saved_pipeline_has_it(tmp_path):
+def test_a_saved_pipeline_has_it(tmp_path, caplog):
     """And a sparse run of its four steps, one of them dense, is seen step by step."""
     pipe = make_pipe()
     pipe.scheduler = GridScheduler([1.0, 0.9, 0.75, 0.5])
     pipe.save_pretrained(tmp_path)
     again = WanPipeline.from_pretrained(tmp_path, tokenizer=None, text_encoder=None, vae=None)
     again.set_progress_bar_config(disable=True)
+    assert "not expected" not in caplog.text
     assert isinstance(again.scheduler, GridScheduler) and again.scheduler.levels == (1.0, 0.9, 0.75, 0.5)
     method = vidaccel.Radial(schedule=vidaccel.DenseSchedule(first_steps=1))
     with vidaccel.accelerate(again, method) as handle:
         made(again, 1.0, 4)
-        steps = [(record.step, record.kind) for record in handle.report().records]
-    assert {step for step, _ in steps} == {0, 1, 2, 3}
-    assert {step for step, kind in steps if kind == "dense"} == {0}
+        steps = [(record.step, record.num_steps, record.reason) for record in handle.report().records]
+    assert {step for step, *_ in steps} == {0, 1, 2, 3} and {count for _, count, _ in steps} == {4}
+    assert {step for step, _, dense in steps if dense} == {0}
 
 
 @pytest.mark.parametrize("sigmas", [(), (1.1, 0.5), (0.5, 0.5), (0.5, 0.9), (0.5, 0.0)])
