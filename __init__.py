@@ -31,6 +31,7 @@ _PUBLIC = {
     "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",
     "GridScheduler": ".pipelines.few_steps",
+    "Preset": ".pipelines.presets",
     "RCMScheduler": ".pipelines.few_steps",
     "Radial": ".attention",
     "Riflex": ".pipelines.length",
@@ -42,6 +43,7 @@ _PUBLIC = {
     "Tangent": ".attention",
     "VideoLayout": ".attention",
     "accelerate": ".pipelines",
+    "apply": ".pipelines.presets",
     "attention": ".attention",
     "autoencoders": ".autoencoders",
     "demo": ".demo",
@@ -52,6 +54,7 @@ _PUBLIC = {
     "restore": ".pipelines",
     "riflex": ".pipelines.length",
     "sparse_attention": ".attention",
+    "waterfall": ".generation.waterfall",
 }
 
 __all__ = ["__version__", *_PUBLIC]

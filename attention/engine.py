@@ -179,6 +179,8 @@ class SparseAttention:
         warning = self.schedule.warning(step.num_steps, self.num_layers)
         if warning:
             self.note(warning, logging.WARNING)
+        if remark := self.schedule.remark(step.num_steps):
+            self.note(remark)
 
     def __call__(
         self,

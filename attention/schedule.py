@@ -31,6 +31,8 @@ class DenseSchedule:
     """The steps and layers that stay dense, because early steps set the composition and some layers see globally.
 
     A whole number counts; a float from 0.0 to 1.0 is a fraction, rounded up so that a small fraction keeps something.
+    Fractions of steps are rounded down, the last ones first, where rounding up would keep half of a short run dense or
+    more though less was asked for: 0.3 of 4 steps is 1, and 0.2 of 2 is none.
 
     Args:
         first_steps: steps at the start of a run.
@@ -84,10 +86,8 @@ class DenseSchedule:
         Args:
             num_steps: steps of the run, None when unknown. num_layers: blocks of the model.
         """
-        steps = None
-        if num_steps is not None:
-            steps = sum(_count(getattr(self, n), num_steps, n) for n in ("first_steps", "last_steps"))
-        layers = sum(_count(getattr(self, n), num_layers, n) for n in ("first_layers", "last_layers"))
+        steps = None if num_steps is None else sum(self.steps_of(num_steps))
+        layers = sum(_count(value, num_layers) for value in (self.first_layers, self.last_layers))
         bounds = [b for b in (self.sigma_above, self.sigma_below) if b is not None]
         all_levels = self.sigma_above == 0 or self.sigma_below == 1 or (len(bounds) == 2 and bounds[0] < bounds[1])
         if layers >= num_layers:
@@ -101,6 +101,35 @@ class DenseSchedule:
             return f"{self}: no noise level is beyond these bounds, so nothing will be dense"
         return ""
 
+    def steps_of(self, num_steps: int) -> tuple[int, int]:
+        """How many steps at the start and at the end of a run stay dense, fractions resolved.
+
+        Args:
+            num_steps: steps of the run.
+        """
+        asked = (self.first_steps, self.last_steps)
+        first, last = (_count(value, num_steps) for value in asked)
+        share = sum(value if isinstance(value, float) else value / num_steps for value in asked)
+        if share < 0.5:
+            if isinstance(asked[1], float) and 2 * (first + last) >= num_steps:
+                last = math.floor(round(asked[1] * num_steps, 9))
+            if isinstance(asked[0], float) and 2 * (first + last) >= num_steps:
+                first = math.floor(round(asked[0] * num_steps, 9))
+        return first, last
+
+    def remark(self, num_steps: int | None) -> str:
+        """What a report should say of the fractions in a run of so many steps; empty where they are rounded up."""
+        if num_steps is None:
+            return ""
+        up = sum(_count(value, num_steps) for value in (self.first_steps, self.last_steps))
+        kept = sum(self.steps_of(num_steps))
+        if kept == up:
+            return ""
+        return (
+            f"the run has {num_steps} steps, and the schedule's fractions keep {kept or 'none'} of them dense instead "
+            f"of {up}, which would be half of it or more: give DenseSchedule whole numbers for another choice"
+        )
+
     def dense_reason(self, step: StepInfo, layer: int, num_layers: int) -> str:
         """Why this call stays dense, in words; empty when it may be sparse.
 
@@ -108,6 +137,19 @@ class DenseSchedule:
             ValueError: the schedule needs the number of steps (for a fraction, or the last ones) or the noise level
                 and it is unknown.
         """
+        if reason := self._by_step(step):
+            return reason
+        if layer < _count(self.first_layers, num_layers):
+            return "first layers"
+        if layer >= num_layers - _count(self.last_layers, num_layers):
+            return "last layers"
+        return self._by_level(step)
+
+    def step_reason(self, step: StepInfo) -> str:
+        """Why a step stays dense in all layers; empty when it may be sparse. Raises as `dense_reason` does."""
+        return self._by_step(step) or self._by_level(step)
+
+    def _by_step(self, step: StepInfo) -> str:
         if step.sigma is None and self.needs_sigma:
             name = "sigma_above" if self.sigma_above is not None else "sigma_below"
             raise ValueError(
@@ -116,16 +158,18 @@ class DenseSchedule:
             )
         if self.last_steps and step.num_steps is None:
             raise ValueError("DenseSchedule.last_steps needs the number of steps of the run, which is unknown here.")
-        if step.step < _count(self.first_steps, step.num_steps, "first_steps"):
+        if step.num_steps is None and isinstance(self.first_steps, float) and self.first_steps > 0:
+            raise ValueError(
+                f"DenseSchedule.first_steps={self.first_steps} is a fraction of a number of steps that is unknown here."
+            )
+        first, last = (self.first_steps, 0) if step.num_steps is None else self.steps_of(step.num_steps)
+        if step.step < first:
             return "first steps"
-        if self.last_steps:
-            last = _count(self.last_steps, step.num_steps, "last_steps")
-            if step.step >= step.num_steps - last:
-                return "last steps"
-        if layer < _count(self.first_layers, num_layers, "first_layers"):
-            return "first layers"
-        if layer >= num_layers - _count(self.last_layers, num_layers, "last_layers"):
-            return "last layers"
+        if last and step.step >= step.num_steps - last:
+            return "last steps"
+        return ""
+
+    def _by_level(self, step: StepInfo) -> str:
         if self.sigma_above is not None and step.sigma > self.sigma_above:
             return f"sigma above {self.sigma_above}"
         if self.sigma_below is not None and step.sigma < self.sigma_below:
@@ -133,13 +177,9 @@ class DenseSchedule:
         return ""
 
 
-def _count(value: int | float, total: int | None, name: str) -> int:
-    """A count from a count or a fraction of `total`."""
+def _count(value: int | float, total: int) -> int:
+    """A count from a count or a fraction of `total`, rounded up."""
     if isinstance(value, int):
         return value
-    if value == 0:
-        return 0
-    if total is None:
-        raise ValueError(f"DenseSchedule.{name}={value} is a fraction of a number of steps that is unknown here.")
     # 0.3 * 10 is 3.0000000000000004 in floating point: that must be 3, not 4.
     return math.ceil(round(value * total, 9))

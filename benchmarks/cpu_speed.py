@@ -154,9 +154,10 @@ def main(
         f"{environment_line()}.\n\n"
         f"One step is one forward pass of the demo transformer ({model['layers']} layers, {model['heads']} heads of "
         f"64, float32) on the latents of {videos} (frames x pixels of a side). Dense is torch's SDPA in the same "
-        f"process. Mean of {MEASURED_STEPS} steps after a warm-up step (first plan, 50 k-means iterations, compilation), "
-        f"which is not counted; median of {rounds} such, with the smallest and largest in brackets. `tangent` clusters anew "
-        "in one of the three. Attention includes permutations and making masks, planning is apart. The second table "
+        f"process. Mean of {MEASURED_STEPS} steps after a warm-up step (first plan, 50 k-means iterations, "
+        f"compilation), which is not counted; median of {rounds} such, with the smallest and largest in brackets. "
+        "`tangent` clusters anew in one of the three. Attention includes permutations and making masks, planning is "
+        "apart. The second table "
         f"is one attention call on random q, k, v at {layouts[-1].tokens:,} tokens per kind of plan.\n\n"
         "OMP_WAIT_POLICY: "
         + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)")

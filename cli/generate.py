@@ -24,8 +24,25 @@ def generate_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The video to write, an .mp4.")] = Path("out.mp4"),
     model: Annotated[
         str,
-        typer.Option(help='"demo" or "demo-dc" (built in), a folder of a diffusers pipeline, or a hub id owner/name.'),
-    ] = "demo",
+        typer.Option(
+            show_default=False,
+            help='"demo" or "demo-dc" (built in), a folder of a diffusers pipeline, or a hub id owner/name. (default: '
+            "that of --preset, otherwise demo)",
+        ),
+    ] = "",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A preset: a .yaml or .json file, or a name of `vidaccel presets`. Other options go before it."
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Skip steps: first_block, magcache, seacache or cache_dit; first_block=0.08 with a threshold."
+        ),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="The linear layers in 8 bits by torchao, int8 or fp8.")] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable."),
@@ -135,6 +152,8 @@ def generate_command(
     with one_line_errors():
         from ..generation.api import carry_out, check_files_of, check_outputs, compared
         from ..generation.job import Sparse, prepare
+        from ..generation.model_places import DEMOS
+        from ..generation.presets import request_preset
         from ..generation.progress import bars
         from ..generation.report import write_report
         from ..generation.request import Settings
@@ -170,8 +189,9 @@ def generate_command(
             backend=backend,
             measure_error=measure_error,
         )
+        chosen = request_preset(preset, cache, quantize)
         job = prepare(
-            model,
+            model or (chosen.model if chosen else "") or DEMOS[0],
             settings,
             sparse,
             compare=compare,
@@ -183,6 +203,7 @@ def generate_command(
             guidance_free=True if guidance_free == [OWN] else guidance_free or (),
             sla=sla or (),
             rope=rope,
+            preset=chosen,
         )
         check_files_of(job, out, page)
         if threads is not None:

@@ -34,6 +34,8 @@ def print_summary(videos: list[GeneratedVideo], files: dict[str, Path], comparis
     for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures
         typer.echo(note)
     for video in videos:
+        if video.account is not None:
+            typer.echo(f"{video.name}: {video.account.in_words()}.")
         if note := all_dense(video):
             typer.echo(note)
         if video.report is not None and (error := video.report.error_in_words()):

@@ -18,6 +18,7 @@ from .loras import attach
 from .machine import environment
 from .methods import measured_note
 from .outputs import check_file, check_files
+from .presets import request_preset
 from .progress import bars
 from .report import files_beside, video_file, write_report
 from .request import Settings
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention.methods.base import Method
+    from ..pipelines.presets import Cache, Preset, Quantize
 
 
 def generate(
@@ -65,6 +67,9 @@ def generate(
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
     rope: str = "plain",
+    preset: str | Path | Preset | None = None,
+    cache: str | Cache | None = None,
+    quantize: str | Quantize | None = None,
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -108,6 +113,10 @@ def generate(
         sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
         rope: of a Wan model: "plain", or "riflex", which keeps a video longer than those of its training from
             beginning anew (RIFLEx, arXiv 2502.15894).
+        preset: all of the above that makes a video faster, see `vidaccel.apply`: a file, or the name of one that comes
+            with the package. What is given beside it goes before what it says.
+        cache: over steps: a name with or without its threshold, "first_block=0.08", or a `Cache`.
+        quantize: the linear layers in 8 bits, by torchao: "int8" or "fp8", or a `Quantize`.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -162,6 +171,7 @@ def generate(
         guidance_free=guidance_free,
         sla=sla,
         rope=rope,
+        preset=request_preset(preset, cache, quantize),
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()

@@ -14,6 +14,7 @@ from .video import write_mp4
 
 if TYPE_CHECKING:
     from ..attention.records import RunReport
+    from ..pipelines.presets import Account
 
 MIN_COMPARED = 11
 """Pixels of the smallest side that can be compared: the size of SSIM's window."""
@@ -34,6 +35,7 @@ class GeneratedVideo:
         fps: frames per second to play it with.
         notes: what was done to the pictures or the video that it starts from.
         sound: of models that make one; it is written with the video.
+        account: what each step was, where a cache, layers in 8 bits or another scheduler are at work; else None.
     """
 
     name: str
@@ -46,6 +48,7 @@ class GeneratedVideo:
     fps: float = 16
     notes: tuple[str, ...] = ()
     sound: Sound | None = None
+    account: Account | None = None
 
     def save(self, path: str | Path) -> Path:
         """Write the video as an MP4 file; see `video.write_mp4`."""

@@ -82,6 +82,31 @@ def quantile_chart(deciles: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
+def waterfall_chart(rows: dict[str, tuple[float, float, float]], told: list[str]) -> Figure:
+    """One bar a row, from the top: seconds, and how far its rounds spread.
+
+    Args:
+        rows: name -> seconds, the least and the most of the rounds.
+        told: what stands behind each bar.
+    """
+    figure, axes = _figure(0.75 + 0.36 * len(rows))
+    names = list(rows)
+    values = np.array([rows[name] for name in names])
+    places = np.arange(len(names))
+    colours = [COLOURS[5] if not place else COLOURS[0] for place in places]
+    axes.barh(places, values[:, 0], height=0.62, color=colours)
+    around = np.abs(values[:, 1:].T - values[:, 0])
+    axes.errorbar(values[:, 0], places, xerr=around, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+    for place, text in enumerate(told):
+        axes.text(values[place, 2] + 0.015 * values.max(), place, text, color=INK, size=9, va="center")
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.3 * values.max())  # room for what stands behind the longest
+    axes.set_xlabel("seconds a video")
+    axes.grid(axis="x", color=INK, alpha=0.12)
+    return figure
+
+
 def figure_svg(figure: Figure, name: str) -> str:
     """A figure as SVG to be put into a page: text stays text, `INK` becomes the page's text colour.
 

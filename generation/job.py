@@ -32,6 +32,7 @@ from .methods import (
     name_of,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
+from .presets import beside, check_beside, with_preset
 from .request import INPUTS, Settings
 from .sla import sla_adapters, trained_method
 from .values import count_or_share, number, text
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.length.settings import Riflex
     from ..pipelines.length.trained import TrainedLength
-    from .lora_files import LoraFile
+    from ..pipelines.lora_files import LoraFile
+    from ..pipelines.presets import Preset
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,7 @@ class Job:
         guidance_free: adapters with which guidance takes one pass a step; none for two.
         sla: adapters for the method "sla"; none where the weights themselves were trained.
         riflex: of the rotary embedding; None for the model's own.
+        beside: what runs beside sparse attention, see `presets.beside`; not in the reference of a comparison.
     """
 
     facts: ModelFacts
@@ -95,6 +98,7 @@ class Job:
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
     sla: tuple[SLAAdapter, ...] = ()
     riflex: Riflex | None = None
+    beside: Preset | None = None
 
     @property
     def first(self) -> str:
@@ -126,6 +130,7 @@ class Job:
             **free,
             **({"SLA": ", ".join(a.path.name for a in self.sla)} if self.sla else {}),
             **({} if self.riflex is None else {"rotary embedding": f"RIFLEx from {self.riflex.frames} latent frames"}),
+            **({} if self.beside is None else self.beside.levers()),
             "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
             "negative prompt": settings.negative_prompt or "none",
             "steps": str(settings.steps),
@@ -210,6 +215,7 @@ def prepare(
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
     rope: str = "plain",
+    preset: Preset | None = None,
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -224,10 +230,15 @@ def prepare(
             own (`guidance.own_adapters`).
         sla: see `sla.sla_adapters`.
         rope: see `length.chosen_riflex`.
+        preset: see `presets.request_preset`; what it says holds where the request says nothing.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
     """
+    if preset is not None:
+        adapters_given: dict[str, Any] = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
+        settings, sparse, filled = with_preset(preset, settings, sparse, adapters_given)
+        lora, guidance_free, sla = filled.values()
     check_names(sparse.names, compare)
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
@@ -262,6 +273,8 @@ def prepare(
         adapters = own_adapters(facts)
     settings = suited(settings, adapters, facts).checked(facts)
     check_guidance(adapters, facts, settings)
+    if preset is not None:
+        check_beside(preset, facts, settings)
     check_fits(loras, facts)
     check_bases(loras, facts)
     riflex = chosen_riflex(rope, trained, facts)
@@ -318,6 +331,7 @@ def prepare(
         guidance_free=adapters,
         sla=learned,
         riflex=riflex,
+        beside=None if preset is None else beside(preset),
     )
 
 

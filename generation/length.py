@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
     from ..pipelines.length.settings import Riflex
     from ..pipelines.length.trained import TrainedLength
-    from .lora_files import LoraFile
+    from ..pipelines.lora_files import LoraFile
     from .model_facts import ModelFacts
 
 ROPES = ("plain", "riflex")
@@ -28,7 +28,7 @@ def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple
         asked: whether LoRAs, attention or a rotary embedding are asked for, to which it would add.
     """
     from .. import demo
-    from .lora_files import LoraFile
+    from ..pipelines.lora_files import LoraFile
     from .model_facts import inspect_model
 
     path = demo.length_lora()

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..pipelines.adapter_header import facts_of
+from ..pipelines.lora_files import LoraFile, lora_file
 from .errors import BadInput, mention
-from .lora_files import LoraFile, lora_file
 
 if TYPE_CHECKING:
     from ..attention.methods.base import Method

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..pipelines.lora_files import LoraError, LoraFile, attach_loras, check_readable, trained_for
 from .errors import BadInput, mention
-from .lora_files import LoraError, LoraFile, attach_loras, check_readable, trained_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,6 +25,8 @@ def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFil
     """
     if given is None:
         return ()
+    if isinstance(given, tuple) and given and all(isinstance(each, LoraFile) for each in given):
+        return _as_files(given)
     from ..pipelines.adapter_header import facts_of
 
     texts = [given] if isinstance(given, str | os.PathLike) else given
@@ -60,6 +62,18 @@ def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFil
             raise BadInput("lora", f"is {kind}", f"Give it as {mention(field)}.", value=place)
         made.append(LoraFile(place, weight, trained_for(place)))
     return tuple(made)
+
+
+def _as_files(loras: tuple[LoraFile, ...]) -> tuple[LoraFile, ...]:
+    """LoRAs of a preset; BadInput where one is not there or cannot be read."""
+    for lora in loras:
+        if not lora.path.exists():
+            raise BadInput("lora", "there is no such file or folder", value=lora.path)
+        try:
+            check_readable(lora.path)
+        except LoraError as error:
+            raise _refused(error) from error
+    return loras
 
 
 def attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:

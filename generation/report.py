@@ -16,6 +16,8 @@ from .figures import figure_svg, heat_map, line_chart, quantile_chart
 from .video import contact_sheet, png, write_bytes
 
 if TYPE_CHECKING:
+    import jinja2
+
     from ..attention.records import RunReport
 
 
@@ -142,6 +144,12 @@ def write_html(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         OSError: a video file of the comparison is missing.
     """
+    page = template("report.html.j2").render(_page(comparison))
+    return write_bytes(page.encode(), path)
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of `templates/`, with the filters for times, PSNR and shares."""
     import jinja2
 
     from ..attention.records import percent
@@ -149,8 +157,7 @@ def write_html(comparison: Comparison, path: str | Path) -> Path:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(seconds=format_seconds, decibel=format_psnr, percent=percent)
-    page = environment.get_template("report.html.j2").render(_page(comparison))
-    return write_bytes(page.encode(), path)
+    return environment.get_template(name)
 
 
 def format_seconds(value: float | None) -> str:
@@ -228,7 +235,7 @@ def _page(comparison: Comparison) -> dict[str, Any]:
             {
                 "video": video,
                 "metrics": metrics.get(video.name),
-                "source": _data_url(file.read_bytes(), "video/mp4"),
+                "source": data_url(file.read_bytes(), "video/mp4"),
                 "frames": count,
                 "size": f"{width}x{height}",
                 "attention": _attention_page(video, index) if video.report is not None else None,
@@ -241,7 +248,7 @@ def _page(comparison: Comparison) -> dict[str, Any]:
         "comparison": comparison,
         "rows": rows,
         "charts": charts,
-        "sheet": _data_url(contact_sheet_png(comparison), "image/png"),
+        "sheet": data_url(contact_sheet_png(comparison), "image/png"),
         "measured": any(v.report is not None and v.report.measured() for v in comparison.videos),
         "warm": any(v.warm_up_seconds is not None for v in comparison.videos),
     }
@@ -286,5 +293,6 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
-def _data_url(data: bytes, kind: str) -> str:
+def data_url(data: bytes, kind: str) -> str:
+    """A file as the address of itself, for a page that loads nothing."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

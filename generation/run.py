@@ -16,7 +16,8 @@ from .comparison import GeneratedVideo
 from .errors import BadInput
 from .machine import synchronise
 from .model_facts import ModelFacts, check_packages
-from .pipeline_options import refusals
+from .pipeline_options import refusals as refused_options
+from .presets import refusals
 from .request import DEFAULT_FPS, Settings
 from .sound import Sound
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
     from ..attention.records import RunReport
     from ..attention.schedule import DenseSchedule
+    from ..pipelines.presets import Account, Preset
     from .job import Job
 
 StepCallback = Callable[[int, int, Any], None]
@@ -52,6 +54,7 @@ class Run:
         report: what attention did; None for the untouched pipeline.
         notes: what was done to the pictures or the video that it starts from, in words.
         sound: of models that make one.
+        account: of a run with a cache, layers in 8 bits or another scheduler: what each step was.
     """
 
     frames: np.ndarray | None
@@ -60,6 +63,7 @@ class Run:
     report: RunReport | None
     notes: tuple[str, ...]
     sound: Sound | None = None
+    account: Account | None = None
 
     @property
     def step_seconds(self) -> float | None:
@@ -104,6 +108,7 @@ def run(
     measure_error: int = 0,
     adapter: Sequence[Path] = (),
     base: str | None = None,
+    beside: Preset | None = None,
     on_step: StepCallback | None = None,
     decode: bool = True,
 ) -> Run:
@@ -115,6 +120,7 @@ def run(
         pipe: the pipeline.
         settings: checked.
         method, backend, schedule, measure_error, adapter, base: see `accelerate`.
+        beside: a cache, layers in 8 bits and a scheduler, see `presets.beside`.
         on_step: told of every step.
         decode: make frames of the latents.
 
@@ -124,7 +130,16 @@ def run(
     """
     from ..pipelines import accelerate
     from ..pipelines.acceleration.sla_weights import SLAError
+    from ..pipelines.presets import apply
 
+    if beside is not None:
+        if method is not None:
+            method = method if schedule is None else replace(method, schedule=schedule)
+            beside = beside.replace(method=method, backend=backend, sla=tuple(map(str, adapter)))
+        with refusals(), apply(pipe, beside, base=base, measure_error=measure_error) as applied:
+            made = _call(pipe, settings, on_step, decode)
+            account = applied.report().last()
+            return replace(made, report=account.attention, account=account)
     if method is None:
         return _call(pipe, settings, on_step, decode)
     options: dict[str, Any] = {"backend": backend, "schedule": schedule, "measure_error": measure_error}
@@ -156,7 +171,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     synchronise(device)
     start = time.perf_counter()
     with (
-        refusals(settings.pipeline_options),
+        refused_options(settings.pipeline_options),
         guided(pipe, row, settings),
         scaled_start(pipe),
         stepped(pipe, step_ended) as told,
@@ -204,6 +219,7 @@ def make_video(
         fps=settings.fps or DEFAULT_FPS,
         notes=made.notes,
         sound=made.sound,
+        account=made.account,
     )
 
 
@@ -247,6 +263,8 @@ def make_videos(
         def stepped(done: int, total: int, _latents: Any, name: str = name) -> None:
             tell(name, "steps" if done < total else "decoding", done, total)
 
+        plain = job.compare and name == next(iter(job.methods))  # the reference is the pipeline as it is
+        options["beside"] = None if plain else job.beside
         warm_seconds = None
         if warm:
             tell(name, "warm-up", 0, job.settings.steps)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.lora_files import TRANSFORMERS
 from .errors import BadInput, mention
-from .lora_files import TRANSFORMERS
 from .methods import check_settings
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generation.lora_files import TARGETS, LoraError, LoraFile, WrongTransformer, attach_loras, check_readable
+from ..pipelines.lora_files import TARGETS, LoraError, LoraFile, WrongTransformer, attach_loras, check_readable
 from .wording import InputError
 
 if TYPE_CHECKING:

@@ -1,28 +1,32 @@
-"""diffusers pipelines in three rooms: `acceleration` and `guidance_free` of those that exist, and `deep_compression`
-(DC-VideoGen, DC-Gen).
+"""diffusers pipelines in rooms: `acceleration`, `guidance_free`, `length` and `presets` of those that exist, and
+`deep_compression` (DC-VideoGen, DC-Gen) and `few_steps` of those that do not.
 
-The names of the last two are looked up on first use, because diffusers' own classes take seconds to import.
+The names are looked up on first use, because diffusers takes seconds to import.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from . import deep_compression
-from .acceleration import FAMILIES, Family, Handle, accelerate, find_transformers, supported_pipelines
-from .undo import restore
+from .later import looked_up_later
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "Handle",
-    "accelerate",
-    "find_transformers",
-    "restore",
-    "supported_pipelines",
-    *deep_compression.__all__,
-]
+if TYPE_CHECKING:
+    from .acceleration import FAMILIES as FAMILIES
+    from .acceleration import Family as Family
+    from .acceleration import Handle as Handle
+    from .acceleration import accelerate as accelerate
+    from .acceleration import find_transformers as find_transformers
+    from .acceleration import supported_pipelines as supported_pipelines
+    from .undo import restore as restore
 
+_LATER = {
+    **dict.fromkeys(
+        ("FAMILIES", "Family", "Handle", "accelerate", "find_transformers", "supported_pipelines"), ".acceleration"
+    ),
+    "restore": ".undo",
+    **dict.fromkeys(deep_compression.__all__, ".deep_compression"),
+}
 
-def __getattr__(name: str) -> object:
-    if name not in deep_compression.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(deep_compression, name)
+__all__ = sorted(_LATER)
+__getattr__ = looked_up_later(globals(), _LATER)

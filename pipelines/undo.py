@@ -9,15 +9,21 @@ from .acceleration import handle as acceleration
 GUIDANCE_FREE = "_vidaccel_guidance_free"
 """Attribute of a pipeline that holds its guidance-free handle."""
 
+PRESET = "_vidaccel_preset"
+"""Attribute of a pipeline that holds the handle of its preset."""
+
 
 def restore(pipe: Any) -> None:
-    """Undo `accelerate` and `guidance_free` where the handle is lost, as after running a notebook cell twice.
+    """Undo `apply`, `accelerate` and `guidance_free` where the handle is lost, as after running a notebook cell twice.
 
     Does nothing to a pipeline that nothing was done to.
 
     Raises:
         TypeError: no transformer of the pipeline is known.
     """
+    preset = getattr(pipe, PRESET, None)
+    if preset is not None:
+        preset.remove()
     free = getattr(pipe, GUIDANCE_FREE, None)
     if free is not None:
         free.remove()

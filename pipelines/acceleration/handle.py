@@ -54,7 +54,7 @@ class Handle:
             fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
             _check_without_scheduler(f"{type(pipe).__name__} is no pipeline, so", schedule, fix)
         elif schedule.needs_sigma:
-            _check_noise_levels(pipe.scheduler, schedule)
+            check_noise_levels(pipe.scheduler, schedule)
         self._pipe = pipe
         self._told: set[str] = set()
         self._clock = StepClock(pipe)
@@ -226,7 +226,7 @@ def _check_without_scheduler(what: str, schedule: DenseSchedule, fix: str) -> No
         raise ValueError(f"{schedule} goes by noise levels, but {what} they are unknown: {fix}")
 
 
-def _check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
+def check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
     """Refuse bounds on noise levels at once where the scheduler shows that its own are not a flow's, from 0 to 1.
 
     So do those of diffusion that have no `sigmas` at all, such as DDIM. What is not known yet is told in the first

@@ -32,13 +32,8 @@ class GuidanceFree:
             raise RuntimeError(
                 f"this {type(pipe).__name__} is guidance-free already: call remove() on the first handle."
             )
-        parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
-        _check_parts(pipe, parts)
-        if adapters is None:
-            adapters = [own_adapter(transformer, name, base) for name, transformer in parts.items()]
-        chosen = _by_part(pipe, parts, adapters)
-        for name, transformer in parts.items():
-            check_base(transformer, name, chosen[name], base, GuidanceFreeError)
+        chosen = chosen_adapters(pipe, adapters, base)
+        parts = {name: unwrap(getattr(pipe, name)) for name in chosen}
         self.adapters = tuple(chosen.values())
         self.sigmas = _common_sigmas(self.adapters)
         self._pipe: Any = pipe
@@ -153,6 +148,29 @@ def own_adapter(transformer: Any, part: str, base: str | Path | None = None) -> 
             "recipe gft made."
         )
     return read_adapter(file)
+
+
+def chosen_adapters(
+    pipe: Any, adapters: Sequence[GuidanceFreeAdapter] | None, base: str | Path | None
+) -> dict[str, GuidanceFreeAdapter]:
+    """The adapter of each transformer of a pipeline, checked; nothing is changed.
+
+    Args:
+        pipe: the pipeline.
+        adapters: that were given; None for what the model has of its own.
+        base: folder or hub id of the pipeline that the transformers are from, where they do not know themselves.
+
+    Raises:
+        GuidanceFreeError: a pipeline that takes none, an adapter of another model, or not one for each transformer.
+    """
+    parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
+    _check_parts(pipe, parts)
+    if adapters is None:
+        adapters = [own_adapter(transformer, name, base) for name, transformer in parts.items()]
+    chosen = _by_part(pipe, parts, adapters)
+    for name, transformer in parts.items():
+        check_base(transformer, name, chosen[name], base, GuidanceFreeError)
+    return {name: chosen[name] for name in parts}
 
 
 def _check_parts(pipe: Any, parts: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...attention.methods import METHODS, Method
-from ...attention.schedule import DenseSchedule
+from ...attention.methods import Method
+from ...attention.methods.description import describe, described
 from .settings import Riflex
 
 RECIPE = "length"
@@ -67,13 +67,9 @@ class TrainedLength:
 
 def facts_of_length(trained: TrainedLength) -> dict[str, Any]:
     """What the header says, of which `trained_length` makes the same again."""
-    method = trained.method
-    settings = {} if method is None else {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    schedule = settings.pop("schedule", None)
+    dense = {"method": "dense", "settings": {}, "schedule": None}
     return {
-        "method": "dense" if method is None else method.name,
-        "settings": settings,
-        "schedule": None if schedule is None else dataclasses.asdict(schedule),
+        **(dense if trained.method is None else describe(trained.method)),
         "density": round(trained.density, 4),
         "base_frames": trained.base_frames,
         "frames": trained.frames,
@@ -95,10 +91,8 @@ def trained_length(facts: Mapping[str, Any], name: str) -> TrainedLength | None:
         return None
     try:
         stated = facts[RECIPE]
-        method = None
-        if stated["method"] != "dense":
-            schedule = DenseSchedule(**stated["schedule"])
-            method = METHODS[stated["method"]](**stated["settings"], schedule=schedule)
+        attention = {name: stated[name] for name in ("method", "settings", "schedule")}
+        method = None if stated["method"] == "dense" else described(attention)
         riflex = None if stated["riflex"] is None else Riflex(**stated["riflex"])
         numbers = float(stated["density"]), int(stated["base_frames"]), int(stated["frames"])
         return TrainedLength(method, *numbers, riflex, name)

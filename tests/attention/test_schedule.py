@@ -81,3 +81,32 @@ def test_unknown_number_of_steps_is_an_error_only_where_it_is_needed():
 def test_bad_values_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         DenseSchedule(**values)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "kept"),
+    [
+        (DenseSchedule(first_steps=0.3), 4, (1, 0)),
+        (DenseSchedule(first_steps=0.2), 4, (1, 0)),
+        (DenseSchedule(first_steps=0.2), 2, (0, 0)),
+        (DenseSchedule(first_steps=0.2), 1, (0, 0)),
+        (DenseSchedule(first_steps=0.1, last_steps=0.1), 4, (1, 0)),
+        (DenseSchedule(first_steps=1, last_steps=0.1), 4, (1, 0)),
+        (DenseSchedule(first_steps=0.2, last_steps=0.2), 5, (1, 1)),
+        (DenseSchedule(first_steps=0.5), 4, (2, 0)),
+        (DenseSchedule(first_steps=0.3), 5, (2, 0)),
+        (DenseSchedule(first_steps=2), 4, (2, 0)),
+        (DenseSchedule(first_steps=2, last_steps=2), 4, (2, 2)),
+    ],
+)
+def test_fractions_keep_less_than_half_of_a_short_run_unless_half_is_asked_for(schedule, steps, kept):
+    assert schedule.steps_of(steps) == kept
+    dense = [s for s in range(steps) if s < kept[0] or s >= steps - kept[1]]
+    assert dense_steps(schedule, steps) == dense
+    assert [s for s in range(steps) if schedule.step_reason(StepInfo(step=s, num_steps=steps))] == dense
+
+
+def test_what_rounding_down_left_of_a_schedule_is_told():
+    assert "4 steps, and the schedule's fractions keep 1 of them dense instead of 2" in DenseSchedule(0.3).remark(4)
+    assert "keep none of them dense instead of 1" in DenseSchedule(0.2).remark(2)
+    assert DenseSchedule(0.3).remark(50) == DenseSchedule(2).remark(4) == DenseSchedule(0.3).remark(None) == ""

@@ -44,7 +44,7 @@ def trained_for(path: Path) -> str:
     Args:
         path: of the file, or of the folder of a `pytorch_lora_weights` file.
     """
-    from ..pipelines.adapter_header import facts_of
+    from .adapter_header import facts_of
 
     facts = facts_of(path)
     stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
@@ -55,7 +55,7 @@ def check_readable(path: Path) -> None:
     """Raise LoraError for a folder without weights and a safetensors file whose header cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    from ..pipelines.adapter_header import adapter_path
+    from .adapter_header import adapter_path
 
     file = adapter_path(path)
     if file.is_dir():
@@ -73,7 +73,7 @@ def check_readable(path: Path) -> None:
 
 def lora_file(path: Path) -> Path | None:
     """The one safetensors file of a LoRA; None where a folder has several and none of the usual name."""
-    from ..pipelines.adapter_header import adapter_path
+    from .adapter_header import adapter_path
 
     file = adapter_path(path)
     if file.is_dir():
@@ -82,8 +82,12 @@ def lora_file(path: Path) -> Path | None:
     return file if file.suffix == ".safetensors" else None
 
 
-def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
+def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: str = "lora") -> None:
     """Load LoRAs into a pipeline, beside those that it has already.
+
+    Args:
+        pipe: the pipeline. loras: to load.
+        name_as: begins their names, under which the pipeline knows them.
 
     Raises:
         LoraError: the pipeline takes none, lacks the transformer that one is for, or a file does not fit it.
@@ -98,7 +102,7 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
             raise WrongTransformer(f"{lora.path.name} is for {lora.target}, and this pipeline has {has} alone.")
         for name, part in parts.items():
             if lora.target in ("all", name):
-                adapter = f"lora_{number}"
+                adapter = f"{name_as}_{number}"
                 _load(pipe, lora, adapter, name, part)
                 weights[name][adapter] = lora.weight
     for name, part in parts.items():
@@ -107,7 +111,7 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
 
 
 def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> None:
-    from ..pipelines.errors import first_line
+    from .errors import first_line
 
     file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
     folder = str(lora.path.parent if file else lora.path)

@@ -1,0 +1,162 @@
+"""The commands about presets: `vidaccel presets` lists them, `vidaccel waterfall` measures one lever by lever."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..generation.errors import BadInput
+from .errors import one_line_errors
+
+if TYPE_CHECKING:
+    from ..generation.waterfall import Waterfall
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("presets")(presets_command)
+    app.command("waterfall")(waterfall_command)
+
+
+def presets_command(
+    name: Annotated[str | None, typer.Argument(help="Print this one, or a file, as YAML.")] = None,
+) -> None:
+    """The presets that come with the package: for which model, and what they do."""
+    with one_line_errors():
+        import yaml
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..pipelines.presets import load_preset, shipped_presets
+
+        if name is not None:
+            typer.echo(yaml.safe_dump(load_preset(name).to_dict(), sort_keys=False, allow_unicode=True), nl=False)
+            return
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for title in ("preset", "model", "levers", "what it is"):
+            table.add_column(title, no_wrap=title == "preset", overflow="fold")
+        for each in map(load_preset, shipped_presets()):
+            levers = [*each.levers().items()]
+            levers += [("steps", str(each.num_inference_steps))] if each.num_inference_steps else []
+            told = "\n".join(f"{lever}: {text}" for lever, text in levers)
+            table.add_row(each.name, each.model or each.family, told, each.summary)
+        Console().print(table, markup=False)
+
+
+def waterfall_command(
+    preset: Annotated[str, typer.Argument(help="A .yaml or .json file, or a name of `vidaccel presets`.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What a video shows; repeatable. (default: 4 of the built-in models, for these)"),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    model: Annotated[
+        str,
+        typer.Option(show_default=False, help="The plain base: a name, folder or hub id. (default: the preset's)"),
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the first video; the others have the next ones.")] = 0,
+    rounds: Annotated[int, typer.Option(help="How often all is run: the spread of the rounds shows the noise.")] = 2,
+    frames: Annotated[int | None, typer.Option(help="Frames. (default: each model's)")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. (default: each model's)")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. (default: each model's)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of rows whose preset says nothing. (default: as above)")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    device: Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")
+    ] = "auto",
+    offload: Annotated[bool, typer.Option("--offload", help="Keep only the part at work on the device.")] = False,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page; its numbers go beside it, as .json.")] = Path(
+        "waterfall.html"
+    ),
+) -> None:
+    """Seconds and error after each lever of PRESET is added to the plain base, all measured in one process."""
+    with one_line_errors():
+        from ..generation.outputs import check_file, check_files
+        from ..generation.presets import request_preset
+        from ..generation.waterfall import waterfall
+        from ..generation.waterfall_page import write_waterfall
+
+        chosen = request_preset(preset)
+        check_file("out", out, ".html")
+        check_files("out", out, [out, out.with_suffix(".json")], {} if prompts is None else {"prompts": prompts})
+        if threads is not None and threads < 1:
+            raise BadInput("threads", "it must be at least 1", value=threads)
+        texts = [*(prompt or ()), *_lines(prompts)] or _built_in(model or chosen.model)
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        made = waterfall(
+            model or None,
+            chosen,
+            texts,
+            seed,
+            rounds=rounds,
+            frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            tiling=vae_tiling,
+        )
+        write_waterfall(made, out, shlex.join(["vidaccel", *sys.argv[1:]]))
+        _print_table(made)
+        typer.echo(f"page: {out} (open it in a browser); numbers: {out.with_suffix('.json')}")
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput("prompts", f"it cannot be read ({error})", value=file) from error
+
+
+def _built_in(model: str) -> list[str]:
+    """Prompts that the built-in models can show, evenly spread over those that training never saw."""
+    from ..demo import HELD_OUT_PROMPTS
+    from ..generation.model_places import DEMOS
+
+    if model not in DEMOS:
+        raise BadInput("prompt", "is needed for this model", "Give one, or several.")
+    return [HELD_OUT_PROMPTS[i * len(HELD_OUT_PROMPTS) // 4] for i in range(4)]
+
+
+def _print_table(made: Waterfall) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..generation.report import format_psnr, format_seconds
+    from ..generation.waterfall_page import row_name
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("lever", overflow="fold")
+    checked = made.rows[0].right is not None
+    for title in ("a video", "base/this", "rounds", "PSNR", *(("right",) if checked else ()), "passes"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for number, row in enumerate(made.rows):
+        low, high = made.gain_range(row)
+        cells = [f"{row_name(row, number)}: {row.stage.text if number else row.stage.model}"]
+        cells += [format_seconds(row.median), f"{made.gain(row):.2f}", f"{low:.2f}-{high:.2f}" if number else "–"]
+        cells += [format_psnr(row.mean_psnr) if number else "–"]
+        cells += [f"{sum(row.right)}/{len(row.right)}"] if checked else []
+        computed, skipped = row.forwards
+        table.add_row(*cells, f"{computed} of {computed + skipped}")
+    console = Console()
+    console.print(table, markup=False)
+    for note in made.notes:
+        typer.echo(note)
+    typer.echo(made.in_words())

@@ -1,0 +1,159 @@
+"""Presets, caches and layers in 8 bits of a request: what they mean for its other fields, and at work in a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadInput, mention
+from .methods import DENSE
+
+if TYPE_CHECKING:
+    from ..pipelines.presets import Cache, Preset, PresetError, Quantize
+    from .job import Sparse
+    from .model_facts import ModelFacts
+    from .request import Settings
+
+LEVERS = ("cache", "quantize")
+"""Levers that a request has fields for, which no other part of this layer carries out."""
+
+
+def request_preset(
+    preset: Preset | str | Path | None, cache: Cache | str | None = None, quantize: Quantize | str | None = None
+) -> Preset | None:
+    """The preset that a request means; None where it has none of the three.
+
+    Args:
+        preset: a `Preset`, a file, or the name of one that comes with the package.
+        cache: instead of its own: a `Cache`, or "NAME" or "NAME=THRESHOLD"; "none" for none.
+        quantize: instead of its own: a `Quantize`, or its kind; "none" for none.
+
+    Raises:
+        BadInput: what cannot be read or is unknown.
+    """
+    if preset is None and cache is None and quantize is None:
+        return None
+    from ..pipelines.presets import Preset, PresetError, load_preset
+
+    try:
+        chosen = Preset(name="") if preset is None else preset if isinstance(preset, Preset) else load_preset(preset)
+    except PresetError as error:
+        raise BadInput("preset", f"cannot be used: {str(error).rstrip('.')}") from error
+    try:
+        if cache is not None:
+            chosen = chosen.replace(cache=_cache(cache))
+        if quantize is not None:
+            chosen = chosen.replace(quantize=_quantize(quantize))
+    except PresetError as error:
+        raise refused(error) from error
+    return chosen
+
+
+def _cache(given: Cache | str) -> Cache | None:
+    from ..pipelines.presets import Cache
+
+    if not isinstance(given, str):
+        return given
+    name, equals, threshold = given.partition("=")
+    if name == "none" and not equals:
+        return None
+    try:
+        return Cache(name, float(threshold) if equals else None)
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise BadInput("cache", "what follows = must be its threshold, a number", value=given) from None
+
+
+def _quantize(given: Quantize | str) -> Quantize | None:
+    from ..pipelines.presets import Quantize
+
+    if not isinstance(given, str):
+        return given
+    return None if given == "none" else Quantize(given)
+
+
+def refused(error: PresetError) -> BadInput:
+    """What is wrong with a lever, by the field of the request that has it."""
+    lever = error.lever.partition(".")[0]
+    if lever in LEVERS:
+        problem = f"{error.value}: {error.problem}" if error.value != "" else error.problem
+        return BadInput(lever, f"cannot be used: {problem}", error.fix)
+    return BadInput("preset", f"cannot be used: {str(error).rstrip('.')}")
+
+
+def with_preset(
+    preset: Preset, settings: Settings, sparse: Sparse, given: dict[str, Any]
+) -> tuple[Settings, Sparse, dict[str, Any]]:
+    """A request with what its preset says where it says nothing itself.
+
+    Args:
+        preset: of `request_preset`.
+        settings, sparse: of the request.
+        given: its `lora`, `guidance_free` and `sla`, empty where it has none.
+    """
+    settings = replace(
+        settings,
+        steps=preset.num_inference_steps if settings.steps is None else settings.steps,
+        guidance_scale=preset.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
+    )
+    if preset.name and not sparse.methods:  # else there is only a cache or layers in 8 bits
+        sparse = replace(sparse, methods=(DENSE if preset.method is None else preset.method,))
+    if sparse.backend == "auto":
+        sparse = replace(sparse, backend=preset.backend)
+    own = preset.guidance_free == ("own",)
+    of_preset = {"lora": preset.loras, "guidance_free": own or preset.guidance_free, "sla": preset.sla}
+    return settings, sparse, {name: value or of_preset[name] for name, value in given.items()}
+
+
+def beside(preset: Preset) -> Preset | None:
+    """What of a preset no other part of this layer carries out; None for nothing."""
+    from ..pipelines.presets import Preset
+
+    rest = Preset(
+        name=preset.name,
+        family=preset.family,
+        transformer=preset.transformer,
+        model=preset.model,
+        cache=preset.cache,
+        quantize=preset.quantize,
+        scheduler=preset.scheduler,
+    )
+    return rest if rest.levers() else None
+
+
+def check_beside(preset: Preset, facts: ModelFacts, settings: Settings) -> None:
+    """Raise BadInput for a preset of another model, and for a library that is missing, before weights are read."""
+    from ..pipelines.acceleration.families import FAMILIES
+    from ..pipelines.presets import PresetError
+    from ..pipelines.presets.checks import differences
+    from ..pipelines.presets.packages import check_packages
+
+    family = next((f.name for f in FAMILIES if facts.pipeline_class in f.pipelines), "")
+    if preset.family and preset.family != family:
+        problem = f"{preset.name} is for {preset.family}, and {facts.name} is "
+        problem += f"of {family}" if family else f"a {facts.pipeline_class}, of no family that is known"
+        raise BadInput("preset", f"cannot be used: {problem}", f"Give another {mention('model')}, or another preset.")
+    if facts.transformer and (differing := differences(preset.transformer, facts.transformer)):
+        problem = f"cannot be used: {preset.name} is for another model: {'; '.join(differing)}"
+        raise BadInput("preset", problem, f"Give another {mention('model')}, or another preset.")
+    try:
+        check_packages(preset)
+    except PresetError as error:
+        raise refused(error) from error
+    if preset.guidance_free and settings.guidance_scale is not None and settings.guidance_scale <= 1:
+        raise BadInput("guidance_scale", "the preset puts guidance into one pass, and 1 is none", "Raise it.", value=1)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What a pipeline refuses of a preset as bad input."""
+    from ..pipelines.presets import PresetError
+
+    try:
+        yield
+    except PresetError as error:
+        raise refused(error) from error

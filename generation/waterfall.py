@@ -1,0 +1,431 @@
+"""What each lever of a preset gives and costs: seconds and error after each one is added, measured in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .comparison import compare
+from .errors import BadInput, mention
+from .machine import choose_device, choose_dtype, environment
+from .model_facts import ModelFacts, inspect_model, inspect_pipeline
+from .model_places import DEMOS
+from .presets import check_beside, refusals, request_preset
+from .progress import bars
+from .request import Settings
+from .run import load, run, warm_up
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from ..pipelines.presets import Preset
+
+Checker = Callable[[np.ndarray, str], bool]
+"""Whether a video `[F, H, W, 3]` of bytes shows what a prompt says."""
+BASE = "base"
+"""Name of the first row."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row: the preset so far.
+
+    Args:
+        name: of the lever that it adds; `BASE` for none.
+        text: what that is.
+        model: it runs on; "" for the first model.
+        preset: all levers so far.
+    """
+
+    name: str
+    text: str
+    model: str
+    preset: Preset
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One stage, measured.
+
+    Args:
+        stage: what ran.
+        steps, guidance_scale: of its calls.
+        seconds: of whole calls of the pipeline, one list a round, one number a prompt.
+        psnr: dB to the first row, one a prompt; infinite where it is the same.
+        right: whether each video shows what its prompt says; None where nothing checks it.
+        forwards: passes of the transformer in a run, computed and skipped.
+        sample: frames of the first prompt, `[F, H, W, 3]` uint8.
+        notes: of the run, in sentences.
+    """
+
+    stage: Stage
+    steps: int
+    guidance_scale: float | None
+    seconds: tuple[tuple[float, ...], ...]
+    psnr: tuple[float, ...]
+    right: tuple[bool, ...] | None
+    forwards: tuple[int, int]
+    sample: np.ndarray
+    notes: tuple[str, ...] = ()
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call, the median over prompts and rounds."""
+        return statistics.median(s for each in self.seconds for s in each)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The least and the most of the rounds' medians: what the machine adds by itself."""
+        medians = [statistics.median(each) for each in self.seconds]
+        return min(medians), max(medians)
+
+    @property
+    def mean_psnr(self) -> float:
+        """Mean over the prompts whose videos differ; infinite where none does."""
+        finite = [value for value in self.psnr if math.isfinite(value)]
+        return statistics.fmean(finite) if finite else math.inf
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the videos that show what their prompt says."""
+        return None if self.right is None else statistics.fmean(self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class Waterfall:
+    """The rows of a preset, the plain base first.
+
+    Args:
+        preset: that was measured.
+        rows: in the order in which its levers are added.
+        prompts, seeds: of the videos.
+        settings, environment: name -> value, shown as they are.
+        notes: in sentences.
+    """
+
+    preset: Preset
+    rows: tuple[Row, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def gain(self, row: Row) -> float:
+        """How many times as fast as the first row."""
+        return self.rows[0].median / row.median
+
+    def gain_range(self, row: Row) -> tuple[float, float]:
+        """The least and the most of that over the rounds."""
+        first = [statistics.median(each) for each in self.rows[0].seconds]
+        gains = [a / statistics.median(b) for a, b in zip(first, row.seconds, strict=True)]
+        return min(gains), max(gains)
+
+    def in_words(self) -> str:
+        """The gain of the whole preset in one sentence, with what it costs beside it."""
+        first, last = self.rows[0], self.rows[-1]
+        text = f"{self.preset.name}: {self.gain(last):.2f} times as fast as the plain base"
+        text += f" ({last.median:.2f} s instead of {first.median:.2f} s a video)"
+        if last.accuracy is not None:
+            counts = (sum(row.right or ()) for row in (last, first))
+            text += ", and {} instead of {} of {} videos show what their prompt says".format(*counts, len(self.prompts))
+        elif math.isfinite(last.mean_psnr):
+            text += f", at a PSNR of {last.mean_psnr:.1f} dB to it"
+        return text + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but pictures, in types that JSON knows (the same videos have a PSNR of null)."""
+        rows = []
+        for row in self.rows:
+            finite = [value if math.isfinite(value) else None for value in row.psnr]
+            rows.append(
+                {
+                    "lever": row.stage.name,
+                    "what": row.stage.text,
+                    "model": row.stage.model,
+                    "steps": row.steps,
+                    "guidance_scale": row.guidance_scale,
+                    "median_seconds": row.median,
+                    "seconds": [list(each) for each in row.seconds],
+                    "times_as_fast": self.gain(row),
+                    "times_as_fast_range": list(self.gain_range(row)),
+                    "psnr_mean": row.mean_psnr if math.isfinite(row.mean_psnr) else None,
+                    "psnr": finite,
+                    "accuracy": row.accuracy,
+                    "right": None if row.right is None else list(row.right),
+                    "forwards_computed": row.forwards[0],
+                    "forwards_skipped": row.forwards[1],
+                    "notes": list(row.notes),
+                }
+            )
+        return {
+            "preset": self.preset.to_dict(),
+            "gain": self.in_words(),
+            "rows": rows,
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "notes": list(self.notes),
+        }
+
+
+def stages(preset: Preset, model: str = "") -> list[Stage]:
+    """The rows of a preset: the plain base, its model where that is another one, and one for each lever.
+
+    Args:
+        preset: to be taken apart.
+        model: of the first row; "" for the preset's base, or the model where it has none.
+    """
+    from ..pipelines.presets import Preset
+
+    base = model or preset.base or preset.model
+    own = preset.model if preset.base and preset.model != base else base
+    so_far = Preset(name=preset.name, family=preset.family)
+    rows = [Stage(BASE, "as it is", base, replace(so_far, family=""))]
+    if own != base:
+        rows.append(Stage("model", own, own, so_far))
+    so_far = replace(so_far, transformer=preset.transformer)
+    levers = preset.levers()
+    parts: list[tuple[str, dict[str, Any]]] = [
+        ("guidance_free", {"guidance_free": preset.guidance_free}),
+        ("steps", {name: getattr(preset, name) for name in ("scheduler", "loras", "num_inference_steps")}),
+        ("quantize", {"quantize": preset.quantize}),
+        ("method", {name: getattr(preset, name) for name in ("method", "backend", "precision", "sla")}),
+        ("cache", {"cache": preset.cache}),
+    ]
+    for name, changes in parts:
+        if name in ("guidance_free", "steps") and any(changes.values()):
+            changes = {**changes, "guidance_scale": preset.guidance_scale}
+        changed = replace(so_far, **changes)
+        if changed == so_far or not any(value for key, value in changes.items() if key != "backend"):
+            continue
+        so_far = changed
+        rows.append(Stage(name, _steps_text(preset) if name == "steps" else levers[name], own, so_far))
+    return rows
+
+
+def _steps_text(preset: Preset) -> str:
+    count = preset.num_inference_steps
+    told = [f"{count} steps"] if count else []
+    told += [text for name, text in preset.levers().items() if name in ("scheduler", "loras")]
+    return ", ".join(told)
+
+
+def waterfall(
+    model: str | Path | DiffusionPipeline | Callable[[], DiffusionPipeline] | None,
+    preset: Preset | str | Path,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int] = 0,
+    *,
+    rounds: int = 2,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    checker: Checker | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    offload: bool = False,
+    tiling: bool = False,
+    progress: bool = True,
+) -> Waterfall:
+    """Measure a preset lever by lever: seconds and error after each, against the plain base, in one process.
+
+    All stages run in each round, so that what the machine does beside it shows as the spread of the rounds and does not
+    fall on one stage. Each starts with a step that is not counted. Everything that can be checked is checked first.
+
+    Args:
+        model: the plain base: a name, folder or hub id, a pipeline, or what returns one; None for the preset's own.
+        preset: a `Preset`, a file, or the name of one that comes with the package.
+        prompts: one video each.
+        seeds: of their noise: one each, or the first of as many.
+        rounds: how often all is run; the spread needs two.
+        frames, height, width: of the videos; None for each model's own.
+        steps, guidance_scale: of the stages whose preset says nothing; None for the model's own.
+        checker: tells whether a video shows what its prompt says; that of the built-in models for theirs when None.
+        device, dtype, offload, tiling: see `vidaccel.generate`; of models that are loaded here.
+        progress: show bars.
+
+    Raises:
+        BadInput: a request that cannot be met.
+        GenerationError: the model made NaN or infinite values.
+    """
+    chosen = request_preset(preset)
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
+    if not texts:
+        raise BadInput("prompts", "there are none", "Give at least one.")
+    if len(numbers) != len(texts):
+        raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise BadInput("rounds", "it must be a whole number of at least 1", value=rounds)
+    models = _Models(model, device, dtype, offload, tiling)
+    with refusals():
+        plan = stages(chosen, models.first_name)
+    if len(plan) == 1:
+        raise BadInput("preset", f"has nothing to measure: {chosen.name} leaves the pipeline as it is")
+    if not plan[0].model and models.given is None:
+        raise BadInput("model", "is not known: the preset names none", f"Give {mention('model')}.")
+    asked: dict[str, Any] = {"frames": frames, "height": height, "width": width}
+    own = {"steps": steps, "guidance_scale": guidance_scale}
+    requests = [_settings(stage, models.facts(stage.model), texts[0], asked, own) for stage in plan]
+    for stage, settings in zip(plan, requests, strict=True):
+        check_beside(stage.preset, models.facts(stage.model), settings)
+    checker = checker or _built_in_checker(models.facts(plan[0].model), texts)
+    shown = bars(models.facts(plan[0].model).name) if progress else contextlib.nullcontext(lambda *_: None)
+    with shown as tell:
+        measured = _measure(plan, requests, models, texts, numbers, rounds, checker, tell)
+    first, notes = requests[0], []
+    if len({s.frames for s in requests}) > 1:
+        counts = " and ".join(str(n) for n in dict.fromkeys(s.frames for s in requests))
+        notes.append(f"The models make {counts} frames; PSNR is of those that all have.")
+    notes += models.notes
+    told = {
+        "size": f"{first.frames} frames of {first.width}x{first.height}",
+        "videos": f"{len(texts)} prompts, {rounds} rounds, seeds {', '.join(map(str, numbers[:8]))}"
+        + (", ..." if len(numbers) > 8 else ""),
+        "dtype": str(models.dtype(plan[0].model)).removeprefix("torch."),
+    }
+    return Waterfall(chosen, tuple(measured), texts, numbers, told, environment(models.device), tuple(notes))
+
+
+class _Models:
+    """The models of a waterfall, each loaded when it is needed first."""
+
+    def __init__(self, given: Any, device: Any, dtype: Any, offload: bool, tiling: bool) -> None:
+        if callable(given) and not hasattr(given, "components"):
+            given = given()
+        self.given = None if given is None or isinstance(given, str | Path) else given
+        self.first_name = str(given) if isinstance(given, str | Path) else ""
+        self.device = choose_device(device, offload) if self.given is None else self.given._execution_device
+        self._dtype, self._offload, self._tiling = dtype, offload, tiling
+        self._facts: dict[str, ModelFacts] = {}
+        self._pipes: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def _is_given(self, name: str) -> bool:
+        return self.given is not None and (not self._facts or name in ("", next(iter(self._facts))))
+
+    def facts(self, name: str) -> ModelFacts:
+        """What a model is; the first that is asked for is the one that was given."""
+        if name not in self._facts:
+            self._facts[name] = inspect_pipeline(self.given) if self._is_given(name) else inspect_model(name)
+        return self._facts[name]
+
+    def dtype(self, name: str) -> Any:
+        """Of a model."""
+        if self._is_given(name):
+            return (self.given.transformer or self.given.transformer_2).dtype
+        return choose_dtype(self._dtype, self.device, name)
+
+    def pipe(self, name: str) -> Any:
+        """A model, loaded."""
+        if name not in self._pipes:
+            if self._is_given(name):
+                self._pipes[name] = self.given
+            else:
+                placing = {"offload": self._offload, "tiling": self._tiling}
+                self._pipes[name] = load(self.facts(name), self.dtype(name), self.device, **placing)
+        return self._pipes[name]
+
+
+def _settings(stage: Stage, facts: ModelFacts, prompt: str, asked: dict[str, Any], own: dict[str, Any]) -> Settings:
+    steps, scale = stage.preset.num_inference_steps, stage.preset.guidance_scale
+    wanted = Settings(
+        prompt,
+        **asked,
+        steps=own["steps"] if steps is None else steps,
+        guidance_scale=own["guidance_scale"] if scale is None else scale,
+    )
+    return wanted.checked(facts)
+
+
+def _built_in_checker(facts: ModelFacts, prompts: Sequence[str]) -> Checker | None:
+    """That of the built-in models, where all prompts are of their world."""
+    from ..demo.checker import check
+    from ..demo.world import parse_caption
+
+    if facts.name not in DEMOS:
+        return None
+    try:
+        for prompt in prompts:
+            parse_caption(prompt)
+    except ValueError:
+        return None
+    return lambda frames, prompt: check(frames).agrees_with(prompt)["all"]
+
+
+def _measure(
+    plan: Sequence[Stage],
+    requests: Sequence[Settings],
+    models: _Models,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    rounds: int,
+    checker: Checker | None,
+    tell: Callable[..., None],
+) -> Iterator[Row]:
+    seconds: list[list[tuple[float, ...]]] = [[] for _ in plan]
+    rows: list[Row] = []
+    reference: list[np.ndarray] = []
+    for number in range(rounds):
+        for place, (stage, settings) in enumerate(zip(plan, requests, strict=True)):
+            name = stage.name if stage.name == BASE else f"+ {stage.name}"
+            tell(name, "warm-up", number * len(prompts), rounds * len(prompts))
+            with _at_work(models, stage, settings) as (pipe, handle):
+                taken, videos = [], []
+                for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                    made = run(pipe, replace(settings, prompt=prompt, seed=seed))
+                    taken.append(made.seconds)
+                    if not number:
+                        videos.append((made.frames * 255).round().astype(np.uint8))
+                    tell(name, f"round {number + 1}", number * len(prompts) + i + 1, rounds * len(prompts))
+                account = handle.report()
+            seconds[place].append(tuple(taken))
+            if number:
+                continue
+            reference = reference or videos
+            counts = account.last().counts()
+            rows.append(
+                Row(
+                    stage,
+                    settings.steps,
+                    settings.guidance_scale,
+                    (),
+                    tuple(_psnr(a, b) for a, b in zip(reference, videos, strict=True)),
+                    None if checker is None else tuple(checker(v, p) for v, p in zip(videos, prompts, strict=True)),
+                    (counts["computed"], counts["skipped"]),
+                    videos[0],
+                    account.notes,
+                )
+            )
+    return (replace(row, seconds=tuple(each)) for row, each in zip(rows, seconds, strict=True))
+
+
+@contextlib.contextmanager
+def _at_work(models: _Models, stage: Stage, settings: Settings) -> Iterator[tuple[Any, Any]]:
+    """The pipeline of a stage with its levers, after a step that is not counted."""
+    from ..pipelines.presets import apply
+
+    pipe = models.pipe(stage.model)
+    with refusals(), apply(pipe, stage.preset, base=models.facts(stage.model).location) as handle:
+        warm_up(pipe, settings, None)
+        handle.reset()
+        yield pipe, handle
+
+
+def _psnr(reference: np.ndarray, other: np.ndarray) -> float:
+    frames = min(len(reference), len(other))
+    if reference.shape[1:] != other.shape[1:]:
+        return math.nan
+    return compare(reference[:frames], other[:frames]).mean_psnr

@@ -1,0 +1,46 @@
+"""Presets: all that makes a pipeline faster under one description, and one account of it.
+
+The names are looked up on first use, because diffusers, on which they are built, takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..later import looked_up_later
+
+if TYPE_CHECKING:
+    from .account import Account as Account
+    from .applied import Applied as Applied
+    from .applied import apply as apply
+    from .errors import PresetError as PresetError
+    from .files import load_preset as load_preset
+    from .files import save_preset as save_preset
+    from .files import shipped_presets as shipped_presets
+    from .preset import CACHES as CACHES
+    from .preset import Cache as Cache
+    from .preset import LoraFile as LoraFile
+    from .preset import Preset as Preset
+    from .preset import Quantize as Quantize
+    from .preset import SchedulerChoice as SchedulerChoice
+    from .ratios import measure_mag_ratios as measure_mag_ratios
+
+_LATER = {
+    "CACHES": ".preset",
+    "Account": ".account",
+    "Applied": ".applied",
+    "Cache": ".preset",
+    "LoraFile": ".preset",
+    "Preset": ".preset",
+    "PresetError": ".errors",
+    "Quantize": ".preset",
+    "SchedulerChoice": ".preset",
+    "apply": ".applied",
+    "load_preset": ".files",
+    "measure_mag_ratios": ".ratios",
+    "save_preset": ".files",
+    "shipped_presets": ".files",
+}
+
+__all__ = sorted(_LATER)
+__getattr__ = looked_up_later(globals(), _LATER)

@@ -1,0 +1,266 @@
+"""The account of a run: what each step computed, what a cache skipped, and what was sparse.
+
+A schedule keeps steps dense because what they decide is worth it; a cache that skips them makes the promise empty. So
+a step that the schedule keeps dense is never skipped, and one that was skipped is not counted as dense.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ...attention import DenseSchedule, RunReport, StepInfo
+from ...attention.records import KEPT_RUNS, CallRecord
+from ..acceleration.clock import StepClock
+from ..acceleration.families import Family
+from ..acceleration.scheduler_table import read_table
+from .caches import CacheAtWork
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One forward pass of a transformer.
+
+    Args:
+        run, step, num_steps, branch: see `StepInfo`.
+        model: the component.
+        layers: self-attention layers that ran. of: layers of the model.
+        kept: why the cache had to compute it; "" where it need not, or where there is none.
+    """
+
+    run: int
+    step: int
+    num_steps: int | None
+    branch: str
+    model: str
+    layers: int
+    of: int
+    kept: str = ""
+
+    @property
+    def computed(self) -> bool:
+        """Whether all layers ran; a cache that skips a pass computes some of them to decide it."""
+        return self.layers >= self.of
+
+
+@dataclass(frozen=True)
+class StepAccount:
+    """One step of a run.
+
+    Args:
+        run, step, num_steps: see `StepInfo`.
+        forwards: passes of the transformers, one for each branch of guidance.
+        computed: those that ran whole. skipped: those that a cache left out.
+        attention: of those that ran whole: "sparse", "dense", "mixed" where some layers stay dense, "stock" without a
+            method, and "-" where none did.
+        density: mean over their calls; NaN where none did.
+        why: why they are dense, with the number of calls.
+    """
+
+    run: int
+    step: int
+    num_steps: int | None
+    forwards: int
+    computed: int
+    skipped: int
+    attention: str
+    density: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What runs with a preset did. `str()` is a table.
+
+    Args:
+        preset: its name.
+        levers: what is at work, lever -> words.
+        steps: in their order.
+        attention: of sparse attention, call by call; None without a method.
+        notes: in sentences.
+    """
+
+    preset: str
+    levers: dict[str, str]
+    steps: tuple[StepAccount, ...]
+    attention: RunReport | None = None
+    notes: tuple[str, ...] = ()
+
+    def runs(self) -> list[int]:
+        """The runs that have steps."""
+        return sorted({step.run for step in self.steps})
+
+    def last(self) -> Account:
+        """The last run alone."""
+        runs = self.runs()
+        if not runs:
+            return self
+        attention = self.attention and self.attention.last()
+        return replace(self, steps=tuple(s for s in self.steps if s.run == runs[-1]), attention=attention)
+
+    def counts(self) -> dict[str, int]:
+        """Steps and passes: "steps", "forwards", "computed", "skipped", and of steps "dense", "sparse", "mixed"."""
+        kinds = Counter(step.attention for step in self.steps)
+        return {
+            "steps": len(self.steps),
+            **{name: sum(getattr(s, name) for s in self.steps) for name in ("forwards", "computed", "skipped")},
+            **{name: kinds[name] for name in ("dense", "sparse", "mixed")},
+        }
+
+    def in_words(self) -> str:
+        """The sums in one line."""
+        counts = self.counts()
+        text = f"{counts['steps']} steps: {counts['forwards']} forwards, {counts['computed']} computed and "
+        text += f"{counts['skipped']} skipped"
+        if self.attention is not None:
+            text += "; attention " + ", ".join(f"{counts[kind]} {kind}" for kind in ("sparse", "mixed", "dense"))
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON knows."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.preset}  {'; '.join(f'{name}: {text}' for name, text in self.levers.items())}"]
+        if not self.steps:
+            return "\n".join([*lines, "no step yet", *(f"note: {note}" for note in self.notes)])
+        lines.append(f"{'run':>4} {'step':>5} {'forwards':>9} {'computed':>9} {'skipped':>8}  attention  density")
+        for s in self.steps:
+            density = f"{s.density:.3f}" if s.density == s.density else "-"
+            lines.append(
+                f"{s.run:>4} {s.step:>5} {s.forwards:>9} {s.computed:>9} {s.skipped:>8}  {s.attention:<9}  {density:<7}"
+                f"  {s.why}".rstrip()
+            )
+        return "\n".join([*lines, self.in_words(), *(f"note: {note}" for note in self.notes)])
+
+
+def accounts(passes: Iterable[PassRecord], calls: Iterable[CallRecord] | None) -> tuple[StepAccount, ...]:
+    """The account of each step.
+
+    Args:
+        passes: of all transformers.
+        calls: of sparse attention; None without a method.
+    """
+    steps: dict[tuple[int, int], list[PassRecord]] = {}
+    for each in passes:
+        steps.setdefault((each.run, each.step), []).append(each)
+    found: dict[tuple, list[CallRecord]] = {}
+    for call in calls or ():
+        found.setdefault((call.run, call.step, call.model, call.branch), []).append(call)
+    made = []
+    for (run, step), those in sorted(steps.items()):
+        whole = [p for p in those if p.computed]
+        its = [call for p in whole for call in found.get((run, step, p.model, p.branch), ())]
+        made.append(
+            StepAccount(
+                run,
+                step,
+                those[0].num_steps,
+                forwards=len(those),
+                computed=len(whole),
+                skipped=len(those) - len(whole),
+                attention=_attention(its, whole, calls is not None),
+                density=sum(c.density for c in its) / len(its) if its else float("nan"),
+                why=", ".join(f"{why} ({n})" for why, n in Counter(c.reason for c in its if c.reason).items()),
+            )
+        )
+    return tuple(made)
+
+
+def _attention(calls: Sequence[CallRecord], whole: Sequence[PassRecord], sparse: bool) -> str:
+    if not whole:
+        return "-"
+    if not sparse or not calls:
+        return "stock"
+    dense = sum(bool(call.reason) for call in calls)
+    return "sparse" if not dense else "dense" if dense == len(calls) else "mixed"
+
+
+class Watch:
+    """Counts what each forward pass of a transformer computes, and tells a cache what it may not skip.
+
+    Args:
+        pipe: that has the transformer. name: of it there.
+        transformer: without what wraps it.
+        family: of it.
+        clock: of the pipeline, one for all its transformers.
+        schedule: of sparse attention; None without a method.
+        cache: that is at work; None without one.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        name: str,
+        transformer: Any,
+        family: Family,
+        clock: StepClock,
+        schedule: DenseSchedule | None,
+        cache: CacheAtWork | None,
+    ) -> None:
+        self.passes: list[PassRecord] = []
+        self._pipe, self._name, self._family, self._clock = pipe, name, family, clock
+        self._schedule, self._cache = schedule, cache
+        self._signature = inspect.signature(type(transformer).forward)
+        self._run, self._layers, self._step, self._kept = -1, 0, StepInfo(), ""
+        modules = family.modules(transformer)
+        self._of = len(modules)
+        self._hooks = [
+            transformer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            transformer.register_forward_hook(self._leave),
+            *(module.register_forward_pre_hook(self._count) for module in modules.values()),
+        ]
+
+    @torch.compiler.disable
+    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind(module, *args, **kwargs).arguments
+        step = self._clock.observe(torch.as_tensor(given[self._family.timestep]), self._name, self._family.branches)
+        if step.run != self._run:
+            self._begin(module, step)
+        self._kept = "" if self._schedule is None else self._schedule.step_reason(step)
+        self._step, self._layers = step, 0
+        if self._cache is not None:
+            self._cache.enter(step, bool(self._kept))
+
+    def _begin(self, module: Any, step: StepInfo) -> None:
+        self._run = step.run
+        self.passes = [p for p in self.passes if p.run > step.run - KEPT_RUNS]
+        if self._cache is None:
+            return
+        two = len(self._family.branches) > 1 and bool(getattr(self._pipe, "do_classifier_free_guidance", True))
+        self._cache.begin(self._kept_steps(step), two)
+
+    def _kept_steps(self, step: StepInfo) -> list[bool]:
+        """Of each step of a run, whether the schedule keeps it; nothing where the number of steps is unknown."""
+        if step.num_steps is None:
+            return []
+        if self._schedule is None:
+            return [False] * step.num_steps
+        table = read_table(getattr(self._pipe, "scheduler", None), None) if self._schedule.needs_sigma else None
+        begin = 0 if table is None else len(table.rows) - step.num_steps
+        each = (
+            StepInfo(step.run, i, step.num_steps, None if table is None else table.sigma(begin + i))
+            for i in range(step.num_steps)
+        )
+        return [bool(self._schedule.step_reason(one)) for one in each]
+
+    @torch.compiler.disable
+    def _count(self, module: torch.nn.Module, args: tuple) -> None:
+        self._layers += 1
+
+    @torch.compiler.disable
+    def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        step = self._step
+        place = (step.run, step.step, step.num_steps, step.branch)
+        kept = self._kept if self._cache is not None else ""
+        self.passes.append(PassRecord(*place, self._name, self._layers, self._of, kept))
+
+    def remove(self) -> None:
+        """Take the hooks out. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,161 @@
+"""`apply`: a preset at work in a pipeline, as one handle that undoes everything."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from ...attention.records import RunReport
+from ..acceleration.clock import StepClock
+from ..acceleration.handle import Handle, accelerate
+from ..guidance_free.handle import GuidanceFree, guidance_free
+from ..undo import PRESET
+from .account import Account, Watch, accounts
+from .caches import install_cache
+from .checks import check_preset, chosen_scheduler
+from .errors import PresetError
+from .files import load_preset
+from .loras import LorasAtWork
+from .preset import OWN, Preset
+from .quantise import quantise
+
+logger = logging.getLogger(__name__)
+
+
+class Applied:
+    """A preset at work in a pipeline. Made by `apply`; a context manager that removes itself.
+
+    Attributes:
+        preset: that is at work.
+        sparse: the handle of sparse attention; None without a method.
+    """
+
+    def __init__(self, pipe: Any, preset: Preset, base: str | Path | None, measure_error: int) -> None:
+        if hasattr(pipe, PRESET):
+            at_work = getattr(pipe, PRESET).preset.name
+            raise RuntimeError(f"the preset {at_work} is at work in this pipeline: call remove() on its handle first.")
+        parts = check_preset(pipe, preset, base)
+        self.preset = preset
+        self.sparse: Handle | None = None
+        self._free: GuidanceFree | None = None
+        self._watches: list[Watch] = []
+        self._notes: list[str] = []
+        self._undo = contextlib.ExitStack()
+        try:
+            self._install(pipe, parts, base, measure_error)
+            setattr(pipe, PRESET, self)
+            self._undo.callback(delattr, pipe, PRESET)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self, pipe: Any, parts: dict[str, Any], base: str | Path | None, measure_error: int) -> None:
+        """From the weights outwards, because each lever works on what the one before it left."""
+        preset = self.preset
+        if preset.scheduler is not None:
+            self._undo.callback(setattr, pipe, "scheduler", pipe.scheduler)
+            pipe.scheduler = chosen_scheduler(pipe, preset)
+        if preset.loras:
+            self._undo.callback(LorasAtWork(pipe, preset.loras).remove)
+        if preset.guidance_free:
+            adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free
+            self._free = guidance_free(pipe, adapters, base=base)
+            self._undo.callback(self._free.remove)
+        if preset.quantize is not None:
+            if not preset.quantize.keep:
+                self._say(
+                    "quantize.keep is false: the weights as they were are gone, and remove() leaves them in 8 bits"
+                )
+            for transformer, family in parts.values():
+                self._undo.callback(quantise(transformer, family, preset.quantize).remove)
+        if preset.method is not None:
+            options: dict[str, Any] = {"backend": preset.backend, **preset.precision}
+            sla: dict[str, Any] = {"adapter": preset.sla, "base": base} if preset.method.name == "sla" else {}
+            try:
+                self.sparse = accelerate(pipe, preset.method, measure_error=measure_error, **options, **sla)
+            except ValueError as error:
+                raise PresetError("attention", str(error).rstrip(".")) from error
+            self._undo.callback(self.sparse.remove)
+        clock = StepClock(pipe)
+        schedule = None if preset.method is None else preset.method.schedule
+        for name, (transformer, family) in parts.items():
+            cache = None
+            if preset.cache is not None:
+                cache = install_cache(transformer, preset.cache)
+                self._undo.callback(cache.remove)
+            watch = Watch(pipe, name, transformer, family, clock, schedule, cache)
+            self._undo.callback(watch.remove)
+            self._watches.append(watch)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the call of the pipeline should have: `pipe(prompt, **handle.arguments)`."""
+        wanted = {name: getattr(self.preset, name) for name in ("num_inference_steps", "guidance_scale")}
+        return {name: value for name, value in wanted.items() if value is not None}
+
+    def report(self) -> Account:
+        """What was done since `apply`: of each step, what was computed, what was skipped, and what was sparse."""
+        sparse: RunReport | None = None if self.sparse is None else self.sparse.report()
+        passes = [each for watch in self._watches for each in watch.passes]
+        steps = accounts(passes, None if sparse is None else sparse.records)
+        notes = [*self._notes, *(self._free.notes() if self._free is not None and steps else ())]
+        wanted = self.preset.num_inference_steps
+        others = sorted({s.num_steps for s in steps if s.num_steps is not None} - {wanted})
+        if wanted is not None and others:
+            notes.append(
+                f"the preset is for {wanted} steps, and a run has {', '.join(map(str, others))}: call the pipeline "
+                "with **handle.arguments"
+            )
+        if sparse is not None:
+            notes += sparse.notes
+            if steps and all(step.attention in ("dense", "-") for step in steps):
+                notes.append("no step was sparse: the schedule kept some dense, and the cache skipped all others")
+        return Account(self.preset.name, self.preset.levers(), steps, sparse, tuple(dict.fromkeys(notes)))
+
+    def reset(self) -> None:
+        """Forget what was done so far."""
+        for watch in self._watches:
+            watch.passes.clear()
+        if self.sparse is not None:
+            self.sparse.reset()
+
+    def remove(self) -> None:
+        """Put the pipeline back as it was, the last lever first. A second call does nothing."""
+        self._undo.close()
+
+    def _say(self, note: str) -> None:
+        logger.warning("%s", note)
+        self._notes.append(note)
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<vidaccel preset {self.preset.name}: {', '.join(self.preset.levers()) or 'nothing'}>"
+
+
+def apply(pipe: Any, preset: Preset | str | Path, *, base: str | Path | None = None, measure_error: int = 0) -> Applied:
+    """Put all levers of a preset to work in a pipeline, in the order in which they can be.
+
+    Everything that can be checked is checked before the pipeline is touched, and what fails all the same is undone.
+
+    Args:
+        pipe: a diffusers pipeline.
+        preset: a `Preset`, a file, or the name of one that comes with the package.
+        base: folder or hub id that the pipeline is from, where it does not know itself.
+        measure_error: see `accelerate`.
+
+    Returns:
+        A handle with `arguments` for the call, `report()` and `remove()`.
+
+    Raises:
+        PresetError: a preset that cannot be read, is for another model, or has a lever that cannot be used here.
+        RuntimeError: a preset is at work in the pipeline already.
+    """
+    chosen = preset if isinstance(preset, Preset) else load_preset(preset)
+    return Applied(pipe, chosen, base, measure_error)

@@ -1,0 +1,227 @@
+"""Caches over steps at work in a transformer: those of diffusers and cache-dit, told which steps they may not skip.
+
+None of them knows of steps that sparse attention keeps dense, and MagCache and cache-dit are told the number of steps
+before it is known. So before each forward pass each gets both from the account (`account.py`), by the state that it
+keeps itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers import CacheMixin, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks.hooks import CacheContext
+from diffusers.hooks.mag_cache import nearest_interp
+
+from ...attention import StepInfo
+from ..errors import first_line
+from .errors import PresetError
+from .preset import CACHES, Cache
+
+
+class CacheAtWork(Protocol):
+    """A cache in one transformer."""
+
+    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+        """A run begins.
+
+        Args:
+            kept: of each step, whether it may not be skipped; empty where the number of steps is unknown.
+            two_passes: whether a step has one for each branch of guidance.
+        """
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        """A forward pass begins, which may not be skipped if `keep`."""
+
+    def remove(self) -> None:
+        """Take the cache out. A second call does nothing."""
+
+
+def leader_of(transformer: torch.nn.Module, name: str) -> Any:
+    """The hook of a cache that decides, on the first block or on the model; it has a name in diffusers."""
+    return next(
+        hook
+        for module in transformer.modules()
+        if (registry := getattr(module, "_diffusers_hook", None)) is not None
+        and (hook := registry.get_hook(name)) is not None
+    )
+
+
+class _OfDiffusers:
+    """What the caches of diffusers share."""
+
+    def __init__(self, transformer: Any, config: Any, leader: str) -> None:
+        self._transformer: Any = transformer
+        transformer.enable_cache(config)
+        self.config = config
+        self.hook = leader_of(transformer, leader)
+
+    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+        pass
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        raise NotImplementedError
+
+    def state(self) -> Any:
+        """What the cache keeps of the branch that runs."""
+        states = self.hook.state_manager
+        if states._context is None:  # a pipeline without branches
+            states.set_context(CacheContext(name="inference"))
+        return states.get_state()
+
+    def remove(self) -> None:
+        if self._transformer is not None:
+            self._transformer._reset_stateful_cache()
+            self._transformer.disable_cache()
+        self._transformer = None
+
+
+class _FirstBlock(_OfDiffusers):
+    def __init__(self, transformer: Any, cache: Cache) -> None:
+        super().__init__(transformer, FirstBlockCacheConfig(threshold=cache.limit), "fbc_leader_block_hook")
+        self._keep = False
+        decide = self.hook._should_compute_remaining_blocks
+        # Of this hook alone, which goes with the cache.
+        self.hook._should_compute_remaining_blocks = lambda residual: decide(residual) or self._keep
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        self._keep = keep
+
+
+class _Mag(_OfDiffusers):
+    def __init__(self, transformer: Any, cache: Cache) -> None:
+        ratios = torch.tensor([float(ratio) for ratio in cache.settings["mag_ratios"]])
+        others = {name: value for name, value in cache.settings.items() if name != "mag_ratios"}
+        config = MagCacheConfig(threshold=cache.limit, num_inference_steps=len(ratios), mag_ratios=ratios, **others)
+        super().__init__(transformer, config, "mag_cache_leader_block_hook")
+        self._ratios = ratios
+
+    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+        if kept:
+            self.config.num_inference_steps = len(kept)
+            self.config.mag_ratios = nearest_interp(self._ratios, len(kept))
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        state = self.state()
+        # It counts its own passes, which are not the steps of a run that was broken off, or of a second transformer.
+        state.step_index = min(step.step, self.config.num_inference_steps - 1)
+        if keep:  # as if as many steps as may be had been skipped before this one
+            state.accumulated_steps = self.config.max_skip_steps
+
+
+class _Sea(_OfDiffusers):
+    def __init__(self, transformer: Any, cache: Cache) -> None:
+        super().__init__(transformer, SeaCacheConfig(threshold=cache.limit, **cache.settings), "sea_cache_root")
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        if keep:
+            self.state().previous_indicator = None  # a step with nothing to compare with is computed
+
+
+class _CacheDit:
+    def __init__(self, transformer: Any, cache: Cache) -> None:
+        import cache_dit
+
+        self._transformer: Any = transformer
+        self._library: Any = cache_dit
+        self._settings = {"residual_diff_threshold": cache.limit, **cache.settings}
+        cache_dit.enable_cache(transformer, cache_config=self._config())
+
+    def _config(self, **more: Any) -> Any:
+        return self._library.DBCacheConfig(**self._settings, **more)
+
+    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+        # Not enabled anew: a forward pass that has begun would run without it.
+        mask = [int(keep) for keep in kept] if any(kept) else None
+        more = {"num_inference_steps": len(kept) or None, "steps_computation_mask": mask}
+        config = self._config(**more, enable_separate_cfg=two_passes)
+        self._library.refresh_context(self._transformer, cache_config=config)
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        pass  # it counts, and has the mask
+
+    def remove(self) -> None:
+        if self._transformer is not None:
+            self._library.disable_cache(self._transformer)
+        self._transformer = None
+
+
+_KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {
+    "first_block": _FirstBlock,
+    "magcache": _Mag,
+    "seacache": _Sea,
+    "cache_dit": _CacheDit,
+}
+
+
+def install_cache(transformer: Any, cache: Cache) -> CacheAtWork:
+    """Put a cache into a transformer that `check_cache` let through.
+
+    Raises:
+        PresetError: it refuses all the same.
+    """
+    try:
+        return _KINDS[cache.name](transformer, cache)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise PresetError("cache", first_line(error).rstrip("."), value=cache.name) from error
+
+
+def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
+    """Raise PresetError where a transformer cannot have a cache, before it has.
+
+    Args:
+        part: name of the transformer.
+        transformer: without what wraps it.
+        layers: blocks of it with self-attention.
+        cache: for it.
+    """
+    if CACHES[cache.name].package:
+        _check_fits(part, layers, cache)
+        return
+    kind = type(transformer).__name__
+    instead = "Take another cache, such as cache_dit, or leave it out."
+    if not isinstance(transformer, CacheMixin):
+        raise PresetError("cache", f"diffusers has no caches for a {kind} ({part})", instead, cache.name)
+    if transformer.is_cache_enabled:
+        enabled = type(transformer._cache_config).__name__
+        raise PresetError(
+            "cache", f"the {part} has {enabled} already", f"Call {part}.disable_cache() first.", cache.name
+        )
+    blocks = [
+        block
+        for name, child in transformer.named_children()
+        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, torch.nn.ModuleList)
+        for block in child
+    ]
+    if len(blocks) < 2:
+        raise PresetError("cache", f"a {kind} with {len(blocks)} blocks has nothing to skip", "", cache.name)
+    for block in blocks:
+        try:
+            TransformerBlockRegistry.get(type(block))
+        except ValueError:
+            problem = f"diffusers does not know the {type(block).__name__} of a {kind} to its caches"
+            raise PresetError("cache", problem, instead, cache.name) from None
+    if cache.name == "seacache" and not _sea_reads(transformer):
+        problem = f"diffusers' SeaCache reads text to video of Wan, and Cosmos 3, not this {kind}"
+        raise PresetError("cache", problem, "Take first_block.", cache.name)
+
+
+def _check_fits(part: str, layers: int, cache: Cache) -> None:
+    """cache-dit computes 8 blocks of each step unless it is told otherwise."""
+    first, last = cache.settings.get("Fn_compute_blocks", 8), cache.settings.get("Bn_compute_blocks", 0)
+    if first + last >= layers:
+        problem = (
+            f"Fn_compute_blocks {first} and Bn_compute_blocks {last} leave nothing of the {part}'s {layers} to skip"
+        )
+        raise PresetError("cache", problem, "Lower cache.settings.Fn_compute_blocks, to 1 for example.", cache.name)
+
+
+def _sea_reads(transformer: Any) -> bool:
+    if type(transformer).__name__ == "Cosmos3OmniTransformer":
+        return True
+    config = transformer.config
+    return type(transformer).__name__ == "WanTransformer3DModel" and config.in_channels == config.out_channels

@@ -1,0 +1,137 @@
+"""Whether a preset can be used with a pipeline; nothing is changed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from ...attention.methods import SLA
+from ..acceleration.families import FAMILIES, Family, find_transformers
+from ..acceleration.handle import accelerate, check_noise_levels
+from ..acceleration.rebinding import SparseProcessor
+from ..few_steps.rcm import RCMScheduler
+from ..guidance_free.adapter_file import GuidanceFreeError, read_adapter
+from ..guidance_free.handle import chosen_adapters
+from ..undo import GUIDANCE_FREE
+from .caches import check_cache
+from .errors import PresetError
+from .loras import check_loras
+from .packages import check_packages
+from .preset import OWN, Preset
+from .quantise import check_quantize
+
+
+def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str, tuple[Any, Family]]:
+    """The transformers of a pipeline and their families, if a preset can be used with it.
+
+    Args:
+        pipe: the pipeline. preset: for it.
+        base: folder or hub id that the pipeline is from, where it does not know itself.
+
+    Raises:
+        PresetError: what it is that cannot be, and why.
+    """
+    parts = _check_model(pipe, preset)
+    check_packages(preset)
+    scheduler = pipe.scheduler if preset.scheduler is None else chosen_scheduler(pipe, preset)
+    check_loras(pipe, preset.loras)
+    _check_guidance(pipe, preset, base)
+    for name, (transformer, family) in parts.items():
+        if preset.quantize is not None:
+            check_quantize(name, transformer, family, preset.quantize)
+        if preset.cache is not None:
+            check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
+    _check_method(parts, preset, scheduler)
+    return parts
+
+
+def _check_model(pipe: Any, preset: Preset) -> dict[str, tuple[Any, Family]]:
+    try:
+        parts = find_transformers(pipe)
+    except TypeError as error:
+        raise PresetError("", f"{preset.name} cannot be used: {str(error).rstrip('.')}") from error
+    if not hasattr(pipe, "scheduler"):
+        raise PresetError("", f"a {type(pipe).__name__} is no pipeline", "Give the pipeline, not its transformer.")
+    if preset.family and preset.family not in [family.name for family in FAMILIES]:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise PresetError("family", f"there is none of that name; there are {known}", value=preset.family)
+    transformer: Any
+    for name, (transformer, family) in parts.items():
+        if preset.family and family.name != preset.family:
+            problem = f"{preset.name} is for {preset.family}, and the {name} of this pipeline is of {family.name}"
+            raise PresetError("family", problem, "Take a preset of that family, or the model of this one.")
+        differing = differences(preset.transformer, transformer.config)
+        if differing:
+            model = f" ({preset.model})" if preset.model else ""
+            problem = f"{preset.name} is for another model{model}: {'; '.join(differing)}"
+            raise PresetError("transformer", problem, "Take the preset of this model, or the model of this preset.")
+    return parts
+
+
+def differences(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """ "num_layers 30 there, 40 here" of settings that a transformer has otherwise."""
+    plain = json.loads(json.dumps({name: config.get(name) for name in wanted}, default=str))
+    there = json.loads(json.dumps(dict(wanted), default=str))
+    return [f"{name} {there[name]} there, {plain[name]} here" for name in there if there[name] != plain[name]]
+
+
+def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
+    """The scheduler of a preset, with what it does not set from that of the pipeline.
+
+    Raises:
+        PresetError: there is no such class, or it lacks a setting or refuses a value.
+    """
+    choice = preset.scheduler
+    cls: Any = RCMScheduler if choice.name == RCMScheduler.__name__ else getattr(diffusers, choice.name, None)
+    if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "from_config")):
+        raise PresetError("scheduler", "diffusers has no scheduler of that name", value=choice.name)
+    known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
+    for name in choice.settings:
+        if name not in known:
+            raise PresetError("scheduler", f"{choice.name} has no setting {name}; it has {', '.join(known)}")
+    try:
+        return cls.from_config(pipe.scheduler.config, **choice.settings)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise PresetError("scheduler", str(error).rstrip("."), value=choice.name) from error
+
+
+def _check_guidance(pipe: Any, preset: Preset, base: str | Path | None) -> None:
+    if not preset.guidance_free:
+        return
+    if hasattr(pipe, GUIDANCE_FREE):
+        raise PresetError(
+            "guidance_free", "the pipeline is guidance-free already", "Call remove() on its handle first."
+        )
+    try:
+        own = preset.guidance_free == (OWN,)
+        given = None if own else [read_adapter(place) for place in preset.guidance_free]
+        chosen = chosen_adapters(pipe, given, base)
+        if preset.guidance_scale is not None:
+            for adapter in chosen.values():
+                adapter.check_scale(preset.guidance_scale)
+    except GuidanceFreeError as error:
+        raise PresetError("guidance_free", str(error).rstrip(".")) from error
+
+
+def _check_method(parts: Mapping[str, tuple[Any, Family]], preset: Preset, scheduler: Any) -> None:
+    method = preset.method
+    if method is None:
+        return
+    for name, (transformer, family) in parts.items():
+        if any(isinstance(m.processor, SparseProcessor) for m in family.modules(transformer).values()):
+            raise PresetError("method", f"the {name} is accelerated already", "Call vidaccel.restore(pipe) first.")
+    if method.needs_weights and not isinstance(method, SLA):
+        raise PresetError("method", "it needs weights that were trained for it", value=method.name)
+    missing = [name for name in preset.precision if name not in inspect.signature(accelerate).parameters]
+    if missing:
+        raise PresetError("precision", "this version has no attention in 8 bits", "Update vidaccel, or leave it out.")
+    if method.schedule.needs_sigma:
+        try:
+            check_noise_levels(scheduler, method.schedule)
+        except ValueError as error:
+            raise PresetError("attention", str(error).rstrip(".")) from error

@@ -1,0 +1,83 @@
+"""Presets as YAML and JSON files, and those that come with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import PresetError
+from .preset import OWN, Preset
+
+SHIPPED = Path(__file__).parent / "shipped"
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def shipped_presets() -> dict[str, Path]:
+    """The presets of the package: name -> file."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def load_preset(place: str | Path) -> Preset:
+    """A preset from a file, or one of the package by its name.
+
+    Args:
+        place: a .yaml, .yml or .json file, or a name of `shipped_presets`.
+
+    Raises:
+        PresetError: there is no such file or name, it cannot be read, or something in it is wrong.
+    """
+    shipped = shipped_presets()
+    file = shipped.get(str(place), Path(place).expanduser())
+    if not file.is_file():
+        names = ", ".join(shipped) or "none"
+        raise PresetError("", f"there is no preset {place}", f"Give a file ({', '.join(SUFFIXES)}) or a name: {names}.")
+    try:
+        text = file.read_text(encoding="utf-8")
+        content: Any = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        raise PresetError("", f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise PresetError("", f"{file} holds no names and values", "See docs/presets.md for what a preset has.")
+    try:
+        return Preset.from_dict(content, file.parent)
+    except PresetError as error:
+        raise PresetError(error.lever, f"{error.problem} (in {file})", error.fix, error.value) from error
+
+
+def save_preset(preset: Preset, place: str | Path) -> Path:
+    """Write a preset; an existing file is replaced.
+
+    Args:
+        preset: to write.
+        place: a .yaml, .yml or .json file.
+
+    Raises:
+        PresetError: another suffix, or a folder that is not there.
+    """
+    file = Path(place).expanduser()
+    if file.suffix not in SUFFIXES:
+        raise PresetError("", f"{file} has the suffix {file.suffix!r}", f"Give {', '.join(SUFFIXES)}.")
+    if not file.parent.is_dir():
+        raise PresetError("", f"there is no folder {file.parent}", "Make it first.")
+    content = _absolute(preset).to_dict()
+    if file.suffix == ".json":
+        text = json.dumps(content, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+    return file
+
+
+def _absolute(preset: Preset) -> Preset:
+    """The preset with the whole paths of its files, which a reader would take for files beside its own."""
+    return preset.replace(
+        sla=tuple(str(Path(place).resolve()) for place in preset.sla),
+        guidance_free=tuple(place if place == OWN else str(Path(place).resolve()) for place in preset.guidance_free),
+        loras=tuple(replace(lora, path=Path(lora.path).resolve()) for lora in preset.loras),
+    )

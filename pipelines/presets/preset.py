@@ -1,0 +1,443 @@
+"""`Preset`: all that makes a pipeline faster, as one frozen description."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ...attention.backends import check_backend
+from ...attention.methods import Method
+from ...attention.methods.description import describe, described
+from ..lora_files import TARGETS, LoraFile
+from .errors import PresetError
+
+VERSION = 1
+"""Of the format."""
+OWN = "own"
+"""As `guidance_free`: the adapter that the model has of its own."""
+KINDS = ("int8", "fp8")
+PRECISIONS = {"qk": ("int8",), "pv": ("fp8",)}
+"""Product of attention -> the formats it can be computed in, besides that of its inputs."""
+
+
+@dataclass(frozen=True)
+class CacheSetting:
+    """A setting of a cache.
+
+    Args:
+        low: its bound below, which it may touch. high: and above, None for none.
+        whole: it is a whole number. many: it is a list of numbers.
+    """
+
+    low: float = 0.0
+    high: float | None = None
+    whole: bool = False
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """A cache over steps that somebody else computes.
+
+    Args:
+        summary: what decides whether a step is skipped.
+        threshold: the default; larger skips more.
+        settings: further ones, by the names of the library.
+        package: what must be installed, besides diffusers; "" for nothing.
+    """
+
+    summary: str
+    threshold: float
+    settings: Mapping[str, CacheSetting] = field(default_factory=dict)
+    package: str = ""
+
+
+_COUNT = CacheSetting(whole=True)
+CACHES: dict[str, CacheKind] = {
+    "first_block": CacheKind("the change of the first block's residual (diffusers' FirstBlockCache)", 0.05),
+    "magcache": CacheKind(
+        "ratios of residuals that were measured for the model (diffusers' MagCache)",
+        0.06,
+        {
+            "mag_ratios": CacheSetting(many=True),
+            "max_skip_steps": CacheSetting(1, whole=True),
+            "retention_ratio": CacheSetting(high=1.0),
+        },
+    ),
+    "seacache": CacheKind(
+        "the change of the denoised content's spectrum (diffusers' SeaCache; Wan text to video, Cosmos 3)",
+        0.25,
+        {
+            "residual_order": CacheSetting(high=1, whole=True),
+            "retention_steps": _COUNT,
+            "cache_end_steps": _COUNT,
+            "max_consecutive_cached": _COUNT,
+            "power_exp": CacheSetting(),
+        },
+    ),
+    "cache_dit": CacheKind(
+        "the change of the first blocks' residual (cache-dit's DBCache)",
+        0.08,
+        {
+            "Fn_compute_blocks": CacheSetting(1, whole=True),
+            "Bn_compute_blocks": _COUNT,
+            "max_warmup_steps": _COUNT,
+            "max_cached_steps": CacheSetting(-1, whole=True),
+            "max_continuous_cached_steps": CacheSetting(-1, whole=True),
+        },
+        package="cache_dit",
+    ),
+}
+"""The caches that a preset can have, by name."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache over steps.
+
+    Args:
+        name: of `CACHES`.
+        threshold: larger skips more; None for the default.
+        settings: further ones, see `CACHES`; MagCache needs `mag_ratios`.
+
+    Raises:
+        PresetError: an unknown name or setting, or a value out of its bounds.
+    """
+
+    name: str
+    threshold: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.name not in CACHES:
+            raise PresetError("cache", f"there is none of that name{_nearest(self.name, CACHES)}", value=self.name)
+        kind = CACHES[self.name]
+        if self.threshold is not None:
+            _check_number("cache.threshold", self.threshold, CacheSetting())
+        for name, value in self.settings.items():
+            if name not in kind.settings:
+                has = ", ".join(kind.settings) or "none besides threshold"
+                raise PresetError("cache", f"{self.name} has no setting {name}; it has {has}")
+            _check_number(f"cache.{name}", value, kind.settings[name])
+        if self.name == "magcache" and not self.settings.get("mag_ratios"):
+            raise PresetError(
+                "cache",
+                "magcache needs mag_ratios, which are another for each model",
+                "Measure them with vidaccel.pipelines.presets.measure_mag_ratios, or take first_block.",
+            )
+
+    @property
+    def limit(self) -> float:
+        """Its threshold, the default where none is given."""
+        return CACHES[self.name].threshold if self.threshold is None else self.threshold
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """The linear layers of the transformer's blocks in 8 bits, by torchao.
+
+    Args:
+        kind: "int8" or "fp8" (float8_e4m3).
+        activations: what they are multiplied with is quantised too, as it comes ("dynamic"); fp8 then needs a GPU
+            that multiplies float8. Without it, memory is saved and little time.
+        keep: the weights as they were, in main memory, so that `remove()` gives them back to the bit. Without, they
+            are gone.
+
+    Raises:
+        PresetError: another kind.
+    """
+
+    kind: str
+    activations: bool = False
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PresetError("quantize", f"it must be one of {', '.join(KINDS)}", value=self.kind)
+        for name in ("activations", "keep"):
+            if not isinstance(getattr(self, name), bool):
+                raise PresetError(f"quantize.{name}", "it must be true or false", value=repr(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class SchedulerChoice:
+    """A scheduler instead of the pipeline's.
+
+    Args:
+        name: class in diffusers, or "RCMScheduler".
+        settings: of its config; the others are those of the scheduler that the pipeline has.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `apply` does to a pipeline; None and empty leave it as it is.
+
+    Args:
+        name, summary: what users see.
+        model: what it was made for: a name, folder or hub id.
+        base: the model that `model` stands for, where it is another one ("demo" for "demo-dc").
+        family: of `FAMILIES` by name; "" for any.
+        transformer: settings of the transformer that it is for, such as `num_layers`.
+        method: of sparse attention, with its `DenseSchedule`; None for dense.
+        backend: see `accelerate`.
+        precision: format of the products of attention: `{"qk": "int8"}`.
+        sla: adapters of the recipe `sla`, for the method "sla".
+        guidance_free: files of adapters of the recipe `gft`, or `("own",)`.
+        loras: in the order in which they are loaded.
+        cache: over steps.
+        quantize: of the linear layers.
+        scheduler: instead of the pipeline's.
+        num_inference_steps, guidance_scale: for the call; see `Applied.arguments`.
+        measured: what was found of it, in whatever words; nothing reads it.
+        version: of the format.
+
+    Raises:
+        PresetError: a value out of its bounds, or levers that refuse one another.
+    """
+
+    name: str = "preset"
+    summary: str = ""
+    model: str = ""
+    base: str = ""
+    family: str = ""
+    transformer: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    method: Method | None = None
+    backend: str = "auto"
+    precision: Mapping[str, str] = field(default_factory=dict, hash=False)
+    sla: tuple[str, ...] = ()
+    guidance_free: tuple[str, ...] = ()
+    loras: tuple[LoraFile, ...] = ()
+    cache: Cache | None = None
+    quantize: Quantize | None = None
+    scheduler: SchedulerChoice | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            fix = "Update vidaccel." if isinstance(self.version, int) and self.version > VERSION else ""
+            raise PresetError("version", f"this vidaccel reads version {VERSION}", fix, value=self.version)
+        self._check_attention()
+        steps, scale = self.num_inference_steps, self.guidance_scale
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise PresetError("num_inference_steps", "it must be a whole number of at least 1", value=repr(steps))
+        if scale is not None:
+            _check_number("guidance_scale", scale, CacheSetting(low=1.0))
+        self._check_together()
+
+    def _check_attention(self) -> None:
+        if self.method is not None and not isinstance(self.method, Method):
+            fix = "Give a config such as Tangent(), or describe it in a file."
+            raise PresetError("method", "it must be a config of a method, or None for dense", fix, repr(self.method))
+        try:
+            check_backend(self.backend)
+        except ValueError as error:
+            raise PresetError("backend", str(error).rstrip(".")) from error
+        for name, value in self.precision.items():
+            if name not in PRECISIONS or value not in PRECISIONS[name]:
+                known = ", ".join(f"{n}: {v[0]}" for n, v in PRECISIONS.items())
+                raise PresetError("precision", f"there is {known}", value=f"{name}: {value}")
+        if self.precision.get("pv") and not self.precision.get("qk"):
+            raise PresetError("precision", "pv in 8 bits needs qk in 8 bits", 'Add qk: "int8".', value="pv alone")
+
+    def _check_together(self) -> None:
+        """Raise for levers that refuse one another."""
+        if self.method is None:
+            for name in ("precision", "sla"):
+                if getattr(self, name):
+                    raise PresetError(
+                        name, "is of sparse attention, and there is no method", "Give one, or leave it out."
+                    )
+        if self.sla and self.method.name != "sla":
+            raise PresetError("sla", f"the adapters are for the method sla, and it is {self.method.name}")
+        if self.guidance_free and self.guidance_scale == 1:
+            raise PresetError(
+                "guidance_free",
+                "it puts guidance into one pass, and guidance_scale 1 has none",
+                "Raise guidance_scale, or leave guidance_free out.",
+            )
+        schedule = None if self.method is None else self.method.schedule
+        if self.cache is not None and schedule is not None and self.num_inference_steps is not None:
+            kept = sum(schedule.steps_of(self.num_inference_steps))
+            if kept >= self.num_inference_steps:
+                raise PresetError(
+                    "cache",
+                    f"the schedule keeps all {self.num_inference_steps} steps dense, and a dense step is not skipped",
+                    "Keep fewer steps dense, or leave the cache out.",
+                )
+
+    def replace(self, **changes: Any) -> Preset:
+        """The same with other fields."""
+        return replace(self, **changes)
+
+    def levers(self) -> dict[str, str]:
+        """Lever -> what it is in words, in the order in which `apply` works; those that are not used are left out."""
+        told = {
+            "scheduler": self.scheduler and self.scheduler.name,
+            "loras": ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in self.loras),
+            "guidance_free": ", ".join(Path(place).name for place in self.guidance_free),
+            "quantize": self.quantize
+            and f"{self.quantize.kind}, {'weights and activations' if self.quantize.activations else 'weights alone'}",
+            "method": self.method and ", ".join([self.method.name, *(f"{k}={v}" for k, v in self.precision.items())]),
+            "cache": self.cache and f"{self.cache.name}, threshold {self.cache.limit:g}",
+        }
+        return {name: text for name, text in told.items() if text}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What files hold; fields that are not used are left out."""
+        made: dict[str, Any] = {"version": self.version}
+        for name in ("name", "summary", "model", "base", "family"):
+            made[name] = getattr(self, name)
+        made["transformer"] = dict(self.transformer)
+        if self.method is not None:
+            made["attention"] = {**_plain(describe(self.method)), "backend": self.backend}
+            made["attention"] |= {"precision": dict(self.precision)} if self.precision else {}
+            made["attention"] |= {"adapters": list(self.sla)} if self.sla else {}
+        made["guidance_free"] = list(self.guidance_free)
+        made["loras"] = [{"file": str(lora.path), "weight": lora.weight, "target": lora.target} for lora in self.loras]
+        for name in ("cache", "quantize", "scheduler"):
+            value = getattr(self, name)
+            made[name] = (
+                None if value is None else _plain({k: v for k, v in asdict(value).items() if v not in (None, {})})
+            )
+        made |= {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        made["measured"] = _plain(dict(self.measured))
+        return {name: value for name, value in made.items() if value not in (None, "", [], {})}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], folder: Path | None = None) -> Preset:
+        """The preset that `to_dict` describes.
+
+        Args:
+            content: as a file holds it.
+            folder: that relative files are in.
+
+        Raises:
+            PresetError: what is wrong, and where.
+        """
+        content = dict(content)
+        version = content.get("version", "missing")
+        if version != VERSION:
+            cls(version=version)  # says so, before what another version holds is found unknown
+        _check_names("", content, _FIELDS)
+        values = {name: value for name, value in content.items() if name in _SIMPLE and value is not None}
+        for name in ("transformer", "measured"):
+            if name in values and not isinstance(values[name], Mapping):
+                raise PresetError(name, "it must hold names and values", value=repr(values[name]))
+        values |= _attention(content.get("attention"), folder)
+        places = content.get("guidance_free") or ()
+        places = [places] if isinstance(places, str) else list(places)
+        values["guidance_free"] = tuple(place if place == OWN else _place(place, folder) for place in places)
+        values["loras"] = tuple(_lora(each, folder) for each in content.get("loras") or ())
+        for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
+            if (stated := content.get(name)) is not None:
+                values[name] = _part(name, kind, stated)
+        return cls(**values)
+
+
+_SIMPLE = (
+    "version", "name", "summary", "model", "base", "family", "transformer", "num_inference_steps", "guidance_scale",
+    "measured",
+)  # fmt: skip
+_FIELDS = (*_SIMPLE, "attention", "guidance_free", "loras", "cache", "quantize", "scheduler")
+
+
+def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
+    if stated is None:
+        return {}
+    stated = {"method": stated} if isinstance(stated, str) else stated
+    known = ("method", "settings", "schedule", "backend", "precision", "adapters")
+    _check_names("attention", stated, known)
+    if "method" not in stated:
+        raise PresetError("attention", "it has no method", f"It can have {', '.join(known)}.")
+    try:
+        method = described({name: stated.get(name) for name in ("method", "settings", "schedule")})
+    except (ValueError, TypeError) as error:
+        raise PresetError("attention", str(error).rstrip(".")) from error
+    adapters = tuple(_place(place, folder) for place in stated.get("adapters") or ())
+    return {
+        "method": method,
+        "backend": stated.get("backend", "auto"),
+        "precision": stated.get("precision") or {},
+        "sla": adapters,
+    }
+
+
+def _part(name: str, kind: type, stated: Any) -> Any:
+    """A part of a preset from a mapping, or from its first field alone."""
+    known = [f.name for f in fields(kind)]
+    stated = {known[0]: stated} if isinstance(stated, str) else stated
+    _check_names(name, stated, known)
+    if known[0] not in stated:
+        raise PresetError(name, f"it has no {known[0]}", f"It can have {', '.join(known)}.")
+    return kind(**stated)
+
+
+def _lora(stated: Any, folder: Path | None) -> LoraFile:
+    stated = {"file": stated} if isinstance(stated, str) else stated
+    _check_names("loras", stated, ("file", "weight", "target"))
+    if not isinstance(stated.get("file"), str):
+        raise PresetError("loras", "each needs a file", value=repr(stated))
+    weight, target = stated.get("weight", 1.0), stated.get("target", "all")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise PresetError("loras.weight", "it must be a finite number", value=repr(weight))
+    if target not in TARGETS:
+        raise PresetError("loras.target", f"it must be one of {', '.join(TARGETS)}", value=repr(target))
+    return LoraFile(Path(_place(stated["file"], folder)), float(weight), target)
+
+
+def _place(place: Any, folder: Path | None) -> str:
+    if not isinstance(place, str):
+        raise PresetError("", f"a file must be a text, not {place!r}")
+    path = Path(place).expanduser()
+    return str(path if path.is_absolute() or folder is None else folder / path)
+
+
+def _check_names(where: str, stated: Any, known: Iterable[str]) -> None:
+    known = list(known)
+    if not isinstance(stated, Mapping):
+        raise PresetError(where, f"it must hold names and values ({', '.join(known)})", value=repr(stated))
+    for name in stated:
+        if name not in known:
+            raise PresetError(where, f"there is no {name}{_nearest(str(name), known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?".rstrip("?") if close else f"; there are {', '.join(known)}"
+
+
+def _check_number(name: str, value: Any, bounds: CacheSetting) -> None:
+    if bounds.many:
+        if not isinstance(value, list | tuple) or not value:
+            raise PresetError(name, "it must be a list of numbers", value=repr(value))
+        for each in value:
+            _check_number(name, each, CacheSetting())
+        return
+    kind = "a whole number" if bounds.whole else "a number"
+    wanted = int if bounds.whole else int | float
+    if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
+        raise PresetError(name, f"it must be {kind}", "YAML takes 1e-4 for a text: write 1.0e-4.", value=repr(value))
+    if value < bounds.low or (bounds.high is not None and value > bounds.high):
+        most = "" if bounds.high is None else f" and at most {bounds.high:g}"
+        raise PresetError(name, f"it must be at least {bounds.low:g}{most}", value=value)
+
+
+def _plain(value: Any) -> Any:
+    """In the kinds that YAML and JSON have; a schedule without what is its default."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,105 @@
+"""The linear layers of a transformer's blocks in 8 bits by torchao, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..acceleration.families import Family
+from .errors import PresetError
+from .preset import Quantize
+
+_CONFIGS = {
+    ("int8", False): "Int8WeightOnlyConfig",
+    ("int8", True): "Int8DynamicActivationInt8WeightConfig",
+    ("fp8", False): "Float8WeightOnlyConfig",
+    ("fp8", True): "Float8DynamicActivationFloat8WeightConfig",
+}
+"""(kind, activations) -> the class of torchao that says how."""
+FP8_CAPABILITY = (8, 9)
+"""Of the first NVIDIA GPUs that multiply float8."""
+
+
+class Quantised:
+    """The layers of one transformer. Made by `quantise`."""
+
+    def __init__(self, originals: dict[torch.nn.Linear, torch.nn.Parameter], kept: bool) -> None:
+        self._originals, self.kept = originals, kept
+
+    def remove(self) -> None:
+        """Give the layers their weights back, where they were kept. A second call does nothing."""
+        for layer, weight in self._originals.items():
+            device = layer.weight.device
+            layer.weight = torch.nn.Parameter(weight.data.to(device), requires_grad=weight.requires_grad)
+        self._originals = {}
+
+
+def layers_of(transformer: Any, family: Family) -> dict[str, torch.nn.Linear]:
+    """The linear layers of the blocks, by path: nearly all of the weights, and none that other code reads the dtype of.
+
+    Args:
+        transformer: without what wraps it. family: of it.
+    """
+    heads = tuple(dict.fromkeys(site.split("*")[0] for site in family.sites))
+    return {
+        path: module
+        for path, module in transformer.named_modules()
+        if path.startswith(heads) and isinstance(module, torch.nn.Linear) and ".lora_" not in path
+    }
+
+
+def quantise(transformer: Any, family: Family, how: Quantize) -> Quantised:
+    """Put the layers of a transformer that `check_quantize` let through into 8 bits.
+
+    Args:
+        transformer: without what wraps it. family: of it.
+        how: in which way.
+    """
+    from torchao import quantization
+
+    layers = layers_of(transformer, family)
+    # In main memory: what is kept must not fill the accelerator's, which this is to save.
+    originals = {
+        layer: torch.nn.Parameter(layer.weight.data.cpu(), requires_grad=layer.weight.requires_grad)
+        for layer in (layers.values() if how.keep else ())
+    }
+    made = Quantised(originals, how.keep)
+    config = getattr(quantization, _CONFIGS[how.kind, how.activations])()
+    try:
+        quantization.quantize_(transformer, config, filter_fn=lambda module, path: path in layers)
+    except BaseException:
+        made.remove()
+        raise
+    return made
+
+
+def check_quantize(part: str, transformer: Any, family: Family, how: Quantize) -> None:
+    """Raise PresetError where a transformer cannot be quantised.
+
+    Args:
+        part: name of the transformer. transformer: without what wraps it. family: of it.
+        how: in which way.
+    """
+    layers = layers_of(transformer, family)
+    for path, layer in layers.items():
+        if type(layer.weight.data) is not torch.Tensor:
+            problem = f"{path} of the {part} is quantised already ({type(layer.weight.data).__name__})"
+            raise PresetError("quantize", problem, "Load the model without it, or leave quantize out.", how.kind)
+        if layer.weight.is_meta:
+            problem = f"the weights of the {part} are offloaded layer by layer, and are not here to be quantised"
+            raise PresetError("quantize", problem, "Apply the preset before the offloading.", how.kind)
+        if layer.weight.element_size() == 1:
+            problem = f"{path} of the {part} is stored in {layer.weight.dtype}"
+            raise PresetError("quantize", problem, "Leave quantize out.", how.kind)
+    if not layers:
+        raise PresetError("quantize", f"the blocks of the {part} have no linear layers", "Leave it out.", how.kind)
+    if how.kind == "fp8" and how.activations:
+        device = next(iter(layers.values())).weight.device
+        if device.type == "cpu" or (
+            device.type == "cuda"
+            and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) < FP8_CAPABILITY
+        ):
+            problem = f"activations in fp8 need a GPU that multiplies float8 (capability 8.9), and this is {device}"
+            raise PresetError("quantize", problem, "Leave activations out, or take int8.", how.kind)

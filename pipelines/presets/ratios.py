@@ -1,0 +1,57 @@
+"""What MagCache must know of a model: how the residual of each step compares with that of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import MagCacheConfig
+
+from ..acceleration.families import find_transformers
+from .errors import PresetError
+from .preset import Cache
+
+_ANY = {"mag_ratios": [1.0]}  # `check_cache` asks for some
+
+
+def measure_mag_ratios(pipe: Any, call: Callable[[], Any]) -> list[float]:
+    """The ratios that `Cache("magcache", settings={"mag_ratios": ...})` needs, from one run with nothing skipped.
+
+    Args:
+        pipe: the pipeline, with the scheduler, the LoRAs and the guidance that it will have.
+        call: runs it once, at the size and with the steps that it will have.
+
+    Returns:
+        One for each step, of the branch with the text.
+
+    Raises:
+        PresetError: its transformer cannot have the cache; or the run had no step.
+    """
+    from .caches import check_cache, leader_of
+
+    parts = find_transformers(pipe)
+    transformer: Any
+    for name, (transformer, family) in parts.items():
+        check_cache(name, transformer, len(family.modules(transformer)), Cache("magcache", settings=_ANY))
+    found: list[float] = []
+    undo: list[Callable[[], None]] = []
+    try:
+        for transformer, family in parts.values():
+            # More steps than any run has, so that it forgets nothing at the end of one.
+            transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=1_000_000))
+            undo.append(transformer.disable_cache)
+            hook = leader_of(transformer, "mag_cache_leader_block_hook")
+
+            def passed(*_: Any, hook: Any = hook, first: str = family.branches[0]) -> None:
+                context = hook.state_manager._context
+                if context is None or context.name in (first, "cond", "inference"):
+                    found.append(hook.state_manager.get_state().calibration_ratios[-1])
+
+            undo.append(transformer.register_forward_hook(passed).remove)
+        call()
+    finally:
+        for each in reversed(undo):
+            each()
+    if not found:
+        raise PresetError("cache", "the run had no step to measure")
+    return [round(float(ratio), 5) for ratio in found]

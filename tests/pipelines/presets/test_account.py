@@ -1,0 +1,159 @@
+"""Caches and schedules in one run: a dense step is computed, and each step is told as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from diffusers import MagCacheConfig
+from gft_adapters import write_adapter
+from gft_calls import loaded, made, saved
+from tiny_wan import generate, make_pipe, make_transformer
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule, Preset
+from vidaccel.pipelines.presets import Cache, measure_mag_ratios
+from vidaccel.pipelines.presets.account import PassRecord, accounts
+
+RATIOS = {"mag_ratios": [1.0] * 4, "retention_ratio": 0.0, "max_skip_steps": 3}
+EAGER = {  # each skips all that it may
+    "first_block": Cache("first_block", 1e3),
+    "magcache": Cache("magcache", 10.0, RATIOS),
+    "seacache": Cache("seacache", 1e3, {"max_consecutive_cached": 0, "retention_steps": 0, "cache_end_steps": 0}),
+    "cache_dit": Cache("cache_dit", 1e3, {"Fn_compute_blocks": 1, "max_warmup_steps": 1}),
+}
+
+
+@pytest.fixture(params=EAGER)
+def cache(request) -> Cache:
+    if request.param == "cache_dit" and importlib.util.find_spec("cache_dit") is None:
+        pytest.skip("cache_dit is not installed")
+    return EAGER[request.param]
+
+
+def preset(cache: Cache | None, **schedule) -> Preset:
+    method = SVG2(top_p=0.5, schedule=DenseSchedule(**schedule))
+    return Preset(method=method, backend="reference", cache=cache)
+
+
+def skipped(account) -> list[int]:
+    return [step.step for step in account.steps if step.skipped]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "dense"),
+    [
+        ({"first_steps": 2, "last_steps": 1}, [0, 1, 7]),
+        ({"first_steps": 0.25, "last_steps": 0.125}, [0, 1, 7]),
+        ({"sigma_above": 0.9, "sigma_below": 0.4}, [0, 1, 2, 7]),
+    ],
+)
+def test_a_cache_skips_no_step_that_is_kept_dense(pipe, cache, schedule, dense):
+    with vidaccel.apply(pipe, preset(cache, **schedule)) as handle:
+        for run in (0, 1):  # and the second run like the first
+            generate(pipe, 8)
+            account = handle.report().last()
+            assert [step.step for step in account.steps if step.attention == "dense"] == dense, run
+            assert len(skipped(account)) >= 3 and not set(skipped(account)) & set(dense)
+            assert all(step.forwards == 2 == step.computed + step.skipped for step in account.steps)
+
+
+def test_without_a_schedule_the_last_step_may_be_skipped(pipe, cache):
+    """What the tests above hold only because the cache is told."""
+    with vidaccel.apply(pipe, preset(cache)) as handle:
+        generate(pipe, 8)
+        assert skipped(handle.report())
+        assert all(step.attention in ("sparse", "-") for step in handle.report().steps)
+
+
+def test_a_step_of_which_one_pass_was_skipped_is_told_in_half():
+    passes = [PassRecord(0, 1, 4, branch, "transformer", layers, 3) for branch, layers in (("cond", 3), ("uncond", 1))]
+    (step,) = accounts(passes, None)
+    assert (step.forwards, step.computed, step.skipped, step.attention) == (2, 1, 1, "stock")
+
+
+@pytest.mark.parametrize("steps", [4, 12])
+def test_the_ratios_of_magcache_are_those_of_the_run(pipe, steps):
+    """Of a cache that was told of 4 steps, in a run of 12: the ratio of each step, and no step is taken for another."""
+    ratios = [1.0, 1.0, 5.0, 1.0]  # the third quarter of a run cannot be skipped
+    with vidaccel.apply(pipe, Preset(cache=Cache("magcache", 0.5, {**RATIOS, "mag_ratios": ratios}))) as handle:
+        generate(pipe, steps)
+        account = handle.report()
+        quarter = {round(step.step * 3 / (steps - 1)) for step in account.steps if step.computed}
+    assert 2 in quarter and {step.step for step in account.steps} == set(range(steps))
+
+
+def test_a_run_that_was_broken_off_leaves_nothing_to_the_next(pipe, cache):
+    with vidaccel.apply(pipe, preset(cache, first_steps=1)) as handle:
+        whole = generate(pipe, 6)
+
+        def stop(pipe, step, timestep, tensors):
+            if step == 2:
+                raise InterruptedError
+            return tensors
+
+        with pytest.raises(InterruptedError):
+            generate(pipe, 6, callback_on_step_end=stop)
+        assert torch.equal(generate(pipe, 6), whole)
+        assert handle.report().last().steps[0].attention == "dense"
+
+
+def test_one_pass_a_step_with_every_cache(cache, tmp_path):
+    """Guidance in one pass: cache-dit must not take each second step for the other branch."""
+    pipe = loaded(saved(tmp_path / "base"))
+    adapter = write_adapter(tmp_path, tmp_path / "base", make_transformer())
+    chosen = preset(cache, first_steps=1, last_steps=1).replace(guidance_free=(str(adapter),))
+    with vidaccel.apply(pipe, chosen) as handle:
+        made(pipe, 3.0, steps=8)
+        account = handle.report()
+    assert [step.forwards for step in account.steps] == [1] * 8
+    assert [s.attention for s in account.steps if s.step in (0, 7)] == ["dense"] * 2
+    assert len(skipped(account)) >= 2 and not set(skipped(account)) & {0, 7}
+
+
+def test_two_transformers_are_one_account():
+    pipe = make_pipe(transformer_2=make_transformer(1), boundary_ratio=0.8)
+    with vidaccel.apply(pipe, preset(EAGER["magcache"], first_steps=1, last_steps=1)) as handle:
+        generate(pipe, 8)
+        account = handle.report()
+    assert [step.step for step in account.steps] == list(range(8))
+    assert account.steps[0].attention == "dense" == account.steps[-1].attention
+
+
+def test_short_runs_do_not_keep_half_of_themselves_dense(pipe):
+    with vidaccel.apply(pipe, preset(None, first_steps=0.3)) as handle:
+        generate(pipe, 4)
+        account = handle.report()
+    assert [step.attention for step in account.steps] == ["dense", "sparse", "sparse", "sparse"]
+    assert any("keep 1 of them dense instead of 2" in note for note in account.notes)
+
+
+def test_the_report_as_text_and_as_data(pipe):
+    with vidaccel.apply(pipe, preset(EAGER["first_block"], first_steps=2, last_steps=1)) as handle:
+        assert "no step yet" in str(handle.report())
+        generate(pipe, 5)
+        account = handle.report()
+        text = str(account)
+        assert "5 steps: 10 forwards, 6 computed and 4 skipped; attention 0 sparse, 0 mixed, 3 dense" in text
+        assert "no step was sparse" in text and "first steps (6)" in text
+        assert json.loads(json.dumps(account.to_dict()))["steps"][2]["skipped"] == 2
+        handle.reset()
+        assert not handle.report().steps
+
+
+def test_the_ratios_that_magcache_needs_are_measured(pipe):
+    plain = generate(pipe, 5)
+    ratios = measure_mag_ratios(pipe, lambda: generate(pipe, 5))
+    assert len(ratios) == 5 and ratios[0] == 1.0 and all(0 < ratio < 10 for ratio in ratios) and len(set(ratios)) > 2
+    assert not pipe.transformer.is_cache_enabled and torch.equal(generate(pipe, 5), plain)
+    # As diffusers itself tells them.
+    pipe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=5))
+    hook = pipe.transformer.blocks[0]._diffusers_hook.get_hook("mag_cache_leader_block_hook")
+    told = []
+    pipe.transformer.register_forward_hook(
+        lambda *_: told.append(list(hook.state_manager.get_state().calibration_ratios))
+    )
+    generate(pipe, 5)
+    assert told[6] == pytest.approx(ratios[:4], abs=1e-5)  # of the fourth step, before the last one forgets them

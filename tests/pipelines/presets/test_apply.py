@@ -1,0 +1,198 @@
+"""`apply` in real pipelines at tiny sizes: every lever at work, one handle, and nothing left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from gft_adapters import random_lora, write_adapter
+from gft_calls import loaded, made, saved
+from safetensors.torch import save_file
+from tiny_families import build
+from tiny_wan import generate, make_pipe, make_transformer
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule, Preset
+from vidaccel.pipelines.presets import Cache, LoraFile, PresetError, Quantize, SchedulerChoice, save_preset
+
+SPARSE = {"method": SVG2(top_p=0.5, schedule=DenseSchedule(first_steps=1)), "backend": "reference"}
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base):
+    return write_adapter(tmp_path_factory.mktemp("adapter"), base, make_transformer())
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    file = tmp_path_factory.mktemp("lora") / "a.safetensors"
+    save_file(random_lora(make_transformer(), "transformer")[1], file)
+    return file
+
+
+@pytest.fixture
+def pipe(base):
+    return loaded(base)
+
+
+def weights(pipe) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+
+
+def test_all_levers_at_once_and_nothing_left_behind(pipe, base, adapter, lora, tmp_path):
+    preset = Preset(
+        name="all",
+        family="Wan 2.1 / 2.2",
+        transformer={"num_layers": 3, "patch_size": [1, 2, 2]},
+        **SPARSE,
+        loras=(LoraFile(lora, 0.5),),
+        guidance_free=(str(adapter),),
+        cache=Cache("first_block", 1e3),
+        scheduler=SchedulerChoice("FlowMatchEulerDiscreteScheduler", {"shift": 5.0}),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+    )
+    before, plain, scheduler = weights(pipe), made(pipe), pipe.scheduler
+    with vidaccel.apply(pipe, save_preset(preset, tmp_path / "all.yaml")) as handle:
+        assert list(preset.levers()) == ["scheduler", "loras", "guidance_free", "method", "cache"]
+        assert handle.arguments == {"num_inference_steps": 4, "guidance_scale": 3.0}
+        assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and pipe.scheduler.shift == 5.0
+        assert torch.equal(made(pipe, 3.0, 4), made(pipe, 3.0, 4))
+        account = handle.report().last()
+        # One pass a step, of which the cache leaves out all but the dense one and the next, to which it compares.
+        assert [s.forwards for s in account.steps] == [1] * 4 and account.counts()["skipped"] >= 2
+        assert account.steps[0].attention == "dense"
+    assert pipe.scheduler is scheduler and not hasattr(pipe, "_vidaccel_preset")
+    after = weights(pipe)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(made(pipe), plain)
+    assert not pipe.transformer._forward_pre_hooks and not pipe.transformer.is_cache_enabled
+
+
+def test_a_lora_beside_another_leaves_its_weight(pipe, lora):
+    pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="mine")
+    pipe.set_adapters(["mine"], [0.3])
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora, 2.0),))):
+        both = generate(pipe)
+        pipe.set_adapters(["mine"], [2.3])
+        assert torch.allclose(generate(pipe), both, atol=1e-4)
+        pipe.set_adapters(["mine", "preset_0"], [0.3, 2.0])
+    assert pipe.get_active_adapters() == ["mine"] and torch.equal(generate(pipe), plain)
+
+
+def test_without_a_method_the_account_is_there_too(pipe):
+    with vidaccel.apply(pipe, Preset(cache=Cache("first_block", 1e3))) as handle:
+        generate(pipe, 4)
+    steps = handle.report().steps
+    assert [(s.forwards, s.skipped, s.attention) for s in steps] == [(2, 0, "stock"), *[(2, 2, "-")] * 3]
+
+
+@needs_torchao
+@pytest.mark.parametrize("keep", [True, False])
+def test_linear_layers_in_8_bits_and_back(pipe, adapter, keep):
+    plain = made(pipe)
+    preset = Preset(quantize=Quantize("int8", keep=keep), guidance_free=(str(adapter),), **SPARSE)
+    handle = vidaccel.apply(pipe, preset)
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    assert type(layer.weight.data) is not torch.Tensor
+    assert type(pipe.transformer.proj_out.weight.data) is torch.Tensor
+    assert handle.report().notes == () or not keep
+    assert torch.isfinite(made(pipe)).all()
+    with pytest.raises(PresetError, match="quantised already"):
+        vidaccel.apply(make_quantised(pipe, handle), Preset(quantize=Quantize("int8")))
+    handle.remove()
+    assert torch.equal(made(pipe), plain) is keep
+    assert any("weights as they were are gone" in note for note in handle.report().notes) is not keep
+
+
+def make_quantised(pipe, handle):
+    """The same transformer in another pipeline, in which no preset is at work."""
+    return make_pipe(transformer=pipe.transformer)
+
+
+def test_refused_before_anything_is_touched(pipe, tmp_path, lora, adapter):
+    before = weights(pipe)
+    for fields, lever, message in (
+        ({"family": "Mochi 1"}, "family", "is for Mochi 1, and the transformer of this pipeline is of Wan 2.1 / 2.2"),
+        ({"family": "Mochy"}, "family", "there is none of that name"),
+        ({"transformer": {"num_layers": 30, "in_channels": 4}}, "transformer", "num_layers 30 there, 3 here"),
+        ({"scheduler": SchedulerChoice("Unipc")}, "scheduler", "diffusers has no scheduler of that name"),
+        (
+            {"scheduler": SchedulerChoice("UniPCMultistepScheduler", {"shft": 1})},
+            "scheduler",
+            "UniPCMultistepScheduler has no setting shft",
+        ),
+        ({"loras": (LoraFile(tmp_path / "none"),)}, "loras", "there is no such file or folder"),
+        ({"loras": (LoraFile(adapter),)}, "loras", "a guidance-free adapter. Give it as guidance_free"),
+        ({"loras": (LoraFile(lora, target="transformer_2"),)}, "loras", "which this pipeline does not have"),
+        ({"guidance_free": (str(lora),)}, "guidance_free", "not written by this package's trainer"),
+        ({"guidance_free": ("own",)}, "guidance_free", "has no guidance-free adapter of its own"),
+        ({"guidance_free": (str(adapter),), "guidance_scale": 50.0}, "guidance_free", "50"),
+        ({"quantize": Quantize("fp8", activations=True)}, "quantize", ""),
+        (
+            {"method": SVG2(schedule=DenseSchedule(sigma_above=0.9)), "scheduler": SchedulerChoice("DDIMScheduler")},
+            "attention",
+            "noise levels",
+        ),
+        ({"method": vidaccel.SLA()}, "attention", "trained"),
+    ):
+        with pytest.raises(PresetError) as raised:
+            vidaccel.apply(pipe, Preset(**fields))
+        assert raised.value.lever == lever and message in str(raised.value), fields
+        assert not pipe.transformer._forward_pre_hooks and type(pipe).__name__ == "WanPipeline"
+        assert all(torch.equal(tensor, pipe.transformer.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_a_library_that_is_missing(pipe, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in ("torchao", "cache_dit") else find(name, *more)
+    )
+    with pytest.raises(PresetError, match="Install it: pip install torchao"):
+        vidaccel.apply(pipe, Preset(quantize=Quantize("int8")))
+    with pytest.raises(PresetError, match="Install it: pip install cache-dit"):
+        vidaccel.apply(pipe, Preset(cache=Cache("cache_dit")))
+
+
+def test_once_alone_and_restored_where_the_handle_is_lost(pipe):
+    plain = generate(pipe)
+    vidaccel.apply(pipe, Preset(name="one", cache=Cache("first_block", 1e3), **SPARSE))
+    with pytest.raises(RuntimeError, match="the preset one is at work"):
+        vidaccel.apply(pipe, Preset())
+    vidaccel.restore(pipe)
+    assert torch.equal(generate(pipe), plain)
+    vidaccel.accelerate(pipe, "svg2")
+    with pytest.raises(PresetError, match="accelerated already"):
+        vidaccel.apply(pipe, Preset(**SPARSE))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("hunyuan_video_15", "does not know the HunyuanVideo15TransformerBlock"),
+        ("easyanimate", "diffusers has no caches for a EasyAnimateTransformer3DModel"),
+    ],
+)
+def test_a_family_that_a_cache_does_not_know(family, message):
+    tiny = build(family)
+    pipe = make_pipe()
+    pipe.transformer = tiny.model
+    with pytest.raises(PresetError, match=message):
+        vidaccel.apply(pipe, Preset(cache=Cache("first_block")))
+    with pytest.raises(PresetError, match="SeaCache|no caches|does not know"):
+        vidaccel.apply(pipe, Preset(cache=Cache("seacache")))
+
+
+def test_a_run_with_other_steps_is_told(pipe):
+    with vidaccel.apply(pipe, Preset(num_inference_steps=4, **SPARSE)) as handle:
+        generate(pipe, 6)
+    (note,) = [note for note in handle.report().notes if "handle.arguments" in note]
+    assert "for 4 steps, and a run has 6" in note

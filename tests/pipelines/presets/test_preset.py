@@ -1,0 +1,158 @@
+"""A preset as a description: what it refuses, and files that hold it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vidaccel import DenseSchedule, Preset, Radial, Tangent
+from vidaccel.pipelines.presets import (
+    Cache,
+    LoraFile,
+    PresetError,
+    Quantize,
+    SchedulerChoice,
+    load_preset,
+    save_preset,
+    shipped_presets,
+)
+
+
+def full(folder: Path) -> Preset:
+    return Preset(
+        name="all of it",
+        summary="every lever",
+        model="some/model",
+        base="some/base",
+        family="Wan 2.1 / 2.2",
+        transformer={"num_layers": 3, "patch_size": [1, 2, 2]},
+        method=Tangent(density=0.25, schedule=DenseSchedule(first_steps=0.2, last_steps=1, sigma_above=0.95)),
+        backend="reference",
+        precision={"qk": "int8"},
+        guidance_free=(str(folder / "gft.safetensors"),),
+        loras=(LoraFile(folder / "a.safetensors", 0.8), LoraFile(folder / "b.safetensors", 1.0, "transformer_2")),
+        cache=Cache("magcache", 0.1, {"mag_ratios": [1.0, 0.9], "retention_ratio": 0.25}),
+        quantize=Quantize("int8", activations=True, keep=False),
+        scheduler=SchedulerChoice("UniPCMultistepScheduler", {"flow_shift": 5.0}),
+        num_inference_steps=20,
+        guidance_scale=4.5,
+        measured={"psnr": 31.5},
+    )
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_file_holds_all_of_it(tmp_path, suffix):
+    preset = full(tmp_path)
+    file = save_preset(preset, tmp_path / f"a{suffix}")
+    assert load_preset(file) == preset
+    content = json.loads(file.read_text()) if suffix == ".json" else yaml.safe_load(file.read_text())
+    assert content["version"] == 1 and content["attention"]["schedule"]["last_steps"] == 1
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_files_are_beside_the_preset_that_names_them(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("version: 1\nloras: [x.safetensors]\nguidance_free: own\n")
+    preset = load_preset(tmp_path / "a.yaml")
+    assert preset.loras == (LoraFile(tmp_path / "x.safetensors"),) and preset.guidance_free == ("own",)
+    # And those that are given relative to the current folder stay where they are.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    save_preset(Preset(loras=(LoraFile(Path("x.safetensors")),)), "other/b.yaml")
+    assert load_preset("other/b.yaml").loras[0].path == tmp_path / "x.safetensors"
+
+
+def test_what_is_not_said_is_the_default():
+    preset = Preset.from_dict({"version": 1, "attention": "radial", "cache": "first_block", "quantize": "int8"})
+    assert preset == Preset(method=Radial(), cache=Cache("first_block"), quantize=Quantize("int8"))
+    assert Preset.from_dict({"version": 1}).to_dict() == {"version": 1, "name": "preset"}
+
+
+@pytest.mark.parametrize(
+    ("content", "lever", "message"),
+    [
+        ({}, "version", "version is missing: this vidaccel reads version 1"),
+        ({"version": 2, "news": 1}, "version", "version is 2: this vidaccel reads version 1. Update vidaccel."),
+        ({"version": 1, "cach": "first_block"}, "", "there is no cach; did you mean cache"),
+        ({"version": 1, "cache": "first_blok"}, "cache", "first_blok: there is none of that name; did you mean first"),
+        ({"version": 1, "cache": {"threshold": 1}}, "cache", "it has no name"),
+        ({"version": 1, "cache": "magcache"}, "cache", "magcache needs mag_ratios"),
+        (
+            {"version": 1, "cache": {"name": "first_block", "threshold": -1}},
+            "cache.threshold",
+            "is -1: it must be at least 0",
+        ),
+        (
+            {"version": 1, "cache": {"name": "first_block", "threshold": "1e-4"}},
+            "cache.threshold",
+            "is '1e-4': it must be a number. YAML takes",
+        ),
+        (
+            {"version": 1, "cache": {"name": "seacache", "settings": {"residual_order": 2}}},
+            "cache.residual_order",
+            "at least 0 and at most 1",
+        ),
+        ({"version": 1, "cache": {"name": "seacache", "settings": {"order": 2}}}, "cache", "seacache has no setting o"),
+        ({"version": 1, "quantize": "int4"}, "quantize", "int4: it must be one of int8, fp8"),
+        ({"version": 1, "attention": "radiall"}, "attention", "there is no method 'radiall'"),
+        (
+            {"version": 1, "attention": {"method": "svg2", "settings": {"topp": 1}}},
+            "attention",
+            "svg2 has no setting topp",
+        ),
+        ({"version": 1, "attention": {"method": "svg2", "schedule": {"first": 1}}}, "attention", "has no first"),
+        ({"version": 1, "attention": {"method": "svg2", "settings": {"top_p": 2}}}, "attention", "top_p"),
+        ({"version": 1, "attention": {"method": "svg2", "backend": "cuda9"}}, "backend", "cuda9"),
+        ({"version": 1, "attention": {"method": "svg2", "precision": {"qk": "int2"}}}, "precision", "qk: int2"),
+        ({"version": 1, "num_inference_steps": 0}, "num_inference_steps", "is 0: it must be a whole number of at le"),
+        ({"version": 1, "guidance_scale": 0.5}, "guidance_scale", "is 0.5: it must be at least 1"),
+        ({"version": 1, "loras": [{"weight": 1}]}, "loras", "each needs a file"),
+        ({"version": 1, "loras": [{"file": "a", "target": "vae"}]}, "loras.target", "'vae': it must be one of all"),
+    ],
+)
+def test_what_cannot_be_is_named(content, lever, message):
+    with pytest.raises(PresetError) as raised:
+        Preset.from_dict(content)
+    assert raised.value.lever == lever and message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"guidance_free": ("own",), "guidance_scale": 1.0}, "guidance_free: .* guidance_scale 1 has none"),
+        ({"precision": {"qk": "int8"}}, "precision: .* there is no method"),
+        ({"sla": ("a",), "method": Radial()}, "sla: the adapters are for the method sla, and it is radial"),
+        (
+            {
+                "method": Radial(schedule=DenseSchedule(first_steps=3, last_steps=1)),
+                "cache": Cache("first_block"),
+                "num_inference_steps": 4,
+            },
+            "cache: the schedule keeps all 4 steps dense",
+        ),
+    ],
+)
+def test_levers_that_refuse_one_another(fields, message):
+    with pytest.raises(PresetError, match=message):
+        Preset(**fields)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(PresetError, match="there is no preset none.yaml"):
+        load_preset("none.yaml")
+    (tmp_path / "a.yaml").write_text("version: [")
+    with pytest.raises(PresetError, match=r"a\.yaml cannot be read"):
+        load_preset(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("version: 1\ncache: none\n")
+    with pytest.raises(PresetError, match=r"cache is none: .*in .*a\.yaml"):
+        load_preset(tmp_path / "a.yaml")
+    with pytest.raises(PresetError, match="suffix"):
+        save_preset(Preset(), tmp_path / "a.txt")
+
+
+def test_those_of_the_package_can_be_read():
+    for name in shipped_presets():
+        preset = load_preset(name)
+        assert preset.name == name and preset.summary and preset.family and preset.levers()
