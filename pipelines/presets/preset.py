@@ -168,7 +168,7 @@ class SchedulerChoice:
     """A scheduler instead of the pipeline's.
 
     Args:
-        name: class in diffusers, or "RCMScheduler".
+        name: class in diffusers, "RCMScheduler" or "GridScheduler".
         settings: of its config; the others are those of the scheduler that the pipeline has.
     """
 
@@ -190,7 +190,7 @@ class Preset:
         backend: see `accelerate`.
         precision: format of the products of attention: `{"qk": "int8"}`.
         sla: adapters of the recipe `sla`, for the method "sla".
-        guidance_free: files of adapters of the recipe `gft`, or `("own",)`.
+        guidance_free: files of adapters of the recipe `gft` or `consistency`, or `("own",)`.
         loras: in the order in which they are loaded.
         cache: over steps.
         quantize: of the linear layers.
