@@ -139,11 +139,15 @@ class DenseSchedule:
         """
         if reason := self._by_step(step):
             return reason
+        return self.layer_reason(layer, num_layers) or self._by_level(step)
+
+    def layer_reason(self, layer: int, num_layers: int) -> str:
+        """Why a layer stays dense in all steps, in words; empty when it may be sparse."""
         if layer < _count(self.first_layers, num_layers):
             return "first layers"
         if layer >= num_layers - _count(self.last_layers, num_layers):
             return "last layers"
-        return self._by_level(step)
+        return ""
 
     def step_reason(self, step: StepInfo) -> str:
         """Why a step stays dense in all layers; empty when it may be sparse. Raises as `dense_reason` does."""

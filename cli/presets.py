@@ -36,14 +36,18 @@ def presets_command(
         if name is not None:
             typer.echo(yaml.safe_dump(load_preset(name).to_dict(), sort_keys=False, allow_unicode=True), nl=False)
             return
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for title in ("preset", "model", "levers", "what it is"):
-            table.add_column(title, no_wrap=title == "preset", overflow="fold")
-        for each in map(load_preset, shipped_presets()):
-            levers = [*each.levers().items()]
-            levers += [("steps", str(each.num_inference_steps))] if each.num_inference_steps else []
-            told = "\n".join(f"{lever}: {text}" for lever, text in levers)
-            table.add_row(each.name, each.model or each.family, told, each.summary)
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
+        for number, each in enumerate(map(load_preset, shipped_presets())):
+            if number:
+                table.add_row()
+            steps = {"steps": str(each.num_inference_steps)} if each.num_inference_steps else {}
+            told = ", ".join(f"{lever} {text}" for lever, text in (each.levers() | steps).items())
+            about = {"for": each.model or each.family, "what": each.summary, "levers": told}
+            for line, (title, text) in enumerate(about.items()):
+                table.add_row("" if line else each.name, title, text)
         Console().print(table, markup=False)
 
 

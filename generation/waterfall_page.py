@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .figures import figure_svg, waterfall_chart
@@ -40,11 +41,20 @@ def write_waterfall(made: Waterfall, page: Path, command: str = "vidaccel.waterf
         sheet=data_url(png(contact_sheet(samples)), "image/png"),
         checked=made.rows[0].right is not None,
         other_model=any(row.stage.name == "model" for row in made.rows),
-        notes=[(name, note) for name, row in zip(names, made.rows, strict=True) for note in row.notes],
+        notes=_notes(names, made.rows),
         command=command,
         yaml=yaml.safe_dump(made.preset.to_dict(), sort_keys=False, allow_unicode=True),
     )
     return write_bytes(html.encode(), page)
+
+
+def _notes(names: list[str], rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The notes of each row, without those of the rows above it: its levers have them too."""
+    found: dict[str, str] = {}
+    for name, row in zip(names, rows, strict=True):
+        for note in row.notes:
+            found.setdefault(note, name)
+    return [(name, note) for note, name in found.items()]
 
 
 def _told(made: Waterfall, row: Row, number: int) -> str:
@@ -55,4 +65,4 @@ def _told(made: Waterfall, row: Row, number: int) -> str:
         parts.append(f"{sum(row.right)}/{len(row.right)} right")
     elif number:
         parts.append(format_psnr(row.mean_psnr))
-    return "  ".join(parts)
+    return " · ".join(parts)

@@ -18,6 +18,7 @@ async def comfy_entrypoint() -> ComfyExtension:
         length_nodes,
         lora_nodes,
         pipeline_nodes,
+        preset_nodes,
         report_node,
         sla_nodes,
         sparse_nodes,
@@ -26,7 +27,7 @@ async def comfy_entrypoint() -> ComfyExtension:
     class VideoAcceleration(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
             native = (sparse_nodes, sla_nodes, length_nodes, guidance_nodes)
-            modules = (*native, pipeline_nodes, lora_nodes, autoencoder_nodes, report_node)
+            modules = (*native, pipeline_nodes, preset_nodes, lora_nodes, autoencoder_nodes, report_node)
             return [node for module in modules for node in module.NODES]
 
     return VideoAcceleration()

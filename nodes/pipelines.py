@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..generation.sound import Sound
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.length.trained import TrainedLength
+    from ..pipelines.presets import Preset
 
 # What the menu shows -> what it is called elsewhere.
 BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
@@ -99,6 +100,7 @@ class VideoPipeline:
         acceleration: None for dense attention.
         guidance_free: adapters for guidance in one pass; none for two.
         trained: what LoRAs for longer videos in it were trained with.
+        preset: all levers at once; None for none.
     """
 
     facts: ModelFacts
@@ -107,6 +109,7 @@ class VideoPipeline:
     acceleration: Acceleration | None = None
     trained: tuple[TrainedLength, ...] = ()
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
+    preset: Preset | None = None
 
     def guided_in_one_pass(self, adapters: Sequence[Path]) -> VideoPipeline:
         """The same weights with guidance in one pass, this object as it is.
@@ -117,6 +120,8 @@ class VideoPipeline:
         Raises:
             InputError: one cannot be read or is of another model, or the model has none of its own.
         """
+        if self.preset is not None and self.preset.guidance_free:
+            raise InputError(f"the preset {self.preset.name} has guidance_free: leave one of the two out.")
         with plain_messages():
             found = guidance_adapters(adapters) if adapters else own_adapters(self.facts)
             check_adapters(found, self.facts)
@@ -134,6 +139,8 @@ class VideoPipeline:
                 f"{self.trained[0].name} was trained for one attention alone ({self.trained[0]}), which Generate Video "
                 "takes from its file: leave Accelerate Pipeline out."
             )
+        if self.preset is not None and self.preset.method is not None:
+            raise InputError(f"the preset {self.preset.name} has a method: leave one of the two out.")
         with plain_messages():
             check_runs(acceleration.backend, self.residency.device, sparse=True)
         check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
@@ -261,6 +268,11 @@ def generate(
             face_video=None if face_video is None else _bytes(face_video),
         )
         pipeline = pipeline.starting_from(settings.given)
+        preset = pipeline.preset
+        if preset is not None:
+            own: dict[str, Any] = {"steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
+            unset = {name: value for name, value in own.items() if getattr(settings, name) is None}
+            settings = replace(settings, **unset)
         settings = suited(settings, pipeline.guidance_free, pipeline.facts).checked(pipeline.facts)
         check_guidance(pipeline.guidance_free, pipeline.facts, settings)
         layout = settings.layout(pipeline.facts)
@@ -268,6 +280,9 @@ def generate(
         if acceleration is not None and pipeline.facts.only_dense:
             raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")
         method = acceleration.method_for(layout) if acceleration else None
+        if preset is not None and preset.method is not None:
+            method = preset.method
+            method.check(layout)
         if pipeline.trained:
             method = pipeline.trained[0].method
         check_trained(pipeline.trained, {"": method}, layout)
@@ -278,9 +293,13 @@ def generate(
     if acceleration is not None:
         options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
         options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
+    if preset is not None:
+        options |= {"beside": preset, "base": pipeline.facts.location}
+        options.setdefault("backend", preset.backend)
+        options.setdefault("adapter", preset.sla)
     with plain_messages():
         one_pass = guided_by(pipeline.guidance_free, pipeline.pipe, pipeline.facts)
-    with one_pass, roped(pipeline.pipe, riflex):
+    with plain_messages(), one_pass, roped(pipeline.pipe, riflex):
         made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
     return _generation(pipeline, layout, settings, made, time.perf_counter() - start)
 
@@ -294,19 +313,21 @@ def _generation(
 
     acceleration = pipeline.acceleration
     report, heading = made.report or RunReport("", {}, ()), ""
-    if acceleration is None and made.report is None:
+    if acceleration is None and made.report is None and pipeline.preset is None:
         heading = "Nothing was accelerated: Accelerate Pipeline, before Generate Video, does that."
     elif acceleration is not None:
         report = acceleration.reported(report)
         if made.report is None:
             heading = f"No call was sparse: {acceleration.dense_reason(layout)}."
-    one_pass = " in one pass" if pipeline.guidance_free else ""
+    free = pipeline.guidance_free or (pipeline.preset is not None and pipeline.preset.guidance_free)
+    one_pass = " in one pass" if free else ""
+    account = [] if made.account is None else [f"preset {made.account.preset}: {made.account.in_words()}"]
     guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}{one_pass}, "
     told = (
         f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, {guidance}"
         f"seed {settings.seed}: {seconds:.1f} s with text and decoding"
     )
-    report = replace(report, notes=(*report.notes, *made.notes, told))
+    report = replace(report, notes=(*report.notes, *made.notes, *account, told))
     frames, shown = torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading))
     return Generation(frames, shown, settings.fps, _audio(made.sound, len(frames) / settings.fps))
 

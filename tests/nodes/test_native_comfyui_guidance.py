@@ -5,36 +5,17 @@ Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
+from gft_adapters import write_native
 from native_comfyui import MODELS, build, defaults, patched, sample, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vidaccel.nodes.native_guidance import guide
 from vidaccel.nodes.wording import InputError
-
-
-def write(folder: Path, blocks: int = 3, width: int = 48, gated: bool = True, **facts) -> Path:
-    """An adapter of the tiny Wan, of random weights."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return 0.3 * torch.randn(shape, generator=generator)
-
-    tensors = {"beta_embedder.linear.weight": random(width, 64)}
-    for number in range(blocks):
-        layer = f"diffusion_model.blocks.{number}.self_attn.q"
-        tensors |= {f"{layer}.lora_A.weight": random(2, width), f"{layer}.lora_B.weight": random(width, 2)}
-    header = {"recipe": "gft", "base": "tiny", "base_hash": "0", "part": "transformer", "rank": 2, "unconditional": ""}
-    header["guidance_free"] = {"loss": "white_box", "max_scale": 6.0, "gated": gated}
-    file = folder / "adapter.safetensors"
-    save_file(tensors, file, {"format": "pt", "vidaccel": json.dumps({**header, **facts})})
-    return file
 
 
 def passes(model) -> list[int]:
@@ -58,7 +39,7 @@ def test_one_pass_a_step_at_the_node_s_guidance(tmp_path, caplog):
     seen = passes(two)
     sample(two, description)
     assert sum(seen) == 8 and description.cfg > 1
-    file = write(tmp_path)
+    file = write_native(tmp_path)
     clone = guide(model, file, 4.0)
     seen = passes(clone)
     with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance"):
@@ -72,9 +53,9 @@ def test_one_pass_a_step_at_the_node_s_guidance(tmp_path, caplog):
 
 def test_without_guidance_a_gated_adapter_is_the_model(tmp_path):
     description, model, _ = tiny("wan_t2v")
-    plain = guide(model, write(tmp_path), 1.0)
+    plain = guide(model, write_native(tmp_path), 1.0)
     (tmp_path / "other").mkdir()
-    silent = write(tmp_path / "other")
+    silent = write_native(tmp_path / "other")
     save_file({n: 0 * t for n, t in load_file(silent).items()}, silent, safe_open(silent, "pt").metadata())
     assert torch.equal(sample(plain, description), sample(guide(model, silent, 4.0), description))
 
@@ -85,7 +66,7 @@ def test_the_weights_are_those_of_guidance_free(tmp_path, gated):
     from vidaccel.pipelines.guidance_free import read_adapter
 
     model = build(MODELS["wan_t2v"])  # with no patches of other tests in its weights
-    file = write(tmp_path, gated=gated)
+    file = write_native(tmp_path, gated=gated)
     clone = guide(model, file, 3.0)
     gate = (3 - 1) / (6 - 1) if gated else 1.0
     lora, embedder = read_adapter(file).weights()
@@ -112,14 +93,14 @@ def test_all_weights_trained(tmp_path):
     """Then there is the embedding alone."""
     description, model, _ = tiny("wan_t2v")
     stated = {"loss": "white_box", "max_scale": 6.0, "gated": False, "train": "full"}
-    file = write(tmp_path, blocks=0, guidance_free=stated)
+    file = write_native(tmp_path, blocks=0, guidance_free=stated)
     assert not torch.equal(*(sample(guide(model, file, scale), description) for scale in (2.0, 5.0)))
 
 
 @pytest.mark.parametrize("first", ["sparse", "guidance"])
 def test_with_sparse_attention_in_either_order(tmp_path, first):
     description, model, _ = tiny("wan_t2v")
-    file = write(tmp_path)
+    file = write_native(tmp_path)
     if first == "sparse":
         clone, session = patched(model)
         clone = guide(clone, file, 4.0)
@@ -133,7 +114,7 @@ def test_the_node(tmp_path):
     from vidaccel.nodes.guidance_nodes import NODES, VidaccelGuidanceFree
 
     description, model, _ = tiny("wan_t2v")
-    values = defaults(VidaccelGuidanceFree) | {"path": str(write(tmp_path)), "guidance": 4.0}
+    values = defaults(VidaccelGuidanceFree) | {"path": str(write_native(tmp_path)), "guidance": 4.0}
     [clone] = VidaccelGuidanceFree.execute(model, **values).result
     assert torch.equal(
         sample(clone, description), sample(guide(model, tmp_path / "adapter.safetensors", 4), description)
@@ -204,7 +185,7 @@ def test_other_guiders_are_refused(tmp_path):
             return super().predict_noise(*args, **kwargs)
 
     description, model, _ = tiny("wan_t2v")
-    guider = Guider(guide(model, write(tmp_path), 4.0))
+    guider = Guider(guide(model, write_native(tmp_path), 4.0))
     guider.set_conds([], [])
     latent = torch.zeros(1, 16, *description.latent)
     sampler = comfy.samplers.sampler_object("euler")
@@ -214,7 +195,7 @@ def test_other_guiders_are_refused(tmp_path):
 
 def test_what_does_not_fit(tmp_path):
     _, model, _ = tiny("wan_t2v")
-    file = write(tmp_path)
+    file = write_native(tmp_path)
     for other, scale, words in (
         (tmp_path / "gone", 4.0, "adapter: .*gone is no adapter that can be read"),
         (file, 7.0, "guidance is 7: adapter.safetensors was trained for 1 to 6"),
@@ -233,7 +214,7 @@ def test_what_does_not_fit(tmp_path):
     ):
         (folder := tmp_path / "-".join(changes)).mkdir()
         with pytest.raises(InputError, match=words):
-            guide(model, write(folder, **changes), 2.0)
+            guide(model, write_native(folder, **changes), 2.0)
     name = "diffusion_model.blocks.0.self_attn.q"
     tensors = {n.replace(name, "diffusion_model.blocks.0.other.q"): t for n, t in load_file(file).items()}
     (tmp_path / "odd").mkdir()

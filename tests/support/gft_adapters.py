@@ -46,3 +46,21 @@ def write_adapter(
     file = folder / f"{part}.safetensors"
     save_file(tensors, file, {"format": "pt", "vidaccel": json.dumps(header)})
     return file
+
+
+def write_native(folder: Path, blocks: int = 3, width: int = 48, gated: bool = True, **facts) -> Path:
+    """An adapter of the tiny native Wan of ComfyUI, of random weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    tensors = {"beta_embedder.linear.weight": random(width, 64)}
+    for number in range(blocks):
+        layer = f"diffusion_model.blocks.{number}.self_attn.q"
+        tensors |= {f"{layer}.lora_A.weight": random(2, width), f"{layer}.lora_B.weight": random(width, 2)}
+    header = {"recipe": "gft", "base": "tiny", "base_hash": "0", "part": "transformer", "rank": 2, "unconditional": ""}
+    header["guidance_free"] = {"loss": "white_box", "max_scale": 6.0, "gated": gated}
+    file = folder / "adapter.safetensors"
+    save_file(tensors, file, {"format": "pt", "vidaccel": json.dumps({**header, **facts})})
+    return file

@@ -70,6 +70,17 @@ def test_what_is_not_said_is_the_default():
     assert Preset.from_dict({"version": 1}).to_dict() == {"version": 1, "name": "preset"}
 
 
+def test_names_stand_for_what_has_defaults():
+    short = Preset(method="radial", cache="first_block", quantize="fp8", loras="a.safetensors", guidance_free="own")
+    assert short == Preset(
+        method=Radial(),
+        cache=Cache("first_block"),
+        quantize=Quantize("fp8"),
+        loras=(LoraFile(Path("a.safetensors")),),
+        guidance_free=("own",),
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "lever", "message"),
     [

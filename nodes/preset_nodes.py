@@ -1,0 +1,170 @@
+"""The nodes for presets: load one, and put it to work in a pipeline of diffusers or in a native MODEL."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+from .geometry import unwrap
+from .native_guidance import guide
+from .native_models import find_geometry
+from .patch import sparsify
+from .pipeline_nodes import CATEGORY, Pipeline
+from .presets import FOLDER, chosen_preset, find_presets, native_part, native_settings, with_preset
+from .report_node import Report
+from .schema import accepted
+from .wording import InputError
+
+if TYPE_CHECKING:
+    from ..pipelines.presets import Preset as PresetOf
+    from .pipelines import VideoPipeline
+
+logger = logging.getLogger(__name__)
+
+Preset = io.Custom("VIDACCEL_PRESET")
+
+
+def _roots() -> list[str]:
+    import folder_paths
+
+    return [os.path.join(folder_paths.models_dir, FOLDER)]
+
+
+class VidaccelLoadPreset(io.ComfyNode):
+    """A preset from the package, a folder or a path."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelLoadPreset",
+            display_name="Load Preset",
+            category="video acceleration",
+            description="A preset: all that makes one model faster, under one description. Those of the package, "
+            "and .yaml and .json files in models/vidaccel_presets.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(find_presets(_roots())),
+                    tooltip="One of the package, or a file below models/vidaccel_presets.",
+                ),
+                io.String.Input(
+                    "path",
+                    default="",
+                    tooltip="Path of a .yaml or .json file; it is taken instead of the one above.",
+                ),
+            ],
+            outputs=[Preset.Output(display_name="preset", tooltip="For Apply Preset.")],
+            **accepted(io.Schema, search_aliases=["vidaccel", "speed up video", "tune"]),
+        )
+
+    @classmethod
+    def execute(cls, preset: str, path: str) -> io.NodeOutput:
+        return io.NodeOutput(chosen_preset(preset, path, _roots()))
+
+
+class VidaccelApplyPreset(io.ComfyNode):
+    """A preset for a pipeline."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelApplyPreset",
+            display_name="Apply Preset",
+            category=CATEGORY,
+            description="Puts a preset to work in a pipeline: its method, cache, LoRAs, scheduler and guidance in one "
+            "pass. Its steps and guidance are taken where Generate Video has 0. The pipeline that comes in stays as it "
+            "is.",
+            inputs=[
+                Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
+                Preset.Input("preset", tooltip="From Load Preset."),
+            ],
+            outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
+            **accepted(io.Schema, search_aliases=["vidaccel", "speed up video", "cache"]),
+        )
+
+    @classmethod
+    def execute(cls, pipeline: VideoPipeline, preset: PresetOf) -> io.NodeOutput:
+        return io.NodeOutput(with_preset(pipeline, preset))
+
+
+class VidaccelApplyPresetNative(io.ComfyNode):
+    """The method and the guidance of a preset for a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VidaccelApplyPresetNative",
+            display_name="Apply Preset (native)",
+            category="video acceleration",
+            description="Puts what it can of a preset into a native MODEL: the method with what stays dense, and "
+            "guidance in one pass. For the rest ComfyUI has nodes of its own, which the error names.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the preset is for. It is not changed."),
+                Preset.Input("preset", tooltip="From Load Preset."),
+                io.Boolean.Input(
+                    "skip_others",
+                    default=False,
+                    tooltip="Go on where the preset has a cache, LoRAs, a scheduler, steps or layers in 8 bits, which "
+                    "are for other nodes to set; the log says which. Off, that is an error.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For a sampler."),
+                Report.Output(display_name="report", tooltip="For the node Sparse Attention Report."),
+            ],
+            **accepted(io.Schema, search_aliases=["vidaccel", "speed up video", "sparse attention"]),
+        )
+
+    @classmethod
+    def execute(cls, model: Any, preset: PresetOf, skip_others: bool) -> io.NodeOutput:
+        return io.NodeOutput(*apply_native(model, preset, skip_others))
+
+
+def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tuple[Any, Any]:
+    """A clone of a MODEL with what it can have of a preset, and what its report is told; the MODEL stays as it is.
+
+    Args:
+        model: ComfyUI's ModelPatcher.
+        preset: the preset.
+        skip_others: go on without what a MODEL cannot have of it.
+
+    Raises:
+        InputError: the preset is for another model, or has what a MODEL cannot have.
+    """
+    diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if diffusion_model is None:
+        raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+    geometry = find_geometry(diffusion_model)
+    if geometry is None:
+        raise InputError(f"a {type(unwrap(diffusion_model)).__name__} is no model that presets are for.")
+    part = native_part(preset, geometry.layers(unwrap(diffusion_model)), geometry.family)
+    if part.left and not skip_others:
+        raise InputError(
+            f"preset {preset.name} has what other nodes set: {'; '.join(part.left)}. Set it there and switch "
+            "skip_others on."
+        )
+    for each in part.left:
+        logger.warning("preset %s: not taken from it: %s", preset.name, each)
+    made, session = model, None
+    if part.adapter is not None:
+        made = guide(made, part.adapter, part.guidance)
+    if preset.method is not None:
+        method = preset.method
+        made, session = sparsify(
+            made,
+            lambda layout: method,
+            name=method.name,
+            settings=native_settings(preset),
+            stand_ins=method.name if method.stands_in else "",
+            dense_start_percent=part.dense_start_percent,
+            dense_end_percent=part.dense_end_percent,
+            dense_layers=part.dense_layers,
+            backend=preset.backend,
+        )
+    return made, session
+
+
+NODES: list[type[io.ComfyNode]] = [VidaccelLoadPreset, VidaccelApplyPreset, VidaccelApplyPresetNative]

@@ -1,0 +1,202 @@
+"""Presets in ComfyUI: which there are, on a pipeline of diffusers, and what of one a native MODEL can have.
+
+No ComfyUI module is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..generation.presets import request_preset
+from .pipelines import VideoPipeline, require_packages
+from .wording import InputError, plain_messages
+
+if TYPE_CHECKING:
+    from ..attention import DenseSchedule
+    from ..pipelines.presets import Preset
+
+FOLDER = "vidaccel_presets"
+"""Below ComfyUI's folder of models: presets of one's own."""
+ELSEWHERE = {
+    "cache": "EasyCache or another node for caches",
+    "loras": "LoraLoaderModelOnly",
+    "scheduler": "the sampler's scheduler",
+    "num_inference_steps": "the sampler's steps",
+    "quantize": "weight_dtype of Load Diffusion Model",
+}
+"""What a native MODEL does not get from a preset -> what ComfyUI has for it."""
+
+
+def shipped_names() -> list[str]:
+    """The presets of the package, without reading them: their names, in order."""
+    folder = Path(__file__).resolve().parents[1] / "pipelines" / "presets" / "shipped"
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def find_presets(roots: Sequence[str]) -> dict[str, Path | str]:
+    """What the menu of presets has: those of the package, and the files of some folders.
+
+    Args:
+        roots: folders for presets; those that do not exist are left out.
+
+    Returns:
+        What is shown -> what `load_preset` takes.
+    """
+    found: dict[str, Path | str] = {name: name for name in shipped_names()}
+    for root in roots:
+        for folder, below, files in os.walk(root, followlinks=True):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for name in sorted(files):
+                if name.endswith((".yaml", ".yml", ".json")):
+                    file = Path(folder, name)
+                    found.setdefault(file.relative_to(root).as_posix(), file)
+    return found
+
+
+def chosen_preset(choice: str, path: str, roots: Sequence[str]) -> Preset:
+    """The preset of a path, otherwise of the menu.
+
+    Raises:
+        InputError: it is gone, or cannot be read.
+    """
+    require_packages("presets need")
+    found = find_presets(roots)
+    if not path.strip() and choice not in found:
+        raise InputError(f"preset is {choice}: it is no longer there; there are {', '.join(found)}.")
+    with plain_messages():
+        preset = request_preset(path.strip() or found[choice])
+    assert preset is not None
+    return preset
+
+
+def with_preset(pipeline: VideoPipeline, preset: Preset) -> VideoPipeline:
+    """The same weights with a preset, the pipeline that came in as it is.
+
+    Raises:
+        InputError: another preset, method or adapter is there already, the preset is for another model, or has what a
+            pipeline of ComfyUI's cannot have.
+    """
+    from ..generation.presets import check_beside
+    from ..generation.request import Settings
+
+    if pipeline.preset is not None:
+        raise InputError(f"the preset {pipeline.preset.name} is there already: connect the pipeline from before it.")
+    for there, lever, node in (
+        (pipeline.acceleration, preset.method, "Accelerate Pipeline"),
+        (pipeline.trained, preset.method, "Pipeline LoRA, with a LoRA for one attention alone,"),
+        (pipeline.guidance_free, preset.guidance_free, "Guidance-Free Pipeline"),
+    ):
+        if there and lever:
+            raise InputError(f"preset {preset.name} and {node} both set it: leave one of the two out.")
+    if preset.quantize is not None:
+        raise InputError(
+            f"preset {preset.name} has layers in 8 bits, and ComfyUI moves the weights of a pipeline as they are: take "
+            "quantize out of it, or use `vidaccel generate --preset`."
+        )
+    with plain_messages():
+        check_beside(preset, pipeline.facts, Settings("a preset", guidance_scale=preset.guidance_scale))
+    return replace(pipeline, preset=preset)
+
+
+@dataclass(frozen=True)
+class NativePart:
+    """What a native MODEL gets of a preset.
+
+    Args:
+        dense_start_percent, dense_end_percent: of `DensePart`.
+        dense_layers: in words of the nodes.
+        adapter: guidance-free; None for none.
+        guidance: of the adapter.
+        left: what it does not get, with what ComfyUI has for it.
+    """
+
+    dense_start_percent: float = 0.0
+    dense_end_percent: float = 0.0
+    dense_layers: str = ""
+    adapter: Path | None = None
+    guidance: float = 1.0
+    left: tuple[str, ...] = ()
+
+
+def native_part(preset: Preset, layers: int, family: str) -> NativePart:
+    """What a native MODEL can have of a preset.
+
+    Args:
+        preset: the preset.
+        layers: of the MODEL.
+        family: of the MODEL, in the words of the nodes.
+
+    Raises:
+        InputError: it is for another model, has nothing for a MODEL, or says in steps or noise levels what ComfyUI
+            counts in shares of the sampling.
+    """
+    wanted = sum(preset.transformer.get(name, 0) for name in ("num_layers", "num_single_layers"))
+    if preset.family and not preset.family.startswith(family):
+        raise InputError(f"preset {preset.name} is for {preset.family}, and this MODEL is {family}.")
+    if wanted and wanted != layers:
+        raise InputError(f"preset {preset.name} is for a model of {wanted} layers, and this MODEL has {layers}.")
+    if preset.guidance_free and (len(preset.guidance_free) > 1 or preset.guidance_free == ("own",)):
+        raise InputError(
+            f"preset {preset.name} takes the guidance-free adapter from the model's folder or has several, which a "
+            "MODEL cannot: put Guidance-Free before the sampler, and take guidance_free out of the preset."
+        )
+    if preset.guidance_free and preset.guidance_scale is None:
+        raise InputError(f"preset {preset.name} has guidance_free and no guidance_scale, which a MODEL needs: add it.")
+    if preset.method is not None and preset.method.needs_weights:
+        problem = f"preset {preset.name} has the method {preset.method.name}, whose weights a MODEL gets from Apply SLA"
+        raise InputError(f"{problem}: use that, with a preset without a method.")
+    if preset.method is None and not preset.guidance_free:
+        raise InputError(
+            f"preset {preset.name} has neither a method nor guidance_free, and a MODEL gets nothing else of a preset: "
+            + "; ".join(_left(preset))
+        )
+    shares = _shares(preset) if preset.method is not None else {}
+    adapter = Path(preset.guidance_free[0]) if preset.guidance_free else None
+    scale = 1.0 if preset.guidance_scale is None else preset.guidance_scale
+    dense = "" if preset.method is None else _dense_layers(preset.method.schedule, layers)
+    return NativePart(**shares, dense_layers=dense, adapter=adapter, guidance=scale, left=tuple(_left(preset)))
+
+
+def _left(preset: Preset) -> list[str]:
+    return [f"{name}: {instead}" for name, instead in ELSEWHERE.items() if getattr(preset, name)]
+
+
+def _shares(preset: Preset) -> dict[str, float]:
+    """Dense steps as shares of the sampling."""
+    schedule = preset.method.schedule
+    if schedule.needs_sigma:
+        raise InputError(
+            f"preset {preset.name} keeps steps dense by noise levels of diffusers, which ComfyUI counts otherwise: use "
+            "first_steps and last_steps."
+        )
+    made = {}
+    for name, value in (
+        ("dense_start_percent", schedule.first_steps),
+        ("dense_end_percent", schedule.last_steps),
+    ):
+        if isinstance(value, int) and value:
+            if preset.num_inference_steps is None:
+                raise InputError(
+                    f"preset {preset.name} keeps {value} steps dense, and ComfyUI counts in shares of the sampling: "
+                    "give a fraction, or num_inference_steps."
+                )
+            value = value / preset.num_inference_steps
+        made[name] = float(value)
+    return made
+
+
+def _dense_layers(schedule: DenseSchedule, layers: int) -> str:
+    dense = [layer for layer in range(layers) if schedule.layer_reason(layer, layers)]
+    return ", ".join(map(str, dense))
+
+
+def native_settings(preset: Preset) -> dict[str, Any]:
+    """The settings of the method, for the report."""
+    from dataclasses import fields
+
+    method = preset.method
+    return {"preset": preset.name} | {f.name: getattr(method, f.name) for f in fields(method) if f.name != "schedule"}

@@ -1,0 +1,105 @@
+"""`vidaccel presets`, `vidaccel waterfall`, and presets in `vidaccel generate`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vidaccel import Preset
+from vidaccel.pipelines.presets import load_preset, shipped_presets
+
+PAGE = (Path(__file__).parents[2] / "docs" / "presets.md").read_text(encoding="utf-8")
+SIZE = ("--frames", 9, "--height", 64, "--width", 64, "--device", "cpu")
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_commands_of_the_page_run(vidaccel, command, tmp_path, monkeypatch):
+    """The videos of them smaller than there."""
+    monkeypatch.chdir(tmp_path)
+    assert command[0] == "vidaccel"
+    small = SIZE if command[1] in ("generate", "waterfall") else ()
+    result = vidaccel(*command[1:], *small)
+    assert result.exit_code == 0, (result.output, result.exception)
+    if "--out" in command:
+        assert (tmp_path / command[command.index("--out") + 1]).stat().st_size > 1000
+
+
+def test_the_example_of_the_page_is_a_preset():
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    preset = Preset.from_dict(yaml.safe_load(text))
+    assert list(preset.levers()) == ["scheduler", "loras", "guidance_free", "quantize", "method", "cache"]
+
+
+def test_the_list_and_one_of_them(vidaccel):
+    listed = vidaccel("presets").stdout
+    assert all(name in listed for name in shipped_presets())
+    printed = vidaccel("presets", "demo-dc-fast").stdout
+    assert Preset.from_dict(yaml.safe_load(printed)) == load_preset("demo-dc-fast")
+    result = vidaccel("presets", "demo-slow")
+    assert result.exit_code == 2 and "there is no preset demo-slow. Give a file" in result.stderr
+
+
+def test_a_cache_says_what_it_skipped(vidaccel, tiny_model, tmp_path):
+    result = vidaccel(
+        "generate", "a dot", "--model", tiny_model, "--cache", "first_block=1000", "--steps", 4, *SIZE,
+        "--out", tmp_path / "a.mp4",
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "dense: 4 steps: 8 forwards, 2 computed and 6 skipped." in result.stdout
+
+
+def test_the_model_is_that_of_the_preset(vidaccel, tiny_model, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"version: 1\nname: a\nmodel: {tiny_model}\nattention: radial\nnum_inference_steps: 2\n")
+    result = vidaccel("generate", "a dot", "--preset", file, *SIZE, "--out", tmp_path / "a.mp4")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "radial" in result.stdout
+    other = vidaccel("generate", "a dot", "--preset", file, "--model", tmp_path / "gone", "--out", tmp_path / "b.mp4")
+    assert other.exit_code == 2 and "gone" in other.stderr
+
+
+def test_a_waterfall_of_another_model(vidaccel, tiny_model, tmp_path):
+    preset = tmp_path / "a.yaml"
+    preset.write_text("version: 1\nname: mine\nattention: radial\ncache: {name: first_block, threshold: 1000}\n")
+    (tmp_path / "prompts.txt").write_text("a dot\n\ndot dot\n")
+    page = tmp_path / "w.html"
+    result = vidaccel(
+        "waterfall", preset, "--model", tiny_model, "--prompts", tmp_path / "prompts.txt", "--steps", 4, *SIZE,
+        "--rounds", 1, "--out", page,
+    )  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    assert numbers["prompts"] == ["a dot", "dot dot"] and numbers["seeds"] == [0, 1]
+    assert [row["lever"] for row in numbers["rows"]] == ["base", "method", "cache"]
+    assert all(row["accuracy"] is None for row in numbers["rows"])
+    for text in ("+ method: radial", "2 of 8", "mine: ", "at a PSNR of", "page: "):
+        assert text in " ".join(result.stdout.split()), text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "x/y"), "PROMPT is needed for this model. Give one, or several."),
+        (("--model", "demo", "--out", "w.htm"), "--out is w.htm: the name must end in .html"),
+        (("--model", "demo", "--prompts", "gone.txt"), "--prompts is gone.txt: it cannot be read"),
+        (("--model", "demo", "--rounds", "0"), "--rounds is 0"),
+        (("--model", "demo", "--threads", "0"), "--threads is 0: it must be at least 1"),
+        (("--model", "demo", "--frames", "10"), "--frames is 10"),
+    ],
+)
+def test_a_waterfall_that_cannot_be(vidaccel, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vidaccel.generation.waterfall.load", lambda *_, **__: pytest.fail("weights were read"))
+    result = vidaccel("waterfall", "demo-cache", *options)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert message in result.stderr and result.stderr.count("\n") == 1

@@ -1,0 +1,142 @@
+"""Presets, caches and layers in 8 bits in `vidaccel.generate`, on the built-in models."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+from diffusers import WanPipeline
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule, Preset, Radial, demo
+from vidaccel.generation.errors import BadInput
+from vidaccel.pipelines.presets import Cache, SchedulerChoice, save_preset
+
+PROMPT = "a red circle moves left on a grey background"
+SMALL = {"frames": 9, "height": 64, "width": 64, "device": "cpu", "progress": False}
+EAGER = Cache("first_block", 1e3)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> WanPipeline:
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, **more):
+    return vidaccel.generate(pipe, PROMPT, **{**SMALL, "device": "auto", **more})
+
+
+def test_a_preset_is_what_the_options_are(pipe, tmp_path):
+    method = SVG2(density=0.5, q_clusters=4, schedule=DenseSchedule(first_steps=1))
+    preset = Preset(
+        name="a",
+        family="Wan 2.1 / 2.2",
+        method=method,
+        cache=EAGER,
+        scheduler=SchedulerChoice("UniPCMultistepScheduler", {"flow_shift": 5.0}),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+    )
+    made = generate(pipe, preset=save_preset(preset, tmp_path / "a.yaml"))
+    assert made.name == "svg2" and made.report.method == "svg2"
+    assert made.account.steps[0].attention == "dense" and made.account.counts()["skipped"] == 6
+    with vidaccel.apply(pipe, preset):
+        again = generate(pipe, steps=4, guidance_scale=3.0)
+    assert np.array_equal(again.frames, made.frames)
+    other = generate(pipe, method=method, cache=EAGER, steps=4, guidance_scale=3.0)
+    assert other.account.counts() == made.account.counts()
+    assert not np.array_equal(other.frames, made.frames)  # another scheduler
+
+
+def test_what_is_given_goes_before_the_preset(pipe):
+    preset = Preset(name="a", method=Radial(), cache=EAGER, num_inference_steps=4, guidance_scale=3.0)
+    made = generate(pipe, preset=preset, method="dense", cache="none", steps=2, guidance_scale=1.0)
+    assert made.name == "dense" and made.account is None
+    plain = generate(pipe, steps=2, guidance_scale=1.0)
+    assert np.array_equal(made.frames, plain.frames)
+    assert generate(pipe, preset=preset, cache="first_block=0", steps=2).account.counts()["skipped"] == 0
+
+
+def test_a_preset_without_a_method_is_dense_and_a_cache_alone_changes_no_method(pipe, monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.methods.MIN_SPARSE_TOKENS", 1)
+    assert generate(pipe, preset=Preset(name="a", cache=EAGER), steps=2).name == "dense"
+    assert generate(pipe, cache=EAGER, steps=2, settings={"tangent": {"k_clusters": 4}}).name == "tangent"
+
+
+def test_the_reference_of_a_comparison_has_no_cache(pipe):
+    made = generate(pipe, method=["radial", "svg2"], compare=True, cache=EAGER, steps=4, warm_up=False)
+    plain, *others = made.videos
+    assert plain.name == "dense" and plain.account is None
+    assert np.array_equal(plain.frames, generate(pipe, steps=4).frames)
+    assert all(video.account.counts()["skipped"] for video in others)
+    assert made.settings["cache"] == "first_block, threshold 1000"
+
+
+def test_the_adapter_that_a_model_has_of_its_own():
+    preset = Preset(name="a", model="demo-dc", guidance_free=("own",), num_inference_steps=2)
+    made = vidaccel.generate("demo-dc", PROMPT, preset=preset, cache=EAGER, **SMALL)
+    assert [step.forwards for step in made.account.steps] == [1, 1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_layers_in_8_bits(pipe):
+    plain = generate(pipe, steps=2)
+    made = generate(pipe, steps=2, quantize="int8")
+    difference = np.abs(made.frames.astype(int) - plain.frames).mean()
+    assert 0 < difference < 8
+    assert np.array_equal(generate(pipe, steps=2).frames, plain.frames)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cache": "first_blok"}, "cache cannot be used: first_blok: there is none of that name; did you mean first_b"),
+        ({"cache": "first_block=much"}, "cache is first_block=much: what follows = must be its threshold, a number"),
+        ({"cache": "first_block=-1"}, "cache cannot be used: -1.0: it must be at least 0"),
+        ({"cache": "magcache"}, "cache cannot be used: magcache needs mag_ratios"),
+        ({"quantize": "int4"}, "quantize cannot be used: int4: it must be one of int8, fp8"),
+        ({"preset": "none.yaml"}, "preset cannot be used: there is no preset none.yaml"),
+        (
+            {"preset": Preset(name="a", family="Mochi 1")},
+            "preset cannot be used: a is for Mochi 1, and demo is of Wan 2.1 / 2.2. Give another model",
+        ),
+        ({"preset": Preset(name="a", transformer={"num_layers": 30})}, "num_layers 30 there, .* here"),
+        (
+            {"preset": Preset(name="a", guidance_free=("own",)), "guidance_scale": 1},
+            "guidance_scale is 1: the preset puts guidance into one pass",
+        ),
+    ],
+)
+def test_refused_before_weights_are_read(given, message, loads_nothing):
+    model = "demo-dc" if "guidance_scale" in given else "demo"
+    with pytest.raises(BadInput, match=message):
+        vidaccel.generate(model, PROMPT, **given, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "package"), [({"cache": "cache_dit"}, "cache-dit"), ({"quantize": "fp8"}, "torchao")]
+)
+def test_the_line_that_installs_what_is_missing(given, package, loads_nothing, monkeypatch):
+    find = importlib.util.find_spec
+    gone = ("cache_dit", "torchao")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in gone else find(name, *more))
+    with pytest.raises(BadInput, match=f"is not installed. Install it: pip install {package}"):
+        vidaccel.generate("demo", PROMPT, **given, **SMALL)
+
+
+def test_what_only_the_loaded_pipeline_tells_is_bad_input_too(pipe):
+    pipe.transformer.enable_cache(vidaccel_cache := first_block())
+    try:
+        with pytest.raises(BadInput, match=f"the transformer has {type(vidaccel_cache).__name__} already"):
+            generate(pipe, cache="first_block", steps=2)
+    finally:
+        pipe.transformer.disable_cache()
+
+
+def first_block():
+    from diffusers import FirstBlockCacheConfig
+
+    return FirstBlockCacheConfig()

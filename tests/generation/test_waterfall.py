@@ -1,0 +1,158 @@
+"""The waterfall of a preset: its rows, what they say, and its page."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from diffusers import WanPipeline
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule, Preset, demo
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.waterfall import Row, Stage, Waterfall, stages
+from vidaccel.generation.waterfall_page import write_waterfall
+from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice
+
+SMALL = {"frames": 9, "height": 64, "width": 64, "progress": False, "steps": 4}
+PROMPTS = demo.HELD_OUT_PROMPTS[:2]
+FULL = Preset(
+    name="full",
+    summary="All of it.",
+    model="demo-dc",
+    base="demo",
+    family="Wan 2.1 / 2.2",
+    method=SVG2(density=0.5, q_clusters=4, schedule=DenseSchedule(first_steps=1)),
+    guidance_free=("own",),
+    cache=Cache("first_block", 1e3),
+    num_inference_steps=3,
+    guidance_scale=2.5,
+)
+
+
+@pytest.fixture(scope="module")
+def made() -> Waterfall:
+    return vidaccel.waterfall(None, FULL, PROMPTS, 5, rounds=2, device="cpu", **SMALL)
+
+
+def test_the_rows_of_a_preset():
+    preset = FULL.replace(
+        quantize=Quantize("int8"),
+        loras=(LoraFile("a.safetensors"),),
+        scheduler=SchedulerChoice("UniPCMultistepScheduler"),
+    )
+    rows = stages(preset)
+    names = ["base", "model", "guidance_free", "steps", "quantize", "method", "cache"]
+    assert [row.name for row in rows] == names
+    assert [row.model for row in rows] == ["demo"] + ["demo-dc"] * 6
+    # Each has the levers of those above it; the last is the preset.
+    for before, row in itertools.pairwise(rows):
+        assert set(before.preset.levers()) <= set(row.preset.levers())
+    last = rows[-1].preset
+    assert last == preset.replace(summary="", model="", base="")
+    assert [row.preset.guidance_scale for row in rows[:4]] == [None, None, 2.5, 2.5]
+    assert [row.preset.num_inference_steps for row in rows[:4]] == [None, None, None, 3]
+    # Of a model that is the base itself, there is no row for it.
+    assert [row.name for row in stages(Preset(name="a", model="demo", cache=FULL.cache))] == ["base", "cache"]
+    assert stages(Preset(name="a", model="demo", cache=FULL.cache), "other")[1].model == "other"
+
+
+def test_all_is_measured_against_the_plain_base(made):
+    assert [row.stage.name for row in made.rows] == ["base", "model", "guidance_free", "steps", "method", "cache"]
+    assert [row.forwards for row in made.rows] == [(8, 0), (8, 0), (4, 0), (3, 0), (3, 0), (1, 2)]
+    assert [row.steps for row in made.rows] == [4, 4, 4, 3, 3, 3]
+    assert made.seeds == (5, 6) and all(np.shape(row.seconds) == (2, 2) for row in made.rows)
+    first = made.rows[0]
+    assert first.psnr == (math.inf, math.inf) and made.gain(first) == 1
+    assert all(math.isfinite(value) for row in made.rows[1:] for value in row.psnr)
+    # The base is what `generate` makes without anything.
+    plain = vidaccel.generate("demo", PROMPTS[0], seed=5, device="cpu", **SMALL)
+    assert np.array_equal(plain.frames, first.sample)
+    assert all(row.right is not None and len(row.right) == 2 for row in made.rows)
+
+
+def test_a_loaded_pipeline_a_function_and_a_checker_of_ones_own():
+    loaded = WanPipeline.from_pretrained(demo.path())
+    preset = Preset(name="a", cache=Cache("first_block", 1e3))
+    seen = []
+
+    def checker(frames, prompt):
+        seen.append((frames.shape, frames.dtype, prompt))
+        return len(seen) % 2 == 0
+
+    runs = [
+        vidaccel.waterfall(model, preset, PROMPTS[0], rounds=1, checker=checker, **SMALL)
+        for model in (loaded, lambda: loaded)
+    ]
+    assert [row.accuracy for row in runs[0].rows] == [0, 1]
+    assert seen[0] == ((9, 64, 64, 3), np.uint8, PROMPTS[0])
+    assert runs[0].rows[1].psnr == runs[1].rows[1].psnr
+    assert not loaded.transformer.is_cache_enabled
+
+
+def row(name: str, seconds, psnr=(30.0,), right=(True,)) -> Row:
+    return Row(
+        Stage(name, name, "demo", FULL),
+        4,
+        2.0,
+        seconds,
+        psnr,
+        right,
+        (8, 0),
+        np.zeros((3, 32, 32, 3), np.uint8),
+        ("n",),
+    )
+
+
+def test_the_noise_of_the_rounds_is_told():
+    first, last = row("base", ((4.0, 4.2), (6.0, 6.2)), (math.inf,)), row("cache", ((2.0, 2.2), (2.0, 2.2)), (25.0,))
+    made = Waterfall(FULL, (first, last), ("a",), (0,))
+    assert first.spread == (4.1, 6.1) and first.median == pytest.approx(5.1)
+    assert made.gain(last) == pytest.approx(5.1 / 2.1)
+    assert made.gain_range(last) == pytest.approx((4.1 / 2.1, 6.1 / 2.1))
+    assert made.in_words() == (
+        "full: 2.43 times as fast as the plain base (2.10 s instead of 5.10 s a video), and 1 instead of 1 of 1 "
+        "videos show what their prompt says."
+    )
+    unchecked = Waterfall(FULL, (row("base", ((4.0,),), right=None), row("cache", ((2.0,),), right=None)), ("a",), (0,))
+    assert unchecked.in_words().endswith("at a PSNR of 30.0 dB to it.")
+
+
+def test_the_page_and_its_numbers(made, tmp_path):
+    page = write_waterfall(made, tmp_path / "w.html", "vidaccel waterfall <x>")
+    text = page.read_text()
+    numbers = json.loads((tmp_path / "w.json").read_text())
+    assert [r["lever"] for r in numbers["rows"]] == [r.stage.name for r in made.rows]
+    assert numbers["rows"][0]["psnr_mean"] is None and numbers["gain"] == made.in_words()
+    assert Preset.from_dict(numbers["preset"]) == FULL
+    assert made.in_words() in text and "vidaccel waterfall &lt;x&gt;" in text
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "<svg" in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text), "it loads nothing"
+    for name in ("+ guidance_free", "+ cache", "first_block, threshold 1000"):
+        assert name in text
+    # A note that all rows below have too stands there once.
+    assert text.count("merged into the weights") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "more", "message"),
+    [
+        (None, Preset(name="a", cache=FULL.cache), {}, "model is not known: the preset names none"),
+        ("demo", Preset(name="a"), {}, "preset has nothing to measure: a leaves the pipeline as it is"),
+        ("demo", "nowhere.yaml", {}, "there is no preset nowhere.yaml"),
+        ("demo", FULL, {"rounds": 0}, "rounds is 0: it must be a whole number of at least 1"),
+        ("demo", FULL, {"seeds": [1]}, "seeds there are 1, for 2 prompts"),
+        ("demo", FULL, {"prompts": []}, "prompts there are none"),
+        ("demo", FULL, {"frames": 10}, "frames is 10"),
+        ("demo", FULL.replace(family="Mochi 1"), {}, "is for Mochi 1"),
+    ],
+)
+def test_refused_before_anything_is_loaded(model, preset, more, message, monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.waterfall.load", lambda *_, **__: pytest.fail("weights were read"))
+    given = {"prompts": PROMPTS, **SMALL, **more}
+    with pytest.raises(BadInput, match=message):
+        vidaccel.waterfall(model, preset, given.pop("prompts"), given.pop("seeds", 0), device="cpu", **given)
