@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from ...pipelines.few_steps.grid import GridScheduler
-from ...pipelines.guidance_free.adapter_file import FEW_STEPS, FEW_STEPS_RECIPE, RECIPE
+from ...pipelines.guidance_free.adapter_file import FEW_STEPS, FEW_STEPS_RECIPE, OWN_FILE, RECIPE
 from ...pipelines.guidance_free.beta import BETA, BetaSlot
 from ...pipelines.guidance_free.low_rank import gate_of
+from ...pipelines.weight_files import transformer_file
 from ..backbones.base import SampleRequest, Text
 from ..config import ConfigError
 from ..flow import shifted
@@ -37,6 +38,9 @@ from ..lora_file import lora_path, read_facts
 from .base import Batch, Phase, load_trained
 from .consistency_settings import ConsistencyLoraSettings
 from .guided_lora import GuidedLora, TrainGuided
+
+OWN = "own"
+"""As `consistency.teacher`: the guidance-free adapter that the base has of its own."""
 
 
 class TrainConsistency(TrainGuided):
@@ -56,8 +60,21 @@ class TrainConsistency(TrainGuided):
 
     def prepare(self) -> None:
         super().prepare()
-        teacher = self.config.consistency.teacher
-        self.teacher = {} if teacher is None else self._read_teacher(teacher)
+        self.teacher_file = self._teacher_file()
+        self.teacher = {} if self.teacher_file is None else self._read_teacher(self.teacher_file)
+
+    def _teacher_file(self) -> str | None:
+        """Where the adapter of the teacher is."""
+        given, model = self.config.consistency.teacher, self.backbone
+        if given != OWN:
+            return given
+        file = transformer_file(model.base, OWN_FILE, model.part)
+        if file is None:
+            raise ConfigError(
+                f"consistency.teacher is {OWN}: {model.base} has no adapter of its own ({model.part}/{OWN_FILE}). Give "
+                "the file or folder of one that the recipe gft made."
+            )
+        return str(file)
 
     def _read_teacher(self, location: str) -> dict[str, torch.Tensor]:
         setting, few = "consistency.teacher", self.config.consistency
@@ -98,7 +115,7 @@ class TrainConsistency(TrainGuided):
         return self.levels[: -1 : self.config.consistency.teacher_steps]
 
     def inputs(self) -> dict[str, str]:
-        teacher = self.config.consistency.teacher
+        teacher = self.teacher_file
         own = {} if teacher is None else {"consistency.teacher": file_identity(lora_path(teacher))}
         return {**super().inputs(), **own}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import Settings, setting
-from .lora_settings import LoraSettings
+from .lora_settings import FlowSettings, LoraSettings
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,9 @@ class ConsistencySettings(Settings):
     """Which few steps the model learns, and from whom.
 
     Args:
-        teacher: file or folder of an adapter of the recipe `gft` of the same base, which makes the guided velocity in
-            one pass and is also what the student starts as; None for the frozen base with guidance in two passes.
+        teacher: file or folder of an adapter of the recipe `gft` of the same base, or "own" for the one that the base
+            has itself; it makes the guided velocity in one pass and is also what the student starts as. None for the
+            frozen base with guidance in two passes.
         steps: of the sampler that is learned. Their noise levels are those of the samplers of flow models, with
             `flow.shift`, and go into the file.
         objective: "segments" regresses where the teacher comes to at the end of a step, from the beginning of the step;
@@ -53,8 +54,9 @@ class ConsistencySettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoraSettings(LoraSettings):
-    """Settings of the recipe `consistency`: those of `lora`, and of the few steps."""
+    """Settings of the recipe `consistency`: those of `lora`, of which one starts from another value, and of the steps."""
 
+    flow: FlowSettings = field(default_factory=lambda: FlowSettings(caption_dropout=0.0))
     consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
 
     def check(self) -> Iterator[str]:

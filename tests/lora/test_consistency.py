@@ -250,7 +250,7 @@ def test_training_closes_the_gap(tmp_path):
         "validation": {"clips": 4, "prompts": []},
         "train": {"steps": 25, "learning_rate": 1e-3, "lr_scheduler": "cosine", "batch_size": 4},
         "consistency": {
-            "teacher": str(vidaccel.demo.path("demo-dc") / "transformer" / "guidance_free.safetensors"),
+            "teacher": "own",
             "teacher_steps": 4,
         },
     }
@@ -344,6 +344,11 @@ def test_settings_that_do_not_fit(tmp_path, text_base, override, words):
     with pytest.raises(ConfigError, match=words):
         run("consistency", settings(tmp_path, text_base), [override])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_without_a_teacher_of_its_own(tmp_path, text_base):
+    with pytest.raises(ConfigError, match=r"teacher is own: .* no adapter of its own \(transformer/guidance_free.safe"):
+        recipe(settings(tmp_path, text_base, consistency={"teacher": "own"}))
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def timesteps(model) -> list[float]:
 def test_few_steps_are_at_the_levels_of_the_adapter(tmp_path, caplog):
     """Whatever the scheduler is."""
     description, model, _ = tiny("wan_t2v")
-    clone = guide(model, write(tmp_path, **FEW), 4.0)
+    clone = guide(model, write_native(tmp_path, **FEW), 4.0)
     seen = timesteps(clone)
     with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance"):
         sample(clone, description)
@@ -161,7 +161,7 @@ def test_few_steps_that_cannot_be(tmp_path):
     import comfy.samplers
 
     description, model, _ = tiny("wan_t2v")
-    file = write(tmp_path, **FEW)
+    file = write_native(tmp_path, **FEW)
     with pytest.raises(InputError, match="guidance is 2: adapter.safetensors was trained for 4 alone. Give that"):
         guide(model, file, 2.0)
     guider = comfy.samplers.CFGGuider(guide(model, file, 4.0))
