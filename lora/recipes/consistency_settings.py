@@ -54,7 +54,7 @@ class ConsistencySettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoraSettings(LoraSettings):
-    """Settings of the recipe `consistency`: those of `lora`, of which one starts from another value, and of the steps."""
+    """Settings of the recipe `consistency`: those of `lora` (one has another default), and of the steps."""
 
     flow: FlowSettings = field(default_factory=lambda: FlowSettings(caption_dropout=0.0))
     consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
