@@ -52,7 +52,7 @@ def generate_command(
         typer.Option(
             metavar="[PATH]",
             help="Guidance in one pass a step, with an adapter of the recipe gft, or of consistency for few steps as "
-            "well, one for each transformer; without a path, with that of the model itself (the built-in ones have one).",
+            "well, one for each transformer; without a path, with that of the model itself, if it has one.",
         ),
     ] = None,
     sla: Annotated[
