@@ -51,7 +51,8 @@ class VidaccelGuidanceFree(io.ComfyNode):
             category="video acceleration",
             description="Guidance in one pass a step instead of two, for Wan 2.1 and 2.2, with an adapter that the "
             "recipe gft (or consistency, for few steps as well) trained for this model. The guidance is set here: the "
-            "sampler runs with a cfg of 1 whatever it has, and its negative prompt is not used, since the adapter has one baked in.",
+            "sampler runs with a cfg of 1 whatever it has, and its negative prompt is not used, since the adapter has "
+            "one baked in.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the adapter was trained on. It is not changed."),
                 *_adapter_inputs(BY_PATH, "A file in models/loras."),
