@@ -106,7 +106,7 @@ def test_the_quoted_accuracies_are_those_of_the_tables():
 
 
 def test_the_chain_keeps_the_accuracy(monkeypatch):
-    """Few steps that lose more than 5 of 64 prompts are not shown; 6 steps of the model's own sampler then are."""
+    """Few steps that lose more than 5 of 100 prompts are not shown; 6 steps of the model's own sampler then are."""
     rows = [r for r in stages(fastest_demo())]
     assert [r.name for r in rows] == ["base", "model", "guidance_free", "steps"]
     assert fastest_demo().num_inference_steps < 6
