@@ -30,6 +30,7 @@ _PUBLIC = {
     "DCVideoGenImageToVideoPipeline": ".pipelines",
     "DCVideoGenPipeline": ".pipelines",
     "DenseSchedule": ".attention",
+    "GridScheduler": ".pipelines.few_steps",
     "Preset": ".pipelines.presets",
     "RCMScheduler": ".pipelines.few_steps",
     "Radial": ".attention",

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 METHODS = ("radial", "sparge", "svg", "svg2", "tangent")
 VIDEOS = "33x128,65x128,129x128,129x192,129x256"  # frames x pixels of a side
-STEPS = 3  # measured after a warm-up step: the interval at which `tangent` clusters anew by default
 
 
 def median(values: list[float]) -> str:
@@ -33,56 +32,25 @@ def median(values: list[float]) -> str:
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
-def config(name: str, layout: VideoLayout, density: float):
-    """A method at a density without dense steps; Radial with the largest blocks that reach it, which are fastest."""
-    from vidaccel import DenseSchedule
-    from vidaccel.attention import METHODS as CLASSES
-    from vidaccel.attention.methods.base import OutOfReach
-
-    for settings in ({"block_size": size} for size in (64, 32, 16)) if name == "radial" else ({},):
-        try:
-            return CLASSES[name].for_density(layout, density, schedule=DenseSchedule(), **settings)
-        except OutOfReach as error:
-            last = error
-    raise last
-
-
 def measure_steps(layout: VideoLayout, density: float, rounds: int, backend: str) -> tuple[list[dict], dict]:
     """Steps of the whole transformer: dense, then each method, `rounds` times in turns."""
-    import torch
     from diffusers import WanTransformer3DModel
 
-    from vidaccel import DenseSchedule, accelerate, demo
+    from vidaccel import demo
+    from vidaccel.generation.step_times import StepTimes, quick_method, step_times, wan_inputs
 
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer").eval()
-    generator = torch.Generator().manual_seed(0)
-    size = (layout.frames, 2 * layout.height, 2 * layout.width)
-    latents = torch.randn(1, transformer.config.in_channels, *size, generator=generator)
-    text = torch.randn(1, 512, transformer.config.text_dim, generator=generator)
-    configs = {name: config(name, layout, density) for name in METHODS}
-    seconds: dict[str, list[float]] = {name: [] for name in ("dense", *METHODS)}
-    attention: dict[str, list[float]] = {name: [] for name in seconds}
-    planning: dict[str, list[float]] = {name: [] for name in seconds}
-    facts: dict[str, tuple[float, str]] = {}
-
-    # One handle per configuration for the whole measurement would keep the others out, so state that a method carries
-    # from step to step (centroids, compiled kernels, static masks) is warmed up anew each round and not counted.
-    with torch.inference_mode():
-        for _ in range(rounds):
-            for name in seconds:
-                schedule = DenseSchedule(first_steps=10**6) if name == "dense" else None
-                method = configs["radial" if name == "dense" else name]
-                with accelerate(transformer, method, backend=backend, schedule=schedule) as handle:
-                    for number in range(1 + STEPS):
-                        if number == 1:
-                            warm, start = len(handle.report().records), time.perf_counter()
-                        transformer(latents, torch.tensor([900.0 - number]), text)
-                    seconds[name].append((time.perf_counter() - start) / STEPS)
-                    records = handle.report().records[warm:]
-                attention[name].append(sum(r.attention_seconds for r in records) / STEPS)
-                planning[name].append(sum(r.plan_seconds for r in records) / STEPS)
-                facts[name] = (statistics.mean(r.density for r in records), records[0].backend)
-        print(f"{layout.tokens} tokens measured", flush=True)
+    methods = {"dense": None, **{name: quick_method(name, layout, density) for name in METHODS}}
+    inputs = wan_inputs(transformer, layout)
+    found: dict[str, list[StepTimes]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, times in step_times(transformer, inputs, methods, backend=backend).items():
+            found[name].append(times)
+    print(f"{layout.tokens} tokens measured", flush=True)
+    seconds = {name: [t.seconds for t in times] for name, times in found.items()}
+    attention = {name: [t.attention_seconds for t in times] for name, times in found.items()}
+    planning = {name: [t.plan_seconds for t in times] for name, times in found.items()}
+    facts = {name: (times[-1].density, times[-1].backend) for name, times in found.items()}
 
     rows, base = [], (statistics.median(seconds["dense"]), statistics.median(attention["dense"]))
     for name in seconds:
@@ -164,6 +132,7 @@ def main(
     import torch
 
     from vidaccel import VideoLayout
+    from vidaccel.generation.step_times import MEASURED_STEPS
 
     if threads:
         torch.set_num_threads(threads)
@@ -185,9 +154,10 @@ def main(
         f"{environment_line()}.\n\n"
         f"One step is one forward pass of the demo transformer ({model['layers']} layers, {model['heads']} heads of "
         f"64, float32) on the latents of {videos} (frames x pixels of a side). Dense is torch's SDPA in the same "
-        f"process. Mean of {STEPS} steps after a warm-up step (first plan, 50 k-means iterations, compilation), which "
-        f"is not counted; median of {rounds} such, with the smallest and largest in brackets. `tangent` clusters anew "
-        "in one of the three. Attention includes permutations and making masks, planning is apart. The second table "
+        f"process. Mean of {MEASURED_STEPS} steps after a warm-up step (first plan, 50 k-means iterations, "
+        f"compilation), which is not counted; median of {rounds} such, with the smallest and largest in brackets. "
+        "`tangent` clusters anew in one of the three. Attention includes permutations and making masks, planning is "
+        "apart. The second table "
         f"is one attention call on random q, k, v at {layouts[-1].tokens:,} tokens per kind of plan.\n\n"
         "OMP_WAIT_POLICY: "
         + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import generate, info, models, presets, tune
+from . import demo, generate, info, models, presets, tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -37,5 +37,5 @@ def common_options(
 
 
 # In the order of `vidaccel --help`, which has groups of commands last.
-for commands in (generate, presets, tune, info, models):
+for commands in (generate, demo, presets, tune, info, models):
     commands.register(app)

@@ -51,8 +51,8 @@ def generate_command(
         list[str] | None,
         typer.Option(
             metavar="[PATH]",
-            help="Guidance in one pass a step, with an adapter of the recipe gft, one for each transformer; without a "
-            "path, with that of the model itself, which the built-in ones have.",
+            help="Guidance in one pass a step, with an adapter of the recipe gft, or of consistency for few steps as "
+            "well, one for each transformer; without a path, with that of the model itself, if it has one.",
         ),
     ] = None,
     sla: Annotated[

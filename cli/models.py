@@ -160,7 +160,7 @@ def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> N
 
 
 def adapt_command(
-    recipe: Annotated[str, typer.Argument(help="lora, gft, sla, ae-adapt, or autoencoder.")] = "",
+    recipe: Annotated[str, typer.Argument(help="lora, length, gft, consistency, sla, ae-adapt, or autoencoder.")] = "",
     config: Annotated[str, typer.Option(help="YAML file, or the name of a ready one (see --list).")] = "",
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: phases.lora.steps=2000; repeatable.")
@@ -186,7 +186,9 @@ def adapt_command(
                 typer.echo(f"{file.stem}: {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
             return
         if not recipe:
-            raise ConfigError("the recipe is missing: give lora, gft, sla, ae-adapt or autoencoder.")
+            raise ConfigError(
+                "the recipe is missing: give lora, length, gft, consistency, sla, ae-adapt or autoencoder."
+            )
         if not config:
             raise ConfigError("--config is missing: give a YAML file, or the name of a ready one (--list).")
         from ..lora.__main__ import main

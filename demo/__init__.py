@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .world import held_out_prompts
 
-__all__ = ["DC", "HELD_OUT_PROMPTS", "WAN", "length_lora", "path"]
+__all__ = ["DC", "HELD_OUT_PROMPTS", "WAN", "few_steps", "length_lora", "path"]
 
 WAN, DC = MODELS = "demo", "demo-dc"
 """Names of the two models, each and together."""
@@ -53,3 +53,9 @@ def length_lora() -> Path | None:
     """The LoRA with which "demo" makes longer videos (recipe `length`); None where none is installed."""
     file = Path(__file__).resolve().parent / "weights_length" / "pytorch_lora_weights.safetensors"
     return file if file.is_file() else None
+
+
+def few_steps() -> list[Path]:
+    """The adapters with which "demo-dc" makes few steps of one pass (recipe `consistency`), most steps first."""
+    folder = Path(__file__).resolve().parent / _FOLDERS[DC][0] / "transformer"
+    return sorted(folder.glob("few_steps_*.safetensors"), reverse=True)

@@ -109,8 +109,9 @@ def generate(
         tiling: encode and decode in tiles.
         lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1. One of the recipe `length`
             brings the attention that it was trained for.
-        guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step: a file or folder, or one
-            for each of two transformers; True for what the model has of its own, as the built-in ones do.
+        guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step, or of `consistency`,
+            which makes few steps as well: a file or folder, or one for each of two transformers; True for what the
+            model has of its own, as the built-in ones do.
         sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
         rope: of a Wan model: "plain", or "riflex", which keeps a video longer than those of its training from
             beginning anew (RIFLEx, arXiv 2502.15894).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,26 @@ def check_guidance(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts, s
         except GuidanceFreeError as error:
             problem = str(error).removeprefix("negative_prompt ").rstrip(".")
             raise BadInput("negative_prompt", problem) from error
-        if settings.guidance_scale is not None and settings.guidance_scale > adapter.max_scale:
-            problem = f"{adapter.path.name} was trained up to {adapter.max_scale:g}"
-            raise BadInput("guidance_scale", problem, "Give at most that.", value=settings.guidance_scale)
+        scale, steps = settings.guidance_scale, settings.steps
+        if scale is not None and (refusal := adapter.refused_scale(scale)):
+            raise BadInput("guidance_scale", *refusal, value=scale)
+        if adapter.sigmas is not None and steps != len(adapter.sigmas):
+            problem = f"{adapter.path.name} was distilled to {len(adapter.sigmas)} steps"
+            raise BadInput("steps", problem, "Give that, or leave it out.", value=steps)
+
+
+def suited(settings: Settings, adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts) -> Settings:
+    """The request with the steps and the guidance of adapters for few steps, where it leaves them open."""
+    for adapter in adapters:
+        if adapter.sigmas is None:
+            continue
+        if settings.steps is None:
+            settings = replace(settings, steps=len(adapter.sigmas))
+        usual = facts.call_defaults().get("guidance_scale")
+        if settings.guidance_scale is None and usual is not None:
+            nearest = min(max(float(usual), adapter.min_scale), adapter.max_scale)
+            settings = replace(settings, guidance_scale=nearest)
+    return settings
 
 
 def guided_by(

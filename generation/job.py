@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
-from .guidance import check_guidance, guidance_adapters, own_adapters
+from .guidance import check_guidance, guidance_adapters, own_adapters, suited
 from .length import (
     built_in_lora,
     check_bases,
@@ -213,9 +213,9 @@ def prepare(
             raise BadInput("model", problem, "Call enable_tiling() of its vae first.", value=facts.pipeline_class)
         place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
-    settings = settings.checked(facts)
     if guidance_free is True:
         adapters = own_adapters(facts)
+    settings = suited(settings, adapters, facts).checked(facts)
     check_guidance(adapters, facts, settings)
     if preset is not None:
         check_beside(preset, facts, settings)

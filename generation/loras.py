@@ -55,7 +55,8 @@ def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFil
             check_readable(place)
         except LoraError as error:
             raise _refused(error) from error
-        kinds = {"gft": ("a guidance-free adapter", "guidance_free"), "sla": ("an adapter of SLA", "sla")}
+        one_pass = ("a guidance-free adapter", "guidance_free")
+        kinds = {"gft": one_pass, "consistency": one_pass, "sla": ("an adapter of SLA", "sla")}
         if (recipe := facts_of(place).get("recipe")) in kinds:
             kind, field = kinds[recipe]
             raise BadInput("lora", f"is {kind}", f"Give it as {mention(field)}.", value=place)

@@ -302,7 +302,10 @@ def _facts(
 
 def _most_steps(scheduler: Mapping[str, Any]) -> int | None:
     """Steps that a scheduler has times for, from its config; None where any number will do."""
-    return len(scheduler["middle_times"]) + 1 if scheduler.get("_class_name") == "RCMScheduler" else None
+    levels = {"RCMScheduler": ("middle_times", 1), "GridScheduler": ("sigmas", 0)}.get(
+        str(scheduler.get("_class_name"))
+    )
+    return None if levels is None else len(scheduler[levels[0]]) + levels[1]
 
 
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:

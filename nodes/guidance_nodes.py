@@ -50,8 +50,9 @@ class VidaccelGuidanceFree(io.ComfyNode):
             display_name="Guidance-Free",
             category="video acceleration",
             description="Guidance in one pass a step instead of two, for Wan 2.1 and 2.2, with an adapter that the "
-            "recipe gft trained for this model. The guidance is set here: the sampler runs with a cfg of 1 whatever it "
-            "has, and its negative prompt is not used, since the adapter has one baked in.",
+            "recipe gft (or consistency, for few steps as well) trained for this model. The guidance is set here: the "
+            "sampler runs with a cfg of 1 whatever it has, and its negative prompt is not used, since the adapter has "
+            "one baked in.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the adapter was trained on. It is not changed."),
                 *_adapter_inputs(BY_PATH, "A file in models/loras."),
@@ -84,8 +85,8 @@ class VidaccelGuidanceFreePipeline(io.ComfyNode):
             display_name="Guidance-Free Pipeline",
             category=CATEGORY,
             description="Guidance in one pass a step instead of two, for pipelines of Wan and DC-VideoGen, with an "
-            "adapter that the recipe gft trained for this model. guidance of Generate Video keeps its meaning; a "
-            "negative prompt is refused, since the adapter has one baked in.",
+            "adapter that the recipe gft (or consistency, for few steps as well) trained for this model. guidance of "
+            "Generate Video keeps its meaning; a negative prompt is refused, since the adapter has one baked in.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
                 *_adapter_inputs(OWN, "What the model has of its own, if it has one; or a file in models/loras."),

@@ -1,15 +1,17 @@
-"""Guidance in one pass in ComfyUI's native Wan: an adapter of the recipe `gft` as patches of a MODEL's weights.
+"""Guidance in one pass in ComfyUI's native Wan: an adapter of the recipe `gft` or `consistency` as patches of a MODEL's
+weights.
 
 ComfyUI's own machinery does the work. At one guidance scale the LoRA has one strength, and what beta adds to the
 embedding of the timestep is a constant: a change of the bias of its last layer. So both are patches, as those of any
 LoRA, on weights of whatever kind, and a clone of the MODEL has them. The sampler's CFG is set to 1 while it samples,
-with which ComfyUI leaves the pass of the negative prompt out.
+with which ComfyUI leaves the pass of the negative prompt out. An adapter for few steps brings their noise levels, which
+take the place of those of the sampler's scheduler.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,13 @@ def guide(model: Any, location: Path, scale: float) -> Any:
         adapter = read_adapter(location)
     except GuidanceFreeError as error:
         raise InputError(f"adapter: {error}") from error
-    if not 1 <= scale <= adapter.max_scale:
-        raise InputError(
-            f"guidance is {scale:g}: {adapter.path.name} was trained for 1 to {adapter.max_scale:g}. Give one of these."
+    if not adapter.min_scale <= scale <= adapter.max_scale:
+        trained = (
+            f"{adapter.min_scale:g} alone. Give that."
+            if adapter.min_scale == adapter.max_scale
+            else f"{adapter.min_scale:g} to {adapter.max_scale:g}. Give one of these."
         )
+        raise InputError(f"guidance is {scale:g}: {adapter.path.name} was trained for {trained}")
     lora, embedder = adapter.weights()
     _check_fits(adapter.path.name, unwrap(diffusion_model), lora, embedder.linear.out_features)
     gate = gate_of(scale, adapter.max_scale if adapter.gated else None)
@@ -71,7 +76,7 @@ def guide(model: Any, location: Path, scale: float) -> Any:
             "is of another model."
         )
     clone, _ = load_lora_for_models(model, None, dict(patches), gate, 0.0)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _one_pass(scale))
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _one_pass(scale, adapter.path.name, adapter.sigmas))
     return clone
 
 
@@ -92,10 +97,12 @@ def _check_fits(file: str, diffusion_model: Any, lora: dict[str, torch.Tensor], 
         )
 
 
-def _one_pass(scale: float) -> Callable[..., Any]:
-    """What runs a sampling without its second pass."""
+def _one_pass(scale: float, file: str, levels: Sequence[float] | None) -> Callable[..., Any]:
+    """What runs a sampling without its second pass, and at the noise levels of the adapter where it has some."""
 
-    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(
+        executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         from comfy.samplers import CFGGuider
 
         guider = executor.class_obj
@@ -104,13 +111,42 @@ def _one_pass(scale: float) -> Callable[..., Any]:
                 f"this sampling is guided by a {type(guider).__name__}, which makes passes of its own: with "
                 "Guidance-Free, use KSampler, or SamplerCustomAdvanced with BasicGuider."
             )
+        if levels is not None:
+            sigmas = _few_steps(file, levels, sampler, sigmas)
         given = guider.cfg
         if given not in (1.0, scale):
             logger.info("Guidance-Free: cfg %g of the sampler is not used; the node's guidance is %g.", given, scale)
         guider.cfg = 1.0
         try:
-            return executor(*args, **kwargs)
+            return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         finally:
             guider.cfg = given
 
     return wrapper
+
+
+def _few_steps(file: str, levels: Sequence[float], sampler: Any, sigmas: torch.Tensor) -> torch.Tensor:
+    """The noise levels of an adapter for few steps, in place of those of the sampler's scheduler.
+
+    Raises:
+        InputError: another number of steps, a part of them alone, or another sampler than Euler's.
+    """
+    count = len(sigmas) - 1
+    if count != len(levels) or float(sigmas[-1]) != 0:
+        whole = "" if count == len(levels) else f" and the sampler makes {count}"
+        raise InputError(
+            f"steps: {file} was distilled to {len(levels)}, all of them in one sampling{whole}: set the steps to "
+            f"{len(levels)}, and denoise to 1."
+        )
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+    if name != "sample_euler":
+        raise InputError(f"sampler is {name.removeprefix('sample_')}, and {file} was distilled for euler: set that.")
+    taught = sigmas.new_tensor([*levels, 0.0])
+    if float(sigmas[0]) < 0.97 * levels[0]:
+        raise InputError(
+            f"denoise: {file} was distilled for steps from a noise of {levels[0]:g}, and these begin at "
+            f"{float(sigmas[0]):.3g}: set denoise to 1, and leave the input video out."
+        )
+    if not torch.allclose(taught, sigmas, atol=0.01):
+        logger.info("Guidance-Free: the noise levels of the scheduler are not used; %s has its own.", file)
+    return taught

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.calls import as_class
 from ..generation.errors import BadInput
-from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters
+from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters, suited
 from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
@@ -273,7 +273,7 @@ def generate(
             own: dict[str, Any] = {"steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
             unset = {name: value for name, value in own.items() if getattr(settings, name) is None}
             settings = replace(settings, **unset)
-        settings = settings.checked(pipeline.facts)
+        settings = suited(settings, pipeline.guidance_free, pipeline.facts).checked(pipeline.facts)
         check_guidance(pipeline.guidance_free, pipeline.facts, settings)
         layout = settings.layout(pipeline.facts)
         acceleration = pipeline.acceleration

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def read_header(
-    location: str | Path, recipe: str, error: type[ValueError]
+    location: str | Path, recipes: str | tuple[str, ...], error: type[ValueError]
 ) -> tuple[Path, Mapping[str, Any], frozenset[str]]:
     """The file of an adapter, what its header says, and the names of its tensors.
 
     Args:
         location: of the file, or its folder.
-        recipe: that must have made it.
+        recipes: one of which must have made it.
         error: what is raised.
 
     Raises:
@@ -37,9 +37,10 @@ def read_header(
     except (OSError, SafetensorError, ValueError) as reason:
         raise error(f"{path} is no adapter that can be read: {reason}") from reason
     stated = facts.get("recipe") if isinstance(facts, dict) else None
-    if stated != recipe:
+    wanted = (recipes,) if isinstance(recipes, str) else recipes
+    if stated not in wanted:
         kind = f"an adapter of the recipe {stated}" if stated else "not written by this package's trainer"
-        raise error(f"{path} is {kind}: give one that the recipe {recipe} made.")
+        raise error(f"{path} is {kind}: give one that the recipe {' or '.join(wanted)} made.")
     return path, facts, names
 
 

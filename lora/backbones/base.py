@@ -294,6 +294,7 @@ class SampleRequest:
         seed: of the noise.
         image: `[3, H, W]` in [-1, 1], for image to video.
         after_step: called after each step of the sampler; what it raises ends the video.
+        scheduler: of the sampler; None for the model's own. Of Wan alone.
     """
 
     frames: int
@@ -304,6 +305,7 @@ class SampleRequest:
     seed: int
     image: torch.Tensor | None = None
     after_step: Callable[[], None] = lambda: None
+    scheduler: Any = None
 
     def callback(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of a pipeline."""

@@ -75,6 +75,8 @@ class WanFamily(PretrainedModel):
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         pipe = self.sampler(transformer)
+        if request.scheduler is not None:
+            pipe.scheduler = request.scheduler
         pipe.set_progress_bar_config(disable=True)
         inputs = {"image": self.picture(request.image)} if self.image else {}
         embeds = [self.pad([text]).to(self.device, self.dtype) for text in texts]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 RECIPES: dict[str, tuple[str, str]] = {
     "ae_adapt": ("ae_adapt", "AEAdapt"),
     "autoencoder": ("autoencoder", "TrainAutoencoder"),
+    "consistency": ("consistency", "TrainConsistency"),
     "gft": ("gft", "TrainGuidanceFree"),
     "length": ("length", "TrainLength"),
     "lora": ("lora", "TrainLora"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,26 @@ import torch
 from torch import nn
 
 from ...pipelines.guidance_free.adapter_file import OWN_FILE, RECIPE
-from ...pipelines.guidance_free.beta import BETA, BetaEmbedder, BetaSlot, no_slot, width_of
-from ..backbones.base import SampleRequest, Text
+from ..backbones.base import Text
 from ..backbones.folders import transformer_files
 from ..checkpoint import replaced
-from ..config import ConfigError
-from ..fsdp import DTYPES
 from ..generators import Generators
 from ..lora_file import save_lora
 from .base import Batch, Phase, load_trained
 from .gft_settings import GuidanceFreeLoraSettings
-from .lora import FlowLora, TrainLora
+from .guided_lora import GuidedLora, TrainGuided
 
 MEASURED = (1.0, 1.5, 2.0, 3.0, 4.0)
 """Guidance scales at which a validation tells how much of the guidance is there."""
 
 
-class TrainGuidanceFree(TrainLora):
+class TrainGuidanceFree(TrainGuided):
     """Writes `out/adapter/pytorch_lora_weights.safetensors`, which `vidaccel.guidance_free` puts into a pipeline; or,
     with all weights trained, `out/pipeline`, which it takes without an adapter.
     """
 
     Config = GuidanceFreeLoraSettings
     config: GuidanceFreeLoraSettings
-    beside = (f"{BETA}.linear.weight",)
-
-    def check_transformer(self, skeleton: nn.Module) -> None:
-        if refusal := no_slot(skeleton):
-            raise ConfigError(f"model.base: {refusal}.")
 
     def phases(self) -> list[Phase]:
         return [GuidanceFreeLora(self)]
@@ -48,12 +39,8 @@ class TrainGuidanceFree(TrainLora):
         """Whether all weights are trained."""
         return self.config.gft.train == "full"
 
-    def transformer(self) -> nn.Module:
-        """The transformer with the embedder of beta, and with the LoRA where one is trained, as training starts."""
-        transformer = self.backbone.transformer() if self.full else super().transformer()
-        transformer.add_module(BETA, BetaEmbedder(width_of(transformer)))
-        load_trained(transformer, self.start)
-        return transformer
+    def plain_transformer(self) -> nn.Module:
+        return self.backbone.transformer() if self.full else super().plain_transformer()
 
     def facts(self) -> dict[str, Any]:
         gft = self.config.gft
@@ -76,30 +63,31 @@ class TrainGuidanceFree(TrainLora):
         return {"pipeline": str(folder)}
 
 
-class GuidanceFreeLora(FlowLora):
+class GuidanceFreeLora(GuidedLora):
     """The phase `train`."""
 
     recipe: TrainGuidanceFree
 
     def __init__(self, recipe: TrainGuidanceFree) -> None:
         super().__init__(recipe)
-        self._slot: BetaSlot | None = None
-        self._teacher: nn.Module | None = None
-        self._told: torch.Tensor | None = None
-        """beta `[B]` of the last pass; None of one of the frozen base."""
+        gft = recipe.config.gft
+        self.highest = gft.max_scale if gft.is_gated else None
 
     def trains(self, name: str) -> bool:
-        return self.recipe.full or super().trains(name) or name.startswith(f"{BETA}.")
+        return self.recipe.full or super().trains(name)
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
-        self.transformer: Any = super().setup(trained)
-        gft = self.recipe.config.gft
-        embedder: Any = self.transformer.get_submodule(BETA)
-        highest = gft.max_scale if gft.is_gated else None
-        self._slot = BetaSlot(self.transformer, embedder, lambda: self._told, "default", highest)
+        transformer = super().setup(trained)
         if self.recipe.full:
             self._teacher = self.recipe.backbone.transformer().eval().to(self.recipe.process.device)
-        return self.transformer
+        return transformer
+
+    def of_base(
+        self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
+    ) -> torch.Tensor:
+        if self._teacher is not None:  # the model itself is no base any more
+            return self.of_teacher(shown, sigma, texts, batch)
+        return super().of_base(model, shown, sigma, texts, batch)
 
     def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         gft = self.recipe.config.gft
@@ -117,48 +105,14 @@ class GuidanceFreeLora(FlowLora):
         # Passes without gradients come first: switching the LoRA off and on between a pass and its gradients would
         # lose them.
         if self.recipe.config.gft.loss == "white_box":
-            wanted = self._base(model, shown, sigma, texts, batch)
-            without = self._base(model, shown, sigma, nothing, batch)
+            wanted = self.of_base(model, shown, sigma, texts, batch)
+            without = self.of_base(model, shown, sigma, nothing, batch)
         else:
             wanted = backbone.target(latents, noise, sigma)
-            without = self._guided(model, shown, sigma, nothing, batch, torch.ones_like(beta), gradients=False)
-        made = self._guided(model, shown, sigma, texts, batch, beta)
+            without = self.guided(model, shown, sigma, nothing, batch, torch.ones_like(beta), gradients=False)
+        made = self.guided(model, shown, sigma, texts, batch, beta)
         loss = backbone.error(mixture(made, without, beta), wanted).mean()
         return loss, {"error": loss.detach()}
-
-    # -- passes --------------------------------------------------------------------------------------------------------
-
-    def _base(
-        self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
-    ) -> torch.Tensor:
-        """The velocity of the frozen base: a second copy, or the model with the LoRA off, and beta not told."""
-        self._told = None
-        if self._teacher is not None:
-            precision = DTYPES[self.recipe.config.loop.mixed_precision]
-            half = torch.autocast(shown.device.type, precision, enabled=precision != torch.float32)
-            with torch.no_grad(), half:
-                return self.recipe.backbone.velocity(self._teacher, shown, sigma, texts, batch).float()
-        self.transformer.disable_adapters()
-        try:
-            return self.without_gradients(model, shown, sigma, texts, batch)
-        finally:
-            self.transformer.enable_adapters()
-
-    def _guided(
-        self,
-        model: nn.Module,
-        shown: torch.Tensor,
-        sigma: torch.Tensor,
-        texts: Sequence[Text],
-        batch: Batch,
-        beta: torch.Tensor,
-        gradients: bool = True,
-    ) -> torch.Tensor:
-        """The velocity at beta `[B]`, in one pass."""
-        self._told = beta  # and stays told: checkpointed blocks run again for the gradients
-        if not gradients:
-            return self.without_gradients(model, shown, sigma, texts, batch)
-        return self.recipe.backbone.velocity(model, shown, sigma, texts, batch).float()
 
     # -- what is measured ----------------------------------------------------------------------------------------------
 
@@ -185,13 +139,13 @@ class GuidanceFreeLora(FlowLora):
         sigma = self.told_levels(rng, latents)
         shown = backbone.noised(latents, noise, sigma)
         nothing = [self.nothing()] * len(shown)
-        own = self._base(model, shown, sigma, texts, batch)
-        without = self._base(model, shown, sigma, nothing, batch)
+        own = self.of_base(model, shown, sigma, texts, batch)
+        without = self.of_base(model, shown, sigma, nothing, batch)
         found = {}
         for scale in (s for s in MEASURED if s in (1.0, 2.0) or s <= self.recipe.config.gft.max_scale):
             guided = without + scale * (own - without)
             beta = torch.full((len(shown),), 1 / scale, device=shown.device)
-            made = self._guided(model, shown, sigma, texts, batch, beta, gradients=False)
+            made = self.guided(model, shown, sigma, texts, batch, beta, gradients=False)
             found[f"error_{scale:g}"] = backbone.error(made, guided).mean()
             found[f"gap_{scale:g}"] = backbone.error(own, guided).mean()
         return found
@@ -199,16 +153,6 @@ class GuidanceFreeLora(FlowLora):
     def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         if not self.recipe.full:  # else the weights of the checkpoint are all there is
             super().write_adapter(folder, weights)
-
-    def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
-        self._told = torch.tensor([1 / max(1.0, request.guidance_scale)])
-        return super().sample(transformer, texts, replace(request, guidance_scale=1.0))
-
-    def close(self) -> None:
-        if self._slot is not None:
-            self._slot.remove()
-        self._teacher = None
-        super().close()
 
 
 def mixture(made: torch.Tensor, without: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ class TrainLora(EncodedClipsRecipe):
         if refusal:
             raise ConfigError(f"lora.targets: {refusal}")
         self.base_hash = transformer_files(self.backbone.base, self.backbone.part)
-        self.start = {} if lora.start is None else self._start(lora.start)
+        self.start = {} if lora.start is None else self.earlier(lora.start, "lora.start", config.recipe)
         self.open_data()
         self.flowing = self.latents(self.backbone.encoder(), config.flow.unconditional)
 
@@ -107,24 +107,29 @@ class TrainLora(EncodedClipsRecipe):
             fps=self.config.data.fps,
         )
 
-    def _start(self, location: str) -> dict[str, torch.Tensor]:
-        """The LoRA to go on from, which must be of this base and have the same layers and rank."""
-        facts = read_facts(location, "lora.start")
+    def earlier(self, location: str, setting: str, recipe: str) -> dict[str, torch.Tensor]:
+        """A LoRA that was trained before, which must be of this base and have the same layers and rank.
+
+        Args:
+            location: of its file or folder.
+            setting: that names it, for messages.
+            recipe: that must have made it.
+        """
+        facts = read_facts(location, setting)
         if facts["base_hash"] != self.base_hash:
             raise ConfigError(
-                f"lora.start: {lora_path(location)} was trained on {facts['base']} ({facts['part']}), and "
+                f"{setting}: {lora_path(location)} was trained on {facts['base']} ({facts['part']}), and "
                 f"{self.config.model.base} has other weights: give the base that it was trained on."
             )
-        if facts.get("recipe") != self.config.recipe:
+        if facts.get("recipe") != recipe:
             raise ConfigError(
-                f"lora.start: {lora_path(location)} is of the recipe {facts.get('recipe')}: give one of "
-                f"{self.config.recipe}."
+                f"{setting}: {lora_path(location)} is of the recipe {facts.get('recipe')}: give one of {recipe}."
             )
         lora = self.config.lora
         if facts["rank"] != lora.rank:
-            raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in lora.start has {facts['rank']}: set that.")
+            raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in {setting} has {facts['rank']}: set that.")
         model = self.backbone
-        return read_lora(location, self.layers, model.file_name, lora.scale, "lora.start", self.beside, model.file_rows)
+        return read_lora(location, self.layers, model.file_name, lora.scale, setting, self.beside, model.file_rows)
 
     def _check_density(self) -> None:
         """Raise ConfigError for numbers of a density that is not the model's."""

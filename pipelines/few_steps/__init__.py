@@ -1,4 +1,4 @@
-"""Models that were distilled to few steps: the sampler of rCM, and TurboDiffusion's checkpoints.
+"""Models that were distilled to few steps: the samplers of theirs, and TurboDiffusion's checkpoints.
 
 The names are looked up on first use, because diffusers, on which they are built, takes seconds to import.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..later import looked_up_later
 
 _LATER = {
+    "GridScheduler": ".grid",
     "RCMScheduler": ".rcm",
     "convert_turbowan": ".turbowan",
     "scaled_start": ".start",

@@ -11,7 +11,10 @@ import torch
 from ..adapter_files import read_header, read_split
 from .beta import BETA, BetaEmbedder
 
-RECIPE = "gft"
+RECIPE, FEW_STEPS_RECIPE = RECIPES = "gft", "consistency"
+"""The recipes that make such adapters: for the steps of any sampler, and for few steps of their own."""
+FEW_STEPS = "few_steps"
+"""Of the header: what an adapter for few steps was trained for."""
 OWN_FILE = "guidance_free.safetensors"
 """Of a model that has its own, beside the weights of the transformer: an adapter of it, or, of a model whose weights
 were all trained, the embedder alone."""
@@ -33,6 +36,8 @@ class GuidanceFreeAdapter:
         unconditional: the text that guidance turns away from.
         gated: whether it counts in proportion to the guidance; see `BetaSlot`.
         full: whether all weights of the transformer were trained, so that there is no LoRA.
+        min_scale: lowest guidance scale that it was trained with.
+        sigmas: noise levels of the few steps that it was trained for; None for the steps of any sampler.
     """
 
     path: Path
@@ -43,6 +48,8 @@ class GuidanceFreeAdapter:
     unconditional: str
     gated: bool
     full: bool = False
+    min_scale: float = 1.0
+    sigmas: tuple[float, ...] | None = None
 
     def weights(self) -> tuple[dict[str, torch.Tensor], BetaEmbedder]:
         """The matrices of the LoRA by their names in the file, and the embedder."""
@@ -52,13 +59,18 @@ class GuidanceFreeAdapter:
         embedder.load_state_dict({"linear.weight": weight})
         return lora, embedder.requires_grad_(False)
 
-    def check_scale(self, scale: float) -> None:
-        """Raise GuidanceFreeError for a guidance scale above those of the training."""
+    def refused_scale(self, scale: float) -> tuple[str, str] | None:
+        """Why it cannot do a guidance scale, and what to do; None where it can. Below 1 is no guidance, as 1 is."""
         if scale > self.max_scale:
-            raise GuidanceFreeError(
-                f"guidance_scale is {scale:g}: {self.path.name} was trained up to {self.max_scale:g}. Give at most "
-                "that."
-            )
+            return f"{self.path.name} was trained up to {self.max_scale:g}", "Give at most that."
+        if max(1.0, scale) < self.min_scale:
+            return f"{self.path.name} was trained from {self.min_scale:g} up", "Give at least that."
+        return None
+
+    def check_scale(self, scale: float) -> None:
+        """Raise GuidanceFreeError for a guidance scale that is none of those of the training."""
+        if refusal := self.refused_scale(scale):
+            raise GuidanceFreeError(f"guidance_scale is {scale:g}: {refusal[0]}. {refusal[1]}")
 
     def check_negative(self, text: Any, embeds: Any = None) -> None:
         """Raise GuidanceFreeError for another negative prompt than that of the training."""
@@ -80,19 +92,24 @@ def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
     Raises:
         GuidanceFreeError: there is none, or it is no guidance-free adapter.
     """
-    path, facts, names = read_header(location, RECIPE, GuidanceFreeError)
+    path, facts, names = read_header(location, RECIPES, GuidanceFreeError)
     if f"{BETA}.linear.weight" not in names:
         raise GuidanceFreeError(f"{path} has no embedder of beta: it was not written as a whole.")
     try:
+        guidance, few = facts["guidance_free"], facts.get(FEW_STEPS)
+        if few is None and facts["recipe"] == FEW_STEPS_RECIPE:
+            raise KeyError(FEW_STEPS)
         return GuidanceFreeAdapter(
             path,
             str(facts["base"]),
             str(facts["base_hash"]),
             str(facts["part"]),
-            float(facts["guidance_free"]["max_scale"]),
+            float(guidance["max_scale"]),
             str(facts["unconditional"]),
-            bool(facts["guidance_free"]["gated"]),
-            facts["guidance_free"].get("train") == "full",
+            bool(guidance["gated"]),
+            guidance.get("train") == "full",
+            float(guidance.get("min_scale", 1.0)),
+            None if few is None else tuple(float(sigma) for sigma in few["sigmas"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise GuidanceFreeError(f"{path}: its header lacks {error}: train it again.") from error

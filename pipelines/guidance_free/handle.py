@@ -11,6 +11,7 @@ from typing import Any
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import unwrap
 from ..base_check import check_base, place_of
+from ..few_steps.grid import GridScheduler
 from ..named_lora import one_for_each
 from ..undo import GUIDANCE_FREE
 from ..weight_files import transformer_file
@@ -34,6 +35,7 @@ class GuidanceFree:
         chosen = chosen_adapters(pipe, adapters, base)
         parts = {name: unwrap(getattr(pipe, name)) for name in chosen}
         self.adapters = tuple(chosen.values())
+        self.sigmas = _common_sigmas(self.adapters)
         self._pipe: Any = pipe
         self._class: Any = type(pipe)
         self._installed: list[Installed] = []
@@ -45,6 +47,10 @@ class GuidanceFree:
         except BaseException:
             self.remove()  # the first of two transformers must not stay changed when the second cannot be
             raise
+        self.own_scheduler: Any = None
+        """What the pipeline had before the scheduler of the adapter's steps; None where it keeps it."""
+        if self.sigmas is not None:
+            self.own_scheduler, pipe.scheduler = pipe.scheduler, GridScheduler(self.sigmas)
         setattr(pipe, GUIDANCE_FREE, self)
         pipe.__class__ = _guidance_free_class(self._class)  # type: ignore[arg-type]  # classes can be hashed
 
@@ -72,6 +78,8 @@ class GuidanceFree:
         for installed in self._installed:
             installed.remove()
         if hasattr(self._pipe, GUIDANCE_FREE):
+            if self.own_scheduler is not None and isinstance(self._pipe.scheduler, GridScheduler):
+                self._pipe.scheduler = self.own_scheduler
             self._pipe.__class__ = self._class
             delattr(self._pipe, GUIDANCE_FREE)
 
@@ -99,6 +107,9 @@ def guidance_free(
     order, with offloading, and beside other LoRAs. A step has half the passes. The LoRA is merged into the weights for
     the guidance scale of a call, in its first step, and stays there until another scale, `remove()`, or saving. Other
     pipelines with the same transformer are changed with this one.
+
+    An adapter of the recipe `consistency` makes few steps as well: the pipeline has a scheduler with its noise levels
+    meanwhile, which refuses another number of steps.
 
     Args:
         pipe: a Wan or DC-VideoGen pipeline.
@@ -184,6 +195,19 @@ def _by_part(
     return one_for_each(kind, parts, adapters, "adapters", GuidanceFreeError)
 
 
+def _common_sigmas(adapters: Sequence[GuidanceFreeAdapter]) -> tuple[float, ...] | None:
+    """The noise levels of the steps that adapters were trained for.
+
+    Raises:
+        GuidanceFreeError: they are not the same of all.
+    """
+    found = {adapter.sigmas for adapter in adapters}
+    if len(found) > 1:
+        told = " and ".join(a.path.name + (f" ({len(a.sigmas)} steps)" if a.sigmas else "") for a in adapters)
+        raise GuidanceFreeError(f"{told} were trained for other steps: give adapters that go together.")
+    return found.pop()
+
+
 class _OnePass(CopiedNotPickled):
     """What a pipeline's class has in front while it is guidance-free: no second pass, whatever the scale."""
 
@@ -196,6 +220,17 @@ class _OnePass(CopiedNotPickled):
         handle = getattr(self, GUIDANCE_FREE)
         handle.check_call(given.get("negative_prompt"), given.get("negative_prompt_embeds"))
         return encode(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """What is saved is the pipeline without the adapter, so also with its own scheduler."""
+        handle, few = getattr(self, GUIDANCE_FREE), self.scheduler  # type: ignore[has-type]  # of the pipeline
+        if handle.own_scheduler is None:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        self.scheduler = handle.own_scheduler
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.scheduler = few
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from ...attention.methods import SLA
 from ..acceleration.families import FAMILIES, Family, find_transformers
 from ..acceleration.handle import accelerate, check_noise_levels
 from ..acceleration.rebinding import SparseProcessor
+from ..few_steps.grid import GridScheduler
 from ..few_steps.rcm import RCMScheduler
 from ..guidance_free.adapter_file import GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
@@ -87,7 +88,8 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
         PresetError: there is no such class, or it lacks a setting or refuses a value.
     """
     choice = preset.scheduler
-    cls: Any = RCMScheduler if choice.name == RCMScheduler.__name__ else getattr(diffusers, choice.name, None)
+    own = {scheduler.__name__: scheduler for scheduler in (GridScheduler, RCMScheduler)}
+    cls: Any = own.get(choice.name) or getattr(diffusers, choice.name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "from_config")):
         raise PresetError("scheduler", "diffusers has no scheduler of that name", value=choice.name)
     known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]

@@ -37,7 +37,7 @@ class Preset:
         backend: see `accelerate`.
         precision: format of the products of attention: `{"qk": "int8"}`.
         sla: adapters of the recipe `sla`, for the method "sla".
-        guidance_free: files of adapters of the recipe `gft`, or `("own",)`.
+        guidance_free: files of adapters of the recipe `gft` or `consistency`, or `("own",)`.
         loras: in the order in which they are loaded.
         cache: over steps.
         quantize: of the linear layers.

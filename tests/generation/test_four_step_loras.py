@@ -15,8 +15,10 @@ from families import wan_kin
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import vidaccel
 from vidaccel.cli import app
 from vidaccel.generation.video_reader import read_video
+from vidaccel.pipelines.presets import LoraFile, SchedulerChoice
 
 EULER = {"flow_shift": 5.0, "solver_order": 1, "disable_corrector": [0, 1, 2]}
 TIMES = [1.0, 0.9375, 5 / 6, 0.625, 0.0]
@@ -87,6 +89,43 @@ def test_a_run_with_such_a_lora(folder, lora, tmp_path):
         assert done.exit_code == 0, done.output
         made[name] = read_video(out)[0]
     assert made["with"].shape == (9, 64, 64, 3) and (made["with"] != made["without"]).any()
+
+
+@pytest.mark.parametrize("method", ["dense", "radial"])
+def test_a_folder_with_the_scheduler_of_this_package(folder, lora, tmp_path, method):
+    """Its times are exact, its four steps are the default, and with sparse attention one of them stays dense."""
+    pipe = WanPipeline.from_pretrained(folder)
+    pipe.scheduler = vidaccel.GridScheduler()
+    pipe.save_pretrained(tmp_path / "wan")
+    size = {"frames": 9, "height": 64, "width": 64, "guidance_scale": 1, "device": "cpu", "progress": False}
+    more = {} if method == "dense" else {"density": 0.6, "dense_steps": 1, "dense_layers": 0}
+    made = vidaccel.generate(str(tmp_path / "wan"), "a dot", method=method, lora=lora, **size, **more)
+    if method == "dense":
+        plain = vidaccel.generate(str(tmp_path / "wan"), "a dot", method=method, **size)
+        assert (made.frames != plain.frames).any()
+        return
+    dense = {record.step: bool(record.reason) for record in made.report.records}
+    assert dense == {0: True, 1: False, 2: False, 3: False}
+
+
+def test_as_a_preset(folder, lora):
+    """Scheduler, LoRA and steps under one handle; the pipeline is as it was afterwards."""
+    pipe = WanPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    own, told = pipe.scheduler, []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: told.append(float(given["timestep"][0])), with_kwargs=True
+    )
+    preset = vidaccel.Preset(
+        scheduler=SchedulerChoice("GridScheduler"),
+        loras=(LoraFile(lora),),
+        num_inference_steps=4,
+        guidance_scale=1.0,
+    )
+    with vidaccel.apply(pipe, preset) as handle:
+        pipe("a dot", num_frames=9, height=64, width=64, output_type="latent", **handle.arguments)
+    assert told == pytest.approx([1000 * time for time in TIMES[:-1]])
+    assert pipe.scheduler is own
 
 
 def test_the_page_has_these_settings():

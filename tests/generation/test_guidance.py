@@ -76,6 +76,34 @@ def test_the_adapter_of_the_model_itself(own, file, passes):
     assert not passes
 
 
+FEW = {
+    "recipe": "consistency",
+    "guidance_free": {"min_scale": 3.0, "max_scale": 4.0, "gated": False},
+    "few_steps": {"sigmas": [1.0, 0.75, 0.5]},
+}
+
+
+def test_an_adapter_for_few_steps(tmp_path, passes):
+    """Its steps and the nearest of its guidance scales are the defaults; others are refused before weights are read."""
+    base = vidaccel.demo.path()
+    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer")
+    file = write_adapter(tmp_path, base, transformer, **FEW)
+    small = {name: value for name, value in SMALL.items() if name != "steps"}
+    one = vidaccel.generate("demo", "a red circle", guidance_free=file, **small).frames
+    assert len(passes) == 3
+    same = vidaccel.generate("demo", "a red circle", guidance_free=file, steps=3, guidance_scale=3, **small).frames
+    assert np.array_equal(one, same)
+    for options, words in (
+        ({"steps": 20}, "steps is 20: transformer.safetensors was distilled to 3 steps. Give that, or leave it out"),
+        ({"guidance_scale": 2}, "guidance_scale is 2.0: .* was trained from 3 up. Give at least that"),
+        ({"guidance_scale": 5}, "guidance_scale is 5.0: .* was trained up to 4"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            vidaccel.generate("demo", "a red circle", guidance_free=file, **small, **options)
+    with pytest.raises(BadInput, match="is a guidance-free adapter. Give it as guidance_free"):
+        vidaccel.generate("demo", "a red circle", lora=file, **SMALL)
+
+
 def test_it_is_told_in_a_report(file, tmp_path):
     page = tmp_path / "report.html"
     options = {**SMALL, "method": "radial", "warm_up": False}

@@ -18,6 +18,7 @@ from vidaccel.lora.config import Settings, build
 from vidaccel.lora.recipes import RECIPES, find
 from vidaccel.lora.recipes import ae_adapt_settings as ae_adapt
 from vidaccel.lora.recipes import autoencoder as autoencoder_recipe
+from vidaccel.lora.recipes import consistency_settings as consistency_recipe
 from vidaccel.lora.recipes import gft_settings as gft_recipe
 from vidaccel.lora.recipes import length_settings as length_recipe
 from vidaccel.lora.recipes import lora_settings as lora_recipe
@@ -52,6 +53,8 @@ TABLES: dict[str, type[Settings]] = {
     "`length` of `length`": length_recipe.LengthSettings,
     "`gft`": gft_recipe.GuidanceFreeLoraSettings,
     "`gft` of `gft`": gft_recipe.GuidanceFreeSettings,
+    "`consistency`": consistency_recipe.ConsistencyLoraSettings,
+    "`consistency` of `consistency`": consistency_recipe.ConsistencySettings,
     "`sla`": sla_recipe.SLASettings,
     "`sla` of `sla`": sla_recipe.SparseLinearSettings,
     "`ae_adapt`": ae_adapt.AEAdaptSettings,
@@ -59,7 +62,7 @@ TABLES: dict[str, type[Settings]] = {
     "`flow` of `ae_adapt`": ae_adapt.FlowSettings,
     "`phases` of `ae_adapt`": ae_adapt.PhasesSettings,
     "`phases.lora` of `ae_adapt`": ae_adapt.LoraPhase,
-    "`validation` of `lora`, `length`, `gft` and `ae_adapt`": ValidationSettings,
+    "`validation` of `lora`, `length`, `gft`, `consistency` and `ae_adapt`": ValidationSettings,
     "`autoencoder`": autoencoder_recipe.AutoencoderSettings,
     "`model` of `autoencoder`": autoencoder_recipe.ModelSettings,
     "`loss` of `autoencoder`": LossSettings,

@@ -107,10 +107,24 @@ def length(folder: Path, name: str, batch_size: int, base: Path) -> str:
     return write(folder, name, content)
 
 
+def consistency(folder: Path, name: str, batch_size: int, base: Path) -> str:
+    """Settings of three steps with the base as teacher, in some of which the student's own states are taken."""
+    content = {
+        "recipe": "consistency",
+        "model": {"base": str(base)},
+        "lora": {"rank": 2},
+        "consistency": {"steps": 2, "teacher_steps": 2, "guidance_scale": 2, "own_states": 0.5},
+        "data": {"kind": "demo", "clips": 7, "sizes": [{"frames": 9, "height": 64, "width": 64}]},
+        "train": {"steps": 3, "learning_rate": 0.01, "batch_size": batch_size, "ema_decay": 0.5},
+        "validation": {"clips": 2},
+    }
+    return write(folder, name, content)
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
     """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed;
-    `autoencoder` with a limit of time; `lora`; `sla`; and `length`."""
+    `autoencoder` with a limit of time; `lora`; `sla`; `length`; and `consistency`."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "path").mkdir()
     (folder / "path" / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
@@ -125,6 +139,11 @@ def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
         {"recipe": "lora", "config": lora(folder, "lora", 1, text_base), "out": str(folder / "lora")},
         {"recipe": "sla", "config": sla(folder, "sla", 1, text_base), "out": str(folder / "sla")},
         {"recipe": "length", "config": length(folder, "length", 1, text_base), "out": str(folder / "length")},
+        {
+            "recipe": "consistency",
+            "config": consistency(folder, "consistency", 1, text_base),
+            "out": str(folder / "consistency"),
+        },
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as listener:
@@ -150,12 +169,12 @@ def losses(folder: Path) -> list[float]:
     return [row[key] for row in rows for key in ("loss", "validation_error") if key in row]
 
 
-@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt", "lora", "sla", "length"])
+@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt", "lora", "sla", "length", "consistency"])
 def test_two_processes_do_what_one_does_with_the_same_clips(launched, tmp_path, recipe, text_base, autoencoder_folder):
     if recipe == "autoencoder":
         settings, two, last = autoencoder(tmp_path, "one", 2), launched / "train", "train"
-    elif recipe in ("lora", "sla", "length"):
-        write_settings = {"lora": lora, "sla": sla, "length": length}[recipe]
+    elif recipe in (of_loras := {"lora": lora, "sla": sla, "length": length, "consistency": consistency}):
+        write_settings = of_loras[recipe]
         settings, two, last = write_settings(tmp_path, "one", 2, text_base), launched / recipe, "train"
     else:
         settings, two, last = ae_adapt(tmp_path, "one", 2, text_base, autoencoder_folder), launched / "adapt", "lora"

@@ -125,6 +125,58 @@ def test_the_node(tmp_path):
         assert node.GET_NODE_INFO_V1()["input"]["required"]
 
 
+FEW = {
+    "recipe": "consistency",
+    "guidance_free": {"min_scale": 4.0, "max_scale": 4.0, "gated": False},
+    "few_steps": {"sigmas": [1.0, 0.9, 0.75, 0.5]},
+}
+
+
+def timesteps(model) -> list[float]:
+    """What each forward pass of a MODEL is told of its noise, from now on."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen: list[float] = []
+
+    def wrapper(executor, x, t, *args, **kwargs):
+        seen.append(float(t[0]))
+        return executor(x, t, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "times", wrapper)
+    return seen
+
+
+def test_few_steps_are_at_the_levels_of_the_adapter(tmp_path, caplog):
+    """Whatever the scheduler is."""
+    description, model, _ = tiny("wan_t2v")
+    clone = guide(model, write_native(tmp_path, **FEW), 4.0)
+    seen = timesteps(clone)
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance"):
+        sample(clone, description)
+    assert seen == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert "the noise levels of the scheduler are not used" in caplog.text
+
+
+def test_few_steps_that_cannot_be(tmp_path):
+    import comfy.samplers
+
+    description, model, _ = tiny("wan_t2v")
+    file = write_native(tmp_path, **FEW)
+    with pytest.raises(InputError, match="guidance is 2: adapter.safetensors was trained for 4 alone. Give that"):
+        guide(model, file, 2.0)
+    guider = comfy.samplers.CFGGuider(guide(model, file, 4.0))
+    guider.set_conds([], [])
+    latent = torch.zeros(1, 16, *description.latent)
+    for name, sigmas, words in (
+        ("euler", [1.0, 0.5, 0.0], "steps: .* distilled to 4, .* and the sampler makes 2: set the steps to 4"),
+        ("euler", [1.0, 0.9, 0.7, 0.5, 0.3], "distilled to 4, all of them in one sampling: set"),
+        ("euler", [0.6, 0.5, 0.4, 0.3, 0.0], "denoise: .* these begin at 0.6: set denoise to 1"),
+        ("uni_pc", [1.0, 0.9, 0.7, 0.5, 0.0], "sampler is .*, and adapter.safetensors was distilled for euler"),
+    ):
+        with pytest.raises(InputError, match=words):
+            guider.sample(latent, latent, comfy.samplers.sampler_object(name), torch.tensor(sigmas), seed=0)
+
+
 def test_other_guiders_are_refused(tmp_path):
     import comfy.samplers
 
@@ -158,7 +210,7 @@ def test_what_does_not_fit(tmp_path):
     for changes, words in (
         ({"blocks": 4}, "width 48 with 4 blocks, and this MODEL has 48 and 3"),
         ({"width": 64}, "width 64 with 3 blocks"),
-        ({"recipe": "lora"}, "of the recipe lora: give one that the recipe gft made"),
+        ({"recipe": "lora"}, "of the recipe lora: give one that the recipe gft or consistency made"),
     ):
         (folder := tmp_path / "-".join(changes)).mkdir()
         with pytest.raises(InputError, match=words):

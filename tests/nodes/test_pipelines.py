@@ -99,6 +99,20 @@ def test_guidance_in_one_pass(pipeline, adapter):
         pipeline.guided_in_one_pass([adapter.parent / "gone"])
 
 
+def test_few_steps(pipeline, tmp_path):
+    transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer")
+    few = {
+        "recipe": "consistency",
+        "guidance_free": {"min_scale": 2.0, "max_scale": 2.0, "gated": False},
+        "few_steps": {"sigmas": [1.0, 0.5]},
+    }
+    guided = pipeline.guided_in_one_pass([write_adapter(tmp_path, demo.path(), transformer, **few)])
+    made = generate(guided, settings(steps=None, guidance_scale=None), on_step=ignore)
+    assert "2 steps, guidance 2 in one pass" in report_text(made.report.news())
+    with pytest.raises(InputError, match="steps is 3: .* was distilled to 2 steps"):
+        generate(guided, settings(), on_step=ignore)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_makes_a_video(pipeline, method):
     chosen = Acceleration(method=method, density=0.6, dense_start_percent=0.2, measure_error=8)

@@ -23,12 +23,15 @@ def random_lora(transformer, part: str) -> tuple[torch.Generator, dict[str, torc
 
 
 def write_adapter(
-    folder: Path, base: Path, transformer, part: str = "transformer", gated: bool = True, **facts
+    folder: Path, base: Path, transformer, part: str = "transformer", gated: bool = True, frequencies: int = 64, **facts
 ) -> Path:
-    """An adapter of a transformer that was saved in the pipeline folder `base`; keywords change its header."""
+    """An adapter of a transformer that was saved in the pipeline folder `base`; keywords change its header.
+
+    The trainer's have 256 frequencies.
+    """
     generator, tensors = random_lora(transformer, part)
     width = transformer.condition_embedder.time_embedder.linear_2.out_features
-    tensors["beta_embedder.linear.weight"] = 0.1 * torch.randn(width, 64, generator=generator)
+    tensors["beta_embedder.linear.weight"] = 0.1 * torch.randn(width, frequencies, generator=generator)
     header = {
         "recipe": "gft",
         "base": base.name,

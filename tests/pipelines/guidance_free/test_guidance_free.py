@@ -225,7 +225,7 @@ def test_another_base(tmp_path, base, adapter):
 
 def test_files_that_are_no_adapters(tmp_path, base, pipe, adapter):
     plain = write_adapter(tmp_path, base, make_transformer(), recipe="lora")
-    with pytest.raises(GuidanceFreeError, match="of the recipe lora: give one that the recipe gft made"):
+    with pytest.raises(GuidanceFreeError, match="of the recipe lora: give one that the recipe gft or consistency made"):
         vidaccel.guidance_free(pipe, plain)
     file = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, file)

@@ -1,0 +1,327 @@
+"""Recipe `consistency`: a LoRA with which a guided video takes few steps of one pass each.
+
+The learned sampler has fixed noise levels, and the model learns to go from one to the next in one Euler step. What it
+is taught are finite differences of the teacher's flow (its probability-flow ODE), without derivatives of the network:
+
+- "segments": where the teacher comes to at the end of the step, in several steps of its own. That is progressive
+  distillation (Salimans and Ho, arXiv 2202.00512) in one stage, from states of the learned sampler alone, with a window
+  for each step as in PeRFlow (arXiv 2405.07510). It is no consistency loss: nothing refers to the student itself.
+- "consistency": from anywhere within a step, where the student itself comes to after one step of the teacher
+  (multistep consistency models, arXiv 2403.06807; latent consistency, arXiv 2310.04378).
+
+In both the student's result at the end of a step is x + (s - t) v, which is x at s = t, whatever the network says: that
+is the preconditioning c_skip = 1, c_out = s - t. Preconditionings that follow from the teacher (CDBM, arXiv 2410.22637;
+Analytic-Precond, arXiv 2502.02922) reduce to it where the teacher's velocity is what is learned, as here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...pipelines.few_steps.grid import GridScheduler
+from ...pipelines.guidance_free.adapter_file import FEW_STEPS, FEW_STEPS_RECIPE, OWN_FILE, RECIPE
+from ...pipelines.guidance_free.beta import BETA, BetaSlot
+from ...pipelines.guidance_free.low_rank import gate_of
+from ...pipelines.weight_files import transformer_file
+from ..backbones.base import SampleRequest, Text
+from ..config import ConfigError
+from ..flow import shifted
+from ..generators import Generators, derive_seed
+from ..identities import file_identity
+from ..lora_file import lora_path, read_facts
+from .base import Batch, Phase, load_trained
+from .consistency_settings import ConsistencyLoraSettings
+from .guided_lora import GuidedLora, TrainGuided
+
+OWN = "own"
+"""As `consistency.teacher`: the guidance-free adapter that the base has of its own."""
+
+
+class TrainConsistency(TrainGuided):
+    """Writes `out/adapter/pytorch_lora_weights.safetensors`, which `vidaccel.guidance_free` puts into a pipeline; the
+    noise levels of its steps are in the header.
+    """
+
+    Config = ConsistencyLoraSettings
+    config: ConsistencyLoraSettings
+    teacher_gate: float | None = None
+    """Guidance scale at which a gated teacher counts fully."""
+
+    def check_transformer(self, skeleton: nn.Module) -> None:
+        super().check_transformer(skeleton)
+        if self.backbone.levels != (0.0, 1.0):
+            raise ConfigError("model.base: the recipe consistency is for models with one transformer.")
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.teacher_file = self._teacher_file()
+        self.teacher = {} if self.teacher_file is None else self._read_teacher(self.teacher_file)
+
+    def _teacher_file(self) -> str | None:
+        """Where the adapter of the teacher is."""
+        given, model = self.config.consistency.teacher, self.backbone
+        if given != OWN:
+            return given
+        file = transformer_file(model.base, OWN_FILE, model.part)
+        if file is None:
+            raise ConfigError(
+                f"consistency.teacher is {OWN}: {model.base} has no adapter of its own ({model.part}/{OWN_FILE}). Give "
+                "the file or folder of one that the recipe gft made."
+            )
+        return str(file)
+
+    def _read_teacher(self, location: str) -> dict[str, torch.Tensor]:
+        setting, few = "consistency.teacher", self.config.consistency
+        facts = read_facts(location, setting)
+        if facts.get("guidance_free", {}).get("train") == "full":
+            raise ConfigError(
+                f"{setting}: all weights of {lora_path(location)} were trained, and a LoRA is needed, as "
+                "which the student starts: give one, or the whole model as model.base without a teacher."
+            )
+        weights = self.earlier(location, setting, RECIPE)
+        guidance = facts["guidance_free"]
+        if few.highest > guidance["max_scale"]:
+            raise ConfigError(
+                f"consistency.guidance_scale is {few.highest:g}, and {lora_path(location)} was trained up to "
+                f"{guidance['max_scale']:g}: give at most that."
+            )
+        if facts["unconditional"] != self.config.flow.unconditional:
+            raise ConfigError(
+                f'flow.unconditional is "{self.config.flow.unconditional}", and {lora_path(location)} turns away from '
+                f'"{facts["unconditional"]}": set that.'
+            )
+        self.teacher_gate = guidance["max_scale"] if guidance["gated"] else None
+        return weights
+
+    @property
+    def levels(self) -> list[float]:
+        """Noise levels of the teacher's steps from 1 to 0; every `teacher_steps`-th is one of the student's."""
+        few = self.config.consistency
+        shift = self.config.flow.shift
+        if shift is None:
+            shift = self.backbone.shift(torch.zeros(1, 1, 1, 1, 1))  # of Wan, the same for all sizes
+        count = few.steps * few.teacher_steps
+        return shifted(1 - torch.arange(count + 1, dtype=torch.float64) / count, shift).tolist()
+
+    @property
+    def grid(self) -> list[float]:
+        """Noise levels of the student's steps; the last ends at 0."""
+        return self.levels[: -1 : self.config.consistency.teacher_steps]
+
+    def inputs(self) -> dict[str, str]:
+        teacher = self.teacher_file
+        own = {} if teacher is None else {"consistency.teacher": file_identity(lora_path(teacher))}
+        return {**super().inputs(), **own}
+
+    def phases(self) -> list[Phase]:
+        return [ConsistencyLora(self)]
+
+    def transformer(self) -> nn.Module:
+        """What the teacher is at the middle of the guidance scales, where there is an adapter; else the base."""
+        transformer = super().transformer()
+        if not self.start:
+            few = self.config.consistency
+            gate = gate_of((few.guidance_scale + few.highest) / 2, self.teacher_gate)
+            # The student has no gate: it has to make few steps without guidance, too.
+            counted = {name: value if ".lora_A." in name else gate * value for name, value in self.teacher.items()}
+            load_trained(transformer, counted)
+        return transformer
+
+    def frozen_teacher(self) -> nn.Module:
+        """A second transformer with the teacher's adapter."""
+        transformer = super().transformer()
+        load_trained(transformer, self.teacher)
+        return transformer.requires_grad_(False).eval()
+
+    def facts(self) -> dict[str, Any]:
+        few = self.config.consistency
+        guidance = {"min_scale": few.guidance_scale, "max_scale": few.highest, "gated": False}
+        steps = {"sigmas": self.grid, "objective": few.objective, "teacher_steps": few.teacher_steps}
+        return {**super().facts(), "recipe": FEW_STEPS_RECIPE, "guidance_free": guidance, FEW_STEPS: steps}
+
+
+class ConsistencyLora(GuidedLora):
+    """The phase `train`."""
+
+    recipe: TrainConsistency
+
+    def __init__(self, recipe: TrainConsistency) -> None:
+        super().__init__(recipe)
+        self._teacher_slot: BetaSlot | None = None
+        self._teacher_told: torch.Tensor | None = None
+
+    def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
+        recipe = self.recipe
+        transformer = super().setup(trained)
+        self._levels = torch.tensor(recipe.levels, dtype=torch.float32, device=recipe.process.device)
+        if recipe.teacher:
+            self._teacher = recipe.frozen_teacher().to(recipe.process.device)
+            embedder: Any = self._teacher.get_submodule(BETA)
+            self._teacher_slot = BetaSlot(
+                self._teacher, embedder, lambda: self._teacher_told, "default", recipe.teacher_gate
+            )
+        return transformer
+
+    def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        few = self.recipe.config.consistency
+        noise, place, drop = rng.normal(*batch["latents"].shape[1:]), rng.stratified(), rng.uniform()
+        scale = few.guidance_scale + (few.highest - few.guidance_scale) * rng.uniform()
+        if few.objective == "segments":
+            begin = (place * few.steps).long() * few.teacher_steps
+        else:
+            begin = (place * few.steps * few.teacher_steps).long()
+        nothing = self.nothing()
+        dropped = (drop < self.caption_dropout).tolist()
+        texts = [nothing if away else text for away, text in zip(dropped, batch["texts"], strict=True)]
+        drawn = {**batch, "begin": begin, "scale": scale}
+        # Of the step alone, so that all processes do the same.
+        chance = derive_seed("own states", rng.places[0].step) / 2**63
+        drawn["own"] = model.training and chance < few.own_states
+        return self.flow_loss(model, drawn, noise, self._levels[begin], texts)
+
+    def flow_loss(
+        self, model: nn.Module, batch: Batch, noise: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        few, backbone, begin, levels = (
+            self.recipe.config.consistency,
+            self.recipe.backbone,
+            batch["begin"],
+            self._levels,
+        )
+        beta, end = 1 / batch["scale"], (begin // few.teacher_steps + 1) * few.teacher_steps
+        if batch["own"]:
+            first = begin // few.teacher_steps
+            shown = self._student(model, noise, texts, batch, first)
+        else:
+            shown = backbone.noised(batch["latents"], noise, sigma)
+        if few.objective == "segments":
+            there = self._led(model, shown, texts, batch, begin, few.teacher_steps)
+        else:
+            there = self._led(model, shown, texts, batch, begin, 1)
+            on = levels[begin + 1]
+            velocity = self.guided(model, there, on, texts, batch, beta, gradients=False)
+            there = self._moved(there, velocity, levels[end] - on, batch)
+        wanted = (there - shown) / _wide(levels[end] - sigma, shown)
+        made = self.guided(model, shown, sigma, texts, batch, beta)
+        loss = backbone.error(made, wanted).mean()
+        return loss, {"error": loss.detach()}
+
+    # -- the flow ------------------------------------------------------------------------------------------------------
+
+    def _moved(self, latents: torch.Tensor, velocity: torch.Tensor, by: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Latents `[B, ...]` an Euler step of length `by` `[B]` further on; a first frame that is given stays."""
+        moved = latents + _wide(by, latents) * velocity
+        if self.recipe.backbone.clean_first:
+            moved[:, :, 0] = batch["latents"][:, :, 0]
+        return moved
+
+    def _velocity(
+        self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
+    ) -> torch.Tensor:
+        """The guided velocity of the teacher."""
+        scale = batch["scale"]
+        if self._teacher is not None:
+            self._teacher_told = 1 / scale
+            return self.of_teacher(shown, sigma, texts, batch)
+        own = self.of_base(model, shown, sigma, texts, batch)
+        without = self.of_base(model, shown, sigma, [self.nothing()] * len(shown), batch)
+        return without + _wide(scale, own) * (own - without)
+
+    def _led(
+        self,
+        model: nn.Module,
+        shown: torch.Tensor,
+        texts: Sequence[Text],
+        batch: Batch,
+        begin: torch.Tensor,
+        count: int,
+    ) -> torch.Tensor:
+        """Where the teacher's flow leads to, by the Adams-Bashforth method of second order, which starts as Euler's.
+
+        Args:
+            shown: at the levels of number `begin` `[B]`.
+            count: steps, of one level each.
+        """
+        last: tuple[torch.Tensor, torch.Tensor] | None = None
+        for number in range(count):
+            at = begin + number
+            velocity = self._velocity(model, shown, self._levels[at], texts, batch)
+            step, mean = self._levels[at + 1] - self._levels[at], velocity
+            if last is not None:
+                mean = velocity + _wide(step / (2 * last[1]), shown) * (velocity - last[0])
+            shown = self._moved(shown, mean, step, batch)
+            last = velocity, step
+        return shown
+
+    def _student(
+        self,
+        model: nn.Module,
+        noise: torch.Tensor,
+        texts: Sequence[Text],
+        batch: Batch,
+        steps: torch.Tensor,
+        by_teacher: bool = False,
+    ) -> torch.Tensor:
+        """Where the student comes to from noise in so many of its steps, `[B]`; without gradients.
+
+        Args:
+            by_teacher: the teacher in the student's place.
+        """
+        few, ones = self.recipe.config.consistency, torch.ones_like(batch["scale"])
+        shown = self.recipe.backbone.noised(batch["latents"], noise, ones)
+        for number in range(few.steps if few.steps in steps else few.steps - 1):
+            now, then = (self._levels[n * few.teacher_steps] * ones for n in (number, number + 1))
+            if by_teacher:
+                velocity = self._velocity(model, shown, now, texts, batch)
+            else:
+                velocity = self.guided(model, shown, now, texts, batch, 1 / batch["scale"], gradients=False)
+            moved = self._moved(shown, velocity, then - now, batch)
+            shown = torch.where(_wide(steps > number, shown), moved, shown)
+        return shown
+
+    # -- what is measured ----------------------------------------------------------------------------------------------
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """How near the few steps come to the teacher's many.
+
+        closed is 1 - |x - y|^2 / |z - y|^2, of the latents that the student's steps (x), the teacher's many (y) and
+        the student's steps done by the teacher (z) make of the same noise: 0 without training, 1 for all of it.
+        """
+
+        def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
+            few = self.recipe.config.consistency
+            noise = rng.normal(*batch["latents"].shape[1:])
+            batch["scale"] = torch.full((len(noise),), (few.guidance_scale + few.highest) / 2, device=noise.device)
+            begin = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+            texts = batch["texts"]
+            start = self.recipe.backbone.noised(batch["latents"], noise, torch.ones_like(batch["scale"]))
+            many = self._led(model, start, texts, batch, begin, few.steps * few.teacher_steps)
+            made = self._student(model, noise, texts, batch, begin + few.steps)
+            plain = self._student(model, noise, texts, batch, begin + few.steps, by_teacher=True)
+            error = self.recipe.backbone.error
+            return {"off": error(made, many).mean(), "gap": error(plain, many).mean()}
+
+        values = super().validate(model, folder, step)
+        self.forget()
+        recipe = self.recipe
+        found = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process)
+        return values | ({"closed": 1 - found["off"] / found["gap"]} if found.get("gap") else {})
+
+    def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
+        return super().sample(transformer, texts, replace(request, scheduler=GridScheduler(self.recipe.grid)))
+
+    def close(self) -> None:
+        if self._teacher_slot is not None:
+            self._teacher_slot.remove()
+        super().close()
+
+
+def _wide(of_each: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`[B]` as `[B, 1, ...]`."""
+    return of_each.view(-1, *[1] * (like.ndim - 1))
