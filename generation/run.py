@@ -102,6 +102,7 @@ def run(
     backend: str = "auto",
     schedule: DenseSchedule | None = None,
     measure_error: int = 0,
+    precision: str | None = None,
     adapter: Sequence[Path] = (),
     base: str | None = None,
     on_step: StepCallback | None = None,
@@ -114,7 +115,7 @@ def run(
     Args:
         pipe: the pipeline.
         settings: checked.
-        method, backend, schedule, measure_error, adapter, base: see `accelerate`.
+        method, backend, schedule, measure_error, precision, adapter, base: see `accelerate`.
         on_step: told of every step.
         decode: make frames of the latents.
 
@@ -128,6 +129,7 @@ def run(
     if method is None:
         return _call(pipe, settings, on_step, decode)
     options: dict[str, Any] = {"backend": backend, "schedule": schedule, "measure_error": measure_error}
+    options["precision"] = precision
     try:
         handle = accelerate(pipe, method, **options, adapter=adapter if method.name == "sla" else (), base=base)
     except SLAError as error:
@@ -239,6 +241,7 @@ def make_videos(
     tell = on_stage or (lambda name, stage, done, total: None)
     options: dict[str, Any] = {
         "backend": job.backend,
+        "precision": job.precision,
         "adapter": [adapter.path for adapter in job.sla],
         "base": None if job.pipe is not None else job.facts.location,
     }

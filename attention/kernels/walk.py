@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
+from .launch import Tiles
 from .runs import cut_runs
 
 
@@ -59,6 +60,14 @@ def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
     order = work.argsort(dim=-1, descending=True, stable=True)  # equals in sequence share keys in the L2 cache
     start, length, tile = (x.gather(-1, order).contiguous() for x in (start, length, tile))
     return Walk(start, length, tile, full_start, full_tiles, full_count, tail_start, tail_len, tail_count)
+
+
+def walk_of_plan(plan: BlockPlan, tiles: Tiles) -> list[torch.Tensor]:
+    """The walk of a plan in such tiles, made once and kept on the plan."""
+    key = (tiles.block_m, tiles.block_n, tiles.tail_n)
+    if key not in plan._walks:
+        plan._walks[key] = list(make_walk(plan, *key))
+    return plan._walks[key]
 
 
 # -- device code -------------------------------------------------------------------------------------------------------

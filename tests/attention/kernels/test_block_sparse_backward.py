@@ -189,7 +189,7 @@ def test_operators_keep_the_promises_of_their_registration(device):
     plan = clusters(1, 1, n, n, 3, 5)[0].to(device)
     inputs = tokens(device, n, n, 16, heads=1)
     described = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
-    rest = (False, None, None, None)  # orders applied beforehand, no stand-ins
+    rest = (False, None, None, None, None)  # orders applied beforehand, no stand-ins, no second stage
     torch.library.opcheck(block_sparse.block_sparse_attention, (*inputs, *described, [], [], 0.1, *rest))
     detached = [x.detach() for x in inputs]
     out, lse = block_sparse.block_sparse_attention(*detached, *described, [], [], 0.1, *rest)

@@ -34,8 +34,8 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
     else:
         constants |= {"TAIL_N": tiles.tail_n, "STAND_INS": True}
     if kernel is forward._forward_kernel:
-        constants["DESCRIBED"] = described
-        unused |= {f"{name}_ptr": None for name in ("q_scale", "k_scale", "v_scale", "lse_shift")}
+        constants |= {"DESCRIBED": described, "K_BLOCKED": False, "bound": None}
+        unused |= {f"{name}_ptr": None for name in ("q_scale", "k_scale", "v_scale", "lse_shift", "whole_q")}
         full, tail = tiles.block_n, tiles.tail_n
         for name, keys in (("k", full), ("v", full), ("k_tail", tail), ("v_tail", tail)):
             if described:
