@@ -255,10 +255,8 @@ class SparseAttention:
         error = self._measured(out, q, k, v, layer, heads)
         self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
         if self._formats != AS_INPUTS:
-            scales = chosen.scales_of(q, plan, self._formats)
-            self.note(
-                f"precision {self.precision}: Q K^T of sparse calls in 8 bits, {scales}; dense calls keep {q.dtype}"
-            )
+            scales, kept = chosen.scales_of(q, plan, self._formats), str(q.dtype).removeprefix("torch.")
+            self.note(f"precision {self.precision}: Q K^T of sparse calls in 8 bits, {scales}; dense calls keep {kept}")
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             place = q.device.type

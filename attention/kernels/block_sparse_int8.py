@@ -36,8 +36,8 @@ INT8_TILES = {
     (0, 128, 4): Tiles(32, 32, 8, 1),
     (0, 256, 4): Tiles(16, 32, 8, 1),
 }
-# Of plans whose runs start at multiples of so many keys and so have next to no tails: 310 instructions for 64 keys, where
-# the tile above takes 412.
+# Of plans whose runs start at multiples of so many keys and so have next to no tails: 310 instructions for 64 keys,
+# where the tile above takes 412.
 ALIGNED_TILES = INT8_TILES | {(9, 128, 2): Tiles(128, 128, 8, 2)}
 # With fp8 values compute capability 9 needs a second accumulator, and more registers than the larger tiles leave.
 FP8_TILES = INT8_TILES | {

@@ -11,14 +11,14 @@ pytest.importorskip("diffusers")
 from tiny_wan import generate, make_pipe
 
 import vidaccel
-from vidaccel import SVG2, DenseSchedule, Radial, Tangent
+from vidaccel import SVG2, DenseSchedule, Tangent
+from vidaccel.attention import RandomBlocks
 from vidaccel.pipelines.acceleration.rebinding import SparseProcessor
 
 SPARSE = DenseSchedule(first_steps=1, first_layers=1)
 SHORT = {"steps": 2, "frames": 9, "size": 64, "guidance_scale": 1.0}
-ALIGNED = Radial(decay=0.05, block_size=32, near=0.25, min_window=0.0, sink=False)
 METHODS = {
-    "radial": (ALIGNED, "a scale for each token of Q and 32 keys"),
+    "blocks": (RandomBlocks(density=0.6, block_size=32), "a scale for each token of Q and 32 keys"),
     "svg2": (SVG2(density=0.6, q_clusters=3, k_clusters=6, init_iterations=2), "a scale for each token"),
     "tangent": (Tangent(density=0.5, q_clusters=3, k_clusters=6), "a scale for each token"),
 }
@@ -62,7 +62,7 @@ def test_the_meter_shows_what_int8_adds(device):
         (
             {"precision": "int8", "backend": "gather"},
             RuntimeError,
-            r"'gather' does not compute with qk='int8': use .*'tri",
+            "'gather' does not compute with qk='int8'",
         ),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_machine_without_the_kernels_is_told_so(monkeypatch):
 def test_the_first_call_tells_what_only_calls_tell(device):
     """Though it is dense: the first sparse step may be minutes away."""
     pipe = make_pipe().to(device)
-    with vidaccel.accelerate(pipe, "svg2", schedule=DenseSchedule(first_steps=1.0), precision="int8"):
+    with vidaccel.accelerate(pipe, "svg2", schedule=DenseSchedule(first_steps=9), precision="int8"):
         hidden, text = torch.randn(1, 4, 3, 8, 8, device=device), torch.randn(1, 6, 16, device=device)
         inputs = {"timestep": torch.tensor([500], device=device), "encoder_hidden_states": text}
         with pytest.raises(RuntimeError, match=r"'triton' has no backward with qk='int8': call it under torch.no_grad"):
@@ -97,11 +97,10 @@ def test_a_request_is_checked_and_carried_out(device):
     from vidaccel.generation.job import Sparse, prepare
     from vidaccel.generation.request import Settings
 
-    small = {"frames": 5, "height": 64, "width": 64, "steps": 2}
-    asked = {"methods": ("svg2",), "density": 0.9, "dense_steps": 0, "dense_layers": 0, "precision": "int8"}
+    small = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance_scale": 1.0}
+    asked = {"methods": ("svg2",), "density": 0.9, "precision": "int8"}
     job = prepare("demo", Settings("a red dot", **small), Sparse(**asked), device="cpu")
     assert job.precision == "int8" and job.described()["precision"] == "int8 in sparse attention"
-    made = vidaccel.generate(
-        "demo", "a red dot", method="svg2", density=0.9, dense_steps=0, precision="int8", device="cpu", **small
-    )
+    asked = {"method": "svg2", "density": 0.9, "dense_steps": 1, "precision": "int8", "device": "cpu"}
+    made = vidaccel.generate("demo", "a red dot", **asked, **small)
     assert made.report.config["precision"] == "int8" and "triton" in made.report.backends()
