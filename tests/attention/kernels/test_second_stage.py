@@ -145,7 +145,7 @@ def test_the_meter_shows_what_sparge_leaves_out(device):
     _, q, k, v = falling(device)
     layout = VideoLayout(q.shape[2] // 10, 2, 5)
     errors = []
-    for threshold in (None, 12.0, 3.0):
+    for threshold in (None, 8.0, 1.0):
         method = Sparge(topk=1.0, block=(16, 16), pv_threshold=threshold)
         options = {"schedule": DenseSchedule(), "measure_error": 32, "backend": "triton"}
         engine = SparseAttention(method, num_layers=1, **options)
@@ -154,7 +154,7 @@ def test_the_meter_shows_what_sparge_leaves_out(device):
         (record,) = engine.report().measured()
         assert engine.report().config["pv_threshold"] == threshold
         errors.append(record.error)
-    assert errors[0] < 1e-6 < errors[1] < 1e-3 < errors[2] < 0.2
+    assert errors[0] < 1e-5 < errors[1] < 1e-2 < errors[2] < 0.5, errors
 
 
 def test_what_a_machine_lacks_is_told_before_a_run(monkeypatch):
