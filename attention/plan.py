@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .groups import repeat_heads
-from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments
+from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments, starts_of
 from .skipped import SkippedClusters
 
 
@@ -174,8 +174,7 @@ class BlockPlan:
         n_q = _sequence_length("q", n_q, q_order, q_sizes)
         n_kv = _sequence_length("kv", n_kv, kv_order, k_sizes)
         run_start, run_len = merge_segments(selected, k_sizes, max_runs)
-        tile_len = q_sizes.int()
-        tile_start = (q_sizes.cumsum(-1) - q_sizes).int()
+        tile_start, tile_len = starts_of(q_sizes)
         selection = (selected, k_sizes.long())
         return cls(n_q, n_kv, tile_start, tile_len, run_start, run_len, q_order, kv_order, selection=selection)
 
@@ -230,8 +229,9 @@ class BlockPlan:
         """What is added to the scaled score of each stand-in, `[B, H, T, C]` float32; -inf where none is read."""
         bias = self.skipped.bias
         if bias is None:
-            bias = self.selection[1].float().log().unsqueeze(-2)
-        return bias.masked_fill(~self.is_skipped(), -torch.inf)
+            bias = self.selection[1].log().unsqueeze(-2)
+        selected, sizes = self.selection
+        return bias.masked_fill(selected | (sizes == 0).unsqueeze(-2), -torch.inf)
 
     def density(self) -> float:
         """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""

@@ -10,11 +10,12 @@ from planned_calls import LAYOUT, METHODS, tokens
 
 from vidaccel import Radial
 from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs
+from vidaccel.attention import plan as plans
 from vidaccel.attention.backends.triton import TritonBackend
 from vidaccel.attention.methods import svg
 
 # As counted, and a few for a version of torch that splits an operator.
-MOST = {"radial": 2, "svg": 40, "svg2": 110, "svg2, compensated": 150, "tangent": 230, "tangent, probe-free": 240}
+MOST = {"radial": 2, "svg": 40, "svg2": 62, "svg2, compensated": 80, "tangent": 80, "tangent, probe-free": 85}
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -25,6 +26,8 @@ def test_launches_of_a_steady_call(device, monkeypatch, name):
 
     for module in (clusters, kmeans, probe, runs, svg):
         monkeypatch.setattr(module, "use_kernels", lambda x: True)
+    # On a GPU sizes are not checked, since that would wait for it.
+    monkeypatch.setattr(plans, "_sequence_length", lambda name, given, order, sizes: given or order.shape[-1])
     method = METHODS.get(name) or Radial(8)
     memory = PlanMemory()
     worst = {}
