@@ -215,9 +215,7 @@ class Tangent(Method):
             clusters = renewed(x, clusters_of(*kept))
         else:
             iterations = self.init_iterations if kept is None else self.step_iterations
-            clusters = cluster(x, count, iterations, None if kept is None else kept[1])
-            # The means that labels belong to are those before the last update of k-means.
-            clusters = renewed(x, with_order(clusters))
+            clusters = with_order(cluster(x, count, iterations, None if kept is None else kept[1]))
         memory[f"tangent_{name}"] = (clusters.labels.short() if count < 2**15 else clusters.labels, clusters.means)
         return clusters
 
