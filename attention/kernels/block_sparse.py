@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..plan import BlockPlan
-from .block_sparse_backward import backward_tiles, block_sparse_attention_backward
+from .block_sparse_backward import backward_walk, block_sparse_attention_backward
 from .block_sparse_forward import forward_tiles, launch_forward, results
 from .launch import LOG2E, rows_contiguous
 from .permute import keys_in_order
@@ -71,10 +71,10 @@ def walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
 
 
 def backward_walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
-    """The same of the backward pass, of the size of the plan; empty where there will be none."""
+    """The same of the backward pass; empty where there will be none."""
     if not (torch.is_grad_enabled() and q.requires_grad):
         return []
-    return walk_of_plan(plan, backward_tiles(q, plan.tile_len))
+    return backward_walk(plan, q)
 
 
 @block_sparse_attention.register_fake

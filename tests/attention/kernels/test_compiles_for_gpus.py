@@ -13,7 +13,7 @@ from gpu_compiler import SHARED, run_with_compiler
 pytest.importorskip("triton")
 
 SCRIPT = """
-from vidaccel.attention.kernels import block_sparse_backward as backward, block_sparse_forward as forward
+from vidaccel.attention.kernels import block_sparse_backward as backward, block_sparse_forward as forward, readers
 
 architecture, dim, dtype, ordered = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
@@ -29,7 +29,7 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
     unused = {name: None for name, used in (("q_order_ptr", ordered), ("kv_order_ptr", gathered)) if not used}
     kinds = {}
     if kernel is backward._key_kernel:
-        constants |= {"KV_ORDERED": ordered, "WORDS": backward.words_of(tiles.block_n)}
+        constants |= {"KV_ORDERED": ordered, "WORDS": readers.words_of(tiles.block_n)}
         unused.pop("kv_order_ptr", None) if ordered else None
     else:
         constants |= {"TAIL_N": tiles.tail_n, "STAND_INS": True}
@@ -47,7 +47,7 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
 small = forward.Tiles(64, 64, 4, 1)
 found.append(compile_kernel(backward._delta_kernel, architecture, dtype, {"D": dim, "D_PAD": forward.padded(dim),
                             "BLOCK_M": 64}, small))
-found.append(compile_kernel(backward._key_bits_kernel, architecture, dtype, {"BLOCK_N": 64, "CHUNK": 64}, small))
+found.append(compile_kernel(readers._key_bits_kernel, architecture, dtype, {"BLOCK_N": 64, "CHUNK": 64}, small))
 print(json.dumps(found))
 """
 
