@@ -15,7 +15,7 @@ from vidaccel.attention.backends.triton import TritonBackend
 from vidaccel.attention.methods import svg
 
 # As counted, and a few for a version of torch that splits an operator.
-MOST = {"radial": 2, "svg": 40, "svg2": 62, "svg2, compensated": 80, "tangent": 78, "tangent, probe-free": 80}
+MOST = {"radial": 2, "svg": 34, "svg2": 62, "svg2, compensated": 80, "tangent": 78, "tangent, probe-free": 82}
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -32,7 +32,7 @@ def test_launches_of_a_steady_call(device, monkeypatch, name):
     memory = PlanMemory()
     worst = {}
     for step in range(4):  # re-clustering is in some steps and not in others
-        q, k, v = tokens(device, step + 1)
+        q, k, v = (x.half() for x in tokens(device, step + 1))  # of float32, a cast is none
         with Launches() as launches:
             plan = method.plan(q, k, v, LAYOUT, memory)
             TritonBackend().attend(q, k, v, plan, 0.1, False)
