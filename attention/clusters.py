@@ -131,7 +131,7 @@ def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch
     """
     flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
     price = cost.flatten(1).gather(-1, order)
-    if use_kernels(rank):
+    if use_kernels(cost):
         from .kernels.spend import take
 
         return take(flat, order, price, budget).view(rank.shape)
@@ -161,7 +161,7 @@ def rank_pairs(
         `error`, squared, of all queries of the cluster, float32; `rank`, that of a query for each key read beyond the
         stand-in, -inf where there is none; `cost`, pairs beyond the stand-ins, int64. All `[B, H, Cq, Ck]`.
     """
-    if use_kernels(mass):
+    if use_kernels(k_sizes):  # of the tables the last dimension is clusters, of which there may be many
         from .kernels import spend as kernels
 
         return kernels.rank_pairs(mass, spread, value_spread, away, q_sizes, k_sizes)

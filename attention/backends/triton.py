@@ -130,7 +130,7 @@ class TritonBackend(Backend):
         from ..kernels.stand_ins import stand_ins_of
 
         fp8 = precision.pv == "fp8"
-        merged = plan.skipped is None or not self.takes_stand_ins(q.device, precision)
+        own = plan.skipped is not None and self.takes_stand_ins(q.device, precision)  # else they are merged later
         out, lse = block_sparse_attention_int8(
             q,
             k,
@@ -146,7 +146,7 @@ class TritonBackend(Backend):
             self.gather_kv,
             fp8,
             _key_block(plan),
-            *((None, None, None) if merged else stand_ins_of(plan, q.dtype)),
+            *(stand_ins_of(plan, q.dtype) if own else (None, None, None)),
             plan.pv_threshold,
         )
         return out, lse if return_lse else None

@@ -79,3 +79,14 @@ def test_orders_with_text(device, in_torch, text):
     layout = VideoLayout(2, 3, 4, text_before=text[0], text_after=text[1])
     order = torch.stack([torch.randperm(24) for _ in range(2)]).view(1, 2, 24).to(device)
     assert permute.text_last(order, *text).equal(torch_clusters._text_last(order, layout))
+
+
+def test_many_clusters_do_not_keep_the_kernels_away(monkeypatch):
+    """Whether they can work is asked with a tensor whose last dimension, if it is one of floats, is channels."""
+    asked = []
+    monkeypatch.setattr(torch_clusters, "use_kernels", lambda x: asked.append(x) or False)
+    tables = [*torch.rand(2, 1, 2, 4, 300), torch.rand(1, 2, 300), torch.rand(1, 2, 4, 300)]
+    sizes = [torch.randint(1, 9, (1, 2, n)) for n in (4, 300)]
+    _, rank, cost = torch_clusters.rank_pairs(*tables, *sizes)
+    torch_clusters.spend(rank, cost, torch.ones(1))
+    assert len(asked) == 2 and not any(x.is_floating_point() for x in asked)
