@@ -18,7 +18,7 @@ class Clusters(NamedTuple):
     """Tokens of each head in clusters.
 
     Args:
-        labels: `[B, H, N]` int64.
+        labels: `[B, H, N]` int64, from the kernels int16 where that holds them.
         sizes: `[B, H, C]` int64; 0 is an empty cluster.
         means: `[B, H, C, D]` float32.
         order: `[B, H, N]` int64, the tokens sorted by cluster, where it is known: `in_order` gives it.
@@ -44,6 +44,17 @@ def with_order(clusters: Clusters) -> Clusters:
     return clusters._replace(order=in_order(clusters))
 
 
+def clusters_of(labels: torch.Tensor, means: torch.Tensor) -> Clusters:
+    """Clusters from labels alone, `[B, H, N]` int16 or int64; the means, `[B, H, C, D]`, are taken as they are."""
+    if use_kernels(labels):
+        from .kernels.kmeans import in_clusters
+
+        order, sizes = in_clusters(labels, means.shape[2])
+        return Clusters(labels, sizes, means, order)
+    labels = labels.long()
+    return with_order(Clusters(labels, cluster_sizes(labels, means.shape[2]), means))
+
+
 def cluster(x: torch.Tensor, count: int, iterations: int, start: torch.Tensor | None) -> Clusters:
     """k-means of `x [B, H, N, D]`, from the means of the last step, `[B, H, count, D]`, where there are any.
 
@@ -55,7 +66,7 @@ def cluster(x: torch.Tensor, count: int, iterations: int, start: torch.Tensor | 
         return Clusters(found.labels, sizes, found.centroids, found.order)
     # Later clusters start from these means, so they keep this order at no cost.
     order = chain_order(found.centroids)
-    labels = order.argsort(-1).gather(-1, found.labels)
+    labels = order.argsort(-1).gather(-1, found.labels.long())
     means = found.centroids.gather(2, order.unsqueeze(-1).expand(found.centroids.shape))
     return Clusters(labels, cluster_sizes(labels, count), means)
 
@@ -66,8 +77,8 @@ def renewed(x: torch.Tensor, clusters: Clusters) -> Clusters:
         from .kernels.kmeans import moments
 
         mean = x.mean(2, keepdim=True, dtype=torch.float32)
-        means, _ = moments(x, mean, in_order(clusters), clusters.sizes, clusters.means - mean)
-        return clusters._replace(means=means + mean)
+        means, _ = moments(x, mean, in_order(clusters), clusters.sizes, clusters.means)
+        return clusters._replace(means=means)
     return clusters._replace(means=update(x.float(), clusters.labels, clusters.means))
 
 
@@ -81,8 +92,10 @@ def for_heads(keys: Clusters, heads: int) -> Clusters:
 
 def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
     """Estimated softmax mass of each key cluster for each query cluster, `[B, H, Cq, Ck]`; rows sum to 1."""
-    scores = q_centroids.float() @ k_centroids.float().transpose(-1, -2) * q_centroids.shape[-1] ** -0.5
-    return torch.softmax(scores + k_sizes.float().log().unsqueeze(-2), -1)
+    shape = (*q_centroids.shape[:3], k_centroids.shape[2])
+    q, k, sizes = (x.flatten(0, 1) for x in (q_centroids.float(), k_centroids.float(), k_sizes.log().unsqueeze(-2)))
+    scores = torch.baddbmm(sizes, q, k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)
+    return scores.softmax(-1).view(shape)
 
 
 def value_variance(v: torch.Tensor, keys: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,9 +107,7 @@ def value_variance(v: torch.Tensor, keys: Clusters) -> tuple[torch.Tensor, torch
     if use_kernels(v):
         from .kernels.kmeans import moments
 
-        centre = v.mean(2, keepdim=True, dtype=torch.float32)
-        means, squares = moments(v, centre, in_order(keys), keys.sizes)
-        return means + centre * (keys.sizes > 0).unsqueeze(-1), (squares - means.square().sum(-1)).clamp(min=0)
+        return moments(v, v.mean(2, keepdim=True, dtype=torch.float32), in_order(keys), keys.sizes)
     v = v.float()
     centre = v.mean(2, keepdim=True)
     zeros = torch.zeros_like(keys.means)
@@ -112,16 +123,52 @@ def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch
 
     Args:
         rank: `[B, H, Cq, Ck]`; pairs of rank -inf are never taken.
-        cost: the same shape.
+        cost: the same shape, int64: numbers of pairs of tokens go beyond what float32 can add up.
         budget: `[B]`.
 
     Returns:
         `[B, H, Cq, Ck]` bool.
     """
     flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
-    price = cost.flatten(1).long().gather(-1, order)  # pairs of tokens: whole numbers, beyond what float32 can add up
+    price = cost.flatten(1).gather(-1, order)
+    if use_kernels(cost):
+        from .kernels.spend import take
+
+        return take(flat, order, price, budget).view(rank.shape)
     keep = (2 * price.cumsum(-1) - price <= (2 * budget).long().unsqueeze(-1)) & (flat > -torch.inf)
     return torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
+
+
+def rank_pairs(
+    mass: torch.Tensor,
+    spread: torch.Tensor,
+    value_spread: torch.Tensor,
+    away: torch.Tensor,
+    q_sizes: torch.Tensor,
+    k_sizes: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the stand-in of a cluster leaves of the output of a query cluster, and by what and at what price it is read.
+
+    Of the score's variance the covariance of weights and values within the cluster depends, and by its curvature the
+    mass.
+
+    Args:
+        mass, spread, away: `[B, H, Cq, Ck]` float32, see `probe.Seen` and `probe.score_variance`.
+        value_spread: `[B, H, Ck]`, see `value_variance`.
+        q_sizes: `[B, H, Cq]`. k_sizes: `[B, H, Ck]`.
+
+    Returns:
+        `error`, squared, of all queries of the cluster, float32; `rank`, that of a query for each key read beyond the
+        stand-in, -inf where there is none; `cost`, pairs beyond the stand-ins, int64. All `[B, H, Cq, Ck]`.
+    """
+    if use_kernels(k_sizes):  # of the tables the last dimension is clusters, of which there may be many
+        from .kernels import spend as kernels
+
+        return kernels.rank_pairs(mass, spread, value_spread, away, q_sizes, k_sizes)
+    left = mass.square() * (spread * value_spread.unsqueeze(-2) + 0.25 * spread.square() * away)
+    rows, more = q_sizes.unsqueeze(-1), (k_sizes - 1).clamp(min=0).unsqueeze(-2)
+    cost = rows * more
+    return rows.float() * left, (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf), cost
 
 
 def plan_with_text(queries: Clusters, keys: Clusters, selected: torch.Tensor, layout: VideoLayout) -> BlockPlan:
@@ -133,10 +180,20 @@ def plan_with_text(queries: Clusters, keys: Clusters, selected: torch.Tensor, la
     """
     orders, sizes = [], []
     for clusters in (queries, keys):
-        order = in_order(clusters) + layout.text_before
-        text = layout.video_last_order(order.device)[: layout.text_tokens]
-        orders.append(torch.cat([order, text.expand(*order.shape[:2], -1)], -1))
+        orders.append(_text_last(in_order(clusters), layout))
         sizes.append(F.pad(clusters.sizes, (0, int(layout.text_tokens > 0)), value=layout.text_tokens))
     if layout.text_tokens:
         selected = F.pad(selected, (0, 1, 0, 1), value=True)
     return BlockPlan.from_clusters(sizes[0], sizes[1], selected, orders[0], orders[1])
+
+
+def _text_last(order: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+    """An order of the video's tokens `[B, H, n]` as one of the sequence `[B, H, N]`, with the text behind the video."""
+    if not layout.text_tokens:
+        return order
+    if use_kernels(order):
+        from .kernels.permute import text_last
+
+        return text_last(order, layout.text_before, layout.text_after)
+    text = layout.video_last_order(order.device)[: layout.text_tokens]
+    return torch.cat([order + layout.text_before, text.expand(*order.shape[:2], -1)], -1)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .backends import BACKENDS, WORTHWHILE, check_backend, runs_somehow
+from .backends import BACKENDS, WORTHWHILE, check_backend, pick_special, precision_of, runs_somehow
+from .backends.base import AS_INPUTS, Request
 from .functional import attend, check_inputs, check_tensors, choose_backend
 from .groups import dense_attention
 from .heads import ALL_HEADS, HeadShare
@@ -64,9 +65,11 @@ class SparseAttention:
         model: name of the component, for the report.
         measure_error: queries of each sparse call whose dense attention is computed too, to tell the true error of the
             method's output; 0 measures nothing. The output stays the same to the bit.
+        precision: "int8" computes Q K^T of the sparse calls in 8 bits, see `sparse_attention`; None, in the dtype of
+            the model. Dense calls keep that.
 
     Raises:
-        ValueError: unknown method or backend; a `measure_error` below 0.
+        ValueError: unknown method, backend or precision; a `measure_error` below 0.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class SparseAttention:
         backend: str = "auto",
         model: str = "transformer",
         measure_error: int = 0,
+        precision: str | None = None,
     ) -> None:
         self.method = resolve_method(method)
         self.num_layers = num_layers
@@ -85,9 +89,11 @@ class SparseAttention:
         self.backend = check_backend(backend)
         self.model = model
         self.measure_error = check_rows(measure_error)
+        self.precision, self._formats = precision, precision_of(precision)
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
         self._checked: tuple[int, int] | None = None
+        self._able: set[tuple] = set()  # kinds of calls that were found to have a backend
         self._logged: set[str] = set()  # of the notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
         self.reset()
@@ -214,10 +220,11 @@ class SparseAttention:
         Raises:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k; a method
                 that needs weights, and there are none.
-            RuntimeError: a named backend cannot run the call.
+            RuntimeError: a named backend cannot run the call, or nothing can in the precision that was asked for.
         """
         # Dense layers too: the first sparse step would come too late to tell.
         check_tensors(q, k, v)
+        self._check_able(q, k, v)
         layout = self.layouts[sample] if self.layouts else None
         if layout is not None and q.shape[2] == layout.tokens != k.shape[2]:
             raise ValueError(
@@ -235,10 +242,10 @@ class SparseAttention:
             self._check_finite(q, k, layer, heads)
             plan = self._plan(q, k, v, layer, sample, heads)
             check_inputs(q, k, v, plan)
-            chosen = choose_backend(q, k, v, plan, self.backend)
+            chosen = choose_backend(q, k, v, plan, self.backend, precision=self._formats)
             chosen.prepare(plan)
         with Span(q.device) as span:
-            out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5)
+            out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
             with torch.autocast(q.device.type, enabled=False):
                 out = self.method.complete(out, q, k, v, plan, layout, weights)
         pairs, details = plan.pairs(), plan.details
@@ -249,6 +256,9 @@ class SparseAttention:
             details = {**details, "rank_pairs": shares}
         error = self._measured(out, q, k, v, layer, heads)
         self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
+        if self._formats != AS_INPUTS:
+            scales, kept = chosen.scales_of(q, plan, self._formats), str(q.dtype).removeprefix("torch.")
+            self.note(f"precision {self.precision}: Q K^T of sparse calls in 8 bits, {scales}; dense calls keep {kept}")
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             place = q.device.type
@@ -277,6 +287,21 @@ class SparseAttention:
             return f"no backend on {device.type}"
         return reason
 
+    def _check_able(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Refuse what no backend here can compute in the first call of a run, be it dense, and not at the first sparse
+        step: a precision, or a second stage.
+        """
+        second = self.method.second_stage
+        if self._formats == AS_INPUTS and not second:
+            return
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        kind = (q.device, q.dtype, q.shape[-1], grad)
+        if kind not in self._able:
+            shape = (*kind[:3], q.shape[2])
+            request = Request(*shape, False, False, grad, self._formats, self.method.stands_in, second_stage=second)
+            pick_special(self.backend, request)
+            self._able.add(kind)
+
     def note(self, text: str, level: int = logging.INFO) -> None:
         """Log a choice (info) or a fallback (warning) once and keep it for the report."""
         if text not in self._notes:
@@ -291,6 +316,8 @@ class SparseAttention:
         config["backend"] = self.backend
         if self.measure_error:
             config["measure_error"] = self.measure_error
+        if self.precision is not None:
+            config["precision"] = self.precision
         notes = (*self._notes, *dropped_note(self.oldest_run))
         return RunReport(self.method.name, config, tuple(self._all_records()), notes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends import BACKENDS, Backend, Request, check_backend, pick
+from .backends import Backend, Request, pick, pick_special
 from .backends.base import AS_INPUTS, SMALL_TILE, Precision
 from .compensate import attend_skipped
 from .merge import merge
@@ -95,25 +95,11 @@ def choose_backend(
     shape = (q.device, q.dtype, q.shape[-1], q.shape[2])
     own = plan.skipped is not None and plan.skipped.bias is not None
     small = not own and plan.n_q < SMALL_TILE * plan.tile_len.shape[-1]
-    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None, small)
-    if precision != AS_INPUTS:
-        return _pick_quantized(backend, request)
+    second = plan.pv_threshold is not None
+    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None, small, second)
+    if precision != AS_INPUTS or second:
+        return pick_special(backend, request)
     return pick(backend, request, scattered=plan.is_scattered)
-
-
-def _pick_quantized(name: str, request: Request) -> Backend:
-    able = [known for known, backend in BACKENDS.items() if backend.capability.includes(request.precision)]
-    if check_backend(name) not in ("auto", *able):
-        raise RuntimeError(
-            f"backend {name!r} does not compute with {request.precision}: use 'auto' or {' or '.join(map(repr, able))}."
-        )
-    reasons = {}
-    for candidate in able if name == "auto" else [name]:
-        reasons[candidate] = BACKENDS[candidate].declines(request)
-        if reasons[candidate] is None:
-            return BACKENDS[candidate]
-    why = "; ".join(f"backend {candidate!r} {reason}" for candidate, reason in reasons.items())
-    raise RuntimeError(f"nothing can run this call with {request.precision}: {why}.")
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

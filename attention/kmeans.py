@@ -16,7 +16,8 @@ class Found(NamedTuple):
     """What k-means found; `order` and `sizes` where they were made on the way.
 
     Args:
-        labels: `[B, H, N]` int64. centroids: `[B, H, C, D]` float32, of one update more.
+        labels: `[B, H, N]` int64, from the kernels int16 where that holds them.
+        centroids: `[B, H, C, D]` float32, of one update more.
         order: `[B, H, N]` int64, the tokens sorted by label. sizes: `[B, H, C]` int64, tokens per label.
     """
 
@@ -67,19 +68,17 @@ def kmeans(
     if centroids is None:
         # Even distances in a video sequence spread the first centroids over frames and places.
         picks = torch.linspace(0, tokens - 1, clusters, device=x.device).round().long()
-        centers = x[:, :, picks] - mean
-    else:
-        centers = centroids - mean
+        centroids = x[:, :, picks]
     if implementation == "triton" or (implementation == "auto" and use_kernels(x)):
         from .kernels.kmeans import assign as nearest
         from .kernels.kmeans import in_clusters, moments
 
         for _ in range(iterations):
-            labels = nearest(x, mean, centers)
+            labels = nearest(x, mean, centroids)
             order, sizes = in_clusters(labels, clusters)
-            centers, _ = moments(x, mean, order, sizes, centers)
-        return Found(labels, centers + mean, order, sizes)
-    points = x - mean
+            centroids, _ = moments(x, mean, order, sizes, centroids)
+        return Found(labels, centroids, order, sizes)
+    points, centers = x - mean, centroids - mean
     labels = assign(points, centers)
     centers = update(points, labels, centers)
     for _ in range(iterations - 1):
@@ -141,4 +140,4 @@ def update(points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor) ->
 def cluster_sizes(labels: torch.Tensor, clusters: int) -> torch.Tensor:
     """Tokens per cluster, `[B, H, C]` int64."""
     zeros = torch.zeros(*labels.shape[:2], clusters, dtype=torch.int64, device=labels.device)
-    return zeros.scatter_add_(2, labels, torch.ones_like(labels))
+    return zeros.scatter_add_(2, labels.long(), torch.ones_like(labels, dtype=torch.int64))

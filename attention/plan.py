@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .groups import repeat_heads
-from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments
+from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments, starts_of
 from .skipped import SkippedClusters
 
 
@@ -43,10 +43,13 @@ class BlockPlan:
             A backend whose capability has `stand_ins` attends to it; with others, that part is merged with theirs.
         linear: `[Bp, Hp, T, C]` bool over tiles and key blocks of the video alone: what enters by linear attention
             beside the softmax (`SLA`); None where that is nothing or everything. Never read by a backend.
+        pv_threshold: the second stage of SpargeAttn, in a backend whose capability has it: a tile of keys whose scaled
+            scores all lie more than this below the largest so far of their query is left out, within the softmax. Each
+            of its keys has a weight below `exp(-pv_threshold)` of that of the best. None leaves nothing out.
         details: facts for a report (head kinds, cluster sizes), never read by a backend.
 
     Raises:
-        ValueError: tensors whose shapes, dtypes or devices disagree.
+        ValueError: tensors whose shapes, dtypes or devices disagree, or a threshold that is not above 0.
     """
 
     n_q: int
@@ -62,6 +65,7 @@ class BlockPlan:
     selection: tuple[torch.Tensor, torch.Tensor] | None = None
     skipped: SkippedClusters | None = None
     linear: torch.Tensor | None = None
+    pv_threshold: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
     # Of `block_mask.to_block_mask`, by block size: a static plan serves every layer and step, and building one costs
     # milliseconds.
@@ -93,6 +97,8 @@ class BlockPlan:
                 f"BlockPlan.kv_order is for {self.kv_order.shape[1]} heads or groups of them, which must divide the "
                 f"{lead[1]} heads of the tiles."
             )
+        if self.pv_threshold is not None and not self.pv_threshold > 0:
+            raise ValueError(f"BlockPlan.pv_threshold is {self.pv_threshold}: it must be above 0, or None for none.")
         if self.skipped is not None and self.selection is None:
             raise ValueError("BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters.")
         if len({t.device for t in self._tensors()}) > 1:
@@ -168,8 +174,7 @@ class BlockPlan:
         n_q = _sequence_length("q", n_q, q_order, q_sizes)
         n_kv = _sequence_length("kv", n_kv, kv_order, k_sizes)
         run_start, run_len = merge_segments(selected, k_sizes, max_runs)
-        tile_len = q_sizes.int()
-        tile_start = (q_sizes.cumsum(-1) - q_sizes).int()
+        tile_start, tile_len = starts_of(q_sizes)
         selection = (selected, k_sizes.long())
         return cls(n_q, n_kv, tile_start, tile_len, run_start, run_len, q_order, kv_order, selection=selection)
 
@@ -224,8 +229,9 @@ class BlockPlan:
         """What is added to the scaled score of each stand-in, `[B, H, T, C]` float32; -inf where none is read."""
         bias = self.skipped.bias
         if bias is None:
-            bias = self.selection[1].float().log().unsqueeze(-2)
-        return bias.masked_fill(~self.is_skipped(), -torch.inf)
+            bias = self.selection[1].log().unsqueeze(-2)
+        selected, sizes = self.selection
+        return bias.masked_fill(selected | (sizes == 0).unsqueeze(-2), -torch.inf)
 
     def density(self) -> float:
         """Pairs computed over pairs in dense attention, the mean over batch and heads; exact, one host sync."""

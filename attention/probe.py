@@ -261,8 +261,21 @@ def score_variance(
 
 def _covariances(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:
     """`[B, H, C, D, D]` of tokens `[B, H, N, D]` about the means of their clusters, from tokens spread over each."""
-    sizes = clusters.sizes.unsqueeze(-1)
+    some = deviations(x, clusters, dtype)
+    return some.transpose(-1, -2) @ some
+
+
+def deviations(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:
+    """What `SAMPLE` tokens spread over each cluster have beyond its mean, over the square root of their number.
+
+    `[B, H, C, SAMPLE, D]`, 0 where a cluster has fewer tokens: the product over tokens is the covariance.
+    """
     order = in_order(clusters)
+    if use_kernels(x):
+        from .kernels import sample
+
+        return sample.deviations(x, order, clusters.sizes, clusters.means, SAMPLE, dtype)
+    sizes = clusters.sizes.unsqueeze(-1)
     count = sizes.clamp(max=SAMPLE)
     place = torch.arange(SAMPLE, device=x.device)
     inside = place < count
@@ -270,8 +283,7 @@ def _covariances(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> tor
     rows = rows.flatten(2).clamp(max=x.shape[2] - 1)
     some = permute(x, order.gather(-1, rows)).float().unflatten(2, inside.shape[2:]) - clusters.means.unsqueeze(3)
     # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster.
-    some = (some * (inside / count.clamp(min=1).sqrt()).unsqueeze(-1)).to(dtype)
-    return some.transpose(-1, -2) @ some
+    return (some * (inside / count.clamp(min=1).sqrt()).unsqueeze(-1)).to(dtype)
 
 
 def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: float) -> torch.Tensor:
@@ -286,7 +298,7 @@ def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: flo
     q = by_group(q_means.float() * scale, heads)
     count = q.shape[2]
     made = []
-    q, k, labels, means = (x.flatten(0, 1) for x in (q, k, keys.labels, keys.means))
+    q, k, labels, means = (x.flatten(0, 1) for x in (q, k, keys.labels.long(), keys.means))
     for some in _heads_at_once(batch * heads, tokens * count):
         scores = k[some].float() @ q[some].transpose(-1, -2)  # [G, N, Cq]
         total = scores.logsumexp(1, keepdim=True)

@@ -58,6 +58,15 @@ def merge_segments(
     return run_start[..., :-1].int(), run_len[..., :-1].int()
 
 
+def starts_of(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where segments that lie one after the other start, and their sizes: both `[..., C]` int32, from integers."""
+    if use_kernels(sizes):
+        from .kernels import runs
+
+        return runs.starts_of(sizes)
+    return (sizes.cumsum(-1) - sizes).int(), sizes.int()
+
+
 def cut_segments(
     start: torch.Tensor, length: torch.Tensor, total: int, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

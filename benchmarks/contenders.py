@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from vidaccel import BlockPlan
+
+PV_THRESHOLD = 8.0  # weights below exp(-8) of the best are left out
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -51,6 +53,7 @@ def contenders(device: torch.device) -> Iterator[Contender]:
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         yield Contender("triton", sparse=True, ours=True, bind=_backend("triton"))
         yield Contender("triton int8", sparse=True, ours=True, bind=_backend("triton", qk="int8"), backward=False)
+        yield Contender("triton second stage", sparse=True, ours=True, bind=_second_stage, backward=False)
     if device.type == "cpu":
         yield Contender("gather", sparse=True, ours=True, bind=_backend("gather"))
     for package, sparse, bind in (
@@ -81,6 +84,11 @@ def _backend(name: str, **options: str):
         return lambda: sparse_attention(*tensors, plan, backend=name, **options)
 
     return bind
+
+
+def _second_stage(tensors: Tensors, plan: BlockPlan) -> Callable[[], torch.Tensor]:
+    """What the branch costs and saves; random tokens see all keys alike, so at worst it saves nothing."""
+    return _backend("triton")(tensors, replace(plan, pv_threshold=PV_THRESHOLD))
 
 
 def _flash_attn(tensors: Tensors, plan: BlockPlan | None) -> Callable[[], torch.Tensor]:

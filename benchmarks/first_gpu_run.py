@@ -32,11 +32,11 @@ STEPS = (
     ("quality", "{here}/quality.py --device cuda --seconds 300 --out {out}", 420),
     ("attention-1.3b", "{here}/attention.py --shapes wan-1.3b-480p --repeats 10 --out {out}", 240),
     ("backward", "{here}/attention.py --shapes wan-1.3b-480p --backward --densities .25 --repeats 5 --out {out}", 200),
-    ("cogvideox", "{here}/kernels.py --shape cogvideox --parts forward --out {out}", 120),
+    ("cogvideox", "{here}/kernels.py --shape cogvideox --parts forward variants --out {out}", 150),
 )
 TOY = (
     ("kernels", "{here}/kernels.py --shape toy --density .8 --device cpu --dtype float32 --repeats 1 --chosen "
-                "--parts forward --out {out}", 300),
+                "--parts forward variants --out {out}", 300),
 )  # fmt: skip
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from attention import RESULTS, SHAPES, Shape, find_package, time_calls
 
-PARTS = ("forward", "passes", "planning")
+PARTS = ("forward", "variants", "passes", "planning")
 DENSITIES = {"radial": 0.25, "svg": 0.3, "svg2": 0.1, "tangent": 0.1}
+VARIANTS = {"as the inputs": {}, "int8": {"qk": "int8"}, "second stage": {"pv_threshold": 8.0}}
 TOP = 8  # kernels that are named of a planning step
 
 
@@ -102,6 +103,35 @@ class Bench:
                 row["note"] = "chosen" if tiles == chosen else row["note"]
                 yield row
 
+    def variants(self) -> Iterator[dict]:
+        """Whole calls with scores in int8 and with a second stage, and how far their outputs are from the plain one.
+
+        Random tokens see all keys alike, so a second stage leaves out next to nothing: what it costs shows, and not
+        what it saves.
+        """
+        from dataclasses import replace
+
+        from vidaccel import sparse_attention
+        from vidaccel.attention import PlanMemory
+
+        q, k, v = self.tensors
+        for name, method in methods(self.layout, self.density):
+            if name not in (("radial", "tangent") if self.tried else ("radial",)):
+                continue
+            plan = method.plan(q, k, v, self.layout, PlanMemory())
+            plain = sparse_attention(q, k, v, plan, backend="triton")
+            for variant, options in VARIANTS.items():
+                formats = {key: value for key, value in options.items() if key != "pv_threshold"}
+                used = replace(plan, pv_threshold=options.get("pv_threshold"))
+
+                def call(used=used, formats=formats):
+                    return sparse_attention(q, k, v, used, backend="triton", **formats)
+
+                error = float((call() - plain).float().norm() / plain.float().norm())
+                row = {"plan": name, "density": round(plan.density(), 3), "variant": variant}
+                ms = statistics.median(time_calls(call, q.device, self.repeats, 5.0))
+                yield {**row, "ms": round(ms, 2), "error": f"{error:.1e}"}
+
     def passes(self) -> Iterator[dict]:
         """What runs beside the forward kernel in a call over clusters."""
         from vidaccel.attention import PlanMemory
@@ -111,7 +141,7 @@ class Bench:
         plan = dict(methods(self.layout, self.density))["svg2"].plan(q, k, v, self.layout, PlanMemory())
         mean = k.mean(2, keepdim=True).float()
         clusters = plan.selection[1].shape[-1]
-        centers = k[:, :, :: max(1, k.shape[2] // clusters)][:, :, :clusters].float() - mean
+        centers = k[:, :, :: max(1, k.shape[2] // clusters)][:, :, :clusters].float()
         labels = kmeans.assign(k, mean, centers)
         order, sizes = kmeans.in_clusters(labels, clusters)
         calls = {
@@ -119,7 +149,7 @@ class Bench:
             "walk": lambda: walk.make_walk(plan, 64, 64, 32),
             f"assignment to {clusters} clusters": lambda: kmeans.assign(k, mean, centers),
             "order of clusters": lambda: kmeans.in_clusters(labels, clusters),
-            "means and squares": lambda: kmeans.moments(v, mean, order, sizes),
+            "means and variances": lambda: kmeans.moments(v, mean, order, sizes),
         }
         for count in (100, 200, 400):
             q_means = q[:, :, :count].float()

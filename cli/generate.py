@@ -129,6 +129,10 @@ def generate_command(
             help="Queries of each sparse call whose true error is measured and reported, 64 for example; takes time."
         ),
     ] = 0,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="int8: Q K^T of sparse attention in 8 bits, by Triton's kernels. (default: that of --dtype)"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")
@@ -188,6 +192,7 @@ def generate_command(
             overrides=method_settings(setting or []),
             backend=backend,
             measure_error=measure_error,
+            precision=precision,
         )
         chosen = request_preset(preset, cache, quantize)
         job = prepare(

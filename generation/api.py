@@ -60,6 +60,7 @@ def generate(
     pipeline_options: Mapping[str, Any] | None = None,
     backend: str = "auto",
     measure_error: int = 0,
+    precision: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     offload: bool = False,
@@ -104,6 +105,7 @@ def generate(
         backend: what computes attention, a name of `BACKENDS`, or "auto".
         measure_error: queries of each sparse call whose true error is measured and reported, see `accelerate`; times
             then include the measuring.
+        precision: "int8" computes Q K^T of sparse attention in 8 bits, see `accelerate`; None, in `dtype`.
         device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
         offload: keep on the device only the part that is at work.
         tiling: encode and decode in tiles.
@@ -163,7 +165,7 @@ def generate(
     job = prepare(
         str(model) if isinstance(model, Path) else model,
         wanted,
-        Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend, measure_error),
+        Sparse(methods, density, dense_steps, dense_layers, settings or {}, backend, measure_error, precision),
         compare=compare,
         device=device,
         dtype=dtype,

@@ -20,7 +20,14 @@ from .length import (
 )
 from .lora_fit import check_fits, trained_otherwise
 from .loras import lora_files
-from .machine import check_runs, check_stand_ins, choose_device, choose_dtype
+from .machine import (
+    check_formats,
+    check_runs,
+    check_second_stage,
+    check_stand_ins,
+    choose_device,
+    choose_dtype,
+)
 from .methods import (
     DENSE,
     build_method,
@@ -78,6 +85,7 @@ class Job:
         riflex: of the rotary embedding; None for the model's own.
         beside: what runs beside sparse attention, see `presets.beside`; not in the reference of a comparison.
         hint: where the choice went by a fixed length, how to measure that; for a terminal.
+        precision: see `accelerate`.
     """
 
     facts: ModelFacts
@@ -102,6 +110,7 @@ class Job:
     riflex: Riflex | None = None
     beside: Preset | None = None
     hint: str = ""
+    precision: str | None = None
 
     @property
     def first(self) -> str:
@@ -141,6 +150,7 @@ class Job:
             "seed": str(settings.seed),
             **({"pipeline options": ", ".join(f"{k}={v!r}" for k, v in options.items())} if options else {}),
             "backend": self.backend,
+            **({} if self.precision is None else {"precision": f"{self.precision} in sparse attention"}),
             "dtype": f"{self.dtype}, autoencoder {of_vae}".replace("torch.", ""),
         }
 
@@ -240,6 +250,7 @@ def prepare(
     names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given(), least)
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
+    check_formats(sparse.backend, place, sparse.precision, chosen_dtype)
 
     def sla_method() -> Method | None:
         asked = {"first_steps": sparse.dense_steps, "first_layers": sparse.dense_layers}
@@ -283,6 +294,7 @@ def prepare(
         riflex=riflex,
         beside=None if preset is None else beside(preset),
         hint="" if limit is None or limit.measured else told,
+        precision=sparse.precision,
     )
 
 
@@ -346,6 +358,7 @@ def _methods(
                 _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout, trained)
             )
             check_stand_ins(sparse.backend, device, method)
+            check_second_stage(sparse.backend, device, method)
         except BadInput as error:
             # Left out of several alone that were chosen here, and of which this one was not meant in particular.
             if sparse.methods or name_of(run) in sparse.overrides or len(runs) == 1:

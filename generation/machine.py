@@ -81,6 +81,35 @@ def check_stand_ins(backend: str, device: torch.device, method: Method) -> None:
         raise BadInput("backend", problem, f"Give {', '.join(known)}, or another {mention('method')}.", value=backend)
 
 
+def check_precision(precision: str | None) -> None:
+    """Raise BadInput for a precision of attention that there is not."""
+    from ..attention.backends import precision_of
+
+    try:
+        precision_of(precision)
+    except ValueError as error:
+        raise BadInput("precision", str(error).partition(": ")[2].rstrip("."), value=precision) from error
+
+
+def check_formats(backend: str, device: torch.device, precision: str | None, dtype: torch.dtype) -> None:
+    """Raise BadInput when neither a backend that was given nor, with auto, any can compute in a precision."""
+    from ..attention.backends import special_refusal
+
+    reason = special_refusal(backend, device, precision, dtype=dtype)
+    if reason is not None:
+        raise BadInput("precision", reason.rstrip("."), "Leave it out.", value=precision)
+
+
+def check_second_stage(backend: str, device: torch.device, method: Method) -> None:
+    """Raise BadInput when a method leaves out tiles within the softmax, and no backend here does."""
+    from ..attention.backends import special_refusal
+
+    reason = special_refusal(backend, device, None, method.second_stage)
+    if reason is not None:
+        problem = f"its pv_threshold cannot be had here: {reason.rstrip('.')}"
+        raise BadInput("method", problem, "Leave pv_threshold out.", value=method.name)
+
+
 def choose_dtype(name: str | torch.dtype, device: torch.device, model: str) -> torch.dtype:
     """The dtype that `dtype` means; BadInput for one that models are not run in."""
     import torch

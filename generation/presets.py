@@ -104,6 +104,8 @@ def with_preset(
         sparse = replace(sparse, methods=(DENSE if preset.method is None else preset.method,))
     if sparse.backend == "auto":
         sparse = replace(sparse, backend=preset.backend)
+    if sparse.precision is None:
+        sparse = replace(sparse, precision=preset.precision)
     own = preset.guidance_free == ("own",)
     of_preset = {"lora": preset.loras, "guidance_free": own or preset.guidance_free, "sla": preset.sla}
     return settings, sparse, {name: value or of_preset[name] for name, value in given.items()}

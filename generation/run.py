@@ -106,6 +106,7 @@ def run(
     backend: str = "auto",
     schedule: DenseSchedule | None = None,
     measure_error: int = 0,
+    precision: str | None = None,
     adapter: Sequence[Path] = (),
     base: str | None = None,
     beside: Preset | None = None,
@@ -119,7 +120,7 @@ def run(
     Args:
         pipe: the pipeline.
         settings: checked.
-        method, backend, schedule, measure_error, adapter, base: see `accelerate`.
+        method, backend, schedule, measure_error, precision, adapter, base: see `accelerate`.
         beside: a cache, layers in 8 bits and a scheduler, see `presets.beside`.
         on_step: told of every step.
         decode: make frames of the latents.
@@ -143,6 +144,7 @@ def run(
     if method is None:
         return _call(pipe, settings, on_step, decode)
     options: dict[str, Any] = {"backend": backend, "schedule": schedule, "measure_error": measure_error}
+    options["precision"] = precision
     try:
         handle = accelerate(pipe, method, **options, adapter=adapter if method.name == "sla" else (), base=base)
     except SLAError as error:
@@ -255,6 +257,7 @@ def make_videos(
     tell = on_stage or (lambda name, stage, done, total: None)
     options: dict[str, Any] = {
         "backend": job.backend,
+        "precision": job.precision,
         "adapter": [adapter.path for adapter in job.sla],
         "base": None if job.pipe is not None else job.facts.location,
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
+from .machine import check_precision
 from .methods import name_of
 from .values import count_or_share, number, text
 
@@ -24,7 +25,7 @@ class Sparse:
         dense_steps, dense_layers: first steps and layers that stay dense: a count (int) or a fraction (float).
         overrides: method -> field -> value.
         backend: a name, which then runs or raises, or "auto".
-        measure_error: see `accelerate`.
+        measure_error, precision: see `accelerate`.
 
     Raises:
         BadInput: a value of another kind or out of its bounds.
@@ -37,6 +38,7 @@ class Sparse:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "auto"
     measure_error: int = 0
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         _check_methods(self.methods)
@@ -55,6 +57,7 @@ class Sparse:
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
             problem = "it must be a whole number of queries, 0 or more (0 measures nothing)"
             raise BadInput("measure_error", problem, value=rows)
+        check_precision(self.precision)
 
     @property
     def names(self) -> list[str]:
@@ -70,6 +73,7 @@ class Sparse:
             "settings": bool(self.overrides),
             "backend": self.backend != "auto",
             "measure_error": bool(self.measure_error),
+            "precision": self.precision is not None,
         }
 
 

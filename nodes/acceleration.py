@@ -10,7 +10,7 @@ from ..attention.methods.base import OutOfReach
 from ..generation.errors import BadInput
 from ..generation.methods import MIN_SPARSE_TOKENS, build_method
 from ..generation.tuning.store import limit_of
-from .wording import InputError, check_shares, limit_words
+from .wording import PRECISIONS, InputError, check_shares, chosen_precision, limit_words
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class Acceleration:
         backend: a name, or "auto".
         min_tokens: videos with fewer tokens stay dense.
         measure_error: queries of each sparse call whose true error is measured; 0 measures nothing.
+        precision: in which the scores of sparse calls are computed, of `PRECISIONS`.
 
     Raises:
         ValueError: a value out of its bounds.
@@ -48,6 +49,7 @@ class Acceleration:
     backend: str = "auto"
     min_tokens: int = 0
     measure_error: int = 0
+    precision: str = PRECISIONS[0]
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -59,6 +61,7 @@ class Acceleration:
         for name in ("dense_layers", "min_tokens", "measure_error"):
             if getattr(self, name) < 0:
                 raise BadInput(name, "it must be 0 or more", value=getattr(self, name))
+        chosen_precision(self.precision)
 
     @property
     def adapters(self) -> tuple[Path, ...]:
@@ -117,6 +120,7 @@ class Acceleration:
         """The report of a run in the words of the node: its settings, and the input that each dense call is owed to."""
         config: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "method"}
         config["measure_error"] = self.measure_error or None
+        config["precision"] = chosen_precision(self.precision)
         if self.method != "svg2":
             del config["compensate"]
         reasons = {

@@ -54,7 +54,7 @@ class NativeAttention:
         dense: steps and layers that stay dense.
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
-        measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
+        measure_error, precision: see `SparseAttention`.
         weights: what was trained for the method in each layer.
 
     Raises:
@@ -71,13 +71,14 @@ class NativeAttention:
         min_tokens: int = 0,
         backend: str = "auto",
         measure_error: int = 0,
+        precision: str | None = None,
         weights: Mapping[int, torch.nn.Module] | None = None,
     ) -> None:
         if min_tokens < 0:
             raise ValueError(f"min_tokens is {min_tokens}: it must be 0 or more.")
         self.method_for, self.name, self.settings = method_for, name, settings
         self.dense, self.min_tokens, self.backend = dense, min_tokens, check_backend(backend)
-        self.measure_error, self.weights = check_rows(measure_error), weights or {}
+        self.measure_error, self.precision, self.weights = check_rows(measure_error), precision, weights or {}
         self._engines: dict[VideoLayout, SparseAttention] = {}
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
         self._notes: dict[str, int] = {}  # -> the last run that it was true of
@@ -215,6 +216,7 @@ class NativeAttention:
                 backend=self.backend,
                 model=geometry.family,
                 measure_error=self.measure_error,
+                precision=self.precision,
             )
         return self._engines[layout]
 

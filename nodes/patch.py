@@ -13,7 +13,7 @@ from .geometry import unwrap
 from .native import KEY, NativeAttention
 from .native_models import find_geometry
 from .sampling import DensePart, parse_layers
-from .wording import check_stand_ins
+from .wording import PRECISIONS, check_precision, check_stand_ins, chosen_precision
 
 
 def sparsify(
@@ -29,6 +29,7 @@ def sparsify(
     min_tokens: int = 0,
     backend: str = "auto",
     measure_error: int = 0,
+    precision: str = PRECISIONS[0],
     weights: Mapping[int, torch.nn.Module] | None = None,
 ) -> tuple[Any, NativeAttention]:
     """A clone of a MODEL with sparse attention; the MODEL itself stays as it is.
@@ -44,6 +45,7 @@ def sparsify(
         min_tokens: videos with fewer tokens stay dense.
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
+        precision: of `PRECISIONS`.
         weights: what was trained for the method in each layer.
 
     Returns:
@@ -51,7 +53,7 @@ def sparsify(
 
     Raises:
         ValueError: no model, one that has sparse attention already, a layer it does not have, a value out of bounds, or
-            a backend that cannot run on its device.
+            a backend that cannot run on its device, or not in that precision.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
@@ -65,6 +67,7 @@ def sparsify(
         )
     check_runs(backend, model.load_device)
     check_stand_ins(backend, model.load_device, stand_ins)
+    check_precision(backend, model.load_device, precision)
     geometry = find_geometry(diffusion_model)
     layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(unwrap(diffusion_model)))
     common = {
@@ -74,6 +77,7 @@ def sparsify(
         "min_tokens": min_tokens,
         "backend": backend,
         "measure_error": measure_error or None,
+        "precision": chosen_precision(precision),
     }
     session = NativeAttention(
         method_for,
@@ -83,6 +87,7 @@ def sparsify(
         min_tokens=min_tokens,
         backend=backend,
         measure_error=measure_error,
+        precision=chosen_precision(precision),
         weights=weights,
     )
 

@@ -26,6 +26,7 @@ from .sparse_nodes import (
     compensate_input,
     measure_error_input,
     min_tokens_input,
+    precision_input,
     share_inputs,
 )
 from .wording import plain_messages
@@ -132,6 +133,7 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                 # saves the values of inputs by their place.
                 min_tokens_input(optional=True),
                 measure_error_input(),
+                precision_input(),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
             **accepted(

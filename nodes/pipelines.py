@@ -29,7 +29,7 @@ from .acceleration import Acceleration
 from .loras import Lora, attach
 from .news import GenerationReport, News
 from .residency import Residency
-from .wording import InputError, check_stand_ins, plain_messages
+from .wording import InputError, check_precision, check_stand_ins, chosen_precision, plain_messages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +131,7 @@ class VideoPipeline:
         """The same weights with another acceleration, this object as it is.
 
         Raises:
-            ValueError: the backend cannot run on the device, or not with `compensate` or Tangent.
+            ValueError: the backend cannot run on the device, or not with `compensate`, Tangent or that precision.
             InputError: a LoRA in it was trained for an attention of its own.
         """
         if self.trained:
@@ -144,6 +144,7 @@ class VideoPipeline:
         with plain_messages():
             check_runs(acceleration.backend, self.residency.device, sparse=True)
         check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
+        check_precision(acceleration.backend, self.residency.device, acceleration.precision)
         return replace(self, acceleration=acceleration)
 
     def starting_from(self, given: Sequence[str]) -> VideoPipeline:
@@ -297,6 +298,7 @@ def generate(
     options: dict[str, Any] = {}
     if acceleration is not None:
         options = {"backend": acceleration.backend, "measure_error": acceleration.measure_error}
+        options["precision"] = chosen_precision(acceleration.precision)
         options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
     if preset is not None:
         options |= {"beside": preset, "base": pipeline.facts.location}

@@ -90,7 +90,7 @@ class LearnedSLA(Acceleration):
     Args:
         facts: of the model.
         learned: adapters, one for each transformer; none where the weights of the model were trained.
-        backend, min_tokens, measure_error: as those of `Acceleration`; the rest is not used.
+        backend, min_tokens, measure_error, precision: as those of `Acceleration`; the rest is not used.
     """
 
     facts: ModelFacts | None = None
@@ -121,7 +121,7 @@ class LearnedSLA(Acceleration):
         return method
 
     def reported(self, report: RunReport) -> RunReport:
-        shown = ("topk", "block", "linear_scope", "backend", "measure_error")
+        shown = ("topk", "block", "linear_scope", "backend", "measure_error", "precision")
         config = {name: report.config[name] for name in shown if name in report.config}
         adapters = {"sla": ", ".join(path.name for path in self.adapters)} if self.learned else {}
         return replace(report, config=adapters | config)

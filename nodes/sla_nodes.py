@@ -15,7 +15,7 @@ from .pipeline_nodes import Pipeline
 from .report_node import Report
 from .schema import accepted
 from .sla import LearnedSLA, matrices_and_projections, open_adapter
-from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input
+from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input, precision_input
 from .wording import InputError, plain_messages
 
 WORDS = ["vidaccel", "sparse linear attention", "speed up video", "lora"]
@@ -58,6 +58,7 @@ class VidaccelApplySLA(io.ComfyNode):
                 min_tokens_input(),
                 backend_input(),
                 measure_error_input(),
+                precision_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the adapter, and sparse attention."),
@@ -113,6 +114,7 @@ class VidaccelPipelineSLA(io.ComfyNode):
                 min_tokens_input(),
                 backend_input(),
                 measure_error_input(),
+                precision_input(),
             ],
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Generate Video.")],
             **accepted(io.Schema, search_aliases=WORDS),

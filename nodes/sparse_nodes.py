@@ -14,7 +14,7 @@ from .native_models import supported_models
 from .patch import sparsify
 from .report_node import Report
 from .schema import accepted
-from .wording import STEP
+from .wording import PRECISIONS, STEP
 
 CATEGORY = "video acceleration/sparse attention"
 SPARSE_BACKENDS = ["auto", *(name for name, backend in BACKENDS.items() if backend.capability.sparse)]
@@ -116,6 +116,19 @@ def measure_error_input() -> io.Input:
     )
 
 
+def precision_input() -> io.Input:
+    """In which format the scores are computed. Optional and behind all others, as `measure_error_input`."""
+    return io.Combo.Input(
+        "precision",
+        options=PRECISIONS,
+        default=PRECISIONS[0],
+        optional=True,
+        **accepted(io.Combo.Input, advanced=True),
+        tooltip="int8: the scores of sparse attention in 8 bits, on NVIDIA GPUs with Triton. Not faster on every GPU "
+        "(on an H200 it was slower); measure_error shows what it costs. Dense calls keep the model's.",
+    )
+
+
 def _inputs(special: list[io.Input]) -> list[io.Input]:
     """The inputs that every method has, with those of one method in their midst."""
     return [
@@ -135,6 +148,7 @@ def _inputs(special: list[io.Input]) -> list[io.Input]:
         *special,
         backend_input(),
         measure_error_input(),
+        precision_input(),
     ]
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ..attention import VideoLayout
-from ..attention.backends import with_stand_ins
+from ..attention.backends import special_refusal, with_stand_ins
 from ..attention.engine import NotFinite
 from ..attention.methods.base import OutOfReach, either
 from ..generation.errors import BadInput
@@ -25,6 +25,7 @@ INPUTS = {
 # What to do with an input that moves a bound.
 _EASING = {"compensate": "switch compensate off", "key_clusters": "take fewer key_clusters"}
 STEP = 0.01  # of the inputs that are shares
+PRECISIONS = ["of the model", "int8"]  # of the input of that name
 
 # A field of a request, of which there are several front ends -> the input that sets it.
 _FIELDS = {"model": "pipeline", "guidance_scale": "guidance", "guidance_free": "adapter"}
@@ -91,6 +92,20 @@ def check_shares(start: float, end: float, instead: str) -> None:
             f"dense_start_percent {start:g} and dense_end_percent {end:g} leave no step sparse: together they must "
             f"stay below 1. {instead}"
         )
+
+
+def chosen_precision(choice: str) -> str | None:
+    """What an input `precision` means to `accelerate`; a `ValueError` for what is none of its options."""
+    if choice not in PRECISIONS:
+        raise ValueError(f"precision is {choice!r}: choose {' or '.join(PRECISIONS)}.")
+    return None if choice == PRECISIONS[0] else choice
+
+
+def check_precision(backend: str, device: torch.device, choice: str) -> None:
+    """Raise a `ValueError` where nothing on a device computes attention in a precision, or a named backend does not."""
+    reason = special_refusal(backend, device, chosen_precision(choice))
+    if reason is not None:
+        raise ValueError(f"precision is {choice}: {reason.rstrip('.')}. Choose {PRECISIONS[0]}.")
 
 
 def check_stand_ins(backend: str, device: torch.device, of: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Backend, Capability, Request
+from .base import AS_INPUTS, Backend, Capability, Precision, Request, precision_of
 from .flex import FlexBackend
 from .gather import GatherBackend
 from .masked import MaskedBackend
@@ -114,15 +114,80 @@ def pick(name: str, request: Request, *, scattered: bool) -> Backend:
     raise RuntimeError("no backend can run this call: " + "; ".join(f"{n} {why}" for n, why in reasons.items()) + ".")
 
 
+def specials_of(request: Request) -> str:
+    """What only some backends compute of a call, in words; empty where any will do."""
+    formats = "" if request.precision == AS_INPUTS else str(request.precision)
+    return " and ".join(filter(None, (formats, "pv_threshold" if request.second_stage else "")))
+
+
+def pick_special(name: str, request: Request) -> Backend:
+    """The backend for a call that asks for what only some can compute: another precision, or a second stage.
+
+    Args:
+        name: a backend, which then runs or raises, or "auto", which chooses among those that can.
+        request: what the call needs.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: none of these can run the call; says why for each.
+    """
+    needed = specials_of(request)
+    able = [
+        known
+        for known, backend in BACKENDS.items()
+        if backend.capability.includes(request.precision)
+        and (backend.capability.second_stage or not request.second_stage)
+    ]
+    if check_backend(name) not in ("auto", *able):
+        raise RuntimeError(
+            f"backend {name!r} does not compute with {needed}: use 'auto' or {' or '.join(map(repr, able))}."
+        )
+    reasons = {}
+    for candidate in able if name == "auto" else [name]:
+        reasons[candidate] = BACKENDS[candidate].declines(request)
+        if reasons[candidate] is None:
+            return BACKENDS[candidate]
+    why = "; ".join(f"backend {candidate!r} {reason}" for candidate, reason in reasons.items())
+    raise RuntimeError(f"nothing can run this call with {needed}: {why}.")
+
+
+def special_refusal(
+    name: str,
+    device: torch.device,
+    precision: str | None,
+    second_stage: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> str | None:
+    """Why a device and a backend cannot compute in a precision, or leave out tiles; None where they can.
+
+    What only a call tells, such as its dtype, the first call is asked for.
+
+    Raises:
+        ValueError: the backend or the precision is unknown.
+    """
+    request = Request(device, dtype, 64, 1, False, False, False, precision_of(precision), second_stage=second_stage)
+    if not specials_of(request):
+        return None
+    try:
+        pick_special(name, request)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 __all__ = [
     "BACKENDS",
     "WORTHWHILE",
     "Backend",
     "Capability",
+    "Precision",
     "Request",
     "check_backend",
     "pick",
+    "pick_special",
+    "precision_of",
     "refusal",
     "runs_somehow",
+    "special_refusal",
     "with_stand_ins",
 ]

@@ -46,6 +46,22 @@ class Precision:
 
 
 AS_INPUTS = Precision()
+FP8_IS_SLOWER = (
+    "fp8 is for single calls alone: on Hopper the compiled kernel takes 720 instructions for 64 keys with P V in fp8, "
+    "and 425 in bfloat16, and elsewhere nothing was measured"
+)
+
+
+def precision_of(name: str | None) -> Precision:
+    """What the `precision` of a model means: None, the dtype of the inputs, or "int8", Q K^T in 8 bits.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in (None, "int8"):
+        why = f" ({FP8_IS_SLOWER})" if name == "fp8" else ""
+        raise ValueError(f'precision is {name!r}: choose "int8", or None for that of the model{why}.')
+    return Precision(name)
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,7 @@ class Capability:
         stand_ins: device types where `attend` itself attends to what stands for skipped clusters; elsewhere it needs
             the log-sum-exp, with which that part is merged.
         qk, pv: the values of `Precision` that it can compute with, besides None.
+        second_stage: device types where it leaves out tiles within the softmax (`BlockPlan.pv_threshold`).
     """
 
     devices: tuple[str, ...]
@@ -73,6 +90,7 @@ class Capability:
     stand_ins: tuple[str, ...] = ()
     qk: tuple[str, ...] = ()
     pv: tuple[str, ...] = ()
+    second_stage: tuple[str, ...] = ()
 
     def includes(self, precision: Precision) -> bool:
         """Whether it can compute with these formats."""
@@ -92,6 +110,7 @@ class Request:
         precision: in which formats to multiply.
         skipped: the plan has stand-ins for skipped clusters.
         small_tiles: its tiles have fewer than `SMALL_TILE` queries on average, and no stand-ins of their own.
+        second_stage: the plan has a `pv_threshold`.
     """
 
     device: torch.device
@@ -105,6 +124,7 @@ class Request:
     precision: Precision
     skipped: bool = False
     small_tiles: bool = False
+    second_stage: bool = False
 
 
 class Backend(abc.ABC):
@@ -121,8 +141,8 @@ class Backend(abc.ABC):
         return None
 
     def takes_stand_ins(self, device: torch.device, precision: Precision = AS_INPUTS) -> bool:
-        """Whether `attend` itself attends to what stands for skipped clusters; `attend_quantized` never does."""
-        return device.type in self.capability.stand_ins and precision == AS_INPUTS
+        """Whether it attends itself to what stands for skipped clusters; with values in fp8 none does."""
+        return device.type in self.capability.stand_ins and precision.pv is None
 
     def declines(self, request: Request) -> str | None:
         """Why the backend cannot run this call; None when it can."""
@@ -146,6 +166,10 @@ class Backend(abc.ABC):
             return f"does not compute with {request.precision}"
         if request.grad and request.precision != AS_INPUTS:
             return f"has no backward with {request.precision}: call it under torch.no_grad(), or train without"
+        if request.second_stage and request.device.type not in limits.second_stage:
+            return "leaves out no tiles within the softmax (pv_threshold)"
+        if request.second_stage and request.grad:
+            return "has no backward with pv_threshold: call it under torch.no_grad(), or train without"
         if not request.dense and not limits.sparse:
             return "computes dense attention only"
         return None
@@ -159,6 +183,7 @@ class Backend(abc.ABC):
         kind = "any plan" if limits.sparse else "dense plans"
         text = f"{'/'.join(limits.devices)}; {dtypes}; {head_dim}; {kind}; LSE on {lse}; backward on {backward}"
         formats = [f"{name} {value}" for name in ("qk", "pv") for value in getattr(limits, name)]
+        formats += ["pv_threshold"] if limits.second_stage else []
         return "; ".join([text, *formats])
 
     def prepare(self, plan: BlockPlan) -> None:  # noqa: B027 (most backends take a plan as it is)
@@ -177,6 +202,10 @@ class Backend(abc.ABC):
             scale: multiplies the scores.
             return_lse: whether the second result is `[B, H, n_q]` float32 or None.
         """
+
+    def scales_of(self, q: torch.Tensor, plan: BlockPlan, precision: Precision) -> str:
+        """How the quantised inputs of a call are scaled, in words."""
+        return "with a scale for each token"
 
     def attend_quantized(
         self,

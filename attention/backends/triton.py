@@ -11,6 +11,9 @@ from ..plan import BlockPlan
 from .base import Backend, Capability, Precision, Request
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
+# Where the compiled kernel is slower with values in fp8 than with those of the model: it needs them transposed in
+# shared memory, and products wait for one another (ptxas C7514): 720 instructions for 64 keys against 425.
+FP8_DOES_NOT_PAY = 9  # major compute capability
 
 
 class TritonBackend(Backend):
@@ -36,6 +39,7 @@ class TritonBackend(Backend):
         qk=("int8",),
         pv=("fp8",),
         stand_ins=("cuda", "cpu"),
+        second_stage=("cuda", "cpu"),
     )
 
     def __init__(self, gather_kv: bool = False) -> None:
@@ -69,6 +73,13 @@ class TritonBackend(Backend):
             if found < FP8_COMPUTE_CAPABILITY:
                 here = "this is the cpu" if found == (0, 0) else f"this one has {found[0]}.{found[1]}"
                 return f'takes pv="fp8" on GPUs of compute capability 8.9 or higher, and {here}; leave pv out'
+            if found[0] == FP8_DOES_NOT_PAY:
+                return (
+                    'does not take pv="fp8" on Hopper, where it is slower than without: 720 instructions for 64 keys '
+                    "against 425, and products that wait for one another; leave pv out"
+                )
+        if reason is None and request.second_stage and request.precision.pv is not None:
+            return f"leaves out no tiles (pv_threshold) with {request.precision}: leave pv out"
         return reason
 
     def attend(
@@ -95,8 +106,15 @@ class TritonBackend(Backend):
             float(scale),
             self.gather_kv,
             *stand_ins,
+            plan.pv_threshold,
         )
         return out, lse if return_lse else None
+
+    def scales_of(self, q: torch.Tensor, plan: BlockPlan, precision: Precision) -> str:
+        from ..kernels.block_sparse_int8 import int8_tiles
+
+        _, keys = int8_tiles(q, plan.tile_len, _key_block(plan), precision.pv == "fp8")
+        return f"with a scale for each token of Q and {keys} keys" if keys else super().scales_of(q, plan, precision)
 
     def attend_quantized(
         self,
@@ -108,13 +126,35 @@ class TritonBackend(Backend):
         return_lse: bool,
         precision: Precision,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        from ..kernels.block_sparse_int8 import block_sparse_attention_int8
+        from ..kernels.block_sparse_int8 import block_sparse_attention_int8, int8_walk_of
+        from ..kernels.stand_ins import stand_ins_of
 
-        runs = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
+        fp8 = precision.pv == "fp8"
+        own = plan.skipped is not None and self.takes_stand_ins(q.device, precision)  # else they are merged later
         out, lse = block_sparse_attention_int8(
-            q, k, v, *runs, float(scale), self.gather_kv, fp8_values=precision.pv == "fp8"
+            q,
+            k,
+            v,
+            plan.tile_start,
+            plan.tile_len,
+            plan.run_start,
+            plan.run_len,
+            plan.q_order,
+            plan.kv_order,
+            [] if torch.compiler.is_compiling() else int8_walk_of(plan, q, _key_block(plan), fp8),
+            float(scale),
+            self.gather_kv,
+            fp8,
+            _key_block(plan),
+            *(stand_ins_of(plan, q.dtype) if own else (None, None, None)),
+            plan.pv_threshold,
         )
         return out, lse if return_lse else None
+
+
+def _key_block(plan: BlockPlan) -> int:
+    """Keys of which all runs start at multiples; 0 where that is not known."""
+    return 0 if plan.block is None else plan.block[1]
 
 
 def _compute_capability(device: torch.device) -> tuple[int, int]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from ..plan import BlockPlan
-from .block_sparse_backward import backward_tiles, block_sparse_attention_backward
+from .block_sparse_backward import backward_walk, block_sparse_attention_backward
 from .block_sparse_forward import forward_tiles, launch_forward, results
-from .launch import LOG2E, Tiles, rows_contiguous
+from .launch import LOG2E, rows_contiguous
 from .permute import keys_in_order
 from .stand_ins import StandIns
-from .walk import Walk, make_walk
+from .walk import Walk, walk_of_plan
 
 
 @torch.library.custom_op("vidaccel::block_sparse_attention", mutates_args=())
@@ -33,6 +33,7 @@ def block_sparse_attention(
     skip_key: torch.Tensor | None,
     skip_value: torch.Tensor | None,
     skip_bias: torch.Tensor | None,
+    bound: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a plan as one operator, differentiable in q, k and v, also through the log-sum-exp.
 
@@ -45,40 +46,35 @@ def block_sparse_attention(
         gather_kv: read keys and values through `kv_order` instead of copying them in order first.
         skip_key, skip_value, skip_bias: what stands for skipped clusters, as `stand_ins.StandIns` holds it, or None. No
             gradient flows to it.
+        bound: leave out a tile of keys whose scores all lie more than this below the largest so far of their query;
+            None for none. There is no gradient then.
 
     Returns:
         `[B, H, n_q, D]` in the dtype and memory layout of q, and the log-sum-exp `[B, H, n_q]` float32. The latter is
         always written: it is 4 bytes a row, and the backward pass needs it.
     """
     out, lse = results(q)
-    plan = BlockPlan(q.shape[2], k.shape[2], tile_start, tile_len, run_start, run_len)
+    plan = BlockPlan(q.shape[2], k.shape[2], tile_start, tile_len, run_start, run_len, pv_threshold=bound)
     k, v, kv_order = keys_in_order(k, v, kv_order, gather_kv)
     stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
     q = rows_contiguous(q)
     known = Walk(*walk) if walk else None
     tiles = forward_tiles(q, plan)
-    launch_forward(q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, tiles, stand_ins=stand_ins, walk=known)
+    more = {"stand_ins": stand_ins, "walk": known, "bound": None if bound is None else bound * LOG2E}
+    launch_forward(q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, tiles, **more)
     return out, lse
 
 
 def walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
     """What the forward kernel makes of a plan before it runs, once for all calls that a plan serves."""
-    return _kept(plan, forward_tiles(q, plan))
+    return walk_of_plan(plan, forward_tiles(q, plan))
 
 
 def backward_walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
-    """The same of the backward pass, of the size of the plan; empty where there will be none."""
+    """The same of the backward pass; empty where there will be none."""
     if not (torch.is_grad_enabled() and q.requires_grad):
         return []
-    return _kept(plan, backward_tiles(q, plan.tile_len))
-
-
-def _kept(plan: BlockPlan, tiles: Tiles) -> list[torch.Tensor]:
-    """The walk of a plan in such tiles, made once."""
-    key = (tiles.block_m, tiles.block_n, tiles.tail_n)
-    if key not in plan._walks:
-        plan._walks[key] = list(make_walk(plan, *key))
-    return plan._walks[key]
+    return backward_walk(plan, q)
 
 
 @block_sparse_attention.register_fake
@@ -87,7 +83,7 @@ def _(q, *rest, **options):
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, walk, backward_walk, ctx.scale, ctx.gather_kv, skip_key, skip_value, skip_bias = inputs
+    *tensors, walk, backward_walk, ctx.scale, ctx.gather_kv, skip_key, skip_value, skip_bias, _ = inputs
     ctx.walk, ctx.backward_walk = len(walk), len(backward_walk)
     ctx.save_for_backward(*tensors, skip_key, skip_value, skip_bias, *output, *backward_walk)
 
@@ -99,7 +95,7 @@ def _backward(ctx, grad_out: torch.Tensor, grad_lse: torch.Tensor):
     known = len(saved) - ctx.backward_walk
     walk = list(saved[known:])
     grads = block_sparse_attention_backward(grad_out, grad_lse, *saved[:known], walk, ctx.scale, ctx.gather_kv)
-    return *grads, *[None] * 6, [None] * ctx.walk, [None] * ctx.backward_walk, *[None] * 5
+    return *grads, *[None] * 6, [None] * ctx.walk, [None] * ctx.backward_walk, *[None] * 6
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_save)

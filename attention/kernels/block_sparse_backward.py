@@ -9,7 +9,8 @@ Three kernels. The first makes D. The second makes dQ with the walk of the forwa
 program a block of `BLOCK_N` keys, aligned in permuted order, that walks the query tiles which read any of its keys.
 Which of the keys such a tile reads is a bit each, in 64-bit words per (tile, key block), since runs may start and end
 inside of a block. The words take `8 * T * ceil(n_kv / 64)` bytes per plan entry, and the lists of tiles
-`4 * T * ceil(n_kv / BLOCK_N)`. All shapes depend on no value, so there is no host sync.
+`4 * T * ceil(n_kv / BLOCK_N)`, which is quadratic: so they are made for as many heads at a time as `READERS_BYTES`
+hold. A plan that is one for all heads keeps them. All shapes depend on no value, so there is no host sync.
 Query heads that share a head of k and v may have its keys in different orders, so each writes a dK and dV of its own,
 and these are added up.
 """
@@ -17,7 +18,6 @@ and these are added up.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -35,8 +35,9 @@ from .launch import (
     rows_contiguous,
 )
 from .permute import keys_in_order
+from .readers import readers_of, tables_of, words_of
 from .stand_ins import StandIns, stand_in_args, stand_ins_to_queries
-from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
+from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys, walk_of_plan
 
 # Keyed like FORWARD_TILES; values chosen by what the compiler makes of them, not yet tuned by measurement.
 QUERY_TILES = {
@@ -67,8 +68,8 @@ KEY_TILES = {
     (0, 128, 4): Tiles(16, 32, 4, 1),
     (0, 256, 4): Tiles(16, 16, 4, 1),
 }
-CHUNK = 64  # words a program of _key_bits_kernel, and rows a program of _delta_kernel
-READ_CHUNK = 256  # tiles at a time in _readers_kernel
+CHUNK = 64  # rows a program of _delta_kernel
+WALK = len(Walk._fields)
 
 
 @triton.jit
@@ -159,78 +160,24 @@ def _query_kernel(
     store_rows(dq_ptr + b * dq_sb + h * dq_sh, q_rows, dq_sn, inside_m, d, dq * scale, D)
 
 
-@triton.jit
-def _low_bits(count):
-    """An int64 with the lowest `count` bits set, 0 to 64."""
-    one = tl.full(count.shape, 1, tl.int64)
-    # A shift by 64 is undefined, and by 63 followed by minus one it would overflow.
-    return tl.where(count >= 64, -one, (one << tl.minimum(count, 62)) * tl.where(count == 63, 2, 1) - 1)
-
-
-@triton.jit(do_not_specialize=["blocks", "slots"])
-def _key_bits_kernel(
-    run_start_ptr, run_len_ptr, bits_ptr, blocks, slots, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    chunks = tl.cdiv(blocks, CHUNK)
-    tile = (tl.program_id(0) // chunks).to(tl.int64)
-    block = (tl.program_id(0) % chunks) * CHUNK + tl.arange(0, CHUNK)
-    first = block * BLOCK_N
-    bits = tl.zeros([CHUNK], tl.int64)
-    for slot in range(slots):
-        start = tl.load(run_start_ptr + tile * slots + slot) - first
-        end = start + tl.load(run_len_ptr + tile * slots + slot)
-        low = tl.minimum(tl.maximum(start, 0), BLOCK_N).to(tl.int64)
-        high = tl.minimum(tl.maximum(end, 0), BLOCK_N).to(tl.int64)
-        bits = bits | (_low_bits(high) & ~_low_bits(low))
-    tl.store(bits_ptr + tile * blocks + block, bits, mask=block < blocks)
-
-
-@triton.jit(do_not_specialize=["tiles", "blocks"])
-def _readers_kernel(
-    bits_ptr, tile_len_ptr, readers_ptr, steps_ptr, tiles, blocks,
-    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One block of keys: the tiles that read any of them, in their order, and their pieces."""
-    place = tl.program_id(0).to(tl.int64)
-    entry = place // blocks
-    tile_len_ptr += entry * tiles
-    bits_ptr += (entry * tiles * blocks + place % blocks) * WORDS
-    readers_ptr += place * (tiles + 1)
-    count = 0
-    steps = 0
-    for first in range(0, tiles, CHUNK):
-        tile = first + tl.arange(0, CHUNK)
-        inside = tile < tiles
-        at = bits_ptr + tile.to(tl.int64) * blocks * WORDS
-        bits = tl.load(at, mask=inside, other=0)
-        for word in tl.static_range(1, WORDS):
-            bits = bits | tl.load(at + word, mask=inside, other=0)
-        size = tl.load(tile_len_ptr + tile, mask=inside, other=0)
-        reads = (bits != 0) & (size > 0)
-        one = reads.to(tl.int32)
-        tl.store(readers_ptr + count + tl.cumsum(one, 0) - 1, tile, mask=reads)
-        count += tl.sum(one, 0)
-        steps += tl.sum(tl.where(reads, tl.cdiv(size, BLOCK_M), 0), 0)
-    tl.store(readers_ptr + count, 0)  # the walk looks one entry ahead
-    tl.store(steps_ptr + place, steps)
-
-
-@triton.jit(do_not_specialize=["blocks", "tiles"])
+@triton.jit(do_not_specialize=["blocks", "tiles", "first_head", "first_entry"])
 def _key_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, grad_sb, grad_sh, grad_sn,
     dk_sb, dk_sh, dk_sn, dv_sb, dv_sh, dv_sn,
     q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
     tile_start_ptr, tile_len_ptr, bits_ptr, block_ptr, readers_ptr, steps_ptr,
-    plan_sb, plan_sh, heads, group, n_q, n_kv, blocks, tiles, scale, qk_scale,
+    plan_sb, plan_sh, heads, group, n_q, n_kv, blocks, tiles, first_head, first_entry, scale, qk_scale,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr, Q_ORDERED: tl.constexpr, KV_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr,
 ):  # fmt: skip
-    """`WORDS` of 64 bits a block, 1 or 2."""
-    head = (tl.program_id(0) // blocks).to(tl.int64)
+    """`WORDS` of 64 bits a block, 1 or 2. The heads are those from `first_head` on, over all batch entries, and the
+    tables those of the plan's entries from `first_entry` on.
+    """
+    head = (tl.program_id(0) // blocks + first_head).to(tl.int64)
     b = head // heads
     h = head % heads
-    entry = b * plan_sb + h * plan_sh
+    entry = b * plan_sb + h * plan_sh - first_entry
     block = tl.load(block_ptr + entry * blocks + tl.program_id(0) % blocks)
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -290,53 +237,15 @@ def _key_kernel(
     store_rows(dv_ptr + b * dv_sb + h * dv_sh, tokens, dv_sn, inside_n, d, dv, D)
 
 
-class Readers(NamedTuple):
-    """The plan seen from its key blocks, on the device. `K` blocks of `BLOCK_N` permuted keys.
-
-    Args:
-        tile_start, tile_len: `[Bp, Hp, T]` int32, of the plan.
-        bits: `[Bp, Hp, T, K, W]` int64; bit n of word w says that the tile reads key 64 w + n of the block.
-        block: `[Bp, Hp, K]` int32, the blocks, those with most work first.
-        readers: `[Bp, Hp, K, T + 1]` int32, the tiles that read any key of the block, then a 0, then whatever.
-        steps: `[Bp, Hp, K]` int32, pieces of `BLOCK_M` queries of all these tiles together.
-    """
-
-    tile_start: torch.Tensor
-    tile_len: torch.Tensor
-    bits: torch.Tensor
-    block: torch.Tensor
-    readers: torch.Tensor
-    steps: torch.Tensor
-
-
-def words_of(block_n: int) -> int:
-    """Words of 64 bits, one bit a key."""
-    return max(1, block_n // 64)
-
-
-def make_readers(plan: BlockPlan, block_m: int, block_n: int) -> Readers:
-    """Transpose a plan for blocks of `block_n` keys, at most 128; no host sync."""
-    lead, tiles = plan.tile_len.shape[:2], plan.tile_len.shape[-1]
-    blocks, words = -(-plan.n_kv // block_n), words_of(block_n)
-    tile_len, device = plan.tile_len.contiguous(), plan.device
-    bits = torch.empty(*lead, tiles, blocks, words, dtype=torch.int64, device=device)
-    readers = torch.empty(*lead, blocks, tiles + 1, dtype=torch.int32, device=device)
-    steps = torch.empty(*lead, blocks, dtype=torch.int32, device=device)
-    with on_device(bits):
-        _key_bits_kernel[(tile_len.numel() * triton.cdiv(blocks * words, CHUNK),)](
-            plan.run_start.contiguous(), plan.run_len.contiguous(), bits, blocks * words, plan.run_len.shape[-1],
-            BLOCK_N=block_n // words, CHUNK=CHUNK,
-        )  # fmt: skip
-        _readers_kernel[(steps.numel(),)](
-            bits, tile_len, readers, steps, tiles, blocks, WORDS=words, BLOCK_M=block_m, CHUNK=READ_CHUNK, num_warps=4
-        )
-    block = steps.argsort(-1, descending=True).int().contiguous()
-    return Readers(plan.tile_start.contiguous(), tile_len, bits, block, readers, steps)
-
-
 def backward_tiles(q: torch.Tensor, tile_len: torch.Tensor) -> Tiles:
     """The tiles of the kernel that makes dQ, for whose walk they count."""
     return choose_tiles(QUERY_TILES, q, tile_len)
+
+
+def backward_walk(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
+    """What the kernels make of a plan before they run, kept on it: its walk, and its readers where they are kept."""
+    known = walk_of_plan(plan, backward_tiles(q, plan.tile_len))
+    return known + readers_of(plan, choose_tiles(KEY_TILES, q, plan.tile_len))
 
 
 @torch.library.custom_op("vidaccel::block_sparse_attention_backward", mutates_args=())
@@ -366,8 +275,7 @@ def block_sparse_attention_backward(
     Args:
         grad_out: `[B, H, n_q, D]`. grad_lse: `[B, H, n_q]` float32.
         out, lse: what the forward pass returned.
-        walk: `make_walk` of the plan in `backward_tiles`, or empty: it is then made. The rest are the arguments of the
-            forward pass.
+        walk: `backward_walk` of the plan, or empty: it is then made. The rest are the arguments of the forward pass.
 
     Returns:
         The gradients of q, k and v, in their shapes, dtypes and layouts.
@@ -392,28 +300,30 @@ def block_sparse_attention_backward(
         )  # fmt: skip
 
         tiles = backward_tiles(q, tile_len)
-        walk = Walk(*walk) if walk else make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
+        known = Walk(*walk[:WALK]) if walk else make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
         stand_ins = None if skip_key is None else StandIns(skip_key, skip_value, skip_bias)
-        pieces = walk.piece_len.shape[-1]
+        pieces = known.piece_len.shape[-1]
         _query_kernel[(pieces * batch * heads,)](
             q, k, v, grad_out, dq, lse, delta, *inputs, *dq.stride()[:3],
-            *order_args(q_order, heads), *order_args(load_order, heads), *walk, *stand_in_args(stand_ins),
+            *order_args(q_order, heads), *order_args(load_order, heads), *known, *stand_in_args(stand_ins),
             *plan_strides(tile_len.shape), heads, group, plan.n_q, pieces, tile_len.shape[-1],
-            walk.full_start.shape[-1], walk.tail_start.shape[-1], scale, scale * LOG2E, **shape, **orders,
+            known.full_start.shape[-1], known.tail_start.shape[-1], scale, scale * LOG2E, **shape, **orders,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TAIL_N=tiles.tail_n, STAND_INS=stand_ins is not None,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
         tiles = choose_tiles(KEY_TILES, q, tile_len)
-        readers = make_readers(plan, tiles.block_m, tiles.block_n)
-        blocks = readers.block.shape[-1]
-        _key_kernel[(blocks * batch * heads,)](
-            q, k, v, grad_out, of_k, of_v, lse, delta, *inputs, *of_k.stride()[:3], *of_v.stride()[:3],
-            *order_args(q_order, heads), *order_args(kv_order, heads), *readers,
-            *plan_strides(tile_len.shape), heads, group, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
-            scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None, WORDS=words_of(tiles.block_n),
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+        blocks = -(-plan.n_kv // tiles.block_n)
+        for first, readers, ranges in tables_of(plan, tiles, walk[WALK:], batch, heads):
+            for begin, end in ranges:
+                _key_kernel[(blocks * (end - begin),)](
+                    q, k, v, grad_out, of_k, of_v, lse, delta, *inputs, *of_k.stride()[:3], *of_v.stride()[:3],
+                    *order_args(q_order, heads), *order_args(kv_order, heads), *readers,
+                    *plan_strides(tile_len.shape), heads, group, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
+                    begin, first, scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None,
+                    WORDS=words_of(tiles.block_n), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                    num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                )  # fmt: skip
     if of_k is not dk:
         for whole, parts in ((dk, of_k), (dv, of_v)):
             torch.sum(parts.unflatten(1, (whole.shape[1], -1)), 2, out=whole)

@@ -22,6 +22,14 @@ import triton.language as tl
 
 from ..plan import BlockPlan
 from .descriptors import describe
+from .forward_steps import (
+    FP8_LIFT,
+    UNREAD_MAXIMUM,
+    attend_described_tile,
+    attend_int8_block,
+    attend_int8_tile,
+    attend_tile,
+)
 from .launch import Tiles, choose_tiles, on_device, order_args, padded, plan_strides, rows_contiguous
 from .stand_ins import StandIns, attend_stand_ins, stand_in_args
 from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
@@ -54,98 +62,31 @@ SCATTERED_TILES = {
     (9, 64, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
     (9, 128, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
 }
-
-# Of the fp8 variant (`block_sparse_int8.py`): the power of two that lifts its weights; how many products may be added
-# before their sum moves to float32, at most the keys of a tile.
-FP8_LIFT = tl.constexpr(8.0)
-FP8_ADDED = tl.constexpr(32)
+# With a second stage, which is decided for all rows of a program: those of one warp group.
+SECOND_STAGE_TILES = SCATTERED_TILES | {(10, width, 2): Tiles(64, 64, 4, 3) for width in (64, 128)}
 
 
 # -- the forward kernel ----------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _attend_described_tile(
-    state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """`_attend_tile` with keys and values through tensor descriptors; a tail has descriptors of its own size."""
-    m, total, acc = state
-    q, k_desc, v_desc, k_tail_desc, v_tail_desc, k_row, v_row, k_column, v_column, factor = inputs
-    if MASKED:
-        k = k_tail_desc.load([k_row + first, k_column])
-    else:
-        k = k_desc.load([k_row + first, k_column])
-    scores = tl.dot(q, tl.trans(k))
-    if MASKED:
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-    # The scale is above 0, so the maximum can be taken before it; it then enters where the maximum is subtracted.
-    new_m = tl.maximum(m, tl.max(scores, 1) * factor)
-    p = tl.exp2(scores * factor - new_m[:, None])
-    shrink = tl.exp2(m - new_m)
-    if MASKED:
-        # What lies behind the tail may be anything, and 0 times NaN is NaN.
-        v = tl.where(inside[:, None], v_tail_desc.load([v_row + first, v_column]), 0.0)
-    else:
-        v = v_desc.load([v_row + first, v_column])
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-    return new_m, total * shrink + tl.sum(p, 1), acc
-
-
-@triton.jit
-def _attend_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
-    """One step of the online softmax: `m` row maxima, `total` row sums, `acc` unnormalised output.
-
-    Where k is int8, its rows lie in permuted order, and `factor` holds the scale of each query; else it is one number.
-    Where v is fp8 (and k int8), the weights are lifted by 2 ** 8, to use what e4m3 can hold, which is 2 ** -9 to 448.
-    """
-    m, total, acc = state
-    q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr = inputs
-    d = tl.arange(0, D_PAD)
-    if k_ptr.dtype.element_ty == tl.int8:
-        k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
-        k_scale = tl.load(k_scale_ptr + keys, mask=inside, other=0.0)
-        # The scales of queries are above 0, so the maximum can be taken before them, and then they cost no step of
-        # their own: they are multiplied in where the maximum is subtracted, by one instruction.
-        scores = tl.dot(q, tl.trans(k)).to(tl.float32) * k_scale[None, :]
-    else:
-        k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    if MASKED:
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-    # A tile has at least one key, so the new maximum is finite and the differences are never inf - inf.
-    if k_ptr.dtype.element_ty == tl.int8:
-        new_m = tl.maximum(m, tl.max(scores, 1) * factor)
-        subtracted = new_m - FP8_LIFT if v_ptr.dtype.element_ty == tl.float8e4nv else new_m
-        p = tl.exp2(tl.fma(scores, factor[:, None], -subtracted[:, None]))
-    else:
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        p = tl.exp2(scores - new_m[:, None])
-    shrink = tl.exp2(m - new_m)
-    if v_ptr.dtype.element_ty == tl.float8e4nv:
-        # The tensor cores of compute capability 9 add fp8 products in few bits: after so many the sum moves to float32.
-        v = load_rows(v_ptr, keys, v_sn, inside, d, D, D_PAD, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], max_num_imprecise_acc=FP8_ADDED)
-    else:
-        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return new_m, total * shrink + tl.sum(p, 1), acc
-
-
 @triton.jit(do_not_specialize=["pieces", "tiles", "slots"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_tail_ptr, v_tail_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_shift_ptr,
+    whole_q_ptr, whole_q_sb, whole_q_sh, whole_q_sn,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn,
     q_order_ptr, q_order_sb, q_order_sh, kv_order_ptr, kv_order_sb, kv_order_sh,
     piece_start_ptr, piece_len_ptr, piece_tile_ptr,
     full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
     skip_key_ptr, skip_key_sb, skip_key_sh, skip_key_st, skip_value_ptr, skip_value_sb, skip_value_sh, skip_value_st,
     skip_bias_ptr, skip_bias_sb, skip_bias_sh, skip_bias_st, clusters,
-    plan_sb, plan_sh, heads, k_group, v_group, n_q, n_kv, pieces, tiles, slots, tail_slots, qk_scale,
+    plan_sb, plan_sh, heads, k_group, v_group, n_q, n_kv, pieces, tiles, slots, tail_slots, qk_scale, bound,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr, DESCRIBED: tl.constexpr, STAND_INS: tl.constexpr,
+    K_BLOCKED: tl.constexpr,
 ):  # fmt: skip
     """`DESCRIBED`: k, v and their tails are tensor descriptors; their "strides" are the row of a batch entry, that of a
-    head, and the column of a head. `k_group` and `v_group`: query heads that share a head of k, and of v.
+    head, and the column of a head. `k_group` and `v_group`: query heads that share a head of k, and of v. With int8,
+    `whole_q` are the queries that stand-ins meet, as they were, and `K_BLOCKED` says that k has a scale for each tile.
     """
     b, h, start, size, tile = find_piece(
         piece_start_ptr, piece_len_ptr, piece_tile_ptr, plan_sb, plan_sh, heads, pieces, tiles
@@ -165,7 +106,7 @@ def _forward_kernel(
     if q_ptr.dtype.element_ty == tl.int8:
         q = load_rows(q_ptr, positions, q_sn, inside_m, d, D, D_PAD, True)
         factor = tl.load(q_scale_ptr + head * n_q + positions, mask=inside_m, other=1.0)
-        k_scale_ptr += (b * (heads // k_group) + k_head) * n_kv
+        k_scale_ptr += (b * (heads // k_group) + k_head) * (tl.cdiv(n_kv, BLOCK_N) if K_BLOCKED else n_kv)
     else:
         q = load_rows(q_ptr, q_rows, q_sn, inside_m, d, D, D_PAD, True)
         factor = qk_scale
@@ -173,6 +114,8 @@ def _forward_kernel(
         kv_order_ptr += b * kv_order_sb + h * kv_order_sh
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if bound is not None:
+        m = tl.where(inside_m, m, UNREAD_MAXIMUM)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     if DESCRIBED:
@@ -181,24 +124,40 @@ def _forward_kernel(
         k_column = (k_head * k_sn).to(tl.int32)
         v_column = (v_head * v_sn).to(tl.int32)
         m, total, acc = walk_keys(
-            _attend_described_tile, (m, total, acc),
-            (q, k_ptr, v_ptr, k_tail_ptr, v_tail_ptr, k_row, v_row, k_column, v_column, factor),
+            attend_described_tile, (m, total, acc),
+            (q, k_ptr, v_ptr, k_tail_ptr, v_tail_ptr, k_row, v_row, k_column, v_column, factor, bound),
             tile, slots, tail_slots, kv_order_ptr,
             full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
             D, D_PAD, BLOCK_N, TAIL_N, False,
         )  # fmt: skip
     else:
+        k_ptr += b * k_sb + k_head * k_sh
+        values = v_ptr + b * v_sb + v_head * v_sh
+        if q_ptr.dtype.element_ty != tl.int8:
+            STEP: tl.constexpr = attend_tile
+            inputs = (q, k_ptr, values, k_sn, v_sn, factor, bound)
+        elif K_BLOCKED:
+            STEP: tl.constexpr = attend_int8_block
+            inputs = (q, k_ptr, values, k_sn, v_sn, factor, k_scale_ptr, bound, BLOCK_N)
+        else:
+            STEP: tl.constexpr = attend_int8_tile
+            inputs = (q, k_ptr, values, k_sn, v_sn, factor, k_scale_ptr, bound)
         m, total, acc = walk_keys(
-            _attend_tile, (m, total, acc),
-            (q, k_ptr + b * k_sb + k_head * k_sh, v_ptr + b * v_sb + v_head * v_sh, k_sn, v_sn, factor, k_scale_ptr),
-            tile, slots, tail_slots, kv_order_ptr,
+            STEP, (m, total, acc), inputs, tile, slots, tail_slots, kv_order_ptr,
             full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
             D, D_PAD, BLOCK_N, TAIL_N, GATHER_KV,
         )  # fmt: skip
     if STAND_INS:
         place = tile - (b * plan_sb + h * plan_sh) * tiles
+        shift = 0.0
+        if q_ptr.dtype.element_ty == tl.int8:
+            # The keys were smoothed, the stand-ins are not: the scores of a query differ by one number.
+            whole_q_ptr += b * whole_q_sb + h * whole_q_sh
+            q = load_rows(whole_q_ptr, q_rows, whole_q_sn, inside_m, d, D, D_PAD, True)
+            shift = tl.load(lse_shift_ptr + head * n_q + positions, mask=inside_m, other=0.0)
+            shift = (shift * 1.4426950408889634)[:, None]
         m, total, acc = attend_stand_ins(
-            (m, total, acc), q, factor,
+            (m, total, acc), q, qk_scale, shift,
             skip_key_ptr + b * skip_key_sb + h * skip_key_sh + place * skip_key_st,
             skip_value_ptr + b * skip_value_sb + h * skip_value_sh + place * skip_value_st,
             skip_bias_ptr + b * skip_bias_sb + h * skip_bias_sh + place * skip_bias_st,
@@ -235,6 +194,9 @@ def launch_forward(
     scales: tuple[torch.Tensor | None, ...] = (None, None, None, None),
     stand_ins: StandIns | None = None,
     walk: Walk | None = None,
+    whole_q: torch.Tensor | None = None,
+    k_blocked: bool = False,
+    bound: float | None = None,
 ) -> None:
     """Run the forward kernel into `out` and `lse`.
 
@@ -243,10 +205,13 @@ def launch_forward(
             `stride(-1) == 1`; int8 q and k, and fp8 v, in permuted order.
         plan: tiles and runs; its own orders are not read.
         q_order: where a permuted query lies in `out`, and in q unless that is int8. kv_order: likewise in k and v.
-        qk_scale: multiplies the scores, in base 2; not read for int8.
+        qk_scale: multiplies the scores, in base 2; of int8 those of stand-ins alone.
         scales: the scales of q, k and v and what to add to the log-sum-exp, where q and k are int8 (v: fp8).
-        stand_ins: of the clusters that each tile skips; not with int8.
+        stand_ins: of the clusters that each tile skips; not with fp8.
         walk: of this plan and these tiles, where it is at hand.
+        whole_q: q before it was int8, with stand-ins.
+        k_blocked: k has one scale for each `block_n` keys, at multiples of which all runs start, and not one a key.
+        bound: leave out a tile of keys whose scores, in base 2, all lie so far below the running maxima; None for none.
     """
     walk = walk or make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
     (batch, heads), dim = q.shape[:2], q.shape[3]
@@ -255,20 +220,23 @@ def launch_forward(
     keys, places = described or ((k, v, None, None), (*k.stride()[:3], *v.stride()[:3]))
     with on_device(q):
         _forward_kernel[(pieces * batch * heads,)](
-            q, *keys, out, lse, *scales, *q.stride()[:3], *places, *out.stride()[:3],
+            q, *keys, out, lse, *scales, whole_q, *(q if whole_q is None else whole_q).stride()[:3],
+            *q.stride()[:3], *places, *out.stride()[:3],
             *order_args(q_order, heads), *order_args(kv_order, heads), *walk, *stand_in_args(stand_ins),
             *plan_strides(plan.tile_len.shape), heads, heads // k.shape[1], heads // v.shape[1],
             plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
-            walk.full_start.shape[-1], walk.tail_start.shape[-1], qk_scale,
+            walk.full_start.shape[-1], walk.tail_start.shape[-1], qk_scale, bound,
             D=dim, D_PAD=max(padded(dim), 32 // q.element_size()), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             TAIL_N=tiles.tail_n, Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
             DESCRIBED=described is not None, STAND_INS=stand_ins is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            K_BLOCKED=k_blocked, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
 
 def forward_tiles(q: torch.Tensor, plan: BlockPlan) -> Tiles:
     """The launch configuration for a plan; reads shapes only."""
+    if plan.pv_threshold is not None:
+        return choose_tiles(FORWARD_TILES | SECOND_STAGE_TILES, q, plan.tile_len)
     many_runs, small_tiles = plan.run_len.shape[-1] > SCATTERED, plan.n_q <= 64 * plan.tile_len.shape[-1]
     return choose_tiles(
         FORWARD_TILES | SCATTERED_TILES if many_runs or small_tiles else FORWARD_TILES, q, plan.tile_len

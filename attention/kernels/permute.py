@@ -10,6 +10,7 @@ from .launch import heads_in_order, on_device, order_args, padded, rows_contiguo
 from .walk import load_rows, store_rows, token_rows
 
 ROWS = 64  # tokens a program
+ENTRIES = 1024  # of an order, a program
 
 
 def permute_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -36,6 +37,30 @@ def keys_in_order(
     if kv_order is not None and not gather_kv:
         k, v, kv_order = permute_rows(k, kv_order), permute_rows(v, kv_order), None
     return rows_contiguous(k), rows_contiguous(v), kv_order
+
+
+def text_last(order: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """An order of a video `[B, H, n]` int64 as one of the sequence with text before and after it, the text last."""
+    order = order.contiguous()
+    video = order.shape[-1]
+    out = torch.empty(*order.shape[:2], video + before + after, dtype=torch.int64, device=order.device)
+    with on_device(order):
+        _text_last_kernel[(triton.cdiv(out.shape[-1], ENTRIES), out[..., 0].numel())](
+            order, out, video, before, after, BLOCK=ENTRIES, num_warps=4
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["video", "before", "after"])
+def _text_last_kernel(order_ptr, out_ptr, video, before, after, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < video
+    tokens = tl.load(order_ptr + row * video + at, mask=inside, other=0) + before
+    # Behind the video the text in its own order: what stands before the video, then what stands after it.
+    text = at - video + tl.where(at - video < before, 0, video)
+    out = tl.where(inside, tokens, text.to(tl.int64))
+    tl.store(out_ptr + row * (video + before + after) + at, out, mask=at < video + before + after)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .launch import LOG2E, Tiles, on_device, order_args, padded, rows_contiguous
+from .runs import starts_of
 from .walk import load_rows, token_rows
 
 # By (16 bits, padded head_dim): centroids, keys, warps, stages. float32 is computed exactly, without tensor cores.
@@ -50,24 +51,24 @@ def probe_clusters(
         under the softmax, both `[B, H, Cq, Ck]` float32 and -inf without keys; `key` and `value`, the means weighted by
         that softmax, `[B, H, Cq + room, Ck + room, D]` in the dtype of k, 0 without keys.
     """
-    k, v, sizes = rows_contiguous(k), rows_contiguous(v), sizes.int()
+    k, v = rows_contiguous(k), rows_contiguous(v)
     q_means = q_means.to(k.dtype).contiguous()
-    first = (sizes.cumsum(-1) - sizes).int().contiguous()
+    first, sizes = starts_of(sizes)
     (batch, heads, centroids, dim), clusters = q_means.shape, sizes.shape[-1]
     shape = (batch, heads, centroids, clusters)
     log_mass, bias = (torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(2))
     wide = (batch, heads, centroids + room, clusters + room, dim)
-    key, value = (torch.empty(wide, dtype=k.dtype, device=k.device) for _ in range(2))
+    tables = torch.empty(2, *wide, dtype=k.dtype, device=k.device)
     if room:
-        for table in (key, value):
-            table[:, :, centroids:] = 0
-            table[:, :, :, clusters:] = 0
+        tables[:, :, :, centroids:] = 0
+        tables[:, :, :, :, clusters:] = 0
+    key, value = tables
     tiles = TILES[k.element_size() == 2, max(64, padded(dim))]
     block_m = min(tiles.block_m, padded(centroids))
     with on_device(k):
         # Programs of one cluster side by side: they read the same keys.
         _probe_kernel[(triton.cdiv(centroids, block_m) * clusters * batch * heads,)](
-            q_means, k, v, log_mass, bias, key, value, first, sizes.contiguous(), *k.stride()[:3], *v.stride()[:3],
+            q_means, k, v, log_mass, bias, key, value, first, sizes, *k.stride()[:3], *v.stride()[:3],
             *order_args(order, k.shape[1]), heads, heads // k.shape[1], centroids, clusters, room, scale * LOG2E,
             D=dim, D_PAD=padded(dim), BLOCK_M=block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,

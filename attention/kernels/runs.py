@@ -23,18 +23,27 @@ def merge_segments(selected: torch.Tensor, sizes: torch.Tensor, slots: int) -> t
         slots: R.
     """
     lead, rows, segments = selected.shape[:-2], selected.shape[-2], selected.shape[-1]
-    sizes = sizes.expand(*lead, segments)
-    order = torch.argsort((sizes == 0).to(torch.int8), dim=-1, stable=True)  # the empty ones last: they part nothing
-    starts = (sizes.cumsum(-1) - sizes).gather(-1, order).int()
-    sizes = sizes.gather(-1, order).int()
-    start, end = (torch.zeros(*lead, rows, slots, dtype=torch.int32, device=selected.device) for _ in range(2))
+    sizes = sizes.expand(*lead, segments).contiguous()
+    of_segments, of_runs = (*lead, segments), (*lead, rows, slots)
+    filled = [torch.empty(of_segments, dtype=torch.int32, device=selected.device) for _ in range(3)]
+    start, length = (torch.empty(of_runs, dtype=torch.int32, device=selected.device) for _ in range(2))
     with on_device(selected):
+        # The empty ones last: they part nothing.
+        _filled_kernel[(sizes[..., 0].numel(),)](sizes, *filled, segments, BLOCK=BLOCK, num_warps=4)
         _merge_kernel[(start[..., 0].numel(),)](
-            selected.contiguous().view(torch.int8), *(x.contiguous() for x in (order.int(), starts, sizes)), start, end,
-            rows, segments, slots,
+            selected.contiguous().view(torch.int8), *filled, start, length, rows, segments, slots,
             BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    return start, end - start
+    return start, length
+
+
+def starts_of(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`runs.starts_of` in one pass."""
+    sizes = sizes.contiguous()
+    start, length = (torch.empty(sizes.shape, dtype=torch.int32, device=sizes.device) for _ in range(2))
+    with on_device(sizes):
+        _starts_kernel[(sizes[..., 0].numel(),)](sizes, start, length, sizes.shape[-1], BLOCK=BLOCK, num_warps=4)
+    return start, length
 
 
 def cut_runs(
@@ -135,11 +144,48 @@ def _pieces_kernel(
         tl.store(segment_ptr + at, tl.zeros([BLOCK], tl.int32) + segments - 1, mask=at < slots)
 
 
+@triton.jit(do_not_specialize=["segments"])
+def _starts_kernel(size_ptr, start_ptr, length_ptr, segments, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    passed = 0
+    for first in range(0, segments, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        size = tl.load(size_ptr + row * segments + at, mask=at < segments, other=0).to(tl.int32)
+        tl.store(start_ptr + row * segments + at, passed + tl.cumsum(size, 0) - size, mask=at < segments)
+        tl.store(length_ptr + row * segments + at, size, mask=at < segments)
+        passed += tl.sum(size, 0)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _filled_kernel(size_ptr, order_ptr, start_ptr, filled_ptr, segments, BLOCK: tl.constexpr):
+    """The segments that are not empty, in order: number, start and size; behind them zeros."""
+    row = tl.program_id(0).to(tl.int64) * segments
+    passed = 0
+    count = 0
+    for first in range(0, segments, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        size = tl.load(size_ptr + row + at, mask=at < segments, other=0).to(tl.int32)
+        some = (size > 0).to(tl.int32)
+        place = row + count + tl.cumsum(some, 0) - 1
+        tl.store(order_ptr + place, at, mask=some != 0)
+        tl.store(start_ptr + place, passed + tl.cumsum(size, 0) - size, mask=some != 0)
+        tl.store(filled_ptr + place, size, mask=some != 0)
+        passed += tl.sum(size, 0)
+        count += tl.sum(some, 0)
+    for first in range(count, segments, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], tl.int32)
+        tl.store(order_ptr + row + at, zeros, mask=at < segments)
+        tl.store(start_ptr + row + at, zeros, mask=at < segments)
+        tl.store(filled_ptr + row + at, zeros, mask=at < segments)
+
+
 @triton.jit(do_not_specialize=["rows", "segments", "slots"])
 def _merge_kernel(
-    selected_ptr, order_ptr, start_ptr, size_ptr, run_start_ptr, run_end_ptr, rows, segments, slots,
+    selected_ptr, order_ptr, start_ptr, size_ptr, run_start_ptr, run_len_ptr, rows, segments, slots,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The runs of one tile, from segments of which the empty ones are last."""
     row = tl.program_id(0).to(tl.int64)
     selected_ptr += row * segments
     order_ptr += (row // rows) * segments
@@ -166,8 +212,17 @@ def _merge_kernel(
         place = runs + tl.cumsum(begins, 0) - 1
         room = place < slots
         tl.store(run_start_ptr + row * slots + place, start, mask=(begins != 0) & room)
-        tl.store(run_end_ptr + row * slots + place, start + size, mask=chosen & (goes_on == 0) & room)
+        tl.store(run_len_ptr + row * slots + place, start + size, mask=chosen & (goes_on == 0) & room)
         runs += tl.sum(begins, 0)
+    # Ends to lengths, once all are there; the slots that are left over get 0.
+    tl.debug_barrier()
+    for first in range(0, slots, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        used = at < tl.minimum(runs, slots)
+        start = tl.load(run_start_ptr + row * slots + at, mask=used, other=0)
+        end = tl.load(run_len_ptr + row * slots + at, mask=used, other=0)
+        tl.store(run_start_ptr + row * slots + at, start, mask=at < slots)
+        tl.store(run_len_ptr + row * slots + at, end - start, mask=at < slots)
 
 
 @triton.jit(do_not_specialize=["slots", "tails"])

@@ -61,10 +61,14 @@ def _scores(q, factor, key_ptr, bias_ptr, rows, inside, D: tl.constexpr, D_PAD: 
 
 @triton.jit
 def attend_stand_ins(
-    state, q, factor, key_ptr, value_ptr, bias_ptr, clusters,
+    state, q, factor, shift, key_ptr, value_ptr, bias_ptr, clusters,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the stand-ins of a tile to its online softmax `(m, total, acc)`, in base 2."""
+    """Add the stand-ins of a tile to its online softmax `(m, total, acc)`, in base 2.
+
+    `shift`, a number or one for each query in a column, is by how much the scores in the state are less than those of
+    the keys as they were.
+    """
     m, total, acc = state
     d = tl.arange(0, D_PAD)
     STEP: tl.constexpr = min(64, BLOCK_N)
@@ -72,6 +76,7 @@ def attend_stand_ins(
         rows = first + tl.arange(0, STEP)
         inside = rows < clusters
         _, scores = _scores(q, factor, key_ptr, bias_ptr, rows, inside, D, D_PAD)
+        scores -= shift
         new_m = tl.maximum(m, tl.max(scores, 1))
         # A tile without keys of its own may meet clusters that do not count before the first that does.
         safe = tl.where(new_m == float("-inf"), 0.0, new_m)

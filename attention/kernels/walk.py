@@ -20,7 +20,10 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
+from .launch import Tiles, on_device
 from .runs import cut_runs
+
+PIECES = 256  # at a time
 
 
 class Walk(NamedTuple):
@@ -55,13 +58,55 @@ def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
         plan.run_start, plan.run_len, block_n, tail_n
     )
     start, length, tile = plan.cut(block_m)
-    work = (full_count + tail_count).gather(-1, tile.long()).masked_fill(length == 0, -1)
-    order = work.argsort(dim=-1, descending=True, stable=True)  # equals in sequence share keys in the L2 cache
-    start, length, tile = (x.gather(-1, order).contiguous() for x in (start, length, tile))
+    pieces = [start, length, tile]
+    work, *ordered = (torch.empty_like(tile) for _ in range(4))
+    grid, (tiles, count) = (tile[..., 0].numel(),), (full_count.shape[-1], tile.shape[-1])
+    with on_device(tile):
+        _work_kernel[grid](full_count, tail_count, length, tile, work, tiles, count, BLOCK=PIECES, num_warps=4)
+        order = work.argsort(dim=-1, descending=True, stable=True)  # equals in sequence share keys in the L2 cache
+        _reorder_kernel[grid](order, *pieces, *ordered, count, BLOCK=PIECES, num_warps=4)
+    start, length, tile = ordered
     return Walk(start, length, tile, full_start, full_tiles, full_count, tail_start, tail_len, tail_count)
 
 
+def walk_of_plan(plan: BlockPlan, tiles: Tiles) -> list[torch.Tensor]:
+    """The walk of a plan in such tiles, made once and kept on the plan."""
+    key = (tiles.block_m, tiles.block_n, tiles.tail_n)
+    if key not in plan._walks:
+        plan._walks[key] = list(make_walk(plan, *key))
+    return plan._walks[key]
+
+
 # -- device code -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["tiles", "pieces"])
+def _work_kernel(full_count_ptr, tail_count_ptr, length_ptr, tile_ptr, work_ptr, tiles, pieces, BLOCK: tl.constexpr):
+    """The tiles of keys that each piece reads; -1 of padding."""
+    row = tl.program_id(0).to(tl.int64)
+    for first in range(0, pieces, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < pieces
+        tile = row * tiles + tl.load(tile_ptr + row * pieces + at, mask=inside, other=0)
+        work = tl.load(full_count_ptr + tile, mask=inside, other=0) + tl.load(
+            tail_count_ptr + tile, mask=inside, other=0
+        )
+        length = tl.load(length_ptr + row * pieces + at, mask=inside, other=0)
+        tl.store(work_ptr + row * pieces + at, tl.where(length > 0, work, -1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pieces"])
+def _reorder_kernel(
+    order_ptr, start_ptr, length_ptr, tile_ptr, new_start_ptr, new_length_ptr, new_tile_ptr, pieces, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * pieces
+    for first in range(0, pieces, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < pieces
+        old = row + tl.load(order_ptr + row + at, mask=inside, other=0)
+        tl.store(new_start_ptr + row + at, tl.load(start_ptr + old, mask=inside), mask=inside)
+        tl.store(new_length_ptr + row + at, tl.load(length_ptr + old, mask=inside), mask=inside)
+        tl.store(new_tile_ptr + row + at, tl.load(tile_ptr + old, mask=inside), mask=inside)
 
 
 @triton.jit

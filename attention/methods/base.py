@@ -106,6 +106,11 @@ class Method(abc.ABC):
         return False
 
     @property
+    def second_stage(self) -> bool:
+        """Whether its plans have a `pv_threshold`, which not every backend computes with."""
+        return False
+
+    @property
     def uneven_heads(self) -> bool:
         """Whether heads of one layer compute different numbers of pairs, so that processes which share them swap some.
 

@@ -18,7 +18,7 @@ from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check
 
 @dataclass(frozen=True, kw_only=True)
 class Sparge(Method):
-    """The first stage of SpargeAttn (arXiv 2502.18137, sections 3.2 and 3.3), for any number of tokens.
+    """SpargeAttn (arXiv 2502.18137, sections 3.2 to 3.4), for any number of tokens.
 
     Queries and keys are cut into blocks in the order of the sequence, and a block is its mean token; from the keys the
     mean of all keys is taken first, as SageAttention does. The softmax over the scores of the means says how much of
@@ -26,7 +26,10 @@ class Sparge(Method):
     whose tokens differ: with a threshold, blocks of low *self-similarity* (mean cosine of all pairs of their tokens)
     are never left out, as queries or as keys. Text tokens stay outside: they read and are read by everything.
 
-    The second stage, which skips products inside of the softmax, is not here.
+    The second stage is off unless `pv_threshold` is given: a tile of keys is then left out within the softmax, once its
+    scores are known and all lie that far below the largest so far of each query. The paper decides so for each warp and
+    leaves the weights of such a tile in the sum that the output is divided by; here all queries of a program decide
+    together, and the tile counts as if it were not read.
 
     Args:
         topk: share of the key blocks that each query block reads, in (0, 1]; the default, with 0.5, as published.
@@ -35,6 +38,8 @@ class Sparge(Method):
         similarity: threshold of the self-similarity, -1 to 1; below 0 the test is off, as published.
         block: tokens of a query block and of a key block.
         sink: every query block reads the first key block.
+        pv_threshold: of the second stage, above 0: the difference of scaled scores from which on a tile is left out.
+            Each of its keys has less than `exp(-pv_threshold)` of the weight of the best. Needs the backend `triton`.
         published: repeat the published code in a last block that is not full: it is never similar, so a last query
             block reads everything and a last key block is read by all.
         schedule: dense steps and layers; none as published.
@@ -54,6 +59,7 @@ class Sparge(Method):
     similarity: float = -0.1
     block: tuple[int, int] = (128, 64)
     sink: bool = False
+    pv_threshold: float | None = None
     published: bool = False
     schedule: DenseSchedule = field(default_factory=DenseSchedule)
 
@@ -69,6 +75,12 @@ class Sparge(Method):
         if isinstance(self.similarity, bool) or not -1 <= self.similarity <= 1:
             raise ValueError(
                 f"Sparge similarity is {self.similarity!r}: it is a mean cosine, from -1 to 1; below 0 it is off."
+            )
+        bound = self.pv_threshold
+        if bound is not None and (isinstance(bound, bool) or not 0 < bound < float("inf")):
+            raise ValueError(
+                f"Sparge pv_threshold is {bound!r}: it must be above 0, such as 10, which leaves out weights below "
+                "exp(-10) of the largest; None leaves out nothing."
             )
         for name in ("sink", "published"):
             check_flag("Sparge", name, getattr(self, name))
@@ -124,6 +136,10 @@ class Sparge(Method):
         return method
 
     @property
+    def second_stage(self) -> bool:
+        return self.pv_threshold is not None
+
+    @property
     def uneven_heads(self) -> bool:
         return self.cdf is not None or self.similarity >= 0
 
@@ -131,7 +147,8 @@ class Sparge(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         video_q, video_k = q[:, :, layout.video], k[:, :, layout.video]
-        return plan_of_blocks(self.block_mask(video_q, video_k), self.block, layout)
+        plan = plan_of_blocks(self.block_mask(video_q, video_k), self.block, layout)
+        return replace(plan, pv_threshold=self.pv_threshold)
 
     def block_mask(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The key blocks that each query block reads, `[B, H, ceil(Nq / block_q), ceil(Nk / block_k)]` bool.

@@ -12,8 +12,10 @@ from ..clusters import (
     Clusters,
     cluster,
     cluster_mass,
+    clusters_of,
     for_heads,
     plan_with_text,
+    rank_pairs,
     renewed,
     spend,
     value_variance,
@@ -21,7 +23,6 @@ from ..clusters import (
 )
 from ..groups import repeat_heads
 from ..heads import HeadShare
-from ..kmeans import cluster_sizes
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import probe, read, score_variance
@@ -196,11 +197,10 @@ class Tangent(Method):
             mass = cluster_mass(queries.means, keys.means, keys.sizes)
             outputs = mass @ values
             away = torch.cdist(outputs, values).square()
-        # What the stand-in of a cluster leaves of a query's output, squared. Of the score's variance the covariance of
-        # weights and values within the cluster depends, and by its curvature the mass. A mean key has no first order.
+        # A mean key has no first order, so its error begins with the whole query.
         spread = score_variance(q, k, queries, clusters, scale, from_zero=not self.probes(layout))
-        left = mass.square() * (spread * value_spread.unsqueeze(-2) + 0.25 * spread.square() * away)
-        selected, predicted = self._spend(left, outputs, queries, keys, layout, memory.heads)
+        pairs = rank_pairs(mass, spread, value_spread, away, queries.sizes, keys.sizes)
+        selected, predicted = self._spend(pairs, outputs, queries, keys, layout, memory.heads)
         plan = plan_with_text(queries, keys, selected, layout)
         return replace(plan, skipped=skipped).with_details(
             predicted_error=predicted, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
@@ -212,19 +212,16 @@ class Tangent(Method):
         """
         kept = memory.get(f"tangent_{name}")
         if kept is not None and not anew:
-            labels = kept[0].long()
-            clusters = renewed(x, with_order(Clusters(labels, cluster_sizes(labels, count), kept[1])))
+            clusters = renewed(x, clusters_of(*kept))
         else:
             iterations = self.init_iterations if kept is None else self.step_iterations
-            clusters = cluster(x, count, iterations, None if kept is None else kept[1])
-            # The means that labels belong to are those before the last update of k-means.
-            clusters = renewed(x, with_order(clusters))
+            clusters = with_order(cluster(x, count, iterations, None if kept is None else kept[1]))
         memory[f"tangent_{name}"] = (clusters.labels.short() if count < 2**15 else clusters.labels, clusters.means)
         return clusters
 
     def _spend(
         self,
-        left: torch.Tensor,
+        pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         outputs: torch.Tensor,
         queries: Clusters,
         keys: Clusters,
@@ -232,14 +229,9 @@ class Tangent(Method):
         heads: HeadShare,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The pairs of clusters to compute, and the estimated relative error of what is left in all heads, `[B]`."""
-        tables = (left, outputs.square().sum(-1), queries.sizes, keys.sizes)
-        left, squares, q_sizes, k_sizes = (heads.gather(x) for x in tables)  # one budget for all heads of the layer
-        rows = q_sizes.float().unsqueeze(-1)
-        more = (k_sizes - 1).clamp(min=0).float().unsqueeze(-2)  # keys beyond the stand-in
-        cost = rows * more
-        error = rows * left
-        rank = (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
-        norm = (rows.squeeze(-1) * squares).sum((1, 2))
+        norm = (queries.sizes * outputs.square().sum(-1)).sum(-1)
+        error, rank, cost, norm = (heads.gather(x) for x in (*pairs, norm))  # one budget for all heads of the layer
+        norm = norm.sum(-1)
         if self.tolerance is not None:
             flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
             # Added up from the smallest: what is left of the error when all pairs before this one are computed.
@@ -248,8 +240,8 @@ class Tangent(Method):
             selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
         else:
             text = layout.tokens**2 - layout.video_tokens**2
-            stand_ins = layout.video_tokens * (k_sizes > 0).sum(-1).float().sum(-1)
-            budget = left.shape[1] * (self.density * layout.tokens**2 - text) - stand_ins
+            stand_ins = layout.video_tokens * heads.gather(keys.sizes > 0).sum((1, 2))
+            budget = rank.shape[1] * (self.density * layout.tokens**2 - text) - stand_ins
             selected = spend(rank, cost, budget)
         remaining = (error * ~selected).sum((1, 2, 3))
         return heads.mine(selected), (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()

@@ -121,7 +121,7 @@ def _available(
     job: Job, levers: Sequence[str], methods: Sequence[str], caches: Sequence[str]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """What of a request can be tried here; and the rest, with why."""
-    from ...attention.backends import refusal
+    from ...attention.backends import refusal, special_refusal
     from ...pipelines.presets import Cache, Preset, PresetError
     from ...pipelines.presets.packages import check_packages
 
@@ -139,10 +139,10 @@ def _available(
         except PresetError as error:
             dropped[name] = f"{error.problem}. {error.fix}".rstrip()
     if "precision" in levers and own_methods:
-        if job.device.type == "cuda" and refusal("triton", job.device) is None:
+        if (reason := special_refusal("auto", job.device, "int8", dtype=job.dtype)) is None:
             precisions = ("int8",)
         else:
-            dropped["precision"] = f"no kernel computes attention in 8 bits on {job.device.type}"
+            dropped["precision"] = reason
     return {"methods": own_methods, "caches": tuple(own_caches), "precisions": precisions}, dropped
 
 

@@ -59,18 +59,18 @@ class SparseLever:
 
     Args:
         method: with a schedule that keeps nothing dense.
-        precision: of the products, see `Preset`.
+        precision: see `Preset`.
     """
 
     method: Method
-    precision: tuple[tuple[str, str], ...] = ()
+    precision: str | None = None
 
     @property
     def label(self) -> str:
         """What users see."""
         amount = {name: getattr(self.method, name, None) for name in ("density", "tolerance", "topk", "decay")}
         told = [f"{name} {value:.3g}" for name, value in amount.items() if isinstance(value, int | float)]
-        return " ".join([self.method.name, *told, *(f"{name} {kind}" for name, kind in self.precision)])
+        return " ".join([self.method.name, *told, *filter(None, [self.precision])])
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Candidate:
         if self.sparse is not None:
             method = self.sparse.method
             method = method if self.schedule is None else replace(method, schedule=self.schedule)
-            facts["precision"] = dict(self.sparse.precision)
+            facts["precision"] = self.sparse.precision
         return Preset(**{"name": "candidate", **facts}, method=method, cache=self.cache)
 
     @property
@@ -161,7 +161,7 @@ def sparse_levers(
                 refused[f"{name} {amount:g}"] = error.problem
                 continue
             method = replace(method, schedule=DenseSchedule())
-            for precision in ((), *((("qk", kind),) for kind in precisions)):
+            for precision in (None, *precisions):
                 if (lever := SparseLever(method, precision)) not in made:  # two densities may be one set of blocks
                     made.append(lever)
     return made, refused

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ...attention import SLA, DenseSchedule, Method, RunReport, SparseAttention, resolve_method
-from ...attention.backends import check_backend
+from ...attention.backends import check_backend, special_refusal
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
 from .clock import StepClock
@@ -45,10 +45,15 @@ class Handle:
         measure_error: int = 0,
         adapters: Sequence[str | Path] = (),
         base: str | Path | None = None,
+        precision: str | None = None,
     ) -> None:
         transformers = find_transformers(pipe)
         method, learned = _with_learned(method, transformers, adapters, base)
         self.method = method
+        for transformer, _ in transformers.values():
+            reason = special_refusal(backend, _place_of(transformer), precision, method.second_stage)
+            if reason is not None:
+                raise RuntimeError(reason)
         schedule = schedule if schedule is not None else method.schedule
         if not hasattr(pipe, "scheduler"):
             fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
@@ -62,6 +67,7 @@ class Handle:
         try:
             for name, (transformer, family) in transformers.items():
                 options = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
+                options["precision"] = precision
                 own = learned.get(name)
                 self._installed.append(_Installed(pipe, name, transformer, family, method, own, self._clock, **options))
         except BaseException:
@@ -141,6 +147,7 @@ def accelerate(
     measure_error: int = 0,
     adapter: str | Path | Sequence[str | Path] = (),
     base: str | Path | None = None,
+    precision: str | None = None,
 ) -> Handle:
     """Give the self-attention layers of a pipeline a sparse-attention method.
 
@@ -163,6 +170,8 @@ def accelerate(
             transformers, one for each.
         base: folder or hub id of the pipeline that the transformers are from, where they do not know themselves; only
             SLA asks.
+        precision: "int8" computes Q K^T of the sparse calls in 8 bits, on the backend `triton`, without a gradient; see
+            `sparse_attention`. `measure_error` shows what it costs. None: in the dtype of the model, as dense calls.
 
     Returns:
         A `Handle` with `report()`, `reset()` and `remove()`.
@@ -170,14 +179,16 @@ def accelerate(
     Raises:
         TypeError: a transformer of the pipeline is not known; names the families and what a new one needs. Or a
             processor of it cannot be rebound; names it.
-        ValueError: unknown method or backend, or a `measure_error` below 0; a schedule that needs the number of steps,
-            or noise levels, where they cannot be known. As an `SLAError`: a transformer that was not trained for SLA,
-            or for other settings.
-        RuntimeError: the pipeline is accelerated already, or runs under ring attention.
+        ValueError: unknown method, backend or precision, or a `measure_error` below 0; a schedule that needs the number
+            of steps, or noise levels, where they cannot be known. As an `SLAError`: a transformer that was not trained
+            for SLA, or for other settings.
+        RuntimeError: the pipeline is accelerated already, or runs under ring attention; a precision, or a second stage
+            of Sparge, that neither this machine nor the named backend has. Later, in the first call: a gradient is
+            needed, or the dtype is none of those that it is for.
     """
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     check_backend(backend)
-    return Handle(pipe, method, backend, schedule, check_rows(measure_error), adapters, base)
+    return Handle(pipe, method, backend, schedule, check_rows(measure_error), adapters, base, precision)
 
 
 def restore(pipe: Any) -> None:
@@ -204,6 +215,13 @@ def _with_learned(
         return method, {}
     learned = find_learned(transformers, adapters, base)
     return method_of(learned, transformers) if isinstance(method, str) else method, learned
+
+
+def _place_of(transformer: torch.nn.Module) -> torch.device:
+    """Where a transformer will compute, as far as can be told: weights on the CPU may be moved or offloaded later."""
+    place = next((p.device for p in transformer.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    present = torch.accelerator.current_accelerator(check_available=True)
+    return place if place.type != "cpu" or present is None else torch.device(present.type)
 
 
 def _contains(component: object, transformer: torch.nn.Module) -> bool:

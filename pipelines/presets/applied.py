@@ -70,7 +70,7 @@ class Applied:
             for transformer, family in parts.values():
                 self._undo.append(quantise(transformer, family, preset.quantize))
         if preset.method is not None:
-            options: dict[str, Any] = {"backend": preset.backend, **preset.precision}
+            options: dict[str, Any] = {"backend": preset.backend, "precision": preset.precision}
             sla: dict[str, Any] = {"adapter": preset.sla, "base": base} if preset.method.name == "sla" else {}
             try:
                 self.sparse = accelerate(pipe, preset.method, measure_error=measure_error, **options, **sla)

@@ -10,9 +10,10 @@ from typing import Any
 
 import diffusers
 
+from ...attention.backends import special_refusal
 from ...attention.methods import SLA
 from ..acceleration.families import FAMILIES, Family, find_transformers
-from ..acceleration.handle import accelerate, check_noise_levels
+from ..acceleration.handle import check_noise_levels
 from ..acceleration.rebinding import SparseProcessor
 from ..few_steps.grid import GridScheduler
 from ..few_steps.rcm import RCMScheduler
@@ -129,9 +130,12 @@ def _check_method(parts: Mapping[str, tuple[Any, Family]], preset: Preset, sched
             raise PresetError("method", f"the {name} is accelerated already", "Call vidaccel.restore(pipe) first.")
     if method.needs_weights and not isinstance(method, SLA):
         raise PresetError("method", "it needs weights that were trained for it", value=method.name)
-    missing = [name for name in preset.precision if name not in inspect.signature(accelerate).parameters]
-    if missing:
-        raise PresetError("precision", "this version has no attention in 8 bits", "Update vidaccel, or leave it out.")
+    for transformer, _ in parts.values():
+        place = next(transformer.parameters()).device
+        reason = special_refusal(preset.backend, place, preset.precision, method.second_stage)
+        if reason is not None:
+            lever = "method" if preset.precision is None else "precision"
+            raise PresetError(lever, reason.rstrip("."), "Leave it out.", value=preset.precision or method.name)
     if method.schedule.needs_sigma:
         try:
             check_noise_levels(scheduler, method.schedule)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ...attention.backends import check_backend
+from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method
 from ...attention.methods.description import describe, described
 from ..lora_files import TARGETS, LoraFile
@@ -19,7 +19,6 @@ VERSION = 1
 """Of the format."""
 OWN = "own"
 """As `guidance_free`: the adapter that the model has of its own."""
-PRECISIONS = {"qk": ("int8",), "pv": ("fp8",)}
 """Product of attention -> the formats it can be computed in, besides that of its inputs."""
 
 
@@ -35,7 +34,7 @@ class Preset:
         transformer: settings of the transformer that it is for, such as `num_layers`.
         method: of sparse attention, with its `DenseSchedule`; None for dense.
         backend: see `accelerate`.
-        precision: format of the products of attention: `{"qk": "int8"}`.
+        precision: of the scores of sparse calls, see `accelerate`.
         sla: adapters of the recipe `sla`, for the method "sla".
         guidance_free: files of adapters of the recipe `gft` or `consistency`, or `("own",)`.
         loras: in the order in which they are loaded.
@@ -58,7 +57,7 @@ class Preset:
     transformer: Mapping[str, Any] = field(default_factory=dict, hash=False)
     method: Method | None = None
     backend: str = "auto"
-    precision: Mapping[str, str] = field(default_factory=dict, hash=False)
+    precision: str | None = None
     sla: tuple[str, ...] = ()
     guidance_free: tuple[str, ...] = ()
     loras: tuple[LoraFile, ...] = ()
@@ -109,12 +108,10 @@ class Preset:
             check_backend(self.backend)
         except ValueError as error:
             raise PresetError("backend", str(error).rstrip(".")) from error
-        for name, value in self.precision.items():
-            if name not in PRECISIONS or value not in PRECISIONS[name]:
-                known = ", ".join(f"{n}: {v[0]}" for n, v in PRECISIONS.items())
-                raise PresetError("precision", f"there is {known}", value=f"{name}: {value}")
-        if self.precision.get("pv") and not self.precision.get("qk"):
-            raise PresetError("precision", "pv in 8 bits needs qk in 8 bits", 'Add qk: "int8".', value="pv alone")
+        try:
+            precision_of(self.precision)
+        except ValueError as error:
+            raise PresetError("precision", str(error).partition(": ")[2].rstrip("."), value=self.precision) from error
 
     def _check_together(self) -> None:
         """Raise for levers that refuse one another."""
@@ -154,7 +151,7 @@ class Preset:
             "guidance_free": ", ".join(Path(place).name for place in self.guidance_free),
             "quantize": self.quantize
             and f"{self.quantize.kind}, {'weights and activations' if self.quantize.activations else 'weights alone'}",
-            "method": self.method and ", ".join([self.method.name, *(f"{k}={v}" for k, v in self.precision.items())]),
+            "method": self.method and ", ".join([self.method.name, *filter(None, [self.precision])]),
             "cache": self.cache and f"{self.cache.name}, threshold {self.cache.limit:g}",
         }
         return {name: text for name, text in told.items() if text}
@@ -167,7 +164,7 @@ class Preset:
         made["transformer"] = dict(self.transformer)
         if self.method is not None:
             made["attention"] = {**_plain(describe(self.method)), "backend": self.backend}
-            made["attention"] |= {"precision": dict(self.precision)} if self.precision else {}
+            made["attention"] |= {"precision": self.precision} if self.precision else {}
             made["attention"] |= {"adapters": list(self.sla)} if self.sla else {}
         made["guidance_free"] = list(self.guidance_free)
         made["loras"] = [{"file": str(lora.path), "weight": lora.weight, "target": lora.target} for lora in self.loras]
@@ -234,7 +231,7 @@ def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
     return {
         "method": method,
         "backend": stated.get("backend", "auto"),
-        "precision": stated.get("precision") or {},
+        "precision": stated.get("precision"),
         "sla": adapters,
     }
 

@@ -87,6 +87,7 @@ def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
     assert json.loads((tmp_path / "done.json").read_text()) == {"kernels": "done"}
     page = (tmp_path / "kernels-interpreter-toy.md").read_text()
     assert "| radial |" in page and "| tangent |" in page and "chosen" in page
+    assert page.count("| int8 |") == page.count("| second stage |") == 2
     log = (tmp_path / "kernels.log").stat().st_mtime_ns
     run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
     assert (tmp_path / "kernels.log").stat().st_mtime_ns == log

@@ -44,6 +44,19 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--backend", "sdpa"], ["--backend is sdpa", "computes dense attention only", "Give auto"]),
         (["--density", "0"], ["--density is 0.0", "above 0 and at most 1"]),
         (["--density", "1.5"], ["--density is 1.5", "above 0 and at most 1"]),
+        (
+            ["--precision", "fp8", "--method", "svg"],
+            ["--precision is fp8", 'choose "int8"', "720 instructions for 64 keys"],
+        ),
+        (
+            ["--precision", "int8", "--method", "svg", "--backend", "gather"],
+            ["--precision is int8", "'gather' does not compute with", "Leave it out."],
+        ),
+        (["--precision", "int8", "--method", "dense"], ["--precision is of use only with a sparse method"]),
+        (
+            ["--set", "sparge.pv_threshold=8", "--method", "sparge", "--backend", "gather"],
+            ["--method is sparge", "its pv_threshold cannot be had here", "Leave pv_threshold out."],
+        ),
         (["--measure-error", "-1"], ["--measure-error is -1", "0 or more"]),
         (["--measure-error", "64", "--method", "dense"], ["--measure-error is of use only with a sparse method"]),
         (["--density", "nan"], ["--density is nan"]),

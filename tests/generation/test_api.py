@@ -132,6 +132,8 @@ def test_first_and_last_picture(tmp_path):
         ({"method": SVG2(), "density": 0.2}, r"^density is for a method's name, and a SVG2 was given"),
         ({"method": "dense", "density": 0.2}, r"^density is of use only with a sparse method"),
         ({"method": "svg", "measure_error": -1}, r"^measure_error is -1: it must be a whole number"),
+        ({"method": "svg", "precision": "int4"}, r'^precision is int4: choose "int8", or None'),
+        ({"method": "svg", "precision": "int8", "backend": "flex"}, r"^precision is int8: backend 'flex' does not"),
         ({"method": "svg", "measure_error": 0.5}, r"^measure_error is 0\.5: it must be a whole number"),
         ({"report": "page.html"}, r"^report is the page of compare\. Give both\.$"),
         ({"out": "/no/such/folder/x.mp4"}, r"^out is .*: there is no folder /no/such/folder\. Create it first\.$"),

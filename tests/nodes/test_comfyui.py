@@ -102,6 +102,7 @@ def test_the_same_input_has_the_same_default_and_words_in_every_node(server):
         "compensate",
         "backend",
         "measure_error",
+        "precision",
         "query_clusters",
         "key_clusters",
     }

@@ -78,6 +78,8 @@ def test_defaults_leave_short_videos_dense(name):
         ({"measure_error": -1}, "measure_error is -1"),
         ({"backend": "sdpa"}, "computes dense attention only"),
         ({"backend": "nothing"}, "unknown backend"),
+        ({"precision": "fp4"}, "precision is 'fp4'"),
+        ({"precision": "int8", "backend": "gather"}, "precision is int8: backend 'gather' does not compute with"),
     ],
 )
 @pytest.mark.parametrize("name", SPARSE)

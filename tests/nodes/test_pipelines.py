@@ -172,6 +172,7 @@ def test_a_picture_for_a_model_of_text(pipeline):
         ({"dense_layers": -1}, "0 or more"),
         ({"min_tokens": -1}, "min_tokens is -1"),
         ({"measure_error": -1}, "measure_error is -1"),
+        ({"precision": "fp4"}, "precision is 'fp4': choose of the model or int8"),
     ],
 )
 def test_an_acceleration_that_cannot_be(changes, message):
@@ -185,6 +186,14 @@ def test_a_backend_that_this_machine_lacks(pipeline):
             pipeline.accelerated(Acceleration(backend="triton"))
     with pytest.raises(InputError, match=r"^backend is magic: there is none of that name"):
         pipeline.accelerated(Acceleration(backend="magic"))
+
+
+def test_a_precision_that_cannot_be_had_here(pipeline):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"^precision is int8: .*'triton' runs on cuda.* Choose of the model\."):
+            pipeline.accelerated(Acceleration(precision="int8"))
+    with pytest.raises(ValueError, match=r"^precision is int8: backend 'gather' does not compute with qk='int8'"):
+        pipeline.accelerated(Acceleration(precision="int8", backend="gather"))
 
 
 def test_a_backend_that_cannot_compensate(pipeline):

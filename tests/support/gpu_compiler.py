@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 POINTERS = {"i64": "order q_order kv_order bits", "i8": "int8 mask selected", "fp8e4nv": "fp8",
-            "dtype": "x q k v out grad dq dk dv key value skip_key skip_value",
+            "dtype": "x q whole_q k v out grad dq dk dv key value skip_key skip_value",
             "fp32": "lse delta grad_lse q_scale k_scale v_scale scale mean shift lse_shift inverse skip_bias bias "
                     "mass top total"}
 
@@ -41,7 +41,7 @@ def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
             kind = types.get(name, "i32").replace("dtype", dtype)
             signature[name] = kind if kind.startswith("tensordesc") else "*" + kind
         else:
-            signature[name] = "fp32" if name.endswith(("scale", "factor")) else "i32"
+            signature[name] = "fp32" if name.endswith(("scale", "factor", "bound")) else "i32"
         pointer = name.endswith("_ptr") and signature[name].startswith("*")
         if name not in constants and (pointer or re.search("_s[bhnt]$", name)):
             aligned[(i,)] = [["tt.divisibility", 16]]

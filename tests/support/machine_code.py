@@ -25,8 +25,8 @@ def read(binary, architecture: int) -> dict:
     Returns:
         registers: of a thread. serialised: what ptxas says of products that wait for one another. split: whether a
         product of the tensor cores has its columns dealt to several warps, whose row sums then go through shared
-        memory. loops: for each loop with products, its instructions, `products`, `spills`, and `shuffles`; a loop that
-        holds another is not among them.
+        memory. loops: for each loop with products, its instructions, `products`, `spills`, `shuffles`, and
+        `branches` to places within it; a loop that holds another is not among them.
     """
     code, usage = _disassemble(binary.asm["cubin"])
     return {
@@ -95,5 +95,11 @@ def _loops(code: list[tuple[str | None, str | None, str]]) -> list[dict]:
         if products and not inner:
             spills = sum(counts[name] for name in _SPILLS)
             total = sum(counts.values())
-            found.append({"instructions": total, "products": products, "spills": spills, "shuffles": counts["SHFL"]})
+            within = sum(
+                first <= places.get(target[1], -1) <= last
+                for _, opcode, operands in code[first:last]
+                if opcode and opcode.startswith("BRA") and (target := re.search(r"(\.L_x?_?\w+)", operands))
+            )
+            facts = {"products": products, "spills": spills, "shuffles": counts["SHFL"], "branches": within}
+            found.append({"instructions": total, **facts})
     return found

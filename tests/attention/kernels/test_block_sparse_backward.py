@@ -13,7 +13,7 @@ from vidaccel.attention.backends.triton import TritonBackend
 
 pytest.importorskip("triton")
 
-from vidaccel.attention.kernels import block_sparse, block_sparse_backward
+from vidaccel.attention.kernels import block_sparse, block_sparse_backward, readers
 
 # Relative to the largest gradient.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -134,18 +134,18 @@ def test_key_blocks_know_their_readers(device):
     for block_n in (16, 64, 128):
         plan, _ = clusters(1, 2, 90, 150, 5, 40)
         plan = plan.to(device)
-        found = block_sparse_backward.make_readers(plan, 16, block_n)
+        found = readers.make_readers(plan, 16, block_n)
         keys = plan.keys_of_tile()
         bits = (found.bits.unsqueeze(-1) >> torch.arange(min(64, block_n), device=device) & 1).flatten(-2)
-        assert bits.flatten(-2)[..., :150].bool().equal(keys)
+        assert bits.flatten(-2)[..., :150].bool().equal(keys[0])
         assert not bits.flatten(-2)[..., 150:].any()
         for h in range(2):
             for block in range(bits.shape[-2]):
-                readers = bits[0, h, :, block].any(-1) & (plan.tile_len[0, h] > 0)
-                count = int(readers.sum())
-                assert found.readers[0, h, block, :count].tolist() == readers.nonzero().flatten().tolist()
-                pieces = (plan.tile_len[0, h][readers] + 15) // 16
-                assert found.steps[0, h, block] == pieces.sum()
+                reading = bits[h, :, block].any(-1) & (plan.tile_len[0, h] > 0)
+                count = int(reading.sum())
+                assert found.readers[h, block, :count].tolist() == reading.nonzero().flatten().tolist()
+                pieces = (plan.tile_len[0, h][reading] + 15) // 16
+                assert found.steps[h, block] == pieces.sum()
         assert (found.steps.gather(-1, found.block.long()).diff() <= 0).all()
 
 
@@ -155,8 +155,43 @@ def test_a_run_may_fill_a_block_of_64_keys_to_the_last_bit(device, size):
     start, one = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
     for first in (0, 1, 62, 63):
         plan = BlockPlan(1, 200, one * 0, one, start + first, start + size).to(device)
-        bits = block_sparse_backward.make_readers(plan, 16, 64).bits.unsqueeze(-1) >> torch.arange(64, device=device)
+        bits = readers.make_readers(plan, 16, 64).bits.unsqueeze(-1) >> torch.arange(64, device=device)
         assert (bits & 1).flatten()[:200].bool().equal(plan.keys_of_tile().flatten())
+
+
+LEADS = {"one": (1, 1), "of heads": (1, 3), "of batch": (2, 1), "of both": (2, 3)}
+
+
+@pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
+@pytest.mark.parametrize("most", [1, 250, 2**26])
+def test_readers_are_made_for_some_heads_at_a_time(device, monkeypatch, lead, most):
+    """And never are the tables larger than that, but where those of one head are."""
+    held = []
+    make = readers.make_readers
+
+    def made(*arguments):
+        tables = make(*arguments)
+        held.append(sum(x.numel() * x.element_size() for x in (tables.bits, tables.readers)))
+        return tables
+
+    monkeypatch.setattr(readers, "make_readers", made)
+    monkeypatch.setattr(readers, "READERS_BYTES", most)
+    n = length(device, 60)
+    mask = torch.rand(*lead, -(-n // 16), -(-n // 16)) < 0.6
+    mask[..., 0] = True
+    plan = BlockPlan.from_block_mask(mask, 16, 16, n, n).to(device)
+    dense = mask.repeat_interleave(16, -2).repeat_interleave(16, -1)[..., :n, :n].to(device)
+    for times in (1, 2):  # two layers or steps that share a plan
+        inputs = [torch.randn(2, 3, n, 32, device=device, requires_grad=True) for _ in range(3)]
+        found = torch.autograd.grad(TritonBackend().attend(*inputs, plan, 0.2, False)[0].square().sum(), inputs)
+        wanted = torch.autograd.grad(masked_attention(*inputs, dense, 0.2)[0].square().sum(), inputs)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other.double(), atol=2e-4, rtol=2e-4)
+        if device.type == "cpu":  # a head's tables take 104 bytes
+            at_once = max(1, most // 104)
+            kept = lead == (1, 1) and most > 104
+            assert len(held) == (1 if kept else times * -(-lead[0] * lead[1] // at_once))
+            assert max(held) <= max(most, 104)
 
 
 def test_compile_sees_one_operator(device):
@@ -189,7 +224,7 @@ def test_operators_keep_the_promises_of_their_registration(device):
     plan = clusters(1, 1, n, n, 3, 5)[0].to(device)
     inputs = tokens(device, n, n, 16, heads=1)
     described = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
-    rest = (False, None, None, None)  # orders applied beforehand, no stand-ins
+    rest = (False, None, None, None, None)  # orders applied beforehand, no stand-ins, no second stage
     torch.library.opcheck(block_sparse.block_sparse_attention, (*inputs, *described, [], [], 0.1, *rest))
     detached = [x.detach() for x in inputs]
     out, lse = block_sparse.block_sparse_attention(*detached, *described, [], [], 0.1, *rest)

@@ -13,7 +13,7 @@ from gpu_compiler import SHARED, run_with_compiler
 pytest.importorskip("triton")
 
 SCRIPT = """
-from vidaccel.attention.kernels import block_sparse_backward as backward, block_sparse_forward as forward
+from vidaccel.attention.kernels import block_sparse_backward as backward, block_sparse_forward as forward, readers
 
 architecture, dim, dtype, ordered = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
@@ -29,13 +29,13 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
     unused = {name: None for name, used in (("q_order_ptr", ordered), ("kv_order_ptr", gathered)) if not used}
     kinds = {}
     if kernel is backward._key_kernel:
-        constants |= {"KV_ORDERED": ordered, "WORDS": backward.words_of(tiles.block_n)}
+        constants |= {"KV_ORDERED": ordered, "WORDS": readers.words_of(tiles.block_n)}
         unused.pop("kv_order_ptr", None) if ordered else None
     else:
         constants |= {"TAIL_N": tiles.tail_n, "STAND_INS": True}
     if kernel is forward._forward_kernel:
-        constants["DESCRIBED"] = described
-        unused |= {f"{name}_ptr": None for name in ("q_scale", "k_scale", "v_scale", "lse_shift")}
+        constants |= {"DESCRIBED": described, "K_BLOCKED": False, "bound": None}
+        unused |= {f"{name}_ptr": None for name in ("q_scale", "k_scale", "v_scale", "lse_shift", "whole_q")}
         full, tail = tiles.block_n, tiles.tail_n
         for name, keys in (("k", full), ("v", full), ("k_tail", tail), ("v_tail", tail)):
             if described:
@@ -47,7 +47,7 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
 small = forward.Tiles(64, 64, 4, 1)
 found.append(compile_kernel(backward._delta_kernel, architecture, dtype, {"D": dim, "D_PAD": forward.padded(dim),
                             "BLOCK_M": 64}, small))
-found.append(compile_kernel(backward._key_bits_kernel, architecture, dtype, {"BLOCK_N": 64, "CHUNK": 64}, small))
+found.append(compile_kernel(readers._key_bits_kernel, architecture, dtype, {"BLOCK_N": 64, "CHUNK": 64}, small))
 print(json.dumps(found))
 """
 

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from vidaccel.attention.kernels import block_sparse, block_sparse_backward, profile, quantize
 from vidaccel.attention.kernels.block_sparse_forward import launch_forward, results
+from vidaccel.attention.kernels.block_sparse_int8 import int8_tiles
 from vidaccel.attention.kernels.launch import LOG2E, Tiles
 from vidaccel.attention.kernels.permute import permute_rows
 from vidaccel.attention.kernels.probe import probe_clusters
@@ -108,7 +109,8 @@ def test_int8_scores(device, kind, gather_kv):
     q, k, v = tokens(device, n, batch=plan.lead[0])
     k = k + 3 * torch.randn(KV_HEADS, 1, DIM, device=device)
     out, lse = TritonBackend(gather_kv).attend_quantized(q, k, v, plan, 0.1, True, Precision("int8"))
-    expected, sums = int8_attention(*repeated(q, k, v), plan, 0.1)
+    _, k_block = int8_tiles(q, plan.tile_len, plan.block[1] if plan.block else 0, False)
+    expected, sums = int8_attention(*repeated(q, k, v), plan, 0.1, k_block=k_block)
     tolerance = 5e-3 if device.type == "cuda" else 5e-6
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(lse.double(), sums, atol=2e-5, rtol=2e-5)
@@ -170,7 +172,7 @@ def test_the_operator_keeps_its_promises(device):
     plan = clusters(1, HEADS, 24, 24, 3, 5)[0].to(device)
     inputs = [x.requires_grad_() for x in tokens(device, 24, dim=16, batch=1)]
     described = (plan.tile_start, plan.tile_len, plan.run_start, plan.run_len, plan.q_order, plan.kv_order)
-    arguments = (*inputs, *described, [], [], 0.1, False, None, None, None)
+    arguments = (*inputs, *described, [], [], 0.1, False, None, None, None, None)
     checks = ("test_schema", "test_faketensor")  # the slow ones run where there are as many heads
     torch.library.opcheck(block_sparse.block_sparse_attention, arguments, test_utils=checks)
     detached = [x.detach() for x in inputs]

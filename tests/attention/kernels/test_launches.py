@@ -10,11 +10,12 @@ from planned_calls import LAYOUT, METHODS, tokens
 
 from vidaccel import Radial
 from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs
+from vidaccel.attention import plan as plans
 from vidaccel.attention.backends.triton import TritonBackend
 from vidaccel.attention.methods import svg
 
 # As counted, and a few for a version of torch that splits an operator.
-MOST = {"radial": 2, "svg": 40, "svg2": 110, "svg2, compensated": 150, "tangent": 230, "tangent, probe-free": 240}
+MOST = {"radial": 2, "svg": 34, "svg2": 62, "svg2, compensated": 80, "tangent": 78, "tangent, probe-free": 82}
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -25,11 +26,13 @@ def test_launches_of_a_steady_call(device, monkeypatch, name):
 
     for module in (clusters, kmeans, probe, runs, svg):
         monkeypatch.setattr(module, "use_kernels", lambda x: True)
+    # On a GPU sizes are not checked, since that would wait for it.
+    monkeypatch.setattr(plans, "_sequence_length", lambda name, given, order, sizes: given or order.shape[-1])
     method = METHODS.get(name) or Radial(8)
     memory = PlanMemory()
     worst = {}
     for step in range(4):  # re-clustering is in some steps and not in others
-        q, k, v = tokens(device, step + 1)
+        q, k, v = (x.half() for x in tokens(device, step + 1))  # of float32, a cast is none
         with Launches() as launches:
             plan = method.plan(q, k, v, LAYOUT, memory)
             TritonBackend().attend(q, k, v, plan, 0.1, False)

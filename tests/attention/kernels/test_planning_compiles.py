@@ -8,7 +8,7 @@ from gpu_compiler import SHARED, run_with_compiler
 pytest.importorskip("triton")
 
 SCRIPT = """
-from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs
+from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, spend, walk
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 width = {"D": dim, "D_PAD": launch.padded(dim)}
@@ -18,7 +18,9 @@ small = launch.Tiles(0, 0, 4, 1)
 blocks = {"BLOCK_N": tiles.block_m, "BLOCK_C": tiles.block_n, "HALF": dtype != "fp32"}
 print(json.dumps([
     compile_kernel(kmeans._assign_kernel, architecture, dtype, {**width, **blocks}, tiles, center=dtype,
-                   offset="fp32", label="i64"),
+                   offset="fp32", label="i16"),
+    compile_kernel(kmeans._center_kernel, architecture, dtype, {**width, "HALF": dtype != "fp32"},
+                   small._replace(num_warps=1), center="fp32", rounded=dtype, offset="fp32"),
     compile_kernel(kmeans._sum_kernel, architecture, dtype, {**width, "BLOCK": kmeans.ADDED},
                    tiles._replace(num_warps=4), sum="fp32", square="fp32"),
     compile_kernel(kmeans._mean_kernel, architecture, dtype, {**width, "MOST": kmeans.PIECE, "CENTERS": True},
@@ -35,6 +37,17 @@ print(json.dumps([
                    "KEYS": profile.KEYS if dtype != "fp32" else 16}, launch.Tiles(0, 0, 8, 2), out="fp32"),
     compile_kernel(permute._permute_kernel, architecture, dtype, {**width, "ROWS": permute.ROWS}, small),
     compile_kernel(runs._merge_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, order="i32"),
+    compile_kernel(runs._filled_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, size="i64", order="i32"),
+    compile_kernel(runs._starts_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, size="i64"),
+    compile_kernel(permute._text_last_kernel, architecture, dtype, {"BLOCK": permute.ENTRIES}, small, out="i64"),
+    compile_kernel(sample._deviations_kernel, architecture, dtype, {**width, "SAMPLE": 32, "BLOCK": sample.BLOCK},
+                   small, size="i64", mean="fp32"),
+    compile_kernel(spend._rank_kernel, architecture, dtype, {"BLOCK": 512}, small, spread="fp32", value_spread="fp32",
+                   away="fp32", q_size="i64", k_size="i64", error="fp32", rank="fp32", cost="i64"),
+    compile_kernel(spend._take_kernel, architecture, dtype, {"BLOCK": spend.BLOCK}, small, flat="fp32", price="i64",
+                   total="i64", budget="fp32", taken="i8"),
+    compile_kernel(walk._work_kernel, architecture, dtype, {"BLOCK": walk.PIECES}, small),
+    compile_kernel(walk._reorder_kernel, architecture, dtype, {"BLOCK": walk.PIECES}, small),
     compile_kernel(runs._cut_kernel, architecture, dtype, {"BLOCK_N": 128, "TAIL_N": 64, "BLOCK": runs.BLOCK}, small),
 ]))
 """

@@ -66,11 +66,11 @@ def test_auto_chooses_it_first_on_cuda_and_never_on_the_cpu():
 def test_a_plan_that_serves_many_calls_is_prepared_once(monkeypatch, device):
     from plans import KINDS, masked_attention
 
-    from vidaccel.attention.kernels import block_sparse
+    from vidaccel.attention.kernels import walk
 
     made = []
-    make = block_sparse.make_walk
-    monkeypatch.setattr(block_sparse, "make_walk", lambda *a: made.append(a) or make(*a))
+    make = walk.make_walk
+    monkeypatch.setattr(walk, "make_walk", lambda *a: made.append(a) or make(*a))
     plan, mask = KINDS["uniform"](70)
     plan = plan.to(device)
     for _ in range(3):
@@ -86,11 +86,11 @@ def test_a_plan_of_a_training_is_prepared_once_for_each_pass(monkeypatch, device
     """And nothing for the backward pass where there is none."""
     from plans import KINDS, masked_attention
 
-    from vidaccel.attention.kernels import block_sparse, block_sparse_backward
+    from vidaccel.attention.kernels import block_sparse_backward, walk
 
     made = []
-    make = block_sparse.make_walk
-    for module in (block_sparse, block_sparse_backward):
+    make = walk.make_walk
+    for module in (walk, block_sparse_backward):
         monkeypatch.setattr(module, "make_walk", lambda *a: made.append(a) or make(*a))
     # Another launch configuration than that of the forward pass, whose walk it would share.
     tiles = {(0, 64, 4): block_sparse_backward.QUERY_TILES[0, 64, 4]._replace(block_n=16)}

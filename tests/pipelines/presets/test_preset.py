@@ -31,7 +31,7 @@ def full(folder: Path) -> Preset:
         transformer={"num_layers": 3, "patch_size": [1, 2, 2]},
         method=Tangent(density=0.25, schedule=DenseSchedule(first_steps=0.2, last_steps=1, sigma_above=0.95)),
         backend="reference",
-        precision={"qk": "int8"},
+        precision="int8",
         guidance_free=(str(folder / "gft.safetensors"),),
         loras=(LoraFile(folder / "a.safetensors", 0.8), LoraFile(folder / "b.safetensors", 1.0, "transformer_2")),
         cache=Cache("magcache", 0.1, {"mag_ratios": [1.0, 0.9], "retention_ratio": 0.25}),
@@ -116,7 +116,7 @@ def test_names_stand_for_what_has_defaults():
         ({"version": 1, "attention": {"method": "svg2", "schedule": {"first": 1}}}, "attention", "has no first"),
         ({"version": 1, "attention": {"method": "svg2", "settings": {"top_p": 2}}}, "attention", "top_p"),
         ({"version": 1, "attention": {"method": "svg2", "backend": "cuda9"}}, "backend", "cuda9"),
-        ({"version": 1, "attention": {"method": "svg2", "precision": {"qk": "int2"}}}, "precision", "qk: int2"),
+        ({"version": 1, "attention": {"method": "svg2", "precision": "int2"}}, "precision", "int2"),
         ({"version": 1, "num_inference_steps": 0}, "num_inference_steps", "is 0: it must be a whole number of at le"),
         ({"version": 1, "guidance_scale": 0.5}, "guidance_scale", "is 0.5: it must be at least 1"),
         ({"version": 1, "loras": [{"weight": 1}]}, "loras", "each needs a file"),
@@ -133,7 +133,7 @@ def test_what_cannot_be_is_named(content, lever, message):
     ("fields", "message"),
     [
         ({"guidance_free": ("own",), "guidance_scale": 1.0}, "guidance_free: .* guidance_scale 1 has none"),
-        ({"precision": {"qk": "int8"}}, "precision: .* there is no method"),
+        ({"precision": "int8"}, "precision: .* there is no method"),
         ({"sla": ("a",), "method": Radial()}, "sla: the adapters are for the method sla, and it is radial"),
         (
             {

@@ -1,0 +1,144 @@
+"""What the forward kernel does with one tile of keys: a step of the online softmax, from 16 or 32 bits, or from int8.
+
+All steps take the state `(m, total, acc)`: row maxima in base 2, row sums, and the output before it is divided by them.
+
+`bound`, where it is not None, is the second stage of SpargeAttn (arXiv 2502.18137, section 3.4): a tile whose scores
+all lie further below the running maximum of their row is left out, whole, once its scores are known. That saves the
+softmax of the tile and its product with the values. The paper decides so for each warp; Triton branches for all warps
+of a program together, so a tile is left out where no row of the program needs it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .walk import load_rows
+
+# Of the fp8 variant (`block_sparse_int8.py`): the power of two that lifts its weights; how many products may be added
+# before their sum moves to float32, at most the keys of a tile.
+FP8_LIFT = tl.constexpr(8.0)
+FP8_ADDED = tl.constexpr(32)
+UNREAD_MAXIMUM = tl.constexpr(1e30)  # of rows that no query is in, so that none of them needs a tile
+
+
+@triton.jit
+def _needed(m, highest, bound):
+    """Whether a row has a score, the highest being given, that is not further below its running maximum than that."""
+    if bound is None:
+        needed = True
+    else:
+        needed = tl.max(highest - tl.maximum(m, highest), 0) >= -bound
+    return needed
+
+
+@triton.jit
+def _with_values(state, new_m, p, v):
+    """The state after a tile of weights and values in 16 or 32 bits."""
+    m, total, acc = state
+    shrink = tl.exp2(m - new_m)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_m, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def attend_described_tile(
+    state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Keys and values through tensor descriptors; a tail has descriptors of its own size."""
+    q, k_desc, v_desc, k_tail_desc, v_tail_desc, k_row, v_row, k_column, v_column, factor, bound = inputs
+    if MASKED:
+        k = k_tail_desc.load([k_row + first, k_column])
+        # What lies behind the tail may be anything, and 0 times NaN is NaN.
+        v = tl.where(inside[:, None], v_tail_desc.load([v_row + first, v_column]), 0.0)
+    else:
+        k = k_desc.load([k_row + first, k_column])
+        v = v_desc.load([v_row + first, v_column])
+    scores = tl.dot(q, tl.trans(k))
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    # The scale is above 0, so the maximum can be taken before it; it then enters where the maximum is subtracted.
+    highest = tl.max(scores, 1) * factor
+    if _needed(state[0], highest, bound):
+        new_m = tl.maximum(state[0], highest)
+        state = _with_values(state, new_m, tl.exp2(scores * factor - new_m[:, None]), v)
+    return state
+
+
+@triton.jit
+def attend_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """Keys and values row by row; the scale may have any sign."""
+    q, k_ptr, v_ptr, k_sn, v_sn, factor, bound = inputs
+    d = tl.arange(0, D_PAD)
+    k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
+    v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    # A tile has at least one key, so the new maximum is finite and the differences are never inf - inf.
+    highest = tl.max(scores, 1)
+    if _needed(state[0], highest, bound):
+        new_m = tl.maximum(state[0], highest)
+        state = _with_values(state, new_m, tl.exp2(scores - new_m[:, None]), v)
+    return state
+
+
+@triton.jit
+def attend_int8_tile(
+    state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """k in int8, in permuted order; `factor` holds the scale of each query, and each key has one of its own.
+
+    Where v is fp8, the weights are lifted by 2 ** 8, to use what e4m3 can hold, which is 2 ** -9 to 448.
+    """
+    m, total, acc = state
+    q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr, bound = inputs
+    d = tl.arange(0, D_PAD)
+    k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
+    k_scale = tl.load(k_scale_ptr + keys, mask=inside, other=0.0)
+    # The scales of queries are above 0, so the maximum can be taken before them, and then they cost no step of
+    # their own: they are multiplied in where the maximum is subtracted, by one instruction.
+    scores = tl.dot(q, tl.trans(k)).to(tl.float32) * k_scale[None, :]
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    highest = tl.max(scores, 1) * factor
+    if v_ptr.dtype.element_ty == tl.float8e4nv:
+        v = load_rows(v_ptr, keys, v_sn, inside, d, D, D_PAD, MASKED)
+        new_m = tl.maximum(m, highest)
+        p = tl.exp2(tl.fma(scores, factor[:, None], -(new_m - FP8_LIFT)[:, None]))
+        shrink = tl.exp2(m - new_m)
+        # The tensor cores of compute capability 9 add fp8 products in few bits: after so many the sum moves to float32.
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], max_num_imprecise_acc=FP8_ADDED)
+        m, total = new_m, total * shrink + tl.sum(p, 1)
+    else:
+        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+        if _needed(m, highest, bound):
+            new_m = tl.maximum(m, highest)
+            p = tl.exp2(tl.fma(scores, factor[:, None], -new_m[:, None]))
+            m, total, acc = _with_values((m, total, acc), new_m, p, v)
+    return m, total, acc
+
+
+@triton.jit
+def attend_int8_block(
+    state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """k in int8, in permuted order, with one scale for all keys of the tile, which begins at a multiple of its size.
+
+    The scores stay whole numbers until both scales are multiplied in, where the maximum is subtracted.
+    """
+    m, total, acc = state
+    q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr, bound, BLOCK_N = inputs
+    d = tl.arange(0, D_PAD)
+    k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
+    v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+    factor *= tl.load(k_scale_ptr + first // BLOCK_N)
+    scores = tl.dot(q, tl.trans(k)).to(tl.float32)
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    highest = tl.max(scores, 1) * factor
+    if _needed(m, highest, bound):
+        new_m = tl.maximum(m, highest)
+        p = tl.exp2(tl.fma(scores, factor[:, None], -new_m[:, None]))
+        m, total, acc = _with_values((m, total, acc), new_m, p, v)
+    return m, total, acc
