@@ -138,11 +138,12 @@ def cost(repeats: int) -> list[dict]:
     from vidaccel import DenseSchedule, Radial, accelerate, demo
     from vidaccel.attention.methods.base import OutOfReach
     from vidaccel.lora.adapter import add_lora, layers_named
+    from vidaccel.lora.backbones.base import ModelOptions
     from vidaccel.lora.backbones.wan_own import WanModel
     from vidaccel.lora.recipes.flow_phase import train_only
     from vidaccel.lora.recipes.length_settings import SELF_ATTENTION
 
-    model = WanModel(str(demo.path()), merge_text_padding=True)
+    model = WanModel(str(demo.path()), ModelOptions(merge_text_padding=True))
     text = model.text_encoder().encode(["a red circle moves left on a grey background"])
     transformer = model.transformer()
     add_lora(transformer, layers_named(transformer, SELF_ATTENTION, ""), 64, 64, 0.0)

@@ -92,9 +92,8 @@ def check_linears(kind: str, phase: str, device: torch.device) -> None:
     except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{told}, which this machine cannot compute on {_named(device)}: {first} fp8 needs a GPU of compute "
-            "capability 8.9 (Ada) or later, by rows 9.0 (Hopper), or a CPU; int8 one of 8.0 (Ampere) or later, or a "
-            "CPU. Set it to none."
+            f"{told}, which this machine cannot compute on {_named(device)}: {first} (fp8 needs a GPU of compute "
+            "capability 8.9 or later.) Set it to none."
         ) from error
 
 
@@ -123,10 +122,7 @@ def _converter(kind: str, told: str) -> Any:
     # The tokens of a clip are what the gradients of weights are summed over, and no multiple of 16.
     config = replace(config, pad_inner_dim=True)
 
-    def convert(layer: nn.Module) -> nn.Module:
-        return module.convert_to_float8_training(layer, config=config)
-
-    return convert
+    return lambda layer: module.convert_to_float8_training(layer, config=config)
 
 
 def _taken(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Weights, optimiser states and products in low bits: the error where a package is missing, and runs where it is there."""
+"""Weights, optimiser states and products in low bits: the error where a package is missing, runs where it is there."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_an_adamw_of_low_bits_goes_on_from_a_checkpoint(tmp_path, text_base, sto
 KINDS = ("int8", "fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_with_gw_hp")
 
 
-def blocks(half: bool = False) -> nn.Module:
+def blocks() -> nn.Module:
     """Two blocks of a feed-forward and a norm, with an embedding before and a head behind."""
     torch.manual_seed(0)
 
@@ -197,8 +197,7 @@ def test_a_lora_trains_on_products_in_low_bits(tmp_path, text_base, stop_after, 
     # The tiny model is 24 wide, of which no layer would do.
     base = wide(text_base, tmp_path / "wide")
     straight = run("lora", write(tmp_path, base, **sections), [f"out={tmp_path / 'straight'}"])
-    said = (tmp_path / "straight" / "validation").glob("*.mp4")
-    assert list(said)
+    assert list((tmp_path / "straight" / "validation").glob("*.mp4"))
     stop_after(2)
     with pytest.raises(Stopped):
         run("lora", tmp_path / "a.yaml")
