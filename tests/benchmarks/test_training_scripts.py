@@ -51,3 +51,29 @@ def test_guidance_in_one_pass_goes_on_where_it_stopped(tmp_path):
     assert all(row["right"].endswith("of 2") and float(row["CPU-s a step"]) > 0 for row in rows)
     assert rows[0]["of two passes"] == "1.00" and float(rows[1]["PSNR to two passes, dB"]) > 10
     assert "| demo | 3 | 2 | one pass, adapter |" in (tmp_path / "gft_demo.md").read_text()
+
+
+def test_longer_videos_go_on_where_they_stopped(tmp_path):
+    work = ["--only", "dense", "--frames", "17", "--denoising-steps", "2", "--out", str(tmp_path)]
+    run("length_demo.py", *work, "--prompts", "1")
+    first = (tmp_path / "length_demo.jsonl").read_text()
+    run("length_demo.py", *work, "--prompts", "1")
+    assert (tmp_path / "length_demo.jsonl").read_text() == first
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert [row["way"] for row in rows] == ["dense"]
+    assert all(row["cpu_seconds"] > 0 and isinstance(row["right"]["all"], bool) for row in rows)
+    assert "| dense | 1 |" in (tmp_path / "length_demo.md").read_text()
+
+
+def test_sparse_linear_attention_of_a_trained_model(tmp_path):
+    """Beside dense attention and what needs no training."""
+    from sla_models import write_model
+
+    from vidaccel import SLA
+
+    model = write_model(tmp_path / "model", demo.path(), method=SLA(topk=0.0556, block=(32, 32)))
+    work = ["--arm", f"all={model / 'transformer'}", "--prompts", "1", "--denoising-steps", "2"]
+    run("sla_demo.py", *work, "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "sla_demo.json").read_text())["videos"]
+    assert [row["attention"] for row in rows][0] == "dense" and rows[-1]["attention"].endswith("trained")
+    assert rows[0]["right"].endswith("of 1") and float(rows[-1]["PSNR to dense, dB"]) > 0
