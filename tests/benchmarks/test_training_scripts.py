@@ -75,5 +75,5 @@ def test_sparse_linear_attention_of_a_trained_model(tmp_path):
     work = ["--arm", f"all={model / 'transformer'}", "--prompts", "1", "--denoising-steps", "2"]
     run("sla_demo.py", *work, "--out", str(tmp_path))
     rows = json.loads((tmp_path / "sla_demo.json").read_text())["videos"]
-    assert [row["attention"] for row in rows][0] == "dense" and rows[-1]["attention"].endswith("trained")
+    assert rows[0]["attention"] == "dense" and rows[-1]["attention"].endswith("trained")
     assert rows[0]["right"].endswith("of 1") and float(rows[-1]["PSNR to dense, dB"]) > 0
