@@ -13,18 +13,17 @@ videos of another adapter are made anew.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from common import RESULTS, environment_line, write_markdown
+from prompts import make, psnr
 
 MODELS = {"demo": ("demo_gft", 33), "demo-dc": ("demo_dc_gft", 32)}
 """Built-in model -> its ready settings and the frames that it makes."""
@@ -65,32 +64,12 @@ def loaded(model: str) -> Any:
 
 def made(pipe: Any, frames: int, prompt: str, seed: int, scale: float, steps: int) -> tuple[Any, dict[str, Any]]:
     """A video `[F, H, W, 3]` in [0, 1], CPU-seconds of a step and of the whole, and whether it is right."""
-    import torch
-
-    from vidaccel.demo.checker import check
-
-    ends = [time.thread_time()]
-    video = pipe(
-        prompt,
-        num_frames=frames,
-        height=128,
-        width=128,
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-        callback_on_step_end=lambda pipe, step, t, tensors: ends.append(time.thread_time()) or tensors,
-    ).frames[0]
-    whole = time.thread_time() - ends[0]
-    taken = [after - before for before, after in itertools.pairwise(ends[1:])]
-    right = check(torch.from_numpy(video).permute(0, 3, 1, 2)).agrees_with(prompt)["all"]
-    return video, {"step": statistics.median(taken), "video": whole, "right": right}
+    found = make(pipe, prompt, seed, frames, steps, scale)
+    return found.video, {"step": found.step_seconds, "video": found.cpu_seconds, "right": found.right["all"]}
 
 
 def compared(pipe: Any, adapter: Path, model: str, number: int, scale: float, steps: int) -> dict[str, dict]:
     """A held-out prompt in each of the ways; they take turns in which comes first."""
-    import numpy as np
-
     import vidaccel
     from vidaccel import demo
 
@@ -103,8 +82,7 @@ def compared(pipe: Any, adapter: Path, model: str, number: int, scale: float, st
         else:
             videos[way], rows[way] = made(pipe, frames, prompt, number, scale if way == TWO else 1.0, steps)
     for way in (NONE, ONE):
-        error = float(((videos[way] - videos[TWO]) ** 2).mean())
-        rows[way]["psnr"] = -10 * float(np.log10(max(1e-10, error)))
+        rows[way]["psnr"] = psnr(videos[way], videos[TWO])
     return rows
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 from common import RESULTS, environment_line, write_markdown
+from prompts import make
 
 BASE_FRAMES = 9  # latent, of the 33 that the model was trained on
 READ = ("shape", "colour", "background", "motion", "all")
@@ -64,11 +65,9 @@ def measure(
     path: Path, adapters: tuple[Path | None, Path | None], only: str, prompts: int, frames: int, steps: int
 ) -> list[dict]:
     """Make the videos that `path` lacks; all lines of it."""
-    import torch
     from diffusers import WanPipeline
 
     from vidaccel import VideoLayout, demo
-    from vidaccel.demo.checker import check
 
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     settings = {"frames": frames, "steps": steps}
@@ -87,31 +86,21 @@ def measure(
             continue
         with enter(pipe, layout):
             for number in missing:
-                prompt, began, used = demo.HELD_OUT_PROMPTS[number], time.perf_counter(), time.process_time()
-                video = pipe(
-                    prompt,
-                    num_frames=frames,
-                    height=128,
-                    width=128,
-                    num_inference_steps=steps,
-                    guidance_scale=2.0,
-                    generator=torch.Generator().manual_seed(number),
-                    output_type="pt",
-                ).frames[0]
-                right = check(video).agrees_with(prompt)
+                prompt = demo.HELD_OUT_PROMPTS[number]
+                made = make(pipe, prompt, number, frames, steps, scale=2.0)
                 row = {
                     "way": name,
                     "prompt": prompt,
                     "seed": number,
-                    "right": right,
-                    "seconds": round(time.perf_counter() - began, 2),
-                    "cpu_seconds": round(time.process_time() - used, 2),
+                    "right": made.right,
+                    "seconds": round(made.seconds, 2),
+                    "cpu_seconds": round(made.cpu_seconds, 2),
                     "settings": settings,
                 }
                 rows.append(row)
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                print(name, number, right, f"{row['seconds']:.1f} s", flush=True)
+                print(name, number, made.right, f"{row['seconds']:.1f} s", flush=True)
     return rows
 
 
@@ -138,11 +127,12 @@ def cost(repeats: int) -> list[dict]:
     from vidaccel import DenseSchedule, Radial, accelerate, demo
     from vidaccel.attention.methods.base import OutOfReach
     from vidaccel.lora.adapter import add_lora, layers_named
+    from vidaccel.lora.backbones.base import ModelOptions
     from vidaccel.lora.backbones.wan_own import WanModel
     from vidaccel.lora.recipes.flow_phase import train_only
     from vidaccel.lora.recipes.length_settings import SELF_ATTENTION
 
-    model = WanModel(str(demo.path()), merge_text_padding=True)
+    model = WanModel(str(demo.path()), ModelOptions(merge_text_padding=True))
     text = model.text_encoder().encode(["a red circle moves left on a grey background"])
     transformer = model.transformer()
     add_lora(transformer, layers_named(transformer, SELF_ATTENTION, ""), 64, 64, 0.0)

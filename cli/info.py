@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..generation.errors import mention, refuse_given
 from .errors import one_line_errors
+from .options import pipeline_arguments
 
 
 def register(app: typer.Typer) -> None:
@@ -95,13 +96,18 @@ def info_command(
     dtype: Annotated[
         str | None, typer.Option(help="With --forecast: of the weights at work. (default: bfloat16)")
     ] = None,
+    pipeline_option: Annotated[
+        list[str] | None, typer.Option(help="With --forecast: ARGUMENT=VALUE, as for generate; repeatable.")
+    ] = None,
 ) -> None:
     """Versions, devices, and which backends can run here; or what a video will take."""
     with one_line_errors():
         if forecast:
-            _print_forecast(model or "demo", frames, height, width, dtype or "bfloat16")
+            options = pipeline_arguments(pipeline_option or [])
+            _print_forecast(model or "demo", frames, height, width, dtype or "bfloat16", options)
             return
         values = {"model": model, "frames": frames, "height": height, "width": width, "dtype": dtype}
+        values["pipeline_options"] = pipeline_option
         given = {field: value is not None for field, value in values.items()}
         refuse_given(given, f"of use only together with {mention('forecast')}")
         _print_machine()
@@ -133,7 +139,9 @@ def _print_machine() -> None:
     console.print(table)
 
 
-def _print_forecast(model: str, frames: int | None, height: int | None, width: int | None, dtype: str) -> None:
+def _print_forecast(
+    model: str, frames: int | None, height: int | None, width: int | None, dtype: str, options: dict[str, Any]
+) -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -144,7 +152,7 @@ def _print_forecast(model: str, frames: int | None, height: int | None, width: i
     from ..generation.request import Settings
 
     facts = inspect_model(model)
-    settings = Settings("a forecast", frames=frames, height=height, width=width)
+    settings = Settings("a forecast", frames=frames, height=height, width=width, pipeline_options=options)
     itemsize = choose_dtype(dtype, torch.device("cpu"), model).itemsize
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in forecast(facts, settings.sized(facts), itemsize):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BadInput
 from .methods import DEFAULT_METHOD, MIN_SPARSE_TOKENS
 from .model_facts import ModelFacts
+from .pipeline_options import check_options
 from .request import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
 def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
     """Tokens and rough memory of a video with a model in a folder: names and texts.
 
-    Of a long video that is made in parts, the tokens of one part count.
+    Of a long video that is made in parts, the tokens of one part count. Options of a pipeline that change these parts are
+    named instead.
 
     Args:
         facts: of the model.
@@ -40,7 +42,8 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
         itemsize: bytes a value of the weights; Wan's autoencoder runs in four.
 
     Raises:
-        BadInput: a model that is not in a folder here, or whose configs cannot be read.
+        BadInput: a model that is not in a folder here, or whose configs cannot be read; or options that its pipeline
+            refuses.
     """
     from ..autoencoders.memory import video_bytes
 
@@ -52,25 +55,46 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
     adapter = _json(folder / "adapter.json") if (folder / "adapter.json").is_file() else None
     vae = _autoencoder_config(facts)
     heads, head_dim = facts.row.heads(facts.transformer)
+    check_options(settings.pipeline_options, facts.row)
+    unknown = _changed_window(facts, settings)
     rows = [("model", f"{facts.name} ({facts.pipeline_class})"), ("video", f"{frames} frames of {width}x{height}")]
     canvas = facts.canvas(frames, height, width)
     if canvas is not None and canvas.is_larger:
         rows.append(("made as", f"{canvas.frames} frames of {canvas.width}x{canvas.height}, cropped"))
     made = (frames, height, width) if canvas is None else (canvas.frames, canvas.height, canvas.width)
     parts = facts.row.parts(frames, facts.frame_factor)
-    if parts > 1:
+    if parts > 1 and not unknown:
         rows.append(("made in", f"{parts} parts, one after the other"))
     of_vae = itemsize if canvas is not None or facts.row.follows else 4
+    on_disk = ("weights on disk", _weights_on_disk(facts, adapter))
+    if unknown:
+        rows += [("tokens", f"not counted: {unknown} changes how much is made at once"), on_disk]
+    else:
+        rows += [
+            ("tokens", _tokens(facts, layout)),
+            ("pairs a dense call", f"{layout.tokens**2:,}"),
+            on_disk,
+            ("a forward pass, about", _gb(transformer_bytes(layout.tokens, heads * head_dim, itemsize))),
+            *_sparse_rows(layout, heads, head_dim, itemsize),
+        ]
     rows += [
-        ("tokens", _tokens(facts, layout)),
-        ("pairs a dense call", f"{layout.tokens**2:,}"),
-        ("weights on disk", _weights_on_disk(facts, adapter)),
-        ("a forward pass, about", _gb(transformer_bytes(layout.tokens, heads * head_dim, itemsize))),
-        *_sparse_rows(layout, heads, head_dim, itemsize),
         *_decoding_rows(vae, made, of_vae),
         ("the decoded video", _gb(video_bytes(frames, height, width))),
     ]
     return rows
+
+
+def _changed_window(facts: ModelFacts, settings: Settings) -> str:
+    """The options by which another number of tokens is made at once than the row of the pipeline counts with; "" for
+    none.
+    """
+    from ..pipelines.loading import call_defaults
+
+    usual = call_defaults(facts.row.pipeline)
+    given = settings.pipeline_options
+    return ", ".join(
+        f"{name}={given[name]!r}" for name in facts.row.windows if given.get(name, usual[name]) != usual[name]
+    )
 
 
 def _tokens(facts: ModelFacts, layout: VideoLayout) -> str:

@@ -62,19 +62,21 @@ def make_optimizer(
         }
         for (factor, is_matrix), members in groups.items()
     ]
-    cls: Any = torch.optim.AdamW if settings.optimizer == "adamw" else eight_bit(settings.optimizer)
+    cls: Any = torch.optim.AdamW if settings.optimizer == "adamw" else low_bit(settings.optimizer)
     return cls(listed, lr=settings.learning_rate, betas=settings.betas)
 
 
-EIGHT_BIT = {
-    "adamw_8bit_torchao": "torchao.optim",
-    "adamw_8bit_bitsandbytes": "bitsandbytes.optim",
+LOW_BIT = {
+    "adamw_8bit_torchao": ("torchao.optim", "AdamW8bit"),
+    "adamw_fp8_torchao": ("torchao.optim", "AdamWFp8"),
+    "adamw_4bit_torchao": ("torchao.optim", "AdamW4bit"),
+    "adamw_8bit_bitsandbytes": ("bitsandbytes.optim", "AdamW8bit"),
 }
-"""Name of an AdamW whose state takes 8 bits a number -> the module that has it."""
+"""Name of an AdamW whose state takes 8 or 4 bits a number -> the module that has it, and its class there."""
 
 
-def eight_bit(name: str, phase: str = "") -> Any:
-    """The class of an 8-bit AdamW. To load it also lets torch read the checkpoints that hold its state.
+def low_bit(name: str, phase: str = "") -> Any:
+    """The class of an AdamW of low bits. To load it also lets torch read the checkpoints that hold its state.
 
     Args:
         name: of the optimiser.
@@ -84,7 +86,8 @@ def eight_bit(name: str, phase: str = "") -> Any:
         ConfigError: its package is not installed.
     """
     of_phase = f"phase {phase}: " if phase else ""
-    return optional(EIGHT_BIT[name], f"{of_phase}optimizer is {name}").AdamW8bit
+    module, cls = LOW_BIT[name]
+    return getattr(optional(module, f"{of_phase}optimizer is {name}"), cls)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

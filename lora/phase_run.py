@@ -20,7 +20,8 @@ from .dataloader import batches, to_device
 from .ema import EMA
 from .fsdp import autocast_forward, layers_of, plugin_of
 from .generators import Generators, derive_seed
-from .optim import EIGHT_BIT, learning_rate, make_optimizer, set_learning_rate
+from .low_bit import in_low_bits
+from .optim import LOW_BIT, learning_rate, make_optimizer, set_learning_rate
 from .phase_state import PhaseState
 from .progress import duration
 from .recipes.base import Phase
@@ -50,6 +51,8 @@ class PhaseRun:
         self.context, self.phase, self.settings = context, phase, phase.settings
         self.accelerator, self.process, self.loop = context.accelerator, context.process, context.config.loop
         self._trained, self._before = trained, before
+        self._low_bits = 0
+        """Linear layers that compute in low bits."""
         self._saved = (0, False)
         """The step and whether its validation is due, as the checkpoint has them that a resume would take."""
 
@@ -96,6 +99,8 @@ class PhaseRun:
         self.clips = phase.clips()
         _seed_all(derive_seed(seed, "process", 0))
         module = phase.setup(self._trained)
+        if self.settings.low_bit_linears != "none":
+            self._low_bits = in_low_bits(module, self.settings.low_bit_linears, phase.name)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError(f"phase {phase.name} trains nothing: set requires_grad in its setup.")
@@ -138,7 +143,7 @@ class PhaseRun:
         optimizer = self.settings.optimizer
         if optimizer == "muon":
             raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
-        if optimizer in EIGHT_BIT:
+        if optimizer in LOW_BIT:
             raise ConfigError(f"{optimizer} keeps a state that this trainer cannot gather under FSDP: set adamw.")
         if self.phase.whole_weights:
             raise ConfigError(f"{self.phase.whole_weights}, which FSDP splits: train without FSDP, or leave it out.")
@@ -154,6 +159,10 @@ class PhaseRun:
             f"({micro} micro-batch{'es' if micro > 1 else ''} x {processes} process{'es' if processes > 1 else ''}), "
             f"{parameters:,} trained parameters."
         )
+        if self._low_bits:
+            self.context.tracker.say(
+                f"phase {self.phase.name}: {self._low_bits} linear layers compute in {self.settings.low_bit_linears}."
+            )
 
     def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Both as accelerate wraps them."""

@@ -37,8 +37,11 @@ class PhaseSettings(Settings):
         lr_warmup_steps: steps in which it rises linearly to the peak.
         lr_scheduler: what follows: "constant", or "cosine" or "linear" down to `min_lr_rate` of the peak. With
             `max_minutes` these two end when the time does, if that is earlier.
-        optimizer: "adamw"; "muon" (Muon for matrices, AdamW for the rest); or an AdamW whose state takes 8 bits a
+        optimizer: "adamw"; "muon" (Muon for matrices, AdamW for the rest); or an AdamW whose state takes 8 or 4 bits a
             number, of torchao or of bitsandbytes, which must be installed.
+        low_bit_linears: what the linear layers of the blocks compute their products in, forward and backward, through
+            torchao, which must be installed: "int8", or "fp8_..." with one scale a tensor, one a row, or one a row
+            and the gradients of weights in full. Weights stay as they are.
         betas, weight_decay: of AdamW.
         max_grad_norm: bound of the gradient norm; None for none.
         ema_decay: of the EMA of the weights, which is the result of the phase; 0 for none.
@@ -52,7 +55,10 @@ class PhaseSettings(Settings):
     lr_warmup_steps: int = setting(0, low=0)
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     min_lr_rate: float = setting(0.0, low=0, high=1)
-    optimizer: Literal["adamw", "muon", "adamw_8bit_torchao", "adamw_8bit_bitsandbytes"] = "adamw"
+    optimizer: Literal[
+        "adamw", "muon", "adamw_8bit_torchao", "adamw_fp8_torchao", "adamw_4bit_torchao", "adamw_8bit_bitsandbytes"
+    ] = "adamw"
+    low_bit_linears: Literal["none", "int8", "fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_with_gw_hp"] = "none"
     betas: tuple[float, float] = setting((0.9, 0.99), low=0, below=1)
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float | None = setting(1.0, above=0)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
-from .optim import EIGHT_BIT, eight_bit
+from .low_bit import check_linears
+from .optim import LOW_BIT, low_bit
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
 from .recipes.base import Phase, Recipe
@@ -130,9 +131,10 @@ class Trainer:
         with self.process.stop.at_once():
             phases = list(self.recipe.phases())
             for phase in phases:
-                if phase.settings.optimizer in EIGHT_BIT:
-                    # Before long work, and before a checkpoint with its state is read.
-                    eight_bit(phase.settings.optimizer, phase.name)
+                # Before long work, and before a checkpoint with its state is read.
+                if phase.settings.optimizer in LOW_BIT:
+                    low_bit(phase.settings.optimizer, phase.name)
+                check_linears(phase.settings.low_bit_linears, phase.name, self.process.device)
             if self.process.is_main:
                 # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
                 self.checkpoints.clean()

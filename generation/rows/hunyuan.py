@@ -111,6 +111,7 @@ ROWS = (
         needs=(("image",),),
         sequence=_framepack,
         parts=_sections,
+        windows=("latent_window_size", "sampling_type"),
     ),
     _HUNYUAN_15,
     replace(

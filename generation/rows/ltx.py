@@ -95,6 +95,7 @@ ROWS = (
         pipeline="LTXConditionPipeline",
         takes={"image": "image", "last_image": "image", "video": "video"},
         inputs=_conditions,
+        windows=("conditions",),
         **_ALL,
     ),
     _LTX_2,

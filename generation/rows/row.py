@@ -78,6 +78,7 @@ class PipelineRow:
         single: whether that is one video, not a list of them.
         audio: `(pipeline, result)` -> samples `[channels, samples]` and samples per second; None where it has no sound.
         parts: `(frames, frames of a latent frame)` -> how many times it goes through all steps.
+        windows: arguments that change how much is made at once; `sequence` and `parts` count with their defaults.
         follows: whether the autoencoder has to have the dtype of the transformer.
         tiled: whether the autoencoder can decode in tiles alone.
         device_noise: whether it draws noise on the device of the weights alone.
@@ -116,6 +117,7 @@ class PipelineRow:
     single: bool = False
     audio: Callable[[Any, Any], tuple[Any, int] | None] | None = None
     parts: Callable[[int, int], int] = lambda frames, factor: 1
+    windows: tuple[str, ...] = ()
     follows: bool = True
     tiled: bool = False
     device_noise: bool = False

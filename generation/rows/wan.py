@@ -103,6 +103,7 @@ _HELIOS = PipelineRow(
     least_video=33,
     sequence=_helios,
     parts=chunks,
+    windows=("history_sizes", "num_latent_frames_per_chunk", "keep_first_frame"),
     follows=False,
     device_noise=True,
 )
@@ -110,6 +111,7 @@ _FORCING = PipelineRow(
     "SkyReelsV2DiffusionForcingPipeline",
     sequence=_window,
     parts=_windows,
+    windows=("base_num_frames", "overlap_history"),
     rate="fps",
     always=_overlap,
     variants={
@@ -155,6 +157,7 @@ ROWS = (
         needs=(("image",), ("video",), ("face_video",)),
         sequence=_animated,
         parts=_segments,
+        windows=("segment_frame_length", "prev_segment_conditioning_frames"),
         defaults=lambda transformer, size_factor: {"frames": 77},
     ),
     PipelineRow("DCVideoGenPipeline", follows=False),
@@ -201,7 +204,14 @@ ROWS = (
         always=lambda pipe, settings: {"overlap_history": SKYREELS_OVERLAP},
     ),
     PipelineRow("AnyFlowPipeline", ROUNDED, takes={"video": "video"}, continues="inside", follows=False),
-    PipelineRow("AnyFlowFARPipeline", ROUNDED, takes={"video": "video"}, continues="inside", follows=False),
+    PipelineRow(
+        "AnyFlowFARPipeline",
+        ROUNDED,
+        takes={"video": "video"},
+        continues="inside",
+        windows=("chunk_partition",),
+        follows=False,
+    ),
     _HELIOS,
     replace(
         _HELIOS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...pipelines.deep_compression.adapter_folder import is_adapter
 from ..config import ConfigError
-from .base import Backbone, OwnModel
+from .base import Backbone, ModelOptions, OwnModel
 
 FAMILIES = {
     "WanPipeline": ("wan", "WanBackbone"),
@@ -31,6 +31,7 @@ OWN_FAMILIES = {
     "CogVideoXImageToVideoPipeline": ("cogvideox_own", "CogVideoXModel"),
     "LTXPipeline": ("ltx_own", "LTXModel"),
     "LTXImageToVideoPipeline": ("ltx_own", "LTXModel"),
+    "LTXConditionPipeline": ("ltx_own", "LTXConditionModel"),
 }
 """The same for models as they are. A family is one more file and one line here."""
 
@@ -49,18 +50,18 @@ def open_backbone(base: str, autoencoder: str, **options: Any) -> Backbone:
     return _class_of(base, FAMILIES, "ae_adapt")(base, autoencoder, **options)
 
 
-def open_model(base: str, recipe: str, **options: Any) -> OwnModel:
+def open_model(base: str, recipe: str, options: ModelOptions | None = None) -> OwnModel:
     """A base pipeline as it is.
 
     Args:
         base: folder or hub id.
         recipe: that asks for it, for messages.
-        options: arguments of the model's class.
+        options: how it is trained; None for the defaults.
 
     Raises:
         ConfigError: no pipeline, one of another family, or an option that it does not have.
     """
-    return _class_of(base, OWN_FAMILIES, recipe)(base, **options)
+    return _class_of(base, OWN_FAMILIES, recipe)(base, options or ModelOptions())
 
 
 def _class_of(base: str, families: Mapping[str, tuple[str, str]], recipe: str) -> Any:

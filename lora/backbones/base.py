@@ -78,8 +78,37 @@ class PretrainedModel(ABC):
         """What encodes prompts."""
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is trained as it is; a model refuses what it cannot do.
+
+    Args:
+        dtype: of the frozen weights.
+        autoencoder_dtype: in which clips are encoded.
+        device: where encoders run.
+        merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
+            prompts are short. Of Wan without an image encoder.
+        stage: of a base with two transformers, which one; None for a base with one.
+        first_frame: train from first frames; None for what the class of the pipeline says.
+        guidance: what a model that is distilled on a guidance scale is told in training; None for the family's usual.
+        fps: frames a second of the clips, or None.
+    """
+
+    dtype: torch.dtype = torch.float32
+    autoencoder_dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    merge_text_padding: bool = False
+    stage: str | None = None
+    first_frame: bool | None = None
+    guidance: float | None = None
+    fps: float | None = None
+
+
 class OwnModel(PretrainedModel):
     """A pre-trained model as it is, with the autoencoder that it was trained with.
+
+    All of them are made of a folder or hub id and of `ModelOptions`, and raise ConfigError where something is missing
+    or does not fit together; the message says what fits.
 
     Attributes:
         lora_targets: ends of the names of the layers that get a LoRA where nothing else is asked for.

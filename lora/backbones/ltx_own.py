@@ -1,4 +1,4 @@
-"""LTX-Video as it is: text and image to video, for which it has one transformer."""
+"""LTX-Video as it is, 0.9 and 0.9.5 and later: text and image to video, for which it has one transformer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -113,13 +114,16 @@ class LTXModel(OwnVideoModel):
             encoder_hidden_states=states.to(latents.device, self.dtype),
             timestep=self.timestep(sigma, latents),
             encoder_attention_mask=mask.to(latents.device),
-            num_frames=size[0],
-            height=size[1],
-            width=size[2],
-            rope_interpolation_scale=(self.frame_step / self.frame_rate, self.token, self.token),
+            **self.places(latents),
             return_dict=False,
         )[0]
         return made.transpose(1, 2).unflatten(2, size)
+
+    def places(self, latents: torch.Tensor) -> dict[str, Any]:
+        """Where the tokens of latents `[B, C, T, H, W]` are, as arguments of the transformer."""
+        frames, height, width = latents.shape[2:]
+        scale = (self.frame_step / self.frame_rate, self.token, self.token)
+        return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": scale}
 
     def timestep(self, sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """What the model is told of the noise levels `[B]` of latents `[B, C, T, H, W]`."""
@@ -136,3 +140,31 @@ class LTXModel(OwnVideoModel):
         for name, each, valid in zip(("", "negative_"), states, mask, strict=True):
             made[f"{name}prompt_embeds"], made[f"{name}prompt_attention_mask"] = self.in_pipeline(each, valid)
         return made
+
+
+PICTURE_NOISE = 0.15
+"""The pipeline's `image_cond_noise_scale`: the picture is shown with this share of noise, times the squared level."""
+
+
+class LTXConditionModel(LTXModel):
+    """LTX-Video 0.9.5 and later, whose pipeline is one for text and image to video: without first frames, unless they
+    are asked for. Its places are seconds from the first frame, and a first frame is shown with a little noise.
+    """
+
+    text_pipeline, image_pipeline = LTXConditionPipeline, None
+
+    def places(self, latents: torch.Tensor) -> dict[str, Any]:
+        ids = LTXConditionPipeline._prepare_video_ids(len(latents), *latents.shape[2:], device=latents.device)
+        coordinates = LTXConditionPipeline._scale_video_ids(ids, self.token, self.frame_step).float()
+        coordinates[:, 0] /= self.frame_rate
+        return {"video_coords": coordinates}
+
+    def timestep(self, sigma: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        told = super().timestep(sigma, latents)
+        return told if told.ndim == 2 else told[:, None]
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        shown = super().noised(latents, noise, sigma)
+        if self.clean_first:
+            shown[:, :, 0] += PICTURE_NOISE * sigma.view(-1, 1, 1, 1).square() * noise[:, :, 0]
+        return shown

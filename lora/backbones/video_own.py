@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
@@ -15,24 +14,18 @@ from torch import nn
 from ...attention.layout import VideoLayout
 from ..config import ConfigError
 from ..data.cache import fingerprint
-from .base import Encoder, OwnModel, SampleRequest, Text
+from .base import Encoder, ModelOptions, SampleRequest, Text
 from .folders import read_config
-from .pipeline_family import PipelineFamily
+from .pipeline_own import OwnPipelineModel
 
 
-class OwnVideoModel(PipelineFamily, OwnModel):
+class OwnVideoModel(OwnPipelineModel):
     """A video pipeline with one transformer, which is trained.
 
     Args:
-        base, dtype, device, merge_text_padding, guidance: as those of `PipelineFamily`.
-        autoencoder_dtype: in which clips are encoded.
-        stage: must be None.
-        first_frame: train from first frames; None for what the class of the pipeline says, and no other where a
-            transformer does not do both.
-        fps: frames a second of the clips, or None.
-
-    Raises:
-        ConfigError: something is missing or does not fit together.
+        base: folder or hub id of the pipeline.
+        options: without `stage`; `first_frame` is what the class of the pipeline says where a transformer does not do
+            both.
     """
 
     text_pipeline: ClassVar[type[DiffusionPipeline]]
@@ -42,20 +35,10 @@ class OwnVideoModel(PipelineFamily, OwnModel):
     frame_step: ClassVar[int]
     """Clips have a multiple of this and one frames."""
 
-    def __init__(
-        self,
-        base: str,
-        dtype: torch.dtype = torch.float32,
-        autoencoder_dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        merge_text_padding: bool = False,
-        guidance: float | None = None,
-        stage: str | None = None,
-        first_frame: bool | None = None,
-        fps: float | None = None,
-    ) -> None:
-        if stage is not None:
-            raise ConfigError(f"model.stage is {stage}, but {base} has one transformer: leave it out.")
+    def __init__(self, base: str, options: ModelOptions) -> None:
+        first_frame = options.first_frame
+        if options.stage is not None:
+            raise ConfigError(f"model.stage is {options.stage}, but {base} has one transformer: leave it out.")
         starts = self.text_pipeline.load_config(base)["_class_name"] == getattr(self.image_pipeline, "__name__", None)
         self.image = starts if first_frame is None else first_frame
         if self.image != starts and not self.does_both:
@@ -64,18 +47,13 @@ class OwnVideoModel(PipelineFamily, OwnModel):
                 f"model.first_frame is {str(first_frame).lower()}, but {base} {kind} first frames: leave it out."
             )
         self.pipeline_class = self.image_pipeline if self.image and self.image_pipeline else self.text_pipeline
-        super().__init__(base, dtype, device, merge_text_padding, guidance)
-        self.autoencoder_dtype, self.fps = autoencoder_dtype, fps
+        super().__init__(base, options)
         self.vae = read_config(self.vae_class, base, "vae")
         if (found := self.config.get("_class_name")) != self.transformer_class.__name__:
             raise ConfigError(
                 f"model.base: {base} has a {found}; its pipeline takes a {self.transformer_class.__name__}."
             )
         self.check_base()
-
-    @abstractmethod
-    def check_base(self) -> None:
-        """Raise ConfigError for a base that cannot be trained."""
 
     @property
     @abstractmethod
@@ -115,27 +93,10 @@ class OwnVideoModel(PipelineFamily, OwnModel):
     def layout(self, frames: int, height: int, width: int) -> VideoLayout:
         return self.grid(frames, height, width)
 
-    def transformer(self, quantisation: Any = None) -> nn.Module:
-        transformer = self.transformer_class.from_pretrained(
-            self.base, subfolder="transformer", dtype=self.dtype, quantization_config=quantisation
-        )
-        return transformer.requires_grad_(False)
-
-    def skeleton(self) -> nn.Module:
-        with init_empty_weights():
-            return self.transformer_class.from_config(self.config)
-
     def encoder(self) -> OwnVideoEncoder:
         return OwnVideoEncoder(self)
 
     # -- results -------------------------------------------------------------------------------------------------------
-
-    def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
-        """A pipeline with the transformer that is trained, and without what encodes prompts."""
-        pipe = self.load("scheduler", "vae")
-        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
-        pipe.register_modules(transformer=transformer)
-        return pipe
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
         pipe = self.sampler(transformer)
@@ -152,16 +113,6 @@ class OwnVideoModel(PipelineFamily, OwnModel):
             **({"image": picture(request.image)} if self.image else {}),
         ).frames[0]
         return video.transpose(0, 1).float().cpu() * 2 - 1
-
-    def after_step(self, request: SampleRequest) -> Any:
-        """`callback_on_step_end` of a pipeline."""
-
-        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            made = request.callback(pipe, step, timestep, tensors)
-            # Under mixed precision the model answers in float32, which some pipelines hand to the autoencoder.
-            return {**made, "latents": made["latents"].to(pipe.vae.dtype)}
-
-        return callback
 
     def in_pipeline(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Parts of prompts as a pipeline takes them: in a batch of one, in its type, where it runs."""

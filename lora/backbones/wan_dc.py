@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from torch import nn
 
@@ -15,7 +14,7 @@ from ...autoencoders import AutoencoderDCV
 from ...pipelines.deep_compression.adapted import adapted_transformer, own_autoencoder
 from ...pipelines.deep_compression.adapter_folder import AdapterError, base_location, is_adapter, read_facts
 from ..config import ConfigError
-from .base import told_guidance
+from .base import ModelOptions
 from .folders import load_autoencoder, read_config, write_model
 from .wan_encoding import WanEncoder, WanTextEncoder
 from .wan_family import base_pipeline
@@ -27,43 +26,21 @@ class DCWanModel(OwnWan):
 
     Args:
         base: folder or hub id of the pipeline, or folder of adapter-only weights.
-        dtype: of the frozen weights.
-        autoencoder_dtype: in which clips are encoded.
-        device: where encoders run.
-        merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
-            prompts are short. Text to video only.
-        stage: of `STAGES`, for a base with two transformers; None for one with a single one.
-        first_frame: must be what the pipeline does, or None.
-        guidance: must be None: Wan is not told any.
-        fps: not used by Wan.
-
-    Raises:
-        ConfigError: something is missing or does not fit together; the message says what fits.
+        options: `stage` is one of `STAGES`; `first_frame` must be what the pipeline does.
     """
 
-    def __init__(
-        self,
-        base: str,
-        dtype: torch.dtype = torch.float32,
-        autoencoder_dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        merge_text_padding: bool = False,
-        stage: str | None = None,
-        first_frame: bool | None = None,
-        guidance: float | None = None,
-        fps: float | None = None,
-    ) -> None:
-        self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
-        self.device, self.merge_text_padding = torch.device(device), merge_text_padding
+    def __init__(self, base: str, options: ModelOptions) -> None:
+        super().__init__(base, options)
+        first_frame = options.first_frame
         self.adapter = is_adapter(Path(base))
         facts = self._adapter_facts() if self.adapter else {}
         self.index = {} if self.adapter else WanPipeline.load_config(base)
         self.shared = base_location(facts["base"]) if self.adapter else base
         """Where the text encoder, the scheduler and the image encoder are."""
-        self.part, self.levels = stage_of(base, self.index, stage)
+        self.part, self.levels = stage_of(base, self.index, options.stage)
         named = {"_class_name": WanTransformer3DModel.__name__, **facts.get("transformer", {})}
         self.config = named if self.adapter else read_config(WanTransformer3DModel, base, self.part)
-        told_guidance(base, self.config, guidance, None)
+        self.check_options(options)
         self._vae = (facts["vae"], None) if self.adapter else (base, "vae")
         config = read_config(AutoencoderDCV, *self._vae)
         if config.get("_class_name") != "AutoencoderDCV" or config.get("pad_frames"):
@@ -80,9 +57,7 @@ class DCWanModel(OwnWan):
             raise ConfigError(
                 f"model.base: {base} has a timestep for each token, which DCVideoGenPipeline does not do."
             )
-        if merge_text_padding and self.config.get("image_dim") is not None:
-            raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
-        self.autoencoder = self._loaded_autoencoder(dtype=autoencoder_dtype)
+        self.autoencoder = self._loaded_autoencoder(dtype=options.autoencoder_dtype)
         self.autoencoder.requires_grad_(False).eval()
         self.autoencoder.enable_slicing()  # the same result, and a batch takes no more memory than a clip
 

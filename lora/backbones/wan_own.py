@@ -15,7 +15,7 @@ from torch import nn
 from ...attention.layout import VideoLayout
 from ...demo.text import use_padded_cross_attention
 from ..config import ConfigError
-from .base import OwnModel, told_guidance
+from .base import ModelOptions, OwnModel, told_guidance
 from .folders import read_config, write_model
 from .wan_encoding import OwnWanEncoder
 from .wan_family import WanFamily, base_pipeline
@@ -53,6 +53,16 @@ class OwnWan(WanFamily, OwnModel):
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
+    def __init__(self, base: str, options: ModelOptions) -> None:
+        self.base, self.dtype, self.autoencoder_dtype = base, options.dtype, options.autoencoder_dtype
+        self.device, self.merge_text_padding = torch.device(options.device), options.merge_text_padding
+
+    def check_options(self, options: ModelOptions) -> None:
+        """Raise ConfigError for what no Wan model is told, and for padding that cannot be merged; needs `config`."""
+        told_guidance(self.base, self.config, options.guidance, None)
+        if options.merge_text_padding and self.config.get("image_dim") is not None:
+            raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
+
     def skeleton(self) -> nn.Module:
         with init_empty_weights():
             return WanTransformer3DModel.from_config(self.config)
@@ -83,51 +93,27 @@ class WanModel(OwnWan):
 
     Args:
         base: folder or hub id of the pipeline.
-        dtype: of the frozen weights.
-        autoencoder_dtype: in which clips are encoded.
-        device: where encoders run.
-        merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
-            prompts are short. Text to video only.
-        stage: of `STAGES`, for a base with two transformers; None for one with a single one.
-        first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B does both.
-        guidance: must be None: Wan is not told any.
-        fps: not used by Wan.
-
-    Raises:
-        ConfigError: something is missing or does not fit together; the message says what fits.
+        options: `stage` is one of `STAGES`; Wan 2.2 5B can be trained with first frames and without.
     """
 
-    def __init__(
-        self,
-        base: str,
-        dtype: torch.dtype = torch.float32,
-        autoencoder_dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        merge_text_padding: bool = False,
-        stage: str | None = None,
-        first_frame: bool | None = None,
-        guidance: float | None = None,
-        fps: float | None = None,
-    ) -> None:
-        self.base, self.dtype, self.autoencoder_dtype = base, dtype, autoencoder_dtype
-        self.device, self.merge_text_padding = torch.device(device), merge_text_padding
+    def __init__(self, base: str, options: ModelOptions) -> None:
+        super().__init__(base, options)
+        first_frame = options.first_frame
         self.index = WanPipeline.load_config(base)
-        self.part, self.levels = stage_of(base, self.index, stage)
+        self.part, self.levels = stage_of(base, self.index, options.stage)
         self.config = read_config(WanTransformer3DModel, base, self.part)
         self.vae = read_config(AutoencoderKLWan, base, "vae")
         starts = _fits(base, self.config, self.vae, self.index)
         self.image = starts if first_frame is None else first_frame
         self.per_token = bool(self.index.get("expand_timesteps"))
         self.clean_first = self.image and self.per_token
-        told_guidance(base, self.config, guidance, None)
+        self.check_options(options)
         if self.image != starts and not self.per_token:
             kind = "starts from" if starts else "takes no"
             raise ConfigError(
                 f"model.first_frame is {str(first_frame).lower()}, but {base} {kind} first frames: leave it out (it is "
                 "for Wan 2.2 5B, which does both)."
             )
-        if merge_text_padding and self.config.get("image_dim") is not None:
-            raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
 
     @property
     def _token(self) -> int:

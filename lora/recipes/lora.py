@@ -15,7 +15,7 @@ from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
-from ..backbones.base import OwnModel, Text
+from ..backbones.base import ModelOptions, OwnModel, Text
 from ..backbones.folders import located, transformer_files
 from ..config import ConfigError
 from ..data.latents import Latents
@@ -94,18 +94,17 @@ class TrainLora(EncodedClipsRecipe):
 
     def _model(self) -> OwnModel:
         model = self.config.model
-        return open_model(
-            located(model.base, "model.base", *demo.MODELS),
-            self.config.recipe,
+        options = ModelOptions(
             dtype=getattr(torch, model.dtype),
             autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
             device=self.process.device,
             merge_text_padding=model.merge_text_padding,
-            guidance=model.guidance,
             stage=model.stage,
             first_frame=model.first_frame,
+            guidance=model.guidance,
             fps=self.config.data.fps,
         )
+        return open_model(located(model.base, "model.base", *demo.MODELS), self.config.recipe, options)
 
     def earlier(self, location: str, setting: str, recipe: str) -> dict[str, torch.Tensor]:
         """A LoRA that was trained before, which must be of this base and have the same layers and rank.

@@ -143,6 +143,11 @@ class LoraSettings(RunSettings):
             yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'
         if not self.train.steps:
             yield "train.steps is 0: give at least 1."
+        if self.model.quantise != "none" and self.train.low_bit_linears != "none":
+            yield (
+                f"train.low_bit_linears is {self.train.low_bit_linears} and model.quantise {self.model.quantise}, "
+                "whose weights have no such products: set one of them to none."
+            )
 
     def without_lora(self, setting: str) -> Iterator[str]:
         """What does not go together with the training of all weights, which `setting` asks for."""

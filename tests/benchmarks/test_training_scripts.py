@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from benchmark_scripts import run, table
+from benchmark_scripts import run
 from diffusers import WanTransformer3DModel
 from gft_adapters import write_adapter
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from vidaccel import demo
 
@@ -57,46 +55,27 @@ def test_guidance_in_one_pass_goes_on_where_it_stopped(tmp_path):
     assert "| demo | 3 | 2 | one pass, adapter |" in (tmp_path / "gft_demo.md").read_text()
 
 
-@pytest.mark.slow
-def test_presets_of_the_built_in_models(tmp_path):
-    """Each shipped preset of them, beside both models as they are; a second call goes on."""
-    run("preset_demo.py", "--small", "--prompts", "1", "--out", str(tmp_path))
-    [first] = (tmp_path / "preset_demo.jsonl").read_text().splitlines()
-    rows = json.loads(first)["rows"]
-    assert list(rows)[:2] == ["demo", "demo-dc"] and "demo-dc-fast" in rows
-    assert rows["demo-dc-fast"]["of"] == 6 and rows["demo-cache"]["passes"] < rows["demo-cache"]["of"] == 40
-    made = table(tmp_path / "preset_demo.csv")
-    assert [row["preset"] for row in made] == ["demo, as it is", "demo-dc, as it is", *list(rows)[2:]]
-    assert made[0]["times as fast as demo"] == "1.00" and all(row["right"].endswith("of 1") for row in made)
-    run("preset_demo.py", "--small", "--prompts", "1", "--out", str(tmp_path))
-    assert (tmp_path / "preset_demo.jsonl").read_text().splitlines() == [first]
-    assert "| demo-dc-fast |" in (tmp_path / "preset_demo.md").read_text()
+def test_longer_videos_go_on_where_they_stopped(tmp_path):
+    work = ["--only", "dense", "--frames", "17", "--denoising-steps", "2", "--out", str(tmp_path)]
+    run("length_demo.py", *work, "--prompts", "1")
+    first = (tmp_path / "length_demo.jsonl").read_text()
+    run("length_demo.py", *work, "--prompts", "1")
+    assert (tmp_path / "length_demo.jsonl").read_text() == first
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert [row["way"] for row in rows] == ["dense"]
+    assert all(row["cpu_seconds"] > 0 and isinstance(row["right"]["all"], bool) for row in rows)
+    assert "| dense | 1 |" in (tmp_path / "length_demo.md").read_text()
 
 
-@pytest.mark.slow
-def test_few_steps_go_on_where_they_stopped(tmp_path):
-    """One prompt in each way; what was made is not made again, and the accuracies are those of the table."""
-    guidance = demo.path(demo.DC) / "transformer" / "guidance_free.safetensors"
-    few = tmp_path / "few.safetensors"
-    tensors, header = load_file(guidance), safe_open(guidance, "pt").metadata()
-    facts = json.loads(header["vidaccel"])
-    facts |= {"recipe": "consistency", "few_steps": {"sigmas": [1.0, 0.75]}}
-    facts["guidance_free"] = {"min_scale": 2.0, "max_scale": 2.0, "gated": False}
-    save_file(tensors, few, {**header, "vidaccel": json.dumps(facts)})
-    accuracy = tmp_path / "accuracy.json"
-    work = ["--few-steps", str(few), "--prompts", "1", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
-    work += ["--accuracy", str(accuracy)]
-    run("few_steps_demo.py", *work, "--only", "demo-dc two")
-    raw = tmp_path / "few_steps_demo.jsonl"
-    [first] = raw.read_text().splitlines()
-    run("few_steps_demo.py", *work)
-    assert raw.read_text().startswith(first)
-    rows = table(tmp_path / "few_steps_demo.csv")
-    ways = [(row["guidance"], row["steps"], row["sampler"]) for row in rows]
-    one = "one pass"
-    own = [(one, steps, "own") for steps in ("20", "6", "4", "2")]
-    assert ways == [("two passes", "20", "own"), *own, (one, "4", "euler"), (one, "2", "distilled")]
-    assert rows[0]["PSNR, dB"] == "" and all(float(row["PSNR, dB"]) > 10 for row in rows[1:])
-    told = json.loads(accuracy.read_text())["rows"]
-    assert [(row["model"], row["steps"], row["prompts"]) for row in told[:2]] == [("demo", 20, 64), ("demo-dc", 20, 1)]
-    assert len(told) == 1 + len(rows) - 1  # that of the plain model, and none of Euler's untrained steps
+def test_sparse_linear_attention_of_a_trained_model(tmp_path):
+    """Beside dense attention and what needs no training."""
+    from sla_models import write_model
+
+    from vidaccel import SLA
+
+    model = write_model(tmp_path / "model", demo.path(), method=SLA(topk=0.0556, block=(32, 32)))
+    work = ["--arm", f"all={model / 'transformer'}", "--prompts", "1", "--denoising-steps", "2"]
+    run("sla_demo.py", *work, "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "sla_demo.json").read_text())["videos"]
+    assert rows[0]["attention"] == "dense" and rows[-1]["attention"].endswith("trained")
+    assert rows[0]["right"].endswith("of 1") and float(rows[-1]["PSNR to dense, dB"]) > 0

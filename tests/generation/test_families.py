@@ -257,6 +257,36 @@ def test_a_forecast_counts_what_lies_beside_the_video(build, built):
     assert rows.get("made in") == ("4 parts, one after the other" if build == "wan_kin.helios" else None)
 
 
+@pytest.mark.parametrize(
+    ("build", "options", "frames"),
+    [
+        ("wan_kin.helios", {"num_latent_frames_per_chunk": 5}, 33),
+        ("hunyuan.framepack", {"latent_window_size": 5}, 37),
+        ("wan_kin.skyreels_forcing", {"base_num_frames": 57, "overlap_history": 9}, 121),
+        ("wan_kin.animate", {"segment_frame_length": 33}, 33),
+    ],
+)
+def test_a_forecast_names_options_that_change_what_is_made_at_once(build, options, frames, built):
+    """It counts with the defaults alone, and with these given by name."""
+    from vidaccel.pipelines.loading import call_defaults
+
+    facts = inspect_model(str(built(build, False)))
+    usual = call_defaults(facts.row.pipeline)
+
+    def told(pipeline_options: dict) -> dict[str, str]:
+        settings = Settings(PROMPT, frames=frames, height=64, width=64, pipeline_options=pipeline_options)
+        return dict(forecast(facts, settings.sized(facts), 2))
+
+    plain, changed = told({}), told(options)
+    named = ", ".join(f"{name}={value}" for name, value in options.items())
+    assert changed["tokens"] == f"not counted: {named} changes how much is made at once"
+    assert {"made in", "pairs a dense call", "a forward pass, about"}.isdisjoint(changed)
+    assert changed["weights on disk"] == plain["weights on disk"] and "pairs a dense call" in plain
+    assert told({name: usual[name] for name in options}) == plain
+    with pytest.raises(BadInput, match="has no such argument"):
+        told({"windowed": 3})
+
+
 def test_sound_is_in_the_file(built, tmp_path):
     case = Case("ltx.ltx2", 25, 64, request=STG)
     out, folder = tmp_path / "out.mp4", built("ltx.ltx2", False)

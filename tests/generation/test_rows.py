@@ -317,3 +317,8 @@ def test_cogvideox_15_makes_by_default_the_size_that_it_was_trained_on(reach, ma
     for name in ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"):
         row = find_row(name, transformer, {})
         assert dict(row.defaults(transformer, 8)) == {"height": made[0], "width": made[1], "frames": 81}
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.windows])
+def test_arguments_that_change_a_window_are_those_of_the_class(name):
+    assert set(ROWS[name].windows) <= set(call_defaults(name))

@@ -36,7 +36,8 @@ def _predicting_v(pipe: Any) -> Any:
 def _ltx(kind: str) -> Any:
     import diffusers
 
-    pipe = getattr(diffusers, kind)(**ltx.ltx().components)
+    made = ltx.ltx_condition() if kind == "LTXConditionPipeline" else ltx.ltx()
+    pipe = getattr(diffusers, kind)(**made.components)
     return _certain(pipe, pipe.vae.encoder.conv_out.conv)
 
 
@@ -53,6 +54,8 @@ MADE: dict[str, Callable[[], Any]] = {
     "cogvideox first frame": lambda: _predicting_v(cogvideo.cogvideox_image()),
     "ltx": lambda: _ltx("LTXPipeline"),
     "ltx first frame": lambda: _ltx("LTXImageToVideoPipeline"),
+    "ltx condition": lambda: _ltx("LTXConditionPipeline"),
+    "ltx condition first frame": lambda: _ltx("LTXConditionPipeline"),
 }
 """Kind -> its pipeline."""
 

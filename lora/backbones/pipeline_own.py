@@ -1,0 +1,52 @@
+"""Models as they are whose prompts their own pipeline encodes, of videos or images: what they are made of."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .base import ModelOptions, OwnModel, SampleRequest
+from .pipeline_family import PipelineFamily
+
+
+class OwnPipelineModel(PipelineFamily, OwnModel):
+    """A pipeline with one transformer, which is trained."""
+
+    def __init__(self, base: str, options: ModelOptions) -> None:
+        super().__init__(base, options.dtype, options.device, options.merge_text_padding, options.guidance)
+        self.autoencoder_dtype, self.fps = options.autoencoder_dtype, options.fps
+
+    @abstractmethod
+    def check_base(self) -> None:
+        """Raise ConfigError for a base that cannot be trained."""
+
+    def transformer(self, quantisation: Any = None) -> nn.Module:
+        transformer = self.transformer_class.from_pretrained(
+            self.base, subfolder="transformer", dtype=self.dtype, quantization_config=quantisation
+        )
+        return transformer.requires_grad_(False)
+
+    def skeleton(self) -> nn.Module:
+        with init_empty_weights():
+            return self.transformer_class.from_config(self.config)
+
+    def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
+        """A pipeline with the transformer that is trained, and without what encodes prompts."""
+        pipe = self.load("scheduler", "vae")
+        pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
+        pipe.register_modules(transformer=transformer)
+        return pipe
+
+    def after_step(self, request: SampleRequest) -> Any:
+        """`callback_on_step_end` of a pipeline."""
+
+        def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            made = request.callback(pipe, step, timestep, tensors)
+            # Under mixed precision the model answers in float32, which some pipelines hand to the autoencoder.
+            return {**made, "latents": made["latents"].to(pipe.vae.dtype)}
+
+        return callback
