@@ -112,7 +112,14 @@ class Bench:
         steps = trajectory.num_steps
         asked = range(steps) if whole or candidate.cache is not None else probed_steps(steps)
         options: dict[str, Any] = {"base": self._base, "clock": self._clock}
-        return probe(self.pipe, self.requests[0], trajectory, candidate.preset(), asked, rows=ROWS, **options)
+
+        def measured(rows: int) -> Probe:
+            return probe(self.pipe, self.requests[0], trajectory, candidate.preset(), asked, rows=rows, **options)
+
+        made = measured(0)
+        if whole or candidate.sparse is None or made.step_seconds >= trajectory.step_seconds:
+            return made
+        return replace(made, attention=measured(ROWS).attention)  # by itself: the meter takes time
 
     def confirm(self, candidate: Candidate) -> Confirmed | str:
         """The video of each prompt with a candidate; why it cannot be, where the pipeline refuses it."""

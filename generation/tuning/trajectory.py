@@ -158,7 +158,7 @@ def probe(
         preset: to be measured.
         steps: that are measured; all for one with a cache, which needs those before.
         base: see `apply`.
-        rows: queries of each sparse call whose error the meter measures, see `accelerate`; outside the times.
+        rows: queries of each sparse call whose error the meter measures, see `accelerate`; seconds then include it.
         clock: of the times.
 
     Raises:
@@ -197,10 +197,6 @@ def probe(
             run(pipe, settings, decode=False)
         account = applied.report().last()
     computed = {s.step: s.computed / s.forwards for s in account.steps}
-    if account.attention is not None and rows:
-        # The meter's own time is in no number of a step.
-        for call in account.attention.records:
-            seconds[call.step] -= call.error_seconds
     measured = sorted(wrong)
     return Probe(
         {step: float(np.sqrt(wrong[step] / norm[step])) if norm[step] else 0.0 for step in measured},
