@@ -236,7 +236,8 @@ def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, 
     """
     from ..attention.schedule import DenseSchedule
 
-    single = replace(settings, steps=row_of(pipe).least_steps, strength=None if settings.video is None else 1.0)
+    least = getattr(pipe.scheduler, "fixed_steps", row_of(pipe).least_steps)  # of a model that was distilled to them
+    single = replace(settings, steps=least, strength=None if settings.video is None else 1.0)
     if method is None:
         return run(pipe, single).seconds
     schedule = None if method.name == "sla" else DenseSchedule()

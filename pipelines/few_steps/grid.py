@@ -35,6 +35,11 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"sigmas are {list(sigmas)}: they must fall, from at most 1 to above 0.")
         self.levels = tuple(float(sigma) for sigma in sigmas)
 
+    @property
+    def fixed_steps(self) -> int:
+        """The one number of steps that it makes."""
+        return len(self.levels)
+
     def to_json_string(self) -> str:
         """The settings as they are saved: without those of diffusers' scheduler, which follow."""
         own = {"_class_name", "_diffusers_version", "sigmas", "num_train_timesteps"}

@@ -104,6 +104,16 @@ def test_an_adapter_for_few_steps(tmp_path, passes):
         vidaccel.generate("demo", "a red circle", lora=file, **SMALL)
 
 
+def test_few_steps_are_warmed_up_and_compared(tmp_path, passes):
+    """A comparison starts with an uncounted run of as few steps as there can be: those of the adapter."""
+    base = vidaccel.demo.path()
+    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer")
+    file = write_adapter(tmp_path, base, transformer, **FEW)
+    small = {name: value for name, value in SMALL.items() if name != "steps"}
+    vidaccel.generate("demo", "a red circle", guidance_free=file, compare=True, method="radial", **small)
+    assert len(passes) == 4 * 3
+
+
 def test_it_is_told_in_a_report(file, tmp_path):
     page = tmp_path / "report.html"
     options = {**SMALL, "method": "radial", "warm_up": False}
