@@ -126,7 +126,8 @@ def _available(
     from ...pipelines.presets.packages import check_packages
 
     dropped: dict[str, str] = {}
-    own_methods, own_caches, precisions = tuple(methods), [], ()
+    precisions: tuple[str, ...] = ()
+    own_methods, own_caches = tuple(methods), []
     if "sparse" not in levers:
         own_methods = ()
     elif reason := job.facts.only_dense or refusal("auto", job.device):

@@ -62,7 +62,7 @@ class Confirmed:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Confirmed:
         """What `to_dict` made."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         values["psnr"] = tuple(math.inf if value is None else value for value in content["psnr"])
         return cls(**values)
 

@@ -76,7 +76,8 @@ class Search:
 
     def _probe_sparse(self, levers: Sequence[SparseLever]) -> list[tuple[SparseLever, Probe]]:
         """The levers that are faster than dense; of a method that is not at its lowest density, no other is tried."""
-        found, hopeless = [], {}
+        found: list[tuple[SparseLever, Probe]] = []
+        hopeless: dict[tuple, str] = {}
         for lever in levers:
             candidate = Candidate(sparse=lever)
             family = (lever.method.name, lever.precision)

@@ -17,6 +17,8 @@ from .break_even import BreakEven
 if TYPE_CHECKING:
     import torch
 
+    import torch
+
     from ..model_facts import ModelFacts
 
 logger = logging.getLogger(__name__)

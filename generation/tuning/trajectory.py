@@ -11,7 +11,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class Trajectory:
     @property
     def step_seconds(self) -> float:
         """Median over the steps of the time in the transformers."""
-        sums: Counter[int] = Counter()
+        sums: defaultdict[int, float] = defaultdict(float)
         for step, seconds in zip(self.steps, self.seconds, strict=True):
             sums[step] += seconds
         return statistics.median(sums.values())
@@ -94,8 +94,8 @@ class Probe:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Probe:
         """What `to_dict` made."""
-        columns = [{row[0]: row[i] for row in content["steps"]} for i in (1, 2, 3)]
-        return cls(*columns, tuple(tuple(row) for row in content["attention"]))
+        errors, seconds, computed = ({row[0]: row[i] for row in content["steps"]} for i in (1, 2, 3))
+        return cls(errors, seconds, computed, tuple(tuple(row) for row in content["attention"]))
 
 
 def probed_steps(steps: int, pairs: int = 3) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ def probe(
     device = pipe._execution_device
     wrong: dict[int, float] = {}
     norm: dict[int, float] = {}
-    seconds: Counter[int] = Counter()
+    seconds: defaultdict[int, float] = defaultdict(float)
     place = iter(range(len(trajectory.outputs)))
 
     def around(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
