@@ -70,9 +70,7 @@ class BlockPlan:
     # Of `block_mask.to_block_mask`, by block size: a static plan serves every layer and step, and building one costs
     # milliseconds.
     _block_masks: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
-    _walks: dict[tuple[int, ...], Any] = field(
-        default_factory=dict, init=False, repr=False
-    )  # of `kernels.block_sparse`
+    _walks: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)  # of `kernels.block_sparse`
 
     def __post_init__(self) -> None:
         if self.n_q < 1 or self.n_kv < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def block_sparse_attention(
     q = rows_contiguous(q)
     known = Walk(*walk) if walk else None
     tiles = forward_tiles(q, plan)
-    more = {"stand_ins": stand_ins, "walk": known, "bound": None if bound is None else bound * LOG2E}
+    more: dict[str, Any] = {"stand_ins": stand_ins, "walk": known, "bound": None if bound is None else bound * LOG2E}
     launch_forward(q, k, v, out, lse, plan, q_order, kv_order, scale * LOG2E, tiles, **more)
     return out, lse
 

@@ -137,11 +137,11 @@ def _forward_kernel(
             STEP: tl.constexpr = attend_tile
             inputs = (q, k_ptr, values, k_sn, v_sn, factor, bound)
         elif K_BLOCKED:
-            STEP: tl.constexpr = attend_int8_block
-            inputs = (q, k_ptr, values, k_sn, v_sn, factor, k_scale_ptr, bound, BLOCK_N)
+            STEP: tl.constexpr = attend_int8_block  # type: ignore[no-redef]
+            inputs = (q, k_ptr, values, k_sn, v_sn, factor, k_scale_ptr, bound, BLOCK_N)  # type: ignore[assignment]
         else:
-            STEP: tl.constexpr = attend_int8_tile
-            inputs = (q, k_ptr, values, k_sn, v_sn, factor, k_scale_ptr, bound)
+            STEP: tl.constexpr = attend_int8_tile  # type: ignore[no-redef]
+            inputs = (q, k_ptr, values, k_sn, v_sn, factor, k_scale_ptr, bound)  # type: ignore[assignment]
         m, total, acc = walk_keys(
             STEP, (m, total, acc), inputs, tile, slots, tail_slots, kv_order_ptr,
             full_start_ptr, full_tiles_ptr, full_count_ptr, tail_start_ptr, tail_len_ptr, tail_count_ptr,
