@@ -17,8 +17,6 @@ from .break_even import BreakEven
 if TYPE_CHECKING:
     import torch
 
-    import torch
-
     from ..model_facts import ModelFacts
 
 logger = logging.getLogger(__name__)
@@ -51,12 +49,12 @@ class Key:
         cls, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, method: str = methods.DEFAULT_METHOD
     ) -> Key:
         """Of this machine."""
-        import torch
+        from torch import __version__ as torch_version
 
         from ... import __version__
 
         name = str(dtype).removeprefix("torch.")
-        versions = (torch.__version__, __version__)
+        versions = (torch_version, __version__)
         return cls(
             f"{device_name(device)} ({platform.machine()})", device.type, name, heads, head_dim, *versions, method
         )
