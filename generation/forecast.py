@@ -33,8 +33,8 @@ def transformer_bytes(tokens: int, width: int, itemsize: int) -> int:
 def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple[str, str]]:
     """Tokens and rough memory of a video with a model in a folder: names and texts.
 
-    Of a long video that is made in parts, the tokens of one part count. Options of a pipeline that change these parts are
-    named instead.
+    Of a long video that is made in parts, the tokens of one part count. Options of a pipeline that change these parts
+    are named instead.
 
     Args:
         facts: of the model.
