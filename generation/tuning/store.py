@@ -31,7 +31,7 @@ class Key:
         machine: name of the GPU, or of the CPU with its threads.
         device: its type. dtype: of q, k and v.
         heads, head_dim: of self-attention.
-        torch, vidaccel: versions.
+        torch_version, vidaccel_version: where it was measured.
         method: that was held against dense.
     """
 
@@ -40,8 +40,8 @@ class Key:
     dtype: str
     heads: int
     head_dim: int
-    torch: str
-    vidaccel: str
+    torch_version: str
+    vidaccel_version: str
     method: str = methods.DEFAULT_METHOD
 
     @classmethod
