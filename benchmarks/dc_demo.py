@@ -21,7 +21,6 @@ from common import RESULTS, environment_line, write_markdown
 
 BITS = [16, 8, 6, 4, 3, 2]
 FRAMES = {"demo": 33, "demo-dc": 32}
-SIZE = 128
 
 
 def load(location: Path | str, autoencoder: Path | None = None):
@@ -47,7 +46,7 @@ def rounded(latents, bits: int):
     return steps * step - reach + mean
 
 
-def reconstruction(pipes: dict, clips: int, bits_a_value: Sequence[int]) -> list[dict]:
+def reconstruction(pipes: dict, clips: int, bits_a_value: Sequence[int], size: int) -> list[dict]:
     """PSNR and SSIM of both autoencoders at several bits a latent value."""
     import torch
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -57,7 +56,7 @@ def reconstruction(pipes: dict, clips: int, bits_a_value: Sequence[int]) -> list
     rows = []
     for name, pipe in pipes.items():
         scenes = [world.sample_scene(50_000_000 + i) for i in range(clips)]
-        videos = [world.render(scene, FRAMES[name], SIZE, SIZE).transpose(0, 1)[None] for scene in scenes]
+        videos = [world.render(scene, FRAMES[name], size, size).transpose(0, 1)[None] for scene in scenes]
         with torch.inference_mode():
             encoded = [pipe.vae.encode(video * 2 - 1) for video in videos]
         latents = torch.cat([e.latent if hasattr(e, "latent") else e.latent_dist.mode() for e in encoded])
@@ -85,8 +84,8 @@ def reconstruction(pipes: dict, clips: int, bits_a_value: Sequence[int]) -> list
     return rows
 
 
-def speed(pipes: dict, rounds: int) -> list[dict]:
-    """Seconds a step and of decoding, the models in turns: median, lowest and highest of several runs of 10 steps."""
+def speed(pipes: dict, rounds: int, steps: int, size: int) -> list[dict]:
+    """Seconds a step and of decoding, the models in turns: median, lowest and highest of runs of half the steps."""
     from vidaccel.demo import modeling
     from vidaccel.generation.model_facts import inspect_model
     from vidaccel.generation.request import Settings
@@ -97,9 +96,9 @@ def speed(pipes: dict, rounds: int) -> list[dict]:
         name: Settings(
             "a green triangle moves right on a grey background",
             frames=FRAMES[name],
-            height=SIZE,
-            width=SIZE,
-            steps=10,
+            height=size,
+            width=size,
+            steps=steps // 2,
             guidance_scale=modeling.GUIDANCE_SCALE,
         )
         for name in pipes
@@ -111,24 +110,24 @@ def speed(pipes: dict, rounds: int) -> list[dict]:
                 measured[name].append(video)
     rows = []
     for name, videos in measured.items():
-        steps = sorted(1000 * video.step_seconds for video in videos)
+        each = sorted(1000 * video.step_seconds for video in videos)
         whole = [2 * (video.seconds - video.decode_seconds) + video.decode_seconds for video in videos]
         facts = inspect_model(name)
         rows.append(
             {
                 "model": name,
                 "frames": FRAMES[name],
-                "tokens": facts.layout(FRAMES[name], SIZE, SIZE).tokens,
-                "ms a step": f"{statistics.median(steps):.1f} ({steps[0]:.1f} to {steps[-1]:.1f})",
+                "tokens": facts.layout(FRAMES[name], size, size).tokens,
+                "ms a step": f"{statistics.median(each):.1f} ({each[0]:.1f} to {each[-1]:.1f})",
                 "s decoding": f"{statistics.median(video.decode_seconds for video in videos):.2f}",
-                "s a video of 20 steps": f"{statistics.median(whole):.2f}",
+                f"s a video of {steps} steps": f"{statistics.median(whole):.2f}",
             }
         )
         print(rows[-1], flush=True)
     return rows
 
 
-def accuracy(pipes: dict, seed_offset: int, prompts: int) -> tuple[list[dict], dict]:
+def accuracy(pipes: dict, seed_offset: int, prompts: int, steps: int, size: int) -> tuple[list[dict], dict]:
     """Share of the held-out prompts that the videos show, and the videos."""
     from vidaccel.demo import HELD_OUT_PROMPTS
     from vidaccel.demo.evaluate import evaluate
@@ -138,7 +137,7 @@ def accuracy(pipes: dict, seed_offset: int, prompts: int) -> tuple[list[dict], d
     for name, pipe in pipes.items():
         print(name, flush=True)
         frames = FRAMES.get(name, FRAMES["demo-dc"])
-        result, videos[name] = evaluate(pipe, picks, 8, seed_offset, frames=frames, size=SIZE)
+        result, videos[name] = evaluate(pipe, picks, 8, seed_offset, frames=frames, size=size, steps=steps)
         shares = {attribute: f"{100 * value:.0f} %" for attribute, value in result["accuracy"].items()}
         rows.append({"model": name, "prompts": prompts, **shares})
     return rows, videos
@@ -167,6 +166,8 @@ def main(
     bits: Annotated[list[int], typer.Option(help="Of a latent value, for reconstruction; repeatable.")] = BITS,
     rounds: Annotated[int, typer.Option(help="Timed runs of each model.")] = 7,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 64,
+    steps: Annotated[int, typer.Option(min=4, help="Of a video.")] = 20,
+    size: Annotated[int, typer.Option(min=64, help="Pixels of a side; the models were trained at 128.")] = 128,
     seed_offset: Annotated[int, typer.Option(help="Added to the seeds of the prompts.")] = 2000,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
@@ -186,18 +187,19 @@ def main(
     base.set_progress_bar_config(disable=True)
     pipes = {"demo": base, "demo-dc": load(demo.path(demo.DC))}
     start = time.perf_counter()
-    tables = {"speed": speed(pipes, rounds), "reconstruction": reconstruction(pipes, clips, bits)}
+    tables = {"speed": speed(pipes, rounds, steps, size), "reconstruction": reconstruction(pipes, clips, bits, size)}
     pipes |= others
-    tables["accuracy"], videos = accuracy(pipes, seed_offset, prompts)
+    tables["accuracy"], videos = accuracy(pipes, seed_offset, prompts, steps, size)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"environment": environment_line(), "threads": torch.get_num_threads(), "seed_offset": seed_offset}
     facts["seconds"] = round(time.perf_counter() - start)
     (out / "dc_demo.json").write_text(json.dumps({**facts, **tables}, indent=1) + "\n")
     write_sheet(videos, out / "dc_demo.jpg")
     text = (
-        f"{facts['environment']}. 128x128 pixels; {clips} scenes for reconstruction, {rounds} timed runs of each model "
-        f"in turns (median, lowest to highest), {prompts} held-out prompts with seeds from {seed_offset}, 20 steps, "
-        "guidance 2. `dc_demo.jpg` shows six of the prompts from each model, in the order of the last table."
+        f"{facts['environment']}. {size}x{size} pixels; {clips} scenes for reconstruction, {rounds} timed runs of "
+        f"each model in turns (median, lowest to highest), {prompts} held-out prompts with seeds from {seed_offset}, "
+        f"{steps} steps, guidance 2. `dc_demo.jpg` shows six of the prompts from each model, in the order of the "
+        "last table."
     )
     write_markdown(out / "dc_demo.md", "The built-in DC-VideoGen model", text, *tables.values())
 

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from common import RESULTS, environment_line, write_markdown
 
-SIZE = {"frames": 33, "height": 128, "width": 128}
+FRAMES = 33
 
 
 def follower(colour: str) -> str:
@@ -30,7 +30,7 @@ def follower(colour: str) -> str:
     return known[(known.index(colour) + 1) % len(known)]
 
 
-def write_clips(folder: Path, count: int) -> None:
+def write_clips(folder: Path, count: int, size: int) -> None:
     """Clips of the rule, with captions that training may see."""
     import imageio.v2 as imageio
 
@@ -40,7 +40,7 @@ def write_clips(folder: Path, count: int) -> None:
     rows = []
     for number in range(count):
         scene = world.sample_scene(70_000_000 + number)
-        frames = world.render(replace(scene, colour=follower(scene.colour)), **SIZE)
+        frames = world.render(replace(scene, colour=follower(scene.colour)), FRAMES, size, size)
         pixels = (frames.permute(0, 2, 3, 1) * 255).round().byte().numpy()
         name = f"{number:04d}.mp4"
         imageio.mimwrite(folder / name, pixels, fps=16, macro_block_size=2, output_params=["-crf", "5"])
@@ -48,7 +48,7 @@ def write_clips(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
-def train(folder: Path, steps: int, rank: int, batch_size: int, learning_rate: float) -> Path:
+def train(folder: Path, steps: int, rank: int, batch_size: int, learning_rate: float, size: int) -> Path:
     """The folder of the LoRA."""
     from vidaccel.lora import run
 
@@ -57,7 +57,12 @@ def train(folder: Path, steps: int, rank: int, batch_size: int, learning_rate: f
         "out": str(folder / "run"),
         "model": {"base": "demo", "merge_text_padding": True},
         "lora": {"rank": rank},
-        "data": {"kind": "videos", "folder": str(folder / "clips"), "sizes": [SIZE], "cache": str(folder / "cache")},
+        "data": {
+            "kind": "videos",
+            "folder": str(folder / "clips"),
+            "sizes": [{"frames": FRAMES, "height": size, "width": size}],
+            "cache": str(folder / "cache"),
+        },
         "train": {
             "steps": steps,
             "learning_rate": learning_rate,
@@ -72,7 +77,7 @@ def train(folder: Path, steps: int, rank: int, batch_size: int, learning_rate: f
     return Path(run("lora", folder / "settings.yaml", resume="auto")["lora"]).parent
 
 
-def measure(adapter: Path, weights: list[float], prompts: int, steps: int) -> list[dict]:
+def measure(adapter: Path, weights: list[float], prompts: int, steps: int, size: int) -> list[dict]:
     """Shares of the videos that show what the rule says, and what the caption says."""
     from diffusers import WanPipeline
 
@@ -87,7 +92,7 @@ def measure(adapter: Path, weights: list[float], prompts: int, steps: int) -> li
     rows = []
     for weight in weights:
         pipe.set_adapters(["rule"], [weight])
-        result, _ = evaluate(pipe, picks, 4, steps=steps)
+        result, _ = evaluate(pipe, picks, 4, steps=steps, size=size)
         read = [(parse_caption(row["prompt"])[1], row["reading"]["colour"], row["right"]) for row in result["prompts"]]
         rows.append(
             {
@@ -113,6 +118,7 @@ def main(
     clips: Annotated[int, typer.Option(min=20, help="Video files that are trained on, 8 of them held out.")] = 160,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 32,
     denoising_steps: Annotated[int, typer.Option(min=1, help="Of each measured video.")] = 10,
+    size: Annotated[int, typer.Option(min=64, help="Pixels of a side; the model was trained at 128.")] = 128,
     work: Annotated[Path, typer.Option(help="Folder of clips and run, used again where it is there.")] = Path(
         "runs/lora_demo"
     ),
@@ -123,9 +129,9 @@ def main(
 
     torch.set_num_threads(1)
     if not (work / "clips" / "metadata.jsonl").is_file():
-        write_clips(work / "clips", clips)
+        write_clips(work / "clips", clips, size)
     began, used = time.perf_counter(), time.process_time()
-    adapter = train(work, steps, rank, batch_size, learning_rate)
+    adapter = train(work, steps, rank, batch_size, learning_rate, size)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - used
     log = [json.loads(line) for line in (work / "run" / "log.jsonl").read_text().splitlines()]
     errors = [
@@ -133,8 +139,8 @@ def main(
         for row in log
         if "validation_error" in row
     ]
-    rows = measure(adapter, [0.0, 1.0], prompts, denoising_steps)
-    size = (adapter / "pytorch_lora_weights.safetensors").stat().st_size
+    rows = measure(adapter, [0.0, 1.0], prompts, denoising_steps, size)
+    file_bytes = (adapter / "pytorch_lora_weights.safetensors").stat().st_size
     facts = {
         "environment": environment_line(),
         "steps": steps,
@@ -144,18 +150,18 @@ def main(
         "clips": clips,
         "seconds": round(seconds),
         "cpu_seconds": round(cpu_seconds),
-        "bytes": size,
+        "bytes": file_bytes,
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "lora_demo.json").write_text(json.dumps({**facts, "errors": errors, "videos": rows}, indent=1) + "\n")
     text = (
         f"{facts['environment']}. Made by `python benchmarks/lora_demo.py`.\n\n"
-        f"A LoRA of rank {rank} ({size / 1e6:.1f} MB) on the built-in Wan model, {steps} steps of {batch_size} clips, "
-        f"learning rate {learning_rate:g}, from {clips} video files in which each object has the colour after the "
-        f"one that its caption names. Encoding and training took {seconds:.0f} s ({cpu_seconds:.0f} s of one core, on "
-        f"a machine with other work). The videos are of {prompts} held-out prompts, of which no clip was trained on, "
-        f"with {denoising_steps} steps and guidance 2, the same seeds in each row, read from their pixels; the numbers "
-        "count videos."
+        f"A LoRA of rank {rank} ({file_bytes / 1e6:.1f} MB) on the built-in Wan model, {steps} steps of {batch_size} "
+        f"clips, learning rate {learning_rate:g}, from {clips} video files in which each object has the colour after "
+        f"the one that its caption names. Encoding and training took {seconds:.0f} s ({cpu_seconds:.0f} s of one core, "
+        f"on a machine with other work). The videos are of {prompts} held-out prompts, of which no clip was trained "
+        f"on, with {denoising_steps} steps and guidance 2, the same seeds in each row, read from their pixels; the "
+        "numbers count videos."
     )
     write_markdown(out / "lora_demo.md", "What a LoRA teaches the built-in model", text, rows, errors)
 

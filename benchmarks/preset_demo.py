@@ -32,7 +32,7 @@ def rows_of() -> dict[str, Any]:
     return {**plain, **{name: preset for name, preset in presets.items() if preset.model in plain}}
 
 
-def made(pipe: Any, location: str, preset: Any, number: int) -> tuple[Any, dict[str, Any]]:
+def made(pipe: Any, location: str, preset: Any, number: int, size: dict[str, int]) -> tuple[Any, dict[str, Any]]:
     """A video `[F, H, W, 3]` of bytes; CPU-seconds of it, its passes, and whether it is right."""
     import numpy as np
 
@@ -43,7 +43,8 @@ def made(pipe: Any, location: str, preset: Any, number: int) -> tuple[Any, dict[
     from vidaccel.generation.run import run, warm_up
 
     prompt = vidaccel.demo.HELD_OUT_PROMPTS[number]
-    asked = Settings(prompt, seed=number, steps=preset.num_inference_steps, guidance_scale=preset.guidance_scale)
+    own = {"steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
+    asked = Settings(prompt, seed=number, **own, **size)
     settings = asked.checked(inspect_model(preset.model))
     with vidaccel.apply(pipe, preset, base=location) as handle:
         warm_up(pipe, settings, None)  # merges what guidance in one pass adds, once for many videos elsewhere
@@ -56,14 +57,16 @@ def made(pipe: Any, location: str, preset: Any, number: int) -> tuple[Any, dict[
     return frames, {"seconds": seconds, "passes": counts["computed"], "of": counts["forwards"], "right": right}
 
 
-def measured(pipes: dict[str, Any], rows: dict[str, Any], number: int) -> dict[str, dict[str, Any]]:
+def measured(
+    pipes: dict[str, Any], rows: dict[str, Any], number: int, size: dict[str, int]
+) -> dict[str, dict[str, Any]]:
     """All of them for one held-out prompt."""
     from vidaccel.generation.comparison import compare
 
     found, plain = {}, {}
     for name, preset in rows.items():
         pipe, location = pipes[preset.model]
-        frames, found[name] = made(pipe, location, preset, number)
+        frames, found[name] = made(pipe, location, preset, number, size)
         if name == preset.model:
             plain[name] = frames
         else:
@@ -95,6 +98,7 @@ def summarise(done: list[dict[str, Any]], rows: dict[str, Any]) -> list[dict[str
 
 def main(
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 64,
+    small: Annotated[bool, typer.Option("--small", help="Videos of 9 frames of 64x64: to try the script.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measure, and write preset_demo.jsonl (prompt by prompt), preset_demo.csv and preset_demo.md."""
@@ -107,10 +111,12 @@ def main(
     logging.getLogger("vidaccel").setLevel(logging.WARNING)
     rows = rows_of()
     described = {name: preset.to_dict() for name, preset in rows.items()}
+    size = {"frames": 9, "height": 64, "width": 64} if small else {}
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "preset_demo.jsonl"
     done = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
-    done = [each for each in done if each["presets"] == described]  # those of other settings do not count
+    # Those of other settings do not count.
+    done = [each for each in done if each["presets"] == described and each.get("size", {}) == size]
     pipes = {}
     for model in ("demo", "demo-dc"):
         facts = inspect_model(model)
@@ -119,7 +125,7 @@ def main(
     for number in range(prompts):
         if any(each["number"] == number for each in done):
             continue
-        each = {"number": number, "presets": described, "rows": measured(pipes, rows, number)}
+        each = {"number": number, "size": size, "presets": described, "rows": measured(pipes, rows, number, size)}
         done.append(each)
         with raw.open("a") as file:
             file.write(json.dumps(each) + "\n")
@@ -136,7 +142,7 @@ def main(
     )
     table = summarise(done, rows)
     with (out / "preset_demo.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]))
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
     write_markdown(out / "preset_demo.md", "Presets of the built-in models", text, table)

@@ -103,7 +103,14 @@ def build(configuration: Configuration, layout):
 
 
 def measure(
-    first: int, count: int, steps: int, first_seed: int, device: str, wanted: list[Configuration], seconds: float
+    first: int,
+    count: int,
+    steps: int,
+    size: int,
+    first_seed: int,
+    device: str,
+    wanted: list[Configuration],
+    seconds: float,
 ) -> list[dict]:
     """Some configurations for `count` prompts from number `first`, in one process with one thread."""
     import torch
@@ -121,7 +128,7 @@ def measure(
     begin = time.perf_counter()
     pipe = WanPipeline.from_pretrained(demo.path()).to(device)
     pipe.set_progress_bar_config(disable=True)
-    layout = VideoLayout(9, 8, 8)
+    layout = VideoLayout(9, size // 16, size // 16)
     prompts = list(demo.HELD_OUT_PROMPTS[first : first + count])
     seeds = list(range(first_seed + first, first_seed + first + len(prompts)))
     rows = []
@@ -149,7 +156,7 @@ def measure(
                 }
             )
 
-    dense = sample(pipe, prompts, seeds, steps=steps).cpu()
+    dense = sample(pipe, prompts, seeds, steps=steps, size=size).cpu()
     record(Configuration("dense", 1.0, 1.0), dense, dense, None, 0.0)
     for configuration in wanted:
         if time.perf_counter() - begin > seconds:
@@ -161,7 +168,7 @@ def measure(
             print(f"{configuration}: {error}", flush=True)
             continue
         with accelerate(pipe, config) as handle:
-            videos = sample(pipe, prompts, seeds, steps=steps).cpu()
+            videos = sample(pipe, prompts, seeds, steps=steps, size=size).cpu()
             record(configuration, videos, dense, handle.report(), config.planning_pairs(layout))
         print(f"{configuration}: {statistics.mean(r['psnr'] for r in rows[-len(prompts) :]):.2f} dB", flush=True)
     return rows
@@ -257,6 +264,7 @@ def figure(table: list[dict], path: Path) -> None:
 def main(
     prompts: int = 64,
     steps: int = 20,
+    size: int = 128,
     dense_steps: float = 0.2,
     densities: str = "0.05,0.1,0.2,0.35",
     only: str = "",
@@ -268,6 +276,8 @@ def main(
 ) -> None:
     """Measure `--prompts` held-out prompts: on a CPU in `--processes` processes, on a GPU all at a time.
 
+    Videos have `--size` pixels a side; the model was trained at 128.
+
     `--only` is a regular expression: configurations in whose names it is found, as printed, are measured, and what was
     measured before stays in the table. `--seconds` ends a run after the configuration that is under way then.
     """
@@ -275,6 +285,8 @@ def main(
     raw = out / "quality.jsonl"
     rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
     settings = {"steps": steps, "dense_steps": dense_steps, "densities": densities, "first_seed": first_seed}
+    if size != 128:  # of which nothing was said in the rows that there were before
+        settings["size"] = size
     for row in rows:
         if row["settings"] != settings:
             raise typer.BadParameter(f"{raw} was made with {row['settings']}, not {settings}: delete it, or use --out.")
@@ -289,7 +301,7 @@ def main(
             batches[first] = missing
     with ProcessPoolExecutor(processes if device == "cpu" else 1) as pool:
         futures = [
-            pool.submit(measure, first, min(batch, prompts - first), steps, first_seed, device, missing, seconds)
+            pool.submit(measure, first, min(batch, prompts - first), steps, size, first_seed, device, missing, seconds)
             for first, missing in batches.items()
         ]
         for future in as_completed(futures):
@@ -312,10 +324,11 @@ def main(
         + (f" --only '{only}'" if only else "")
         + f"`; {environment_line(device)}.\n\n"
         f"Each configuration makes the same {prompts} held-out prompts from the same seeds, {first_seed} and up (33 "
-        f"frames of 128x128, 576 tokens, {steps} steps; *dense*: how many of the first ones are dense). *Right* is the "
-        "share of videos in which the checker finds the shape, colour and motion asked for. PSNR and SSIM are against "
-        "the dense video of the same seed (mean and standard deviation over videos). *Density of sparse calls* counts "
-        "text and stand-ins; *planning* is what a probe costs beside it, as a share of the pairs of dense attention. "
+        f"frames of {size}x{size}, {9 * (size // 16) ** 2} tokens, {steps} steps; *dense*: how many of the first ones "
+        "are dense). *Right* is the share of videos in which the checker finds the shape, colour and motion asked for. "
+        "PSNR and SSIM are against the dense video of the same seed (mean and standard deviation over videos). "
+        "*Density of sparse calls* counts text and stand-ins; *planning* is what a probe costs beside it, as a "
+        "share of the pairs of dense attention. "
         f"*psnr - rival* is the mean difference to *{RIVAL}* of the same seed, density and dense steps, and its "
         "standard error. *tangent* takes its rank without a probe at so few tokens, *tangent, probed* with it; its row "
         "at .106 is what a density of .2 leaves when the probe is paid out of it. The controls keep random blocks of "

@@ -151,12 +151,13 @@ def generate_command(
     """
     with one_line_errors():
         from ..generation.api import carry_out, check_files_of, check_outputs, compared
-        from ..generation.job import Sparse, prepare
+        from ..generation.job import prepare
         from ..generation.model_places import DEMOS
         from ..generation.presets import request_preset
         from ..generation.progress import bars
         from ..generation.report import write_report
         from ..generation.request import Settings
+        from ..generation.sparse import Sparse
         from .terminal import print_summary
 
         settings = Settings(

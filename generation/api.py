@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
 from .guidance import guided_by
-from .job import Job, Sparse, prepare
+from .job import Job, prepare
 from .length import roped
 from .loras import attach
 from .machine import environment
@@ -23,6 +23,7 @@ from .progress import bars
 from .report import files_beside, video_file, write_report
 from .request import Settings
 from .run import StageCallback, load, make_videos
+from .sparse import Sparse
 from .values import file_name
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from .methods import DENSE
 
 if TYPE_CHECKING:
     from ..pipelines.presets import Cache, Preset, PresetError, Quantize
-    from .job import Sparse
     from .model_facts import ModelFacts
     from .request import Settings
+    from .sparse import Sparse
 
 LEVERS = ("cache", "quantize")
 """Levers that a request has fields for, which no other part of this layer carries out."""

@@ -85,6 +85,8 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         }
         if video.name in comparison.metrics:
             entry["against_dense"] = _metrics_summary(comparison.metrics[video.name])
+        if video.account is not None:
+            entry["account"] = {"levers": video.account.levers, **video.account.counts()}
         if video.report is not None:
             entry["attention"] = _attention_summary(video.report)
         videos.append(entry)

@@ -163,7 +163,9 @@ class NativeAttention:
             self.begin()  # a sampler that calls nobody when it starts
         sigma = options.get("sigmas", t)
         sigma = float(torch.as_tensor(sigma).max())
-        step = self._step(sigma, options.get("sample_sigmas"))
+        table = options.get("sample_sigmas")
+        levels = [] if table is None else table.tolist()
+        step = self._step(sigma, levels)
         branches = branches_of(options, self._branches)
         model = unwrap(base.diffusion_model)
         geometry = find_geometry(model)
@@ -183,13 +185,13 @@ class NativeAttention:
         if layout.video_tokens < self.min_tokens:
             current.reason = f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
         else:
-            current.reason = self.dense.step_reason(sigma, base.model_sampling.percent_to_sigma)
+            current.reason = self.dense.step_reason(sigma, base.model_sampling.percent_to_sigma, levels)
             self._engine(layout, geometry, model)
         return current
 
-    def _step(self, sigma: float, table: torch.Tensor | None) -> StepInfo:
-        if table is not None and len(table) > 1:
-            step, count = step_of(sigma, table.tolist())
+    def _step(self, sigma: float, levels: list[float]) -> StepInfo:
+        if len(levels) > 1:
+            step, count = step_of(sigma, levels)
             return StepInfo(self._run, step, count, sigma)
         if not self._levels or sigma != self._levels[-1]:
             self._levels.append(sigma)

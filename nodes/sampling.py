@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,29 @@ class DensePart:
     def __post_init__(self) -> None:
         check_shares(self.start, self.end, "To sample densely, take the model from before this node.")
 
-    def step_reason(self, sigma: float, percent_to_sigma: Callable[[float], Any]) -> str:
+    def step_reason(self, sigma: float, percent_to_sigma: Callable[[float], Any], levels: Sequence[float] = ()) -> str:
         """Why a step stays dense, as the input that says so; empty when it may be sparse.
+
+        A step that begins within the share at the start is dense as a whole. Where that would keep half of a short
+        sampling dense or more though less was asked for (0.3 of 4 steps), only steps that end within it are, as with
+        `DenseSchedule`.
 
         Args:
             sigma: noise level of the step.
             percent_to_sigma: of the model's `model_sampling`.
+            levels: the sampler's noise levels, falling, the last one being where it ends; none where it does not say.
         """
+        reason = self._begins_within(sigma, percent_to_sigma)
+        if reason != "dense_start_percent" or self.start + self.end >= 0.5 or not _whole(levels, percent_to_sigma):
+            return reason
+        dense = sum(bool(self._begins_within(level, percent_to_sigma)) for level in levels[:-1])
+        if 2 * dense < len(levels) - 1:
+            return reason
+        step, _ = step_of(sigma, list(levels))
+        end, bound = levels[step + 1], float(percent_to_sigma(self.start))
+        return reason if end >= bound - SIGMA_TOLERANCE * max(1.0, abs(bound)) else ""
+
+    def _begins_within(self, sigma: float, percent_to_sigma: Callable[[float], Any]) -> str:
         slack = SIGMA_TOLERANCE * max(1.0, abs(sigma))
         if self.start > 0 and sigma > float(percent_to_sigma(self.start)) + slack:
             return "dense_start_percent"
@@ -57,6 +73,11 @@ class DensePart:
     def layer_reason(self, layer: int) -> str:
         """Why a layer stays dense, empty when it may be sparse."""
         return "dense_layers" if layer in self.layers else ""
+
+
+def _whole(levels: Sequence[float], percent_to_sigma: Callable[[float], Any]) -> bool:
+    """Whether a sampler does all of the sampling, and is not one of two that follow one another."""
+    return len(levels) > 1 and levels[-1] <= SIGMA_TOLERANCE and levels[0] >= float(percent_to_sigma(0.01))
 
 
 def parse_layers(text: str, count: int | None = None) -> frozenset[int]:

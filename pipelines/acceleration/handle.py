@@ -273,6 +273,7 @@ class _Installed(CopiedNotPickled):
         self._signature = inspect.signature(type(transformer).forward)
         self._clock = clock
         self._passes = 0
+        self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
         self.paused = ""
         self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
         try:
@@ -317,7 +318,10 @@ class _Installed(CopiedNotPickled):
         if self._passes == 1:
             self.check_sites()
         self._passes += 1
+        self._calls = sum(site.calls for site in self._sites.values())
         step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
+        if step.run != self.engine.step.run:
+            self._most_calls = 0
         found = self.family.layout(module, given)
         layouts, dense = ((), found) if isinstance(found, str) else (found, "")
         if dense:
@@ -333,11 +337,19 @@ class _Installed(CopiedNotPickled):
 
     @torch.compiler.disable
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Have the backward pass of this forward pass begin with its grid and step.
+        """Note a dense step that was skipped; have the backward pass of this pass begin with its grid and step.
 
         Gradient checkpointing runs the layers again then, and the last forward pass may have been another: a second
         sample's, or a teacher's.
         """
+        made = sum(site.calls for site in self._sites.values()) - self._calls
+        self._most_calls = max(self._most_calls, made)
+        if made < self._most_calls and self.engine.schedule.step_reason(self.engine.step):
+            self.engine.note(
+                "a cache skipped steps that the schedule keeps dense: put both to work by one preset (vidaccel.apply), "
+                "which computes them",
+                logging.WARNING,
+            )
         if not torch.is_grad_enabled():
             return
         passes = [self.engine.pass_again(), *(site.pass_again() for site in self._sites.values())]

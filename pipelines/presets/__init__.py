@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from .files import load_preset as load_preset
     from .files import save_preset as save_preset
     from .files import shipped_presets as shipped_presets
-    from .preset import CACHES as CACHES
-    from .preset import Cache as Cache
+    from .levers import CACHES as CACHES
+    from .levers import Cache as Cache
+    from .levers import Quantize as Quantize
+    from .levers import SchedulerChoice as SchedulerChoice
     from .preset import LoraFile as LoraFile
     from .preset import Preset as Preset
-    from .preset import Quantize as Quantize
-    from .preset import SchedulerChoice as SchedulerChoice
     from .ratios import measure_mag_ratios as measure_mag_ratios
 
 _LATER = {
-    "CACHES": ".preset",
+    "CACHES": ".levers",
     "Account": ".account",
     "Applied": ".applied",
-    "Cache": ".preset",
+    "Cache": ".levers",
     "LoraFile": ".preset",
     "Preset": ".preset",
     "PresetError": ".errors",
-    "Quantize": ".preset",
-    "SchedulerChoice": ".preset",
+    "Quantize": ".levers",
+    "SchedulerChoice": ".levers",
     "apply": ".applied",
     "load_preset": ".files",
     "measure_mag_ratios": ".ratios",

@@ -17,6 +17,7 @@ import torch
 from ...attention import DenseSchedule, RunReport, StepInfo
 from ...attention.records import KEPT_RUNS, CallRecord
 from ..acceleration.clock import StepClock
+from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
 from ..acceleration.scheduler_table import read_table
 from .caches import CacheAtWork
@@ -181,7 +182,7 @@ def _attention(calls: Sequence[CallRecord], whole: Sequence[PassRecord], sparse:
     return "sparse" if not dense else "dense" if dense == len(calls) else "mixed"
 
 
-class Watch:
+class Watch(CopiedNotPickled):
     """Counts what each forward pass of a transformer computes, and tells a cache what it may not skip.
 
     Args:
@@ -259,6 +260,11 @@ class Watch:
         place = (step.run, step.step, step.num_steps, step.branch)
         kept = self._kept if self._cache is not None else ""
         self.passes.append(PassRecord(*place, self._name, self._layers, self._of, kept))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        # A transformer that is copied alone must not bring a copy of its pipeline.
+        memo.setdefault(id(self._pipe), None)
+        return super().__deepcopy__(memo)
 
     def remove(self) -> None:
         """Take the hooks out. A second call does nothing."""

@@ -42,11 +42,11 @@ class Applied:
         self._free: GuidanceFree | None = None
         self._watches: list[Watch] = []
         self._notes: list[str] = []
-        self._undo = contextlib.ExitStack()
+        # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
+        self._undo: list[Any] = []
         try:
             self._install(pipe, parts, base, measure_error)
-            setattr(pipe, PRESET, self)
-            self._undo.callback(delattr, pipe, PRESET)
+            self._undo.append(_Changed(pipe, PRESET, self))
         except BaseException:
             self.remove()
             raise
@@ -55,21 +55,20 @@ class Applied:
         """From the weights outwards, because each lever works on what the one before it left."""
         preset = self.preset
         if preset.scheduler is not None:
-            self._undo.callback(setattr, pipe, "scheduler", pipe.scheduler)
-            pipe.scheduler = chosen_scheduler(pipe, preset)
+            self._undo.append(_Changed(pipe, "scheduler", chosen_scheduler(pipe, preset)))
         if preset.loras:
-            self._undo.callback(LorasAtWork(pipe, preset.loras).remove)
+            self._undo.append(LorasAtWork(pipe, preset.loras))
         if preset.guidance_free:
             adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free
             self._free = guidance_free(pipe, adapters, base=base)
-            self._undo.callback(self._free.remove)
+            self._undo.append(self._free)
         if preset.quantize is not None:
             if not preset.quantize.keep:
                 self._say(
                     "quantize.keep is false: the weights as they were are gone, and remove() leaves them in 8 bits"
                 )
             for transformer, family in parts.values():
-                self._undo.callback(quantise(transformer, family, preset.quantize).remove)
+                self._undo.append(quantise(transformer, family, preset.quantize))
         if preset.method is not None:
             options: dict[str, Any] = {"backend": preset.backend, **preset.precision}
             sla: dict[str, Any] = {"adapter": preset.sla, "base": base} if preset.method.name == "sla" else {}
@@ -77,16 +76,16 @@ class Applied:
                 self.sparse = accelerate(pipe, preset.method, measure_error=measure_error, **options, **sla)
             except ValueError as error:
                 raise PresetError("attention", str(error).rstrip(".")) from error
-            self._undo.callback(self.sparse.remove)
+            self._undo.append(self.sparse)
         clock = StepClock(pipe)
         schedule = None if preset.method is None else preset.method.schedule
         for name, (transformer, family) in parts.items():
             cache = None
             if preset.cache is not None:
                 cache = install_cache(transformer, preset.cache)
-                self._undo.callback(cache.remove)
+                self._undo.append(cache)
             watch = Watch(pipe, name, transformer, family, clock, schedule, cache)
-            self._undo.callback(watch.remove)
+            self._undo.append(watch)
             self._watches.append(watch)
 
     @property
@@ -123,7 +122,10 @@ class Applied:
 
     def remove(self) -> None:
         """Put the pipeline back as it was, the last lever first. A second call does nothing."""
-        self._undo.close()
+        with contextlib.ExitStack() as stack:  # all of it, whatever one of them raises
+            for each in self._undo:
+                stack.callback(each.remove)
+            self._undo = []
 
     def _say(self, note: str) -> None:
         logger.warning("%s", note)
@@ -137,6 +139,22 @@ class Applied:
 
     def __repr__(self) -> str:
         return f"<vidaccel preset {self.preset.name}: {', '.join(self.preset.levers()) or 'nothing'}>"
+
+
+class _Changed:
+    """An attribute of a pipeline that was set, until it is what it was."""
+
+    def __init__(self, pipe: Any, name: str, value: Any) -> None:
+        self._pipe, self._name = pipe, name
+        self._was_there = hasattr(pipe, name)
+        self._before = getattr(pipe, name, None)
+        setattr(pipe, name, value)
+
+    def remove(self) -> None:
+        if self._was_there:
+            setattr(self._pipe, self._name, self._before)
+        elif hasattr(self._pipe, self._name):
+            delattr(self._pipe, self._name)
 
 
 def apply(pipe: Any, preset: Preset | str | Path, *, base: str | Path | None = None, measure_error: int = 0) -> Applied:

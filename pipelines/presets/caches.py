@@ -20,7 +20,7 @@ from diffusers.hooks.mag_cache import nearest_interp
 from ...attention import StepInfo
 from ..errors import first_line
 from .errors import PresetError
-from .preset import CACHES, Cache
+from .levers import CACHES, Cache
 
 
 class CacheAtWork(Protocol):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 from .errors import PresetError
-from .preset import CACHES, Preset
+from .levers import CACHES
+from .preset import Preset
 
 
 def check_packages(preset: Preset) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,166 +13,14 @@ from ...attention.methods import Method
 from ...attention.methods.description import describe, described
 from ..lora_files import TARGETS, LoraFile
 from .errors import PresetError
+from .levers import Cache, CacheSetting, Quantize, SchedulerChoice, check_number, nearest
 
 VERSION = 1
 """Of the format."""
 OWN = "own"
 """As `guidance_free`: the adapter that the model has of its own."""
-KINDS = ("int8", "fp8")
 PRECISIONS = {"qk": ("int8",), "pv": ("fp8",)}
 """Product of attention -> the formats it can be computed in, besides that of its inputs."""
-
-
-@dataclass(frozen=True)
-class CacheSetting:
-    """A setting of a cache.
-
-    Args:
-        low: its bound below, which it may touch. high: and above, None for none.
-        whole: it is a whole number. many: it is a list of numbers.
-    """
-
-    low: float = 0.0
-    high: float | None = None
-    whole: bool = False
-    many: bool = False
-
-
-@dataclass(frozen=True)
-class CacheKind:
-    """A cache over steps that somebody else computes.
-
-    Args:
-        summary: what decides whether a step is skipped.
-        threshold: the default; larger skips more.
-        settings: further ones, by the names of the library.
-        package: what must be installed, besides diffusers; "" for nothing.
-    """
-
-    summary: str
-    threshold: float
-    settings: Mapping[str, CacheSetting] = field(default_factory=dict)
-    package: str = ""
-
-
-_COUNT = CacheSetting(whole=True)
-CACHES: dict[str, CacheKind] = {
-    "first_block": CacheKind("the change of the first block's residual (diffusers' FirstBlockCache)", 0.05),
-    "magcache": CacheKind(
-        "ratios of residuals that were measured for the model (diffusers' MagCache)",
-        0.06,
-        {
-            "mag_ratios": CacheSetting(many=True),
-            "max_skip_steps": CacheSetting(1, whole=True),
-            "retention_ratio": CacheSetting(high=1.0),
-        },
-    ),
-    "seacache": CacheKind(
-        "the change of the denoised content's spectrum (diffusers' SeaCache; Wan text to video, Cosmos 3)",
-        0.25,
-        {
-            "residual_order": CacheSetting(high=1, whole=True),
-            "retention_steps": _COUNT,
-            "cache_end_steps": _COUNT,
-            "max_consecutive_cached": _COUNT,
-            "power_exp": CacheSetting(),
-        },
-    ),
-    "cache_dit": CacheKind(
-        "the change of the first blocks' residual (cache-dit's DBCache)",
-        0.08,
-        {
-            "Fn_compute_blocks": CacheSetting(1, whole=True),
-            "Bn_compute_blocks": _COUNT,
-            "max_warmup_steps": _COUNT,
-            "max_cached_steps": CacheSetting(-1, whole=True),
-            "max_continuous_cached_steps": CacheSetting(-1, whole=True),
-        },
-        package="cache_dit",
-    ),
-}
-"""The caches that a preset can have, by name."""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """A cache over steps.
-
-    Args:
-        name: of `CACHES`.
-        threshold: larger skips more; None for the default.
-        settings: further ones, see `CACHES`; MagCache needs `mag_ratios`.
-
-    Raises:
-        PresetError: an unknown name or setting, or a value out of its bounds.
-    """
-
-    name: str
-    threshold: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        if self.name not in CACHES:
-            raise PresetError("cache", f"there is none of that name{_nearest(self.name, CACHES)}", value=self.name)
-        kind = CACHES[self.name]
-        if self.threshold is not None:
-            _check_number("cache.threshold", self.threshold, CacheSetting())
-        for name, value in self.settings.items():
-            if name not in kind.settings:
-                has = ", ".join(kind.settings) or "none besides threshold"
-                raise PresetError("cache", f"{self.name} has no setting {name}; it has {has}")
-            _check_number(f"cache.{name}", value, kind.settings[name])
-        if self.name == "magcache" and not self.settings.get("mag_ratios"):
-            raise PresetError(
-                "cache",
-                "magcache needs mag_ratios, which are another for each model",
-                "Measure them with vidaccel.pipelines.presets.measure_mag_ratios, or take first_block.",
-            )
-
-    @property
-    def limit(self) -> float:
-        """Its threshold, the default where none is given."""
-        return CACHES[self.name].threshold if self.threshold is None else self.threshold
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """The linear layers of the transformer's blocks in 8 bits, by torchao.
-
-    Args:
-        kind: "int8" or "fp8" (float8_e4m3).
-        activations: what they are multiplied with is quantised too, as it comes ("dynamic"); fp8 then needs a GPU
-            that multiplies float8. Without it, memory is saved and little time.
-        keep: the weights as they were, in main memory, so that `remove()` gives them back to the bit. Without, they
-            are gone.
-
-    Raises:
-        PresetError: another kind.
-    """
-
-    kind: str
-    activations: bool = False
-    keep: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise PresetError("quantize", f"it must be one of {', '.join(KINDS)}", value=self.kind)
-        for name in ("activations", "keep"):
-            if not isinstance(getattr(self, name), bool):
-                raise PresetError(f"quantize.{name}", "it must be true or false", value=repr(getattr(self, name)))
-
-
-@dataclass(frozen=True)
-class SchedulerChoice:
-    """A scheduler instead of the pipeline's.
-
-    Args:
-        name: class in diffusers, or "RCMScheduler".
-        settings: of its config; the others are those of the scheduler that the pipeline has.
-    """
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -233,7 +80,7 @@ class Preset:
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise PresetError("num_inference_steps", "it must be a whole number of at least 1", value=repr(steps))
         if scale is not None:
-            _check_number("guidance_scale", scale, CacheSetting(low=1.0))
+            check_number("guidance_scale", scale, CacheSetting(low=1.0))
         self._check_together()
 
     def _take_harmless_kinds(self) -> None:
@@ -434,29 +281,7 @@ def _check_names(where: str, stated: Any, known: Iterable[str]) -> None:
         raise PresetError(where, f"it must hold names and values ({', '.join(known)})", value=repr(stated))
     for name in stated:
         if name not in known:
-            raise PresetError(where, f"there is no {name}{_nearest(str(name), known)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?".rstrip("?") if close else f"; there are {', '.join(known)}"
-
-
-def _check_number(name: str, value: Any, bounds: CacheSetting) -> None:
-    if bounds.many:
-        if not isinstance(value, list | tuple) or not value:
-            raise PresetError(name, "it must be a list of numbers", value=repr(value))
-        for each in value:
-            _check_number(name, each, CacheSetting())
-        return
-    kind = "a whole number" if bounds.whole else "a number"
-    wanted = int if bounds.whole else int | float
-    if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
-        raise PresetError(name, f"it must be {kind}", "YAML takes 1e-4 for a text: write 1.0e-4.", value=repr(value))
-    if value < bounds.low or (bounds.high is not None and value > bounds.high):
-        most = "" if bounds.high is None else f" and at most {bounds.high:g}"
-        raise PresetError(name, f"it must be at least {bounds.low:g}{most}", value=value)
+            raise PresetError(where, f"there is no {name}{nearest(str(name), known)}")
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from ..acceleration.families import Family
 from .errors import PresetError
-from .preset import Quantize
+from .levers import Quantize
 
 _CONFIGS = {
     ("int8", False): "Int8WeightOnlyConfig",

@@ -9,7 +9,7 @@ from diffusers import MagCacheConfig
 
 from ..acceleration.families import find_transformers
 from .errors import PresetError
-from .preset import Cache
+from .levers import Cache
 
 _ANY = {"mag_ratios": [1.0]}  # `check_cache` asks for some
 

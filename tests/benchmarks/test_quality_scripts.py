@@ -7,7 +7,7 @@ from benchmark_scripts import run, table
 
 
 def test_quality(tmp_path):
-    arguments = ["--prompts", "2", "--steps", "3", "--densities", "0.5", "--processes", "1"]
+    arguments = ["--prompts", "2", "--steps", "3", "--size", "96", "--densities", "0.5", "--processes", "1"]
     only = [r"(tangent(, probed)?|svg2, compensated|radial), density 0\.5", r"tangent, density 0\.2, \d dense"]
     only += [r"tangent, probed, (tolerance 0\.05|density 0\.106)"]
     arguments += ["--only", f"^({'|'.join(only)})"]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from benchmark_scripts import run
+from benchmark_scripts import table as table_of
 from diffusers import WanTransformer3DModel
 from gft_adapters import write_adapter
 
@@ -15,9 +16,10 @@ from vidaccel import demo
 @pytest.mark.slow
 def test_dc_demo(tmp_path):
     work = ["--clips", "2", "--bits", "16", "--bits", "4", "--rounds", "1", "--prompts", "1"]
+    work += ["--steps", "4", "--size", "64"]
     run("dc_demo.py", *work, "--out", str(tmp_path))
     result = json.loads((tmp_path / "dc_demo.json").read_text())
-    assert [row["tokens"] for row in result["speed"]] == [576, 128]
+    assert [row["tokens"] for row in result["speed"]] == [144, 32]
     assert [row["model"] for row in result["accuracy"]] == ["demo", "demo-dc"]
     assert len(result["reconstruction"]) == 4
     assert (tmp_path / "dc_demo.jpg").stat().st_size > 5000 and "| demo-dc |" in (tmp_path / "dc_demo.md").read_text()
@@ -27,6 +29,7 @@ def test_dc_demo(tmp_path):
 def test_lora_demo(tmp_path):
     """One step teaches nothing, and does not make the rule's colours."""
     arguments = ["--steps", "1", "--clips", "20", "--prompts", "1", "--denoising-steps", "4"]
+    arguments += ["--size", "64", "--batch-size", "1"]
     run("lora_demo.py", *arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path))
     made = json.loads((tmp_path / "lora_demo.json").read_text())
     base, trained = made["videos"]
@@ -51,3 +54,19 @@ def test_guidance_in_one_pass_goes_on_where_it_stopped(tmp_path):
     assert all(row["right"].endswith("of 2") and float(row["CPU-s a step"]) > 0 for row in rows)
     assert rows[0]["of two passes"] == "1.00" and float(rows[1]["PSNR to two passes, dB"]) > 10
     assert "| demo | 3 | 2 | one pass, adapter |" in (tmp_path / "gft_demo.md").read_text()
+
+
+@pytest.mark.slow
+def test_presets_of_the_built_in_models(tmp_path):
+    """Each shipped preset of them, beside both models as they are; a second call goes on."""
+    run("preset_demo.py", "--small", "--prompts", "1", "--out", str(tmp_path))
+    [first] = (tmp_path / "preset_demo.jsonl").read_text().splitlines()
+    rows = json.loads(first)["rows"]
+    assert list(rows)[:2] == ["demo", "demo-dc"] and "demo-dc-fast" in rows
+    assert rows["demo-dc-fast"]["of"] == 6 and rows["demo-cache"]["passes"] < rows["demo-cache"]["of"] == 40
+    table = table_of(tmp_path / "preset_demo.csv")
+    assert [row["preset"] for row in table] == ["demo, as it is", "demo-dc, as it is", *list(rows)[2:]]
+    assert table[0]["times as fast as demo"] == "1.00" and all(row["right"].endswith("of 1") for row in table)
+    run("preset_demo.py", "--small", "--prompts", "1", "--out", str(tmp_path))
+    assert (tmp_path / "preset_demo.jsonl").read_text().splitlines() == [first]
+    assert "| demo-dc-fast |" in (tmp_path / "preset_demo.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from diffusers import WanPipeline
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset, Radial, demo
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.report import write_report
 from vidaccel.pipelines.presets import Cache, SchedulerChoice, save_preset
 
 PROMPT = "a red circle moves left on a grey background"
@@ -66,13 +68,17 @@ def test_a_preset_without_a_method_is_dense_and_a_cache_alone_changes_no_method(
     assert generate(pipe, cache=EAGER, steps=2, settings={"tangent": {"k_clusters": 4}}).name == "tangent"
 
 
-def test_the_reference_of_a_comparison_has_no_cache(pipe):
+def test_the_reference_of_a_comparison_has_no_cache(pipe, tmp_path):
     made = generate(pipe, method=["radial", "svg2"], compare=True, cache=EAGER, steps=4, warm_up=False)
     plain, *others = made.videos
     assert plain.name == "dense" and plain.account is None
     assert np.array_equal(plain.frames, generate(pipe, steps=4).frames)
     assert all(video.account.counts()["skipped"] for video in others)
     assert made.settings["cache"] == "first_block, threshold 1000"
+    page = write_report(made, tmp_path / "page.html").files[0].with_name("page.html").read_text()
+    assert "and what the settings name beside it differs" in page and "8 forwards, 2 computed and 6 skipped" in page
+    numbers = json.loads((tmp_path / "page.json").read_text())["videos"]
+    assert "account" not in numbers[0] and numbers[1]["account"]["skipped"] == 6
 
 
 def test_the_adapter_that_a_model_has_of_its_own():

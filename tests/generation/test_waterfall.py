@@ -14,7 +14,8 @@ from diffusers import WanPipeline
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset, demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.waterfall import Row, Stage, Waterfall, stages
+from vidaccel.generation.stages import Stage, stages
+from vidaccel.generation.waterfall import Row, Waterfall
 from vidaccel.generation.waterfall_page import write_waterfall
 from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice
 

@@ -28,6 +28,34 @@ def test_percentages_are_shares_of_the_steps(steps, start):
     assert reasons[first] == ""
 
 
+@pytest.mark.parametrize(
+    ("shares", "steps", "kept"),
+    [
+        ({"start": 0.3}, 4, [0]),
+        ({"start": 0.2}, 4, [0]),
+        ({"start": 0.2}, 2, []),
+        ({"start": 0.5}, 4, [0, 1]),
+        ({"start": 0.3, "end": 0.1}, 8, [0, 1, 2]),
+        ({"start": 0.3, "end": 0.15}, 8, [0, 1, 7]),
+        ({"start": 0.3, "end": 0.15}, 6, [0, 1]),
+        ({"start": 0.3}, 50, list(range(15))),
+    ],
+)
+def test_a_short_sampling_does_not_stay_dense_by_half_unless_half_is_asked_for(shares, steps, kept):
+    dense = DensePart(**shares)
+    levels = [shifted(step / steps) for step in range(steps + 1)]
+    assert [i for i, level in enumerate(levels[:-1]) if dense.step_reason(level, shifted, levels)] == kept
+
+
+def test_of_two_samplers_none_rounds_by_itself():
+    """Each sees a part of the steps only, and half of that is not half of the whole."""
+    levels = [shifted(step / 8) for step in range(9)]
+    first, second = levels[:5], levels[4:]
+    dense = DensePart(start=0.3)
+    assert [bool(dense.step_reason(level, shifted, first)) for level in first[:-1]] == [True, True, True, False]
+    assert not any(dense.step_reason(level, shifted, second) for level in second[:-1])
+
+
 def test_the_last_digits_of_a_sigma_lose_no_step():
     sigma = shifted(0.3)
     for computed in (sigma * (1 + 1e-7), sigma, sigma * (1 - 1e-7)):

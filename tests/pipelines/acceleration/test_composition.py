@@ -146,6 +146,16 @@ def test_first_block_cache(pipe):
         assert not generate(pipe, steps=6).equal(cached)
 
 
+@pytest.mark.parametrize(("schedule", "told"), [(DenseSchedule(last_steps=1), True), (SPARSE, False)])
+def test_a_dense_step_that_a_cache_skipped_is_told(pipe, schedule, told):
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    with vidaccel.accelerate(pipe, METHOD, schedule=schedule) as handle:
+        generate(pipe)
+        generate(pipe)
+        notes = [note for note in handle.report().notes if "a cache skipped steps that the schedule keeps" in note]
+    assert bool(notes) is told and len(notes) <= 1
+
+
 def test_wan_2_2_two_transformers():
     pipe = make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9)
     before = generate(pipe, steps=6)

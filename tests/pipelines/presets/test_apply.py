@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import pickle
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tiny_wan import generate, make_pipe, make_transformer
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
 from vidaccel.pipelines.presets import Cache, LoraFile, PresetError, Quantize, SchedulerChoice, save_preset
+from vidaccel.pipelines.presets.account import Watch
 
 SPARSE = {"method": SVG2(top_p=0.5, schedule=DenseSchedule(first_steps=1)), "backend": "reference"}
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -196,3 +199,22 @@ def test_a_run_with_other_steps_is_told(pipe):
         generate(pipe, 6)
     (note,) = [note for note in handle.report().notes if "handle.arguments" in note]
     assert "for 4 steps, and a run has 6" in note
+
+
+def test_a_copy_of_the_transformer_leaves_the_pipeline_alone_and_cannot_be_pickled():
+    pipe = make_pipe()
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(**SPARSE)) as handle:
+        fast = generate(pipe)
+        alone = copy.deepcopy(pipe.transformer)
+        (watch,) = [hook.__self__ for hook in alone._forward_pre_hooks.values() if isinstance(hook.__self__, Watch)]
+        assert watch is not handle._watches[0] and watch._pipe is None
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(pipe.transformer)
+        both = copy.deepcopy(pipe)
+        assert torch.equal(generate(both), fast)
+        assert len(handle.report().steps) == 4
+    assert both._vidaccel_preset is not handle
+    both._vidaccel_preset.remove()
+    assert torch.equal(generate(pipe), plain)
+    assert torch.equal(generate(both), plain)
