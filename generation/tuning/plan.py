@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..comparison import MIN_COMPARED
 from ..errors import BadInput, mention
-from ..job import Job, Sparse, prepare
+from ..job import Job, prepare
 from ..machine import environment
 from ..outputs import check_writable
 from ..request import Settings
+from ..sparse import Sparse
 from .budget import Budget
 from .journal import Journal
 from .space import CACHES, EFFORTS, LEVERS

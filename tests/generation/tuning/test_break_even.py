@@ -13,8 +13,9 @@ from huggingface_hub import constants
 import vidaccel
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.job import prepare
 from vidaccel.generation.request import Settings
+from vidaccel.generation.sparse import Sparse
 from vidaccel.generation.tuning.break_even import BreakEven, find_break_even, timer
 from vidaccel.generation.tuning.store import Key, Limit, limit, store, stored
 
