@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare docs dist test test-comfyui lint format bench bench-gpu clean
+.PHONY: help install demo compare docs dist test test-all test-comfyui lint format bench bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /: /' | awk -F': ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -68,7 +68,10 @@ dist: $(STAMP) ## build the source distribution, and the wheel from it: dist/
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
-test: $(STAMP) ## run the tests
+test: $(STAMP) ## run the tests, but those that are marked as slow
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## run all tests: also the notebooks, the benchmark scripts at their smallest, and each kernel for each GPU
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 test-comfyui: $(STAMP) ## run the tests of the nodes in a real ComfyUI: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI

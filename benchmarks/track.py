@@ -146,10 +146,10 @@ def commit_of(root: Path) -> str:
 def workloads(frames: int, methods: Sequence[str]) -> dict[str, Callable[[], object]]:
     """What is timed: steps of the transformer by method, and decoding."""
     import torch
-    from cpu_speed import config
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     from vidaccel import AutoencoderDCV, DenseSchedule, VideoLayout, accelerate, demo
+    from vidaccel.generation.step_times import quick_method
 
     layout = VideoLayout((frames - 1) // 4 + 1, PIXELS // 16, PIXELS // 16)
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer").eval()
@@ -160,7 +160,7 @@ def workloads(frames: int, methods: Sequence[str]) -> dict[str, Callable[[], obj
 
     def steps(name: str) -> Callable[[], object]:
         schedule = DenseSchedule(first_steps=10**6) if name == "dense" else None
-        method = config("radial" if name == "dense" else name, layout, DENSITY)
+        method = quick_method("radial" if name == "dense" else name, layout, DENSITY)
 
         def run() -> None:
             with accelerate(transformer, method, schedule=schedule):

@@ -134,5 +134,9 @@ def limit(key: Key, model: str = "") -> Limit:
 def limit_of(
     facts: ModelFacts, device: torch.device, dtype: torch.dtype, method: str = methods.DEFAULT_METHOD
 ) -> Limit:
-    """`limit` for a model on a device."""
-    return limit(Key.here(*facts.row.heads(facts.transformer), device, dtype, method), facts.name)
+    """`limit` for a model on a device; the fixed default where its settings do not tell its heads."""
+    try:
+        heads = facts.row.heads(facts.transformer)
+    except KeyError:
+        return Limit(methods.MIN_SPARSE_TOKENS, f"{methods.MIN_SPARSE_TOKENS:,} tokens are a fixed default.")
+    return limit(Key.here(*heads, device, dtype, method), facts.name)

@@ -6,6 +6,7 @@ import pytest
 from benchmark_scripts import run, table
 
 
+@pytest.mark.slow
 def test_quality(tmp_path):
     arguments = ["--prompts", "2", "--steps", "3", "--size", "96", "--densities", "0.5", "--processes", "1"]
     only = [r"(tangent(, probed)?|svg2, compensated|radial), density 0\.5", r"tangent, density 0\.2, \d dense"]

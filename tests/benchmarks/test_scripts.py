@@ -8,6 +8,7 @@ import pytest
 from benchmark_scripts import run, table
 
 
+@pytest.mark.slow
 def test_cpu_speed(tmp_path):
     work = ["--rounds", "1", "--videos", "33x64,33x128", "--density", "0.7", "--backend", "gather"]
     run("cpu_speed.py", *work, "--out", str(tmp_path))
@@ -18,6 +19,7 @@ def test_cpu_speed(tmp_path):
     assert "Speed on the CPU, 144 to 576 tokens" in (tmp_path / "cpu_speed.md").read_text()
 
 
+@pytest.mark.slow
 def test_attention_goes_on_where_it_stopped(tmp_path):
     arguments = ["--shapes", "tiny", "--densities", "0.5", "--dtype", "float32", "--repeats", "3", "--device", "cpu"]
     arguments += ["--methods", "dense", "svg", "--out", str(tmp_path)]
@@ -81,13 +83,14 @@ def test_fidelity(tmp_path):
     assert (tmp_path / "fidelity.jsonl").read_text() == stamp
 
 
+@pytest.mark.slow
 def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("triton")
     run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
     assert json.loads((tmp_path / "done.json").read_text()) == {"kernels": "done"}
     page = (tmp_path / "kernels-interpreter-toy.md").read_text()
     assert "| radial |" in page and "| tangent |" in page and "chosen" in page
-    assert page.count("| int8 |") == page.count("| second stage |") == 2
+    assert "| radial | 0.799 | int8 |" in page and "| radial | 0.799 | second stage |" in page
     log = (tmp_path / "kernels.log").stat().st_mtime_ns
     run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
     assert (tmp_path / "kernels.log").stat().st_mtime_ns == log

@@ -38,6 +38,7 @@ def test_lora_demo(tmp_path):
     assert (tmp_path / "lora_demo.md").read_text().count("\n| --- |") == 2
 
 
+@pytest.mark.slow
 def test_guidance_in_one_pass_goes_on_where_it_stopped(tmp_path):
     """Of a given adapter alone; another adapter's videos are made anew."""
     base = demo.path()
@@ -55,6 +56,7 @@ def test_guidance_in_one_pass_goes_on_where_it_stopped(tmp_path):
     assert "| demo | 3 | 2 | one pass, adapter |" in (tmp_path / "gft_demo.md").read_text()
 
 
+@pytest.mark.slow
 def test_longer_videos_go_on_where_they_stopped(tmp_path):
     work = ["--only", "dense", "--frames", "17", "--denoising-steps", "2", "--out", str(tmp_path)]
     run("length_demo.py", *work, "--prompts", "1")

@@ -130,7 +130,7 @@ def of_the_reader(words: list[str], given: dict) -> bool:
         value for option, value in pairwise(words) if option.startswith("-") and option not in ("--out", "--report")
     ]
     files = [value for value in read if re.search(r"/|\.(ya?ml|json|safetensors|png|jpg|mp4)(=|$)", value)]
-    model = given["model"] not in ("demo", "demo-dc")
+    model = given["model"] not in ("", "demo", "demo-dc")  # "": that of a preset, or "demo"
     return bool(files) or model or "--device" in words or "sla" in (given["method"] or ())
 
 

@@ -48,10 +48,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 def small(code: str) -> str:
-    """Python code with two steps, short videos and a CPU, so that it runs in a second."""
+    """Python code with two steps, short videos and a CPU, so that it runs in a second; four steps stay four."""
     for name, value in _SMALL.items():
         code = re.sub(rf"\b{name}=\d\d+", f"{name}={value}", code)
-    code = re.sub(r"\bnum_inference_steps=\d+", "num_inference_steps=2", code)
+    code = re.sub(r"\bnum_inference_steps=(?!4\b)\d+", "num_inference_steps=2", code)
     code = re.sub(r"\bsteps=\d+", "steps=2, frames=9, height=128, width=128", code)
     return code.replace('"cuda"', '"cpu"')
 
@@ -63,12 +63,19 @@ def make_files(folder: Path) -> None:
     for kind, name in (
         ("gft", "runs/gft"),
         ("gft", "runs/my_gft"),
+        ("few", "runs/few_steps"),
+        ("few", "runs/my_few_steps"),
         ("length", "runs/length"),
         ("length", "runs/my_length"),
     ):
         (folder / name / "adapter").mkdir(parents=True)
         if kind == "gft":
             written = gft_adapters.write_adapter(folder / name / "adapter", base, transformer)
+        elif kind == "few":
+            scales = {"min_scale": 2.0, "max_scale": 5.0, "gated": False}
+            few = {"sigmas": [1.0, 0.9, 0.75, 0.5], "objective": "segments", "teacher_steps": 4}
+            header = {"recipe": "consistency", "guidance_free": scales, "few_steps": few}
+            written = gft_adapters.write_adapter(folder / name / "adapter", base, transformer, **header)
         else:
             method = Radial(16, decay=0.3, min_window=0, sink=False)
             written = length_adapters.write_length(folder / name / "adapter", base, transformer, method=method)
