@@ -185,8 +185,14 @@ def take_script(words: list[str], monkeypatch) -> None:
         spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        return take_typer(module.main, words[1:])
+        before = set(sys.modules)
+        try:
+            spec.loader.exec_module(module)
+            return take_typer(module.main, words[1:])
+        finally:  # what scripts share has common names, and would be found by other tests
+            for name in set(sys.modules) - before:
+                if str(getattr(sys.modules[name], "__file__", None)).startswith(str(file.parent)):
+                    del sys.modules[name]
     for option in (word.partition("=")[0] for word in words[1:] if word.startswith("--") and word != "--help"):
         assert f'add_argument("{option}"' in text, f"{words[0]} has no option {option}"
 
