@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import one_line_errors
+from .options import Threads, use_threads
 
 if TYPE_CHECKING:
     from ..generation.showcase import Showcase
@@ -32,23 +33,17 @@ def demo_command(
     long_step: Annotated[
         bool, typer.Option("--long-step/--no-long-step", help="Measure a step of a long video with sparse attention.")
     ] = True,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")] = None,
+    threads: Threads = None,
 ) -> None:
     """Make a video with the built-in models, lever by lever, and a page that shows what each lever gains here."""
     with one_line_errors():
-        from ..generation.errors import BadInput
         from ..generation.outputs import check_file, check_files
         from ..generation.showcase import showcase
         from ..generation.showcase_page import write_showcase
 
         check_file("out", out, ".html")
         check_files("out", out, [out, out.with_suffix(".json"), out.with_suffix(".png")], {})
-        if threads is not None:
-            if threads < 1:
-                raise BadInput("threads", "it must be at least 1", value=threads)
-            import torch
-
-            torch.set_num_threads(threads)
+        use_threads(threads)
         made = showcase(
             prompt,
             seed,

@@ -11,7 +11,19 @@ import typer
 
 from ..generation.errors import worded
 from .errors import one_line_errors, option
-from .options import OWN, ValuesMayBeLeftOut, amount, method_settings, pipeline_arguments, use_threads
+from .options import (
+    OWN,
+    Device,
+    Dtype,
+    Offload,
+    Threads,
+    Tiling,
+    ValuesMayBeLeftOut,
+    amount,
+    method_settings,
+    pipeline_arguments,
+    use_threads,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -133,15 +145,11 @@ def generate_command(
         str | None,
         typer.Option(help="int8: Q K^T of sparse attention in 8 bits, by Triton's kernels. (default: that of --dtype)"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")
-    ] = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep only the part at work on the device.")] = False,
-    vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = False,
+    vae_tiling: Tiling = False,
+    threads: Threads = None,
     warm_up: Annotated[
         bool, typer.Option(help="With --compare: one uncounted step before each run, so that compilation is not timed.")
     ] = True,

@@ -1,15 +1,22 @@
-"""What the texts of options mean, checked before anything is loaded."""
+"""Options of several commands, and what their texts mean, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 from ..generation.errors import BadInput
 from ..generation.values import count_or_share
+
+Device = Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")]
+Offload = Annotated[bool, typer.Option("--offload", help="Keep only the part at work on the device.")]
+Tiling = Annotated[bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")]
 
 _CONSTANTS = {"true": True, "false": False, "none": None}
 

@@ -11,6 +11,7 @@ import typer
 
 from ..generation.errors import BadInput
 from .errors import one_line_errors
+from .options import Device, Dtype, Offload, Threads, Tiling, use_threads
 
 if TYPE_CHECKING:
     from ..generation.waterfall import Waterfall
@@ -69,15 +70,11 @@ def waterfall_command(
     width: Annotated[int | None, typer.Option(help="Pixels. (default: each model's)")] = None,
     steps: Annotated[int | None, typer.Option(help="Of rows whose preset says nothing. (default: as above)")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    device: Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")
-    ] = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep only the part at work on the device.")] = False,
-    vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    offload: Offload = False,
+    vae_tiling: Tiling = False,
+    threads: Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page; its numbers go beside it, as .json.")] = Path(
         "waterfall.html"
     ),
@@ -92,13 +89,8 @@ def waterfall_command(
         chosen = request_preset(preset)
         check_file("out", out, ".html")
         check_files("out", out, [out, out.with_suffix(".json")], {} if prompts is None else {"prompts": prompts})
-        if threads is not None and threads < 1:
-            raise BadInput("threads", "it must be at least 1", value=threads)
+        use_threads(threads)
         texts = [*(prompt or ()), *lines_of(prompts)] or built_in_prompts(model or chosen.model)
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
         made = waterfall(
             model or None,
             chosen,

@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import one_line_errors
-from .options import use_threads
+from .options import Device, Dtype, Offload, Threads, Tiling, use_threads
 
 if TYPE_CHECKING:
     from ..generation.tuning.result import Tuned
-
-Device = Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")]
 
 
 def register(app: typer.Typer) -> None:
@@ -61,10 +57,8 @@ def tune_command(
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance. (default: the model's)")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep only the part at work on the device.")] = False,
-    vae_tiling: Annotated[
-        bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")
-    ] = False,
+    offload: Offload = False,
+    vae_tiling: Tiling = False,
     threads: Threads = None,
 ) -> None:
     """Find the fastest preset within a budget, for a model, a size and a few prompts, on this machine.

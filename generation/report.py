@@ -136,7 +136,12 @@ def video_file(page: Path, name: str) -> Path:
 
 def write_json(comparison: Comparison, path: str | Path) -> Path:
     """Write `summary` as a file."""
-    text = json.dumps(summary(comparison), indent=2, allow_nan=False, default=str)
+    return write_numbers(summary(comparison), path)
+
+
+def write_numbers(numbers: dict[str, Any], path: str | Path) -> Path:
+    """Write what a page tells as JSON, in which there is no NaN."""
+    text = json.dumps(numbers, indent=2, allow_nan=False, default=str)
     return write_bytes(text.encode() + b"\n", path)
 
 

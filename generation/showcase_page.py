@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from .comparison import compare
-from .report import data_url, template
+from .report import data_url, template, write_numbers
 from .showcase import Showcase
 from .video import contact_sheet, png, write_bytes, write_mp4
 
@@ -30,8 +29,7 @@ def write_showcase(made: Showcase, page: Path, command: str) -> Path:
         page: the .html file.
         command: that makes it again.
     """
-    text = json.dumps(made.to_dict(), indent=2, allow_nan=False, default=str)
-    write_bytes(text.encode() + b"\n", page.with_suffix(".json"))
+    write_numbers(made.to_dict(), page.with_suffix(".json"))
     rows = _rows(made)
     frames = min(len(row.sample) for row in made.waterfall.rows)
     named = {told["name"]: row.sample[:frames] for told, row in zip(rows, made.waterfall.rows, strict=True)}

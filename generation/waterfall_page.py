@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from .figures import figure_svg, waterfall_chart
-from .report import data_url, format_psnr, format_seconds, template
+from .report import data_url, format_psnr, format_seconds, template, write_numbers
 from .video import contact_sheet, png, write_bytes
 from .waterfall import Row, Waterfall
 
@@ -27,8 +26,7 @@ def write_waterfall(made: Waterfall, page: Path, command: str = "vidaccel.waterf
     """
     import yaml
 
-    text = json.dumps(made.to_dict(), indent=2, allow_nan=False, default=str)
-    write_bytes(text.encode() + b"\n", page.with_suffix(".json"))
+    write_numbers(made.to_dict(), page.with_suffix(".json"))
     names = [row_name(row, number) for number, row in enumerate(made.rows)]
     bars = {name: (row.median, *row.spread) for name, row in zip(names, made.rows, strict=True)}
     told = [_told(made, row, number) for number, row in enumerate(made.rows)]

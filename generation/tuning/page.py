@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..figures import figure_svg, pareto_chart
-from ..report import template
+from ..report import template, write_numbers
 from ..video import write_bytes
 from .result import Tuned
 
@@ -25,8 +24,7 @@ def write_page(made: Tuned, page: Path) -> Path:
     """
     import yaml
 
-    text = json.dumps(made.to_dict(), indent=2, allow_nan=False, default=str)
-    write_bytes(text.encode() + b"\n", page.with_suffix(".json"))
+    write_numbers(made.to_dict(), page.with_suffix(".json"))
     chart = _front(made)
     rest = [each for each in made.tried if each.confirmed is None]
     html = template("tune.html.j2").render(
