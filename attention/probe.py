@@ -12,12 +12,14 @@ from .groups import by_group, by_head, group_product
 from .own_kernels import use_kernels
 from .plan import permute
 from .runs import cut_segments
+from .threads import each
 
 PIECE = 32  # keys of a cluster that are probed at once
 # Tokens of a cluster that its covariance is estimated from. On the demo model's heads and on imitated ones, 16 to 256
 # give the same error of a call within 1 %.
 SAMPLE = 32
 NUMBERS = 2**25  # of each large table held at once in float32, over the heads that are worked on together
+GROUP = 2**17  # of each table that the CPU works on at once: half a MiB, of the 1 or 2 that a core has as its cache
 ALIKE = 0.85  # clusters that are probed together on the CPU: the size of the smallest over that of the largest
 
 
@@ -27,14 +29,17 @@ class Probe(NamedTuple):
     Args:
         log_mass: `[B, H, Cq, Ck]` float32, log of the sum of the exponentials of the scaled scores; -inf without keys.
         key, value: `[B, H, Cq + r, Ck + r, D]`, means weighted by that softmax, 0 without keys; in the dtype of k where
-            that is narrower than float32. The last `r` rows and columns are empty: room for the text.
-        bias: `[B, H, Cq, Ck]` float32, the log of the mass less the scaled score of the mean key, where that is known.
+            that is narrower than float32. The last `r` rows and columns are empty: room for the text. Strides are as
+            they were best filled in.
+        bias: `[B, H, Cq, Ck]` float32, the log of the mass less the scaled score of the mean key; -inf without keys.
+        squares: `[B, H, Cq, Ck]` float32, of the mean value, over all channels; None where a kernel has no use for it.
     """
 
     log_mass: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    bias: torch.Tensor | None = None
+    bias: torch.Tensor
+    squares: torch.Tensor | None = None
 
 
 def probe(
@@ -56,15 +61,15 @@ def probe(
         return Probe(log_mass, key, value, bias)
     batch, heads, tokens, dim = k.shape
     group, count, clusters = q_means.shape[1] // heads, q_means.shape[2], keys.sizes.shape[-1]
+    # By head of k and v, with a second dimension for the query heads that share it. Key clusters come before those of
+    # queries, because they are filled in cluster by cluster: rows of memory as long as possible.
     dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
-    # By head of k and v, with a second dimension for the query heads that share it.
-    lead = (batch * heads, group)
-    log_mass = k.new_full((*lead, count, clusters), -torch.inf, dtype=torch.float32)
-    key, value = (k.new_zeros(*lead, count + room, clusters + room, dim, dtype=dtype) for _ in range(2))
+    pairs = k.new_zeros(batch * heads, group, clusters + room, count + room, 2 * dim, dtype=dtype)
+    shape = (batch * heads, group, clusters, count)
+    made = _Tables(pairs, *(k.new_full(shape, fill, dtype=torch.float32) for fill in (-torch.inf, -torch.inf, 0.0)))
     order = in_order(keys)
     starts = (keys.sizes.cumsum(-1) - keys.sizes).flatten(0, 1)
     q = by_group(q_means.float(), heads).flatten(0, 1) * scale
-    made = Probe(log_mass, key[:, :, :count, :clusters], value[:, :, :count, :clusters])
     if on_the_host(k.device):
         flat = [x.flatten(0, 1) for x in (k, v, order, keys.sizes)]
         _probe_by_size(q, flat[0], flat[1], flat[2], starts, flat[3], made)
@@ -72,9 +77,25 @@ def probe(
         pairs = permute(torch.cat([k, v], -1), order).flatten(0, 1)
         first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
         for some in _heads_at_once(batch * heads, first.shape[-1] * group * count * dim):
-            part = Probe(log_mass[some], made.key[some], made.value[some])
+            part = _Tables(*(x[some] for x in made))
             _probe_pieces(q[some], pairs[some], first[some], length[some], owner[some], part)
-    return Probe(*(x.flatten(0, 1).unflatten(0, (batch, heads * group)) for x in (log_mass, key, value)))
+    pairs, *numbers = (x.flatten(0, 1).unflatten(0, (batch, heads * group)).transpose(2, 3) for x in made)
+    log_mass, bias, squares = (x.contiguous() for x in numbers)
+    return Probe(log_mass, pairs[..., :dim], pairs[..., dim:], bias, squares)
+
+
+class _Tables(NamedTuple):
+    """A probe as it is filled in, by G heads of k and v and S query heads that share each.
+
+    Args:
+        pairs: `[G, S, Ck + r, Cq + r, 2D]`, mean keys and values side by side.
+        log_mass, bias, squares: `[G, S, Ck, Cq]`.
+    """
+
+    pairs: torch.Tensor
+    log_mass: torch.Tensor
+    bias: torch.Tensor
+    squares: torch.Tensor
 
 
 def on_the_host(device: torch.device) -> bool:
@@ -95,52 +116,77 @@ def _probe_by_size(
     order: torch.Tensor,
     starts: torch.Tensor,
     sizes: torch.Tensor,
-    made: Probe,
+    made: _Tables,
 ) -> None:
-    """All heads, clusters of like size together, in float32: three batched products for each such group.
+    """All heads, clusters of like size together, in float32: two batched products for each such group.
 
     Args:
         q: `[G, S * Cq, D]` scaled, of the S query heads that share each head of k and v, `[G, N, D]`.
         order: `[G, N]`, tokens sorted by cluster.
         starts, sizes: `[G, Ck]`.
-        made: tables `[G, S, Cq, Ck, ...]` to be filled.
+        made: to be filled.
     """
-    heads, count, dim = q.shape
-    shared = made.log_mass.shape[1:3]
-    clusters, tokens = sizes.shape[-1], k.shape[1]
-    token = (order + tokens * torch.arange(heads).unsqueeze(-1)).flatten()
-    k, v = k.flatten(0, 1), v.flatten(0, 1)
-    first = (starts + tokens * torch.arange(heads).unsqueeze(-1)).flatten()
-    by_size = sizes.flatten().argsort()
-    rising = sizes.flatten()[by_size].tolist()
-    begin = 0
-    while begin < len(rising):
-        end = begin + 1
-        while (
-            end < len(rising) and ALIKE * rising[end] <= rising[begin] and (end - begin) * count * dim < NUMBERS // 16
-        ):
-            end += 1
-        group, longest = by_size[begin:end], rising[end - 1]
-        begin = end
-        if not longest:
-            continue
-        offsets = torch.arange(longest)
-        outside = offsets >= sizes.flatten()[group].unsqueeze(-1)
-        rows = (first[group].unsqueeze(-1) + offsets).clamp(max=heads * tokens - 1)
-        keys, values = (x.index_select(0, token[rows.flatten()]).float().view(*rows.shape, dim) for x in (k, v))
+    heads, rows, dim = q.shape
+    clusters, tokens, shared, count = sizes.shape[-1], k.shape[1], made.log_mass.shape[1], made.log_mass.shape[-1]
+    first_of_head = tokens * torch.arange(heads).unsqueeze(-1)
+    token, first = (order + first_of_head).flatten(), (starts + first_of_head).flatten()
+    k, v, sizes = k.flatten(0, 1), v.flatten(0, 1), sizes.flatten()
+    by_size = sizes.argsort()
+    table = made.pairs.flatten(0, 2)[:, :count]
+    numbers = [x.flatten(0, 2) for x in made[1:]]
+
+    def work(of_size: slice) -> None:
+        group = by_size[of_size]
+        offsets = torch.arange(int(sizes[group[-1]]))
+        outside = offsets >= sizes[group].unsqueeze(-1)
+        places = (first[group].unsqueeze(-1) + offsets).clamp(max=heads * tokens - 1)
+        rows = token[places.flatten()]
+        some = torch.cat([x.index_select(0, rows).float() for x in (k, v)], -1).view(*places.shape, 2 * dim)
         head, cluster = group // clusters, group % clusters
+        queries = q.index_select(0, head)
         scores = torch.baddbmm(
-            keys.new_zeros(rows.shape).masked_fill_(outside, -torch.inf).unsqueeze(1),
-            q.index_select(0, head),
-            keys.transpose(1, 2),
+            some.new_zeros(places.shape).masked_fill_(outside, -torch.inf).unsqueeze(1),
+            queries,
+            some[..., :dim].transpose(1, 2),
         )
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        weights.div_(total)
-        made.log_mass[head, :, :, cluster] = (top + total.log()).squeeze(-1).unflatten(1, shared)
-        for table, x in zip(made[1:3], (keys, values), strict=True):
-            table[head, :, :, cluster] = (weights @ x).to(table.dtype).unflatten(1, shared)
+        log_mass = (top + total.log_()).squeeze(-1)
+        means = (weights.div_(total.exp_()) @ some).to(table.dtype)
+        log_mass, bias, squares = _numbers(log_mass, queries, means)
+        at = head * shared
+        for s in range(shared):
+            own = slice(s * count, (s + 1) * count)
+            table.index_copy_(0, (at + s) * (made.pairs.shape[2]) + cluster, means[:, own])
+            for numbers_of, x in zip(numbers, (log_mass, bias, squares), strict=True):
+                numbers_of.index_copy_(0, (at + s) * clusters + cluster, x[:, own])
+
+    each(work, list(_alike(sizes[by_size].tolist(), max(1, GROUP // (rows * dim)))))
+
+
+def _alike(rising: list[int], most: int) -> Iterator[slice]:
+    """Slices of sizes that are alike, at most so many; empty clusters are in none."""
+    begin = 0
+    while begin < len(rising):
+        end = begin + 1
+        while end < min(len(rising), begin + most) and ALIKE * rising[end] <= rising[begin]:
+            end += 1
+        if rising[begin]:
+            yield slice(begin, end)
+        begin = end
+
+
+def _numbers(
+    log_mass: torch.Tensor, q: torch.Tensor, means: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`log_mass [...]`, the bias and the squares, from scaled `q [..., D]` and `means [..., 2D]` as they are stored.
+
+    As they are stored: so the stand-in is exact at the centroid. (That of the kernel is so for the centroid rounded to
+    the dtype of the keys.)
+    """
+    key, value = means.float().split(q.shape[-1], -1)
+    return log_mass, log_mass - torch.linalg.vecdot(q, key), torch.linalg.vecdot(value, value)
 
 
 def _probe_pieces(
@@ -149,7 +195,7 @@ def _probe_pieces(
     first: torch.Tensor,
     length: torch.Tensor,
     owner: torch.Tensor,
-    made: Probe,
+    made: _Tables,
 ) -> None:
     """Some heads, without a look at the sizes. Each piece of a cluster has its own maximum: nothing overflows.
 
@@ -157,9 +203,9 @@ def _probe_pieces(
         q: `[G, S * Cq, D]` scaled, of the S query heads that share each head of k and v.
         pairs: keys and values side by side, `[G, N, 2D]`, sorted by cluster.
         first, length, owner: `[G, P]`, pieces of clusters.
-        made: tables `[G, S, Cq, Ck, ...]` to be filled.
+        made: to be filled.
     """
-    (group, tokens, _), clusters = pairs.shape, made.log_mass.shape[-1]
+    (group, tokens, _), (shared, clusters, count) = pairs.shape, made.log_mass.shape[1:]
     offsets = torch.arange(PIECE, device=q.device)
     inside = offsets < length.unsqueeze(-1)  # [G, P, 32]
     rows = (first.unsqueeze(-1) + offsets).clamp(max=tokens - 1).long()
@@ -177,17 +223,16 @@ def _probe_pieces(
     index = (owner.long() + clusters * torch.arange(group, device=q.device).view(-1, 1)).flatten()
 
     def joined(x: torch.Tensor) -> torch.Tensor:
-        """Sums over the pieces of each cluster, `[G, S * Cq, Ck, ...]`."""
+        """Sums over the pieces of each cluster, `[G, Ck, S * Cq, ...]`."""
         sums = x.new_zeros(group * clusters, *x.shape[2:]).index_add_(0, index, x.flatten(0, 1))
-        return sums.view(group, clusters, *x.shape[2:]).transpose(1, 2)
+        return sums.view(group, clusters, *x.shape[2:])
 
     mass = joined(weights.sum(-1) * lift)
     means = joined((weights * lift.unsqueeze(-1)) @ some)
-    means = means / mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    shared = made.log_mass.shape[1:3]
-    made.log_mass.copy_((whole.transpose(1, 2) + mass.log()).unflatten(1, shared))
-    for table, part in zip(made[1:3], means.split(q.shape[-1], -1), strict=True):
-        table.copy_(part.unflatten(1, shared))
+    means = (means / mass.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)).to(made.pairs.dtype)
+    for table, x in zip(made[1:], _numbers(whole + mass.log(), q.unsqueeze(1), means), strict=True):
+        table.copy_(x.unflatten(2, (shared, count)).transpose(1, 2))
+    made.pairs[:, :, :clusters, :count] = means.unflatten(2, (shared, count)).transpose(1, 2)
 
 
 class Seen(NamedTuple):
@@ -206,26 +251,36 @@ class Seen(NamedTuple):
     away: torch.Tensor
 
 
-def read(seen: Probe, q_means: torch.Tensor, scale: float) -> Seen:
-    """A few heads at a time, since the tables are large and may be in half precision."""
-    if seen.bias is not None:
+def read(seen: Probe) -> Seen:
+    """Some rows at a time, since the tables are large and may be in half precision."""
+    bias = seen.bias.nan_to_num(neginf=0.0)
+    if seen.squares is None:
         from .kernels.probe import read_outputs
 
         mass, outputs, away = read_outputs(seen.log_mass, seen.value)
-        return Seen(mass, seen.bias.nan_to_num(neginf=0.0), outputs, away)
+        return Seen(mass, bias, outputs, away)
     batch, heads, count, clusters = seen.log_mass.shape
-    mass = seen.log_mass.softmax(-1)
-    bias, away, outputs = torch.empty_like(mass), torch.empty_like(mass), torch.empty_like(q_means)
-    key, value = (x[:, :, :count, :clusters] for x in (seen.key, seen.value))
-    for some in _heads_at_once(heads, batch * count * clusters * q_means.shape[-1]):
-        # The keys as they are stored: so the stand-in is exact at the centroid. (That of the kernel is so for the
-        # centroid rounded to the dtype of the keys.)
-        at_centroid = (key[:, some].float() @ q_means[:, some].unsqueeze(-1)).squeeze(-1)
-        bias[:, some] = seen.log_mass[:, some] - scale * at_centroid
-        values = value[:, some].float()
-        outputs[:, some] = (mass[:, some].unsqueeze(-2) @ values).squeeze(-2)
-        away[:, some] = (values - outputs[:, some].unsqueeze(-2)).square_().sum(-1)
-    return Seen(mass, bias.nan_to_num(neginf=0.0), outputs, away)
+    mass, value = seen.log_mass.softmax(-1), seen.value[:, :, :count, :clusters]
+    outputs, away = mass.new_empty(batch, heads, count, value.shape[-1]), torch.empty_like(mass)
+
+    def work(place: tuple[int, slice, slice]) -> None:
+        values = value[place].float()
+        out = (mass[place].unsqueeze(-2) @ values).squeeze(-2)
+        product = (values @ out.unsqueeze(-1)).squeeze(-1)
+        outputs[place] = out
+        away[place] = (seen.squares[place] - 2 * product + out.square().sum(-1, keepdim=True)).clamp_(min=0)
+
+    host = on_the_host(mass.device)
+    rows = max(1, (GROUP if host else NUMBERS) // (clusters * value.shape[-1]))
+    at_once = 1 if rows < count else max(1, rows // count)
+    places = [
+        (b, slice(h, h + at_once), slice(row, row + rows))
+        for b in range(batch)
+        for h in range(0, heads, at_once)
+        for row in range(0, count, rows)
+    ]
+    each(work, places) if host else [work(place) for place in places]
+    return Seen(mass, bias, outputs, away)
 
 
 def score_variance(

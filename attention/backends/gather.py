@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from ..groups import by_group, by_head, dense_attention, repeat_heads
 from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
+from ..threads import each
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 MAX_TILE_ROWS = 256
+THREAD_PAYS = 2**14  # pairs of a tile
 FEW_ROWS = 192  # below it torch's CPU kernel works on 32 rows at a time, which halves the speed of its matrix products
 
 
@@ -47,22 +50,35 @@ class GatherBackend(Backend):
             pairs = repeat_heads(pairs, q.shape[1])
         group = q.shape[1] // pairs.shape[1]
         bias = None if plan.skipped is None else plan.stand_in_bias()
-        rows = []
+        entries = []
         for b in range(batch):
             # A plan for all batch entries or heads is computed for all of them in one call.
             batch_slice = slice(None) if batch == 1 else slice(b, b + 1)
-            row = []
             for h in range(heads):
                 of_q, of_kv = (slice(None) if heads == 1 else slice(at, at + 1) for at in (h, h // group))
                 some, others = queries[batch_slice, of_q], pairs[batch_slice, of_kv]
-                row.append(_Tiles(some, others, k.shape[-1], plan, bias, b, h).attend(scale, return_lse))
-            rows.append(_join(row, 1))
-        out, lse = _join(rows, 0)
+                entries.append(_Tiles(some, others, k.shape[-1], plan, bias, b, h))
+        work = [(entry, tile) for entry in entries for tile in entry.tiles]
+        attend = each if self._in_threads(q, pairs, plan, len(work)) else map
+        parts = iter(attend(lambda piece: piece[0].attend(piece[1], scale, return_lse), work))
+        rows = [_join(list(itertools.islice(parts, len(entry.tiles))), 2) for entry in entries]
+        out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
+
+    def _in_threads(self, q: torch.Tensor, pairs: torch.Tensor, plan: BlockPlan, pieces: int) -> bool:
+        """Whether tiles are large enough for the threads not to wait for one another's turn in Python."""
+        if q.device.type != "cpu" or _wants_gradient(q, pairs):
+            return False
+        together = q.shape[0] * q.shape[1] // (plan.run_start.shape[0] * plan.run_start.shape[1])
+        return int(plan.pairs().sum()) * together >= THREAD_PAYS * pieces
 
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 """Output `[B', H', rows, D]` and, where asked for, log-sum-exp `[B', H', rows]`."""
+
+
+def _wants_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _join(results: list[Result], dim: int) -> Result:
@@ -84,15 +100,18 @@ class _StandIns:
         # A plan of one entry for all may have tables for each: its tiles are then worked on for all at once.
         lead = plan.run_start.shape[:2]
         own = [None if size == 1 else index for size, index in zip(lead, (b, h), strict=True)]
-        key, value, self.bias = (
+        self.key, self.value, self.bias = (
             x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in (plan.skipped.key, plan.skipped.value, bias)
         )
-        self.pairs = torch.cat([key.to(dtype), value.to(dtype)], -1)
-        self.count = self.bias.shape[-1]
+        self.dtype, self.count = dtype, self.bias.shape[-1]
 
     def of(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values side by side, `[B', H', C, 2D]`, and their bias, `[B', H', 1, C]`."""
-        return self.pairs[:, :, tile] if self.pairs.ndim == 5 else self.pairs, self.bias[:, :, tile].unsqueeze(-2)
+        """Keys and values side by side, `[B', H', C, 2D]`, and their bias, `[B', H', 1, C]`.
+
+        Tile by tile, since those of all tiles are as large as many copies of k and v.
+        """
+        key, value = (x[:, :, tile] if x.ndim == 5 else x for x in (self.key, self.value))
+        return torch.cat([key.to(self.dtype), value.to(self.dtype)], -1), self.bias[:, :, tile].unsqueeze(-2)
 
 
 def _entry(x: torch.Tensor, dim: int, index: int | None) -> slice:
@@ -122,31 +141,28 @@ class _Tiles:
         self.stand_ins = None if bias is None else _StandIns(plan, bias, b, h, pairs.dtype)
         self.starts, self.lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
         self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
-        # Without gradients all copies go through one buffer: memory that is new for each tile costs more than the copy.
+        self.tiles = [tile for tile, length in enumerate(self.lengths) if length]
         self.extra = 0 if self.stand_ins is None else self.stand_ins.count
-        longest = self.extra + max(map(sum, self.run_lengths))
-        grad = torch.is_grad_enabled() and (q.requires_grad or pairs.requires_grad)
-        self.buffer = None if grad else pairs.new_empty(*pairs.shape[:2], longest, pairs.shape[-1])
-        runs = [self._runs(tile) for tile in range(len(self.starts))] if grad else []
-        self.gathered = _GatherTiles.apply(pairs, runs) if grad else ()
+        self.grad = _wants_gradient(q, pairs)
+        self.own = threading.local()
+        runs = [self._runs(tile) for tile in range(len(self.starts))] if self.grad else []
+        self.gathered = _GatherTiles.apply(pairs, runs) if self.grad else ()
         # One split, whose gradient is one concatenation: that of a slice is as large as q, and there are many.
         self.rows = dict(self._pieces())
 
-    def attend(self, scale: float, return_lse: bool) -> Result:
-        results = []
-        for tile, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
-            if length == 0:
-                continue
-            runs = self._runs(tile)
-            if not runs and not self.extra:
-                shape = (*self.q.shape[:2], length)
-                lse = self.q.new_full(shape, -torch.inf, dtype=torch.float32) if return_lse else None
-                results.append((self.q.new_zeros(*shape, self.pairs.shape[-1] - self.key_width), lse))
-                continue
-            pairs, bias = self._gather(tile, runs)
-            keys, values = pairs[..., : self.key_width], pairs[..., self.key_width :]
-            for row in range(start, start + length, MAX_TILE_ROWS):
-                results.append(_attend(self.rows[row], keys, values, bias, scale, return_lse))
+    def attend(self, tile: int, scale: float, return_lse: bool) -> Result:
+        """The rows of a tile that is not empty."""
+        start, length, runs = self.starts[tile], self.lengths[tile], self._runs(tile)
+        if not runs and not self.extra:
+            shape = (*self.q.shape[:2], length)
+            lse = self.q.new_full(shape, -torch.inf, dtype=torch.float32) if return_lse else None
+            return self.q.new_zeros(*shape, self.pairs.shape[-1] - self.key_width), lse
+        pairs, bias = self._gather(tile, runs)
+        keys, values = pairs[..., : self.key_width], pairs[..., self.key_width :]
+        results = [
+            _attend(self.rows[row], keys, values, bias, scale, return_lse)
+            for row in range(start, start + length, MAX_TILE_ROWS)
+        ]
         return _join(results, 2)
 
     def _runs(self, tile: int) -> list[tuple[int, int]]:
@@ -170,10 +186,17 @@ class _Tiles:
         if self.stand_ins is not None:
             first, bias = self.stand_ins.of(tile)
             parts = (first.expand(*self.pairs.shape[:2], -1, -1), *parts)
-        if self.buffer is None:
+        if self.grad or len(parts) == 1:
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2), bias
         total = self.extra + sum(length for _, length in runs)
-        return torch.cat(parts, 2, out=self.buffer[:, :, :total]), bias
+        return torch.cat(parts, 2, out=self._buffer()[:, :, :total]), bias
+
+    def _buffer(self) -> torch.Tensor:
+        """The memory of this thread that all copies go through: new memory for each costs more than the copy."""
+        if not hasattr(self.own, "buffer"):
+            longest = self.extra + max(map(sum, self.run_lengths))
+            self.own.buffer = self.pairs.new_empty(*self.pairs.shape[:2], longest, self.pairs.shape[-1])
+        return self.own.buffer
 
 
 class _GatherTiles(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..compensate import attend_skipped
 from ..groups import repeat_heads
 from ..merge import attend_scores, merge
-from ..plan import BlockPlan, permute
+from ..plan import BlockPlan, invert
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 BIASES = 2**22  # numbers of the mask held at once: what the processor's cache can hold, more or less
@@ -40,8 +40,8 @@ class MaskedBackend(Backend):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        bias = q.new_zeros((), dtype=wide).masked_fill(~plan.keys_of_tile(), -torch.inf)  # [Bp, Hp, T, n_kv]
-        k, v = (repeat_heads(permute(x, plan.kv_order), q.shape[1]) for x in (k, v))
+        bias = _in_sequence(q.new_zeros((), dtype=wide).masked_fill(~plan.keys_of_tile(), -torch.inf), plan)
+        k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
         skipped = plan.skipped
         columns = skipped is not None and skipped.bias is None
         if columns:
@@ -54,6 +54,8 @@ class MaskedBackend(Backend):
         # SDPA has no log-sum-exp, and in half precision the stand-ins' bias would be off by per cents.
         written_out = return_lse or (skipped is not None and (not columns or q.dtype != wide))
         empty = bias.amax(-1, keepdim=True) == -torch.inf
+        # A pass over the output, which a look at the mask saves; elsewhere the look would cost a wait.
+        fill = q.device.type != "cpu" or bool(empty.any())
         tile = plan.tile_of_token()
         rows = max(1, BIASES // (bias.shape[0] * bias.shape[1] * bias.shape[-1]))
         if written_out:
@@ -69,14 +71,24 @@ class MaskedBackend(Backend):
             else:
                 mask = mask.to(q.dtype)
                 out = F.scaled_dot_product_attention(q[:, :, some], k, v, attn_mask=mask, scale=scale)
-                # What SDPA makes of a row without keys depends on the kernel that it takes.
-                out = out.masked_fill(_rows(empty, tile[:, :, some]), 0.0)
+                if fill:  # what SDPA makes of a row without keys depends on the kernel that it takes
+                    out = out.masked_fill(_rows(empty, tile[:, :, some]), 0.0)
             outputs.append(out)
         out = torch.cat(outputs, 2).to(q.dtype)
         lse = torch.cat(sums, 2) if written_out else None
         if skipped is not None and not columns:
             out, lse = merge(out, lse.float(), *attend_skipped(q, plan, scale))
         return out, lse.float() if return_lse else None
+
+
+def _in_sequence(bias: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    """Columns of `bias [Bp, Hp, T, n_kv]` in the order of the sequence: less to move than k and v."""
+    if plan.kv_order is None:
+        return bias
+    columns = invert(plan.kv_order)
+    batch, heads = (max(sizes) for sizes in zip(bias.shape[:2], columns.shape[:2], strict=True))
+    index = repeat_heads(columns, heads).expand(batch, heads, -1).unsqueeze(-2)
+    return bias.expand(batch, heads, -1, -1).gather(-1, index.expand(-1, -1, bias.shape[-2], -1))
 
 
 def _rows(bias: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:

@@ -189,7 +189,7 @@ class Tangent(Method):
         text = int(layout.text_tokens > 0)  # a tile and a cluster of its own, which skips nothing and is never skipped
         if self.probes(layout):
             tables = probe(queries.means, k, v, clusters, scale, text)
-            seen = read(tables, queries.means, scale)
+            seen = read(tables)
             skipped = SkippedClusters(tables.key, tables.value, F.pad(seen.bias, (0, text, 0, text)))
             mass, outputs, away = seen.mass, seen.outputs, seen.away
         else:

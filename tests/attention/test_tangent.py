@@ -332,7 +332,7 @@ def test_pieces_and_groups_of_clusters_make_the_same_probe(monkeypatch):
         monkeypatch.setattr(PROBES, "on_the_host", lambda device: False)
         for one, other in zip(probe(centroids, k, v, keys, 0.5, room=1), expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-        seen = read(expected, centroids, 0.5)
+        seen = read(expected)
         torch.testing.assert_close(seen.outputs, (seen.mass.unsqueeze(-2) @ expected.value[:, :, :5, :7]).squeeze(-2))
         monkeypatch.undo()
 

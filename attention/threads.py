@@ -1,0 +1,94 @@
+"""Work in many small pieces on the CPU: threads that each compute a piece on one core.
+
+torch cuts every operation for all cores and waits for the slowest, which for an operation of a millisecond costs about
+what it saves. Whole pieces side by side have nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+_pool: tuple[int, ThreadPoolExecutor] | None = None
+_starting = threading.Lock()
+
+
+def each(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
+    """`[work(piece) for piece in pieces]`, on as many threads as torch would use for one operation.
+
+    For pieces whose work does not need a gradient and writes nothing that another one reads. It stays on the calling
+    thread where that is the only one, where gradients are recorded, and under what belongs to a thread alone: autocast,
+    a mode such as that of a flop counter, tracing.
+
+    Raises:
+        Whatever `work` raises, of the piece that comes first; others may have been worked on by then.
+    """
+    threads = min(torch.get_num_threads(), len(pieces))
+    if threads < 2 or not _may_leave_thread():
+        return [work(piece) for piece in pieces]
+    results: list[Result | None] = [None] * len(pieces)
+    places, lock = iter(range(len(pieces))), threading.Lock()
+    inference = torch.is_inference_mode_enabled()
+
+    def some() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            while True:
+                with lock:
+                    place = next(places, None)
+                if place is None:
+                    return
+                results[place] = work(pieces[place])
+
+    jobs = [_threads(torch.get_num_threads()).submit(some) for _ in range(threads)]
+    errors = [error for job in jobs if (error := job.exception()) is not None]
+    if errors:
+        raise errors[0]
+    return results
+
+
+def _may_leave_thread() -> bool:
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or modes or torch.compiler.is_compiling())
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads of which each has one core for its operations."""
+    global _pool
+    with _starting:
+        if _pool is None or _pool[0] != count:
+            if _pool is not None:
+                _pool[1].shutdown(wait=False)  # after the work that another thread may have given them
+            ready = threading.Barrier(count + 1)
+
+            def one_core() -> None:
+                # The first call sets what torch is set to, so the second one counts. It also sets what threads to come
+                # begin with, hence the third, below.
+                torch.get_num_threads()
+                torch.set_num_threads(1)
+                ready.wait()
+
+            executor = ThreadPoolExecutor(count, "vidaccel")
+            for _ in range(count):
+                executor.submit(one_core)
+            ready.wait()
+            torch.set_num_threads(count)
+            _pool = count, executor
+        return _pool[1]
+
+
+def _forget() -> None:
+    """A forked process has none of the threads, and may have the lock in any state."""
+    global _pool, _starting
+    _pool, _starting = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
