@@ -46,6 +46,7 @@ def tune(
     levers: Sequence[str] = LEVERS,
     methods: Sequence[str] = METHODS,
     caches: Sequence[str] = CACHES,
+    adapters: Sequence[str | Path] = (),
     effort: str = "normal",
     confirm: int = 6,
     negative_prompt: str = "",
@@ -75,9 +76,13 @@ def tune(
         seeds: of their noise: one each, or the first of as many.
         out: a folder, made where it is not there: the journal, the page `tune.html` with its numbers, `preset.yaml`.
         max_error, min_psnr, max_time_ratio: see `Budget`; at least one.
-        levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs).
+        levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs),
+            "quantize" (linear layers in 8 bits by torchao, where they turn out to be faster) and "adapter" (guidance in
+            one pass, or few steps; with `min_psnr` or `max_time_ratio`).
         methods: of sparse attention.
         caches: over steps. Those whose package is missing are left out, with a word.
+        adapters: files or folders of guidance-free adapters, of the recipes `gft` and `consistency`. Without any, those
+            beside the model's weights that were trained on it.
         effort: "quick", "normal" or "thorough": how finely densities and thresholds are tried.
         confirm: candidates of which whole videos are made, at the most.
         negative_prompt, frames, height, width, steps, guidance_scale: see `vidaccel.generate`.
@@ -112,6 +117,7 @@ def tune(
             "guidance_scale": guidance_scale,
         },
         placing={"device": device, "dtype": dtype, "offload": offload, "tiling": tiling},
+        adapters=adapters,
     )
     return carried_out(plan, progress=progress, clock=clock)
 
@@ -199,8 +205,10 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
             ratios = bench.ratios()
         except BadInput as error:
             dropped["magcache"] = error.problem
-    search = Search(plan.budget, dense, Measures(bench.probe, bench.confirm), plan.most, plan=expect)
-    outcome, chosen, tried = search.run(sparse, cache_levers(plan.caches, plan.effort, ratios))
+    measures = Measures(bench.probe, bench.confirm, lambda adapter: bench.run(adapter, layers))
+    search = Search(plan.budget, dense, measures, plan.most, plan=expect)
+    caches = cache_levers(plan.caches, plan.effort, ratios)
+    outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters)
     gain = bench.gains(chosen.candidate) if outcome == FOUND else ()
     why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
     notes = (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
@@ -236,14 +244,17 @@ def _with_preset(made: Tuned, job: Job) -> Tuned:
     measured = {
         "times_as_fast": round(statistics.median(made.gain), 3),
         "psnr_to_dense": round(own.mean_psnr, 2) if own.mean_psnr < 1e9 else "identical",
-        "error_a_step": round(own.error, 5),
+        **({} if own.error is None else {"error_a_step": round(own.error, 5)}),
         "prompts": len(made.prompts),
         "size": made.settings["size"],
         "dtype": made.settings["dtype"],
         "machine": made.environment.get("GPU", made.environment["CPU"]),
         "torch": made.environment["torch"],
     }
-    return replace(made, preset=made.chosen.candidate.preset(**_facts_of(job), measured=measured))
+    facts = _facts_of(job)
+    if made.chosen.candidate.adapter is not None:
+        facts["guidance_scale"] = job.settings.guidance_scale
+    return replace(made, preset=made.chosen.candidate.preset(**facts, measured=measured))
 
 
 def _facts_of(job: Job) -> dict[str, Any]:

@@ -15,13 +15,17 @@ from ..machine import environment
 from ..outputs import check_writable
 from ..request import Settings
 from ..sparse import Sparse
+from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .journal import Journal
-from .space import CACHES, EFFORTS, LEVERS
+from .space import CACHES, EFFORTS, LEVERS, quantize_levers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ...pipelines.presets import Quantize
+
+_NO_ERROR = "an adapter makes other passes than the dense run, so its steps have no error against it"
 PRESET = "preset.yaml"
 PAGE = "tune.html"
 """Files in the folder, beside the journal."""
@@ -37,6 +41,8 @@ class Plan:
         prompts, seeds: of the videos.
         methods, caches: names of what is tried.
         precisions: of the product of queries and keys.
+        quantize: of the linear layers.
+        adapters: for guidance in one pass, or few steps.
         effort: of `EFFORTS`.
         most: candidates of which whole videos are made.
         dropped: lever -> why it is not tried.
@@ -50,6 +56,8 @@ class Plan:
     methods: tuple[str, ...]
     caches: tuple[str, ...]
     precisions: tuple[str, ...]
+    quantize: tuple[Quantize, ...]
+    adapters: tuple[AdapterLever, ...]
     effort: str
     most: int
     dropped: Mapping[str, str]
@@ -70,6 +78,7 @@ def planned(
     confirm: int,
     settings: Mapping[str, Any],
     placing: Mapping[str, Any],
+    adapters: Sequence[str | Path] = (),
 ) -> Plan:
     """Check a request, before weights are read; see `tune`."""
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
@@ -99,8 +108,15 @@ def planned(
         raise BadInput(side, bound, "Give a larger video.", value=getattr(size, side))
     if size.steps < 2:
         raise BadInput("steps", "a run of one step has nothing to tune", "Give more.", value=size.steps)
+    if adapters and "adapter" not in levers:
+        raise BadInput("adapters", "are given, and the lever adapter is not tried", f"Add it to {mention('levers')}.")
+    if adapters and budget.max_error is not None:
+        fix = f"Give {mention('min_psnr')} or {mention('max_time_ratio')}, or leave {mention('adapters')} out."
+        raise BadInput("max_error", _NO_ERROR, fix)
     chosen, dropped = _available(job, levers, methods, caches)
-    if not (chosen["methods"] or chosen["caches"]):
+    chosen["quantize"] = _quantize(levers, effort, dropped)
+    chosen["adapters"] = _adapters(job, levers, adapters, budget, dropped)
+    if not any(chosen[name] for name in ("methods", "caches", "quantize", "adapters")):
         why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise BadInput(
             "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
@@ -120,7 +136,7 @@ def check_method(name: str, field: str = "methods") -> None:
 
 def _available(
     job: Job, levers: Sequence[str], methods: Sequence[str], caches: Sequence[str]
-) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What of a request can be tried here; and the rest, with why."""
     from ...attention.backends import refusal, special_refusal
     from ...pipelines.presets import Cache, Preset, PresetError
@@ -146,6 +162,36 @@ def _available(
         else:
             dropped["precision"] = reason
     return {"methods": own_methods, "caches": tuple(own_caches), "precisions": precisions}, dropped
+
+
+def _quantize(levers: Sequence[str], effort: str, dropped: dict[str, str]) -> tuple[Quantize, ...]:
+    """The layers in 8 bits that are tried; why none, where torchao is missing. Whether they pay is measured."""
+    from ...pipelines.presets import Preset, PresetError
+    from ...pipelines.presets.packages import check_packages
+
+    if "quantize" not in levers:
+        return ()
+    found = tuple(quantize_levers(effort))
+    try:
+        check_packages(Preset(quantize=found[0]))
+    except PresetError as error:
+        dropped["quantize"] = f"{error.problem}. {error.fix}"
+        return ()
+    return found
+
+
+def _adapters(
+    job: Job, levers: Sequence[str], given: Sequence[str | Path], budget: Budget, dropped: dict[str, str]
+) -> tuple[AdapterLever, ...]:
+    """The adapters that are tried; of those beside the model that are not, why."""
+    if "adapter" not in levers:
+        return ()
+    found, refused = adapter_levers(job, given)
+    dropped.update(refused)
+    if budget.max_error is not None:
+        dropped.update({adapter.label: _NO_ERROR for adapter in found})
+        return ()
+    return found
 
 
 def journal_of(plan: Plan) -> Journal:

@@ -44,34 +44,50 @@ class Prediction:
 
     Args:
         seconds: of the whole call of the pipeline.
-        error: root mean square over the steps, see `Probe.error`.
+        error: root mean square over the steps, see `Probe.error`; with an adapter, see `predict`.
     """
 
     seconds: float
     error: float
 
 
-def predict(candidate: Candidate, dense: DenseRun, sparse: Probe | None, cache: Probe | None) -> Prediction:
+def predict(
+    candidate: Candidate,
+    dense: DenseRun,
+    sparse: Probe | None,
+    cache: Probe | None,
+    quantize: Probe | None = None,
+    own: float = 0.0,
+) -> Prediction:
     """Seconds and error of a candidate.
 
     Args:
         candidate: to be told of.
-        dense: the run without it.
+        dense: the run without it; with the adapter of a candidate that has one.
         sparse: of its method, in all steps and layers; None where it has none.
         cache: of its cache alone, in all steps; None where it has none.
+        quantize: of its layers in 8 bits; None where it has none.
+        own: what its adapter costs, as the error of a step that costs as much PSNR: an adapter makes other passes than
+            the plain model, so that no error of its steps can be measured.
     """
     steps, layers = dense.steps, dense.layers
-    errors, sparse_seconds = np.zeros(steps), dense.step_seconds
+    errors, dense_seconds = np.zeros(steps), dense.step_seconds
+    if quantize is not None:
+        errors = np.interp(range(steps), list(quantize.errors), list(quantize.errors.values()))
+        dense_seconds = quantize.step_seconds
+    in_8_bits, sparse_seconds = errors, dense_seconds
     kept = np.zeros(steps, dtype=bool)
     if sparse is not None:
         schedule = candidate.schedule or candidate.sparse.method.schedule
         kept = np.array([bool(schedule.step_reason(StepInfo(0, step, steps))) for step in range(steps)])
         first = schedule.first_layers
-        own = min(layers, first if isinstance(first, int) else math.ceil(first * layers))
+        first = min(layers, first if isinstance(first, int) else math.ceil(first * layers))
         errors = np.interp(range(steps), list(sparse.errors), list(sparse.errors.values()))
-        errors = np.where(kept, 0.0, errors * _left_after(sparse, own, layers))
-        sparse_seconds = (own * dense.step_seconds + (layers - own) * sparse.step_seconds) / layers
-    seconds = np.where(kept, dense.step_seconds, sparse_seconds)
+        errors = np.hypot(in_8_bits, np.where(kept, 0.0, errors * _left_after(sparse, first, layers)))
+        # Attention and linear layers are apart, so that what the two save adds up.
+        saved = (layers - first) / layers * (dense.step_seconds - sparse.step_seconds)
+        sparse_seconds = max(dense_seconds - saved, 0.0)
+    seconds = np.where(kept, dense_seconds, sparse_seconds)
     if cache is not None:
         share = np.array([cache.computed.get(step, 1.0) for step in range(steps)])
         skipped = [cache.seconds[step] for step in cache.seconds if not cache.computed[step]]
@@ -79,7 +95,12 @@ def predict(candidate: Candidate, dense: DenseRun, sparse: Probe | None, cache: 
         seconds = share * seconds + (1 - share) * (statistics.median(skipped) if skipped else 0.0)
         of_cache = np.array([cache.errors.get(step, 0.0) for step in range(steps)])
         errors = np.sqrt(share * errors**2 + np.where(kept, 0.0, of_cache) ** 2)
-    return Prediction(dense.other_seconds + float(seconds.sum()), float(np.sqrt(np.mean(errors**2))))
+    return Prediction(dense.other_seconds + float(seconds.sum()), math.hypot(own, float(np.sqrt(np.mean(errors**2)))))
+
+
+def error_like(psnr: float) -> float:
+    """The error of a step that a PSNR stands for, before any video was measured; 0 for the same video."""
+    return 10 ** ((_FIRST_GUESS - psnr) / 20) if math.isfinite(psnr) else 0.0
 
 
 def _left_after(probe: Probe, first: int, layers: int) -> float:
