@@ -1,4 +1,4 @@
-"""Adapters that guide in one pass, or in few steps: which there are for a model, and which of them a request can have."""
+"""Adapters that guide in one pass, or in few steps: which a model has, and which of them a request can use."""
 
 from __future__ import annotations
 

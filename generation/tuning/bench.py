@@ -231,7 +231,7 @@ class Bench:
 
 def _with(candidate: Candidate, request: Settings) -> Settings:
     """The request of a candidate: an adapter may have steps of its own."""
-    steps = candidate.adapter and candidate.adapter.steps
+    steps = None if candidate.adapter is None else candidate.adapter.steps
     return request if steps is None else replace(request, steps=steps)
 
 

@@ -12,8 +12,8 @@ import vidaccel
 from vidaccel import DCVideoGenPipeline, demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.tuning import space
-from vidaccel.generation.tuning.plan import planned
 from vidaccel.generation.tuning.budget import Budget
+from vidaccel.generation.tuning.plan import planned
 from vidaccel.pipelines.presets import load_preset
 
 PROMPTS = demo.HELD_OUT_PROMPTS[:1]
@@ -107,7 +107,9 @@ def test_which_are_tried_and_which_are_dropped(tmp_path):
     # One was trained at a guidance of 2 alone, and a model without guidance has none to put into one pass.
     other = plan(tmp_path=tmp_path, settings={"guidance_scale": 3.0})
     assert [adapter.name for adapter in other.adapters] == ["guidance_free"]
-    assert "guidance_scale is 3.0: few_steps_4.safetensors was trained up to 2" in other.dropped["few_steps_4.safetensors"]
+    assert (
+        "guidance_scale is 3.0: few_steps_4.safetensors was trained up to 2" in other.dropped["few_steps_4.safetensors"]
+    )
     assert plan(tmp_path=tmp_path, settings={"guidance_scale": 1.0}).adapters == ()
     # The error of a step is of the same passes.
     by_error = plan(tmp_path=tmp_path, budget=Budget(max_error=0.1))
@@ -123,7 +125,9 @@ def test_an_adapter_of_other_weights_is_dropped_beside_them_and_refused_where_it
     found = plan(folder, tmp_path)
     assert not found.adapters and set(found.dropped) == {"few_steps_4.safetensors", "guidance_free.safetensors"}
     assert "was trained on demo-dc (transformer), and this model is another" in found.dropped["few_steps_4.safetensors"]
-    with pytest.raises(BadInput, match=r"^adapters guidance_free\.safetensors was trained on .* Give an adapter of this"):
+    with pytest.raises(
+        BadInput, match=r"^adapters guidance_free\.safetensors was trained on .* Give an adapter of this"
+    ):
         plan(folder, tmp_path, adapters=[ADAPTERS / "guidance_free.safetensors"])
 
 
