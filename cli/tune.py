@@ -113,7 +113,13 @@ def tune_command(
 
 
 def break_even_command(
-    model: Annotated[str, typer.Option(help='"demo" or "demo-dc", a folder of a pipeline, or a hub id.')] = "demo",
+    model: Annotated[
+        str | None, typer.Option(help='"demo" or "demo-dc", a folder of a pipeline, or a hub id. (default: demo)')
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Of self-attention, with --head-dim in place of a model: of a native one.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of each of --heads.")] = None,
     method: Annotated[str, typer.Option(help="Of sparse attention, as it is by default.")] = "tangent",
     seconds: Annotated[float, typer.Option(help="About as long as it may take.")] = 60.0,
     device: Device = "auto",
@@ -131,7 +137,16 @@ def break_even_command(
         from ..generation.tuning.api import measured_break_even
 
         use_threads(threads)
-        found, key, file = measured_break_even(model, method=method, seconds=seconds, device=device, dtype=dtype)
+        given = model is not None or heads is not None or head_dim is not None
+        found, key, file = measured_break_even(
+            model if given else "demo",
+            heads=heads,
+            head_dim=head_dim,
+            method=method,
+            seconds=seconds,
+            device=device,
+            dtype=dtype,
+        )
         table = Table(box=None, padding=(0, 2, 0, 0))
         for title in ("tokens", "dense ms", f"{method} ms", "dense / sparse"):
             table.add_column(title, justify="right")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from ..errors import BadInput, mention
 from ..job import Job
 from ..machine import check_runs, choose_device, choose_dtype, environment
 from ..methods import DEFAULT_METHOD
@@ -123,8 +123,10 @@ def tune(
 
 
 def measured_break_even(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
+    heads: int | None = None,
+    head_dim: int | None = None,
     method: str = DEFAULT_METHOD,
     seconds: float = 60.0,
     device: str | torch.device = "auto",
@@ -133,7 +135,8 @@ def measured_break_even(
     """Measure from how many tokens sparse attention pays for the heads of a model, and keep it for this machine.
 
     Args:
-        model: see `vidaccel.generate`; its weights are not read.
+        model: see `vidaccel.generate`; its weights are not read. None for the heads that are given.
+        heads, head_dim: of self-attention, in place of a model's: of one that is no pipeline of diffusers.
         method: of sparse attention, as it is by default.
         seconds: about as long as it may take.
         device, dtype: see `vidaccel.generate`.
@@ -147,17 +150,32 @@ def measured_break_even(
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
         raise BadInput("seconds", "it must be above 0", value=seconds)
     check_method(method, "method")
-    name = str(model)
+    own = {"heads": heads, "head_dim": head_dim}
+    if model is None and None in own.values():
+        missing = next(name for name, value in own.items() if value is None)
+        raise BadInput(
+            missing, "is needed", f"Give {mention('heads')} and {mention('head_dim')}, or {mention('model')}."
+        )
+    if model is not None and any(value is not None for value in own.values()):
+        raise BadInput("model", f"has heads of its own: leave it out, or {mention('heads')} and {mention('head_dim')}")
+    for field, value in own.items():
+        if model is None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise BadInput(field, "it must be a whole number of at least 1", value=value)
     place = choose_device(device, False)
-    chosen = choose_dtype(dtype, place, name)
-    facts = inspect_model(name)
-    if facts.only_dense:
-        raise BadInput("model", facts.only_dense, value=name)
+    chosen = choose_dtype(dtype, place, str(model or ""))
+    shape = (heads, head_dim) if model is None else _heads(str(model))
     check_runs("auto", place, sparse=True)
-    key = Key.here(*facts.row.heads(facts.transformer), place, chosen, method)
+    key = Key.here(*shape, place, chosen, method)
     check_writable("model", key.file)
     found = find_break_even(timer(key.heads, key.head_dim, place, chosen, method), seconds=seconds)
     return found, key, store(key, found)
+
+
+def _heads(model: str) -> tuple[int, int]:
+    facts = inspect_model(model)
+    if facts.only_dense:
+        raise BadInput("model", facts.only_dense, value=model)
+    return facts.row.heads(facts.transformer)
 
 
 def carried_out(plan: Plan, *, progress: bool = True, clock: Clock = time.perf_counter) -> Tuned:
