@@ -59,8 +59,10 @@ def test_levers_that_a_model_cannot_carry_are_left_out_one_by_one(tmp_path):
     file = write_native(tmp_path)
     only_guidance = Preset(name="a", method=SLA(), sla="b.safetensors", guidance_free=str(file), guidance_scale=4.0)
     only_method = Preset(name="a", method=SPARSE, guidance_free="own", guidance_scale=4.0, num_inference_steps=4)
-    for preset, message in ((only_guidance, "method: sla, whose weights a MODEL gets from Apply SLA. Set it there"),
-                            (only_method, "guidance_free: the adapter of a folder of diffusers; Guidance-Free takes")):  # fmt: skip
+    for preset, message in (
+        (only_guidance, "method: sla, whose weights a MODEL gets from Apply SLA. Set it there"),
+        (only_method, "guidance_free: the adapter of a folder of diffusers; Guidance-Free takes"),
+    ):
         with pytest.raises(InputError, match=message):
             apply_native(model, preset)
     clone, report = apply_native(model, only_guidance, skip_others=True)

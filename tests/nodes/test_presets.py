@@ -136,7 +136,7 @@ def test_what_a_native_model_gets():
         (Preset(name="a", method=Radial(schedule=DenseSchedule(sigma_above=0.9))), "by noise levels of diffusers"),
         (
             Preset(name="a", guidance_free="own", guidance_scale=2.0),
-            "nothing else .* guidance_free: the adapter of a f",
+            "nothing else .* guidance_free: the adapter",
         ),
         (Preset(name="a", method=SLA(), sla="b.safetensors"), "nothing else of a preset: method: sla, whose weights"),
         (Preset(name="a"), "nothing else of a preset: it is empty"),
