@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ from .trajectory import Clock
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+
+Shown = contextlib.AbstractContextManager[tuple[Done, Callable[[int], None]]]
 
 
 def tune(
@@ -178,13 +180,22 @@ def _heads(model: str) -> tuple[int, int]:
     return facts.row.heads(facts.transformer)
 
 
-def carried_out(plan: Plan, *, progress: bool = True, clock: Clock = time.perf_counter) -> Tuned:
-    """Load the model, measure, choose, and write the page and the preset; see `tune`."""
+def carried_out(
+    plan: Plan, *, progress: bool = True, clock: Clock = time.perf_counter, shown: Shown | None = None
+) -> Tuned:
+    """Load the model, measure, choose, and write the page and the preset.
+
+    Args:
+        plan: of `planned`.
+        progress, clock: see `tune`.
+        shown: in place of the bar: gives what is told of each measurement, and of how many more there may be.
+    """
     from .page import write_page
 
     job, folder = plan.job, plan.out
     journal = journal_of(plan)
-    shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
+    if shown is None:
+        shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
     with shown as (tell, expect):
         pipe = job.pipe or load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
         made = _searched(plan, pipe, journal, tell, expect, clock)
@@ -283,4 +294,5 @@ def _facts_of(job: Job) -> dict[str, Any]:
     names = ("num_layers", "num_attention_heads", "attention_head_dim")
     transformer = {name: job.facts.transformer[name] for name in names if name in job.facts.transformer}
     told = {"name": "tuned", "family": family, "transformer": transformer, "num_inference_steps": job.settings.steps}
-    return told | ({} if job.pipe is not None else {"model": job.facts.name})
+    known = job.pipe is None or job.facts.name != job.facts.pipeline_class  # a loaded one may not know where it is from
+    return told | ({"model": job.facts.name} if known else {})

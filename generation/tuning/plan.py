@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ...pipelines.presets import Quantize
+    from ..model_facts import ModelFacts
 
 _NO_ERROR = "an adapter makes other passes than the dense run, so its steps have no error against it"
 PRESET = "preset.yaml"
@@ -79,8 +80,14 @@ def planned(
     settings: Mapping[str, Any],
     placing: Mapping[str, Any],
     adapters: Sequence[str | Path] = (),
+    facts: ModelFacts | None = None,
 ) -> Plan:
-    """Check a request, before weights are read; see `tune`."""
+    """Check a request, before weights are read; see `tune`.
+
+    Args:
+        settings: of `Settings`. placing: of `prepare`, what `tune` has of it.
+        facts: of a loaded pipeline, where its loader knows more than it does itself.
+    """
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not texts:
         raise BadInput("prompts", "there are none", "Give at least one.")
@@ -101,6 +108,7 @@ def planned(
     for method in methods:
         check_method(method)
     job = prepare(str(model) if isinstance(model, Path) else model, wanted, Sparse(methods=("dense",)), **placing)
+    job = job if facts is None else replace(job, facts=facts)
     size = job.settings
     if min(size.height, size.width) < MIN_COMPARED:
         side = "height" if size.height < size.width else "width"
@@ -221,4 +229,19 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "device": told.get("GPU", told["CPU"]),
         "torch": torch.__version__,
         "vidaccel": told["vidaccel"],
-    }
+    } | ({} if job.pipe is None else {"weights": _weights(job.pipe)})
+
+
+def _weights(pipe: Any) -> str:
+    """A hash of some of each weight of a loaded pipeline's transformers, LoRAs among them, and of how strong these are:
+    its name does not tell them."""
+    from ...pipelines.acceleration.families import find_transformers
+
+    digest = hashlib.sha256()
+    for transformer, _family in find_transformers(pipe).values():
+        for name, weight in transformer.named_parameters():
+            some = [] if weight.is_meta else weight.detach().flatten()[:16].float().tolist()
+            digest.update(repr((name, tuple(weight.shape), some)).encode())
+        strengths = {path: part.scaling for path, part in transformer.named_modules() if hasattr(part, "lora_A")}
+        digest.update(repr(sorted((path, sorted(value.items())) for path, value in strengths.items())).encode())
+    return digest.hexdigest()[:16]
