@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LEVERS = ("sparse", "cache", "precision", "adapter")
 """What a pipeline of ComfyUI's can have of them: its weights are moved as they are, and not in 8 bits."""
 
+PACKAGES = ("torchmetrics>=1.4", "jinja2>=3.1")
+"""What compares videos and writes the page, besides the packages of pipelines."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -74,7 +77,7 @@ def tuned(
         InputError: levers are there already, a value is out of its bounds, the folder holds measurements of something
             else, or nothing is within the budget, with the nearest.
     """
-    require_packages("tuning needs")
+    require_packages("tuning needs", PACKAGES)
     _check_plain(pipeline)
     texts = [line.strip() for line in prompts.splitlines() if line.strip()]
     if not texts:

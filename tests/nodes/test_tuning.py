@@ -73,8 +73,8 @@ def test_a_preset_is_found_that_apply_preset_takes(pipeline, tmp_path):
     assert load_preset(tmp_path / "t" / "preset.yaml").cache == made.preset.cache
     assert made.text.startswith("first_block 1000: ") and f"page: {tmp_path / 't' / 'tune.html'}" in made.text
     assert with_preset(pipeline, made.preset).preset is made.preset
-    done, totals = zip(*shown, strict=True)
-    assert list(done) == sorted(done) and done[-1] >= 2 and all(d <= t for d, t in shown if t is not None)
+    done = [each for each, _ in shown]
+    assert done == sorted(done) and done[-1] >= 2 and all(d <= t for d, t in shown if t is not None)
 
 
 def test_it_is_stopped_within_a_run_and_goes_on(pipeline, button, tmp_path):
@@ -116,7 +116,7 @@ def test_what_it_refuses(pipeline, tmp_path):
     assert not (tmp_path / "t").exists()
     # Nothing within the budget is an error with the nearest, and the page is there.
     bounds = {"min_psnr": 99.0, "max_error": 0.0, "max_time_ratio": 0.0}
-    with pytest.raises(InputError, match=r"Nothing that was tried is within .* The nearest is first_block .*tune\.html"):
+    with pytest.raises(InputError, match=r"Nothing that was tried is .* The nearest is first_block .*tune\.html"):
         tune(pipeline, tmp_path / "t", bounds=bounds)
     assert (tmp_path / "t" / "tune.html").is_file()
     # Another pipeline, other weights, and another size are not mixed with what is there.
@@ -133,6 +133,12 @@ def test_what_it_refuses(pipeline, tmp_path):
     finally:
         with torch.no_grad():
             weight.data -= 1
+
+
+def test_a_package_that_is_missing(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidaccel.nodes.tuning.PACKAGES", ("nothing-of-the-kind>=1",))
+    with pytest.raises(InputError, match=r'^tuning needs nothing-of.* pip install -r .* "nothing-of-the-kind>=1"$'):
+        tune(pipeline, tmp_path / "t")
 
 
 def test_the_folder(tmp_path):
