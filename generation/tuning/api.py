@@ -16,6 +16,7 @@ from ..machine import check_runs, choose_device, choose_dtype, environment
 from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
 from ..outputs import check_writable
+from ..prompts import in_words
 from ..run import load
 from .bench import Bench, Done
 from .break_even import BreakEven, find_break_even, timer
@@ -247,7 +248,7 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         "size": f"{size.frames} frames of {size.width}x{size.height}, {job.layout.tokens:,} tokens",
         "steps": str(size.steps),
         "budget": str(plan.budget),
-        "videos": f"{len(plan.prompts)} prompts, seeds {', '.join(map(str, plan.seeds[:8]))}",
+        "videos": in_words(plan.prompts, plan.seeds),
         "effort": plan.effort,
         "dtype": str(job.dtype).removeprefix("torch."),
     }

@@ -13,6 +13,7 @@ from ..errors import BadInput, mention
 from ..job import Job, prepare
 from ..machine import environment
 from ..outputs import check_writable
+from ..prompts import prompts_with_seeds
 from ..request import Settings
 from ..sparse import Sparse
 from .adapters import AdapterLever, adapter_levers
@@ -88,12 +89,7 @@ def planned(
         settings: of `Settings`. placing: of `prepare`, what `tune` has of it.
         facts: of a loaded pipeline, where its loader knows more than it does itself.
     """
-    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if not texts:
-        raise BadInput("prompts", "there are none", "Give at least one.")
-    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
-    if len(numbers) != len(texts):
-        raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    texts, numbers = prompts_with_seeds(prompts, seeds)
     for field, names, known in (("levers", levers, LEVERS), ("caches", caches, CACHES), ("effort", [effort], EFFORTS)):
         for name in [names] if isinstance(names, str) else names:
             if name not in known:
