@@ -84,6 +84,22 @@ def transformers_of(facts: ModelFacts) -> list[str]:
     return [part for part in TRANSFORMERS if stated_config(facts.location, part) is not None]
 
 
+def placed(facts: ModelFacts, pipe: Any) -> ModelFacts:
+    """What a model is, with the folder or hub id that its weights are from: a loaded pipeline need not know that.
+
+    Args:
+        facts: of the model. pipe: it, where it was given loaded; None otherwise.
+    """
+    if pipe is None:
+        return facts
+    from ..pipelines.acceleration.families import unwrap
+    from ..pipelines.base_check import place_of
+
+    parts = ((unwrap(part), name) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None)
+    place = next((place for part in parts if (place := place_of(*part)) is not None), None)
+    return facts if place is None else replace(facts, location=place[0])
+
+
 def check_adapters(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts) -> None:
     """Raise BadInput for adapters of another model."""
     from ..pipelines.weight_files import transformer_files
@@ -136,7 +152,11 @@ def suited(settings: Settings, adapters: Sequence[GuidanceFreeAdapter], facts: M
 def guided_by(
     adapters: Sequence[GuidanceFreeAdapter], pipe: Any, facts: ModelFacts
 ) -> contextlib.AbstractContextManager:
-    """A pipeline that was loaded for a request with its adapters; as it is where there are none.
+    """A pipeline with the adapters of a request; as it is where there are none.
+
+    Args:
+        adapters: of the request.
+        pipe: loaded. facts: of the model, see `placed`.
 
     Raises:
         BadInput: they do not fit the pipeline.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BadInput, mention
-from ..guidance import TRANSFORMERS, adapters_beside, check_guidance, guidance_adapters, transformers_of
+from ..guidance import adapters_beside, check_guidance, guidance_adapters, placed, transformers_of
 
 if TYPE_CHECKING:
     from ...pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
@@ -60,7 +60,7 @@ def adapter_levers(job: Job, given: Sequence[str | Path]) -> tuple[tuple[Adapter
             problem = "there is no guidance that an adapter could do in one pass"
             raise BadInput("guidance_scale", problem, f"Raise it, or leave {mention('adapters')} out.", value=scale)
         return (), {}
-    facts = _placed(job)
+    facts = placed(job.facts, job.pipe)
     if given:
         with _said_of_adapters():
             return tuple(_lever(job, facts, group) for group in _groups(facts, guidance_adapters(given))), {}
@@ -71,18 +71,6 @@ def adapter_levers(job: Job, given: Sequence[str | Path]) -> tuple[tuple[Adapter
         except BadInput as error:
             refused[", ".join(adapter.path.name for adapter in group)] = str(error).rstrip(".")
     return tuple(made), refused
-
-
-def _placed(job: Job) -> ModelFacts:
-    """What the model is, with the folder or hub id that its weights are from: a loaded pipeline need not know that."""
-    if job.pipe is None:
-        return job.facts
-    from ...pipelines.acceleration.families import unwrap
-    from ...pipelines.base_check import place_of
-
-    parts = ((unwrap(part), name) for name in TRANSFORMERS if (part := getattr(job.pipe, name, None)) is not None)
-    place = next((place for part in parts if (place := place_of(*part)) is not None), None)
-    return job.facts if place is None else replace(job.facts, location=place[0])
 
 
 @contextlib.contextmanager
