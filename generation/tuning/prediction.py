@@ -44,11 +44,13 @@ class Prediction:
 
     Args:
         seconds: of the whole call of the pipeline.
-        error: root mean square over the steps, see `Probe.error`; with an adapter, see `predict`.
+        error: root mean square over the steps, see `Probe.error`; of one with an adapter, on the run with that.
+        adapter_psnr: dB to dense that its adapter alone has; infinite for none.
     """
 
     seconds: float
     error: float
+    adapter_psnr: float = math.inf
 
 
 def predict(
@@ -57,7 +59,7 @@ def predict(
     sparse: Probe | None,
     cache: Probe | None,
     quantize: Probe | None = None,
-    own: float = 0.0,
+    adapter_psnr: float = math.inf,
 ) -> Prediction:
     """Seconds and error of a candidate.
 
@@ -67,8 +69,8 @@ def predict(
         sparse: of its method, in all steps and layers; None where it has none.
         cache: of its cache alone, in all steps; None where it has none.
         quantize: of its layers in 8 bits; None where it has none.
-        own: what its adapter costs, as the error of a step that costs as much PSNR: an adapter makes other passes than
-            the plain model, so that no error of its steps can be measured.
+        adapter_psnr: see `Prediction`. An adapter makes other passes than the plain model, so that no error of its
+            steps can be measured.
     """
     steps, layers = dense.steps, dense.layers
     errors, dense_seconds = np.zeros(steps), dense.step_seconds
@@ -95,12 +97,8 @@ def predict(
         seconds = share * seconds + (1 - share) * (statistics.median(skipped) if skipped else 0.0)
         of_cache = np.array([cache.errors.get(step, 0.0) for step in range(steps)])
         errors = np.sqrt(share * errors**2 + np.where(kept, 0.0, of_cache) ** 2)
-    return Prediction(dense.other_seconds + float(seconds.sum()), math.hypot(own, float(np.sqrt(np.mean(errors**2)))))
-
-
-def error_like(psnr: float) -> float:
-    """The error of a step that a PSNR stands for, before any video was measured; 0 for the same video."""
-    return 10 ** ((_FIRST_GUESS - psnr) / 20) if math.isfinite(psnr) else 0.0
+    error = float(np.sqrt(np.mean(errors**2)))
+    return Prediction(dense.other_seconds + float(seconds.sum()), error, adapter_psnr)
 
 
 def _left_after(probe: Probe, first: int, layers: int) -> float:
@@ -117,28 +115,44 @@ def _left_after(probe: Probe, first: int, layers: int) -> float:
 class Calibration:
     """What whole videos taught about predictions: PSNR by error, and seconds.
 
-    Errors of one kind (a method, a cache) become the same loss of PSNR; those of another need not.
+    Errors of one kind (a method, a cache) become the same loss of PSNR; those of another need not. What an adapter and
+    what other levers change adds up, as the squares of differences do.
     """
 
     _psnr: dict[str, list[float]] = field(default_factory=dict)
     _seconds: list[float] = field(default_factory=list)
 
     def learn(self, kind: str, predicted: Prediction, seconds: float, psnr: float) -> None:
-        """Hold a video against its prediction."""
-        if math.isfinite(psnr) and predicted.error > 0:
-            self._psnr.setdefault(kind, []).append(psnr + 20 * math.log10(predicted.error))
-        self._seconds.append(seconds / predicted.seconds)
+        """Hold a video against its prediction.
 
-    def psnr(self, kind: str, error: float) -> float:
-        """Expected of an error, in dB; infinite for none."""
-        if error <= 0:
-            return math.inf
-        known: Sequence[float] = self._psnr.get(kind) or [v for each in self._psnr.values() for v in each]
-        return (statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(error)
+        Args:
+            kind: see `Candidate.kind`.
+        """
+        self._seconds.append(seconds / predicted.seconds)
+        of_levers = _square(psnr) - _square(predicted.adapter_psnr)
+        if of_levers > 0 and predicted.error > 0:
+            self._psnr.setdefault(kind, []).append(_decibel(of_levers) + 20 * math.log10(predicted.error))
+
+    def psnr(self, kind: str, predicted: Prediction) -> float:
+        """Expected of a video, in dB; infinite where nothing is off."""
+        square = _square(predicted.adapter_psnr)
+        if predicted.error > 0:
+            known: Sequence[float] = self._psnr.get(kind) or [v for each in self._psnr.values() for v in each]
+            square += _square((statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(predicted.error))
+        return _decibel(square)
 
     def seconds(self, predicted: float) -> float:
         """Expected of a video."""
         return predicted * (statistics.median(self._seconds) if self._seconds else 1.0)
+
+
+def _square(psnr: float) -> float:
+    """The mean squared difference that a PSNR stands for, of values in [0, 1]."""
+    return 10 ** (-psnr / 10)
+
+
+def _decibel(square: float) -> float:
+    return -10 * math.log10(square) if square else math.inf
 
 
 def front(points: Mapping[str, Prediction]) -> set[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .budget import MIN_GAIN, Budget
-from .prediction import Calibration, DenseRun, Prediction, error_like, front, predict
+from .prediction import Calibration, DenseRun, Prediction, front, predict
 from .result import FOUND, NO_GAIN, NOTHING, Confirmed, Tried
 from .space import Candidate, SparseLever, schedules
 from .trajectory import Probe
@@ -43,13 +43,13 @@ class _Levers:
     Args:
         adapter: of the run; None for the plain one.
         dense: the run.
-        own: what the adapter costs, see `predict`.
+        adapter_psnr: see `Prediction`.
         sparse, caches, quantize: those that may gain, with their steps.
     """
 
     adapter: AdapterLever | None
     dense: DenseRun
-    own: float = 0.0
+    adapter_psnr: float = math.inf
     sparse: list[tuple[SparseLever, Probe]] = field(default_factory=list)
     caches: list[tuple[Cache, Probe]] = field(default_factory=list)
     quantize: list[tuple[Quantize, Probe]] = field(default_factory=list)
@@ -125,12 +125,12 @@ class Search:
         if isinstance(made, str):
             self._drop(alone, made)
             return None
-        predicted = Prediction(dense.seconds, error_like(made.mean_psnr))
+        predicted = Prediction(dense.seconds, 0.0, made.mean_psnr)
         taught.learn(alone.kind, predicted, made.median, made.mean_psnr)
         self._tried[alone.key] = Tried(alone, predicted, made)
         if self.budget.misses(None, made.mean_psnr, 0.0):
             return None  # of quality, which another lever only lowers
-        return _Levers(adapter, dense, predicted.error)
+        return _Levers(adapter, dense, made.mean_psnr)
 
     def _probed(
         self, levers: _Levers, sparse: Sequence[SparseLever], caches: Sequence[Cache], quantize: Sequence[Quantize]
@@ -163,7 +163,7 @@ class Search:
             return True
         slower = f"a step takes {_told(probe.step_seconds)}, a dense one {_told(levers.dense.step_seconds)}"
         all_probes = {"sparse": None, "cache": None} | probes
-        predicted = predict(candidate, levers.dense, **all_probes, own=levers.own)
+        predicted = predict(candidate, levers.dense, **all_probes, adapter_psnr=levers.adapter_psnr)
         self._drop(candidate, f"no gain: {slower}", predicted)
         return False
 
@@ -201,8 +201,11 @@ class Search:
             if (key := candidate.key) not in self._tried
         }
         keep: set[str] = set()
-        for kind in {candidate.kind for candidate, _ in made.values()}:
-            keep |= front({key: p for key, (c, p) in made.items() if c.kind == kind})
+        kinds: dict[Any, dict[str, Prediction]] = {}
+        for key, (candidate, predicted) in made.items():
+            kinds.setdefault((candidate.adapter, candidate.kind), {})[key] = predicted
+        for points in kinds.values():
+            keep |= front(points)
         for key, (candidate, predicted) in made.items():
             why = "not needed" if key in keep else "another of its kind is predicted to be as fast and nearer"
             if (slow := self._no_gain(predicted.seconds)) is not None:
@@ -236,7 +239,7 @@ class Search:
         told = {}
         for key, (candidate, predicted) in left.items():
             seconds = taught.seconds(predicted.seconds)
-            psnr = taught.psnr(candidate.kind, predicted.error)
+            psnr = taught.psnr(candidate.kind, predicted)
             ratio = seconds / taught.seconds(self.dense.seconds)
             told[key] = (self.budget.excess(predicted.error, psnr, ratio), seconds, psnr)
         within = [key for key, (excess, *_) in told.items() if not excess]
@@ -298,7 +301,7 @@ def _combined(levers: _Levers) -> Iterator[tuple[Candidate, Prediction]]:
                 for schedule in plans if lever is not None else [None]:
                     candidate = Candidate(lever, schedule, cache, how, levers.adapter)
                     if candidate.kind:
-                        yield candidate, predict(candidate, levers.dense, probe, its, in_8_bits, levers.own)
+                        yield candidate, predict(candidate, levers.dense, probe, its, in_8_bits, levers.adapter_psnr)
 
 
 def _seconds(tried: Tried) -> float:

@@ -118,9 +118,8 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """What its errors are of: an adapter, 8 bits, a method, a cache, or several of them."""
+        """What its errors are of: 8 bits, a method, a cache, or several of them; "" for an adapter alone."""
         told = (
-            self.adapter and self.adapter.name,
             self.quantize and self.quantize.kind,
             self.sparse and self.sparse.method.name,
             self.cache and self.cache.name,

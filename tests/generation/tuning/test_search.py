@@ -12,7 +12,7 @@ from vidaccel.attention.schedule import DenseSchedule
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.tuning.adapters import AdapterLever
 from vidaccel.generation.tuning.budget import Budget
-from vidaccel.generation.tuning.prediction import Calibration, DenseRun, Prediction, error_like, front, predict
+from vidaccel.generation.tuning.prediction import Calibration, DenseRun, Prediction, front, predict
 from vidaccel.generation.tuning.result import FOUND, NO_GAIN, NOTHING, Confirmed
 from vidaccel.generation.tuning.search import Measures, Search
 from vidaccel.generation.tuning.space import (
@@ -214,18 +214,32 @@ def test_8_bits_hold_in_steps_that_stay_dense_too():
     both = predict(candidate, DENSE, probe, None, eight)
     assert both.seconds == pytest.approx(2 + 4 * 0.8 + 6 * 0.3)  # attention saves 0.5, the layers 0.2
     assert both.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2))
-    # What an adapter costs by itself is in all steps.
-    assert predict(candidate, DENSE, probe, None, eight, 0.3).error == pytest.approx(math.hypot(both.error, 0.3))
-    assert error_like(math.inf) == 0.0 and Calibration().psnr("", error_like(33.0)) == pytest.approx(33.0)
 
 
 def test_calibration_learns_by_kind():
     taught = Calibration()
     taught.learn("svg2", Prediction(10.0, 0.1), 12.0, 30.0)
-    assert taught.psnr("svg2", 0.01) == pytest.approx(50.0) and taught.seconds(5.0) == pytest.approx(6.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.01)) == pytest.approx(50.0)
+    assert taught.seconds(5.0) == pytest.approx(6.0)
     taught.learn("first_block", Prediction(10.0, 0.1), 12.0, 20.0)
-    assert taught.psnr("first_block", 0.1) == pytest.approx(20.0) and taught.psnr("svg2", 0.1) == pytest.approx(30.0)
-    assert taught.psnr("svg2", 0.0) == math.inf
+    assert taught.psnr("first_block", Prediction(1.0, 0.1)) == pytest.approx(20.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.1)) == pytest.approx(30.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.0)) == math.inf
+
+
+def test_what_an_adapter_and_what_others_change_adds_up():
+    taught = Calibration()
+    taught.learn("svg2", Prediction(10.0, 0.1), 12.0, 30.0)
+    assert taught.psnr("", Prediction(1.0, 0.0, 33.0)) == pytest.approx(33.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.1, 30.0)) == pytest.approx(30.0 - 10 * math.log10(2))
+    # Learnt from a video with an adapter is what the lever adds to it.
+    other = Calibration()
+    other.learn("svg2", Prediction(10.0, 0.1, 30.0), 12.0, 30.0 - 10 * math.log10(2))
+    assert other.psnr("svg2", Prediction(1.0, 0.1)) == pytest.approx(30.0)
+    # A video that is nearer with the lever than without teaches nothing of it.
+    other = Calibration()
+    other.learn("svg2", Prediction(10.0, 0.1, 30.0), 12.0, 31.0)
+    assert other.psnr("svg2", Prediction(1.0, 0.1)) == Calibration().psnr("svg2", Prediction(1.0, 0.1))
 
 
 def test_the_front():
