@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 LEVERS = ("sparse", "cache", "precision", "adapter")
 """What a pipeline of ComfyUI's can have of them: its weights are moved as they are, and not in 8 bits."""
 
+SETTINGS = ("negative_prompt", "frames", "height", "width", "steps", "guidance_scale")
+"""Of a video."""
 PACKAGES = ("torchmetrics>=1.4", "jinja2>=3.1")
 """What compares videos and writes the page, besides the packages of pipelines."""
 
@@ -83,7 +85,22 @@ def tuned(
     if not texts:
         raise InputError("prompts is empty: give one a line; four to eight are enough to choose by.")
     with plain_messages():
-        plan = _plan(pipeline, texts, folder, bounds, levers, effort, confirm, seed, settings)
+        size = Settings(texts[0], **settings).checked(pipeline.facts)
+        plan = planned(
+            pipeline.pipe,
+            texts,
+            seed,
+            out=folder,
+            budget=Budget(**{name: value or None for name, value in bounds.items()}),
+            levers=levers,
+            methods=METHODS,
+            caches=CACHES,
+            effort=effort,
+            confirm=confirm,
+            settings={name: getattr(size, name) for name in SETTINGS},
+            placing={},
+            facts=pipeline.facts,
+        )
         pipeline.residency.begin(pipeline.pipe, plan.job.layout, plan.job.settings, _neediest(plan))
         counted = Counted(show)
         made = carried_out(plan, shown=nullcontext((counted.tell, counted.expect)))
@@ -115,36 +132,6 @@ def _check_plain(pipeline: VideoPipeline) -> None:
     for node, is_there in there.items():
         if is_there:
             raise InputError(f"pipeline has {node} before it: connect the one from before, to which levers are added.")
-
-
-def _plan(
-    pipeline: VideoPipeline,
-    prompts: Sequence[str],
-    folder: Path,
-    bounds: Mapping[str, float],
-    levers: Sequence[str],
-    effort: str,
-    confirm: int,
-    seed: int,
-    settings: Mapping[str, Any],
-) -> Plan:
-    size = Settings(prompts[0], **settings).checked(pipeline.facts)
-    names = ("negative_prompt", "frames", "height", "width", "steps", "guidance_scale")
-    return planned(
-        pipeline.pipe,
-        prompts,
-        seed,
-        out=folder,
-        budget=Budget(**{name: value or None for name, value in bounds.items()}),
-        levers=levers,
-        methods=METHODS,
-        caches=CACHES,
-        effort=effort,
-        confirm=confirm,
-        settings={name: getattr(size, name) for name in names},
-        placing={},
-        facts=pipeline.facts,
-    )
 
 
 def _neediest(plan: Plan) -> Method | None:

@@ -133,7 +133,7 @@ def limit(key: Key, model: str = "") -> Limit:
 
 def _command(key: Key, model: str) -> str:
     """What measures a key."""
-    own = f"--heads {key.heads} --head-dim {key.head_dim} --dtype {key.dtype}"
+    own = f"--heads {key.heads} --head-dim {key.head_dim} --device {key.device} --dtype {key.dtype}"
     method = "" if key.method == methods.DEFAULT_METHOD else f" --method {key.method}"
     return f"{COMMAND} {f'--model {model}' if model else own}{method}"
 

@@ -29,19 +29,6 @@ def pipe() -> DCVideoGenPipeline:
     return pipe
 
 
-@pytest.fixture
-def layers(pipe):
-    """`layers()`: self-attention layers of the pipeline that ran so far, one a second."""
-    count = [0]
-    hooks = [
-        block.attn1.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-        for block in pipe.transformer.blocks
-    ]
-    yield lambda: float(count[0])
-    for hook in hooks:
-        hook.remove()
-
-
 def test_adapters_beside_the_model_are_found_and_the_fastest_is_taken(pipe, layers, tmp_path):
     """6 steps of two passes are 72 layers, one pass is 36, 4 steps of one pass 24."""
     made = vidaccel.tune(pipe, PROMPTS, 3, out=tmp_path / "t", min_psnr=1.0, clock=layers, **ALONE, **SMALL)

@@ -39,19 +39,6 @@ def thresholds(monkeypatch):
 
 
 @pytest.fixture
-def layers(pipe):
-    """`layers()`: self-attention layers of the pipeline that ran so far, one a second."""
-    count = [0]
-    hooks = [
-        block.attn1.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-        for block in pipe.transformer.blocks
-    ]
-    yield lambda: float(count[0])
-    for hook in hooks:
-        hook.remove()
-
-
-@pytest.fixture
 def settings(pipe) -> Settings:
     return Settings(PROMPTS[0], seed=3, **SMALL).checked(inspect_pipeline(pipe))
 
