@@ -6,6 +6,7 @@ model; what was measured until then is in the journal, and the same inputs go on
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..generation.tuning.plan import PAGE, PRESET, Plan, planned
 from ..generation.tuning.progress import Counted
 from ..generation.tuning.result import FOUND, NOTHING, Tuned
 from ..generation.tuning.space import CACHES, METHODS
+from ..generation.tuning.trajectory import Clock
 from ..pipelines.presets import Preset
 from .pipelines import VideoPipeline, require_packages
 from .wording import InputError, plain_messages
@@ -61,6 +63,7 @@ def tuned(
     seed: int,
     settings: Mapping[str, Any],
     show: Callable[[int, int | None], None] = lambda done, total: None,
+    clock: Clock = time.perf_counter,
 ) -> Tuning:
     """Find the fastest preset for a pipeline, see `vidaccel.tune`.
 
@@ -74,6 +77,7 @@ def tuned(
         seed: of the first video; the others have the next ones.
         settings: of `Settings`; None takes the model's own.
         show: told how many measurements are done, of how many at the most.
+        clock: of all times.
 
     Raises:
         InputError: levers are there already, a value is out of its bounds, the folder holds measurements of something
@@ -103,7 +107,7 @@ def tuned(
         )
         pipeline.residency.begin(pipeline.pipe, plan.job.layout, plan.job.settings, _neediest(plan))
         counted = Counted(show)
-        made = carried_out(plan, shown=nullcontext((counted.tell, counted.expect)))
+        made = carried_out(plan, clock=clock, shown=nullcontext((counted.tell, counted.expect)))
     text = _told(made, folder)
     if made.outcome == NOTHING:
         raise InputError(f"{made.in_words()} {folder / PAGE} shows all that was tried.")

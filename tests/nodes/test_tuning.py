@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_clock import layer_clock
 
 from vidaccel import Preset, demo
 from vidaccel.generation.tuning import space
@@ -57,16 +58,23 @@ def thresholds(monkeypatch, button):
     monkeypatch.setattr("vidaccel.nodes.tuning.CACHES", ("first_block",))
 
 
-def tune(pipeline: VideoPipeline, folder: Path, **changes):
-    asked = {
-        "bounds": {"min_psnr": 1.0, "max_error": 0.0, "max_time_ratio": 0.0}, "levers": ("cache", "adapter"),
-        "effort": "quick", "confirm": 1, "seed": 3, "settings": SIZE,
-    }  # fmt: skip
-    with torch.inference_mode():  # as ComfyUI runs nodes
-        return tuned(pipeline, changes.pop("prompts", PROMPTS), folder, **(asked | changes))
+@pytest.fixture
+def tune(pipeline):
+    """`tune(pipeline, folder, ...)`, by a clock that nothing else on the machine moves."""
+    with layer_clock(pipeline.pipe) as clock:
+
+        def tune(pipeline: VideoPipeline, folder: Path, **changes):
+            asked = {
+                "bounds": {"min_psnr": 1.0, "max_error": 0.0, "max_time_ratio": 0.0}, "levers": ("cache", "adapter"),
+                "effort": "quick", "confirm": 1, "seed": 3, "settings": SIZE, "clock": clock,
+            }  # fmt: skip
+            with torch.inference_mode():  # as ComfyUI runs nodes
+                return tuned(pipeline, changes.pop("prompts", PROMPTS), folder, **(asked | changes))
+
+        yield tune
 
 
-def test_a_preset_is_found_that_apply_preset_takes(pipeline, tmp_path):
+def test_a_preset_is_found_that_apply_preset_takes(pipeline, tune, tmp_path):
     shown = []
     made = tune(pipeline, tmp_path / "t", show=lambda done, total: shown.append((done, total)))
     assert made.preset.cache == Cache("first_block", 1e3) and made.preset.model == "demo"
@@ -77,7 +85,7 @@ def test_a_preset_is_found_that_apply_preset_takes(pipeline, tmp_path):
     assert done == sorted(done) and done[-1] >= 2 and all(d <= t for d, t in shown if t is not None)
 
 
-def test_it_is_stopped_within_a_run_and_goes_on(pipeline, button, tmp_path):
+def test_it_is_stopped_within_a_run_and_goes_on(pipeline, tune, button, tmp_path):
     before = dict(pipeline.pipe.transformer.__dict__)
     start = button.passes
     whole = tune(pipeline, tmp_path / "whole")
@@ -94,13 +102,13 @@ def test_it_is_stopped_within_a_run_and_goes_on(pipeline, button, tmp_path):
     assert made.preset.cache == whole.preset.cache and button.passes - start < passes / 2
 
 
-def test_where_dense_is_the_fastest_the_preset_has_no_lever(pipeline, tmp_path, monkeypatch):
+def test_where_dense_is_the_fastest_the_preset_has_no_lever(pipeline, tune, tmp_path, monkeypatch):
     monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (0.0,))  # skips nothing
     made = tune(pipeline, tmp_path / "t", levers=("cache",))
     assert made.preset.levers() == {} and made.text.startswith("No gain here") and "preset:" not in made.text
 
 
-def test_what_it_refuses(pipeline, tmp_path):
+def test_what_it_refuses(pipeline, tune, tmp_path):
     with_method = pipeline.accelerated(Acceleration())
     for given, changes, message in (
         (pipeline, {"prompts": " \n"}, "prompts is empty: give one a line"),
@@ -135,7 +143,7 @@ def test_what_it_refuses(pipeline, tmp_path):
             weight.data -= 1
 
 
-def test_a_package_that_is_missing(pipeline, tmp_path, monkeypatch):
+def test_a_package_that_is_missing(pipeline, tune, tmp_path, monkeypatch):
     monkeypatch.setattr("vidaccel.nodes.tuning.PACKAGES", ("nothing-of-the-kind>=1",))
     with pytest.raises(InputError, match=r'^tuning needs nothing-of.* pip install -r .* "nothing-of-the-kind>=1"$'):
         tune(pipeline, tmp_path / "t")

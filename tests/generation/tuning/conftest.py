@@ -1,18 +1,13 @@
-"""A clock for tests of `tune`, which no other work on the machine moves."""
+"""What the tests of `tune` share."""
 
 from __future__ import annotations
 
 import pytest
+from layer_clock import layer_clock
 
 
 @pytest.fixture
 def layers(pipe):
-    """`layers()`: self-attention layers of the pipeline that ran so far, one a second."""
-    count = [0]
-    hooks = [
-        block.attn1.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-        for block in pipe.transformer.blocks
-    ]
-    yield lambda: float(count[0])
-    for hook in hooks:
-        hook.remove()
+    """`layers()`: see `layer_clock`, of the pipeline of the module."""
+    with layer_clock(pipe) as clock:
+        yield clock
