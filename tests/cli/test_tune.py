@@ -30,6 +30,8 @@ def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypat
         (("--min-psnr", 30, "--threads", 0), "Error: --threads is 0: it must be at least 1."),
         (("--min-psnr", 30, "--lever", "luck"), "Error: --lever is luck: there is none of that name;"),
         (("--min-psnr", 30, "--model", "demo-nothing"), "Error: --model is demo-nothing:"),
+        (("--min-psnr", 30, "--adapter", "nowhere"), "Error: --adapter cannot be used:"),
+        (("--max-error", 0.1, "--adapter", "nowhere"), "Give --min-psnr or --max-time-ratio, or leave --adapter out."),
     ],
 )
 def test_bad_input(vidaccel, tmp_path, options, said):
