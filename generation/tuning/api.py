@@ -87,7 +87,7 @@ def tune(
         adapters: files or folders of guidance-free adapters, of the recipes `gft` and `consistency`. Without any, those
             beside the model's weights that were trained on it.
         effort: "quick", "normal" or "thorough": how finely densities and thresholds are tried.
-        confirm: candidates of which whole videos are made, at the most.
+        confirm: candidates of which whole videos are made, at the most, besides each adapter alone.
         negative_prompt, frames, height, width, steps, guidance_scale: see `vidaccel.generate`.
         device, dtype, offload, tiling: see `vidaccel.generate`.
         progress: show a bar.
