@@ -7,6 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKLWan
+from gft_adapters import write_adapter
+from gft_calls import saved
+from tiny_wan import make_transformer
 
 import vidaccel
 from vidaccel import DCVideoGenPipeline, demo
@@ -116,6 +120,25 @@ def test_an_adapter_of_other_weights_is_dropped_beside_them_and_refused_where_it
         BadInput, match=r"^adapters guidance_free\.safetensors was trained on .* Give an adapter of this"
     ):
         plan(folder, tmp_path, adapters=[ADAPTERS / "guidance_free.safetensors"])
+
+
+def test_two_transformers_have_one_each_for_the_same_steps(tmp_path):
+    vae = AutoencoderKLWan.from_pretrained(demo.path(), subfolder="vae")
+    folder = saved(tmp_path / "two", transformer_2=make_transformer(1), boundary_ratio=0.9, vae=vae)
+    size = {"frames": 9, "guidance_scale": 3.0, "negative_prompt": ""}
+    parts = {name: make_transformer(seed) for seed, name in enumerate(("transformer", "transformer_2"))}
+    few = {"recipe": "consistency", "few_steps": {"sigmas": [1.0, 0.5]}}
+    beside = [write_adapter(folder / part, folder, transformer, part) for part, transformer in parts.items()]
+    alone = write_adapter(tmp_path, folder, parts["transformer"], **few)
+    found = plan(folder, tmp_path, size)
+    assert [each.places for each in found.adapters] == [tuple(map(str, beside))] and not found.dropped
+    with pytest.raises(
+        BadInput, match="^adapters transformer.safetensors: the model has transformer and"
+    ):
+        plan(folder, tmp_path, size, adapters=[*beside, alone])
+    alone.rename(folder / "transformer" / "few.safetensors")
+    found = plan(folder, tmp_path, size)
+    assert len(found.adapters) == 1 and "each needs one for the same steps" in found.dropped["few.safetensors"]
 
 
 @pytest.mark.parametrize(
