@@ -132,9 +132,7 @@ def test_two_transformers_have_one_each_for_the_same_steps(tmp_path):
     alone = write_adapter(tmp_path, folder, parts["transformer"], **few)
     found = plan(folder, tmp_path, size)
     assert [each.places for each in found.adapters] == [tuple(map(str, beside))] and not found.dropped
-    with pytest.raises(
-        BadInput, match="^adapters transformer.safetensors: the model has transformer and"
-    ):
+    with pytest.raises(BadInput, match="^adapters transformer.safetensors: the model has transformer and"):
         plan(folder, tmp_path, size, adapters=[*beside, alone])
     alone.rename(folder / "transformer" / "few.safetensors")
     found = plan(folder, tmp_path, size)
