@@ -14,6 +14,7 @@ PYTEST_ARGS ?=
 PROMPT ?= a blue triangle moves right on a white background
 METHODS ?=
 BENCHMARKS ?= quality cpu_speed
+COMFYUI_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,7 +78,12 @@ test-all: $(STAMP) ## run all tests: also the notebooks, the benchmark scripts a
 test-comfyui: $(STAMP) ## run the tests of the nodes in a real ComfyUI: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI
 	@test -f "$(COMFYUI_PATH)/main.py" || { echo "Give the folder of a ComfyUI 0.19 or newer, and the Python it runs \
 	with: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/python" >&2; exit 1; }
-	COMFYUI_PATH="$(COMFYUI_PATH)" COMFYUI_PYTHON="$(or $(COMFYUI_PYTHON),python3)" $(BIN)/python -m pytest tests/nodes
+	COMFYUI_PATH="$(COMFYUI_PATH)" COMFYUI_PYTHON="$(COMFYUI_PYTHON)" $(BIN)/python -m pytest tests/nodes
+	@# Once more those that run ComfyUI's own models in their process, which is its Python then.
+	@$(COMFYUI_PYTHON) -c "import pytest" || { echo "$(COMFYUI_PYTHON) -m pip install pytest" >&2; exit 1; }
+	@mkdir -p build/path && ln -sfn "$(CURDIR)" build/path/vidaccel
+	COMFYUI_PATH="$(COMFYUI_PATH)" PYTHONPATH="$(CURDIR)/build/path" $(COMFYUI_PYTHON) -m pytest -p no:cacheprovider \
+	$$(grep -lE "^from (native_comfyui|comfy_models) " tests/nodes/test_*.py)
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -110,7 +110,8 @@ def main(
     torch.set_num_threads(1)
     logging.getLogger("vidaccel").setLevel(logging.WARNING)
     rows = rows_of()
-    described = {name: preset.to_dict() for name, preset in rows.items()}
+    told = json.dumps({name: preset.to_dict() for name, preset in rows.items()})
+    described = json.loads(told.replace(f"{Path(__file__).resolve().parents[1].as_posix()}/", ""))  # the same anywhere
     size = {"frames": 9, "height": 64, "width": 64} if small else {}
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "preset_demo.jsonl"

@@ -17,6 +17,7 @@ _NAMES = {
     "levers": "--lever",
     "methods": "--method",
     "caches": "--cache",
+    "adapters": "--adapter",
     "seeds": "--seed",
     "source": "SOURCE",
     "target": "TARGET",

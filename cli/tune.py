@@ -36,7 +36,8 @@ def tune_command(
         typer.Option(help="Budget: share of the dense time, such as 0.5; the preset nearest to dense is then sought."),
     ] = None,
     lever: Annotated[
-        list[str] | None, typer.Option(help="sparse, cache or precision; repeatable. (default: all of them)")
+        list[str] | None,
+        typer.Option(help="sparse, cache, precision, quantize or adapter; repeatable. (default: all of them)"),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -45,6 +46,10 @@ def tune_command(
     cache: Annotated[
         list[str] | None,
         typer.Option(help="Repeatable. (default: first_block, magcache, seacache, cache_dit)"),
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Of guidance in one pass or few steps; repeatable. (default: those beside the weights)"),
     ] = None,
     effort: Annotated[str, typer.Option(help="quick, normal or thorough: how finely settings are tried.")] = "normal",
     confirm: Annotated[int, typer.Option(help="Candidates of which whole videos are made, at the most.")] = 6,
@@ -84,6 +89,7 @@ def tune_command(
             levers=lever or LEVERS,
             methods=method or METHODS,
             caches=cache or CACHES,
+            adapters=adapter or (),
             effort=effort,
             confirm=confirm,
             negative_prompt=negative_prompt,
@@ -107,7 +113,13 @@ def tune_command(
 
 
 def break_even_command(
-    model: Annotated[str, typer.Option(help='"demo" or "demo-dc", a folder of a pipeline, or a hub id.')] = "demo",
+    model: Annotated[
+        str | None, typer.Option(help='"demo" or "demo-dc", a folder of a pipeline, or a hub id. (default: demo)')
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Of self-attention, with --head-dim in place of a model: of a native one.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of each of --heads.")] = None,
     method: Annotated[str, typer.Option(help="Of sparse attention, as it is by default.")] = "tangent",
     seconds: Annotated[float, typer.Option(help="About as long as it may take.")] = 60.0,
     device: Device = "auto",
@@ -125,7 +137,16 @@ def break_even_command(
         from ..generation.tuning.api import measured_break_even
 
         use_threads(threads)
-        found, key, file = measured_break_even(model, method=method, seconds=seconds, device=device, dtype=dtype)
+        given = model is not None or heads is not None or head_dim is not None
+        found, key, file = measured_break_even(
+            model if given else "demo",
+            heads=heads,
+            head_dim=head_dim,
+            method=method,
+            seconds=seconds,
+            device=device,
+            dtype=dtype,
+        )
         table = Table(box=None, padding=(0, 2, 0, 0))
         for title in ("tokens", "dense ms", f"{method} ms", "dense / sparse"):
             table.add_column(title, justify="right")
@@ -150,10 +171,14 @@ def _print_table(made: Tuned) -> None:
     table.add_row("dense", format_seconds(made.dense_seconds), "1.00", "–", "–", "the reference")
     for each in made.confirmed:
         own = each.confirmed
-        cells = [format_seconds(own.median), f"{own.ratio:.2f}", format_psnr(own.mean_psnr), f"{own.error:.3g}"]
+        cells = [format_seconds(own.median), f"{own.ratio:.2f}", format_psnr(own.mean_psnr), _error(own.error)]
         table.add_row(each.candidate.label, *cells, each.why or "chosen")
     Console().print(table, markup=False)
     left = len(made.tried) - len(made.confirmed)
     typer.echo(f"{left} more were measured on single steps or predicted; the page says why each was dropped.")
     for name, why in made.dropped.items():
         typer.echo(f"{name} is left out: {why}")
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

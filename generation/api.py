@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
-from .guidance import guided_by
+from .guidance import guided_by, placed
 from .job import Job, prepare
 from .length import roped
 from .loras import attach
@@ -224,7 +224,7 @@ def carry_out(
         pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
         attach(pipe, job.loras)
     videos = []
-    with guided_by(job.guidance_free, pipe, job.facts), roped(pipe, job.riflex):
+    with guided_by(job.guidance_free, pipe, placed(job.facts, job.pipe)), roped(pipe, job.riflex):
         for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
             if files:
                 video.save(files[video.name])

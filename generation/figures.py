@@ -98,7 +98,7 @@ def waterfall_chart(rows: dict[str, tuple[float, float, float]], told: list[str]
     around = np.abs(values[:, 1:].T - values[:, 0])
     axes.errorbar(values[:, 0], places, xerr=around, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
     for place, text in enumerate(told):
-        axes.text(values[place, 2] + 0.015 * values.max(), place, text, color=INK, size=9, va="center")
+        axes.text(values[place, 2] + 0.03 * values.max(), place, text, color=INK, size=9, va="center")
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * values.max())  # room for what stands behind the longest
@@ -126,7 +126,7 @@ def pareto_chart(points: list[tuple[float, float, bool]], dense: float, bound: f
         axes.plot(psnr, seconds, marker="*" if chosen else "o", markersize=13 if chosen else 5, color=COLOURS[chosen])
     axes.axhline(dense, color=INK, alpha=0.5, linewidth=1, linestyle="--")
     if bound is not None:
-        axes.axvline(bound, color=INK, alpha=0.3, linewidth=1, linestyle=":")
+        axes.axvline(bound, color=INK, alpha=0.6, linewidth=1.2, linestyle=":")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("PSNR to dense (dB)")
     axes.set_ylabel("seconds a video")

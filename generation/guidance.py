@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .model_facts import ModelFacts
     from .request import Settings
 
+TRANSFORMERS = ("transformer", "transformer_2")
+"""The parts of a pipeline that have adapters."""
+
 
 def guidance_adapters(given: str | Path | Sequence[str | Path]) -> tuple[GuidanceFreeAdapter, ...]:
     """Adapters as they are asked for: a file or folder each.
@@ -41,10 +44,9 @@ def own_adapters(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
         BadInput: it has none.
     """
     from ..pipelines.guidance_free.adapter_file import OWN_FILE
-    from ..pipelines.weight_files import stated_config, transformer_file
+    from ..pipelines.weight_files import transformer_file
 
-    parts = [part for part in ("transformer", "transformer_2") if stated_config(facts.location, part) is not None]
-    files = {part: transformer_file(facts.location, OWN_FILE, part) for part in parts}
+    files = {part: transformer_file(facts.location, OWN_FILE, part) for part in transformers_of(facts)}
     missing = [f"{part}/{OWN_FILE}" for part, file in files.items() if file is None]
     if missing:
         raise BadInput(
@@ -53,6 +55,49 @@ def own_adapters(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
             "Give the file or folder of one for this model, which the recipe gft makes.",
         )
     return guidance_adapters([file for file in files.values() if file is not None])
+
+
+def adapters_beside(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
+    """All adapters in the folders of a model's transformers, of whatever model they are.
+
+    Of a model of the hub, only those that it has of its own: other names are not known without a folder.
+    """
+    from ..pipelines.guidance_free.adapter_file import OWN_FILE, GuidanceFreeError, read_adapter
+    from ..pipelines.weight_files import transformer_file
+
+    files: list[Path] = []
+    for part in transformers_of(facts):
+        folder = Path(facts.location, part)
+        own = None if folder.is_dir() else transformer_file(facts.location, OWN_FILE, part)
+        files += sorted(folder.glob("*.safetensors")) if own is None else [own]
+    found = []
+    for file in files:
+        with contextlib.suppress(GuidanceFreeError):  # most are the weights themselves
+            found.append(read_adapter(file))
+    return tuple(found)
+
+
+def transformers_of(facts: ModelFacts) -> list[str]:
+    """The names of a model's transformers, by its files."""
+    from ..pipelines.weight_files import stated_config
+
+    return [part for part in TRANSFORMERS if stated_config(facts.location, part) is not None]
+
+
+def placed(facts: ModelFacts, pipe: Any) -> ModelFacts:
+    """What a model is, with the folder or hub id that its weights are from: a loaded pipeline need not know that.
+
+    Args:
+        facts: of the model. pipe: it, where it was given loaded; None otherwise.
+    """
+    if pipe is None:
+        return facts
+    from ..pipelines.acceleration.families import unwrap
+    from ..pipelines.base_check import place_of
+
+    parts = ((unwrap(part), name) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None)
+    place = next((place for part in parts if (place := place_of(*part)) is not None), None)
+    return facts if place is None else replace(facts, location=place[0])
 
 
 def check_adapters(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts) -> None:
@@ -107,7 +152,11 @@ def suited(settings: Settings, adapters: Sequence[GuidanceFreeAdapter], facts: M
 def guided_by(
     adapters: Sequence[GuidanceFreeAdapter], pipe: Any, facts: ModelFacts
 ) -> contextlib.AbstractContextManager:
-    """A pipeline that was loaded for a request with its adapters; as it is where there are none.
+    """A pipeline with the adapters of a request; as it is where there are none.
+
+    Args:
+        adapters: of the request.
+        pipe: loaded. facts: of the model, see `placed`.
 
     Raises:
         BadInput: they do not fit the pipeline.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calls import as_class
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
-from .guidance import check_guidance, guidance_adapters, own_adapters, suited
+from .guidance import check_guidance, guidance_adapters, own_adapters, placed, suited
 from .length import (
     built_in_lora,
     check_bases,
@@ -189,6 +189,7 @@ def prepare(
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
     """
+    of_preset = preset is not None and not guidance_free
     if preset is not None:
         adapters_given: dict[str, Any] = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
         settings, sparse, filled = with_preset(preset, settings, sparse, adapters_given)
@@ -204,7 +205,7 @@ def prepare(
     chosen_here = not sparse.methods
     sparse = _with_trained_method(sparse, trained, compare)
     adapters = () if isinstance(guidance_free, bool) else guidance_adapters(guidance_free)
-    if (adapters or guidance_free is True) and not isinstance(model, str):
+    if (adapters or guidance_free is True) and not isinstance(model, str) and not of_preset:
         problem = "is for a model that is loaded here"
         raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
     learned = sla_adapters(sla, sparse.names)
@@ -223,10 +224,11 @@ def prepare(
             raise BadInput("model", problem, "Call enable_tiling() of its vae first.", value=facts.pipeline_class)
         place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
     inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
+    of_weights = placed(facts, pipe)
     if guidance_free is True:
-        adapters = own_adapters(facts)
+        adapters = own_adapters(of_weights)
     settings = suited(settings, adapters, facts).checked(facts)
-    check_guidance(adapters, facts, settings)
+    check_guidance(adapters, of_weights, settings)
     if preset is not None:
         check_beside(preset, facts, settings)
     check_fits(loras, facts)

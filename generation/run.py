@@ -235,8 +235,13 @@ def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, 
         What it took, in seconds.
     """
     from ..attention.schedule import DenseSchedule
+    from ..pipelines.presets.checks import chosen_scheduler
 
-    least = getattr(pipe.scheduler, "fixed_steps", row_of(pipe).least_steps)  # of a model that was distilled to them
+    scheduler = pipe.scheduler
+    if (beside := options.get("beside")) is not None and beside.scheduler is not None:
+        with refusals():
+            scheduler = chosen_scheduler(pipe, beside)
+    least = getattr(scheduler, "fixed_steps", row_of(pipe).least_steps)  # of a model that was distilled to them
     single = replace(settings, steps=least, strength=None if settings.video is None else 1.0)
     if method is None:
         return run(pipe, single).seconds

@@ -19,6 +19,7 @@ from .model_facts import ModelFacts, inspect_model, inspect_pipeline
 from .model_places import DEMOS
 from .presets import check_beside, refusals, request_preset
 from .progress import bars
+from .prompts import in_words, prompts_with_seeds
 from .request import Settings
 from .run import load, run, warm_up
 from .stages import BASE, Stage, stages
@@ -201,12 +202,7 @@ def waterfall(
         GenerationError: the model made NaN or infinite values.
     """
     chosen = request_preset(preset)
-    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
-    if not texts:
-        raise BadInput("prompts", "there are none", "Give at least one.")
-    if len(numbers) != len(texts):
-        raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    texts, numbers = prompts_with_seeds(prompts, seeds)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise BadInput("rounds", "it must be a whole number of at least 1", value=rounds)
     models = _Models(model, device, dtype, offload, tiling)
@@ -232,8 +228,7 @@ def waterfall(
     notes += models.notes
     told = {
         "size": f"{first.frames} frames of {first.width}x{first.height}",
-        "videos": f"{len(texts)} prompts, {rounds} rounds, seeds {', '.join(map(str, numbers[:8]))}"
-        + (", ..." if len(numbers) > 8 else ""),
+        "videos": in_words(texts, numbers, rounds),
         "dtype": str(models.dtype(plan[0].model)).removeprefix("torch."),
     }
     return Waterfall(chosen, tuple(measured), texts, numbers, told, environment(models.device), tuple(notes))

@@ -22,12 +22,13 @@ async def comfy_entrypoint() -> ComfyExtension:
         report_node,
         sla_nodes,
         sparse_nodes,
+        tune_node,
     )
 
     class VideoAcceleration(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
             native = (sparse_nodes, sla_nodes, length_nodes, guidance_nodes)
-            modules = (*native, pipeline_nodes, preset_nodes, lora_nodes, autoencoder_nodes, report_node)
+            modules = (*native, pipeline_nodes, preset_nodes, tune_node, lora_nodes, autoencoder_nodes, report_node)
             return [node for module in modules for node in module.NODES]
 
     return VideoAcceleration()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..attention.methods.base import OutOfReach
 from ..generation.errors import BadInput
-from ..generation.methods import MIN_SPARSE_TOKENS, build_method
+from ..generation.methods import build_method
 from ..generation.tuning.store import limit_of
+from .limits import chosen_limit, too_short
 from .wording import PRECISIONS, InputError, check_shares, chosen_precision, limit_words
 
 if TYPE_CHECKING:
@@ -80,18 +81,12 @@ class Acceleration:
 
         Where `min_tokens` is its default, and it was measured there from how many tokens the method pays, that counts.
         """
-        if self.min_tokens != MIN_SPARSE_TOKENS:
-            return self, ""
-        limit = limit_of(facts, device, dtype, self.method)
-        if not limit.measured:
-            return self, limit.why
-        return replace(self, min_tokens=limit.tokens), f"min_tokens {limit.tokens}: {limit.why}"
+        tokens, why = chosen_limit(self.min_tokens, lambda: limit_of(facts, device, dtype, self.method))
+        return replace(self, min_tokens=tokens), why
 
     def dense_reason(self, layout: VideoLayout) -> str:
         """Why a video stays dense as a whole, empty when it may be sparse."""
-        if layout.video_tokens >= self.min_tokens:
-            return ""
-        return f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
+        return too_short(self.min_tokens, layout)
 
     def method_for(self, layout: VideoLayout) -> Method | None:
         """The method at the size of a video; None where that stays dense.

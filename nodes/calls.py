@@ -24,6 +24,8 @@ class ForwardPass:
         layout: the sequence of its self-attention calls; None where there is no video that is known.
         reason: why the whole pass stays dense, empty when it may be sparse.
         geometry: of the model, None when it is not known.
+        layers: of the model.
+        by_length: whether it may be sparse shows in its first call over the video.
         offsets, main_layers, extra_calls, silent: see `Geometry`.
         offered: attention calls of any kind.
         calls: those over the video, of the model's own blocks.
@@ -36,6 +38,8 @@ class ForwardPass:
     layout: VideoLayout | None
     reason: str
     geometry: Geometry | None
+    layers: int = 0
+    by_length: bool = False
     offsets: dict[str, int] = field(default_factory=dict)
     main_layers: int = 0
     extra_calls: Mapping[int, int] = field(default_factory=dict)

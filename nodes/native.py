@@ -25,7 +25,8 @@ from ..attention.methods.base import OutOfReach
 from ..attention.records import KEPT_RUNS
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
-from .geometry import Geometry, Inputs, StaysDense, unwrap
+from .geometry import Inputs, StaysDense, unwrap
+from .limits import Least, too_short
 from .native_models import find_geometry, why_dense
 from .news import CACHED, NEVER, News, nothing
 from .sampling import DensePart, branches_of, step_of
@@ -53,6 +54,7 @@ class NativeAttention:
         settings: what the report shows as its settings.
         dense: steps and layers that stay dense.
         min_tokens: videos with fewer tokens stay dense.
+        by_length: the method whose break-even on this machine counts where `min_tokens` is its default; "" for none.
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error, precision: see `SparseAttention`.
         weights: what was trained for the method in each layer.
@@ -69,15 +71,14 @@ class NativeAttention:
         settings: dict[str, Any],
         dense: DensePart,
         min_tokens: int = 0,
+        by_length: str = "",
         backend: str = "auto",
         measure_error: int = 0,
         precision: str | None = None,
         weights: Mapping[int, torch.nn.Module] | None = None,
     ) -> None:
-        if min_tokens < 0:
-            raise ValueError(f"min_tokens is {min_tokens}: it must be 0 or more.")
         self.method_for, self.name, self.settings = method_for, name, settings
-        self.dense, self.min_tokens, self.backend = dense, min_tokens, check_backend(backend)
+        self.dense, self.least, self.backend = dense, Least(min_tokens, by_length), check_backend(backend)
         self.measure_error, self.precision, self.weights = check_rows(measure_error), precision, weights or {}
         self._engines: dict[VideoLayout, SparseAttention] = {}
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
@@ -104,6 +105,7 @@ class NativeAttention:
         if queued != self._queued:
             self._queued, self._first = queued, self._run
         self._forget()
+        self.least.forget()
         self._dense_calls = [c for c in self._dense_calls if c[0][0].run > self._run - KEPT_RUNS]
 
     def end(self) -> None:
@@ -183,11 +185,12 @@ class NativeAttention:
         current.layout = layout
         current.offsets, current.main_layers = geometry.block_offsets(model), geometry.main_layers(model)
         current.extra_calls, current.silent = geometry.extra_calls(inputs), frozenset(geometry.silent(options))
-        if layout.video_tokens < self.min_tokens:
-            current.reason = f"min_tokens {self.min_tokens}, above the video's {layout.video_tokens} tokens"
-        else:
+        current.layers, current.by_length = geometry.layers(model), self.least.needs_heads
+        current.reason = "" if current.by_length else too_short(self.least.min_tokens, layout)
+        if not current.reason:
             current.reason = self.dense.step_reason(sigma, base.model_sampling.percent_to_sigma, levels)
-            self._engine(layout, geometry, model)
+            if not current.by_length:
+                self._engine(current)
         return current
 
     def _step(self, sigma: float, levels: list[float]) -> StepInfo:
@@ -198,8 +201,9 @@ class NativeAttention:
             self._levels.append(sigma)
         return StepInfo(self._run, len(self._levels) - 1, None, sigma)
 
-    def _engine(self, layout: VideoLayout, geometry: Geometry, model: Any) -> SparseAttention:
-        """The engine of a layout: a new one asks the method whether it can do it."""
+    def _engine(self, current: ForwardPass) -> SparseAttention:
+        """The engine of a pass: a new one asks the method whether it can do the layout."""
+        layout = current.layout
         if layout not in self._engines:
             with said_by(self.title):
                 try:
@@ -211,10 +215,10 @@ class NativeAttention:
                 del self._engines[next(iter(self._engines))]
             self._engines[layout] = SparseAttention(
                 method,
-                num_layers=geometry.layers(model),
+                num_layers=current.layers,
                 schedule=DenseSchedule(),  # which calls stay dense is decided here, so that they stay ComfyUI's own
                 backend=self.backend,
-                model=geometry.family,
+                model=current.geometry.family,
                 measure_error=self.measure_error,
                 precision=self.precision,
             )
@@ -285,6 +289,15 @@ class NativeAttention:
                 logging.WARNING,
             )
             return inner(q, k, v, heads, *args, **kwargs)
+        if current.by_length:
+            current.by_length = False
+            tokens, why = self.least.of(q, heads, split)
+            if why:
+                self.note(why)
+            if short := too_short(tokens, current.layout):
+                current.reason = short
+            else:
+                self._engine(current)
         mask = args[0] if args else kwargs.get("mask")
         reason = current.reason or self.dense.layer_reason(layer) or unfit_reason(q, k, v, heads, split, mask, kwargs)
         if reason:

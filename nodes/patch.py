@@ -27,6 +27,7 @@ def sparsify(
     dense_end_percent: float = 0.0,
     dense_layers: str = "",
     min_tokens: int = 0,
+    by_length: str = "",
     backend: str = "auto",
     measure_error: int = 0,
     precision: str = PRECISIONS[0],
@@ -42,7 +43,7 @@ def sparsify(
         stand_ins: what stands for skipped keys, see `check_stand_ins`.
         dense_start_percent, dense_end_percent: shares of the sampling that stay dense, see `DensePart`.
         dense_layers: layers that stay dense, such as "0, 1, 36-39".
-        min_tokens: videos with fewer tokens stay dense.
+        min_tokens, by_length: videos with fewer tokens stay dense, see `NativeAttention`.
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
         precision: of `PRECISIONS`.
@@ -85,6 +86,7 @@ def sparsify(
         settings=settings | common,
         dense=DensePart(dense_start_percent, dense_end_percent, layers),
         min_tokens=min_tokens,
+        by_length=by_length,
         backend=backend,
         measure_error=measure_error,
         precision=chosen_precision(precision),

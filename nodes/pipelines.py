@@ -180,18 +180,19 @@ class Generation:
 # -- loading and running -----------------------------------------------------------------------------------------------
 
 
-def require_packages(who: str = "diffusers pipelines need") -> None:
+def require_packages(who: str = "diffusers pipelines need", more: Sequence[str] = ()) -> None:
     """Raise InputError when a package that pipelines need is not there or too old: native models run without them.
 
     Args:
         who: needs them, as the start of the message.
+        more: what it needs besides, as pip takes it.
     """
     from packaging.requirements import Requirement
 
     if not REQUIREMENTS.is_file():
         return  # the package was installed by pip, which has seen to it
     wrong = []
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+    for line in [*REQUIREMENTS.read_text(encoding="utf-8").splitlines(), *more]:
         if line and not line.startswith("#"):
             needed = Requirement(line)
             try:
@@ -202,7 +203,8 @@ def require_packages(who: str = "diffusers pipelines need") -> None:
             if not needed.specifier.contains(found, prereleases=True):
                 wrong.append(f"{needed} (found {found})")
     if wrong:
-        raise InputError(f"{who} {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}")
+        beside = "".join(f' "{each}"' for each in more)
+        raise InputError(f"{who} {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}{beside}")
 
 
 def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = ()) -> VideoPipeline:

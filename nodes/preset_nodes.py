@@ -11,12 +11,13 @@ from comfy_api.latest import io
 from .geometry import unwrap
 from .native_guidance import guide
 from .native_models import find_geometry
+from .news import GenerationReport, nothing
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY, Pipeline
 from .presets import FOLDER, chosen_preset, find_presets, native_part, native_settings, with_preset
 from .report_node import Report
 from .schema import accepted
-from .wording import InputError
+from .wording import PRECISIONS, InputError
 
 if TYPE_CHECKING:
     from ..pipelines.presets import Preset as PresetOf
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Preset = io.Custom("VIDACCEL_PRESET")
+ONE_PASS = "Guidance takes one pass. The preset {} has no method that a MODEL can take, so attention is dense."
 
 
 def _roots() -> list[str]:
@@ -107,8 +109,9 @@ class VidaccelApplyPresetNative(io.ComfyNode):
                 io.Boolean.Input(
                     "skip_others",
                     default=False,
-                    tooltip="Go on where the preset has a cache, LoRAs, a scheduler, steps or layers in 8 bits, which "
-                    "are for other nodes to set; the log says which. Off, that is an error.",
+                    tooltip="Go on without what is for other nodes to set: a cache, LoRAs, a scheduler, steps, layers "
+                    "in 8 bits, SLA, the adapter of a folder of diffusers. The log and the report say which. Off, that "
+                    "is an error.",
                 ),
             ],
             outputs=[
@@ -124,7 +127,7 @@ class VidaccelApplyPresetNative(io.ComfyNode):
 
 
 def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tuple[Any, Any]:
-    """A clone of a MODEL with what it can have of a preset, and what its report is told; the MODEL stays as it is.
+    """A clone of a MODEL with what it can have of a preset, and its report; the MODEL stays as it is.
 
     Args:
         model: ComfyUI's ModelPatcher.
@@ -148,22 +151,25 @@ def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tup
         )
     for each in part.left:
         logger.warning("preset %s: not taken from it: %s", preset.name, each)
-    made, session = model, None
+    made = model
     if part.adapter is not None:
         made = guide(made, part.adapter, part.guidance)
-    if preset.method is not None:
-        method = preset.method
-        made, session = sparsify(
-            made,
-            lambda layout: method,
-            name=method.name,
-            settings=native_settings(preset),
-            stand_ins=method.name if method.stands_in else "",
-            dense_start_percent=part.dense_start_percent,
-            dense_end_percent=part.dense_end_percent,
-            dense_layers=part.dense_layers,
-            backend=preset.backend,
-        )
+    method = part.method
+    if method is None:
+        left = f" Not taken from it: {'; '.join(part.left)}." if part.left else ""
+        return made, GenerationReport(nothing(f"{ONE_PASS.format(preset.name)}{left}"))
+    made, session = sparsify(
+        made,
+        lambda layout: method,
+        name=method.name,
+        settings=native_settings(preset, part),
+        stand_ins=method.name if method.stands_in else "",
+        dense_start_percent=part.dense_start_percent,
+        dense_end_percent=part.dense_end_percent,
+        dense_layers=part.dense_layers,
+        backend=preset.backend,
+        precision=preset.precision or PRECISIONS[0],
+    )
     return made, session
 
 

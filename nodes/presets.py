@@ -16,12 +16,14 @@ from .pipelines import VideoPipeline, require_packages
 from .wording import InputError, plain_messages
 
 if TYPE_CHECKING:
-    from ..attention import DenseSchedule
+    from ..attention import DenseSchedule, Method
     from ..pipelines.presets import Preset
 
 FOLDER = "vidaccel_presets"
 """Below ComfyUI's folder of models: presets of one's own."""
 ELSEWHERE = {
+    "method": "Apply SLA",
+    "guidance_free": "Guidance-Free",
     "cache": "EasyCache or another node for caches",
     "loras": "LoraLoaderModelOnly",
     "scheduler": "the sampler's scheduler",
@@ -107,6 +109,7 @@ class NativePart:
     """What a native MODEL gets of a preset.
 
     Args:
+        method: None for dense.
         dense_start_percent, dense_end_percent: of `DensePart`.
         dense_layers: in words of the nodes.
         adapter: guidance-free; None for none.
@@ -114,6 +117,7 @@ class NativePart:
         left: what it does not get, with what ComfyUI has for it.
     """
 
+    method: Method | None = None
     dense_start_percent: float = 0.0
     dense_end_percent: float = 0.0
     dense_layers: str = ""
@@ -139,30 +143,36 @@ def native_part(preset: Preset, layers: int, family: str) -> NativePart:
         raise InputError(f"preset {preset.name} is for {preset.family}, and this MODEL is {family}.")
     if wanted and wanted != layers:
         raise InputError(f"preset {preset.name} is for a model of {wanted} layers, and this MODEL has {layers}.")
-    if preset.guidance_free and (len(preset.guidance_free) > 1 or preset.guidance_free == ("own",)):
-        raise InputError(
-            f"preset {preset.name} takes the guidance-free adapter from the model's folder or has several, which a "
-            "MODEL cannot: put Guidance-Free before the sampler, and take guidance_free out of the preset."
-        )
-    if preset.guidance_free and preset.guidance_scale is None:
+    left = _left(preset)
+    method = None if "method" in left else preset.method
+    adapters = () if "guidance_free" in left else preset.guidance_free
+    if adapters and preset.guidance_scale is None:
         raise InputError(f"preset {preset.name} has guidance_free and no guidance_scale, which a MODEL needs: add it.")
-    if preset.method is not None and preset.method.needs_weights:
-        problem = f"preset {preset.name} has the method {preset.method.name}, whose weights a MODEL gets from Apply SLA"
-        raise InputError(f"{problem}: use that, with a preset without a method.")
-    if preset.method is None and not preset.guidance_free:
+    told = tuple(f"{name}: {instead}" for name, instead in left.items())
+    if method is None and not adapters:
         raise InputError(
-            f"preset {preset.name} has neither a method nor guidance_free, and a MODEL gets nothing else of a preset: "
-            + "; ".join(_left(preset))
+            f"preset {preset.name} has neither a method nor an adapter for guidance that a MODEL can take, and a MODEL "
+            f"gets nothing else of a preset: {'; '.join(told) or 'it is empty'}."
         )
-    shares = _shares(preset) if preset.method is not None else {}
-    adapter = Path(preset.guidance_free[0]) if preset.guidance_free else None
+    shares = _shares(preset) if method is not None else {}
+    adapter = Path(adapters[0]) if adapters else None
     scale = 1.0 if preset.guidance_scale is None else preset.guidance_scale
-    dense = "" if preset.method is None else _dense_layers(preset.method.schedule, layers)
-    return NativePart(**shares, dense_layers=dense, adapter=adapter, guidance=scale, left=tuple(_left(preset)))
+    dense = "" if method is None else _dense_layers(method.schedule, layers)
+    return NativePart(method, **shares, dense_layers=dense, adapter=adapter, guidance=scale, left=told)
 
 
-def _left(preset: Preset) -> list[str]:
-    return [f"{name}: {instead}" for name, instead in ELSEWHERE.items() if getattr(preset, name)]
+def _left(preset: Preset) -> dict[str, str]:
+    """Lever -> why a MODEL does not get it, and what ComfyUI has for it."""
+    made = {}
+    if preset.method is not None and preset.method.needs_weights:
+        made["method"] = f"{preset.method.name}, whose weights a MODEL gets from {ELSEWHERE['method']}"
+    adapters = preset.guidance_free
+    if adapters == ("own",):
+        made["guidance_free"] = f"the adapter of a folder of diffusers; {ELSEWHERE['guidance_free']} takes a file"
+    elif len(adapters) > 1:
+        made["guidance_free"] = f"one for each transformer; {ELSEWHERE['guidance_free']} before each sampler takes one"
+    others = ("cache", "loras", "scheduler", "num_inference_steps", "quantize")
+    return made | {name: ELSEWHERE[name] for name in others if getattr(preset, name)}
 
 
 def _shares(preset: Preset) -> dict[str, float]:
@@ -194,9 +204,10 @@ def _dense_layers(schedule: DenseSchedule, layers: int) -> str:
     return ", ".join(map(str, dense))
 
 
-def native_settings(preset: Preset) -> dict[str, Any]:
-    """The settings of the method, for the report."""
+def native_settings(preset: Preset, part: NativePart) -> dict[str, Any]:
+    """The settings of the method, for the report, and what was not taken from the preset."""
     from dataclasses import fields
 
-    method = preset.method
-    return {"preset": preset.name} | {f.name: getattr(method, f.name) for f in fields(method) if f.name != "schedule"}
+    left = {"not taken": "; ".join(part.left)} if part.left else {}
+    own = {f.name: getattr(part.method, f.name) for f in fields(part.method) if f.name != "schedule"}
+    return {"preset": preset.name} | left | own

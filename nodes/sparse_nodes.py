@@ -73,7 +73,8 @@ def min_tokens_input(**more: Any) -> io.Input:
         max=10_000_000,
         tooltip="Videos with fewer tokens stay dense, because planning would cost more than it saves. A token is a "
         "patch of the latent: 81 frames of Wan at 480x832 have 32,760, at 720x1280 75,600; the built-in models' have a "
-        "few hundred.",
+        "few hundred. At 8192, what `vidaccel break-even` measured on this machine counts instead, for methods that "
+        "need no training.",
         **more,
     )
 
@@ -175,7 +176,8 @@ def _patched(
     common: dict[str, Any],
     stand_ins: str = "",
 ) -> io.NodeOutput:
-    return io.NodeOutput(*sparsify(model, method_for, name=name, settings=settings, stand_ins=stand_ins, **common))
+    told: dict[str, Any] = {"name": name, "settings": settings, "stand_ins": stand_ins}
+    return io.NodeOutput(*sparsify(model, method_for, **told, by_length=name.lower(), **common))
 
 
 def _for_density(model: Any, method: type[Method], name: str, density: float, common: dict[str, Any]) -> io.NodeOutput:

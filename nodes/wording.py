@@ -28,7 +28,13 @@ STEP = 0.01  # of the inputs that are shares
 PRECISIONS = ["of the model", "int8"]  # of the input of that name
 
 # A field of a request, of which there are several front ends -> the input that sets it.
-_FIELDS = {"model": "pipeline", "guidance_scale": "guidance", "guidance_free": "adapter"}
+_FIELDS = {
+    "model": "pipeline",
+    "guidance_scale": "guidance",
+    "guidance_free": "adapter",
+    "out": "name",
+    "levers": "sparse, caches, adapters",
+}
 
 
 class InputError(ValueError):

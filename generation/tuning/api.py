@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from ..errors import BadInput, mention
 from ..job import Job
 from ..machine import check_runs, choose_device, choose_dtype, environment
 from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
 from ..outputs import check_writable
+from ..prompts import in_words
 from ..run import load
 from .bench import Bench, Done
 from .break_even import BreakEven, find_break_even, timer
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+Shown = contextlib.AbstractContextManager[tuple[Done, Callable[[int], None]]]
+
 
 def tune(
     model: str | Path | DiffusionPipeline,
@@ -46,6 +49,7 @@ def tune(
     levers: Sequence[str] = LEVERS,
     methods: Sequence[str] = METHODS,
     caches: Sequence[str] = CACHES,
+    adapters: Sequence[str | Path] = (),
     effort: str = "normal",
     confirm: int = 6,
     negative_prompt: str = "",
@@ -75,11 +79,15 @@ def tune(
         seeds: of their noise: one each, or the first of as many.
         out: a folder, made where it is not there: the journal, the page `tune.html` with its numbers, `preset.yaml`.
         max_error, min_psnr, max_time_ratio: see `Budget`; at least one.
-        levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs).
+        levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs),
+            "quantize" (linear layers in 8 bits by torchao, where they turn out to be faster) and "adapter" (guidance in
+            one pass, or few steps; with `min_psnr` or `max_time_ratio`).
         methods: of sparse attention.
         caches: over steps. Those whose package is missing are left out, with a word.
+        adapters: files or folders of guidance-free adapters, of the recipes `gft` and `consistency`. Without any, those
+            beside the model's weights that were trained on it.
         effort: "quick", "normal" or "thorough": how finely densities and thresholds are tried.
-        confirm: candidates of which whole videos are made, at the most.
+        confirm: candidates of which whole videos are made, at the most, besides each adapter alone.
         negative_prompt, frames, height, width, steps, guidance_scale: see `vidaccel.generate`.
         device, dtype, offload, tiling: see `vidaccel.generate`.
         progress: show a bar.
@@ -112,13 +120,16 @@ def tune(
             "guidance_scale": guidance_scale,
         },
         placing={"device": device, "dtype": dtype, "offload": offload, "tiling": tiling},
+        adapters=adapters,
     )
     return carried_out(plan, progress=progress, clock=clock)
 
 
 def measured_break_even(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
+    heads: int | None = None,
+    head_dim: int | None = None,
     method: str = DEFAULT_METHOD,
     seconds: float = 60.0,
     device: str | torch.device = "auto",
@@ -127,7 +138,8 @@ def measured_break_even(
     """Measure from how many tokens sparse attention pays for the heads of a model, and keep it for this machine.
 
     Args:
-        model: see `vidaccel.generate`; its weights are not read.
+        model: see `vidaccel.generate`; its weights are not read. None for the heads that are given.
+        heads, head_dim: of self-attention, in place of a model's: of one that is no pipeline of diffusers.
         method: of sparse attention, as it is by default.
         seconds: about as long as it may take.
         device, dtype: see `vidaccel.generate`.
@@ -141,26 +153,50 @@ def measured_break_even(
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
         raise BadInput("seconds", "it must be above 0", value=seconds)
     check_method(method, "method")
-    name = str(model)
+    own = {"heads": heads, "head_dim": head_dim}
+    if model is None and None in own.values():
+        missing = next(name for name, value in own.items() if value is None)
+        raise BadInput(
+            missing, "is needed", f"Give {mention('heads')} and {mention('head_dim')}, or {mention('model')}."
+        )
+    if model is not None and any(value is not None for value in own.values()):
+        raise BadInput("model", f"has heads of its own: leave it out, or {mention('heads')} and {mention('head_dim')}")
+    for field, value in own.items():
+        if model is None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise BadInput(field, "it must be a whole number of at least 1", value=value)
     place = choose_device(device, False)
-    chosen = choose_dtype(dtype, place, name)
-    facts = inspect_model(name)
-    if facts.only_dense:
-        raise BadInput("model", facts.only_dense, value=name)
+    chosen = choose_dtype(dtype, place, str(model or ""))
+    shape = (heads, head_dim) if model is None else _heads(str(model))
     check_runs("auto", place, sparse=True)
-    key = Key.here(*facts.row.heads(facts.transformer), place, chosen, method)
+    key = Key.here(*shape, place, chosen, method)
     check_writable("model", key.file)
     found = find_break_even(timer(key.heads, key.head_dim, place, chosen, method), seconds=seconds)
     return found, key, store(key, found)
 
 
-def carried_out(plan: Plan, *, progress: bool = True, clock: Clock = time.perf_counter) -> Tuned:
-    """Load the model, measure, choose, and write the page and the preset; see `tune`."""
+def _heads(model: str) -> tuple[int, int]:
+    facts = inspect_model(model)
+    if facts.only_dense:
+        raise BadInput("model", facts.only_dense, value=model)
+    return facts.row.heads(facts.transformer)
+
+
+def carried_out(
+    plan: Plan, *, progress: bool = True, clock: Clock = time.perf_counter, shown: Shown | None = None
+) -> Tuned:
+    """Load the model, measure, choose, and write the page and the preset.
+
+    Args:
+        plan: of `planned`.
+        progress, clock: see `tune`.
+        shown: in place of the bar: gives what is told of each measurement, and of how many more there may be.
+    """
     from .page import write_page
 
     job, folder = plan.job, plan.out
     journal = journal_of(plan)
-    shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
+    if shown is None:
+        shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
     with shown as (tell, expect):
         pipe = job.pipe or load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
         made = _searched(plan, pipe, journal, tell, expect, clock)
@@ -199,8 +235,10 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
             ratios = bench.ratios()
         except BadInput as error:
             dropped["magcache"] = error.problem
-    search = Search(plan.budget, dense, Measures(bench.probe, bench.confirm), plan.most, plan=expect)
-    outcome, chosen, tried = search.run(sparse, cache_levers(plan.caches, plan.effort, ratios))
+    measures = Measures(bench.probe, bench.confirm, lambda adapter: bench.run(adapter, layers))
+    search = Search(plan.budget, dense, measures, plan.most, plan=expect)
+    caches = cache_levers(plan.caches, plan.effort, ratios)
+    outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters)
     gain = bench.gains(chosen.candidate) if outcome == FOUND else ()
     why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
     notes = (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
@@ -210,7 +248,7 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         "size": f"{size.frames} frames of {size.width}x{size.height}, {job.layout.tokens:,} tokens",
         "steps": str(size.steps),
         "budget": str(plan.budget),
-        "videos": f"{len(plan.prompts)} prompts, seeds {', '.join(map(str, plan.seeds[:8]))}",
+        "videos": in_words(plan.prompts, plan.seeds),
         "effort": plan.effort,
         "dtype": str(job.dtype).removeprefix("torch."),
     }
@@ -236,14 +274,17 @@ def _with_preset(made: Tuned, job: Job) -> Tuned:
     measured = {
         "times_as_fast": round(statistics.median(made.gain), 3),
         "psnr_to_dense": round(own.mean_psnr, 2) if own.mean_psnr < 1e9 else "identical",
-        "error_a_step": round(own.error, 5),
+        **({} if own.error is None else {"error_a_step": round(own.error, 5)}),
         "prompts": len(made.prompts),
         "size": made.settings["size"],
         "dtype": made.settings["dtype"],
         "machine": made.environment.get("GPU", made.environment["CPU"]),
         "torch": made.environment["torch"],
     }
-    return replace(made, preset=made.chosen.candidate.preset(**_facts_of(job), measured=measured))
+    facts = _facts_of(job)
+    if made.chosen.candidate.adapter is not None:
+        facts["guidance_scale"] = job.settings.guidance_scale
+    return replace(made, preset=made.chosen.candidate.preset(**facts, measured=measured))
 
 
 def _facts_of(job: Job) -> dict[str, Any]:
@@ -254,4 +295,5 @@ def _facts_of(job: Job) -> dict[str, Any]:
     names = ("num_layers", "num_attention_heads", "attention_head_dim")
     transformer = {name: job.facts.transformer[name] for name in names if name in job.facts.transformer}
     told = {"name": "tuned", "family": family, "transformer": transformer, "num_inference_steps": job.settings.steps}
-    return told | ({} if job.pipe is not None else {"model": job.facts.name})
+    known = job.pipe is None or job.facts.name != job.facts.pipeline_class  # a loaded one may not know where it is from
+    return told | ({"model": job.facts.name} if known else {})

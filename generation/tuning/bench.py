@@ -17,6 +17,7 @@ from ..presets import refusals
 from ..request import Settings
 from ..run import GenerationError, run, warm_up
 from ..video import write_bytes
+from .adapters import AdapterLever
 from .journal import Journal
 from .prediction import DenseRun
 from .result import Confirmed
@@ -61,7 +62,7 @@ class Bench:
         self.requests = [replace(settings, prompt=p, seed=s) for p, s in zip(prompts, seeds, strict=True)]
         self._base, self._tell, self._clock = base, tell, clock
         self._frames: list[np.ndarray] = []
-        self._trajectory: Trajectory | None = None
+        self._trajectories: dict[AdapterLever | None, Trajectory] = {}
         self._warm = False
 
     def dense(self, layers: int) -> DenseRun:
@@ -69,7 +70,7 @@ class Bench:
         times = self.journal.get("dense")
         files = [self.folder / f"dense.{number}.npz" for number in range(len(self.requests))]
         if times is None or not all(file.is_file() for file in files):
-            trajectory, frames = self._recorded()
+            trajectory, frames = self._record()
             seconds = [trajectory.whole]
             _save(frames, files[0])
             for number, request in enumerate(self.requests[1:], 1):
@@ -77,13 +78,17 @@ class Bench:
                 frames, taken, _ = self._video(request)
                 seconds.append(taken)
                 _save(frames, files[number])
-            steps = trajectory.num_steps
-            other = trajectory.whole - sum(trajectory.seconds)
-            times = {"seconds": seconds, "steps": steps, "step": trajectory.step_seconds, "other": other}
+            times = {"seconds": seconds, **_times(trajectory)}
             self.journal.put("dense", times)
         self._frames = [_load(file) for file in files]
         self.seconds = tuple(times["seconds"])
         return DenseRun(times["steps"], layers, times["step"], times["other"])
+
+    def run(self, adapter: AdapterLever, layers: int) -> DenseRun | str:
+        """The run with an adapter, dense; why it cannot be, where the pipeline refuses it."""
+        key = f"adapter {Candidate(adapter=adapter).key}"
+        times = self._tried(key, lambda: _times(self._recorded(adapter)))
+        return times if isinstance(times, str) else DenseRun(times["steps"], layers, times["step"], times["other"])
 
     def ratios(self) -> list[float]:
         """MagCache's, of the first prompt."""
@@ -104,17 +109,20 @@ class Bench:
             candidate: to be measured.
             whole: in all steps, as one with a cache always is.
         """
-        return self._kept(f"{'run' if whole else 'step'} {candidate.key}", Probe, lambda: self._probe(candidate, whole))
+        key = f"{'run' if whole else 'step'} {candidate.key}"
+        made = self._tried(key, lambda: self._probe(candidate, whole).to_dict())
+        return made if isinstance(made, str) else Probe.from_dict(made)
 
     def _probe(self, candidate: Candidate, whole: bool) -> Probe:
-        trajectory = self._recorded()[0]
+        trajectory = self._recorded(candidate.adapter)
         self._tell(candidate.label, 0, 1)
         steps = trajectory.num_steps
         asked = range(steps) if whole or candidate.cache is not None else probed_steps(steps)
+        request = _with(candidate, self.requests[0])
         options: dict[str, Any] = {"base": self._base, "clock": self._clock}
 
         def measured(rows: int) -> Probe:
-            return probe(self.pipe, self.requests[0], trajectory, candidate.preset(), asked, rows=rows, **options)
+            return probe(self.pipe, request, trajectory, candidate.preset(), asked, rows=rows, **options)
 
         made = measured(0)
         if whole or candidate.sparse is None or made.step_seconds >= trajectory.step_seconds:
@@ -123,12 +131,16 @@ class Bench:
 
     def confirm(self, candidate: Candidate) -> Confirmed | str:
         """The video of each prompt with a candidate; why it cannot be, where the pipeline refuses it."""
-        error = self.probe(candidate, whole=True)
-        if isinstance(error, str):
-            return error
-        return self._kept(f"videos {candidate.key}", Confirmed, lambda: self._confirm(candidate, error.error))
+        error = None
+        if candidate.adapter is None:
+            whole = self.probe(candidate, whole=True)
+            if isinstance(whole, str):
+                return whole
+            error = whole.error
+        made = self._tried(f"videos {candidate.key}", lambda: self._confirm(candidate, error).to_dict())
+        return made if isinstance(made, str) else Confirmed.from_dict(made)
 
-    def _confirm(self, candidate: Candidate, error: float) -> Confirmed:
+    def _confirm(self, candidate: Candidate, error: float | None) -> Confirmed:
         from ...pipelines.presets import apply
 
         seconds, psnr = [], []
@@ -137,7 +149,7 @@ class Bench:
             applied.reset()
             for number, request in enumerate(self.requests):
                 self._tell(candidate.label, number, len(self.requests))
-                frames, taken, _ = self._video(request)
+                frames, taken, _ = self._video(_with(candidate, request))
                 seconds.append(taken)
                 psnr.append(_psnr(self._frames[number], frames))
             account = applied.report().last()
@@ -164,18 +176,31 @@ class Bench:
                 with apply(self.pipe, candidate.preset(), base=self._base):
                     if not number:
                         warm_up(self.pipe, self.settings, None)
-                    found.append(dense / self._video(request)[1])
+                    found.append(dense / self._video(_with(candidate, request))[1])
             self.journal.put(key, found)
         return tuple(found)
 
-    def _recorded(self) -> tuple[Trajectory, np.ndarray]:
-        """The dense run of the first prompt, made once in a process."""
-        frames = None
-        if self._trajectory is None:
+    def _recorded(self, adapter: AdapterLever | None = None) -> Trajectory:
+        """The dense run of the first prompt, plain or with an adapter, made once in a process."""
+        if adapter not in self._trajectories:
+            self._record(adapter)
+        return self._trajectories[adapter]
+
+    def _record(self, adapter: AdapterLever | None = None) -> tuple[Trajectory, np.ndarray]:
+        from ...pipelines.presets import apply
+
+        if adapter is None:
             self._tell("dense", 0, len(self.requests))
             self._warmed()
-            self._trajectory, frames = record(self.pipe, self.requests[0], self._clock)
-        return self._trajectory, frames if frames is not None else self._frames[0]
+            made = record(self.pipe, self.requests[0], self._clock)
+        else:
+            candidate = Candidate(adapter=adapter)
+            self._tell(f"{candidate.label}, dense", 0, 1)
+            with apply(self.pipe, candidate.preset(), base=self._base):
+                warm_up(self.pipe, self.settings, None)
+                made = record(self.pipe, _with(candidate, self.requests[0]), self._clock)
+        self._trajectories[adapter] = made[0]
+        return made
 
     def _warmed(self) -> None:
         if not self._warm:
@@ -188,23 +213,32 @@ class Bench:
         made = run(self.pipe, request)
         return as_bytes(made.frames), self._clock() - start, made
 
-    def _kept(self, key: str, kind: Any, measure: Callable[[], Any]) -> Any:
+    def _tried(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
         """From the journal, or measured and written there; a refusal, NaN or too little memory is a text."""
         import torch
 
         from ...pipelines.presets import PresetError
 
-        known = self.journal.get(key)
-        if known is not None:
-            return known["refused"] if "refused" in known else kind.from_dict(known)
-        try:
-            made = measure()
-        except (PresetError, GenerationError, torch.OutOfMemoryError) as error:
-            why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
-            self.journal.put(key, {"refused": why})
-            return why
-        self.journal.put(key, made.to_dict())
-        return made
+        made = self.journal.get(key)
+        if made is None:
+            try:
+                made = measure()
+            except (PresetError, GenerationError, torch.OutOfMemoryError) as error:
+                made = {"refused": "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)}
+            self.journal.put(key, made)
+        return made.get("refused", made)
+
+
+def _with(candidate: Candidate, request: Settings) -> Settings:
+    """The request of a candidate: an adapter may have steps of its own."""
+    steps = None if candidate.adapter is None else candidate.adapter.steps
+    return request if steps is None else replace(request, steps=steps)
+
+
+def _times(trajectory: Trajectory) -> dict[str, Any]:
+    """What predictions need of a dense run."""
+    other = trajectory.whole - sum(trajectory.seconds)
+    return {"steps": trajectory.num_steps, "step": trajectory.step_seconds, "other": other}
 
 
 def _psnr(reference: np.ndarray, other: np.ndarray) -> float:

@@ -52,13 +52,13 @@ class Budget:
         """Whether the preset nearest to dense is wanted instead of the fastest."""
         return self.max_time_ratio is not None
 
-    def excess(self, error: float, psnr: float, ratio: float) -> float:
+    def excess(self, error: float | None, psnr: float, ratio: float) -> float:
         """How far over the bounds something is, relative; 0 within all of them.
 
-        6 dB of PSNR count as much as an error twice as large.
+        6 dB of PSNR count as much as an error twice as large. An error that is not known (None) is within its bound.
         """
         over = 0.0
-        if self.max_error is not None:
+        if self.max_error is not None and error is not None:
             over += max(0.0, math.log2(max(error, 1e-12) / self.max_error))
         if self.min_psnr is not None:
             over += max(0.0, (self.min_psnr - psnr) / 6.02)
@@ -66,10 +66,10 @@ class Budget:
             over += max(0.0, math.log2(ratio / self.max_time_ratio))
         return over
 
-    def misses(self, error: float, psnr: float, ratio: float) -> list[str]:
+    def misses(self, error: float | None, psnr: float, ratio: float) -> list[str]:
         """The bounds that something misses, in words."""
         told = []
-        if self.max_error is not None and error > self.max_error:
+        if self.max_error is not None and error is not None and error > self.max_error:
             told.append(f"error {error:.3g} above {self.max_error:g}")
         if self.min_psnr is not None and psnr < self.min_psnr:
             told.append(f"PSNR {psnr:.1f} dB below {self.min_psnr:g}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,21 @@ from ..errors import BadInput, mention
 from ..job import Job, prepare
 from ..machine import environment
 from ..outputs import check_writable
+from ..prompts import prompts_with_seeds
 from ..request import Settings
 from ..sparse import Sparse
+from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .journal import Journal
-from .space import CACHES, EFFORTS, LEVERS
+from .space import CACHES, EFFORTS, LEVERS, quantize_levers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ...pipelines.presets import Quantize
+    from ..model_facts import ModelFacts
+
+_NO_ERROR = "an adapter makes other passes than the dense run, so its steps have no error against it"
 PRESET = "preset.yaml"
 PAGE = "tune.html"
 """Files in the folder, beside the journal."""
@@ -37,6 +43,8 @@ class Plan:
         prompts, seeds: of the videos.
         methods, caches: names of what is tried.
         precisions: of the product of queries and keys.
+        quantize: of the linear layers.
+        adapters: for guidance in one pass, or few steps.
         effort: of `EFFORTS`.
         most: candidates of which whole videos are made.
         dropped: lever -> why it is not tried.
@@ -50,6 +58,8 @@ class Plan:
     methods: tuple[str, ...]
     caches: tuple[str, ...]
     precisions: tuple[str, ...]
+    quantize: tuple[Quantize, ...]
+    adapters: tuple[AdapterLever, ...]
     effort: str
     most: int
     dropped: Mapping[str, str]
@@ -70,14 +80,16 @@ def planned(
     confirm: int,
     settings: Mapping[str, Any],
     placing: Mapping[str, Any],
+    adapters: Sequence[str | Path] = (),
+    facts: ModelFacts | None = None,
 ) -> Plan:
-    """Check a request, before weights are read; see `tune`."""
-    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if not texts:
-        raise BadInput("prompts", "there are none", "Give at least one.")
-    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
-    if len(numbers) != len(texts):
-        raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    """Check a request, before weights are read; see `tune`.
+
+    Args:
+        settings: of `Settings`. placing: of `prepare`, what `tune` has of it.
+        facts: of a loaded pipeline, where its loader knows more than it does itself.
+    """
+    texts, numbers = prompts_with_seeds(prompts, seeds)
     for field, names, known in (("levers", levers, LEVERS), ("caches", caches, CACHES), ("effort", [effort], EFFORTS)):
         for name in [names] if isinstance(names, str) else names:
             if name not in known:
@@ -92,6 +104,7 @@ def planned(
     for method in methods:
         check_method(method)
     job = prepare(str(model) if isinstance(model, Path) else model, wanted, Sparse(methods=("dense",)), **placing)
+    job = job if facts is None else replace(job, facts=facts)
     size = job.settings
     if min(size.height, size.width) < MIN_COMPARED:
         side = "height" if size.height < size.width else "width"
@@ -99,8 +112,15 @@ def planned(
         raise BadInput(side, bound, "Give a larger video.", value=getattr(size, side))
     if size.steps < 2:
         raise BadInput("steps", "a run of one step has nothing to tune", "Give more.", value=size.steps)
+    if adapters and "adapter" not in levers:
+        raise BadInput("adapters", "are given, and the lever adapter is not tried", f"Add it to {mention('levers')}.")
+    if adapters and budget.max_error is not None:
+        fix = f"Give {mention('min_psnr')} or {mention('max_time_ratio')}, or leave {mention('adapters')} out."
+        raise BadInput("max_error", _NO_ERROR, fix)
     chosen, dropped = _available(job, levers, methods, caches)
-    if not (chosen["methods"] or chosen["caches"]):
+    chosen["quantize"] = _quantize(levers, effort, dropped)
+    chosen["adapters"] = _adapters(job, levers, adapters, budget, dropped)
+    if not any(chosen[name] for name in ("methods", "caches", "quantize", "adapters")):
         why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise BadInput(
             "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
@@ -120,7 +140,7 @@ def check_method(name: str, field: str = "methods") -> None:
 
 def _available(
     job: Job, levers: Sequence[str], methods: Sequence[str], caches: Sequence[str]
-) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What of a request can be tried here; and the rest, with why."""
     from ...attention.backends import refusal, special_refusal
     from ...pipelines.presets import Cache, Preset, PresetError
@@ -146,6 +166,36 @@ def _available(
         else:
             dropped["precision"] = reason
     return {"methods": own_methods, "caches": tuple(own_caches), "precisions": precisions}, dropped
+
+
+def _quantize(levers: Sequence[str], effort: str, dropped: dict[str, str]) -> tuple[Quantize, ...]:
+    """The layers in 8 bits that are tried; why none, where torchao is missing. Whether they pay is measured."""
+    from ...pipelines.presets import Preset, PresetError
+    from ...pipelines.presets.packages import check_packages
+
+    if "quantize" not in levers:
+        return ()
+    found = tuple(quantize_levers(effort))
+    try:
+        check_packages(Preset(quantize=found[0]))
+    except PresetError as error:
+        dropped["quantize"] = f"{error.problem}. {error.fix}"
+        return ()
+    return found
+
+
+def _adapters(
+    job: Job, levers: Sequence[str], given: Sequence[str | Path], budget: Budget, dropped: dict[str, str]
+) -> tuple[AdapterLever, ...]:
+    """The adapters that are tried; of those beside the model that are not, why."""
+    if "adapter" not in levers:
+        return ()
+    found, refused = adapter_levers(job, given)
+    dropped.update(refused)
+    if budget.max_error is not None:
+        dropped.update({adapter.label: _NO_ERROR for adapter in found})
+        return ()
+    return found
 
 
 def journal_of(plan: Plan) -> Journal:
@@ -175,4 +225,19 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "device": told.get("GPU", told["CPU"]),
         "torch": torch.__version__,
         "vidaccel": told["vidaccel"],
-    }
+    } | ({} if job.pipe is None else {"weights": _weights(job.pipe)})
+
+
+def _weights(pipe: Any) -> str:
+    """A hash of some of each weight of a loaded pipeline's transformers, LoRAs among them, and of how strong these are:
+    its name does not tell them."""
+    from ...pipelines.acceleration.families import find_transformers
+
+    digest = hashlib.sha256()
+    for transformer, _family in find_transformers(pipe).values():
+        for name, weight in transformer.named_parameters():
+            some = [] if weight.is_meta else weight.detach().flatten()[:16].float().tolist()
+            digest.update(repr((name, tuple(weight.shape), some)).encode())
+        strengths = {path: part.scaling for path, part in transformer.named_modules() if hasattr(part, "lora_A")}
+        digest.update(repr(sorted((path, sorted(value.items())) for path, value in strengths.items())).encode())
+    return digest.hexdigest()[:16]

@@ -44,34 +44,52 @@ class Prediction:
 
     Args:
         seconds: of the whole call of the pipeline.
-        error: root mean square over the steps, see `Probe.error`.
+        error: root mean square over the steps, see `Probe.error`; of one with an adapter, on the run with that.
+        adapter_psnr: dB to dense that its adapter alone has; infinite for none.
     """
 
     seconds: float
     error: float
+    adapter_psnr: float = math.inf
 
 
-def predict(candidate: Candidate, dense: DenseRun, sparse: Probe | None, cache: Probe | None) -> Prediction:
+def predict(
+    candidate: Candidate,
+    dense: DenseRun,
+    sparse: Probe | None,
+    cache: Probe | None,
+    quantize: Probe | None = None,
+    adapter_psnr: float = math.inf,
+) -> Prediction:
     """Seconds and error of a candidate.
 
     Args:
         candidate: to be told of.
-        dense: the run without it.
+        dense: the run without it; with the adapter of a candidate that has one.
         sparse: of its method, in all steps and layers; None where it has none.
         cache: of its cache alone, in all steps; None where it has none.
+        quantize: of its layers in 8 bits; None where it has none.
+        adapter_psnr: see `Prediction`. An adapter makes other passes than the plain model, so that no error of its
+            steps can be measured.
     """
     steps, layers = dense.steps, dense.layers
-    errors, sparse_seconds = np.zeros(steps), dense.step_seconds
+    errors, dense_seconds = np.zeros(steps), dense.step_seconds
+    if quantize is not None:
+        errors = np.interp(range(steps), list(quantize.errors), list(quantize.errors.values()))
+        dense_seconds = quantize.step_seconds
+    in_8_bits, sparse_seconds = errors, dense_seconds
     kept = np.zeros(steps, dtype=bool)
     if sparse is not None:
         schedule = candidate.schedule or candidate.sparse.method.schedule
         kept = np.array([bool(schedule.step_reason(StepInfo(0, step, steps))) for step in range(steps)])
         first = schedule.first_layers
-        own = min(layers, first if isinstance(first, int) else math.ceil(first * layers))
+        first = min(layers, first if isinstance(first, int) else math.ceil(first * layers))
         errors = np.interp(range(steps), list(sparse.errors), list(sparse.errors.values()))
-        errors = np.where(kept, 0.0, errors * _left_after(sparse, own, layers))
-        sparse_seconds = (own * dense.step_seconds + (layers - own) * sparse.step_seconds) / layers
-    seconds = np.where(kept, dense.step_seconds, sparse_seconds)
+        errors = np.hypot(in_8_bits, np.where(kept, 0.0, errors * _left_after(sparse, first, layers)))
+        # Attention and linear layers are apart, so that what the two save adds up.
+        saved = (layers - first) / layers * (dense.step_seconds - sparse.step_seconds)
+        sparse_seconds = max(dense_seconds - saved, 0.0)
+    seconds = np.where(kept, dense_seconds, sparse_seconds)
     if cache is not None:
         share = np.array([cache.computed.get(step, 1.0) for step in range(steps)])
         skipped = [cache.seconds[step] for step in cache.seconds if not cache.computed[step]]
@@ -79,7 +97,8 @@ def predict(candidate: Candidate, dense: DenseRun, sparse: Probe | None, cache: 
         seconds = share * seconds + (1 - share) * (statistics.median(skipped) if skipped else 0.0)
         of_cache = np.array([cache.errors.get(step, 0.0) for step in range(steps)])
         errors = np.sqrt(share * errors**2 + np.where(kept, 0.0, of_cache) ** 2)
-    return Prediction(dense.other_seconds + float(seconds.sum()), float(np.sqrt(np.mean(errors**2))))
+    error = float(np.sqrt(np.mean(errors**2)))
+    return Prediction(dense.other_seconds + float(seconds.sum()), error, adapter_psnr)
 
 
 def _left_after(probe: Probe, first: int, layers: int) -> float:
@@ -96,28 +115,44 @@ def _left_after(probe: Probe, first: int, layers: int) -> float:
 class Calibration:
     """What whole videos taught about predictions: PSNR by error, and seconds.
 
-    Errors of one kind (a method, a cache) become the same loss of PSNR; those of another need not.
+    Errors of one kind (a method, a cache) become the same loss of PSNR; those of another need not. What an adapter and
+    what other levers change adds up, as the squares of differences do.
     """
 
     _psnr: dict[str, list[float]] = field(default_factory=dict)
     _seconds: list[float] = field(default_factory=list)
 
     def learn(self, kind: str, predicted: Prediction, seconds: float, psnr: float) -> None:
-        """Hold a video against its prediction."""
-        if math.isfinite(psnr) and predicted.error > 0:
-            self._psnr.setdefault(kind, []).append(psnr + 20 * math.log10(predicted.error))
-        self._seconds.append(seconds / predicted.seconds)
+        """Hold a video against its prediction.
 
-    def psnr(self, kind: str, error: float) -> float:
-        """Expected of an error, in dB; infinite for none."""
-        if error <= 0:
-            return math.inf
-        known: Sequence[float] = self._psnr.get(kind) or [v for each in self._psnr.values() for v in each]
-        return (statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(error)
+        Args:
+            kind: see `Candidate.kind`.
+        """
+        self._seconds.append(seconds / predicted.seconds)
+        of_levers = _square(psnr) - _square(predicted.adapter_psnr)
+        if of_levers > 0 and predicted.error > 0:
+            self._psnr.setdefault(kind, []).append(_decibel(of_levers) + 20 * math.log10(predicted.error))
+
+    def psnr(self, kind: str, predicted: Prediction) -> float:
+        """Expected of a video, in dB; infinite where nothing is off."""
+        square = _square(predicted.adapter_psnr)
+        if predicted.error > 0:
+            known: Sequence[float] = self._psnr.get(kind) or [v for each in self._psnr.values() for v in each]
+            square += _square((statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(predicted.error))
+        return _decibel(square)
 
     def seconds(self, predicted: float) -> float:
         """Expected of a video."""
         return predicted * (statistics.median(self._seconds) if self._seconds else 1.0)
+
+
+def _square(psnr: float) -> float:
+    """The mean squared difference that a PSNR stands for, of values in [0, 1]."""
+    return 10 ** (-psnr / 10)
+
+
+def _decibel(square: float) -> float:
+    return -10 * math.log10(square) if square else math.inf
 
 
 def front(points: Mapping[str, Prediction]) -> set[str]:

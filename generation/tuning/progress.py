@@ -1,11 +1,38 @@
-"""What a terminal shows of `tune`: one bar over all measurements, and what is measured now."""
+"""How far `tune` is: measurements that are done and to come, and a bar of them for a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from .bench import Done
+
+
+@dataclass
+class Counted:
+    """Counts measurements: one is done where the next is told of.
+
+    Args:
+        show: told of how many are done, and of how many at the most; of these, None until that is known.
+    """
+
+    show: Callable[[int, int | None], None]
+    done: int = 0
+    total: int | None = None
+    what: str = ""
+
+    def tell(self, what: str, number: int, count: int) -> None:
+        """See `bench.Done`."""
+        if self.what and self.what != what:
+            self.done += 1
+        self.what = what
+        self.show(self.done, self.total)
+
+    def expect(self, count: int) -> None:
+        """So many more may come."""
+        self.total = self.done + count
+        self.show(self.done, self.total)
 
 
 @contextlib.contextmanager
@@ -18,15 +45,10 @@ def counted() -> Iterator[tuple[Done, Callable[[int], None]]]:
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("at most"), TimeRemainingColumn())
     with Progress(text, *columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("loading", total=None)
-        last = [""]
+        state = Counted(lambda done, total: progress.update(task, completed=done, total=total))
 
         def tell(what: str, number: int, count: int) -> None:
-            if last[0] and last[0] != what:
-                progress.advance(task)
-            last[0] = what
+            state.tell(what, number, count)
             progress.update(task, description=what if count < 2 else f"{what}: video {number + 1} of {count}")
 
-        def expect(count: int) -> None:
-            progress.update(task, total=progress.tasks[0].completed + count)
-
-        yield tell, expect
+        yield tell, state.expect

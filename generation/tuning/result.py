@@ -25,7 +25,8 @@ class Confirmed:
     Args:
         seconds: of each prompt's video. dense: of the same prompts' dense videos.
         psnr: dB to the dense video, one a prompt; infinite where it is the same.
-        error: over all steps on the inputs of the first prompt's dense run, see `Probe.error`.
+        error: over all steps on the inputs of the first prompt's dense run, see `Probe.error`; None with an adapter,
+            whose passes are not those of the dense run.
         computed, forwards: passes of the transformers in a run that were computed, and all of them.
         density: of attention in the passes that ran, the mean; 1.0 for dense.
     """
@@ -33,7 +34,7 @@ class Confirmed:
     seconds: tuple[float, ...]
     dense: tuple[float, ...]
     psnr: tuple[float, ...]
-    error: float
+    error: float | None
     computed: int
     forwards: int
     density: float = 1.0
@@ -53,6 +54,13 @@ class Confirmed:
         """Mean over the prompts whose videos differ; infinite where none does."""
         finite = [value for value in self.psnr if math.isfinite(value)]
         return statistics.fmean(finite) if finite else math.inf
+
+    @property
+    def quality(self) -> str:
+        """How near to dense it is, in words."""
+        own = f"a PSNR of {self.mean_psnr:.1f} dB" if math.isfinite(self.mean_psnr) else "an infinite PSNR"
+        text = f"{own} to it"
+        return text if self.error is None else f"{text} and an error of {self.error:.3g} a step"
 
     def to_dict(self) -> dict[str, Any]:
         """In types that JSON knows; the same videos have a PSNR of null."""
@@ -82,6 +90,11 @@ class Tried:
     predicted: Prediction | None = None
     confirmed: Confirmed | None = None
     why: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """Predicted of a step; None where there is none, as with an adapter."""
+        return None if self.predicted is None or self.candidate.adapter is not None else self.predicted.error
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,21 +140,21 @@ class Tuned:
             text = f"{self.chosen.candidate.label}: {statistics.median(self.gain):.2f} times as fast as dense"
             if len(self.gain) > 1:
                 text += f" ({min(self.gain):.2f} to {max(self.gain):.2f} over {len(self.gain)} prompts)"
-            return f"{text}, at a PSNR of {own.mean_psnr:.1f} dB to it and an error of {own.error:.3g} a step."
+            return f"{text}, at {own.quality}."
         if self.outcome == NO_GAIN:
             text = f"No gain here: within {self.budget}, nothing that was tried is faster than dense"
             return f"{text} on this machine ({self.dense_seconds:.3g} s a video)."
         text = f"Nothing that was tried is within {self.budget}, so no preset was written."
         if self.chosen is not None and (own := self.chosen.confirmed) is not None:
             text += f" The nearest is {self.chosen.candidate.label}: {own.ratio:.2f} of the dense time, "
-            text += f"PSNR {own.mean_psnr:.1f} dB, error {own.error:.3g}."
+            text += f"{own.quality}."
         return text
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON knows."""
         rows = []
         for each in self.tried:
-            predicted = None if each.predicted is None else vars(each.predicted)
+            predicted = None if each.predicted is None else {"seconds": each.predicted.seconds, "error": each.error}
             confirmed = None
             if each.confirmed is not None:
                 own = each.confirmed

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .budget import MIN_GAIN, Budget
 from .prediction import Calibration, DenseRun, Prediction, front, predict
 from .result import FOUND, NO_GAIN, NOTHING, Confirmed, Tried
 from .space import Candidate, SparseLever, schedules
 from .trajectory import Probe
+
+if TYPE_CHECKING:
+    from ...pipelines.presets import Cache, Quantize
+    from .adapters import AdapterLever
 
 TooBad = str
 """Why something could not be measured."""
@@ -23,10 +28,31 @@ class Measures:
     Args:
         probe: a candidate with one lever -> its steps, or why it cannot be.
         confirm: a candidate -> whole videos with it, or why it cannot be.
+        run: an adapter -> the dense run with it, or why it cannot be; None where no adapter is tried.
     """
 
     probe: Callable[[Candidate], Probe | TooBad]
     confirm: Callable[[Candidate], Confirmed | TooBad]
+    run: Callable[[AdapterLever], DenseRun | TooBad] | None = None
+
+
+@dataclass
+class _Levers:
+    """Levers that were measured on one run: the plain one, or that with an adapter.
+
+    Args:
+        adapter: of the run; None for the plain one.
+        dense: the run.
+        adapter_psnr: see `Prediction`.
+        sparse, caches, quantize: those that may gain, with their steps.
+    """
+
+    adapter: AdapterLever | None
+    dense: DenseRun
+    adapter_psnr: float = math.inf
+    sparse: list[tuple[SparseLever, Probe]] = field(default_factory=list)
+    caches: list[tuple[Cache, Probe]] = field(default_factory=list)
+    quantize: list[tuple[Quantize, Probe]] = field(default_factory=list)
 
 
 @dataclass
@@ -50,84 +76,149 @@ class Search:
     left_out: int = 0
     _tried: dict[str, Tried] = field(default_factory=dict)
 
-    def run(self, sparse: Sequence[SparseLever], caches: Sequence) -> tuple[str, Tried | None, tuple[Tried, ...]]:
+    def run(
+        self,
+        sparse: Sequence[SparseLever],
+        caches: Sequence[Cache],
+        quantize: Sequence[Quantize] = (),
+        adapters: Sequence[AdapterLever] = (),
+    ) -> tuple[str, Tried | None, tuple[Tried, ...]]:
         """Search.
 
         Args:
             sparse: the methods at their densities, the fewest pairs of each first.
             caches: at their thresholds.
+            quantize: of the linear layers.
+            adapters: for guidance in one pass or few steps: each makes another run, on which the other levers, those
+                that gain on the plain one, are measured anew.
 
         Returns:
             `FOUND`, `NO_GAIN` or `NOTHING`; the chosen, or the nearest; and everything that was tried.
         """
-        self.plan(len(sparse) + len(caches) + self.most)
-        alone = self._probe_sparse(sparse)
-        of_cache = {}
-        for cache in caches:
-            candidate = Candidate(cache=cache)
-            probe = self.measures.probe(candidate)
-            if isinstance(probe, str):
-                self._drop(candidate, probe)
-            else:
-                of_cache[candidate.key] = (candidate, probe)
-        pool = self._pool(alone, list(of_cache.values()))
-        self._confirm(pool)
+        self.plan((len(sparse) + len(caches) + len(quantize) + 1) * (1 + len(adapters)) + self.most)
+        taught = Calibration()
+        plain = self._probed(_Levers(None, self.dense), sparse, caches, quantize)
+        measured = [plain]
+        gaining = [each for each, _ in plain.sparse], [each for each, _ in plain.caches]
+        for adapter in adapters:
+            levers = self._with_adapter(adapter, taught)
+            if levers is not None:
+                measured.append(self._probed(levers, *gaining, [each for each, _ in plain.quantize]))
+        self._confirm(self._pool(measured), taught)
         return self._choose()
 
-    def _probe_sparse(self, levers: Sequence[SparseLever]) -> list[tuple[SparseLever, Probe]]:
+    def _with_adapter(self, adapter: AdapterLever, taught: Calibration) -> _Levers | None:
+        """The run with an adapter, and whole videos with it alone, from which all others with it are predicted.
+
+        None where nothing with it can be within the budget.
+        """
+        alone = Candidate(adapter=adapter)
+        assert self.measures.run is not None
+        dense = self.measures.run(adapter)
+        if isinstance(dense, str):
+            self._drop(alone, dense)
+            return None
+        if (why := self._no_gain(dense.seconds)) is not None:
+            self._drop(alone, why)
+            return None
+        made = self.measures.confirm(alone)
+        if isinstance(made, str):
+            self._drop(alone, made)
+            return None
+        predicted = Prediction(dense.seconds, 0.0, made.mean_psnr)
+        taught.learn(alone.kind, predicted, made.median, made.mean_psnr)
+        self._tried[alone.key] = Tried(alone, predicted, made)
+        if self.budget.misses(None, made.mean_psnr, 0.0):
+            return None  # of quality, which another lever only lowers
+        return _Levers(adapter, dense, made.mean_psnr)
+
+    def _probed(
+        self, levers: _Levers, sparse: Sequence[SparseLever], caches: Sequence[Cache], quantize: Sequence[Quantize]
+    ) -> _Levers:
+        """The same with what was measured on its run."""
+        levers.sparse = self._probe_sparse(levers, sparse)
+        for cache in caches:
+            probe = self._probe(Candidate(cache=cache, adapter=levers.adapter))
+            if probe is not None:
+                levers.caches.append((cache, probe))
+        for how in quantize:
+            candidate = Candidate(quantize=how, adapter=levers.adapter)
+            probe = self._probe(candidate)
+            if probe is not None and self._is_faster(candidate, levers, quantize=probe):
+                levers.quantize.append((how, probe))
+        return levers
+
+    def _probe(self, candidate: Candidate) -> Probe | None:
+        """The steps of a lever; None where it cannot be, which is noted."""
+        probe = self.measures.probe(candidate)
+        if isinstance(probe, str):
+            self._drop(candidate, probe)
+            return None
+        return probe
+
+    def _is_faster(self, candidate: Candidate, levers: _Levers, **probes: Probe) -> bool:
+        """Whether a step with a lever is faster than without; where it is not, that is noted."""
+        (probe,) = probes.values()
+        if probe.step_seconds < (1 - MIN_GAIN) * levers.dense.step_seconds:
+            return True
+        slower = f"a step takes {_told(probe.step_seconds)}, a dense one {_told(levers.dense.step_seconds)}"
+        all_probes = {"sparse": None, "cache": None} | probes
+        predicted = predict(candidate, levers.dense, **all_probes, adapter_psnr=levers.adapter_psnr)
+        self._drop(candidate, f"no gain: {slower}", predicted)
+        return False
+
+    def _probe_sparse(self, levers: _Levers, asked: Sequence[SparseLever]) -> list[tuple[SparseLever, Probe]]:
         """The levers that are faster than dense; of a method that is not at its lowest density, no other is tried."""
         found: list[tuple[SparseLever, Probe]] = []
         hopeless: dict[tuple, str] = {}
-        for lever in levers:
-            candidate = Candidate(sparse=lever)
+        for lever in asked:
+            candidate = Candidate(sparse=lever, adapter=levers.adapter)
             family = (lever.method.name, lever.precision)
             if family in hopeless:
                 self._drop(candidate, f"not measured: {hopeless[family]}")
                 continue
-            probe = self.measures.probe(candidate)
-            if isinstance(probe, str):
-                self._drop(candidate, probe)
+            probe = self._probe(candidate)
+            if probe is None:
                 continue
-            predicted = predict(candidate, self.dense, probe, None)
-            if probe.step_seconds >= (1 - MIN_GAIN) * self.dense.step_seconds:
-                slower = f"a step takes {_told(probe.step_seconds)}, a dense one {_told(self.dense.step_seconds)}"
-                self._drop(candidate, f"no gain: {slower}", predicted)
-                if getattr(lever.method, "density", None):  # those that follow compute more
-                    hopeless[family] = f"{lever.label} is no faster than dense"
-                continue
-            found.append((lever, probe))
+            if self._is_faster(candidate, levers, sparse=probe):
+                found.append((lever, probe))
+            elif getattr(lever.method, "density", None):  # those that follow compute more
+                hopeless[family] = f"{lever.label} is no faster than dense"
         return found
 
-    def _pool(
-        self, sparse: Sequence[tuple[SparseLever, Probe]], caches: Sequence[tuple[Candidate, Probe]]
-    ) -> dict[str, tuple[Candidate, Prediction]]:
+    def _no_gain(self, seconds: float) -> str | None:
+        """Why a video that takes so long is of no use; None where it is faster than a dense one of the plain model."""
+        if seconds < (1 - MIN_GAIN) * self.dense.seconds:
+            return None
+        return f"no gain: {_told(seconds)} a video is predicted, dense {_told(self.dense.seconds)}"
+
+    def _pool(self, measured: Sequence[_Levers]) -> dict[str, tuple[Candidate, Prediction]]:
         """All combinations with their predictions, but those than which another of their kind is faster and nearer."""
-        plans = schedules(self.dense.steps, self.dense.layers)
-        of_cache = [(candidate.cache, probe) for candidate, probe in caches]
-        made: dict[str, tuple[Candidate, Prediction]] = {}
-        for cache, its in [(None, None), *of_cache]:
-            for lever, probe in [(None, None), *sparse]:
-                for schedule in plans if lever is not None else [None]:
-                    candidate = Candidate(lever, schedule, cache)
-                    if candidate.kind:
-                        made[candidate.key] = (candidate, predict(candidate, self.dense, probe, its))
+        made = {
+            key: (candidate, predicted)
+            for levers in measured
+            for candidate, predicted in _combined(levers)
+            if (key := candidate.key) not in self._tried
+        }
         keep: set[str] = set()
-        for kind in {candidate.kind for candidate, _ in made.values()}:
-            keep |= front({key: p for key, (c, p) in made.items() if c.kind == kind})
+        kinds: dict[Any, dict[str, Prediction]] = {}
+        for key, (candidate, predicted) in made.items():
+            kinds.setdefault((candidate.adapter, candidate.kind), {})[key] = predicted
+        for points in kinds.values():
+            keep |= front(points)
         for key, (candidate, predicted) in made.items():
             why = "not needed" if key in keep else "another of its kind is predicted to be as fast and nearer"
-            if predicted.seconds >= (1 - MIN_GAIN) * self.dense.seconds:
+            if (slow := self._no_gain(predicted.seconds)) is not None:
                 keep.discard(key)
-                why = f"no gain: {_told(predicted.seconds)} a video is predicted, dense {_told(self.dense.seconds)}"
+                why = slow
             if key in keep or candidate.is_single:
                 self._tried[key] = Tried(candidate, predicted, why=why)
             else:
                 self.left_out += 1
         return {key: made[key] for key in made if key in keep}
 
-    def _confirm(self, pool: dict[str, tuple[Candidate, Prediction]]) -> None:
+    def _confirm(self, pool: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> None:
         """Whole videos of those that promise most, each choice with what the videos before it taught."""
-        taught = Calibration()
         left = dict(pool)
         for _ in range(self.most):
             key = self._next(left, taught)
@@ -148,7 +239,7 @@ class Search:
         told = {}
         for key, (candidate, predicted) in left.items():
             seconds = taught.seconds(predicted.seconds)
-            psnr = taught.psnr(candidate.kind, predicted.error)
+            psnr = taught.psnr(candidate.kind, predicted)
             ratio = seconds / taught.seconds(self.dense.seconds)
             told[key] = (self.budget.excess(predicted.error, psnr, ratio), seconds, psnr)
         within = [key for key, (excess, *_) in told.items() if not excess]
@@ -199,6 +290,18 @@ class Search:
 
     def _drop(self, candidate: Candidate, why: str, predicted: Prediction | None = None) -> None:
         self._tried[candidate.key] = Tried(candidate, predicted, why=why)
+
+
+def _combined(levers: _Levers) -> Iterator[tuple[Candidate, Prediction]]:
+    """Every combination of levers that were measured on one run."""
+    plans = schedules(levers.dense.steps, levers.dense.layers)
+    for how, in_8_bits in [(None, None), *levers.quantize]:
+        for cache, its in [(None, None), *levers.caches]:
+            for lever, probe in [(None, None), *levers.sparse]:
+                for schedule in plans if lever is not None else [None]:
+                    candidate = Candidate(lever, schedule, cache, how, levers.adapter)
+                    if candidate.kind:
+                        yield candidate, predict(candidate, levers.dense, probe, its, in_8_bits, levers.adapter_psnr)
 
 
 def _seconds(tried: Tried) -> float:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from ...attention.layout import VideoLayout
     from ...attention.methods.base import Method
     from ...attention.schedule import DenseSchedule
-    from ...pipelines.presets import Cache, Preset
+    from ...pipelines.presets import Cache, Preset, Quantize
+    from .adapters import AdapterLever
 
-LEVERS = ("sparse", "cache", "precision")
+LEVERS = ("sparse", "cache", "precision", "quantize", "adapter")
 METHODS = ("tangent", "svg2", "sparge", "radial")
 """Tried where none is named: those that need no training and stood for themselves in the fidelity tables."""
 EFFORTS = ("quick", "normal", "thorough")
@@ -81,16 +82,22 @@ class Candidate:
         sparse: of attention; None for dense.
         schedule: the steps and layers that stay dense.
         cache: over steps.
+        quantize: of the linear layers.
+        adapter: for guidance in one pass, or few steps.
     """
 
     sparse: SparseLever | None = None
     schedule: DenseSchedule | None = None
     cache: Cache | None = None
+    quantize: Quantize | None = None
+    adapter: AdapterLever | None = None
 
     @property
     def label(self) -> str:
         """What users see, in one line."""
-        told = []
+        told = [] if self.adapter is None else [self.adapter.label]
+        if self.quantize is not None:
+            told.append(f"layers in {self.quantize.kind}{'' if self.quantize.activations else ', weights alone'}")
         if self.sparse is not None:
             told.append(self.sparse.label)
             names = {"first_steps": "first steps", "last_steps": "last steps", "first_layers": "first layers"}
@@ -106,30 +113,39 @@ class Candidate:
         """Whether it is one lever, in all steps and layers: such are measured, combinations are predicted."""
         from ...attention.schedule import DenseSchedule
 
-        return not (self.sparse and self.cache) and self.schedule in (None, DenseSchedule())
+        used = [lever for lever in (self.sparse, self.cache, self.quantize, self.adapter) if lever is not None]
+        return len(used) < 2 and self.schedule in (None, DenseSchedule())
 
     @property
     def kind(self) -> str:
-        """What its errors are of: a method, a cache, or both."""
-        sparse = "" if self.sparse is None else self.sparse.method.name
-        return "+".join(filter(None, (sparse, "" if self.cache is None else self.cache.name)))
+        """What its errors are of: 8 bits, a method, a cache, or several of them; "" for an adapter alone."""
+        told = (
+            self.quantize and self.quantize.kind,
+            self.sparse and self.sparse.method.name,
+            self.cache and self.cache.name,
+        )
+        return "+".join(filter(None, told))
 
     def preset(self, **facts: Any) -> Preset:
         """It as a preset; `facts` are further fields of that."""
         from ...pipelines.presets import Preset
 
         method = None
+        if self.adapter is not None:
+            facts["guidance_free"] = self.adapter.places
+            facts |= {} if self.adapter.steps is None else {"num_inference_steps": self.adapter.steps}
         if self.sparse is not None:
             method = self.sparse.method
             method = method if self.schedule is None else replace(method, schedule=self.schedule)
             facts["precision"] = self.sparse.precision
-        return Preset(**{"name": "candidate", **facts}, method=method, cache=self.cache)
+        return Preset(**{"name": "candidate", **facts}, method=method, cache=self.cache, quantize=self.quantize)
 
     @property
     def key(self) -> str:
         """The same for the same candidate, in every process."""
         stated = self.preset().to_dict()
-        return json.dumps({k: stated[k] for k in ("attention", "cache") if k in stated}, sort_keys=True)
+        made = {k: stated[k] for k in ("attention", "cache", "quantize", "guidance_free") if k in stated}
+        return json.dumps(made | ({} if self.adapter is None else {"digest": self.adapter.digest}), sort_keys=True)
 
 
 def sparse_levers(
@@ -186,6 +202,15 @@ def cache_levers(names: Sequence[str], effort: str, ratios: Sequence[float] | No
         for variant in variants[:1] if effort == "quick" else variants:
             made += [Cache(name, limit, {**variant, **own}) for limit in THRESHOLDS[name][effort]]
     return made
+
+
+def quantize_levers(effort: str) -> list[Quantize]:
+    """The layers in 8 bits that may save time, what they are multiplied with in 8 bits as well; where that is
+    "thorough", the weights alone, too, which save memory and rarely time."""
+    from ...pipelines.presets import Quantize
+
+    ways = (True, False) if effort == "thorough" else (True,)
+    return [Quantize(kind, activations) for activations in ways for kind in ("int8", "fp8")]
 
 
 def schedules(steps: int, layers: int) -> list[DenseSchedule]:

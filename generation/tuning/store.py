@@ -116,11 +116,11 @@ def limit(key: Key, model: str = "") -> Limit:
 
     Args:
         key: of the machine and the heads.
-        model: that the command would measure for; "" where it has no name.
+        model: that the command would measure for; "" where it has no name that the command knows.
     """
     found, usual = stored(key), methods.MIN_SPARSE_TOKENS
     if found is None:
-        command = f"{COMMAND} --model {model}" if model else COMMAND
+        command = _command(key, model)
         return Limit(usual, f"{usual:,} tokens are a fixed default: `{command}` measures it on this machine.")
     if found.tokens is None:
         least = max(usual, found.dense_until + 1)
@@ -129,6 +129,13 @@ def limit(key: Key, model: str = "") -> Limit:
         )
     why = f"On this machine, sparse attention was measured to pay from {found.tokens:,} tokens."
     return Limit(found.tokens, why, True)
+
+
+def _command(key: Key, model: str) -> str:
+    """What measures a key."""
+    own = f"--heads {key.heads} --head-dim {key.head_dim} --device {key.device} --dtype {key.dtype}"
+    method = "" if key.method == methods.DEFAULT_METHOD else f" --method {key.method}"
+    return f"{COMMAND} {f'--model {model}' if model else own}{method}"
 
 
 def limit_of(

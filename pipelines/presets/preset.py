@@ -19,7 +19,6 @@ VERSION = 1
 """Of the format."""
 OWN = "own"
 """As `guidance_free`: the adapter that the model has of its own."""
-"""Product of attention -> the formats it can be computed in, besides that of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,9 @@ def _place(place: Any, folder: Path | None) -> str:
     if not isinstance(place, str):
         raise PresetError("", f"a file must be a text, not {place!r}")
     path = Path(place).expanduser()
-    return str(path if path.is_absolute() or folder is None else folder / path)
+    if path.is_absolute() or folder is None:
+        return str(path)
+    return str(folder / path) if ".." not in path.parts else str((folder / path).resolve())
 
 
 def _check_names(where: str, stated: Any, known: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from benchmark_scripts import run, table
@@ -19,6 +20,7 @@ def test_presets_of_the_built_in_models(tmp_path):
     [first] = (tmp_path / "preset_demo.jsonl").read_text().splitlines()
     rows = json.loads(first)["rows"]
     assert list(rows)[:2] == ["demo", "demo-dc"] and "demo-dc-fast" in rows
+    assert rows["demo-dc-four-steps"]["of"] == 4 and str(Path(demo.path()).parents[1]) not in first
     assert rows["demo-dc-fast"]["of"] == 6 and rows["demo-cache"]["passes"] < rows["demo-cache"]["of"] == 40
     made = table(tmp_path / "preset_demo.csv")
     assert [row["preset"] for row in made] == ["demo, as it is", "demo-dc, as it is", *list(rows)[2:]]

@@ -30,6 +30,8 @@ def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypat
         (("--min-psnr", 30, "--threads", 0), "Error: --threads is 0: it must be at least 1."),
         (("--min-psnr", 30, "--lever", "luck"), "Error: --lever is luck: there is none of that name;"),
         (("--min-psnr", 30, "--model", "demo-nothing"), "Error: --model is demo-nothing:"),
+        (("--min-psnr", 30, "--adapter", "nowhere"), "Error: --adapter cannot be used:"),
+        (("--max-error", 0.1, "--adapter", "nowhere"), "Give --min-psnr or --max-time-ratio, or leave --adapter out."),
     ],
 )
 def test_bad_input(vidaccel, tmp_path, options, said):
@@ -49,6 +51,12 @@ def test_break_even_is_measured_and_kept(vidaccel, tmp_path, monkeypatch):
     assert "3 heads of 64, float32" in result.stdout and "Sparse attention pays from" in result.stdout
     (file,) = (tmp_path / "vidaccel" / "break_even").iterdir()
     assert f"Kept in {file}." in result.stdout
-    for wrong in (("--method", "sla"), ("--seconds", 0)):
+    result = vidaccel("break-even", "--device", "cpu", "--heads", 2, "--head-dim", 16, "--dtype", "bfloat16")
+    assert result.exit_code == 0 and "2 heads of 16, bfloat16" in result.stdout, (result.output, result.exception)
+    assert len(list(file.parent.iterdir())) == 2
+    for wrong in (
+        ("--method", "sla"), ("--seconds", 0), ("--head-dim", 0, "--heads", 2), ("--heads", 2),
+        ("--model", "demo", "--heads", 2),
+    ):  # fmt: skip
         result = vidaccel("break-even", *wrong)
         assert result.exit_code == 2 and wrong[0] in result.stderr

@@ -81,10 +81,36 @@ def test_the_reference_of_a_comparison_has_no_cache(pipe, tmp_path):
     assert "account" not in numbers[0] and numbers[1]["account"]["skipped"] == 6
 
 
+def test_a_comparison_warms_up_in_as_many_steps_as_the_scheduler_of_a_preset_makes(pipe):
+    levels = SchedulerChoice("GridScheduler", {"sigmas": [1.0, 0.5]})
+    preset = Preset(name="a", method=Radial(), scheduler=levels, num_inference_steps=2)
+    made = generate(pipe, preset=preset, compare=True)
+    assert [video.name for video in made.videos] == ["dense", "radial"]
+
+
 def test_the_adapter_that_a_model_has_of_its_own():
     preset = Preset(name="a", model="demo-dc", guidance_free=("own",), num_inference_steps=2)
     made = vidaccel.generate("demo-dc", PROMPT, preset=preset, cache=EAGER, **SMALL)
     assert [step.forwards for step in made.account.steps] == [1, 1]
+
+
+def test_the_adapters_of_a_preset_in_a_loaded_pipeline():
+    """What `tune` found on a pipeline, and what comes with the package, for `generate` with that pipeline."""
+    pipe = vidaccel.DCVideoGenPipeline.from_pretrained(demo.path("demo-dc"))
+    pipe.set_progress_bar_config(disable=True)
+    scheduler, passes = pipe.scheduler, []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: passes.append(1))
+    loaded = vidaccel.generate(pipe, PROMPT, preset="demo-dc-four-steps", frames=9, height=64, width=64, progress=False)
+    assert len(passes) == 4 and pipe.scheduler is scheduler
+    named = vidaccel.generate("demo-dc", PROMPT, preset="demo-dc-four-steps", **SMALL)
+    assert np.array_equal(loaded.frames, named.frames)
+    passes.clear()
+    own = Preset(name="a", guidance_free=("own",), num_inference_steps=2, guidance_scale=2.0)
+    vidaccel.generate(pipe, PROMPT, preset=own, frames=9, height=64, width=64, progress=False)
+    hook.remove()
+    assert len(passes) == 2
+    with pytest.raises(BadInput, match="guidance_free is for a model that is loaded here"):
+        vidaccel.generate(pipe, PROMPT, guidance_free=True, frames=9, height=64, width=64, progress=False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

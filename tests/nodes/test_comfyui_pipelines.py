@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 import time
 import urllib.error
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from comfy_server import COMFYUI, ROOT, WHY_SKIPPED
+from comfy_server import COMFYUI, PYTHON, ROOT, WHY_SKIPPED
 from diffusers import WanPipeline
 from gft_adapters import write_adapter
 from peft import LoraConfig, get_peft_model_state_dict
@@ -297,3 +298,49 @@ def test_a_file_that_is_no_autoencoder(server):
     made["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["encode", 0], "filename_prefix": "x"}}
     said = json.dumps(server.queue(made)["status"])
     assert "autoencoder cannot be used: There is no file /no" in said
+
+
+def test_tune_is_interrupted_goes_on_and_its_preset_makes_a_video(server):
+    inputs = {
+        "prompts": "a blue square moves up on a white background", "min_psnr": 5.0, "max_error": 0.0,
+        "max_time_ratio": 0.0, "effort": "quick", "confirm": 1, "sparse": False, "caches": True, "adapters": False,
+        "negative_prompt": "", "width": 64, "height": 64, "frames": 9, "steps": 6, "guidance": 2.0, "seed": 0,
+        "name": "tuned/demo",
+    }  # fmt: skip
+    made = graph(frames=9, steps=6, guidance=0.0)
+    made["tune"] = {"class_type": "VidaccelTune", "inputs": {"pipeline": ["load", 0], **inputs}}
+    made["fast"] = {"class_type": "VidaccelApplyPreset", "inputs": {"pipeline": ["load", 0], "preset": ["tune", 0]}}
+    made["make"]["inputs"]["pipeline"] = ["fast", 0]
+    folder = server.folder / "output" / "tuned" / "demo"
+    if b"torchmetrics" not in subprocess.run([PYTHON, "-m", "pip", "list"], capture_output=True).stdout:
+        said = json.dumps(server.queue(made)["status"])
+        assert "tuning needs torchmetrics>=1.4 (not installed): with ComfyUI's Python, pip install -r" in said
+        pytest.skip("ComfyUI's Python has no torchmetrics")
+    with server.events() as events:
+        server.submit(made)
+        progress, asked = [], False
+        while True:
+            message = events.recv()
+            if isinstance(message, bytes):
+                continue
+            event = json.loads(message)
+            if event["type"] == "progress" and event["data"]["node"] == "tune":
+                progress.append(event["data"]["value"])
+                if progress[-1] >= 2 and not asked:
+                    asked = True
+                    server.post("/interrupt")
+            assert event["type"] not in ("execution_success", "execution_error"), event
+            if event["type"] == "execution_interrupted":
+                break
+    known = (folder / "journal.jsonl").read_text()
+    assert known.count("\n") >= 2 and not (folder / "preset.yaml").exists()
+    entry = server.queue(made)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert (folder / "journal.jsonl").read_text().startswith(known)
+    text = entry["outputs"]["tune"]["text"][0]
+    assert str(folder / "tune.html") in text and (folder / "tune.html").is_file()
+    assert "6 steps" in entry["outputs"]["text"]["text"][0]
+    made["tune"]["inputs"] |= {"min_psnr": 0.0}
+    assert "min_psnr is needed, or another bound" in json.dumps(server.queue(made)["status"])
+    made["tune"]["inputs"] |= {"min_psnr": 5.0, "frames": 5}
+    assert "measurements of something else: size was [9, 64, 64]" in json.dumps(server.queue(made)["status"])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from native_calls import (
     HEAD_DIM,
     HEADS,
@@ -27,6 +28,8 @@ from native_calls import (
 )
 
 from vidaccel import SVG, SVG2, Radial, VideoLayout
+from vidaccel.generation.tuning.break_even import BreakEven
+from vidaccel.generation.tuning.store import Key, store
 from vidaccel.nodes.native import KEY, OVERRIDE
 from vidaccel.nodes.sampling import DensePart
 
@@ -226,6 +229,49 @@ def test_few_tokens_stay_dense():
     assert session.report().dense_reasons() == {"min_tokens 81, above the video's 80 tokens": 2}
     step(session_of(min_tokens=80), played)
     assert len(played.asked) == 6
+
+
+def test_min_tokens_at_its_default_goes_by_what_was_measured_on_this_machine(tmp_path, monkeypatch):
+    """The key is that of the model's own calls; what is measured between two samplings counts in the second."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    key = Key.here(HEADS, HEAD_DIM, torch.device("cpu"), torch.float32, "svg2")
+    played, session = Executor(RECORDED["wan"]), session_of(min_tokens=8192, by_length="svg2")
+
+    def sparse() -> bool:
+        before = len(played.asked)
+        step(session, played)
+        session.end()
+        session.begin()
+        return len(played.asked) - before == 2
+
+    assert not sparse()
+    (note,) = session.report().notes
+    command = f"`vidaccel break-even --heads {HEADS} --head-dim {HEAD_DIM} --device cpu --dtype float32 --method svg2`"
+    assert note == f"8,192 tokens are a fixed default: {command} measures it on this machine."
+    assert set(session.report().dense_reasons()) == {"min_tokens 8192, above the video's 80 tokens"}
+    store(key, BreakEven(80, 40))
+    assert sparse() and any(note.startswith("min_tokens 80: On this machine") for note in session.report().notes)
+    store(key, BreakEven(81, 40))
+    assert not sparse() and "min_tokens 81, above the video's 80 tokens" in session.report().dense_reasons()
+    # Another number is the user's own, and of a method that has none to be measured the default is what it says.
+    for options in ({"min_tokens": 80, "by_length": "svg2"}, {"min_tokens": 0}):
+        before = len(played.asked)
+        step(session_of(**options), played)
+        assert len(played.asked) - before == 2
+    store(key, BreakEven(80, 40))
+    step(unmeasured := session_of(min_tokens=8192), played)
+    assert unmeasured.report().notes == () and len(unmeasured.report().dense_reasons()) == 1
+
+
+def test_what_a_method_cannot_do_is_told_where_the_length_allows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    played = Executor(RECORDED["wan"])
+    session = session_of(SVG(density=0.01), min_tokens=8192, by_length="svg")
+    step(session, played)  # dense, so that nobody asks the method
+    store(Key.here(HEADS, HEAD_DIM, torch.device("cpu"), torch.float32, "svg"), BreakEven(80, 40))
+    session.begin()
+    with pytest.raises(ValueError, match=r"density is 0\.01"):
+        step(session, played)
 
 
 def nag(recorded: Recorded, times: int) -> Recorded:

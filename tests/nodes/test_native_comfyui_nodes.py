@@ -10,7 +10,11 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import constants
 from native_comfyui import defaults, nodes, patched, sample, tiny
+
+from vidaccel.generation.tuning.break_even import BreakEven
+from vidaccel.generation.tuning.store import Key, limit, store
 
 SPARSE = [f"VidaccelSparseAttention{name}" for name in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")]
 
@@ -64,6 +68,23 @@ def test_defaults_leave_short_videos_dense(name):
     clone, session = nodes()[name].execute(model, **defaults(nodes()[name])).result
     assert sample(clone, description).equal(unpatched)
     assert set(session.report().dense_reasons()) == {"min_tokens 8192, above the video's 320 tokens"}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_defaults_go_by_what_was_measured_on_this_machine(name, tmp_path, monkeypatch):
+    """The key is of the heads of the model's own calls, and of the node's method."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    description, model, unpatched = tiny("wan_t2v")
+    clone, session = nodes()[name].execute(model, **(defaults(nodes()[name]) | {"density": 0.7})).result
+    assert sample(clone, description).equal(unpatched)
+    own = model.model.diffusion_model
+    method = name.removeprefix("VidaccelSparseAttention").lower()
+    key = Key.here(own.num_heads, own.dim // own.num_heads, torch.device("cpu"), torch.float32, method)
+    (note,) = session.report().notes
+    assert f"`{limit(key).why.split('`')[1]}`" in note and f"--heads {own.num_heads} " in note
+    store(key, BreakEven(40, 0))
+    assert not sample(clone, description).equal(unpatched)
+    assert any("min_tokens 40: On this machine" in note for note in session.report().notes)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import pytest
 from gft_adapters import write_native
 from native_comfyui import sample, tiny
 
-from vidaccel import SVG2, DenseSchedule, Preset
+from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial
 from vidaccel.nodes.native_guidance import guide
 from vidaccel.nodes.patch import sparsify
 from vidaccel.nodes.preset_nodes import apply_native
+from vidaccel.nodes.tables import report_text
 from vidaccel.nodes.wording import InputError
 from vidaccel.pipelines.presets import Cache
 
@@ -35,6 +36,7 @@ def test_the_method_and_what_stays_dense():
     assert made.equal(sample(one_by_one, description)) and not made.equal(unpatched)
     report = session.report()
     assert report.config["preset"] == "a" and report.config["density"] == 0.5
+    assert "not taken num_inference_steps: the sampler's steps" in report_text(session.news())
     assert sample(model, description).equal(unpatched)
 
 
@@ -46,8 +48,35 @@ def test_guidance_in_one_pass_and_what_is_left_to_other_nodes(tmp_path, caplog):
         apply_native(model, preset)
     with caplog.at_level(logging.WARNING, "vidaccel.nodes.preset_nodes"):
         clone, session = apply_native(model, preset, skip_others=True)
-    assert "preset a: not taken from it: cache: EasyCache" in caplog.text and session is None
+    assert "preset a: not taken from it: cache: EasyCache" in caplog.text
+    text = report_text(session.news())
+    assert text.startswith("Guidance takes one pass. The preset a has no method") and "cache: EasyCache" in text
     assert sample(clone, description).equal(sample(guide(model, file, 4.0), description))
+
+
+def test_levers_that_a_model_cannot_carry_are_left_out_one_by_one(tmp_path):
+    description, model, _ = tiny("wan_t2v")
+    file = write_native(tmp_path)
+    only_guidance = Preset(name="a", method=SLA(), sla="b.safetensors", guidance_free=str(file), guidance_scale=4.0)
+    only_method = Preset(name="a", method=SPARSE, guidance_free="own", guidance_scale=4.0, num_inference_steps=4)
+    for preset, message in (
+        (only_guidance, "method: sla, whose weights a MODEL gets from Apply SLA. Set it there"),
+        (only_method, "guidance_free: the adapter of a folder of diffusers; Guidance-Free takes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            apply_native(model, preset)
+    clone, report = apply_native(model, only_guidance, skip_others=True)
+    assert sample(clone, description).equal(sample(guide(model, file, 4.0), description))
+    assert "method: sla, whose weights a MODEL gets from Apply SLA." in report_text(report.news())
+    clone, session = apply_native(model, only_method, skip_others=True)
+    sample(clone, description)
+    assert "not taken guidance_free: the adapter of a folder of diffusers" in report_text(session.news())
+
+
+def test_the_precision_of_a_preset_is_not_lost():
+    _, model, _ = tiny("wan_t2v")
+    with pytest.raises(ValueError, match="precision is int8: "):
+        apply_native(model, Preset(name="a", method=Radial(), precision="int8", backend="gather"))
 
 
 def test_a_preset_of_another_model():

@@ -120,6 +120,10 @@ def test_what_a_native_model_gets():
         "num_inference_steps: the sampler's steps",
     )
     assert native_part(Preset(name="a", method=SPARSE, num_inference_steps=10), 6, "Wan").dense_start_percent == 0.1
+    both = Preset(name="a", method=Radial(), guidance_free=("a.safetensors", "b.safetensors"), guidance_scale=2.0)
+    assert native_part(both, 30, "Wan").left == (
+        "guidance_free: one for each transformer; Guidance-Free before each sampler takes one",
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,14 +131,15 @@ def test_what_a_native_model_gets():
     [
         (Preset(name="a", family="Mochi 1", method=Radial()), "a is for Mochi 1, and this MODEL is Wan"),
         (Preset(name="a", transformer={"num_layers": 40}, method=Radial()), "of 40 layers, and this MODEL has 30"),
-        (Preset(name="a", cache=EAGER, quantize=Quantize("fp8")), "neither a method nor guidance_free.*EasyCache"),
+        (Preset(name="a", cache=EAGER, quantize=Quantize("fp8")), "neither a method nor an adapter.*EasyCache"),
         (Preset(name="a", method=SPARSE), "keeps 1 steps dense, and ComfyUI counts in shares"),
         (Preset(name="a", method=Radial(schedule=DenseSchedule(sigma_above=0.9))), "by noise levels of diffusers"),
-        (Preset(name="a", guidance_free="own", guidance_scale=2.0), "which a MODEL cannot: put Guidance-Free before"),
         (
-            Preset(name="a", method=SLA(), sla="b.safetensors"),
-            "the method sla, whose weights a MODEL gets from Apply SLA",
+            Preset(name="a", guidance_free="own", guidance_scale=2.0),
+            "nothing else .* guidance_free: the adapter",
         ),
+        (Preset(name="a", method=SLA(), sla="b.safetensors"), "nothing else of a preset: method: sla, whose weights"),
+        (Preset(name="a"), "nothing else of a preset: it is empty"),
         (Preset(name="a", guidance_free="x"), "has guidance_free and no guidance_scale"),
     ],
 )

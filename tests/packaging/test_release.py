@@ -74,6 +74,18 @@ def test_comfyui_is_a_version_that_the_pack_takes(project):
     assert [int(n) for n in tag[1:].split(".")] >= [int(n) for n in least.split(".")]
 
 
+def test_comfyui_runs_the_tests_of_its_own_models():
+    """They need ComfyUI in their process: with the project's Python all of them are skipped."""
+    recipe = (ROOT / "Makefile").read_text().partition("\ntest-comfyui:")[2].partition("\n\n")[0]
+    (pattern,) = re.findall(r'grep -lE "(.*?)"', recipe)
+    files = [file.name for file in (ROOT / "tests" / "nodes").glob("test_*.py")
+             if re.search(pattern, file.read_text(), re.MULTILINE)]  # fmt: skip
+    assert {"test_native_comfyui.py", "test_native_comfyui_nodes.py", "test_native_length.py"} <= set(files)
+    assert "$(COMFYUI_PYTHON) -m pytest" in recipe
+    installed = " ".join(step.get("run", "") for step in steps("ci", "comfyui")).split()
+    assert "pytest" in installed and "torchmetrics" in installed  # what the node Tune needs besides
+
+
 @pytest.fixture(scope="module")
 def problem():
     return runpy.run_path(str(ROOT / ".github" / "check_tag.py"))["problem"]

@@ -129,6 +129,9 @@ def test_the_limit(key):
     assert limit(key, "some/model") == Limit(
         8192, "8,192 tokens are a fixed default: `vidaccel break-even --model some/model` measures it on this machine."
     )
+    other = Key.here(40, 128, torch.device("cpu"), torch.bfloat16, "svg")
+    command = "`vidaccel break-even --heads 40 --head-dim 128 --device cpu --dtype bfloat16 --method svg`"
+    assert command in limit(other).why and "break-even --model a/b --method svg`" in limit(other, "a/b").why
     store(key, BreakEven(5888, 4864))
     assert limit(key).tokens == 5888 and limit(key).measured
     # What was not measured is not known to be dense's: the fixed default holds beyond.

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from vidaccel import Radial, Tangent, VideoLayout
 from vidaccel.attention.schedule import DenseSchedule
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.tuning.adapters import AdapterLever
 from vidaccel.generation.tuning.budget import Budget
 from vidaccel.generation.tuning.prediction import Calibration, DenseRun, Prediction, front, predict
 from vidaccel.generation.tuning.result import FOUND, NO_GAIN, NOTHING, Confirmed
 from vidaccel.generation.tuning.search import Measures, Search
-from vidaccel.generation.tuning.space import Candidate, SparseLever, cache_levers, schedules, sparse_levers
+from vidaccel.generation.tuning.space import (
+    Candidate,
+    SparseLever,
+    cache_levers,
+    quantize_levers,
+    schedules,
+    sparse_levers,
+)
 from vidaccel.generation.tuning.trajectory import Probe, probed_steps
-from vidaccel.pipelines.presets import Cache
+from vidaccel.pipelines.presets import Cache, Quantize
 
 STEPS = 10
 DENSE = DenseRun(STEPS, layers=4, step_seconds=1.0, other_seconds=2.0)
@@ -27,11 +36,22 @@ class Machine:
     A step of a method is off by `0.1 * (1 - density)`. PSNR follows the error of a run: `offset - 20 log10(error)`.
     """
 
-    def __init__(self, base: float = 0.3, offset: float = 10.0) -> None:
+    def __init__(self, base: float = 0.3, offset: float = 10.0, quantized: float = 0.8) -> None:
         self.base, self.offset, self.probed, self.confirmed = base, offset, [], []
+        self.quantized, self.adapter_psnr = quantized, 28.0
 
-    def probe(self, candidate: Candidate) -> Probe:
+    def run(self, adapter: AdapterLever) -> DenseRun | str:
+        """One pass instead of two."""
+        return replace(DENSE, step_seconds=0.5) if adapter.places != ("broken",) else "it does not fit"
+
+    def probe(self, candidate: Candidate) -> Probe | str:
         self.probed.append(candidate.label)
+        if candidate.quantize is not None:
+            if candidate.quantize.kind == "fp8":
+                return "no fp8 here"
+            steps = probed_steps(STEPS)
+            taken = self.quantized * (1.0 if candidate.adapter is None else 0.5)
+            return Probe(dict.fromkeys(steps, 0.02), dict.fromkeys(steps, taken), dict.fromkeys(steps, 1.0))
         if candidate.sparse is not None:
             density = candidate.sparse.method.density
             steps = probed_steps(STEPS)
@@ -47,16 +67,21 @@ class Machine:
 
     def confirm(self, candidate: Candidate) -> Confirmed:
         self.confirmed.append(candidate.label)
+        own = candidate.adapter
         probes = [
-            self.probe(Candidate(sparse=candidate.sparse)) if candidate.sparse else None,
-            self.probe(Candidate(cache=candidate.cache)) if candidate.cache else None,
+            self.probe(Candidate(sparse=candidate.sparse, adapter=own)) if candidate.sparse else None,
+            self.probe(Candidate(cache=candidate.cache, adapter=own)) if candidate.cache else None,
+            self.probe(Candidate(quantize=candidate.quantize, adapter=own)) if candidate.quantize else None,
         ]
-        true = predict(candidate, DENSE, *probes)
-        psnr = math.inf if true.error == 0 else self.offset - 20 * math.log10(true.error)
-        return Confirmed((true.seconds,) * 2, (DENSE.seconds,) * 2, (psnr,) * 2, true.error, 1, 1)
+        true = predict(candidate, DENSE if own is None else self.run(own), *probes)
+        error = math.hypot(true.error, 0 if own is None else 10 ** ((self.offset - self.adapter_psnr) / 20))
+        psnr = math.inf if error == 0 else self.offset - 20 * math.log10(error)
+        told = None if own is not None else true.error
+        return Confirmed((true.seconds,) * 2, (DENSE.seconds,) * 2, (psnr,) * 2, told, 1, 1)
 
-    def search(self, budget: Budget, sparse=(), caches=(), most: int = 6):
-        found = Search(budget, DENSE, Measures(self.probe, self.confirm), most).run(sparse, caches)
+    def search(self, budget: Budget, sparse=(), caches=(), most: int = 6, **more):
+        measures = Measures(self.probe, self.confirm, self.run)
+        found = Search(budget, DENSE, measures, most).run(sparse, caches, **more)
         outcome, chosen, tried = found
         return outcome, chosen, {each.candidate.label: each for each in tried}
 
@@ -119,6 +144,37 @@ def test_what_cannot_be_is_dropped_with_why():
     assert outcome == NO_GAIN and {t.why for t in tried.values()} == {"the model refuses it"}
 
 
+def test_layers_in_8_bits_are_taken_where_they_are_faster():
+    eights = quantize_levers("normal")
+    machine = Machine()
+    outcome, chosen, tried = machine.search(Budget(max_error=0.1), levers(0.2), caches(0.05), quantize=eights)
+    assert outcome == FOUND and chosen.candidate.quantize == Quantize("int8", True)
+    assert chosen.candidate.sparse is not None  # what the two save adds up
+    assert tried["layers in fp8"].why == "no fp8 here"
+    slow = Machine(quantized=1.2)
+    outcome, chosen, tried = slow.search(Budget(max_error=0.1), levers(0.2), quantize=eights)
+    assert chosen.candidate.quantize is None and all("int8;" not in label for label in tried)
+    assert tried["layers in int8"].why == "no gain: a step takes 1.20 s, a dense one 1.00 s"
+
+
+def test_an_adapter_is_another_run_that_other_levers_are_measured_on():
+    few = AdapterLever(("/a/gft.safetensors",))
+    broken = AdapterLever(("broken",))
+    machine = Machine()
+    asked = {"caches": caches(0.05), "quantize": quantize_levers("normal")[:1], "adapters": [few, broken]}
+    outcome, chosen, tried = machine.search(Budget(min_psnr=24), **asked)
+    assert outcome == FOUND and chosen.candidate.adapter == few and chosen.candidate.quantize is not None
+    assert tried["gft (one pass)"].confirmed.median == 7.0 and tried["broken (one pass)"].why == "it does not fit"
+    assert {"gft (one pass); layers in int8", "gft (one pass); first_block 0.05"} <= set(machine.probed)
+    # By itself below the budget: nothing is added to it.
+    machine = Machine()
+    machine.adapter_psnr = 20.0
+    outcome, chosen, tried = machine.search(Budget(min_psnr=24), **asked)
+    assert outcome == FOUND and chosen.candidate.adapter is None
+    assert tried["gft (one pass)"].why == "PSNR 20.0 dB below 24"
+    assert not [label for label in machine.probed if label.startswith("gft")]
+
+
 # -- predictions -------------------------------------------------------------------------------------------------------
 
 
@@ -151,13 +207,39 @@ def test_a_cache_and_a_method_share_the_steps():
     assert both.error == pytest.approx(math.sqrt((0.2**2 + 4 * 0.1**2) / 10))
 
 
+def test_8_bits_hold_in_steps_that_stay_dense_too():
+    eight = Probe({0: 0.1, 9: 0.1}, {0: 5.0, 9: 0.8}, {0: 1.0, 9: 1.0})
+    probe = Probe(dict.fromkeys(range(10), 0.2), dict.fromkeys(range(10), 0.5), dict.fromkeys(range(10), 1.0))
+    candidate = Candidate(levers(0.2)[0], DenseSchedule(first_steps=4), quantize=Quantize("int8", True))
+    both = predict(candidate, DENSE, probe, None, eight)
+    assert both.seconds == pytest.approx(2 + 4 * 0.8 + 6 * 0.3)  # attention saves 0.5, the layers 0.2
+    assert both.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2))
+
+
 def test_calibration_learns_by_kind():
     taught = Calibration()
     taught.learn("svg2", Prediction(10.0, 0.1), 12.0, 30.0)
-    assert taught.psnr("svg2", 0.01) == pytest.approx(50.0) and taught.seconds(5.0) == pytest.approx(6.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.01)) == pytest.approx(50.0)
+    assert taught.seconds(5.0) == pytest.approx(6.0)
     taught.learn("first_block", Prediction(10.0, 0.1), 12.0, 20.0)
-    assert taught.psnr("first_block", 0.1) == pytest.approx(20.0) and taught.psnr("svg2", 0.1) == pytest.approx(30.0)
-    assert taught.psnr("svg2", 0.0) == math.inf
+    assert taught.psnr("first_block", Prediction(1.0, 0.1)) == pytest.approx(20.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.1)) == pytest.approx(30.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.0)) == math.inf
+
+
+def test_what_an_adapter_and_what_others_change_adds_up():
+    taught = Calibration()
+    taught.learn("svg2", Prediction(10.0, 0.1), 12.0, 30.0)
+    assert taught.psnr("", Prediction(1.0, 0.0, 33.0)) == pytest.approx(33.0)
+    assert taught.psnr("svg2", Prediction(1.0, 0.1, 30.0)) == pytest.approx(30.0 - 10 * math.log10(2))
+    # Learnt from a video with an adapter is what the lever adds to it.
+    other = Calibration()
+    other.learn("svg2", Prediction(10.0, 0.1, 30.0), 12.0, 30.0 - 10 * math.log10(2))
+    assert other.psnr("svg2", Prediction(1.0, 0.1)) == pytest.approx(30.0)
+    # A video that is nearer with the lever than without teaches nothing of it.
+    other = Calibration()
+    other.learn("svg2", Prediction(10.0, 0.1, 30.0), 12.0, 31.0)
+    assert other.psnr("svg2", Prediction(1.0, 0.1)) == Calibration().psnr("svg2", Prediction(1.0, 0.1))
 
 
 def test_the_front():
@@ -192,7 +274,10 @@ def test_candidates_have_names_and_keys_of_their_own():
         one.label == "tangent density 0.2; dense: 2 first steps; first_block 0.1" and one.kind == "tangent+first_block"
     )
     others = [Candidate(levers(0.3)[0], one.schedule, one.cache), Candidate(one.sparse, one.schedule), Candidate()]
-    assert len({each.key for each in [one, *others]}) == 4
+    others += [Candidate(quantize=Quantize("int8", activations)) for activations in (True, False)]
+    others += [Candidate(adapter=AdapterLever(("/a/b.safetensors",), 4, digest)) for digest in ("1", "2")]
+    assert len({each.key for each in [one, *others]}) == 8
+    assert others[4].label == "layers in int8, weights alone" and others[4].kind == "int8" and others[4].is_single
     assert one.key == Candidate(levers(0.2)[0], DenseSchedule(first_steps=2), Cache("first_block", 0.1)).key
     assert Candidate(SparseLever(Radial())).preset().method == Radial()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
+import torch
 from diffusers import WanPipeline
 
 import vidaccel
@@ -16,7 +18,7 @@ from vidaccel.generation.request import Settings
 from vidaccel.generation.tuning import space
 from vidaccel.generation.tuning.journal import FILE, Journal
 from vidaccel.generation.tuning.trajectory import probe, record
-from vidaccel.pipelines.presets import Cache, load_preset
+from vidaccel.pipelines.presets import Cache, Quantize, load_preset
 
 PROMPTS = demo.HELD_OUT_PROMPTS[:2]
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 4}
@@ -34,19 +36,6 @@ def pipe() -> WanPipeline:
 def thresholds(monkeypatch):
     """One that skips nothing of a short run, and one that skips all after the first step."""
     monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (0.001, 1e3))
-
-
-@pytest.fixture
-def layers(pipe):
-    """`layers()`: self-attention layers of the pipeline that ran so far, one a second."""
-    count = [0]
-    hooks = [
-        block.attn1.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-        for block in pipe.transformer.blocks
-    ]
-    yield lambda: float(count[0])
-    for hook in hooks:
-        hook.remove()
 
 
 @pytest.fixture
@@ -141,6 +130,30 @@ def test_sparse_attention_of_a_short_video_is_no_gain(pipe, layers, tmp_path):
     assert "no gain: a step takes" in (tmp_path / "t" / "tune.html").read_text()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_layers_in_8_bits_are_measured_and_the_weights_come_back(pipe, tmp_path):
+    """By a clock on which a step in 8 bits takes half the time."""
+    now = [0.0]
+
+    def counted(module, *_):
+        now[0] += 1.0 if type(module.to_q.weight.data) is torch.Tensor else 0.5
+
+    hooks = [block.attn1.register_forward_pre_hook(counted) for block in pipe.transformer.blocks]
+    weight = pipe.transformer.blocks[0].ffn.net[2].weight.detach().clone()
+    options = {"levers": ("quantize",), "effort": "quick", "progress": False, **SMALL}
+    try:
+        made = vidaccel.tune(pipe, PROMPTS[:1], out=tmp_path / "t", min_psnr=10.0, clock=lambda: now[0], **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert made.outcome == "found" and made.preset.quantize == Quantize("int8", activations=True)
+    assert made.gain == (2.0,) and 0 < made.chosen.confirmed.error < 0.2
+    (fp8,) = (each for each in made.tried if each.confirmed is None)
+    assert "need a GPU that multiplies float8" in fp8.why
+    assert load_preset(tmp_path / "t" / "preset.yaml").quantize == made.preset.quantize
+    assert torch.equal(pipe.transformer.blocks[0].ffn.net[2].weight, weight)
+
+
 # -- bad input, before anything is loaded ------------------------------------------------------------------------------
 
 
@@ -162,22 +175,22 @@ def test_sparse_attention_of_a_short_video_is_no_gain(pipe, layers, tmp_path):
             r"^levers nothing is left to try \(cache_dit: .*pip install",
         ),
         ({"levers": ("precision",)}, r"^levers nothing is left to try"),
+        ({"levers": ("quantize",)}, r"^levers nothing is left to try \(quantize: .*pip install torchao"),
+        ({"levers": ("adapter",)}, r"^levers nothing is left to try"),
     ],
 )
 def test_bad_input(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr("vidaccel.generation.tuning.api.load", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr("importlib.util.find_spec", _without("cache_dit"))
+    monkeypatch.setattr("importlib.util.find_spec", _without("cache_dit", "torchao"))
     asked = {"prompts": PROMPTS, "out": tmp_path / "t", "min_psnr": 30.0, "device": "cpu", **SMALL} | changes
     with pytest.raises(BadInput, match=message):
         vidaccel.tune("demo", **asked)
     assert not (tmp_path / "t").exists()
 
 
-def _without(package: str):
-    import importlib.util
-
+def _without(*packages: str):
     find = importlib.util.find_spec
-    return lambda name, *more: None if name == package else find(name, *more)
+    return lambda name, *more: None if name in packages else find(name, *more)
 
 
 def test_a_folder_that_cannot_be_one(tmp_path):

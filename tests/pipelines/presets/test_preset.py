@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vidaccel import DenseSchedule, Preset, Radial, Tangent
+from vidaccel import DenseSchedule, Preset, Radial, Tangent, demo
 from vidaccel.pipelines.presets import (
     Cache,
     LoraFile,
@@ -167,3 +167,23 @@ def test_those_of_the_package_can_be_read():
     for name in shipped_presets():
         preset = load_preset(name)
         assert preset.name == name and preset.summary and preset.family and preset.levers()
+
+
+def test_those_of_the_package_say_what_stands_for_them():
+    """What was measured here names its table, whose numbers are in it; the others say that nothing was."""
+    root = Path(__file__).parents[3]
+    for name in shipped_presets():
+        preset = load_preset(name)
+        if not preset.model.startswith("demo"):
+            assert "Not measured here with these weights" in preset.summary, name
+        elif preset.measured:
+            table = (root / preset.measured["table"]).read_text()
+            assert preset.measured["right"].split(" (")[0] in table and str(preset.measured["psnr_to_demo_dc"]) in table
+    assert len(load_preset("wan-2.1-1.3b-480p-magcache").cache.settings["mag_ratios"]) == 50
+
+
+def test_the_adapter_of_a_preset_of_the_package_is_in_the_package():
+    preset = load_preset("demo-dc-four-steps")
+    (place,) = preset.guidance_free
+    assert Path(place) == Path(demo.path("demo-dc"), "transformer", "few_steps_4.safetensors").resolve()
+    assert preset.levers()["guidance_free"] == "few_steps_4.safetensors" and preset.num_inference_steps == 4

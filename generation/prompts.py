@@ -1,0 +1,41 @@
+"""Prompts with a seed each, of which videos are made and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .errors import BadInput
+
+
+def prompts_with_seeds(
+    prompts: str | Sequence[str], seeds: int | Sequence[int]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """One seed for each prompt.
+
+    Args:
+        prompts: one, or several.
+        seeds: one each, or the first of as many.
+
+    Raises:
+        BadInput: no prompt, or another number of seeds.
+    """
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not texts:
+        raise BadInput("prompts", "there are none", "Give at least one.")
+    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
+    if len(numbers) != len(texts):
+        raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    return texts, numbers
+
+
+def in_words(prompts: Sequence[str], seeds: Sequence[int], rounds: int | None = None) -> str:
+    """ "4 prompts, 2 rounds, seeds 0, 1, 2, 3", for a reader; of many seeds the first few."""
+    told = [counted(len(prompts), "prompt")]
+    told += [] if rounds is None else [counted(rounds, "round")]
+    more = ", ..." if len(seeds) > 8 else ""
+    return f"{', '.join(told)}, seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds[:8]))}{more}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 prompt", "2 prompts"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
