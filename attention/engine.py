@@ -54,7 +54,8 @@ class SparseAttention:
     """Sparse self-attention for the layers of one model.
 
     The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
-    masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts.
+    masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts,
+    or where `forget_run` says that it ended.
     Of the last `KEPT_LAYOUTS` layouts (sizes of videos) and the records of the last `KEPT_RUNS` runs, no more is kept.
 
     Args:
@@ -111,10 +112,14 @@ class SparseAttention:
         self._layout_memory: dict[tuple, dict[str, Any]] = {}
         self._forget_run()
 
-    def _forget_run(self) -> None:
+    def forget_run(self) -> None:
+        """Forget what is of one run alone, at its end; plans that a backward pass needs stay."""
         self._call_memory: dict[tuple, dict[str, Any]] = {}
         self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
+
+    def _forget_run(self) -> None:
+        self.forget_run()
         self._drop_grad_plans()
 
     def _drop_grad_plans(self) -> None:

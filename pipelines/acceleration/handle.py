@@ -317,7 +317,12 @@ class _Installed(CopiedNotPickled):
             transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
             transformer.register_forward_hook(self._leave),
         ]
+        self._clock.forgets(self.name, self.engine.forget_run)
         self.active = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._clock.forgets(self.name, self.engine.forget_run)
 
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -368,6 +373,7 @@ class _Installed(CopiedNotPickled):
                 "which computes them",
                 logging.WARNING,
             )
+        self._clock.passed()
         if not torch.is_grad_enabled():
             return
         passes = [self.engine.pass_again(), *(site.pass_again() for site in self._sites.values())]
