@@ -80,9 +80,7 @@ def test_a_machine_without_a_fast_backend_is_refused_but_a_slow_one_by_name(pipe
     """A GPU without Triton: `gather` would launch a kernel for each tile."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(backends.WORTHWHILE, "cpu", ("triton",))
-    with pytest.raises(
-        RuntimeError, match="'auto' cannot be used here: it finds no backend that is fast on cpu: triton"
-    ):
+    with pytest.raises(RuntimeError, match="'auto' cannot be used here: it finds no backend .* cpu: triton"):
         vidaccel.accelerate(pipe, "svg2")
     with vidaccel.accelerate(pipe, "svg2", backend="gather"):
         generate(pipe)
