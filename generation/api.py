@@ -63,7 +63,7 @@ def generate(
     precision: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    offload: bool = False,
+    offload: bool | str = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
@@ -107,7 +107,8 @@ def generate(
             then include the measuring.
         precision: "int8" computes Q K^T of sparse attention in 8 bits, see `accelerate`; None, in `dtype`.
         device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
-        offload: keep on the device only the part that is at work.
+        offload: keep on the device only the part that is at work; "blocks", of a transformer that is larger than the
+            device one block at a time.
         tiling: encode and decode in tiles.
         lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1. One of the recipe `length`
             brings the attention that it was trained for.

@@ -97,7 +97,7 @@ class Job:
     backend: str
     device: torch.device
     dtype: torch.dtype
-    offload: bool = False
+    offload: bool | str = False
     tiling: bool = False
     density: float | None = None
     inputs: Mapping[str, Path] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def prepare(
     compare: bool = False,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    offload: bool = False,
+    offload: bool | str = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
@@ -228,7 +228,7 @@ def prepare(
     settings = suited(settings, adapters, facts).checked(facts)
     check_guidance(adapters, facts, settings)
     if preset is not None:
-        check_beside(preset, facts, settings)
+        check_beside(preset, facts, settings, offload)
     check_fits(loras, facts)
     check_bases(loras, facts)
     riflex = chosen_riflex(rope, trained, facts)

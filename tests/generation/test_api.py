@@ -184,3 +184,5 @@ def test_the_device_may_be_any_that_torch_has(monkeypatch):
     for name, words in (("xpu:2", "there are 2, counted from 0"), ("mps", "finds no MPS device here. Give auto, cpu")):
         with pytest.raises(BadInput, match=words):
             choose_device(name, offload=False)
+    with pytest.raises(BadInput, match="offload is 'layers': it must be True, False or \"blocks\""):
+        choose_device("xpu", offload="layers")
