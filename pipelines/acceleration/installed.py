@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class Installed(CopiedNotPickled):
         self._passes = 0
         self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
         self.paused = ""
+        self._thread: int | None = None  # which is in a forward pass
         self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
         try:
             self._install(processors)
@@ -84,6 +86,7 @@ class Installed(CopiedNotPickled):
         self._hooks = [
             transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
             transformer.register_forward_hook(self._leave),
+            transformer.register_forward_hook(self._outside, always_call=True),
         ]
         self._clock.forgets(self.name, self.engine.forget_run)
         self.active = True
@@ -95,6 +98,14 @@ class Installed(CopiedNotPickled):
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine the grid and the step of this forward pass."""
+        thread = threading.get_ident()
+        if self._thread not in (None, thread):
+            raise RuntimeError(
+                f"{self.name} is called by two threads at once, and what sparse attention remembers is of one run: let "
+                "one wait for the other (a threading.Lock around the pipeline's call), or give each thread a pipeline "
+                "with a copy of the transformer, accelerated by itself."
+            )
+        self._thread = thread
         given = self._signature.bind(module, *args, **kwargs).arguments
         timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
         empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
@@ -160,6 +171,12 @@ class Installed(CopiedNotPickled):
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 tensor.register_hook(again)
+
+    @torch.compiler.disable
+    def _outside(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        """A forward pass ended, also by an error."""
+        if self._thread == threading.get_ident():
+            self._thread = None
 
     def check_sites(self) -> None:
         """Note the layers that made no attention call of ours in the forward passes so far."""

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
@@ -355,3 +356,35 @@ def test_the_first_of_two_transformers_forgets_before_the_second_remembers():
         seen = Remembered(pipe, handle)
     first = seen.after_steps.count(["transformer"])
     assert first and seen.after_steps == [[], *[["transformer"]] * first, *[["transformer_2"]] * (4 - first), []]
+
+
+def test_two_threads_at_once_are_refused_one_after_the_other_are_not(pipe):
+    """A server whose pipelines share a transformer: one run would read the plans of the other."""
+    other = make_pipe(transformer=pipe.transformer)
+    errors = []
+
+    def elsewhere():
+        try:
+            generate(other)
+        except (RuntimeError, ValueError) as error:
+            errors.append(str(error))
+
+    def in_a_thread(*_):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        inside = pipe.transformer.blocks[0].register_forward_pre_hook(in_a_thread)  # in the midst of a pass
+        expected = generate(pipe)
+        inside.remove()
+        assert len(errors) == 8 and "transformer is called by two threads at once" in errors[0]
+        assert generate(pipe).equal(expected)
+        in_a_thread()
+        assert len(errors) == 8
+        pipe.transformer.blocks[2].attn1.to_q.weight.data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            generate(pipe)
+        in_a_thread()  # the pass that ended by an error is over
+        assert len(errors) == 9 and "NaN" in errors[-1]
+    assert handle.report().records
