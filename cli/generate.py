@@ -227,7 +227,8 @@ def generate_command(
         for note in (*filter(None, [job.hint]), *job.notes):
             typer.echo(worded(note, option))
         with bars(job.facts.name) as on_stage:
-            videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage)
+            told = {"on_stage": on_stage, "on_note": lambda note: typer.echo(worded(note, option), err=True)}
+            videos = carry_out(job, out=out, warm=warm_up and compare, **told)
         files = job.files(out)
         if not compare:
             print_summary(videos, files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
+from .forecast import decoding_note
 from .guidance import guided_by
 from .job import Job, prepare
 from .length import roped
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
     from ..attention.methods.base import Method
     from ..pipelines.presets import Cache, Preset, Quantize
+
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -209,7 +214,12 @@ def check_files_of(job: Job, out: Path | None, report: Path | None) -> None:
 
 
 def carry_out(
-    job: Job, *, out: Path | None = None, warm: bool = False, on_stage: StageCallback | None = None
+    job: Job,
+    *,
+    out: Path | None = None,
+    warm: bool = False,
+    on_stage: StageCallback | None = None,
+    on_note: Callable[[str], None] = lambda note: logger.warning(worded(note)),
 ) -> list[GeneratedVideo]:
     """Load what is not loaded, and make every video of a job; each is written as soon as it is there.
 
@@ -218,12 +228,15 @@ def carry_out(
         out: see `Job.files`; None writes nothing.
         warm: an uncounted step before each run.
         on_stage: told of what happens.
+        on_note: told what a user should know before the steps, to be `worded`.
     """
     files = {} if out is None else job.files(out)
     pipe = job.pipe
     if pipe is None:
         pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
         attach(pipe, job.loras)
+        if note := _before_the_steps(job, pipe):
+            on_note(note)
     videos = []
     with guided_by(job.guidance_free, pipe, job.facts), roped(pipe, job.riflex):
         for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
@@ -231,6 +244,16 @@ def carry_out(
                 video.save(files[video.name])
             videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
     return videos
+
+
+def _before_the_steps(job: Job, pipe: DiffusionPipeline) -> str:
+    """What may end the run after its steps, whose work would be lost; "" for nothing."""
+    import torch
+
+    if job.device.type != "cuda":
+        return ""
+    capacity = torch.cuda.get_device_properties(job.device).total_memory
+    return decoding_note(pipe, job.settings, job.device, capacity)
 
 
 def _density_notes(job: Job, video: GeneratedVideo) -> list[str]:

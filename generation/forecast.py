@@ -7,14 +7,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput
+from .errors import BadInput, mention
 from .methods import DEFAULT_METHOD, MIN_SPARSE_TOKENS
 from .model_facts import ModelFacts
 from .pipeline_options import check_options
 from .request import Settings
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
+    import torch
+    from diffusers import DiffusionPipeline, ModelMixin
 
     from ..attention.layout import VideoLayout
 
@@ -127,6 +128,32 @@ def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int) -> i
     if type(vae).__name__ in _COUNTED:
         return memory.memory_to_decode(vae, frames, height, width)
     return memory.decoding_bytes({"base_dim": 128}, frames, height, width, vae.dtype.itemsize)
+
+
+def decoding_note(pipe: DiffusionPipeline, settings: Settings, device: torch.device, capacity: int) -> str:
+    """What to do about frames that will not fit where they are decoded, after all steps; "" where they will.
+
+    Args:
+        pipe: loaded and placed.
+        settings: checked.
+        device: where it runs. capacity: bytes that it has.
+    """
+    import torch
+
+    vae = pipe.vae
+    if type(vae).__name__ not in _COUNTED or vae.use_tiling:
+        return ""
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    there = {
+        id(p): p.nbytes for part in parts for p in part.parameters() if part is vae or p.device.type == device.type
+    }
+    weights, needed = sum(there.values()), memory_to_decode(vae, settings.frames, settings.height, settings.width)
+    if weights + needed <= capacity:
+        return ""
+    return (
+        f"Decoding takes about {_gb(needed)} beside {_gb(weights)} of weights on {device}, which has {_gb(capacity)}: "
+        f"give {mention('tiling')} if it runs out of memory."
+    )
 
 
 def _sparse_rows(layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> list[tuple[str, str]]:
