@@ -226,9 +226,12 @@ def generate_command(
             typer.echo(worded(f"method {', '.join(job.methods)}: {job.why}", option))
         for note in (*filter(None, [job.hint]), *job.notes):
             typer.echo(worded(note, option))
+
+        def told(note: str) -> None:
+            typer.echo(worded(note, option), err=True)
+
         with bars(job.facts.name) as on_stage:
-            told = {"on_stage": on_stage, "on_note": lambda note: typer.echo(worded(note, option), err=True)}
-            videos = carry_out(job, out=out, warm=warm_up and compare, **told)
+            videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage, on_note=told)
         files = job.files(out)
         if not compare:
             print_summary(videos, files)
