@@ -162,8 +162,12 @@ def _sparse_rows(layout: VideoLayout, heads: int, head_dim: int, itemsize: int) 
 
     if layout.tokens < MIN_SPARSE_TOKENS:
         return []
-    size = METHODS[DEFAULT_METHOD]().table_bytes(layout, heads, head_dim, itemsize)
-    return [(f"tables of a {DEFAULT_METHOD} call", _gb(size))]
+    method = METHODS[DEFAULT_METHOD]()
+    kept = method.kept_bytes(layout, heads, head_dim)
+    return [
+        (f"tables of a {DEFAULT_METHOD} call", _gb(method.table_bytes(layout, heads, head_dim, itemsize))),
+        ("kept during a run", f"{_gb(kept)} for each layer and guidance branch"),
+    ]
 
 
 def _autoencoder_config(facts: ModelFacts) -> dict[str, Any]:
