@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calls import as_class
+from .calls import as_class, check_untouched
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters, own_adapters, suited
@@ -214,6 +214,7 @@ def prepare(
         given = {field: field in settings.given for field in ("image", "video", "last_image")}
         facts, pipe = inspect_model(model, **given), None
     else:
+        check_untouched(model)
         _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
         index = dict(getattr(model, "config", {}))
         pipe = as_class(model, variant(type(model).__name__, settings.given, index))

@@ -191,6 +191,20 @@ def test_the_device_may_be_any_that_torch_has(monkeypatch):
         choose_device("xpu", offload="layers")
 
 
+@pytest.mark.parametrize("put_in", [vidaccel.accelerate, vidaccel.apply], ids=["accelerate", "apply"])
+def test_a_pipeline_that_is_accelerated_already_is_refused_and_not_taken_for_dense(pipe, put_in):
+    what = "svg2" if put_in is vidaccel.accelerate else vidaccel.Preset(name="mine", method=SVG2())
+    told = "sparse attention" if put_in is vidaccel.accelerate else "the preset mine"
+    arguments = {name: value for name, value in SMALL.items() if name != "device"}
+    with put_in(pipe, what):
+        for more in ({"method": "dense"}, {"method": "svg2"}, {"compare": True}, {}):
+            with pytest.raises(BadInput, match=f"model is WanPipeline: {told} is at work in it already.*restore"):
+                vidaccel.generate(pipe, PROMPT, **arguments, **more)
+        with pytest.raises(BadInput, match=f"{told} is at work in it already"):
+            vidaccel.waterfall(pipe, vidaccel.Preset(name="a", method=SVG2()), [PROMPT])
+    vidaccel.generate(pipe, PROMPT, **arguments)
+
+
 def test_what_decoding_takes_is_told_before_the_steps():
     cpu = torch.device("cpu")
     pipe = load_pipeline(vidaccel.demo.path(), torch.float32, cpu)
