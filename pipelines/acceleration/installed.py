@@ -99,7 +99,8 @@ class Installed(CopiedNotPickled):
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine the grid and the step of this forward pass."""
         thread = threading.get_ident()
-        if self._thread not in (None, thread):
+        # One that was ended in the midst of a pass, other than by an exception, never said so.
+        if self._thread != thread and any(each.ident == self._thread for each in threading.enumerate()):
             raise RuntimeError(
                 f"{self.name} is called by two threads at once, and what sparse attention remembers is of one run: let "
                 "one wait for the other (a threading.Lock around the pipeline's call), or give each thread a pipeline "
