@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .calls import parts_of, row_of
 from .errors import BadInput, mention
 from .methods import DEFAULT_METHOD, MIN_SPARSE_TOKENS
 from .model_facts import ModelFacts
@@ -79,7 +81,7 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
             *_sparse_rows(layout, heads, head_dim, itemsize),
         ]
     rows += [
-        *_decoding_rows(vae, made, of_vae),
+        *_decoding_rows(vae, made, of_vae, parts),
         ("the decoded video", _gb(video_bytes(frames, height, width))),
     ]
     return rows
@@ -106,11 +108,14 @@ def _tokens(facts: ModelFacts, layout: VideoLayout) -> str:
     return f"{told})"
 
 
-def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: int) -> list[tuple[str, str]]:
+def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: int, parts: int) -> list[tuple[str, str]]:
     """What decoding takes, whole and in tiles; for an autoencoder that was not counted, that it was not."""
+    from ..autoencoders.counting import COUNTED, counted_bytes
     from ..autoencoders.memory import decoding_bytes, default_tile
 
-    if (name := vae.get("_class_name")) not in _COUNTED:
+    if (name := vae.get("_class_name")) in COUNTED and parts == 1:
+        return [("decoding, about", f"{_gb(counted_bytes(name, vae, *made, itemsize))}, in tiles much less")]
+    if name not in _COUNTED:
         return [("decoding", f"not counted: what {name or 'its autoencoder'} takes was not measured")]
     return [
         ("decoding, about", _gb(decoding_bytes(vae, *made, itemsize))),
@@ -118,15 +123,24 @@ def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: in
     ]
 
 
-def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int) -> int:
+def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int, parts: int = 1) -> int:
     """What decoding takes beside the weights, in bytes, of an autoencoder as it is now.
 
-    One that was not counted is taken for Wan's, a third wider.
+    One that was not counted, or not in tiles, is taken for Wan's, a third wider.
+
+    Args:
+        vae: the autoencoder.
+        frames, height, width: of the video.
+        parts: in which it is made; Framepack decodes one of them with the one before.
     """
     from ..autoencoders import memory
+    from ..autoencoders.counting import COUNTED, counted_bytes
 
-    if type(vae).__name__ in _COUNTED:
+    if (name := type(vae).__name__) in _COUNTED:
         return memory.memory_to_decode(vae, frames, height, width)
+    if name in COUNTED and not vae.use_tiling:
+        at_once = min(frames, 2 * math.ceil(frames / parts))
+        return counted_bytes(name, vae.config, at_once, height, width, vae.dtype.itemsize)
     return memory.decoding_bytes({"base_dim": 128}, frames, height, width, vae.dtype.itemsize)
 
 
@@ -140,14 +154,15 @@ def decoding_note(pipe: DiffusionPipeline, settings: Settings, device: torch.dev
     """
     import torch
 
+    from ..autoencoders.counting import COUNTED
+
     vae = pipe.vae
-    if type(vae).__name__ not in _COUNTED or vae.use_tiling:
+    if type(vae).__name__ not in (*_COUNTED, *COUNTED) or vae.use_tiling:
         return ""
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    there = {
-        id(p): p.nbytes for part in parts for p in part.parameters() if part is vae or p.device.type == device.type
-    }
-    weights, needed = sum(there.values()), memory_to_decode(vae, settings.frames, settings.height, settings.width)
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    there = {id(p): p.nbytes for m in modules for p in m.parameters() if m is vae or p.device.type == device.type}
+    parts, weights = parts_of(pipe, row_of(pipe), settings), sum(there.values())
+    needed = memory_to_decode(vae, settings.frames, settings.height, settings.width, parts)
     if weights + needed <= capacity:
         return ""
     return (

@@ -115,7 +115,7 @@ def working_memory(
         layout, settings: of the video.
         method: of self-attention; None for dense.
     """
-    from ..generation.calls import row_of
+    from ..generation.calls import parts_of, row_of
     from ..generation.forecast import memory_to_decode
     from ..generation.rows import patch_of
 
@@ -135,7 +135,8 @@ def working_memory(
             _, patch_h, patch_w = patch_of(part.config)
             height = max(height, layout.height * patch_h * factor)
             width = max(width, layout.width * patch_w * factor)
-    needs["vae"] = memory_to_decode(pipe.vae, settings.frames, height, width)
+    parts = parts_of(pipe, row, settings)
+    needs["vae"] = memory_to_decode(pipe.vae, settings.frames, height, width, parts)
     return needs
 
 
