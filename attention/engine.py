@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 
-from .backends import BACKENDS, WORTHWHILE, check_backend, pick_special, precision_of, runs_somehow
+from .backends import (
+    BACKENDS,
+    WORTHWHILE,
+    check_backend,
+    nothing_is_fast,
+    pick,
+    pick_special,
+    precision_of,
+    runs_somehow,
+)
 from .backends.base import AS_INPUTS, Request
 from .functional import attend, check_inputs, check_tensors, choose_backend
 from .groups import dense_attention
@@ -54,7 +63,8 @@ class SparseAttention:
     """Sparse self-attention for the layers of one model.
 
     The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
-    masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts.
+    masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts,
+    or where `forget_run` says that it ended.
     Of the last `KEPT_LAYOUTS` layouts (sizes of videos) and the records of the last `KEPT_RUNS` runs, no more is kept.
 
     Args:
@@ -92,6 +102,7 @@ class SparseAttention:
         self.precision, self._formats = precision, precision_of(precision)
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
+        self._fitting: tuple[VideoLayout, ...] = ()  # which of them the method was found to be able to do
         self._checked: tuple[int, int] | None = None
         self._able: set[tuple] = set()  # kinds of calls that were found to have a backend
         self._logged: set[str] = set()  # of the notes, which a training forgets at every step
@@ -111,10 +122,14 @@ class SparseAttention:
         self._layout_memory: dict[tuple, dict[str, Any]] = {}
         self._forget_run()
 
-    def _forget_run(self) -> None:
+    def forget_run(self) -> None:
+        """Forget what is of one run alone, at its end; plans that a backward pass needs stay."""
         self._call_memory: dict[tuple, dict[str, Any]] = {}
         self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
+
+    def _forget_run(self) -> None:
+        self.forget_run()
         self._drop_grad_plans()
 
     def _drop_grad_plans(self) -> None:
@@ -133,13 +148,15 @@ class SparseAttention:
         self.__dict__.update(state)
         self.forget()
 
-    def enter(self, step: StepInfo, *layouts: VideoLayout) -> None:
+    def enter(self, step: StepInfo, *layouts: VideoLayout, dense: bool = False) -> None:
         """Say where the following calls are: once per forward pass of the model.
 
         Args:
             step: of the pass.
             layouts: of the sequence; or one for each sample of the batch, where their texts are not of one length. No
                 layout says that the sequence is not known: then all calls stay dense.
+            dense: every call of the pass will say that it must stay dense, so the method need not be able to do the
+                layouts.
 
         Raises:
             ValueError: the method cannot do what it is set to on this layout.
@@ -154,14 +171,14 @@ class SparseAttention:
         if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
-        grids = {layout.grid for layout in self.layouts}
-        for layout in dict.fromkeys(layouts):
-            if layout not in self.layouts:
+        grids = {layout.grid for layout in self._fitting}
+        for layout in () if dense else dict.fromkeys(layouts):
+            if layout not in self._fitting:
                 self.method.check(layout)
             # Not once more for each length of text, which many prompts would fill the report with.
             if layout.grid not in grids and (remark := self.method.remark(layout)):
                 self.note(remark)
-        self.step, self.layouts = step, layouts
+        self.step, self.layouts, self._fitting = step, layouts, () if dense else layouts
 
     def pass_again(self) -> Callable[[], None]:
         """What brings the forward pass that was entered last back, with the plans that its gradients need.
@@ -289,17 +306,21 @@ class SparseAttention:
 
     def _check_able(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Refuse what no backend here can compute in the first call of a run, be it dense, and not at the first sparse
-        step: a precision, or a second stage.
+        step: a precision or a second stage, whatever a backend that was named does not do, and with "auto" a machine
+        on which all of them are slower than dense attention.
         """
         second = self.method.second_stage
-        if self._formats == AS_INPUTS and not second:
-            return
         grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         kind = (q.device, q.dtype, q.shape[-1], grad)
         if kind not in self._able:
             shape = (*kind[:3], q.shape[2])
             request = Request(*shape, False, False, grad, self._formats, self.method.stands_in, second_stage=second)
-            pick_special(self.backend, request)
+            if self._formats != AS_INPUTS or second:
+                pick_special(self.backend, request)
+            elif self.backend != "auto":
+                pick(self.backend, request, scattered=False)
+            elif reason := nothing_is_fast(q.device):
+                raise RuntimeError(f"backend 'auto' {reason}.")
             self._able.add(kind)
 
     def note(self, text: str, level: int = logging.INFO) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+_UNKNOWN = (
+    "how many steps it has is unknown here, where the scheduler that runs is not that of the accelerated pipeline. "
+    "Give the pipeline that scheduler, or use a whole number of first_steps"
+)
+
 
 @dataclass(frozen=True)
 class StepInfo:
@@ -161,10 +166,10 @@ class DenseSchedule:
                 "levels are not those of a flow, or there is no scheduler. Use first_steps and last_steps."
             )
         if self.last_steps and step.num_steps is None:
-            raise ValueError("DenseSchedule.last_steps needs the number of steps of the run, which is unknown here.")
+            raise ValueError(f"DenseSchedule.last_steps={self.last_steps} counts from the end of a run: {_UNKNOWN}.")
         if step.num_steps is None and isinstance(self.first_steps, float) and self.first_steps > 0:
             raise ValueError(
-                f"DenseSchedule.first_steps={self.first_steps} is a fraction of a number of steps that is unknown here."
+                f"DenseSchedule.first_steps={self.first_steps} is a fraction of the steps of a run: {_UNKNOWN}."
             )
         first, last = (self.first_steps, 0) if step.num_steps is None else self.steps_of(step.num_steps)
         if step.step < first:

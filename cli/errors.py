@@ -51,7 +51,10 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, RuntimeError, OSError) as error:
         message = error.worded(option) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
         if type(error).__name__ == "OutOfMemoryError":
-            message = "out of GPU memory: try --offload, fewer --frames or a smaller size."
+            message = (
+                "out of GPU memory: try --offload, or --offload-blocks where the transformer alone is too large; "
+                "--vae-tiling where it was in decoding; fewer --frames or a smaller size."
+            )
         elif type(error).__module__.partition(".")[0] != __name__.partition(".")[0] and not isinstance(error, OSError):
             raise
         typer.echo(f"Error: {message}", err=True)

@@ -16,11 +16,13 @@ from .options import (
     Device,
     Dtype,
     Offload,
+    OffloadBlocks,
     Threads,
     Tiling,
     ValuesMayBeLeftOut,
     amount,
     method_settings,
+    offloading,
     pipeline_arguments,
     use_threads,
 )
@@ -148,6 +150,7 @@ def generate_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = False,
+    offload_blocks: OffloadBlocks = False,
     vae_tiling: Tiling = False,
     threads: Threads = None,
     warm_up: Annotated[
@@ -210,7 +213,7 @@ def generate_command(
             compare=compare,
             device=device,
             dtype=dtype,
-            offload=offload,
+            offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
             lora=lora or (),
             guidance_free=True if guidance_free == [OWN] else guidance_free or (),
@@ -223,8 +226,12 @@ def generate_command(
             typer.echo(worded(f"method {', '.join(job.methods)}: {job.why}", option))
         for note in (*filter(None, [job.hint]), *job.notes):
             typer.echo(worded(note, option))
+
+        def told(note: str) -> None:
+            typer.echo(worded(note, option), err=True)
+
         with bars(job.facts.name) as on_stage:
-            videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage)
+            videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage, on_note=told)
         files = job.files(out)
         if not compare:
             print_summary(videos, files)

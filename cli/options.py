@@ -15,6 +15,12 @@ from ..generation.values import count_or_share
 Device = Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep only the part at work on the device.")]
+OffloadBlocks = Annotated[
+    bool,
+    typer.Option(
+        "--offload-blocks", help="Also of a transformer that is larger than the device: one block of it at a time."
+    ),
+]
 Tiling = Annotated[bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")]
 
@@ -64,6 +70,13 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text  # as in rule=published
+
+
+def offloading(parts: bool, blocks: bool) -> bool | str:
+    """What `--offload` and `--offload-blocks` mean to `vidaccel.generate`; the second goes further than the first."""
+    from ..pipelines.loading import BLOCKS
+
+    return BLOCKS if blocks else parts
 
 
 def use_threads(threads: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, GeneratedVideo
 from .errors import BadInput, mention, worded
+from .forecast import decoding_note
 from .guidance import guided_by, placed
 from .job import Job, prepare
 from .length import roped
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
     from ..attention.methods.base import Method
     from ..pipelines.presets import Cache, Preset, Quantize
+
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -63,7 +68,7 @@ def generate(
     precision: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    offload: bool = False,
+    offload: bool | str = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
@@ -107,7 +112,8 @@ def generate(
             then include the measuring.
         precision: "int8" computes Q K^T of sparse attention in 8 bits, see `accelerate`; None, in `dtype`.
         device, dtype: torch's, a name, or "auto"; of a loaded pipeline they are its own.
-        offload: keep on the device only the part that is at work.
+        offload: keep on the device only the part that is at work; "blocks", of a transformer that is larger than the
+            device one block at a time.
         tiling: encode and decode in tiles.
         lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1. One of the recipe `length`
             brings the attention that it was trained for.
@@ -208,7 +214,12 @@ def check_files_of(job: Job, out: Path | None, report: Path | None) -> None:
 
 
 def carry_out(
-    job: Job, *, out: Path | None = None, warm: bool = False, on_stage: StageCallback | None = None
+    job: Job,
+    *,
+    out: Path | None = None,
+    warm: bool = False,
+    on_stage: StageCallback | None = None,
+    on_note: Callable[[str], None] = lambda note: logger.warning(worded(note)),
 ) -> list[GeneratedVideo]:
     """Load what is not loaded, and make every video of a job; each is written as soon as it is there.
 
@@ -217,12 +228,15 @@ def carry_out(
         out: see `Job.files`; None writes nothing.
         warm: an uncounted step before each run.
         on_stage: told of what happens.
+        on_note: told what a user should know before the steps, to be `worded`.
     """
     files = {} if out is None else job.files(out)
     pipe = job.pipe
     if pipe is None:
         pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
         attach(pipe, job.loras)
+        if note := _before_the_steps(job, pipe):
+            on_note(note)
     videos = []
     with guided_by(job.guidance_free, pipe, placed(job.facts, job.pipe)), roped(pipe, job.riflex):
         for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
@@ -230,6 +244,16 @@ def carry_out(
                 video.save(files[video.name])
             videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
     return videos
+
+
+def _before_the_steps(job: Job, pipe: DiffusionPipeline) -> str:
+    """What may end the run after its steps, whose work would be lost; "" for nothing."""
+    import torch
+
+    if job.device.type != "cuda":
+        return ""
+    capacity = torch.cuda.get_device_properties(job.device).total_memory
+    return decoding_note(pipe, job.settings, job.device, capacity)
 
 
 def _density_notes(job: Job, video: GeneratedVideo) -> list[str]:

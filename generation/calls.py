@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .errors import BadInput
 from .rows import PipelineRow, find_row
 from .sound import Sound
 
@@ -30,6 +31,18 @@ def row_of(pipe: DiffusionPipeline) -> PipelineRow:
     if row is None:
         raise TypeError(f"{type(pipe).__name__} has no row in generation/rows.")
     return row
+
+
+def check_untouched(pipe: DiffusionPipeline) -> None:
+    """Raise BadInput for a loaded pipeline in which a preset or sparse attention is at work: its dense run would not be
+    one.
+    """
+    from ..pipelines.undo import sparse_at_work
+
+    if found := sparse_at_work(pipe):
+        problem = f"{found} is at work in it already, so that no run of it would be dense"
+        fix = "Call remove() on its handle, or vidaccel.restore(pipe), and name the method or the preset here."
+        raise BadInput("model", problem, fix, value=type(pipe).__name__)
 
 
 def as_class(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:

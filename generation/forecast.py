@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput
+from .calls import parts_of, row_of
+from .errors import BadInput, mention
 from .methods import DEFAULT_METHOD, MIN_SPARSE_TOKENS
 from .model_facts import ModelFacts
 from .pipeline_options import check_options
 from .request import Settings
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
+    import torch
+    from diffusers import DiffusionPipeline, ModelMixin
 
     from ..attention.layout import VideoLayout
 
@@ -78,7 +81,7 @@ def forecast(facts: ModelFacts, settings: Settings, itemsize: int) -> list[tuple
             *_sparse_rows(layout, heads, head_dim, itemsize),
         ]
     rows += [
-        *_decoding_rows(vae, made, of_vae),
+        *_decoding_rows(vae, made, of_vae, parts),
         ("the decoded video", _gb(video_bytes(frames, height, width))),
     ]
     return rows
@@ -105,11 +108,14 @@ def _tokens(facts: ModelFacts, layout: VideoLayout) -> str:
     return f"{told})"
 
 
-def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: int) -> list[tuple[str, str]]:
+def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: int, parts: int) -> list[tuple[str, str]]:
     """What decoding takes, whole and in tiles; for an autoencoder that was not counted, that it was not."""
+    from ..autoencoders.counting import COUNTED, counted_bytes
     from ..autoencoders.memory import decoding_bytes, default_tile
 
-    if (name := vae.get("_class_name")) not in _COUNTED:
+    if (name := vae.get("_class_name")) in COUNTED and parts == 1:
+        return [("decoding, about", f"{_gb(counted_bytes(name, vae, *made, itemsize))}, in tiles much less")]
+    if name not in _COUNTED:
         return [("decoding", f"not counted: what {name or 'its autoencoder'} takes was not measured")]
     return [
         ("decoding, about", _gb(decoding_bytes(vae, *made, itemsize))),
@@ -117,16 +123,52 @@ def _decoding_rows(vae: dict[str, Any], made: tuple[int, int, int], itemsize: in
     ]
 
 
-def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int) -> int:
+def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int, parts: int = 1) -> int:
     """What decoding takes beside the weights, in bytes, of an autoencoder as it is now.
 
-    One that was not counted is taken for Wan's, a third wider.
+    One that was not counted, or not in tiles, is taken for Wan's, a third wider.
+
+    Args:
+        vae: the autoencoder.
+        frames, height, width: of the video.
+        parts: in which it is made; Framepack decodes one of them with the one before.
     """
     from ..autoencoders import memory
+    from ..autoencoders.counting import COUNTED, counted_bytes
 
-    if type(vae).__name__ in _COUNTED:
+    if (name := type(vae).__name__) in _COUNTED:
         return memory.memory_to_decode(vae, frames, height, width)
+    if name in COUNTED and not vae.use_tiling:
+        at_once = min(frames, 2 * math.ceil(frames / parts))
+        return counted_bytes(name, vae.config, at_once, height, width, vae.dtype.itemsize)
     return memory.decoding_bytes({"base_dim": 128}, frames, height, width, vae.dtype.itemsize)
+
+
+def decoding_note(pipe: DiffusionPipeline, settings: Settings, device: torch.device, capacity: int) -> str:
+    """What to do about frames that will not fit where they are decoded, after all steps; "" where they will.
+
+    Args:
+        pipe: loaded and placed.
+        settings: checked.
+        device: where it runs. capacity: bytes that it has.
+    """
+    import torch
+
+    from ..autoencoders.counting import COUNTED
+
+    vae = pipe.vae
+    if type(vae).__name__ not in (*_COUNTED, *COUNTED) or vae.use_tiling:
+        return ""
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    there = {id(p): p.nbytes for m in modules for p in m.parameters() if m is vae or p.device.type == device.type}
+    parts, weights = parts_of(pipe, row_of(pipe), settings), sum(there.values())
+    needed = memory_to_decode(vae, settings.frames, settings.height, settings.width, parts)
+    if weights + needed <= capacity:
+        return ""
+    return (
+        f"Decoding takes about {_gb(needed)} beside {_gb(weights)} of weights on {device}, which has {_gb(capacity)}: "
+        f"give {mention('tiling')} if it runs out of memory."
+    )
 
 
 def _sparse_rows(layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> list[tuple[str, str]]:
@@ -135,8 +177,12 @@ def _sparse_rows(layout: VideoLayout, heads: int, head_dim: int, itemsize: int) 
 
     if layout.tokens < MIN_SPARSE_TOKENS:
         return []
-    size = METHODS[DEFAULT_METHOD]().table_bytes(layout, heads, head_dim, itemsize)
-    return [(f"tables of a {DEFAULT_METHOD} call", _gb(size))]
+    method = METHODS[DEFAULT_METHOD]()
+    kept = method.kept_bytes(layout, heads, head_dim)
+    return [
+        (f"tables of a {DEFAULT_METHOD} call", _gb(method.table_bytes(layout, heads, head_dim, itemsize))),
+        ("kept during a run", f"{_gb(kept)} for each layer and guidance branch"),
+    ]
 
 
 def _autoencoder_config(facts: ModelFacts) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calls import as_class
+from .calls import as_class, check_untouched
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters, own_adapters, placed, suited
@@ -97,7 +97,7 @@ class Job:
     backend: str
     device: torch.device
     dtype: torch.dtype
-    offload: bool = False
+    offload: bool | str = False
     tiling: bool = False
     density: float | None = None
     inputs: Mapping[str, Path] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def prepare(
     compare: bool = False,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    offload: bool = False,
+    offload: bool | str = False,
     tiling: bool = False,
     lora: str | Path | Sequence[str | Path] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
@@ -215,6 +215,7 @@ def prepare(
         given = {field: field in settings.given for field in ("image", "video", "last_image")}
         facts, pipe = inspect_model(model, **given), None
     else:
+        check_untouched(model)
         _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
         index = dict(getattr(model, "config", {}))
         pipe = as_class(model, variant(type(model).__name__, settings.given, index))
@@ -230,7 +231,7 @@ def prepare(
     settings = suited(settings, adapters, facts).checked(facts)
     check_guidance(adapters, of_weights, settings)
     if preset is not None:
-        check_beside(preset, facts, settings)
+        check_beside(preset, facts, settings, offload)
     check_fits(loras, facts)
     check_bases(loras, facts)
     riflex = chosen_riflex(rope, trained, facts)

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def choose_device(name: str | torch.device, offload: bool) -> torch.device:
+def choose_device(name: str | torch.device, offload: bool | str) -> torch.device:
     """The device that `device` means; BadInput when this machine lacks it.
 
     Every kind of accelerator that this build of torch has will do (cuda, which ROCm is as well, mps, xpu, ...).
     """
     import torch
 
+    from ..pipelines.loading import BLOCKS
+
+    if offload not in (False, True, BLOCKS):
+        raise BadInput("offload", f'it must be True, False or "{BLOCKS}"', value=repr(offload))
     name = str(name)
     present = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.default_method import DEFAULT_METHOD as DEFAULT_METHOD
+from ..pipelines.default_method import MIN_SPARSE_TOKENS as MIN_SPARSE_TOKENS
 from .errors import BadInput, mention, refuse_given
 
 if TYPE_CHECKING:
@@ -14,11 +16,7 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
 
 DENSE = "dense"
-DEFAULT_METHOD = "tangent"
 DEFAULT_COMPARED = ("tangent", "svg2", "radial")
-MIN_SPARSE_TOKENS = 8192
-"""Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves.
-Where it was measured on this machine from how many tokens it pays, that counts instead; see `tuning/store.py`."""
 _SET_BY_DENSITY = {
     "radial": ("decay", "rule"),
     "svg2": ("top_p", "min_ratio"),

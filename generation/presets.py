@@ -127,9 +127,16 @@ def beside(preset: Preset) -> Preset | None:
     return rest if rest.levers() else None
 
 
-def check_beside(preset: Preset, facts: ModelFacts, settings: Settings) -> None:
-    """Raise BadInput for a preset of another model, and for a library that is missing, before weights are read."""
+def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload: bool | str = False) -> None:
+    """Raise BadInput for a preset of another model, and for a library that is missing, before weights are read.
+
+    Args:
+        preset: of the request.
+        facts, settings: of the model and the request, checked.
+        offload: see `pipelines.loading.load_pipeline`.
+    """
     from ..pipelines.acceleration.families import FAMILIES
+    from ..pipelines.loading import BLOCKS
     from ..pipelines.presets import PresetError
     from ..pipelines.presets.checks import differences
     from ..pipelines.presets.packages import check_packages
@@ -142,6 +149,9 @@ def check_beside(preset: Preset, facts: ModelFacts, settings: Settings) -> None:
     if facts.transformer and (differing := differences(preset.transformer, facts.transformer)):
         problem = f"cannot be used: {preset.name} is for another model: {'; '.join(differing)}"
         raise BadInput("preset", problem, f"Give another {mention('model')}, or another preset.")
+    if preset.quantize is not None and offload == BLOCKS:
+        problem = f"by blocks cannot be had with {mention('quantize')}: it moves the weights that it found"
+        raise BadInput("offload", problem, "Offload whole parts: in 8 bits a transformer takes half.")
     try:
         check_packages(preset)
     except PresetError as error:

@@ -73,7 +73,12 @@ class Run:
 
 
 def load(
-    facts: ModelFacts, dtype: torch.dtype, device: torch.device | str, *, offload: bool = False, tiling: bool = False
+    facts: ModelFacts,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    offload: bool | str = False,
+    tiling: bool = False,
 ) -> DiffusionPipeline:
     """Load the weights and place them; see `pipelines.loading.load_pipeline`.
 

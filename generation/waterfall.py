@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .calls import check_untouched
 from .comparison import compare
 from .errors import BadInput, mention
 from .machine import choose_device, choose_dtype, environment
@@ -241,6 +242,8 @@ class _Models:
         if callable(given) and not hasattr(given, "components"):
             given = given()
         self.given = None if given is None or isinstance(given, str | Path) else given
+        if self.given is not None:
+            check_untouched(self.given)
         self.first_name = str(given) if isinstance(given, str | Path) else ""
         self.device = choose_device(device, offload) if self.given is None else self.given._execution_device
         self._dtype, self._offload, self._tiling = dtype, offload, tiling

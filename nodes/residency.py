@@ -115,7 +115,7 @@ def working_memory(
         layout, settings: of the video.
         method: of self-attention; None for dense.
     """
-    from ..generation.calls import row_of
+    from ..generation.calls import parts_of, row_of
     from ..generation.forecast import memory_to_decode
     from ..generation.rows import patch_of
 
@@ -126,11 +126,24 @@ def working_memory(
         if part is not None:
             heads, head_dim = row.heads(part.config)
             needs[name] = transformer_bytes(layout.tokens, heads * head_dim, part.dtype.itemsize)
-            needs[name] += 0 if method is None else method.table_bytes(layout, heads, head_dim, part.dtype.itemsize)
+            if method is not None:
+                calls = _calls_of_a_step(pipe, name, settings)
+                needs[name] += method.table_bytes(layout, heads, head_dim, part.dtype.itemsize)
+                needs[name] += calls * method.kept_bytes(layout, heads, head_dim)
             # What is made may be larger than what is asked for, and is cropped.
             _, factor = row.factors(pipe.vae.config)
             _, patch_h, patch_w = patch_of(part.config)
             height = max(height, layout.height * patch_h * factor)
             width = max(width, layout.width * patch_w * factor)
-    needs["vae"] = memory_to_decode(pipe.vae, settings.frames, height, width)
+    parts = parts_of(pipe, row, settings)
+    needs["vae"] = memory_to_decode(pipe.vae, settings.frames, height, width, parts)
     return needs
+
+
+def _calls_of_a_step(pipe: DiffusionPipeline, name: str, settings: Settings) -> int:
+    """Self-attention calls of a transformer in a step, which has a pass for each guidance branch."""
+    from ..pipelines.acceleration import find_transformers
+
+    transformer, family = find_transformers(pipe)[name]
+    guided = settings.guidance_scale is not None and settings.guidance_scale > 1
+    return len(family.modules(transformer)) * (2 if guided else 1)

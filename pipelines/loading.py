@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BLOCKS = "blocks"
+"""What `offload` is where a transformer does not fit on the device as a whole."""
+
 
 def find_class(name: str) -> type[DiffusionPipeline]:
     """A pipeline class by name: this package's or diffusers' own.
@@ -46,7 +49,7 @@ def load_pipeline(
     device: torch.device | str,
     *,
     pipeline_class: str = "DiffusionPipeline",
-    offload: bool = False,
+    offload: bool | str = False,
     tiling: bool = False,
     autoencoder_dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
@@ -57,7 +60,8 @@ def load_pipeline(
         dtype: of all components but the autoencoder.
         device: where it runs.
         pipeline_class: its name; "DiffusionPipeline" finds out which of diffusers' it is.
-        offload: keep only the component at work on `device` (`enable_model_cpu_offload`).
+        offload: keep only the component at work on `device` (`enable_model_cpu_offload`); with `BLOCKS`, of a
+            transformer one block at a time, where it is larger than the device as a whole.
         tiling: let the autoencoder work in tiles.
         autoencoder_dtype: of the autoencoder; None for that of `usual_autoencoder_dtype`.
 
@@ -87,11 +91,28 @@ def load_pipeline(
     if "VideoToVideo" in pipeline_class:
         _use_own_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
-    if offload:
+    if offload == BLOCKS:
+        _offload_blocks(pipe, torch.device(device))
+    elif offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
     return pipe
+
+
+def _offload_blocks(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """Keep of transformers one block on a device, of text encoders one layer; autoencoders, which are small, stay."""
+    import torch
+    import transformers
+    from diffusers.hooks import apply_group_offloading
+
+    for name, part in pipe.components.items():
+        if name.startswith("transformer") and part is not None:
+            part.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1)
+        elif isinstance(part, transformers.PreTrainedModel):
+            apply_group_offloading(part, device, offload_type="leaf_level")
+        elif isinstance(part, torch.nn.Module):
+            part.to(device)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .acceleration import handle as acceleration
+from .acceleration.rebinding import SparseProcessor
 
 GUIDANCE_FREE = "_vidaccel_guidance_free"
 """Attribute of a pipeline that holds its guidance-free handle."""
@@ -28,3 +31,13 @@ def restore(pipe: Any) -> None:
     if free is not None:
         free.remove()
     acceleration.restore(pipe)
+
+
+def sparse_at_work(pipe: Any) -> str:
+    """Which of a preset and sparse attention is at work in a pipeline, in words; empty for neither."""
+    preset = getattr(pipe, PRESET, None)
+    if preset is not None:
+        return f"the preset {preset.preset.name}"
+    parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, torch.nn.Module)]
+    processors = (getattr(module, "processor", None) for part in parts for module in part.modules())
+    return "sparse attention" if any(isinstance(processor, SparseProcessor) for processor in processors) else ""

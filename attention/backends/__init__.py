@@ -71,6 +71,12 @@ def refusal(name: str, device: torch.device) -> str | None:
     return f"finds no backend that is fast on {device.type}: " + "; ".join(f"{n} {why}" for n, why in reasons.items())
 
 
+def nothing_is_fast(device: torch.device) -> str | None:
+    """Why "auto" would be slower than dense attention on a device; None where it may be faster."""
+    reason = refusal("auto", device) if device.type in WORTHWHILE else None
+    return reason and f"{reason}. One that is slow runs where it is named, such as 'gather'"
+
+
 def with_stand_ins(device: torch.device) -> list[str]:
     """Names of the backends that run on a device and attend to what stands for skipped keys (`Method.stands_in`)."""
     return [
@@ -183,6 +189,7 @@ __all__ = [
     "Precision",
     "Request",
     "check_backend",
+    "nothing_is_fast",
     "pick",
     "pick_special",
     "precision_of",

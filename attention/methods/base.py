@@ -133,6 +133,16 @@ class Method(abc.ABC):
         """
         return 0
 
+    def kept_bytes(self, layout: VideoLayout, heads: int, head_dim: int) -> int:
+        """Memory of what a call leaves behind until the run ends, of which there is one for each layer and guidance
+        branch, in bytes.
+
+        Args:
+            layout: the token grid.
+            heads: times the batch. head_dim: D.
+        """
+        return 0
+
     def planning_pairs(self, layout: VideoLayout) -> float:
         """What planning computes, in pairs of dense attention and as a share of them; not in the density."""
         return 0.0

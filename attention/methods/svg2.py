@@ -116,6 +116,9 @@ class SVG2(Method):
         clusters = self.cluster_counts(layout.video_tokens)[1] + (layout.text_tokens > 0)
         return heads * 2 * 4 * clusters * head_dim if self.compensate else 0
 
+    def kept_bytes(self, layout: VideoLayout, heads: int, head_dim: int) -> int:
+        return heads * 4 * sum(self.cluster_counts(layout.video_tokens)) * head_dim
+
     def planning_pairs(self, layout: VideoLayout) -> float:
         if self.route == "mass" or not self.compensate:
             return 0.0

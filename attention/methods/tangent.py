@@ -160,6 +160,10 @@ class Tangent(Method):
             return heads * 2 * 4 * k_clusters * head_dim
         return heads * q_clusters * k_clusters * (2 * head_dim * min(itemsize, 4) + 4)
 
+    def kept_bytes(self, layout: VideoLayout, heads: int, head_dim: int) -> int:
+        counts = self.cluster_counts(layout.video_tokens)
+        return heads * sum(_label_bytes(n) * layout.video_tokens + 4 * n * head_dim for n in counts)
+
     def cluster_counts(self, tokens: int) -> tuple[int, int]:
         """Clusters of queries and of keys for a number of video tokens.
 
@@ -216,7 +220,10 @@ class Tangent(Method):
         else:
             iterations = self.init_iterations if kept is None else self.step_iterations
             clusters = with_order(cluster(x, count, iterations, None if kept is None else kept[1]))
-        memory[f"tangent_{name}"] = (clusters.labels.short() if count < 2**15 else clusters.labels, clusters.means)
+        memory[f"tangent_{name}"] = (
+            clusters.labels.short() if _label_bytes(count) == 2 else clusters.labels,
+            clusters.means,
+        )
         return clusters
 
     def _spend(
@@ -245,3 +252,8 @@ class Tangent(Method):
             selected = spend(rank, cost, budget)
         remaining = (error * ~selected).sum((1, 2, 3))
         return heads.mine(selected), (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+
+
+def _label_bytes(clusters: int) -> int:
+    """Of a token, in what is kept."""
+    return 2 if clusters < 2**15 else 8

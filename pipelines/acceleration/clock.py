@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakMethod
 
 import torch
 
@@ -28,6 +31,7 @@ class _Run:
         counted: steps are counted although there is a table, because the timesteps are not its rows.
         rises: the direction of timesteps that are counted, once it is known.
         passes: of each model in this row. per_row: in the last complete row.
+        together: some row has had passes of several models.
         seen: the steps that were run. total: how many there should be.
     """
 
@@ -41,6 +45,7 @@ class _Run:
     rises: bool | None = None
     passes: Counter[str] = field(default_factory=Counter)
     per_row: dict[str, int] = field(default_factory=dict)
+    together: bool = False
     seen: set[int] = field(default_factory=set)
     total: int | None = None
 
@@ -50,6 +55,16 @@ class _Run:
             self.per_row.update(self.passes)
             self.passes.clear()
             self.place = place
+
+    def left(self) -> set[str]:
+        """The models that left the row to another one (Wan 2.2), where no row has had passes of both."""
+        return set() if self.together else self.per_row.keys() - self.passes.keys()
+
+    def ended(self) -> bool:
+        """Whether the last row has had as many passes as the one before."""
+        if self.total is None or self.place - self.first < self.total - 1:
+            return False
+        return all(count >= self.per_row.get(model, math.inf) for model, count in self.passes.items())
 
     def note(self) -> str:
         """What is wrong with the count, empty if nothing is."""
@@ -92,6 +107,30 @@ class StepClock:
         self._sends_rows: bool | None = None  # whether the models get the timesteps of the table, once it is known
         self._notes: dict[int, str] = {}
         self._told = -1  # of this run and those before nothing is said any more
+        self._forgetful: dict[str, WeakMethod] = {}
+
+    def forgets(self, model: str, forget: Callable[[], None]) -> None:
+        """Have a method called where a model makes no more passes in a run.
+
+        What it remembers is of no use then, and can be gigabytes, which the second of two transformers and the
+        autoencoder have need of.
+
+        Args:
+            model: the component.
+            forget: the method; it is held weakly.
+        """
+        self._forgetful[model] = WeakMethod(forget)
+
+    def passed(self) -> None:
+        """A forward pass ended. After the last one of a run, what all of its models remember is forgotten."""
+        if self._run is not None and self._run.ended():
+            self._forget({*self._run.passes, *self._run.per_row})
+
+    def _forget(self, models: set[str]) -> None:
+        for model in models & self._forgetful.keys():
+            forget = self._forgetful[model]()
+            if forget is not None:
+                forget()
 
     def __deepcopy__(self, memo: dict[int, object]) -> StepClock:
         # A transformer that is copied alone must not bring a copy of its pipeline.
@@ -138,6 +177,8 @@ class StepClock:
         run.total = self._total(run, now)
         number = run.passes[model]
         run.passes[model] += 1
+        run.together |= len(run.passes) > 1
+        self._forget(run.left())
         run.seen.add(run.place - run.first)
         branch = branches[number] if number < len(branches) else f"pass {number}"
         sigma = None if run.table is None or run.counted else run.table.sigma(run.place)

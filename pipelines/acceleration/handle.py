@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,26 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from ...attention import SLA, DenseSchedule, Method, RunReport, SparseAttention, resolve_method
-from ...attention.backends import check_backend, special_refusal
+from ...attention import SLA, DenseSchedule, Method, RunReport, resolve_method
+from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
+from ..default_method import DEFAULT_METHOD, MIN_SPARSE_TOKENS
+from .checks import check_runs, check_schedule
 from .clock import StepClock
-from .copies import CopiedNotPickled
-from .families import Family, find_transformers
+from .families import find_transformers
+from .installed import Installed
 from .rank_heads import balance_note
-from .rebinding import SparseProcessor, rebind
-from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
-from .site import Site
-from .sla import Learned, LearnedAtWork, find_learned, method_of
-from .sla_weights import PROJECTION
-from .ulysses import Ulysses
+from .sla import Learned, find_learned, method_of
 
 logger = logging.getLogger(__name__)
-
-COPY = "copy the pipeline, or call vidaccel.restore() with the copy and accelerate it again where it is used."
 
 
 class Handle:
@@ -39,37 +32,36 @@ class Handle:
     def __init__(
         self,
         pipe: object,
-        method: Method | str,
+        method: Method | str | None,
         backend: str,
         schedule: DenseSchedule | None,
+        min_tokens: int | None = None,
         measure_error: int = 0,
         adapters: Sequence[str | Path] = (),
         base: str | Path | None = None,
         precision: str | None = None,
     ) -> None:
         transformers = find_transformers(pipe)
-        method, learned = _with_learned(method, transformers, adapters, base)
-        self.method = method
+        chosen, learned = _with_learned(method, transformers, adapters, base)
+        self.method = chosen
+        schedule = schedule if schedule is not None else chosen.schedule
+        check_schedule(schedule, pipe)
         for transformer, _ in transformers.values():
-            reason = special_refusal(backend, _place_of(transformer), precision, method.second_stage)
-            if reason is not None:
-                raise RuntimeError(reason)
-        schedule = schedule if schedule is not None else method.schedule
-        if not hasattr(pipe, "scheduler"):
-            fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
-            _check_without_scheduler(f"{type(pipe).__name__} is no pipeline, so", schedule, fix)
-        elif schedule.needs_sigma:
-            check_noise_levels(pipe.scheduler, schedule)
+            check_runs(transformer, chosen, backend, precision)
+        least = _least_tokens(min_tokens, method, chosen)
         self._pipe = pipe
+        self._why = "" if method is not None else _why_chosen(chosen, least)
+        if self._why:
+            logger.info(self._why)
         self._told: set[str] = set()
         self._clock = StepClock(pipe)
-        self._installed: list[_Installed] = []
+        self._installed: list[Installed] = []
         try:
             for name, (transformer, family) in transformers.items():
-                options = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
-                options["precision"] = precision
+                options: dict[str, Any] = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
+                options |= {"precision": precision, "min_tokens": least}
                 own = learned.get(name)
-                self._installed.append(_Installed(pipe, name, transformer, family, method, own, self._clock, **options))
+                self._installed.append(Installed(pipe, name, transformer, family, chosen, own, self._clock, **options))
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
             raise
@@ -81,7 +73,7 @@ class Handle:
         engines = [installed.engine for installed in self._installed]
         reports = [engine.report() for engine in engines]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
-        notes = dict.fromkeys(note for engine in engines for note in engine.notes)
+        notes = dict.fromkeys(filter(None, [self._why, *(note for engine in engines for note in engine.notes)]))
         notes |= dict.fromkeys([*self._clock.notes(), *self._replaced(), *balance_note(records)])
         notes |= dict.fromkeys(dropped_note(max(engine.oldest_run for engine in engines)))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
@@ -140,10 +132,11 @@ class Handle:
 
 def accelerate(
     pipe: Any,
-    method: Method | str,
+    method: Method | str | None = None,
     *,
     backend: str = "auto",
     schedule: DenseSchedule | None = None,
+    min_tokens: int | None = None,
     measure_error: int = 0,
     adapter: str | Path | Sequence[str | Path] = (),
     base: str | Path | None = None,
@@ -159,9 +152,11 @@ def accelerate(
         pipe: a diffusers pipeline whose transformers are all of a known family (`FAMILIES`), or such a transformer
             alone, whose steps are then counted from its timesteps.
         method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults; "sla" for what the model was trained
-            with.
+            with. None chooses: SLA for a model that was trained for it, otherwise `Tangent`; the report says which.
         backend: a backend's name, which then runs or raises, or "auto".
         schedule: the steps and layers that stay dense; the method's own when None.
+        min_tokens: videos of fewer tokens stay dense, where planning would cost more than it saves; None for 8192 where
+            the method is chosen here, otherwise for none. `vidaccel break-even` measures it.
         measure_error: so many queries of each sparse call are computed densely too, in float32, and the report tells
             how far the method's output is from that, by layer and step: 64 are enough. The video stays the same to the
             bit. It costs `measure_error / tokens` of a dense call in float32 and a read of all keys and values; 0
@@ -178,17 +173,18 @@ def accelerate(
 
     Raises:
         TypeError: a transformer of the pipeline is not known; names the families and what a new one needs. Or a
-            processor of it cannot be rebound; names it.
-        ValueError: unknown method, backend or precision, or a `measure_error` below 0; a schedule that needs the number
-            of steps, or noise levels, where they cannot be known. As an `SLAError`: a transformer that was not trained
-            for SLA, or for other settings.
-        RuntimeError: the pipeline is accelerated already, or runs under ring attention; a precision, or a second stage
-            of Sparge, that neither this machine nor the named backend has. Later, in the first call: a gradient is
-            needed, or the dtype is none of those that it is for.
+            processor of it cannot be rebound; names it. Or what is given is no method, or no schedule.
+        ValueError: unknown method, backend or precision, or a `measure_error` or `min_tokens` below 0; a schedule that
+            needs the number of steps, or noise levels, where they cannot be known. As an `SLAError`: a transformer that
+            was not trained for SLA, or for other settings.
+        RuntimeError: the pipeline is accelerated already, or runs under ring attention; a backend that cannot run here,
+            or with "auto" none that is faster than dense attention; a precision, or a second stage of Sparge, that
+            neither this machine nor the named backend has. Later, in the first call: a gradient is needed, or the dtype
+            or size of heads is none of those that a named backend is for.
     """
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     check_backend(backend)
-    return Handle(pipe, method, backend, schedule, check_rows(measure_error), adapters, base, precision)
+    return Handle(pipe, method, backend, schedule, min_tokens, check_rows(measure_error), adapters, base, precision)
 
 
 def restore(pipe: Any) -> None:
@@ -200,14 +196,17 @@ def restore(pipe: Any) -> None:
     for transformer, _ in find_transformers(pipe).values():
         for hook in list(transformer._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
-            if isinstance(owner, _Installed):
+            if isinstance(owner, Installed):
                 owner.remove()
 
 
 def _with_learned(
-    method: Method | str, transformers: dict[str, Any], adapters: Sequence[str | Path], base: str | Path | None
+    method: Method | str | None, transformers: dict[str, Any], adapters: Sequence[str | Path], base: str | Path | None
 ) -> tuple[Method, dict[str, Learned]]:
     """The method, and for SLA what each transformer learned; its name stands for the settings of the training."""
+    if method is None:
+        trained = adapters or find_learned(transformers, (), base).keys() == transformers.keys()
+        method = SLA.name if trained else DEFAULT_METHOD
     if method != SLA.name and not isinstance(method, SLA):
         method = resolve_method(method)
         if adapters:
@@ -217,208 +216,21 @@ def _with_learned(
     return method_of(learned, transformers) if isinstance(method, str) else method, learned
 
 
-def _place_of(transformer: torch.nn.Module) -> torch.device:
-    """Where a transformer will compute, as far as can be told: weights on the CPU may be moved or offloaded later."""
-    place = next((p.device for p in transformer.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    present = torch.accelerator.current_accelerator(check_available=True)
-    return place if place.type != "cpu" or present is None else torch.device(present.type)
+def _least_tokens(asked: int | None, method: Method | str | None, chosen: Method) -> int:
+    """The tokens below which a video stays dense; a model that was trained for its attention has it at any length."""
+    if asked is None:
+        return MIN_SPARSE_TOKENS if method is None and chosen.name != SLA.name else 0
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 0:
+        raise ValueError(f"min_tokens is {asked!r}: it must be a whole number of tokens, 0 or more (0 for any length).")
+    return asked
+
+
+def _why_chosen(method: Method, least: int) -> str:
+    if method.name == SLA.name:
+        return "no method was given: sla, which the model was trained for"
+    return f"no method was given: {method.name}, from {least:,} tokens up"
 
 
 def _contains(component: object, transformer: torch.nn.Module) -> bool:
     """Whether a component is a transformer, in whatever wrapper."""
     return isinstance(component, torch.nn.Module) and any(module is transformer for module in component.modules())
-
-
-def _check_without_scheduler(what: str, schedule: DenseSchedule, fix: str) -> None:
-    """Refuse a schedule that needs what only a scheduler tells.
-
-    Args:
-        what: why there is none, as the start of a clause.
-        fix: what to do.
-    """
-    if schedule.needs_num_steps:
-        raise ValueError(
-            f"{schedule} counts in fractions of a run or from its end, but {what} the number of steps is unknown: {fix}"
-        )
-    if schedule.needs_sigma:
-        raise ValueError(f"{schedule} goes by noise levels, but {what} they are unknown: {fix}")
-
-
-def check_noise_levels(scheduler: object, schedule: DenseSchedule) -> None:
-    """Refuse bounds on noise levels at once where the scheduler shows that its own are not a flow's, from 0 to 1.
-
-    So do those of diffusion that have no `sigmas` at all, such as DDIM. What is not known yet is told in the first
-    step: levels may come with the table of timesteps (`sigmas` is None until then), and people swap schedulers.
-    """
-    instead = "use first_steps and last_steps, or give the pipeline a scheduler for flow models first."
-    if scheduler is not None and not hasattr(scheduler, "sigmas"):
-        raise ValueError(f"{schedule} goes by noise levels, but {type(scheduler).__name__} has none: {instead}")
-    # Schedulers that can do both hold the levels of diffusion until their timesteps are set.
-    if getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False):
-        return
-    highest = highest_sigma(scheduler)
-    if highest is not None and highest > MAX_FLOW_SIGMA:
-        raise ValueError(
-            f"{schedule} goes by noise levels from 0 to 1, but those of {type(scheduler).__name__} reach "
-            f"{highest:.3g}: {instead}"
-        )
-
-
-class _Installed(CopiedNotPickled):
-    """The processors and the hooks in one transformer; `options` are those of its engine."""
-
-    def __init__(
-        self,
-        pipe: Any,
-        name: str,
-        transformer: Any,
-        family: Family,
-        method: Method,
-        learned: Learned | None,
-        clock: StepClock,
-        **options: Any,
-    ) -> None:
-        self._modules = family.modules(transformer)
-        processors: dict[str, Any] = {path: module.processor for path, module in self._modules.items()}
-        if any(isinstance(p, SparseProcessor) for p in processors.values()):
-            raise RuntimeError(
-                f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
-                "accelerating again."
-            )
-        Ulysses.of(transformer, name)  # what cannot be is refused now, where parallelism came first
-        self.name, self.transformer, self.family = name, transformer, family
-        self.engine = SparseAttention(method, num_layers=len(processors), model=name, **options)
-        self._signature = inspect.signature(type(transformer).forward)
-        self._clock = clock
-        self._passes = 0
-        self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
-        self.paused = ""
-        self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
-        try:
-            self._install(processors)
-        except BaseException:
-            self._learned.remove()
-            raise
-
-    def _install(self, processors: dict[str, Any]) -> None:
-        family, transformer = self.family, self.transformer
-        own = {"own_samples": family.own_samples, "reads_prefix": family.reads_prefix}
-        weights = {path: getattr(module, PROJECTION, None) for path, module in self._modules.items()}
-        self._sites = {
-            path: Site(self.engine, layer, weights=weights[path], **own) for layer, path in enumerate(processors)
-        }
-        self._originals = processors
-        self._own = {path: rebind(processor, self._sites[path]) for path, processor in processors.items()}
-        for path, module in self._modules.items():
-            module.processor = self._own[path]
-        # A torch hook, not a wrapped `forward`: offloading replaces `forward` before or after us, and removing ours
-        # must not bring back the one from before that.
-        self._hooks = [
-            transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
-            transformer.register_forward_hook(self._leave),
-        ]
-        self.active = True
-
-    @torch.compiler.disable
-    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Tell the engine the grid and the step of this forward pass."""
-        given = self._signature.bind(module, *args, **kwargs).arguments
-        timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
-        empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
-        if timestep is None or empty or ("hidden_states" in self._signature.parameters and latents is None):
-            shape = list(latents.shape) if isinstance(latents, torch.Tensor) else latents
-            raise ValueError(
-                f"{self.name} was called with {self.family.timestep}={timestep} and hidden_states of shape {shape}: "
-                "sparse attention needs a timestep and a batch that is not empty."
-            )
-        if self._clock.lost_its_pipeline:
-            _check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
-        if self._passes == 1:
-            self.check_sites()
-        self._passes += 1
-        self._calls = sum(site.calls for site in self._sites.values())
-        step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
-        if step.run != self.engine.step.run:
-            self._most_calls = 0
-        found = self.family.layout(module, given)
-        layouts, dense = ((), found) if isinstance(found, str) else (found, "")
-        if dense:
-            self.engine.note(f"all calls of a forward pass stay dense: {dense}", logging.WARNING)
-        shared = Ulysses.of(self.transformer, self.name)
-        if shared is not None and layouts:
-            shared.check_tokens(layouts[0].tokens, self.name)
-        if layouts and (remark := self._learned.remark(layouts[0].video_tokens)):
-            self.engine.note(remark, logging.WARNING)
-        self.engine.enter(step, *layouts)
-        for site in self._sites.values():
-            site.enter(trims=self.family.trims and not dense, dense=dense or self.paused, shared=shared)
-
-    @torch.compiler.disable
-    def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        """Note a dense step that was skipped; have the backward pass of this pass begin with its grid and step.
-
-        Gradient checkpointing runs the layers again then, and the last forward pass may have been another: a second
-        sample's, or a teacher's.
-        """
-        made = sum(site.calls for site in self._sites.values()) - self._calls
-        self._most_calls = max(self._most_calls, made)
-        if made < self._most_calls and self.engine.schedule.step_reason(self.engine.step):
-            self.engine.note(
-                "a cache skipped steps that the schedule keeps dense: put both to work by one preset (vidaccel.apply), "
-                "which computes them",
-                logging.WARNING,
-            )
-        if not torch.is_grad_enabled():
-            return
-        passes = [self.engine.pass_again(), *(site.pass_again() for site in self._sites.values())]
-
-        def again(grad: torch.Tensor) -> None:
-            for enter in passes:
-                enter()
-
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(again)
-
-    def check_sites(self) -> None:
-        """Note the layers that made no attention call of ours in the forward passes so far."""
-        if not self._passes or not self.active:
-            return
-        replaced = [p for p, module in self._modules.items() if module.processor is not self._own[p]]
-        silent = [p for p, site in self._sites.items() if not site.calls and p not in replaced]
-        backends = {
-            str(getattr(b, "value", b)) for p in self._own.values() if (b := getattr(p, "_attention_backend", None))
-        }
-        if backends:
-            self.engine.note(f"dense calls go through the attention backend set in diffusers: {', '.join(backends)}")
-        if replaced:
-            self.engine.note(
-                f"the attention processors of {_some(replaced)} were replaced after accelerate, and run dense: "
-                "remove() this handle and accelerate again (after fuse_qkv_projections and the like)",
-                logging.WARNING,
-            )
-        if silent:
-            self.engine.note(
-                f"{_some(silent)} made no attention call that sparse attention could take over, and ran as they are"
-                + (f" ({self.family.name}: {self.family.stays_dense})" if self.family.stays_dense else ""),
-                logging.WARNING,
-            )
-
-    def remove(self) -> None:
-        if not self.active:
-            return
-        for path, module in self._modules.items():
-            own, original = self._own[path], self._originals[path]
-            if module.processor is own:
-                vars(original).update(own.settings())  # those of enable_parallelism and set_attention_backend since
-                module.processor = original
-        for hook in self._hooks:
-            hook.remove()
-        self._learned.remove()
-        self.engine.forget()
-        self.active = False
-
-
-def _some(paths: list[str]) -> str:
-    """The first of some paths, and how many there are."""
-    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

@@ -85,10 +85,15 @@ def riflex(pipe: Any, settings: Riflex) -> RiflexHandle:
         A handle with `remove()`.
 
     Raises:
-        TypeError: a transformer without Wan's rotary embedding.
+        TypeError: a transformer without Wan's rotary embedding, or settings that are none.
         ValueError: a component that it does not have.
         RuntimeError: it has RIFLEx already.
     """
+    if not isinstance(settings, Riflex):
+        raise TypeError(
+            f"settings is {settings!r}: give a Riflex with the latent frames that the model was trained on, such as "
+            "Riflex(frames=21) for 81 frames of Wan."
+        )
     parts = [part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None] or [pipe]
     transformers = [unwrap(part) for part in parts]
     for transformer in transformers:

@@ -12,8 +12,8 @@ import diffusers
 
 from ...attention.backends import special_refusal
 from ...attention.methods import SLA
+from ..acceleration.checks import check_noise_levels
 from ..acceleration.families import FAMILIES, Family, find_transformers
-from ..acceleration.handle import check_noise_levels
 from ..acceleration.rebinding import SparseProcessor
 from ..few_steps.grid import GridScheduler
 from ..few_steps.rcm import RCMScheduler

@@ -65,7 +65,9 @@ def test_a_schedule_in_which_nothing_is_ever_sparse_or_dense_says_so(schedule, m
 def test_unknown_number_of_steps_is_an_error_only_where_it_is_needed():
     assert DenseSchedule(first_steps=3).dense_reason(StepInfo(step=1), 0, 1) == "first steps"
     for schedule in (DenseSchedule(first_steps=0.3), DenseSchedule(last_steps=1)):
-        with pytest.raises(ValueError, match="unknown"):
+        with pytest.raises(
+            ValueError, match="is unknown here, where the scheduler .* or use a whole number of first_steps"
+        ):
             schedule.dense_reason(StepInfo(step=1), 0, 1)
 
 

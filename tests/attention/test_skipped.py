@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG2, BlockPlan, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory
@@ -134,7 +135,10 @@ def test_every_method_says_what_stands_for_skipped_keys_and_what_it_takes(name, 
     for change in changes:
         method = METHODS[name](**change)
         q, k, v = torch.randn(3, 1, 2, layout.tokens, 16)
-        skipped = method.plan(q, k, v, layout, PlanMemory()).skipped
+        memory = PlanMemory()
+        skipped = method.plan(q, k, v, layout, memory).skipped
+        kept = [x for x in tree_leaves(memory.call) if isinstance(x, torch.Tensor)]
+        assert method.kept_bytes(layout, 2, 16) == sum(x.nbytes for x in kept)
         assert method.stands_in == (skipped is not None)
         tables = [] if skipped is None else [x for x in (skipped.key, skipped.value, skipped.bias) if x is not None]
         assert method.table_bytes(layout, 2, 16, 4) == sum(x.numel() * x.element_size() for x in tables)

@@ -308,6 +308,7 @@ def test_stand_ins_take_the_memory_that_is_said(layout, probes):
         assert skipped.key.dtype == (dtype if probes else torch.float32)
     of_wan = Tangent().table_bytes(VideoLayout(21, 45, 80), 40, 128, 2)
     assert 2.5 * 2**30 < of_wan < 3 * 2**30
+    assert 80 * Tangent().kept_bytes(VideoLayout(21, 45, 80), 40, 128) == pytest.approx(2.1 * 2**30, rel=0.02)
 
 
 def test_half_precision_stays_near_the_definition():

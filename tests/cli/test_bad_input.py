@@ -122,6 +122,7 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--device", "gpu"], ["--device is gpu", "torch knows no such device", "Give auto, cpu"]),
         (["--device", "meta"], ["--device is meta", "no meta device here", "Give auto, cpu"]),
         (["--device", "cpu", "--offload"], ["--offload", "cpu"]),
+        (["--device", "cpu", "--offload-blocks"], ["--offload", "cpu"]),
         (["--image", "missing.png"], ["--image is missing.png", "no such file"]),
         (["--guidance-free", "missing"], ["--guidance-free cannot be used", "missing is no adapter that can be read"]),
         (["--guidance-free"], ["--guidance-free has no adapter to use", "(transformer/guidance_free.safetensors)"]),

@@ -101,6 +101,8 @@ def test_a_plan_counts_what_the_default_method_holds(vidaccel):
     text = _words(vidaccel("info", "--forecast", "--frames", "129", "--height", "256", "--width", "256").stdout)
     assert "8,448 (33 x 16 x 16)" in text
     assert f"tables of a tangent call {3 * 66 * 165 * (2 * 64 * 2 + 4) / 1e6:.1f} MB" in text
+    kept = 3 * (2 * 2 * 8448 + 4 * (66 + 165) * 64)  # labels of queries and keys, and the means of their clusters
+    assert f"kept during a run {kept / 1e6:.1f} MB for each layer and guidance branch" in text
 
 
 def test_a_plan_for_2160p_shows_the_canvas_and_what_tiles_save(vidaccel):

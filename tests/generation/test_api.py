@@ -13,8 +13,11 @@ from PIL import Image
 import vidaccel
 from vidaccel import SVG2, Radial, demo
 from vidaccel.generation.comparison import Comparison, GeneratedVideo
-from vidaccel.generation.errors import BadInput
+from vidaccel.generation.errors import BadInput, worded
+from vidaccel.generation.forecast import decoding_note, memory_to_decode
+from vidaccel.generation.request import Settings
 from vidaccel.generation.video_reader import read_video
+from vidaccel.pipelines.loading import load_pipeline
 
 PROMPT = "a red circle moves left on a grey background"
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 3, "device": "cpu", "progress": False}
@@ -184,3 +187,37 @@ def test_the_device_may_be_any_that_torch_has(monkeypatch):
     for name, words in (("xpu:2", "there are 2, counted from 0"), ("mps", "finds no MPS device here. Give auto, cpu")):
         with pytest.raises(BadInput, match=words):
             choose_device(name, offload=False)
+    with pytest.raises(BadInput, match="offload is 'layers': it must be True, False or \"blocks\""):
+        choose_device("xpu", offload="layers")
+
+
+@pytest.mark.parametrize("put_in", [vidaccel.accelerate, vidaccel.apply], ids=["accelerate", "apply"])
+def test_a_pipeline_that_is_accelerated_already_is_refused_and_not_taken_for_dense(pipe, put_in):
+    what = "svg2" if put_in is vidaccel.accelerate else vidaccel.Preset(name="mine", method=SVG2())
+    told = "sparse attention" if put_in is vidaccel.accelerate else "the preset mine"
+    arguments = {name: value for name, value in SMALL.items() if name != "device"}
+    with put_in(pipe, what):
+        for more in ({"method": "dense"}, {"method": "svg2"}, {"compare": True}, {}):
+            with pytest.raises(BadInput, match=f"model is WanPipeline: {told} is at work in it already.*restore"):
+                vidaccel.generate(pipe, PROMPT, **arguments, **more)
+        with pytest.raises(BadInput, match=f"{told} is at work in it already"):
+            vidaccel.waterfall(pipe, vidaccel.Preset(name="a", method=SVG2()), [PROMPT])
+    vidaccel.generate(pipe, PROMPT, **arguments)
+
+
+def test_what_decoding_takes_is_told_before_the_steps():
+    cpu = torch.device("cpu")
+    pipe = load_pipeline(vidaccel.demo.path(), torch.float32, cpu)
+    settings = Settings(PROMPT, frames=33, height=128, width=128)
+    weights = sum(p.nbytes for part in (pipe.transformer, pipe.text_encoder, pipe.vae) for p in part.parameters())
+    whole = memory_to_decode(pipe.vae, 33, 128, 128)
+    assert not decoding_note(pipe, settings, cpu, weights + whole)
+    told = worded(decoding_note(pipe, settings, cpu, weights + whole - 1))
+    assert (
+        f"about {whole / 1e6:.1f} MB beside {weights / 1e6:.1f} MB of weights on cpu" in told and "give tiling" in told
+    )
+    # Of parts that are elsewhere until they are at work, the autoencoder alone counts.
+    own = sum(p.nbytes for p in pipe.vae.parameters())
+    assert not decoding_note(pipe, settings, torch.device("cuda"), own + whole)
+    pipe.vae.enable_tiling()
+    assert not decoding_note(pipe, settings, cpu, 0)

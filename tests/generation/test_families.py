@@ -252,7 +252,7 @@ def test_a_forecast_counts_what_lies_beside_the_video(build, built):
     assert rows["tokens"].startswith(f"{layout.tokens:,} ({layout.frames} x {layout.height} x {layout.width}")
     beside = {"cogvideox_15": ", and 226 beside them)", "hunyuan_15": ", and at most 1,256 beside them)"}
     assert rows["tokens"].endswith(beside.get(build.partition(".")[2], ")"))
-    assert ("decoding, about" in rows) == (build == "wan_kin.helios") != ("decoding" in rows)
+    assert ("decoding, about" in rows) == (build != "ltx.ltx2") != ("decoding" in rows)
     assert rows.get("decoding", "not counted").startswith("not counted")
     assert rows.get("made in") == ("4 parts, one after the other" if build == "wan_kin.helios" else None)
 

@@ -148,6 +148,16 @@ def test_refused_before_weights_are_read(given, message, loads_nothing):
         vidaccel.generate(model, PROMPT, **given, **SMALL)
 
 
+def test_layers_in_8_bits_are_not_offloaded_by_blocks():
+    from vidaccel.generation.model_facts import inspect_model
+    from vidaccel.generation.presets import check_beside, request_preset
+    from vidaccel.generation.request import Settings
+
+    preset, facts = request_preset(None, None, "int8"), inspect_model("demo")
+    with pytest.raises(BadInput, match="offload by blocks cannot be had with quantize: .* Offload whole parts"):
+        check_beside(preset, facts, Settings(PROMPT), "blocks")
+
+
 @pytest.mark.parametrize(
     ("given", "package"), [({"cache": "cache_dit"}, "cache-dit"), ({"quantize": "fp8"}, "torchao")]
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanPipeline
+from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG, SVG2, AutoencoderDCV, Tangent, VideoLayout, demo
 from vidaccel.attention import PlanMemory
@@ -91,11 +94,15 @@ def test_the_estimate_has_room_for_what_stands_for_skipped_keys(pipe):
     config = pipe.transformer.config
     for method in (Tangent(), SVG2(density=0.3, compensate=True)):
         q, k, v = torch.randn(3, 1, config.num_attention_heads, layout.tokens, config.attention_head_dim)
-        made = method.plan(q, k, v, layout, PlanMemory()).skipped
-        tables = [x for x in (made.key, made.value, made.bias) if x is not None]
-        more = working_memory(pipe, layout, settings, method)
-        assert more["vae"] == dense["vae"]
-        assert more["transformer"] - dense["transformer"] == sum(x.numel() * x.element_size() for x in tables) > 0
+        memory = PlanMemory()
+        made = method.plan(q, k, v, layout, memory).skipped
+        tables = sum(x.nbytes for x in (made.key, made.value, made.bias) if x is not None)
+        kept = sum(x.nbytes for x in tree_leaves(memory.call) if isinstance(x, torch.Tensor))
+        for scale, branches in ((1.0, 1), (5.0, 2)):
+            more = working_memory(pipe, layout, replace(settings, guidance_scale=scale), method)
+            assert more["vae"] == dense["vae"]
+            assert more["transformer"] - dense["transformer"] == tables + config.num_layers * branches * kept
+            assert tables and kept
 
 
 def test_the_estimate_of_a_deep_compression_autoencoder(pipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import vidaccel
 from vidaccel import demo
 from vidaccel.pipelines.loading import load_pipeline
 
@@ -33,3 +34,23 @@ def test_a_video_is_made_in_bfloat16():
     size = {"height": 32, "width": 32, "num_frames": 8}
     video = pipe("a red circle", **size, num_inference_steps=1, output_type="pt").frames
     assert video.shape[1:] == (8, 3, 32, 32) and video.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "cls"), [("demo", "WanPipeline"), (demo.DC, "DCVideoGenPipeline")])
+def test_offloaded_by_blocks_it_makes_the_same_video(name, cls):
+    """With the CPU on both sides: every part is where its inputs are, and attention is sparse all the same."""
+
+    def made(offload):
+        pipe = load_pipeline(demo.path(name), torch.float32, "cpu", pipeline_class=cls, offload=offload)
+        size = {"height": 64, "width": 64, "num_frames": 9, "generator": torch.Generator().manual_seed(0)}
+        with vidaccel.accelerate(pipe, "svg2") as handle:
+            video = pipe("a red circle", **size, num_inference_steps=2, output_type="pt").frames
+        assert any(not record.reason for record in handle.report().records)
+        return pipe, video
+
+    (pipe, offloaded), (_, whole) = made("blocks"), made(False)
+    assert offloaded.equal(whole)
+    blocks = pipe.transformer.blocks
+    assert all(hasattr(block, "_diffusers_hook") for block in blocks)
+    leaves = [m for m in pipe.text_encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert leaves and all(hasattr(leaf, "_diffusers_hook") for leaf in leaves)

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
@@ -319,3 +320,80 @@ class TestDiffusersHooks:
         with torch.no_grad(), vidaccel.accelerate(transformer, METHOD) as handle:
             transformer(*inputs())
             assert [r.layer for r in handle.report().records] == [0, 2]
+
+
+class Remembered:
+    """Which transformers remember something of a run, at the end of each step and once the pipeline has returned."""
+
+    def __init__(self, pipe, handle) -> None:
+        self.engines = {installed.name: installed.engine for installed in handle._installed}
+        self.after_steps: list[list[str]] = []
+        generate(pipe, steps=6, callback_on_step_end=self._note)
+
+    def now(self) -> list[str]:
+        return [name for name, engine in self.engines.items() if engine._call_memory]
+
+    def _note(self, pipe, step, timestep, kwargs):
+        self.after_steps.append(self.now())
+        return kwargs
+
+
+def test_nothing_of_a_run_is_remembered_while_its_latents_are_decoded(pipe):
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        seen = Remembered(pipe, handle)
+        assert seen.after_steps == [[], *[["transformer"]] * 4, []] and not seen.now()
+        expected = generate(pipe)
+        assert generate(pipe).equal(expected)
+        copied = copy.deepcopy(pipe)
+        generate(copied)
+        site = copied.transformer.blocks[0].attn1.processor.site
+        assert not site.engine._call_memory
+
+
+def test_the_first_of_two_transformers_forgets_before_the_second_remembers():
+    pipe = make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9)
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        seen = Remembered(pipe, handle)
+    first = seen.after_steps.count(["transformer"])
+    assert first and seen.after_steps == [[], *[["transformer"]] * first, *[["transformer_2"]] * (4 - first), []]
+
+
+def test_two_threads_at_once_are_refused_one_after_the_other_are_not(pipe):
+    """A server whose pipelines share a transformer: one run would read the plans of the other."""
+    other = make_pipe(transformer=pipe.transformer)
+    errors = []
+
+    def elsewhere():
+        try:
+            generate(other)
+        except (RuntimeError, ValueError, SystemExit) as error:
+            errors.append(str(error))
+
+    def in_a_thread(*_):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        inside = pipe.transformer.blocks[0].register_forward_pre_hook(in_a_thread)  # in the midst of a pass
+        expected = generate(pipe)
+        inside.remove()
+        assert len(errors) == 8 and "transformer is called by two threads at once" in errors[0]
+        assert generate(pipe).equal(expected)
+        in_a_thread()
+        assert len(errors) == 8
+        pipe.transformer.blocks[2].attn1.to_q.weight.data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            generate(pipe)
+        in_a_thread()  # the pass that ended by an error is over
+        assert len(errors) == 9 and "NaN" in errors[-1]
+
+        def leave(*_):
+            raise SystemExit
+
+        left = pipe.transformer.blocks[0].register_forward_pre_hook(leave)
+        in_a_thread()  # which ends here, and torch calls no hook for what is no Exception
+        left.remove()
+        with pytest.raises(ValueError, match="NaN"):
+            generate(pipe)
+    assert handle.report().records

@@ -84,6 +84,14 @@ def state(transformer) -> dict:
     return {name: value.clone() for name, value in transformer.state_dict().items()}
 
 
+def test_it_is_the_choice_for_a_model_that_was_trained_for_it(model, base):
+    with vidaccel.accelerate(WanPipeline.from_pretrained(model)) as handle:
+        assert handle.method == SLA(topk=0.3, block=(8, 8), eps=1e-5)
+        assert handle.report().notes == ("no method was given: sla, which the model was trained for",)
+    with vidaccel.accelerate(WanPipeline.from_pretrained(base)) as handle:
+        assert handle.method.name == "tangent"
+
+
 def test_each_layer_has_its_own_projection(model, monkeypatch):
     """The output of each self-attention is that of an engine with the projection in the file."""
     pipe = WanPipeline.from_pretrained(model)

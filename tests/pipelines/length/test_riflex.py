@@ -74,5 +74,7 @@ def test_what_cannot_be_is_refused():
         RiflexRotary(own, Riflex(9, 13))
     with pytest.raises(ValueError, match="no component of this model has a period of that"):
         RiflexRotary(own, Riflex(10**6))
+    with pytest.raises(TypeError, match=r"settings is 21: give a Riflex .* Riflex\(frames=21\)"):
+        riflex(torch.nn.Linear(2, 2), 21)
     with pytest.raises(TypeError, match="which a Linear lacks"):
         riflex(torch.nn.Linear(2, 2), Riflex(9))

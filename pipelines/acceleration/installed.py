@@ -1,0 +1,223 @@
+"""Sparse attention at work in one transformer: its processors, and the hooks that tell it each forward pass."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ...attention import Method, SparseAttention, VideoLayout
+from .checks import check_without_scheduler
+from .clock import StepClock
+from .copies import CopiedNotPickled
+from .families import Family
+from .rebinding import SparseProcessor, rebind
+from .site import Site
+from .sla import Learned, LearnedAtWork
+from .sla_weights import PROJECTION
+from .ulysses import Ulysses
+
+COPY = "copy the pipeline, or call vidaccel.restore() with the copy and accelerate it again where it is used."
+
+
+class Installed(CopiedNotPickled):
+    """The processors and the hooks in one transformer.
+
+    Args:
+        pipe, name, transformer, family: where it is, and of which kind.
+        method: what makes it sparse. learned: what the transformer learned of it.
+        clock: of the pipeline.
+        min_tokens: videos of fewer tokens stay dense.
+        options: those of its engine.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        name: str,
+        transformer: Any,
+        family: Family,
+        method: Method,
+        learned: Learned | None,
+        clock: StepClock,
+        min_tokens: int = 0,
+        **options: Any,
+    ) -> None:
+        self._modules = family.modules(transformer)
+        processors: dict[str, Any] = {path: module.processor for path, module in self._modules.items()}
+        if any(isinstance(p, SparseProcessor) for p in processors.values()):
+            raise RuntimeError(
+                f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
+                "accelerating again."
+            )
+        Ulysses.of(transformer, name)  # what cannot be is refused now, where parallelism came first
+        self.name, self.transformer, self.family = name, transformer, family
+        self.engine = SparseAttention(method, num_layers=len(processors), model=name, **options)
+        self._signature = inspect.signature(type(transformer).forward)
+        self._clock, self._min_tokens = clock, min_tokens
+        self._passes = 0
+        self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
+        self.paused = ""
+        self._thread: int | None = None  # which is in a forward pass
+        self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
+        try:
+            self._install(processors)
+        except BaseException:
+            self._learned.remove()
+            raise
+
+    def _install(self, processors: dict[str, Any]) -> None:
+        family, transformer = self.family, self.transformer
+        own = {"own_samples": family.own_samples, "reads_prefix": family.reads_prefix}
+        weights = {path: getattr(module, PROJECTION, None) for path, module in self._modules.items()}
+        self._sites = {
+            path: Site(self.engine, layer, weights=weights[path], **own) for layer, path in enumerate(processors)
+        }
+        self._originals = processors
+        self._own = {path: rebind(processor, self._sites[path]) for path, processor in processors.items()}
+        for path, module in self._modules.items():
+            module.processor = self._own[path]
+        # A torch hook, not a wrapped `forward`: offloading replaces `forward` before or after us, and removing ours
+        # must not bring back the one from before that.
+        self._hooks = [
+            transformer.register_forward_pre_hook(self._enter, with_kwargs=True),
+            transformer.register_forward_hook(self._leave),
+            transformer.register_forward_hook(self._outside, always_call=True),
+        ]
+        self._clock.forgets(self.name, self.engine.forget_run)
+        self.active = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._clock.forgets(self.name, self.engine.forget_run)
+
+    @torch.compiler.disable
+    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell the engine the grid and the step of this forward pass."""
+        thread = threading.get_ident()
+        # One that was ended in the midst of a pass, other than by an exception, never said so.
+        if self._thread != thread and any(each.ident == self._thread for each in threading.enumerate()):
+            raise RuntimeError(
+                f"{self.name} is called by two threads at once, and what sparse attention remembers is of one run: let "
+                "one wait for the other (a threading.Lock around the pipeline's call), or give each thread a pipeline "
+                "with a copy of the transformer, accelerated by itself."
+            )
+        self._thread = thread
+        given = self._signature.bind(module, *args, **kwargs).arguments
+        timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
+        empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
+        if timestep is None or empty or ("hidden_states" in self._signature.parameters and latents is None):
+            shape = list(latents.shape) if isinstance(latents, torch.Tensor) else latents
+            raise ValueError(
+                f"{self.name} was called with {self.family.timestep}={timestep} and hidden_states of shape {shape}: "
+                "sparse attention needs a timestep and a batch that is not empty."
+            )
+        if self._clock.lost_its_pipeline:
+            check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
+        if self._passes == 1:
+            self.check_sites()
+        self._passes += 1
+        self._calls = sum(site.calls for site in self._sites.values())
+        step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
+        if step.run != self.engine.step.run:
+            self._most_calls = 0
+        found = self.family.layout(module, given)
+        layouts, unknown = ((), found) if isinstance(found, str) else (found, "")
+        dense = unknown or self._too_short(layouts)
+        if dense:
+            self.engine.note(f"all calls of a forward pass stay dense: {dense}", logging.WARNING)
+        dense = dense or self.paused
+        shared = Ulysses.of(self.transformer, self.name)
+        if shared is not None and layouts:
+            shared.check_tokens(layouts[0].tokens, self.name)
+        if layouts and (remark := self._learned.remark(layouts[0].video_tokens)):
+            self.engine.note(remark, logging.WARNING)
+        self.engine.enter(step, *layouts, dense=bool(dense))
+        for site in self._sites.values():
+            site.enter(trims=self.family.trims and not unknown, dense=dense, shared=shared)
+
+    def _too_short(self, layouts: tuple[VideoLayout, ...]) -> str:
+        """Why a video stays dense for its length; empty where it may be sparse."""
+        tokens = layouts[0].video_tokens
+        return f"min_tokens {self._min_tokens}, above the video's {tokens} tokens" if tokens < self._min_tokens else ""
+
+    @torch.compiler.disable
+    def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        """Note a dense step that was skipped; have the backward pass of this pass begin with its grid and step.
+
+        Gradient checkpointing runs the layers again then, and the last forward pass may have been another: a second
+        sample's, or a teacher's.
+        """
+        made = sum(site.calls for site in self._sites.values()) - self._calls
+        self._most_calls = max(self._most_calls, made)
+        if made < self._most_calls and self.engine.schedule.step_reason(self.engine.step):
+            self.engine.note(
+                "a cache skipped steps that the schedule keeps dense: put both to work by one preset (vidaccel.apply), "
+                "which computes them",
+                logging.WARNING,
+            )
+        self._clock.passed()
+        if not torch.is_grad_enabled():
+            return
+        passes = [self.engine.pass_again(), *(site.pass_again() for site in self._sites.values())]
+
+        def again(grad: torch.Tensor) -> None:
+            for enter in passes:
+                enter()
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(again)
+
+    @torch.compiler.disable
+    def _outside(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        """A forward pass ended, also by an error."""
+        if self._thread == threading.get_ident():
+            self._thread = None
+
+    def check_sites(self) -> None:
+        """Note the layers that made no attention call of ours in the forward passes so far."""
+        if not self._passes or not self.active:
+            return
+        replaced = [p for p, module in self._modules.items() if module.processor is not self._own[p]]
+        silent = [p for p, site in self._sites.items() if not site.calls and p not in replaced]
+        backends = {
+            str(getattr(b, "value", b)) for p in self._own.values() if (b := getattr(p, "_attention_backend", None))
+        }
+        if backends:
+            self.engine.note(f"dense calls go through the attention backend set in diffusers: {', '.join(backends)}")
+        if replaced:
+            self.engine.note(
+                f"the attention processors of {_some(replaced)} were replaced after accelerate, and run dense: "
+                "remove() this handle and accelerate again (after fuse_qkv_projections and the like)",
+                logging.WARNING,
+            )
+        if silent:
+            self.engine.note(
+                f"{_some(silent)} made no attention call that sparse attention could take over, and ran as they are"
+                + (f" ({self.family.name}: {self.family.stays_dense})" if self.family.stays_dense else ""),
+                logging.WARNING,
+            )
+
+    def remove(self) -> None:
+        if not self.active:
+            return
+        for path, module in self._modules.items():
+            own, original = self._own[path], self._originals[path]
+            if module.processor is own:
+                vars(original).update(own.settings())  # those of enable_parallelism and set_attention_backend since
+                module.processor = original
+        for hook in self._hooks:
+            hook.remove()
+        self._learned.remove()
+        self.engine.forget()
+        self.active = False
+
+
+def _some(paths: list[str]) -> str:
+    """The first of some paths, and how many there are."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

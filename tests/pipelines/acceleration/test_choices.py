@@ -1,0 +1,110 @@
+"""What is chosen where nothing is asked for, and what is refused before a run, not at its first sparse step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_families import build
+from tiny_wan import generate, make_transformer
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule, Tangent
+from vidaccel.attention import SparseAttention, StepInfo, VideoLayout, backends
+from vidaccel.pipelines.acceleration.rebinding import SparseProcessor
+
+SCHEDULE = DenseSchedule(first_steps=1)
+
+
+def test_without_a_method_long_videos_are_sparse_and_short_ones_stock(pipe, caplog):
+    before = generate(pipe)
+    with caplog.at_level("INFO", "vidaccel"), vidaccel.accelerate(pipe) as handle:
+        assert generate(pipe).equal(before)
+        report = handle.report()
+        assert isinstance(handle.method, Tangent)
+    assert {r.reason for r in report.records} == {"min_tokens 8192, above the video's 80 tokens"}
+    chosen = "no method was given: tangent, from 8,192 tokens up"
+    assert report.notes[0] == chosen and caplog.text.count(chosen) == 1
+    with vidaccel.accelerate(pipe, min_tokens=80) as handle:
+        assert not generate(pipe, frames=33, size=96).equal(before)
+        handle.reset()
+        assert handle.report().notes[0] == "no method was given: tangent, from 80 tokens up"
+
+
+def test_min_tokens_is_for_a_method_that_is_given_too(pipe):
+    with vidaccel.accelerate(pipe, SVG2(density=0.4), schedule=SCHEDULE, min_tokens=81) as handle:
+        generate(pipe)  # 80 tokens
+        generate(pipe, frames=33)
+        sparse = {r.run: not r.reason for r in handle.report().records if r.step}
+    assert sparse == {0: False, 1: True}
+
+
+def test_a_short_video_whose_text_is_padded_is_stock_up_to_the_padding():
+    tiny = build("hunyuan_video")
+    expected = tiny.run()
+    with vidaccel.accelerate(tiny.model, SVG2(), schedule=SCHEDULE, min_tokens=10**6) as handle:
+        torch.testing.assert_close(tiny.run(), expected, atol=1e-5, rtol=1e-5)
+        assert {r.reason.partition(" ")[0] for r in handle.report().records} == {"min_tokens"}
+
+
+def test_what_stays_dense_need_not_be_possible(pipe):
+    """16 tokens: there are too many stand-ins for the density."""
+    before = generate(pipe, frames=1)
+    with vidaccel.accelerate(pipe, "tangent") as handle:
+        with handle.dense():
+            assert generate(pipe, frames=1).equal(before)
+        with pytest.raises(ValueError, match="Tangent density is 0.2"):
+            generate(pipe, frames=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"schedule": 0.3}, TypeError, r"schedule is 0\.3: give a DenseSchedule"),
+        ({"method": SVG2(schedule=2)}, TypeError, "schedule is 2: give a DenseSchedule"),
+        ({"min_tokens": -1}, ValueError, "min_tokens is -1: .* 0 or more"),
+        ({"min_tokens": 0.5}, ValueError, r"min_tokens is 0\.5"),
+        ({"backend": "triton"}, RuntimeError, "'triton' cannot be used here: it runs on cuda"),
+        ({"backend": "sdpa"}, RuntimeError, "'sdpa' cannot be used here: it computes dense attention only"),
+        ({"backend": "flex", "method": "tangent"}, RuntimeError, "'flex' cannot .* 'auto', 'gather'"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(pipe, monkeypatch, given, error, words):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends.BACKENDS["flex"], "unavailable", lambda device: None)
+    with pytest.raises(error, match=words):
+        vidaccel.accelerate(pipe, **{"method": "svg2", **given})
+    assert not any(isinstance(p, SparseProcessor) for p in pipe.transformer.attn_processors.values())
+
+
+def test_a_machine_without_a_fast_backend_is_refused_but_a_slow_one_by_name(pipe, monkeypatch):
+    """A GPU without Triton: `gather` would launch a kernel for each tile."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(backends.WORTHWHILE, "cpu", ("triton",))
+    with pytest.raises(RuntimeError, match="'auto' cannot be used here: it finds no backend .* cpu: triton"):
+        vidaccel.accelerate(pipe, "svg2")
+    with vidaccel.accelerate(pipe, "svg2", backend="gather"):
+        generate(pipe)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "words"),
+    [("auto", torch.float32, "finds no backend that is fast"), ("gather", torch.float8_e4m3fn, "takes .*not float8")],
+)
+def test_the_first_call_tells_what_only_a_call_can_be_it_dense(monkeypatch, backend, dtype, words):
+    """Weights that move to another device after `accelerate`, and dtypes."""
+    if backend == "auto":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setitem(backends.WORTHWHILE, "cpu", ("triton",))
+    engine = SparseAttention("svg2", num_layers=1, backend=backend, schedule=SCHEDULE)
+    engine.enter(StepInfo(), VideoLayout(2, 4, 4))
+    q = torch.ones(1, 1, 32, 8).to(dtype)
+    with pytest.raises(RuntimeError, match=words):
+        engine(q, q, q, 0)
+
+
+def test_a_transformer_alone_without_a_method():
+    transformer = make_transformer()
+    with pytest.raises(ValueError, match="DenseSchedule\\(first_steps=...\\) with a whole number"):
+        vidaccel.accelerate(transformer)
+    with vidaccel.accelerate(transformer, schedule=SCHEDULE) as handle:
+        assert handle.method.name == "tangent"

@@ -1,0 +1,73 @@
+"""diffusers' modular pipelines, whose guiders make the passes of a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, SmoothedEnergyGuidance
+from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
+from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22Blocks
+from tiny_wan import make_scheduler, make_transformer
+
+import vidaccel
+from vidaccel import SVG2, DenseSchedule
+
+METHOD = SVG2(density=0.4, schedule=DenseSchedule(first_steps=1))
+
+
+def make(blocks=WanBlocks, **components):
+    """A pipeline of the blocks between text encoder and autoencoder, whose latents have 16 channels."""
+    chain = blocks()
+    for name in ("text_encoder", "decode"):
+        chain.sub_blocks.pop(name)
+    pipe = chain.init_pipeline()
+    parts = {"transformer": make_transformer(in_channels=16, out_channels=16), "scheduler": make_scheduler()}
+    pipe.update_components(**parts | components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, steps: int = 4):
+    embeds = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(9))
+    size = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": steps}
+    texts = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+    return pipe(**size, **texts, generator=torch.Generator().manual_seed(0), output="latents")
+
+
+@pytest.mark.parametrize(
+    ("guider", "branches"),
+    [
+        (ClassifierFreeGuidance(guidance_scale=5.0), {"cond", "uncond"}),
+        (ClassifierFreeGuidance(guidance_scale=1.0), {"cond"}),
+        (AdaptiveProjectedGuidance(), {"cond", "uncond"}),
+        (SmoothedEnergyGuidance(seg_guidance_layers=[1]), {"cond", "uncond", "pass 2"}),
+    ],
+    ids=["guidance", "none", "projected", "smoothed energy"],
+)
+def test_steps_and_branches_are_those_of_the_guider(guider, branches):
+    pipe = make(guider=guider)
+    before = run(pipe)
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        assert not run(pipe).equal(before)
+        run(pipe)
+        report = handle.report()
+        with handle.dense():
+            assert run(pipe).equal(before)
+    assert {r.branch for r in report.records} == branches
+    assert {(r.run, r.step) for r in report.records} == {(run, step) for run in range(2) for step in range(4)}
+    assert {r.step for r in report.records if r.reason} == {0}
+    assert not [note for note in report.notes if "steps seen" in note]
+    assert run(pipe).equal(before)
+
+
+def test_two_transformers_are_one_run():
+    models = {name: make_transformer(seed, in_channels=16, out_channels=16) for seed, name in enumerate(
+        ("transformer", "transformer_2"))}  # fmt: skip
+    pipe = make(Wan22Blocks, **models)
+    pipe.update_components(boundary_ratio=0.9)
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        run(pipe, steps=6)
+        records = handle.report().records
+    steps = {m: {r.step for r in records if r.model == m} for m in models}
+    assert all(steps.values()) and set.union(*steps.values()) == set(range(6))
+    assert {r.step for r in records if r.reason} == {0}
