@@ -279,7 +279,11 @@ def read(seen: Probe) -> Seen:
         for h in range(0, heads, at_once)
         for row in range(0, count, rows)
     ]
-    each(work, places) if host else [work(place) for place in places]
+    if host:
+        each(work, places)
+    else:
+        for place in places:
+            work(place)
     return Seen(mass, bias, outputs, away)
 
 
