@@ -27,6 +27,7 @@ OWN_FAMILIES = {
     "FluxPipeline": ("flux", "FluxModel"),
     "SanaPipeline": ("sana", "SanaModel"),
     "HunyuanVideoPipeline": ("hunyuan_own", "HunyuanVideoModel"),
+    "HunyuanVideoImageToVideoPipeline": ("hunyuan_image_own", "HunyuanVideoImageModel"),
     "CogVideoXPipeline": ("cogvideox_own", "CogVideoXModel"),
     "CogVideoXImageToVideoPipeline": ("cogvideox_own", "CogVideoXModel"),
     "LTXPipeline": ("ltx_own", "LTXModel"),

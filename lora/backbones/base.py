@@ -293,18 +293,26 @@ class TextEncoder(ABC):
     Attributes:
         identity: what a `Text` follows from besides the prompt.
         length: tokens at which a prompt is cut off.
+        pictured: it sees the first frame of a clip with its caption, so that the text of each clip is its own.
     """
 
     identity: str
     length: int
+    pictured: bool = False
 
     @abstractmethod
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The tokens of each prompt as `length` counts them, before anything is cut off."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> list[Text]:
-        """Each prompt on the CPU, without padding."""
+    def encode(self, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None = None) -> list[Text]:
+        """Each prompt on the CPU, without padding.
+
+        Args:
+            prompts: to encode.
+            pictures: where it is `pictured`, what it sees with each, `[3, H, W]` in [-1, 1]; None for a black one, as
+                pipelines show it with negative prompts.
+        """
 
     def park(self) -> None:  # noqa: B027 - small ones may stay
         """Leave the GPU, but stay in memory for the next `encode`."""
