@@ -112,6 +112,7 @@ class OwnModel(PretrainedModel):
 
     Attributes:
         lora_targets: ends of the names of the layers that get a LoRA where nothing else is asked for.
+        self_attention: those of the projections of self-attention alone; empty where they have no such names.
         lora_within: beginnings of these names.
         part: name of the transformer among the components of the pipeline.
         levels: the lowest and the highest noise level that the transformer is used for.
@@ -120,6 +121,7 @@ class OwnModel(PretrainedModel):
     """
 
     lora_targets: tuple[str, ...]
+    self_attention: tuple[str, ...] = ()
     lora_within: tuple[str, ...] = ("",)
     part: str = "transformer"
     levels: tuple[float, float] = (0.0, 1.0)

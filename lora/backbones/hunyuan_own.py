@@ -60,7 +60,7 @@ class HunyuanVideoModel(OwnVideoModel):
     text_length = 256
     usual_guidance = 1.0
     frame_step = 4
-    lora_targets = (
+    self_attention = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -69,6 +69,9 @@ class HunyuanVideoModel(OwnVideoModel):
         "attn.add_k_proj",
         "attn.add_v_proj",
         "attn.to_add_out",
+    )
+    lora_targets = (
+        *self_attention,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",

@@ -52,6 +52,7 @@ class OwnWan(WanFamily, OwnModel):
     """What Wan models have in common that are trained as they are: layers that may get a LoRA, and their names."""
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    self_attention = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
     def __init__(self, base: str, options: ModelOptions) -> None:
         self.base, self.dtype, self.autoencoder_dtype = base, options.dtype, options.autoencoder_dtype

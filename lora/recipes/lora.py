@@ -89,8 +89,13 @@ class TrainLora(EncodedClipsRecipe):
         model, targets = self.backbone, self.config.lora.targets
         if targets is not None:
             return layers_named(skeleton, targets, "lora.targets")
-        usual = layers_named(skeleton, model.lora_targets, "lora.targets")
+        usual = layers_named(skeleton, self.usual_targets, "lora.targets")
         return [layer for layer in usual if layer.startswith(model.lora_within)]
+
+    @property
+    def usual_targets(self) -> Sequence[str]:
+        """Ends of the names of the layers that get a LoRA where the settings name none."""
+        return self.backbone.lora_targets
 
     def _model(self) -> OwnModel:
         model = self.config.model
