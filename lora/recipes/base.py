@@ -52,6 +52,9 @@ class Phase(ABC):
 
     whole_weights: str = ""
     """Why the weights of its module must be whole, which FSDP splits; empty where they need not be."""
+    teacher: nn.Module | None = None
+    """A second module that is not trained, made by `setup` on the CPU; the trainer puts it where the first one is, and
+    spreads it over the processes where FSDP spreads that one."""
 
     def __init__(self, name: str, settings: PhaseSettings) -> None:
         self.name, self.settings = name, settings

@@ -114,6 +114,10 @@ class TrainConsistency(TrainGuided):
         """Noise levels of the student's steps; the last ends at 0."""
         return self.levels[: -1 : self.config.consistency.teacher_steps]
 
+    @property
+    def frozen_models(self) -> int:
+        return 1 if self.config.consistency.teacher is None else 2
+
     def inputs(self) -> dict[str, str]:
         teacher = self.teacher_file
         own = {} if teacher is None else {"consistency.teacher": file_identity(lora_path(teacher))}
@@ -161,10 +165,10 @@ class ConsistencyLora(GuidedLora):
         transformer = super().setup(trained)
         self._levels = torch.tensor(recipe.levels, dtype=torch.float32, device=recipe.process.device)
         if recipe.teacher:
-            self._teacher = recipe.frozen_teacher().to(recipe.process.device)
-            embedder: Any = self._teacher.get_submodule(BETA)
+            self.teacher = recipe.frozen_teacher()
+            embedder: Any = self.teacher.get_submodule(BETA)
             self._teacher_slot = BetaSlot(
-                self._teacher, embedder, lambda: self._teacher_told, "default", recipe.teacher_gate
+                self.teacher, embedder, lambda: self._teacher_told, "default", recipe.teacher_gate
             )
         return transformer
 
@@ -226,7 +230,7 @@ class ConsistencyLora(GuidedLora):
     ) -> torch.Tensor:
         """The guided velocity of the teacher."""
         scale = batch["scale"]
-        if self._teacher is not None:
+        if self.teacher is not None:
             self._teacher_told = 1 / scale
             return self.of_teacher(shown, sigma, texts, batch)
         own = self.of_base(model, shown, sigma, texts, batch)

@@ -159,7 +159,7 @@ def test_the_student_starts_as_the_teacher(tmp_path, text_base, teacher):
     assert (student - plain).abs().max() > 1e-3
     other = phase.guided(model, *given, torch.full((2,), 1.0), gradients=False)
     assert (other - plain).abs().max() > 1e-3
-    assert not any(parameter.requires_grad for parameter in phase._teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in phase.teacher.parameters())
     pipe = WanPipeline.from_pretrained(text_base)
     with vidaccel.guidance_free(pipe, teacher), torch.no_grad():
         pipe._guidance_scale = 2.0
