@@ -40,6 +40,11 @@ class EncodedClipsRecipe(Recipe):
             refusal = self.backbone.check_size(size.frames, size.height, size.width)
             if refusal:
                 raise ConfigError(f"data.sizes.{number}: {refusal}")
+            if self.backbone.image and size.frames == 1:
+                raise ConfigError(
+                    f"data.sizes.{number}: a clip of 1 frame has nothing behind its first frame, from which "
+                    f"{self.backbone.base} starts: give more frames."
+                )
         if self.backbone.image and self.validation.prompts and not self.validation.clips:
             raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
         self.dataset = open_dataset(config.data, config.seed)
