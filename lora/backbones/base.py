@@ -144,6 +144,11 @@ class OwnModel(PretrainedModel):
         """Why a LoRA on these layers of the transformer cannot be, or None."""
         return None
 
+    @property
+    @abstractmethod
+    def lora_loader(self) -> Any:
+        """The class of pipelines that reads files of LoRAs for the model, whoever made them."""
+
     @abstractmethod
     def encoder(self) -> Encoder:
         """What encodes clips into "latents" and whatever else `velocity` needs."""

@@ -64,6 +64,10 @@ class OwnWan(WanFamily, OwnModel):
         if options.merge_text_padding and self.config.get("image_dim") is not None:
             raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
 
+    @property
+    def lora_loader(self) -> Any:
+        return WanPipeline
+
     def skeleton(self) -> nn.Module:
         with init_empty_weights():
             return WanTransformer3DModel.from_config(self.config)

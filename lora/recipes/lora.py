@@ -13,6 +13,7 @@ from torch import nn
 from ... import demo
 from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.handle import Handle, accelerate
+from ...pipelines.adapter_header import facts_of
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
@@ -21,6 +22,7 @@ from ..backbones.folders import located, transformer_files
 from ..config import ConfigError
 from ..data.latents import Latents
 from ..flow import sample_levels
+from ..foreign_lora import read_foreign
 from ..fsdp import DTYPES
 from ..generators import Generators
 from ..identities import file_identity
@@ -65,7 +67,7 @@ class TrainLora(EncodedClipsRecipe):
             raise ConfigError(f"lora.targets: {refusal}")
         self._say_what_it_takes(skeleton, layouts)
         self.base_hash = transformer_files(self.backbone.base, self.backbone.part)
-        self.start = {} if lora.start is None else self.earlier(lora.start, "lora.start", config.recipe)
+        self.start = {} if lora.start is None else self._started(lora.start, skeleton)
         self.open_data()
         self.flowing = self.latents(self.backbone.encoder(), config.flow.unconditional)
 
@@ -188,6 +190,20 @@ class TrainLora(EncodedClipsRecipe):
                 "This GPU has %.1f GB: spread the weights over GPUs (FSDP), keep them in 8 bits (model.quantise), set "
                 "loop.gradient_checkpointing, or give smaller clips.", there / 1e9,
             )  # fmt: skip
+
+    def _started(self, location: str, skeleton: nn.Module) -> dict[str, torch.Tensor]:
+        """The LoRA to go on from: one of this recipe, or of another tool."""
+        path, setting, lora = lora_path(location), "lora.start", self.config.lora
+        if self.beside or facts_of(path):
+            return self.earlier(location, setting, self.config.recipe)
+        shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)}
+        found = read_foreign(path, self.backbone.lora_loader, shapes, lora.rank, lora.scale, setting)
+        if self.process.is_main:
+            logger.warning(
+                "%s: %s does not say which weights it was trained on: it is taken to be those of %s.",
+                setting, path, self.config.model.base,
+            )  # fmt: skip
+        return found
 
     def _check_density(self) -> None:
         """Raise ConfigError for numbers of a density that is not the model's."""
