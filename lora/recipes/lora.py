@@ -194,7 +194,7 @@ class TrainLora(EncodedClipsRecipe):
     def _started(self, location: str, skeleton: nn.Module) -> dict[str, torch.Tensor]:
         """The LoRA to go on from: one of this recipe, or of another tool."""
         path, setting, lora = lora_path(location), "lora.start", self.config.lora
-        if self.beside or facts_of(path):
+        if self.beside or facts_of(path) or not path.is_file():  # of which diffusers would ask the hub
             return self.earlier(location, setting, self.config.recipe)
         shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)}
         found = read_foreign(path, self.backbone.lora_loader, shapes, lora.rank, lora.scale, setting)
