@@ -167,13 +167,14 @@ class PhaseRun:
 
     def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Both as accelerate wraps them."""
-        plugin, teacher = plugin_of(self.accelerator), self.phase.teacher
-        if plugin is None:
-            if teacher is not None:
+        plugin = plugin_of(self.accelerator)
+        for teacher in self.phase.teachers():
+            if plugin is None:
                 teacher.to(self.accelerator.device)
+            else:
+                split(self.accelerator, teacher)
+        if plugin is None:
             return self.accelerator.prepare(module, optimizer)
-        if teacher is not None:
-            split(self.accelerator, teacher)
         autocast_forward(self.accelerator, module)
         with layers_of(plugin, module) as absent:
             if absent:

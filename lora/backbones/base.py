@@ -136,6 +136,10 @@ class OwnModel(PretrainedModel):
             quantisation: of its weights, as diffusers takes it; None for none.
         """
 
+    def other_transformer(self) -> nn.Module:
+        """Of a pipeline with two, the one that is not trained, as it is."""
+        raise NotImplementedError(f"{type(self).__name__} has one transformer.")
+
     @abstractmethod
     def skeleton(self) -> nn.Module:
         """The transformer without weights, on the meta device, to look into before they are read."""

@@ -142,6 +142,10 @@ class WanModel(OwnWan):
         )
         return self.loaded(transformer)
 
+    def other_transformer(self) -> nn.Module:
+        [part] = [name for name in STAGES.values() if name != self.part]
+        return self.loaded(WanTransformer3DModel.from_pretrained(self.base, subfolder=part, dtype=self.dtype))
+
     def encoder(self) -> OwnWanEncoder:
         embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
         # A timestep for each token marks the first frame by itself.

@@ -71,13 +71,19 @@ class GuidedLora(FlowLora):
         finally:
             self.transformer.enable_adapters()
 
-    @torch.no_grad()
     def of_teacher(self, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch) -> torch.Tensor:
         """The velocity of the second transformer, which there must be."""
         assert self.teacher is not None
+        return self.of_frozen(self.teacher, shown, sigma, texts, batch)
+
+    @torch.no_grad()
+    def of_frozen(
+        self, transformer: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
+    ) -> torch.Tensor:
+        """The velocity of a transformer that is not trained."""
         precision = DTYPES[self.recipe.config.loop.mixed_precision]
         with torch.autocast(shown.device.type, precision, enabled=precision != torch.float32):
-            return self.recipe.backbone.velocity(self.teacher, shown, sigma, texts, batch).float()
+            return self.recipe.backbone.velocity(transformer, shown, sigma, texts, batch).float()
 
     def guided(
         self,

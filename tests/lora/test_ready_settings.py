@@ -69,7 +69,7 @@ def shortened(name: str, base: Path, videos: Path, out: Path, **more: Any) -> li
 
 def test_every_file_is_here():
     kinds = {file.stem for file in config_folder().glob("*.yaml") if not file.stem.startswith("demo")}
-    assert kinds == {*WAN, *OTHERS, "wan2.1_t2v_1.3b_consistency"}
+    assert kinds == {*WAN, *OTHERS, "wan2.1_t2v_1.3b_consistency", "wan2.2_a14b_consistency"}
 
 
 @pytest.mark.parametrize("name", WAN)
@@ -89,6 +89,12 @@ def test_few_steps_go_on_from_the_guidance_free_adapter(tmp_path, text_base, vid
     check("gft", "wan2.1_t2v_1.3b_gft", text_base, video_folder, tmp_path / "gft")
     teacher = {"consistency.teacher": str(tmp_path / "gft" / "adapter"), "validation.steps": 4}
     check("consistency", "wan2.1_t2v_1.3b_consistency", text_base, video_folder, tmp_path / "few", **teacher)
+
+
+def test_few_steps_of_two_transformers(tmp_path, wan_bases, video_folder):
+    base, teacher = wan_bases["two stages"], {"consistency.teacher": str(tmp_path / "gft" / "adapter")}
+    check("gft", "wan2.2_a14b_gft", base, video_folder, tmp_path / "gft")
+    check("consistency", "wan2.2_a14b_consistency", base, video_folder, tmp_path / "few", **teacher)
 
 
 def check(recipe: str, name: str, base: Path, videos: Path, out: Path, **more: Any) -> None:
