@@ -33,6 +33,8 @@ OWN_FAMILIES = {
     "LTXPipeline": ("ltx_own", "LTXModel"),
     "LTXImageToVideoPipeline": ("ltx_own", "LTXModel"),
     "LTXConditionPipeline": ("ltx_own", "LTXConditionModel"),
+    "LTX2Pipeline": ("ltx2_own", "LTX2Model"),
+    "LTX2ImageToVideoPipeline": ("ltx2_own", "LTX2Model"),
 }
 """The same for models as they are. A family is one more file and one line here."""
 

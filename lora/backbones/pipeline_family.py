@@ -112,6 +112,10 @@ def without_padding(states: torch.Tensor, mask: torch.Tensor, base: str) -> list
     return [state[: int(valid.sum())].float().cpu().clone() for state, valid in zip(states, mask, strict=True)]
 
 
+_ENCODERS = ("text_encoder", "connectors")
+"""What names of the models begin with that encode prompts."""
+
+
 class PipelineTextEncoder(TextEncoder):
     """Encodes prompts as the base pipeline does."""
 
@@ -120,7 +124,7 @@ class PipelineTextEncoder(TextEncoder):
         self._pipe: DiffusionPipeline | None = None
         self.length, self.pictured = family.text_length, family.pictured
         parts = self._loaded().components
-        names = [fingerprint(part) for name, part in parts.items() if name.startswith("text_encoder")]
+        names = [fingerprint(part) for name, part in parts.items() if name.startswith(_ENCODERS)]
         names += [part.to_json_string() for name, part in parts.items() if name == "image_processor" and part]
         names += [tokenizer_fingerprint(part) for name, part in parts.items() if name.startswith("tokenizer")]
         self.identity = " ".join([*names, str(family.dtype), str(self.length), family.prompt_frame])

@@ -41,6 +41,13 @@ def _ltx(kind: str) -> Any:
     return _certain(pipe, pipe.vae.encoder.conv_out.conv)
 
 
+def _ltx2(kind: str) -> Any:
+    import diffusers
+
+    pipe = getattr(diffusers, kind)(**ltx.ltx2().components)
+    return _certain(pipe, pipe.vae.encoder.conv_out.conv)
+
+
 def _hunyuan(made: Callable[[], Any] = hunyuan.hunyuan) -> Any:
     pipe = made()
     return _certain(pipe, pipe.vae.quant_conv)
@@ -57,6 +64,8 @@ MADE: dict[str, Callable[[], Any]] = {
     "ltx": lambda: _ltx("LTXPipeline"),
     "ltx first frame": lambda: _ltx("LTXImageToVideoPipeline"),
     "ltx condition": lambda: _ltx("LTXConditionPipeline"),
+    "ltx2": lambda: _ltx2("LTX2Pipeline"),
+    "ltx2 first frame": lambda: _ltx2("LTX2ImageToVideoPipeline"),
     "ltx condition first frame": lambda: _ltx("LTXConditionPipeline"),
 }
 """Kind -> its pipeline."""
