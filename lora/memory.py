@@ -99,7 +99,7 @@ def training_memory(
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer whose inputs gradient checkpointing keeps: the members of its longest lists."""
+    """The layers of a transformer whose inputs gradient checkpointing keeps: the members of its lists of them."""
     lists = [module for name, module in transformer.named_children() if isinstance(module, nn.ModuleList)]
     return [block for blocks in lists for block in blocks if any(isinstance(m, nn.Linear) for m in block.modules())]
 

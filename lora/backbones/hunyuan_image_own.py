@@ -20,7 +20,7 @@ CONCATENATED, REPLACED = "latent_concat", "token_replace"
 """How a transformer is given the picture: beside the latents, or as the first frame of them, which is then clean."""
 
 _INTERLEAVE = {CONCATENATED: 2, REPLACED: 4}
-"""Of the tokens that the text encoder makes of a picture, the transformer gets every so manieth."""
+"""The transformer gets one in so many of the tokens that the text encoder makes of a picture."""
 
 
 class HunyuanVideoImageModel(HunyuanVideoModel):

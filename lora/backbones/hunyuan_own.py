@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -56,7 +56,7 @@ class HunyuanVideoModel(OwnVideoModel):
 
     text_pipeline = HunyuanVideoPipeline
     transformer_class, vae_class = HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo
-    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_length = 256
     usual_guidance = 1.0
     frame_step = 4

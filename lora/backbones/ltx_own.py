@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -32,14 +32,14 @@ class LTXModel(OwnVideoModel):
 
     text_pipeline, image_pipeline, does_both = LTXPipeline, LTXImageToVideoPipeline, True
     transformer_class, vae_class = LTXVideoTransformer3DModel, AutoencoderKLLTXVideo
-    text_parts = ("text_encoder", "tokenizer")
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_length = 128
     frame_step = 8
     usual_fps = 25.0
     """Frames a second that the pipeline takes a video to have where nothing is said."""
     usual_shift = (256, 4096, 0.5, 1.15)
     """Of schedulers that do not say it: numbers of tokens, and the shifts at these."""
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     def check_base(self) -> None:
         channels, given = self.vae.get("latent_channels", 128), self.config["in_channels"]

@@ -99,7 +99,7 @@ class Latents:
 
     def encode(self, pixels: torch.Tensor, caption: str) -> Batch:
         """The parts of one clip `[3, T, H, W]` and its caption, on the CPU."""
-        parts = {name: value[0].cpu() for name, value in self._encoder.encode(pixels[None]).items()}
+        parts: Batch = {name: value[0].cpu() for name, value in self._encoder.encode(pixels[None]).items()}
         if self.pictured:
             [parts[_TEXT]] = self._texts.once([caption], [pixels[:, 0]])
         return {**parts, "caption": caption}

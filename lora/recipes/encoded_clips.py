@@ -58,7 +58,7 @@ class EncodedClipsRecipe(Recipe):
 
     def latents(self, encoder: Encoder, unconditional: str = "") -> Latents:
         """The clips as an encoder makes them, with the texts that the recipe asks for beside their captions."""
-        prompts = (unconditional, self.validation.negative_prompt)
+        prompts: tuple[str, ...] = (unconditional, self.validation.negative_prompt)
         if not self.text_encoder.pictured:
             prompts += self.validation.prompts
         sizes = self.config.data.sizes

@@ -143,8 +143,10 @@ class TrainLora(EncodedClipsRecipe):
         model = self.backbone
         return read_lora(location, self.layers, model.file_name, lora.scale, setting, self.beside, model.file_rows)
 
-    trains_all = False
-    """All weights are trained, not a LoRA."""
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, not a LoRA."""
+        return False
 
     @property
     def frozen_models(self) -> int:

@@ -89,7 +89,7 @@ def lengthen(
     measure_error: int = 0,
     base: str | Path | None = None,
 ) -> Lengthened:
-    """Make longer videos with a Wan or HunyuanVideo pipeline, by a LoRA of the recipe `length` and all that it was trained with.
+    """Make longer videos with Wan or HunyuanVideo, by a LoRA of the recipe `length` and all that it was trained with.
 
     Its file says what that is: the method of sparse attention with all settings, the layers that stay dense, and RIFLEx
     where it was trained with it.
