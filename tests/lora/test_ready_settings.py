@@ -30,6 +30,14 @@ WAN = {
     "wan2.1_t2v_14b_ae_adapt": "text",
 }
 """Settings -> the kind of Wan pipeline that they, or a comment in them, are for."""
+ALIKE = {
+    "wan2.1_14b_length",
+    "wan2.1_t2v_1.3b_gft",
+    "wan2.2_a14b_gft",
+    "wan2.1_t2v_14b_sla",
+    "wan2.1_t2v_14b_ae_adapt",
+}
+"""Those that differ from others in numbers alone, or that run below as well."""
 OTHERS = {
     "hunyuanvideo_lora": "hunyuan first frame",
     "cogvideox_lora": "cogvideox 5b",
@@ -72,7 +80,9 @@ def test_every_file_is_here():
     assert kinds == {*WAN, *OTHERS, "wan2.1_t2v_1.3b_consistency", "wan2.2_a14b_consistency"}
 
 
-@pytest.mark.parametrize("name", WAN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in WAN]
+)
 def test_wan(tmp_path, wan_bases, autoencoder_folder, video_folder, name):
     recipe = next(recipe for recipe in sorted(RECIPES, key=len, reverse=True) if recipe in name)
     more = {"model.autoencoder": str(autoencoder_folder), "frames": 8} if recipe == "ae_adapt" else {}
