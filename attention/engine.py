@@ -107,6 +107,7 @@ class SparseAttention:
         self._able: set[tuple] = set()  # kinds of calls that were found to have a backend
         self._logged: set[str] = set()  # of the notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
+        self._entered_with_gradients = False
         self.reset()
 
     def reset(self) -> None:
@@ -179,16 +180,26 @@ class SparseAttention:
             if layout.grid not in grids and (remark := self.method.remark(layout)):
                 self.note(remark)
         self.step, self.layouts, self._fitting = step, layouts, () if dense else layouts
+        self._entered_with_gradients = torch.is_grad_enabled()
+
+    @property
+    def with_gradients(self) -> bool:
+        """Whether the forward pass may have a backward pass.
+
+        Reentrant gradient checkpointing switches gradients off around each layer, and runs it again with them: what
+        counts is how the forward pass began.
+        """
+        return self._entered_with_gradients or torch.is_grad_enabled()
 
     def pass_again(self) -> Callable[[], None]:
         """What brings the forward pass that was entered last back, with the plans that its gradients need.
 
         Gradient checkpointing runs layers again in the backward pass, when other forward passes may have come since.
         """
-        entered = self.step, self.layouts, self._grad_plans
+        entered = self.step, self.layouts, self._grad_plans, self._entered_with_gradients
 
         def again() -> None:
-            self.step, self.layouts, self._grad_plans = entered
+            self.step, self.layouts, self._grad_plans, self._entered_with_gradients = entered
             self._backward_plans.append(self._grad_plans)
 
         return again
@@ -362,13 +373,14 @@ class SparseAttention:
         if key in self._grad_plans:
             return self._grad_plans[key]
         memory = self._memory(q, k, layer, sample, heads)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        checkpointed = self._entered_with_gradients and not torch.is_grad_enabled()
+        if checkpointed or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
         # Under autocast, products would lose the float32 that methods compute in.
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             plan = self.method.plan(q, k, v, self.layouts[sample], memory)
-        if torch.is_grad_enabled():
+        if self.with_gradients:
             self._grad_plans[key] = plan
         return plan
 

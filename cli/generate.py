@@ -75,7 +75,7 @@ def generate_command(
     ] = None,
     rope: Annotated[
         str,
-        typer.Option(help="plain, or riflex: of a Wan model, for videos longer than those of its training."),
+        typer.Option(help="plain, or riflex: of Wan and HunyuanVideo, for videos longer than those of the training."),
     ] = "plain",
     method: Annotated[
         list[str] | None,

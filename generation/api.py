@@ -121,7 +121,7 @@ def generate(
             which makes few steps as well: a file or folder, or one for each of two transformers; True for what the
             model has of its own, as the built-in ones do.
         sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
-        rope: of a Wan model: "plain", or "riflex", which keeps a video longer than those of its training from
+        rope: of Wan and HunyuanVideo: "plain", or "riflex", which keeps a video longer than those of the training from
             beginning anew (RIFLEx, arXiv 2502.15894).
         preset: all of the above that makes a video faster, see `vidaccel.apply`: a file, or the name of one that comes
             with the package. What is given beside it goes before what it says.

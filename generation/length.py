@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ROPES = ("plain", "riflex")
 
+_HUNYUAN = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
+
 
 def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple[LoraFile, ...], str]:
     """The LoRA of the built-in model for a video longer than it was trained on, and what to say of it.
@@ -118,8 +120,9 @@ def chosen_riflex(rope: str, trained: Sequence[TrainedLength], facts: ModelFacts
         return None
     from ..pipelines.length.settings import Riflex
 
-    if not facts.pipeline_class.startswith("Wan") or facts.pad_frames is not None:
-        problem = f"it is for the rotary embedding of Wan, and this is a {facts.pipeline_class}"
+    wan = facts.pipeline_class.startswith("Wan") and facts.pad_frames is None
+    if not wan and facts.pipeline_class not in _HUNYUAN:
+        problem = f"it is for the rotary embedding of Wan and HunyuanVideo, and this is a {facts.pipeline_class}"
         raise BadInput("rope", problem, "Leave it out.", value=rope)
     frames = int(facts.call_defaults()["frames"])
     return Riflex((frames - 1) // facts.frame_factor + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ def check_plugin(plugin: Any, mixed_precision: str) -> None:
     gradients of the processes in half precision. Here the inputs stay as they are, the operations choose their
     precision as they do without FSDP (see `autocast_forward`), and gradients are summed in float32.
 
+    `accelerate launch` also asks transformers to load no weights but in the first process of a machine, which would be
+    given to the others as they are split. Encoders are not split: each process encodes a share, and needs them whole.
+
     Args:
         plugin: accelerate's `FullyShardedDataParallelPlugin`; changed in place.
         mixed_precision: of `LoopSettings`.
@@ -40,6 +44,7 @@ def check_plugin(plugin: Any, mixed_precision: str) -> None:
     """
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if mixed_precision != "no":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -69,6 +74,19 @@ def layers_of(plugin: Any, module: nn.Module) -> Iterator[list[str]]:
         yield [name for name in names or () if name not in present]
     finally:
         plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = names, policy
+
+
+def split(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Spread a module that is not trained over the processes, as `accelerator.prepare` spreads one that is.
+
+    Args:
+        accelerator: of a run under FSDP 2.
+        module: in place; its forward pass must then be called in all processes.
+    """
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    with layers_of(plugin_of(accelerator), module):
+        return fsdp2_prepare_model(accelerator, module)
 
 
 def autocast_forward(accelerator: Accelerator, module: nn.Module) -> None:

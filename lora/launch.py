@@ -67,12 +67,14 @@ def run(
     # Bars of two libraries, which say nothing about training.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    from .fsdp import plugin_of
     from .processes import Process, host_group
     from .trainer import Trainer, make_accelerator
 
     accelerator = make_accelerator(config)
     count = accelerator.num_processes
-    process = Process(accelerator.device, accelerator.process_index, count, host_group(count))
+    sharded = plugin_of(accelerator) is not None
+    process = Process(accelerator.device, accelerator.process_index, count, host_group(count), sharded=sharded)
     if encode_only:
         return _encode(cls(config, process))
     return Trainer(cls(config, process), accelerator).run(resume)

@@ -18,9 +18,10 @@ from .config import ConfigError, as_yaml
 from .data.sampler import ClipSampler
 from .dataloader import batches, to_device
 from .ema import EMA
-from .fsdp import autocast_forward, layers_of, plugin_of
+from .fsdp import autocast_forward, layers_of, plugin_of, split
 from .generators import Generators, derive_seed
 from .low_bit import in_low_bits
+from .memory import peak_gigabytes
 from .optim import LOW_BIT, learning_rate, make_optimizer, set_learning_rate
 from .phase_state import PhaseState
 from .progress import duration
@@ -167,6 +168,11 @@ class PhaseRun:
     def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Both as accelerate wraps them."""
         plugin = plugin_of(self.accelerator)
+        for teacher in self.phase.teachers():
+            if plugin is None:
+                teacher.to(self.accelerator.device)
+            else:
+                split(self.accelerator, teacher)
         if plugin is None:
             return self.accelerator.prepare(module, optimizer)
         autocast_forward(self.accelerator, module)
@@ -182,7 +188,7 @@ class PhaseRun:
     def _steps(self) -> None:
         settings, loop, tracker, state = self.settings, self.loop, self.context.tracker, self.state
         means, begin, logged_at = Means(), time.perf_counter() - state.seconds, state.step
-        logged_seconds = state.seconds
+        first, logged_seconds = state.step, state.seconds
         workers = self.context.config.data.workers
         stream = batches(self.clips, self.sampler, self.process.index, settings.steps, state.step, workers)
         self.model.train()
@@ -204,12 +210,15 @@ class PhaseRun:
                 if state.step % loop.log_every == 0 or last:
                     seconds = (state.seconds - logged_seconds) / (state.step - logged_at)
                     values = {**means.take(self.accelerator), "learning_rate": rate, "seconds_per_step": seconds}
+                    values |= peak_gigabytes(self.process.device)
                     if not math.isfinite(values["loss"]):
                         raise self._diverged(f"the loss of phase {self.phase.name} is {values['loss']}")
                     tracker.write(
                         self.phase.name, state.step, state.total_steps, values, settings.steps, self._left(seconds)
                     )
                     logged_at, logged_seconds = state.step, state.seconds
+                elif state.step == first + 1:
+                    self._say_first_step(state.seconds - logged_seconds)
                 away = time.perf_counter()
                 if last or (loop.validate_every and state.step % loop.validate_every == 0):
                     self._validate()
@@ -219,6 +228,15 @@ class PhaseRun:
                     self._check_finite(step_values["loss"])
                     self._save(random_state(), must=last)
                 begin += time.perf_counter() - away  # validation and saving are no training time
+
+    def _say_first_step(self, seconds: float) -> None:
+        """What the first step took: the first line of the log may come hours later."""
+        peak = peak_gigabytes(self.process.device)
+        memory = f", {peak['memory_gb']:.1f} GB of the GPU" if peak else ""
+        self.context.tracker.say(
+            f"phase {self.phase.name}: the first step took {seconds:.3g} s{memory}; at that rate "
+            f"{self._left(seconds)} for those that are left. The log has a line every {self.loop.log_every} steps."
+        )
 
     def _one_step(self, stream: Iterator[Any]) -> dict[str, Any]:
         """One optimiser step; the means of its numbers.

@@ -29,6 +29,7 @@ class Process:
         group: of `torch.distributed`, by which they wait and agree (`host_group`); None for the default one.
         stop: whether this process was asked to stop.
         progress: what shows the user how far it is.
+        sharded: the weights are spread over the processes (FSDP).
     """
 
     device: torch.device
@@ -37,6 +38,7 @@ class Process:
     group: Any = None
     stop: StopSignals = field(default_factory=StopSignals)
     progress: Progress = field(default_factory=Progress)
+    sharded: bool = False
 
     @property
     def is_main(self) -> bool:

@@ -118,7 +118,8 @@ class DataSettings(Settings):
     """What is trained on.
 
     Args:
-        kind: "demo" (the procedural world), "videos" or "images" (folders with captions).
+        kind: "demo" (the procedural world), "videos" or "images" (folders with captions), or "mixed": both in the same
+            folders, the images in the sizes of 1 frame and the videos in all others.
         folder: of videos or images.
         folders: several of them, instead of `folder`.
         sizes: the clips' sizes. A step has one of them; a video goes to the one whose shape is nearest.
@@ -132,7 +133,7 @@ class DataSettings(Settings):
         workers: processes that prepare clips in the background.
     """
 
-    kind: Literal["demo", "videos", "images"] = "demo"
+    kind: Literal["demo", "videos", "images", "mixed"] = "demo"
     folder: str | None = setting(None, free=True)
     folders: tuple[FolderSettings, ...] = ()
     sizes: tuple[SizeSettings, ...] = (SizeSettings(32, 128, 128),)
@@ -145,6 +146,11 @@ class DataSettings(Settings):
     workers: int = setting(0, low=0, free=True)
 
     @property
+    def files(self) -> str:
+        """What the folders hold, in words."""
+        return "videos and images" if self.kind == "mixed" else self.kind
+
+    @property
     def source(self) -> str:
         """The setting that says what there is, for messages."""
         return "data.folders" if self.folders else "data.folder"
@@ -155,11 +161,13 @@ class DataSettings(Settings):
         if not self.zoom:
             yield "zoom is empty: give at least one factor, such as [1]."
         if self.kind != "demo" and self.folder is None and not self.folders:
-            yield f"folder is missing: kind is {self.kind}, so say where the {self.kind} are."
+            yield f"folder is missing: kind is {self.kind}, so say where the {self.files} are."
         if self.folder is not None and self.folders:
             yield "folder and folders are both given: put it among `folders`, as {path: ...}."
         if self.kind == "images" and any(size.frames != 1 for size in self.sizes):
             yield "sizes of images have 1 frame: set frames: 1."
+        if self.kind == "mixed" and len({size.frames == 1 for size in self.sizes}) < 2:
+            yield "kind is mixed: give at least one size of 1 frame, for the images, and one of more, for the videos."
 
 
 @dataclass(frozen=True)

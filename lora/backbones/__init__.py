@@ -27,11 +27,14 @@ OWN_FAMILIES = {
     "FluxPipeline": ("flux", "FluxModel"),
     "SanaPipeline": ("sana", "SanaModel"),
     "HunyuanVideoPipeline": ("hunyuan_own", "HunyuanVideoModel"),
+    "HunyuanVideoImageToVideoPipeline": ("hunyuan_image_own", "HunyuanVideoImageModel"),
     "CogVideoXPipeline": ("cogvideox_own", "CogVideoXModel"),
     "CogVideoXImageToVideoPipeline": ("cogvideox_own", "CogVideoXModel"),
     "LTXPipeline": ("ltx_own", "LTXModel"),
     "LTXImageToVideoPipeline": ("ltx_own", "LTXModel"),
     "LTXConditionPipeline": ("ltx_own", "LTXConditionModel"),
+    "LTX2Pipeline": ("ltx2_own", "LTX2Model"),
+    "LTX2ImageToVideoPipeline": ("ltx2_own", "LTX2Model"),
 }
 """The same for models as they are. A family is one more file and one line here."""
 

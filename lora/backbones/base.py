@@ -112,6 +112,7 @@ class OwnModel(PretrainedModel):
 
     Attributes:
         lora_targets: ends of the names of the layers that get a LoRA where nothing else is asked for.
+        self_attention: those of the projections of self-attention alone; empty where they have no such names.
         lora_within: beginnings of these names.
         part: name of the transformer among the components of the pipeline.
         levels: the lowest and the highest noise level that the transformer is used for.
@@ -120,6 +121,7 @@ class OwnModel(PretrainedModel):
     """
 
     lora_targets: tuple[str, ...]
+    self_attention: tuple[str, ...] = ()
     lora_within: tuple[str, ...] = ("",)
     part: str = "transformer"
     levels: tuple[float, float] = (0.0, 1.0)
@@ -134,6 +136,10 @@ class OwnModel(PretrainedModel):
             quantisation: of its weights, as diffusers takes it; None for none.
         """
 
+    def other_transformer(self) -> nn.Module:
+        """Of a pipeline with two, the one that is not trained, as it is."""
+        raise NotImplementedError(f"{type(self).__name__} has one transformer.")
+
     @abstractmethod
     def skeleton(self) -> nn.Module:
         """The transformer without weights, on the meta device, to look into before they are read."""
@@ -141,6 +147,11 @@ class OwnModel(PretrainedModel):
     def check_layers(self, layers: Sequence[str]) -> str | None:
         """Why a LoRA on these layers of the transformer cannot be, or None."""
         return None
+
+    @property
+    @abstractmethod
+    def lora_loader(self) -> Any:
+        """The class of pipelines that reads files of LoRAs for the model, whoever made them."""
 
     @abstractmethod
     def encoder(self) -> Encoder:
@@ -293,18 +304,26 @@ class TextEncoder(ABC):
     Attributes:
         identity: what a `Text` follows from besides the prompt.
         length: tokens at which a prompt is cut off.
+        pictured: it sees the first frame of a clip with its caption, so that the text of each clip is its own.
     """
 
     identity: str
     length: int
+    pictured: bool = False
 
     @abstractmethod
     def count(self, prompts: Sequence[str]) -> list[int]:
         """The tokens of each prompt as `length` counts them, before anything is cut off."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> list[Text]:
-        """Each prompt on the CPU, without padding."""
+    def encode(self, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None = None) -> list[Text]:
+        """Each prompt on the CPU, without padding.
+
+        Args:
+            prompts: to encode.
+            pictures: where it is `pictured`, what it sees with each, `[3, H, W]` in [-1, 1]; None for a black one, as
+                pipelines show it with negative prompts.
+        """
 
     def park(self) -> None:  # noqa: B027 - small ones may stay
         """Leave the GPU, but stay in memory for the next `encode`."""

@@ -1,10 +1,10 @@
-"""HunyuanVideo as it is: text to video."""
+"""HunyuanVideo as it is: text to video, and what image to video has in common with it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -56,11 +56,11 @@ class HunyuanVideoModel(OwnVideoModel):
 
     text_pipeline = HunyuanVideoPipeline
     transformer_class, vae_class = HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo
-    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     text_length = 256
     usual_guidance = 1.0
     frame_step = 4
-    lora_targets = (
+    self_attention = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -69,6 +69,9 @@ class HunyuanVideoModel(OwnVideoModel):
         "attn.add_k_proj",
         "attn.add_v_proj",
         "attn.to_add_out",
+    )
+    lora_targets = (
+        *self_attention,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",
@@ -79,15 +82,23 @@ class HunyuanVideoModel(OwnVideoModel):
     lora_within = ("transformer_blocks.", "single_transformer_blocks.")  # not those that refine the text
 
     def check_base(self) -> None:
-        channels, given = self.vae.get("latent_channels", 16), self.config["in_channels"]
+        self.check_channels(self.vae.get("latent_channels", 16), self.config["in_channels"])
+        self.scheduler = read_config(FlowMatchEulerDiscreteScheduler, self.base, "scheduler")
+        self.width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+
+    def check_channels(self, channels: int, given: int) -> None:
+        """Raise ConfigError for a transformer that takes something else than the latents.
+
+        Args:
+            channels: of the autoencoder.
+            given: to the transformer.
+        """
         if given != channels or self.config.get("image_condition_type") is not None:
             raise ConfigError(
                 f"model.base: the transformer of {self.base} takes {given} channels and the picture as "
                 f"{self.config.get('image_condition_type')}; a text-to-video model takes the {channels} of its "
                 "autoencoder and no picture."
             )
-        self.scheduler = read_config(FlowMatchEulerDiscreteScheduler, self.base, "scheduler")
-        self.width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
 
     @property
     def token(self) -> int:
@@ -95,7 +106,16 @@ class HunyuanVideoModel(OwnVideoModel):
 
     def grid(self, frames: int, height: int, width: int) -> VideoLayout:
         size = ((frames - 1) // 4 + 1, height // self.token, width // self.token)
-        return VideoLayout(*size, text_after=self.text_length)
+        return VideoLayout(*size, text_after=self.text_length + self.picture_tokens)
+
+    @property
+    def picture_tokens(self) -> int:
+        """Tokens of the text that stand for a picture."""
+        return 0
+
+    def shown(self, latents: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Noisy latents with what the transformer gets beside them, `[B, C, T, H, W]`."""
+        return latents
 
     # -- names in files ------------------------------------------------------------------------------------------------
 
@@ -153,7 +173,7 @@ class HunyuanVideoModel(OwnVideoModel):
         if self.guidance is not None:
             guidance = torch.full((len(latents),), self.guidance * TIMESTEPS, device=latents.device, dtype=self.dtype)
         return model(
-            hidden_states=latents,
+            hidden_states=self.shown(latents, conditions),
             timestep=sigma * TIMESTEPS,
             encoder_hidden_states=states.to(latents.device, self.dtype),
             encoder_attention_mask=mask.to(latents.device, self.dtype),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -26,19 +26,20 @@ from .folders import read_config
 from .pipeline_family import padded, without_padding
 from .video_own import OwnVideoModel
 
-USUAL_FPS = 25.0
-"""Frames a second that the pipelines take a video to have where nothing is said."""
-
 
 class LTXModel(OwnVideoModel):
     """LTX-Video. With first frames, these are shown clean, at a timestep of 0."""
 
     text_pipeline, image_pipeline, does_both = LTXPipeline, LTXImageToVideoPipeline, True
     transformer_class, vae_class = LTXVideoTransformer3DModel, AutoencoderKLLTXVideo
-    text_parts = ("text_encoder", "tokenizer")
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     text_length = 128
     frame_step = 8
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    usual_fps = 25.0
+    """Frames a second that the pipeline takes a video to have where nothing is said."""
+    usual_shift = (256, 4096, 0.5, 1.15)
+    """Of schedulers that do not say it: numbers of tokens, and the shifts at these."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     def check_base(self) -> None:
         channels, given = self.vae.get("latent_channels", 128), self.config["in_channels"]
@@ -49,7 +50,7 @@ class LTXModel(OwnVideoModel):
                 f"{patches[1]} frames; LTX-Video takes the {channels} of its autoencoder in patches of 1."
             )
         self.clean_first = self.image
-        self.frame_rate = USUAL_FPS if self.fps is None else self.fps
+        self.frame_rate = self.usual_fps if self.fps is None else self.fps
         self.scheduler = read_config(FlowMatchEulerDiscreteScheduler, self.base, "scheduler")
 
     @property
@@ -94,8 +95,8 @@ class LTXModel(OwnVideoModel):
         config = self.scheduler
         if not config.get("use_dynamic_shifting"):
             return float(config.get("shift", 1.0))
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        few, many, low, high = (config.get(name, usual) for name, usual in zip(names, self.usual_shift, strict=True))
         mu = low + (high - low) * (latents.shape[2:].numel() - few) / (many - few)
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 

@@ -36,6 +36,8 @@ class PipelineFamily(PretrainedModel):
     text_parts: ClassVar[tuple[str, ...]]
     usual_guidance: ClassVar[float | None] = None
     """What distilled models are told where nothing is set."""
+    pictured: ClassVar[bool] = False
+    """The text encoder sees the first frame of a clip; see `encode_seeing`."""
 
     def __init__(
         self,
@@ -55,6 +57,12 @@ class PipelineFamily(PretrainedModel):
     @abstractmethod
     def encode_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
         """Prompts without padding."""
+
+    def encode_seeing(
+        self, pipe: DiffusionPipeline, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None
+    ) -> list[Text]:
+        """The same for prompts with pictures; see `TextEncoder.encode`."""
+        raise NotImplementedError
 
     @abstractmethod
     def count_tokens(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[int]:
@@ -104,15 +112,20 @@ def without_padding(states: torch.Tensor, mask: torch.Tensor, base: str) -> list
     return [state[: int(valid.sum())].float().cpu().clone() for state, valid in zip(states, mask, strict=True)]
 
 
+_ENCODERS = ("text_encoder", "connectors")
+"""What names of the models begin with that encode prompts."""
+
+
 class PipelineTextEncoder(TextEncoder):
     """Encodes prompts as the base pipeline does."""
 
     def __init__(self, family: PipelineFamily) -> None:
         self.family = family
         self._pipe: DiffusionPipeline | None = None
-        self.length = family.text_length
+        self.length, self.pictured = family.text_length, family.pictured
         parts = self._loaded().components
-        names = [fingerprint(part) for name, part in parts.items() if name.startswith("text_encoder")]
+        names = [fingerprint(part) for name, part in parts.items() if name.startswith(_ENCODERS)]
+        names += [part.to_json_string() for name, part in parts.items() if name == "image_processor" and part]
         names += [tokenizer_fingerprint(part) for name, part in parts.items() if name.startswith("tokenizer")]
         self.identity = " ".join([*names, str(family.dtype), str(self.length), family.prompt_frame])
 
@@ -130,7 +143,9 @@ class PipelineTextEncoder(TextEncoder):
         return self.family.count_tokens(self._loaded(), prompts)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Text]:
+    def encode(self, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None = None) -> list[Text]:
+        if self.pictured:
+            return self.family.encode_seeing(self.pipe, prompts, pictures)
         return self.family.encode_prompts(self.pipe, prompts)
 
     def park(self) -> None:

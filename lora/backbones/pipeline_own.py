@@ -30,6 +30,10 @@ class OwnPipelineModel(PipelineFamily, OwnModel):
         )
         return transformer.requires_grad_(False)
 
+    @property
+    def lora_loader(self) -> Any:
+        return self.pipeline_class
+
     def skeleton(self) -> nn.Module:
         with init_empty_weights():
             return self.transformer_class.from_config(self.config)

@@ -34,6 +34,8 @@ class OwnVideoModel(OwnPipelineModel):
     """One transformer is for text and for image to video."""
     frame_step: ClassVar[int]
     """Clips have a multiple of this and one frames."""
+    frames_cut: int = 0
+    """Frames that the pipeline cuts off at the beginning of the videos that it makes."""
 
     def __init__(self, base: str, options: ModelOptions) -> None:
         first_frame = options.first_frame
@@ -54,6 +56,11 @@ class OwnVideoModel(OwnPipelineModel):
                 f"model.base: {base} has a {found}; its pipeline takes a {self.transformer_class.__name__}."
             )
         self.check_base()
+
+    @property
+    def encoded_as(self) -> str:
+        """What kind of latents `latents` makes of the autoencoder's, for the names of those that are kept."""
+        return self.text_pipeline.__name__
 
     @property
     @abstractmethod
@@ -104,7 +111,7 @@ class OwnVideoModel(OwnPipelineModel):
         video = pipe(
             height=request.height,
             width=request.width,
-            num_frames=request.frames,
+            num_frames=request.frames + self.frames_cut,
             num_inference_steps=request.steps,
             generator=torch.Generator().manual_seed(request.seed),
             output_type="pt",
@@ -135,7 +142,7 @@ class OwnVideoEncoder(Encoder):
         self._own: Any = None
         self.parts = ("latents", "condition") if model.image and model.conditioned else ("latents",)
         own = f"{fingerprint(self.loaded_own())} {model.autoencoder_dtype}"
-        self.identities = {name: f"{model.text_pipeline.__name__} {name} 1, {own}" for name in self.parts}
+        self.identities = {name: f"{model.encoded_as} {name} 1, {own}" for name in self.parts}
 
     @property
     def own(self) -> Any:

@@ -204,7 +204,7 @@ class WanTextEncoder(TextEncoder):
         return [len(ids) for ids in self._loaded().tokenizer(cleaned, verbose=False).input_ids]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Text]:
+    def encode(self, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None = None) -> list[Text]:
         states, _ = self.pipe.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.length, device=self.device
         )

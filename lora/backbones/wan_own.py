@@ -52,6 +52,7 @@ class OwnWan(WanFamily, OwnModel):
     """What Wan models have in common that are trained as they are: layers that may get a LoRA, and their names."""
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    self_attention = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
     def __init__(self, base: str, options: ModelOptions) -> None:
         self.base, self.dtype, self.autoencoder_dtype = base, options.dtype, options.autoencoder_dtype
@@ -62,6 +63,10 @@ class OwnWan(WanFamily, OwnModel):
         told_guidance(self.base, self.config, options.guidance, None)
         if options.merge_text_padding and self.config.get("image_dim") is not None:
             raise ConfigError("model.merge_text_padding is for models without an image encoder: set it to false.")
+
+    @property
+    def lora_loader(self) -> Any:
+        return WanPipeline
 
     def skeleton(self) -> nn.Module:
         with init_empty_weights():
@@ -136,6 +141,10 @@ class WanModel(OwnWan):
             self.base, subfolder=self.part, dtype=self.dtype, quantization_config=quantisation
         )
         return self.loaded(transformer)
+
+    def other_transformer(self) -> nn.Module:
+        [part] = [name for name in STAGES.values() if name != self.part]
+        return self.loaded(WanTransformer3DModel.from_pretrained(self.base, subfolder=part, dtype=self.dtype))
 
     def encoder(self) -> OwnWanEncoder:
         embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()

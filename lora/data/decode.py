@@ -21,6 +21,18 @@ DECODER_VERSION = 4
 """Of the pixels that a file gives, as caches name them; another one where they change."""
 
 
+def suffixes_of(kind: str) -> tuple[str, ...]:
+    """Those of the files of a `DataSettings.kind`."""
+    return {"videos": VIDEO_SUFFIXES, "images": IMAGE_SUFFIXES, "mixed": (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)}[kind]
+
+
+def kind_of(path: Path, kind: str) -> str:
+    """How a file of a `DataSettings.kind` is read: "videos" or "images". A GIF among mixed ones is a video."""
+    if kind != "mixed":
+        return kind
+    return "videos" if path.suffix.lower() in VIDEO_SUFFIXES else "images"
+
+
 def probe(path: Path, kind: str) -> Media:
     """What a file holds.
 

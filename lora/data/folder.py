@@ -14,7 +14,7 @@ from ...generation.media import Cut, Media
 from ..config import ConfigError
 from ..settings import DataSettings, FolderSettings, SizeSettings
 from .captions import read_captions
-from .decode import DECODER_VERSION, IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
+from .decode import DECODER_VERSION, kind_of, read_clip, suffixes_of
 from .files import media_files, some
 from .media_index import content, look_into
 from .sampler import Pick, nearest_size
@@ -84,10 +84,13 @@ class MediaFolder:
         lost = len(captions) - len(entries)
         if lost:
             logger.warning(
-                "%d of %d %s in %s cannot be decoded and are left out.", lost, len(captions), data.kind, names
+                "%d of %d %s in %s cannot be decoded and are left out.", lost, len(captions), data.files, names
             )
         if not entries:
-            raise ConfigError(f"{data.source}: none of the {len(captions)} {data.kind} in {names} can be decoded.")
+            raise ConfigError(f"{data.source}: none of the {len(captions)} {data.files} in {names} can be decoded.")
+        kinds = {kind_of(entry.path, data.kind) for entry in entries}
+        if data.kind == "mixed" and len(kinds) == 1:
+            raise ConfigError(f"data.kind is mixed, and {names} has {min(kinds)} alone: set it to {min(kinds)}.")
         _say_what_is_special(entries, data.fps)
         return cls(entries, data, random_crops)
 
@@ -95,8 +98,10 @@ class MediaFolder:
         found: dict[int, list[int]] = {number: [] for number in range(len(sizes))}
         short = []
         for number, entry in enumerate(self.entries):
-            frames = entry.media.frames_at(self.data.fps)
-            size = nearest_size(sizes, entry.media.height, entry.media.width, frames)
+            image = kind_of(entry.path, self.data.kind) == "images"
+            frames = 1 if image else entry.media.frames_at(self.data.fps)
+            single = image if self.data.kind == "mixed" else None
+            size = nearest_size(sizes, entry.media.height, entry.media.width, frames, single)
             if size is None:
                 short.append(f"{entry.path.name} ({frames})")
                 continue
@@ -123,7 +128,7 @@ class MediaFolder:
             self._contents[number] = entry.content or content(entry.path)
         return (
             f"file {self._contents[number]}, clip {part}, fps {self.data.fps}, size {list(pick.size)}, "
-            f"{self.data.kind} {DECODER_VERSION}"
+            f"{kind_of(entry.path, self.data.kind)} {DECODER_VERSION}"
         )
 
     def caption(self, index: int) -> str:
@@ -143,7 +148,8 @@ class MediaFolder:
     def pixels(self, pick: Pick) -> torch.Tensor:
         number, part = divmod(pick.index, _PARTS)
         entry = self.entries[number]
-        return read_clip(entry.path, entry.media, self._cut(entry, part, pick), self.data.kind)
+        kind = kind_of(entry.path, self.data.kind)
+        return read_clip(entry.path, entry.media, self._cut(entry, part, pick), kind)
 
     def _cut(self, entry: Entry, part: int, pick: Pick) -> Cut:
         frames, height, width = pick.size
@@ -186,10 +192,10 @@ def _captioned(name: str, settings: FolderSettings, data: DataSettings, need_cap
     folder = Path(settings.path).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{name}: {folder} is no folder.")
-    suffixes = IMAGE_SUFFIXES if data.kind == "images" else VIDEO_SUFFIXES
-    files = media_files(folder, suffixes, data.kind)
+    suffixes = suffixes_of(data.kind)
+    files = media_files(folder, suffixes, data.files)
     if not files:
-        raise ConfigError(f"{name}: {folder} holds no {data.kind} ({', '.join(suffixes)}).")
+        raise ConfigError(f"{name}: {folder} holds no {data.files} ({', '.join(suffixes)}).")
     return read_captions(folder, files, data.missing_captions) if need_captions else dict.fromkeys(files, "")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from ..config import ConfigError
 from ..generators import Place, derive_seed
@@ -31,8 +32,8 @@ class HeldOut:
 def hold_out(dataset: ClipDataset, sizes: Sequence[SizeSettings], count: int) -> HeldOut:
     """Choose clips to measure with, and decode them once to see that they can be.
 
-    Whole files are held out: as few as have enough clips, but up to a tenth of all, so that they differ. Of an endless
-    dataset, the clips are ones that never occur in training.
+    Whole files are held out: as few as have enough clips, but up to a tenth of all, so that they differ; videos and
+    images in turn, where there are both. Of an endless dataset, the clips are ones that never occur in training.
 
     Args:
         dataset: of the clips.
@@ -53,7 +54,7 @@ def hold_out(dataset: ClipDataset, sizes: Sequence[SizeSettings], count: int) ->
     clips: set[int] = set()
     left = len(files)
     each = -(-count // max(1, min(count, len(files) // 10)))
-    for _, clip_sizes in sorted(files.items()):
+    for clip_sizes in _in_turn(files, sizes):
         if len(chosen) >= count:
             break
         good = [(i, s) for i, s in sorted(clip_sizes.items())[:each] if _decodes(dataset, _pick(i, sizes[s], 0, 1))]
@@ -69,6 +70,15 @@ def hold_out(dataset: ClipDataset, sizes: Sequence[SizeSettings], count: int) ->
             "a file must be left to train on: give more files, or fewer clips for validation."
         )
     return HeldOut(tuple(_pick(i, sizes[s], n, count) for n, (i, s) in enumerate(chosen[:count])), frozenset(clips))
+
+
+def _in_turn(files: Mapping[int, Mapping[int, int]], sizes: Sequence[SizeSettings]) -> Iterator[Mapping[int, int]]:
+    """The clips of each file by their size; of videos and images together, one of each in turn."""
+    kinds: tuple[list, list] = ([], [])
+    for _, clip_sizes in sorted(files.items()):
+        kinds[sizes[max(clip_sizes.values())].frames == 1].append(clip_sizes)
+    for turn in zip_longest(*kinds):
+        yield from (clip_sizes for clip_sizes in turn if clip_sizes is not None)
 
 
 def _pick(index: int, size: SizeSettings, number: int, count: int) -> Pick:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Sequence
 
@@ -21,11 +22,15 @@ logger = logging.getLogger(__name__)
 
 _NOWHERE = Place(0, 0, 1, 0)
 
+_TEXT = "text"
+"""The part of a clip that its caption is, where the text encoder sees the first frame with it."""
+
 
 class Latents:
     """The parts of the clips of a dataset, as `Clips`.
 
-    Without a cache, `load` gives pixels and captions, and `complete` encodes them.
+    Without a cache, `load` gives pixels and captions, and `complete` encodes them. Where the text encoder sees
+    pictures, the encoded caption is a part of its clip.
 
     Args:
         dataset: of the clips.
@@ -49,7 +54,7 @@ class Latents:
         self.dataset, self.sizes, self.cache = dataset, tuple(sizes), cache
         self.members = without(dataset.members(self.sizes), held_out)
         self.identities = dict(encoder.identities)
-        self.text_identity = text_encoder.identity
+        self.text_identity, self.pictured = text_encoder.identity, text_encoder.pictured
         self.cached = cache is not None and self.members is not None
         self._texts = Texts(text_encoder, cache)
         self._encoder, self._prompts = encoder, tuple(prompts)
@@ -68,7 +73,7 @@ class Latents:
         if not self.cached:
             pixels, index = sturdy_pixels(self.dataset, pick, self.members, self.sizes)
             return {"pixels": pixels, "caption": self.dataset.caption(index)}
-        parts = {name: self.cache.read(*self._key(pick, name)) for name in self.identities}
+        parts = {name: self.cache.read(*self._key(pick, name)) for name in self._parts}
         missing = [name for name, value in parts.items() if value is None]
         if missing:
             for name in missing:
@@ -77,26 +82,37 @@ class Latents:
             raise OSError(
                 f"{file}, which was there when the run began, is gone or damaged: resume, and it is made again."
             )
-        values = {name: part["tensor"] for name, part in parts.items()}
+        values = {name: part if name == _TEXT else part["tensor"] for name, part in parts.items()}
         return {**values, "caption": self.dataset.caption(pick.index)}
 
     def complete(self, batch: Batch) -> Batch:
         """The batch with whatever parts it lacks, and `texts`, its captions encoded."""
+        if not self.pictured:
+            texts = self._texts[batch["caption"]]
+        elif _TEXT in batch:
+            texts = batch[_TEXT]
+        else:
+            texts = self._texts.once(batch["caption"], list(batch["pixels"][:, :, 0]))
         if "pixels" in batch:
             batch = {**batch, **self._encoder.encode(batch["pixels"])}
-        return {**batch, "texts": self._texts[batch["caption"]]}
+        return {**batch, "texts": texts}
 
-    def encode(self, pixels: torch.Tensor) -> Batch:
-        """The parts of one clip `[3, T, H, W]`, on the CPU."""
-        return {name: value[0].cpu() for name, value in self._encoder.encode(pixels[None]).items()}
+    def encode(self, pixels: torch.Tensor, caption: str) -> Batch:
+        """The parts of one clip `[3, T, H, W]` and its caption, on the CPU."""
+        parts: Batch = {name: value[0].cpu() for name, value in self._encoder.encode(pixels[None]).items()}
+        if self.pictured:
+            [parts[_TEXT]] = self._texts.once([caption], [pixels[:, 0]])
+        return {**parts, "caption": caption}
 
     def release(self) -> None:
         """Give back the memory of what encodes; it is loaded again when it is needed."""
         self._encoder.release()
+        if self.pictured:
+            self._texts.encoder.release()
 
-    def texts(self, prompts: Sequence[str]) -> list[Text]:
-        """Prompts, encoded."""
-        return self._texts[prompts]
+    def texts(self, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None = None) -> list[Text]:
+        """Prompts, encoded; with pictures where the text encoder is `pictured`, see `TextEncoder.encode`."""
+        return self._texts.seen(prompts, pictures)
 
     def fill(self, process: Process) -> None:
         """Encode what the cache lacks or has in damaged files, each process a share. Clips that cannot be read are
@@ -108,11 +124,14 @@ class Latents:
         """
         if self.cache is None:
             return
-        self._texts.fill(sorted({*self.dataset.captions(), *self._prompts}), process)
-        self._texts.encoder.release()
+        captions = () if self.pictured else self.dataset.captions()
+        self._texts.fill(sorted({*captions, *self._prompts}), process)
+        if not self.pictured:
+            self._texts.encoder.release()
         if not self.cached:
             if self.members is None and process.is_main:
                 logger.info("clips that are endless are not cached: set data.clips to have them encoded once.")
+            self.release()
             return
         picks = [self._pick(size, index) for size, indices in self.members.items() for index in dict.fromkeys(indices)]
         missing = [(pick, parts) for pick in picks if (parts := self._missing(pick))]
@@ -127,9 +146,13 @@ class Latents:
             except OSError as error:
                 logger.warning("%s; it is left out.", error)
                 continue
-            for name, value in self._encoder.encode(pixels[None], parts).items():
-                self.cache.write({"tensor": value[0].cpu()}, *self._key(pick, name))
-        self._encoder.release()
+            if visual := tuple(name for name in parts if name != _TEXT):
+                for name, value in self._encoder.encode(pixels[None], visual).items():
+                    self.cache.write({"tensor": value[0].cpu()}, *self._key(pick, name))
+            if _TEXT in parts:
+                [text] = self._texts.once([self.dataset.caption(pick.index)], [pixels[:, 0]], stay=True)
+                self.cache.write(text, *self._key(pick, _TEXT))
+        self.release()
         process.wait()
         gone = {(pick.size, pick.index) for pick, _ in missing if self._missing(pick)}
         self.members = {
@@ -146,12 +169,23 @@ class Latents:
         chosen = self.sizes[size]
         return Pick(index, (chosen.frames, chosen.height, chosen.width), _NOWHERE)
 
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """What is kept of a clip."""
+        return (*self.identities, *((_TEXT,) if self.pictured else ()))
+
     def _key(self, pick: Pick, part: str) -> tuple[str, ...]:
+        if part == _TEXT:
+            return self.dataset.identity(pick), self.dataset.caption(pick.index), TEXT_VERSION, self.text_identity
         return self.dataset.identity(pick), part, self.identities[part]
 
     def _missing(self, pick: Pick) -> tuple[str, ...]:
         """The parts of a clip that the cache lacks."""
-        return tuple(name for name in self.identities if not self.cache.has(*self._key(pick, name)))
+        return tuple(name for name in self._parts if not self.cache.has(*self._key(pick, name)))
+
+
+TEXT_VERSION = "text 3"
+"""Of encoded captions, a part of what they are kept under."""
 
 
 class Texts:
@@ -165,39 +199,71 @@ class Texts:
 
     def __init__(self, encoder: TextEncoder, cache: TensorCache | None, limit: int = 2**30) -> None:
         self.encoder, self.cache, self.limit = encoder, cache, limit
-        self._known: dict[str, Text] = {}
+        self._known: dict[_Asked, Text] = {}
 
     def __getitem__(self, captions: Sequence[str]) -> list[Text]:
-        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        return self.seen(captions, None)
+
+    def seen(self, captions: Sequence[str], pictures: Sequence[torch.Tensor] | None) -> list[Text]:
+        """Captions with what the encoder sees with them; see `TextEncoder.encode`."""
+        asked = [(c, "" if pictures is None else _digest(pictures[n])) for n, c in enumerate(captions)]
+        shown = dict(zip(asked, pictures or (), strict=pictures is not None))
+        missing = [each for each in dict.fromkeys(asked) if each not in self._known]
         if missing:
             if sum(map(_size, self._known.values())) > self.limit:
-                self._known = {c: self._known[c] for c in set(captions) & set(self._known)}
-            self._known.update(self._read(missing))
+                self._known = {each: self._known[each] for each in set(asked) & set(self._known)}
+            self._known.update(self._read(missing, shown))
             # A text encoder may be larger than the model, which now needs the memory.
             self.encoder.park()
-        return [self._known[caption] for caption in captions]
+        return [self._known[each] for each in asked]
+
+    def once(self, captions: Sequence[str], pictures: Sequence[torch.Tensor], stay: bool = False) -> list[Text]:
+        """The same for the first frames of clips, which are not remembered here.
+
+        Args:
+            captions, pictures: of the clips.
+            stay: leave the encoder where it runs.
+        """
+        made = self.encoder.encode(list(captions), list(pictures))
+        if not stay:
+            self.encoder.park()
+        return made
 
     def fill(self, captions: Sequence[str], process: Process) -> None:
         """Encode the captions that the cache lacks, each process a share."""
         share = captions[process.index :: process.count]
         batches = range(0, len(share), 16)
         for first in process.track(batches, "encoding captions, 16 at a time", len(batches)):
-            self._read([c for c in share[first : first + 16] if not self.cache.has(*self._key(c))])
+            asked = [(caption, "") for caption in share[first : first + 16]]
+            self._read([each for each in asked if not self.cache.has(*self._key(each))], {})
         process.wait()
 
-    def _read(self, captions: list[str]) -> dict[str, Text]:
-        found = {} if self.cache is None else {c: self.cache.read(*self._key(c)) for c in captions}
-        found = {caption: states for caption, states in found.items() if states is not None}
-        missing = [caption for caption in captions if caption not in found]
+    def _read(self, asked: list[_Asked], shown: dict[_Asked, torch.Tensor]) -> dict[_Asked, Text]:
+        found = {} if self.cache is None else {each: self.cache.read(*self._key(each)) for each in asked}
+        found = {each: states for each, states in found.items() if states is not None}
+        missing = [each for each in asked if each not in found]
         if missing:
-            for caption, states in zip(missing, self.encoder.encode(missing), strict=True):
-                found[caption] = states
+            captions = [caption for caption, _ in missing]
+            made = self.encoder.encode(captions, [shown[each] for each in missing]) if shown else None
+            for each, states in zip(missing, made or self.encoder.encode(captions), strict=True):
+                found[each] = states
                 if self.cache is not None:
-                    self.cache.write(states, *self._key(caption))
+                    self.cache.write(states, *self._key(each))
         return found
 
-    def _key(self, caption: str) -> tuple[str, ...]:
-        return caption, "text 3", self.encoder.identity
+    def _key(self, asked: _Asked) -> tuple[str, ...]:
+        caption, picture = asked
+        return (*([picture] if picture else []), caption, TEXT_VERSION, self.encoder.identity)
+
+
+_Asked = tuple[str, str]
+"""A caption, and the digest of the picture that is seen with it; "" for none."""
+
+
+def _digest(picture: torch.Tensor) -> str:
+    """What a picture `[3, H, W]` is known by."""
+    plain = picture.detach().float().cpu().contiguous()
+    return hashlib.sha256(f"{list(plain.shape)}".encode() + plain.numpy().tobytes()).hexdigest()
 
 
 def say_what_is_cut(captions: Sequence[str], encoder: TextEncoder) -> None:

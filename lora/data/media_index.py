@@ -16,7 +16,7 @@ from ...generation.media import Media, Undecodable
 from ...generation.video import staged
 from ..config import ConfigError
 from .cache import not_kept
-from .decode import probe
+from .decode import kind_of, probe
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
 
     Args:
         files: to look into, several at a time.
-        kind: "videos" or "images".
+        kind: "videos", "images" or "mixed".
         cache: folder in which it is remembered by path, size and time of the file; None for nowhere.
         contents: also hash the files, if there is a cache to remember it.
 
@@ -67,8 +67,9 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
 
     def look(path: Path) -> tuple[str, Known] | None:
         try:
-            stamp = _stamp(path, kind)
-            known = index.get(stamp) or Known(probe(path, kind), None)
+            own = kind_of(path, kind)
+            stamp = _stamp(path, own)
+            known = index.get(stamp) or Known(probe(path, own), None)
             return stamp, replace(known, content=content(path)) if contents and known.content is None else known
         except Undecodable as error:
             logger.warning("%s; it is left out.", error)

@@ -112,12 +112,21 @@ def without(members: Mapping[int, Sequence[int]] | None, indices: Collection[int
     return {size: [index for index in listed if index not in gone] for size, listed in members.items()}
 
 
-def nearest_size(sizes: Sequence[SizeSettings], height: int, width: int, frames: int | None = None) -> int | None:
+def nearest_size(
+    sizes: Sequence[SizeSettings], height: int, width: int, frames: int | None = None, single: bool | None = None
+) -> int | None:
     """Number of the size whose shape is nearest to a video's, of those it has enough frames for; None without any.
 
     Of sizes equally near, the one of the most frames and pixels.
+
+    Args:
+        sizes: to choose from.
+        height, width, frames: of the video; None for enough frames for all.
+        single: only sizes of 1 frame, or only those of more; None for all.
     """
-    fitting = [i for i, s in enumerate(sizes) if frames is None or s.frames <= frames]
+    fitting = [
+        i for i, s in enumerate(sizes) if (frames is None or s.frames <= frames) and single in (None, s.frames == 1)
+    ]
     if not fitting:
         return None
 

@@ -159,7 +159,7 @@ class Align(Phase):
         self.recipe = recipe
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
-        self.teacher = self.recipe.backbone.teacher()
+        self.embedder = self.recipe.backbone.teacher()
         return self.recipe.backbone.aligner()
 
     def clips(self) -> Clips:
@@ -170,7 +170,7 @@ class Align(Phase):
 
     def _loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with torch.no_grad():
-            wanted = self.teacher(batch)
+            wanted = self.embedder(batch)
         made, wanted = on_one_grid(model(batch).float(), wanted)
         loss = functional.mse_loss(made, wanted)
         return loss, {"relative": loss.detach() / wanted.var()}
@@ -184,7 +184,7 @@ class Align(Phase):
         return measured.mean(measure, self.settings.batch_size, self.recipe.process)
 
     def close(self) -> None:
-        self.teacher = None
+        self.embedder = None
 
 
 def on_one_grid(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

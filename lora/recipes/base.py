@@ -52,6 +52,8 @@ class Phase(ABC):
 
     whole_weights: str = ""
     """Why the weights of its module must be whole, which FSDP splits; empty where they need not be."""
+    teacher: nn.Module | None = None
+    """A second module that is not trained, made by `setup`; see `teachers`."""
 
     def __init__(self, name: str, settings: PhaseSettings) -> None:
         self.name, self.settings = name, settings
@@ -82,6 +84,12 @@ class Phase(ABC):
             batch: of `clips`, on the device.
             rng: the random numbers to use.
         """
+
+    def teachers(self) -> Sequence[nn.Module]:
+        """Modules that are not trained, which `setup` makes on the CPU; the trainer puts them where the one is that is,
+        and spreads them over the processes where FSDP spreads that one.
+        """
+        return [] if self.teacher is None else [self.teacher]
 
     def learning_rate_scale(self, name: str) -> float:
         """What the learning rate of a parameter is multiplied by."""

@@ -55,8 +55,14 @@ class TrainConsistency(TrainGuided):
 
     def check_transformer(self, skeleton: nn.Module) -> None:
         super().check_transformer(skeleton)
-        if self.backbone.levels != (0.0, 1.0):
-            raise ConfigError("model.base: the recipe consistency is for models with one transformer.")
+        stage, few = self.config.model.stage, self.config.consistency
+        if not self.own_steps:
+            low, high = self.backbone.levels
+            raise ConfigError(
+                f"none of the {few.steps} steps begins at a noise level of the transformer that model.stage {stage} "
+                f"names, {low:g} to {high:g}: they begin at {', '.join(f'{level:.3g}' for level in self.grid)}. Set "
+                "flow.shift or consistency.steps."
+            )
 
     def prepare(self) -> None:
         super().prepare()
@@ -114,6 +120,25 @@ class TrainConsistency(TrainGuided):
         """Noise levels of the student's steps; the last ends at 0."""
         return self.levels[: -1 : self.config.consistency.teacher_steps]
 
+    @property
+    def own_steps(self) -> range:
+        """Numbers of the student's steps that the transformer makes: those that begin at its noise levels."""
+        low, high = self.backbone.levels
+        # As pipelines with two choose: the first one down to the boundary, which is its own.
+        own = [n for n, level in enumerate(self.grid) if (level >= low if high == 1 else level < high)]
+        return range(own[0], own[-1] + 1) if own else range(0)
+
+    @property
+    def goes_beyond(self) -> bool:
+        """Whether a step ends at levels of the other transformer."""
+        per_step = self.config.consistency.teacher_steps
+        led = self.levels[: self.own_steps.stop * per_step]
+        return any(level < self.backbone.levels[0] for level in led)
+
+    @property
+    def frozen_models(self) -> int:
+        return (1 if self.config.consistency.teacher is None else 2) + self.goes_beyond
+
     def inputs(self) -> dict[str, str]:
         teacher = self.teacher_file
         own = {} if teacher is None else {"consistency.teacher": file_identity(lora_path(teacher))}
@@ -155,27 +180,34 @@ class ConsistencyLora(GuidedLora):
         super().__init__(recipe)
         self._teacher_slot: BetaSlot | None = None
         self._teacher_told: torch.Tensor | None = None
+        self._beyond: nn.Module | None = None
+        """The other transformer of two, which makes the end of a step that crosses the boundary between them."""
+
+    def teachers(self) -> Sequence[nn.Module]:
+        return [*super().teachers(), *([] if self._beyond is None else [self._beyond])]
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         recipe = self.recipe
         transformer = super().setup(trained)
         self._levels = torch.tensor(recipe.levels, dtype=torch.float32, device=recipe.process.device)
         if recipe.teacher:
-            self._teacher = recipe.frozen_teacher().to(recipe.process.device)
-            embedder: Any = self._teacher.get_submodule(BETA)
+            self.teacher = recipe.frozen_teacher()
+            embedder: Any = self.teacher.get_submodule(BETA)
             self._teacher_slot = BetaSlot(
-                self._teacher, embedder, lambda: self._teacher_told, "default", recipe.teacher_gate
+                self.teacher, embedder, lambda: self._teacher_told, "default", recipe.teacher_gate
             )
+        if recipe.goes_beyond:
+            self._beyond = recipe.backbone.other_transformer().eval()
         return transformer
 
     def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        few = self.recipe.config.consistency
+        few, own = self.recipe.config.consistency, self.recipe.own_steps
         noise, place, drop = rng.normal(*batch["latents"].shape[1:]), rng.stratified(), rng.uniform()
         scale = few.guidance_scale + (few.highest - few.guidance_scale) * rng.uniform()
         if few.objective == "segments":
-            begin = (place * few.steps).long() * few.teacher_steps
+            begin = (own.start + (place * len(own)).long()) * few.teacher_steps
         else:
-            begin = (place * few.steps * few.teacher_steps).long()
+            begin = own.start * few.teacher_steps + (place * len(own) * few.teacher_steps).long()
         nothing = self.nothing()
         dropped = (drop < self.caption_dropout).tolist()
         texts = [nothing if away else text for away, text in zip(dropped, batch["texts"], strict=True)]
@@ -224,9 +256,26 @@ class ConsistencyLora(GuidedLora):
     def _velocity(
         self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
     ) -> torch.Tensor:
-        """The guided velocity of the teacher."""
+        """The guided velocity of the teacher; below the boundary between two transformers, that of the other one."""
+        if self._beyond is None:
+            return self._own_velocity(model, shown, sigma, texts, batch)
+        below, process = sigma < self.recipe.backbone.levels[0], self.recipe.process
+        found = torch.zeros_like(shown)
+        # All processes run what one of them needs: weights that are spread are gathered together.
+        if process.any(bool((~below).any())):
+            found = self._own_velocity(model, shown, sigma, texts, batch)
+        if process.any(bool(below.any())):
+            nothing = [self.nothing()] * len(shown)
+            own, without = (self.of_frozen(self._beyond, shown, sigma, text, batch) for text in (texts, nothing))
+            found = torch.where(_wide(below, shown), without + _wide(batch["scale"], own) * (own - without), found)
+        return found
+
+    def _own_velocity(
+        self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
+    ) -> torch.Tensor:
+        """The same of the transformer that is trained, or of its teacher."""
         scale = batch["scale"]
-        if self._teacher is not None:
+        if self.teacher is not None:
             self._teacher_told = 1 / scale
             return self.of_teacher(shown, sigma, texts, batch)
         own = self.of_base(model, shown, sigma, texts, batch)
@@ -268,14 +317,15 @@ class ConsistencyLora(GuidedLora):
         steps: torch.Tensor,
         by_teacher: bool = False,
     ) -> torch.Tensor:
-        """Where the student comes to from noise in so many of its steps, `[B]`; without gradients.
+        """Where the student comes to by the step of each number, `[B]`, from where its first one begins: noise, but of
+        the second of two transformers clips with noise; without gradients.
 
         Args:
             by_teacher: the teacher in the student's place.
         """
-        few, ones = self.recipe.config.consistency, torch.ones_like(batch["scale"])
-        shown = self.recipe.backbone.noised(batch["latents"], noise, ones)
-        for number in range(few.steps if few.steps in steps else few.steps - 1):
+        few, ones, own = self.recipe.config.consistency, torch.ones_like(batch["scale"]), self.recipe.own_steps
+        shown = self.recipe.backbone.noised(batch["latents"], noise, self._levels[own.start * few.teacher_steps] * ones)
+        for number in range(own.start, own.stop if own.stop in steps else own.stop - 1):
             now, then = (self._levels[n * few.teacher_steps] * ones for n in (number, number + 1))
             if by_teacher:
                 velocity = self._velocity(model, shown, now, texts, batch)
@@ -291,19 +341,20 @@ class ConsistencyLora(GuidedLora):
         """How near the few steps come to the teacher's many.
 
         closed is 1 - |x - y|^2 / |z - y|^2, of the latents that the student's steps (x), the teacher's many (y) and
-        the student's steps done by the teacher (z) make of the same noise: 0 without training, 1 for all of it.
+        the student's steps done by the teacher (z) make of the same noise: 0 without training, 1 for all of it. Of two
+        transformers these are the steps of the one that is trained.
         """
 
         def measure(batch: Batch, rng: Generators) -> dict[str, torch.Tensor]:
-            few = self.recipe.config.consistency
+            few, own = self.recipe.config.consistency, self.recipe.own_steps
             noise = rng.normal(*batch["latents"].shape[1:])
             batch["scale"] = torch.full((len(noise),), (few.guidance_scale + few.highest) / 2, device=noise.device)
-            begin = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
-            texts = batch["texts"]
-            start = self.recipe.backbone.noised(batch["latents"], noise, torch.ones_like(batch["scale"]))
-            many = self._led(model, start, texts, batch, begin, few.steps * few.teacher_steps)
-            made = self._student(model, noise, texts, batch, begin + few.steps)
-            plain = self._student(model, noise, texts, batch, begin + few.steps, by_teacher=True)
+            begin = torch.full((len(noise),), own.start * few.teacher_steps, device=noise.device)
+            texts, end = batch["texts"], torch.full_like(begin, own.stop)
+            start = self.recipe.backbone.noised(batch["latents"], noise, self._levels[begin])
+            many = self._led(model, start, texts, batch, begin, len(own) * few.teacher_steps)
+            made = self._student(model, noise, texts, batch, end)
+            plain = self._student(model, noise, texts, batch, end, by_teacher=True)
             error = self.recipe.backbone.error
             return {"off": error(made, many).mean(), "gap": error(plain, many).mean()}
 
@@ -319,6 +370,7 @@ class ConsistencyLora(GuidedLora):
     def close(self) -> None:
         if self._teacher_slot is not None:
             self._teacher_slot.remove()
+        self._beyond = None
         super().close()
 
 

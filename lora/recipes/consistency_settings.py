@@ -62,10 +62,15 @@ class ConsistencyLoraSettings(LoraSettings):
     def check(self) -> Iterator[str]:
         yield from super().check()
         few, flow, validation = self.consistency, self.flow, self.validation
-        if self.model.stage is not None:
+        if self.model.stage is not None and validation.prompts:
             yield (
-                f"model.stage is {self.model.stage}: the recipe consistency is for models with one transformer, since "
-                "a step of the student may cross the boundary between two."
+                f"validation.prompts are of no use with model.stage {self.model.stage}: a video needs both "
+                "transformers, and the other one has not learned its few steps. Leave them out."
+            )
+        if self.model.stage == "low_noise" and few.own_states:
+            yield (
+                "consistency.own_states is for model.stage high_noise: what the other one begins with is not of its "
+                "own making. Set it to 0."
             )
         if flow.density is not None or (flow.logit_mean, flow.logit_std) != (0.0, 1.0):
             yield (

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from ..backbones.base import Encoder, PretrainedModel
+from ..backbones.base import Encoder, PretrainedModel, Text
 from ..config import ConfigError
 from ..data.cache import TensorCache
 from ..data.dataset import open_dataset
@@ -40,6 +40,11 @@ class EncodedClipsRecipe(Recipe):
             refusal = self.backbone.check_size(size.frames, size.height, size.width)
             if refusal:
                 raise ConfigError(f"data.sizes.{number}: {refusal}")
+            if self.backbone.image and size.frames == 1:
+                raise ConfigError(
+                    f"data.sizes.{number}: a clip of 1 frame has nothing behind its first frame, from which "
+                    f"{self.backbone.base} starts: give more frames."
+                )
         if self.backbone.image and self.validation.prompts and not self.validation.clips:
             raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
         self.dataset = open_dataset(config.data, config.seed)
@@ -53,7 +58,9 @@ class EncodedClipsRecipe(Recipe):
 
     def latents(self, encoder: Encoder, unconditional: str = "") -> Latents:
         """The clips as an encoder makes them, with the texts that the recipe asks for beside their captions."""
-        prompts = (unconditional, *self.validation.prompts, self.validation.negative_prompt)
+        prompts: tuple[str, ...] = (unconditional, self.validation.negative_prompt)
+        if not self.text_encoder.pictured:
+            prompts += self.validation.prompts
         sizes = self.config.data.sizes
         return Latents(self.dataset, sizes, encoder, self.text_encoder, self.cache, self.held_out.clips, prompts)
 
@@ -101,5 +108,17 @@ class EncodedClipsRecipe(Recipe):
     def measured(self, latents: Latents) -> MeasuredClips:
         """The clips that are measured, encoded once."""
         if latents not in self._measured:
-            self._measured[latents] = MeasuredClips(self.dataset, self.held_out.picks, latents, self.backbone.image)
+            made = MeasuredClips(self.dataset, self.held_out.picks, latents, self.backbone.image)
+            self._measured[latents] = made
+            if latents.pictured and self.validation.prompts:
+                self.sampled_texts(latents)
+                latents.release()
         return self._measured[latents]
+
+    def sampled_texts(self, latents: Latents) -> list[Text]:
+        """The texts of the prompts that videos are made from, and of the negative one behind them."""
+        prompts, pictures = self.validation.prompts, None
+        if latents.pictured:
+            frames = self.measured(latents).first_frames
+            pictures = [frames[number % len(frames)] for number in range(len(prompts))]
+        return [*latents.texts(prompts, pictures), *latents.texts([self.validation.negative_prompt])]

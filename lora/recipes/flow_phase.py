@@ -95,7 +95,7 @@ class FlowPhase(Phase):
     def _sample(self, transformer: nn.Module, folder: Path, step: int) -> None:
         """Make videos from the prompts; for image to video, from the first frames of the measured clips, in turn."""
         recipe, settings = self.recipe, self.recipe.validation
-        texts = recipe.flowing.texts([*settings.prompts, settings.negative_prompt])
+        texts = recipe.sampled_texts(recipe.flowing)
         pictures = recipe.measured(recipe.flowing).first_frames
         last = recipe.config.data.sizes[-1]
         videos = []

@@ -35,21 +35,20 @@ class TrainGuidanceFree(TrainGuided):
         return [GuidanceFreeLora(self)]
 
     @property
-    def full(self) -> bool:
-        """Whether all weights are trained."""
+    def trains_all(self) -> bool:
         return self.config.gft.train == "full"
 
     def plain_transformer(self) -> nn.Module:
-        return self.backbone.transformer() if self.full else super().plain_transformer()
+        return self.backbone.transformer() if self.trains_all else super().plain_transformer()
 
     def facts(self) -> dict[str, Any]:
         gft = self.config.gft
         stated: dict[str, Any] = {"loss": gft.loss, "max_scale": gft.max_scale, "gated": gft.is_gated}
-        stated |= {"train": "full"} if self.full else {}
+        stated |= {"train": "full"} if self.trains_all else {}
         return {**super().facts(), "recipe": RECIPE, "guidance_free": stated}
 
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        if not self.full:
+        if not self.trains_all:
             return super().finish(trained)
         transformer = self.transformer()
         load_trained(transformer, trained)
@@ -74,18 +73,18 @@ class GuidanceFreeLora(GuidedLora):
         self.highest = gft.max_scale if gft.is_gated else None
 
     def trains(self, name: str) -> bool:
-        return self.recipe.full or super().trains(name)
+        return self.recipe.trains_all or super().trains(name)
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         transformer = super().setup(trained)
-        if self.recipe.full:
-            self._teacher = self.recipe.backbone.transformer().eval().to(self.recipe.process.device)
+        if self.recipe.trains_all:
+            self.teacher = self.recipe.backbone.transformer().eval()
         return transformer
 
     def of_base(
         self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
     ) -> torch.Tensor:
-        if self._teacher is not None:  # the model itself is no base any more
+        if self.teacher is not None:  # the model itself is no base any more
             return self.of_teacher(shown, sigma, texts, batch)
         return super().of_base(model, shown, sigma, texts, batch)
 
@@ -151,7 +150,7 @@ class GuidanceFreeLora(GuidedLora):
         return found
 
     def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        if not self.recipe.full:  # else the weights of the checkpoint are all there is
+        if not self.recipe.trains_all:  # else the weights of the checkpoint are all there is
             super().write_adapter(folder, weights)
 
 

@@ -48,8 +48,6 @@ class GuidedLora(FlowLora):
     def __init__(self, recipe: TrainGuided) -> None:
         super().__init__(recipe)
         self._slot: BetaSlot | None = None
-        self._teacher: nn.Module | None = None
-        """A second transformer that is not trained, or None."""
         self._told: torch.Tensor | None = None
         """beta `[B]` of the last pass; None of one of the frozen base."""
 
@@ -73,13 +71,19 @@ class GuidedLora(FlowLora):
         finally:
             self.transformer.enable_adapters()
 
-    @torch.no_grad()
     def of_teacher(self, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch) -> torch.Tensor:
         """The velocity of the second transformer, which there must be."""
-        assert self._teacher is not None
+        assert self.teacher is not None
+        return self.of_frozen(self.teacher, shown, sigma, texts, batch)
+
+    @torch.no_grad()
+    def of_frozen(
+        self, transformer: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
+    ) -> torch.Tensor:
+        """The velocity of a transformer that is not trained."""
         precision = DTYPES[self.recipe.config.loop.mixed_precision]
         with torch.autocast(shown.device.type, precision, enabled=precision != torch.float32):
-            return self.recipe.backbone.velocity(self._teacher, shown, sigma, texts, batch).float()
+            return self.recipe.backbone.velocity(transformer, shown, sigma, texts, batch).float()
 
     def guided(
         self,
@@ -104,5 +108,5 @@ class GuidedLora(FlowLora):
     def close(self) -> None:
         if self._slot is not None:
             self._slot.remove()
-        self._teacher = None
+        self.teacher = None
         super().close()

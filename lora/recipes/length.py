@@ -6,7 +6,7 @@ After Radial Attention (arXiv 2506.19852, section 4.3): a LoRA on the projection
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,14 @@ class TrainLength(TrainLora):
     base_frames: int
     """Latent frames of the videos that the base was trained on."""
 
+    @property
+    def usual_targets(self) -> Sequence[str]:
+        return self.backbone.self_attention
+
     def check_transformer(self, skeleton: nn.Module) -> None:
-        if refusal := no_riflex(skeleton):
-            raise ConfigError(f"model.base: the recipe length is for Wan alone: {refusal}")
+        if no_riflex(skeleton) or not self.backbone.self_attention:
+            kind = type(skeleton).__name__
+            raise ConfigError(f"model.base: the recipe length is for Wan and HunyuanVideo, and this is a {kind}.")
         longest, base = self.longest, self._base_pixel_frames()
         bound = f"the {base} of the base (length.base_frames)"
         if longest.frames <= base:
@@ -50,8 +55,8 @@ class TrainLength(TrainLora):
                 f"{LONGEST * base}."
             )
         frames = self._latent_frames(longest.frames)
-        covered = int(self.backbone.config["rope_max_seq_len"])
-        if frames > covered:
+        covered = self.backbone.config.get("rope_max_seq_len")  # of HunyuanVideo there is no bound
+        if covered is not None and frames > covered:
             raise ConfigError(
                 f"data.sizes: {longest.frames} frames make {frames} latent frames, and the rotary embedding of the "
                 f"base covers {covered}: give shorter clips."
@@ -75,7 +80,7 @@ class TrainLength(TrainLora):
 
     def _latent_frames(self, frames: int) -> int:
         layout = self.backbone.layout(frames, self.longest.height, self.longest.width)
-        assert layout is not None  # of Wan
+        assert layout is not None  # of Wan and HunyuanVideo
         return layout.frames
 
     def trained(self) -> TrainedLength:

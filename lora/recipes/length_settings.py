@@ -9,8 +9,6 @@ from typing import Literal
 from ..config import Settings, setting
 from .lora_settings import AdapterSettings, AttentionSettings, LoraSettings
 
-SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
-
 
 @dataclass(frozen=True)
 class LengthSettings(Settings):
@@ -37,6 +35,6 @@ class LengthSettings(Settings):
 class LengthLoraSettings(LoraSettings):
     """Settings of the recipe `length`: those of `lora`, of which some start from other values, and of length."""
 
-    lora: AdapterSettings = field(default_factory=lambda: AdapterSettings(rank=128, targets=SELF_ATTENTION))
+    lora: AdapterSettings = field(default_factory=lambda: AdapterSettings(rank=128))
     attention: AttentionSettings = field(default_factory=lambda: AttentionSettings(method="radial"))
     length: LengthSettings = field(default_factory=LengthSettings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from ... import demo
 from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.handle import Handle, accelerate
+from ...pipelines.adapter_header import facts_of
 from ...pipelines.locations import is_hub_id
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
@@ -20,9 +22,12 @@ from ..backbones.folders import located, transformer_files
 from ..config import ConfigError
 from ..data.latents import Latents
 from ..flow import sample_levels
+from ..foreign_lora import read_foreign
+from ..fsdp import DTYPES
 from ..generators import Generators
 from ..identities import file_identity
 from ..lora_file import COMFYUI_FILE, FILE, lora_path, read_facts, read_lora, save_lora
+from ..memory import TrainingMemory, blocks_of, gpu_bytes, training_memory
 from ..quantise import quantisation
 from ..sparse_training import training_method
 from .base import Batch, Phase, load_trained
@@ -31,6 +36,8 @@ from .flow_phase import FlowPhase, train_only
 from .lora_settings import LoraSettings
 
 __all__ = ["LoraSettings", "TrainLora"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainLora(EncodedClipsRecipe):
@@ -58,8 +65,9 @@ class TrainLora(EncodedClipsRecipe):
         refusal = self.backbone.check_layers(self.layers)
         if refusal:
             raise ConfigError(f"lora.targets: {refusal}")
+        self._say_what_it_takes(skeleton, layouts)
         self.base_hash = transformer_files(self.backbone.base, self.backbone.part)
-        self.start = {} if lora.start is None else self.earlier(lora.start, "lora.start", config.recipe)
+        self.start = {} if lora.start is None else self._started(lora.start, skeleton)
         self.open_data()
         self.flowing = self.latents(self.backbone.encoder(), config.flow.unconditional)
 
@@ -89,8 +97,13 @@ class TrainLora(EncodedClipsRecipe):
         model, targets = self.backbone, self.config.lora.targets
         if targets is not None:
             return layers_named(skeleton, targets, "lora.targets")
-        usual = layers_named(skeleton, model.lora_targets, "lora.targets")
+        usual = layers_named(skeleton, self.usual_targets, "lora.targets")
         return [layer for layer in usual if layer.startswith(model.lora_within)]
+
+    @property
+    def usual_targets(self) -> Sequence[str]:
+        """Ends of the names of the layers that get a LoRA where the settings name none."""
+        return self.backbone.lora_targets
 
     def _model(self) -> OwnModel:
         model = self.config.model
@@ -129,6 +142,70 @@ class TrainLora(EncodedClipsRecipe):
             raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in {setting} has {facts['rank']}: set that.")
         model = self.backbone
         return read_lora(location, self.layers, model.file_name, lora.scale, setting, self.beside, model.file_rows)
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained, not a LoRA."""
+        return False
+
+    @property
+    def frozen_models(self) -> int:
+        """How many models there are in memory beside what is trained."""
+        return 1
+
+    def memory(self, skeleton: nn.Module, layouts: Sequence[VideoLayout | None]) -> TrainingMemory:
+        """What the training takes of each GPU at least.
+
+        Args:
+            skeleton: the transformer.
+            layouts: the tokens of the clips, one a size.
+        """
+        config, train = self.config, self.config.train
+        shapes = [module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)]
+        lora = sum(config.lora.rank * (shape[0] + shape[1:].numel()) for shape in shapes)
+        clips = [size.batch_size or train.batch_size for size in config.data.sizes]
+        sizes = [(layout.tokens, n) for layout, n in zip(layouts, clips, strict=True) if layout is not None]
+        return training_memory(
+            skeleton,
+            sum(p.numel() for p in skeleton.parameters()) if self.trains_all else lora,
+            train,
+            weight_bytes=getattr(torch, config.model.dtype).itemsize,
+            linear_bytes=None if config.model.quantise == "none" else 1,
+            copies=self.frozen_models,
+            shared_by=self.process.count if self.process.sharded else 1,
+            layers=len(blocks_of(skeleton)),
+            width=self.backbone.config.get("num_attention_heads", 0)
+            * self.backbone.config.get("attention_head_dim", 0),
+            sizes=sizes,
+            activation_bytes=DTYPES[config.loop.mixed_precision].itemsize,
+            checkpointed=config.loop.gradient_checkpointing,
+        )
+
+    def _say_what_it_takes(self, skeleton: nn.Module, layouts: Sequence[VideoLayout | None]) -> None:
+        """Before clips are encoded, which may take hours."""
+        if not self.process.is_main:
+            return
+        needed, there = self.memory(skeleton, layouts), gpu_bytes(self.process.device)
+        self.process.progress.say(f"{needed}")
+        if there is not None and needed.total > there:
+            logger.warning(
+                "This GPU has %.1f GB: spread the weights over GPUs (FSDP), keep them in 8 bits (model.quantise), set "
+                "loop.gradient_checkpointing, or give smaller clips.", there / 1e9,
+            )  # fmt: skip
+
+    def _started(self, location: str, skeleton: nn.Module) -> dict[str, torch.Tensor]:
+        """The LoRA to go on from: one of this recipe, or of another tool."""
+        path, setting, lora = lora_path(location), "lora.start", self.config.lora
+        if self.beside or facts_of(path) or not path.is_file():  # of which diffusers would ask the hub
+            return self.earlier(location, setting, self.config.recipe)
+        shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)}
+        found = read_foreign(path, self.backbone.lora_loader, shapes, lora.rank, lora.scale, setting)
+        if self.process.is_main:
+            logger.warning(
+                "%s: %s does not say which weights it was trained on: it is taken to be those of %s.",
+                setting, path, self.config.model.base,
+            )  # fmt: skip
+        return found
 
     def _check_density(self) -> None:
         """Raise ConfigError for numbers of a density that is not the model's."""

@@ -42,7 +42,7 @@ class MeasuredClips:
             pixels = dataset.pixels(pick)
             if keep_first_frames:
                 self.first_frames.append(pixels[:, 0].clone())
-            self._clips.append((pick, {**latents.encode(pixels), "caption": dataset.caption(pick.index)}))
+            self._clips.append((pick, latents.encode(pixels, dataset.caption(pick.index))))
         if picks:
             latents.release()
 

@@ -36,6 +36,10 @@ class TrainSLA(TrainLora):
     def phases(self) -> list[Phase]:
         return [SparseLinear(self)]
 
+    @property
+    def trains_all(self) -> bool:
+        return self.config.sla.train == "full"
+
     def sparse_method(self, transformer_class: str, layouts: Sequence[VideoLayout | None]) -> SLA:
         check_takes_sparse(f"the recipe is {self.config.recipe}", transformer_class, layouts)
         sla = self.config.sla
@@ -63,7 +67,7 @@ class TrainSLA(TrainLora):
         return method
 
     def check_transformer(self, skeleton: nn.Module) -> None:
-        if self.config.sla.train == "full" and not self.backbone.writes_pipelines:
+        if self.trains_all and not self.backbone.writes_pipelines:
             raise ConfigError(
                 f"sla.train is full, and all weights of a {type(skeleton).__name__} cannot be written: set it to lora."
             )
@@ -92,8 +96,7 @@ class TrainSLA(TrainLora):
 
     def transformer(self) -> nn.Module:
         """The transformer with its projections as training starts; with the LoRA where one is trained."""
-        full = self.config.sla.train == "full"
-        transformer = self.backbone.transformer() if full else super().transformer()
+        transformer = self.backbone.transformer() if self.trains_all else super().transformer()
         if self.method.needs_weights:
             add_projections(self._sparse(transformer), self.backbone.config["attention_head_dim"])
         load_trained(transformer, self.start)
@@ -125,19 +128,15 @@ class SparseLinear(FlowLora):
 
     recipe: TrainSLA
 
-    def __init__(self, recipe: TrainSLA) -> None:
-        super().__init__(recipe)
-        self._teacher: nn.Module | None = None
-
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         transformer = super().setup(trained)
         self.transformer: Any = transformer
-        if self.recipe.config.sla.train == "full":
-            self._teacher = self.recipe.backbone.transformer().eval().to(self.recipe.process.device)
+        if self.recipe.trains_all:
+            self.teacher = self.recipe.backbone.transformer().eval()
         return transformer
 
     def trains(self, name: str) -> bool:
-        return self.recipe.config.sla.train == "full" or name in self.recipe.beside or super().trains(name)
+        return self.recipe.trains_all or name in self.recipe.beside or super().trains(name)
 
     def learning_rate_scale(self, name: str) -> float:
         return self.recipe.config.sla.projection_rate if name in self.recipe.beside else 1.0
@@ -159,7 +158,7 @@ class SparseLinear(FlowLora):
         self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
     ) -> torch.Tensor:
         """The velocity of the frozen dense model: a second copy, or the model without its LoRA."""
-        backbone, teacher = self.recipe.backbone, self._teacher
+        backbone, teacher = self.recipe.backbone, self.teacher
         if teacher is not None:
             precision = DTYPES[self.recipe.config.loop.mixed_precision]
             half = torch.autocast(shown.device.type, precision, enabled=precision != torch.float32)

@@ -118,7 +118,7 @@ class Site:
         heads = self._shares.get(place) or shared.heads(q.shape[1], k.shape[1])
         # With grouped heads, those of a group would have to stay together; and a backward pass that computes the layer
         # again must find the heads where they were.
-        if self.engine.method.uneven_heads and q.shape[1] == k.shape[1] and not torch.is_grad_enabled():
+        if self.engine.method.uneven_heads and q.shape[1] == k.shape[1] and not self.engine.with_gradients:
             heads = heads.balanced()
         self._shares[place] = heads
         return heads

@@ -16,7 +16,7 @@ from ..acceleration.handle import Handle, accelerate
 from ..base_check import check_base
 from ..named_lora import NamedLora, one_for_each
 from .adapter_file import LengthAdapter, read_length
-from .rotary import TRANSFORMERS, riflex
+from .rotary import TRANSFORMERS, frames_of_a_token, riflex
 from .trained import LengthError
 
 _NAME = "length"
@@ -89,13 +89,13 @@ def lengthen(
     measure_error: int = 0,
     base: str | Path | None = None,
 ) -> Lengthened:
-    """Make longer videos with a Wan pipeline, by a LoRA of the recipe `length` and all that it was trained with.
+    """Make longer videos with Wan or HunyuanVideo, by a LoRA of the recipe `length` and all that it was trained with.
 
     Its file says what that is: the method of sparse attention with all settings, the layers that stay dense, and RIFLEx
     where it was trained with it.
 
     Args:
-        pipe: a Wan pipeline.
+        pipe: the pipeline.
         adapter: file or folder of the LoRA; of a pipeline with two transformers, one for each.
         method: "dense", a name or a config, where it is to be checked that it is that of the training; None for that.
         backend, measure_error: see `accelerate`.
@@ -121,12 +121,12 @@ class _FramesChecked:
 
     def __call__(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-        self.adapter.trained.check_frames(latents.shape[2] // transformer.config.patch_size[0])
+        self.adapter.trained.check_frames(latents.shape[2] // frames_of_a_token(transformer.config))
 
 
 def _by_part(pipe: Any, parts: dict[str, Any], adapters: Sequence[LengthAdapter]) -> dict[str, LengthAdapter]:
     """The adapter of each transformer of a pipeline; LengthError where there is not one for each."""
     kind = type(pipe).__name__
     if not parts or not hasattr(pipe, "load_lora_weights"):
-        raise LengthError(f"a {kind} takes no LoRA for longer videos: give a Wan pipeline.")
+        raise LengthError(f"a {kind} takes no LoRA for longer videos: give a Wan or HunyuanVideo pipeline.")
     return one_for_each(kind, parts, adapters, "LoRAs", LengthError)

@@ -14,9 +14,12 @@ from .settings import Riflex
 
 TRANSFORMERS = ("transformer", "transformer_2")
 
+_WAN, _HUNYUAN = "WanRotaryPosEmbed", "HunyuanVideoRotaryPosEmbed"
+
 
 class RiflexRotary(nn.Module):
-    """The rotary embedding of a Wan transformer with RIFLEx, in the place of its own, which stays inside.
+    """The rotary embedding of a Wan or HunyuanVideo transformer with RIFLEx, in the place of its own, which stays
+    inside.
 
     Args:
         own: what the transformer had.
@@ -29,25 +32,41 @@ class RiflexRotary(nn.Module):
     def __init__(self, own: Any, riflex: Riflex) -> None:
         super().__init__()
         self.own, self.riflex = own, riflex
-        # Row 1 of the table has the angles of one frame, the highest of which is 1.
-        sin, cos = (table[1, : own.t_dim : 2].double().cpu() for table in (own.freqs_sin, own.freqs_cos))
-        angles = torch.atan2(sin, cos)
-        self.component = riflex.chosen(angles)
-        self.frequency = float(angles[self.component - 1])
+        frequencies = _frequencies(own)
+        self.component = riflex.chosen(frequencies)
+        self.frequency = float(frequencies[self.component - 1])
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines `[1, N, 1, D]` for latents `[B, C, T, H, W]`."""
+        """Cosines and sines for latents `[B, C, T, H, W]`: `[1, N, 1, D]` of Wan, `[N, D]` of HunyuanVideo."""
         cos, sin = self.own(hidden_states)
-        frames = hidden_states.shape[2] // self.own.patch_size[0]
+        frames = hidden_states.shape[2] // frames_of_a_token(self.own)
         frequency = min(self.frequency, 2 * math.pi / frames)
         if frames <= self.riflex.frames or frequency == self.frequency:
             return cos, sin
-        position = torch.arange(frames, device=cos.device).repeat_interleave(cos.shape[1] // frames)
-        angle = (position.double() * frequency)[None, :, None, None]
+        tokens = cos.shape[:-1]
+        position = torch.arange(frames, device=cos.device).repeat_interleave(tokens.numel() // frames)
+        angle = (position.double() * frequency).view(*tokens, 1)
         at = slice(2 * self.component - 2, 2 * self.component)
         cos, sin = cos.clone(), sin.clone()
         cos[..., at], sin[..., at] = angle.cos().to(cos), angle.sin().to(sin)
         return cos, sin
+
+
+def _frequencies(own: Any) -> torch.Tensor:
+    """Of the components over frames, in radians a latent frame, the highest first."""
+    if type(own).__name__ == _HUNYUAN:
+        size = own.rope_dim[0]
+        return own.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    # Row 1 of the table has the angles of one frame, the highest of which is 1.
+    sin, cos = (table[1, : own.t_dim : 2].double().cpu() for table in (own.freqs_sin, own.freqs_cos))
+    return torch.atan2(sin, cos)
+
+
+def frames_of_a_token(config: Any) -> int:
+    """Latent frames of a token, by the config of a transformer or its rotary embedding."""
+    if (frames := getattr(config, "patch_size_t", None)) is not None:  # the other number is of height and width
+        return int(frames)
+    return int(config.patch_size[0])
 
 
 class RiflexHandle:
@@ -75,7 +94,7 @@ class RiflexHandle:
 
 
 def riflex(pipe: Any, settings: Riflex) -> RiflexHandle:
-    """Give the transformers of a Wan pipeline RIFLEx.
+    """Give the transformers of a Wan or HunyuanVideo pipeline RIFLEx.
 
     Args:
         pipe: the pipeline, or a transformer alone.
@@ -85,7 +104,7 @@ def riflex(pipe: Any, settings: Riflex) -> RiflexHandle:
         A handle with `remove()`.
 
     Raises:
-        TypeError: a transformer without Wan's rotary embedding, or settings that are none.
+        TypeError: a transformer without the rotary embedding of these, or settings that are none.
         ValueError: a component that it does not have.
         RuntimeError: it has RIFLEx already.
     """
@@ -107,6 +126,7 @@ def riflex(pipe: Any, settings: Riflex) -> RiflexHandle:
 
 def no_riflex(transformer: Any) -> str:
     """Why a transformer can have no RIFLEx, in words; "" where it can."""
-    if type(getattr(transformer, "rope", None)).__name__ in ("WanRotaryPosEmbed", "RiflexRotary"):
+    if type(getattr(transformer, "rope", None)).__name__ in (_WAN, _HUNYUAN, "RiflexRotary"):
         return ""
-    return f"RIFLEx is for transformers with the rotary embedding of Wan, which a {type(transformer).__name__} lacks."
+    kind = type(transformer).__name__
+    return f"RIFLEx is for transformers with the rotary embedding of Wan or HunyuanVideo, which a {kind} lacks."

@@ -207,7 +207,7 @@ def test_damaged_numbers_are_encoded_again(tmp_path):
     first.fill(HERE)
     clip = cache.path(*first._key(pick(2), "latents"))
     caption = first.dataset.caption(2)
-    for file in (clip, cache.path(*first._texts._key(caption))):
+    for file in (clip, cache.path(*first._texts._key((caption, "")))):
         whole = bytearray(file.read_bytes())
         whole[-1] ^= 64
         file.write_bytes(whole)

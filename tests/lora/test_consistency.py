@@ -159,7 +159,7 @@ def test_the_student_starts_as_the_teacher(tmp_path, text_base, teacher):
     assert (student - plain).abs().max() > 1e-3
     other = phase.guided(model, *given, torch.full((2,), 1.0), gradients=False)
     assert (other - plain).abs().max() > 1e-3
-    assert not any(parameter.requires_grad for parameter in phase._teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in phase.teacher.parameters())
     pipe = WanPipeline.from_pretrained(text_base)
     with vidaccel.guidance_free(pipe, teacher), torch.no_grad():
         pipe._guidance_scale = 2.0
@@ -215,6 +215,100 @@ def test_own_states_in_training(tmp_path, text_base, monkeypatch):
     found = [phase.loss(model.train(), dict(one), Generators(places(1, step)))[0] for step in range(200)]
     assert 80 < sum(found) < 120
     assert not any(phase.loss(model.eval(), dict(one), Generators(places(1, step)))[0] for step in range(20))
+
+
+# -- two transformers --------------------------------------------------------------------------------------------------
+
+STAGES = {"high_noise": ("transformer", range(0, 2)), "low_noise": ("transformer_2", range(2, 4))}
+"""Of four steps at a shift of 5, which begin at 1, 0.9375, 0.833 and 0.625, with the boundary at 0.875."""
+
+
+def staged(folder: Path, base: Path, stage: str, **sections) -> Path:
+    few = {"steps": 4, "teacher_steps": 4, **sections.pop("consistency", {})}
+    sections = {"model": {"stage": stage}, "flow": {"shift": 5}, "validation": {"prompts": []}, **sections}
+    return settings(folder, base, consistency=few, **sections)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_transformer_learns_the_steps_that_its_pipeline_makes_with_it(tmp_path, wan_bases, stage, monkeypatch):
+    part, own = STAGES[stage]
+    made = recipe(staged(tmp_path, wan_bases["two stages"], stage))
+    assert made.backbone.part == part and made.own_steps == own and made.goes_beyond == (stage == "high_noise")
+    phase = made.phases()[0]
+    phase.setup({})
+    assert (len(phase.teachers()), made.frozen_models) == ((1, 2) if stage == "high_noise" else (0, 1))
+    monkeypatch.setattr(phase, "flow_loss", lambda model, batch, noise, sigma, texts: (batch, {"sigma": sigma}))
+    several = {"latents": torch.zeros(40, 8, 1, 1, 1), "caption": ["a red circle"] * 40}
+    drawn, _ = phase.loss(nn.Module(), several, Generators(places(40)))
+    assert drawn["begin"].bincount(minlength=16).nonzero().flatten().tolist() == [4 * number for number in own]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_end_of_a_step_across_the_boundary_is_of_the_other_transformer(tmp_path, wan_bases, stage, monkeypatch):
+    """Velocities that tell who made them: 2 above the boundary, and below it 5 with guidance from the other one."""
+    made = recipe(staged(tmp_path, wan_bases["two stages"], stage))
+    phase = made.phases()[0]
+    model = phase.setup({})
+    nothing = phase.nothing()["states"]
+
+    def velocity(called, shown, sigma, texts, conditions):
+        if called is not phase._beyond:
+            return torch.full_like(shown, 2.0)
+        empty = torch.tensor([float(torch.equal(text["states"], nothing)) for text in texts])
+        return torch.full_like(shown, 5.0) - empty.view(-1, 1, 1, 1, 1)  # the guidance of 2 makes 5 + 1 * (5 - 4)
+
+    monkeypatch.setattr(made.backbone, "velocity", velocity)
+    x, levels, first = torch.zeros(2, 8, 1, 2, 2), torch.tensor(made.levels), made.own_steps.start
+    begin = torch.tensor([4 * first, 4 * first + 4])
+    texts = made.flowing.texts(["a red circle"] * 2)
+    there = phase._led(model, x, texts, {"scale": torch.full((2,), 2.0), "latents": x}, begin, 4)
+    steps = levels[1:] - levels[:-1]
+    for number, start in enumerate(begin.tolist()):
+        speeds = [6.0 if stage == "high_noise" and levels[start + n] < 0.875 else 2.0 for n in range(4)]
+        wanted, last = 0.0, None
+        for n, speed in enumerate(speeds):
+            step = steps[start + n]
+            mean = speed if last is None else speed + step / (2 * last[1]) * (speed - last[0])
+            wanted, last = wanted + float(step * mean), (speed, step)
+        assert there[number].unique().tolist() == pytest.approx([wanted], rel=1e-5)
+    assert stage == "low_noise" or 6.0 in speeds
+
+
+def test_both_transformers_make_a_video_in_few_steps(tmp_path, wan_bases):
+    """Each trained in a run of its own; the pipeline gives each the steps that it learned."""
+    base, files = wan_bases["two stages"], []
+    for stage in STAGES:
+        (tmp_path / stage).mkdir()
+        result = run("consistency", staged(tmp_path / stage, base, stage))
+        files.append(Path(result["lora"]).parent)
+        rows = [json.loads(line) for line in (tmp_path / stage / "run" / "log.jsonl").read_text().splitlines()]
+        assert any("validation_closed" in row for row in rows)
+    pipe = WanPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    for name, part in (("transformer", pipe.transformer), ("transformer_2", pipe.transformer_2)):
+        part.register_forward_pre_hook(
+            lambda module, given, kwargs, name=name: seen.append((name, float(kwargs["timestep"].flatten()[0]))),
+            with_kwargs=True,
+        )
+    with vidaccel.guidance_free(pipe, files):
+        size = {"num_frames": 5, "height": 32, "width": 48}
+        video = pipe("a red circle", guidance_scale=2.0, num_inference_steps=4, output_type="latent", **size).frames
+    assert video.isfinite().all()
+    assert [name for name, _ in seen] == ["transformer"] * 2 + ["transformer_2"] * 2
+    assert [level for _, level in seen] == pytest.approx([1000, 937.5, 2500 / 3, 625])
+
+
+@pytest.mark.parametrize(
+    ("stage", "few", "words"),
+    [
+        ("low_noise", {"steps": 1}, "none of the 1 steps begins at a noise level of .* low_noise names, 0 to 0.875"),
+        ("low_noise", {"own_states": 0.5}, "own_states is for model.stage high_noise"),
+    ],
+)
+def test_stages_that_do_not_fit(tmp_path, wan_bases, stage, few, words):
+    with pytest.raises(ConfigError, match=words):
+        recipe(staged(tmp_path, wan_bases["two stages"], stage, consistency=few))
 
 
 @pytest.mark.parametrize("kind", ["first frame", "timestep for each token"])
@@ -332,7 +426,7 @@ def test_an_adapter_is_gone_on_from(finished, tmp_path, text_base, teacher):
         ("consistency.teacher_steps=1", "teacher_steps is 1: it must be at least 2"),
         ("consistency.max_guidance_scale=1.5", "max_guidance_scale is 1.5, below guidance_scale 2"),
         ("consistency={objective: consistency, own_states: 0.5}", "own_states is for the objective segments"),
-        ("model.stage=high_noise", "is for models with one transformer"),
+        ("model.stage=high_noise", "validation.prompts are of no use with model.stage high_noise"),
         ("flow.density=uniform", "are of no use: the noise levels are those of the steps"),
         ("flow.guidance_preserving=3", "guidance comes from the teacher"),
         ("validation.negative_prompt=blurry", "set flow.unconditional to it"),

@@ -13,13 +13,14 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from lora_runs import recipe, write
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers.integrations import is_fsdp_enabled
 
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.lora.adapter import add_lora
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.ema import EMA
-from vidaccel.lora.fsdp import autocast_forward, check_plugin, layers_of
+from vidaccel.lora.fsdp import autocast_forward, check_plugin, layers_of, split
 from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.reconstruction import LossSettings, Reconstruction
 from vidaccel.lora.sharding import all_finite, copy_whole, optimizer_state, whole
@@ -39,9 +40,9 @@ def mesh():
         os.environ.pop(name)
 
 
-def prepared(module: nn.Module, plugin: FullyShardedDataParallelPlugin) -> nn.Module:
-    """As `PhaseRun` prepares it in bf16. accelerate has no FSDP on a CPU, but the part of it that shards runs there."""
-    accelerator = SimpleNamespace(
+def halves(plugin: FullyShardedDataParallelPlugin) -> SimpleNamespace:
+    """An accelerator in bf16. accelerate has no FSDP on a CPU, but the part of it that shards runs there."""
+    return SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
         mixed_precision="bf16",
         is_main_process=True,
@@ -49,6 +50,11 @@ def prepared(module: nn.Module, plugin: FullyShardedDataParallelPlugin) -> nn.Mo
         torch_device_mesh=None,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
     )
+
+
+def prepared(module: nn.Module, plugin: FullyShardedDataParallelPlugin) -> nn.Module:
+    """As `PhaseRun` prepares it."""
+    accelerator = halves(plugin)
     autocast_forward(accelerator, module)
     with layers_of(plugin, module):
         return fsdp2_prepare_model(accelerator, module)
@@ -134,7 +140,8 @@ def test_a_sharded_lora_learns_with_sparse_attention(plugin, tmp_path, text_base
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_sharded_model_learns_sparse_linear_attention(plugin, tmp_path, text_base, train):
-    """As the recipe `sla` sets it up: the projections are split with their blocks, and the teacher is whole."""
+    """As the recipe `sla` sets it up: the projections are split with their blocks, and a second model that teaches is
+    split, too, with nothing changed by that."""
     sections = {
         "model": {"dtype": "bfloat16"},
         "loop": {"mixed_precision": "bf16", "gradient_checkpointing": True},
@@ -148,6 +155,15 @@ def test_a_sharded_model_learns_sparse_linear_attention(plugin, tmp_path, text_b
     transformer = prepared(phase.setup({}), plugin)
     batch = {"latents": torch.randn(1, 8, 3, 8, 8), "caption": ["a red circle"]}
     loss, _ = phase.loss(transformer, batch, Generators([Place(0, 0, 1, 0)]))
+    if train == "full":
+        teacher = split(halves(plugin), phase.teacher)
+        assert all(isinstance(block, FSDPModule) for block in teacher.blocks)
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
+        again, _ = phase.loss(transformer, batch, Generators([Place(0, 0, 1, 0)]))
+        torch.testing.assert_close(again, loss, rtol=2e-2, atol=0)  # of the order of operations in bf16
+        loss = again
+    else:
+        assert phase.teacher is None
     loss.backward()
     named = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     gradients = whole({name: p.grad for name, p in named.items()})
@@ -190,6 +206,15 @@ def test_sharded_weights_and_optimizer_states_come_back():
     with torch.no_grad():
         nets[0].weight[0, 0] = float("nan")
     assert not all_finite(nets[0].parameters())
+
+
+def test_every_process_reads_its_encoders_whole(monkeypatch):
+    """`accelerate launch --use_fsdp` asks transformers to load weights in the first process alone."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert is_fsdp_enabled()
+    check_plugin(FullyShardedDataParallelPlugin(fsdp_version=2), "bf16")
+    assert not is_fsdp_enabled()
 
 
 def test_fsdp_1_is_refused():

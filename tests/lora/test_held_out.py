@@ -176,4 +176,8 @@ def test_texts_take_a_bounded_number_of_bytes(tmp_path):
     assert encoder.parked == 1 and len(texts[["abcd"]]) == 1 and encoder.calls == ["abcd", "ab"]
     texts[["abc"]]  # 96 bytes are there, under the limit
     texts[["ab", "a"]]
-    assert encoder.calls == ["abcd", "ab", "abc", "a"] and set(texts._known) == {"ab", "a"} and encoder.parked == 3
+    assert (
+        encoder.calls == ["abcd", "ab", "abc", "a"]
+        and set(texts._known) == {("ab", ""), ("a", "")}
+        and encoder.parked == 3
+    )

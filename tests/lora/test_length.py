@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from lora_runs import recipe, write
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_images import flux_transformer
+from trainable import saved
 
 import vidaccel
 from vidaccel.attention import Radial
@@ -19,7 +21,7 @@ from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.recipes.length import TrainLength
 from vidaccel.lora.recipes.length_settings import LengthLoraSettings
 from vidaccel.lora.trainer import Stopped
-from vidaccel.pipelines.length import Riflex, read_length
+from vidaccel.pipelines.length import LengthError, Riflex, read_length
 from vidaccel.pipelines.length.rotary import RiflexRotary
 
 SIZE = {"frames": 17, "height": 64, "width": 96}
@@ -128,7 +130,7 @@ def test_what_is_left_out():
     content = {"recipe": "length", "out": "a", "model": {"base": "demo"}, "train": {"steps": 1}}
     made = build(LengthLoraSettings, {**content, "lora": {"alpha": 3}})
     assert (made.lora.rank, made.lora.alpha, made.attention.method) == (128, 3, "radial")
-    assert made.length.rope == "plain" and "attn1.to_out.0" in made.lora.targets
+    assert made.length.rope == "plain" and made.lora.targets is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,50 @@ def test_what_cannot_be_is_refused(tmp_path, text_base, sections, words):
         recipe(settings(tmp_path, text_base, **sections))
 
 
-def test_other_families_are_refused():
+def test_other_families_are_refused(tmp_path):
     made = object.__new__(TrainLength)
-    with pytest.raises(ConfigError, match="the recipe length is for Wan alone: .* a FluxTransformer2DModel lacks"):
+    with pytest.raises(ConfigError, match="is for Wan and HunyuanVideo, and this is a FluxTransformer2DModel"):
         made.check_transformer(flux_transformer())
+    with pytest.raises(ConfigError, match="is for Wan and HunyuanVideo, and this is a LTXVideoTransformer3DModel"):
+        recipe(settings(tmp_path, saved("ltx", tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["hunyuan", "hunyuan replaced first frame", "hunyuan first frame"])
+def test_hunyuanvideo_makes_longer_videos(tmp_path, kind):
+    """What is trained, and `lengthen` in its own pipeline: mask, bound of frames and RIFLEx, which all go again."""
+    base = saved(kind, tmp_path)
+    rope = {"rope": "riflex", "component": 1}
+    size = {"frames": 17, "height": 32, "width": 96}
+    # Next to so few tokens of video, those of the text leave no choice of a density.
+    file = settings(tmp_path, base, length=rope, data={"sizes": [size]}, attention={"density": None})
+    result = run("length", file)
+    names = set(read_length(result["lora"]).weights())
+    assert any(".single_transformer_blocks.0.attn.to_v." in name for name in names)
+    assert any(".transformer_blocks.0.attn.add_q_proj." in name for name in names)
+    assert not any("context_embedder" in name or "proj_mlp" in name or "ff" in name for name in names)
+    trained = load_file(tmp_path / "run" / "phases" / "train.safetensors")
+    phase = recipe(file).phases()[0]
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    own = pipe.transformer.rope
+
+    def call(frames: int) -> torch.Tensor:
+        picture = {"image": Image.new("RGB", (96, 32), "red")} if "first frame" in kind else {}
+        generator = torch.Generator().manual_seed(1)
+        more = {"num_inference_steps": 2, "output_type": "latent", "generator": generator, **picture}
+        return pipe(prompt="a dot moves a dot moves a dot", height=32, width=96, num_frames=frames, **more).frames
+
+    plain = call(17)
+    with vidaccel.lengthen(pipe, result["lora"], backend="gather") as handle:
+        hook = pipe.transformer.register_forward_hook(lambda *each: seen.append(each[2:]), with_kwargs=True)
+        made = call(17)
+        hook.remove()
+        kwargs, (wanted,) = seen[0]
+        assert {record.reason for record in handle.report().records} == {"", "first layers"}
+        with pytest.raises(LengthError, match="the video has 6 latent frames, and .* was trained up to 5"):
+            call(21)
+    assert pipe.transformer.rope is own and torch.equal(call(17), plain) and not torch.equal(made, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(phase.setup(trained)(**kwargs)[0], wanted, rtol=1e-4, atol=1e-5)
+    phase.close()

@@ -16,6 +16,7 @@ from trainable import MADE, saved
 
 from vidaccel.lora import run
 from vidaccel.lora.adapter import layers_named
+from vidaccel.lora.backbones.hunyuan_image_own import HunyuanVideoImageModel
 from vidaccel.lora.backbones.hunyuan_own import PUBLISHED_WIDTH
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.flow import shifted
@@ -23,7 +24,8 @@ from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.lora_file import FILE, read_lora, save_lora
 
 SIZE = {"frames": 9, "height": 32, "width": 64}
-TEXTS = ["a dot moves", "a dot moves a a dot"]
+# Longer than what the tiny tokenizer of HunyuanVideo I2V has less of the words around a prompt, which are cut off.
+TEXTS = ["a dot moves a dot moves a dot", "a dot moves a a dot moves moves a dot a moves"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 def settings(folder: Path, base: Path, **sections) -> Path:
-    data = {"sizes": [SIZE], **sections.pop("data", {})}
+    size = {**SIZE, "height": 64} if base.name.startswith("ltx2") else SIZE  # its decoder mirrors edges
+    data = {"sizes": [size], **sections.pop("data", {})}
     if base.name == "ltx condition first frame":  # the class of its pipeline does not say so
         sections["model"] = {"first_frame": True, **sections.get("model", {})}
     return write(folder, base, data=data, **sections)
@@ -48,7 +51,13 @@ def clip(count: int = 1) -> torch.Tensor:
 
 
 def batch_of(made: Any, count: int = 2) -> dict[str, Any]:
-    return {**made.backbone.encoder().encode(clip(count)), "caption": TEXTS[:count]}
+    seen = {"text": texts_of(made, clip(count))} if made.flowing.pictured else {}
+    return {**made.backbone.encoder().encode(clip(count)), "caption": TEXTS[:count], **seen}
+
+
+def texts_of(made: Any, clips: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """The prompts, where the text encoder sees pictures with the first frames of the clips."""
+    return made.flowing.texts(TEXTS[: len(clips)], list(clips[:, :, 0]) if made.flowing.pictured else None)
 
 
 def stock(base: Path, made: Any) -> DiffusionPipeline:
@@ -58,11 +67,12 @@ def stock(base: Path, made: Any) -> DiffusionPipeline:
 
 
 def call(pipe: Any, made: Any, **more: Any) -> Any:
-    pictures = clip()[0, :, 0]
-    image = Image.fromarray(((pictures.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+    image = shown(clip())
     size = {"num_frames": SIZE["frames"], "height": SIZE["height"], "width": SIZE["width"]}
     if "Condition" in type(pipe).__name__:  # the picture as it is; its noise has a test of its own
         more = {"image_cond_noise_scale": 0.0, **more}
+    if "LTX2" in type(pipe).__name__ and made.backbone.image:  # the picture, and not what a codec makes of it
+        more = {"image_crf": 0, **more}
     return pipe(
         prompt=TEXTS[0],
         guidance_scale=1.0,
@@ -72,6 +82,11 @@ def call(pipe: Any, made: Any, **more: Any) -> Any:
         **({"image": image} if made.backbone.image else {}),
         **more,
     ).frames
+
+
+def shown(clips: torch.Tensor) -> Image.Image:
+    """The first frame of the first clip, as a pipeline takes it."""
+    return Image.fromarray(((clips[0, :, 0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
 
 
 def as_grid(made: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -93,11 +108,14 @@ def test_the_model_is_called_as_its_pipeline_calls_it(tmp_path, bases, kind):
     call(pipe, made, num_inference_steps=3)
     kwargs, wanted = seen[1]
     backbone = made.backbone
+    if "ltx2" in kind:  # its pipeline makes the sound with the video, which is trained without
+        with torch.no_grad():
+            wanted = pipe.transformer(**{**kwargs, "isolate_modalities": True})[0]
     given = as_grid(made, kwargs["hidden_states"])
     latents = given[:, : as_grid(made, wanted).shape[1]]
     told = torch.as_tensor(kwargs["timestep"]).float()
     sigma = (told.max() if told.ndim == 2 else told.flatten()[0]).view(1) / 1000
-    texts = made.flowing.texts(TEXTS)
+    texts = texts_of(made, clip().repeat(2, 1, 1, 1, 1))
     # 1.5 reads a picture that was scaled to 8 bits; so does the pipeline.
     pixels = ((clip() + 1) * 127.5).round() / 127.5 - 1
     batch = backbone.encoder().encode(pixels)
@@ -116,6 +134,10 @@ def test_the_model_is_called_as_its_pipeline_calls_it(tmp_path, bases, kind):
 def test_prompts_are_those_of_the_pipeline(tmp_path, bases, kind):
     made = recipe(settings(tmp_path, bases[kind]))
     pipe = stock(bases[kind], made)
+    if made.flowing.pictured:
+        return check_prompts_with_pictures(made, pipe)
+    if "ltx2" in kind:
+        return check_prompts_behind_connectors(made, pipe)
     more = {} if "hunyuan" in kind else {"do_classifier_free_guidance": False}
     with torch.no_grad():
         theirs = pipe.encode_prompt(TEXTS, **more)
@@ -126,6 +148,30 @@ def test_prompts_are_those_of_the_pipeline(tmp_path, bases, kind):
         assert length == (theirs[0].shape[1] if mask is None else int(theirs[mask][number].sum()))
         if "pooled" in text:
             assert torch.equal(text["pooled"], theirs[1][number])
+
+
+def check_prompts_with_pictures(made: Any, pipe: Any) -> None:
+    """Those of the first frames; what stands for no caption is what the pipeline makes of a negative prompt."""
+    clips, every = clip(2), 2 if pipe.transformer.config.image_condition_type == "latent_concat" else 4
+    black = Image.new("RGB", (64, 32), 0)
+    asked = [(TEXTS[0], shown(clips[:1])), (TEXTS[1], shown(clips[1:])), ("", black)]
+    for (prompt, image), text in zip(asked, [*texts_of(made, clips), made.phases()[0].nothing()], strict=True):
+        with torch.no_grad():
+            states, pooled, mask = pipe.encode_prompt(image, [prompt], image_embed_interleave=every)
+        length = int(mask.sum())
+        assert torch.equal(text["states"], states[0, :length]) and torch.equal(text["pooled"], pooled[0])
+        assert length - bool(prompt) >= 576 // every == made.backbone.picture_tokens
+    same = made.flowing.texts([TEXTS[0]] * 2, list(clips[:, :, 0]))
+    assert not torch.equal(same[0]["states"], same[1]["states"])
+
+
+def check_prompts_behind_connectors(made: Any, pipe: Any) -> None:
+    with torch.no_grad():
+        states, mask, _, _ = pipe.encode_prompt(TEXTS, do_classifier_free_guidance=False)
+        theirs = pipe.connectors(states, mask, padding_side=pipe.tokenizer.padding_side)
+    for number, text in enumerate(made.flowing.texts(TEXTS)):
+        for name, their in zip(("states", "audio", "mask"), theirs, strict=True):
+            assert torch.equal(text[name], their[number])
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -143,20 +189,22 @@ def test_a_perfect_prediction_has_no_loss_and_is_sampled_exactly(tmp_path, bases
 
     pipe, latents = stock(bases[kind], made), batch["latents"][:1]
 
-    def forward(hidden_states, timestep, **_):
-        shown = as_grid(made, hidden_states)[:, : latents.shape[1]]
+    def forward(hidden_states, timestep, **sound):
+        given = as_grid(made, hidden_states)[:, : latents.shape[1]]
         level = torch.as_tensor(timestep).float().max().view(1) / 1000
         zero = torch.zeros_like(latents)
         clean, share = backbone.noised(latents, zero, level), backbone.noised(zero, zero + 1, level)
-        noise = ((shown - clean) / share).nan_to_num()  # a clean first frame has none
+        noise = ((given - clean) / share).nan_to_num(0.0, 0.0, 0.0)  # a clean first frame has none
         found = backbone.target(latents, noise, level)
         if hidden_states.ndim == 3:
-            return (found.flatten(2).transpose(1, 2),)
+            return (found.flatten(2).transpose(1, 2), *([sound["audio_hidden_states"]] if "ltx2" in kind else []))
         return (found.transpose(1, 2) if "cog" in kind else found,)
 
     monkeypatch.setattr(pipe.transformer, "forward", forward)
     found = as_grid(made, call(pipe, made, num_inference_steps=4))
     first = 1 if backbone.clean_first else 0
+    if getattr(backbone, "frames_cut", 0):
+        latents = latents[:, :, 1:]
     torch.testing.assert_close(found[:, :, first:], latents[:, :, first:], rtol=1e-3, atol=1e-3)
 
 
@@ -175,7 +223,7 @@ def test_stock_diffusers_loads_what_was_trained(tmp_path, bases, kind):
     pipe = stock(bases[kind], made)
     pipe.load_lora_weights(Path(result["lora"]).parent)
     batch = batch_of(made)
-    texts = made.flowing.texts(TEXTS)
+    texts = made.flowing.complete(batch)["texts"]
     given = batch["latents"], torch.tensor([0.5, 0.8]), texts, batch
     with torch.no_grad():
         wanted = made.backbone.velocity(trained, *given)
@@ -186,7 +234,9 @@ def test_stock_diffusers_loads_what_was_trained(tmp_path, bases, kind):
     assert (tmp_path / "run" / "validation" / "00000002_0.mp4").is_file()
 
 
-@pytest.mark.parametrize("kind", ["hunyuan", "cogvideox 5b", "ltx", "ltx condition"])
+@pytest.mark.parametrize(
+    "kind", ["hunyuan", "hunyuan replaced first frame", "cogvideox 5b", "ltx", "ltx condition", "ltx2"]
+)
 def test_training_lowers_the_loss_with_sparse_attention(tmp_path, bases, kind):
     """Of the same clips, noise and levels; blocks run again for their gradients."""
     size = {"frames": 17, "height": 128, "width": 128}
@@ -198,7 +248,8 @@ def test_training_lowers_the_loss_with_sparse_attention(tmp_path, bases, kind):
     frames, channels = (17 - 1) // made.backbone.frame_step + 1, made.backbone.vae["latent_channels"]
     side = 128 // (32 if "ltx" in kind else 8)
     latents = torch.randn(2, channels, frames, side, side, generator=torch.Generator().manual_seed(2))
-    batch = {"latents": latents, "caption": TEXTS}
+    seen = {"text": texts_of(made, clip(2))} if made.flowing.pictured else {}
+    batch = {"latents": latents, "caption": TEXTS, **seen}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for _ in range(6):
@@ -214,12 +265,52 @@ def test_training_lowers_the_loss_with_sparse_attention(tmp_path, bases, kind):
     phase.close()
 
 
-@pytest.mark.parametrize("kind", ["hunyuan", "cogvideox first frame", "ltx first frame", "ltx condition first frame"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "hunyuan",
+        "hunyuan first frame",
+        "ltx2 first frame",
+        "cogvideox first frame",
+        "ltx first frame",
+        "ltx condition first frame",
+    ],
+)
 def test_half_precision(tmp_path, bases, kind):
     loop = {"mixed_precision": "bf16", "gradient_checkpointing": True}
     half = {"dtype": "bfloat16", "autoencoder_dtype": "bfloat16"}
     run("lora", settings(tmp_path, bases[kind], loop=loop, model=half))
     assert (tmp_path / "run" / "validation" / "00000002_0.mp4").is_file()
+
+
+def test_captions_are_encoded_once_with_the_picture_of_their_clip(tmp_path, bases, monkeypatch):
+    """Of HunyuanVideo I2V: each clip's in the cache, as is the text of each video of a validation; without a cache the
+    training is the same."""
+
+    def trained(name: str, *more: str) -> dict[str, torch.Tensor]:
+        file = settings(tmp_path, bases["hunyuan first frame"], flow={"caption_dropout": 0.3})
+        run("lora", file, [f"out={tmp_path / name}", *more])
+        assert (tmp_path / name / "validation" / "00000002_0.mp4").is_file()
+        return load_file(tmp_path / name / "phases" / "train.safetensors")
+
+    seen, real = [], HunyuanVideoImageModel.encode_seeing
+
+    def watched(self, pipe, prompts, pictures):
+        seen.extend((prompt, pictures is not None) for prompt in prompts)
+        return real(self, pipe, prompts, pictures)
+
+    monkeypatch.setattr(HunyuanVideoImageModel, "encode_seeing", watched)
+    first = trained("first")
+    # No caption, which is the negative prompt as well; the four clips, the two that are measured, and the video's.
+    assert seen.count(("", False)) == 1 and sum(pictured for _, pictured in seen) == 7 == len(seen) - 1
+    seen.clear()
+    again = trained("again", "data.workers=1")
+    assert len(seen) == 2  # those that are measured, which no recipe keeps
+    without = trained("without", "data.cache=null")
+    assert first.keys() == again.keys() == without.keys()
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        torch.testing.assert_close(value, without[name])
 
 
 def test_a_lora_of_the_published_width_is_translated(tmp_path, bases):
@@ -312,8 +403,15 @@ def test_noise_levels_are_the_models_own(tmp_path, bases):
         ("cogvideox 2b", "model.first_frame=true", "takes no first frames"),
         ("cogvideox first frame", "model.first_frame=false", "starts from first frames"),
         ("cogvideox 2b", "flow.logit_mean=1", "the noise levels of .* are uniform"),
+        ("hunyuan first frame", "model.first_frame=false", "starts from first frames"),
         ("hunyuan", "model.merge_text_padding=true", "merge_text_padding is for Wan"),
         ("ltx", "lora.targets=[to_q, proj_in]", "proj_in has no name that both"),
+        (
+            "ltx2",
+            "lora.targets=[to_q]",
+            "audio_attn1.to_q is of the sound, which is not trained: name layers with attn1",
+        ),
+        ("ltx2", "lora.targets=[attn1.to_q, time_embed.linear]", "time_embed.linear is in no block"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, bases, kind, override, words):
@@ -328,6 +426,8 @@ def test_settings_that_do_not_fit(tmp_path, bases, kind, override, words):
         ("cogvideox 2b", "scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "CogVideoX predicts v"),
         ("cogvideox 2b", "transformer/config.json", {"in_channels": 12}, "takes 12 channels"),
         ("hunyuan", "transformer/config.json", {"image_condition_type": "token_replace"}, "and no picture"),
+        ("hunyuan first frame", "transformer/config.json", {"in_channels": 8}, "takes 8 channels, .* and takes 9 w"),
+        ("hunyuan replaced first frame", "transformer/config.json", {"out_channels": 9}, "takes 4 channels, makes 9"),
         ("ltx", "transformer/config.json", {"patch_size": 2}, "in patches of 1"),
         ("cogvideox 5b", "transformer/config.json", {"use_learned_positional_embeddings": True}, "has learned the pos"),
     ],

@@ -41,13 +41,22 @@ def _ltx(kind: str) -> Any:
     return _certain(pipe, pipe.vae.encoder.conv_out.conv)
 
 
-def _hunyuan() -> Any:
-    pipe = hunyuan.hunyuan()
+def _ltx2(kind: str) -> Any:
+    import diffusers
+
+    pipe = getattr(diffusers, kind)(**ltx.ltx2().components)
+    return _certain(pipe, pipe.vae.encoder.conv_out.conv)
+
+
+def _hunyuan(made: Callable[[], Any] = hunyuan.hunyuan) -> Any:
+    pipe = made()
     return _certain(pipe, pipe.vae.quant_conv)
 
 
 MADE: dict[str, Callable[[], Any]] = {
     "hunyuan": _hunyuan,
+    "hunyuan first frame": lambda: _hunyuan(hunyuan.hunyuan_image),
+    "hunyuan replaced first frame": lambda: _hunyuan(hunyuan.hunyuan_image_replaced),
     "cogvideox 2b": lambda: _predicting_v(cogvideo.cogvideox_2b()),
     "cogvideox 5b": lambda: _predicting_v(cogvideo.cogvideox_5b()),
     "cogvideox 1.5 first frame": lambda: _predicting_v(cogvideo.cogvideox_15_image()),
@@ -55,6 +64,8 @@ MADE: dict[str, Callable[[], Any]] = {
     "ltx": lambda: _ltx("LTXPipeline"),
     "ltx first frame": lambda: _ltx("LTXImageToVideoPipeline"),
     "ltx condition": lambda: _ltx("LTXConditionPipeline"),
+    "ltx2": lambda: _ltx2("LTX2Pipeline"),
+    "ltx2 first frame": lambda: _ltx2("LTX2ImageToVideoPipeline"),
     "ltx condition first frame": lambda: _ltx("LTXConditionPipeline"),
 }
 """Kind -> its pipeline."""

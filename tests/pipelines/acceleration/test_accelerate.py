@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel, WanPipeline
 from tiny_wan import generate, make_pipe, make_transformer
+from torch.utils.checkpoint import checkpoint
 
 import vidaccel
 from vidaccel import SVG, SVG2, DenseSchedule, Radial, Sparge, Tangent, VideoLayout
@@ -205,10 +206,10 @@ def test_fused_projections(pipe):
         torch.testing.assert_close(generate(pipe), before, atol=1e-4, rtol=1e-4)
 
 
-def gradients(transformer) -> list[torch.Tensor]:
-    """Of all self-attention projections, for one fixed input."""
-    torch.manual_seed(3)
-    inputs = torch.randn(1, 4, 5, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, 16)
+def gradients(transformer, timestep: float = 500.0) -> list[torch.Tensor]:
+    """Of all self-attention projections, for one fixed input a timestep."""
+    torch.manual_seed(int(timestep))
+    inputs = torch.randn(1, 4, 5, 8, 8), torch.tensor([timestep]), torch.randn(1, 6, 16)
     transformer.zero_grad()
     transformer(*inputs).sample.square().mean().backward()
     return [block.attn1.to_q.weight.grad.clone() for block in transformer.blocks]
@@ -221,14 +222,25 @@ def test_gradients_at_full_density_are_the_dense_ones():
         torch.testing.assert_close(gradients(transformer), expected, atol=1e-6, rtol=1e-3)
 
 
+def reentrant(module, *args):
+    """Checkpointing whose first pass is without gradients, as `enable_gradient_checkpointing` takes it."""
+    return checkpoint(module.__call__, *args, use_reentrant=True)
+
+
+@pytest.mark.parametrize("how", [None, reentrant], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_gradient_checkpointing_changes_no_gradient(method):
-    """The layer is run again in the backward pass: by then a method that remembers would make another plan."""
+def test_gradient_checkpointing_changes_no_gradient(method, how):
+    """The layer is run again in the backward pass: by then a method that remembers would make another plan.
+
+    The second pass of each: the first leaves nothing behind that the layers of the second begin with.
+    """
     transformer = make_transformer()
     with vidaccel.accelerate(transformer, method, schedule=DenseSchedule()):
+        gradients(transformer, 900.0)
         expected = gradients(transformer)
-    transformer.enable_gradient_checkpointing()
+    transformer.enable_gradient_checkpointing(how)
     with vidaccel.accelerate(transformer, method, schedule=DenseSchedule()):
+        gradients(transformer, 900.0)
         for one, other in zip(gradients(transformer), expected, strict=True):
             torch.testing.assert_close(one, other)
 

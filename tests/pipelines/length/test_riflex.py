@@ -1,4 +1,4 @@
-"""RIFLEx in Wan's rotary embedding, against the formula."""
+"""RIFLEx in the rotary embeddings of Wan and HunyuanVideo, against the formula."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from tiny_wan import make_transformer
 
@@ -34,6 +35,20 @@ def test_the_intrinsic_frequency_makes_one_period_of_the_video(riflex, component
         torch.testing.assert_close(made[0, :, 0, :24:2].double(), wanted, rtol=0, atol=1e-5)
         assert torch.equal(made[0, :, 0, 24:], stock[0, :, 0, 24:])
         assert torch.equal(made[0, :, 0, 0:24:2], made[0, :, 0, 1:24:2])
+
+
+def test_hunyuanvideo_has_the_component_that_the_authors_name():
+    """Number 4, of a model of 33 latent frames with 16 of its 128 channels for them."""
+    own = HunyuanVideoRotaryPosEmbed(2, 1, [16, 56, 56], 256.0)
+    latents = torch.zeros(1, 8, 66, 4, 6)
+    made, plain = RiflexRotary(own, Riflex(33)), own(latents)
+    assert made.component == 4 and all(map(torch.equal, made(latents[:, :, :33]), own(latents[:, :, :33])))
+    frequencies = 256.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
+    frequencies[3] = 2 * math.pi / 66
+    angles = (torch.arange(66)[:, None] * frequencies).repeat_interleave(2 * 3, 0).repeat_interleave(2, 1)
+    for found, stock, wanted in zip(made(latents), plain, (angles.cos(), angles.sin()), strict=True):
+        assert found.dtype == stock.dtype and torch.equal(found[:, 16:], stock[:, 16:])
+        torch.testing.assert_close(found[:, :16].double(), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("frames", [1, 9])

@@ -1,0 +1,118 @@
+"""What a training takes of each GPU's memory at least, from shapes alone: told before clips are encoded for hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .settings import PhaseSettings
+
+_STATE = {
+    "adamw": 8.0,
+    "muon": 4.0,
+    "adamw_8bit_torchao": 2.0,
+    "adamw_8bit_bitsandbytes": 2.0,
+    "adamw_fp8_torchao": 2.0,
+    "adamw_4bit_torchao": 1.0,
+}
+"""Bytes of an optimiser's state for each trained number; of muon those of matrices."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on each GPU, at least.
+
+    Args:
+        frozen: of weights that are not trained, those of a second model among them.
+        trained: of weights that are, with gradients, optimiser and EMA.
+        kept: of what gradient checkpointing keeps of a forward pass: the input of each layer.
+        layers, tokens, clips: that this is the product of; 0 layers where nothing is known of them.
+        checkpointed: whether gradient checkpointing is on; without it many times as much is kept.
+    """
+
+    frozen: float
+    trained: float
+    kept: float
+    layers: int
+    tokens: int
+    clips: int
+    checkpointed: bool
+
+    @property
+    def total(self) -> float:
+        return self.frozen + self.trained + self.kept
+
+    def __str__(self) -> str:
+        """A sentence: "memory of each process, at least 60.4 GB: 28.6 GB of frozen weights, ..."."""
+        parts = [f"{_gb(self.frozen)} of frozen weights"] if self.frozen else []
+        parts += [f"{_gb(self.trained)} of what is trained (weights, gradients, optimiser)"]
+        if self.layers:
+            clips = f"{self.clips} clip{'s' if self.clips > 1 else ''}"
+            of = f"{self.layers} layers, {self.tokens:,} tokens, {clips}"
+            more = "" if self.checkpointed else "; without loop.gradient_checkpointing many times that"
+            parts += [f"{_gb(self.kept)} kept for the gradients ({of}{more})"]
+        return f"memory of each process, at least {_gb(self.total)}: {', '.join(parts)}; and what a layer works with."
+
+
+def training_memory(
+    skeleton: nn.Module,
+    trained: int,
+    phase: PhaseSettings,
+    *,
+    weight_bytes: float,
+    linear_bytes: float | None = None,
+    copies: int = 1,
+    shared_by: int = 1,
+    layers: int = 0,
+    width: int = 0,
+    sizes: Iterable[tuple[int, int]] = (),
+    activation_bytes: int = 4,
+    checkpointed: bool = True,
+) -> TrainingMemory:
+    """What a training of a transformer takes.
+
+    Args:
+        skeleton: the transformer, with or without weights.
+        trained: numbers that are trained.
+        phase: its optimiser and EMA.
+        weight_bytes: of a frozen number; `linear_bytes` of one in a linear layer, where that is another.
+        copies: of the frozen weights, 0 where all are trained and there is no second model.
+        shared_by: processes that the weights are spread over.
+        layers, width: of the transformer.
+        sizes: tokens and clips of a micro-batch, for each size.
+        activation_bytes: of a number between layers.
+        checkpointed: see `TrainingMemory`.
+    """
+    count = sum(p.numel() for p in skeleton.parameters())
+    linear = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Linear))
+    one = (count - linear) * weight_bytes + linear * (weight_bytes if linear_bytes is None else linear_bytes)
+    each = 8 + _STATE[phase.optimizer] + (4 if phase.ema_decay else 0)
+    tokens, clips = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+    kept = layers * tokens * clips * width * activation_bytes
+    known = layers if tokens else 0
+    return TrainingMemory(
+        copies * one / shared_by, trained * each / shared_by, kept, known, tokens, clips, checkpointed
+    )
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """The layers of a transformer whose inputs gradient checkpointing keeps: the members of its lists of them."""
+    lists = [module for name, module in transformer.named_children() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks if any(isinstance(m, nn.Linear) for m in block.modules())]
+
+
+def gpu_bytes(device: torch.device) -> int | None:
+    """The memory of a GPU; None of other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def peak_gigabytes(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors took on a GPU so far, as a number of the log; nothing on other devices."""
+    return {"memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
