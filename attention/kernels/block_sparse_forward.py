@@ -161,7 +161,7 @@ def _forward_kernel(
             skip_key_ptr + b * skip_key_sb + h * skip_key_sh + place * skip_key_st,
             skip_value_ptr + b * skip_value_sb + h * skip_value_sh + place * skip_value_st,
             skip_bias_ptr + b * skip_bias_sb + h * skip_bias_sh + place * skip_bias_st,
-            clusters, D, D_PAD, BLOCK_N,
+            clusters, D, D_PAD, BLOCK_N, bound is not None,
         )  # fmt: skip
 
     empty = total == 0.0
