@@ -194,8 +194,8 @@ class Backend(abc.ABC):
         plan: BlockPlan,
         precision: Precision,
     ) -> None:
-        """Make of a plan what `attend`, or `attend_quantized`, will need of it in this call, and keep it on the plan, so
-        that this is timed as planning.
+        """Make of a plan what `attend`, or `attend_quantized`, will need of it in this call, and keep it there: so this
+        is timed as planning.
         """
 
     @abc.abstractmethod

@@ -53,9 +53,7 @@ class FlexBackend(Backend):
             reason = f"needs triton, which is not installed: {INSTALL_TRITON}"
         return reason
 
-    def prepare(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision
-    ) -> None:
+    def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision) -> None:
         to_block_mask(plan, block_size(plan))
 
     def attend(

@@ -82,9 +82,7 @@ class TritonBackend(Backend):
             return f"leaves out no tiles (pv_threshold) with {request.precision}: leave pv out"
         return reason
 
-    def prepare(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision
-    ) -> None:
+    def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision) -> None:
         from ..kernels.block_sparse import backward_walk_of, walk_of
         from ..kernels.block_sparse_int8 import int8_walk_of
 

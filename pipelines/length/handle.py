@@ -48,8 +48,8 @@ class Lengthened:
             check_base(parts[name], name, adapter, base, LengthError)
         if precision is not None and trained.method is None:
             raise LengthError(
-                f"precision is {precision!r}: it is that of sparse attention, and {trained.name} was trained with dense "
-                "attention; leave precision out."
+                f"precision is {precision!r}: it is that of sparse attention, and {trained.name} was trained with "
+                "dense attention; leave precision out."
             )
         self.sparse: Handle | None = None
         self._undo = contextlib.ExitStack()

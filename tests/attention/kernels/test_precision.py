@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("diffusers")
 
-from length_adapters import METHOD, write_length
+from length_adapters import write_length
 from tiny_wan import generate, make_pipe
 
 import vidaccel

@@ -232,9 +232,12 @@ print(json.dumps(found))
 def test_the_compiled_loops_branch_around_their_second_product(tmp_path, architecture, dim):
     """And products wait for one another neither there nor where stand-ins are read behind these loops."""
     plain, *bounded = run_with_compiler(SCRIPT, tmp_path, architecture, dim, "bf16")
-    assert not any(loop["skipped"] for loop in plain["loops"])
     for kernel in bounded:
         assert kernel["shared"] <= SHARED[architecture]
+    if architecture == 100:  # where one thread asks for all products, behind a branch of its own
+        return
+    assert not any(loop["skipped"] for loop in plain["loops"])
+    for kernel in bounded:
         assert not kernel["serialised"], "products wait for one another"
         walks, stand_ins = kernel["loops"][:2], kernel["loops"][2:]
         for loop in walks:
