@@ -93,7 +93,9 @@ def test_the_steps_of_the_first_gpu_run_are_command_lines_of_their_scripts():
     }  # fmt: skip
     for script, words in found:
         text = (ROOT / "benchmarks" / script).read_text()
-        known = text + "".join((ROOT / "benchmarks" / f"{name}.py").read_text() for name in ("common", "step_models"))
+        known = text + "".join(
+            (ROOT / "benchmarks" / f"{name}.py").read_text() for name in ("attention", "common", "step_models")
+        )
         for word in words.split():
             name = word.removeprefix("--")
             if word.startswith("--"):
