@@ -271,7 +271,7 @@ class SparseAttention:
             plan = self._plan(q, k, v, layer, sample, heads)
             check_inputs(q, k, v, plan)
             chosen = choose_backend(q, k, v, plan, self.backend, precision=self._formats)
-            chosen.prepare(plan)
+            chosen.prepare(q, k, v, plan, self._formats)
         with Span(q.device) as span:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
             with torch.autocast(q.device.type, enabled=False):

@@ -8,11 +8,17 @@ from typing import Any
 from ..attention import Method, VideoLayout
 from .native import NativeAttention
 from .patch import sparsify
-from .wording import InputError
+from .wording import PRECISIONS, InputError
 
 
 def lengthened(
-    model: Any, file: Path, weight: float, *, backend: str = "auto", measure_error: int = 0
+    model: Any,
+    file: Path,
+    weight: float,
+    *,
+    backend: str = "auto",
+    measure_error: int = 0,
+    precision: str = PRECISIONS[0],
 ) -> tuple[Any, NativeAttention]:
     """A clone of a MODEL with a LoRA for longer videos and the attention that it was trained for.
 
@@ -20,7 +26,7 @@ def lengthened(
         model: ComfyUI's ModelPatcher.
         file: of the LoRA, or its folder.
         weight: its update is multiplied by this.
-        backend, measure_error: see `sparsify`.
+        backend, measure_error, precision: see `sparsify`.
 
     Returns:
         The clone, and the object that holds its state and report.
@@ -63,6 +69,7 @@ def lengthened(
         dense_layers=", ".join(map(str, range(int(first)))),
         backend=backend,
         measure_error=measure_error,
+        precision=precision,
     )
     before = set(patched.patches)
     with_lora, _ = comfy.sd.load_lora_for_models(

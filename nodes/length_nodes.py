@@ -11,7 +11,8 @@ from .length import lengthened
 from .lora_nodes import chosen_file, file_inputs
 from .report_node import Report
 from .schema import accepted
-from .sparse_nodes import CATEGORY, backend_input, measure_error_input
+from .sparse_nodes import CATEGORY, backend_input, measure_error_input, precision_input
+from .wording import PRECISIONS
 
 
 class VidaccelRadialLength(io.ComfyNode):
@@ -40,6 +41,7 @@ class VidaccelRadialLength(io.ComfyNode):
                 ),
                 backend_input(),
                 measure_error_input(),
+                precision_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA and its attention."),
@@ -50,10 +52,18 @@ class VidaccelRadialLength(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, lora: str, path: str, weight: float, backend: str, measure_error: int = 0
+        cls,
+        model: Any,
+        lora: str,
+        path: str,
+        weight: float,
+        backend: str,
+        measure_error: int = 0,
+        precision: str = PRECISIONS[0],
     ) -> io.NodeOutput:
         file: Path = chosen_file(lora, path)
-        return io.NodeOutput(*lengthened(model, file, weight, backend=backend, measure_error=measure_error))
+        options = {"backend": backend, "measure_error": measure_error, "precision": precision}
+        return io.NodeOutput(*lengthened(model, file, weight, **options))
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelRadialLength]

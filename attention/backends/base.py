@@ -186,8 +186,17 @@ class Backend(abc.ABC):
         formats += ["pv_threshold"] if limits.second_stage else []
         return "; ".join([text, *formats])
 
-    def prepare(self, plan: BlockPlan) -> None:  # noqa: B027 (most backends take a plan as it is)
-        """Make of a plan what `attend` will need of it, so that this is timed as planning."""
+    def prepare(  # noqa: B027 (most backends take a plan as it is)
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: BlockPlan,
+        precision: Precision,
+    ) -> None:
+        """Make of a plan what `attend`, or `attend_quantized`, will need of it in this call, and keep it there: so this
+        is timed as planning.
+        """
 
     @abc.abstractmethod
     def attend(

@@ -13,7 +13,7 @@ import torch
 from ..block_mask import to_block_mask
 from ..own_kernels import INSTALL_TRITON, has_triton
 from ..plan import BlockPlan, permute, unpermute
-from .base import Backend, Capability
+from .base import Backend, Capability, Precision
 
 # Flex compiles one kernel per set of shapes. torch's own limit of 8 is passed by a few resolutions and cluster counts,
 # and what it does then (run eagerly, that is densely) is what this backend must never do.
@@ -53,7 +53,7 @@ class FlexBackend(Backend):
             reason = f"needs triton, which is not installed: {INSTALL_TRITON}"
         return reason
 
-    def prepare(self, plan: BlockPlan) -> None:
+    def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision) -> None:
         to_block_mask(plan, block_size(plan))
 
     def attend(

@@ -8,7 +8,7 @@ import torch
 
 from ..own_kernels import INSTALL_TRITON, MIN_COMPUTE_CAPABILITY, MOST_CHANNELS, has_triton
 from ..plan import BlockPlan
-from .base import Backend, Capability, Precision, Request
+from .base import AS_INPUTS, Backend, Capability, Precision, Request
 
 FP8_COMPUTE_CAPABILITY = (8, 9)
 # Where the compiled kernel is slower with values in fp8 than with those of the model: it needs them transposed in
@@ -82,6 +82,18 @@ class TritonBackend(Backend):
             return f"leaves out no tiles (pv_threshold) with {request.precision}: leave pv out"
         return reason
 
+    def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision) -> None:
+        from ..kernels.block_sparse import backward_walk_of, walk_of
+        from ..kernels.block_sparse_int8 import int8_walk_of
+
+        if torch.compiler.is_compiling():
+            return  # the operator has them made, into which a compiled graph does not look
+        if precision == AS_INPUTS:
+            walk_of(plan, q)
+            backward_walk_of(plan, q, k, v)
+        else:
+            int8_walk_of(plan, q, _key_block(plan), precision.pv == "fp8")
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -102,7 +114,7 @@ class TritonBackend(Backend):
             plan.q_order,
             plan.kv_order,
             [] if compiled else walk_of(plan, q),
-            [] if compiled else backward_walk_of(plan, q),
+            [] if compiled else backward_walk_of(plan, q, k, v),
             float(scale),
             self.gather_kv,
             *stand_ins,

@@ -42,7 +42,7 @@ def block_sparse_attention(
         q: `[B, H, n_q, D]`, any strides. k, v: `[B, Hkv, n_kv, D]`, H a multiple of Hkv.
         tile_start, tile_len, run_start, run_len, q_order, kv_order: of a `BlockPlan`.
         walk: `walk_of(plan, q)`, or empty: it is then made.
-        backward_walk: `backward_walk_of(plan, q)`, or empty: it is then made where gradients are.
+        backward_walk: `backward_walk_of(plan, q, k, v)`, or empty: it is then made where gradients are.
         scale: multiplies the scores.
         gather_kv: read keys and values through `kv_order` instead of copying them in order first.
         skip_key, skip_value, skip_bias: what stands for skipped clusters, as `stand_ins.StandIns` holds it, or None. No
@@ -71,9 +71,9 @@ def walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
     return walk_of_plan(plan, forward_tiles(q, plan))
 
 
-def backward_walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
+def backward_walk_of(plan: BlockPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """The same of the backward pass; empty where there will be none."""
-    if not (torch.is_grad_enabled() and q.requires_grad):
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return []
     return backward_walk(plan, q)
 

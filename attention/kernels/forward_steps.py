@@ -4,8 +4,10 @@ All steps take the state `(m, total, acc)`: row maxima in base 2, row sums, and 
 
 `bound`, where it is not None, is the second stage of SpargeAttn (arXiv 2502.18137, section 3.4): a tile whose scores
 all lie further below the running maximum of their row is left out, whole, once its scores are known. That saves the
-softmax of the tile and its product with the values. The paper decides so for each warp; Triton branches for all warps
-of a program together, so a tile is left out where no row of the program needs it.
+softmax of the tile, its values, and its product with them. The paper decides so for each warp; Triton branches for all
+warps of a program together, so a tile is left out where no row of the program needs it. The values are loaded behind
+the branch: the compiler prefetches only what a product of the loop's own block reads, so that a load before it would
+be waited for in every tile.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def _needed(m, highest, bound):
     if bound is None:
         needed = True
     else:
-        needed = tl.max(highest - tl.maximum(m, highest), 0) >= -bound
+        # Over a row of a matrix: of a vector, Triton 3.7 fails to compile it for compute capability 10.
+        needed = tl.max(tl.max((highest - tl.maximum(m, highest))[None, :], 1), 0) >= -bound
     return needed
 
 
@@ -42,24 +45,32 @@ def _with_values(state, new_m, p, v):
 
 
 @triton.jit
+def _described_values(v_desc, v_tail_desc, row, column, inside, MASKED: tl.constexpr):
+    if MASKED:
+        # What lies behind the tail may be anything, and 0 times NaN is NaN.
+        v = tl.where(inside[:, None], v_tail_desc.load([row, column]), 0.0)
+    else:
+        v = v_desc.load([row, column])
+    return v
+
+
+@triton.jit
 def attend_described_tile(
     state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Keys and values through tensor descriptors; a tail has descriptors of its own size."""
     q, k_desc, v_desc, k_tail_desc, v_tail_desc, k_row, v_row, k_column, v_column, factor, bound = inputs
-    if MASKED:
-        k = k_tail_desc.load([k_row + first, k_column])
-        # What lies behind the tail may be anything, and 0 times NaN is NaN.
-        v = tl.where(inside[:, None], v_tail_desc.load([v_row + first, v_column]), 0.0)
-    else:
-        k = k_desc.load([k_row + first, k_column])
-        v = v_desc.load([v_row + first, v_column])
+    k = (k_tail_desc if MASKED else k_desc).load([k_row + first, k_column])
+    if bound is None:
+        v = _described_values(v_desc, v_tail_desc, v_row + first, v_column, inside, MASKED)
     scores = tl.dot(q, tl.trans(k))
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
     # The scale is above 0, so the maximum can be taken before it; it then enters where the maximum is subtracted.
     highest = tl.max(scores, 1) * factor
     if _needed(state[0], highest, bound):
+        if bound is not None:
+            v = _described_values(v_desc, v_tail_desc, v_row + first, v_column, inside, MASKED)
         new_m = tl.maximum(state[0], highest)
         state = _with_values(state, new_m, tl.exp2(scores * factor - new_m[:, None]), v)
     return state
@@ -71,13 +82,16 @@ def attend_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD
     q, k_ptr, v_ptr, k_sn, v_sn, factor, bound = inputs
     d = tl.arange(0, D_PAD)
     k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
-    v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+    if bound is None:
+        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
     # A tile has at least one key, so the new maximum is finite and the differences are never inf - inf.
     highest = tl.max(scores, 1)
     if _needed(state[0], highest, bound):
+        if bound is not None:
+            v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
         new_m = tl.maximum(state[0], highest)
         state = _with_values(state, new_m, tl.exp2(scores - new_m[:, None]), v)
     return state
@@ -111,8 +125,11 @@ def attend_int8_tile(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], max_num_imprecise_acc=FP8_ADDED)
         m, total = new_m, total * shrink + tl.sum(p, 1)
     else:
-        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+        if bound is None:
+            v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
         if _needed(m, highest, bound):
+            if bound is not None:
+                v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
             new_m = tl.maximum(m, highest)
             p = tl.exp2(tl.fma(scores, factor[:, None], -new_m[:, None]))
             m, total, acc = _with_values((m, total, acc), new_m, p, v)
@@ -131,13 +148,16 @@ def attend_int8_block(
     q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr, bound, BLOCK_N = inputs
     d = tl.arange(0, D_PAD)
     k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
-    v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+    if bound is None:
+        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
     factor *= tl.load(k_scale_ptr + first // BLOCK_N)
     scores = tl.dot(q, tl.trans(k)).to(tl.float32)
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
     highest = tl.max(scores, 1) * factor
     if _needed(m, highest, bound):
+        if bound is not None:
+            v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
         new_m = tl.maximum(m, highest)
         p = tl.exp2(tl.fma(scores, factor[:, None], -new_m[:, None]))
         m, total, acc = _with_values((m, total, acc), new_m, p, v)

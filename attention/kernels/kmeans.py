@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..labels import label_dtype, sort_labels
 from .launch import Tiles, on_device, padded, rows_contiguous
 from .runs import cut_clusters
 from .walk import load_rows
@@ -37,7 +38,7 @@ def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.
         centers: `[B, H, C, D]`.
 
     Returns:
-        In 16 bits where the clusters allow, which sort faster: a radix sort of 64 bits makes four times the passes.
+        In 16 bits where the clusters allow, which sort faster.
     """
     x, mean = rows_contiguous(x), mean.contiguous()
     half = x.element_size() == 2
@@ -59,14 +60,9 @@ def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.
     return labels
 
 
-def label_dtype(clusters: int) -> torch.dtype:
-    """Of the labels of so many clusters."""
-    return torch.int16 if clusters < 2**15 else torch.int64
-
-
 def in_clusters(labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens sorted by cluster, `[B, H, N]` int64, and the size of each cluster, `[B, H, C]` int64."""
-    ordered, order = labels.to(label_dtype(clusters)).sort(dim=-1, stable=True)
+    ordered, order = sort_labels(labels, clusters)
     sizes = torch.empty(*labels.shape[:2], clusters, dtype=torch.int64, device=labels.device)
     with on_device(labels):
         _sizes_kernel[(triton.cdiv(clusters, COUNTED), sizes[..., 0].numel())](

@@ -45,7 +45,9 @@ def choose_tiles(table: dict[tuple[int, int, int], Tiles], q: torch.Tensor, tile
     would idle, so `BLOCK_M` is halved down to that mean, and 8 warps become the 4 that work on 64 rows. Reads shapes
     only.
     """
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
+    # An AMD GPU has numbers of its own: 9.4 is none that has Hopper's copy engine or shared memory.
+    nvidia = q.is_cuda and torch.version.hip is None
+    major = torch.cuda.get_device_capability(q.device)[0] if nvidia else 0
     width = max(64, padded(q.shape[-1]))
     tiles = table.get((major, width, q.element_size())) or table[0, width, q.element_size()]
     block_m = min(tiles.block_m, padded(-(-q.shape[2] // tile_len.shape[-1])))

@@ -62,31 +62,43 @@ def _scores(q, factor, key_ptr, bias_ptr, rows, inside, D: tl.constexpr, D_PAD: 
 @triton.jit
 def attend_stand_ins(
     state, q, factor, shift, key_ptr, value_ptr, bias_ptr, clusters,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BRANCHED: tl.constexpr,
 ):  # fmt: skip
     """Add the stand-ins of a tile to its online softmax `(m, total, acc)`, in base 2.
 
     `shift`, a number or one for each query in a column, is by how much the scores in the state are less than those of
-    the keys as they were.
+    the keys as they were. `BRANCHED`: the state comes from a walk with a second stage.
     """
-    m, total, acc = state
-    d = tl.arange(0, D_PAD)
     STEP: tl.constexpr = min(64, BLOCK_N)
-    for first in range(0, clusters, STEP):
-        rows = first + tl.arange(0, STEP)
-        inside = rows < clusters
-        _, scores = _scores(q, factor, key_ptr, bias_ptr, rows, inside, D, D_PAD)
-        scores -= shift
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        # A tile without keys of its own may meet clusters that do not count before the first that does.
-        safe = tl.where(new_m == float("-inf"), 0.0, new_m)
-        p = tl.exp2(scores - safe[:, None])
-        shrink = tl.exp2(m - safe)
-        value = load_rows(value_ptr, rows, D, inside, d, D, D_PAD, True)
-        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-        total = total * shrink + tl.sum(p, 1)
-        m = new_m
-    return m, total, acc
+    tables = (q, factor, shift, key_ptr, value_ptr, bias_ptr, clusters)
+    if BRANCHED:
+        # In more stages products are under way over the end of an iteration. Behind a loop with a branch their
+        # accumulator is then moved between registers meanwhile, for which ptxas makes all products of the kernel wait
+        # for one another (C7515).
+        for first in tl.range(0, clusters, STEP, num_stages=1):
+            state = _attend_some(state, tables, first, D, D_PAD, STEP)
+    else:
+        for first in range(0, clusters, STEP):
+            state = _attend_some(state, tables, first, D, D_PAD, STEP)
+    return state
+
+
+@triton.jit
+def _attend_some(state, tables, first, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr):
+    m, total, acc = state
+    q, factor, shift, key_ptr, value_ptr, bias_ptr, clusters = tables
+    rows = first + tl.arange(0, STEP)
+    inside = rows < clusters
+    _, scores = _scores(q, factor, key_ptr, bias_ptr, rows, inside, D, D_PAD)
+    scores -= shift
+    new_m = tl.maximum(m, tl.max(scores, 1))
+    # A tile without keys of its own may meet clusters that do not count before the first that does.
+    safe = tl.where(new_m == float("-inf"), 0.0, new_m)
+    p = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(m - safe)
+    value = load_rows(value_ptr, rows, D, inside, tl.arange(0, D_PAD), D, D_PAD, True)
+    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+    return new_m, total * shrink + tl.sum(p, 1), acc
 
 
 @triton.jit

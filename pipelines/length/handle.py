@@ -33,6 +33,7 @@ class Lengthened:
         method: Method | str | None,
         backend: str,
         measure_error: int,
+        precision: str | None,
         base: str | Path | None,
     ) -> None:
         parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
@@ -45,6 +46,11 @@ class Lengthened:
             if method is not None:
                 adapter.trained.check_method(None if method == "dense" else resolve_method(method))
             check_base(parts[name], name, adapter, base, LengthError)
+        if precision is not None and trained.method is None:
+            raise LengthError(
+                f"precision is {precision!r}: it is that of sparse attention, and {trained.name} was trained with "
+                "dense attention; leave precision out."
+            )
         self.sparse: Handle | None = None
         self._undo = contextlib.ExitStack()
         try:
@@ -56,7 +62,8 @@ class Lengthened:
             if trained.riflex is not None:
                 self._undo.callback(riflex(pipe, trained.riflex).remove)
             if trained.method is not None:
-                self.sparse = accelerate(pipe, trained.method, backend=backend, measure_error=measure_error)
+                options = {"backend": backend, "measure_error": measure_error, "precision": precision}
+                self.sparse = accelerate(pipe, trained.method, **options)
                 self._undo.callback(self.sparse.remove)
         except BaseException:
             self.remove()
@@ -87,6 +94,7 @@ def lengthen(
     method: Method | str | None = None,
     backend: str = "auto",
     measure_error: int = 0,
+    precision: str | None = None,
     base: str | Path | None = None,
 ) -> Lengthened:
     """Make longer videos with Wan or HunyuanVideo, by a LoRA of the recipe `length` and all that it was trained with.
@@ -98,7 +106,7 @@ def lengthen(
         pipe: the pipeline.
         adapter: file or folder of the LoRA; of a pipeline with two transformers, one for each.
         method: "dense", a name or a config, where it is to be checked that it is that of the training; None for that.
-        backend, measure_error: see `accelerate`.
+        backend, measure_error, precision: see `accelerate`.
         base: folder or hub id of the pipeline that the transformer is from, where it does not know itself.
 
     Returns:
@@ -106,11 +114,12 @@ def lengthen(
 
     Raises:
         LengthError: a file that cannot be read, or is for another transformer; another attention than that of the
-            training, with the differences named. Later, in calls of the pipeline: a video longer than those.
-        RuntimeError: the pipeline is accelerated already.
+            training, with the differences named; a precision for dense attention. Later, in calls of the pipeline: a
+            video longer than those.
+        RuntimeError: the pipeline is accelerated already, or the precision cannot be had here.
     """
     places = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    return Lengthened(pipe, [read_length(place) for place in places], method, backend, measure_error, base)
+    return Lengthened(pipe, [read_length(place) for place in places], method, backend, measure_error, precision, base)
 
 
 class _FramesChecked:

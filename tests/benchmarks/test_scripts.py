@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
-from benchmark_scripts import run, table
+from benchmark_scripts import ROOT, run, table
 
 
 @pytest.mark.slow
@@ -81,6 +82,27 @@ def test_fidelity(tmp_path):
     stamp = (tmp_path / "fidelity.jsonl").read_text()
     run("fidelity.py", *work, "--out", str(tmp_path))  # nothing left to do
     assert (tmp_path / "fidelity.jsonl").read_text() == stamp
+
+
+def test_the_steps_of_the_first_gpu_run_are_command_lines_of_their_scripts():
+    """No GPU is there to try them on: each option and each name it is given stands in the script or what it reads."""
+    source = (ROOT / "benchmarks" / "first_gpu_run.py").read_text()
+    found = re.findall(r'^    \("[\w.-]+", "\{here\}/(\w+\.py) (.*)", \d+\),$', source, re.MULTILINE)
+    assert len(found) == 8 and {script for script, _ in found} == {
+        "kernels.py", "attention.py", "step.py", "quality.py"
+    }  # fmt: skip
+    for script, words in found:
+        text = (ROOT / "benchmarks" / script).read_text()
+        known = text + "".join(
+            (ROOT / "benchmarks" / f"{name}.py").read_text() for name in ("attention", "common", "step_models")
+        )
+        for word in words.split():
+            name = word.removeprefix("--")
+            if word.startswith("--"):
+                written = f'"{word}"' in text or re.search(rf"^ +{name}: ", text, re.MULTILINE)
+            else:
+                written = re.fullmatch(r"[\d.]+|cuda|\{out\}", word) or f'"{word}"' in known
+            assert written, f"{script} knows no {word}"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def read(binary, architecture: int) -> dict:
         registers: of a thread. serialised: what ptxas says of products that wait for one another. split: whether a
         product of the tensor cores has its columns dealt to several warps, whose row sums then go through shared
         memory. loops: for each loop with products, its instructions, `products`, `spills`, `shuffles`, and
-        `branches` to places within it; a loop that holds another is not among them.
+        `skipped`, the most products that one of its branches leads around; a loop that holds another is not among them.
     """
     code, usage = _disassemble(binary.asm["cubin"])
     return {
@@ -95,11 +95,20 @@ def _loops(code: list[tuple[str | None, str | None, str]]) -> list[dict]:
         if products and not inner:
             spills = sum(counts[name] for name in _SPILLS)
             total = sum(counts.values())
-            within = sum(
-                first <= places.get(target[1], -1) <= last
-                for _, opcode, operands in code[first:last]
-                if opcode and opcode.startswith("BRA") and (target := re.search(r"(\.L_x?_?\w+)", operands))
-            )
-            facts = {"products": products, "spills": spills, "shuffles": counts["SHFL"], "branches": within}
+            facts = {"products": products, "spills": spills, "shuffles": counts["SHFL"]}
+            facts["skipped"] = max(map(len, _skipped(code, places, first, last)), default=0)
             found.append({"instructions": total, **facts})
+    return found
+
+
+def _skipped(code: list, places: dict[str, int], first: int, last: int) -> list[list[str]]:
+    """The products between each branch of a loop and where it leads within it."""
+    found = []
+    for i in range(first, last):
+        _, opcode, operands = code[i]
+        target = re.search(r"(\.L_x?_?\w+)", operands) if opcode and opcode.startswith("BRA") else None
+        place = places.get(target[1], -1) if target else -1
+        if i < place <= last:
+            between = (name.split(".")[0] for _, name, _ in code[i:place] if name)
+            found.append([name for name in between if name in _PRODUCTS])
     return found

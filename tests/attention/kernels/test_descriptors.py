@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 
 from vidaccel import SVG2, Radial, Sparge, VideoLayout
 from vidaccel.attention import PlanMemory
-from vidaccel.attention.kernels.block_sparse_forward import forward_tiles, launch_forward, results
+from vidaccel.attention.kernels.block_sparse_forward import FORWARD_TILES, forward_tiles, launch_forward, results
 from vidaccel.attention.kernels.descriptors import describe
 from vidaccel.attention.kernels.launch import LOG2E, Tiles
-from vidaccel.attention.plan import permute
+from vidaccel.attention.plan import BlockPlan, permute
 
 TILES = Tiles(16, 32, 4, 2, tail=16, described=True)
 
@@ -85,6 +85,16 @@ def test_tiles_on_hopper_are_those_of_the_plan(monkeypatch, method, tile, descri
     tiles = forward_tiles(q, plan)
     assert (tiles.block_m, tiles.described) == (tile, described)
     assert tiles.num_warps == (8 if tile == 128 else 4)
+
+
+def test_amd_gpus_do_not_take_the_tiles_of_hopper(monkeypatch):
+    """Their numbers are their own: an MI300 is 9.4."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    q, plan = torch.zeros(1, 1, 4096, 128, dtype=torch.float16, device="meta"), BlockPlan.dense(4096, 4096)
+    assert forward_tiles(q, plan).described
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert forward_tiles(q, plan) == FORWARD_TILES[0, 128, 2]
 
 
 def test_what_lies_behind_the_keys_does_not_matter(device):

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("diffusers")
 
+from length_adapters import write_length
 from tiny_wan import generate, make_pipe
 
 import vidaccel
@@ -52,6 +53,22 @@ def test_the_meter_shows_what_int8_adds(device):
         for precision in (None, "int8")
     ]
     assert errors[0] < 1e-4 < 1e-3 < errors[1] < 0.03
+
+
+def test_a_lora_for_longer_videos_takes_a_precision(device, tmp_path):
+    from diffusers import WanPipeline
+
+    make_pipe().save_pretrained(tmp_path)
+    pipe = WanPipeline.from_pretrained(tmp_path, **dict.fromkeys(("vae", "text_encoder", "tokenizer", "transformer_2")))
+    pipe.set_progress_bar_config(disable=True)
+    file = write_length(tmp_path, tmp_path, pipe.transformer)
+    found = []
+    for options in ({"backend": "triton"}, {"precision": "int8"}):
+        with vidaccel.lengthen(pipe.to(device), file, **options) as handle:
+            found.append(generate(pipe, **SHORT))
+    assert handle.report().config["precision"] == "int8"
+    assert not found[1].equal(found[0]), "nothing was computed in 8 bits"
+    torch.testing.assert_close(*found, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(

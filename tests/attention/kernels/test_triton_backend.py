@@ -107,3 +107,38 @@ def test_a_plan_of_a_training_is_prepared_once_for_each_pass(monkeypatch, device
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one.double(), other.double(), atol=1e-4, rtol=1e-4)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("trained", ["", "q", "k"])
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_what_is_made_of_a_plan_is_made_before_attention_is_timed(monkeypatch, device, precision, trained):
+    """Also of a plan that serves one call; and for the backward pass, where any of q, k and v has a gradient."""
+    if precision and trained:
+        pytest.skip("there is no backward pass in 8 bits")
+    from vidaccel import SVG2, DenseSchedule, VideoLayout
+    from vidaccel.attention import SparseAttention, StepInfo
+    from vidaccel.attention.kernels import block_sparse_backward, block_sparse_int8, walk
+
+    late = []
+    attending = "attend" if precision is None else "attend_quantized"
+    real = getattr(TritonBackend, attending)
+
+    def attend(self, *arguments):
+        for module in (walk, block_sparse_backward, block_sparse_int8):
+            monkeypatch.setattr(module, "make_walk", lambda *a: late.append(a), raising=False)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(TritonBackend, attending, attend)
+    layout = VideoLayout(2, 4, 4)
+    method = SVG2(density=0.5, q_clusters=2, k_clusters=4, init_iterations=1)
+    options = {"schedule": DenseSchedule(), "backend": "triton", "precision": precision}
+    engine = SparseAttention(method, num_layers=1, **options)
+    engine.enter(StepInfo(), layout)
+    inputs = {name: torch.randn(1, 2, layout.tokens, 16, device=device) for name in "qkv"}
+    if trained:
+        inputs[trained].requires_grad_()
+    out = engine(**inputs, layer=0)
+    if trained:
+        out.sum().backward()
+        assert inputs[trained].grad.isfinite().all()
+    assert out.isfinite().all() and not late

@@ -89,6 +89,23 @@ def test_another_attention_is_refused_with_the_difference(tmp_path, base, pipe, 
     vidaccel.lengthen(pipe, file, method=METHOD).remove()
 
 
+@pytest.mark.parametrize(
+    ("method", "error", "words"),
+    [
+        (METHOD, RuntimeError, r"with qk='int8': backend 'triton' runs on cuda"),
+        (None, LengthError, "precision is 'int8': .* trained with dense attention; leave precision out"),
+    ],
+)
+def test_a_precision_that_cannot_be_had_is_refused_and_the_lora_taken_out(
+    tmp_path, base, pipe, monkeypatch, method, error, words
+):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    file = write_length(tmp_path, base, pipe.transformer, method=method)
+    with pytest.raises(error, match=words):
+        vidaccel.lengthen(pipe, file, precision="int8")
+    assert not getattr(pipe.transformer, "peft_config", None)
+
+
 def test_longer_videos_than_those_of_the_training_are_refused(tmp_path, base, pipe):
     file = write_length(tmp_path, base, pipe.transformer, frames=1)
     with vidaccel.lengthen(pipe, file), pytest.raises(LengthError, match=r"latent frames, and .* was trained up to 1"):
