@@ -62,8 +62,8 @@ class VidaccelRadialLength(io.ComfyNode):
         precision: str = PRECISIONS[0],
     ) -> io.NodeOutput:
         file: Path = chosen_file(lora, path)
-        options = {"backend": backend, "measure_error": measure_error, "precision": precision}
-        return io.NodeOutput(*lengthened(model, file, weight, **options))
+        made = lengthened(model, file, weight, backend=backend, measure_error=measure_error, precision=precision)
+        return io.NodeOutput(*made)
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelRadialLength]

@@ -62,8 +62,9 @@ class Lengthened:
             if trained.riflex is not None:
                 self._undo.callback(riflex(pipe, trained.riflex).remove)
             if trained.method is not None:
-                options = {"backend": backend, "measure_error": measure_error, "precision": precision}
-                self.sparse = accelerate(pipe, trained.method, **options)
+                self.sparse = accelerate(
+                    pipe, trained.method, backend=backend, measure_error=measure_error, precision=precision
+                )
                 self._undo.callback(self.sparse.remove)
         except BaseException:
             self.remove()
