@@ -156,7 +156,7 @@ class SparseAttention:
             layouts: of the sequence; or one for each sample of the batch, where their texts are not of one length. No
                 layout says that the sequence is not known: then all calls stay dense.
             dense: every call of the pass will say that it must stay dense, so the method need not be able to do the
-                layouts.
+                layouts. Nor need it where the schedule leaves nothing sparse.
 
         Raises:
             ValueError: the method cannot do what it is set to on this layout.
@@ -171,6 +171,7 @@ class SparseAttention:
         if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
+        dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self.num_layers))
         grids = {layout.grid for layout in self._fitting}
         for layout in () if dense else dict.fromkeys(layouts):
             if layout not in self._fitting:

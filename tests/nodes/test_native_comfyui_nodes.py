@@ -14,9 +14,9 @@ from huggingface_hub import constants
 from native_comfyui import defaults, nodes, patched, sample, tiny
 
 from vidaccel.attention import METHODS
-from vidaccel.generation.tuning.break_even import BreakEven
-from vidaccel.generation.tuning.store import Key, limit, store
+from vidaccel.generation.tuning.store import store
 from vidaccel.nodes.sampling import parse_layers
+from vidaccel.pipelines.break_even import BreakEven, Key, limit
 
 SPARSE = [f"VidaccelSparseAttention{name}" for name in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")]
 

@@ -17,14 +17,14 @@ from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.methods import MIN_SPARSE_TOKENS
 from vidaccel.generation.request import Settings
-from vidaccel.generation.tuning.break_even import BreakEven
-from vidaccel.generation.tuning.store import Key, store
+from vidaccel.generation.tuning.store import store
 from vidaccel.nodes import pipelines
 from vidaccel.nodes.acceleration import METHODS, Acceleration
 from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
 from vidaccel.nodes.wording import InputError
+from vidaccel.pipelines.break_even import BreakEven, Key
 
 CPU = torch.device("cpu")
 
