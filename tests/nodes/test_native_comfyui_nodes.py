@@ -178,7 +178,9 @@ def test_the_report_node_in_a_queue(monkeypatch, tmp_path):
     folder_paths.set_temp_directory(str(tmp_path))
     description, model, _ = tiny("wan_t2v")
     node, report = nodes()["VidaccelSparseAttentionSVG2"], nodes()["VidaccelReport"]
-    clone, session = node.execute(model, **(defaults(node) | {"min_tokens": 321, "density": 0.7})).result
+    clone, session = node.execute(
+        model, **(defaults(node) | {"min_tokens": 321, "density": 0.7, "dense_layers": "0"})
+    ).result
 
     def queued(entry: str, latent: tuple[int, int, int] | None) -> str:
         with CurrentNodeContext(entry, "1"):
