@@ -13,13 +13,11 @@ from .backends import (
     BACKENDS,
     WORTHWHILE,
     check_backend,
-    nothing_is_fast,
-    pick,
-    pick_special,
     precision_of,
     runs_somehow,
 )
-from .backends.base import AS_INPUTS, Request
+from .backends.base import AS_INPUTS
+from .call_checks import CallChecks
 from .functional import attend, check_inputs, check_tensors, choose_backend
 from .groups import dense_attention
 from .heads import ALL_HEADS, HeadShare
@@ -34,10 +32,6 @@ from .timing import Span
 logger = logging.getLogger(__name__)
 
 KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
-
-
-class NotFinite(ValueError):
-    """NaN or infinity in q or k: weights that are no numbers, or a dtype that overflows."""
 
 
 DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,8 +97,7 @@ class SparseAttention:
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
         self._fitting: tuple[VideoLayout, ...] = ()  # which of them the method was found to be able to do
-        self._checked: tuple[int, int] | None = None
-        self._able: set[tuple] = set()  # kinds of calls that were found to have a backend
+        self._checks = CallChecks(self.method, self.backend, self._formats)
         self._logged: set[str] = set()  # of the notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
         self._entered_with_gradients = False
@@ -157,7 +150,7 @@ class SparseAttention:
             layouts: of the sequence; or one for each sample of the batch, where their texts are not of one length. No
                 layout says that the sequence is not known: then all calls stay dense.
             dense: every call of the pass will say that it must stay dense, so the method need not be able to do the
-                layouts.
+                layouts. Nor need it where the schedule leaves nothing sparse.
 
         Raises:
             ValueError: the method cannot do what it is set to on this layout.
@@ -172,6 +165,7 @@ class SparseAttention:
         if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
+        dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self.num_layers))
         grids = {layout.grid for layout in self._fitting}
         for layout in () if dense else dict.fromkeys(layouts):
             if layout not in self._fitting:
@@ -252,7 +246,7 @@ class SparseAttention:
         """
         # Dense layers too: the first sparse step would come too late to tell.
         check_tensors(q, k, v)
-        self._check_able(q, k, v)
+        self._checks.able(q, k, v)
         layout = self.layouts[sample] if self.layouts else None
         if layout is not None and q.shape[2] == layout.tokens != k.shape[2]:
             raise ValueError(
@@ -267,7 +261,7 @@ class SparseAttention:
             return out
 
         with Span(q.device) as plan_span:
-            self._check_finite(q, k, layer, heads)
+            self._checks.finite(q, k, layer, heads, self.step)
             plan = self._plan(q, k, v, layer, sample, heads)
             check_inputs(q, k, v, plan)
             chosen = choose_backend(q, k, v, plan, self.backend, precision=self._formats)
@@ -314,25 +308,6 @@ class SparseAttention:
             self.note(f"no backend runs on {device.type}: all calls stay dense", logging.WARNING)
             return f"no backend on {device.type}"
         return reason
-
-    def _check_able(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Refuse what no backend here can compute in the first call of a run, be it dense, and not at the first sparse
-        step: a precision or a second stage, whatever a backend that was named does not do, and with "auto" a machine
-        on which all of them are slower than dense attention.
-        """
-        second = self.method.second_stage
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        kind = (q.device, q.dtype, q.shape[-1], grad)
-        if kind not in self._able:
-            shape = (*kind[:3], q.shape[2])
-            request = Request(*shape, False, False, grad, self._formats, self.method.stands_in, second_stage=second)
-            if self._formats != AS_INPUTS or second:
-                pick_special(self.backend, request)
-            elif self.backend != "auto":
-                pick(self.backend, request, scattered=False)
-            elif reason := nothing_is_fast(q.device):
-                raise RuntimeError(f"backend 'auto' {reason}.")
-            self._able.add(kind)
 
     def note(self, text: str, level: int = logging.INFO) -> None:
         """Log a choice (info) or a fallback (warning) once and keep it for the report."""
@@ -401,27 +376,6 @@ class SparseAttention:
         for old in [key for key in self._layout_memory if key[0] not in kept]:
             del self._layout_memory[old]
         return memory
-
-    def _check_finite(self, q: torch.Tensor, k: torch.Tensor, layer: int, heads: HeadShare) -> None:
-        """NaN compares false with everything, so a plan made from it would silently drop keys: refuse it instead.
-
-        On a GPU the check waits for it, so there it runs once a step.
-        """
-        place = (self.step.run, self.step.step)
-        if q.device.type != "cpu" and self._checked == place:
-            return
-        self._checked = place
-        for name, x in (("q", q), ("k", k)):
-            # NaN and infinity survive a sum (opposite infinities make NaN), and a sum needs no second tensor. It is one
-            # over all processes, which must all stop where one does.
-            if not torch.isfinite(heads.sum(x.detach().sum(dtype=torch.float32))):
-                counts = torch.tensor([int((~torch.isfinite(x)).sum()), x.numel()], device=x.device)
-                bad, count = heads.sum(counts).tolist()
-                raise NotFinite(
-                    f"{bad} of {count} values of {name} are NaN or infinite in layer "
-                    f"{layer} at step {self.step.step}: no plan can be made from them. Check the weights and the dtype "
-                    f"({x.dtype}); bfloat16 overflows less than float16."
-                )
 
     def _measured(
         self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, heads: HeadShare

@@ -91,20 +91,26 @@ class DenseSchedule:
         Args:
             num_steps: steps of the run, None when unknown. num_layers: blocks of the model.
         """
+        if reason := self.nothing_sparse(num_steps, num_layers):
+            return f"{self}: {reason}, so nothing will be sparse"
+        layers = any(_count(value, num_layers) for value in (self.first_layers, self.last_layers))
+        bounds = any(bound is not None for bound in (self.sigma_above, self.sigma_below))
+        never = (self.sigma_above in (None, 1)) and (self.sigma_below in (None, 0))
+        if bounds and never and not layers and not (self.first_steps or self.last_steps):
+            return f"{self}: no noise level is beyond these bounds, so nothing will be dense"
+        return ""
+
+    def nothing_sparse(self, num_steps: int | None, num_layers: int) -> str:
+        """Why every call of a run stays dense; empty where some may be sparse, as far as is known. Args: as above."""
         steps = None if num_steps is None else sum(self.steps_of(num_steps))
         layers = sum(_count(value, num_layers) for value in (self.first_layers, self.last_layers))
         bounds = [b for b in (self.sigma_above, self.sigma_below) if b is not None]
         all_levels = self.sigma_above == 0 or self.sigma_below == 1 or (len(bounds) == 2 and bounds[0] < bounds[1])
         if layers >= num_layers:
-            return f"{self}: all {num_layers} layers stay dense, so nothing will be sparse"
+            return f"all {num_layers} layers stay dense"
         if steps is not None and steps >= num_steps:
-            return f"{self}: all {num_steps} steps stay dense, so nothing will be sparse"
-        if all_levels:
-            return f"{self}: every noise level stays dense, so nothing will be sparse"
-        never = (self.sigma_above in (None, 1)) and (self.sigma_below in (None, 0))
-        if bounds and never and not layers and not (self.first_steps or self.last_steps):
-            return f"{self}: no noise level is beyond these bounds, so nothing will be dense"
-        return ""
+            return f"all {num_steps} steps stay dense"
+        return "every noise level stays dense" if all_levels else ""
 
     def steps_of(self, num_steps: int) -> tuple[int, int]:
         """How many steps at the start and at the end of a run stay dense, fractions resolved.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..pipelines.device_names import cpu_words, gpu_words
 from .errors import BadInput, mention
 from .model_places import DEMOS
 
@@ -137,32 +136,11 @@ def environment(device: torch.device) -> dict[str, str]:
     facts.update({name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")})
     facts["system"] = f"{platform.system()} {platform.machine()}"
     cores = os.cpu_count()
-    facts["CPU"] = _cpu_words(f", {cores} logical core{'s' if cores != 1 else ''}")
+    facts["CPU"] = cpu_words(f", {cores} logical core{'s' if cores != 1 else ''}")
     if device.type == "cuda":
-        facts["GPU"] = f"{_gpu_words(device)}, CUDA {torch.version.cuda}"
+        facts["GPU"] = f"{gpu_words(device)}, CUDA {torch.version.cuda}"
     facts["device"] = str(device)
     return facts
-
-
-def device_name(device: torch.device) -> str:
-    """What computes: the GPU with its memory, or the CPU with the threads that torch uses."""
-    if device.type == "cpu":
-        return _cpu_words()
-    return _gpu_words(device) if device.type == "cuda" else f"{_cpu_name()}, {device.type}"
-
-
-def _cpu_words(cores: str = "") -> str:
-    import torch
-
-    threads = torch.get_num_threads()
-    return f"{_cpu_name()}{cores}, torch uses {threads} thread{'s' if threads != 1 else ''}"
-
-
-def _gpu_words(device: torch.device) -> str:
-    import torch
-
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _version(package: str) -> str:
@@ -170,14 +148,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def synchronise(device: torch.device) -> None:

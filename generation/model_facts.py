@@ -258,6 +258,11 @@ def _facts(
     pipeline_class = variant(pipeline_class, given, index)
     if pipeline_class in NOT_RUN:
         raise BadInput("model", f"it is a {pipeline_class}, which is not run: {NOT_RUN[pipeline_class]}", value=model)
+    if pipeline_class.endswith("ModularPipeline"):
+        problem = (
+            f"it is a {pipeline_class}, and modular pipelines are not run: which blocks they have is their maker's"
+        )
+        raise BadInput("model", problem, "Call it yourself inside `with vidaccel.accelerate(pipe):`.", value=model)
     if pipeline_class not in ROWS:
         raise BadInput(
             "model",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.engine import NotFinite
+from ..attention.call_checks import NotFinite
 from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, set_random_state
 from .config import ConfigError, as_yaml
 from .data.sampler import ClipSampler

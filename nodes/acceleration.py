@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..attention import METHODS as SPARSE_METHODS
 from ..attention.methods.base import OutOfReach
 from ..generation.errors import BadInput
-from ..generation.methods import build_method
+from ..generation.methods import DEFAULT_METHOD, build_method
 from ..generation.tuning.store import limit_of
+from .defaults import defaults_of
 from .limits import chosen_limit, too_short
 from .wording import PRECISIONS, InputError, check_shares, chosen_precision, limit_words
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..attention import Method, RunReport, VideoLayout
     from ..generation.model_facts import ModelFacts
 
+OWN = defaults_of(SPARSE_METHODS[DEFAULT_METHOD])
 METHODS = ("tangent", "svg2", "svg", "radial", "sparge")
 
 
@@ -41,11 +44,11 @@ class Acceleration:
         ValueError: a value out of its bounds.
     """
 
-    method: str = "tangent"
-    density: float = 0.3
-    dense_start_percent: float = 0.3
-    dense_end_percent: float = 0.0
-    dense_layers: int = 1
+    method: str = DEFAULT_METHOD
+    density: float = OWN.density
+    dense_start_percent: float = OWN.start
+    dense_end_percent: float = OWN.end
+    dense_layers: int = OWN.layers
     compensate: bool = True
     backend: str = "auto"
     min_tokens: int = 0

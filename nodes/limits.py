@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..generation.methods import MIN_SPARSE_TOKENS
-from ..generation.tuning.store import Key, Limit, limit
+from ..pipelines.break_even import Key, Limit, limit
+from ..pipelines.default_method import MIN_SPARSE_TOKENS
 
 if TYPE_CHECKING:
     import torch

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import InputImpl, Types, io
 
+from ..attention import METHODS as SPARSE_METHODS
 from ..generation.machine import DTYPES
+from ..generation.methods import DEFAULT_METHOD
 from ..generation.request import MAX_SEED, Settings
 from ..generation.run import StepCallback
 from . import pipelines, previews
 from .acceleration import METHODS, Acceleration
+from .defaults import defaults_of
 from .lora_nodes import Loras
 from .patch import queue_entry
 from .report_node import Report
 from .residency import Residency
 from .schema import accepted
 from .sparse_nodes import (
-    DENSE_LAYERS,
     backend_input,
     compensate_input,
     measure_error_input,
@@ -100,6 +102,9 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        found = {name: defaults_of(SPARSE_METHODS[name]) for name in METHODS}
+        own = found.pop(DEFAULT_METHOD)
+        others = "; ".join(f"{name} {each.density:g}, {each.start:g}, {each.layers}" for name, each in found.items())
         return io.Schema(
             node_id="VidaccelAcceleratePipeline",
             display_name="Accelerate Pipeline",
@@ -113,16 +118,18 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
-                    default="tangent",
+                    default=DEFAULT_METHOD,
                     tooltip="tangent: this project's own, nearest to the dense video at every density measured; "
                     "skipped keys enter by their tangent. svg2: clusters of tokens, as published, with compensate for "
                     "low densities. svg: cheap planning, any size. radial: hardly any planning, for long videos. "
-                    "sparge: blocks of tokens by their means, cheap planning.",
+                    "sparge: blocks of tokens by their means, cheap planning. The inputs start with what "
+                    f"{DEFAULT_METHOD} has of its own in Python; density, dense_start_percent, dense_layers of the "
+                    f"others: {others}.",
                 ),
-                *share_inputs(),
+                *share_inputs(own),
                 io.Int.Input(
                     "dense_layers",
-                    default=DENSE_LAYERS,
+                    default=own.layers,
                     min=0,
                     max=100,
                     tooltip="So many transformer blocks at the input stay dense.",

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..attention import BACKENDS, SVG, SVG2, Method, Radial, Sparge, Tangent, VideoLayout
 from ..attention.methods.base import check_fraction
 from ..generation.methods import MIN_SPARSE_TOKENS
+from .defaults import Defaults, defaults_of
 from .native_models import supported_models
 from .patch import sparsify
 from .report_node import Report
@@ -25,17 +26,18 @@ QUALITY = (
 )
 
 
-# The same in every node that makes attention sparse; tests/nodes/test_comfyui.py compares them.
-DENSE_START = 0.3
-DENSE_LAYERS = 1  # the first: Radial is published with it dense, SVG with the first 3 % of the layers
+# Inputs of one name are the same in every node that makes attention sparse, but for what a method has of its own
+# (`defaults.py`); tests/nodes/test_comfyui.py compares them.
+def share_inputs(own: Defaults) -> list[io.Input]:
+    """How much is computed, and which part of the sampling stays dense.
 
-
-def share_inputs() -> list[io.Input]:
-    """How much is computed, and which part of the sampling stays dense."""
+    Args:
+        own: of the method that the inputs start with.
+    """
     return [
         io.Float.Input(
             "density",
-            default=0.3,
+            default=own.density,
             min=0.01,
             max=1.0,
             step=STEP,
@@ -44,7 +46,7 @@ def share_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "dense_start_percent",
-            default=DENSE_START,
+            default=own.start,
             min=0.0,
             max=1.0,
             step=STEP,
@@ -54,7 +56,7 @@ def share_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "dense_end_percent",
-            default=0.0,
+            default=own.end,
             min=0.0,
             max=1.0,
             step=STEP,
@@ -130,18 +132,19 @@ def precision_input() -> io.Input:
     )
 
 
-def _inputs(special: list[io.Input]) -> list[io.Input]:
+def _inputs(method: type[Method], special: list[io.Input]) -> list[io.Input]:
     """The inputs that every method has, with those of one method in their midst."""
+    own = defaults_of(method)
     return [
         io.Model.Input(
             "model",
             tooltip="A native video model. It stays as it is; the output is a clone. A model that has a Sparse "
             "Attention node before it already is refused.",
         ),
-        *share_inputs(),
+        *share_inputs(own),
         io.String.Input(
             "dense_layers",
-            default=", ".join(map(str, range(DENSE_LAYERS))),
+            default=", ".join(map(str, range(own.layers))),
             tooltip='Transformer layers that stay dense, counted from 0: numbers and ranges such as "0, 1, 36-39". '
             "Empty for none.",
         ),
@@ -213,7 +216,7 @@ class VidaccelSparseAttentionSVG2(io.ComfyNode):
             "density of about 0.35 up; below that, with compensate on. It spends more time on planning than they do."
         )
         words = ["sparse videogen 2", "semantic clustering"]
-        return _schema("SVG2", words, description, _inputs(special))
+        return _schema("SVG2", words, description, _inputs(SVG2, special))
 
     @classmethod
     def execute(
@@ -244,7 +247,7 @@ class VidaccelSparseAttentionSVG(io.ComfyNode):
             "Sparse VideoGen: finds out for each head whether it looks at nearby frames or at one place through time, "
             "and computes only that band. Planning is cheap; heads that are of neither kind lose detail."
         )
-        return _schema("SVG", ["sparse videogen"], description, _inputs([]))
+        return _schema("SVG", ["sparse videogen"], description, _inputs(SVG, []))
 
     @classmethod
     def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:
@@ -262,7 +265,7 @@ class VidaccelSparseAttentionRadial(io.ComfyNode):
             "steps, blind to content, with no planning after the first call; meant for long videos. With few frames "
             "little can be left out."
         )
-        return _schema("Radial", ["radial attention", "long video"], description, _inputs([]))
+        return _schema("Radial", ["radial attention", "long video"], description, _inputs(Radial, []))
 
     @classmethod
     def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:
@@ -298,7 +301,7 @@ class VidaccelSparseAttentionTangent(io.ComfyNode):
             "skipped enters by the tangent of what it would have given, and pairs are computed where they change the "
             "output most. Made for low densities. Planning looks at all keys for each group of queries in every call."
         )
-        return _schema("Tangent", ["tangent", "semantic clustering"], description, _inputs(special))
+        return _schema("Tangent", ["tangent", "semantic clustering"], description, _inputs(Tangent, special))
 
     @classmethod
     def execute(
@@ -327,7 +330,7 @@ class VidaccelSparseAttentionSparge(io.ComfyNode):
             "block of queries reads the blocks of keys that their means say matter most. Planning is cheap; blocks "
             "follow the order of the tokens and not their content."
         )
-        return _schema("Sparge", ["spargeattn", "sparge attention"], description, _inputs([]))
+        return _schema("Sparge", ["spargeattn", "sparge attention"], description, _inputs(Sparge, []))
 
     @classmethod
     def execute(cls, model: Any, density: float, **common: Any) -> io.NodeOutput:

@@ -10,7 +10,7 @@ import torch
 
 from ..attention import VideoLayout
 from ..attention.backends import special_refusal, with_stand_ins
-from ..attention.engine import NotFinite
+from ..attention.call_checks import NotFinite
 from ..attention.methods.base import OutOfReach, either
 from ..generation.errors import BadInput
 

@@ -3,4 +3,4 @@
 DEFAULT_METHOD = "tangent"
 MIN_SPARSE_TOKENS = 8192
 """Videos with fewer tokens stay dense unless a method is asked for: planning would cost more than it saves.
-`generate` and *Accelerate Pipeline* take what was measured on the machine instead, see `generation/tuning/store.py`."""
+What was measured on the machine goes before it, see `break_even.py`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...pipelines import head_counts
 from .frames import FLOORED
 from .row import Config, PipelineRow, downsampling_factors, stated_factors, wan_factors
 
@@ -60,7 +61,7 @@ ROWS = (
         single=True,
         audio=_sound,
         follows=False,
-        heads=lambda config: (config["num_attention_heads"], config["head_dim"]),
+        heads=head_counts.cosmos_3,
         packages=_GUARDRAIL,
         by_config=lambda row, transformer, index: (
             row if index.get("enable_safety_checker", True) else replace(row, packages={})

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...pipelines import head_counts
 from .frames import FROM_FIVE, ROUNDED
 from .row import Config, PipelineRow, stated_factors
 from .sequence import Shape, grid
-
-
-def _heads(config: Config) -> tuple[int, int]:
-    size = sum(config.get("axes_dims", (16, 24, 24)))
-    return config["model_dim"] // size, size
 
 
 def _tiled_attention(row: PipelineRow, transformer: Config, index: Config) -> PipelineRow:
@@ -52,7 +48,7 @@ _KANDINSKY_5 = PipelineRow(
     fps=24.0,
     factors=stated_factors,
     no_negative_prompt=None,
-    heads=_heads,
+    heads=head_counts.kandinsky,
     by_config=_tiled_attention,
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines import head_counts
 from .frames import ROUNDED, FrameRule
 from .sequence import Shape, video_alone
 
@@ -121,10 +122,7 @@ class PipelineRow:
     follows: bool = True
     tiled: bool = False
     device_noise: bool = False
-    heads: Callable[[Config], tuple[int, int]] = lambda config: (
-        config["num_attention_heads"],
-        config["attention_head_dim"],
-    )
+    heads: Callable[[Config], tuple[int, int]] = head_counts.usual
     no_options: Mapping[str, str] = field(default_factory=dict, hash=False)
     packages: Mapping[str, str] = field(default_factory=dict, hash=False)
     variants: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines.break_even import BreakEven, Key
 from ..errors import BadInput, mention
 from ..job import Job
 from ..machine import check_runs, choose_device, choose_dtype, environment
@@ -19,7 +20,7 @@ from ..outputs import check_writable
 from ..prompts import in_words
 from ..run import load
 from .bench import Bench, Done
-from .break_even import BreakEven, find_break_even, timer
+from .break_even import find_break_even, timer
 from .budget import Budget
 from .journal import Journal
 from .plan import PAGE, PRESET, Plan, check_method, journal_of, planned
@@ -27,7 +28,7 @@ from .progress import counted
 from .result import FOUND, Tuned
 from .search import Measures, Search
 from .space import CACHES, LEVERS, METHODS, cache_levers, sparse_levers
-from .store import Key, store
+from .store import store
 from .trajectory import Clock
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines.break_even import BreakEven
 from ..machine import synchronise
 from ..methods import DEFAULT_METHOD
 
@@ -22,42 +22,6 @@ SHORTEST, LONGEST = 1024, 65536
 GAIN = 0.97
 """Sparse pays where it takes at most this share of the dense time; what is nearer to 1 is noise."""
 _STEPS = 3
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """Where sparse attention begins to pay.
-
-    Args:
-        tokens: the shortest length at which it did; None where it did at none that was measured.
-        dense_until: the longest length below that at which dense was as fast; 0 where there was none.
-        points: `(tokens, seconds of a dense call, seconds of a sparse call)`, in the order of measuring.
-    """
-
-    tokens: int | None
-    dense_until: int
-    points: tuple[tuple[int, float, float], ...] = ()
-
-    def in_words(self) -> str:
-        """What was found, in one sentence."""
-        if self.tokens is None:
-            return f"No gain here: dense is faster up to {self.dense_until:,} tokens, the longest that was measured."
-        if not self.dense_until:
-            return f"Sparse attention pays from {self.tokens:,} tokens, the shortest that was measured."
-        return f"Sparse attention pays from {self.tokens:,} tokens; dense is as fast up to {self.dense_until:,}."
-
-    def to_dict(self) -> dict[str, Any]:
-        """In types that JSON knows."""
-        return {"tokens": self.tokens, "dense_until": self.dense_until, "points": [list(p) for p in self.points]}
-
-    @classmethod
-    def from_dict(cls, content: Any) -> BreakEven:
-        """What `to_dict` made; raises a `ValueError`, `KeyError` or `TypeError` for anything else."""
-        tokens, until = content["tokens"], content["dense_until"]
-        for value in (until, *(() if tokens is None else (tokens,))):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{value!r} is no number of tokens")
-        return cls(tokens, until, tuple((int(n), float(a), float(b)) for n, a, b in content["points"]))
 
 
 def find_break_even(

@@ -1,105 +1,18 @@
-"""Break-evens of this machine, in the cache folder: measured once, used by everything that chooses by length."""
+"""Keeping the break-evens of this machine, and the limit that follows for a model that is known by its files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import methods
-from ..machine import device_name
-from .break_even import BreakEven
+from ...pipelines.break_even import BreakEven, Key, Limit, fixed, limit
+from ...pipelines.default_method import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     import torch
 
     from ..model_facts import ModelFacts
-
-logger = logging.getLogger(__name__)
-COMMAND = "vidaccel break-even"
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a break-even is of; with another value of any of these, it is measured anew.
-
-    Args:
-        machine: name of the GPU, or of the CPU with its threads.
-        device: its type. dtype: of q, k and v.
-        heads, head_dim: of self-attention.
-        torch_version, vidaccel_version: where it was measured.
-        method: that was held against dense.
-    """
-
-    machine: str
-    device: str
-    dtype: str
-    heads: int
-    head_dim: int
-    torch_version: str
-    vidaccel_version: str
-    method: str = methods.DEFAULT_METHOD
-
-    @classmethod
-    def here(
-        cls, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, method: str = methods.DEFAULT_METHOD
-    ) -> Key:
-        """Of this machine."""
-        from torch import __version__ as torch_version
-
-        from ... import __version__
-
-        name = str(dtype).removeprefix("torch.")
-        versions = (torch_version, __version__)
-        return cls(
-            f"{device_name(device)} ({platform.machine()})", device.type, name, heads, head_dim, *versions, method
-        )
-
-    @property
-    def file(self) -> Path:
-        """Where it is kept."""
-        digest = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:16]
-        return folder() / f"{digest}.json"
-
-
-@dataclass(frozen=True)
-class Limit:
-    """From how many tokens a video is made sparse without being asked.
-
-    Args:
-        tokens: the least number.
-        why: it is that, in a sentence.
-        measured: on this machine.
-    """
-
-    tokens: int
-    why: str
-    measured: bool = False
-
-
-def folder() -> Path:
-    """The folder of break-evens: where the hub's library keeps what other libraries cache (`HF_ASSETS_CACHE`)."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_ASSETS_CACHE) / "vidaccel" / "break_even"
-
-
-def stored(key: Key) -> BreakEven | None:
-    """What was measured; None where nothing was, or where its file cannot be read, which is logged."""
-    try:
-        content = json.loads(key.file.read_text(encoding="utf-8"))
-        if content["key"] != vars(key):
-            raise ValueError("it is of another machine")
-        return BreakEven.from_dict(content["break_even"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("The break-even in %s cannot be read (%s): `%s` measures it anew.", key.file, error, COMMAND)
-        return None
 
 
 def store(key: Key, found: BreakEven) -> Path:
@@ -111,39 +24,10 @@ def store(key: Key, found: BreakEven) -> Path:
     return write_bytes(json.dumps(content, indent=1).encode() + b"\n", key.file)
 
 
-def limit(key: Key, model: str = "") -> Limit:
-    """From how many tokens sparse attention is the choice: what was measured, otherwise the fixed default.
-
-    Args:
-        key: of the machine and the heads.
-        model: that the command would measure for; "" where it has no name that the command knows.
-    """
-    found, usual = stored(key), methods.MIN_SPARSE_TOKENS
-    if found is None:
-        command = _command(key, model)
-        return Limit(usual, f"{usual:,} tokens are a fixed default: `{command}` measures it on this machine.")
-    if found.tokens is None:
-        least = max(usual, found.dense_until + 1)
-        return Limit(
-            least, f"Up to {found.dense_until:,} tokens, dense was measured to be faster on this machine.", True
-        )
-    why = f"On this machine, sparse attention was measured to pay from {found.tokens:,} tokens."
-    return Limit(found.tokens, why, True)
-
-
-def _command(key: Key, model: str) -> str:
-    """What measures a key."""
-    own = f"--heads {key.heads} --head-dim {key.head_dim} --device {key.device} --dtype {key.dtype}"
-    method = "" if key.method == methods.DEFAULT_METHOD else f" --method {key.method}"
-    return f"{COMMAND} {f'--model {model}' if model else own}{method}"
-
-
-def limit_of(
-    facts: ModelFacts, device: torch.device, dtype: torch.dtype, method: str = methods.DEFAULT_METHOD
-) -> Limit:
+def limit_of(facts: ModelFacts, device: torch.device, dtype: torch.dtype, method: str = DEFAULT_METHOD) -> Limit:
     """`limit` for a model on a device; the fixed default where its settings do not tell its heads."""
     try:
         heads = facts.row.heads(facts.transformer)
     except KeyError:
-        return Limit(methods.MIN_SPARSE_TOKENS, f"{methods.MIN_SPARSE_TOKENS:,} tokens are a fixed default.")
+        return fixed()
     return limit(Key.here(*heads, device, dtype, method), facts.name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 
+from .. import head_counts
 from . import layouts
 from .layouts import Given, Layouts
 from .ulysses import shares_sequences
@@ -33,6 +34,7 @@ class Family:
         reads_prefix: keys begin with tokens that are no queries.
         left_out: the setting of the transformer that says how many of the last sites are left as they are.
         stays_dense: what of it stays dense and why, in words; empty if nothing does.
+        heads: config of the transformer -> heads of its self-attention, and their size.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Family:
     reads_prefix: bool = False
     left_out: str = ""
     stays_dense: str = ""
+    heads: Callable[[Mapping[str, Any]], tuple[int, int]] = head_counts.usual
 
     def modules(self, transformer: torch.nn.Module) -> dict[str, Any]:
         """The self-attention modules of a transformer by path, in running order."""
@@ -200,6 +203,7 @@ FAMILIES: tuple[Family, ...] = (
         timestep="vision_timesteps",
         reads_prefix=True,
         stays_dense="the causal attention of its understanding tokens",
+        heads=head_counts.cosmos_3,
     ),
     Family(
         "Kandinsky 5",
@@ -208,6 +212,7 @@ FAMILIES: tuple[Family, ...] = (
         layouts.kandinsky,
         ("visual_transformer_blocks.*.self_attention",),
         stays_dense="10-second models, which have the sparse attention NABLA of their own",
+        heads=head_counts.kandinsky,
     ),
     Family(
         "Kandinsky 6",
@@ -216,6 +221,7 @@ FAMILIES: tuple[Family, ...] = (
         layouts.kandinsky,
         ("visual_transformer_blocks.*.video_dec_block.self_attention",),
         stays_dense="sound; its super-resolution model, which has the sparse attention NABLA of its own",
+        heads=head_counts.kandinsky,
     ),
     Family("Allegro", ("AllegroTransformer3DModel",), ("AllegroPipeline",), layouts.video_alone, branches=BOTH),
     Family(

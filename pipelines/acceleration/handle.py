@@ -15,7 +15,7 @@ from ...attention import SLA, DenseSchedule, Method, RunReport, resolve_method
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
-from ..default_method import DEFAULT_METHOD, MIN_SPARSE_TOKENS
+from ..default_method import DEFAULT_METHOD
 from .checks import check_runs, check_schedule
 from .clock import StepClock
 from .families import find_transformers
@@ -155,8 +155,9 @@ def accelerate(
             with. None chooses: SLA for a model that was trained for it, otherwise `Tangent`; the report says which.
         backend: a backend's name, which then runs or raises, or "auto".
         schedule: the steps and layers that stay dense; the method's own when None.
-        min_tokens: videos of fewer tokens stay dense, where planning would cost more than it saves; None for 8192 where
-            the method is chosen here, otherwise for none. `vidaccel break-even` measures it.
+        min_tokens: videos of fewer tokens stay dense, where planning would cost more than it saves. None, where the
+            method is chosen here, takes what `vidaccel break-even` measured on this machine, otherwise 8192, and the
+            report says which; with a method, none.
         measure_error: so many queries of each sparse call are computed densely too, in float32, and the report tells
             how far the method's output is from that, by layer and step: 64 are enough. The video stays the same to the
             bit. It costs `measure_error / tokens` of a dense call in float32 and a read of all keys and values; 0
@@ -216,19 +217,20 @@ def _with_learned(
     return method_of(learned, transformers) if isinstance(method, str) else method, learned
 
 
-def _least_tokens(asked: int | None, method: Method | str | None, chosen: Method) -> int:
-    """The tokens below which a video stays dense; a model that was trained for its attention has it at any length."""
+def _least_tokens(asked: int | None, method: Method | str | None, chosen: Method) -> int | None:
+    """The tokens below which a video stays dense, None for what was measured on the machine; a model that was trained
+    for its attention has it at any length."""
     if asked is None:
-        return MIN_SPARSE_TOKENS if method is None and chosen.name != SLA.name else 0
+        return None if method is None and chosen.name != SLA.name else 0
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 0:
         raise ValueError(f"min_tokens is {asked!r}: it must be a whole number of tokens, 0 or more (0 for any length).")
     return asked
 
 
-def _why_chosen(method: Method, least: int) -> str:
+def _why_chosen(method: Method, least: int | None) -> str:
     if method.name == SLA.name:
         return "no method was given: sla, which the model was trained for"
-    return f"no method was given: {method.name}, from {least:,} tokens up"
+    return f"no method was given: {method.name}" + ("" if least is None else f", from {least:,} tokens up")
 
 
 def _contains(component: object, transformer: torch.nn.Module) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ...attention import Method, SparseAttention, VideoLayout
+from ..break_even import Key, Limit, fixed, limit
 from .checks import check_without_scheduler
 from .clock import StepClock
 from .copies import CopiedNotPickled
@@ -31,7 +32,7 @@ class Installed(CopiedNotPickled):
         pipe, name, transformer, family: where it is, and of which kind.
         method: what makes it sparse. learned: what the transformer learned of it.
         clock: of the pipeline.
-        min_tokens: videos of fewer tokens stay dense.
+        min_tokens: videos of fewer tokens stay dense; None goes by what was measured on the machine.
         options: those of its engine.
     """
 
@@ -44,7 +45,7 @@ class Installed(CopiedNotPickled):
         method: Method,
         learned: Learned | None,
         clock: StepClock,
-        min_tokens: int = 0,
+        min_tokens: int | None = 0,
         **options: Any,
     ) -> None:
         self._modules = family.modules(transformer)
@@ -59,6 +60,7 @@ class Installed(CopiedNotPickled):
         self.engine = SparseAttention(method, num_layers=len(processors), model=name, **options)
         self._signature = inspect.signature(type(transformer).forward)
         self._clock, self._min_tokens = clock, min_tokens
+        self._limits: dict[tuple[torch.device, torch.dtype], Limit] = {}  # of this run, where no number was given
         self._passes = 0
         self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
         self.paused = ""
@@ -125,9 +127,10 @@ class Installed(CopiedNotPickled):
         step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
         if step.run != self.engine.step.run:
             self._most_calls = 0
+            self._limits = {}  # what was measured since the last run counts
         found = self.family.layout(module, given)
         layouts, unknown = ((), found) if isinstance(found, str) else (found, "")
-        dense = unknown or self._too_short(layouts)
+        dense = unknown or self._too_short(layouts, given)
         if dense:
             self.engine.note(f"all calls of a forward pass stay dense: {dense}", logging.WARNING)
         dense = dense or self.paused
@@ -140,10 +143,25 @@ class Installed(CopiedNotPickled):
         for site in self._sites.values():
             site.enter(trims=self.family.trims and not unknown, dense=dense, shared=shared)
 
-    def _too_short(self, layouts: tuple[VideoLayout, ...]) -> str:
+    def _too_short(self, layouts: tuple[VideoLayout, ...], given: dict[str, Any]) -> str:
         """Why a video stays dense for its length; empty where it may be sparse."""
-        tokens = layouts[0].video_tokens
-        return f"min_tokens {self._min_tokens}, above the video's {tokens} tokens" if tokens < self._min_tokens else ""
+        tokens, least = layouts[0].video_tokens, self._min_tokens
+        if least is None:
+            found = self._limit(given)
+            least = found.tokens
+            self.engine.note(f"min_tokens {least}: {found.why}")
+        return f"min_tokens {least}, above the video's {tokens} tokens" if tokens < least else ""
+
+    def _limit(self, given: dict[str, Any]) -> Limit:
+        """From how many tokens the method pays where and in the dtype in which the latents of a forward pass come."""
+        latents = next((x for x in tree_leaves(given) if isinstance(x, torch.Tensor) and x.is_floating_point()), None)
+        if latents is None:
+            return fixed()
+        place = latents.device, latents.dtype
+        if place not in self._limits:
+            heads = self.family.heads(self.transformer.config)
+            self._limits[place] = limit(Key.here(*heads, *place, self.engine.method.name))
+        return self._limits[place]
 
     @torch.compiler.disable
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:

@@ -136,7 +136,7 @@ def test_a_named_backend_that_cannot_run_raises():
 
 
 def test_a_layout_the_method_cannot_do_is_refused_before_the_run_works():
-    engine = make(SVG(density=0.01), schedule=DenseSchedule(first_steps=1.0))
+    engine = make(SVG(density=0.01), schedule=DenseSchedule(first_steps=0.75))
     with pytest.raises(ValueError, match="density 0.01 is below"):
         engine.enter(StepInfo(num_steps=4), LAYOUT)
 

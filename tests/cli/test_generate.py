@@ -170,7 +170,7 @@ def test_without_a_method_a_short_video_stays_dense(vidaccel, tiny_model, tmp_pa
 
 def test_without_a_method_a_long_video_is_sparse(vidaccel, tiny_model, tmp_path, monkeypatch):
     """48 tokens are many here."""
-    monkeypatch.setattr("vidaccel.generation.methods.MIN_SPARSE_TOKENS", 48)
+    monkeypatch.setattr("vidaccel.pipelines.default_method.MIN_SPARSE_TOKENS", 48)
     monkeypatch.setenv("COLUMNS", "400")
     options = (*SMALL, "--backend", "gather", "--density", 0.5, "--out", tmp_path / "out.mp4")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options)

@@ -111,7 +111,7 @@ def test_of_the_methods_of_a_comparison_one_without_a_backend_is_left_out():
 
 
 def test_the_default_method_alone_says_itself_why_it_cannot(monkeypatch):
-    monkeypatch.setattr("vidaccel.generation.methods.MIN_SPARSE_TOKENS", 48)
+    monkeypatch.setattr("vidaccel.pipelines.default_method.MIN_SPARSE_TOKENS", 48)
     small = Settings(PROMPT, frames=9, height=64, width=64)
     with pytest.raises(BadInput, match=r"^method is tangent: Tangent density is 0\.1, but one stand-in .* raise"):
         prepare("demo", small, Sparse(density=0.1), device="cpu")

@@ -63,7 +63,7 @@ def test_what_is_given_goes_before_the_preset(pipe):
 
 
 def test_a_preset_without_a_method_is_dense_and_a_cache_alone_changes_no_method(pipe, monkeypatch):
-    monkeypatch.setattr("vidaccel.generation.methods.MIN_SPARSE_TOKENS", 1)
+    monkeypatch.setattr("vidaccel.pipelines.default_method.MIN_SPARSE_TOKENS", 1)
     assert generate(pipe, preset=Preset(name="a", cache=EAGER), steps=2).name == "dense"
     assert generate(pipe, cache=EAGER, steps=2, settings={"tangent": {"k_clusters": 4}}).name == "tangent"
 

@@ -12,6 +12,10 @@ import torch
 from comfy_server import COMFYUI, PACK, PYTHON, ROOT, WHY_SKIPPED
 from safetensors.torch import save_file
 
+from vidaccel.attention import METHODS
+from vidaccel.nodes.defaults import defaults_of
+from vidaccel.pipelines.default_method import DEFAULT_METHOD
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED)]
 
 
@@ -83,7 +87,7 @@ def test_every_input_of_every_node_has_a_tooltip(server):
             assert all(options[1]["tooltip"] for options in info["input"][kind].values())
 
 
-def test_the_same_input_has_the_same_default_and_words_in_every_node(server):
+def test_the_same_input_is_the_same_in_every_node_but_for_what_methods_have_of_their_own(server):
     """Native nodes and Accelerate Pipeline; layers are counted by one and listed by the others."""
     found: dict[str, list] = {}
     known = server.get("/object_info")
@@ -106,9 +110,12 @@ def test_the_same_input_has_the_same_default_and_words_in_every_node(server):
         "query_clusters",
         "key_clusters",
     }
+    own = [defaults_of(METHODS[name.lower()]) for name in (*native, DEFAULT_METHOD)]
+    starts = {key: [told.pop("default") for _, told in shared[key]] for key in ("density", "dense_start_percent")}
+    assert starts == {"density": [d.density for d in own], "dense_start_percent": [d.start for d in own]}
     for key, specs in shared.items():
         assert all(spec == specs[0] for spec in specs), (key, specs)
-    assert [told["default"] for _, told in found["dense_layers"]] == ["0"] * 5 + [1]
+    assert [told["default"] for _, told in found["dense_layers"]] == ["", "", "0", "", "", 0]
 
 
 def test_density_one_gives_the_video_of_the_unpatched_model(server):

@@ -28,10 +28,10 @@ from native_calls import (
 )
 
 from vidaccel import SVG, SVG2, Radial, VideoLayout
-from vidaccel.generation.tuning.break_even import BreakEven
-from vidaccel.generation.tuning.store import Key, store
+from vidaccel.generation.tuning.store import store
 from vidaccel.nodes.native import KEY, OVERRIDE
 from vidaccel.nodes.sampling import DensePart
+from vidaccel.pipelines.break_even import BreakEven, Key
 
 
 @pytest.fixture(params=RECORDED)

@@ -13,8 +13,10 @@ import torch
 from huggingface_hub import constants
 from native_comfyui import defaults, nodes, patched, sample, tiny
 
-from vidaccel.generation.tuning.break_even import BreakEven
-from vidaccel.generation.tuning.store import Key, limit, store
+from vidaccel.attention import METHODS
+from vidaccel.generation.tuning.store import store
+from vidaccel.nodes.sampling import parse_layers
+from vidaccel.pipelines.break_even import BreakEven, Key, limit
 
 SPARSE = [f"VidaccelSparseAttention{name}" for name in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")]
 
@@ -30,12 +32,20 @@ def test_every_input_and_node_is_explained():
 
 
 @pytest.mark.parametrize("name", SPARSE)
+def test_a_node_starts_with_what_its_method_has_in_python(name):
+    values, method = defaults(nodes()[name]), METHODS[name.removeprefix("VidaccelSparseAttention").lower()]()
+    assert values["density"] == (getattr(method, "density", None) or 0.3)
+    assert values["dense_start_percent"] == method.schedule.first_steps
+    assert parse_layers(values["dense_layers"], 30) == frozenset(range(method.schedule.first_layers))
+
+
+@pytest.mark.parametrize("name", SPARSE)
 def test_a_node_patches_a_clone_and_the_report_node_shows_it(name, tmp_path):
     import folder_paths
 
     description, model, unpatched = tiny("wan_t2v")
     node = nodes()[name]
-    values = defaults(node) | {"min_tokens": 0, "density": 0.7}
+    values = defaults(node) | {"min_tokens": 0, "density": 0.7, "dense_start_percent": 0.25}
     clone, session = node.execute(model, **values).result
     out = sample(clone, description, latent=(9, 16, 16))
     assert out.isfinite().all() and sample(model, description).equal(unpatched)
@@ -168,7 +178,9 @@ def test_the_report_node_in_a_queue(monkeypatch, tmp_path):
     folder_paths.set_temp_directory(str(tmp_path))
     description, model, _ = tiny("wan_t2v")
     node, report = nodes()["VidaccelSparseAttentionSVG2"], nodes()["VidaccelReport"]
-    clone, session = node.execute(model, **(defaults(node) | {"min_tokens": 321, "density": 0.7})).result
+    clone, session = node.execute(
+        model, **(defaults(node) | {"min_tokens": 321, "density": 0.7, "dense_layers": "0"})
+    ).result
 
     def queued(entry: str, latent: tuple[int, int, int] | None) -> str:
         with CurrentNodeContext(entry, "1"):

@@ -17,14 +17,14 @@ from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.methods import MIN_SPARSE_TOKENS
 from vidaccel.generation.request import Settings
-from vidaccel.generation.tuning.break_even import BreakEven
-from vidaccel.generation.tuning.store import Key, store
+from vidaccel.generation.tuning.store import store
 from vidaccel.nodes import pipelines
 from vidaccel.nodes.acceleration import METHODS, Acceleration
 from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
 from vidaccel.nodes.wording import InputError
+from vidaccel.pipelines.break_even import BreakEven, Key
 
 CPU = torch.device("cpu")
 
@@ -138,7 +138,7 @@ def test_a_run_that_is_stopped_leaves_the_pipeline_as_it_was(pipeline):
 
     before = processors(pipeline)
     with pytest.raises(Stopped):
-        generate(pipeline.accelerated(Acceleration()), settings(), on_step=stop)
+        generate(pipeline.accelerated(Acceleration(density=0.5)), settings(), on_step=stop)
     assert processors(pipeline) == before
     assert generate(pipeline, settings(steps=1), on_step=ignore).frames.isfinite().all()
 
@@ -244,8 +244,8 @@ def test_a_short_video_stays_dense_and_says_why(pipeline):
     short = generate(pipeline.accelerated(Acceleration(min_tokens=49)), settings(), on_step=ignore)
     assert torch.equal(plain.frames, short.frames)
     text = report_text(short.report.news())
-    assert text.startswith("No call was sparse: min_tokens 49, above the video's 48 tokens.\ntangent: density 0.3")
-    long = generate(pipeline.accelerated(Acceleration(min_tokens=48)), settings(), on_step=ignore)
+    assert text.startswith("No call was sparse: min_tokens 49, above the video's 48 tokens.\ntangent: density 0.2")
+    long = generate(pipeline.accelerated(Acceleration(density=0.5, min_tokens=48)), settings(), on_step=ignore)
     assert not torch.equal(plain.frames, long.frames)
 
 

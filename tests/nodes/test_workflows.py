@@ -92,4 +92,4 @@ def test_weights_are_named_with_their_address_and_folder(name):
 def test_every_node_of_this_pack_has_a_page_of_help():
     used = {n["class_type"] for name in NAMES for n in server_form(name).values() if "Vidaccel" in n["class_type"]}
     helped = {path.parent.name for path in (ROOT / "nodes" / "web" / "docs").glob("*/en.md")}
-    assert used <= helped and len(helped) == 19
+    assert used <= helped and len(helped) == 20

@@ -16,8 +16,9 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import prepare
 from vidaccel.generation.request import Settings
 from vidaccel.generation.sparse import Sparse
-from vidaccel.generation.tuning.break_even import BreakEven, find_break_even, timer
-from vidaccel.generation.tuning.store import Key, Limit, limit, store, stored
+from vidaccel.generation.tuning.break_even import find_break_even, timer
+from vidaccel.generation.tuning.store import store
+from vidaccel.pipelines.break_even import BreakEven, Key, Limit, limit, stored
 
 PROMPT = "a red circle moves left on a grey background"
 SMALL = Settings(PROMPT, frames=9, height=64, width=64)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny_families import build
 from tiny_wan import generate, make_transformer
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Tangent
 from vidaccel.attention import SparseAttention, StepInfo, VideoLayout, backends
+from vidaccel.generation.tuning.store import store
+from vidaccel.pipelines.acceleration.families import FAMILIES, find_transformers
 from vidaccel.pipelines.acceleration.rebinding import SparseProcessor
+from vidaccel.pipelines.break_even import BreakEven, Key
 
 SCHEDULE = DenseSchedule(first_steps=1)
 
@@ -22,12 +26,49 @@ def test_without_a_method_long_videos_are_sparse_and_short_ones_stock(pipe, capl
         report = handle.report()
         assert isinstance(handle.method, Tangent)
     assert {r.reason for r in report.records} == {"min_tokens 8192, above the video's 80 tokens"}
-    chosen = "no method was given: tangent, from 8,192 tokens up"
-    assert report.notes[0] == chosen and caplog.text.count(chosen) == 1
+    assert report.notes[0] == "no method was given: tangent" and caplog.text.count(report.notes[0]) == 1
+    (why,) = (note for note in report.notes if note.startswith("min_tokens"))
+    command = "`vidaccel break-even --heads 2 --head-dim 32 --device cpu --dtype float32`"
+    assert why == f"min_tokens 8192: 8,192 tokens are a fixed default: {command} measures it on this machine."
     with vidaccel.accelerate(pipe, min_tokens=80) as handle:
         assert not generate(pipe, frames=33, size=96).equal(before)
         handle.reset()
         assert handle.report().notes[0] == "no method was given: tangent, from 80 tokens up"
+
+
+def test_without_a_method_what_was_measured_on_this_machine_counts(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    heads = FAMILIES[0].heads(pipe.transformer.config)
+    key = Key.here(*heads, torch.device("cpu"), torch.float32)
+    with vidaccel.accelerate(pipe) as handle:
+        store(key, BreakEven(220, 200))  # between the two; after `accelerate`, but before a run
+        generate(pipe)  # 80 tokens
+        generate(pipe, frames=33, size=96)
+        report = handle.report()
+        assert {r.run for r in report.records if not r.reason} == {1}
+        assert {r.reason for r in report.records if not r.run} == {"min_tokens 220, above the video's 80 tokens"}
+        told = "sparse attention was measured to pay from 220 tokens."
+        assert [note for note in report.notes if told in note] == [f"min_tokens 220: On this machine, {told}"]
+    for given in ({"method": "svg2"}, {"min_tokens": 0}):  # what is given goes before it
+        with vidaccel.accelerate(pipe, schedule=SCHEDULE, **given) as handle:
+            generate(pipe)
+            assert any(not r.reason for r in handle.report().records)
+
+
+@pytest.mark.parametrize("name", ["wan", "cosmos_3", "kandinsky5", "kandinsky6"])
+def test_a_break_even_is_of_the_heads_that_attention_is_called_with(name, monkeypatch):
+    tiny, seen = build(name), set()
+    (transformer, family), *_ = find_transformers(tiny.model).values()
+    call = SparseAttention.__call__
+
+    def look(engine, q, *rest, **more):
+        seen.add((q.shape[1], q.shape[3]))
+        return call(engine, q, *rest, **more)
+
+    monkeypatch.setattr(SparseAttention, "__call__", look)
+    with vidaccel.accelerate(tiny.model, schedule=SCHEDULE):
+        tiny.run()
+    assert seen == {family.heads(transformer.config)}
 
 
 def test_min_tokens_is_for_a_method_that_is_given_too(pipe):
@@ -54,6 +95,14 @@ def test_what_stays_dense_need_not_be_possible(pipe):
             assert generate(pipe, frames=1).equal(before)
         with pytest.raises(ValueError, match="Tangent density is 0.2"):
             generate(pipe, frames=1)
+
+
+@pytest.mark.parametrize("everything", [{"first_steps": 1.0}, {"first_layers": 1.0}, {"sigma_above": 0.0}], ids=str)
+def test_a_schedule_that_keeps_everything_dense_asks_nothing_of_the_method(pipe, everything):
+    before = generate(pipe, frames=1)
+    with vidaccel.accelerate(pipe, "tangent", schedule=DenseSchedule(**everything)) as handle:
+        assert generate(pipe, frames=1).equal(before)
+        assert any("so nothing will be sparse" in note for note in handle.report().notes)
 
 
 @pytest.mark.parametrize(

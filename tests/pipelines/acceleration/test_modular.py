@@ -11,6 +11,7 @@ from tiny_wan import make_scheduler, make_transformer
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule
+from vidaccel.generation.errors import BadInput
 
 METHOD = SVG2(density=0.4, schedule=DenseSchedule(first_steps=1))
 
@@ -71,3 +72,11 @@ def test_two_transformers_are_one_run():
     steps = {m: {r.step for r in records if r.model == m} for m in models}
     assert all(steps.values()) and set.union(*steps.values()) == set(range(6))
     assert {r.step for r in records if r.reason} == {0}
+
+
+def test_generate_says_what_to_use_instead():
+    with pytest.raises(
+        BadInput, match=r"modular pipelines are not run: .* inside `with vidaccel.accelerate\(pipe\):`"
+    ) as got:
+        vidaccel.generate(make(), "a dot")
+    assert got.value.field == "model" and "supported:" not in str(got.value)

@@ -154,6 +154,19 @@ def test_refused_before_anything_is_touched(pipe, tmp_path, lora, adapter):
         assert all(torch.equal(tensor, pipe.transformer.state_dict()[name]) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_8_bits_are_refused_where_the_weights_are_offloaded_in_groups(pipe, kind, monkeypatch):
+    monkeypatch.setattr("vidaccel.pipelines.presets.checks.check_packages", lambda preset: None)  # no torchao is needed
+    cpu, blocks = torch.device("cpu"), {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
+    with pytest.raises(PresetError, match=r"the transformer is offloaded in groups .*Offload whole parts") as raised:
+        vidaccel.apply(pipe, Preset(quantize=Quantize("int8")))
+    assert raised.value.lever == "quantize"
+    assert type(pipe.transformer.blocks[0].attn1.to_q.weight.data) is torch.Tensor
+    with vidaccel.apply(pipe, Preset(**SPARSE)):  # all else can be had
+        generate(pipe)
+
+
 def test_a_library_that_is_missing(pipe, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
