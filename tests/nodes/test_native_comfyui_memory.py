@@ -74,7 +74,7 @@ def test_tables_and_what_is_kept_are_reserved_in_every_model(name, loads):
 
 
 def test_every_video_of_a_batch_counts(loads):
-    description, model, _ = tiny("wan")
+    description, model, _ = tiny("wan_t2v")
     clone, session = patched(model, METHOD)
     one = more(loads, model, clone, description)
     assert more(loads, model, clone, description, batch=2) == pytest.approx(2 * one, abs=1)
@@ -87,7 +87,7 @@ def test_every_video_of_a_batch_counts(loads):
 def test_in_context_windows_the_tables_are_of_one_and_each_keeps_its_own(order, loads):
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
-    description, model, _ = tiny("wan")
+    description, model, _ = tiny("wan_t2v")
     frames, height, width = description.latent
     latent = (2 * frames, height, width)
 
@@ -111,7 +111,7 @@ def test_in_context_windows_the_tables_are_of_one_and_each_keeps_its_own(order, 
 def test_a_comfyui_that_cannot_be_told_is_said_so(loads, monkeypatch):
     from comfy.controlnet import ControlBase
 
-    description, model, _ = tiny("wan")
+    description, model, _ = tiny("wan_t2v")
     with monkeypatch.context() as older:
         older.delattr(ControlBase, "inference_memory_requirements")
         clone, session = patched(model, METHOD)
@@ -121,7 +121,7 @@ def test_a_comfyui_that_cannot_be_told_is_said_so(loads, monkeypatch):
 
 
 def test_what_stays_dense_or_keeps_nothing_reserves_nothing(loads):
-    description, model, _ = tiny("wan")
+    description, model, _ = tiny("wan_t2v")
     every_layer = f"0-{description.layers - 1}"
     for method, options in ((METHOD, {"min_tokens": 10**6}), (METHOD, {"dense_layers": every_layer}), (SVG(), {})):
         clone, session = patched(model, method, **options)
@@ -129,7 +129,7 @@ def test_what_stays_dense_or_keeps_nothing_reserves_nothing(loads):
 
 
 def test_an_unknown_model_reserves_nothing_and_says_so_once(loads, caplog):
-    description, model, _ = tiny("wan")
+    description, model, _ = tiny("wan_t2v")
     clone, session = patched(model, METHOD)
     diffusion_model = clone.model.diffusion_model
     name, kind = type(diffusion_model).__name__, type(diffusion_model)
@@ -144,7 +144,7 @@ def test_an_unknown_model_reserves_nothing_and_says_so_once(loads, caplog):
 
 
 def test_heads_that_cannot_be_told_reserve_nothing_and_say_so_once(loads, caplog, monkeypatch):
-    description, model, _ = tiny("wan")
+    description, model, _ = tiny("wan_t2v")
     clone, session = patched(model, METHOD)
     monkeypatch.delattr(model.model.diffusion_model, "dim")
     with caplog.at_level(logging.INFO):
