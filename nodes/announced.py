@@ -46,7 +46,8 @@ class Room:
     def __str__(self) -> str:
         many = [f"{self.layers} sparse layer", f"{self.conditions} condition", f"{self.windows} context window"]
         told = [what if what.startswith("1 ") else f"{what}s" for what in many[: 2 + (self.windows > 1)]]
-        return f"{self.size / 2**30:.2f} GiB, for {', '.join(told)} and {self.layout.tokens} tokens"
+        size = f"{self.size / 2**30:.1f} GiB" if self.size >= 2**30 else f"{self.size / 2**20:.1f} MiB"
+        return f"{size}, for {', '.join(told)} and {self.layout.tokens} tokens"
 
 
 def announce(clone: Any, session: NativeAttention) -> None:
@@ -63,17 +64,18 @@ def announce(clone: Any, session: NativeAttention) -> None:
     if prepare is None or sample is None or control is None:
         session.tell(NO_WAY)
         return
-    packed: list[Sequence[int]] = []  # shapes of the latents that are one in the sampler at work
+    latents: list[Sequence[int]] = []  # shapes of those that the sampler at work has, the video's first
 
     def outer(executor, *args, **kwargs):
-        packed[:] = kwargs.get("latent_shapes") or ()
+        latents[:] = kwargs.get("latent_shapes") or ()
         try:
             return executor(*args, **kwargs)
         finally:
-            packed.clear()
+            latents.clear()
 
     def wrapper(executor, model, noise_shape, conds, *args, **kwargs):
-        shape = packed[0] if len(packed) > 1 else noise_shape
+        # Of the noise, video and audio may be one row, and a wrapper before may have cut it to a context window.
+        shape = latents[0] if latents else noise_shape
         try:
             room = needed(session, model, shape, sum(map(len, conds.values())))
         except (AttributeError, TypeError, ValueError) as error:

@@ -78,7 +78,10 @@ def test_every_video_of_a_batch_counts(loads):
     clone, session = patched(model, METHOD)
     one = more(loads, model, clone, description)
     assert more(loads, model, clone, description, batch=2) == pytest.approx(2 * one, abs=1)
-    assert len(notes(session)) == 2  # of both samplings, and no more of the first in the next report
+    notes(session)
+    sample(clone, description, steps=1)
+    sample(clone, description, steps=1, latent=description.other)
+    assert len(notes(session)) == 2  # of both samplings, and of the last in the next report
     sample(clone, description, steps=1)
     assert len(notes(session)) == 1
 
@@ -146,7 +149,7 @@ def test_an_unknown_model_reserves_nothing_and_says_so_once(loads, caplog):
 def test_heads_that_cannot_be_told_reserve_nothing_and_say_so_once(loads, caplog, monkeypatch):
     description, model, _ = tiny("wan_t2v")
     clone, session = patched(model, METHOD)
-    monkeypatch.delattr(model.model.diffusion_model, "dim")
+    monkeypatch.delattr(model.model.diffusion_model, "num_heads")
     with caplog.at_level(logging.INFO):
         assert more(loads, model, clone, description) == 0
         sample(clone, description, steps=1)
