@@ -7,6 +7,7 @@ that controls nothing and needs what the method does; the conditions that are sa
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def announce(clone: Any, session: NativeAttention) -> None:
     prepare, sample = (getattr(WrappersMP, name, None) for name in ("PREPARE_SAMPLING", "OUTER_SAMPLE"))
     control = _control_class()
     if prepare is None or sample is None or control is None:
-        session.tell(NO_WAY)
+        session.tell(NO_WAY, logging.WARNING)
         return
     latents: list[Sequence[int]] = []  # shapes of those that the sampler at work has, the video's first
 
@@ -80,7 +81,7 @@ def announce(clone: Any, session: NativeAttention) -> None:
             room = needed(session, model, shape, sum(map(len, conds.values())))
         except (AttributeError, TypeError, ValueError) as error:
             # A variant of a model that is built otherwise, or a setting that the first forward pass will refuse.
-            session.tell(f"{NOT_TOLD}: it cannot be computed ({error}).")
+            session.tell(f"{NOT_TOLD}: it cannot be computed ({error}).", logging.WARNING)
             room = None
         if room is None or room.size == 0:
             return executor(model, noise_shape, conds, *args, **kwargs)

@@ -339,10 +339,10 @@ class NativeAttention:
             logger.log(level, "%s: %s", self.title, text)
         self._notes[text] = self._run
 
-    def tell(self, text: str) -> None:
+    def tell(self, text: str, level: int = logging.INFO) -> None:
         """Log what was done for the sampler that starts next once, and keep it for the report."""
         if text not in self._told:
-            logger.info("%s: %s", self.title, text)
+            logger.log(level, "%s: %s", self.title, text)
         self._told[text] = self._run + 1
 
     def report(self) -> RunReport:

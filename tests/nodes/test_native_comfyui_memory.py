@@ -138,7 +138,7 @@ def test_an_unknown_model_reserves_nothing_and_says_so_once(loads, caplog):
     name, kind = type(diffusion_model).__name__, type(diffusion_model)
     diffusion_model.__class__ = type("Other" + name, (kind,), {})
     try:
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.WARNING):
             assert more(loads, model, clone, description) == 0
             sample(clone, description, steps=1)
     finally:
@@ -150,7 +150,7 @@ def test_heads_that_cannot_be_told_reserve_nothing_and_say_so_once(loads, caplog
     description, model, _ = tiny("wan_t2v")
     clone, session = patched(model, METHOD)
     monkeypatch.delattr(model.model.diffusion_model, "num_heads")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         assert more(loads, model, clone, description) == 0
         sample(clone, description, steps=1)
     assert caplog.text.count("its memory was not announced to ComfyUI: it cannot be computed") == 1
