@@ -116,6 +116,7 @@ def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditio
     heads, head_dim = geometry.heads(diffusion_model)
     dtype = model.model.get_dtype_inference()
     least = session.least
+    least.forget()  # this comes before the sampler starts
     tokens = least.of(heads, head_dim, model.load_device, dtype)[0] if least.needs_heads else least.min_tokens
     if too_short(tokens, layout):
         return None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
+from huggingface_hub import constants
 from native_comfyui import management, models, patched, sample, tiny, with_override
 
 from vidaccel import SVG, Tangent, VideoLayout
+from vidaccel.generation.tuning.break_even import BreakEven
+from vidaccel.generation.tuning.store import Key, store
 
 METHOD = Tangent(density=0.95)
 
@@ -129,6 +133,16 @@ def test_what_stays_dense_or_keeps_nothing_reserves_nothing(loads):
     for method, options in ((METHOD, {"min_tokens": 10**6}), (METHOD, {"dense_layers": every_layer}), (SVG(), {})):
         clone, session = patched(model, method, **options)
         assert more(loads, model, clone, description) == 0 and notes(session) == []
+
+
+def test_min_tokens_at_its_default_goes_by_what_was_measured_on_this_machine(loads, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
+    description, model, _ = tiny("wan_t2v")
+    clone, _ = patched(model, METHOD, min_tokens=8192, by_length="tangent")
+    assert more(loads, model, clone, description) == 0
+    key = Key.here(*heads_of(model, description), torch.device("cpu"), torch.float32, "tangent")
+    store(key, BreakEven(description.tokens, 40))
+    assert more(loads, model, clone, description) > 0
 
 
 def test_an_unknown_model_reserves_nothing_and_says_so_once(loads, caplog):
