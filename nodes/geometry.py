@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,7 @@ class Geometry:
         extra_calls: inputs -> number of a block -> calls that the extra blocks make under its index.
         elsewhere: inputs -> lengths of other sequences (text, audio) that have attention calls of their own.
         silent: `transformer_options` -> blocks whose self-attention makes no call in this forward pass.
+        heads: model -> number of attention heads over the video, and channels of each.
     """
 
     family: str
@@ -106,6 +107,7 @@ class Geometry:
     extra_calls: Callable[[Inputs], Mapping[int, int]] = lambda inputs: {}
     elsewhere: Callable[[Inputs], Collection[int]] = text_and_pictures
     silent: Callable[[Mapping[str, Any]], Collection[int]] = lambda options: ()
+    heads: Callable[[Any], tuple[int, int]] = lambda model: (model.num_heads, model.dim // model.num_heads)
 
     def block_offsets(self, model: Any) -> dict[str, int]:
         """Number of the first block of each block type; types that share their numbers are not listed twice."""
@@ -122,6 +124,10 @@ class Geometry:
     def layers(self, model: Any) -> int:
         """All blocks whose self-attention runs over the video."""
         return self.main_layers(model) + sum(len(getattr(model, name, ())) for name in self.extra_blocks)
+
+    def video(self, model: Any, latent: Sequence[int]) -> VideoLayout:
+        """The tokens of a latent `[B, C, T, H, W]` alone: what else is in the sequence, only a forward pass knows."""
+        return VideoLayout(*grid(tuple(latent), self.patch(model)))
 
     def layout(self, inputs: Inputs) -> VideoLayout:
         """The sequence of a forward pass.

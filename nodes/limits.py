@@ -62,14 +62,9 @@ class Least:
         """A sampler starts: what was measured since the last one counts."""
         self._found = {}
 
-    def of(self, q: torch.Tensor, heads: int, split: bool) -> tuple[int, str]:
-        """See `chosen_limit`.
-
-        Args:
-            q: of a call, `[B, H, N, D]` where it is split into heads, otherwise `[B, N, H * D]`.
-            heads: H. split: see `q`.
-        """
-        key = (heads, q.shape[-1] if split else q.shape[-1] // heads, q.device, q.dtype)
+    def of(self, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[int, str]:
+        """See `chosen_limit`; all of it of the queries of a call."""
+        key = (heads, head_dim, device, dtype)
         if key not in self._found:
             self._found[key] = chosen_limit(self.min_tokens, lambda: limit(Key.here(*key, self._method)))
         return self._found[key]

@@ -83,6 +83,7 @@ class NativeAttention:
         self._engines: dict[VideoLayout, SparseAttention] = {}
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
         self._notes: dict[str, int] = {}  # -> the last run that it was true of
+        self._told: dict[str, int] = {}  # likewise, of what is no fallback
         self._branches: dict[Any, str] = {}
         self._levels: list[float] = []
         self._override: tuple[Attention | None, bool, Attention] | None = None
@@ -291,7 +292,7 @@ class NativeAttention:
             return inner(q, k, v, heads, *args, **kwargs)
         if current.by_length:
             current.by_length = False
-            tokens, why = self.least.of(q, heads, split)
+            tokens, why = self.least.of(heads, q.shape[-1] // (1 if split else heads), q.device, q.dtype)
             if why:
                 self.note(why)
             if short := too_short(tokens, current.layout):
@@ -338,6 +339,12 @@ class NativeAttention:
             logger.log(level, "%s: %s", self.title, text)
         self._notes[text] = self._run
 
+    def tell(self, text: str, level: int = logging.INFO) -> None:
+        """Log what was done for the sampler that starts next once, and keep it for the report."""
+        if text not in self._told:
+            logger.log(level, "%s: %s", self.title, text)
+        self._told[text] = self._run + 1
+
     def report(self) -> RunReport:
         """What was done in the last runs, dense calls and their reasons included."""
         reports = [engine.report() for engine in self._engines.values()]
@@ -347,7 +354,9 @@ class NativeAttention:
         records = [record for record in records if record.run > self._run - KEPT_RUNS]
         # A stable sort: the calls of one layer stay in the order of the guidance branches.
         records.sort(key=lambda r: (r.run, r.step, r.layer))
-        notes = dict.fromkeys([*self._notes, *(note for engine in self._engines.values() for note in engine.notes)])
+        notes = dict.fromkeys(
+            [*self._told, *self._notes, *(note for engine in self._engines.values() for note in engine.notes)]
+        )
         if self._run >= KEPT_RUNS:
             notes[DROPPED] = None
         return RunReport(self.name, self.settings, tuple(records), tuple(notes))
@@ -371,7 +380,7 @@ class NativeAttention:
         records = tuple(record for record in report.records if record.run >= first)
         # An engine's notes are on its sparse calls.
         of_engines = self._run if any(not record.reason for record in records) else -1
-        true_of = {**self._notes, DROPPED: self._run - KEPT_RUNS}
+        true_of = {**self._told, **self._notes, DROPPED: self._run - KEPT_RUNS}
         notes = tuple(note for note in report.notes if true_of.get(note, of_engines) >= first)
         return News(replace(report, records=records, notes=notes), heading)
 

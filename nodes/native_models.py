@@ -33,6 +33,34 @@ def _no_patch(model: Any) -> Patch:
     return 1, 1, 1
 
 
+# -- attention heads over the video, and channels of each, where they are not `num_heads` and `dim` --------------------
+
+
+def _heads_of_hidden(model: Any) -> tuple[int, int]:
+    return model.num_heads, model.hidden_size // model.num_heads
+
+
+def _heads_of_mochi(model: Any) -> tuple[int, int]:
+    return model.num_heads, model.head_dim
+
+
+def _heads_of_channels(model: Any) -> tuple[int, int]:
+    return model.num_heads, model.model_channels // model.num_heads
+
+
+def _heads_as_in_diffusers(model: Any) -> tuple[int, int]:
+    return model.num_attention_heads, model.attention_head_dim
+
+
+def _heads_of_kandinsky(model: Any) -> tuple[int, int]:
+    attention = model.visual_transformer_blocks[0].self_attention
+    return attention.num_heads, model.model_dim // attention.num_heads
+
+
+def _heads_of_minimax(model: Any) -> tuple[int, int]:
+    return model.blocks[0].attn.heads, model.blocks[0].attn.head_dim
+
+
 # -- what is around the video ------------------------------------------------------------------------------------------
 
 
@@ -204,12 +232,26 @@ GEOMETRIES: dict[str, Geometry] = {
         (("double_blocks", "double"), ("single_blocks", "single")),
         _hunyuan,
         elsewhere=nothing_else,
+        heads=_heads_of_hidden,
     ),
     "AsymmDiTJoint": Geometry(
-        "Mochi", "Mochi 1", "**video**, text", _square_patch, _BLOCKS, _mochi, elsewhere=nothing_else
+        "Mochi",
+        "Mochi 1",
+        "**video**, text",
+        _square_patch,
+        _BLOCKS,
+        _mochi,
+        elsewhere=nothing_else,
+        heads=_heads_of_mochi,
     ),
     "LTXVModel": Geometry(
-        "LTX-Video", "LTX-Video 0.9", "**video**, guides", _no_patch, (("transformer_blocks", "double"),), _ltx
+        "LTX-Video",
+        "LTX-Video 0.9",
+        "**video**, guides",
+        _no_patch,
+        (("transformer_blocks", "double"),),
+        _ltx,
+        heads=_heads_as_in_diffusers,
     ),
     "LTXAVModel": Geometry(
         "LTX-2",
@@ -220,10 +262,25 @@ GEOMETRIES: dict[str, Geometry] = {
         _ltx,
         elsewhere=_text_and_audio,
         silent=_no_self_attention,
+        heads=_heads_as_in_diffusers,
     ),
-    "GeneralDIT": Geometry("Cosmos 1", "Cosmos 1 text and video to world", "**video**", _cosmos_patch, _BLOCKS, _alone),
+    "GeneralDIT": Geometry(
+        "Cosmos 1",
+        "Cosmos 1 text and video to world",
+        "**video**",
+        _cosmos_patch,
+        _BLOCKS,
+        _alone,
+        heads=_heads_of_channels,
+    ),
     "MiniTrainDIT": Geometry(
-        "Cosmos-Predict2", "Cosmos-Predict2 video to world", "**video**", _cosmos_patch, _BLOCKS, _alone
+        "Cosmos-Predict2",
+        "Cosmos-Predict2 video to world",
+        "**video**",
+        _cosmos_patch,
+        _BLOCKS,
+        _alone,
+        heads=_heads_of_channels,
     ),
     "Kandinsky5": Geometry(
         "Kandinsky 5",
@@ -232,6 +289,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _whole_patch,
         (("visual_transformer_blocks", "double"),),
         _alone,
+        heads=_heads_of_kandinsky,
     ),
     "CogVideoXTransformer3DModel": Geometry(
         "CogVideoX",
@@ -241,6 +299,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _BLOCKS,
         _text_first,
         elsewhere=nothing_else,
+        heads=_heads_as_in_diffusers,
     ),
     "MiniMaxH3Model": Geometry(
         "MiniMax H3",
@@ -250,6 +309,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _BLOCKS,
         _minimax,
         elsewhere=nothing_else,
+        heads=_heads_of_minimax,
     ),
 }
 

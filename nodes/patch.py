@@ -9,6 +9,7 @@ import torch
 
 from ..attention import Method, VideoLayout
 from ..attention.backends import refusal
+from .announced import announce
 from .geometry import unwrap
 from .native import KEY, NativeAttention
 from .native_models import find_geometry
@@ -99,6 +100,7 @@ def sparsify(
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
+    announce(clone, session)
     clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: session.begin(queue_entry()))
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda patcher: session.end())
     return clone, session

@@ -128,8 +128,7 @@ def working_memory(
             needs[name] = transformer_bytes(layout.tokens, heads * head_dim, part.dtype.itemsize)
             if method is not None:
                 calls = _calls_of_a_step(pipe, name, settings)
-                needs[name] += method.table_bytes(layout, heads, head_dim, part.dtype.itemsize)
-                needs[name] += calls * method.kept_bytes(layout, heads, head_dim)
+                needs[name] += method.run_bytes(layout, heads, head_dim, part.dtype.itemsize, calls)
             # What is made may be larger than what is asked for, and is cropped.
             _, factor = row.factors(pipe.vae.config)
             _, patch_h, patch_w = patch_of(part.config)

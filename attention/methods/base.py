@@ -143,6 +143,16 @@ class Method(abc.ABC):
         """
         return 0
 
+    def run_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int, calls: int) -> int:
+        """Memory of a run at its height: the tables of the call at work, and what all calls of a step leave behind.
+
+        Args:
+            layout, heads, head_dim, itemsize: see `table_bytes`.
+            calls: sparse layers times guidance branches.
+        """
+        kept = calls * self.kept_bytes(layout, heads, head_dim)
+        return self.table_bytes(layout, heads, head_dim, itemsize) + kept
+
     def planning_pairs(self, layout: VideoLayout) -> float:
         """What planning computes, in pairs of dense attention and as a share of them; not in the density."""
         return 0.0

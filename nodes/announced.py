@@ -1,0 +1,158 @@
+"""What ComfyUI is told that sparse attention needs while a native model samples, so that it keeps that much free.
+
+Before a sampling, ComfyUI estimates what a forward pass takes and gives the weights the rest of the device. It asks
+ControlNets alone what they need beside that (`inference_memory_requirements`). A PREPARE_SAMPLING wrapper shows it one
+that controls nothing and needs what the method does; the conditions that are sampled with do not have it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..attention import VideoLayout
+from .geometry import unwrap
+from .limits import too_short
+from .native_models import find_geometry
+
+if TYPE_CHECKING:
+    from .native import NativeAttention
+
+KEY = "vidaccel_announced_memory"
+NOT_TOLD = "its memory was not announced to ComfyUI"
+NO_WAY = f"{NOT_TOLD}, which has no way to be told: where it runs out of memory, start it with --reserve-vram."
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory of a method in one sampling.
+
+    Args:
+        size: bytes.
+        layers: that are sparse.
+        conditions: each of which has a forward pass in every step.
+        windows: context windows, each of which has these.
+        layout: of the video, or of a window.
+    """
+
+    size: int
+    layers: int
+    conditions: int
+    windows: int
+    layout: VideoLayout
+
+    def __str__(self) -> str:
+        many = [f"{self.layers} sparse layer", f"{self.conditions} condition", f"{self.windows} context window"]
+        told = [what if what.startswith("1 ") else f"{what}s" for what in many[: 2 + (self.windows > 1)]]
+        size = f"{self.size / 2**30:.1f} GiB" if self.size >= 2**30 else f"{self.size / 2**20:.1f} MiB"
+        return f"{size}, for {', '.join(told)} and {self.layout.tokens} tokens"
+
+
+def announce(clone: Any, session: NativeAttention) -> None:
+    """Have ComfyUI make room for sparse attention before each sampling of a MODEL.
+
+    Args:
+        clone: the MODEL with sparse attention; gets wrappers.
+        session: of it; its report says how much was announced, or why nothing was.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    prepare, sample = (getattr(WrappersMP, name, None) for name in ("PREPARE_SAMPLING", "OUTER_SAMPLE"))
+    control = _control_class()
+    if prepare is None or sample is None or control is None:
+        session.tell(NO_WAY, logging.WARNING)
+        return
+    latents: list[Sequence[int]] = []  # shapes of those that the sampler at work has, the video's first
+
+    def outer(executor, *args, **kwargs):
+        latents[:] = kwargs.get("latent_shapes") or ()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            latents.clear()
+
+    def wrapper(executor, model, noise_shape, conds, *args, **kwargs):
+        # Of the noise, video and audio may be one row, and a wrapper before may have cut it to a context window.
+        shape = latents[0] if latents else noise_shape
+        try:
+            room = needed(session, model, shape, sum(map(len, conds.values())))
+        except (AttributeError, TypeError, ValueError) as error:
+            # A variant of a model that is built otherwise, or a setting that the first forward pass will refuse.
+            session.tell(f"{NOT_TOLD}: it cannot be computed ({error}).", logging.WARNING)
+            room = None
+        if room is None or room.size == 0:
+            return executor(model, noise_shape, conds, *args, **kwargs)
+        session.tell(f"announced to ComfyUI, beside what it reckons with itself: {room}.")
+        asked = {**conds, KEY: [{"control": control(room.size)}]}
+        inner_model, _, models = executor(model, noise_shape, asked, *args, **kwargs)
+        return inner_model, conds, models
+
+    clone.add_wrapper_with_key(sample, KEY, outer)
+    clone.add_wrapper_with_key(prepare, KEY, wrapper)
+
+
+def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditions: int) -> Room | None:
+    """What sparse attention takes in a sampling; None where nothing in it will be sparse.
+
+    Args:
+        session: of the MODEL.
+        model: ComfyUI's ModelPatcher.
+        latent: shape `[B, C, T, H, W]` of the video's latent.
+        conditions: positive and negative ones together. All count, also where a guidance of 1 leaves some out: who
+            samples does not say so before.
+
+    Raises:
+        ValueError: the method cannot do what it is set to on this video.
+    """
+    diffusion_model = unwrap(model.model.diffusion_model)
+    geometry = find_geometry(diffusion_model)
+    if geometry is None or len(latent) != 5:
+        return None  # the first forward pass says why it stays dense
+    shape, windows = _window(model.model_options, latent)
+    layout = geometry.video(diffusion_model, shape)
+    heads, head_dim = geometry.heads(diffusion_model)
+    dtype = model.model.get_dtype_inference()
+    least = session.least
+    least.forget()  # this comes before the sampler starts
+    tokens = least.of(heads, head_dim, model.load_device, dtype)[0] if least.needs_heads else least.min_tokens
+    if too_short(tokens, layout):
+        return None
+    layers = geometry.layers(diffusion_model) - len(session.dense.layers)
+    method = session.method_for(layout)
+    size = method.run_bytes(layout, heads * latent[0], head_dim, dtype.itemsize, layers * conditions * windows)
+    return Room(size if layers else 0, layers, conditions, windows, layout)
+
+
+def _window(options: Mapping[str, Any], latent: Sequence[int]) -> tuple[list[int], int]:
+    """The latent of one forward pass, and how many of them make the whole: where ComfyUI samples in context windows,
+    as many as it takes side by side. A schedule that moves them has more."""
+    handler, shape = options.get("context_handler"), list(latent)
+    if handler is None or handler.dim >= len(shape) or shape[handler.dim] <= handler.context_length:
+        return shape, 1
+    rest = shape[handler.dim] - handler.context_length
+    shape[handler.dim] = handler.context_length
+    return shape, 1 + math.ceil(rest / max(1, handler.context_length - handler.context_overlap))
+
+
+def _control_class() -> type | None:
+    """A ControlNet that does nothing but need memory; None where ComfyUI does not ask for that."""
+    from comfy.controlnet import ControlBase
+
+    if not hasattr(ControlBase, "inference_memory_requirements"):
+        return None
+
+    class Needs(ControlBase):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.size = size
+
+        def inference_memory_requirements(self, dtype: Any) -> int:
+            return self.size
+
+        def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> Any:
+            return self  # the estimate counts for each device already
+
+    return Needs
