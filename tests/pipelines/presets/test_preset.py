@@ -176,9 +176,13 @@ def test_those_of_the_package_say_what_stands_for_them():
         preset = load_preset(name)
         if not preset.model.startswith("demo"):
             assert "Not measured here with these weights" in preset.summary, name
-        elif preset.measured:
-            table = (root / preset.measured["table"]).read_text()
-            assert preset.measured["right"].split(" (")[0] in table and str(preset.measured["psnr_to_demo_dc"]) in table
+        else:
+            [row] = [
+                line for line in (root / preset.measured["table"]).read_text().splitlines() if f"| {name} |" in line
+            ]
+            nearness = preset.measured[f"psnr_to_{preset.model.replace('-', '_')}"]
+            for number in (preset.measured["right"].split(" (")[0], nearness, preset.measured["times_as_fast_as_demo"]):
+                assert f"| {number} |" in row, name
     assert len(load_preset("wan-2.1-1.3b-480p-magcache").cache.settings["mag_ratios"]) == 50
 
 
