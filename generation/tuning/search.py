@@ -21,6 +21,11 @@ TooBad = str
 """Why something could not be measured."""
 
 
+BORDERLINE = 0.5
+"""Of what seems to miss a budget by so little (`Budget.excess`: 3 dB), videos are made until one misses it: predictions
+are off by as much."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """What a search asks of the machine.
@@ -244,14 +249,21 @@ class Search:
             told[key] = (self.budget.excess(predicted.error, psnr, ratio), seconds, psnr)
         within = [key for key, (excess, *_) in told.items() if not excess]
         best = self._best()
-        if not within:
-            # Nothing is expected to do: the nearest may all the same, unless something does already.
-            return None if best is not None else min(told, key=lambda key: told[key][0])
         if self.budget.wants_nearest:
+            if not within:
+                return None if best is not None else min(told, key=lambda key: told[key][0])
             key = max(within, key=lambda key: told[key][2])
             return None if best is not None and told[key][2] <= best.confirmed.mean_psnr else key
-        key = min(within, key=lambda key: told[key][1])
-        return None if best is not None and told[key][1] >= (1 - MIN_GAIN) * best.confirmed.median else key
+        if best is None:
+            # Where nothing is expected to do, the nearest may all the same.
+            return min(told, key=lambda key: (told[key][0], told[key][1]))
+        gaining = [key for key in told if told[key][1] < (1 - MIN_GAIN) * best.confirmed.median]
+        if sure := [key for key in gaining if key in within]:
+            return min(sure, key=lambda key: told[key][1])
+        if any(t.confirmed is not None and self._over(t.confirmed) for t in self._tried.values()):
+            return None  # videos have told where the budget ends
+        near = [key for key in gaining if told[key][0] <= BORDERLINE]
+        return min(near, key=lambda key: told[key][0], default=None)
 
     def _best(self) -> Tried | None:
         """Of those with videos within the budget: the fastest, or with a bound of time the nearest to dense."""
