@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from workflow_files import FOLDER, NAMES, NOTES, PAGES, page_form, server_form, to_server_form
 
+from vidaccel.attention import METHODS
+from vidaccel.nodes.defaults import defaults_of
+
 ROOT = FOLDER.parent
 
 
@@ -34,9 +37,12 @@ def test_both_forms_are_the_same_graph(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "demo_compare"])
-def test_the_first_layer_is_dense_as_the_nodes_have_it(name):
-    nodes = [n["inputs"] for n in server_form(name).values() if n["class_type"].startswith("VidaccelSparse")]
-    assert nodes and all(inputs["dense_layers"] == "0" for inputs in nodes)
+def test_the_layers_that_stay_dense_are_those_that_the_nodes_start_with(name):
+    nodes = [n for n in server_form(name).values() if n["class_type"].startswith("VidaccelSparse")]
+    for node in nodes:
+        method = METHODS[node["class_type"].removeprefix("VidaccelSparseAttention").lower()]
+        assert node["inputs"]["dense_layers"] == ", ".join(map(str, range(defaults_of(method).layers)))
+    assert nodes
 
 
 @pytest.mark.parametrize("name", NAMES)
