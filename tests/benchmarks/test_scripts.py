@@ -69,6 +69,7 @@ def test_step(tmp_path):
     assert float(rows[0]["density"]) == 1 and all(0.4 < float(r["density"]) < 0.8 for r in rows[1:])
 
 
+@pytest.mark.slow
 def test_fidelity(tmp_path):
     work = ["--only", "^demo 576$", "--densities", "0.5"]
     run("fidelity.py", *work, "--out", str(tmp_path))

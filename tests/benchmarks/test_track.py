@@ -93,6 +93,7 @@ def test_a_broken_line_is_named_before_anything_is_written(track, tmp_path):
     assert file.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path):
     """Small: every figure is measured, one line a run."""
     out = tmp_path / "track.jsonl"
