@@ -140,8 +140,8 @@ def _probe_by_size(
         offsets = torch.arange(int(sizes[group[-1]]))
         outside = offsets >= sizes[group].unsqueeze(-1)
         places = (first[group].unsqueeze(-1) + offsets).clamp(max=heads * tokens - 1)
-        rows = token[places.flatten()]
-        some = torch.cat([x.index_select(0, rows).float() for x in (k, v)], -1).view(*places.shape, 2 * dim)
+        members = token[places.flatten()]
+        some = torch.cat([x.index_select(0, members).float() for x in (k, v)], -1).view(*places.shape, 2 * dim)
         head, cluster = group // clusters, group % clusters
         queries = q.index_select(0, head)
         scores = torch.baddbmm(
@@ -152,15 +152,14 @@ def _probe_by_size(
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        log_mass = (top + total.log_()).squeeze(-1)
-        means = (weights.div_(total.exp_()) @ some).to(table.dtype)
-        log_mass, bias, squares = _numbers(log_mass, queries, means)
+        means = (weights.div_(total) @ some).to(table.dtype)
+        found = _numbers((top + total.log()).squeeze(-1), queries, means)
         at = head * shared
         for s in range(shared):
             own = slice(s * count, (s + 1) * count)
-            table.index_copy_(0, (at + s) * (made.pairs.shape[2]) + cluster, means[:, own])
-            for numbers_of, x in zip(numbers, (log_mass, bias, squares), strict=True):
-                numbers_of.index_copy_(0, (at + s) * clusters + cluster, x[:, own])
+            table.index_copy_(0, (at + s) * made.pairs.shape[2] + cluster, means[:, own])
+            for part, x in zip(numbers, found, strict=True):
+                part.index_copy_(0, (at + s) * clusters + cluster, x[:, own])
 
     each(work, list(_alike(sizes[by_size].tolist(), max(1, GROUP // (rows * dim)))))
 

@@ -23,6 +23,7 @@ from ..clusters import (
 )
 from ..groups import repeat_heads
 from ..heads import HeadShare
+from ..labels import label_dtype
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import probe, read, score_variance
@@ -162,7 +163,7 @@ class Tangent(Method):
 
     def kept_bytes(self, layout: VideoLayout, heads: int, head_dim: int) -> int:
         counts = self.cluster_counts(layout.video_tokens)
-        return heads * sum(_label_bytes(n) * layout.video_tokens + 4 * n * head_dim for n in counts)
+        return heads * sum(label_dtype(n).itemsize * layout.video_tokens + 4 * n * head_dim for n in counts)
 
     def cluster_counts(self, tokens: int) -> tuple[int, int]:
         """Clusters of queries and of keys for a number of video tokens.
@@ -220,10 +221,7 @@ class Tangent(Method):
         else:
             iterations = self.init_iterations if kept is None else self.step_iterations
             clusters = with_order(cluster(x, count, iterations, None if kept is None else kept[1]))
-        memory[f"tangent_{name}"] = (
-            clusters.labels.short() if _label_bytes(count) == 2 else clusters.labels,
-            clusters.means,
-        )
+        memory[f"tangent_{name}"] = (clusters.labels.to(label_dtype(count)), clusters.means)
         return clusters
 
     def _spend(
@@ -252,8 +250,3 @@ class Tangent(Method):
             selected = spend(rank, cost, budget)
         remaining = (error * ~selected).sum((1, 2, 3))
         return heads.mine(selected), (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-
-
-def _label_bytes(clusters: int) -> int:
-    """Of a token, in what is kept."""
-    return 2 if clusters < 2**15 else 8
