@@ -6,6 +6,7 @@ import torch
 
 from .backends import nothing_is_fast, pick, pick_special
 from .backends.base import AS_INPUTS, Precision, Request
+from .gradients import wants_gradient
 from .heads import HeadShare
 from .methods import Method
 from .schedule import StepInfo
@@ -35,7 +36,7 @@ class CallChecks:
         on which all of them are slower than dense attention.
         """
         second = self._method.second_stage
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        grad = wants_gradient(q, k, v)
         kind = (q.device, q.dtype, q.shape[-1], grad)
         if kind not in self._able:
             shape = (*kind[:3], q.shape[2])

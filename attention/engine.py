@@ -19,6 +19,7 @@ from .backends import (
 from .backends.base import AS_INPUTS
 from .call_checks import CallChecks
 from .functional import attend, check_inputs, check_tensors, choose_backend
+from .gradients import wants_gradient
 from .groups import dense_attention
 from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
@@ -349,7 +350,7 @@ class SparseAttention:
             return self._grad_plans[key]
         memory = self._memory(q, k, layer, sample, heads)
         checkpointed = self._entered_with_gradients and not torch.is_grad_enabled()
-        if checkpointed or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        if checkpointed or wants_gradient(q, k, v):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
         # Under autocast, products would lose the float32 that methods compute in.

@@ -7,6 +7,7 @@ import torch
 from .backends import Backend, Request, pick, pick_special
 from .backends.base import AS_INPUTS, SMALL_TILE, Precision
 from .compensate import attend_skipped
+from .gradients import wants_gradient
 from .merge import merge
 from .plan import BlockPlan
 
@@ -91,7 +92,7 @@ def choose_backend(
 
     Where the precision is not that of the inputs, "auto" chooses among the backends that have it.
     """
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    grad = wants_gradient(q, k, v)
     shape = (q.device, q.dtype, q.shape[-1], q.shape[2])
     own = plan.skipped is not None and plan.skipped.bias is not None
     small = not own and plan.n_q < SMALL_TILE * plan.tile_len.shape[-1]

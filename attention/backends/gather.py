@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..gradients import wants_gradient
 from ..groups import by_group, by_head, dense_attention, repeat_heads
 from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
@@ -67,7 +68,7 @@ class GatherBackend(Backend):
 
     def _in_threads(self, q: torch.Tensor, pairs: torch.Tensor, plan: BlockPlan, pieces: int) -> bool:
         """Whether tiles are large enough for the threads not to wait for one another's turn in Python."""
-        if q.device.type != "cpu" or _wants_gradient(q, pairs):
+        if q.device.type != "cpu" or wants_gradient(q, pairs):
             return False
         together = q.shape[0] * q.shape[1] // (plan.run_start.shape[0] * plan.run_start.shape[1])
         return int(plan.pairs().sum()) * together >= THREAD_PAYS * pieces
@@ -75,10 +76,6 @@ class GatherBackend(Backend):
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 """Output `[B', H', rows, D]` and, where asked for, log-sum-exp `[B', H', rows]`."""
-
-
-def _wants_gradient(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _join(results: list[Result], dim: int) -> Result:
@@ -143,7 +140,7 @@ class _Tiles:
         self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
         self.tiles = [tile for tile, length in enumerate(self.lengths) if length]
         self.extra = 0 if self.stand_ins is None else self.stand_ins.count
-        self.grad = _wants_gradient(q, pairs)
+        self.grad = wants_gradient(q, pairs)
         self.own = threading.local()
         runs = [self._runs(tile) for tile in range(len(self.starts))] if self.grad else []
         self.gathered = _GatherTiles.apply(pairs, runs) if self.grad else ()

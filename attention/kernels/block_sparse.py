@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..gradients import wants_gradient
 from ..plan import BlockPlan
 from .block_sparse_backward import backward_walk, block_sparse_attention_backward
 from .block_sparse_forward import forward_tiles, launch_forward, results
@@ -73,7 +74,7 @@ def walk_of(plan: BlockPlan, q: torch.Tensor) -> list[torch.Tensor]:
 
 def backward_walk_of(plan: BlockPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
     """The same of the backward pass; empty where there will be none."""
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    if not wants_gradient(q, k, v):
         return []
     return backward_walk(plan, q)
 
