@@ -21,12 +21,16 @@ _pool: tuple[int, ThreadPoolExecutor] | None = None
 _starting = threading.Lock()
 
 
-def each(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Result]:
+def each(work: Callable[[Piece], Result], pieces: Sequence[Piece], *, small: bool = False) -> list[Result]:
     """`[work(piece) for piece in pieces]`, on as many threads as torch would use for one operation.
 
     For pieces whose work does not need a gradient and writes nothing that another one reads. It stays on the calling
     thread where that is the only one, where gradients are recorded, and under what belongs to a thread alone: autocast,
     a mode such as that of a flop counter, tracing.
+
+    Args:
+        small: a piece takes about what Python needs to begin it, for which threads would wait for one another. One
+            thread then works on all of them, on its one core.
 
     Raises:
         Whatever `work` raises, of the piece that comes first; others may have been worked on by then.
@@ -47,7 +51,7 @@ def each(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[Resul
                     return
                 results[place] = work(pieces[place])
 
-    jobs = [_threads(torch.get_num_threads()).submit(some) for _ in range(threads)]
+    jobs = [_threads(torch.get_num_threads()).submit(some) for _ in range(1 if small else threads)]
     errors = [error for job in jobs if (error := job.exception()) is not None]
     if errors:
         raise errors[0]

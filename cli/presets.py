@@ -11,7 +11,7 @@ import typer
 
 from ..generation.errors import BadInput
 from .errors import one_line_errors
-from .options import Device, Dtype, Offload, Threads, Tiling, use_threads
+from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
 
 if TYPE_CHECKING:
     from ..generation.waterfall import Waterfall
@@ -73,6 +73,7 @@ def waterfall_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = False,
+    offload_blocks: OffloadBlocks = False,
     vae_tiling: Tiling = False,
     threads: Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page; its numbers go beside it, as .json.")] = Path(
@@ -104,7 +105,7 @@ def waterfall_command(
             guidance_scale=guidance_scale,
             device=device,
             dtype=dtype,
-            offload=offload,
+            offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
         )
         write_waterfall(made, out, shlex.join(["vidaccel", *sys.argv[1:]]))

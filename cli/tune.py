@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import one_line_errors
-from .options import Device, Dtype, Offload, Threads, Tiling, use_threads
+from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
 
 if TYPE_CHECKING:
     from ..generation.tuning.result import Tuned
@@ -63,6 +63,7 @@ def tune_command(
     device: Device = "auto",
     dtype: Dtype = "auto",
     offload: Offload = False,
+    offload_blocks: OffloadBlocks = False,
     vae_tiling: Tiling = False,
     threads: Threads = None,
 ) -> None:
@@ -100,7 +101,7 @@ def tune_command(
             guidance_scale=guidance_scale,
             device=device,
             dtype=dtype,
-            offload=offload,
+            offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
         )
         _print_table(made)

@@ -136,7 +136,6 @@ def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload:
         offload: see `pipelines.loading.load_pipeline`.
     """
     from ..pipelines.acceleration.families import FAMILIES
-    from ..pipelines.loading import BLOCKS
     from ..pipelines.presets import PresetError
     from ..pipelines.presets.checks import differences
     from ..pipelines.presets.packages import check_packages
@@ -149,8 +148,8 @@ def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload:
     if facts.transformer and (differing := differences(preset.transformer, facts.transformer)):
         problem = f"cannot be used: {preset.name} is for another model: {'; '.join(differing)}"
         raise BadInput("preset", problem, f"Give another {mention('model')}, or another preset.")
-    if preset.quantize is not None and offload == BLOCKS:
-        problem = f"by blocks cannot be had with {mention('quantize')}: it moves the weights that it found"
+    if preset.quantize is not None and (why := unquantised(offload)):
+        problem = f"by blocks cannot be had with {mention('quantize')}: {why}"
         raise BadInput("offload", problem, "Offload whole parts: in 8 bits a transformer takes half.")
     try:
         check_packages(preset)
@@ -158,6 +157,13 @@ def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload:
         raise refused(error) from error
     if preset.guidance_free and settings.guidance_scale is not None and settings.guidance_scale <= 1:
         raise BadInput("guidance_scale", "the preset puts guidance into one pass, and 1 is none", "Raise it.", value=1)
+
+
+def unquantised(offload: bool | str) -> str | None:
+    """Why layers cannot be in 8 bits when a model is offloaded in this way; None where they can."""
+    from ..pipelines.loading import BLOCKS
+
+    return "it moves the weights that it found" if offload == BLOCKS else None
 
 
 @contextlib.contextmanager

@@ -177,7 +177,7 @@ def waterfall(
     checker: Checker | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    offload: bool = False,
+    offload: bool | str = False,
     tiling: bool = False,
     progress: bool = True,
 ) -> Waterfall:
@@ -217,7 +217,7 @@ def waterfall(
     own = {"steps": steps, "guidance_scale": guidance_scale}
     requests = [_settings(stage, models.facts(stage.model), texts[0], asked, own) for stage in plan]
     for stage, settings in zip(plan, requests, strict=True):
-        check_beside(stage.preset, models.facts(stage.model), settings)
+        check_beside(stage.preset, models.facts(stage.model), settings, offload)
     checker = checker or _built_in_checker(models.facts(plan[0].model), texts)
     shown = bars(models.facts(plan[0].model).name) if progress else contextlib.nullcontext(lambda *_: None)
     with shown as tell:
@@ -238,7 +238,7 @@ def waterfall(
 class _Models:
     """The models of a waterfall, each loaded when it is needed first."""
 
-    def __init__(self, given: Any, device: Any, dtype: Any, offload: bool, tiling: bool) -> None:
+    def __init__(self, given: Any, device: Any, dtype: Any, offload: bool | str, tiling: bool) -> None:
         if callable(given) and not hasattr(given, "components"):
             given = given()
         self.given = None if given is None or isinstance(given, str | Path) else given

@@ -17,7 +17,7 @@ from ..threads import each
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 MAX_TILE_ROWS = 256
-THREAD_PAYS = 2**14  # pairs of a tile
+THREADS_PAY = 2**13  # pairs of a tile
 FEW_ROWS = 192  # below it torch's CPU kernel works on 32 rows at a time, which halves the speed of its matrix products
 
 
@@ -60,18 +60,17 @@ class GatherBackend(Backend):
                 some, others = queries[batch_slice, of_q], pairs[batch_slice, of_kv]
                 entries.append(_Tiles(some, others, k.shape[-1], plan, bias, b, h))
         work = [(entry, tile) for entry in entries for tile in entry.tiles]
-        attend = each if self._in_threads(q, pairs, plan, len(work)) else map
-        parts = iter(attend(lambda piece: piece[0].attend(piece[1], scale, return_lse), work))
+
+        def attend(piece: tuple[_Tiles, int]) -> Result:
+            return piece[0].attend(piece[1], scale, return_lse)
+
+        if q.device.type == "cpu" and not wants_gradient(q, pairs):
+            parts = iter(each(attend, work, small=_tiles_are_small(q, plan, len(work))))
+        else:
+            parts = map(attend, work)
         rows = [_join(list(itertools.islice(parts, len(entry.tiles))), 2) for entry in entries]
         out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
-
-    def _in_threads(self, q: torch.Tensor, pairs: torch.Tensor, plan: BlockPlan, pieces: int) -> bool:
-        """Whether tiles are large enough for the threads not to wait for one another's turn in Python."""
-        if q.device.type != "cpu" or wants_gradient(q, pairs):
-            return False
-        together = q.shape[0] * q.shape[1] // (plan.run_start.shape[0] * plan.run_start.shape[1])
-        return int(plan.pairs().sum()) * together >= THREAD_PAYS * pieces
 
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -83,6 +82,12 @@ def _join(results: list[Result], dim: int) -> Result:
         return results[0]
     outputs, sums = zip(*results, strict=True)
     return torch.cat(outputs, dim), None if sums[0] is None else torch.cat(sums, dim)
+
+
+def _tiles_are_small(q: torch.Tensor, plan: BlockPlan, tiles: int) -> bool:
+    """Whether threads would wait for one another's turn in Python."""
+    together = q.shape[0] * q.shape[1] // (plan.run_start.shape[0] * plan.run_start.shape[1])
+    return int(plan.pairs().sum()) * together < THREADS_PAY * tiles
 
 
 class _StandIns:

@@ -61,7 +61,7 @@ def tune(
     guidance_scale: float | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    offload: bool = False,
+    offload: bool | str = False,
     tiling: bool = False,
     progress: bool = True,
     clock: Clock = time.perf_counter,

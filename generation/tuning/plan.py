@@ -13,6 +13,7 @@ from ..errors import BadInput, mention
 from ..job import Job, prepare
 from ..machine import environment
 from ..outputs import check_writable
+from ..presets import unquantised
 from ..prompts import prompts_with_seeds
 from ..request import Settings
 from ..sparse import Sparse
@@ -118,7 +119,7 @@ def planned(
         fix = f"Give {mention('min_psnr')} or {mention('max_time_ratio')}, or leave {mention('adapters')} out."
         raise BadInput("max_error", _NO_ERROR, fix)
     chosen, dropped = _available(job, levers, methods, caches)
-    chosen["quantize"] = _quantize(levers, effort, dropped)
+    chosen["quantize"] = _quantize(job, levers, effort, dropped)
     chosen["adapters"] = _adapters(job, levers, adapters, budget, dropped)
     if not any(chosen[name] for name in ("methods", "caches", "quantize", "adapters")):
         why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
@@ -168,12 +169,15 @@ def _available(
     return {"methods": own_methods, "caches": tuple(own_caches), "precisions": precisions}, dropped
 
 
-def _quantize(levers: Sequence[str], effort: str, dropped: dict[str, str]) -> tuple[Quantize, ...]:
-    """The layers in 8 bits that are tried; why none, where torchao is missing. Whether they pay is measured."""
+def _quantize(job: Job, levers: Sequence[str], effort: str, dropped: dict[str, str]) -> tuple[Quantize, ...]:
+    """The layers in 8 bits that are tried; why none, as where torchao is missing. Whether they pay is measured."""
     from ...pipelines.presets import Preset, PresetError
     from ...pipelines.presets.packages import check_packages
 
     if "quantize" not in levers:
+        return ()
+    if why := unquantised(job.offload):
+        dropped["quantize"] = f"not when offloading by blocks: {why}"
         return ()
     found = tuple(quantize_levers(effort))
     try:

@@ -44,6 +44,15 @@ def test_a_new_number_of_threads_counts():
         assert {name for name, _ in each(where, range(3))} == {threading.current_thread().name}
 
 
+def test_small_pieces_are_worked_on_by_one_thread_of_one_core():
+    with torch.no_grad():
+        assert each(lambda x: x * x, range(50), small=True) == [x * x for x in range(50)]
+        ((name, cores),) = set(each(where, range(50), small=True))
+        assert cores == 1 and name != threading.current_thread().name
+        torch.set_num_threads(1)
+        assert {name for name, _ in each(where, range(3), small=True)} == {threading.current_thread().name}
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_mode_of_the_caller_holds(mode):
     with mode():

@@ -28,6 +28,7 @@ def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypat
         ((), "Error: --min-psnr is needed, or another bound. Give --max-error, --min-psnr or --max-time-ratio."),
         (("--max-error", 2), "Error: --max-error is 2.0: it must be above 0 and at most 1 (0.05 is 5 %)."),
         (("--min-psnr", 30, "--threads", 0), "Error: --threads is 0: it must be at least 1."),
+        (("--min-psnr", 30, "--device", "cpu", "--offload-blocks"), "Error: --offload"),
         (("--min-psnr", 30, "--lever", "luck"), "Error: --lever is luck: there is none of that name;"),
         (("--min-psnr", 30, "--model", "demo-nothing"), "Error: --model is demo-nothing:"),
         (("--min-psnr", 30, "--adapter", "nowhere"), "Error: --adapter cannot be used:"),

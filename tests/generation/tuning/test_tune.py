@@ -188,6 +188,16 @@ def test_bad_input(changes, message, tmp_path, monkeypatch):
     assert not (tmp_path / "t").exists()
 
 
+def test_layers_in_8_bits_are_not_tried_when_offloading_by_blocks(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("vidaccel.generation.job.choose_device", lambda *_: torch.device("cpu"))  # it refuses a CPU
+    with pytest.raises(BadInput, match=r"nothing is left to try \(quantize: not when offloading by blocks: it moves"):
+        vidaccel.tune(
+            "demo", PROMPTS, out=tmp_path / "t", min_psnr=30.0, levers=("quantize",), offload="blocks", **SMALL
+        )
+
+
 def _without(*packages: str):
     find = importlib.util.find_spec
     return lambda name, *more: None if name in packages else find(name, *more)
