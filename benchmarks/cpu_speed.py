@@ -159,10 +159,7 @@ def main(
         "`tangent` clusters anew in one of the three. Attention includes permutations and making masks, planning is "
         "apart. The second table "
         f"is one attention call on random q, k, v at {layouts[-1].tokens:,} tokens per kind of plan.\n\n"
-        "OMP_WAIT_POLICY: "
-        + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)")
-        + ". PASSIVE, which "
-        "helps small models, makes each of the many calls of `gather` wait for its threads.",
+        "OMP_WAIT_POLICY: " + os.environ.get("OMP_WAIT_POLICY", "not set (threads spin between calls)") + ".",
         steps,
         backends,
     )

@@ -1,13 +1,15 @@
 """Everything that wants a GPU, the most valuable first, in one command that may be broken off and called again.
 
     python benchmarks/first_gpu_run.py                         # on the GPU that is there
-    python benchmarks/first_gpu_run.py --seconds 500           # no step is begun after that
+    python benchmarks/first_gpu_run.py --seconds 500           # what is not done by then, the next call goes on with
     python benchmarks/first_gpu_run.py --toy                   # on a CPU in Triton's interpreter: whether it runs
 
 Steps: the kernels' tests, the parts of a sparse call (`kernels.py`), attention against other implementations
 (`attention.py`), a denoising step (`step.py`), and quality on the demo model (`quality.py`). Each is a process of its
-own; what it printed is in `benchmarks/results/gpu/STEP.log`, what is done in `benchmarks/results/gpu/done.json`. A step
-that fails is said and does not keep the others from running. The last two need diffusers.
+own. In `benchmarks/results/gpu` are what each printed (`STEP.log`), what is done (`done.json`) and, after each step,
+what was expected beside what was measured (`targets.md`). A step that fails is said and does not keep the others from
+running; one that was stopped is begun again by the next call, and goes on with what it had written where it can.
+`step.py` and `quality.py` need diffusers.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_targets
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Name, what Python runs, and seconds after which it is stopped, None for never. `{out}` is the folder of the results.
@@ -31,6 +35,7 @@ STEPS = (
     ("step-1.3b", "{here}/step.py --model wan-1.3b --density .2 --out {out}", 180),
     ("quality", "{here}/quality.py --device cuda --seconds 300 --out {out}", 420),
     ("attention-1.3b", "{here}/attention.py --shapes wan-1.3b-480p --repeats 10 --out {out}", 240),
+    ("attention-hunyuan", "{here}/attention.py --shapes hunyuan-720p --densities .25 .1 --repeats 5 --out {out}", 240),
     ("backward", "{here}/attention.py --shapes wan-1.3b-480p --backward --densities .25 --repeats 5 --out {out}", 200),
     ("cogvideox", "{here}/kernels.py --shape cogvideox --parts forward variants --out {out}", 150),
 )
@@ -40,8 +45,8 @@ TOY = (
 )  # fmt: skip
 
 
-def run(name: str, words: str, limit: int | None, out: Path, environment: dict[str, str]) -> str:
-    """One step; "done", or what went wrong."""
+def run(name: str, words: str, limit: float | None, out: Path, environment: dict[str, str]) -> str:
+    """One step, stopped after `limit` seconds; "done", or what went wrong."""
     command = [sys.executable, *(word.format(here=HERE, root=ROOT, out=out) for word in words.split())]
     with (out / f"{name}.log").open("w") as log:
         try:
@@ -49,13 +54,13 @@ def run(name: str, words: str, limit: int | None, out: Path, environment: dict[s
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=environment
             ).returncode
         except subprocess.TimeoutExpired:
-            return f"stopped after {limit} s"
+            return f"stopped after {limit:.0f} s"
     return "done" if code == 0 else f"exit code {code}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no step is begun after that")
+    parser.add_argument("--seconds", type=float, default=1500, help="after which it ends (25 minutes by default)")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="do again what is done")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu")
@@ -68,14 +73,16 @@ def main() -> None:
     for name, words, limit in TOY if arguments.toy else STEPS:
         if done.get(name) == "done":
             continue
-        if time.perf_counter() - begin > arguments.seconds:
+        start = time.perf_counter()
+        left = arguments.seconds - (start - begin)
+        if left <= 0:
             print("the time is up; call again to go on", flush=True)
             return
-        start = time.perf_counter()
-        done[name] = run(name, words, limit, arguments.out, environment)
+        done[name] = run(name, words, left if limit is None else min(limit, left), arguments.out, environment)
         beside = state.with_suffix(".partial")
         beside.write_text(json.dumps(done, indent=1) + "\n")
         os.replace(beside, state)
+        gpu_targets.write(arguments.out)
         print(f"{name}: {done[name]}, {time.perf_counter() - start:.0f} s", flush=True)
     if any(what != "done" for what in done.values()):
         sys.exit(1)

@@ -6,13 +6,14 @@
 
 Needs torch and triton alone. This is what the launch tables in `attention/kernels/` are chosen by; `attention.py` holds
 the whole against other implementations. Random tokens: k-means makes clusters of even sizes of them. Prints as it goes,
-and writes `benchmarks/results/kernels-GPU-SHAPE.md` at the end. Without a GPU, to see whether it runs: set
-`TRITON_INTERPRET=1`, and `--shape toy --density 0.8 --device cpu --dtype float32 --chosen`.
+and writes `benchmarks/results/kernels-GPU-SHAPE.md`, and the rows as `.json`, at the end. Without a GPU, to see whether
+it runs: set `TRITON_INTERPRET=1`, and `--shape toy --density 0.8 --device cpu --dtype float32 --chosen`.
 """
 
 from __future__ import annotations
 
 import argparse  # not typer: machines with a GPU to measure on often have torch and nothing else
+import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -213,17 +214,19 @@ def main() -> None:
         "cold L2 cache. Tiles are queries, keys, warps, stages, keys of a tail, and whether keys come through tensor "
         "descriptors.",
     ]
+    measured: dict[str, list[dict]] = {}
     for part in arguments.parts:
-        rows = []
+        rows = measured.setdefault(part, [])
         for row in getattr(bench, part)():
             print(*row.values(), flush=True)
             rows.append(row)
         lines += [f"## {part}", _table(rows)]
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"kernels-{name.replace(' ', '-')}-{arguments.shape}.md"
-    beside = path.with_suffix(".partial")
-    beside.write_text("\n\n".join(lines) + "\n")
-    os.replace(beside, path)
+    for file, text in ((path.with_suffix(".json"), json.dumps(measured, indent=1)), (path, "\n\n".join(lines))):
+        beside = file.with_suffix(".partial")
+        beside.write_text(text + "\n")
+        os.replace(beside, file)
 
 
 def _table(rows: list[dict]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from benchmark_scripts import ROOT, run, table
@@ -89,7 +90,7 @@ def test_the_steps_of_the_first_gpu_run_are_command_lines_of_their_scripts():
     """No GPU is there to try them on: each option and each name it is given stands in the script or what it reads."""
     source = (ROOT / "benchmarks" / "first_gpu_run.py").read_text()
     found = re.findall(r'^    \("[\w.-]+", "\{here\}/(\w+\.py) (.*)", \d+\),$', source, re.MULTILINE)
-    assert len(found) == 8 and {script for script, _ in found} == {
+    assert len(found) == 9 and {script for script, _ in found} == {
         "kernels.py", "attention.py", "step.py", "quality.py"
     }  # fmt: skip
     for script, words in found:
@@ -106,11 +107,32 @@ def test_the_steps_of_the_first_gpu_run_are_command_lines_of_their_scripts():
             assert written, f"{script} knows no {word}"
 
 
+def test_what_was_expected_of_a_gpu_stands_beside_what_was_measured(tmp_path):
+    first = ROOT / "benchmarks" / "results" / "h200" / "attention_first.csv"
+    shutil.copyfile(first, tmp_path / "attention.csv")
+    parts = {"passes": [{"pass": "walk", "ms": 0.11}], "planning": [{"method": "svg", "ms": 96.0}]}
+    (tmp_path / "kernels-NVIDIA-H200-wan-14b-720p.json").write_text(json.dumps(parts))
+    run("gpu_targets.py", "--results", str(tmp_path))
+    page = (tmp_path / "targets.md").read_text()
+    assert "# Expected and measured: NVIDIA H200" in page
+    for line in (
+        "| density 1 over the fastest SDPA | target | at least 0.8 times | 0.78 | no |",
+        "| Radial at .25 over it | target | at least 3.4 times | 3.04 | no |",
+        "| Radial at .05 over it | target | at least 13 times | not yet |  |",
+        "| least lead over compiled FlexAttention | target | at least 1 times | 1.17 | yes |",
+        "| forward kernel, Radial at .25 | prediction | at least 420 TFLOP/s | 433 | yes |",
+        "| walk of a plan of clusters | prediction | at most 0.35 ms | 0.11 | yes |",
+        "| SVG's plan, of which its profile is 1 | prediction | at most 2 ms | 96 | no |",
+    ):
+        assert line in page
+
+
 @pytest.mark.slow
 def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("triton")
     run("first_gpu_run.py", "--toy", "--out", str(tmp_path))
     assert json.loads((tmp_path / "done.json").read_text()) == {"kernels": "done"}
+    assert "| not yet |" in (tmp_path / "targets.md").read_text()  # of a shape that a toy is not
     page = (tmp_path / "kernels-interpreter-toy.md").read_text()
     assert "| radial |" in page and "| tangent |" in page and "chosen" in page
     assert "| radial | 0.799 | int8 |" in page and "| radial | 0.799 | second stage |" in page
