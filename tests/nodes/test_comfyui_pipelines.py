@@ -52,7 +52,7 @@ def graph(accelerate: bool = False, pipeline: str = "demo (built-in)", hub_id: s
 
 
 def test_demo_compare_as_shipped(server):
-    shipped = json.loads((ROOT / "workflows" / "api" / "demo_compare.json").read_text())
+    shipped = json.loads((ROOT / "example_workflows" / "api" / "demo_compare.json").read_text())
     entry = server.queue(shipped)
     assert entry["status"]["status_str"] == "success", entry["status"]
     films = [
@@ -63,7 +63,7 @@ def test_demo_compare_as_shipped(server):
     dense, fast = frames[:, :, :128].astype(float), frames[:, :, 132:].astype(float)
     assert dense.std() > 20 and 0 < np.abs(dense - fast).mean() < 12
     (text,) = [out["text"][0] for out in entry["outputs"].values() if "text" in out]
-    assert text.startswith("svg2: density 0.35, dense_start_percent 0.2") and "Mean density" in text
+    assert text.startswith("tangent: density 0.2, dense_start_percent 0.2") and "Mean density" in text
     assert "dense_start_percent (" in text and "first steps" not in text
 
 

@@ -17,6 +17,12 @@ from vidaccel.nodes.defaults import defaults_of
 ROOT = FOLDER.parent
 
 
+def test_comfyui_serves_the_templates_from_their_folder():
+    """It looks for folders of these names, and of a pack that has two of them it serves files of the first alone."""
+    names = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert next(name for name in names if (ROOT / name).is_dir()) == FOLDER.name
+
+
 def test_these_are_the_workflows():
     assert NAMES == [
         "demo_compare",

@@ -190,7 +190,7 @@ def test_this_pytest_process(root):
         if not file or not os.path.isabs(file):  # torch.ops and torch.classes give a bare file name
             continue
         relative = os.path.relpath(os.path.realpath(file), root)
-        if not relative.startswith(("..", "tests" + os.sep)) and "site-packages" not in relative:
+        if not relative.startswith(("..", "tests" + os.sep, ".venv" + os.sep)) and "site-packages" not in relative:
             names.setdefault(Path(relative), []).append(name)
     names.pop(Path("__init__.py"), None)
     twice = {str(file): of_file for file, of_file in names.items() if len(of_file) > 1}

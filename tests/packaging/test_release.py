@@ -137,7 +137,7 @@ def test_the_pack_of_the_registry_is_whole(package_folders, project):
     """What nodes need is not left out; tests and benchmarks are."""
     ignored = PathSpec.from_lines("gitignore", (ROOT / ".comfyignore").read_text().splitlines())
     needed = [ROOT / name for name in ("__init__.py", "README.md", "LICENSE", "pyproject.toml", "docs/icon.png")]
-    needed += [*ROOT.glob("requirements*.txt"), *(ROOT / "workflows").rglob("*.json")]
+    needed += [*ROOT.glob("requirements*.txt"), *(ROOT / "example_workflows").rglob("*.json")]
     for name, folder in package_folders.items():
         for pattern in ("*.py", *project["tool"]["setuptools"]["package-data"].get(name, [])):
             needed += [file for file in folder.glob(pattern) if file.is_file()]

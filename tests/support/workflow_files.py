@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[2] / "workflows"
+FOLDER = Path(__file__).parents[2] / "example_workflows"
 # The name of a page's file is the title of its card in the template browser; scripts have names without spaces.
 PAGES = {
     Path(json.loads(path.read_text(encoding="utf-8"))["extra"]["api"]).stem: path for path in FOLDER.glob("*.json")

@@ -1,4 +1,4 @@
-"""Makes the pictures of the template cards anew: `python workflows/thumbnails.py`.
+"""Makes the pictures of the template cards anew: `python example_workflows/thumbnails.py`.
 
 A card of ComfyUI's template browser is square and shows what a workflow makes. The weights of the workflows for Wan
 and HunyuanVideo are tens of GB, so by default the built-in model makes each picture, with the workflow's method and
