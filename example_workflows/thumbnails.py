@@ -72,7 +72,7 @@ def compose(card: Card, frames: np.ndarray, dense: np.ndarray | None, note: str)
     if dense is not None:
         halves = [_fitted(video[middle], SIDE // 2 - 2, SIDE - BAR) for video in (dense, frames)]
         whole = _grid([halves], gap=4)
-        return _captioned(whole, [("dense", 0.25), (told, 0.74)], note)
+        return _captioned(whole, [("dense", 0.25), (told, 0.75)], note)
     if "long" in card.name:
         places = np.linspace(0, len(frames) - 1, 9).round().astype(int)
         size = (SIDE - 8) // 3, (SIDE - BAR - 8) // 3
@@ -108,10 +108,10 @@ def _captioned(picture: Image.Image, words: list[tuple[str, float]], note: str) 
     """With a bar below: words, each around a place from 0 (left) to 1, and a note in small letters."""
     whole = Image.new("RGB", (SIDE, SIDE), "#1c1c22")
     whole.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(whole)
+    draw, letters = ImageDraw.Draw(whole), ImageFont.load_default(34 if len(words) == 1 else 28)
     for text, place in words:
         y = SIDE - BAR / 2 - (16 if note else 0)
-        draw.text((place * SIDE, y), text, "white", ImageFont.load_default(34), anchor="mm")
+        draw.text((place * SIDE, y), text, "white", letters, anchor="mm")
     draw.text((SIDE / 2, SIDE - 22), note, "#b8b8c4", ImageFont.load_default(25), anchor="mm")
     return whole
 
