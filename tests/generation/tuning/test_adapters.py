@@ -94,7 +94,7 @@ def plan(model="demo-dc", tmp_path=None, settings=None, budget=None, **changes):
 def test_which_are_tried_and_which_are_dropped(tmp_path):
     found = plan(tmp_path=tmp_path)
     assert [adapter.name for adapter in found.adapters] == ["few_steps_4", "guidance_free"] and not found.dropped
-    assert plan("demo", tmp_path, SMALL | {"frames": 9}).adapters == ()
+    assert [adapter.name for adapter in plan("demo", tmp_path, {"frames": 9}).adapters] == ["guidance_free"]
     # One was trained at a guidance of 2 alone, and a model without guidance has none to put into one pass.
     other = plan(tmp_path=tmp_path, settings={"guidance_scale": 3.0})
     assert [adapter.name for adapter in other.adapters] == ["guidance_free"]

@@ -176,7 +176,7 @@ def test_layers_in_8_bits_are_measured_and_the_weights_come_back(pipe, tmp_path)
         ),
         ({"levers": ("precision",)}, r"^levers nothing is left to try"),
         ({"levers": ("quantize",)}, r"^levers nothing is left to try \(quantize: .*pip install torchao"),
-        ({"levers": ("adapter",)}, r"^levers nothing is left to try"),
+        ({"levers": ("adapter",), "guidance_scale": 1.0}, r"^levers nothing is left to try"),
     ],
 )
 def test_bad_input(changes, message, tmp_path, monkeypatch):
