@@ -19,7 +19,7 @@ class Span:
     """Times a `with` block: the wall clock on the CPU, a pair of events on a GPU of any make that are read later."""
 
     def __init__(self, device: torch.device) -> None:
-        self._event = event_class(device)
+        self._event, self._device = event_class(device), device
 
     def __enter__(self) -> Span:
         self._start = self._mark()
@@ -39,5 +39,9 @@ class Span:
         if self._event is None:
             return time.perf_counter()
         event = self._event(enable_timing=True)
-        event.record()
+        streams = getattr(torch, self._device.type)
+        if hasattr(streams, "current_stream"):  # not the stream of the device that is the current one
+            event.record(streams.current_stream(self._device))
+        else:
+            event.record()
         return event

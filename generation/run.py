@@ -141,7 +141,8 @@ def run(
     if beside is not None:
         if method is not None:
             method = method if schedule is None else replace(method, schedule=schedule)
-            beside = beside.replace(method=method, backend=backend, sla=adapter if method.name == "sla" else ())
+            sla = adapter if method.name == "sla" else ()
+            beside = beside.replace(method=method, backend=backend, precision=precision, sla=sla)
         with refusals(), apply(pipe, beside, base=base, measure_error=measure_error) as applied:
             made = _call(pipe, settings, on_step, decode)
             account = applied.report().last()

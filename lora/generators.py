@@ -50,14 +50,14 @@ class Generators:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal `[B, *shape]` in float32."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators]).to(self.device)
+        return torch.stack([torch.randn(shape, generator=g, device="cpu") for g in self._generators]).to(self.device)
 
     def uniform(self) -> torch.Tensor:
         """Uniform `[B]` in [0, 1), in float32."""
-        return torch.cat([torch.rand(1, generator=g) for g in self._generators]).to(self.device)
+        return torch.cat([torch.rand(1, generator=g, device="cpu") for g in self._generators]).to(self.device)
 
     def stratified(self) -> torch.Tensor:
         """Uniform `[B]` in [0, 1), one number in each of as many equal parts as the step has clips."""
-        numbers = torch.tensor([place.number / place.count for place in self.places])
-        counts = torch.tensor([float(place.count) for place in self.places])
+        numbers = torch.tensor([place.number / place.count for place in self.places], device="cpu")
+        counts = torch.tensor([float(place.count) for place in self.places], device="cpu")
         return (numbers + self.uniform().cpu() / counts).clamp(max=1 - 2**-24).to(self.device)

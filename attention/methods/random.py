@@ -53,12 +53,13 @@ class RandomBlocks(Method):
         if "random" in memory.call:
             return memory.call["random"]
         if "generator" not in memory.run:
-            memory.run["generator"] = torch.Generator().manual_seed(self.seed)
+            memory.run["generator"] = torch.Generator("cpu").manual_seed(self.seed)
         batch, heads, length = q.shape[:3]
         batch = batch if self.redraw else 1
         blocks = -(-length // self.block_size)
         kept = max(1, round(self.density * blocks))
-        scores = torch.rand(batch, memory.heads.total(heads), blocks, blocks, generator=memory.run["generator"])
+        shape = (batch, memory.heads.total(heads), blocks, blocks)
+        scores = torch.rand(shape, generator=memory.run["generator"], device="cpu")
         scores = memory.heads.mine(scores)
         chosen = scores.topk(kept, dim=-1).indices
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)

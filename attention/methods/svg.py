@@ -188,10 +188,9 @@ class _Static:
         width = config.band_width(layout)
         self.spatial, self.temporal = (config.band(layout, width, t, device) for t in (False, True))
         rows = min(config.profile_rows, layout.tokens)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.rows = [
-            torch.randperm(layout.tokens, generator=generator)[:rows].sort().values.to(device) for _ in range(ROW_SETS)
-        ]
+        generator = torch.Generator("cpu").manual_seed(config.seed)
+        drawn = (torch.randperm(layout.tokens, generator=generator, device="cpu") for _ in range(ROW_SETS))
+        self.rows = [order[:rows].sort().values.to(device) for order in drawn]
         # [2, R, N]: additive would need a float each, a bool is a quarter of that
         self.masks = [torch.cat([p.rows(r)[0] for p in (self.spatial, self.temporal)]) for r in self.rows]
 

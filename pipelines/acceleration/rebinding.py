@@ -233,8 +233,11 @@ def _call(
 
 
 # `torch.compile` cannot trace a step that looks at data to decide what to compute, so a compiled block sees one opaque
-# operator.
-@torch.library.custom_op("vidaccel::site_attention", mutates_args=())
+# operator. A CUDA graph would repeat in every step what that one has decided in one of them.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+
+
+@torch.library.custom_op("vidaccel::site_attention", mutates_args=(), **({} if _UNSAFE is None else {"tags": _UNSAFE}))
 def site_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, site: torch.Tensor
 ) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Site:
     def _number(self) -> None:
         self.number = next(_numbers)
         # A tensor, not a number: a Python int per layer would compile every layer anew.
-        self.tensor = torch.tensor(self.number)
+        self.tensor = torch.tensor(self.number, device="cpu")
         _sites[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
@@ -75,13 +76,18 @@ class GuidanceFree:
         if not self._active:
             return
         self._active = False
-        for installed in self._installed:
-            installed.remove()
-        if hasattr(self._pipe, GUIDANCE_FREE):
-            if self.own_scheduler is not None and isinstance(self._pipe.scheduler, GridScheduler):
-                self._pipe.scheduler = self.own_scheduler
-            self._pipe.__class__ = self._class
-            delattr(self._pipe, GUIDANCE_FREE)
+        with contextlib.ExitStack() as stack:  # all of it, whatever one of them raises
+            if hasattr(self._pipe, GUIDANCE_FREE):
+                stack.callback(self._put_back)
+            for installed in self._installed:
+                stack.callback(installed.remove)
+
+    def _put_back(self) -> None:
+        """Have the class and the scheduler of the pipeline be its own."""
+        if self.own_scheduler is not None and isinstance(self._pipe.scheduler, GridScheduler):
+            self._pipe.scheduler = self.own_scheduler
+        self._pipe.__class__ = self._class
+        delattr(self._pipe, GUIDANCE_FREE)
 
     def __enter__(self) -> GuidanceFree:
         return self

@@ -61,7 +61,11 @@ class _OfDiffusers:
         self.hook = leader_of(transformer, leader)
 
     def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
-        pass
+        """Forget what a run that was broken off has left: diffusers does so at the end of a run that succeeds."""
+        states = self.hook.state_manager
+        context = states._context  # of the branch that runs: a run begins inside its first pass
+        states.reset()
+        states._context = context
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         raise NotImplementedError
@@ -101,6 +105,7 @@ class _Mag(_OfDiffusers):
         self._ratios = ratios
 
     def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+        super().begin(kept, two_passes)
         if kept:
             self.config.num_inference_steps = len(kept)
             self.config.mag_ratios = nearest_interp(self._ratios, len(kept))

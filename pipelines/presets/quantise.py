@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..acceleration.families import Family
+from ..group_offloading import is_in_group
 from .errors import PresetError
 from .levers import Quantize
 
@@ -81,7 +82,7 @@ def check_quantize(part: str, transformer: Any, family: Family, how: Quantize) -
         part: name of the transformer. transformer: without what wraps it. family: of it.
         how: in which way.
     """
-    if any(_in_group(module) for module in transformer.modules()):
+    if any(is_in_group(module) for module in transformer.modules()):
         problem = f"the {part} is offloaded in groups (enable_group_offload), which moves the weights that it found"
         fix = "Offload whole parts (enable_model_cpu_offload): in 8 bits a transformer takes half."
         raise PresetError("quantize", problem, fix, how.kind)
@@ -107,9 +108,3 @@ def check_quantize(part: str, transformer: Any, family: Family, how: Quantize) -
         ):
             problem = f"activations in fp8 need a GPU that multiplies float8 (capability 8.9), and this is {device}"
             raise PresetError("quantize", problem, "Leave activations out, or take int8.", how.kind)
-
-
-def _in_group(module: torch.nn.Module) -> bool:
-    """Whether diffusers' group offloading moves the weights of a module."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("group_offloading") is not None

@@ -306,6 +306,31 @@ def test_spans_use_the_events_of_the_device(monkeypatch):
     assert event_class(torch.device("cuda")) is torch.cuda.Event and event_class(torch.device("xpu")) is torch.xpu.Event
 
 
+def test_spans_are_of_the_stream_of_their_device(monkeypatch):
+    """Not of the current device's, on which nothing may run."""
+    recorded = []
+
+    class OfStream(Event):
+        def record(self, stream):
+            recorded.append(stream)
+            super().record()
+
+    monkeypatch.setattr(torch.cuda, "Event", OfStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    with Span(torch.device("cuda:1")):
+        pass
+    assert recorded == ["stream of cuda:1"] * 2
+
+
+def test_numbers_are_drawn_on_the_cpu_whatever_the_default_device():
+    engine = make("random")
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    inputs = changed()
+    with torch.device("meta"):  # a generator of the CPU draws for no other device
+        out = engine(*inputs, 0)
+    assert out.device.type == "cpu"
+
+
 class NoFloat64(TorchDispatchMode):
     """Refuses what Apple's GPUs have not got, however it is asked for."""
 

@@ -152,6 +152,12 @@ def test_refused_before_weights_are_read(given, message, loads_nothing):
         vidaccel.generate(model, PROMPT, **given, **SMALL)
 
 
+def test_precision_beside_a_cache(pipe):
+    settings = Settings(PROMPT, frames=9, height=64, width=64).checked(inspect_model("demo"))
+    with pytest.raises(BadInput, match="precision .*int8"):  # which no CPU computes: so it was asked for
+        run(pipe, settings, SVG2(density=0.5, q_clusters=4), precision="int8", beside=Preset(cache=EAGER))
+
+
 def test_layers_in_8_bits_are_not_offloaded_by_blocks():
     from vidaccel.generation.model_facts import inspect_model
     from vidaccel.generation.presets import check_beside, request_preset

@@ -6,7 +6,17 @@ import re
 from pathlib import Path
 
 # Folders of the checkout that hold Python files but are not installed.
-NOT_INSTALLED = {"benchmarks", "build", "demo_out", "dist", "docs", "example_workflows", "examples", "notebooks", "tests"}
+NOT_INSTALLED = {
+    "benchmarks",
+    "build",
+    "demo_out",
+    "dist",
+    "docs",
+    "example_workflows",
+    "examples",
+    "notebooks",
+    "tests",
+}
 
 
 def _folders(folder: Path, name: str = "vidaccel") -> dict[str, Path]:

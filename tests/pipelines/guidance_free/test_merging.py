@@ -238,6 +238,34 @@ def test_groups_that_are_offloaded(pipe, gated, when):
     assert equal(weights(pipe), own) and torch.equal(made(pipe), plain)
 
 
+def test_groups_that_are_offloaded_to_disk(pipe, gated, tmp_path):
+    """Their weights are read anew before each pass, so that nothing can be merged into them."""
+    wanted, plain = beside(pipe, gated), made(pipe)
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(
+        cpu, cpu, "block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+    )
+    handle = vidaccel.guidance_free(pipe, gated)
+    assert near(made(pipe), wanted)
+    assert "offloaded to disk" in handle.notes()[0]
+    handle.remove()
+    assert torch.equal(made(pipe), plain)
+
+
+def test_the_pipeline_is_put_back_whatever_the_weights_say(pipe, gated, monkeypatch):
+    from vidaccel.pipelines.guidance_free.low_rank import LowRank
+
+    own, scheduler = type(pipe), pipe.scheduler
+    handle = vidaccel.guidance_free(pipe, gated)
+    made(pipe)
+    monkeypatch.setattr(LowRank, "restore", lambda self: (_ for _ in ()).throw(RuntimeError("gone")))
+    with pytest.raises(RuntimeError, match="gone"):
+        handle.remove()
+    assert type(pipe) is own and pipe.scheduler is scheduler
+    monkeypatch.undo()
+    vidaccel.guidance_free(pipe, gated).remove()
+
+
 def test_whole_models_that_are_offloaded(pipe, adapter):
     wanted, own = beside(pipe, adapter), weights(pipe)
     with vidaccel.guidance_free(pipe, adapter) as handle:

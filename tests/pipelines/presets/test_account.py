@@ -60,6 +60,20 @@ def test_a_cache_skips_no_step_that_is_kept_dense(pipe, cache, schedule, dense):
             assert all(step.forwards == 2 == step.computed + step.skipped for step in account.steps)
 
 
+def test_a_run_that_is_broken_off_leaves_nothing_to_the_next(pipe, cache):
+    def stop(pipe, step, timestep, tensors):
+        if step == 2:
+            raise KeyboardInterrupt
+        return tensors
+
+    with vidaccel.apply(pipe, preset(cache)):
+        wanted = generate(pipe, 4, size=32)
+    with vidaccel.apply(pipe, preset(cache)):
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, 4, callback_on_step_end=stop)
+        assert torch.equal(generate(pipe, 4, size=32), wanted)  # of another size, as after running out of memory
+
+
 def test_without_a_schedule_the_last_step_may_be_skipped(pipe, cache):
     """What the tests above hold only because the cache is told."""
     with vidaccel.apply(pipe, preset(cache)) as handle:

@@ -1,0 +1,23 @@
+"""What diffusers' group offloading (`enable_group_offload`) does with the weights of a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def is_in_group(module: nn.Module) -> bool:
+    """Whether it moves the weights of a module."""
+    return _hook(module) is not None
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether it drops the weights of a module between two passes, and reads them from a file again."""
+    hook = _hook(module)
+    return hook is not None and getattr(hook.group, "offload_to_disk_path", None) is not None
+
+
+def _hook(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")
