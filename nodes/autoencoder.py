@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import demo
 from ..generation.errors import BadInput
+from .pipelines import require_packages
 
 if TYPE_CHECKING:
     from ..autoencoders import AutoencoderDCV
@@ -56,7 +57,9 @@ def load(location: str | Path) -> AutoencoderDCV:
 
     Raises:
         BadInput: there is none, or it is another model; one line.
+        InputError: diffusers is not installed.
     """
+    require_packages("Load DC-AE-V needs")
     from ..autoencoders import AutoencoderDCV
     from ..autoencoders.convert import CheckpointError, load_published
 

@@ -75,7 +75,8 @@ def _as_vae(location: str) -> object:
     vae.process_input = lambda image: image * 2.0 - 1.0
     vae.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
     vae.working_dtypes = [torch.bfloat16, torch.float32]
-    vae.not_video = vae.handles_tiling = vae.disable_offload = False
+    vae.not_video = vae.handles_tiling = False
+    vae.disable_offload = True  # loaded whole: these modules cannot run with a part of their weights elsewhere
     vae.crop_input = True
     vae.size = vae.pad_channel_value = vae.extra_1d_channel = vae.format_encoded = None
     vae.audio_sample_rate = 44100

@@ -314,6 +314,8 @@ def _residency() -> Residency:
             patcher = patchers[id(module)] = ModelPatcher(Part(module), load_device=device, offload_device=offload)
         # Whole: these modules cannot run with a part of their weights elsewhere.
         model_management.load_models_gpu([patcher], memory_required=working_memory, force_full_load=True)
+        if patcher.loaded_size() < patcher.model_size():  # ComfyUI's --novram leaves weights behind nevertheless
+            patcher.partially_load(device, 1e32)
 
     capacity = None if device.type == "cpu" else model_management.get_total_memory(device)
     return Residency(device, load, model_management.throw_exception_if_processing_interrupted, capacity)

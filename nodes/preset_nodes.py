@@ -14,7 +14,7 @@ from .native_models import find_geometry
 from .news import GenerationReport, nothing
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY, Pipeline
-from .presets import FOLDER, chosen_preset, find_presets, native_part, native_settings, with_preset
+from .presets import FOLDER, chosen_preset, find_presets, native_part, native_settings, state_of, with_preset
 from .report_node import Report
 from .schema import accepted
 from .wording import PRECISIONS, InputError
@@ -61,6 +61,11 @@ class VidaccelLoadPreset(io.ComfyNode):
             outputs=[Preset.Output(display_name="preset", tooltip="For Apply Preset.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "speed up video", "tune"]),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, preset: str, path: str) -> tuple[int, int] | None:
+        """Read a file anew once it was changed, by hand or by Tune."""
+        return state_of(preset, path, _roots())
 
     @classmethod
     def execute(cls, preset: str, path: str) -> io.NodeOutput:

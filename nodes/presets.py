@@ -75,6 +75,16 @@ def chosen_preset(choice: str, path: str, roots: Sequence[str]) -> Preset:
     return preset
 
 
+def state_of(choice: str, path: str, roots: Sequence[str]) -> tuple[int, int] | None:
+    """When the file of the preset was changed last, in nanoseconds, and its bytes; None for those of the package."""
+    file = path.strip() or find_presets(roots).get(choice)
+    try:
+        found = Path(file).expanduser().stat() if file else None
+    except OSError:
+        return None  # one of the package, by name; or gone, which is said when it is read
+    return None if found is None else (found.st_mtime_ns, found.st_size)
+
+
 def with_preset(pipeline: VideoPipeline, preset: Preset) -> VideoPipeline:
     """The same weights with a preset, the pipeline that came in as it is.
 

@@ -31,7 +31,7 @@ def open_adapter(location: str | Path) -> SLAAdapter:
     Raises:
         InputError: there is none, or it is of another recipe; or diffusers is not installed.
     """
-    require_packages()
+    require_packages("Apply SLA, which reads files of the trainer, needs")
     from ..pipelines.acceleration.sla import read_adapter
     from ..pipelines.acceleration.sla_weights import SLAError
 

@@ -108,7 +108,13 @@ class VidaccelTune(io.ComfyNode):
                     "guidance", default=0.0, min=0.0, max=30.0, step=0.1, tooltip=f"As in Generate Video. {own}"
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=MAX_SEED, tooltip="Of the first video; the others have the next ones."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    # Left out, ComfyUI's page draws a new one after each run, and a search could not be gone on with.
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the first video; the others have the next ones.",
                 ),
                 io.String.Input(
                     "name",

@@ -233,3 +233,19 @@ def test_bad_values_are_refused_and_the_queue_goes_on(server):
         entry = server.queue(graph("SVG", **inputs))
         assert entry["status"]["status_str"] == "error" and message in json.dumps(entry["status"])
     assert server.queue(graph())["status"]["status_str"] == "success"
+
+
+def test_every_seed_says_what_happens_to_it_after_a_run(server):
+    """Of one that does not, the page draws another after each run: a graph of the same values would be another."""
+    known = {name: node for name, node in server.get("/object_info").items() if name.startswith("Vidaccel")}
+    seeds = {
+        name: options[1]
+        for name, node in known.items()
+        for inputs in node["input"].values()
+        for field, options in inputs.items()
+        if field in ("seed", "noise_seed")
+    }
+    assert {name: options["control_after_generate"] for name, options in seeds.items()} == {
+        "VidaccelGenerateVideo": True,
+        "VidaccelTune": "fixed",
+    }

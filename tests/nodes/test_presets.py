@@ -146,3 +146,15 @@ def test_what_a_native_model_gets():
 def test_what_a_native_model_cannot_have(preset, message):
     with pytest.raises(InputError, match=message):
         native_part(preset, 30, "Wan")
+
+
+def test_a_file_that_was_changed_is_another(tmp_path):
+    from vidaccel.nodes.presets import state_of
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("version: 1\n")
+    before = state_of("mine.yaml", "", [str(tmp_path)])
+    assert before == state_of("", str(file), []) != state_of("demo-cache", "", [])
+    file.write_text("version: 1\nname: other\n")
+    assert state_of("mine.yaml", "", [str(tmp_path)]) != before
+    assert state_of("demo-cache", "", [str(tmp_path)]) is None is state_of("gone.yaml", "", [str(tmp_path)])
