@@ -272,8 +272,9 @@ class _Models:
             if self._is_given(name):
                 self._pipes[name] = self.given
             else:
-                placing = {"offload": self._offload, "tiling": self._tiling}
-                self._pipes[name] = load(self.facts(name), self.dtype(name), self.device, **placing)
+                self._pipes[name] = load(
+                    self.facts(name), self.dtype(name), self.device, offload=self._offload, tiling=self._tiling
+                )
         return self._pipes[name]
 
 
