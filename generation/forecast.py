@@ -233,13 +233,19 @@ def _local(location: str) -> Path | None:
         return None
 
 
+_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""How names of files of weights begin in diffusers and in transformers."""
+
+
 def _weights(folder: Path) -> dict[str, int]:
-    """Bytes of the weights of each part."""
+    """Bytes of the weights of each part, without adapters that lie beside them."""
     sizes: dict[str, int] = {}
     # Unlike rglob, also in folders that are links, as in the cache of converted models.
     files = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
     for file in sorted(file for file in files if file.suffix == ".safetensors"):
         part = file.relative_to(folder).parts[0] if file.parent != folder else "adapter"
+        if part != "adapter" and not file.name.startswith(_WEIGHTS):
+            continue
         sizes[part] = sizes.get(part, 0) + file.stat().st_size
     return sizes
 
