@@ -124,6 +124,7 @@ def test_a_step_of_a_long_video():
     assert all(0.1 < t.density < 0.3 and 0 < t.error < 1 and t.seconds > 0 for n, t in found.items() if n != "dense")
 
 
+@pytest.mark.slow  # `make demo` is this command, and a part of `.ci/run`
 def test_the_command(tmp_path):
     """One round without the long step: the plain model, and each lever with its passes."""
     out = tmp_path / "demo.html"
