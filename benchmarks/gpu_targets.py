@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import write_markdown
+
 from attention import summarise
 
 SHAPE = "wan-14b-720p"
@@ -148,15 +150,12 @@ def write(folder: Path) -> list[dict[str, str]]:
     measured = Measured(folder)
     rows = [expected.row(measured) for expected in EXPECTED]
     gpus = " and ".join(dict.fromkeys(row["gpu"] for row in measured.calls)) or "no GPU yet"
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     text = (
-        f"# Expected and measured: {gpus}\n\nTargets are for one H100, bfloat16, {SHAPE}; predictions were read from "
-        "compiled code before any GPU had run it. Made by `python benchmarks/gpu_targets.py`.\n\n"
+        f"Targets are for one H100, bfloat16, {SHAPE}; predictions were read from compiled code before any GPU "
+        "had run it. Made by `python benchmarks/gpu_targets.py`."
     )
     beside = folder / "targets.partial"
-    beside.write_text(text + "\n".join(lines) + "\n")
+    write_markdown(beside, f"Expected and measured: {gpus}", text, rows)
     os.replace(beside, folder / "targets.md")
     return rows
 
