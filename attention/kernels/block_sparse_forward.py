@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
+from .columns import part_width, store_parts, zero_parts
 from .descriptors import describe
 from .forward_steps import (
     FP8_LIFT,
@@ -32,15 +33,14 @@ from .forward_steps import (
     attend_int8_tile,
     attend_tile,
 )
-from .launch import Tiles, choose_tiles, on_device, order_args, padded, plan_strides, rows_contiguous
+from .launch import Tiles, choose_tiles, major_of, on_device, order_args, padded, plan_strides, rows_contiguous
 from .stand_ins import StandIns, attend_stand_ins, stand_in_args
-from .walk import Walk, find_piece, load_rows, make_walk, store_rows, token_rows, walk_keys
+from .walk import Walk, find_piece, load_rows, make_walk, token_rows, walk_keys
 
 # By (major compute capability, padded head_dim, bytes per element); 0 is any other GPU, and the interpreter. That of
 # (9, 128, 2) is measured (`benchmarks/results/h200/`), that of (9, 64, 2) taken over from it; the others are initial
-# values, chosen by what the compiler makes of them. Below compute capability 9, tiles of fewer queries than head
-# dimensions have their columns dealt to several warps, and then row sums go through shared memory: twice the
-# instructions. float32 is computed exactly and not in TF32, so without tensor cores, in small tiles.
+# values, chosen by what the compiler makes of them. float32 is computed exactly and not in TF32, so without tensor
+# cores, in small tiles.
 FORWARD_TILES = {
     (9, 64, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
     (9, 128, 2): Tiles(128, 128, 8, 3, tail=64, described=True),
@@ -82,7 +82,8 @@ def _forward_kernel(
     skip_key_ptr, skip_key_sb, skip_key_sh, skip_key_st, skip_value_ptr, skip_value_sb, skip_value_sh, skip_value_st,
     skip_bias_ptr, skip_bias_sb, skip_bias_sh, skip_bias_st, clusters,
     plan_sb, plan_sh, heads, k_group, v_group, n_q, n_kv, pieces, tiles, slots, tail_slots, qk_scale, bound,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, PART: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
     Q_ORDERED: tl.constexpr, GATHER_KV: tl.constexpr, DESCRIBED: tl.constexpr, STAND_INS: tl.constexpr,
     K_BLOCKED: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +120,7 @@ def _forward_kernel(
     if bound is not None:
         m = tl.where(inside_m, m, UNREAD_MAXIMUM)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    acc = zero_parts(BLOCK_M, D_PAD, PART)
     if DESCRIBED:
         k_row = (b * k_sb + k_head * k_sh).to(tl.int32)
         v_row = (b * v_sb + v_head * v_sh).to(tl.int32)
@@ -167,15 +168,15 @@ def _forward_kernel(
         )  # fmt: skip
 
     empty = total == 0.0
-    out = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = m + tl.log2(tl.where(empty, 1.0, total))
+    total = tl.where(empty, 1.0, total)
+    lse = m + tl.log2(total)
     if not DESCRIBED and v_ptr.dtype.element_ty == tl.float8e4nv:
-        out *= tl.load(v_scale_ptr + (b * (heads // v_group) + v_head) * D + d, mask=d < D, other=0.0)[None, :]
+        v_scale_ptr += (b * (heads // v_group) + v_head) * D
         lse -= FP8_LIFT
     lse *= 0.6931471805599453
     if q_ptr.dtype.element_ty == tl.int8:
         lse += tl.load(lse_shift_ptr + head * n_q + positions, mask=inside_m, other=0.0)
-    store_rows(out_ptr + b * out_sb + h * out_sh, q_rows, out_sn, inside_m, d, out, D)
+    store_parts(out_ptr + b * out_sb + h * out_sh, q_rows, out_sn, inside_m, acc, total, v_scale_ptr, D, D_PAD)
     tl.store(lse_ptr + head * n_q + q_rows, tl.where(empty, float("-inf"), lse), mask=inside_m)
 
 
@@ -217,7 +218,7 @@ def launch_forward(
     """
     walk = walk or make_walk(plan, tiles.block_m, tiles.block_n, tiles.tail_n)
     (batch, heads), dim = q.shape[:2], q.shape[3]
-    pieces = walk.piece_len.shape[-1]
+    pieces, d_pad = walk.piece_len.shape[-1], max(padded(dim), 32 // q.element_size())
     described = describe(k, v, tiles) if tiles.described and kv_order is None and qk_scale > 0 else None
     keys, places = described or ((k, v, None, None), (*k.stride()[:3], *v.stride()[:3]))
     with on_device(q):
@@ -228,10 +229,11 @@ def launch_forward(
             *plan_strides(plan.tile_len.shape), heads, heads // k.shape[1], heads // v.shape[1],
             plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
             walk.full_start.shape[-1], walk.tail_start.shape[-1], qk_scale, bound,
-            D=dim, D_PAD=max(padded(dim), 32 // q.element_size()), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            TAIL_N=tiles.tail_n, Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
-            DESCRIBED=described is not None, STAND_INS=stand_ins is not None,
-            K_BLOCKED=k_blocked, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            D=dim, D_PAD=d_pad, PART=part_width(major_of(q), d_pad, tiles, v.element_size()),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TAIL_N=tiles.tail_n,
+            Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
+            DESCRIBED=described is not None, STAND_INS=stand_ins is not None, K_BLOCKED=k_blocked,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What the forward kernel does with one tile of keys: a step of the online softmax, from 16 or 32 bits, or from int8.
 
-All steps take the state `(m, total, acc)`: row maxima in base 2, row sums, and the output before it is divided by them.
+All steps take the state `(m, total, acc)`: row maxima in base 2, row sums, and the output before it is divided by them,
+in column parts (`columns.py`), in which the values are read too.
 
 `bound`, where it is not None, is the second stage of SpargeAttn (arXiv 2502.18137, section 3.4): a tile whose scores
 all lie further below the running maximum of their row is left out, whole, once its scores are known. That saves the
@@ -15,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .columns import add_products, load_parts
 from .walk import load_rows
 
 # Of the fp8 variant (`block_sparse_int8.py`): the power of two that lifts its weights; how many products may be added
@@ -36,12 +38,11 @@ def _needed(m, highest, bound):
 
 
 @triton.jit
-def _with_values(state, new_m, p, v):
-    """The state after a tile of weights and values in 16 or 32 bits."""
+def _with_values(state, new_m, p, v, D_PAD: tl.constexpr, ADDED: tl.constexpr):
+    """The state after a tile of weights and values; `ADDED` as in `add_products`."""
     m, total, acc = state
     shrink = tl.exp2(m - new_m)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return new_m, total * shrink + tl.sum(p, 1), acc
+    return new_m, total * shrink + tl.sum(p, 1), add_products(acc, shrink, p, v, D_PAD, ADDED)
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def _described_values(v_desc, v_tail_desc, row, column, inside, MASKED: tl.const
         v = tl.where(inside[:, None], v_tail_desc.load([row, column]), 0.0)
     else:
         v = v_desc.load([row, column])
-    return v
+    return (v,)
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def attend_described_tile(
         if bound is not None:
             v = _described_values(v_desc, v_tail_desc, v_row + first, v_column, inside, MASKED)
         new_m = tl.maximum(state[0], highest)
-        state = _with_values(state, new_m, tl.exp2(scores * factor - new_m[:, None]), v)
+        state = _with_values(state, new_m, tl.exp2(scores * factor - new_m[:, None]), v, D_PAD, None)
     return state
 
 
@@ -83,7 +84,7 @@ def attend_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD
     d = tl.arange(0, D_PAD)
     k = load_rows(k_ptr, rows, k_sn, inside, d, D, D_PAD, MASKED)
     if bound is None:
-        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+        v = load_parts(state[2], v_ptr, rows, v_sn, inside, D, D_PAD, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -91,9 +92,9 @@ def attend_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD
     highest = tl.max(scores, 1)
     if _needed(state[0], highest, bound):
         if bound is not None:
-            v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+            v = load_parts(state[2], v_ptr, rows, v_sn, inside, D, D_PAD, MASKED)
         new_m = tl.maximum(state[0], highest)
-        state = _with_values(state, new_m, tl.exp2(scores - new_m[:, None]), v)
+        state = _with_values(state, new_m, tl.exp2(scores - new_m[:, None]), v, D_PAD, None)
     return state
 
 
@@ -105,7 +106,6 @@ def attend_int8_tile(
 
     Where v is fp8, the weights are lifted by 2 ** 8, to use what e4m3 can hold, which is 2 ** -9 to 448.
     """
-    m, total, acc = state
     q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr, bound = inputs
     d = tl.arange(0, D_PAD)
     k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
@@ -117,23 +117,21 @@ def attend_int8_tile(
         scores = tl.where(inside[None, :], scores, float("-inf"))
     highest = tl.max(scores, 1) * factor
     if v_ptr.dtype.element_ty == tl.float8e4nv:
-        v = load_rows(v_ptr, keys, v_sn, inside, d, D, D_PAD, MASKED)
-        new_m = tl.maximum(m, highest)
+        v = load_parts(state[2], v_ptr, keys, v_sn, inside, D, D_PAD, MASKED)
+        new_m = tl.maximum(state[0], highest)
         p = tl.exp2(tl.fma(scores, factor[:, None], -(new_m - FP8_LIFT)[:, None]))
-        shrink = tl.exp2(m - new_m)
         # The tensor cores of compute capability 9 add fp8 products in few bits: after so many the sum moves to float32.
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], max_num_imprecise_acc=FP8_ADDED)
-        m, total = new_m, total * shrink + tl.sum(p, 1)
+        state = _with_values(state, new_m, p, v, D_PAD, FP8_ADDED)
     else:
         if bound is None:
-            v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
-        if _needed(m, highest, bound):
+            v = load_parts(state[2], v_ptr, rows, v_sn, inside, D, D_PAD, MASKED)
+        if _needed(state[0], highest, bound):
             if bound is not None:
-                v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
-            new_m = tl.maximum(m, highest)
+                v = load_parts(state[2], v_ptr, rows, v_sn, inside, D, D_PAD, MASKED)
+            new_m = tl.maximum(state[0], highest)
             p = tl.exp2(tl.fma(scores, factor[:, None], -new_m[:, None]))
-            m, total, acc = _with_values((m, total, acc), new_m, p, v)
-    return m, total, acc
+            state = _with_values(state, new_m, p, v, D_PAD, None)
+    return state
 
 
 @triton.jit
@@ -144,21 +142,20 @@ def attend_int8_block(
 
     The scores stay whole numbers until both scales are multiplied in, where the maximum is subtracted.
     """
-    m, total, acc = state
     q, k_ptr, v_ptr, k_sn, v_sn, factor, k_scale_ptr, bound, BLOCK_N = inputs
     d = tl.arange(0, D_PAD)
     k = load_rows(k_ptr, keys, k_sn, inside, d, D, D_PAD, MASKED)
     if bound is None:
-        v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
+        v = load_parts(state[2], v_ptr, rows, v_sn, inside, D, D_PAD, MASKED)
     factor *= tl.load(k_scale_ptr + first // BLOCK_N)
     scores = tl.dot(q, tl.trans(k)).to(tl.float32)
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
     highest = tl.max(scores, 1) * factor
-    if _needed(m, highest, bound):
+    if _needed(state[0], highest, bound):
         if bound is not None:
-            v = load_rows(v_ptr, rows, v_sn, inside, d, D, D_PAD, MASKED)
-        new_m = tl.maximum(m, highest)
+            v = load_parts(state[2], v_ptr, rows, v_sn, inside, D, D_PAD, MASKED)
+        new_m = tl.maximum(state[0], highest)
         p = tl.exp2(tl.fma(scores, factor[:, None], -new_m[:, None]))
-        m, total, acc = _with_values((m, total, acc), new_m, p, v)
-    return m, total, acc
+        state = _with_values(state, new_m, p, v, D_PAD, None)
+    return state

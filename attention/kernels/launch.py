@@ -45,13 +45,17 @@ def choose_tiles(table: dict[tuple[int, int, int], Tiles], q: torch.Tensor, tile
     would idle, so `BLOCK_M` is halved down to that mean, and 8 warps become the 4 that work on 64 rows. Reads shapes
     only.
     """
-    # An AMD GPU has numbers of its own: 9.4 is none that has Hopper's copy engine or shared memory.
-    nvidia = q.is_cuda and torch.version.hip is None
-    major = torch.cuda.get_device_capability(q.device)[0] if nvidia else 0
+    major = major_of(q)
     width = max(64, padded(q.shape[-1]))
     tiles = table.get((major, width, q.element_size())) or table[0, width, q.element_size()]
     block_m = min(tiles.block_m, padded(-(-q.shape[2] // tile_len.shape[-1])))
     return tiles._replace(block_m=block_m, num_warps=4 if block_m <= 64 < tiles.block_m else tiles.num_warps)
+
+
+def major_of(x: torch.Tensor) -> int:
+    """The major compute capability of an NVIDIA GPU that holds `x`, and 0 of anything else."""
+    # An AMD GPU has numbers of its own: 9.4 is none that has Hopper's copy engine or shared memory.
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda and torch.version.hip is None else 0
 
 
 def padded(size: int) -> int:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
+from .columns import add_products, load_parts
 from .launch import rows_contiguous
 from .walk import load_rows
 
@@ -96,9 +97,8 @@ def _attend_some(state, tables, first, D: tl.constexpr, D_PAD: tl.constexpr, STE
     safe = tl.where(new_m == float("-inf"), 0.0, new_m)
     p = tl.exp2(scores - safe[:, None])
     shrink = tl.exp2(m - safe)
-    value = load_rows(value_ptr, rows, D, inside, tl.arange(0, D_PAD), D, D_PAD, True)
-    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-    return new_m, total * shrink + tl.sum(p, 1), acc
+    value = load_parts(acc, value_ptr, rows, D, inside, D, D_PAD, True)
+    return new_m, total * shrink + tl.sum(p, 1), add_products(acc, shrink, p, value, D_PAD, None)
 
 
 @triton.jit

@@ -482,7 +482,7 @@ def test_tables_have_a_row_for_every_call():
 
 
 SCRIPT = """
-from vidaccel.attention.kernels import block_sparse_forward as forward, block_sparse_int8 as int8, quantize
+from vidaccel.attention.kernels import block_sparse_forward as forward, block_sparse_int8 as int8, columns, quantize
 
 architecture, dim, dtype, values, ordered = *map(int, sys.argv[1:3]), *sys.argv[3:5], sys.argv[5] == "True"
 blocked = not ordered and values != "fp8e4nv"
@@ -497,7 +497,8 @@ if values == "fp8e4nv":
     unused |= {f"{name}_ptr": None for name in ("whole_q", "skip_key", "skip_value", "skip_bias")}
 unused |= {"TAIL_N": tiles.tail_n, "DESCRIBED": False, "STAND_INS": values != "fp8e4nv", "K_BLOCKED": blocked,
            "bound": None}
-constants = {**shape, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "Q_ORDERED": ordered,
+part = columns.part_width(architecture // 10, shape["D_PAD"], tiles, 1 if values == "fp8e4nv" else 2)
+constants = {**shape, "PART": part, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "Q_ORDERED": ordered,
              "GATHER_KV": ordered and values != "fp8e4nv", **unused}
 found = [compile_kernel(forward._forward_kernel, architecture, dtype, constants, tiles, q="i8", k="i8", v=values)]
 small = forward.Tiles(64, 64, 4, 1)

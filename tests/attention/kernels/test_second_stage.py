@@ -185,7 +185,7 @@ def test_plans_of_sparge_carry_it():
 
 
 SCRIPT = """
-from vidaccel.attention.kernels import block_sparse_forward as forward, block_sparse_int8 as int8
+from vidaccel.attention.kernels import block_sparse_forward as forward, block_sparse_int8 as int8, columns
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 found = []
@@ -194,9 +194,10 @@ found = []
 def compile_forward(table, quantised, stand_ins, bounded):
     tiles = table.get((architecture // 10, dim, 2)) or table[0, dim, 2]
     described = tiles.described and not quantised
-    constants = {"D": dim, "D_PAD": dim, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "TAIL_N": tiles.tail_n,
-                 "Q_ORDERED": False, "GATHER_KV": False, "DESCRIBED": described, "STAND_INS": stand_ins,
-                 "K_BLOCKED": quantised}
+    part = columns.part_width(architecture // 10, dim, tiles, 2)
+    constants = {"D": dim, "D_PAD": dim, "PART": part, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+                 "TAIL_N": tiles.tail_n, "Q_ORDERED": False, "GATHER_KV": False, "DESCRIBED": described,
+                 "STAND_INS": stand_ins, "K_BLOCKED": quantised}
     names = ["v_scale", "q_order", "kv_order"]
     names += [] if quantised else ["q_scale", "k_scale", "lse_shift"]
     names += [] if quantised and stand_ins else ["whole_q"]
