@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,26 @@ def layers_named(skeleton: nn.Module, targets: Sequence[str], setting: str) -> l
 
 def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+@contextlib.contextmanager
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """The transformer as it is without its LoRA, which stays trainable.
+
+    `disable_adapters` also takes the gradients of the LoRA away, and FSDP, which looks for what is trained in the first
+    pass, would then keep the gradients of all further ones in half precision.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
 
 
 def merge(transformer: Any) -> None:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 _FORMAT = 2
 """1 had no checksums."""
+_FACTS = "checkpoint.json"
 _PREFIX = "step_"
 _TENSORS = ("trained", "weights", "ema")
 _FILES = (*(f"{name}.safetensors" for name in _TENSORS), "state.pt")
@@ -104,8 +105,8 @@ class CheckpointFolder:
     def saved(self) -> list[Path]:
         """The checkpoints in the order in which they were written, which need not be that of their steps."""
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
-        whole = [path for path in found if (path / "checkpoint.json").is_file()]
-        return sorted(whole, key=lambda path: ((path / "checkpoint.json").stat().st_mtime_ns, path.name))
+        whole = [path for path in found if (path / _FACTS).is_file()]
+        return sorted(whole, key=lambda path: ((path / _FACTS).stat().st_mtime_ns, path.name))
 
     def path(self, total_steps: int) -> Path:
         """Where the checkpoint after so many steps over all phases lies."""
@@ -132,7 +133,7 @@ class CheckpointFolder:
                 raise CheckpointError(f"{self.folder} has no checkpoint to resume from: start without --resume.")
             return saved[-1]
         path = Path(which)
-        if not (path / "checkpoint.json").is_file():
+        if not (path / _FACTS).is_file():
             known = ", ".join(p.name for p in self.saved()) or "none"
             raise CheckpointError(f"{path} is no checkpoint (no checkpoint.json); in {self.folder}: {known}.")
         return path
@@ -162,7 +163,7 @@ class CheckpointFolder:
                     adapter(draft, checkpoint.trained | (checkpoint.ema or checkpoint.weights))
                 checksums = {name: _checksum(draft / name) for name in _FILES}
                 facts = checkpoint._facts | {"checksums": checksums}
-                _write(draft / "checkpoint.json", json.dumps(facts, indent=2).encode())
+                _write(draft / _FACTS, json.dumps(facts, indent=2).encode())
         except (NotWritten, RuntimeError) as error:
             # torch.save reports a failed write as RuntimeError.
             told = error if isinstance(error, NotWritten) else NotWritten(target, error)
@@ -180,19 +181,36 @@ class CheckpointFolder:
             CheckpointError: a file is missing or damaged, or of another version of the format.
         """
         try:
-            facts = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+            validated = facts.pop("validated", False)
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
             for name, checksum in facts.pop("checksums").items():
                 if _checksum(path / name) != checksum:
                     raise ValueError(f"{name} does not hold what was written")
             tensors: dict[str, Any] = {name: load_file(path / f"{name}.safetensors") for name in _TENSORS}
-            other = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            # Mapped, so that the processes of a machine share it. Windows would then not let the file be deleted.
+            other = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=os.name != "nt")
         except CheckpointError:
             raise
         except Exception as error:  # safetensors, pickle and zip each have their own
             raise CheckpointError(f"{path} is damaged ({error}): resume from an earlier one.") from error
-        return Checkpoint(**facts, **tensors, **other)
+        checkpoint = Checkpoint(**facts, **tensors, **other)
+        if validated:
+            checkpoint.state["validation_due"] = False
+        return checkpoint
+
+    def validated(self) -> None:
+        """Note in `current` that the validation that was due after it has been made."""
+        assert self.current is not None
+        path = self.current / _FACTS
+        try:
+            times = path.stat()
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            save_text(json.dumps(facts | {"validated": True}, indent=2), path)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # by which checkpoints are in order
+        except OSError as error:
+            logger.warning("%s A resume from there validates once more.", error)
 
     def clean(self) -> None:
         """Delete what an interrupted write left, and put back what it was about to replace."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config import ConfigError
 from .optional import optional
 from .settings import PhaseSettings
 
@@ -36,8 +37,7 @@ def make_optimizer(
     Weight decay is for matrices, not for vectors.
 
     Raises:
-        ValueError: muon for parameters whose learning rates have different scales.
-        ConfigError: a package that is not installed.
+        ConfigError: muon for parameters whose learning rates have different scales, or a package that is not installed.
     """
     groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -46,7 +46,7 @@ def make_optimizer(
         from ..demo.optimizer import MuonWithAdamW
 
         if len({factor for factor, _ in groups}) > 1:
-            raise ValueError("muon has one learning rate for all parameters: use adamw for this phase.")
+            raise ConfigError("muon has one learning rate for all parameters: use adamw for this phase.")
         factor = next(iter(groups))[0]
         optimizer = MuonWithAdamW(
             parameters.items(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas

@@ -174,6 +174,7 @@ class PhaseRun:
             else:
                 split(self.accelerator, teacher)
         if plugin is None:
+            _leave_alone([name for name, p in module.named_parameters() if not p.requires_grad], module)
             return self.accelerator.prepare(module, optimizer)
         autocast_forward(self.accelerator, module)
         with layers_of(plugin, module) as absent:
@@ -220,13 +221,16 @@ class PhaseRun:
                 elif state.step == first + 1:
                     self._say_first_step(state.seconds - logged_seconds)
                 away = time.perf_counter()
-                if last or (loop.validate_every and state.step % loop.validate_every == 0):
+                validates = last or bool(loop.validate_every and state.step % loop.validate_every == 0)
+                if last or state.step % loop.save_every == 0:
+                    # First: validation may run out of memory.
+                    self._check_finite(step_values["loss"])
+                    state.validation_due = validates
+                    self._save(random_state(), must=last)
+                if validates:
                     self._validate()
                 if self.process.asked_to_stop():
                     self._stop(random_state(), step_values["loss"])
-                if last or state.step % loop.save_every == 0:
-                    self._check_finite(step_values["loss"])
-                    self._save(random_state(), must=last)
                 begin += time.perf_counter() - away  # validation and saving are no training time
 
     def _say_first_step(self, seconds: float) -> None:
@@ -344,6 +348,10 @@ class PhaseRun:
         except StopRequested:
             return
         state.validation_due = False
+        if self._saved == (state.step, True):
+            if self.process.is_main:
+                self.context.checkpoints.validated()
+            self._saved = (state.step, False)
         if values:
             self.context.tracker.write_validation(
                 self.phase.name, state.step, state.total_steps, values, self.settings.steps
@@ -366,6 +374,12 @@ class PhaseRun:
         if not self.process.any(failed):
             self._saved = (self.state.step, self.state.validation_due)
             self.context.checkpoints.current = self.context.checkpoints.path(self.state.total_steps)
+
+
+def _leave_alone(frozen: list[str], module: nn.Module) -> None:
+    """Let several processes not give one another what is not trained: each has loaded the same files, and quantised
+    weights cannot be sent."""
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
 
 
 def phase_seed(seed: int, phase: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -53,6 +53,15 @@ class Process:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         work.wait()  # raises where another process is gone
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns, which the main process does before the others, who find in a cache what it left there;
+        every process must call this."""
+        try:
+            made = make() if self.is_main else None
+        finally:
+            self.wait()
+        return make() if made is None else made
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; every process must call this."""

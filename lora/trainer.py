@@ -62,6 +62,8 @@ def make_accelerator(config: RunSettings) -> Accelerator:
     plugin = plugin_of(accelerator)
     if plugin is not None:
         check_plugin(plugin, loop.mixed_precision)
+        # Else each process keeps the gradients of all weights whole until the last micro-batch of a step.
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     return accelerator
 
 

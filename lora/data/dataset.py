@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from ..processes import Process
 from ..settings import DataSettings, SizeSettings
 from .cache import check_cache
 from .sampler import Pick
@@ -78,7 +79,13 @@ def sturdy_pixels(
     raise AssertionError("unreachable")
 
 
-def open_dataset(data: DataSettings, seed: int, random_crops: bool = False, need_captions: bool = True) -> ClipDataset:
+def open_dataset(
+    data: DataSettings,
+    seed: int,
+    random_crops: bool = False,
+    need_captions: bool = True,
+    process: Process | None = None,
+) -> ClipDataset:
     """The dataset that the settings describe.
 
     Args:
@@ -86,6 +93,8 @@ def open_dataset(data: DataSettings, seed: int, random_crops: bool = False, need
         seed: of the scenes of the demo world.
         random_crops: cut a random part of a video instead of its middle; the pixels then depend on the step.
         need_captions: whether files without captions are a fault.
+        process: of a run of several, in each of which this is called. With a cache the main one looks into the files,
+            and the others read there what it found.
 
     Raises:
         ConfigError: a folder that is missing, empty or without captions; or a cache that is no folder.
@@ -97,4 +106,7 @@ def open_dataset(data: DataSettings, seed: int, random_crops: bool = False, need
         return DemoScenes(data.clips, data.zoom, seed)
     from .folder import MediaFolder
 
-    return MediaFolder.open(data, random_crops, need_captions)
+    def opened() -> ClipDataset:
+        return MediaFolder.open(data, random_crops, need_captions)
+
+    return opened() if process is None or not data.cache else process.main_first(opened)

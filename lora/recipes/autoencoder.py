@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,7 @@ class TrainAutoencoder(Recipe):
 
     def prepare(self) -> None:
         config = self.config
-        self.dataset = open_dataset(config.data, config.seed, random_crops=True, need_captions=False)
+        self.dataset = open_dataset(config.data, config.seed, True, need_captions=False, process=self.process)
         size = config.validation.size or config.data.sizes[-1]
         self.held_out = hold_out(self.dataset, (size,), config.validation.clips)
         self.build()  # the shape must be one that exists
@@ -189,7 +190,8 @@ class TrainAutoencoder(Recipe):
         total = torch.zeros(3, dtype=torch.float64)
         clips = _Pixels(self.dataset, self.config.data.sizes, self.held_out)
         sampler = ClipSampler(clips.sizes, clips.members, 1, seed=derive_seed(self.config.seed, "statistics"))
-        for (pick,) in sampler.micro_batches(0, self.config.statistics_clips):
+        steps = sampler.micro_batches(0, self.config.statistics_clips)  # of more clips in sizes with a batch of their own
+        for pick in itertools.chain.from_iterable(steps):
             with torch.no_grad():
                 latent = autoencoder.encode(clips.load(pick)["pixels"][None].to(self.process.device)).latent
             values = latent.double().cpu()

@@ -47,7 +47,7 @@ class EncodedClipsRecipe(Recipe):
                 )
         if self.backbone.image and self.validation.prompts and not self.validation.clips:
             raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
-        self.dataset = open_dataset(config.data, config.seed)
+        self.dataset = open_dataset(config.data, config.seed, process=self.process)
         half = None if config.data.cache_dtype == "float32" else config.data.cache_dtype
         self.cache = TensorCache(config.data.cache, half) if config.data.cache else None
         self.text_encoder = self.backbone.text_encoder()

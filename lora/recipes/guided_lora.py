@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...pipelines.guidance_free.beta import BETA, BetaEmbedder, BetaSlot, no_slot, width_of
+from ..adapter import without_lora
 from ..backbones.base import SampleRequest, Text
 from ..config import ConfigError
 from ..fsdp import DTYPES
@@ -65,11 +66,8 @@ class GuidedLora(FlowLora):
     ) -> torch.Tensor:
         """The velocity of the frozen base: the model with the LoRA off, and beta not told."""
         self._told = None
-        self.transformer.disable_adapters()
-        try:
+        with without_lora(self.transformer):
             return self.without_gradients(model, shown, sigma, texts, batch)
-        finally:
-            self.transformer.enable_adapters()
 
     def of_teacher(self, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch) -> torch.Tensor:
         """The velocity of the second transformer, which there must be."""

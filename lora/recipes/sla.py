@@ -15,6 +15,7 @@ from ...attention.backends import check_backend
 from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.families import find_transformers
 from ...pipelines.acceleration.sla_weights import TrainedSLA, add_projections, names_in, write_config
+from ..adapter import without_lora
 from ..backbones.base import Text
 from ..checkpoint import replaced
 from ..config import ConfigError
@@ -164,12 +165,9 @@ class SparseLinear(FlowLora):
             half = torch.autocast(shown.device.type, precision, enabled=precision != torch.float32)
             with torch.no_grad(), half:
                 return backbone.velocity(teacher, shown, sigma, texts, batch).float()
-        self.transformer.disable_adapters()
-        try:
-            with self._handle.dense() if self._handle is not None else contextlib.nullcontext():
-                return self.without_gradients(model, shown, sigma, texts, batch)
-        finally:
-            self.transformer.enable_adapters()
+        dense = self._handle.dense() if self._handle is not None else contextlib.nullcontext()
+        with without_lora(self.transformer), dense:
+            return self.without_gradients(model, shown, sigma, texts, batch)
 
     def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         if self.recipe.config.sla.train == "lora":  # else the weights of the checkpoint are all there is

@@ -65,6 +65,9 @@ class SLASettings(LoraSettings):
                 yield 'lora is of use only with sla.train "lora": set that, or leave lora out.'
             if self.model.quantise != "none":
                 yield f'model.quantise is {self.model.quantise}, whose weights stay frozen: set sla.train to "lora".'
+        apart = self.sla.linear_scope != "none" and self.sla.projection_rate != 1
+        if self.train.optimizer == "muon" and apart:
+            yield "train.optimizer is muon: with a sla.projection_rate of its own, use adamw, or set that rate to 1."
         if self.flow.guidance_preserving is not None and self.sla.loss == "white_box":
             yield (
                 "flow.guidance_preserving is of use only with sla.loss flow: the loss white_box keeps guidance as it "

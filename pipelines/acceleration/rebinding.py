@@ -226,10 +226,24 @@ def _call(
         mask = None
     if not plain or not (mask is None or isinstance(mask, torch.Tensor)):
         return stock(q, k, v, mask)  # causal, or with a mask of blocks: not what plans are for
+    q, k, v = _under_autocast(q, k, v)
     site = _running.site
     if torch.compiler.is_compiling():
         return site_attention(q, k, v, mask, site.tensor)
     return site.attend(q, k, v, mask, stock)
+
+
+def _under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v as torch's own attention takes them under autocast.
+
+    Norms are computed in float32 there, on a GPU, and leave q and k in it, where v comes from a linear layer in half
+    precision.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 # `torch.compile` cannot trace a step that looks at data to decide what to compute, so a compiled block sees one opaque

@@ -63,6 +63,10 @@ def test_training_reconstructs_better(tmp_path):
     assert min(losses[-3:]) < 0.6 * losses[0]
 
 
+def test_the_scale_is_measured_over_sizes_with_a_batch_of_their_own(tmp_path):
+    assert run("autoencoder", write(tmp_path), ["data.sizes.0.batch_size=2"])["latent_std"] > 0
+
+
 def test_decoder_alone(tmp_path, autoencoder_folder):
     phases = [{"name": "decoder", "steps": 1, "train": "decoder", "learning_rate": 0.01}]
     run("autoencoder", write(tmp_path, phases=phases, model={"start": str(autoencoder_folder)}))

@@ -61,14 +61,14 @@ def prepared(module: nn.Module, plugin: FullyShardedDataParallelPlugin) -> nn.Mo
 
 
 @pytest.fixture
-def plugin() -> FullyShardedDataParallelPlugin:
-    """Of the command in the settings of Wan2.1 14B."""
-    made = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["WanTransformerBlock"],
-        cpu_ram_efficient_loading=False,
-    )
+def plugin(monkeypatch) -> FullyShardedDataParallelPlugin:
+    """Of the command in the settings of Wan2.1 14B, made from what `accelerate launch` sets for it."""
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "WanTransformerBlock")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    made = FullyShardedDataParallelPlugin()
+    assert made.fsdp_version == 2 and made.cpu_ram_efficient_loading
     check_plugin(made, "bf16")
     return made
 
@@ -170,6 +170,27 @@ def test_a_sharded_model_learns_sparse_linear_attention(plugin, tmp_path, text_b
     assert all(gradients[name].any() and gradients[name].dtype == torch.float32 for name in made.beside)
     assert ("patch_embedding.weight" in named) == (train == "full")
     assert any(not record.reason for record in phase._handle.report().records)
+    phase.close()
+
+
+@pytest.mark.parametrize("kind", ["gft", "consistency", "sla"])
+def test_a_pass_without_the_lora_comes_first(plugin, tmp_path, text_base, kind):
+    """FSDP looks for what is trained in the very first pass, and sums gradients in its precision for good."""
+    sections = {"model": {"dtype": "bfloat16"}, "loop": {"mixed_precision": "bf16", "gradient_checkpointing": True}}
+    if kind == "sla":
+        sections["sla"] = {"train": "lora", "topk": 0.25, "block_q": 12, "block_k": 12, "dense_layers": 1}
+    if kind == "consistency":
+        sections |= {"validation": {"steps": 4, "guidance_scale": 5}}
+    size = {"frames": 9, "height": 64, "width": 64}
+    made = recipe(write(tmp_path, text_base, recipe=kind, data={"sizes": [size]}, **sections))
+    phase = made.phases()[0]
+    transformer = prepared(phase.setup({}), plugin)
+    batch = {"latents": torch.randn(1, 8, 3, 8, 8), "caption": ["a red circle"]}
+    loss, _ = phase.loss(transformer, batch, Generators([Place(0, 0, 1, 0)]))
+    loss.backward()
+    named = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    assert any(".lora_" in name for name in named)
+    assert {p.grad.dtype for p in named.values() if p.grad is not None} == {torch.float32}
     phase.close()
 
 

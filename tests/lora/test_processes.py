@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from vidaccel.lora import run
+from vidaccel.lora.processes import Process
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -207,6 +208,25 @@ def test_two_processes_stopped_and_resumed_end_bit_equal(launched):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert losses(launched / "adapt")[-2:] == losses(launched / "resumed")[-2:]
+
+
+@pytest.mark.parametrize(("index", "order"), [(0, ["make", "wait"]), (1, ["wait", "make"])])
+def test_what_the_main_process_leaves_in_a_cache_is_made_once(index, order):
+    def make() -> str:
+        done.append("make")
+        return "made"
+
+    class Told(Process):
+        def wait(self) -> None:
+            done.append("wait")
+
+    done: list[str] = []
+    process = Told(torch.device("cpu"), index, 2)
+    assert process.main_first(make) == "made" and done == order
+    done.clear()
+    with pytest.raises(ZeroDivisionError):
+        process.main_first(lambda: 1 / 0)
+    assert done == ["wait"], "the others must not wait for ever"
 
 
 def test_one_clock_counts_where_time_is_limited(launched):

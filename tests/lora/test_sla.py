@@ -271,6 +271,7 @@ def test_a_lora_is_gone_on_from(tmp_path, text_base):
         ("attention.method=radial", "attention.method is radial: this recipe trains with SLA"),
         ("lora.rank=8", 'lora is of use only with sla.train "lora"'),
         ("model.quantise=int8", 'model.quantise is int8, whose weights stay frozen: set sla.train to "lora"'),
+        ("train.optimizer=muon", "train.optimizer is muon: with a sla.projection_rate of its own, use adamw"),
         ("flow.guidance_preserving=3", "guidance_preserving is of use only with sla.loss flow"),
     ],
 )

@@ -200,7 +200,7 @@ def test_a_validation_is_left_and_made_again(tiny_settings, run_tiny, monkeypatc
 
 @pytest.mark.parametrize("ends", ["stopped", "killed"])
 def test_a_validation_that_was_made_again_is_in_the_log_once(tiny_settings, run_tiny, monkeypatch, tiny_phase, ends):
-    """Whether the run is stopped behind it, or killed before it can say in a checkpoint that it is done."""
+    """Whether the run is stopped behind it, or killed before the next checkpoint: the last one says that it is done."""
 
     def validate(self, model, folder, number, original=tiny_phase.validate):
         calls.append(number)
@@ -224,7 +224,21 @@ def test_a_validation_that_was_made_again_is_in_the_log_once(tiny_settings, run_
     rows = [json.loads(line) for line in (Path(settings.out) / "log.jsonl").read_text().splitlines()]
     assert [row["total_steps"] for row in rows if "validation_bias" in row] == [2, 3, 5, 6]
     assert [row["total_steps"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert calls == ([2, 2, 3, 5, 6] if ends == "stopped" else [2, 2, 2, 3, 5, 6])
+    assert calls == [2, 2, 3, 5, 6]
+
+
+def test_a_validation_that_fails_costs_no_step(tiny_settings, run_tiny, monkeypatch, tiny_phase):
+    """Such as one that needs more memory than there is: the steps before it are in a checkpoint."""
+    settings = tiny_settings(loop={"validate_every": 2, "save_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_phase, "validate", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+        for resume in (None, "latest"):
+            with pytest.raises(MemoryError):
+                run_tiny(settings, resume)
+            assert [path.name for path in checkpoints(settings)] == ["step_00000002"]
+    run_tiny(settings, "latest")
+    rows = [json.loads(line) for line in (Path(settings.out) / "log.jsonl").read_text().splitlines()]
+    assert [row["total_steps"] for row in rows if "validation_bias" in row] == [2, 3, 5, 6]
 
 
 def test_a_stop_while_the_result_is_written(tiny_settings, run_tiny, monkeypatch, tiny_recipe):

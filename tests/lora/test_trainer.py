@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 
+from vidaccel.lora import trainer
 from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.optim import learning_rate, make_optimizer, set_learning_rate
@@ -256,6 +258,15 @@ def test_results_of_another_shape_are_refused():
 def test_clips_are_encoded_before_the_model_is_there(tiny_settings, run_tiny):
     """What encodes them needs the memory that the model takes."""
     assert run_tiny(tiny_settings()).calls == ["clips first", "setup first", "clips second", "setup second"]
+
+
+def test_fsdp_spreads_gradients_in_each_micro_batch(tiny_settings, monkeypatch):
+    """Else each process holds those of all weights until the last one. Runs without FSDP wait for that one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "plugin_of", lambda _: FullyShardedDataParallelPlugin(fsdp_version=2))
+        spread = make_accelerator(tiny_settings())
+    assert spread.gradient_state.plugin_kwargs["sync_each_batch"]
+    assert not make_accelerator(tiny_settings()).gradient_state.plugin_kwargs.get("sync_each_batch")
 
 
 def test_processes_wait_for_hours(tiny_settings):

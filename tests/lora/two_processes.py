@@ -44,6 +44,8 @@ def main(jobs: str) -> None:
         def train(self, rates=rates):
             whole = original_train(self)
             torch.save(whole, f"{self.context.out}/rank{self.process.index}.pt")
+            frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+            assert frozen <= set(self.model.parameters_to_ignore), "weights that are not trained were sent"
             torch.save(rates, f"{self.context.out}/rates{self.process.index}.pt")
             return whole
 

@@ -89,6 +89,30 @@ def test_dense_passes_are_stock_and_sparse_ones_run_in_every_layer(name):
     assert tiny.run().equal(before)
 
 
+@pytest.mark.parametrize("name", ["wan", "ltx", "cogvideox_5b", "hunyuan_video", "cosmos_1"], indirect=True)
+def test_under_autocast_with_the_norms_of_a_gpu(name, monkeypatch):
+    """There norms are computed in float32 under autocast, so that q and k come in another dtype than v."""
+    for norm in ("layer_norm", "rms_norm"):
+
+        def whole(x, shape, *parts, norm=getattr(torch.nn.functional, norm), **more):
+            with torch.autocast("cpu", enabled=False):
+                parts = [part.float() if isinstance(part, torch.Tensor) else part for part in parts]
+                more = {key: part.float() if isinstance(part, torch.Tensor) else part for key, part in more.items()}
+                return norm(x.float(), shape, *parts, **more)
+
+        monkeypatch.setattr(torch.nn.functional, norm, whole)
+    tiny = build(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = tiny.run()
+        with accelerate(tiny.model, SPARSE, schedule=ALL_DENSE):
+            dense = tiny.run()
+        with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) as handle:
+            sparse = tiny.run()
+            assert {record.reason for record in handle.report().records} == {""}
+    torch.testing.assert_close(dense, before, atol=2e-2, rtol=2e-2)
+    assert sparse.dtype == before.dtype and not sparse.equal(before)
+
+
 def test_full_density_is_dense_attention(name):
     tiny = build(name)
     before = tiny.run()
