@@ -19,7 +19,7 @@ from .backends import (
 from .backends.base import AS_INPUTS
 from .call_checks import CallChecks
 from .functional import attend, check_inputs, check_tensors, choose_backend
-from .gradients import wants_gradient
+from .gradients import normal_tensors, wants_gradient
 from .groups import dense_attention
 from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
@@ -97,7 +97,7 @@ class SparseAttention:
         self.precision, self._formats = precision, precision_of(precision)
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
-        self._fitting: tuple[VideoLayout, ...] = ()  # which of them the method was found to be able to do
+        self._fitting: dict[VideoLayout, None] = {}  # the last ones that the method was found to be able to do
         self._checks = CallChecks(self.method, self.backend, self._formats)
         self._logged: set[str] = set()  # of the notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
@@ -171,10 +171,15 @@ class SparseAttention:
         for layout in () if dense else dict.fromkeys(layouts):
             if layout not in self._fitting:
                 self.method.check(layout)
+            self._fitting.pop(layout, None)
+            self._fitting[layout] = None
             # Not once more for each length of text, which many prompts would fill the report with.
             if layout.grid not in grids and (remark := self.method.remark(layout)):
                 self.note(remark)
-        self.step, self.layouts, self._fitting = step, layouts, () if dense else layouts
+        # More than those of one pass: two prompts of unlike length come in turn.
+        for old in list(self._fitting)[: -max(KEPT_LAYOUTS, 2 * len(layouts))]:
+            del self._fitting[old]
+        self.step, self.layouts = step, layouts
         self._entered_with_gradients = torch.is_grad_enabled()
 
     @property
@@ -261,7 +266,7 @@ class SparseAttention:
             self._pending.append(_Pending(self.step, layer, reason, "dense", None, None, span, {}))
             return out
 
-        with Span(q.device) as plan_span:
+        with Span(q.device) as plan_span, normal_tensors():
             self._checks.finite(q, k, layer, heads, self.step)
             plan = self._plan(q, k, v, layer, sample, heads)
             check_inputs(q, k, v, plan)

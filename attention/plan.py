@@ -112,13 +112,16 @@ class BlockPlan:
         return cls(n_q, n_kv, tile, tile + n_q, run, run + n_kv, is_dense=True)
 
     @classmethod
-    def from_block_mask(cls, mask: torch.Tensor, block_q: int, block_k: int, n_q: int, n_kv: int) -> BlockPlan:
+    def from_block_mask(
+        cls, mask: torch.Tensor, block_q: int, block_k: int, n_q: int, n_kv: int, *, max_runs: int | None = None
+    ) -> BlockPlan:
         """Uniform blocks.
 
         Args:
             mask: `[nq, nk]`, `[H, nq, nk]` or `[B, H, nq, nk]` bool (`B`, `H` may be 1) with `nq = ceil(n_q /
                 block_q)`, `nk = ceil(n_kv / block_k)`; the last block of either axis may be shorter.
             block_q: queries per block. block_k: keys per block. n_q: queries. n_kv: keys.
+            max_runs: as for `from_clusters`.
 
         Raises:
             ValueError: the mask has other dimensions, or is not bool.
@@ -133,7 +136,8 @@ class BlockPlan:
             )
         mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
         lead = mask.shape[:2]
-        plan = cls.from_clusters(q_sizes.expand(*lead, -1), k_sizes.expand(*lead, -1), mask, n_q=n_q, n_kv=n_kv)
+        sizes = (q_sizes.expand(*lead, -1), k_sizes.expand(*lead, -1))
+        plan = cls.from_clusters(*sizes, mask, n_q=n_q, n_kv=n_kv, max_runs=max_runs)
         return replace(plan, block=(block_q, block_k))
 
     @classmethod

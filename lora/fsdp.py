@@ -33,9 +33,9 @@ def check_plugin(plugin: Any, mixed_precision: str) -> None:
     precision as they do without FSDP (see `autocast_forward`), and gradients are summed in float32.
 
     `accelerate launch` also asks transformers to load no weights but in the first process of a machine, which would be
-    given to the others as they are split. Encoders are not split: each process encodes a share, and needs them whole. And
-    accelerate's way to give weights on ends in an error for parameters that a model of diffusers has at its root, as Wan
-    and LTX-Video do. So each process loads its models itself.
+    given to the others as they are split. Encoders are not split: each process encodes a share, and needs them whole.
+    And accelerate's way to give weights on ends in an error for parameters that a model of diffusers has at its root,
+    as Wan and LTX-Video do. So each process loads its models itself.
 
     Args:
         plugin: accelerate's `FullyShardedDataParallelPlugin`; changed in place.

@@ -71,7 +71,7 @@ SECOND_STAGE_TILES = SCATTERED_TILES | {(10, width, 2): Tiles(64, 64, 4, 3) for 
 # -- the forward kernel ----------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["pieces", "tiles", "slots"])
+@triton.jit(do_not_specialize=["pieces", "tiles", "slots", "n_q", "n_kv", "q_order_sh", "kv_order_sh"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_tail_ptr, v_tail_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_shift_ptr,
     whole_q_ptr, whole_q_sb, whole_q_sh, whole_q_sn,

@@ -70,7 +70,7 @@ def attend_stand_ins(
     `shift`, a number or one for each query in a column, is by how much the scores in the state are less than those of
     the keys as they were. `BRANCHED`: the state comes from a walk with a second stage.
     """
-    STEP: tl.constexpr = min(64, BLOCK_N)
+    STEP: tl.constexpr = 64 if BLOCK_N > 64 else BLOCK_N  # `min` makes a tensor of them in Triton 3.5
     tables = (q, factor, shift, key_ptr, value_ptr, bias_ptr, clusters)
     if BRANCHED:
         # In more stages products are under way over the end of an iteration. Behind a loop with a branch their
@@ -108,7 +108,7 @@ def stand_ins_to_queries(
 ):  # fmt: skip
     """What the stand-ins of a tile add to the gradient of its queries, but for the scale of the scores."""
     d = tl.arange(0, D_PAD)
-    STEP: tl.constexpr = min(64, BLOCK_N)
+    STEP: tl.constexpr = 64 if BLOCK_N > 64 else BLOCK_N
     for first in range(0, clusters, STEP):
         rows = first + tl.arange(0, STEP)
         inside = rows < clusters

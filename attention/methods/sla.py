@@ -158,7 +158,8 @@ class SLA(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         selected, linear = self.block_masks(q[:, :, layout.video], k[:, :, layout.video])
-        return replace(plan_of_blocks(selected, self.block, layout), linear=linear)
+        plan = plan_of_blocks(selected, self.block, layout, self.blocks_read(layout.video_tokens))
+        return replace(plan, linear=linear)
 
     def block_masks(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The key blocks that each query block reads by softmax, and by linear attention where those are not all.

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..blocks import block_means, block_sizes, centred, in_blocks, plan_of_blocks
+from ..blocks import block_means, centred, plan_of_blocks
 from ..groups import repeat_heads
 from ..layout import VideoLayout
 from ..plan import BlockPlan
+from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction
 
@@ -147,7 +148,9 @@ class Sparge(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         video_q, video_k = q[:, :, layout.video], k[:, :, layout.video]
-        plan = plan_of_blocks(self.block_mask(video_q, video_k), self.block, layout)
+        mask = self.block_mask(video_q, video_k)
+        read = None if self.uneven_heads or self.published else self._kept(mask.shape[-1]) + self.sink
+        plan = plan_of_blocks(mask, self.block, layout, read)
         return replace(plan, pv_threshold=self.pv_threshold)
 
     def block_mask(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -166,22 +169,29 @@ class Sparge(Method):
         ordered, ranking = weights.sort(dim=-1, descending=True, stable=True)
         if self.cdf is not None:
             # A sum of all weights may round to just above 1.
-            keep = (ordered.cumsum(-1) <= self.cdf) | (self.cdf == 1.0)
+            keep = (running_sum(ordered) <= self.cdf) | (self.cdf == 1.0)
         else:
             keep = torch.zeros_like(ordered, dtype=torch.bool)
-            keep[..., : int(self.topk * ordered.shape[-1])] = True
-        keep[..., 0] = True  # at least one: no query may read nothing
+            keep[..., : self._kept(ordered.shape[-1])] = True
+        keep[..., 0] = True
         selected = torch.zeros_like(keep).scatter_(-1, ranking, keep)
         if self.sink:
             selected[..., 0] = True
         return selected | ~k_alike.unsqueeze(-2) | ~q_alike.unsqueeze(-1)
 
+    def _kept(self, blocks: int) -> int:
+        """The key blocks of highest score that are read, by `topk`: at least one, since no query may read nothing."""
+        return max(1, int(self.topk * blocks))
+
     def _means(self, x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean token `[B, H, n, D]` of each block, and whether it stands for the block, `[B, H, n]` bool."""
-        sizes = block_sizes(x.shape[2], block, x.device)
-        # The mean of all cosines is the squared length of the mean direction.
-        directions = in_blocks(F.normalize(x.float(), dim=-1), block).sum(-2) / sizes.unsqueeze(-1)
-        alike = directions.square().sum(-1) > self.similarity
+        means = block_means(x, block)
+        if self.similarity < 0:
+            alike = torch.ones_like(means[..., 0], dtype=torch.bool)
+        else:
+            # The mean of all cosines is the squared length of the mean direction.
+            directions = block_means(F.normalize(x.float(), dim=-1), block)
+            alike = directions.square().sum(-1) > self.similarity
         if self.published and x.shape[2] % block:
             alike[..., -1] = False
-        return block_means(x, block), alike
+        return means, alike

@@ -75,9 +75,7 @@ class SVG(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         if self not in memory.layout:
-            # Not as inference tensors, which a later training step in the same process could not use.
-            with torch.inference_mode(False):
-                memory.layout[self] = _Static(self, layout, q.device)
+            memory.layout[self] = _Static(self, layout, q.device)
         static: _Static = memory.layout[self]
         calls = memory.call.get("svg_calls", 0)
         memory.call["svg_calls"] = calls + 1

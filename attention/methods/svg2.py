@@ -14,6 +14,7 @@ from ..heads import HeadShare
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import map_error
+from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
@@ -233,7 +234,7 @@ def _deciles(sizes: torch.Tensor) -> torch.Tensor:
 def _ranked(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Key clusters by falling mass, and the mass that lies before each of them."""
     ordered, ranking = mass.sort(dim=-1, descending=True, stable=True)
-    return ranking, ordered.cumsum(-1) - ordered
+    return ranking, running_sum(ordered) - ordered
 
 
 def _select(ranked: tuple[torch.Tensor, torch.Tensor], top_p: float | torch.Tensor, forced: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ from ..labels import label_dtype
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import probe, read, score_variance
+from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
@@ -240,7 +241,7 @@ class Tangent(Method):
         if self.tolerance is not None:
             flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
             # Added up from the smallest: what is left of the error when all pairs before this one are computed.
-            before = error.flatten(1).gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+            before = running_sum(error.flatten(1).gather(-1, order).flip(-1)).flip(-1)
             keep = (before > (self.tolerance**2 * norm).unsqueeze(-1)) & (flat > -torch.inf)
             selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
         else:

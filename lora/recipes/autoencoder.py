@@ -190,7 +190,8 @@ class TrainAutoencoder(Recipe):
         total = torch.zeros(3, dtype=torch.float64)
         clips = _Pixels(self.dataset, self.config.data.sizes, self.held_out)
         sampler = ClipSampler(clips.sizes, clips.members, 1, seed=derive_seed(self.config.seed, "statistics"))
-        steps = sampler.micro_batches(0, self.config.statistics_clips)  # of more clips in sizes with a batch of their own
+        # Of more than one clip in sizes with a batch of their own.
+        steps = sampler.micro_batches(0, self.config.statistics_clips)
         for pick in itertools.chain.from_iterable(steps):
             with torch.no_grad():
                 latent = autoencoder.encode(clips.load(pick)["pixels"][None].to(self.process.device)).latent

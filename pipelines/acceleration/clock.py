@@ -30,7 +30,8 @@ class _Run:
         ignored: the table that was there but belongs to somebody else's run.
         counted: steps are counted although there is a table, because the timesteps are not its rows.
         rises: the direction of timesteps that are counted, once it is known.
-        passes: of each model in this row. per_row: in the last complete row.
+        passes: of each model in this row. per_row: in the last complete row. first_row: in a row before there is one,
+            where that can be told.
         together: some row has had passes of several models.
         seen: the steps that were run. total: how many there should be.
     """
@@ -45,6 +46,7 @@ class _Run:
     rises: bool | None = None
     passes: Counter[str] = field(default_factory=Counter)
     per_row: dict[str, int] = field(default_factory=dict)
+    first_row: dict[str, int] = field(default_factory=dict)
     together: bool = False
     seen: set[int] = field(default_factory=set)
     total: int | None = None
@@ -61,10 +63,12 @@ class _Run:
         return set() if self.together else self.per_row.keys() - self.passes.keys()
 
     def ended(self) -> bool:
-        """Whether the last row has had as many passes as the one before."""
+        """Whether the last row has had as many passes as the one before, or, of a model that has this row alone, as
+        such a row should have."""
         if self.total is None or self.place - self.first < self.total - 1:
             return False
-        return all(count >= self.per_row.get(model, math.inf) for model, count in self.passes.items())
+        wanted = self.first_row | self.per_row
+        return all(count >= wanted.get(model, math.inf) for model, count in self.passes.items())
 
     def note(self) -> str:
         """What is wrong with the count, empty if nothing is."""
@@ -175,6 +179,8 @@ class StepClock:
                 table.rows[min(run.place, len(table.rows) - 1)]
             )
         run.total = self._total(run, now)
+        if (passes := self._passes_a_row(branches)) is not None:
+            run.first_row[model] = passes
         number = run.passes[model]
         run.passes[model] += 1
         run.together |= len(run.passes) > 1
@@ -268,6 +274,13 @@ class StepClock:
     def _full(self, run: _Run, model: str, branches: tuple[str, ...]) -> int:
         """Passes of a model that a row surely has no more than."""
         return max(len(branches), run.per_row.get(model, 0))
+
+    def _passes_a_row(self, branches: tuple[str, ...]) -> int | None:
+        """The passes of a model in a row, as far as the pipeline says whether it guides."""
+        guided = getattr(self._pipe, "do_classifier_free_guidance", None)
+        if len(branches) == 1:
+            return 1
+        return None if len(branches) > 2 or not isinstance(guided, bool) else 1 + guided
 
     def _absent_table(self) -> Table | None:
         """A stand-in that says a pipeline's scheduler is not the one that runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import threading
 from typing import Any
 
@@ -102,7 +103,7 @@ class Installed(CopiedNotPickled):
         """Tell the engine the grid and the step of this forward pass."""
         thread = threading.get_ident()
         # One that was ended in the midst of a pass, other than by an exception, never said so.
-        if self._thread != thread and any(each.ident == self._thread for each in threading.enumerate()):
+        if self._thread not in (None, thread) and _calls(self._thread, module):
             raise RuntimeError(
                 f"{self.name} is called by two threads at once, and what sparse attention remembers is of one run: let "
                 "one wait for the other (a threading.Lock around the pipeline's call), or give each thread a pipeline "
@@ -234,6 +235,16 @@ class Installed(CopiedNotPickled):
         self._learned.remove()
         self.engine.forget()
         self.active = False
+
+
+def _calls(thread: int, module: torch.nn.Module) -> bool:
+    """Whether a thread is in a call of a module now: one that was interrupted (Ctrl-C) never said that it left it."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _some(paths: list[str]) -> str:

@@ -66,7 +66,7 @@ class RankHeads(HeadShare):
         event = torch.cuda.Event() if pairs.is_cuda else None
         self._taken.append((pairs.to("cpu", non_blocking=True), event))
         if event is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(pairs.device))  # which need not be that of the current device
         padded = F.pad(self.arranged(pairs[None]), (0, self.ranks * self.most - self.count))
         return padded.view(self.ranks, self.most).sum(-1)
 

@@ -54,6 +54,25 @@ def test_autocast_changes_nothing_of_what_is_planned(name):
     torch.testing.assert_close(outs[1], outs[0], rtol=0.02, atol=0.02)
 
 
+def test_layouts_that_come_in_turn_are_checked_once():
+    """Two prompts with texts of unlike length, each in a pass of its own."""
+
+    class Counting(SVG2):
+        def check(self, layout):
+            checked.append(layout)
+
+    checked = []
+    engine = make(Counting())
+    layouts = [VideoLayout(5, 8, 8, text_after=text) for text in range(1, 7)]
+    for step in range(3):
+        for layout in layouts[:2]:
+            engine.enter(StepInfo(step=step, num_steps=3), layout)
+    assert checked == layouts[:2]
+    for layout in layouts:
+        engine.enter(StepInfo(run=1), layout)
+    assert len(engine._fitting) == 4, "of a server's many prompts no more is kept"
+
+
 def test_dense_calls_are_dense_and_recorded_with_the_reason():
     q, k, v = tokens()
     engine = make(schedule=DenseSchedule(first_steps=1, first_layers=1))

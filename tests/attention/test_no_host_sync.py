@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidaccel import SVG2, VideoLayout
-from vidaccel.attention import PlanMemory
+from vidaccel import SLA, SVG2, Sparge, VideoLayout
+from vidaccel.attention import Method, PlanMemory
+from vidaccel.attention.running_sum import sum_by_doubling
 from vidaccel.attention.runs import merge_segments
 
 LAYOUT = VideoLayout(3, 4, 5, text_before=2, text_after=3)
@@ -32,6 +33,29 @@ def test_svg2_plans_both_the_first_and_a_later_step(settings, kv_heads):
     assert plan.device.type == "meta" and plan.run_start.shape[-1] == 5  # nine clusters and the text make at most five
     assert plan.cut(16)[0].shape == (2, 3, LAYOUT.tokens // 16 + 6)
     assert plan.pairs().shape == (2, 3) and plan.tile_of_token().shape == (2, 3, LAYOUT.tokens)
+
+
+@pytest.mark.parametrize(
+    ("method", "runs"),
+    [
+        (SLA(topk=0.2, block=(4, 4), linear_scope="none"), 3 + 2),  # 3 of 15 key blocks, and the text on both sides
+        (Sparge(topk=0.2, block=(4, 4)), 3 + 2),
+        (Sparge(topk=0.2, block=(4, 4), sink=True), 3 + 1 + 2),
+        (Sparge(topk=0.9, block=(4, 4)), 9),  # 17 blocks make no more
+        (Sparge(topk=0.2, block=(4, 4), similarity=0.5), 9),
+        (Sparge(cdf=0.9, block=(4, 4)), 9),
+    ],
+    ids=lambda x: x.name if isinstance(x, Method) else str(x),
+)
+def test_blocks_have_room_for_as_many_runs_as_are_read(method, runs):
+    q, k, v = (torch.empty(1, 2, LAYOUT.tokens, 16, device="meta", dtype=torch.bfloat16) for _ in range(3))
+    assert method.plan(q, k, v, LAYOUT, PlanMemory()).run_start.shape[-1] == runs
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 1000])
+def test_running_sums_where_the_order_of_adding_must_not_change(length):
+    x = torch.rand(2, 3, length, dtype=torch.float64)
+    torch.testing.assert_close(sum_by_doubling(x), x.cumsum(-1))
 
 
 def test_the_check_can_fail():

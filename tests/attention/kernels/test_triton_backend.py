@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plans import untrained
 
+from vidaccel import DenseSchedule, SparseAttention, VideoLayout
+from vidaccel.attention import METHODS, StepInfo
 from vidaccel.attention.backends import PREFERENCE, Request
 from vidaccel.attention.backends.base import AS_INPUTS
 from vidaccel.attention.backends.triton import TritonBackend
@@ -142,3 +145,18 @@ def test_what_is_made_of_a_plan_is_made_before_attention_is_timed(monkeypatch, d
         out.sum().backward()
         assert inputs[trained].grad.isfinite().all()
     assert out.isfinite().all() and not late
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_plan_made_in_inference_mode_serves_a_training_step(device, name):
+    """As where a validation comes before: what belongs to a layout is kept, and gradients may need it."""
+    layout = VideoLayout(4, 4, 8)
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 16).to(device)
+    engine = SparseAttention(untrained(name), num_layers=1, schedule=DenseSchedule(), backend="triton")
+    with torch.inference_mode():
+        engine.enter(StepInfo(num_steps=4), layout)
+        engine(q, k, v, 0)
+    q.requires_grad_()
+    engine.enter(StepInfo(run=1, num_steps=4), layout)
+    engine(q, k, v, 0).sum().backward()
+    assert q.grad.isfinite().all()

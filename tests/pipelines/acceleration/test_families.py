@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_families import BUILDERS, Tiny, build
 from tiny_families.base import mask
+from torch.utils._pytree import tree_map_only
 
 from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, VideoLayout, accelerate
 from vidaccel.attention import RandomBlocks
@@ -92,15 +93,17 @@ def test_dense_passes_are_stock_and_sparse_ones_run_in_every_layer(name):
 @pytest.mark.parametrize("name", ["wan", "ltx", "cogvideox_5b", "hunyuan_video", "cosmos_1"], indirect=True)
 def test_under_autocast_with_the_norms_of_a_gpu(name, monkeypatch):
     """There norms are computed in float32 under autocast, so that q and k come in another dtype than v."""
-    for norm in ("layer_norm", "rms_norm"):
 
-        def whole(x, shape, *parts, norm=getattr(torch.nn.functional, norm), **more):
+    def in_float32(norm):
+        def call(x, *rest, **named):
             with torch.autocast("cpu", enabled=False):
-                parts = [part.float() if isinstance(part, torch.Tensor) else part for part in parts]
-                more = {key: part.float() if isinstance(part, torch.Tensor) else part for key, part in more.items()}
-                return norm(x.float(), shape, *parts, **more)
+                return norm(*tree_map_only(torch.Tensor, torch.Tensor.float, (x, *rest)), **named)
 
-        monkeypatch.setattr(torch.nn.functional, norm, whole)
+        return call
+
+    for name_of_norm in ("layer_norm", "rms_norm"):
+        norm = getattr(torch.nn.functional, name_of_norm)
+        monkeypatch.setattr(torch.nn.functional, name_of_norm, in_float32(norm))
     tiny = build(name)
     with torch.autocast("cpu", torch.bfloat16):
         before = tiny.run()

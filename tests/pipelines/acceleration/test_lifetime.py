@@ -358,6 +358,45 @@ def test_the_first_of_two_transformers_forgets_before_the_second_remembers():
     assert first and seen.after_steps == [[], *[["transformer"]] * first, *[["transformer_2"]] * (4 - first), []]
 
 
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 5.0), (1, 1.0), (2, 5.0)])
+def test_runs_of_few_steps_remember_nothing_either(pipe, steps, guidance):
+    method = SVG2(density=0.4, schedule=DenseSchedule())
+    with vidaccel.accelerate(pipe, method) as handle:
+        engine, kept = handle._installed[0].engine, []
+        pipe.transformer.proj_out.register_forward_hook(lambda *_: kept.append(bool(engine._call_memory)))
+        generate(pipe, steps=steps, guidance_scale=guidance)
+        assert all(kept) and len(kept) == steps * (1 + (guidance > 1))
+        assert not engine._call_memory
+
+
+def test_a_second_transformer_with_one_step_forgets_it():
+    pipe = make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9)
+    with vidaccel.accelerate(pipe, SVG2(density=0.4, schedule=DenseSchedule())) as handle:
+        generate(pipe, steps=2)
+        records = handle.report().last().records
+        assert {(r.model, r.step) for r in records} == {("transformer", 0), ("transformer_2", 1)}
+        assert not any(installed.engine._call_memory for installed in handle._installed)
+
+
+def test_another_thread_may_go_on_after_an_interrupt(pipe):
+    """torch calls no hook for what is no Exception, and the thread that was interrupted lives on."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with vidaccel.accelerate(pipe, METHOD):
+        expected = generate(pipe)
+        hook = pipe.transformer.blocks[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe)
+        hook.remove()
+        made = []
+        thread = threading.Thread(target=lambda: made.append(generate(pipe)))
+        thread.start()
+        thread.join()
+        assert made[0].equal(expected)
+
+
 def test_two_threads_at_once_are_refused_one_after_the_other_are_not(pipe):
     """A server whose pipelines share a transformer: one run would read the plans of the other."""
     other = make_pipe(transformer=pipe.transformer)
