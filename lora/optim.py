@@ -20,7 +20,8 @@ def learning_rate(settings: PhaseSettings, step: int, seconds: float = 0.0) -> f
     if step < settings.lr_warmup_steps:
         return peak * (step + 1) / settings.lr_warmup_steps
     if settings.lr_scheduler == "constant":
-        return peak
+        left = min(1.0, (settings.steps - step) / settings.lr_decay_steps) if settings.lr_decay_steps else 1.0
+        return peak * (settings.min_lr_rate + (1 - settings.min_lr_rate) * left)
     done = (step - settings.lr_warmup_steps) / max(1, settings.steps - settings.lr_warmup_steps)
     if settings.max_minutes is not None:
         done = max(done, seconds / (60 * settings.max_minutes))

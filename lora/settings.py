@@ -37,6 +37,9 @@ class PhaseSettings(Settings):
         lr_warmup_steps: steps in which it rises linearly to the peak.
         lr_scheduler: what follows: "constant", or "cosine" or "linear" down to `min_lr_rate` of the peak. With
             `max_minutes` these two end when the time does, if that is earlier.
+        lr_decay_steps: with "constant", the last steps, in which it falls to `min_lr_rate` of the peak in a straight
+            line. So a run may go on for as long as it gains, and be resumed with this to end (warm-up, stable, decay;
+            MiniCPM, arXiv 2404.06395, section 4).
         optimizer: "adamw"; "muon" (Muon for matrices, AdamW for the rest); or an AdamW whose state takes 8 or 4 bits a
             number, of torchao or of bitsandbytes, which must be installed.
         low_bit_linears: what the linear layers of the blocks compute their products in, forward and backward, through
@@ -55,6 +58,7 @@ class PhaseSettings(Settings):
     lr_warmup_steps: int = setting(0, low=0)
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     min_lr_rate: float = setting(0.0, low=0, high=1)
+    lr_decay_steps: int = setting(0, low=0)
     optimizer: Literal[
         "adamw", "muon", "adamw_8bit_torchao", "adamw_fp8_torchao", "adamw_4bit_torchao", "adamw_8bit_bitsandbytes"
     ] = "adamw"
@@ -69,7 +73,19 @@ class PhaseSettings(Settings):
 
     def free_here(self) -> Iterable[str]:
         # Without a fall of the learning rate, no step depends on how many there will be.
-        return ("steps",) if self.lr_scheduler == "constant" else ()
+        return ("steps", "lr_decay_steps", "min_lr_rate") if self.lr_scheduler == "constant" else ()
+
+    def check(self) -> Iterator[str]:
+        if self.lr_decay_steps and self.lr_scheduler != "constant":
+            yield (
+                f"lr_decay_steps is {self.lr_decay_steps}, of use only with the lr_scheduler constant: "
+                f"{self.lr_scheduler} falls in all steps."
+            )
+        if self.steps and self.lr_decay_steps > self.steps - self.lr_warmup_steps:
+            yield (
+                f"lr_decay_steps is {self.lr_decay_steps}, more than the {self.steps - self.lr_warmup_steps} of the "
+                f"{self.steps} steps that are not those of lr_warmup_steps."
+            )
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,29 @@ def test_learning_rates():
     assert learning_rate(timed, 0, 60) == pytest.approx(0.5, abs=1e-3)
     assert learning_rate(timed, 0, 120) == pytest.approx(0.0, abs=1e-6)
     assert learning_rate(PhaseSettings(steps=5, learning_rate=0.3), 4) == 0.3
+    decaying = PhaseSettings(steps=30, learning_rate=1.0, lr_decay_steps=10, min_lr_rate=0.2)
+    assert [learning_rate(decaying, step) for step in (0, 20, 25, 29)] == pytest.approx([1.0, 1.0, 0.6, 0.28])
+
+
+def test_a_run_that_went_on_for_long_is_ended_with_a_falling_rate(tiny_settings, run_tiny):
+    constant = {"first": {"steps": 3}, "second": {"steps": 0}}
+    run_tiny(tiny_settings(phases=constant))
+    ended = tiny_settings(phases={"first": {"steps": 6, "lr_decay_steps": 3}, "second": {"steps": 0}})
+    run_tiny(ended, "latest")
+    rates = [row["learning_rate"] for row in log(ended) if "learning_rate" in row]
+    assert rates == pytest.approx([0.01] * 4 + [0.01 * 2 / 3, 0.01 / 3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_scheduler": "linear", "lr_decay_steps": 2}, "of use only with the lr_scheduler constant"),
+        ({"lr_warmup_steps": 2, "lr_decay_steps": 2}, "more than the 1 of the 3 steps"),
+    ],
+)
+def test_a_falling_rate_that_cannot_be(tiny_settings, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny_settings(phases={"first": settings})
 
 
 def test_groups_of_the_optimizer():
