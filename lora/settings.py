@@ -81,7 +81,7 @@ class PhaseSettings(Settings):
                 f"lr_decay_steps is {self.lr_decay_steps}, of use only with the lr_scheduler constant: "
                 f"{self.lr_scheduler} falls in all steps."
             )
-        if self.steps and self.lr_decay_steps > self.steps - self.lr_warmup_steps:
+        if self.steps and self.lr_decay_steps and self.lr_decay_steps > self.steps - self.lr_warmup_steps:
             yield (
                 f"lr_decay_steps is {self.lr_decay_steps}, more than the {self.steps - self.lr_warmup_steps} of the "
                 f"{self.steps} steps that are not those of lr_warmup_steps."
