@@ -120,7 +120,7 @@ def test_a_batch_of_two(name):
     assert out.shape[0] == 2 and not out[0].equal(out[1])
     torch.testing.assert_close(out, sample(model, description, batch=2, steps=1), rtol=2e-4, atol=5e-4)
     clone, session = patched(model, SVG2(density=description.density), dense_start_percent=0.0)
-    assert not torch.allclose(sample(clone, description, batch=2, steps=1), out, atol=1e-3)
+    assert (sample(clone, description, batch=2, steps=1) - out).abs().max() > 5e-4
     report = session.report()
     assert {record.layer for record in report.records} == set(range(description.layers))
     assert report.density_by_step() == pytest.approx({0: description.density}, abs=0.03)
