@@ -1,39 +1,43 @@
 """SLA on the built-in Wan model: what training with 1 of 18 key blocks brings back, beside what needs no training.
 
-    python benchmarks/sla_demo.py --steps 2000
+    python benchmarks/sla_demo.py --steps 5000 --decay 1000 --prompts 64 --processes 2
 
 Trains with the ready settings `demo_sla` in two arms, with linear attention over all keys and with block-sparse
-attention alone, in turn and equally long (a call goes on where the last one stopped). Then it makes the videos of
-held-out prompts with dense attention, with both arms, with the same blocks untrained, and with Tangent at the same
-density, from the same seeds. Results go to `benchmarks/results/sla_demo*`.
+attention alone, in turn and equally long (a call goes on where the last one stopped; the learning rate falls in the
+last steps). Then it makes the videos of held-out prompts with dense attention, with both arms, with the same blocks
+untrained, and with Tangent at the same density, from the same seeds. Results go to `benchmarks/results/sla_demo*`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from common import RESULTS, environment_line, write_markdown
-from prompts import make, psnr
+from prompts import Made, make, psnr
 
 ARMS = {"all": "SLA, linear attention over all keys", "none": "block-sparse alone"}
 TRAINED_AT = {"topk": 0.0556, "block": (32, 32)}  # as in demo_sla: 1 of 18 key blocks of 576 tokens
 DENSITY = 1 / 18
+DENSE, BLOCKS, TANGENT = "dense", "block-sparse, untrained", "Tangent, untrained"
 
 
-def train(work: Path, cache: Path, steps: int, piece: int) -> dict[str, Path]:
+def train(work: Path, cache: Path, steps: int, decay: int, piece: int) -> dict[str, Path]:
     """The folders of the trained pipelines; both arms go on in turn, so that they are equally long wherever it ends."""
     from vidaccel.lora import config_folder, run
 
     found = {}
-    for upto in [*range(piece, steps, piece), steps]:
+    for upto in [*range(piece, steps - decay, piece), steps]:
         for arm in ARMS:
             changes = [f"out={work / f'sla_{arm}'}", f"data.cache={cache}", f"sla.linear_scope={arm}"]
-            changes += [f"train.steps={upto}", "loop.tracker=none"]
+            changes += [f"train.steps={upto}", f"train.lr_decay_steps={decay if upto == steps else 0}"]
+            changes.append("loop.tracker=none")
             if json.loads(_last(work / f"sla_{arm}")).get("step", 0) < upto or upto == steps:
                 found[arm] = Path(run("sla", config_folder() / "demo_sla.yaml", changes, resume="auto")["pipeline"])
     return found
@@ -57,41 +61,53 @@ def learned(runs: dict[str, Path]) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def compare(arms: dict[str, Path], count: int, steps: int, scale: float) -> list[dict]:
-    """A row for each kind of attention: how near its videos are to the dense ones, and how many are right."""
+def videos(name: str, arm: Path | None, count: int, steps: int, scale: float) -> tuple[float, list[Made]]:
+    """The density and the videos of a kind of attention: one without training, or an arm, with its transformer."""
+    import torch
     from diffusers import WanPipeline, WanTransformer3DModel
 
     import vidaccel
     from vidaccel import SLA, DenseSchedule, Tangent, demo
 
+    torch.set_num_threads(1)
     prompts = tuple(demo.HELD_OUT_PROMPTS[i * len(demo.HELD_OUT_PROMPTS) // count] for i in range(count))
-    # As many clusters as leave half of so low a density for pairs.
-    tangent = Tangent(density=DENSITY, q_clusters=32, k_clusters=16, schedule=DenseSchedule())
-    untrained: dict[str, Any] = {
-        "dense": None,
-        "block-sparse, untrained": SLA(**TRAINED_AT, linear_scope="none"),
-        "Tangent, untrained": tangent,
-    }
-    rows, dense = [], []
-    for name in (*untrained, *arms):
-        pipe = WanPipeline.from_pretrained(demo.path())
-        pipe.set_progress_bar_config(disable=True)
-        method = untrained.get(name)
-        if name in arms:
-            pipe.register_modules(transformer=WanTransformer3DModel.from_pretrained(arms[name]))
-            method = "sla"
-        handle = None if method is None else vidaccel.accelerate(pipe, method)
-        with contextlib.nullcontext() if handle is None else handle:
-            made = [make(pipe, prompt, seed, 33, steps, scale) for seed, prompt in enumerate(prompts)]
-            density = 1.0 if handle is None else handle.report().mean_density()
-        dense = dense or made
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.set_progress_bar_config(disable=True)
+    method: Any = None
+    if arm is not None:
+        pipe.register_modules(transformer=WanTransformer3DModel.from_pretrained(arm))
+        method = "sla"
+    elif name == BLOCKS:
+        method = SLA(**TRAINED_AT, linear_scope="none")
+    elif name == TANGENT:
+        # As many clusters as leave half of so low a density for pairs.
+        method = Tangent(density=DENSITY, q_clusters=32, k_clusters=16, schedule=DenseSchedule())
+    handle = None if method is None else vidaccel.accelerate(pipe, method)
+    with contextlib.nullcontext() if handle is None else handle:
+        made = [make(pipe, prompt, seed, 33, steps, scale) for seed, prompt in enumerate(prompts)]
+        return 1.0 if handle is None else handle.report().mean_density(), made
+
+
+def compare(arms: dict[str, Path], count: int, steps: int, scale: float, processes: int) -> list[dict]:
+    """A row for each kind of attention: how near its videos are to the dense ones, and how many are right."""
+    kinds: list[tuple[str, Path | None]] = [(name, None) for name in (DENSE, BLOCKS, TANGENT)]
+    kinds += [(f"{ARMS[arm]}, trained", folder) for arm, folder in arms.items()]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(videos, *kind, count, steps, scale) for kind in kinds]
+        found = [each.result() for each in pending]
+    dense, rows = found[0][1], []
+    for (name, _), (density, made) in zip(kinds, found, strict=True):
         near = [psnr(one.video, other.video) for one, other in zip(made, dense, strict=True)]
+        spread = f" ± {statistics.stdev(near):.1f}" if count > 1 else ""
+        right = {part: f"{sum(one.right[part] for one in made)} of {count}" for part in ("shape", "motion", "all")}
         rows.append(
             {
-                "attention": f"{ARMS[name]}, trained" if name in arms else name,
+                "attention": name,
                 "density": f"{density:.3f}",
-                "PSNR to dense, dB": "" if name == "dense" else f"{statistics.fmean(near):.1f}",
-                "right": f"{sum(one.right['all'] for one in made)} of {count}",
+                "PSNR to dense, dB": "" if name == DENSE else f"{statistics.fmean(near):.1f}{spread}",
+                "shape right": right["shape"],
+                "motion right": right["motion"],
+                "all right": right["all"],
             }
         )
         print(rows[-1], flush=True)
@@ -100,14 +116,16 @@ def compare(arms: dict[str, Path], count: int, steps: int, scale: float) -> list
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Of the training of each arm, over all calls.")] = 2000,
+    decay: Annotated[int, typer.Option(min=0, help="The last of these steps, in which the rate falls.")] = 400,
     piece: Annotated[int, typer.Option(min=1, help="Steps of an arm before the other goes on.")] = 200,
     arm: Annotated[
         list[str] | None,
-        typer.Option(help="ARM=FOLDER, that of a trained transformer: it is measured, and nothing is trained."),
+        typer.Option(help="ARM=FOLDER, that of a run: what it made is measured, and nothing is trained."),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 8,
     denoising_steps: Annotated[int, typer.Option(min=2, help="Of each video.")] = 10,
     guidance_scale: Annotated[float, typer.Option(min=1)] = 2.0,
+    processes: Annotated[int, typer.Option(min=1, help="That make videos; of one thread each.")] = 1,
     work: Annotated[Path, typer.Option(help="Folder of the runs, used again where it is there.")] = Path(
         "runs/sla_demo"
     ),
@@ -118,16 +136,18 @@ def main(
     import torch
 
     torch.set_num_threads(1)
+    if decay >= steps:
+        raise typer.BadParameter(f"{decay} of {steps} steps: leave some at the full rate.", param_hint="--decay")
     if arm:
         given = dict(text.split("=", 1) for text in arm)
-        arms = {name: Path(given[name]) for name in ARMS if name in given}
-        runs = {name: folder.parent for name, folder in arms.items()}
+        runs = {name: Path(given[name]) for name in ARMS if name in given}
     else:
-        trained = train(work, cache or work / "cache", steps, piece)
-        arms = {name: folder / "transformer" for name, folder in trained.items()}
+        trained = train(work, cache or work / "cache", steps, decay, piece)
         runs = {name: folder.parent for name, folder in trained.items()}
-    rows, progress = compare(arms, prompts, denoising_steps, guidance_scale), learned(runs)
-    facts = {"environment": environment_line(), "arms": {name: folder.name for name, folder in arms.items()}}
+    arms = {name: folder / "pipeline" / "transformer" for name, folder in runs.items()}
+    rows, progress = compare(arms, prompts, denoising_steps, guidance_scale, processes), learned(runs)
+    done = {name: json.loads(_last(folder)).get("step", 0) for name, folder in runs.items()}
+    facts = {"environment": environment_line(), "steps": done}
     found = {**facts, "prompts": prompts, "denoising_steps": denoising_steps, "guidance_scale": guidance_scale}
     out.mkdir(parents=True, exist_ok=True)
     (out / "sla_demo.json").write_text(json.dumps({**found, "learned": progress, "videos": rows}, indent=1) + "\n")
@@ -137,16 +157,17 @@ def main(
 def write_page(out: Path) -> None:
     """sla_demo.md from sla_demo.json."""
     found = json.loads((out / "sla_demo.json").read_text())
-    both = " Both arms have seen the same clips, noise and levels at each step." if len(found["arms"]) > 1 else ""
+    both = " Both arms have seen the same clips, noise and levels at each step." if len(found["steps"]) > 1 else ""
+    steps = sorted(set(found["steps"].values()))
     text = (
         f"{found['environment']}, one thread, on a machine with other work. Made by `benchmarks/sla_demo.py`.\n\n"
         f"The built-in Wan model with 1 of 18 key blocks of 32 tokens in every layer and step. The first table has the "
         f"videos of {found['prompts']} held-out prompts with {found['denoising_steps']} steps, guidance "
         f"{found['guidance_scale']:g} and the same seeds in each row: how near they are to those of dense attention, "
-        "and how many show all that their prompt says. Trained ones are "
-        f"{', '.join(f'{name} ({folder})' for name, folder in found['arms'].items())}. The second has the error of the "
-        "velocity on held-out clips against the dense model's, as a share of its square, which is 0.2111 before the "
-        f"training.{both}"
+        "and how many show what their prompt says (± is the standard deviation over videos). The training had "
+        f"{' and '.join(f'{number:,}' for number in steps)} steps of 4 clips; its weights are averages (EMA). The "
+        "second table has the error of the velocity on held-out clips against the dense model's, as a share of its "
+        f"square, which is 0.2111 before the training.{both}"
     )
     tables = [table for table in (found["videos"], found["learned"]) if table]
     write_markdown(out / "sla_demo.md", "SLA on the built-in model", text, *tables)
