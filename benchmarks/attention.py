@@ -242,10 +242,15 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
     from vidaccel import VideoLayout
 
     device = torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # on whose stream events are recorded
     dtype = getattr(torch, arguments.dtype)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     direction = "backward" if arguments.backward else "forward"
     rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    made_with = f"{arguments.dtype}, torch {torch.__version__}"
+    if others := {r["made_with"] for r in rows} - {made_with}:
+        sys.exit(f"{raw} has rows of {', '.join(others)}, not of {made_with}: give another --out, or --fresh.")
     done = {tuple(r[c] for c in ("gpu", "shape", "plan", "wanted", "implementation", "pass")) for r in rows}
     begin = time.perf_counter()
     for name, method, density in work(arguments):
@@ -263,7 +268,7 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
         generator = torch.Generator(device).manual_seed(0)
         size = (1, shape.heads, layout.tokens, shape.head_dim)
         tensors = tuple(torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(3))
-        row = {"gpu": gpu, "shape": name, "plan": method, "wanted": density, "pass": direction}
+        row = {"gpu": gpu, "made_with": made_with, "shape": name, "plan": method, "wanted": density, "pass": direction}
         try:
             plan, planning = make_plan(method, density, layout, *tensors)
         except (ValueError, torch.OutOfMemoryError) as error:  # a density that the layout does not allow

@@ -8,18 +8,21 @@ Steps: the kernels' tests, the parts of a sparse call (`kernels.py`), attention 
 (`attention.py`), a denoising step (`step.py`), and quality on the demo model (`quality.py`). Each is a process of its
 own. In `benchmarks/results/gpu` are what each printed (`STEP.log`), what is done (`done.json`) and, after each step,
 what was expected beside what was measured (`targets.md`). A step that fails is said and does not keep the others from
-running; one that was stopped is begun again by the next call, and goes on with what it had written where it can.
+running; one that was stopped is begun again by the next call, and goes on with what it had written where it can. On
+another GPU, and with other versions of torch, triton or diffusers, all is measured anew.
 `step.py` and `quality.py` need diffusers.
 """
 
 from __future__ import annotations
 
 import argparse  # not typer: machines with a GPU to measure on often have torch and nothing else
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import gpu_targets
@@ -58,6 +61,19 @@ def run(name: str, words: str, limit: float | None, out: Path, environment: dict
     return "done" if code == 0 else f"exit code {code}"
 
 
+def machine(toy: bool) -> str:
+    """What the measurements are of: those of another are not to be gone on with."""
+    import torch
+
+    packages = [f"{name} {metadata.version(name)}" for name in ("torch", "triton", "diffusers") if _installed(name)]
+    gpu = "the interpreter" if toy or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    return ", ".join([gpu, *packages])
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1500, help="after which it ends (25 minutes by default)")
@@ -68,6 +84,14 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     state = arguments.out / "done.json"
     done = {} if arguments.fresh or not state.exists() else json.loads(state.read_text())
+    here = machine(arguments.toy)
+    if done and done.get("machine") != here:
+        print(f"{arguments.out} is of {done.get('machine')}: all is measured anew for {here}", flush=True)
+        done = {}
+    if not done:
+        for rows in arguments.out.glob("*.jsonl"):  # what scripts go on from
+            rows.unlink()
+        done["machine"] = here
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if arguments.toy else {})}
     begin = time.perf_counter()
     for name, words, limit in TOY if arguments.toy else STEPS:
@@ -84,7 +108,7 @@ def main() -> None:
         os.replace(beside, state)
         gpu_targets.write(arguments.out)
         print(f"{name}: {done[name]}, {time.perf_counter() - start:.0f} s", flush=True)
-    if any(what != "done" for what in done.values()):
+    if any(what != "done" for name, what in done.items() if name != "machine"):
         sys.exit(1)
 
 

@@ -204,6 +204,8 @@ def main() -> None:
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device}: torch finds no CUDA device here; see above for one without.")
     find_package()
+    if arguments.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(arguments.device))  # on whose stream events are recorded
     name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "interpreter"
     torch.set_grad_enabled(False)
     bench = Bench(SHAPES[arguments.shape], arguments)

@@ -111,8 +111,8 @@ def measure(
     device: str,
     wanted: list[Configuration],
     seconds: float,
-) -> list[dict]:
-    """Some configurations for `count` prompts from number `first`, in one process with one thread."""
+) -> tuple[list[dict], bool]:
+    """Some configurations for `count` prompts from number `first`, on one thread; and whether all were made in time."""
     import torch
 
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def measure(
     record(Configuration("dense", 1.0, 1.0), dense, dense, None, 0.0)
     for configuration in wanted:
         if time.perf_counter() - begin > seconds:
-            break
+            return rows, False
         try:
             config = build(configuration, layout)
             config.check(layout)
@@ -171,7 +171,7 @@ def measure(
             videos = sample(pipe, prompts, seeds, steps=steps, size=size).cpu()
             record(configuration, videos, dense, handle.report(), config.planning_pairs(layout))
         print(f"{configuration}: {statistics.mean(r['psnr'] for r in rows[-len(prompts) :]):.2f} dB", flush=True)
-    return rows
+    return rows, True
 
 
 def as_bytes(video):
@@ -299,13 +299,16 @@ def main(
         missing = [c for c in every if any((s, str(c)) not in done for s in seeds)]
         if missing:
             batches[first] = missing
+    finished = True
     with ProcessPoolExecutor(processes if device == "cpu" else 1) as pool:
         futures = [
             pool.submit(measure, first, min(batch, prompts - first), steps, size, first_seed, device, missing, seconds)
             for first, missing in batches.items()
         ]
         for future in as_completed(futures):
-            made = [{**row, "settings": settings} for row in future.result()]
+            found, whole = future.result()
+            finished &= whole
+            made = [{**row, "settings": settings} for row in found]
             again = {(row["seed"], row["configuration"]) for row in made}
             rows = [row for row in rows if (row["seed"], row["configuration"]) not in again] + made
             raw.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["seed"])))
@@ -337,6 +340,9 @@ def main(
         "![PSNR and accuracy over density](quality.png)",
         table,
     )
+    if not finished:
+        print("the time is up; call again to go on")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from .request import Settings
 from .run import StageCallback, load, make_videos
 from .sparse import Sparse
 from .values import file_name
+from .video import check_encoder
 
 if TYPE_CHECKING:
     import torch
@@ -198,6 +199,7 @@ def check_outputs(out: Path | None, report: Path | None, compare: bool) -> None:
     """Raise BadInput for files that cannot be written there, and for a report without a comparison."""
     if out is not None:
         check_file("out", out, ".mp4")
+        check_encoder()
     if report is not None and not compare:
         raise BadInput("report", f"is the page of {mention('compare')}", "Give both.")
     if report is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from .sound import Sound
 from .video import write_mp4
 
 if TYPE_CHECKING:
+    import torch
+
     from ..attention.records import RunReport
     from ..pipelines.presets import Account
 
@@ -150,7 +153,6 @@ def compare(reference: np.ndarray, other: np.ndarray) -> FrameMetrics:
         ValueError: the shapes differ, or the frames are under 11 pixels, the size of SSIM's window.
     """
     import torch
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     if reference.shape != other.shape:
         raise ValueError(f"videos to compare must have one shape, got {reference.shape} and {other.shape}.")
@@ -158,8 +160,16 @@ def compare(reference: np.ndarray, other: np.ndarray) -> FrameMetrics:
         got = f"{reference.shape[2]}x{reference.shape[1]}"
         raise ValueError(f"SSIM needs frames of at least {MIN_COMPARED}x{MIN_COMPARED} pixels, got {got}.")
     # float64 is best for SSIM, whose variances cancel, but 30 times slower on a CPU; float32 is good to 4 decimals.
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.float64) if cuda else ("cpu", torch.float32)
+    if torch.cuda.is_available():
+        with contextlib.suppress(torch.OutOfMemoryError):  # such as where the pipeline is still there
+            return _compare(reference, other, "cuda", torch.float64)
+    return _compare(reference, other, "cpu", torch.float32)
+
+
+def _compare(reference: np.ndarray, other: np.ndarray, device: str, dtype: torch.dtype) -> FrameMetrics:
+    import torch
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     psnr, ssim = [], []
     for pair in zip(reference, other, strict=True):
         target, made = (torch.tensor(frame).permute(2, 0, 1)[None].to(device, dtype) / 255 for frame in pair)

@@ -178,7 +178,7 @@ def format_seconds(value: float | None) -> str:
 
 def format_psnr(value: float | None) -> str:
     """A PSNR for a reader."""
-    return "–" if value is None else "identical" if math.isinf(value) else f"{value:.1f} dB"
+    return "–" if value is None or math.isnan(value) else "identical" if math.isinf(value) else f"{value:.1f} dB"
 
 
 def _metrics_summary(metrics: FrameMetrics) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
     from ..attention.records import RunReport
     from ..attention.schedule import DenseSchedule
-    from ..pipelines.presets import Account, Preset
+    from ..pipelines.presets import Account, Applied, Preset
     from .job import Job
 
 StepCallback = Callable[[int, int, Any], None]
@@ -231,11 +232,13 @@ def make_video(
     )
 
 
-def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, **options: Any) -> float:
+def warm_up(
+    pipe: DiffusionPipeline, settings: Settings, method: Method | None, applied: Applied | None = None, **options: Any
+) -> float:
     """A step (or as few as the pipeline makes) that is not counted: compilation and first use stay out of a comparison.
 
     An accelerated warm-up is sparse in every layer, since a dense first step would compile nothing; but SLA has the
-    schedule that it was trained with. `options` are those of `run`.
+    schedule that it was trained with. `applied` is the handle of a preset that is at work, `options` those of `run`.
 
     Returns:
         What it took, in seconds.
@@ -250,7 +253,8 @@ def warm_up(pipe: DiffusionPipeline, settings: Settings, method: Method | None, 
     least = getattr(scheduler, "fixed_steps", row_of(pipe).least_steps)  # of a model that was distilled to them
     single = replace(settings, steps=least, strength=None if settings.video is None else 1.0)
     if method is None:
-        return run(pipe, single).seconds
+        with contextlib.nullcontext() if applied is None else applied.warming_up():
+            return run(pipe, single).seconds
     schedule = None if method.name == "sla" else DenseSchedule()
     return run(pipe, single, method, schedule=schedule, decode=False, **options).seconds
 

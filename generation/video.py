@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import secrets
@@ -87,7 +88,7 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Soun
             "-vf", "scale=out_color_matrix=bt709:out_range=tv,"
             "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",
             "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-movflags", "+faststart",
-            "-f", "mp4", str(temporary),
+            "-f", "mp4", f"file:{temporary}",  # a name may look like a protocol of ffmpeg's
         ]
         # fmt: on
         # A session of its own: Ctrl-C in a terminal must reach this process, which then ends the encoder, not both.
@@ -97,6 +98,23 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Soun
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             raise EncodingError(f"ffmpeg could not write {path}: {lines[0] if lines else f'exit {done.returncode}'}")
     return Path(path)
+
+
+@functools.cache
+def check_encoder() -> None:
+    """Encode a frame, so that what the encoder lacks is known before the steps.
+
+    Raises:
+        EncodingError: it cannot be started, or cannot write H.264.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write_mp4(np.zeros((1, 16, 16, 3), np.uint8), Path(folder) / "frame.mp4")
+        except (EncodingError, OSError, RuntimeError) as error:
+            raise EncodingError(
+                f"videos cannot be written here: {error}. Unset IMAGEIO_FFMPEG_EXE, or let it name an ffmpeg that has "
+                "libx264."
+            ) from error
 
 
 def encoder() -> str:

@@ -73,7 +73,9 @@ class Row:
 
     @property
     def mean_psnr(self) -> float:
-        """Mean over the prompts whose videos differ; infinite where none does."""
+        """Mean over the prompts whose videos differ; infinite where none does, NaN where they cannot be compared."""
+        if any(map(math.isnan, self.psnr)):
+            return math.nan
         finite = [value for value in self.psnr if math.isfinite(value)]
         return statistics.fmean(finite) if finite else math.inf
 
@@ -358,7 +360,7 @@ def _at_work(models: _Models, stage: Stage, settings: Settings) -> Iterator[tupl
 
     pipe = models.pipe(stage.model)
     with refusals(), apply(pipe, stage.preset, base=models.facts(stage.model).location) as handle:
-        warm_up(pipe, settings, None)
+        warm_up(pipe, settings, None, handle)
         handle.reset()
         yield pipe, handle
 

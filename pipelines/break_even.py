@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import platform
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,8 @@ def limit(key: Key, model: str = "") -> Limit:
 
 def _command(key: Key, model: str) -> str:
     """What measures a key."""
-    own = f"--heads {key.heads} --head-dim {key.head_dim} --device {key.device} --dtype {key.dtype}"
-    method = "" if key.method == DEFAULT_METHOD else f" --method {key.method}"
-    return f"{COMMAND} {f'--model {model}' if model else own}{method}"
+    words = ["--model", model] if model else ["--heads", str(key.heads), "--head-dim", str(key.head_dim)]
+    words += ["--device", key.device, "--dtype", key.dtype]
+    if key.method != DEFAULT_METHOD:
+        words += ["--method", key.method]
+    return f"{COMMAND} {shlex.join(words)}"

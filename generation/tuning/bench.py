@@ -26,6 +26,7 @@ from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps,
 
 ROWS = 32
 """Queries of each sparse call that the meter measures."""
+MADE_NAN = "it made NaN or infinity"
 TURNS = 4
 """Prompts whose videos are made once more, dense and with the chosen preset in turns."""
 Done = Callable[[str, int, int], None]
@@ -111,7 +112,10 @@ class Bench:
         """
         key = f"{'run' if whole else 'step'} {candidate.key}"
         made = self._tried(key, lambda: self._probe(candidate, whole).to_dict())
-        return made if isinstance(made, str) else Probe.from_dict(made)
+        if isinstance(made, str):
+            return made
+        found = Probe.from_dict(made)
+        return found if math.isfinite(found.error) else MADE_NAN
 
     def _probe(self, candidate: Candidate, whole: bool) -> Probe:
         trajectory = self._recorded(candidate.adapter)
@@ -145,7 +149,7 @@ class Bench:
 
         seconds, psnr = [], []
         with apply(self.pipe, candidate.preset(), base=self._base) as applied:
-            warm_up(self.pipe, self.settings, None)
+            warm_up(self.pipe, self.settings, None, applied)
             applied.reset()
             for number, request in enumerate(self.requests):
                 self._tell(candidate.label, number, len(self.requests))
@@ -173,9 +177,9 @@ class Bench:
             for number, request in enumerate(few := self.requests[:TURNS]):
                 self._tell(f"dense and {candidate.label}, in turns", number, len(few))
                 dense = self._video(request)[1]
-                with apply(self.pipe, candidate.preset(), base=self._base):
+                with apply(self.pipe, candidate.preset(), base=self._base) as applied:
                     if not number:
-                        warm_up(self.pipe, self.settings, None)
+                        warm_up(self.pipe, self.settings, None, applied)
                     found.append(dense / self._video(_with(candidate, request))[1])
             self.journal.put(key, found)
         return tuple(found)
@@ -214,17 +218,25 @@ class Bench:
         return as_bytes(made.frames), self._clock() - start, made
 
     def _tried(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
-        """From the journal, or measured and written there; a refusal, NaN or too little memory is a text."""
+        """From the journal, or measured and written there; a refusal, NaN or too little memory is a text.
+
+        What had too little memory is tried again by another call: the device may have been busy.
+        """
         import torch
 
+        from ...attention.call_checks import NotFinite
         from ...pipelines.presets import PresetError
 
         made = self.journal.get(key)
         if made is None:
             try:
                 made = measure()
-            except (PresetError, GenerationError, torch.OutOfMemoryError) as error:
-                made = {"refused": "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)}
+            except torch.OutOfMemoryError:
+                return "out of memory"
+            except NotFinite:
+                made = {"refused": MADE_NAN}
+            except (PresetError, GenerationError) as error:
+                made = {"refused": str(error)}
             self.journal.put(key, made)
         return made.get("refused", made)
 

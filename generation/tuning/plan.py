@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines.weight_files import stated_config, transformer_files
 from ..comparison import MIN_COMPARED
 from ..errors import BadInput, mention
 from ..job import Job, prepare
@@ -229,7 +231,22 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "device": told.get("GPU", told["CPU"]),
         "torch": torch.__version__,
         "vidaccel": told["vidaccel"],
-    } | ({} if job.pipe is None else {"weights": _weights(job.pipe)})
+        "packages": {name: _version(name) for name in ("diffusers", "transformers", "triton", "torchao")},
+        "weights": _files(job) if job.pipe is None else _weights(job.pipe),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _files(job: Job) -> str:
+    """A hash of some of each file of the transformers of a model by name or folder, which may be trained in place."""
+    names = [name for name in ("transformer", "transformer_2") if stated_config(job.facts.location, name) is not None]
+    return " ".join(transformer_files(job.facts.location, name) for name in names)
 
 
 def _weights(pipe: Any) -> str:

@@ -64,7 +64,7 @@ def check_runs(transformer: torch.nn.Module, method: Method, backend: str, preci
         RuntimeError: a backend that cannot run here or has no stand-ins; a precision, or a second stage, that neither
             this machine nor the named backend has; with "auto", no backend that is faster than dense attention.
     """
-    places = _places_of(transformer)
+    places = places_of(transformer)
     reason = special_refusal(backend, places[-1], precision, method.second_stage)
     if reason is not None:
         raise RuntimeError(reason)
@@ -85,7 +85,7 @@ def _cannot_run(backend: str, place: torch.device, method: Method) -> str | None
     return None
 
 
-def _places_of(transformer: torch.nn.Module) -> list[torch.device]:
+def places_of(transformer: torch.nn.Module) -> list[torch.device]:
     """Where a transformer may compute: where its weights are, and if that is the CPU, from where they may be moved or
     offloaded later, also on the accelerator, which comes last.
     """

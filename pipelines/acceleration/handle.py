@@ -96,6 +96,20 @@ class Handle:
             for installed, reason in zip(self._installed, before, strict=True):
                 installed.paused = reason
 
+    @contextlib.contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Inside the block no call stays dense for the schedule, so that one step compiles what sparse ones need; but
+        SLA has the schedule that it was trained with."""
+        engines = [i.engine for i in self._installed if i.engine.method.name != "sla"]
+        before = [engine.schedule for engine in engines]
+        for engine in engines:
+            engine.schedule = DenseSchedule()
+        try:
+            yield
+        finally:
+            for engine, schedule in zip(engines, before, strict=True):
+                engine.schedule = schedule
+
     def _replaced(self) -> list[str]:
         """What to say of transformers that the pipeline had when it was accelerated and has no more; logged once."""
         components = getattr(self._pipe, "components", None) or {}

@@ -74,7 +74,7 @@ class Applied:
             sla: dict[str, Any] = {"adapter": preset.sla, "base": base} if preset.method.name == "sla" else {}
             try:
                 self.sparse = accelerate(pipe, preset.method, measure_error=measure_error, **options, **sla)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # the latter of a backend that cannot run here
                 raise PresetError("attention", str(error).rstrip(".")) from error
             self._undo.append(self.sparse)
         clock = StepClock(pipe)
@@ -87,6 +87,10 @@ class Applied:
             watch = Watch(pipe, name, transformer, family, clock, schedule, cache)
             self._undo.append(watch)
             self._watches.append(watch)
+
+    def warming_up(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block sparse attention is at work in every step; see `Acceleration.warming_up`."""
+        return contextlib.nullcontext() if self.sparse is None else self.sparse.warming_up()
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import diffusers
 
 from ...attention.backends import special_refusal
 from ...attention.methods import SLA
-from ..acceleration.checks import check_noise_levels
+from ..acceleration.checks import check_noise_levels, places_of
 from ..acceleration.families import FAMILIES, Family, find_transformers
 from ..acceleration.rebinding import SparseProcessor
 from ..few_steps.grid import GridScheduler
@@ -131,7 +131,7 @@ def _check_method(parts: Mapping[str, tuple[Any, Family]], preset: Preset, sched
     if method.needs_weights and not isinstance(method, SLA):
         raise PresetError("method", "it needs weights that were trained for it", value=method.name)
     for transformer, _ in parts.values():
-        place = next(transformer.parameters()).device
+        place = places_of(transformer)[-1]  # offloaded weights lie on the CPU between calls
         reason = special_refusal(preset.backend, place, preset.precision, method.second_stage)
         if reason is not None:
             lever = "method" if preset.precision is None else "precision"

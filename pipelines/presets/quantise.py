@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..acceleration.checks import places_of
 from ..acceleration.families import Family
 from ..group_offloading import is_in_group
 from .errors import PresetError
@@ -100,7 +101,7 @@ def check_quantize(part: str, transformer: Any, family: Family, how: Quantize) -
     if not layers:
         raise PresetError("quantize", f"the blocks of the {part} have no linear layers", "Leave it out.", how.kind)
     if how.kind == "fp8" and how.activations:
-        device = next(iter(layers.values())).weight.device
+        device = places_of(transformer)[-1]  # offloaded weights lie on the CPU between calls
         if device.type == "cpu" or (
             device.type == "cuda"
             and torch.version.hip is None

@@ -161,7 +161,8 @@ def test_without_a_method_a_short_video_stays_dense(vidaccel, tiny_model, tmp_pa
     assert result.exit_code == 0, (result.output, result.exception)
     said = "method dense: the video has 48 tokens, fewer than 8,192; --method tangent for the other"
     assert said in result.stdout.splitlines()
-    hint = f"8,192 tokens are a fixed default: `vidaccel break-even --model {tiny_model}` measures it on this machine."
+    command = f"`vidaccel break-even --model {tiny_model} --device cpu --dtype float32`"
+    hint = f"8,192 tokens are a fixed default: {command} measures it on this machine."
     assert hint in result.stdout.splitlines()
     # The table has one run, of the untouched pipeline.
     rows = [line.split() for line in result.stdout.splitlines() if line.rstrip().endswith("out.mp4")]

@@ -15,7 +15,7 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.report import write_report
 from vidaccel.generation.request import Settings
-from vidaccel.generation.run import run
+from vidaccel.generation.run import run, warm_up
 from vidaccel.pipelines.presets import Cache, SchedulerChoice, save_preset
 
 PROMPT = "a red circle moves left on a grey background"
@@ -55,6 +55,20 @@ def test_a_preset_is_what_the_options_are(pipe, tmp_path):
     other = generate(pipe, method=method, cache=EAGER, steps=4, guidance_scale=3.0)
     assert other.account.counts() == made.account.counts()
     assert not np.array_equal(other.frames, made.frames)  # another scheduler
+
+
+def test_a_step_that_is_not_counted_compiles_what_sparse_steps_need(pipe):
+    """Though the schedule keeps more steps dense than it has."""
+    preset = Preset(method=SVG2(density=0.5, q_clusters=4, schedule=DenseSchedule(first_steps=2)))
+    asked = Settings(PROMPT, steps=4, **{k: SMALL[k] for k in ("frames", "height", "width")})
+    asked = asked.checked(inspect_model(demo.path()))
+    with vidaccel.apply(pipe, preset) as applied:
+        warm_up(pipe, asked, None, applied)
+        assert {r.reason for r in applied.report().last().attention.records} == {""}
+        applied.reset()
+        run(pipe, asked)
+        reasons = [r.reason for r in applied.report().last().attention.records]
+        assert reasons.count("") == reasons.count("first steps")
 
 
 def test_what_is_given_goes_before_the_preset(pipe):

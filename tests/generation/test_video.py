@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vidaccel.generation import video
+from vidaccel.generation.api import check_outputs
 from vidaccel.generation.media import Undecodable
 from vidaccel.generation.video import EncodingError, contact_sheet, staged, write_bytes, write_mp4
 from vidaccel.generation.video_reader import read_video
@@ -68,9 +69,8 @@ def test_an_existing_file_is_replaced(clip, tmp_path):
 def test_a_failing_encoder_leaves_nothing(clip, tmp_path, monkeypatch):
     """It wrote half a file, said why, and failed: neither it nor the temporary name is left; the old file still is."""
     fake = tmp_path / "ffmpeg"
-    failing = (
-        'for last; do :; done\necho half > "$last"\necho "no space left" >&2\necho "Conversion failed!" >&2\nexit 1\n'
-    )
+    failing = 'for last; do :; done\necho half > "${last#file:}"\necho "no space left" >&2\n'
+    failing += 'echo "Conversion failed!" >&2\nexit 1\n'
     fake.write_text(f"#!/bin/sh\n{failing}")
     fake.chmod(0o755)
     monkeypatch.setattr(video, "encoder", lambda: str(fake))
@@ -83,6 +83,21 @@ def test_a_failing_encoder_leaves_nothing(clip, tmp_path, monkeypatch):
     with pytest.raises(EncodingError):
         write_mp4(clip, folder / "clip.mp4")
     assert [f.read_bytes() for f in folder.iterdir()] == [b"old"]
+
+
+def test_a_name_that_looks_like_a_protocol(clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(read_video(write_mp4(clip, "12:30.mp4").resolve())[0]) == len(clip)
+
+
+def test_an_encoder_that_cannot_is_known_before_the_steps(tmp_path, monkeypatch):
+    video.check_encoder.cache_clear()
+    video.check_encoder()
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    video.check_encoder.cache_clear()
+    with pytest.raises(EncodingError, match="videos cannot be written here: .*Unset IMAGEIO_FFMPEG_EXE"):
+        check_outputs(tmp_path / "a.mp4", None, False)
+    video.check_encoder.cache_clear()
 
 
 def test_interrupted_while_writing(tmp_path):

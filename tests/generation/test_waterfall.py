@@ -14,6 +14,7 @@ from diffusers import WanPipeline
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset, demo
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.report import format_psnr
 from vidaccel.generation.stages import Stage, stages
 from vidaccel.generation.waterfall import Row, Waterfall
 from vidaccel.generation.waterfall_page import write_waterfall
@@ -38,6 +39,11 @@ FULL = Preset(
 @pytest.fixture(scope="module")
 def made() -> Waterfall:
     return vidaccel.waterfall(None, FULL, PROMPTS, 5, rounds=2, device="cpu", **SMALL)
+
+
+def test_videos_of_another_size_are_not_called_identical():
+    row = Row(Stage("a", "a", "", Preset()), 4, 2.0, ((1.0,),), (30.0, math.nan), None, (1, 0), np.zeros((1, 2, 2, 3)))
+    assert math.isnan(row.mean_psnr) and format_psnr(row.mean_psnr) == "–"
 
 
 def test_the_rows_of_a_preset():

@@ -253,7 +253,7 @@ def test_min_tokens_at_its_default_goes_by_what_was_measured_on_this_machine(pip
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
     default = Acceleration(density=0.5, min_tokens=MIN_SPARSE_TOKENS)
     text = report_text(generate(pipeline.accelerated(default), settings(), on_step=ignore).report.news())
-    assert "No call was sparse: min_tokens 8192" in text and "`vidaccel break-even --model demo` measures it" in text
+    assert "No call was sparse: min_tokens 8192" in text and "`vidaccel break-even --model demo --device cpu" in text
     store(Key.here(3, 64, CPU, torch.float32), BreakEven(48, 40))
     text = report_text(generate(pipeline.accelerated(default), settings(), on_step=ignore).report.news())
     assert "No call was sparse" not in text and "min_tokens 48: On this machine" in text

@@ -127,12 +127,16 @@ def test_a_file_that_cannot_be_read_is_said_once_and_counts_as_none(key, caplog,
 
 
 def test_the_limit(key):
+    how = f"--device {key.device} --dtype {key.dtype}"
+    command = f"`vidaccel break-even --model some/model {how}`"
     assert limit(key, "some/model") == Limit(
-        8192, "8,192 tokens are a fixed default: `vidaccel break-even --model some/model` measures it on this machine."
+        8192, f"8,192 tokens are a fixed default: {command} measures it on this machine."
     )
+    assert f"--model '/my models/wan' {how}`" in limit(key, "/my models/wan").why
     other = Key.here(40, 128, torch.device("cpu"), torch.bfloat16, "svg")
     command = "`vidaccel break-even --heads 40 --head-dim 128 --device cpu --dtype bfloat16 --method svg`"
-    assert command in limit(other).why and "break-even --model a/b --method svg`" in limit(other, "a/b").why
+    assert command in limit(other).why
+    assert "--model a/b --device cpu --dtype bfloat16 --method svg`" in limit(other, "a/b").why
     store(key, BreakEven(5888, 4864))
     assert limit(key).tokens == 5888 and limit(key).measured
     # What was not measured is not known to be dense's: the fixed default holds beyond.

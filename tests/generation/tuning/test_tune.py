@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset, demo
+from vidaccel.attention.call_checks import NotFinite
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_pipeline
 from vidaccel.generation.request import Settings
-from vidaccel.generation.tuning import space
+from vidaccel.generation.tuning import bench, space
 from vidaccel.generation.tuning.journal import FILE, Journal
+from vidaccel.generation.tuning.plan import _files
 from vidaccel.generation.tuning.trajectory import probe, record
 from vidaccel.pipelines.presets import Cache, Quantize, load_preset
 
@@ -88,6 +95,39 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     assert {f.name for f in (tmp_path / "t").iterdir()} == {
         "dense.0.npz", "dense.1.npz", FILE, "preset.yaml", "tune.html", "tune.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["NaN in a step", "NaN in q", "no memory"])
+def test_one_candidate_that_fails_does_not_end_the_search(pipe, layers, tmp_path, monkeypatch, fault):
+    def failing(pipe, settings, trajectory, preset, *args, **options):
+        made = probe(pipe, settings, trajectory, preset, *args, **options)
+        if preset.cache is None or preset.cache.limit < 1:
+            return made
+        if fault == "NaN in q":
+            raise NotFinite("NaN in q")
+        if fault == "no memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return replace(made, errors=dict.fromkeys(made.errors, math.nan))
+
+    options = {"out": tmp_path / "t", "clock": layers, **CACHE_ALONE, **SMALL}
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "probe", failing)
+        made = vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options)
+    why = "out of memory" if fault == "no memory" else "it made NaN or infinity"
+    assert why in (tmp_path / "t" / "tune.html").read_text() and made.outcome != "found"
+    # A device may have been busy; numbers that are none stay so.
+    again = vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options)
+    assert (again.outcome == "found") == (fault == "no memory")
+
+
+def test_weights_that_were_trained_on_in_place_are_another_model(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(demo.path(), folder)
+    job = SimpleNamespace(facts=SimpleNamespace(location=str(folder)))
+    before = _files(job)
+    file = next((folder / "transformer").glob("*.safetensors"))
+    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file)
+    assert _files(job) != before
 
 
 def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, tmp_path, monkeypatch):
