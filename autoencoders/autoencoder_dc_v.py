@@ -112,6 +112,16 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         return cls(**{**preset(name), **changes})
 
+    def enable_group_offload(
+        self, onload_device: Any, *args: Any, offload_type: str = "block_level", **options: Any
+    ) -> None:
+        """diffusers' group offloading, layer by layer (`leaf_level`) whatever is asked for: the groups of blocks follow
+        `forward`, and pipelines call `encode` and `decode`.
+        """
+        if offload_type == "block_level":
+            options.pop("num_blocks_per_group", None)
+        super().enable_group_offload(onload_device, *args, offload_type="leaf_level", **options)
+
     def enable_tiling(
         self,
         tile_sample_min_height: int | None = None,

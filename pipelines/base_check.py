@@ -42,7 +42,8 @@ def check_base(transformer: Any, part: str, adapter: Adapter, base: str | Path |
     if _changed(transformer, *place) or transformer_files(*place) != adapter.base_hash:
         raise error(
             f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this {part} has other weights: "
-            "give the model that it was trained on, or an adapter of this one."
+            "give the model that it was trained on (its folder or name with base= if this is a copy of it), or an "
+            "adapter of this one."
         )
 
 

@@ -18,6 +18,13 @@ def is_on_disk(module: nn.Module) -> bool:
     return hook is not None and getattr(hook.group, "offload_to_disk_path", None) is not None
 
 
+def is_streamed(module: nn.Module) -> bool:
+    """Whether it copies the weights of a module to the device on a stream, from copies of its own on the CPU: what is
+    changed on the device is lost."""
+    hook = _hook(module)
+    return hook is not None and getattr(hook.group, "stream", None) is not None
+
+
 def _hook(module: nn.Module) -> Any:
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook("group_offloading")

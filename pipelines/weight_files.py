@@ -71,7 +71,11 @@ def _weights(base: str, part: str) -> Iterator[Path]:
     names = [WEIGHTS]
     if index is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    yield from filter(None, (transformer_file(base, name, part) for name in names))
+    found = [file for name in names if (file := transformer_file(base, name, part)) is not None]
+    if not found and (Path(base) / part).is_dir():  # those of a variant, or not of safetensors
+        stem = WEIGHTS.partition(".")[0]
+        found = sorted(file for kind in ("safetensors", "bin") for file in (Path(base) / part).glob(f"{stem}*.{kind}"))
+    yield from found
 
 
 def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "transformer") -> dict[str, torch.Tensor]:

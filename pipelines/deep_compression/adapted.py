@@ -145,6 +145,17 @@ def load_adapted(
             f"{folder} is an adapter, which changes the transformer of its base: give the base with base=, not "
             "transformer=."
         )
+    if options.get("quantization_config") is not None:
+        raise AdapterError(
+            f"{folder} is an adapter, which is merged into the weights of its base: load it without "
+            "quantization_config, save_pretrained the pipeline once, and load that with it."
+        )
+    device_map = options.pop("device_map", None)
+    if isinstance(device_map, dict) or device_map in ("balanced", "auto"):
+        raise AdapterError(
+            f"{folder} is an adapter, merged before its parts can be spread: device_map is {device_map!r}, give a "
+            "device such as 'cuda', or save_pretrained the pipeline once and load that with it."
+        )
     facts = read_facts(folder)
     location = base_location(str(base if base is not None else facts["base"]))
     dtype = options.get("dtype", options.get("torch_dtype"))
@@ -161,4 +172,5 @@ def load_adapted(
     # Through diffusers' own class, because the base is one of its pipelines.
     stock = next(c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers."))
     parts = stock.from_pretrained(location, transformer=None, vae=None, **options).components
-    return pipeline_class(**{**parts, "transformer": transformer, "vae": vae})
+    pipe = pipeline_class(**{**parts, "transformer": transformer, "vae": vae})
+    return pipe if device_map is None else pipe.to(device_map)

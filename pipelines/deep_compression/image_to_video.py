@@ -22,7 +22,7 @@ from torch.nn import functional
 from ...autoencoders import AutoencoderDCV
 from .canvas import Canvas
 from .constructor import constructor_of
-from .text_to_video import DCVideoGen
+from .text_to_video import DCVideoGen, videos_of
 
 
 class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
@@ -62,10 +62,9 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
             ValueError: sizes under 1, not as many images as prompts, a `last_image` for a model that does not take
                 one, or what `WanImageToVideoPipeline` refuses.
         """
-        canvas = self._canvas(num_frames, height, width)
-        embeds = kwargs.get("prompt_embeds")
-        prompts = 1 if isinstance(prompt, str) else len(prompt or ()) if embeds is None else len(embeds)
-        self._check_images(_count(image), _count(last_image), prompts * kwargs.get("num_videos_per_prompt", 1))
+        videos = videos_of(prompt, kwargs)
+        canvas = self._canvas(num_frames, height, width, videos)
+        self._check_images(_count(image), _count(last_image), videos)
         with one_state_a_video(self.transformer, _count(image), _count(last_image)):
             output = super().__call__(
                 self._on_canvas(image, canvas),

@@ -6,6 +6,7 @@ Source: DC-VideoGen (arXiv 2509.25182). Everything but sizes is diffusers' own: 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,13 +24,20 @@ from .published import PublishedLayoutMixin
 logger = logging.getLogger(__name__)
 
 
+def videos_of(prompt: Any, options: Mapping[str, Any]) -> int:
+    """How many videos a call makes."""
+    embeds = options.get("prompt_embeds")
+    prompts = 1 if isinstance(prompt, str) else len(prompt or ()) if embeds is None else len(embeds)
+    return prompts * options.get("num_videos_per_prompt", 1)
+
+
 class DCVideoGen(PublishedLayoutMixin):
     """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
 
     _sees_image = False
 
-    def _canvas(self, frames: int, height: int, width: int) -> Canvas:
-        """The canvas for a video.
+    def _canvas(self, frames: int, height: int, width: int, videos: int = 1) -> Canvas:
+        """The canvas for so many videos of one size.
 
         Raises:
             ValueError: a size under 1, or components that do not belong together.
@@ -55,20 +63,23 @@ class DCVideoGen(PublishedLayoutMixin):
         )
         if canvas.is_larger:
             logger.info("%s", canvas)
-        self._check_memory(canvas)
+        self._check_memory(canvas, videos)
         return canvas
 
-    def _check_memory(self, canvas: Canvas) -> None:
+    def _check_memory(self, canvas: Canvas, videos: int) -> None:
         """Warn, before the first step, of a decoding that will not fit on the GPU."""
         device = self._execution_device
         if device.type != "cuda":
             return
         room = torch.cuda.get_device_properties(device).total_memory
-        needed = memory_to_decode(self.vae, canvas.frames, canvas.height, canvas.width)
+        together = 1 if self.vae.use_slicing else videos
+        needed = together * memory_to_decode(self.vae, canvas.frames, canvas.height, canvas.width)
         if needed > room:
             fix = "make it smaller or shorter" if self.vae.use_tiling else "call pipe.vae.enable_tiling()"
+            fix = "call pipe.vae.enable_slicing()" if together > 1 else fix
             logger.warning(
-                "Decoding %d frames of %dx%d takes about %.0f GiB beside the weights, and %s has %.0f: %s.",
+                "Decoding %s%d frames of %dx%d takes about %.0f GiB beside the weights, and %s has %.0f: %s.",
+                f"{together} videos of " if together > 1 else "",
                 canvas.frames,
                 canvas.width,
                 canvas.height,
@@ -176,7 +187,7 @@ class DCVideoGenPipeline(DCVideoGen, WanPipeline):
         Raises:
             ValueError: sizes under 1, or what `WanPipeline` refuses.
         """
-        canvas = self._canvas(num_frames, height, width)
+        canvas = self._canvas(num_frames, height, width, videos_of(prompt, kwargs))
         output = super().__call__(
             prompt,
             negative_prompt,

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..acceleration.copies import CopiedNotPickled
 from ..errors import first_line
-from ..group_offloading import is_on_disk
+from ..group_offloading import is_on_disk, is_streamed
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError
 from .beta import BetaEmbedder, time_embedder, width_of
 from .low_rank import LowRank, gate_of, low_ranks
@@ -81,6 +81,8 @@ class Installed(CopiedNotPickled):
             return f"the weights of the {self.name} are sharded"  # and are plain ones between two passes
         if any(is_on_disk(module) for module in self.transformer.modules()):
             return f"the weights of the {self.name} are offloaded to disk"  # and read from there before each pass
+        if any(is_streamed(module) for module in self.transformer.modules()):
+            return f"the weights of the {self.name} are offloaded in groups on a stream"  # from copies of their own
         return next((refusal for update in self._updates if (refusal := update.why_not_merged())), None)
 
     @torch.compiler.disable

@@ -70,11 +70,15 @@ class LowRank(CopiedNotPickled):
         self._original = weight.data.to("cpu", copy=True)
         self._gate = gate
         weight.data.copy_(self._merged(weight.data))
+        _forget_casts(weight)
 
     def _merged(self, original: torch.Tensor) -> torch.Tensor:
-        up, down = (matrix.to(original.device, torch.float32) for matrix in (self.up, self.down))
-        # Rounded once, to what the weight is kept in.
-        return torch.addmm(original.float(), up, down, alpha=self._gate).to(original.dtype)
+        # In float64, which no setting of a device makes less (TF32, autocast): what another device made is put back to
+        # the bit. Rounded once, to what the weight is kept in.
+        exact = torch.float32 if original.device.type == "mps" else torch.float64
+        up, down = (matrix.to(original.device, exact) for matrix in (self.up, self.down))
+        with torch.autocast(original.device.type, enabled=False):
+            return torch.addmm(original.to(exact), up, down, alpha=self._gate).to(original.dtype)
 
     def restore(self) -> None:
         """Have the weight be the layer's own again: to the bit, unless others changed it meanwhile."""
@@ -95,6 +99,7 @@ class LowRank(CopiedNotPickled):
             weight.data.copy_(original)
         else:  # a LoRA was fused into it, for example, which stays
             weight.data.copy_(weight.data.float() + (original.float() - merged.float()))
+        _forget_casts(weight)
         self._original, self._gate = None, 0.0
 
     def stand_beside(self, gate: float) -> None:
@@ -119,6 +124,12 @@ class LowRank(CopiedNotPickled):
         if self._hook is not None:
             self._hook.remove()
         self._hook, self._gate = None, 0.0
+
+
+def _forget_casts(weight: torch.Tensor) -> None:
+    """Have autocast cast a weight anew: what it keeps within a block it does not compare."""
+    if torch.is_autocast_enabled(weight.device.type):
+        torch.clear_autocast_cache()
 
 
 def low_ranks(transformer: nn.Module, lora: dict[str, torch.Tensor], part: str) -> list[LowRank]:

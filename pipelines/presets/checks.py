@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,28 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
         if name not in known:
             raise PresetError("scheduler", f"{choice.name} has no setting {name}; it has {', '.join(known)}")
     try:
-        return cls.from_config(pipe.scheduler.config, **choice.settings)
+        made = cls.from_config(pipe.scheduler.config, **{**_of_flow(pipe.scheduler, known), **choice.settings})
     except (ValueError, TypeError, NotImplementedError) as error:
         raise PresetError("scheduler", str(error).rstrip("."), value=choice.name) from error
+    if _flows(pipe.scheduler) and "prediction_type" in known and not _flows(made):
+        problem = f"the model is of flow matching, and {choice.name} is not made for that"
+        fix = "Take one of FlowMatch..., or one with a setting use_flow_sigmas."
+        raise PresetError("scheduler", problem, fix, value=choice.name)
+    return made
+
+
+def _flows(scheduler: Any) -> bool:
+    """Whether a scheduler has the noise levels of flow matching."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def _of_flow(own: Any, known: Sequence[str]) -> dict[str, Any]:
+    """What a scheduler of flow matching says by other names than a class that has these settings."""
+    if not _flows(own):
+        return {}
+    shift = own.config.get("shift", own.config.get("flow_shift"))
+    told = {"shift": shift, "flow_shift": shift, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return {name: value for name, value in told.items() if name in known and value is not None}
 
 
 def _check_guidance(pipe: Any, preset: Preset, base: str | Path | None) -> None:

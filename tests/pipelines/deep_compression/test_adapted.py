@@ -27,6 +27,16 @@ def test_the_base_with_what_was_trained_and_the_lora_merged(tmp_path, lora):
     assert video.shape == (1, 5, 3, 20, 30) and video.isfinite().all()
 
 
+def test_where_its_parts_go(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", device_map="meta")
+    assert {pipe.transformer.device.type, pipe.vae.device.type, pipe.text_encoder.device.type} == {"meta"}
+    with pytest.raises(AdapterError, match="device_map is 'balanced', give a device"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", device_map="balanced")
+    with pytest.raises(AdapterError, match="load it without quantization_config"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", quantization_config=object())
+
+
 def test_saved_whole_it_is_the_same(tmp_path):
     write_adapter(tmp_path / "adapter")
     pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")

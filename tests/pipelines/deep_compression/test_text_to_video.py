@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from diffusers.hooks.group_offloading import ModuleGroup
 from peft import LoraConfig
 from tiny_dc import DEEP, generate_dc, make_autoencoder, make_dc_pipe, make_dc_transformer, make_text
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule
 from vidaccel.autoencoders import AutoencoderDCV
+from vidaccel.autoencoders.memory import memory_to_decode
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
 
 CLASSES = [DCVideoGenPipeline, DCVideoGenImageToVideoPipeline]
@@ -213,12 +215,19 @@ def test_a_decoding_that_will_not_fit_is_said_before_the_first_step(cls, monkeyp
     monkeypatch.setattr(cls, "_execution_device", torch.device("cuda", 0))
     memory = SimpleNamespace(total_memory=100_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    pipe._canvas(80, 720, 1280)
+    pipe._canvas(80, 720, 1280, 1)
     (message,) = [record.message for record in caplog.records if "Decoding" in record.message]
     assert "Decoding 80 frames of 1280x736 takes about" in message and "call pipe.vae.enable_tiling()" in message
     caplog.clear()
-    memory.total_memory = 10**12
-    pipe._canvas(80, 720, 1280)
+    one = memory_to_decode(pipe.vae, 80, 736, 1280)
+    memory.total_memory = 3 * one // 2
+    pipe._canvas(80, 720, 1280, 1)
+    assert "Decoding" not in caplog.text
+    pipe._canvas(80, 720, 1280, 2)
+    assert "Decoding 2 videos of 80 frames" in caplog.text and "call pipe.vae.enable_slicing()" in caplog.text
+    caplog.clear()
+    pipe.vae.enable_slicing()
+    pipe._canvas(80, 720, 1280, 2)
     assert "Decoding" not in caplog.text
 
 
@@ -321,11 +330,22 @@ def test_lora_is_loaded_and_unloaded(cls, tmp_path):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_groups_are_offloaded(cls):
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_groups_are_offloaded(cls, kind, monkeypatch):
     pipe = make_dc_pipe(cls)
     before = generate_dc(pipe, 6, 30, 40)
-    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type=kind, **blocks)
+    moved, onload = set(), ModuleGroup.onload_
+
+    def noted(group):
+        moved.update(map(id, group.modules))
+        return onload(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", noted)
     assert generate_dc(pipe, 6, 30, 40).equal(before)
+    # All that decodes was moved, though no one calls the forward of the autoencoder.
+    assert {id(module) for module in pipe.vae.decoder.modules() if isinstance(module, torch.nn.Conv3d)} <= moved
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import vidaccel
 from vidaccel import DCVideoGenPipeline
 from vidaccel.pipelines.guidance_free import GuidanceFreeError
 from vidaccel.pipelines.loading import call_arguments
+from vidaccel.pipelines.weight_files import transformer_files
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +218,14 @@ def test_another_base(tmp_path, base, adapter):
     changed.transformer.register_to_config(patch_size=(1, 1, 1))
     with pytest.raises(GuidanceFreeError, match="has other weights"):
         vidaccel.guidance_free(changed, adapter)
+    other.joinpath("transformer/diffusion_pytorch_model.safetensors").rename(
+        other / "transformer/diffusion_pytorch_model.bf16.safetensors"
+    )
+    base_of_variant = tmp_path / "variant"
+    shutil.copytree(base, base_of_variant)
+    folder = base_of_variant / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bf16.safetensors")
+    assert transformer_files(str(base_of_variant)) == transformer_files(str(base)) != transformer_files(str(other))
     unknown = make_pipe()
     with pytest.raises(GuidanceFreeError, match="cannot be told: .* give that folder with base="):
         vidaccel.guidance_free(unknown, adapter)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_wan import make_transformer
 
 import vidaccel
+from vidaccel.pipelines import group_offloading
 from vidaccel.pipelines.guidance_free import GuidanceFreeError
 
 LOGGER = "vidaccel.pipelines.guidance_free.installed"
@@ -93,6 +94,47 @@ def test_half_precision_comes_back_to_the_bit(pipe, adapter):
         made(pipe, 4.0)
         assert not equal(weights(pipe), before)
     assert equal(weights(pipe), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calls_under_autocast(pipe, adapter, dtype):
+    """Nothing is merged in half precision, and what autocast keeps of the weights is not that of another scale."""
+    pipe.transformer.to(dtype)
+    before = weights(pipe)
+    handle = vidaccel.guidance_free(pipe, adapter, merge=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = made(pipe, 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        made(pipe, 5.0)
+        assert torch.equal(made(pipe, 2.0), first)
+        handle.remove()
+        plain = made(pipe)
+    assert equal(weights(pipe), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made(pipe), plain)
+
+
+def test_what_another_device_rounded_otherwise_comes_back(pipe, adapter):
+    """A sum in float64 does not, but for the last bit of what it is rounded to."""
+    before = weights(pipe)
+    handle = vidaccel.guidance_free(pipe, adapter, merge=True)
+    made(pipe)
+    weight = pipe.transformer.blocks[0].attn1.to_q.weight.data
+    weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
+    handle.remove()
+    assert equal(weights(pipe), before)
+
+
+def test_groups_on_a_stream_are_left_alone(pipe, gated, monkeypatch):
+    """The copies from which a stream takes the weights would not have what is merged on the device."""
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    for module in pipe.transformer.modules():
+        if (hook := group_offloading._hook(module)) is not None:
+            monkeypatch.setattr(hook.group, "stream", object(), raising=False)
+    assert any(group_offloading.is_streamed(module) for module in pipe.transformer.modules())
+    installed = vidaccel.guidance_free(pipe, gated)._installed[0]
+    assert "offloaded in groups on a stream" in installed._why_not_merged()
 
 
 def test_a_dtype_that_is_changed_meanwhile(pipe, adapter):

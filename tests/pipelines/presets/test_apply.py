@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from gft_adapters import random_lora, write_adapter
 from gft_calls import loaded, made, saved
 from safetensors.torch import save_file
@@ -119,6 +120,22 @@ def test_linear_layers_in_8_bits_and_back(pipe, adapter, keep):
 def make_quantised(pipe, handle):
     """The same transformer in another pipeline, in which no preset is at work."""
     return make_pipe(transformer=pipe.transformer)
+
+
+def test_another_scheduler_keeps_the_noise_levels_of_the_model(pipe):
+    """Those of flow matching have two names for one number, and others must be told that it is flow matching."""
+    euler, unipc = SchedulerChoice("FlowMatchEulerDiscreteScheduler"), SchedulerChoice("UniPCMultistepScheduler")
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    with vidaccel.apply(pipe, Preset(scheduler=euler)):
+        assert pipe.scheduler.shift == 5.0
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    with vidaccel.apply(pipe, Preset(scheduler=unipc)):
+        config = pipe.scheduler.config
+        assert config.flow_shift == 7.0 and config.use_flow_sigmas and config.prediction_type == "flow_prediction"
+        pipe.scheduler.set_timesteps(5)
+        assert pipe.scheduler.sigmas.max() <= 1
+    with pytest.raises(PresetError, match="the model is of flow matching, and DDIMScheduler is not made for that"):
+        vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice("DDIMScheduler")))
 
 
 def test_refused_before_anything_is_touched(pipe, tmp_path, lora, adapter):
