@@ -34,7 +34,7 @@ def zero_parts(ROWS: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr):
     """An accumulator `[ROWS, D_PAD]` in parts of `WIDTH` columns."""
     parts = ()
     for _ in tl.static_range(D_PAD // WIDTH):
-        parts = parts + (tl.zeros([ROWS, WIDTH], tl.float32),)
+        parts = parts + (tl.zeros([ROWS, WIDTH], tl.float32),)  # type: ignore[assignment]
     return parts
 
 
@@ -45,7 +45,8 @@ def load_parts(like, ptr, rows, stride, inside, D: tl.constexpr, D_PAD: tl.const
     parts = ()
     for i in tl.static_range(D_PAD // WIDTH):
         d = i * WIDTH + tl.arange(0, WIDTH)
-        parts = parts + (load_rows(ptr, rows, stride, inside, d, D, D_PAD, MASKED),)
+        part = load_rows(ptr, rows, stride, inside, d, D, D_PAD, MASKED)
+        parts = parts + (part,)  # type: ignore[assignment]
     return parts
 
 
@@ -60,7 +61,7 @@ def add_products(acc, shrink, p, v, D_PAD: tl.constexpr, ADDED: tl.constexpr):
             part = tl.dot(p.to(v[i].dtype), v[i], moved, input_precision="ieee")
         else:
             part = tl.dot(p.to(v[i].dtype), v[i], moved, max_num_imprecise_acc=ADDED)
-        parts = parts + (part,)
+        parts = parts + (part,)  # type: ignore[assignment]
     return parts
 
 
