@@ -46,8 +46,7 @@ def test_ranks_and_what_a_budget_takes(device, in_torch, count, clusters):
         assert spend.take(flat, order, price, budget).view(rank.shape).equal(wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dim", [16, 40])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 40), (torch.float16, 16)])
 def test_samples_of_clusters(device, in_torch, dtype, dim):
     sizes = sizes_of(2, 3, 300, device=device)
     sizes[..., 100] = 70  # more than a sample
