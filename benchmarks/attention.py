@@ -249,7 +249,7 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
     direction = "backward" if arguments.backward else "forward"
     rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
     made_with = f"{arguments.dtype}, torch {torch.__version__}"
-    if others := {r["made_with"] for r in rows} - {made_with}:
+    if others := {r.get("made_with", "unknown versions") for r in rows} - {made_with}:
         sys.exit(f"{raw} has rows of {', '.join(others)}, not of {made_with}: give another --out, or --fresh.")
     done = {tuple(r[c] for c in ("gpu", "shape", "plan", "wanted", "implementation", "pass")) for r in rows}
     begin = time.perf_counter()

@@ -29,6 +29,7 @@ import gpu_targets
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+ROWS = ("attention.jsonl", "quality.jsonl")  # what two of the scripts go on from
 # Name, what Python runs, and seconds after which it is stopped, None for never. `{out}` is the folder of the results.
 STEPS = (
     ("tests", "-m pytest -q -p no:cacheprovider -m gpu {root}/tests/attention/kernels", 300),
@@ -83,15 +84,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     state = arguments.out / "done.json"
-    done = {} if arguments.fresh or not state.exists() else json.loads(state.read_text())
-    here = machine(arguments.toy)
-    if done and done.get("machine") != here:
-        print(f"{arguments.out} is of {done.get('machine')}: all is measured anew for {here}", flush=True)
-        done = {}
-    if not done:
-        for rows in arguments.out.glob("*.jsonl"):  # what scripts go on from
-            rows.unlink()
-        done["machine"] = here
+    before, here = json.loads(state.read_text()) if state.exists() else {}, machine(arguments.toy)
+    anew = arguments.fresh or before.get("machine") != here
+    if before and anew:
+        print(f"{arguments.out} is of {before.get('machine')}: all is measured anew for {here}", flush=True)
+        for name in ROWS:
+            (arguments.out / name).unlink(missing_ok=True)
+    done = {"machine": here} if anew else before
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if arguments.toy else {})}
     begin = time.perf_counter()
     for name, words, limit in TOY if arguments.toy else STEPS:

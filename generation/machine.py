@@ -133,7 +133,7 @@ def environment(device: torch.device) -> dict[str, str]:
     from .. import __version__
 
     facts = {"vidaccel": __version__, "Python": platform.python_version()}
-    facts.update({name: _version(name) for name in ("torch", "diffusers", "transformers", "triton")})
+    facts.update({name: version_of(name) for name in ("torch", "diffusers", "transformers", "triton")})
     facts["system"] = f"{platform.system()} {platform.machine()}"
     cores = os.cpu_count()
     facts["CPU"] = cpu_words(f", {cores} logical core{'s' if cores != 1 else ''}")
@@ -143,7 +143,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return facts
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -61,7 +61,7 @@ class Process:
             made = make() if self.is_main else None
         finally:
             self.wait()
-        return make() if made is None else made
+        return made if self.is_main else make()  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; every process must call this."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from ...pipelines.weight_files import stated_config, transformer_files
 from ..comparison import MIN_COMPARED
 from ..errors import BadInput, mention
 from ..job import Job, prepare
-from ..machine import environment
+from ..machine import environment, version_of
 from ..outputs import check_writable
 from ..presets import unquantised
 from ..prompts import prompts_with_seeds
@@ -231,16 +230,9 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "device": told.get("GPU", told["CPU"]),
         "torch": torch.__version__,
         "vidaccel": told["vidaccel"],
-        "packages": {name: _version(name) for name in ("diffusers", "transformers", "triton", "torchao")},
+        "packages": {name: version_of(name) for name in ("diffusers", "transformers", "triton", "torchao")},
         "weights": _files(job) if job.pipe is None else _weights(job.pipe),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _files(job: Job) -> str:

@@ -89,7 +89,7 @@ class Applied:
             self._watches.append(watch)
 
     def warming_up(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the block sparse attention is at work in every step; see `Acceleration.warming_up`."""
+        """Inside the block sparse attention is at work in every step; see `Handle.warming_up`."""
         return contextlib.nullcontext() if self.sparse is None else self.sparse.warming_up()
 
     @property
