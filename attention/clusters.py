@@ -78,7 +78,7 @@ def renewed(x: torch.Tensor, clusters: Clusters) -> Clusters:
         mean = x.mean(2, keepdim=True, dtype=torch.float32)
         means, _ = moments(x, mean, in_order(clusters), clusters.sizes, clusters.means)
         return clusters._replace(means=means)
-    return clusters._replace(means=update(x.float(), clusters.labels, clusters.means))
+    return clusters._replace(means=update(x.float(), clusters.labels, clusters.means, clusters.sizes))
 
 
 def for_heads(keys: Clusters, heads: int) -> Clusters:
@@ -109,10 +109,12 @@ def value_variance(v: torch.Tensor, keys: Clusters) -> tuple[torch.Tensor, torch
         return moments(v, v.mean(2, keepdim=True, dtype=torch.float32), in_order(keys), keys.sizes)
     v = v.float()
     centre = v.mean(2, keepdim=True)
-    zeros = torch.zeros_like(keys.means)
-    means = update(v - centre, keys.labels, zeros)
-    squares = update((v - centre).square(), keys.labels, zeros)
-    return means + centre * (keys.sizes > 0).unsqueeze(-1), (squares - means.square()).clamp(min=0).sum(-1)
+    v = v - centre
+    means = update(v, keys.labels, torch.zeros_like(keys.means), keys.sizes)
+    squares = torch.linalg.vecdot(v, v).unsqueeze(-1)
+    squares = update(squares, keys.labels, squares.new_zeros(*keys.sizes.shape, 1), keys.sizes).squeeze(-1)
+    variance = (squares - torch.linalg.vecdot(means, means)).clamp(min=0)
+    return means + centre * (keys.sizes > 0).unsqueeze(-1), variance
 
 
 def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:

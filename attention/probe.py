@@ -11,6 +11,7 @@ from .clusters import Clusters, in_order, with_order
 from .groups import by_group, by_head, group_product
 from .own_kernels import use_kernels
 from .plan import permute
+from .rows import token_rows
 from .runs import cut_segments
 from .threads import each
 
@@ -19,7 +20,9 @@ PIECE = 32  # keys of a cluster that are probed at once
 # give the same error of a call within 1 %.
 SAMPLE = 32
 NUMBERS = 2**25  # of each large table held at once in float32, over the heads that are worked on together
-GROUP = 2**17  # of each table that the CPU works on at once: half a MiB, of the 1 or 2 that a core has as its cache
+# Of each table that the CPU works on at once: 2 MiB. Pieces that fit a core's own cache are no faster alone, and on two
+# threads wait for one another's turn in Python: 2**17 takes 1.3 times as long.
+GROUP = 2**19
 ALIKE = 0.85  # clusters that are probed together on the CPU: the size of the smallest over that of the largest
 
 
@@ -64,15 +67,16 @@ def probe(
     # By head of k and v, with a second dimension for the query heads that share it. Key clusters come before those of
     # queries, because they are filled in cluster by cluster: rows of memory as long as possible.
     dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
-    pairs = k.new_zeros(batch * heads, group, clusters + room, count + room, 2 * dim, dtype=dtype)
+    pairs = k.new_empty(batch * heads, group, clusters + room, count + room, 2 * dim, dtype=dtype)
+    for rim in (pairs[:, :, clusters:], pairs[:, :, :, count:]):
+        rim.zero_()
     shape = (batch * heads, group, clusters, count)
     made = _Tables(pairs, *(k.new_full(shape, fill, dtype=torch.float32) for fill in (-torch.inf, -torch.inf, 0.0)))
     order = in_order(keys)
     starts = (keys.sizes.cumsum(-1) - keys.sizes).flatten(0, 1)
     q = by_group(q_means.float(), heads).flatten(0, 1) * scale
     if on_the_host(k.device):
-        flat = [x.flatten(0, 1) for x in (k, v, order, keys.sizes)]
-        _probe_by_size(q, flat[0], flat[1], flat[2], starts, flat[3], made)
+        _probe_by_size(q, k, v, order, starts, keys.sizes.flatten(0, 1), made)
     else:
         pairs = permute(torch.cat([k, v], -1), order).flatten(0, 1)
         first, length, owner = cut_segments(starts, keys.sizes.flatten(0, 1), tokens, PIECE)
@@ -121,34 +125,37 @@ def _probe_by_size(
     """All heads, clusters of like size together, in float32: two batched products for each such group.
 
     Args:
-        q: `[G, S * Cq, D]` scaled, of the S query heads that share each head of k and v, `[G, N, D]`.
-        order: `[G, N]`, tokens sorted by cluster.
+        q: `[G, S * Cq, D]` scaled, of the S query heads that share each of the G heads of k and v.
+        k, v: `[B, Hkv, N, D]`.
+        order: `[B, Hkv, N]`, tokens sorted by cluster.
         starts, sizes: `[G, Ck]`.
         made: to be filled.
     """
     heads, rows, dim = q.shape
-    clusters, tokens, shared, count = sizes.shape[-1], k.shape[1], made.log_mass.shape[1], made.log_mass.shape[-1]
-    first_of_head = tokens * torch.arange(heads).unsqueeze(-1)
-    token, first = (order + first_of_head).flatten(), (starts + first_of_head).flatten()
-    k, v, sizes = k.flatten(0, 1), v.flatten(0, 1), sizes.flatten()
+    clusters, tokens, shared, count = sizes.shape[-1], k.shape[2], made.log_mass.shape[1], made.log_mass.shape[-1]
+    sources = []  # rows of k and of v, and which of them the tokens in order are
+    for x in (k, v):
+        of_tokens, first, step = token_rows(x)
+        sources.append((of_tokens, (order * step + first).flatten()))
+    first, sizes = (starts + tokens * torch.arange(heads).unsqueeze(-1)).flatten(), sizes.flatten()
     by_size = sizes.argsort()
     table = made.pairs.flatten(0, 2)[:, :count]
     numbers = [x.flatten(0, 2) for x in made[1:]]
+    empty = (sizes == 0).nonzero().squeeze(-1)
+    made.pairs[empty // clusters, :, empty % clusters] = 0.0
 
     def work(of_size: slice) -> None:
         group = by_size[of_size]
         offsets = torch.arange(int(sizes[group[-1]]))
         outside = offsets >= sizes[group].unsqueeze(-1)
         places = (first[group].unsqueeze(-1) + offsets).clamp(max=heads * tokens - 1)
-        members = token[places.flatten()]
-        some = torch.cat([x.index_select(0, members).float() for x in (k, v)], -1).view(*places.shape, 2 * dim)
+        some = torch.cat([x.index_select(0, row[places.flatten()]).float() for x, row in sources], -1)
+        some = some.view(*places.shape, 2 * dim)
         head, cluster = group // clusters, group % clusters
         queries = q.index_select(0, head)
-        scores = torch.baddbmm(
-            some.new_zeros(places.shape).masked_fill_(outside, -torch.inf).unsqueeze(1),
-            queries,
-            some[..., :dim].transpose(1, 2),
-        )
+        scores = queries @ some[..., :dim].transpose(1, 2)
+        least = int(sizes[group[0]])  # no cluster lacks the keys before it
+        scores[..., least:].masked_fill_(outside[:, least:].unsqueeze(1), -torch.inf)
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
@@ -185,7 +192,7 @@ def _numbers(
     the dtype of the keys.)
     """
     key, value = means.float().split(q.shape[-1], -1)
-    return log_mass, log_mass - torch.linalg.vecdot(q, key), torch.linalg.vecdot(value, value)
+    return log_mass, log_mass - torch.linalg.vecdot(q, key), torch.linalg.vector_norm(value, dim=-1).square()
 
 
 def _probe_pieces(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..gradients import wants_gradient
 from ..groups import by_group, by_head, dense_attention, repeat_heads
 from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
+from ..rows import token_rows
 from ..threads import each
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 MAX_TILE_ROWS = 256
 THREADS_PAY = 2**13  # pairs of a tile
-FEW_ROWS = 192  # below it torch's CPU kernel works on 32 rows at a time, which halves the speed of its matrix products
+FEW_ROWS = 192  # below it torch's CPU kernel works on 32 rows at a time
 
 
 class GatherBackend(Backend):
@@ -44,7 +47,9 @@ class GatherBackend(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        queries = permute(q, plan.q_order)
+        recorded = wants_gradient(q, k, v)
+        # What is recorded for gradients takes few large operations; else each tile reads and writes in place.
+        queries = permute(q, plan.q_order) if recorded else q
         pairs = permute(torch.cat([k, v], -1), plan.kv_order)
         batch, heads = plan.run_start.shape[:2]
         if heads == 1 and plan.skipped is not None:  # stand-ins of each query head go in front of its keys
@@ -58,23 +63,66 @@ class GatherBackend(Backend):
             for h in range(heads):
                 of_q, of_kv = (slice(None) if heads == 1 else slice(at, at + 1) for at in (h, h // group))
                 some, others = queries[batch_slice, of_q], pairs[batch_slice, of_kv]
-                entries.append(_Tiles(some, others, k.shape[-1], plan, bias, b, h))
-        work = [(entry, tile) for entry in entries for tile in entry.tiles]
+                entries.append((_Tiles(some, others, k.shape[-1], plan, bias, b, h), batch_slice, of_q))
+        if recorded:
+            rows = [_join([e.attend(tile, None, scale, return_lse) for tile in e.tiles], 2) for e, _, _ in entries]
+            out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
+            out = unpermute(out, plan.q_order)
+            return out, None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order).squeeze(-1)
+        places = _Places(q, v.shape[-1], plan.q_order, return_lse)
+        work = [(*entry, tile) for entry in entries for tile in entry[0].tiles]
 
-        def attend(piece: tuple[_Tiles, int]) -> Result:
-            return piece[0].attend(piece[1], scale, return_lse)
+        def attend(piece: tuple[_Tiles, slice, slice, int]) -> None:
+            entry, of_batch, of_heads, tile = piece
+            start = entry.starts[tile]
+            at = places.index[of_batch, of_heads, start : start + entry.lengths[tile]]
+            places.put(at, *entry.attend(tile, places.take(at), scale, return_lse))
 
-        if q.device.type == "cpu" and not wants_gradient(q, pairs):
-            parts = iter(each(attend, work, small=_tiles_are_small(q, plan, len(work))))
+        if q.device.type == "cpu":
+            each(attend, work, small=_tiles_are_small(q, plan, len(work)))
         else:
-            parts = map(attend, work)
-        rows = [_join(list(itertools.islice(parts, len(entry.tiles))), 2) for entry in entries]
-        out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
-        return unpermute(out, plan.q_order), None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order)[..., 0]
+            for piece in work:
+                attend(piece)
+        return places.out, places.lse
 
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 """Output `[B', H', rows, D]` and, where asked for, log-sum-exp `[B', H', rows]`."""
+
+
+class _Places:
+    """Queries and outputs where the model has them: a tile reads and writes its own rows, on its own thread.
+
+    Args:
+        q: `[B, H, N, D]`. width: channels of the output. order: `[1|B, 1|H, N]` of the queries, or None.
+    """
+
+    def __init__(self, q: torch.Tensor, width: int, order: torch.Tensor | None, return_lse: bool) -> None:
+        self._queries, first, step = token_rows(q)
+        order = torch.arange(q.shape[2], device=q.device) if order is None else order
+        self.index = order * step + first
+        """Rows of the queries in the order of the plan, `[B, H, N]`."""
+        self.out = self._like(q, step, q.dtype, width)
+        self.lse = self._like(q, step, torch.float32) if return_lse else None
+        self._outputs = token_rows(self.out)[0]
+        self._sums = None if self.lse is None else token_rows(self.lse)[0]
+
+    @staticmethod
+    def _like(q: torch.Tensor, step: int, dtype: torch.dtype, *width: int) -> torch.Tensor:
+        """`[B, H, N, *width]`, tokens and heads in memory as the rows of q are."""
+        batch, heads, tokens, _ = q.shape
+        if step == 1:
+            return q.new_empty(batch, heads, tokens, *width, dtype=dtype)
+        return q.new_empty(batch, tokens, heads, *width, dtype=dtype).transpose(1, 2)
+
+    def take(self, at: torch.Tensor) -> torch.Tensor:
+        """The queries at some of `index`, `[B', H', rows]`."""
+        return self._queries.index_select(0, at.flatten()).view(*at.shape, -1)
+
+    def put(self, at: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        self._outputs.index_copy_(0, at.flatten(), out.reshape(at.numel(), -1))
+        if self._sums is not None and lse is not None:
+            self._sums.index_copy_(0, at.flatten(), lse.flatten())
 
 
 def _join(results: list[Result], dim: int) -> Result:
@@ -124,7 +172,8 @@ class _Tiles:
     """The tiles of plan entry `(b, h)`.
 
     Args:
-        q: `[B', H', n_q, D]`. pairs: keys and values side by side, `[B', H'kv, n_kv, D + Dv]`. Both permuted.
+        q: `[B', H', n_q, D]`. pairs: keys and values side by side, `[B', H'kv, n_kv, D + Dv]`; both permuted, q only
+            where gradients are recorded.
         key_width: D.
         bias: `plan.stand_in_bias()`, where it has stand-ins; made once for all entries.
     """
@@ -150,10 +199,10 @@ class _Tiles:
         runs = [self._runs(tile) for tile in range(len(self.starts))] if self.grad else []
         self.gathered = _GatherTiles.apply(pairs, runs) if self.grad else ()
         # One split, whose gradient is one concatenation: that of a slice is as large as q, and there are many.
-        self.rows = dict(self._pieces())
+        self.rows = dict(self._pieces()) if self.grad else {}
 
-    def attend(self, tile: int, scale: float, return_lse: bool) -> Result:
-        """The rows of a tile that is not empty."""
+    def attend(self, tile: int, queries: torch.Tensor | None, scale: float, return_lse: bool) -> Result:
+        """The rows of a tile that is not empty, `queries [B', H', rows, D]`; with gradients those that are kept."""
         start, length, runs = self.starts[tile], self.lengths[tile], self._runs(tile)
         if not runs and not self.extra:
             shape = (*self.q.shape[:2], length)
@@ -161,11 +210,11 @@ class _Tiles:
             return self.q.new_zeros(*shape, self.pairs.shape[-1] - self.key_width), lse
         pairs, bias = self._gather(tile, runs)
         keys, values = pairs[..., : self.key_width], pairs[..., self.key_width :]
-        results = [
-            _attend(self.rows[row], keys, values, bias, scale, return_lse)
-            for row in range(start, start + length, MAX_TILE_ROWS)
-        ]
-        return _join(results, 2)
+        if queries is None:
+            pieces = [self.rows[row] for row in range(start, start + length, MAX_TILE_ROWS)]
+        else:
+            pieces = list(queries.split(MAX_TILE_ROWS, 2))
+        return _join([_attend(piece, keys, values, bias, scale, return_lse) for piece in pieces], 2)
 
     def _runs(self, tile: int) -> list[tuple[int, int]]:
         """Start and length of the runs of a tile that are not empty."""
@@ -231,9 +280,12 @@ def _attend(
     """Dense attention of one tile on its keys, of which the first ones may have a bias."""
     one_head = q.shape[0] * q.shape[1] == 1  # else the scores of all heads would be too much memory
     exact = q.dtype in (torch.float32, torch.float64)  # half precision would need copies
-    small = q.device.type == "cpu" and q.shape[2] < FEW_ROWS and one_head and exact
-    if not return_lse and bias is None and not small:
+    small = q.device.type == "cpu" and q.shape[2] < FEW_ROWS and one_head and exact and _few_rows_are_slow()
+    if not return_lse and not small and bias is None:
         return dense_attention(q, k, v, scale), None
+    if not return_lse and not small and exact and q.device.type == "cpu":
+        mask = F.pad(bias.to(q.dtype), (0, k.shape[2] - bias.shape[-1]))  # one row for all, which is never expanded
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
     wide, heads = torch.promote_types(q.dtype, torch.float32), q.shape[1]
     scores = (by_group(q, k.shape[1]).to(wide) * scale) @ k.to(wide).transpose(-1, -2)
     if bias is not None:
@@ -242,6 +294,16 @@ def _attend(
         return by_head((torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype), heads), None
     out, lse = attend_scores(scores, v.to(wide))
     return by_head(out.to(q.dtype), heads), by_head(lse.float(), heads)
+
+
+@functools.cache
+def _few_rows_are_slow() -> bool:
+    """Whether products of 32 rows at a time cost more than the scores of all rows do as memory.
+
+    On an EPYC they take twice as long as those of all rows; on a Xeon with AVX-512 as long, and the kernel is then
+    1.2 times as fast as its operations one by one.
+    """
+    return torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 def _cut_out(x: torch.Tensor, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
