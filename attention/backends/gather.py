@@ -120,7 +120,7 @@ class _Places:
         return self._queries.index_select(0, at.flatten()).view(*at.shape, -1)
 
     def put(self, at: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-        self._outputs.index_copy_(0, at.flatten(), out.reshape(at.numel(), -1))
+        self._outputs.index_copy_(0, at.flatten(), out.reshape(at.numel(), -1).to(self.out.dtype))
         if self._sums is not None and lse is not None:
             self._sums.index_copy_(0, at.flatten(), lse.flatten())
 

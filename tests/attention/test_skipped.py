@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG2, BlockPlan, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import METHODS, PlanMemory
+from vidaccel.attention.backends import gather
 from vidaccel.attention.skipped import SkippedClusters
 
 LAYOUT = VideoLayout(4, 6, 6)
@@ -160,9 +161,14 @@ def test_gradients_reach_the_queries_through_both_parts():
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-@pytest.mark.parametrize("backend", ["gather", "masked"])
-def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters(backend, own):
+@pytest.mark.parametrize(
+    ("backend", "slow"),
+    [("gather", False), ("gather", True), ("masked", False)],
+    ids=["gather", "gather where few rows are slow", "masked"],
+)
+def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters(backend, slow, own, monkeypatch):
     """Tables for all tiles or for each; a tile that reads no token, one that skips nothing, clusters without any."""
+    monkeypatch.setattr(gather, "_few_rows_are_slow", lambda: slow)
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 2, 3, 90, 16, generator=generator, dtype=torch.float64)
     q_sizes = torch.tensor([40, 0, 3, 46, 1]).expand(2, 3, -1)
