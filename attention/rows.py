@@ -1,4 +1,4 @@
-"""Tokens of all heads as the rows of one matrix, which torch moves whole: several times faster than number by number."""
+"""Tokens of all heads as the rows of one matrix, which torch moves whole and so several times faster."""
 
 from __future__ import annotations
 
