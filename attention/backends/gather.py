@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,27 +47,27 @@ class GatherBackend(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        recorded = wants_gradient(q, k, v)
-        # What is recorded for gradients takes few large operations; else each tile reads and writes in place.
-        queries = permute(q, plan.q_order) if recorded else q
+        # Elsewhere an operation for each tile costs more than the passes over q and the output that it saves.
+        in_place = q.device.type == "cpu" and not wants_gradient(q, k, v)
+        queries = q if in_place else permute(q, plan.q_order)
         pairs = permute(torch.cat([k, v], -1), plan.kv_order)
         batch, heads = plan.run_start.shape[:2]
         if heads == 1 and plan.skipped is not None:  # stand-ins of each query head go in front of its keys
             pairs = repeat_heads(pairs, q.shape[1])
         group = q.shape[1] // pairs.shape[1]
         bias = None if plan.skipped is None else plan.stand_in_bias()
-        entries = []
+        entries, scratch = [], _Scratch()
         for b in range(batch):
             # A plan for all batch entries or heads is computed for all of them in one call.
             batch_slice = slice(None) if batch == 1 else slice(b, b + 1)
             for h in range(heads):
                 of_q, of_kv = (slice(None) if heads == 1 else slice(at, at + 1) for at in (h, h // group))
                 some, others = queries[batch_slice, of_q], pairs[batch_slice, of_kv]
-                entries.append((_Tiles(some, others, k.shape[-1], plan, bias, b, h), batch_slice, of_q))
-        if recorded:
+                entries.append((_Tiles(some, others, k.shape[-1], plan, bias, b, h, scratch), batch_slice, of_q))
+        if not in_place:
             rows = [_join([e.attend(tile, None, scale, return_lse) for tile in e.tiles], 2) for e, _, _ in entries]
             out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
-            out = unpermute(out, plan.q_order)
+            out = unpermute(out, plan.q_order).to(q.dtype)  # autocast may have made it another
             return out, None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order).squeeze(-1)
         places = _Places(q, v.shape[-1], plan.q_order, return_lse)
         work = [(*entry, tile) for entry in entries for tile in entry[0].tiles]
@@ -78,11 +78,7 @@ class GatherBackend(Backend):
             at = places.index[of_batch, of_heads, start : start + entry.lengths[tile]]
             places.put(at, *entry.attend(tile, places.take(at), scale, return_lse))
 
-        if q.device.type == "cpu":
-            each(attend, work, small=_tiles_are_small(q, plan, len(work)))
-        else:
-            for piece in work:
-                attend(piece)
+        each(attend, work, small=_tiles_are_small(q, plan, len(work)))
         return places.out, places.lse
 
 
@@ -123,6 +119,20 @@ class _Places:
         self._outputs.index_copy_(0, at.flatten(), out.reshape(at.numel(), -1).to(self.out.dtype))
         if self._sums is not None and lse is not None:
             self._sums.index_copy_(0, at.flatten(), lse.flatten())
+
+
+class _Scratch(threading.local):
+    """The memory of a thread that all copies of keys and values go through: new memory for each costs more than it."""
+
+    def __init__(self) -> None:
+        self._numbers: torch.Tensor | None = None
+
+    def of(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """Uninitialised, until the next call on this thread."""
+        count = math.prod(shape)
+        if self._numbers is None or self._numbers.numel() < count:
+            self._numbers = like.new_empty(count + count // 4)  # so that tiles of rising size take new memory few times
+        return self._numbers[:count].view(shape)
 
 
 def _join(results: list[Result], dim: int) -> Result:
@@ -173,9 +183,13 @@ class _Tiles:
 
     Args:
         q: `[B', H', n_q, D]`. pairs: keys and values side by side, `[B', H'kv, n_kv, D + Dv]`; both permuted, q only
-            where gradients are recorded.
+            where it is not read in place.
         key_width: D.
         bias: `plan.stand_in_bias()`, where it has stand-ins; made once for all entries.
+        scratch: that all entries share.
+
+    Raises:
+        ValueError: the tiles do not cover the queries.
     """
 
     def __init__(
@@ -187,22 +201,40 @@ class _Tiles:
         bias: torch.Tensor | None,
         b: int,
         h: int,
+        scratch: _Scratch,
     ) -> None:
         self.q, self.pairs, self.key_width = q, pairs, key_width
         self.stand_ins = None if bias is None else _StandIns(plan, bias, b, h, pairs.dtype)
         self.starts, self.lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
         self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
+        if sum(self.lengths) != q.shape[2]:
+            raise ValueError(
+                f"the tiles of the plan hold {sum(self.lengths)} of the {q.shape[2]} queries: they must cover all of "
+                "them (BlockPlan.validate says where they do not)."
+            )
         self.tiles = [tile for tile, length in enumerate(self.lengths) if length]
         self.extra = 0 if self.stand_ins is None else self.stand_ins.count
         self.grad = wants_gradient(q, pairs)
-        self.own = threading.local()
+        self.scratch = scratch
         runs = [self._runs(tile) for tile in range(len(self.starts))] if self.grad else []
         self.gathered = _GatherTiles.apply(pairs, runs) if self.grad else ()
-        # One split, whose gradient is one concatenation: that of a slice is as large as q, and there are many.
-        self.rows = dict(self._pieces()) if self.grad else {}
+
+    @functools.cached_property
+    def rows(self) -> dict[int, torch.Tensor]:
+        """The queries that are worked on at once, by the first of them.
+
+        One split, whose gradient is one concatenation: that of a slice is as large as q, and there are many.
+        """
+        firsts = [
+            row
+            for start, length in zip(self.starts, self.lengths, strict=True)
+            for row in range(start, start + length, MAX_TILE_ROWS)
+        ]
+        sizes = [after - first for first, after in itertools.pairwise([*firsts, self.q.shape[2]])]
+        return dict(zip(firsts, self.q.split(sizes, 2), strict=True))
 
     def attend(self, tile: int, queries: torch.Tensor | None, scale: float, return_lse: bool) -> Result:
-        """The rows of a tile that is not empty, `queries [B', H', rows, D]`; with gradients those that are kept."""
+        """The rows of a tile that is not empty, `queries [B', H', rows, D]`, or those of q where it is permuted."""
         start, length, runs = self.starts[tile], self.lengths[tile], self._runs(tile)
         if not runs and not self.extra:
             shape = (*self.q.shape[:2], length)
@@ -220,16 +252,6 @@ class _Tiles:
         """Start and length of the runs of a tile that are not empty."""
         return [(s, n) for s, n in zip(self.run_starts[tile], self.run_lengths[tile], strict=True) if n > 0]
 
-    def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The queries that are worked on at once, by the first of them."""
-        firsts = [
-            row
-            for start, length in zip(self.starts, self.lengths, strict=True)
-            for row in range(start, start + length, MAX_TILE_ROWS)
-        ]
-        sizes = [after - first for first, after in itertools.pairwise([*firsts, self.q.shape[2]])]
-        return zip(firsts, self.q.split(sizes, 2), strict=True)
-
     def _gather(self, tile: int, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values of a tile, a view where there is one run, else a copy; and the bias of the stand-ins."""
         parts = (self.gathered[tile],) if self.gathered else _cut_out(self.pairs, runs)
@@ -240,14 +262,8 @@ class _Tiles:
         if self.grad or len(parts) == 1:
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2), bias
         total = self.extra + sum(length for _, length in runs)
-        return torch.cat(parts, 2, out=self._buffer()[:, :, :total]), bias
-
-    def _buffer(self) -> torch.Tensor:
-        """The memory of this thread that all copies go through: new memory for each costs more than the copy."""
-        if not hasattr(self.own, "buffer"):
-            longest = self.extra + max(map(sum, self.run_lengths))
-            self.own.buffer = self.pairs.new_empty(*self.pairs.shape[:2], longest, self.pairs.shape[-1])
-        return self.own.buffer
+        copy = self.scratch.of(self.pairs, *self.pairs.shape[:2], total, self.pairs.shape[-1])
+        return torch.cat(parts, 2, out=copy), bias
 
 
 class _GatherTiles(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from ...attention.heads import HeadShare
 from ...attention.records import CallRecord
 
 UNEVEN = 1.05  # the pairs of the busiest process over the mean of all, above which heads change places,
+CALLS = 8  # that are remembered
 WORTHWHILE = 1.02  # if that lowers them by this factor
 
 
@@ -36,7 +38,8 @@ class RankHeads(HeadShare):
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None  # the order and its inverse, on the device
         first = dist.get_rank(group) * self.most
         self.own = slice(first, min(first + self.most, count))
-        self._taken: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []  # pairs of each head, on the host
+        # Pairs of each head, on the host, of the last calls: a step has one or two, and not every method asks for them.
+        self._taken: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque(maxlen=CALLS)
 
     def total(self, heads: int) -> int:
         return self.count
@@ -88,7 +91,7 @@ class RankHeads(HeadShare):
             if event is not None:
                 event.synchronize()
             pairs = [old + new for old, new in zip(pairs, more.tolist(), strict=True)]
-        self._taken = []
+        self._taken.clear()
         now = _busiest(pairs, range(self.count) if self.order is None else self.order, self.most)
         if now * self.ranks <= UNEVEN * sum(pairs):
             return self

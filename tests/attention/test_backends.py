@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plans import clusters, masked_attention, uniform
@@ -7,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel import BlockPlan, sparse_attention
 from vidaccel.attention import BACKENDS
-from vidaccel.attention.backends import Request, pick, refusal, runs_somehow
+from vidaccel.attention.backends import Request, gather, pick, refusal, runs_somehow
 from vidaccel.attention.backends.base import AS_INPUTS
 
 SPARSE = [
@@ -244,6 +246,37 @@ class TestPick:
     def test_every_backend_describes_itself(self):
         for backend in BACKENDS.values():
             assert "head_dim" in backend.describe() and backend.summary
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+def test_under_autocast_the_output_has_the_dtype_of_the_queries(backend, grad):
+    q, k, v = (x.requires_grad_(grad) for x in tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse_attention(q, k, v, PLANS["ragged"]()[0], backend=backend).dtype == torch.float32
+
+
+def test_gather_keeps_no_more_copies_of_keys_than_threads(monkeypatch):
+    """However many heads have tiles of their own: in long videos each is a share of k and v."""
+    made = []
+    new = gather._Scratch.of
+
+    def of(self, like, *shape):
+        made.append((new(self, like, *shape).untyped_storage().data_ptr(), self))
+        return new(self, like, *shape)
+
+    monkeypatch.setattr(gather._Scratch, "of", of)
+    q, k, v = (torch.randn(2, 6, N, D) for _ in range(3))
+    plan, _ = clusters(2, 6, N, N, 3, 20)
+    sparse_attention(q, k, v, plan, backend="gather")
+    assert len(made) > 24 and len({id(scratch) for _, scratch in made}) == 1
+
+
+def test_tiles_that_leave_queries_out_are_refused():
+    plan = PLANS["uniform"]()[0]
+    short = replace(plan, tile_len=plan.tile_len - 1)
+    with pytest.raises(ValueError, match="the tiles of the plan hold 145 of the 150 queries"):
+        sparse_attention(*tokens(), short, backend="gather")
 
 
 @pytest.mark.parametrize(
