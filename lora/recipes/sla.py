@@ -14,13 +14,24 @@ from ...attention import SLA, DenseSchedule
 from ...attention.backends import check_backend
 from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.families import find_transformers
-from ...pipelines.acceleration.sla_weights import TrainedSLA, add_projections, names_in, write_config
+from ...pipelines.acceleration.sla_weights import (
+    CONFIG,
+    SLAError,
+    TrainedSLA,
+    add_projections,
+    names_in,
+    read_config,
+    write_config,
+)
+from ...pipelines.weight_files import stated_config, transformer_file, transformer_files, transformer_tensors
 from ..adapter import without_lora
 from ..backbones.base import Text
+from ..backbones.folders import located
 from ..checkpoint import replaced
 from ..config import ConfigError
 from ..fsdp import DTYPES
 from ..generators import Generators
+from ..lora_file import read_facts
 from ..sparse_training import check_takes_sparse
 from .base import Batch, Phase, load_trained
 from .lora import FlowLora, TrainLora
@@ -34,8 +45,58 @@ class TrainSLA(TrainLora):
     config: SLASettings
     method: SLA
 
+    def _check_start(self, start: str) -> None:
+        """Raise ConfigError where what the training is to go on from is of another model, or does something else."""
+        setting, base, part = "sla.start", self.backbone.base, self.backbone.part
+        try:
+            trained = read_config(located(start, setting), part)
+        except SLAError as error:
+            raise ConfigError(f"{setting}: {error}") from error
+        if trained is None:
+            raise ConfigError(
+                f"{setting}: the {part} of {start} was not trained for SLA: leave it out, or give another."
+            )
+        if trained.base_hash and trained.base_hash != transformer_files(base, part):
+            raise ConfigError(
+                f"{setting}: {start} was trained from {trained.base}, and {self.config.model.base} has other weights: "
+                "give the base that it was trained from."
+            )
+        if stated_config(start, part) != stated_config(base, part):
+            raise ConfigError(
+                f"{setting}: the {part} of {start} has another config than {self.config.model.base}: give one of it."
+            )
+        self._check_goes_on(trained, setting)
+
+    def _check_goes_on(self, trained: TrainedSLA, setting: str) -> None:
+        """Raise ConfigError where projections would be read as something that they are not.
+
+        Density and blocks may change, which is what one goes on for.
+        """
+        sla = self.config.sla
+        matters = ("linear_scope",) if sla.linear_scope == "none" else ("linear_scope", "feature_map")
+        for name in matters:
+            given, wanted = getattr(sla, name), getattr(trained, name)
+            if given != wanted:
+                raise ConfigError(f"{setting} was trained with {name} {wanted}, and sla.{name} is {given}: set that.")
+        if sla.dense_layers < trained.dense_layers:
+            raise ConfigError(
+                f"sla.dense_layers is {sla.dense_layers}, but in {setting} the first {trained.dense_layers} layers "
+                "stayed dense: set that, or more."
+            )
+
+    def earlier(self, location: str, setting: str, recipe: str) -> dict[str, torch.Tensor]:
+        facts = read_facts(location, setting)
+        if facts.get("recipe") == recipe:
+            self._check_goes_on(TrainedSLA.stated(facts.get("sla"), location), setting)
+        return super().earlier(location, setting, recipe)
+
     def phases(self) -> list[Phase]:
         return [SparseLinear(self)]
+
+    def inputs(self) -> dict[str, str]:
+        start = self.config.sla.start
+        own = {} if start is None else {"sla.start": transformer_files(start, self.backbone.part)}
+        return {**super().inputs(), **own}
 
     @property
     def trains_all(self) -> bool:
@@ -72,6 +133,14 @@ class TrainSLA(TrainLora):
             raise ConfigError(
                 f"sla.train is full, and all weights of a {type(skeleton).__name__} cannot be written: set it to lora."
             )
+        base, part = self.backbone.base, self.backbone.part
+        if transformer_file(base, CONFIG, part) is not None:
+            raise ConfigError(
+                f"model.base: the {part} of {self.config.model.base} was trained for SLA, and has no dense attention "
+                "to learn from: give the model that it was trained from, and this one as sla.start."
+            )
+        if self.config.sla.start is not None:
+            self._check_start(self.config.sla.start)
         layers = self._sites(skeleton)
         if layers and self.config.sla.dense_layers >= len(layers):
             raise ConfigError(
@@ -101,7 +170,20 @@ class TrainSLA(TrainLora):
         if self.method.needs_weights:
             add_projections(self._sparse(transformer), self.backbone.config["attention_head_dim"])
         load_trained(transformer, self.start)
+        if self.config.sla.start is not None:
+            self._load_start(transformer, self.config.sla.start)
         return transformer
+
+    def _load_start(self, transformer: nn.Module, start: str) -> None:
+        """The weights that the training goes on from: read anew each time, since they are as large as the model."""
+        names = {name for name, _ in transformer.named_parameters()}
+        tensors = transformer_tensors(start, names.__contains__, self.backbone.part)
+        missing = sorted(names - set(tensors))
+        if missing:
+            raise ConfigError(
+                f"sla.start: {start} lacks {len(missing)} weights, such as {missing[0]}: give a whole one."
+            )
+        load_trained(transformer, tensors)
 
     def trained_sla(self) -> TrainedSLA:
         """What the result was trained for."""

@@ -16,6 +16,8 @@ class SparseLinearSettings(Settings):
 
     Args:
         train: "full" trains all weights; "lora" a LoRA. The projections of SLA are trained as they are with both.
+        start: folder or hub id of a pipeline trained for SLA to go on from, at any density; the dense teacher stays
+            `model.base`, which is where None starts. A LoRA is gone on from by `lora.start`.
         loss: "white_box" regresses the velocity of the frozen dense model, for the same text; "flow" is flow matching.
         topk: share of the key blocks that each query block reads; of each of `data.sizes` at least one block.
         block_q, block_k: tokens of a query block and of a key block.
@@ -30,6 +32,7 @@ class SparseLinearSettings(Settings):
     """
 
     train: Literal["full", "lora"] = "full"
+    start: str | None = setting(None, free=True)
     loss: Literal["white_box", "flow"] = "white_box"
     topk: float = setting(0.1, above=0, high=1)
     block_q: int = setting(64, low=1)
@@ -43,6 +46,8 @@ class SparseLinearSettings(Settings):
     backend: str = setting("auto", free=True)
 
     def check(self) -> Iterator[str]:
+        if self.start is not None and self.train == "lora":
+            yield f'start is {self.start}, of use only with train "full": go on from a LoRA with lora.start.'
         if self.skip is not None and self.linear_scope != "marginal":
             yield f'skip is {self.skip:g}, of use only with linear_scope "marginal": leave it out.'
 

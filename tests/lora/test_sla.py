@@ -258,9 +258,62 @@ def test_a_lora_is_gone_on_from(tmp_path, text_base):
     assert all(torch.allclose(named[name], value, atol=1e-6) for name, value in trained.items())
 
 
+def test_all_weights_are_gone_on_from_at_another_density(tmp_path, text_base):
+    first = run("sla", settings(tmp_path, text_base))["pipeline"]
+    further = settings(tmp_path / "further", text_base, sla={"start": first, "topk": 0.67})
+    named = dict(recipe(further).transformer().named_parameters())
+    trained = load_file(tmp_path / "run" / "phases" / "train.safetensors")
+    assert all(torch.equal(named[name], value) for name, value in trained.items())
+    teacher = recipe(further).backbone.transformer().state_dict()
+    base = WanPipeline.from_pretrained(text_base).transformer.state_dict()
+    assert all(torch.equal(teacher[name], value) for name, value in base.items())
+    result = read_config(run("sla", further)["pipeline"])
+    assert (result.blocks, result.base) == ({TOKENS: 2}, read_config(first).base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"sla": {"linear_scope": "none"}},
+            "sla.start was trained with linear_scope all, and sla.linear_scope is none",
+        ),
+        ({"sla": {"feature_map": "elu"}}, "sla.start was trained with feature_map softmax"),
+        ({"sla": {"start": "BASE"}}, "was not trained for SLA: leave it out, or give another"),
+        ({"sla": {"start": "nowhere at all"}}, "sla.start: nowhere at all is no folder here"),
+        ({"sla": {"start": None}, "model": {"base": "TRAINED"}}, "was trained for SLA, and has no dense attention"),
+        ({"model": {"base": "OTHER"}}, "has other weights: give the base that it was trained from"),
+    ],
+)
+def test_what_cannot_be_gone_on_from(tmp_path, text_base, changes, words):
+    first = run("sla", settings(tmp_path, text_base))["pipeline"]
+    other = WanPipeline.from_pretrained(text_base)
+    torch.nn.init.normal_(other.transformer.proj_out.weight)
+    other.save_pretrained(tmp_path / "other")
+    places = {"BASE": str(text_base), "TRAINED": first, "OTHER": str(tmp_path / "other")}
+    file = settings(tmp_path / "further", text_base, sla={"start": first})
+    content = json.loads(file.read_text())
+    for section, values in changes.items():
+        content[section] |= {name: places.get(value, value) for name, value in values.items()}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=words):
+        run("sla", file)
+    assert not (tmp_path / "further" / "run").exists()
+
+
+def test_a_lora_with_another_feature_map_is_not_gone_on_from(tmp_path, text_base):
+    first = run("sla", settings(tmp_path, text_base, "lora"))
+    start = {"start": first["lora"], "rank": 2}
+    with pytest.raises(
+        ConfigError, match=r"lora\.start was trained with feature_map softmax, and sla\.feature_map is elu"
+    ):
+        run("sla", settings(tmp_path / "further", text_base, "lora", lora=start, sla={"feature_map": "elu"}))
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("sla.start=runs/other\nsla.train=lora", 'start is runs/other, of use only with train "full"'),
         ("sla.topk=0", "topk is 0.0: it must be above 0"),
         ("sla.topk=0.3", r"sla.topk is 0.3, of the 3 key blocks of 12 tokens less than one: give 0.3333 or more"),
         ("sla.block_k=0", "block_k is 0: it must be at least 1"),
@@ -277,5 +330,5 @@ def test_a_lora_is_gone_on_from(tmp_path, text_base):
 )
 def test_settings_that_do_not_fit(tmp_path, text_base, override, words):
     with pytest.raises(ConfigError, match=words):
-        run("sla", settings(tmp_path, text_base), [override])
+        run("sla", settings(tmp_path, text_base), override.split("\n"))
     assert not (tmp_path / "run").exists()

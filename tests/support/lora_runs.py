@@ -18,6 +18,7 @@ SIZE = {"frames": 5, "height": 32, "width": 48}
 
 def write(folder: Path, base: Path, **sections) -> Path:
     """Settings of a run of 2 steps, in `folder/a.yaml`; keywords change sections, and `recipe`."""
+    folder.mkdir(exist_ok=True)
     content = {
         "recipe": sections.pop("recipe", "lora"),
         "out": str(folder / "run"),
