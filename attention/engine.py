@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -122,6 +122,11 @@ class SparseAttention:
         self._call_memory: dict[tuple, dict[str, Any]] = {}
         self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
+
+    def forget_branches(self, branches: Collection[str]) -> None:
+        """Forget what is kept for some branches of the run, which will not come again or not soon."""
+        for call in [call for call in self._call_memory if call[1] in branches]:
+            del self._call_memory[call], self._shares[call]
 
     def _forget_run(self) -> None:
         self.forget_run()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .native import NativeAttention
 
 KEY = "vidaccel_announced_memory"
+STILL = ("standard_static", "batched")  # schedules of context windows that are the same in every step
 NOT_TOLD = "its memory was not announced to ComfyUI"
 NO_WAY = f"{NOT_TOLD}, which has no way to be told: where it runs out of memory, start it with --reserve-vram."
 
@@ -127,14 +128,27 @@ def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditio
 
 
 def _window(options: Mapping[str, Any], latent: Sequence[int]) -> tuple[list[int], int]:
-    """The latent of one forward pass, and how many of them make the whole: where ComfyUI samples in context windows,
-    as many as it takes side by side. A schedule that moves them has more."""
+    """The latent of one forward pass, and how many such windows have something kept at a time.
+
+    Where windows move from step to step, those of the step before are kept until the step ends.
+    """
     handler, shape = options.get("context_handler"), list(latent)
     if handler is None or handler.dim >= len(shape) or shape[handler.dim] <= handler.context_length:
         return shape, 1
-    rest = shape[handler.dim] - handler.context_length
-    shape[handler.dim] = handler.context_length
-    return shape, 1 + math.ceil(rest / max(1, handler.context_length - handler.context_overlap))
+    frames = shape[handler.dim]
+    anchored = int(getattr(handler, "causal_window_fix", False))  # a frame more in all windows but the first
+    shape[handler.dim] = min(frames, handler.context_length + anchored)
+    schedule = getattr(getattr(handler, "context_schedule", None), "name", "")
+    if schedule in STILL:
+        return shape, 1 + math.ceil(
+            (frames - handler.context_length) / max(1, handler.context_length - handler.context_overlap)
+        )
+    # Those of each stride (1, 2, 4 and so on), which may begin anywhere.
+    counts = (
+        math.ceil(frames / max(1, handler.context_length * 2**n - handler.context_overlap))
+        for n in range(max(1, handler.context_stride))
+    )
+    return shape, 2 * sum(counts)
 
 
 def _control_class() -> type | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ class ForwardPass:
         by_length: whether it may be sparse shows in its first call over the video.
         offsets, main_layers, extra_calls, silent: see `Geometry`.
         offered: attention calls of any kind.
-        calls: those over the video, of the model's own blocks.
+        calls: those over the video, of the model's own blocks. place: of the next one among those that are counted.
+        says_index: whether the model says its `block_index`.
         made: the layers of these calls. again: of those to come in the backward pass; None before it.
     """
 
@@ -46,6 +47,8 @@ class ForwardPass:
     silent: frozenset[int] = frozenset()
     offered: int = 0
     calls: int = 0
+    place: int = 0
+    says_index: bool = False
     extra: int = 0
     seen: Counter[int] = field(default_factory=Counter)
     made: list[int] = field(default_factory=list)
@@ -57,6 +60,27 @@ class ForwardPass:
         By then `block_index` says nothing: models write it into options that all their blocks share.
         """
         self.again = list(self.made)
+
+    def told_of_replaced(self, patches: Mapping[str, Any]) -> dict[str, Any]:
+        """`patches_replace` whose entries for blocks say where the pass is.
+
+        By these alone the count of calls knows, in a model that does not say its `block_index`, what was skipped.
+        """
+
+        def told(place: Any, patch: Callable[..., Any]) -> Callable[..., Any]:
+            block = place[1] if isinstance(place, tuple) and len(place) == 2 and len(self.offsets) == 1 else None
+            if not isinstance(block, int):
+                return patch
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.place = sum(layer < block for layer in self._in_turn())
+                out = patch(*args, **kwargs)
+                self.place = sum(layer <= block for layer in self._in_turn())
+                return out
+
+            return call
+
+        return {**patches, "dit": {place: told(place, patch) for place, patch in patches["dit"].items()}}
 
     def layer(self, options: dict[str, Any]) -> int | None:
         """The number of the layer that makes the next call of the video's length.
@@ -76,14 +100,20 @@ class ForwardPass:
             self.made.append(layer)
         return layer
 
+    def _in_turn(self) -> list[int]:
+        """The layers that make a call, in their order."""
+        return [n for n in range(self.main_layers + sum(self.extra_calls.values())) if n not in self.silent]
+
     def _next_layer(self, options: dict[str, Any]) -> int | None:
         index = options.get("block_index")
         if index is None:
-            layers = [n for n in range(self.main_layers + sum(self.extra_calls.values())) if n not in self.silent]
-            if self.calls >= len(layers):
+            layers = self._in_turn()
+            if self.place >= len(layers):
                 return None
             self.calls += 1
-            return layers[self.calls - 1]
+            self.place += 1
+            return layers[self.place - 1]
+        self.says_index = True
         # Where there is one kind of blocks, a model may call it as it likes.
         offset = 0 if len(self.offsets) < 2 else self.offsets.get(options.get("block_type", ""))
         if offset is None:

@@ -36,9 +36,13 @@ class Inputs:
 
     @classmethod
     def of(cls, model: Any, x: torch.Tensor, text: torch.Tensor | None, conditions: Mapping[str, Any]) -> Inputs:
-        """From the arguments of a wrapper; `latent_shapes` tells the parts of a packed `x`, the video first."""
+        """From the arguments of a wrapper; `latent_shapes` tells the parts of a packed `x`, the video first.
+
+        Of an `x` that is not packed it may tell the whole video's shape, where x is a context window of it.
+        """
         shapes = conditions.get("latent_shapes")
-        latent = tuple(x.shape) if not shapes else (x.shape[0], *shapes[0][1:])
+        packed = bool(shapes) and x.ndim < len(shapes[0])
+        latent = (x.shape[0], *shapes[0][1:]) if packed else tuple(x.shape)
         return cls(model, latent, 0 if text is None else text.shape[1], conditions)
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -29,14 +30,14 @@ from .geometry import Inputs, StaysDense, unwrap
 from .limits import Least, too_short
 from .native_models import find_geometry, why_dense
 from .news import CACHED, NEVER, News, nothing
-from .sampling import DensePart, branches_of, step_of
+from .sampling import DensePart, branches_of, replaced_blocks, step_of, window_of
 from .wording import limit_words, said_by, video_words
 
 logger = logging.getLogger(__name__)
 
 KEY = "vidaccel_sparse_attention"
 OVERRIDE = "optimized_attention_override"
-KEPT_LAYOUTS = 4  # resolutions whose engines stay alive
+KEPT_LAYOUTS = 4  # whose engines stay alive for the samplings to come
 DROPPED = f"records of earlier samplings were dropped: those of the last {KEPT_RUNS} are kept"
 
 Attention = Callable[..., torch.Tensor]
@@ -80,10 +81,13 @@ class NativeAttention:
         self.method_for, self.name, self.settings = method_for, name, settings
         self.dense, self.least, self.backend = dense, Least(min_tokens, by_length), check_backend(backend)
         self.measure_error, self.precision, self.weights = check_rows(measure_error), precision, weights or {}
-        self._engines: dict[VideoLayout, SparseAttention] = {}
+        self._engines: dict[VideoLayout, SparseAttention] = {}  # the one used last is the last
+        self._used: dict[VideoLayout, int] = {}  # -> the last run that used its engine
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
         self._notes: dict[str, int] = {}  # -> the last run that it was true of
         self._told: dict[str, int] = {}  # likewise, of what is no fallback
+        self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # that are sampled with; empty for any
+        self._says_index = False  # which saves a compiled model new functions in each pass
         self._branches: dict[Any, str] = {}
         self._levels: list[float] = []
         self._override: tuple[Attention | None, bool, Attention] | None = None
@@ -95,14 +99,17 @@ class NativeAttention:
 
     # -- what the sampler calls ----------------------------------------------------------------------------------------
 
-    def begin(self, queued: str | None = None) -> None:
+    def begin(self, queued: str | None = None, model: torch.nn.Module | None = None) -> None:
         """A sampler starts.
 
         Args:
+            model: ComfyUI's BaseModel that it samples with; one for each GPU that shares the work. None for any.
             queued: which entry of ComfyUI's queue it belongs to. What was done for an earlier one is no news any more,
                 reported or not: it may have been interrupted. None where nobody says.
         """
         self._run += 1
+        if model is not None:
+            self._models.add(model)
         if queued != self._queued:
             self._queued, self._first = queued, self._run
         self._forget()
@@ -111,10 +118,16 @@ class NativeAttention:
 
     def end(self) -> None:
         """A sampler ends, also by an interruption: records stay, centroids (gigabytes, maybe) go."""
+        self._models.clear()
         self._forget()
 
     def _forget(self) -> None:
         self._branches, self._levels = {}, []
+        self._windows: tuple[int, set[str], set[str]] = (
+            -1,
+            set(),
+            set(),
+        )  # a step, all that are kept, those of the step
         for engine in self._engines.values():
             engine.forget()
 
@@ -134,16 +147,23 @@ class NativeAttention:
         Raises:
             ValueError: the method cannot do what it is set to on this video.
         """
+        if self._models and executor.class_obj not in self._models:
+            # A guider with two models has the wrappers of the first around both.
+            self.note("the second model of the guider has not been through this node, and stayed dense.")
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conditions)
         options = dict(transformer_options or {})
         # Not those of another forward pass: a model that does not set them must not seem to.
         for name in ("block_index", "block_type"):
             options.pop(name, None)
         current = self._enter(executor.class_obj, x, t, c_crossattn, options, conditions)
         options[KEY] = current
+        if replaced_blocks(options) and not self._says_index:
+            options["patches_replace"] = current.told_of_replaced(options["patches_replace"])
         options[OVERRIDE] = self._override_before(options.get(OVERRIDE))
         out = executor(x, t, c_concat, c_crossattn, control, options, **conditions)
         if isinstance(out, torch.Tensor) and out.requires_grad:
             out.register_hook(lambda grad: current.run_again())
+        self._says_index |= current.says_index
         # A cache of another node may skip the whole model: then there was no call at all.
         if current.layout is not None and current.offered and not current.calls:
             self.note(
@@ -170,7 +190,10 @@ class NativeAttention:
         table = options.get("sample_sigmas")
         levels = [] if table is None else table.tolist()
         step = self._step(sigma, levels)
-        branches = branches_of(options, self._branches)
+        with self._lock:
+            branches = branches_of(options, self._branches)
+            if window_of(options):
+                self._in_window(step.step, branches)
         model = unwrap(base.diffusion_model)
         geometry = find_geometry(model)
         current = ForwardPass(step, branches, x.shape[0], None, "", geometry)
@@ -194,6 +217,18 @@ class NativeAttention:
                 self._engine(current)
         return current
 
+    def _in_window(self, step: int, branches: list[str]) -> None:
+        """Forget the context windows that the step before did not have: where they move, few come again, and all of a
+        sampling's would be many times the memory of one step's.
+        """
+        if step != self._windows[0]:
+            gone = self._windows[1] - self._windows[2]
+            for engine in self._engines.values():
+                engine.forget_branches(gone)
+            self._windows = (step, self._windows[2], set())
+        self._windows[1].update(branches)
+        self._windows[2].update(branches)
+
     def _step(self, sigma: float, levels: list[float]) -> StepInfo:
         if len(levels) > 1:
             step, count = step_of(sigma, levels)
@@ -205,25 +240,33 @@ class NativeAttention:
     def _engine(self, current: ForwardPass) -> SparseAttention:
         """The engine of a pass: a new one asks the method whether it can do the layout."""
         layout = current.layout
-        if layout not in self._engines:
-            with said_by(self.title):
-                try:
-                    method = self.method_for(layout)
-                    method.check(layout)
-                except OutOfReach as error:
-                    raise ValueError(limit_words(error, layout, self.settings)) from error
-            while len(self._engines) >= KEPT_LAYOUTS:
-                del self._engines[next(iter(self._engines))]
-            self._engines[layout] = SparseAttention(
-                method,
-                num_layers=current.layers,
-                schedule=DenseSchedule(),  # which calls stay dense is decided here, so that they stay ComfyUI's own
-                backend=self.backend,
-                model=current.geometry.family,
-                measure_error=self.measure_error,
-                precision=self.precision,
-            )
-        return self._engines[layout]
+        with self._lock:
+            engine = self._engines.pop(layout, None) or self._new_engine(current)
+            self._engines[layout] = engine  # now the last one
+            self._used[layout] = self._run
+        return engine
+
+    def _new_engine(self, current: ForwardPass) -> SparseAttention:
+        layout = current.layout
+        with said_by(self.title):
+            try:
+                method = self.method_for(layout)
+                method.check(layout)
+            except OutOfReach as error:
+                raise ValueError(limit_words(error, layout, self.settings)) from error
+        # Never one of this sampling, which may have many: a prompt of another length is another layout in some models.
+        idle = [known for known in self._engines if self._used[known] != self._run]
+        for known in idle[: max(0, len(self._engines) + 1 - KEPT_LAYOUTS)]:
+            del self._engines[known], self._used[known]
+        return SparseAttention(
+            method,
+            num_layers=current.layers,
+            schedule=DenseSchedule(),  # which calls stay dense is decided here, so that they stay ComfyUI's own
+            backend=self.backend,
+            model=current.geometry.family,
+            measure_error=self.measure_error,
+            precision=self.precision,
+        )
 
     # -- what the model calls ------------------------------------------------------------------------------------------
 
@@ -315,13 +358,13 @@ class NativeAttention:
         self, current: ForwardPass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Each guidance branch of the batch on its own, so that a batch of two gives what two calls give."""
-        engine = self._engines[current.layout]
         branches = current.branches if current.batch % len(current.branches) == 0 else ["batch"]
         parts = [x.chunk(len(branches)) for x in (q, k, v)]
         outs = []
         for branch, *tensors in zip(branches, *parts, strict=True):
             one_q, one_k, one_v = tensors
             with self._lock, said_by(self.title):
+                engine = self._engines[current.layout]
                 engine.enter(replace(current.step, branch=branch), current.layout)
                 outs.append(engine(one_q, one_k, one_v, layer, weights=self.weights.get(layer)))
         return outs[0] if len(outs) == 1 else torch.cat(outs)

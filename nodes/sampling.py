@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,18 +124,41 @@ def branches_of(options: Mapping[str, Any], known: dict[Any, str]) -> list[str]:
     Args:
         options: `transformer_options` with `cond_or_uncond` (0 is positive, 1 negative) and `uuids`.
         known: names by uuid that were given before in the same run; new ones are added. The same condition thus has one
-            name, whether it comes alone or in a batch with others.
+            name, whether it comes alone or in a batch with others. In a context window, and where blocks are replaced,
+            it is another branch: clusters of other frames, or of another pass, say little.
     """
     kinds = list(options.get("cond_or_uncond") or [0])
     uuids = options.get("uuids")
     if uuids is None or len(uuids) != len(kinds):
         uuids = [(kind, kinds[:place].count(kind)) for place, kind in enumerate(kinds)]
-    window = getattr(options.get("context_window"), "index_list", None)
+    window, replaced = window_of(options), replaced_blocks(options)
+    beside = (f", {window}" if window else "") + (
+        f", {len(replaced)} block{'s' * (len(replaced) > 1)} replaced" if replaced else ""
+    )
     names = []
     for kind, uuid in zip(kinds, uuids, strict=True):
         if uuid not in known:
             base = {0: "cond", 1: "uncond"}.get(kind, f"cond {kind}")
             taken = sum(name == base or name.startswith(f"{base} #") for name in known.values())
             known[uuid] = base if not taken else f"{base} #{taken + 1}"
-        names.append(known[uuid] if not window else f"{known[uuid]}, frames from {window[0]}")
+        names.append(known[uuid] + beside)
     return names
+
+
+def window_of(options: Mapping[str, Any]) -> str:
+    """The context window of a forward pass, "frames 0 to 20" or "frames 0 to 60 by 3"; empty without one."""
+    window = options.get("context_window")
+    frames = list(getattr(window, "index_list", None) or ())
+    if not frames:
+        return ""
+    anchor = getattr(window, "causal_anchor_index", None)
+    stride = frames[1] - frames[0] if len(frames) > 1 else 1
+    breaks = [place for place in range(1, len(frames)) if frames[place] - frames[place - 1] != stride]
+    parts = [frames[a:b] for a, b in itertools.pairwise([0, *breaks, len(frames)])]
+    words = " and ".join(f"{part[0]} to {part[-1]}" for part in parts) + (f" by {stride}" if stride != 1 else "")
+    return f"frames {words}" + (f" behind {anchor}" if anchor is not None and anchor >= 0 else "")
+
+
+def replaced_blocks(options: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """The transformer blocks that another node computes in its own way or skips, such as Skip Layer Guidance."""
+    return (options.get("patches_replace") or {}).get("dit") or {}

@@ -131,6 +131,8 @@ def test_the_video_of_packed_latents_is_the_first_of_them():
     assert inputs.latent == (2, 16, 5, 4, 4) and inputs.audio == (1, 8, 6, 16) and inputs.text == 7
     alone = Inputs.of(None, x[:1], None, {"latent_shapes": [(1, 16, 5, 4, 4)]})
     assert alone.latent == (1, 16, 5, 4, 4) and alone.audio == () and alone.text == 0
+    window = Inputs.of(None, torch.zeros(1, 16, 2, 4, 4), None, {"latent_shapes": [(1, 16, 5, 4, 4)]})
+    assert window.latent == (1, 16, 2, 4, 4)
 
 
 def test_minimax_has_text_references_and_audio_before_the_video():

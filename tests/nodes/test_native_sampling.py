@@ -132,12 +132,22 @@ def test_branches_without_ids_are_told_by_their_kind():
     assert branches_of({"cond_or_uncond": [1]}, known) == ["uncond"]
 
 
-def test_each_context_window_has_its_own_state():
-    known = {}
-    first, second = (
-        branches_of(
-            {"cond_or_uncond": [0], "uuids": ["p"], "context_window": SimpleNamespace(index_list=frames)}, known
-        )
-        for frames in ([0, 1, 2], [2, 3, 4])
-    )
-    assert first == ["cond, frames from 0"] and second == ["cond, frames from 2"]
+@pytest.mark.parametrize(
+    ("frames", "anchor", "words"),
+    [
+        ([0, 1, 2], None, "frames 0 to 2"),
+        ([2, 3, 4], 0, "frames 2 to 4 behind 0"),
+        ([0, 3, 6], -1, "frames 0 to 6 by 3"),
+        ([8, 9, 0, 1], None, "frames 8 to 9 and 0 to 1"),
+        ([7], None, "frames 7 to 7"),
+    ],
+)
+def test_each_context_window_has_its_own_state(frames, anchor, words):
+    """Two of the same first frame too, of which one may have every third frame."""
+    window = SimpleNamespace(index_list=frames, causal_anchor_index=anchor)
+    assert branches_of({"cond_or_uncond": [0], "uuids": ["p"], "context_window": window}, {}) == [f"cond, {words}"]
+
+
+def test_a_pass_with_replaced_blocks_has_its_own_state():
+    options = {"cond_or_uncond": [0], "uuids": ["p"], "patches_replace": {"dit": {("double_block", 1): print}}}
+    assert branches_of(options, {}) == ["cond, 1 block replaced"]
