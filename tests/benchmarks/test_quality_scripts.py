@@ -27,6 +27,7 @@ def test_quality(tmp_path):
     assert (tmp_path / "quality.jsonl").read_text() == stamp
 
 
+@pytest.mark.slow
 def test_dc_videogen(tmp_path):
     run("dc_videogen.py", "--model", "tiny", "--sizes", "tiny", "--device", "cpu", "--out", str(tmp_path))
     deep, base = table(tmp_path / "dc_videogen-tiny-cpu.csv")

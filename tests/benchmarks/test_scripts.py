@@ -40,6 +40,7 @@ def test_attention_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / "attention.jsonl").read_text() == stamp
 
 
+@pytest.mark.slow
 def test_attention_backward(tmp_path):
     arguments = ["--shapes", "tiny", "--densities", "0.5", "--dtype", "float32", "--repeats", "3", "--device", "cpu"]
     run("attention.py", *arguments, "--methods", "dense", "svg", "--backward", "--out", str(tmp_path))
@@ -48,6 +49,7 @@ def test_attention_backward(tmp_path):
     assert all(float(r["ms"]) > 0 for r in rows)
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     size = ["--frames", "9", "--height", "64", "--width", "64"]
     run(

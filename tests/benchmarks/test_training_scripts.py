@@ -69,6 +69,7 @@ def test_longer_videos_go_on_where_they_stopped(tmp_path):
     assert "| dense | 1 |" in (tmp_path / "length_demo.md").read_text()
 
 
+@pytest.mark.slow
 def test_sparse_linear_attention_of_a_trained_model(tmp_path):
     """Beside dense attention and what needs no training."""
     from sla_models import write_model

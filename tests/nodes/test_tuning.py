@@ -88,17 +88,17 @@ def test_a_preset_is_found_that_apply_preset_takes(pipeline, tune, tmp_path):
 def test_it_is_stopped_within_a_run_and_goes_on(pipeline, tune, button, tmp_path):
     before = dict(pipeline.pipe.transformer.__dict__)
     start = button.passes
-    whole = tune(pipeline, tmp_path / "whole")
+    whole = tune(pipeline, tmp_path / "whole", levers=("cache",))
     passes = button.passes - start
     button.at = button.passes + passes - 9  # while videos are made with the cache
     with pytest.raises(Stop):
-        tune(pipeline, tmp_path / "t")
+        tune(pipeline, tmp_path / "t", levers=("cache",))
     assert (tmp_path / "t" / FILE).is_file() and not (tmp_path / "t" / "preset.yaml").exists()
     assert {k: v for k, v in pipeline.pipe.transformer.__dict__.items() if k[0] != "_"} == {
         k: v for k, v in before.items() if k[0] != "_"
     }
     start = button.passes
-    made = tune(pipeline, tmp_path / "t")
+    made = tune(pipeline, tmp_path / "t", levers=("cache",))
     assert made.preset.cache == whole.preset.cache and button.passes - start < passes / 2
 
 
