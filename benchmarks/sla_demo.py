@@ -1,17 +1,20 @@
 """SLA on the built-in Wan model: what training with 1 of 18 key blocks brings back, beside what needs no training.
 
     python benchmarks/sla_demo.py --steps 5000 --decay 1000 --prompts 64 --processes 2
+    python benchmarks/sla_demo.py --blocks 2 --start runs/sla_demo --work runs/sla_demo_2 --steps 600 --decay 150
 
 Trains with the ready settings `demo_sla` in two arms, with linear attention over all keys and with block-sparse
 attention alone, in turn and equally long (a call goes on where the last one stopped; the learning rate falls in the
 last steps). Then it makes the videos of held-out prompts with dense attention, with both arms, with the same blocks
-untrained, and with Tangent at the same density, from the same seeds. Results go to `benchmarks/results/sla_demo*`.
+untrained, and with Tangent at the same density, from the same seeds. The second line goes on from there with twice the
+blocks. Results go to `benchmarks/results/sla_demo*`, one section for each number of blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -19,16 +22,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from common import RESULTS, environment_line, write_markdown
 from prompts import Made, make, psnr
 
 ARMS = {"all": "SLA, linear attention over all keys", "none": "block-sparse alone"}
-TRAINED_AT = {"topk": 0.0556, "block": (32, 32)}  # as in demo_sla: 1 of 18 key blocks of 576 tokens
-DENSITY = 1 / 18
+KEY_BLOCKS = 18  # of 32 of the 576 tokens, as in demo_sla
 DENSE, BLOCKS, TANGENT = "dense", "block-sparse, untrained", "Tangent, untrained"
 
 
-def train(work: Path, cache: Path, steps: int, decay: int, piece: int) -> dict[str, Path]:
+def share(blocks: int) -> float:
+    """Of the key blocks, no less."""
+    return math.ceil(1e4 * blocks / KEY_BLOCKS) / 1e4
+
+
+def train(
+    work: Path, cache: Path, blocks: int, start: Path | None, steps: int, decay: int, piece: int
+) -> dict[str, Path]:
     """The folders of the trained pipelines; both arms go on in turn, so that they are equally long wherever it ends."""
     from vidaccel.lora import config_folder, run
 
@@ -37,7 +47,9 @@ def train(work: Path, cache: Path, steps: int, decay: int, piece: int) -> dict[s
         for arm in ARMS:
             changes = [f"out={work / f'sla_{arm}'}", f"data.cache={cache}", f"sla.linear_scope={arm}"]
             changes += [f"train.steps={upto}", f"train.lr_decay_steps={decay if upto == steps else 0}"]
-            changes.append("loop.tracker=none")
+            changes += [f"sla.topk={share(blocks)}", "loop.tracker=none"]
+            if start is not None:
+                changes.append(f"sla.start={start / f'sla_{arm}' / 'pipeline'}")
             if json.loads(_last(work / f"sla_{arm}")).get("step", 0) < upto or upto == steps:
                 found[arm] = Path(run("sla", config_folder() / "demo_sla.yaml", changes, resume="auto")["pipeline"])
     return found
@@ -61,7 +73,7 @@ def learned(runs: dict[str, Path]) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def videos(name: str, arm: Path | None, count: int, steps: int, scale: float) -> tuple[float, list[Made]]:
+def videos(name: str, arm: Path | None, blocks: int, count: int, steps: int, scale: float) -> tuple[float, list[Made]]:
     """The density and the videos of a kind of attention: one without training, or an arm, with its transformer."""
     import torch
     from diffusers import WanPipeline, WanTransformer3DModel
@@ -78,22 +90,22 @@ def videos(name: str, arm: Path | None, count: int, steps: int, scale: float) ->
         pipe.register_modules(transformer=WanTransformer3DModel.from_pretrained(arm))
         method = "sla"
     elif name == BLOCKS:
-        method = SLA(**TRAINED_AT, linear_scope="none")
+        method = SLA(topk=share(blocks), block=(32, 32), linear_scope="none")
     elif name == TANGENT:
         # As many clusters as leave half of so low a density for pairs.
-        method = Tangent(density=DENSITY, q_clusters=32, k_clusters=16, schedule=DenseSchedule())
+        method = Tangent(density=blocks / KEY_BLOCKS, q_clusters=32, k_clusters=16, schedule=DenseSchedule())
     handle = None if method is None else vidaccel.accelerate(pipe, method)
     with contextlib.nullcontext() if handle is None else handle:
         made = [make(pipe, prompt, seed, 33, steps, scale) for seed, prompt in enumerate(prompts)]
         return 1.0 if handle is None else handle.report().mean_density(), made
 
 
-def compare(arms: dict[str, Path], count: int, steps: int, scale: float, processes: int) -> list[dict]:
+def compare(arms: dict[str, Path], blocks: int, count: int, steps: int, scale: float, processes: int) -> list[dict]:
     """A row for each kind of attention: how near its videos are to the dense ones, and how many are right."""
     kinds: list[tuple[str, Path | None]] = [(name, None) for name in (DENSE, BLOCKS, TANGENT)]
     kinds += [(f"{ARMS[arm]}, trained", folder) for arm, folder in arms.items()]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = [pool.submit(videos, *kind, count, steps, scale) for kind in kinds]
+        pending = [pool.submit(videos, *kind, blocks, count, steps, scale) for kind in kinds]
         found = [each.result() for each in pending]
     dense, rows = found[0][1], []
     for (name, _), (density, made) in zip(kinds, found, strict=True):
@@ -115,6 +127,10 @@ def compare(arms: dict[str, Path], count: int, steps: int, scale: float, process
 
 
 def main(
+    blocks: Annotated[int, typer.Option(min=1, max=17, help="Key blocks of 18 that each query block reads.")] = 1,
+    start: Annotated[
+        Path | None, typer.Option(help="The --work of an earlier call, whose arms are gone on from.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the training of each arm, over all calls.")] = 2000,
     decay: Annotated[int, typer.Option(min=0, help="The last of these steps, in which the rate falls.")] = 400,
     piece: Annotated[int, typer.Option(min=1, help="Steps of an arm before the other goes on.")] = 200,
@@ -142,34 +158,46 @@ def main(
         given = dict(text.split("=", 1) for text in arm)
         runs = {name: Path(given[name]) for name in ARMS if name in given}
     else:
-        trained = train(work, cache or work / "cache", steps, decay, piece)
+        trained = train(work, cache or work / "cache", blocks, start, steps, decay, piece)
         runs = {name: folder.parent for name, folder in trained.items()}
     arms = {name: folder / "pipeline" / "transformer" for name, folder in runs.items()}
-    rows, progress = compare(arms, prompts, denoising_steps, guidance_scale, processes), learned(runs)
+    rows = compare(arms, blocks, prompts, denoising_steps, guidance_scale, processes)
     done = {name: json.loads(_last(folder)).get("step", 0) for name, folder in runs.items()}
     facts = {"environment": environment_line(), "steps": done}
-    found = {**facts, "prompts": prompts, "denoising_steps": denoising_steps, "guidance_scale": guidance_scale}
+    facts |= {"prompts": prompts, "denoising_steps": denoising_steps, "guidance_scale": guidance_scale}
+    facts["went_on"] = start is not None or any(_starts(folder) for folder in runs.values())
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sla_demo.json").write_text(json.dumps({**found, "learned": progress, "videos": rows}, indent=1) + "\n")
+    file = out / "sla_demo.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    found[str(blocks)] = {**facts, "learned": learned(runs), "videos": rows}
+    file.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     write_page(out)
+
+
+def _starts(run: Path) -> bool:
+    """Whether a run went on from another one."""
+    config = run / "config.yaml"
+    return config.is_file() and yaml.safe_load(config.read_text())["sla"].get("start") is not None
 
 
 def write_page(out: Path) -> None:
     """sla_demo.md from sla_demo.json."""
-    found = json.loads((out / "sla_demo.json").read_text())
-    both = " Both arms have seen the same clips, noise and levels at each step." if len(found["steps"]) > 1 else ""
-    steps = sorted(set(found["steps"].values()))
-    text = (
-        f"{found['environment']}, one thread, on a machine with other work. Made by `benchmarks/sla_demo.py`.\n\n"
-        f"The built-in Wan model with 1 of 18 key blocks of 32 tokens in every layer and step. The first table has the "
-        f"videos of {found['prompts']} held-out prompts with {found['denoising_steps']} steps, guidance "
-        f"{found['guidance_scale']:g} and the same seeds in each row: how near they are to those of dense attention, "
-        "and how many show what their prompt says (± is the standard deviation over videos). The training had "
-        f"{' and '.join(f'{number:,}' for number in steps)} steps of 4 clips; its weights are averages (EMA). The "
-        "second table has the error of the velocity on held-out clips against the dense model's, as a share of its "
-        f"square, which is 0.2111 before the training.{both}"
-    )
-    tables = [table for table in (found["videos"], found["learned"]) if table]
+    sections = json.loads((out / "sla_demo.json").read_text())
+    text, tables = "Made by `benchmarks/sla_demo.py`. ± is the standard deviation over videos.", []
+    for blocks, found in sections.items():
+        both = " Both arms have seen the same clips, noise and levels at each step." if len(found["steps"]) > 1 else ""
+        steps = " and ".join(f"{number:,}" for number in sorted(set(found["steps"].values())))
+        before = ", went on from the arms with fewer blocks" if found["went_on"] else ""
+        text += (
+            f"\n\n**{blocks} of {KEY_BLOCKS} key blocks of 32 tokens** in every layer and step of the built-in Wan "
+            f"model, {100 - 100 * int(blocks) / KEY_BLOCKS:.1f} % sparse. One table has the videos of {found['prompts']} "
+            f"held-out prompts with {found['denoising_steps']} steps, guidance {found['guidance_scale']:g} and the "
+            "same seeds in each row: how near they are to those of dense attention, and how many show what their "
+            f"prompt says. The training had {steps} steps of 4 clips{before}; its weights are averages (EMA). Another "
+            "table has the error of the velocity on held-out clips against the dense model's, as a share of its "
+            f"square.{both} {found['environment']}, one thread, on a machine with other work."
+        )
+        tables += [table for table in (found["videos"], found["learned"]) if table]
     write_markdown(out / "sla_demo.md", "SLA on the built-in model", text, *tables)
 
 
