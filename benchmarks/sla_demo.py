@@ -191,9 +191,10 @@ def write_page(out: Path) -> None:
         text += (
             f"\n\n**{blocks} of {KEY_BLOCKS} key blocks of 32 tokens** in every layer and step of the built-in Wan "
             f"model, {100 - 100 * int(blocks) / KEY_BLOCKS:.1f} % sparse. One table has the videos of "
-            f"{found['prompts']} held-out prompts with {found['denoising_steps']} steps, guidance {found['guidance_scale']:g} and the "
-            "same seeds in each row: how near they are to those of dense attention, and how many show what their "
-            f"prompt says. The training had {steps} steps of 4 clips{before}; its weights are averages (EMA). Another "
+            f"{found['prompts']} held-out prompts with {found['denoising_steps']} steps, guidance "
+            f"{found['guidance_scale']:g} and the same seeds in each row: how near they are to those "
+            "of dense attention, and how many show what their prompt says. "
+            f"The training had {steps} steps of 4 clips{before}; its weights are averages (EMA). Another "
             "table has the error of the velocity on held-out clips against the dense model's, as a share of its "
             f"square.{both} {found['environment']}, one thread, on a machine with other work."
         )
