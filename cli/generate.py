@@ -59,7 +59,10 @@ def generate_command(
     quantize: Annotated[str | None, typer.Option(help="The linear layers in 8 bits by torchao, int8 or fp8.")] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable."),
+        typer.Option(
+            help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable. Of a model with "
+            "two transformers, transformer:PATH is for high noise, transformer_2:PATH for low noise, all:PATH for both."
+        ),
     ] = None,
     guidance_free: Annotated[
         list[str] | None,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention.methods.base import Method
+    from ..pipelines.lora_files import LoraFile
     from ..pipelines.presets import Cache, Preset, Quantize
 
 
@@ -71,7 +72,7 @@ def generate(
     dtype: str | torch.dtype = "auto",
     offload: bool | str = False,
     tiling: bool = False,
-    lora: str | Path | Sequence[str | Path] = (),
+    lora: str | Path | LoraFile | Sequence[str | Path | LoraFile] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
     rope: str = "plain",
@@ -116,8 +117,10 @@ def generate(
         offload: keep on the device only the part that is at work; "blocks", of a transformer that is larger than the
             device one block at a time.
         tiling: encode and decode in tiles.
-        lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1. One of the recipe `length`
-            brings the attention that it was trained for.
+        lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1, "TARGET:PATH" into one of
+            the transformers of a model with two ("transformer" for high noise, "transformer_2" for low noise, "all"
+            for both); or a `LoraFile` of `vidaccel.pipelines.presets`. One of the recipe `length` brings the attention
+            that it was trained for.
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step, or of `consistency`,
             which makes few steps as well: a file or folder, or one for each of two transformers; True for what the
             model has of its own, as the built-in ones do.

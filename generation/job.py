@@ -19,7 +19,7 @@ from .length import (
     trained_lengths,
 )
 from .lora_fit import check_fits, trained_otherwise
-from .loras import lora_files
+from .loras import check_targets, lora_files
 from .machine import (
     check_formats,
     check_runs,
@@ -165,7 +165,7 @@ def prepare(
     dtype: str | torch.dtype = "auto",
     offload: bool | str = False,
     tiling: bool = False,
-    lora: str | Path | Sequence[str | Path] = (),
+    lora: str | Path | LoraFile | Sequence[str | Path | LoraFile] = (),
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
     rope: str = "plain",
@@ -234,6 +234,7 @@ def prepare(
         check_beside(preset, facts, settings, offload)
     check_fits(loras, facts)
     check_bases(loras, facts)
+    of_loras = check_targets(loras, facts)
     riflex = chosen_riflex(rope, trained, facts)
     if compare and min(settings.height, settings.width) < MIN_COMPARED:
         side = "height" if settings.height < settings.width else "width"
@@ -263,7 +264,7 @@ def prepare(
 
     methods, left_out = _methods(runs, sparse, layout, place, sla_method)
     check_trained(trained, methods, layout)
-    notes = [own_note] if own_note else []
+    notes = [*filter(None, [own_note]), *of_loras]
     told = "" if limit is None or compare or facts.trained_for else limit.why
     if told and limit.measured:
         notes.append(told)

@@ -5,75 +5,109 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..pipelines.lora_files import LoraError, LoraFile, attach_loras, check_readable, trained_for
+from ..pipelines.adapter_header import facts_of
+from ..pipelines.lora_files import TARGETS, LoraError, LoraFile, attach_loras, check_readable
+from ..pipelines.lora_targets import check_target
 from .errors import BadInput, mention
+from .guidance import transformers_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from .model_facts import ModelFacts
 
-def lora_files(given: str | Path | Sequence[str | Path] | None) -> tuple[LoraFile, ...]:
-    """LoRAs as they are asked for: a file or folder each, "PATH=WEIGHT" with another weight than 1.
+_Given = str | os.PathLike | LoraFile
 
-    Of a file of our trainer, the transformer that it is for is known; any other goes into all that a pipeline has.
+
+def lora_files(given: _Given | Sequence[_Given] | None) -> tuple[LoraFile, ...]:
+    """LoRAs as they are asked for: a file or folder each, or "TARGET:PATH=WEIGHT", or a `LoraFile`.
+
+    WEIGHT is a number, without it 1. TARGET is of `TARGETS`, the transformer that it goes into; without it that which
+    the file of our trainer says, and of another file all that a pipeline has (see `check_targets`).
 
     Raises:
         BadInput: there is no such file, it cannot be read, or the weight is no number.
     """
     if given is None:
         return ()
-    if isinstance(given, tuple) and given and all(isinstance(each, LoraFile) for each in given):
-        return _as_files(given)
-    from ..pipelines.adapter_header import facts_of
-
-    texts = [given] if isinstance(given, str | os.PathLike) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str | os.PathLike) for text in texts):
+    each = [given] if isinstance(given, str | os.PathLike | LoraFile) else given
+    if not isinstance(each, list | tuple) or not all(isinstance(one, str | os.PathLike | LoraFile) for one in each):
         raise BadInput(
             "lora", 'it must be a file or folder, or a list of them, such as ["a.safetensors=0.8"]', value=repr(given)
         )
-    made = []
-    for text in map(str, texts):
-        place, weight = Path(text).expanduser(), 1.0
-        if not text.strip():
-            raise BadInput("lora", "is empty", "Give a file or folder, or leave it out.")
-        if text.startswith("="):
-            raise BadInput("lora", "it has the form PATH or PATH=WEIGHT", value=text)
-        if not place.exists():
-            name, equals, number = text.rpartition("=")
-            try:
-                place, weight = (Path(name).expanduser(), float(number)) if equals else (place, weight)
-            except ValueError:
-                raise BadInput("lora", "what follows = must be its weight, a number", value=text) from None
-        if not place.exists():
-            raise BadInput("lora", "there is no such file or folder", value=place)
-        if not math.isfinite(weight):
-            raise BadInput("lora", "its weight must be finite", value=text)
-        try:
-            check_readable(place)
-        except LoraError as error:
-            raise _refused(error) from error
-        one_pass = ("a guidance-free adapter", "guidance_free")
-        kinds = {"gft": one_pass, "consistency": one_pass, "sla": ("an adapter of SLA", "sla")}
-        if (recipe := facts_of(place).get("recipe")) in kinds:
-            kind, field = kinds[recipe]
-            raise BadInput("lora", f"is {kind}", f"Give it as {mention(field)}.", value=place)
-        made.append(LoraFile(place, weight, trained_for(place)))
-    return tuple(made)
-
-
-def _as_files(loras: tuple[LoraFile, ...]) -> tuple[LoraFile, ...]:
-    """LoRAs of a preset; BadInput where one is not there or cannot be read."""
+    loras = tuple(
+        replace(one, path=Path(one.path).expanduser()) if isinstance(one, LoraFile) else _lora_file(str(one))
+        for one in each
+    )
     for lora in loras:
-        if not lora.path.exists():
-            raise BadInput("lora", "there is no such file or folder", value=lora.path)
-        try:
-            check_readable(lora.path)
-        except LoraError as error:
-            raise _refused(error) from error
+        _check_file(lora)
     return loras
+
+
+def _lora_file(text: str) -> LoraFile:
+    """The LoRA that a text asks for; BadInput where it has another form, or names no file."""
+    if not text.strip():
+        raise BadInput("lora", "is empty", "Give a file or folder, or leave it out.")
+    target, rest = _with_target(text)
+    if not rest or rest.startswith("="):
+        raise BadInput("lora", "it has the form PATH or PATH=WEIGHT, or TARGET: before one of them", value=text)
+    place, weight = Path(rest).expanduser(), 1.0
+    if not place.exists():
+        name, equals, number = rest.rpartition("=")
+        try:
+            place, weight = (Path(name).expanduser(), float(number)) if equals else (place, weight)
+        except ValueError:
+            raise BadInput("lora", "what follows = must be its weight, a number", value=text) from None
+    if not math.isfinite(weight):
+        raise BadInput("lora", "its weight must be finite", value=text)
+    return LoraFile(place, weight, target)
+
+
+def _with_target(text: str) -> tuple[str | None, str]:
+    """The target before a colon, and what follows it. A file that is called so is taken for itself, and other words
+    before a colon, such as a drive, are part of the path."""
+    head, colon, rest = text.partition(":")
+    if not colon or head not in TARGETS or Path(text).expanduser().exists():
+        return None, text
+    return head, rest
+
+
+def _check_file(lora: LoraFile) -> None:
+    """Raise BadInput for a LoRA that is not there, cannot be read, or is an adapter of another kind."""
+    if not lora.path.exists():
+        raise BadInput("lora", "there is no such file or folder", value=lora.path)
+    if lora.target is not None and lora.target not in TARGETS:
+        raise BadInput("lora", f"its target must be one of {', '.join(TARGETS)}, not {lora.target}", value=lora.path)
+    try:
+        check_readable(lora.path)
+    except LoraError as error:
+        raise _refused(error) from error
+    one_pass = ("a guidance-free adapter", "guidance_free")
+    kinds = {"gft": one_pass, "consistency": one_pass, "sla": ("an adapter of SLA", "sla")}
+    if (recipe := facts_of(lora.path).get("recipe")) in kinds:
+        kind, field = kinds[recipe]
+        raise BadInput("lora", f"is {kind}", f"Give it as {mention(field)}.", value=lora.path)
+
+
+def check_targets(loras: Sequence[LoraFile], facts: ModelFacts) -> list[str]:
+    """What a user should know of where LoRAs go in a model with two transformers, a sentence each.
+
+    Args:
+        loras: of the request.
+        facts: of the model.
+
+    Raises:
+        BadInput: one is for a transformer that the model does not have, or for one of two, and it is not said which.
+    """
+    parts = transformers_of(facts) if loras else []
+    try:
+        return [note for lora in loras if parts and (note := check_target(lora, parts))]
+    except LoraError as error:
+        raise _refused(error) from error
 
 
 def attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:

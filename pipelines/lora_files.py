@@ -30,16 +30,17 @@ class LoraFile:
     Args:
         path: a file, as diffusers, ComfyUI or musubi-tuner write them, or a folder with a `pytorch_lora_weights` file.
         weight: its update is multiplied by this.
-        target: one of `TARGETS`; Wan 2.2 has two transformers, the first for the noisy part of the steps.
+        target: one of `TARGETS`; Wan 2.2 has two transformers, the first for the noisy part of the steps. None leaves
+            it to the file, see `target_of`.
     """
 
     path: Path
     weight: float = 1.0
-    target: str = "all"
+    target: str | None = None
 
 
-def trained_for(path: Path) -> str:
-    """The transformer that a file says that it was trained for; "all" where it says nothing.
+def trained_for(path: Path) -> str | None:
+    """The transformer that a file says that it was trained for; None where it says nothing.
 
     Args:
         path: of the file, or of the folder of a `pytorch_lora_weights` file.
@@ -48,7 +49,12 @@ def trained_for(path: Path) -> str:
 
     facts = facts_of(path)
     stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
-    return stage if stage in TARGETS else "all"
+    return stage if stage in TRANSFORMERS else None
+
+
+def target_of(lora: LoraFile) -> str:
+    """Where a LoRA goes, of `TARGETS`: where it is said to, otherwise where its file says, otherwise "all"."""
+    return lora.target or trained_for(lora.path) or "all"
 
 
 def check_readable(path: Path) -> None:
@@ -82,6 +88,13 @@ def lora_file(path: Path) -> Path | None:
     return file if file.suffix == ".safetensors" else None
 
 
+def check_part(lora: LoraFile, parts: Sequence[str]) -> None:
+    """Raise WrongTransformer for a LoRA for a transformer that is not among the parts of a pipeline."""
+    target = target_of(lora)
+    if target != "all" and target not in parts:
+        raise WrongTransformer(f"{lora.path.name} is for {target}, and this pipeline has {' and '.join(parts)} alone.")
+
+
 def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: str = "lora") -> None:
     """Load LoRAs into a pipeline, beside those that it has already.
 
@@ -97,11 +110,10 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: st
     parts = {name: part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
     weights: dict[str, dict[str, float]] = {name: dict.fromkeys(_active(part), 1.0) for name, part in parts.items()}
     for number, lora in enumerate(loras):
-        if lora.target != "all" and lora.target not in parts:
-            has = " and ".join(parts)
-            raise WrongTransformer(f"{lora.path.name} is for {lora.target}, and this pipeline has {has} alone.")
+        target = target_of(lora)
+        check_part(lora, list(parts))
         for name, part in parts.items():
-            if lora.target in ("all", name):
+            if target in ("all", name):
                 adapter = f"{name_as}_{number}"
                 _load(pipe, lora, adapter, name, part)
                 weights[name][adapter] = lora.weight

@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from families import wan_kin
 from safetensors.torch import load_file, save_file
 
 import vidaccel
 from vidaccel.generation.errors import BadInput, worded
-from vidaccel.generation.loras import lora_files
+from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.loras import attach, lora_files
+from vidaccel.generation.request import Settings
 from vidaccel.lora.backbones.wan_own import WanModel
 from vidaccel.lora.lora_file import save_lora
+from vidaccel.pipelines.lora_files import LoraFile, target_of
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 1, "progress": False}
 
@@ -22,8 +27,6 @@ SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 1, "progress": False}
 @pytest.fixture
 def file(tmp_path) -> Path:
     """A LoRA for the demo model, of large random numbers, as the trainer writes it."""
-    from diffusers import WanTransformer3DModel
-
     config = WanTransformer3DModel.load_config(vidaccel.demo.path(), subfolder="transformer")
     width = config["num_attention_heads"] * config["attention_head_dim"]
     weights = {
@@ -44,18 +47,120 @@ def test_a_lora_changes_the_video_as_much_as_its_weight(file):
     assert 0 < np.abs(half - plain).mean() < np.abs(full - plain).mean()
 
 
+def stage(path: Path, part: str, levels: list[float]) -> Path:
+    """A file that says for which transformer it was trained."""
+    save_file({"a": torch.zeros(1)}, path, {"vidaccel": json.dumps({"part": part, "levels": levels})})
+    return path
+
+
 def test_the_stage_of_a_file_is_that_of_its_header(tmp_path):
     for part, levels, wanted in (
         ("transformer_2", [0.0, 0.875], "transformer_2"),
         ("transformer", [0.875, 1.0], "transformer"),
         ("transformer", [0.0, 1.0], "all"),
     ):
-        header = {"vidaccel": json.dumps({"part": part, "levels": levels})}
-        save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", header)
-        assert [lora.target for lora in lora_files(tmp_path / "a.safetensors")] == [wanted]
+        file = stage(tmp_path / "a.safetensors", part, levels)
+        assert [target_of(lora) for lora in lora_files(file)] == [wanted]
     save_file({"a": torch.zeros(1)}, tmp_path / "b=2.safetensors")
     (lora,) = lora_files([f"{tmp_path / 'b=2.safetensors'}=-0.5"])
-    assert (lora.path.name, lora.weight, lora.target) == ("b=2.safetensors", -0.5, "all")
+    assert (lora.path.name, lora.weight, lora.target) == ("b=2.safetensors", -0.5, None)
+
+
+def test_a_target_stands_before_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "transformer:b.safetensors"):
+        save_file({"a": torch.zeros(1)}, name)
+    asked = ["transformer:a.safetensors=0.5", f"transformer_2:{tmp_path / 'a.safetensors'}", "all:a.safetensors"]
+    asked += ["transformer:b.safetensors", LoraFile("a.safetensors", 2.0, "transformer_2")]
+    assert [(lora.path.name, lora.weight, lora.target) for lora in lora_files(asked)] == [
+        ("a.safetensors", 0.5, "transformer"),
+        ("a.safetensors", 1.0, "transformer_2"),
+        ("a.safetensors", 1.0, "all"),
+        ("transformer:b.safetensors", 1.0, None),  # a file of that name is itself
+        ("a.safetensors", 2.0, "transformer_2"),
+    ]
+    for text, words in (
+        ("transformer:", "has the form PATH or PATH=WEIGHT, or TARGET: before one of them"),
+        ("transformer:gone.safetensors", "lora is gone.safetensors: there is no such file or folder"),
+        ("C:gone.safetensors", "lora is C:gone.safetensors: there is no such file or folder"),
+        (LoraFile("a.safetensors", target="vae"), "its target must be one of all, transformer, transformer_2, not vae"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            lora_files(text)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> str:
+    """A folder of a tiny model with two transformers, as Wan 2.2 A14B has."""
+    pipe = WanPipeline(
+        **wan_kin.parts(WanTransformer3DModel(**wan_kin.TRANSFORMER)),
+        transformer_2=WanTransformer3DModel(**wan_kin.TRANSFORMER),
+        boundary_ratio=0.9,
+    )
+    folder = tmp_path_factory.mktemp("two")
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def plain(path: Path) -> Path:
+    """A LoRA of another tool for that model, whose file says nothing of a transformer."""
+    torch.manual_seed(len(path.name))
+    name = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight"
+    save_file({name.format(end): torch.randn(*shape) for end, shape in (("A", (1, 32)), ("B", (32, 1)))}, path)
+    return path
+
+
+def test_a_pair_for_two_transformers_goes_where_it_is_said(two, tmp_path, monkeypatch):
+    high, low = (plain(tmp_path / f"lightx2v_{noise}_noise_4steps.safetensors") for noise in ("high", "low"))
+    seen = []
+
+    def attached(pipe, loras):
+        attach(pipe, loras)
+        parts = (pipe.transformer, pipe.transformer_2)
+        seen.append([list(getattr(part, "peft_config", None) or {}) for part in parts])
+
+    monkeypatch.setattr("vidaccel.generation.api.attach", attached)
+    asked = [f"transformer:{high}", f"transformer_2:{low}=0.5"]
+    vidaccel.generate(two, "a dot", lora=asked, guidance_scale=1.0, **SMALL)
+    assert seen == [[["lora_0"], ["lora_1"]]]
+
+
+def test_a_pair_of_which_it_is_not_said_where_it_goes_is_refused_before_weights_are_read(two, tmp_path, no_weights):
+    for name, part in (
+        ("lightx2v_high_noise_4steps.safetensors", "transformer"),
+        ("Wan22_LOW_rank64.safetensors", "transformer_2"),
+        ("HighNoise.safetensors", "transformer"),
+    ):
+        words = f"{name} is by its name for one of the two transformers .* Write {part}:.*{name} \\(all:.*for both"
+        with pytest.raises(BadInput, match=words):
+            vidaccel.generate(two, "a dot", lora=plain(tmp_path / name), **SMALL)
+    header = {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.9]})}
+    second = tmp_path / "own.safetensors"
+    save_file(load_file(plain(second)), second, header)
+    for target in ("transformer", "all"):
+        with pytest.raises(BadInput, match=f"is said to be for {target}, and its header says .* for transformer_2"):
+            vidaccel.generate(two, "a dot", lora=f"{target}:{second}", **SMALL)
+
+
+def test_what_goes_into_both_transformers_is_told(two, tmp_path):
+    settings, sparse = Settings(prompt="a dot"), Sparse(methods=("dense",))
+    style, high = plain(tmp_path / "highlands.safetensors"), plain(tmp_path / "high.safetensors")
+    told = [note for note in prepare(two, settings, sparse, lora=style).notes if "goes into both" in note]
+    assert told == [
+        "highlands.safetensors goes into both transformers: neither its header nor its target says that it is for one."
+    ]
+    assert not any("both" in note for note in prepare(two, settings, sparse, lora=f"all:{high}").notes)
+    assert not any("both" in note for note in prepare("demo", settings, sparse, lora=high_of_the_demo(tmp_path)).notes)
+
+
+def high_of_the_demo(folder: Path) -> Path:
+    """Of one transformer there is nothing to choose, whatever a file is called."""
+    path = folder / "low_noise.safetensors"
+    width = WanTransformer3DModel.load_config(vidaccel.demo.path(), subfolder="transformer")["attention_head_dim"]
+    heads = WanTransformer3DModel.load_config(vidaccel.demo.path(), subfolder="transformer")["num_attention_heads"]
+    name, width = "diffusion_model.blocks.0.self_attn.q.lora_{}.weight", width * heads
+    save_file({name.format("A"): torch.zeros(1, width), name.format("B"): torch.zeros(width, 1)}, path)
+    return path
 
 
 def test_loras_that_cannot_be(tmp_path, file):
@@ -102,8 +207,6 @@ def test_a_file_that_cannot_be_read_is_refused_before_a_model_is_loaded(tmp_path
 
 
 def test_a_loaded_pipeline_loads_its_own(file):
-    from diffusers import WanPipeline
-
     pipe = WanPipeline.from_pretrained(vidaccel.demo.path())
     with pytest.raises(BadInput, match="lora is for a model that is loaded here. Load it with load_lora_weights"):
         vidaccel.generate(pipe, "a red circle", lora=file, **SMALL)
@@ -146,9 +249,6 @@ def test_a_lora_of_another_family_or_size_is_refused_before_a_model_is_loaded(
 
 
 def test_what_a_lora_was_trained_with_is_compared_with_the_run(file):
-    from vidaccel.generation.job import Sparse, prepare
-    from vidaccel.generation.request import Settings
-
     tensors = load_file(file)
 
     def notes(*methods: str, trained: str = "radial", density: float | None = None) -> list[str]:

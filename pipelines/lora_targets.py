@@ -1,0 +1,53 @@
+"""Which of two transformers a LoRA is for: what is said, what its file says, and what it is called.
+
+Wan 2.2 A14B has one for the noisy part of the steps and one for the rest, and LoRAs of others come in pairs whose files
+say nothing of it but in their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .adapter_header import FILE
+from .lora_files import TRANSFORMERS, LoraError, LoraFile, check_part, trained_for
+
+_NAMED = dict(zip(("high", "low"), TRANSFORMERS, strict=True))
+"""Noise -> the transformer that removes it."""
+_WORD = re.compile(r"(?:^|[^a-z])(high|low)(?:[^a-z]|$)|(high|low)[-_. ]?noise", re.IGNORECASE)
+
+
+def check_target(lora: LoraFile, parts: Sequence[str]) -> str:
+    """Check where a LoRA goes in a pipeline.
+
+    Args:
+        lora: with a file that is there.
+        parts: the transformers of the pipeline by name.
+
+    Returns:
+        What a user should know of it, a sentence; "" for nothing.
+
+    Raises:
+        LoraError: it is said to be for another transformer than its file says, for one that the pipeline does not have,
+            or for neither of two, though its name tells that it is for one.
+    """
+    known, name = trained_for(lora.path), lora.path.name
+    agree = (None, known) if len(parts) > 1 else (None, known, "all")
+    if known is not None and lora.target not in agree:
+        told = f"{name} is said to be for {lora.target}, and its header says that it was trained for {known}"
+        raise LoraError(f"{told}. Leave the target out.")
+    check_part(lora, parts)
+    if len(parts) < 2 or lora.target is not None or known is not None:
+        return ""
+    if likely := named_for(lora):
+        told = f"{name} is by its name for one of the two transformers alone, and it is not said which"
+        fix = f"Write {likely}:{lora.path} (all:{lora.path} for both), in a preset target: {likely}"
+        raise LoraError(f"{told}. {fix}.")
+    return f"{name} goes into both transformers: neither its header nor its target says that it is for one."
+
+
+def named_for(lora: LoraFile) -> str:
+    """The transformer that a file's name tells of ("..._high_noise.safetensors"); "" where it tells none, or both."""
+    name = lora.path.parent.name if lora.path.name == FILE else lora.path.stem if lora.path.suffix else lora.path.name
+    found = {(a or b).lower() for a, b in _WORD.findall(name)}
+    return _NAMED[found.pop()] if len(found) == 1 else ""
