@@ -17,7 +17,7 @@ from .caches import install_cache
 from .checks import check_preset, chosen_scheduler
 from .errors import PresetError
 from .files import load_preset
-from .loras import LorasAtWork
+from .loras import LorasAtWork, check_loras
 from .preset import OWN, Preset
 from .quantise import quantise
 
@@ -57,6 +57,8 @@ class Applied:
         if preset.scheduler is not None:
             self._undo.append(_Changed(pipe, "scheduler", chosen_scheduler(pipe, preset)))
         if preset.loras:
+            for note in check_loras(pipe, preset.loras):
+                self._say(note)
             self._undo.append(LorasAtWork(pipe, preset.loras))
         if preset.guidance_free:
             adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter_header import facts_of
 from ..lora_files import TRANSFORMERS, LoraError, LoraFile, attach_loras, check_readable
+from ..lora_targets import check_target
 from .errors import PresetError
 
 if TYPE_CHECKING:
@@ -81,12 +82,19 @@ def _activate(part: Any, before: _State) -> None:
             layer.requires_grad_(False)
 
 
-def check_loras(pipe: Any, loras: Sequence[LoraFile]) -> None:
-    """Raise PresetError for LoRAs that are not there or of another kind, before one is loaded."""
+def check_loras(pipe: Any, loras: Sequence[LoraFile]) -> list[str]:
+    """What a user should know of where LoRAs go, a sentence each; before one is loaded.
+
+    Raises:
+        PresetError: one is not there, of another kind, or for a transformer that the pipeline does not have; or it is
+            not said for which of two it is, see `check_target`.
+    """
     if not loras:
-        return
+        return []
     if not hasattr(pipe, "load_lora_weights"):
         raise PresetError("loras", f"a {type(pipe).__name__} takes none", "Leave them out.")
+    parts = [name for name in TRANSFORMERS if getattr(pipe, name, None) is not None]
+    notes = []
     for lora in loras:
         if not lora.path.exists():
             raise PresetError("loras", "there is no such file or folder", "", lora.path)
@@ -94,12 +102,15 @@ def check_loras(pipe: Any, loras: Sequence[LoraFile]) -> None:
             check_readable(lora.path)
         except LoraError as error:
             raise PresetError("loras", str(error).rstrip(".")) from error
-        if lora.target != "all" and getattr(pipe, lora.target, None) is None:
-            raise PresetError("loras", f"{lora.path.name} is for {lora.target}, which this pipeline does not have")
         if (recipe := facts_of(lora.path).get("recipe")) in _OTHERS:
             kind, fix = _OTHERS[recipe]
             raise PresetError("loras", f"it is {kind}", fix, lora.path)
+        try:
+            notes.append(check_target(lora, parts))
+        except LoraError as error:
+            raise PresetError("loras", str(error).rstrip(".")) from error
     for name in TRANSFORMERS:
         held = getattr(getattr(pipe, name, None), "peft_config", None) or {}
         if taken := [adapter for adapter in held if adapter.startswith(f"{_NAME}_")]:
             raise PresetError("loras", f"the {name} has a LoRA called {taken[0]} already", "Delete it first.")
+    return [note for note in notes if note]

@@ -166,7 +166,10 @@ class Preset:
             made["attention"] |= {"precision": self.precision} if self.precision else {}
             made["attention"] |= {"adapters": list(self.sla)} if self.sla else {}
         made["guidance_free"] = list(self.guidance_free)
-        made["loras"] = [{"file": str(lora.path), "weight": lora.weight, "target": lora.target} for lora in self.loras]
+        made["loras"] = [
+            {"file": str(lora.path), "weight": lora.weight, **({} if lora.target is None else {"target": lora.target})}
+            for lora in self.loras
+        ]
         for name in ("cache", "quantize", "scheduler"):
             value = getattr(self, name)
             made[name] = (
@@ -250,18 +253,18 @@ def _lora(stated: Any, folder: Path | None) -> LoraFile:
     _check_names("loras", stated, ("file", "weight", "target"))
     if not isinstance(stated.get("file"), str):
         raise PresetError("loras", "each needs a file", value=repr(stated))
-    weight, target = stated.get("weight", 1.0), stated.get("target", "all")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise PresetError("loras.weight", "it must be a finite number", value=repr(weight))
-    if target not in TARGETS:
-        raise PresetError("loras.target", f"it must be one of {', '.join(TARGETS)}", value=repr(target))
-    return LoraFile(Path(_place(stated["file"], folder)), float(weight), target)
+    return LoraFile(Path(_place(stated["file"], folder)), stated.get("weight", 1.0), stated.get("target"))
 
 
 def _lora_file(given: Any) -> LoraFile:
     if not isinstance(given, str | Path | LoraFile):
         raise PresetError("loras", "each must be a file or a LoraFile", value=repr(given))
-    return replace(given, path=Path(given.path)) if isinstance(given, LoraFile) else LoraFile(Path(given))
+    lora = replace(given, path=Path(given.path)) if isinstance(given, LoraFile) else LoraFile(Path(given))
+    if isinstance(lora.weight, bool) or not isinstance(lora.weight, int | float) or not math.isfinite(lora.weight):
+        raise PresetError("loras.weight", "it must be a finite number", value=repr(lora.weight))
+    if lora.target is not None and lora.target not in TARGETS:
+        raise PresetError("loras.target", f"it must be one of {', '.join(TARGETS)}", value=repr(lora.target))
+    return replace(lora, weight=float(lora.weight))
 
 
 def _place(place: Any, folder: Path | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from gft_adapters import random_lora, write_adapter
 from gft_calls import loaded, made, saved
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_families import build
 from tiny_wan import generate, make_pipe, make_transformer
 
@@ -92,6 +93,40 @@ def test_a_lora_beside_another_leaves_its_weight(pipe, lora):
     assert pipe.get_active_adapters() == ["mine"] and torch.equal(generate(pipe), plain)
 
 
+@pytest.fixture
+def two():
+    return make_pipe(transformer_2=make_transformer(1), boundary_ratio=0.9)
+
+
+def holders(pipe) -> list[str]:
+    """The transformers with a LoRA."""
+    return [name for name in ("transformer", "transformer_2") if getattr(getattr(pipe, name), "peft_config", None)]
+
+
+def test_a_lora_goes_where_its_header_says(two, lora, tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(load_file(lora), file, {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.9]})})
+    (tmp_path / "a.yaml").write_text("version: 1\nloras: [a.safetensors]\n")
+    for preset in (tmp_path / "a.yaml", Preset(loras=str(file)), Preset(loras=LoraFile(file, target="transformer_2"))):
+        with vidaccel.apply(two, preset) as handle:
+            assert holders(two) == ["transformer_2"] and handle.report().notes == ()
+    for target in ("transformer", "all"):
+        with pytest.raises(PresetError, match=f"for {target}, and its header says that it was trained for transformer"):
+            vidaccel.apply(two, Preset(loras=LoraFile(file, target=target)))
+
+
+def test_a_lora_that_does_not_say_where_it_goes(two, lora, tmp_path):
+    with vidaccel.apply(two, Preset(loras=LoraFile(lora))) as handle:
+        assert holders(two) == ["transformer", "transformer_2"]
+        assert "a.safetensors goes into both transformers" in handle.report().notes[0]
+    high = tmp_path / "high_noise.safetensors"
+    save_file(load_file(lora), high)
+    with pytest.raises(PresetError, match="is by its name for one of .* in a preset target: transformer"):
+        vidaccel.apply(two, Preset(loras=LoraFile(high)))
+    with vidaccel.apply(two, Preset(loras=LoraFile(high, target="transformer"))) as handle:
+        assert holders(two) == ["transformer"] and handle.report().notes == ()
+
+
 def test_without_a_method_the_account_is_there_too(pipe):
     with vidaccel.apply(pipe, Preset(cache=Cache("first_block", 1e3))) as handle:
         generate(pipe, 4)
@@ -152,7 +187,7 @@ def test_refused_before_anything_is_touched(pipe, tmp_path, lora, adapter):
         ),
         ({"loras": (LoraFile(tmp_path / "none"),)}, "loras", "there is no such file or folder"),
         ({"loras": (LoraFile(adapter),)}, "loras", "a guidance-free adapter. Give it as guidance_free"),
-        ({"loras": (LoraFile(lora, target="transformer_2"),)}, "loras", "which this pipeline does not have"),
+        ({"loras": (LoraFile(lora, target="transformer_2"),)}, "loras", "this pipeline has transformer alone"),
         ({"guidance_free": (str(lora),)}, "guidance_free", "not written by this package's trainer"),
         ({"guidance_free": ("own",)}, "guidance_free", "has no guidance-free adapter of its own"),
         ({"guidance_free": (str(adapter),), "guidance_scale": 50.0}, "guidance_free", "50"),
