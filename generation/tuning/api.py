@@ -248,6 +248,7 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",
         "size": f"{size.frames} frames of {size.width}x{size.height}, {job.layout.tokens:,} tokens",
         "steps": str(size.steps),
+        "guidance scale": "none" if size.guidance_scale is None else f"{size.guidance_scale:g}",
         "budget": str(plan.budget),
         "videos": in_words(plan.prompts, plan.seeds),
         "effort": plan.effort,
@@ -277,14 +278,16 @@ def _with_preset(made: Tuned, job: Job) -> Tuned:
         "psnr_to_dense": round(own.mean_psnr, 2) if own.mean_psnr < 1e9 else "identical",
         **({} if own.error is None else {"error_a_step": round(own.error, 5)}),
         "prompts": len(made.prompts),
+        **({} if job.settings.guidance_scale is None else {"guidance_scale": job.settings.guidance_scale}),
         "size": made.settings["size"],
         "dtype": made.settings["dtype"],
         "machine": made.environment.get("GPU", made.environment["CPU"]),
         "torch": made.environment["torch"],
     }
-    facts = _facts_of(job)
-    if made.chosen.candidate.adapter is not None:
-        facts["guidance_scale"] = job.settings.guidance_scale
+    facts, scale = _facts_of(job), job.settings.guidance_scale
+    # The model's own is what a call without one has, under whatever name the pipeline takes it.
+    if made.chosen.candidate.adapter is not None or scale != job.facts.call_defaults().get("guidance_scale"):
+        facts["guidance_scale"] = scale
     return replace(made, preset=made.chosen.candidate.preset(**facts, measured=measured))
 
 

@@ -85,6 +85,7 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     assert made.gain == (48.0 / own.seconds[0],) * 2 and own.computed == 2
     preset = load_preset(tmp_path / "t" / "preset.yaml")
     assert preset.cache == Cache("first_block", 1e3) and preset.num_inference_steps == 4
+    assert preset.guidance_scale is None and preset.measured["guidance_scale"] == 2.0  # the model's own
     assert preset.measured["prompts"] == 2 and preset.transformer["num_layers"] == 6
     again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **SMALL)
     assert again.account.counts()["computed"] == own.computed
@@ -95,6 +96,17 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     assert {f.name for f in (tmp_path / "t").iterdir()} == {
         "dense.0.npz", "dense.1.npz", FILE, "preset.yaml", "tune.html", "tune.json",
     }  # fmt: skip
+
+
+def test_a_preset_says_the_guidance_that_it_was_measured_with(pipe, layers, tmp_path):
+    """Without guidance a step has one pass; without that in the preset, `generate` would make two of other weights."""
+    options = {"min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **SMALL}
+    made = vidaccel.tune(pipe, PROMPTS[:1], 3, out=tmp_path / "t", guidance_scale=1.0, **options)
+    preset = load_preset(tmp_path / "t" / "preset.yaml")
+    assert made.dense_seconds == 24 and preset.guidance_scale == 1.0 and preset.measured["guidance_scale"] == 1.0
+    again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **SMALL)
+    assert again.account.steps[0].forwards == 1
+    assert made.settings["guidance scale"] == "1" and "guidance scale 1;" in (tmp_path / "t" / "tune.html").read_text()
 
 
 @pytest.mark.parametrize("fault", ["NaN in a step", "NaN in q", "no memory"])
