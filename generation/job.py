@@ -39,7 +39,7 @@ from .methods import (
     name_of,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
-from .presets import beside, check_beside, with_preset
+from .presets import beside, check_beside, check_scheduler, with_preset
 from .request import INPUTS, Settings
 from .sla import sla_adapters, trained_method
 from .sparse import Sparse
@@ -232,6 +232,7 @@ def prepare(
     check_guidance(adapters, of_weights, settings)
     if preset is not None:
         check_beside(preset, facts, settings, offload)
+        check_scheduler(preset, adapters)
     check_fits(loras, facts)
     check_bases(loras, facts)
     of_loras = check_targets(loras, facts)

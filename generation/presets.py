@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from .errors import BadInput, mention
 from .methods import DENSE
 
 if TYPE_CHECKING:
+    from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.presets import Cache, Preset, PresetError, Quantize
     from .model_facts import ModelFacts
     from .request import Settings
@@ -157,6 +158,14 @@ def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload:
         raise refused(error) from error
     if preset.guidance_free and settings.guidance_scale is not None and settings.guidance_scale <= 1:
         raise BadInput("guidance_scale", "the preset puts guidance into one pass, and 1 is none", "Raise it.", value=1)
+
+
+def check_scheduler(preset: Preset, adapters: Sequence[GuidanceFreeAdapter]) -> None:
+    """Raise BadInput for a preset with a scheduler beside adapters for few steps, which bring one."""
+    from ..pipelines.presets.checks import check_few_steps
+
+    with refusals():  # the steps of the request are looked at where adapters are, see `guidance.check_guidance`
+        check_few_steps(preset.replace(num_inference_steps=None), adapters)
 
 
 def unquantised(offload: bool | str) -> str | None:

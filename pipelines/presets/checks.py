@@ -17,11 +17,12 @@ from ..acceleration.families import FAMILIES, Family, find_transformers
 from ..acceleration.rebinding import SparseProcessor
 from ..few_steps.grid import GridScheduler
 from ..few_steps.rcm import RCMScheduler
-from ..guidance_free.adapter_file import GuidanceFreeError, read_adapter
+from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
 from ..undo import GUIDANCE_FREE
 from .caches import check_cache
 from .errors import PresetError
+from .levers import SchedulerChoice
 from .loras import check_loras
 from .packages import check_packages
 from .preset import OWN, Preset
@@ -97,8 +98,9 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
     for name in choice.settings:
         if name not in known:
             raise PresetError("scheduler", f"{choice.name} has no setting {name}; it has {', '.join(known)}")
+    _check_replaced(pipe.scheduler, choice, known)
     try:
-        made = cls.from_config(pipe.scheduler.config, **{**_of_flow(pipe.scheduler, known), **choice.settings})
+        made = cls.from_config(_stated(pipe.scheduler, known), **{**_of_flow(pipe.scheduler, known), **choice.settings})
     except (ValueError, TypeError, NotImplementedError) as error:
         raise PresetError("scheduler", str(error).rstrip("."), value=choice.name) from error
     if _flows(pipe.scheduler) and "prediction_type" in known and not _flows(made):
@@ -110,16 +112,56 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
 
 def _flows(scheduler: Any) -> bool:
     """Whether a scheduler has the noise levels of flow matching."""
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler | RCMScheduler):
+        return True
     return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def _check_replaced(own: Any, choice: SchedulerChoice, known: Sequence[str]) -> None:
+    """Raise PresetError where what the pipeline has cannot give its place to another scheduler."""
+    if isinstance(own, RCMScheduler) and choice.name != RCMScheduler.__name__:
+        problem = f"the model was distilled for the times and noise of the RCMScheduler, and {choice.name} has others"
+        raise PresetError("scheduler", problem, "Leave scheduler out.", value=choice.name)
+    shift = next((name for name in ("flow_shift", "shift") if name in known), None)
+    if isinstance(own, GridScheduler) and shift is not None and shift not in choice.settings:
+        problem = f"the GridScheduler of the pipeline has noise levels and no shift, which {choice.name} needs"
+        raise PresetError("scheduler", problem, f"Give {shift} in its settings.", value=choice.name)
+
+
+def _stated(own: Any, known: Sequence[str]) -> dict[str, Any]:
+    """The config of a scheduler; of a GridScheduler its own settings, since those of the class below say nothing."""
+    if isinstance(own, GridScheduler):
+        return {name: own.config[name] for name in ("sigmas", "num_train_timesteps") if name in known}
+    return dict(own.config)
 
 
 def _of_flow(own: Any, known: Sequence[str]) -> dict[str, Any]:
     """What a scheduler of flow matching says by other names than a class that has these settings."""
     if not _flows(own):
         return {}
-    shift = own.config.get("shift", own.config.get("flow_shift"))
+    config = _stated(own, known)
+    shift = config.get("shift", config.get("flow_shift"))
     told = {"shift": shift, "flow_shift": shift, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     return {name: value for name, value in told.items() if name in known and value is not None}
+
+
+def check_few_steps(preset: Preset, adapters: Sequence[GuidanceFreeAdapter]) -> None:
+    """Raise PresetError where adapters for few steps have other steps than a preset, or a scheduler beside them.
+
+    Args:
+        preset: of which steps and scheduler are looked at.
+        adapters: its own, or those that are given instead.
+    """
+    for adapter in adapters:
+        if adapter.sigmas is None:
+            continue
+        count, name = len(adapter.sigmas), adapter.path.name
+        if preset.scheduler is not None:
+            problem = f"{name} was distilled to noise levels of its own, for which it brings a scheduler"
+            raise PresetError("scheduler", problem, "Leave scheduler out.", preset.scheduler.name)
+        if preset.num_inference_steps not in (None, count):
+            problem = f"{name} was distilled to {count} steps"
+            raise PresetError("num_inference_steps", problem, "Give that, or leave it out.", preset.num_inference_steps)
 
 
 def _check_guidance(pipe: Any, preset: Preset, base: str | Path | None) -> None:
@@ -133,6 +175,7 @@ def _check_guidance(pipe: Any, preset: Preset, base: str | Path | None) -> None:
         own = preset.guidance_free == (OWN,)
         given = None if own else [read_adapter(place) for place in preset.guidance_free]
         chosen = chosen_adapters(pipe, given, base)
+        check_few_steps(preset, list(chosen.values()))
         if preset.guidance_scale is not None:
             for adapter in chosen.values():
                 adapter.check_scale(preset.guidance_scale)

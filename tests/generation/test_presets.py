@@ -16,7 +16,7 @@ from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.report import write_report
 from vidaccel.generation.request import Settings
 from vidaccel.generation.run import run, warm_up
-from vidaccel.pipelines.presets import Cache, SchedulerChoice, save_preset
+from vidaccel.pipelines.presets import Cache, PresetError, SchedulerChoice, load_preset, save_preset
 
 PROMPT = "a red circle moves left on a grey background"
 SMALL = {"frames": 9, "height": 64, "width": 64, "device": "cpu", "progress": False}
@@ -129,6 +129,23 @@ def test_the_adapters_of_a_preset_in_a_loaded_pipeline():
     assert len(passes) == 2
     with pytest.raises(BadInput, match="guidance_free is for a model that is loaded here"):
         vidaccel.generate(pipe, PROMPT, guidance_free=True, frames=9, height=64, width=64, progress=False)
+
+
+def test_a_scheduler_beside_an_adapter_that_brings_one_is_refused_in_all_ways(loads_nothing):
+    """One of the two would be left out, by each way another."""
+    few = load_preset("demo-dc-four-steps").replace(scheduler=SchedulerChoice("UniPCMultistepScheduler"))
+    told = "scheduler is UniPCMultistepScheduler: few_steps_4.safetensors was distilled to noise levels of its own"
+    pipe = vidaccel.DCVideoGenPipeline.from_pretrained(demo.path("demo-dc"))
+    with pytest.raises(PresetError, match=told):
+        vidaccel.apply(pipe, few)
+    for given in ({"preset": few}, {"preset": few.replace(guidance_free=()), "guidance_free": few.guidance_free}):
+        with pytest.raises(BadInput, match=f"preset cannot be used: {told}"):
+            vidaccel.generate("demo-dc", PROMPT, **given, **SMALL)
+    other = load_preset("demo-dc-four-steps").replace(num_inference_steps=6)
+    with pytest.raises(PresetError, match="num_inference_steps is 6: few_steps_4.safetensors was distilled to 4 steps"):
+        vidaccel.apply(pipe, other)
+    with pytest.raises(BadInput, match="steps is 6: few_steps_4.safetensors was distilled to 4 steps"):
+        vidaccel.generate("demo-dc", PROMPT, preset=other, **SMALL)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

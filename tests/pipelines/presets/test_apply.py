@@ -173,6 +173,28 @@ def test_another_scheduler_keeps_the_noise_levels_of_the_model(pipe):
         vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice("DDIMScheduler")))
 
 
+def test_a_scheduler_in_the_place_of_one_of_this_package(pipe):
+    """Both are of flow matching, though their configs do not say so; neither has a shift."""
+    unipc, euler = SchedulerChoice("UniPCMultistepScheduler"), SchedulerChoice("FlowMatchEulerDiscreteScheduler")
+    pipe.scheduler = vidaccel.GridScheduler([1.0, 0.5])
+    with vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice(unipc.name, {"flow_shift": 5.0}))):
+        config = pipe.scheduler.config
+        assert config.flow_shift == 5.0 and config.use_flow_sigmas and config.prediction_type == "flow_prediction"
+    for choice, name in ((unipc, "flow_shift"), (euler, "shift")):
+        with pytest.raises(PresetError, match=f"no shift, which {choice.name} needs. Give {name} in its settings"):
+            vidaccel.apply(pipe, Preset(scheduler=choice))
+    with pytest.raises(PresetError, match="of flow matching, and DDIMScheduler is not made for that"):
+        vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice("DDIMScheduler")))
+    with vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice("GridScheduler"))):
+        assert pipe.scheduler.levels == (1.0, 0.5)
+    pipe.scheduler = vidaccel.RCMScheduler(sigma_max=200.0)
+    for choice in (unipc, euler):
+        with pytest.raises(PresetError, match="distilled for the times and noise of the RCMScheduler"):
+            vidaccel.apply(pipe, Preset(scheduler=choice))
+    with vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice("RCMScheduler", {"ode": True}))):
+        assert pipe.scheduler.config.ode and pipe.scheduler.config.sigma_max == 200.0
+
+
 def test_refused_before_anything_is_touched(pipe, tmp_path, lora, adapter):
     before = weights(pipe)
     for fields, lever, message in (
