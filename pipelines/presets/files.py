@@ -11,6 +11,7 @@ import yaml
 
 from .errors import PresetError
 from .preset import OWN, Preset
+from .reading import content_of
 
 SHIPPED = Path(__file__).parent / "shipped"
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -37,7 +38,7 @@ def load_preset(place: str | Path) -> Preset:
         raise PresetError("", f"there is no preset {place}", f"Give a file ({', '.join(SUFFIXES)}) or a name: {names}.")
     try:
         text = file.read_text(encoding="utf-8")
-        content: Any = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        content: Any = content_of(text, file.suffix == ".json")
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise PresetError("", f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -103,6 +103,9 @@ class Cache:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", settings_of("cache.settings", self.settings))
+        if not isinstance(self.name, str):
+            raise PresetError("cache.name", "it must be a text", value=repr(self.name))
         if self.name not in CACHES:
             raise PresetError("cache", f"there is none of that name{nearest(self.name, CACHES)}", value=self.name)
         kind = CACHES[self.name]
@@ -160,10 +163,27 @@ class SchedulerChoice:
     Args:
         name: class in diffusers, "RCMScheduler" or "GridScheduler".
         settings: of its config; the others are those of the scheduler that the pipeline has.
+
+    Raises:
+        PresetError: a name that is no text, or settings that are no names and values.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise PresetError("scheduler.name", "it must be a text", value=repr(self.name))
+        object.__setattr__(self, "settings", settings_of("scheduler.settings", self.settings))
+
+
+def settings_of(lever: str, settings: Any) -> Mapping[str, Any]:
+    """Settings by name; none where YAML has nothing behind the colon. PresetError for what is no mapping."""
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise PresetError(lever, "they must be names and values", value=repr(settings))
+    return settings
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

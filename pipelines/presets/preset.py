@@ -13,7 +13,7 @@ from ...attention.methods import Method
 from ...attention.methods.description import describe, described
 from ..lora_files import TARGETS, LoraFile
 from .errors import PresetError
-from .levers import Cache, CacheSetting, Quantize, SchedulerChoice, check_number, nearest
+from .levers import Cache, CacheSetting, Quantize, SchedulerChoice, check_number, nearest, settings_of
 
 VERSION = 1
 """Of the format."""
@@ -88,14 +88,16 @@ class Preset:
             object.__setattr__(self, name, value)
 
         for name in ("guidance_free", "sla"):
-            places = getattr(self, name)
-            places = (places,) if isinstance(places, str | Path) else tuple(places)
+            places = several(name, getattr(self, name), str | Path)
+            if wrong := [place for place in places if not isinstance(place, str | Path)]:
+                raise PresetError(name, "each must be a file", value=repr(wrong[0]))
             put(name, tuple(map(str, places)))
-        loras = (self.loras,) if isinstance(self.loras, str | Path | LoraFile) else self.loras
-        put("loras", tuple(_lora_file(lora) for lora in loras))
+        put("loras", tuple(_lora_file(lora) for lora in several("loras", self.loras, str | Path | LoraFile)))
         for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
             if isinstance(value := getattr(self, name), str):
                 put(name, kind(value))
+            elif value is not None and not isinstance(value, kind):
+                raise PresetError(name, f"it must be a {kind.__name__}, its name or None", value=repr(value))
         if isinstance(self.method, str):
             put("method", _attention(self.method, None)["method"])
 
@@ -196,14 +198,18 @@ class Preset:
             cls(version=version)  # says so, before what another version holds is found unknown
         _check_names("", content, _FIELDS)
         values = {name: value for name, value in content.items() if name in _SIMPLE and value is not None}
+        for name in ("name", "summary", "model", "base", "family"):
+            if not isinstance(values.get(name, ""), str):
+                raise PresetError(name, "it must be a text", "Put it in quotation marks.", repr(values[name]))
         for name in ("transformer", "measured"):
             if name in values and not isinstance(values[name], Mapping):
                 raise PresetError(name, "it must hold names and values", value=repr(values[name]))
         values |= _attention(content.get("attention"), folder)
-        places = content.get("guidance_free") or ()
-        places = [places] if isinstance(places, str) else list(places)
-        values["guidance_free"] = tuple(place if place == OWN else _place(place, folder) for place in places)
-        values["loras"] = tuple(_lora(each, folder) for each in content.get("loras") or ())
+        places = several("guidance_free", content.get("guidance_free"))
+        values["guidance_free"] = tuple(
+            place if place == OWN else _place("guidance_free", place, folder) for place in places
+        )
+        values["loras"] = tuple(_lora(each, folder) for each in several("loras", content.get("loras")))
         for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
             if (stated := content.get(name)) is not None:
                 values[name] = _part(name, kind, stated)
@@ -221,18 +227,24 @@ def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
     if stated is None:
         return {}
     stated = {"method": stated} if isinstance(stated, str) else stated
+    if isinstance(stated, Mapping) and stated.get("method") in ("dense", "none"):
+        fix = "Leave attention out: a preset without it is dense."
+        raise PresetError("attention", "it is for sparse attention", fix, stated["method"])
     known = ("method", "settings", "schedule", "backend", "precision", "adapters")
     _check_names("attention", stated, known)
     if "method" not in stated:
         raise PresetError("attention", "it has no method", f"It can have {', '.join(known)}.")
+    for name in ("settings", "schedule"):
+        settings_of(f"attention.{name}", stated.get(name))
     try:
         method = described({name: stated.get(name) for name in ("method", "settings", "schedule")})
     except (ValueError, TypeError) as error:
         raise PresetError("attention", str(error).rstrip(".")) from error
-    adapters = tuple(_place(place, folder) for place in stated.get("adapters") or ())
+    adapters = several("attention.adapters", stated.get("adapters"))
+    adapters = tuple(_place("attention.adapters", place, folder) for place in adapters)
     return {
         "method": method,
-        "backend": stated.get("backend", "auto"),
+        "backend": stated.get("backend") or "auto",
         "precision": stated.get("precision"),
         "sla": adapters,
     }
@@ -253,7 +265,9 @@ def _lora(stated: Any, folder: Path | None) -> LoraFile:
     _check_names("loras", stated, ("file", "weight", "target"))
     if not isinstance(stated.get("file"), str):
         raise PresetError("loras", "each needs a file", value=repr(stated))
-    return LoraFile(Path(_place(stated["file"], folder)), stated.get("weight", 1.0), stated.get("target"))
+    weight = stated.get("weight")
+    place = _place("loras", stated["file"], folder)
+    return LoraFile(Path(place), 1.0 if weight is None else weight, stated.get("target"))
 
 
 def _lora_file(given: Any) -> LoraFile:
@@ -267,9 +281,29 @@ def _lora_file(given: Any) -> LoraFile:
     return replace(lora, weight=float(lora.weight))
 
 
-def _place(place: Any, folder: Path | None) -> str:
-    if not isinstance(place, str):
-        raise PresetError("", f"a file must be a text, not {place!r}")
+def several(lever: str, stated: Any, single: Any = str | Mapping) -> list[Any]:
+    """What stands in a list, where one alone may stand for itself.
+
+    Args:
+        lever: that it is of.
+        stated: a list, one of its entries, or None for none.
+        single: kinds of an entry.
+
+    Raises:
+        PresetError: another kind.
+    """
+    if stated is None:
+        return []
+    if isinstance(stated, single):
+        return [stated]
+    if not isinstance(stated, list | tuple):
+        raise PresetError(lever, "it must be a file or a list of them", value=repr(stated))
+    return list(stated)
+
+
+def _place(lever: str, place: Any, folder: Path | None) -> str:
+    if not isinstance(place, str) or not place.strip():
+        raise PresetError(lever, "a file must be a text that names it", value=repr(place))
     path = Path(place).expanduser()
     if path.is_absolute() or folder is None:
         return str(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vidaccel import DenseSchedule, Preset, Radial, Tangent, demo
+from vidaccel import SLA, DenseSchedule, Preset, Radial, Tangent, demo
 from vidaccel.pipelines.presets import (
     Cache,
     LoraFile,
@@ -70,6 +70,33 @@ def test_what_is_not_said_is_the_default():
     assert Preset.from_dict({"version": 1}).to_dict() == {"version": 1, "name": "preset"}
 
 
+def test_one_stands_for_a_list_of_one_and_nothing_for_none(tmp_path):
+    texts = {
+        "loras: a.safetensors": Preset(loras=str(tmp_path / "a.safetensors")),
+        "loras: {file: a.safetensors, weight: 0.5}": Preset(loras=LoraFile(tmp_path / "a.safetensors", 0.5)),
+        "guidance_free: a.safetensors": Preset(guidance_free=str(tmp_path / "a.safetensors")),
+        "attention: {method: sla, adapters: a.safetensors}": Preset(method=SLA(), sla=str(tmp_path / "a.safetensors")),
+        "cache: {name: first_block, settings: }": Preset(cache=Cache("first_block")),
+        "scheduler: {name: A, settings: }": Preset(scheduler=SchedulerChoice("A")),
+        "loras:\nguidance_free:\nattention:\ncache:": Preset(),
+    }
+    for text, wanted in texts.items():
+        (tmp_path / "a.yaml").write_text(f"version: 1\n{text}\n")
+        assert load_preset(tmp_path / "a.yaml") == wanted, text
+
+
+def test_a_name_that_stands_twice(tmp_path):
+    (tmp_path / "a.yaml").write_text("version: 1\ncache: first_block\nattention: svg2\ncache: seacache\n")
+    with pytest.raises(PresetError, match=r"a\.yaml cannot be read: cache is there twice .*line 4"):
+        load_preset(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("version: 1\ncache: {name: first_block, threshold: 0.1, threshold: 0.2}\n")
+    with pytest.raises(PresetError, match=r"threshold is there twice .*line 2"):
+        load_preset(tmp_path / "a.yaml")
+    (tmp_path / "a.json").write_text('{"version": 1, "cache": "first_block", "cache": "seacache"}')
+    with pytest.raises(PresetError, match=r"a\.json cannot be read: cache is there twice"):
+        load_preset(tmp_path / "a.json")
+
+
 def test_names_stand_for_what_has_defaults():
     short = Preset(method="radial", cache="first_block", quantize="fp8", loras="a.safetensors", guidance_free="own")
     assert short == Preset(
@@ -119,6 +146,31 @@ def test_names_stand_for_what_has_defaults():
         ({"version": 1, "attention": {"method": "svg2", "precision": "int2"}}, "precision", "int2"),
         ({"version": 1, "num_inference_steps": 0}, "num_inference_steps", "is 0: it must be a whole number of at le"),
         ({"version": 1, "guidance_scale": 0.5}, "guidance_scale", "is 0.5: it must be at least 1"),
+        (
+            {"version": 1, "attention": "dense"},
+            "attention",
+            "is dense: it is for sparse attention. Leave",
+        ),
+        ({"version": 1, "attention": {"method": "none"}}, "attention", "is none: it is for sparse attention. Leave a"),
+        ({"version": 1, "attention": {"method": "svg2", "schedule": 5}}, "attention.schedule", "names and values"),
+        ({"version": 1, "attention": {"method": "svg2", "settings": "a"}}, "attention.settings", "names and values"),
+        (
+            {"version": 1, "attention": {"method": "sla", "adapters": 5}},
+            "attention.adapters",
+            "5: it must be a file or",
+        ),
+        ({"version": 1, "guidance_free": True}, "guidance_free", "is True: it must be a file or a list of them"),
+        ({"version": 1, "guidance_free": {"file": "a"}}, "guidance_free", "a file must be a text that names it"),
+        ({"version": 1, "loras": 5}, "loras", "is 5: it must be a file or a list of them"),
+        ({"version": 1, "loras": [5]}, "loras", "it must hold names and values (file, weight, target)"),
+        ({"version": 1, "loras": {"a": "b.safetensors"}}, "loras", "there is no a; there are file, weight, target"),
+        ({"version": 1, "loras": {"file": "a", "weight": "x"}}, "loras.weight", "'x': it must be a finite number"),
+        ({"version": 1, "scheduler": {"name": 5}}, "scheduler.name", "is 5: it must be a text"),
+        ({"version": 1, "scheduler": {"name": "A", "settings": [1]}}, "scheduler.settings", "be names and values"),
+        ({"version": 1, "cache": {"name": 5}}, "cache.name", "is 5: it must be a text"),
+        ({"version": 1, "cache": {"name": "first_block", "settings": 5}}, "cache.settings", "must be names and values"),
+        ({"version": 1, "cache": 5}, "cache", "it must hold names and values"),
+        ({"version": 1, "model": 5}, "model", "is 5: it must be a text"),
         ({"version": 1, "loras": [{"weight": 1}]}, "loras", "each needs a file"),
         ({"version": 1, "loras": [{"file": "a", "target": "vae"}]}, "loras.target", "'vae': it must be one of all"),
     ],
@@ -133,6 +185,9 @@ def test_what_cannot_be_is_named(content, lever, message):
     ("fields", "message"),
     [
         ({"guidance_free": ("own",), "guidance_scale": 1.0}, "guidance_free: .* guidance_scale 1 has none"),
+        ({"guidance_free": True}, "guidance_free is True: it must be a file"),
+        ({"loras": 5}, "loras is 5: it must be a file"),
+        ({"cache": 5}, "cache is 5: it must be a Cache, its name or None"),
         ({"precision": "int8"}, "precision: .* there is no method"),
         ({"sla": ("a",), "method": Radial()}, "sla: the adapters are for the method sla, and it is radial"),
         (

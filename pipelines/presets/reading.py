@@ -1,0 +1,43 @@
+"""What a file of a preset holds, in plain kinds: a name that stands twice is refused, of which YAML takes the last."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+
+def content_of(text: str, is_json: bool) -> Any:
+    """What a text holds.
+
+    Args:
+        text: of a file. is_json: whether it is JSON, otherwise YAML.
+
+    Raises:
+        ValueError, yaml.YAMLError: it is none, or a name stands twice in one mapping.
+    """
+    if is_json:
+        return json.loads(text, object_pairs_hook=_once)
+    return yaml.load(text, _Loader)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := _twice([key for key, _ in pairs]):
+        raise ValueError(f"{twice[0]} is there twice")
+    return dict(pairs)
+
+
+def _twice(keys: list[Any]) -> list[Any]:
+    return [key for number, key in enumerate(keys) if key in keys[:number]]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in plain kinds."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := _twice(keys):
+            mark = next(key.start_mark for key, _ in reversed(node.value) if self.construct_object(key) == twice[0])
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", mark)
+        return super().construct_mapping(node, deep)
