@@ -91,6 +91,8 @@ def with_preset(
 ) -> tuple[Settings, Sparse, dict[str, Any]]:
     """A request with what its preset says where it says nothing itself.
 
+    Backend and precision are of the preset's method, and come with it alone.
+
     Args:
         preset: of `request_preset`.
         settings, sparse: of the request.
@@ -102,13 +104,15 @@ def with_preset(
         guidance_scale=preset.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
     )
     if preset.name and not sparse.methods:  # else there is only a cache or layers in 8 bits
-        sparse = replace(sparse, methods=(DENSE if preset.method is None else preset.method,))
-    if sparse.backend == "auto":
-        sparse = replace(sparse, backend=preset.backend)
-    if sparse.precision is None:
-        sparse = replace(sparse, precision=preset.precision)
+        sparse = replace(
+            sparse,
+            methods=(DENSE if preset.method is None else preset.method,),
+            backend=preset.backend if sparse.backend == "auto" else sparse.backend,
+            precision=preset.precision if sparse.precision is None else sparse.precision,
+        )
     own = preset.guidance_free == ("own",)
-    of_preset = {"lora": preset.loras, "guidance_free": own or preset.guidance_free, "sla": preset.sla}
+    of_method = preset.sla if "sla" in sparse.names else ()
+    of_preset = {"lora": preset.loras, "guidance_free": own or preset.guidance_free, "sla": of_method}
     return settings, sparse, {name: value or of_preset[name] for name, value in given.items()}
 
 

@@ -10,8 +10,9 @@ import pytest
 from diffusers import WanPipeline
 
 import vidaccel
-from vidaccel import SVG2, DenseSchedule, Preset, Radial, demo
+from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial, demo
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.report import write_report
 from vidaccel.generation.request import Settings
@@ -78,6 +79,17 @@ def test_what_is_given_goes_before_the_preset(pipe):
     plain = generate(pipe, steps=2, guidance_scale=1.0)
     assert np.array_equal(made.frames, plain.frames)
     assert generate(pipe, preset=preset, cache="first_block=0", steps=2).account.counts()["skipped"] == 0
+
+
+def test_what_is_of_the_method_of_a_preset_goes_with_it(pipe, tmp_path):
+    """Another method has neither its backend nor its precision, and no adapters of SLA."""
+    learned = Preset(name="a", method=SLA(), sla=(str(tmp_path / "gone"),), backend="reference", precision="int8")
+    made = generate(pipe, preset=learned.replace(num_inference_steps=2), method="dense")
+    assert made.name == "dense" and made.report is None
+    job = prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("radial",)), preset=learned)
+    assert (list(job.methods), job.backend, job.precision, job.sla) == (["radial"], "auto", None, ())
+    with pytest.raises(BadInput, match="sla cannot be used: .*gone"):  # the adapters are of this one, though
+        prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("sla",)), preset=learned)
 
 
 def test_a_preset_without_a_method_is_dense_and_a_cache_alone_changes_no_method(pipe, monkeypatch):
