@@ -33,9 +33,13 @@ def presets_command(
         from rich.table import Table
 
         from ..pipelines.presets import load_preset, shipped_presets
+        from ..pipelines.presets.files import absolute
 
         if name is not None:
-            typer.echo(yaml.safe_dump(load_preset(name).to_dict(), sort_keys=False, allow_unicode=True), nl=False)
+            # With whole paths: what is printed may be put anywhere.
+            typer.echo(
+                yaml.safe_dump(absolute(load_preset(name)).to_dict(), sort_keys=False, allow_unicode=True), nl=False
+            )
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)

@@ -64,7 +64,7 @@ def save_preset(preset: Preset, place: str | Path) -> Path:
         raise PresetError("", f"{file} has the suffix {file.suffix!r}", f"Give {', '.join(SUFFIXES)}.")
     if not file.parent.is_dir():
         raise PresetError("", f"there is no folder {file.parent}", "Make it first.")
-    content = _absolute(preset).to_dict()
+    content = absolute(preset).to_dict()
     if file.suffix == ".json":
         text = json.dumps(content, indent=2) + "\n"
     else:
@@ -75,7 +75,7 @@ def save_preset(preset: Preset, place: str | Path) -> Path:
     return file
 
 
-def _absolute(preset: Preset) -> Preset:
+def absolute(preset: Preset) -> Preset:
     """The preset with the whole paths of its files, which a reader would take for files beside its own."""
     return preset.replace(
         sla=tuple(str(Path(place).resolve()) for place in preset.sla),

@@ -49,6 +49,20 @@ def test_the_list_and_one_of_them(vidaccel):
     assert result.exit_code == 2 and "there is no preset demo-slow. Give a file" in result.stderr
 
 
+def test_one_is_printed_with_paths_that_hold_anywhere(vidaccel, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    text = "version: 1\nloras: a.safetensors\nguidance_free: g.safetensors\n"
+    text += "attention: {method: sla, adapters: ../s.safetensors}\n"
+    (tmp_path / "mine" / "a.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "printed.yaml").write_text(vidaccel("presets", "mine/a.yaml").stdout)
+    preset = load_preset("printed.yaml")
+    assert preset == load_preset(tmp_path / "mine" / "a.yaml")
+    assert preset.loras[0].path == tmp_path / "mine" / "a.safetensors" and preset.sla == (
+        str(tmp_path / "s.safetensors"),
+    )
+
+
 def test_a_cache_says_what_it_skipped(vidaccel, tiny_model, tmp_path):
     result = vidaccel(
         "generate", "a dot", "--model", tiny_model, "--cache", "first_block=1000", "--steps", 4, *SIZE,
