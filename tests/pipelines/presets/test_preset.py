@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vidaccel import SLA, DenseSchedule, Preset, Radial, Tangent, demo
+from vidaccel import METHODS, SLA, DenseSchedule, Preset, Radial, Tangent, demo
 from vidaccel.pipelines.presets import (
     Cache,
     LoraFile,
@@ -51,6 +51,12 @@ def test_a_file_holds_all_of_it(tmp_path, suffix):
     content = json.loads(file.read_text()) if suffix == ".json" else yaml.safe_load(file.read_text())
     assert content["version"] == 1 and content["attention"]["schedule"]["last_steps"] == 1
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_file_holds_every_method(tmp_path):
+    for name, kind in METHODS.items():
+        preset = Preset(method=kind())
+        assert load_preset(save_preset(preset, tmp_path / f"{name}.yaml")) == preset
 
 
 def test_files_are_beside_the_preset_that_names_them(tmp_path, monkeypatch):
