@@ -15,6 +15,7 @@ from .methods import check_settings
 if TYPE_CHECKING:
     from ..attention import SLA
     from ..attention.layout import VideoLayout
+    from ..attention.methods.base import Method
     from ..pipelines.acceleration.sla import SLAAdapter
     from .model_facts import ModelFacts
 
@@ -43,6 +44,33 @@ def sla_adapters(given: str | Path | Sequence[str | Path], names: Sequence[str])
         raise BadInput("sla", f"cannot be used: {str(error).rstrip('.')}") from error
 
 
+def check_learned(method: Method, adapters: Sequence[SLAAdapter], facts: ModelFacts) -> None:
+    """Raise BadInput for adapters of another model, and for a config with other settings than those of their training.
+
+    Args:
+        method: that they are for; another than SLA has none.
+        adapters: of `sla_adapters`. facts: of the model, see `guidance.placed`.
+    """
+    from ..attention import SLA
+    from ..pipelines.acceleration.sla_weights import SLAError
+
+    for adapter in adapters:
+        _check_base(adapter, facts)
+        try:
+            if isinstance(method, SLA):
+                adapter.trained.check(method, method.schedule, adapter.path.name)
+        except SLAError as error:
+            raise BadInput("method", str(error).rstrip("."), value="sla") from error
+
+
+def _check_base(adapter: SLAAdapter, facts: ModelFacts) -> None:
+    from ..pipelines.weight_files import transformer_files
+
+    if transformer_files(facts.location, adapter.part) != adapter.base_hash:
+        problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is another"
+        raise BadInput("sla", problem, "Give an adapter of this one.")
+
+
 def trained_method(
     adapters: Sequence[SLAAdapter],
     facts: ModelFacts,
@@ -67,15 +95,12 @@ def trained_method(
     from ..pipelines.acceleration.families import find_transformers
     from ..pipelines.acceleration.sla import find_learned
     from ..pipelines.acceleration.sla_weights import SLAError, read_config
-    from ..pipelines.weight_files import transformer_files
 
     try:
         if adapters:
             found = [adapter.trained for adapter in adapters]
-            for adapter in adapters:
-                if pipe is None and transformer_files(facts.location, adapter.part) != adapter.base_hash:
-                    problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is"
-                    raise BadInput("sla", f"{problem} another", "Give an adapter of this one.")
+            for adapter in adapters if pipe is None else ():
+                _check_base(adapter, facts)
         elif pipe is not None:
             found = [learned.trained for learned in find_learned(find_transformers(pipe)).values()]
         else:

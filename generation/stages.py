@@ -44,7 +44,11 @@ def stages(preset: Preset, model: str = "") -> list[Stage]:
 
     base = model or preset.base or preset.model
     own = preset.model if preset.base and preset.model != base else base
-    so_far = Preset(name=preset.name, family=preset.family)
+    # Guidance comes with the first lever that it is another with; without such a lever it is that of all videos.
+    with_lever = any((preset.guidance_free, preset.loras, preset.scheduler, preset.num_inference_steps))
+    so_far = Preset(
+        name=preset.name, family=preset.family, guidance_scale=None if with_lever else preset.guidance_scale
+    )
     rows = [Stage(BASE, "as it is", base, replace(so_far, family=""))]
     if own != base:
         rows.append(Stage("model", own, own, so_far))

@@ -24,6 +24,7 @@ from .prompts import in_words, prompts_with_seeds
 from .request import Settings
 from .run import load, run, warm_up
 from .stages import BASE, Stage, stages
+from .waterfall_checks import check_named
 
 if TYPE_CHECKING:
     import torch
@@ -220,9 +221,11 @@ def waterfall(
     requests = [_settings(stage, models.facts(stage.model), texts[0], asked, own) for stage in plan]
     for stage, settings in zip(plan, requests, strict=True):
         check_beside(stage.preset, models.facts(stage.model), settings, offload)
+    models.check_named(plan[-1], requests[-1])
     checker = checker or _built_in_checker(models.facts(plan[0].model), texts)
     shown = bars(models.facts(plan[0].model).name) if progress else contextlib.nullcontext(lambda *_: None)
     with shown as tell:
+        models.check_loaded(plan)
         measured = _measure(plan, requests, models, texts, numbers, rounds, checker, tell)
     first, notes = requests[0], []
     if len({s.frames for s in requests}) > 1:
@@ -267,6 +270,21 @@ class _Models:
         if self._is_given(name):
             return (self.given.transformer or self.given.transformer_2).dtype
         return choose_dtype(self._dtype, self.device, name)
+
+    def check_named(self, stage: Stage, settings: Settings) -> None:
+        """Raise BadInput for what a preset names that is not there, or cannot be had here."""
+        given, name = self.given if self._is_given(stage.model) else None, stage.model
+        check_named(stage.preset, settings, self.facts(name), given, self.device, self.dtype(name))
+
+    def check_loaded(self, plan: Sequence[Stage]) -> None:
+        """Load all models, and raise BadInput where the levers cannot be put to work in theirs."""
+        from ..pipelines.presets.checks import check_preset
+
+        last = {stage.model: stage.preset for stage in plan}
+        for name, preset in last.items():
+            pipe = self.pipe(name)
+            with refusals():
+                check_preset(pipe, preset, self.facts(name).location)
 
     def pipe(self, name: str) -> Any:
         """A model, loaded."""

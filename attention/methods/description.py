@@ -34,7 +34,9 @@ def described(stated: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}: choose one of {', '.join(METHODS)}.")
     # A config is hashable, and files have lists alone.
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(stated.get("settings") or {}).items()}
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in dict(stated.get("settings") or {}).items()
+    }
     known = [f.name for f in fields(METHODS[name]) if f.name != "schedule"]
     unknown = [setting for setting in settings if setting not in known]
     if unknown:

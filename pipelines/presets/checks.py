@@ -83,21 +83,37 @@ def differences(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
     return [f"{name} {there[name]} there, {plain[name]} here" for name in there if there[name] != plain[name]]
 
 
-def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
-    """The scheduler of a preset, with what it does not set from that of the pipeline.
+def scheduler_class(choice: SchedulerChoice) -> Any:
+    """The class of a scheduler that a preset names.
 
     Raises:
-        PresetError: there is no such class, or it lacks a setting or refuses a value.
+        PresetError: there is no such class, or it lacks a setting.
     """
-    choice = preset.scheduler
     own = {scheduler.__name__: scheduler for scheduler in (GridScheduler, RCMScheduler)}
     cls: Any = own.get(choice.name) or getattr(diffusers, choice.name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "from_config")):
         raise PresetError("scheduler", "diffusers has no scheduler of that name", value=choice.name)
-    known = [name for name in inspect.signature(cls).parameters if name != "kwargs"]
+    known = _settings_known(cls)
     for name in choice.settings:
         if name not in known:
             raise PresetError("scheduler", f"{choice.name} has no setting {name}; it has {', '.join(known)}")
+    return cls
+
+
+def _settings_known(cls: type) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name != "kwargs"]
+
+
+def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
+    """The scheduler of a preset, with what it does not set from that of the pipeline.
+
+    Raises:
+        PresetError: there is no such class, it lacks a setting or refuses a value, or it cannot take the place of the
+            pipeline's own.
+    """
+    choice = preset.scheduler
+    cls = scheduler_class(choice)
+    known = _settings_known(cls)
     _check_replaced(pipe.scheduler, choice, known)
     try:
         made = cls.from_config(_stated(pipe.scheduler, known), **{**_of_flow(pipe.scheduler, known), **choice.settings})
@@ -114,7 +130,9 @@ def _flows(scheduler: Any) -> bool:
     """Whether a scheduler has the noise levels of flow matching."""
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler | RCMScheduler):
         return True
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    # A config also has what was said to another class that it was made from, which this one does not read.
+    has = "use_flow_sigmas" in _settings_known(type(scheduler)) and scheduler.config.get("use_flow_sigmas")
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(has)
 
 
 def _check_replaced(own: Any, choice: SchedulerChoice, known: Sequence[str]) -> None:

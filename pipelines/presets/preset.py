@@ -240,8 +240,8 @@ def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
         method = described({name: stated.get(name) for name in ("method", "settings", "schedule")})
     except (ValueError, TypeError) as error:
         raise PresetError("attention", str(error).rstrip(".")) from error
-    adapters = several("attention.adapters", stated.get("adapters"))
-    adapters = tuple(_place("attention.adapters", place, folder) for place in adapters)
+    places = several("attention.adapters", stated.get("adapters"))
+    adapters = tuple(_place("attention.adapters", place, folder) for place in places)
     return {
         "method": method,
         "backend": stated.get("backend") or "auto",

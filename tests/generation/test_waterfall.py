@@ -9,16 +9,16 @@ import re
 
 import numpy as np
 import pytest
-from diffusers import WanPipeline
+from diffusers import FirstBlockCacheConfig, WanPipeline
 
 import vidaccel
-from vidaccel import SVG2, DenseSchedule, Preset, demo
+from vidaccel import SLA, SVG2, DenseSchedule, Preset, demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.report import format_psnr
 from vidaccel.generation.stages import Stage, stages
 from vidaccel.generation.waterfall import Row, Waterfall
 from vidaccel.generation.waterfall_page import write_waterfall
-from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice
+from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice, load_preset
 
 SMALL = {"frames": 9, "height": 64, "width": 64, "progress": False, "steps": 4}
 PROMPTS = demo.HELD_OUT_PROMPTS[:2]
@@ -34,6 +34,9 @@ FULL = Preset(
     num_inference_steps=3,
     guidance_scale=2.5,
 )
+
+
+SCHEDULED = load_preset("demo-dc-four-steps").replace(scheduler=SchedulerChoice("DDIMScheduler"))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,13 @@ def test_the_page_and_its_numbers(made, tmp_path):
         ("demo", FULL, {"prompts": []}, "prompts there are none"),
         ("demo", FULL, {"frames": 10}, "frames is 10"),
         ("demo", FULL.replace(family="Mochi 1"), {}, "is for Mochi 1"),
+        ("demo", Preset(loras="gone.safetensors"), {}, "lora is gone.safetensors: there is no such file or folder"),
+        ("demo", Preset(guidance_free="gone.safetensors"), {}, "preset cannot be used: .*gone.safetensors"),
+        ("demo", Preset(method=SLA(), sla="gone.safetensors"), {}, "sla cannot be used: .*gone.safetensors"),
+        ("demo", Preset(scheduler="Unipc"), {}, "scheduler is Unipc: diffusers has no scheduler of that name"),
+        ("demo", Preset(method=SVG2(), backend="triton"), {}, "preset cannot be used: backend is triton: it cannot"),
+        ("demo", Preset(method=SVG2(), precision="int8"), {}, "preset cannot be used: precision is int8"),
+        ("demo-dc", SCHEDULED, {}, "scheduler is DDIMScheduler: few_steps_4.safetensors was distilled to noise levels"),
     ],
 )
 def test_refused_before_anything_is_loaded(model, preset, more, message, monkeypatch):
@@ -163,3 +173,30 @@ def test_refused_before_anything_is_loaded(model, preset, more, message, monkeyp
     given = {"prompts": PROMPTS, **SMALL, **more}
     with pytest.raises(BadInput, match=message):
         vidaccel.waterfall(model, preset, given.pop("prompts"), given.pop("seeds", 0), device="cpu", **given)
+
+
+def test_what_the_loaded_model_refuses_is_told_before_the_first_video(monkeypatch):
+    """Also of levers whose rows come late, and of the second of two models."""
+    from vidaccel.generation import waterfall as module
+
+    monkeypatch.setattr(module, "run", lambda *_: pytest.fail("a video was made"))
+    ddim = Preset(name="a", scheduler=SchedulerChoice("DDIMScheduler"), cache=FULL.cache)
+    cached = WanPipeline.from_pretrained(demo.path())
+    cached.transformer.enable_cache(FirstBlockCacheConfig())
+    for model, preset, message in (
+        ("demo", ddim, "of flow matching, and DDIMScheduler is not made for that"),
+        (None, ddim.replace(base="demo", model="demo-dc"), "of flow matching, and DDIMScheduler is not made for that"),
+        (cached, Preset(name="a", method=SVG2(), cache=FULL.cache), "the transformer has .* already"),
+    ):
+        placing = {} if model is cached else {"device": "cpu"}
+        with pytest.raises(BadInput, match=message):
+            vidaccel.waterfall(model, preset, PROMPTS, **placing, **SMALL)
+
+
+def test_guidance_without_a_lever_that_it_comes_with_is_that_of_all_rows():
+    preset = Preset(name="a", model="demo", method=SVG2(), cache=FULL.cache, guidance_scale=3.0)
+    assert [(row.name, row.preset.guidance_scale) for row in stages(preset)] == [
+        ("base", 3.0),
+        ("method", 3.0),
+        ("cache", 3.0),
+    ]
