@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from gft_adapters import random_lora, write_adapter
 from gft_calls import loaded, made, saved
 from safetensors.torch import load_file, save_file
@@ -214,11 +214,7 @@ def test_refused_before_anything_is_touched(pipe, tmp_path, lora, adapter):
         ({"guidance_free": ("own",)}, "guidance_free", "has no guidance-free adapter of its own"),
         ({"guidance_free": (str(adapter),), "guidance_scale": 50.0}, "guidance_free", "50"),
         ({"quantize": Quantize("fp8", activations=True)}, "quantize", ""),
-        (
-            {"method": SVG2(schedule=DenseSchedule(sigma_above=0.9)), "scheduler": SchedulerChoice("DDIMScheduler")},
-            "attention",
-            "noise levels",
-        ),
+        ({"scheduler": SchedulerChoice("DDIMScheduler")}, "scheduler", "DDIMScheduler is not made for that"),
         ({"method": vidaccel.SLA()}, "attention", "trained"),
     ):
         with pytest.raises(PresetError) as raised:
@@ -226,6 +222,13 @@ def test_refused_before_anything_is_touched(pipe, tmp_path, lora, adapter):
         assert raised.value.lever == lever and message in str(raised.value), fields
         assert not pipe.transformer._forward_pre_hooks and type(pipe).__name__ == "WanPipeline"
         assert all(torch.equal(tensor, pipe.transformer.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_steps_by_their_noise_are_refused_where_the_scheduler_does_not_tell_it(pipe):
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(PresetError, match="noise levels") as raised:
+        vidaccel.apply(pipe, Preset(method=SVG2(schedule=DenseSchedule(sigma_above=0.9))))
+    assert raised.value.lever == "attention"
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
