@@ -24,7 +24,7 @@ class Lora(LoraFile):
     def __post_init__(self) -> None:
         if not self.path.exists():
             raise InputError(f"path is {self.path}: there is no such file or folder.")
-        if self.target not in TARGETS:
+        if self.target is not None and self.target not in TARGETS:
             raise InputError(f"transformer is {self.target}: it must be one of {', '.join(TARGETS)}.")
         try:
             check_readable(self.path)
