@@ -104,7 +104,7 @@ def test_a_second_run_at_another_size(name):
     first = sample(clone, description, steps=2)
     assert sample(clone, description, steps=2, latent=description.other).isfinite().all()
     assert sample(clone, description, steps=2).equal(first)
-    one, other = layouts(session)
+    other, one = layouts(session)  # the one used last is the last
     assert one == layout_of(description) and (other.height, other.width) != (one.height, one.width)
     report = session.report()
     assert report.runs() == [0, 1, 2] and not session._notes
