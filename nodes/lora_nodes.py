@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from .loras import TARGETS, Lora
+from .loras import AUTOMATIC, TARGETS, Lora
 from .schema import accepted
 
 BY_PATH = "the path below"
@@ -70,11 +70,12 @@ class VidaccelPipelineLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "transformer",
-                    options=list(TARGETS),
-                    default=TARGETS[0],
+                    options=[AUTOMATIC, *TARGETS],
+                    default=AUTOMATIC,
                     **accepted(io.Combo.Input, advanced=True),
                     tooltip="Wan 2.2 14B has two: transformer for high noise, transformer_2 for low noise, each with "
-                    "LoRAs of its own. Other models have one.",
+                    "LoRAs of its own. automatic is the one that the file says it was trained for, or all where it "
+                    "says nothing. Other models have one.",
                 ),
                 Loras.Input("loras", optional=True, tooltip="The LoRAs before this one in a chain."),
             ],
@@ -86,7 +87,8 @@ class VidaccelPipelineLoRA(io.ComfyNode):
     def execute(
         cls, lora: str, path: str, weight: float, transformer: str, loras: tuple[Lora, ...] = ()
     ) -> io.NodeOutput:
-        return io.NodeOutput((*loras, Lora(chosen_file(lora, path), weight, transformer)))
+        target = None if transformer == AUTOMATIC else transformer
+        return io.NodeOutput((*loras, Lora(chosen_file(lora, path), weight, target)))
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelPipelineLoRA]

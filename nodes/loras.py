@@ -6,11 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..pipelines.lora_files import TARGETS, LoraError, LoraFile, WrongTransformer, attach_loras, check_readable
+from ..pipelines.lora_files import (
+    TARGETS,
+    TRANSFORMERS,
+    LoraError,
+    LoraFile,
+    WrongTransformer,
+    attach_loras,
+    check_readable,
+    trained_for,
+)
+from ..pipelines.lora_targets import named_for
 from .wording import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+AUTOMATIC = "automatic"
+"""In the node: the transformer that the file says that it was trained for."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +50,30 @@ def attach(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:
     """Load LoRAs into a pipeline, beside those that it has already.
 
     Raises:
-        InputError: the pipeline takes none, lacks the transformer that one is for, or a file does not fit it.
+        InputError: the pipeline takes none, lacks the transformer that one is for, or a file does not fit it; or it has
+            two, and which one a LoRA is for is not chosen, or chosen otherwise than its file says.
     """
+    parts = [name for name in TRANSFORMERS if getattr(pipe, name, None) is not None]
+    for lora in loras:
+        _check_chosen(lora, parts)
     try:
         attach_loras(pipe, loras)
     except LoraError as error:
         fix = " Choose all." if isinstance(error, WrongTransformer) else ""
         raise InputError(f"loras: {error}{fix}") from error
+
+
+def _check_chosen(lora: Lora, parts: Sequence[str]) -> None:
+    """Raise InputError where it is not clear which of two transformers a LoRA is for."""
+    if len(parts) < 2:
+        return
+    known, name = trained_for(lora.path), lora.path.name
+    if known is not None and lora.target not in (None, known):
+        raise InputError(
+            f"transformer is {lora.target}, and {name} says that it was trained for {known}: choose {AUTOMATIC}."
+        )
+    if known is None and lora.target is None and (likely := named_for(lora)):
+        raise InputError(
+            f"loras: {name} is by its name for one of the two transformers alone: set transformer of its Pipeline LoRA "
+            f"to {likely}, or to all where it is for both."
+        )

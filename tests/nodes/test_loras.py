@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
 
 from vidaccel import demo
@@ -31,8 +33,6 @@ def write(folder: Path, seed: int) -> Path:
 
 def comfy_form(file: Path, into: Path) -> Path:
     """The same in the names of ComfyUI and of Wan's own code."""
-    from safetensors.torch import load_file
-
     renamed = {}
     for name, value in load_file(file).items():
         name = name.replace("transformer.blocks", "diffusion_model.blocks").replace("attn1", "self_attn")
@@ -70,7 +70,7 @@ def test_the_form_of_comfyui(files, tmp_path):
     torch.testing.assert_close(made(Lora(comfy_form(files[0], tmp_path / "own.safetensors"))), made(Lora(files[0])))
 
 
-def test_the_two_transformers_of_wan_2_2(files):
+def test_the_two_transformers_of_wan_2_2(files, tmp_path):
     def second(*loras: Lora) -> list[set[str]]:
         pipe = make_pipe(transformer_2=make_transformer(1), boundary_ratio=0.5)
         attach(pipe, loras)
@@ -81,6 +81,16 @@ def test_the_two_transformers_of_wan_2_2(files):
     assert second(*chain) == [{"lora_0"}, {"lora_1"}]
     with pytest.raises(InputError, match="is for transformer_2, and this pipeline has transformer alone. Choose all"):
         made(Lora(files[0], target="transformer_2"))
+    low = tmp_path / "wan_low_noise.safetensors"
+    shutil.copy(files[1], low)
+    with pytest.raises(InputError, match="wan_low_noise.* set transformer of its Pipeline LoRA to transformer_2"):
+        second(Lora(low))
+    assert second(Lora(low, target="all")) == [{"lora_0"}, {"lora_0"}]
+    tensors = load_file(files[1])
+    save_file(tensors, low, {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.875]})})
+    assert second(Lora(low)) == [set(), {"lora_0"}]
+    with pytest.raises(InputError, match="transformer is all, and .* was trained for transformer_2: choose automatic"):
+        second(Lora(low, target="all"))
 
 
 def test_an_adapter_that_the_pipeline_has_stays(files):
