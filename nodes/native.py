@@ -103,9 +103,9 @@ class NativeAttention:
         """A sampler starts.
 
         Args:
-            model: ComfyUI's BaseModel that it samples with; one for each GPU that shares the work. None for any.
             queued: which entry of ComfyUI's queue it belongs to. What was done for an earlier one is no news any more,
                 reported or not: it may have been interrupted. None where nobody says.
+            model: ComfyUI's BaseModel that it samples with; one for each GPU that shares the work. None for any.
         """
         self._run += 1
         if model is not None:
@@ -123,11 +123,10 @@ class NativeAttention:
 
     def _forget(self) -> None:
         self._branches, self._levels = {}, []
-        self._windows: tuple[int, set[str], set[str]] = (
-            -1,
-            set(),
-            set(),
-        )  # a step, all that are kept, those of the step
+        self._window_step = -1
+        # Branches in context windows: of that step, and of the one before.
+        self._windows: set[str] = set()
+        self._windows_before: set[str] = set()
         for engine in self._engines.values():
             engine.forget()
 
@@ -221,13 +220,11 @@ class NativeAttention:
         """Forget the context windows that the step before did not have: where they move, few come again, and all of a
         sampling's would be many times the memory of one step's.
         """
-        if step != self._windows[0]:
-            gone = self._windows[1] - self._windows[2]
+        if step != self._window_step:
             for engine in self._engines.values():
-                engine.forget_branches(gone)
-            self._windows = (step, self._windows[2], set())
-        self._windows[1].update(branches)
-        self._windows[2].update(branches)
+                engine.forget_branches(self._windows_before - self._windows)
+            self._window_step, self._windows_before, self._windows = step, self._windows, set()
+        self._windows.update(branches)
 
     def _step(self, sigma: float, levels: list[float]) -> StepInfo:
         if len(levels) > 1:

@@ -101,9 +101,11 @@ def sparsify(
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     announce(clone, session)
-    clone.add_callback_with_key(
-        CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: session.begin(queue_entry(), patcher.model)
-    )
+
+    def begin(patcher):
+        session.begin(queue_entry(), patcher.model)
+
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, begin)
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda patcher: session.end())
     return clone, session
 
