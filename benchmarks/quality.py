@@ -42,6 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TOLERANCES = (0.05, 0.1, 0.2)  # of `tangent`, whose density then follows
 DENSE_STEPS = (0, 1, 2)  # first steps that stay dense, beside the share that all methods are compared at
+GREY = "#7f7f7f"
 PAID_FOR = 0.106  # what is left of a density of .2 at 576 tokens when the probe is paid out of it
 RIVAL = "svg2, compensated"  # what the others are held against, prompt by prompt
 BATCH = 8
@@ -237,16 +238,21 @@ def figure(table: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_hex
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     dense = next(line for line in table if line["method"] == "dense")
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    colours = [c for c in cycle if to_hex(c) != GREY]  # which is the controls'
+    for axis in axes:
+        axis.set_prop_cycle(color=colours)
     for method in METHODS:
         lines = [x for x in table if x["method"] == method and str(x["dense"]).endswith("%")]
         lines = sorted((x for x in lines if x["wanted"] != PAID_FOR), key=lambda x: x["density of sparse calls"])
         lines = [x for x in lines if isinstance(x["wanted"], float)]
         if not lines:
             continue
-        style: dict = {"color": "grey", "linestyle": "--" if method == "random" else ":"} if "random" in method else {}
+        style: dict = {"color": GREY, "linestyle": "--" if method == "random" else ":"} if "random" in method else {}
         style |= {"linewidth": 2.5} if "tangent" in method else {}
         density = [line["density of sparse calls"] for line in lines]
         axes[0].plot(density, [line["psnr mean"] for line in lines], marker="o", label=method, **style)
@@ -256,7 +262,7 @@ def figure(table: list[dict], path: Path) -> None:
     axes[1].set(xlabel="density of the sparse calls", ylabel="shape, colour and motion right (%)", ylim=(0, 102))
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="lower right")
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
