@@ -88,11 +88,12 @@ def lora_file(path: Path) -> Path | None:
     return file if file.suffix == ".safetensors" else None
 
 
-def check_part(lora: LoraFile, parts: Sequence[str]) -> None:
-    """Raise WrongTransformer for a LoRA for a transformer that is not among the parts of a pipeline."""
+def check_part(lora: LoraFile, parts: Sequence[str]) -> str:
+    """`target_of` a LoRA; WrongTransformer where that is not among the parts of a pipeline."""
     target = target_of(lora)
     if target != "all" and target not in parts:
         raise WrongTransformer(f"{lora.path.name} is for {target}, and this pipeline has {' and '.join(parts)} alone.")
+    return target
 
 
 def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: str = "lora") -> None:
@@ -110,8 +111,7 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: st
     parts = {name: part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
     weights: dict[str, dict[str, float]] = {name: dict.fromkeys(_active(part), 1.0) for name, part in parts.items()}
     for number, lora in enumerate(loras):
-        target = target_of(lora)
-        check_part(lora, list(parts))
+        target = check_part(lora, list(parts))
         for name, part in parts.items():
             if target in ("all", name):
                 adapter = f"{name_as}_{number}"
