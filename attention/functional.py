@@ -97,7 +97,9 @@ def choose_backend(
     own = plan.skipped is not None and plan.skipped.bias is not None
     small = not own and plan.n_q < SMALL_TILE * plan.tile_len.shape[-1]
     second = plan.pv_threshold is not None
-    request = Request(*shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None, small, second)
+    request = Request(
+        *shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None, small, second, plan.shares_masks
+    )
     if precision != AS_INPUTS or second:
         return pick_special(backend, request)
     return pick(backend, request, scattered=plan.is_scattered)

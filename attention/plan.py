@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .gradients import normal_tensors
 from .groups import repeat_heads
 from .rows import token_rows
 from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments, starts_of
@@ -44,6 +45,8 @@ class BlockPlan:
             A backend whose capability has `stand_ins` attends to it; with others, that part is merged with theirs.
         linear: `[Bp, Hp, T, C]` bool over tiles and key blocks of the video alone: what enters by linear attention
             beside the softmax (`SLA`); None where that is nothing or everything. Never read by a backend.
+        choice: `(number [B, H] int64, plans)` where each head follows one of a few plans, for all heads and of many calls:
+            the same fact in a form that keeps what a backend makes of them. None for other plans.
         pv_threshold: the second stage of SpargeAttn, in a backend whose capability has it: a tile of keys whose scaled
             scores all lie more than this below the largest so far of their query is left out, within the softmax. Each
             of its keys has a weight below `exp(-pv_threshold)` of that of the best. None leaves nothing out.
@@ -66,12 +69,14 @@ class BlockPlan:
     selection: tuple[torch.Tensor, torch.Tensor] | None = None
     skipped: SkippedClusters | None = None
     linear: torch.Tensor | None = None
+    choice: tuple[torch.Tensor, tuple[BlockPlan, ...]] | None = None
     pv_threshold: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
     # Of `block_mask.to_block_mask`, by block size: a static plan serves every layer and step, and building one costs
     # milliseconds.
     _block_masks: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
     _walks: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)  # of `kernels.block_sparse`
+    _masks: dict[torch.dtype, Any] = field(default_factory=dict, init=False, repr=False)  # of `shared_mask`
 
     def __post_init__(self) -> None:
         if self.n_q < 1 or self.n_kv < 1:
@@ -192,7 +197,10 @@ class BlockPlan:
         selection = None if self.selection is None else (self.selection[0].to(device), self.selection[1].to(device))
         tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}
         skipped = None if self.skipped is None else self.skipped.to(device)
-        return replace(self, **tensors, selection=selection, skipped=skipped)
+        choice = self.choice
+        if choice is not None:
+            choice = choice[0].to(device), tuple(plan.to(device) for plan in choice[1])
+        return replace(self, **tensors, selection=selection, skipped=skipped, choice=choice)
 
     # -- what it says ---------------------------------------------------------------------------------------------
 
@@ -283,8 +291,28 @@ class BlockPlan:
         columns = repeat_heads(invert(self.kv_order), heads).unsqueeze(2).expand(mask.shape)
         return mask.gather(-1, columns)
 
+    @property
+    def shares_masks(self) -> bool:
+        """Whether one mask serves all batch entries and heads, or one for each of a few plans does."""
+        return self.skipped is None and (self.choice is not None or self.lead == (1, 1))
+
+    def shared_mask(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The mask of all heads, made once and kept. Quadratic: for short sequences.
+
+        Returns:
+            What is added to the scores, 0 or -inf, `[1, 1, n_q, n_kv]`; and which queries read nothing, `[1, 1, n_q,
+            1]` bool, None where all read something.
+        """
+        if dtype not in self._masks:
+            with normal_tensors():
+                kept = self.to_dense_mask()
+                empty = ~kept.any(-1, keepdim=True)
+                mask = torch.zeros(kept.shape, dtype=dtype, device=self.device).masked_fill_(~kept, -torch.inf)
+            self._masks[dtype] = mask, empty if empty.any() else None
+        return self._masks[dtype]
+
     def to_dense_mask(self) -> torch.Tensor:
-        """The whole mask `[Bp, Hp, n_q, n_kv]` bool in sequence order. For tests: it is quadratic."""
+        """The whole mask `[Bp, Hp, n_q, n_kv]` bool in sequence order: it is quadratic."""
         return self.rows(torch.arange(self.n_q, device=self.device))
 
     def cut(self, max_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

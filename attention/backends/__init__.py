@@ -26,6 +26,9 @@ COMPILE_PAYS = 4096  # queries
 # attention, SVG2 and SVG at density .2, masked and gather: 576 tokens 1.5 and 1.7 to 2.9, 1,088 tokens 1.4 and 1.2 to
 # 1.6, 2,112 tokens 1.7 to 2.0 and .5 to 1.1. With more threads the mask gains, since small calls use but one.
 MASK_PAYS = 1536  # queries
+# Where masks are kept, they cost 1.1 to 1.4 of dense attention (Radial, SVG; 576 to 2,112 tokens), and a call for each
+# small tile 9 to 2.
+SHARED_MASK_PAYS = 2560  # queries
 PREFERENCE = {
     ("cpu", "small"): ("masked", "gather", "flex", "reference"),
     ("cpu", "regular"): ("flex", "gather", "reference"),
@@ -110,7 +113,7 @@ def pick(name: str, request: Request, *, scattered: bool) -> Backend:
     reasons = {}
     kind = "scattered" if scattered or request.queries < COMPILE_PAYS else "regular"
     order = PREFERENCE.get((request.device.type, kind), ELSEWHERE)
-    if request.small_tiles and request.queries <= MASK_PAYS:
+    if request.small_tiles and request.queries <= (SHARED_MASK_PAYS if request.shared_masks else MASK_PAYS):
         order = PREFERENCE.get((request.device.type, "small"), order)
     for candidate in order:
         reason = BACKENDS[candidate].declines(request)

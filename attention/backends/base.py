@@ -111,6 +111,7 @@ class Request:
         skipped: the plan has stand-ins for skipped clusters.
         small_tiles: its tiles have fewer than `SMALL_TILE` queries on average, and no stand-ins of their own.
         second_stage: the plan has a `pv_threshold`.
+        shared_masks: one mask, or a few that stay the same from call to call, serve all heads.
     """
 
     device: torch.device
@@ -125,6 +126,7 @@ class Request:
     skipped: bool = False
     small_tiles: bool = False
     second_stage: bool = False
+    shared_masks: bool = False
 
 
 class Backend(abc.ABC):

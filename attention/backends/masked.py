@@ -12,6 +12,7 @@ from ..plan import BlockPlan, invert
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
 
 BIASES = 2**22  # numbers of the mask held at once: what the processor's cache can hold, more or less
+KEPT = 2**23  # numbers of a mask that is kept for the next call
 
 
 class MaskedBackend(Backend):
@@ -19,7 +20,8 @@ class MaskedBackend(Backend):
 
     It computes every pair, and so costs what dense attention costs, whatever the plan: more than `gather` in long
     sequences, and much less where the tiles are so small that a call for each costs more than its work. k and v of
-    fewer heads than q are repeated, which is little in short sequences. What stands for skipped clusters is further
+    fewer heads than q are repeated, which is little in short sequences. A mask that serves all heads, or all heads of a
+    kind, is kept with its plan: making one anew takes as long as a half of attention. What stands for skipped clusters is further
     columns. Where each tile has its own, or where the log-sum-exp is wanted, the softmax is written out, and the tiles'
     own part merged with it.
     """
@@ -39,6 +41,9 @@ class MaskedBackend(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Elsewhere a look at which heads have which plan would cost a wait.
+        if plan.shares_masks and not return_lse and q.device.type == "cpu" and plan.n_q * plan.n_kv <= KEPT:
+            return _with_kept_masks(q, k, v, plan, scale), None
         wide = torch.promote_types(q.dtype, torch.float32)
         bias = _in_sequence(q.new_zeros((), dtype=wide).masked_fill(~plan.keys_of_tile(), -torch.inf), plan)
         k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
@@ -79,6 +84,36 @@ class MaskedBackend(Backend):
         if skipped is not None and not columns:
             out, lse = merge(out, lse.float(), *attend_skipped(q, plan, scale))
         return out, lse.float() if return_lse else None
+
+
+def _with_kept_masks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float
+) -> torch.Tensor:
+    """`[B, H, n_q, D]` of a plan that shares masks, the heads of one mask together."""
+    numbers, plans = (None, (plan,)) if plan.choice is None else plan.choice
+    if numbers is None or len(used := numbers.unique()) == 1:
+        part = plans[0 if numbers is None else used]
+        return _with_mask(q, k, v, part, scale)
+    heads = [(numbers.expand(q.shape[:2]).flatten() == number).nonzero().flatten() for number in used]
+    # `[1, B * H, N, D]`, of k and v the one head that a head of q reads
+    q_heads, k_heads, v_heads = (x.flatten(0, 1) for x in (q, k, v))
+    readers = q.shape[1] // k.shape[1]
+    parts = [
+        _with_mask(*(x[at][None] for x, at in ((q_heads, own), (k_heads, read), (v_heads, read))), plans[number], scale)
+        for number, own in zip(used, heads, strict=True)
+        for read in [own // readers]
+    ]
+    return torch.cat(parts, 1)[0].index_select(0, invert(torch.cat(heads))).view(*q.shape[:3], -1)
+
+
+def _with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float) -> torch.Tensor:
+    """Attention of all heads with the one mask of a plan."""
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
+    mask, empty = plan.shared_mask(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if empty is not None:  # what SDPA makes of a row without keys depends on the kernel that it takes
+        out = out.masked_fill(empty, 0.0)
+    return out.to(q.dtype)
 
 
 def _in_sequence(bias: torch.Tensor, plan: BlockPlan) -> torch.Tensor:

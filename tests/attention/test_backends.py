@@ -7,10 +7,12 @@ import torch
 from plans import clusters, masked_attention, uniform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vidaccel import BlockPlan, sparse_attention
-from vidaccel.attention import BACKENDS
-from vidaccel.attention.backends import Request, gather, pick, refusal, runs_somehow
+from vidaccel import SVG, SVG2, BlockPlan, VideoLayout, sparse_attention
+from vidaccel.attention import BACKENDS, PlanMemory
+from vidaccel.attention.backends import Request, gather, masked, pick, refusal, runs_somehow
 from vidaccel.attention.backends.base import AS_INPUTS
+from vidaccel.attention.functional import choose_backend
+from vidaccel.attention.methods import svg
 
 SPARSE = [
     pytest.param(name, marks=[pytest.mark.compiler] if name == "flex" else [])
@@ -32,6 +34,11 @@ PLANS = {
 
 def tokens(dtype: torch.dtype = torch.float32, n: int = N, d: int = D, heads: int = H):
     return tuple(torch.randn(B, heads, n, d).to(dtype) for _ in range(3))
+
+
+def repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    """k and v with a head for each of q."""
+    return q, *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
 
 
 @pytest.mark.parametrize("backend", SPARSE)
@@ -152,6 +159,56 @@ def test_gradients_are_those_of_masked_attention(backend):
     expected = torch.autograd.grad((masked_attention(*inputs, mask | ~rows)[0] * weight * rows).sum(), inputs)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("temporal", [[[0, 1, 1, 0]], [[0, 0, 1, 0], [1, 1, 1, 1]], [[1, 1, 1, 1]]], ids=str)
+def test_masks_that_heads_share_are_kept_and_mean_the_plan(temporal, kv_heads, monkeypatch):
+    layout = VideoLayout(frames=5, height=3, width=4, text_after=3)
+    static = svg._Static(SVG(density=0.5, tile=4), layout, torch.device("cpu"))
+    # once for a dtype and a plan that a head follows
+    made, whole = [], BlockPlan.to_dense_mask
+    q, k, v = (torch.randn(2, heads, layout.tokens, 16) for heads in (4, kv_heads, kv_heads))
+    for some in (temporal, temporal[::-1]):
+        plan = static.combine(torch.tensor(some, dtype=torch.bool))
+        expected, _ = masked_attention(*repeated(q, k, v), plan.to_dense_mask())
+        monkeypatch.setattr(BlockPlan, "to_dense_mask", lambda plan: made.append(plan) or whole(plan))
+        for dtype in (torch.float32, torch.bfloat16):
+            got = sparse_attention(*(x.to(dtype) for x in (q, k, v)), plan, backend="masked")
+            assert (got - expected).abs().max() <= TOLERANCE[dtype]
+        monkeypatch.undo()
+    assert len(made) == 2 * len({kind for row in temporal for kind in row})
+
+
+def test_short_sequences_of_small_tiles_get_a_mask_the_longer_where_it_is_kept():
+    def chosen(method, frames):
+        layout = VideoLayout(frames, 8, 8)
+        q, k, v = torch.randn(3, 1, 2, layout.tokens, 16)
+        return choose_backend(q, k, v, method.plan(q, k, v, layout, PlanMemory()), "auto").name
+
+    assert [chosen(SVG2(density=0.2), frames) for frames in (9, 33)] == ["masked", "gather"]
+    assert [chosen(SVG(density=0.2), frames) for frames in (9, 33, 49)] == ["masked", "masked", "gather"]
+
+
+def test_masks_of_inference_serve_training(monkeypatch):
+    plan, mask = PLANS["broadcast"]()
+    q, k, v = tokens()
+    with torch.inference_mode():
+        sparse_attention(q, k, v, plan, backend="masked")
+    assert plan._masks
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    got = torch.autograd.grad(sparse_attention(*inputs, plan, backend="masked").sum(), inputs)
+    expected = torch.autograd.grad(masked_attention(*inputs, mask)[0].sum(), inputs)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_masks_of_long_sequences_are_not_kept(monkeypatch):
+    monkeypatch.setattr(masked, "KEPT", N * N - 1)
+    plan, mask = PLANS["broadcast"]()
+    q, k, v = tokens()
+    got = sparse_attention(q, k, v, plan, backend="masked")
+    assert (got - masked_attention(q, k, v, mask)[0]).abs().max() <= TOLERANCE[torch.float32] and not plan._masks
 
 
 @pytest.mark.parametrize("backend", SPARSE)
