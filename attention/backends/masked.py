@@ -21,9 +21,9 @@ class MaskedBackend(Backend):
     It computes every pair, and so costs what dense attention costs, whatever the plan: more than `gather` in long
     sequences, and much less where the tiles are so small that a call for each costs more than its work. k and v of
     fewer heads than q are repeated, which is little in short sequences. A mask that serves all heads, or all heads of a
-    kind, is kept with its plan: making one anew takes as long as a half of attention. What stands for skipped clusters is further
-    columns. Where each tile has its own, or where the log-sum-exp is wanted, the softmax is written out, and the tiles'
-    own part merged with it.
+    kind, is kept with its plan: making one anew takes as long as a half of attention. What stands for skipped clusters
+    is further columns. Where each tile has its own, or where the log-sum-exp is wanted, the softmax is written out, and
+    the tiles' own part merged with it.
     """
 
     name = "masked"
@@ -86,24 +86,24 @@ class MaskedBackend(Backend):
         return out, lse.float() if return_lse else None
 
 
-def _with_kept_masks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float
-) -> torch.Tensor:
+def _with_kept_masks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float) -> torch.Tensor:
     """`[B, H, n_q, D]` of a plan that shares masks, the heads of one mask together."""
-    numbers, plans = (None, (plan,)) if plan.choice is None else plan.choice
-    if numbers is None or len(used := numbers.unique()) == 1:
-        part = plans[0 if numbers is None else used]
-        return _with_mask(q, k, v, part, scale)
-    heads = [(numbers.expand(q.shape[:2]).flatten() == number).nonzero().flatten() for number in used]
-    # `[1, B * H, N, D]`, of k and v the one head that a head of q reads
-    q_heads, k_heads, v_heads = (x.flatten(0, 1) for x in (q, k, v))
-    readers = q.shape[1] // k.shape[1]
-    parts = [
-        _with_mask(*(x[at][None] for x, at in ((q_heads, own), (k_heads, read), (v_heads, read))), plans[number], scale)
-        for number, own in zip(used, heads, strict=True)
-        for read in [own // readers]
-    ]
-    return torch.cat(parts, 1)[0].index_select(0, invert(torch.cat(heads))).view(*q.shape[:3], -1)
+    if plan.choice is None:
+        return _with_mask(q, k, v, plan, scale)
+    numbers, plans = plan.choice
+    followed = numbers.unique().tolist()
+    if len(followed) == 1:
+        return _with_mask(q, k, v, plans[followed[0]], scale)
+    of_head = numbers.expand(q.shape[:2]).flatten()
+    readers = q.shape[1] // k.shape[1]  # heads of q that read one head of k and v
+    q_heads, k_heads, v_heads = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
+    places, parts = [], []
+    for number in followed:
+        own = (of_head == number).nonzero().flatten()
+        places.append(own)
+        some = (q_heads[:, own], k_heads[:, own // readers], v_heads[:, own // readers])
+        parts.append(_with_mask(*some, plans[number], scale))
+    return torch.cat(parts, 1)[0, invert(torch.cat(places))].view(*q.shape[:3], -1)
 
 
 def _with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float) -> torch.Tensor:
