@@ -14,9 +14,8 @@ from ..pipelines.lora_files import (
     WrongTransformer,
     attach_loras,
     check_readable,
-    trained_for,
 )
-from ..pipelines.lora_targets import named_for
+from ..pipelines.lora_targets import ContradictedTarget, UnclearTarget, check_target
 from .wording import InputError
 
 if TYPE_CHECKING:
@@ -51,29 +50,22 @@ def attach(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:
 
     Raises:
         InputError: the pipeline takes none, lacks the transformer that one is for, or a file does not fit it; or it has
-            two, and which one a LoRA is for is not chosen, or chosen otherwise than its file says.
+            two, and which one a LoRA is for is not chosen. Or it is chosen otherwise than the file says.
     """
     parts = [name for name in TRANSFORMERS if getattr(pipe, name, None) is not None]
-    for lora in loras:
-        _check_chosen(lora, parts)
     try:
+        if hasattr(pipe, "load_lora_weights"):
+            for lora in loras:
+                check_target(lora, parts)
         attach_loras(pipe, loras)
+    except ContradictedTarget as error:
+        told = f"transformer is {error.target}, and {error.name} says that it was trained for {error.known}"
+        raise InputError(f"{told}: choose {AUTOMATIC if error.known in parts else 'all'}.") from error
+    except UnclearTarget as error:
+        raise InputError(
+            f"loras: {error.name} is by its name for one of the two transformers alone: set transformer of its "
+            f"Pipeline LoRA to {error.likely}, or to all where it is for both."
+        ) from error
     except LoraError as error:
         fix = " Choose all." if isinstance(error, WrongTransformer) else ""
         raise InputError(f"loras: {error}{fix}") from error
-
-
-def _check_chosen(lora: Lora, parts: Sequence[str]) -> None:
-    """Raise InputError where it is not clear which of two transformers a LoRA is for."""
-    if len(parts) < 2:
-        return
-    known, name = trained_for(lora.path), lora.path.name
-    if known is not None and lora.target not in (None, known):
-        raise InputError(
-            f"transformer is {lora.target}, and {name} says that it was trained for {known}: choose {AUTOMATIC}."
-        )
-    if known is None and lora.target is None and (likely := named_for(lora)):
-        raise InputError(
-            f"loras: {name} is by its name for one of the two transformers alone: set transformer of its Pipeline LoRA "
-            f"to {likely}, or to all where it is for both."
-        )

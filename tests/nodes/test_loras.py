@@ -91,6 +91,9 @@ def test_the_two_transformers_of_wan_2_2(files, tmp_path):
     assert second(Lora(low)) == [set(), {"lora_0"}]
     with pytest.raises(InputError, match="transformer is all, and .* was trained for transformer_2: choose automatic"):
         second(Lora(low, target="all"))
+    with pytest.raises(InputError, match="transformer is transformer, and .* was trained for .*_2: choose all"):
+        made(Lora(low, target="transformer"))
+    made(Lora(low, target="all"))
 
 
 def test_an_adapter_that_the_pipeline_has_stays(files):
