@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from ..pipelines.plain_content import content_of
+
 T = TypeVar("T")
 
 
@@ -75,7 +77,7 @@ def load(cls: type[T], file: str | Path, overrides: Iterable[str] = ()) -> T:
         overrides: "a.b=value" or "a.0.b=value", the value in YAML.
 
     Raises:
-        ConfigError: no such file, no YAML, or any fault in it; all faults in one message.
+        ConfigError: no such file, no YAML, a name that stands twice, or any fault in it; all faults in one message.
     """
     return build(cls, read(file, overrides), str(file))
 
@@ -84,7 +86,7 @@ def read(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """What a YAML file holds, with overrides, not checked yet. Raises as `load` does."""
     file = Path(file)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = content_of(file.read_text(encoding="utf-8"), False)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -258,7 +260,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f'--set {override}: write it as "a.b=value".')
     try:
-        value = yaml.safe_load(text)
+        value = content_of(text, False)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is no YAML: {error}") from error
     place: Any = content

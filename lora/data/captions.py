@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import os
 import unicodedata
@@ -14,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...pipelines.plain_content import content_of
 from ..config import ConfigError, broken_character
 from .files import CAPTION_SUFFIX, METADATA, some
 
@@ -260,18 +260,9 @@ def _json_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_once)
+            row = content_of(line, True)
         except ValueError as error:
             raise ConfigError(f"{table}, line {number}: no JSON: {error}.") from error
         if not isinstance(row, dict):
             raise ConfigError(f'{table}, line {number}: must be an object with "{_NAME}" and "{_TEXT}".')
         yield number, row
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; ValueError where a key is there twice, of which JSON would take the last."""
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"{', '.join(twice)} is there twice")
-    return dict(pairs)

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from ..plain_content import content_of
 from .errors import PresetError
 from .preset import OWN, Preset
-from .reading import content_of
 
 SHIPPED = Path(__file__).parent / "shipped"
 SUFFIXES = (".yaml", ".yml", ".json")

@@ -105,6 +105,7 @@ def test_overrides(tmp_path):
         ("name.x=1", 'name is the text "x" and has no'),
         ("stepz=1", 'did you mean "steps"'),
         ("steps=[", "no YAML"),
+        ("part={rate: 0.5, rate: 0.7}", "rate is there twice"),
     ],
 )
 def test_bad_overrides(tmp_path, override, words):
@@ -115,7 +116,15 @@ def test_bad_overrides(tmp_path, override, words):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "no such file"), ("[1]", "a list"), ("a: [", "cannot be read"), ("", "empty")]
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("[1]", "a list"),
+        ("a: [", "cannot be read"),
+        ("", "empty"),
+        ("name: x\nsteps: 1\nsteps: 2\n", "steps is there twice.*\n.*line 3"),
+        ("name: x\npart: {rate: 0.5, rate: 0.7}\n", "rate is there twice"),
+    ],
 )
 def test_bad_files(tmp_path, text, words):
     file = tmp_path / "a.yaml"
@@ -123,6 +132,12 @@ def test_bad_files(tmp_path, text, words):
         file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         load(Whole, file)
+
+
+def test_what_is_merged_may_be_replaced(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("name: x\nparts: [&one {rate: 0.5}, &two {<<: *one, rate: 0.25}, {<<: *two, rate: 0.75}]\n")
+    assert [part.rate for part in load(Whole, file).parts] == [0.5, 0.25, 0.75]
 
 
 def test_written_settings_are_read_back(tmp_path):

@@ -103,6 +103,15 @@ def test_a_name_that_stands_twice(tmp_path):
         load_preset(tmp_path / "a.json")
 
 
+def test_what_is_merged_may_be_replaced(tmp_path):
+    merged = "version: 1\ncache: {<<: {name: first_block, threshold: 0.1}, threshold: 0.2}\n"
+    (tmp_path / "a.yaml").write_text(merged)
+    assert load_preset(tmp_path / "a.yaml").cache == Cache("first_block", 0.2)
+    (tmp_path / "a.yaml").write_text(merged.replace("threshold: 0.2", "threshold: 0.2, threshold: 0.3"))
+    with pytest.raises(PresetError, match="threshold is there twice"):
+        load_preset(tmp_path / "a.yaml")
+
+
 def test_names_stand_for_what_has_defaults():
     short = Preset(method="radial", cache="first_block", quantize="fp8", loras="a.safetensors", guidance_free="own")
     assert short == Preset(

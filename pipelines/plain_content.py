@@ -1,4 +1,4 @@
-"""What a file of a preset holds, in plain kinds: a name that stands twice is refused, of which YAML takes the last."""
+"""What YAML and JSON hold, in plain kinds: a name that stands twice is refused, of which YAML takes the last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def content_of(text: str, is_json: bool) -> Any:
     """What a text holds.
 
     Args:
-        text: of a file. is_json: whether it is JSON, otherwise YAML.
+        text: such as that of a file. is_json: whether it is JSON, otherwise YAML.
 
     Raises:
         ValueError, yaml.YAMLError: it is none, or a name stands twice in one mapping.
@@ -33,11 +33,13 @@ def _twice(keys: list[Any]) -> list[Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in plain kinds."""
+    """YAML in plain kinds. Names are compared as they are written: what `<<` brings in is there to be replaced."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
         if twice := _twice(keys):
-            mark = next(key.start_mark for key, _ in reversed(node.value) if self.construct_object(key) == twice[0])
+            mark = next(key.start_mark for key, name in zip(written[::-1], keys[::-1], strict=True) if name == twice[0])
             raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is there twice", mark)
-        return super().construct_mapping(node, deep)
+        return node
