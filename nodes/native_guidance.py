@@ -11,7 +11,7 @@ take the place of those of the sampler's scheduler.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,9 @@ def guide(model: Any, location: Path, scale: float) -> Any:
             "is of another model."
         )
     clone, _ = load_lora_for_models(model, None, dict(patches), gate, 0.0)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _one_pass(scale, adapter.path.name, adapter.sigmas))
+    one_pass = _OnePass(scale, adapter.path.name, adapter.sigmas)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, one_pass.sample)
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, one_pass.predict)
     return clone
 
 
@@ -97,12 +99,21 @@ def _check_fits(file: str, diffusion_model: Any, lora: dict[str, torch.Tensor], 
         )
 
 
-def _one_pass(scale: float, file: str, levels: Sequence[float] | None) -> Callable[..., Any]:
-    """What runs a sampling without its second pass, and at the noise levels of the adapter where it has some."""
+class _OnePass:
+    """What runs a sampling without its second pass, and at the noise levels of the adapter where it has some.
 
-    def wrapper(
-        executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any
+    Args:
+        scale: of the guidance. file: name of the adapter. levels: of the adapter, None where it has none.
+    """
+
+    def __init__(self, scale: float, file: str, levels: Sequence[float] | None) -> None:
+        self._scale, self._file, self._levels = scale, file, levels
+        self._told = False  # in this sampling, that there are two passes
+
+    def sample(
+        self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
+        """The OUTER_SAMPLE wrapper."""
         from comfy.samplers import CFGGuider
 
         guider = executor.class_obj
@@ -111,18 +122,31 @@ def _one_pass(scale: float, file: str, levels: Sequence[float] | None) -> Callab
                 f"this sampling is guided by a {type(guider).__name__}, which makes passes of its own: with "
                 "Guidance-Free, use KSampler, or SamplerCustomAdvanced with BasicGuider."
             )
-        if levels is not None:
-            sigmas = _few_steps(file, levels, sampler, sigmas)
-        given = guider.cfg
+        if self._levels is not None:
+            sigmas = _few_steps(self._file, self._levels, sampler, sigmas)
+        given, scale = guider.cfg, self._scale
         if given not in (1.0, scale):
             logger.info("Guidance-Free: cfg %g of the sampler is not used; the node's guidance is %g.", given, scale)
-        guider.cfg = 1.0
+        guider.cfg, self._told = 1.0, False
         try:
             return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         finally:
             guider.cfg = given
 
-    return wrapper
+    def predict(self, executor: Any, x: Any, timestep: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The PREDICT_NOISE wrapper: says where the pass of the negative prompt is made all the same.
+
+        Who asks for it computes with its result, which would be zeros without it: it is not taken away.
+        """
+        wanted = options.get("disable_cfg1_optimization") and executor.class_obj.conds.get("negative") is not None
+        if wanted and not self._told:
+            self._told = True
+            logger.warning(
+                "Guidance-Free: another node, or the sampler, needs the pass of the negative prompt with a cfg of 1, "
+                "too, so each step makes two passes and takes as long as without Guidance-Free. Take that node out, or "
+                "choose a sampler without cfg_pp in its name."
+            )
+        return executor(x, timestep, options, *args, **kwargs)
 
 
 def _few_steps(file: str, levels: Sequence[float], sampler: Any, sigmas: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,33 @@ def test_one_pass_a_step_at_the_node_s_guidance(tmp_path, caplog):
     assert sample(model, description).equal(unpatched)
 
 
+def test_a_pass_that_somebody_else_needs_is_made_and_told(tmp_path, caplog):
+    """Another node, whichever of the two comes first, or a sampler; not where there is no negative prompt."""
+    import comfy.samplers
+
+    description, model, _ = tiny("wan_t2v")
+    file, words = write_native(tmp_path), "each step makes two passes"
+    before = model.clone()
+    before.disable_model_cfg1_optimization()
+    behind = guide(model, file, 4.0)
+    behind.disable_model_cfg1_optimization()
+    for clone in (guide(before, file, 4.0), behind):
+        for _ in range(2):
+            caplog.clear()
+            seen = passes(clone)
+            sample(clone, description)
+            assert sum(seen) == 8 and caplog.text.count(words) == 1
+    alone = guide(model, file, 4.0)
+    text = [[torch.zeros(1, 7, 32), {}]]
+    latent = torch.zeros(1, 16, *description.latent)
+    for name, negative, count in (("euler", text, 2), ("euler_cfg_pp", text, 4), ("euler_cfg_pp", None, 2)):
+        caplog.clear()
+        guider, seen = comfy.samplers.CFGGuider(alone), passes(alone)
+        guider.set_conds(text, negative) if negative else guider.inner_set_conds({"positive": text})
+        guider.sample(latent, latent, comfy.samplers.sampler_object(name), torch.tensor([1.0, 0.5, 0.0]), seed=0)
+        assert sum(seen) == count and caplog.text.count(words) == (count == 4)
+
+
 def test_without_guidance_a_gated_adapter_is_the_model(tmp_path):
     description, model, _ = tiny("wan_t2v")
     plain = guide(model, write_native(tmp_path), 1.0)
