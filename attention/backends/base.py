@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -62,6 +63,24 @@ def precision_of(name: str | None) -> Precision:
         why = f" ({FP8_IS_SLOWER})" if name == "fp8" else ""
         raise ValueError(f'precision is {name!r}: choose "int8", or None for that of the model{why}.')
     return Precision(name)
+
+
+def without_autocast(
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `attend` of a backend makes of q, k and v in the dtype of autocast, and of all else as it is.
+
+    Autocast would round the bias of what stands for skipped clusters, too, and scores that are written out.
+    """
+    device = q.device.type
+    narrow = torch.get_autocast_dtype(device) if q.dtype == torch.float32 else q.dtype
+    with torch.autocast(device, enabled=False):
+        out, lse = attend(*(x.to(narrow) for x in (q, k, v)), *rest)
+    return out.to(q.dtype), lse
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
 from ..rows import token_rows
 from ..threads import each
-from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 
 MAX_TILE_ROWS = 256
 THREADS_PAY = 2**13  # pairs of a tile
@@ -47,6 +47,8 @@ class GatherBackend(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if plan.skipped is not None and torch.is_autocast_enabled(q.device.type):
+            return without_autocast(self.attend, q, k, v, plan, scale, return_lse)
         # Elsewhere an operation for each tile costs more than the passes over q and the output that it saves.
         in_place = q.device.type == "cpu" and not wants_gradient(q, k, v)
         queries = q if in_place else permute(q, plan.q_order)
@@ -299,8 +301,10 @@ def _attend(
     small = q.device.type == "cpu" and q.shape[2] < FEW_ROWS and one_head and exact and _few_rows_are_slow()
     if not return_lse and not small and bias is None:
         return dense_attention(q, k, v, scale), None
-    if not return_lse and not small and exact and q.device.type == "cpu":
-        mask = F.pad(bias.to(q.dtype), (0, k.shape[2] - bias.shape[-1]))  # one row for all, which is never expanded
+    if not return_lse and not small and q.device.type == "cpu":
+        # Beside half precision, too, in float32: rounded, it would be off by per cents.
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32))
+        mask = F.pad(bias, (0, k.shape[2] - bias.shape[-1]))  # one row for all, which is never expanded
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
     wide, heads = torch.promote_types(q.dtype, torch.float32), q.shape[1]
     scores = (by_group(q, k.shape[1]).to(wide) * scale) @ k.to(wide).transpose(-1, -2)

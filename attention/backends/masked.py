@@ -9,7 +9,7 @@ from ..compensate import attend_skipped
 from ..groups import repeat_heads
 from ..merge import attend_scores, merge
 from ..plan import BlockPlan, invert
-from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 
 BIASES = 2**22  # numbers of the mask held at once: what the processor's cache can hold, more or less
 KEPT = 2**23  # numbers of a mask that is kept for the next call
@@ -44,6 +44,8 @@ class MaskedBackend(Backend):
         # Elsewhere a look at which heads have which plan would cost a wait.
         if plan.shares_masks and not return_lse and q.device.type == "cpu" and plan.n_q * plan.n_kv <= KEPT:
             return _with_kept_masks(q, k, v, plan, scale), None
+        if plan.skipped is not None and torch.is_autocast_enabled(q.device.type):
+            return without_autocast(self.attend, q, k, v, plan, scale, return_lse)
         wide = torch.promote_types(q.dtype, torch.float32)
         bias = _in_sequence(q.new_zeros((), dtype=wide).masked_fill(~plan.keys_of_tile(), -torch.inf), plan)
         k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))

@@ -204,6 +204,31 @@ def one_plan_with_tables(lead, tables, own):
 
 
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("backend", ["gather", "masked"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_autocast_rounds_no_more_than_q_k_and_v(dtype, bound, backend, own):
+    """The bias of stand-ins, which grows with the clusters, and scores that are written out keep float32."""
+    plan = one_plan_with_tables((1, 3), (2, 3), own)
+    if own:
+        plan.skipped.bias.add_(5)
+    inputs = [torch.randn(2, 3, 70, 16).to(dtype).float() for _ in range(3)]
+    ours, exact = ([x.detach().to(kind).requires_grad_() for x in inputs] for kind in (torch.float32, torch.float64))
+    expected = sparse_attention(*exact, plan, backend="reference")
+    with torch.autocast("cpu", dtype):
+        out = sparse_attention(*ours, plan, backend=backend)
+        plain = sparse_attention(*(x.detach() for x in ours), plan, backend=backend)
+        half = sparse_attention(*(x.detach().to(dtype) for x in ours), plan, backend=backend)
+    assert out.dtype == plain.dtype == torch.float32 and half.dtype == dtype
+    for made in (out, plain, half):
+        assert (made - expected).norm() < bound * expected.norm()
+    weights = torch.randn(expected.shape)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for x, y in zip(ours, exact, strict=True):
+        assert (x.grad - y.grad).norm() < 3 * bound * y.grad.norm()
+
+
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(("lead", "tables"), [((1, 1), (2, 3)), ((1, 3), (2, 3)), ((2, 3), (1, 1)), ((2, 3), (2, 1))])
 def test_tables_for_fewer_or_more_than_the_plan_is_for(lead, tables, own):
     plan = one_plan_with_tables(lead, tables, own)
