@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +65,14 @@ class GeneratedVideo:
         return None if self.decode_seconds is None else self.seconds - self.decode_seconds
 
 
+def mean_psnr(values: Sequence[float]) -> float:
+    """Mean of PSNRs in dB, over what differs; infinite where nothing does, NaN where something cannot be compared."""
+    if any(map(math.isnan, values)):
+        return math.nan
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(finite) if finite else math.inf
+
+
 @dataclass(frozen=True)
 class FrameMetrics:
     """How far a video is from its reference.
@@ -83,8 +93,7 @@ class FrameMetrics:
     @property
     def mean_psnr(self) -> float:
         """Mean over the frames that differ; infinite when none does."""
-        finite = [value for value in self.psnr if math.isfinite(value)]
-        return float(np.mean(finite)) if finite else math.inf
+        return mean_psnr(self.psnr)
 
     @property
     def mean_ssim(self) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .calls import check_untouched
-from .comparison import compare
+from .comparison import compare, mean_psnr
 from .errors import BadInput, mention
 from .machine import choose_device, choose_dtype, environment
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
@@ -75,10 +75,7 @@ class Row:
     @property
     def mean_psnr(self) -> float:
         """Mean over the prompts whose videos differ; infinite where none does, NaN where they cannot be compared."""
-        if any(map(math.isnan, self.psnr)):
-            return math.nan
-        finite = [value for value in self.psnr if math.isfinite(value)]
-        return statistics.fmean(finite) if finite else math.inf
+        return mean_psnr(self.psnr)
 
     @property
     def accuracy(self) -> float | None:

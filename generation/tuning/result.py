@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..comparison import mean_psnr
 from .budget import Budget
 from .prediction import Prediction
 from .space import Candidate
@@ -52,8 +53,7 @@ class Confirmed:
     @property
     def mean_psnr(self) -> float:
         """Mean over the prompts whose videos differ; infinite where none does."""
-        finite = [value for value in self.psnr if math.isfinite(value)]
-        return statistics.fmean(finite) if finite else math.inf
+        return mean_psnr(self.psnr)
 
     @property
     def quality(self) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vidaccel.attention.records import percent
-from vidaccel.generation.comparison import Comparison, GeneratedVideo, compare
+from vidaccel.generation.comparison import Comparison, GeneratedVideo, compare, mean_psnr
 from vidaccel.generation.report import (
     cluster_deciles,
     format_psnr,
@@ -31,6 +31,12 @@ def test_identical_videos(clip):
     assert metrics.ssim == (1.0,) * 6
     assert metrics.identical_frames == 6
     assert metrics.mean_psnr == math.inf
+
+
+def test_a_mean_is_over_what_differs():
+    assert mean_psnr([math.inf, 20.0, 30.0]) == 25
+    assert mean_psnr([math.inf]) == math.inf
+    assert math.isnan(mean_psnr([math.inf, math.nan, 30.0]))
 
 
 def test_known_distance():
