@@ -64,7 +64,8 @@ class ForwardPass:
     def told_of_replaced(self, patches: Mapping[str, Any]) -> dict[str, Any]:
         """`patches_replace` whose entries for blocks say where the pass is.
 
-        By these alone the count of calls knows, in a model that does not say its `block_index`, what was skipped.
+        By these alone the count of calls knows what was skipped: in a model that does not say its `block_index`, and
+        where extra blocks run under the index of a block, whose call theirs would otherwise be taken for.
         """
 
         def told(place: Any, patch: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +77,7 @@ class ForwardPass:
                 self.place = sum(layer < block for layer in self._in_turn())
                 out = patch(*args, **kwargs)
                 self.place = sum(layer <= block for layer in self._in_turn())
+                self.seen[block] = max(1, self.seen[block])
                 return out
 
             return call

@@ -156,7 +156,7 @@ class NativeAttention:
             options.pop(name, None)
         current = self._enter(executor.class_obj, x, t, c_crossattn, options, conditions)
         options[KEY] = current
-        if replaced_blocks(options) and not self._says_index:
+        if replaced_blocks(options) and (current.extra_calls or not self._says_index):
             options["patches_replace"] = current.told_of_replaced(options["patches_replace"])
         options[OVERRIDE] = self._override_before(options.get(OVERRIDE))
         out = executor(x, t, c_concat, c_crossattn, control, options, **conditions)

@@ -74,19 +74,20 @@ def test_more_layouts_than_are_kept_lose_nothing_within_a_sampling():
     assert Counter(record.step for record in records)[0] == Counter(record.step for record in records)[1]
 
 
-@pytest.mark.parametrize("name", models("ltxv", "wan_t2v"))
-def test_skipped_blocks_do_not_shift_the_layers(name):
-    """Also of models that do not say their `block_index`."""
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("name", models("ltxv", "wan_t2v", "wan_vace"))
+def test_skipped_blocks_do_not_shift_the_layers(name, skipped):
+    """Also of models that do not say their `block_index`, and where a block of VACE runs under the same index."""
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
     description, model, _ = tiny(name)
     execute = getattr(SkipLayerGuidanceDiT, "execute", None) or SkipLayerGuidanceDiT().skip_guidance
-    found = execute(model, double_layers="1", single_layers="", scale=3.0, start_percent=0.0, end_percent=1.0)
+    found = execute(model, double_layers=str(skipped), single_layers="", scale=3.0, start_percent=0.0, end_percent=1.0)
     clone, session = patched(found.args[0] if hasattr(found, "args") else found[0], SVG(density=0.6))
     sample(clone, description, steps=1)
     calls = Counter(record.layer for record in session.report().records)
     assert [calls[layer] for layer in range(description.layers)] == [
-        3 - (layer == 1) for layer in range(description.layers)
+        3 - (layer == skipped) for layer in range(description.layers)
     ]
     assert "cond, 1 block replaced" in {record.branch for record in session.report().records}
 
