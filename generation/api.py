@@ -20,7 +20,7 @@ from .loras import attach
 from .machine import environment
 from .methods import measured_note
 from .outputs import check_file, check_files
-from .presets import request_preset
+from .presets import refusals, request_preset
 from .progress import bars
 from .report import files_beside, video_file, write_report
 from .request import Settings
@@ -238,8 +238,14 @@ def carry_out(
     files = {} if out is None else job.files(out)
     pipe = job.pipe
     if pipe is None:
-        pipe = load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
+        place = "cpu" if job.is_quantised_first else job.device
+        pipe = load(job.facts, job.dtype, place, offload=job.offload, tiling=job.tiling)
         attach(pipe, job.loras)
+        if job.is_quantised_first:
+            from ..pipelines.presets.applied import quantise_for_good
+
+            with refusals():
+                quantise_for_good(pipe, job.beside, job.device, job.facts.location)
         if note := _before_the_steps(job, pipe):
             on_note(note)
     videos = []

@@ -117,6 +117,13 @@ class Job:
         """The run whose video is the result: the first one, of a comparison the first after the reference."""
         return list(self.methods)[self.compare]
 
+    @property
+    def is_quantised_first(self) -> bool:
+        """Whether layers are put into 8 bits before the model is on its device, which then needs no room for the whole
+        weights: not where the reference of a comparison runs with them; offloaded, they are in main memory anyway."""
+        in_8_bits = self.beside is not None and self.beside.quantize is not None
+        return in_8_bits and self.pipe is None and not self.compare and not self.offload
+
     def files(self, out: Path) -> dict[str, Path]:
         """A file for the video of each run: `out` for the result, NAME.METHOD.mp4 beside it for the others."""
         return {n: out if n == self.first else out.with_name(f"{out.stem}.{n}.mp4") for n in self.methods}

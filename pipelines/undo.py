@@ -15,6 +15,9 @@ GUIDANCE_FREE = "_vidaccel_guidance_free"
 PRESET = "_vidaccel_preset"
 """Attribute of a pipeline that holds the handle of its preset."""
 
+QUANTISED = "_vidaccel_quantised"
+"""Attribute of a pipeline whose layers are in 8 bits for good: the `Quantize` that says how."""
+
 
 def restore(pipe: Any) -> None:
     """Undo `apply`, `accelerate` and `guidance_free` where the handle is lost, as after running a notebook cell twice.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...attention.records import RunReport
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate
 from ..guidance_free.handle import GuidanceFree, guidance_free
-from ..undo import PRESET
+from ..undo import PRESET, QUANTISED
 from .account import Account, Watch, accounts
 from .caches import install_cache
 from .checks import check_preset, chosen_scheduler
@@ -64,7 +67,7 @@ class Applied:
             adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free
             self._free = guidance_free(pipe, adapters, base=base)
             self._undo.append(self._free)
-        if preset.quantize is not None:
+        if preset.quantize is not None and preset.quantize != getattr(pipe, QUANTISED, None):
             if not preset.quantize.keep:
                 self._say(
                     "quantize.keep is false: the weights as they were are gone, and remove() leaves them in 8 bits"
@@ -183,3 +186,22 @@ def apply(pipe: Any, preset: Preset | str | Path, *, base: str | Path | None = N
     """
     chosen = preset if isinstance(preset, Preset) else load_preset(preset)
     return Applied(pipe, chosen, base, measure_error)
+
+
+def quantise_for_good(pipe: Any, preset: Preset, device: torch.device | str, base: str | Path | None = None) -> None:
+    """Put the layers of a pipeline that lies on the CPU into 8 bits as a preset says, and the pipeline on a device.
+
+    The device never holds more of the whole weights than those of one layer. They are gone then; who applies a preset
+    with the same `quantize` finds it at work.
+
+    Args:
+        pipe: a diffusers pipeline. preset: with `quantize`. device: where it will run.
+        base: see `apply`.
+
+    Raises:
+        PresetError: it cannot be used with the pipeline.
+    """
+    for transformer, family in check_preset(pipe, preset, base).values():
+        quantise(transformer, family, replace(preset.quantize, keep=False), device)
+    setattr(pipe, QUANTISED, preset.quantize)
+    pipe.to(device)

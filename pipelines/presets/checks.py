@@ -19,7 +19,7 @@ from ..few_steps.grid import GridScheduler
 from ..few_steps.rcm import RCMScheduler
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
-from ..undo import GUIDANCE_FREE
+from ..undo import GUIDANCE_FREE, QUANTISED
 from .caches import check_cache
 from .errors import PresetError
 from .levers import SchedulerChoice
@@ -45,7 +45,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str
     check_loras(pipe, preset.loras)
     _check_guidance(pipe, preset, base)
     for name, (transformer, family) in parts.items():
-        if preset.quantize is not None:
+        if preset.quantize is not None and preset.quantize != getattr(pipe, QUANTISED, None):
             check_quantize(name, transformer, family, preset.quantize)
         if preset.cache is not None:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)

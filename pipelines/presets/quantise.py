@@ -51,12 +51,13 @@ def layers_of(transformer: Any, family: Family) -> dict[str, torch.nn.Linear]:
     }
 
 
-def quantise(transformer: Any, family: Family, how: Quantize) -> Quantised:
+def quantise(transformer: Any, family: Family, how: Quantize, device: torch.device | str | None = None) -> Quantised:
     """Put the layers of a transformer that `check_quantize` let through into 8 bits.
 
     Args:
         transformer: without what wraps it. family: of it.
         how: in which way.
+        device: where the transformer goes, one layer after the other, each in 8 bits before the next; None leaves it.
     """
     from torchao import quantization
 
@@ -69,7 +70,7 @@ def quantise(transformer: Any, family: Family, how: Quantize) -> Quantised:
     made = Quantised(originals, how.keep)
     config = getattr(quantization, _CONFIGS[how.kind, how.activations])()
     try:
-        quantization.quantize_(transformer, config, filter_fn=lambda module, path: path in layers)
+        quantization.quantize_(transformer, config, filter_fn=lambda module, path: path in layers, device=device)
     except BaseException:
         made.remove()
         raise

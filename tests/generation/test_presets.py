@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from diffusers import WanPipeline
 
 import vidaccel
 from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial, demo
+from vidaccel.generation.api import carry_out
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.model_facts import inspect_model
@@ -167,6 +171,26 @@ def test_layers_in_8_bits(pipe):
     difference = np.abs(made.frames.astype(int) - plain.frames).mean()
     assert 0 < difference < 8
     assert np.array_equal(generate(pipe, steps=2).frames, plain.frames)
+
+
+@pytest.mark.parametrize("more", [{}, {"compare": True}, {"offload": True}])
+def test_a_model_is_in_8_bits_before_it_is_on_its_device(more, monkeypatch):
+    """Not for a comparison, whose reference needs the whole weights there, nor where parts come one after the other."""
+    monkeypatch.setattr("vidaccel.pipelines.presets.packages.check_packages", lambda preset: None)
+    asked = Settings(PROMPT, **{name: SMALL[name] for name in ("frames", "height", "width")})
+    sparse = Sparse(methods=("radial",)) if "compare" in more else Sparse()
+    options = {"compare": "compare" in more, "preset": Preset(quantize="int8")}
+    job = replace(prepare("demo", asked, sparse, **options), device=torch.device("meta"), offload="offload" in more)
+    done = []
+    made = SimpleNamespace()
+    monkeypatch.setattr("vidaccel.generation.api.load", lambda facts, dtype, device, **_: done.append(device) or made)
+    monkeypatch.setattr("vidaccel.generation.api.attach", lambda pipe, loras: None)
+    monkeypatch.setattr(
+        "vidaccel.pipelines.presets.applied.quantise_for_good", lambda pipe, preset, device, base: done.append(device)
+    )
+    monkeypatch.setattr("vidaccel.generation.api.make_videos", lambda job, pipe, **_: iter(()))
+    assert carry_out(job) == []
+    assert done == ([job.device] if more else ["cpu", job.device])
 
 
 @pytest.mark.parametrize(

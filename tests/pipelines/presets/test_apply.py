@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import json
 import pickle
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
 from vidaccel.pipelines.presets import Cache, LoraFile, PresetError, Quantize, SchedulerChoice, save_preset
 from vidaccel.pipelines.presets.account import Watch
+from vidaccel.pipelines.presets.applied import quantise_for_good
 
 SPARSE = {"method": SVG2(top_p=0.5, schedule=DenseSchedule(first_steps=1)), "backend": "reference"}
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -150,6 +153,39 @@ def test_linear_layers_in_8_bits_and_back(pipe, adapter, keep):
     handle.remove()
     assert torch.equal(made(pipe), plain) is keep
     assert any("weights as they were are gone" in note for note in handle.report().notes) is not keep
+
+
+@needs_torchao
+def test_layers_in_8_bits_for_good(pipe):
+    """Whoever applies the same finds them at work; another way is refused, and remove() leaves them."""
+    preset = Preset(quantize=Quantize("int8"), **SPARSE)
+    with vidaccel.apply(pipe, preset):
+        expected = made(pipe)
+    quantise_for_good(pipe, preset, "cpu")
+    with vidaccel.apply(pipe, preset) as handle:
+        assert torch.equal(made(pipe), expected)
+        assert "quantize" in handle.report().levers
+    assert type(pipe.transformer.blocks[0].attn1.to_q.weight.data) is not torch.Tensor
+    with pytest.raises(PresetError, match="quantised already"):
+        vidaccel.apply(pipe, preset.replace(quantize=Quantize("int8", activations=True)))
+
+
+def test_a_device_gets_layers_that_are_in_8_bits_already(pipe, monkeypatch):
+    """Each layer is moved and quantised by torchao in turn; all else follows."""
+    moved = []
+
+    def quantize_(transformer, config, filter_fn, device):
+        moved.append((device, {p.device.type for part in pipe.components.values() for p in parameters(part)}))
+
+    def parameters(part):
+        return part.parameters() if isinstance(part, torch.nn.Module) else ()
+
+    stub = SimpleNamespace(quantize_=quantize_, Int8WeightOnlyConfig=object)
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=stub))
+    monkeypatch.setattr("vidaccel.pipelines.presets.checks.check_packages", lambda preset: None)
+    quantise_for_good(pipe, Preset(quantize=Quantize("int8")), "meta")
+    assert moved == [("meta", {"cpu"})]
+    assert {p.device.type for part in pipe.components.values() for p in parameters(part)} == {"meta"}
 
 
 def make_quantised(pipe, handle):
