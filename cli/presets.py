@@ -118,13 +118,21 @@ def waterfall_command(
 
 
 def lines_of(file: Path | None) -> list[str]:
-    """The prompts in a file, one a line; none without one."""
+    """The prompts in a file, one a line; none without one.
+
+    Raises:
+        BadInput: it cannot be read, or has no prompt in it.
+    """
     if file is None:
         return []
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # with or without the mark that Windows' editors put in front
+        found = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput("prompts", f"it cannot be read ({error})", value=file) from error
+    if not found:
+        raise BadInput("prompts", "there is no prompt in it", "Write one a line.", value=file)
+    return found
 
 
 def built_in_prompts(model: str) -> list[str]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .outputs import check_file
 from .sound import Sound
+from .values import file_name
 from .video import write_mp4
 
 if TYPE_CHECKING:
@@ -56,8 +58,14 @@ class GeneratedVideo:
     account: Account | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write the video as an MP4 file; see `video.write_mp4`."""
-        return write_mp4(self.frames, path, self.fps, self.sound)
+        """Write the video as an MP4 file; see `video.write_mp4`.
+
+        Raises:
+            BadInput: the name has another ending, or no file can be written there.
+        """
+        file = file_name("path", path)
+        check_file("path", file, ".mp4")
+        return write_mp4(self.frames, file, self.fps, self.sound)
 
     @property
     def denoise_seconds(self) -> float | None:

@@ -44,7 +44,7 @@ def text(field: str, value: Any) -> str:
 def file_name(field: str, value: Any) -> Path:
     """A path; its text will do. Raise BadInput for anything else."""
     if isinstance(value, str | os.PathLike):
-        return Path(value)
+        return Path(value).expanduser()
     raise BadInput(field, "it must be the name of a file", value=repr(value))
 
 

@@ -236,13 +236,15 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
             ratios = bench.ratios()
         except BadInput as error:
             dropped["magcache"] = error.problem
-    measures = Measures(bench.probe, bench.confirm, lambda adapter: bench.run(adapter, layers))
+    measures = Measures(bench.probe, bench.confirm, lambda adapter: bench.run(adapter, layers), bench.gains)
     search = Search(plan.budget, dense, measures, plan.most, plan=expect)
     caches = cache_levers(plan.caches, plan.effort, ratios)
     outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters)
-    gain = bench.gains(chosen.candidate) if outcome == FOUND else ()
+    gain = chosen.confirmed.gain if outcome == FOUND else ()
     why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
     notes = (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
+    if search.ran_out:
+        notes += (f"Videos were made of {plan.most} candidates, the most that was asked for; another is promising.",)
     size = job.settings
     settings = {
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..comparison import compare
+from ..errors import BadInput
 from ..presets import refusals
 from ..request import Settings
 from ..run import GenerationError, run, warm_up
@@ -265,5 +267,9 @@ def _save(frames: np.ndarray, file: Path) -> None:
 
 
 def _load(file: Path) -> np.ndarray:
-    with np.load(file) as content:
-        return content["frames"]
+    try:
+        with np.load(file) as content:
+            return content["frames"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        fix = f"Delete {file}: the dense videos are then made anew."
+        raise BadInput("out", f"{file.name}, a dense video that an earlier run left, cannot be read", fix) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .budget import MIN_GAIN, Budget
@@ -21,6 +21,11 @@ TooBad = str
 """Why something could not be measured."""
 
 
+DOUBTED = 2
+"""Candidates that are measured in turns with dense before nothing is said to gain."""
+
+NOT_MADE = "no videos were made of it: by what the others taught, it would not have been better"
+
 BORDERLINE = 0.5
 """Of what seems to miss a budget by so little (`Budget.excess`: 3 dB), videos are made until one misses it: predictions
 are off by as much."""
@@ -34,11 +39,13 @@ class Measures:
         probe: a candidate with one lever -> its steps, or why it cannot be.
         confirm: a candidate -> whole videos with it, or why it cannot be.
         run: an adapter -> the dense run with it, or why it cannot be; None where no adapter is tried.
+        turns: a candidate -> times as fast as dense, the two in turns; None where that is not measured.
     """
 
     probe: Callable[[Candidate], Probe | TooBad]
     confirm: Callable[[Candidate], Confirmed | TooBad]
     run: Callable[[AdapterLever], DenseRun | TooBad] | None = None
+    turns: Callable[[Candidate], tuple[float, ...]] | None = None
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Search:
         most: candidates of which whole videos are made.
         plan: told how many measurements there will be at the most, as far as is known.
         left_out: combinations that were predicted, and for which there was one as good; thousands, maybe.
+        ran_out: whether another candidate was promising when the last of `most` had been made.
     """
 
     budget: Budget
@@ -79,6 +87,8 @@ class Search:
     most: int = 6
     plan: Callable[[int], None] = lambda count: None
     left_out: int = 0
+    ran_out: bool = False
+    _asked: int = 0
     _tried: dict[str, Tried] = field(default_factory=dict)
 
     def run(
@@ -109,8 +119,7 @@ class Search:
             levers = self._with_adapter(adapter, taught)
             if levers is not None:
                 measured.append(self._probed(levers, *gaining, [each for each, _ in plain.quantize]))
-        self._confirm(self._pool(measured), taught)
-        return self._choose()
+        return self._settled(self._pool(measured), taught)
 
     def _with_adapter(self, adapter: AdapterLever, taught: Calibration) -> _Levers | None:
         """The run with an adapter, and whole videos with it alone, from which all others with it are predicted.
@@ -212,7 +221,7 @@ class Search:
         for points in kinds.values():
             keep |= front(points)
         for key, (candidate, predicted) in made.items():
-            why = "not needed" if key in keep else "another of its kind is predicted to be as fast and nearer"
+            why = NOT_MADE if key in keep else "another of its kind is predicted to be as fast and nearer"
             if (slow := self._no_gain(predicted.seconds)) is not None:
                 keep.discard(key)
                 why = slow
@@ -222,13 +231,16 @@ class Search:
                 self.left_out += 1
         return {key: made[key] for key in made if key in keep}
 
-    def _confirm(self, pool: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> None:
-        """Whole videos of those that promise most, each choice with what the videos before it taught."""
-        left = dict(pool)
-        for _ in range(self.most):
-            key = self._next(left, taught)
-            if key is None:
-                break
+    def _confirm(self, left: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> None:
+        """Whole videos of those that promise most, each choice with what the videos before it taught.
+
+        They are taken out of `left`.
+        """
+        while (key := self._next(left, taught)) is not None:
+            if self._asked == self.most:
+                self.ran_out = True
+                return
+            self._asked += 1
             candidate, predicted = left.pop(key)
             made = self.measures.confirm(candidate)
             if isinstance(made, str):
@@ -257,12 +269,15 @@ class Search:
         if best is None:
             # Where nothing is expected to do, the nearest may all the same.
             return min(told, key=lambda key: (told[key][0], told[key][1]))
-        gaining = [key for key in told if told[key][1] < (1 - MIN_GAIN) * best.confirmed.median]
+        dense = taught.seconds(self.dense.seconds)
+        own = best.confirmed.ratio * dense if best.confirmed.gain else best.confirmed.median
+        fastest = min(own, dense)  # the best so far may be slower
+        gaining = [key for key in told if told[key][1] < (1 - MIN_GAIN) * fastest]
         if sure := [key for key in gaining if key in within]:
             return min(sure, key=lambda key: told[key][1])
-        if any(t.confirmed is not None and self._over(t.confirmed) for t in self._tried.values()):
-            return None  # videos have told where the budget ends
-        near = [key for key in gaining if told[key][0] <= BORDERLINE]
+        # Of these kinds, videos have told where the budget ends.
+        known = {t.candidate.kind for t in self._tried.values() if t.confirmed is not None and self._over(t.confirmed)}
+        near = [key for key in gaining if told[key][0] <= BORDERLINE and left[key][0].kind not in known]
         return min(near, key=lambda key: told[key][0], default=None)
 
     def _best(self) -> Tried | None:
@@ -276,6 +291,26 @@ class Search:
 
     def _over(self, made: Confirmed) -> float:
         return self.budget.excess(made.error, made.mean_psnr, made.ratio)
+
+    def _settled(
+        self, left: dict[str, tuple[Candidate, Prediction]], taught: Calibration
+    ) -> tuple[str, Tried | None, tuple[Tried, ...]]:
+        """The choice among whole videos, by turns with dense.
+
+        The dense videos were made first, maybe days before: a machine that was busy then, or is now, would be taken for
+        a gain, or hide one. So what is chosen is measured once more, and so are the fastest few before it is said that
+        nothing gains.
+        """
+        doubted = 0
+        while True:
+            self._confirm(left, taught)
+            outcome, chosen, tried = self._choose()
+            doubtful = chosen if outcome == FOUND else self._best() if doubted < DOUBTED else None
+            if self.measures.turns is None or doubtful is None or doubtful.confirmed.gain:
+                return outcome, chosen, tried
+            doubted += outcome != FOUND
+            made = replace(doubtful.confirmed, gain=self.measures.turns(doubtful.candidate))
+            self._tried[doubtful.candidate.key] = replace(doubtful, confirmed=made)
 
     def _choose(self) -> tuple[str, Tried | None, tuple[Tried, ...]]:
         best = self._best()

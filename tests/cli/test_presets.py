@@ -85,7 +85,7 @@ def test_the_model_is_that_of_the_preset(vidaccel, tiny_model, tmp_path):
 def test_a_waterfall_of_another_model(vidaccel, tiny_model, tmp_path):
     preset = tmp_path / "a.yaml"
     preset.write_text("version: 1\nname: mine\nattention: radial\ncache: {name: first_block, threshold: 1000}\n")
-    (tmp_path / "prompts.txt").write_text("a dot\n\ndot dot\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffa dot\n\ndot dot\n", encoding="utf-8")  # as Windows' editors do
     page = tmp_path / "w.html"
     result = vidaccel(
         "waterfall", preset, "--model", tiny_model, "--prompts", tmp_path / "prompts.txt", "--steps", 4, *SIZE,
@@ -107,12 +107,14 @@ def test_a_waterfall_of_another_model(vidaccel, tiny_model, tmp_path):
         (("--model", "demo", "--out", "w.htm"), "--out is w.htm: the name must end in .html"),
         (("--model", "demo", "--prompts", "gone.txt"), "--prompts is gone.txt: it cannot be read"),
         (("--model", "demo", "--rounds", "0"), "--rounds is 0"),
+        (("--model", "demo", "--prompts", "empty.txt"), "--prompts is empty.txt: there is no prompt in it"),
         (("--model", "demo", "--threads", "0"), "--threads is 0: it must be at least 1"),
         (("--model", "demo", "--frames", "10"), "--frames is 10"),
     ],
 )
 def test_a_waterfall_that_cannot_be(vidaccel, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
     monkeypatch.setattr("vidaccel.generation.waterfall.load", lambda *_, **__: pytest.fail("weights were read"))
     result = vidaccel("waterfall", "demo-cache", *options)
     assert result.exit_code == 2, (result.output, result.exception)

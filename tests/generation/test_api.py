@@ -85,6 +85,9 @@ def test_a_default_method_that_cannot_do_it_is_left_out(tmp_path):
 
 def test_video_to_video(pipe, dense, tmp_path):
     video = dense.save(tmp_path / "input.mp4")
+    for name, message in (("input.gif", r"must end in \.mp4"), ("no/input.mp4", "there is no folder")):
+        with pytest.raises(BadInput, match=message):
+            dense.save(tmp_path / name)
     chosen = {**SMALL, "frames": None, "steps": 4}
     made = [
         vidaccel.generate("demo", PROMPT, video=given, strength=strength, method=method, **chosen)

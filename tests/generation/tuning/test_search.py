@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,7 @@ class Machine:
     def __init__(self, base: float = 0.3, offset: float = 10.0, quantized: float = 0.8) -> None:
         self.base, self.offset, self.probed, self.confirmed = base, offset, [], []
         self.quantized, self.adapter_psnr = quantized, 28.0
+        self.turns: Callable[[Candidate], tuple[float, ...]] | None = None
 
     def run(self, adapter: AdapterLever) -> DenseRun | str:
         """One pass instead of two."""
@@ -80,7 +82,7 @@ class Machine:
         return Confirmed((true.seconds,) * 2, (DENSE.seconds,) * 2, (psnr,) * 2, told, 1, 1)
 
     def search(self, budget: Budget, sparse=(), caches=(), most: int = 6, **more):
-        measures = Measures(self.probe, self.confirm, self.run)
+        measures = Measures(self.probe, self.confirm, self.run, self.turns)
         found = Search(budget, DENSE, measures, most).run(sparse, caches, **more)
         outcome, chosen, tried = found
         return outcome, chosen, {each.candidate.label: each for each in tried}
@@ -102,6 +104,53 @@ def test_the_fastest_within_a_quality():
     others = [t for t in tried.values() if t.predicted is not None and t.predicted.error <= 0.05]
     assert chosen.predicted.seconds == min(t.predicted.seconds for t in others)
     assert len(machine.confirmed) < 6 and len(others) > 1 and all(t.why for t in others if t is not chosen)
+
+
+def test_what_is_chosen_must_be_faster_in_turns_too():
+    machine = Machine()
+    _, first, _ = machine.search(Budget(max_error=0.05), caches=caches(0.02, 0.05, 0.1))
+    timed = []
+
+    def turns(candidate: Candidate) -> tuple[float, ...]:
+        timed.append(candidate.label)
+        return (0.85, 0.8) if candidate.key == first.candidate.key else (1.3, 1.2, 1.4)
+
+    machine.turns = turns
+    outcome, chosen, tried = machine.search(Budget(max_error=0.05), caches=caches(0.02, 0.05, 0.1))
+    assert outcome == FOUND and chosen.candidate.key != first.candidate.key
+    assert chosen.confirmed.gain == (1.3, 1.2, 1.4) and chosen.confirmed.ratio == pytest.approx(1 / 1.3)
+    assert timed == [first.candidate.label, chosen.candidate.label]
+    assert tried[first.candidate.label].confirmed.ratio == pytest.approx(1 / 0.825)
+
+    machine.turns = lambda candidate: (0.9,)
+    outcome, chosen, tried = machine.search(Budget(max_error=0.05), caches=caches(0.02, 0.05, 0.1))
+    assert outcome == NO_GAIN and chosen is None and any("no gain" in t.why for t in tried.values())
+
+
+def test_turns_hold_a_bound_of_time():
+    machine = Machine()
+    machine.turns = lambda candidate: (1.2,)
+    outcome, *_ = machine.search(Budget(max_time_ratio=0.75), caches=caches(0.1, 0.2, 0.4))
+    assert outcome == NOTHING
+    machine.turns = lambda candidate: (1.5,)
+    outcome, chosen, _ = machine.search(Budget(max_time_ratio=0.75), caches=caches(0.1, 0.2, 0.4))
+    assert outcome == FOUND and chosen.confirmed.ratio == pytest.approx(1 / 1.5)
+
+
+def test_nothing_gains_is_not_said_by_the_dense_times_of_another_hour():
+    machine = Machine()
+    honest = machine.confirm
+
+    def busy(candidate: Candidate) -> Confirmed:
+        made = honest(candidate)
+        return replace(made, seconds=tuple(2 * s for s in made.seconds))
+
+    machine.confirm = busy
+    outcome, *_ = machine.search(Budget(max_error=0.05), caches=caches(0.02, 0.05))
+    assert outcome == NO_GAIN
+    machine.turns = lambda candidate: (1.3,)
+    outcome, chosen, _ = machine.search(Budget(max_error=0.05), caches=caches(0.02, 0.05))
+    assert outcome == FOUND and chosen.confirmed.gain == (1.3,)
 
 
 def test_videos_correct_what_errors_are_expected_to_mean():

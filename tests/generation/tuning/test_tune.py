@@ -165,6 +165,14 @@ def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, t
     # All is known, so nothing runs.
     ran = layers()
     assert vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options).to_dict() == made.to_dict() and layers() == ran
+    # A dense video that was damaged since.
+    video = tmp_path / "t" / "dense.0.npz"
+    for damaged in (b"garbage", b"", video.read_bytes()[:-50]):
+        kept = video.read_bytes()
+        video.write_bytes(damaged)
+        with pytest.raises(BadInput, match=r"dense\.0\.npz, .* cannot be read\. Delete "):
+            vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options)
+        video.write_bytes(kept)
     # A budget that nothing meets: the preset of the other budget does not pass for an answer to it.
     nothing = vidaccel.tune(pipe, PROMPTS, min_psnr=99.0, **options)
     assert nothing.outcome == "nothing within the budget" and nothing.preset is None and nothing.chosen is not None
