@@ -242,7 +242,9 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
     outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters)
     gain = chosen.confirmed.gain if outcome == FOUND else ()
     why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
-    notes = (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
+    notes: tuple[str, ...] = (
+        (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
+    )
     if search.ran_out:
         notes += (f"Videos were made of {plan.most} candidates, the most that was asked for; another is promising.",)
     size = job.settings
