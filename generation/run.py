@@ -161,6 +161,20 @@ def run(
         return replace(made, report=handle.report().last())
 
 
+@contextlib.contextmanager
+def _without_bars(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Without the pipeline's own bars, also of one that the user loaded: who wants progress has `on_step`."""
+    before = pipe.__dict__.get("_progress_bar_config")
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
+
+
 def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
     import torch
 
@@ -184,6 +198,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
         guided(pipe, row, settings),
         scaled_start(pipe),
         stepped(pipe, step_ended) as told,
+        _without_bars(pipe),
     ):
         result = pipe(
             **call_arguments(pipe, row, settings),

@@ -72,6 +72,13 @@ def test_a_comparison_and_its_page(pipe, dense, tmp_path):
     assert json.loads((tmp_path / "page.json").read_text())["settings"]["methods"] == "dense, radial, svg: as given"
 
 
+def test_a_pipeline_that_was_loaded_draws_no_bars_of_its_own_and_keeps_its_wish(pipe, capsys):
+    for wish in ({"desc": "mine"}, {"disable": True}):
+        pipe.set_progress_bar_config(**wish)
+        vidaccel.generate(pipe, PROMPT, **{**SMALL, "device": "auto"})
+        assert "%|" not in capsys.readouterr().err and pipe._progress_bar_config == wish
+
+
 def test_a_default_method_that_cannot_do_it_is_left_out(tmp_path):
     """Radial and the stand-ins of Tangent cannot go down to this density on so few tokens; SVG2 can."""
     made = vidaccel.generate("demo", PROMPT, compare=True, density=0.2, **{**SMALL, "frames": 5})
