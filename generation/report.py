@@ -119,8 +119,9 @@ def write_report(comparison: Comparison, page: Path) -> Comparison:
         comparison = replace(comparison, files=files)
     numbers, sheet = files_beside(page)
     write_json(comparison, numbers)
-    write_bytes(contact_sheet_png(comparison), sheet)
-    write_html(comparison, page)
+    picture = contact_sheet_png(comparison)  # compressing it takes a second, so it is made once
+    write_bytes(picture, sheet)
+    _write_page(comparison, page, picture)
     return comparison
 
 
@@ -151,7 +152,11 @@ def write_html(comparison: Comparison, path: str | Path) -> Path:
     Raises:
         OSError: a video file of the comparison is missing.
     """
-    page = template("report.html.j2").render(_page(comparison))
+    return _write_page(comparison, path, contact_sheet_png(comparison))
+
+
+def _write_page(comparison: Comparison, path: str | Path, sheet: bytes) -> Path:
+    page = template("report.html.j2").render(_page(comparison, sheet))
     return write_bytes(page.encode(), path)
 
 
@@ -232,7 +237,7 @@ def _for_json(value: Any) -> Any:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _page(comparison: Comparison) -> dict[str, Any]:
+def _page(comparison: Comparison, sheet: bytes) -> dict[str, Any]:
     """What the template shows."""
     metrics = comparison.metrics
     rows = []
@@ -255,7 +260,7 @@ def _page(comparison: Comparison) -> dict[str, Any]:
         "comparison": comparison,
         "rows": rows,
         "charts": charts,
-        "sheet": data_url(contact_sheet_png(comparison), "image/png"),
+        "sheet": data_url(sheet, "image/png"),
         "measured": any(v.report is not None and v.report.measured() for v in comparison.videos),
         "warm": any(v.warm_up_seconds is not None for v in comparison.videos),
     }

@@ -16,15 +16,16 @@ STEADY = [1.00, 1.01, 0.99, 1.00, 1.01]
 @pytest.fixture(scope="module")
 def track():
     file = ROOT / "benchmarks" / "track.py"
-    sys.path.insert(0, str(file.parent))
-    try:
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(file.parent))
         spec = importlib.util.spec_from_file_location("track", file)
         module = importlib.util.module_from_spec(spec)
         sys.modules["track"] = module
         spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(file.parent))
-    return module
+    yield module
+    for name in {"track", "common"} - before:  # other tests must not find what the scripts share
+        sys.modules.pop(name, None)
 
 
 def times(values, factor):

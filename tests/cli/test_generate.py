@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -248,7 +249,9 @@ def test_a_failing_encoder_is_one_line(vidaccel, tiny_model, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupted(number, code, tiny_model, tmp_path, child_environment):
     """Ctrl-C in the middle of denoising: its own exit code, one line, and nothing under the final name."""
     folder = tmp_path / "out"
@@ -286,3 +289,19 @@ main()
     if number == signal.SIGINT:
         assert errors.strip().splitlines()[-1].startswith("Interrupted:")
     assert list(folder.iterdir()) == []
+
+
+def test_sigterm_within_a_run(vidaccel, tiny_model, tmp_path, monkeypatch):
+    """As `test_interrupted` has it, in this process."""
+    from vidaccel.generation import run as generation
+
+    original = generation.make_video
+
+    def make_video(*args, on_step, **more):
+        return original(*args, on_step=lambda *_: os.kill(os.getpid(), signal.SIGTERM), **more)
+
+    monkeypatch.setattr(generation, "make_video", make_video)
+    options = ("--method", "dense", *SMALL, "--out", tmp_path / "out.mp4")
+    result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
+    assert result.exit_code == 143 and "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []

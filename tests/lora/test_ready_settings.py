@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fast_set import fast
 from trainable import saved
 
 from vidaccel.lora import config_folder, run
@@ -31,13 +32,16 @@ WAN = {
 }
 """Settings -> the kind of Wan pipeline that they, or a comment in them, are for."""
 ALIKE = {
+    "wan2.1_14b_lora",
     "wan2.1_14b_length",
     "wan2.1_t2v_1.3b_gft",
     "wan2.2_a14b_gft",
     "wan2.1_t2v_14b_sla",
+    "wan2.2_a14b_sla",
     "wan2.1_t2v_14b_ae_adapt",
+    "hunyuanvideo_lora",
 }
-"""Those that differ from others in numbers alone, or that run below as well."""
+"""Those whose recipe and whose kind of pipeline run in others as well; they are slow."""
 OTHERS = {
     "hunyuanvideo_lora": "hunyuan first frame",
     "cogvideox_lora": "cogvideox 5b",
@@ -80,16 +84,14 @@ def test_every_file_is_here():
     assert kinds == {*WAN, *OTHERS, "wan2.1_t2v_1.3b_consistency", "wan2.2_a14b_consistency"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in WAN]
-)
+@pytest.mark.parametrize("name", fast(WAN.keys() - ALIKE, WAN))
 def test_wan(tmp_path, wan_bases, autoencoder_folder, video_folder, name):
     recipe = next(recipe for recipe in sorted(RECIPES, key=len, reverse=True) if recipe in name)
     more = {"model.autoencoder": str(autoencoder_folder), "frames": 8} if recipe == "ae_adapt" else {}
     check(recipe, name, wan_bases[WAN[name]], video_folder, tmp_path / "run", **more)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", fast(OTHERS.keys() - ALIKE, OTHERS))
 def test_others(tmp_path, video_folder, name):
     # An empty caption has a token of its own in the published tokenizers, and none in the tiny ones.
     check("lora", name, saved(OTHERS[name], tmp_path), video_folder, tmp_path / "run", **{"flow.unconditional": "a"})
@@ -101,6 +103,7 @@ def test_few_steps_go_on_from_the_guidance_free_adapter(tmp_path, text_base, vid
     check("consistency", "wan2.1_t2v_1.3b_consistency", text_base, video_folder, tmp_path / "few", **teacher)
 
 
+@pytest.mark.slow  # test_consistency.py has both transformers of this kind
 def test_few_steps_of_two_transformers(tmp_path, wan_bases, video_folder):
     base, teacher = wan_bases["two stages"], {"consistency.teacher": str(tmp_path / "gft" / "adapter")}
     check("gft", "wan2.2_a14b_gft", base, video_folder, tmp_path / "gft")

@@ -308,7 +308,7 @@ def read_until(process: subprocess.Popen, *words: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("mode", ["train", "validate"])
+@pytest.mark.parametrize("mode", ["train", pytest.param("validate", marks=pytest.mark.slow)])
 def test_two_processes_leave_what_takes_long_together(launch, tmp_path, mode):
     """What no one would wait for: the launcher passes Ctrl-C on, and kills after 30 s."""
     launcher = launch(mode)

@@ -25,6 +25,10 @@ if INTERPRET and not EARLY and importlib.util.find_spec("triton") is not None:
         for module in pkgutil.iter_modules(kernels.__path__):  # the kernels become interpreted ones
             importlib.import_module(f"{kernels.__name__}.{module.name}")
 
+        from quick_interpreter import exchange_once_a_launch
+
+        exchange_once_a_launch()
+
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ print(json.dumps(found))
     [
         (90, 128, "bf16", False, 0),
         pytest.param(90, 64, "fp16", True, 0, marks=pytest.mark.slow),
-        (89, 128, "bf16", True, 64),
+        pytest.param(89, 128, "bf16", True, 64, marks=pytest.mark.slow),
         pytest.param(89, 128, "bf16", True, 0, marks=pytest.mark.slow),
         pytest.param(120, 128, "bf16", False, 64, marks=pytest.mark.slow),
         pytest.param(89, 256, "bf16", False, 0, marks=pytest.mark.slow),

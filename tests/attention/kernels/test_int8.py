@@ -516,7 +516,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("architecture", "dim", "dtype", "values", "ordered"),
     [
-        (80, 128, "bf16", "bf16", True),
+        pytest.param(80, 128, "bf16", "bf16", True, marks=pytest.mark.slow),
         (90, 128, "bf16", "fp8e4nv", True),
         pytest.param(120, 64, "fp16", "fp16", False, marks=pytest.mark.slow),
         pytest.param(90, 128, "bf16", "bf16", False, marks=pytest.mark.slow),
