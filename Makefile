@@ -11,6 +11,8 @@ TORCH_INDEX ?= $(shell test "$$(uname -s)" = Linux && ! command -v nvidia-smi >/
 	echo https://download.pytorch.org/whl/cpu)
 
 PYTEST_ARGS ?=
+# A process for each core, and eight at most, since each holds torch and diffusers.
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 PROMPT ?= a blue triangle moves right on a white background
 METHODS ?=
 BENCHMARKS ?= quality cpu_speed
@@ -69,14 +71,11 @@ dist: $(STAMP) ## build the source distribution, and the wheel from it: dist/
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
-# A process takes up to 2 GB.
-WORKERS := --numprocesses logical --maxprocesses 8
-
 test: $(STAMP) ## run the tests, but those that are marked as slow
-	$(BIN)/python -m pytest $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## run all tests: also the notebooks, the benchmark scripts at their smallest, and each kernel for each GPU
-	$(BIN)/python -m pytest $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-comfyui: $(STAMP) ## run the tests of the nodes in a real ComfyUI: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI
 	@test -f "$(COMFYUI_PATH)/main.py" || { echo "Give the folder of a ComfyUI 0.19 or newer, and the Python it runs \
