@@ -123,7 +123,6 @@ class Installed(CopiedNotPickled):
             check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
         if self._passes == 1:
             self.check_sites()
-        self._passes += 1
         self._calls = sum(site.calls for site in self._sites.values())
         step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
         if step.run != self.engine.step.run:
@@ -171,6 +170,7 @@ class Installed(CopiedNotPickled):
         Gradient checkpointing runs the layers again then, and the last forward pass may have been another: a second
         sample's, or a teacher's.
         """
+        self._passes += 1  # whole ones: of one that an error ended, not all layers were called
         made = sum(site.calls for site in self._sites.values()) - self._calls
         self._most_calls = max(self._most_calls, made)
         if made < self._most_calls and self.engine.schedule.step_reason(self.engine.step):

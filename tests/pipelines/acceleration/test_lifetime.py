@@ -233,6 +233,19 @@ def test_data_parallel_over_several_devices_is_refused():
         vidaccel.accelerate(wrapped, METHOD)
 
 
+def test_layers_that_an_error_kept_from_their_calls_are_not_said_to_make_none(pipe):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with vidaccel.accelerate(pipe, METHOD) as handle:
+        hook = pipe.transformer.blocks[0].ffn.register_forward_pre_hook(full)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(pipe)
+        hook.remove()
+        generate(pipe)
+        assert "made no attention call" not in str(handle.report())
+
+
 def test_a_replaced_transformer_is_reported(pipe):
     handle = vidaccel.accelerate(pipe, METHOD)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
