@@ -98,7 +98,15 @@ def choose_backend(
     small = not own and plan.n_q < SMALL_TILE * plan.tile_len.shape[-1]
     second = plan.pv_threshold is not None
     request = Request(
-        *shape, plan.is_dense, return_lse, grad, precision, plan.skipped is not None, small, second, plan.shares_masks
+        *shape,
+        plan.is_dense,
+        return_lse,
+        grad,
+        precision,
+        skipped=plan.skipped is not None,
+        small_tiles=small,
+        second_stage=second,
+        shared_masks=plan.shares_masks,
     )
     if precision != AS_INPUTS or second:
         return pick_special(backend, request)

@@ -45,8 +45,8 @@ class BlockPlan:
             A backend whose capability has `stand_ins` attends to it; with others, that part is merged with theirs.
         linear: `[Bp, Hp, T, C]` bool over tiles and key blocks of the video alone: what enters by linear attention
             beside the softmax (`SLA`); None where that is nothing or everything. Never read by a backend.
-        choice: `(number [B, H] int64, plans)` where each head follows one of a few plans, which are for all heads and
-            for many calls: the same fact in a form that keeps what a backend makes of them. None for other plans.
+        choice: `(number [B, H] bool or integer, plans)` where each head follows one of a few plans, which are for all
+            heads and for many calls: the same fact in a form that keeps what a backend makes of them. None for others.
         pv_threshold: the second stage of SpargeAttn, in a backend whose capability has it: a tile of keys whose scaled
             scores all lie more than this below the largest so far of their query is left out, within the softmax. Each
             of its keys has a weight below `exp(-pv_threshold)` of that of the best. None leaves nothing out.

@@ -301,12 +301,12 @@ def _attend(
     small = q.device.type == "cpu" and q.shape[2] < FEW_ROWS and one_head and exact and _few_rows_are_slow()
     if not return_lse and not small and bias is None:
         return dense_attention(q, k, v, scale), None
-    if not return_lse and not small and q.device.type == "cpu":
-        # Beside half precision, too, in float32: rounded, it would be off by per cents.
-        bias = bias.to(torch.promote_types(q.dtype, torch.float32))
-        mask = F.pad(bias, (0, k.shape[2] - bias.shape[-1]))  # one row for all, which is never expanded
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
     wide, heads = torch.promote_types(q.dtype, torch.float32), q.shape[1]
+    if not return_lse and not small and q.device.type == "cpu":
+        # Beside half precision, too, in float32: rounded, it would be off by per cents. One row for all, which is
+        # never expanded.
+        mask = F.pad(bias.to(wide), (0, k.shape[2] - bias.shape[-1]))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
     scores = (by_group(q, k.shape[1]).to(wide) * scale) @ k.to(wide).transpose(-1, -2)
     if bias is not None:
         scores[..., : bias.shape[-1]] += bias

@@ -232,5 +232,5 @@ class _Static:
             torch.where(choice.unsqueeze(-1), other.run_len, spatial.run_len),
             torch.where(choice, other.q_order, spatial.q_order),
             torch.where(choice, other.kv_order, spatial.kv_order),
-            choice=(temporal.long(), (spatial, other)),
+            choice=(temporal, (spatial, other)),
         )

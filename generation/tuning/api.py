@@ -240,13 +240,12 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
     search = Search(plan.budget, dense, measures, plan.most, plan=expect)
     caches = cache_levers(plan.caches, plan.effort, ratios)
     outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters)
-    gain = chosen.confirmed.gain if outcome == FOUND else ()
-    why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
-    notes: tuple[str, ...] = (
-        (f"{search.left_out:,} more combinations were predicted, {why}.",) if search.left_out else ()
-    )
+    notes = []
+    if search.left_out:
+        why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
+        notes.append(f"{search.left_out:,} more combinations were predicted, {why}.")
     if search.ran_out:
-        notes += (f"Videos were made of {plan.most} candidates, the most that was asked for; another is promising.",)
+        notes.append(f"Videos were made of {plan.most} candidates, the most that was asked for; another is promising.")
     size = job.settings
     settings = {
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",
@@ -265,12 +264,11 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         statistics.median(bench.seconds),
         None,
         chosen,
-        gain,
         dropped,
         settings,
         environment(job.device),
         plan.prompts,
-        notes,
+        tuple(notes),
     )
     return made if outcome != FOUND else _with_preset(made, job)
 

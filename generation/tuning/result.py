@@ -113,7 +113,6 @@ class Tuned:
         tried: everything, the confirmed ones first.
         preset: the chosen one; None unless `FOUND`.
         chosen: its entry in `tried`; where nothing is within the budget, the nearest to it.
-        gain: times as fast as dense, measured once more, in turns with it; None unless `FOUND`.
         dense_seconds: of a dense video, the median.
         dropped: lever -> why it was not even measured.
         settings, environment: name -> value, shown as they are.
@@ -127,12 +126,16 @@ class Tuned:
     dense_seconds: float
     preset: Preset | None = None
     chosen: Tried | None = None
-    gain: tuple[float, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def gain(self) -> tuple[float, ...]:
+        """Times as fast as dense, of each prompt that was made in turns with it; empty unless `FOUND`."""
+        return self.chosen.confirmed.gain if self.outcome == FOUND else ()
 
     @property
     def confirmed(self) -> tuple[Tried, ...]:

@@ -24,8 +24,6 @@ TooBad = str
 DOUBTED = 2
 """Candidates that are measured in turns with dense before nothing is said to gain."""
 
-NOT_MADE = "no videos were made of it: by what the others taught, it would not have been better"
-
 BORDERLINE = 0.5
 """Of what seems to miss a budget by so little (`Budget.excess`: 3 dB), videos are made until one misses it: predictions
 are off by as much."""
@@ -221,7 +219,9 @@ class Search:
         for points in kinds.values():
             keep |= front(points)
         for key, (candidate, predicted) in made.items():
-            why = NOT_MADE if key in keep else "another of its kind is predicted to be as fast and nearer"
+            why = "another of its kind is predicted to be as fast and nearer"
+            if key in keep:
+                why = "no videos were made of it: by what the others taught, it would not have been better"
             if (slow := self._no_gain(predicted.seconds)) is not None:
                 keep.discard(key)
                 why = slow

@@ -22,7 +22,7 @@ from .errors import PresetError
 from .files import load_preset
 from .loras import LorasAtWork, check_loras
 from .preset import OWN, Preset
-from .quantise import quantise
+from .quantise import is_to_do, quantise
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Applied:
             adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free
             self._free = guidance_free(pipe, adapters, base=base)
             self._undo.append(self._free)
-        if preset.quantize is not None and preset.quantize != getattr(pipe, QUANTISED, None):
+        if is_to_do(pipe, preset.quantize):
             if not preset.quantize.keep:
                 self._say(
                     "quantize.keep is false: the weights as they were are gone, and remove() leaves them in 8 bits"

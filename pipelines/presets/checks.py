@@ -19,14 +19,14 @@ from ..few_steps.grid import GridScheduler
 from ..few_steps.rcm import RCMScheduler
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
-from ..undo import GUIDANCE_FREE, QUANTISED
+from ..undo import GUIDANCE_FREE
 from .caches import check_cache
 from .errors import PresetError
 from .levers import SchedulerChoice
 from .loras import check_loras
 from .packages import check_packages
 from .preset import OWN, Preset
-from .quantise import check_quantize
+from .quantise import check_quantize, is_to_do
 
 
 def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str, tuple[Any, Family]]:
@@ -45,7 +45,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str
     check_loras(pipe, preset.loras)
     _check_guidance(pipe, preset, base)
     for name, (transformer, family) in parts.items():
-        if preset.quantize is not None and preset.quantize != getattr(pipe, QUANTISED, None):
+        if is_to_do(pipe, preset.quantize):
             check_quantize(name, transformer, family, preset.quantize)
         if preset.cache is not None:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)

@@ -9,6 +9,7 @@ import torch
 from ..acceleration.checks import places_of
 from ..acceleration.families import Family
 from ..group_offloading import is_in_group
+from ..undo import QUANTISED
 from .errors import PresetError
 from .levers import Quantize
 
@@ -35,6 +36,11 @@ class Quantised:
             device = layer.weight.device
             layer.weight = torch.nn.Parameter(weight.data.to(device), requires_grad=weight.requires_grad)
         self._originals = {}
+
+
+def is_to_do(pipe: Any, how: Quantize | None) -> bool:
+    """Whether there are layers to be put into 8 bits: not those that are so for good already, in the same way."""
+    return how is not None and how != getattr(pipe, QUANTISED, None)
 
 
 def layers_of(transformer: Any, family: Family) -> dict[str, torch.nn.Linear]:

@@ -190,7 +190,7 @@ def test_short_sequences_of_small_tiles_get_a_mask_the_longer_where_it_is_kept()
     assert [chosen(SVG(density=0.2), frames) for frames in (9, 33, 49)] == ["masked", "masked", "gather"]
 
 
-def test_masks_of_inference_serve_training(monkeypatch):
+def test_masks_of_inference_serve_training():
     plan, mask = PLANS["broadcast"]()
     q, k, v = tokens()
     with torch.inference_mode():
