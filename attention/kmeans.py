@@ -120,13 +120,18 @@ def assign(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
         each_head = (head for entry in points for head in entry)
         heads = zip(each_head, half_norm.flatten(0, 1), columns.flatten(0, 1), strict=True)
         nearest = [
-            torch.cat([torch.addmm(norm, chunk, column, beta=-1).argmax(-1) for chunk in head.split(CHUNK)])
+            torch.cat([_largest(torch.addmm(norm, chunk, column, beta=-1)) for chunk in head.split(CHUNK)])
             for head, norm, column in heads
         ]
         return torch.stack(nearest).view(shape)
     rows = max(CHUNK, GPU_DISTANCES // half_norm.numel())
     chunks = points.split(rows, dim=2)
-    return torch.cat([(chunk @ columns).sub_(half_norm).argmax(-1) for chunk in chunks], 2)
+    return torch.cat([_largest((chunk @ columns).sub_(half_norm)) for chunk in chunks], 2)
+
+
+def _largest(scores: torch.Tensor) -> torch.Tensor:
+    """The place of the largest score of each row. On a CPU `argmax` takes twice as long as `max` takes to find both."""
+    return scores.max(-1).indices
 
 
 def update(
