@@ -38,6 +38,7 @@ _PUBLIC = {
     "SLA": ".attention",
     "SVG": ".attention",
     "SVG2": ".attention",
+    "VSA": ".attention",
     "Sparge": ".attention",
     "SparseAttention": ".attention",
     "Tangent": ".attention",

@@ -181,14 +181,14 @@ def plan_with_text(queries: Clusters, keys: Clusters, selected: torch.Tensor, la
     """
     orders, sizes = [], []
     for clusters in (queries, keys):
-        orders.append(_text_last(in_order(clusters), layout))
+        orders.append(text_last(in_order(clusters), layout))
         sizes.append(F.pad(clusters.sizes, (0, int(layout.text_tokens > 0)), value=layout.text_tokens))
     if layout.text_tokens:
         selected = F.pad(selected, (0, 1, 0, 1), value=True)
     return BlockPlan.from_clusters(sizes[0], sizes[1], selected, orders[0], orders[1])
 
 
-def _text_last(order: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+def text_last(order: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
     """An order of the video's tokens `[B, H, n]` as one of the sequence `[B, H, N]`, with the text behind the video."""
     if not layout.text_tokens:
         return order

@@ -268,6 +268,8 @@ class SparseAttention:
         if reason:
             with Span(q.device) as span:
                 out = stock(q, k, v)
+                if self.method.completes_dense and layout is not None and q.shape[2] == layout.tokens:
+                    out = self.method.complete(out, q, k, v, None, layout, weights)
             self._pending.append(_Pending(self.step, layer, reason, "dense", None, None, span, {}))
             return out
 

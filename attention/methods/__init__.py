@@ -11,9 +11,10 @@ from .sparge import Sparge
 from .svg import SVG
 from .svg2 import SVG2
 from .tangent import Tangent
+from .vsa import VSA
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Radial, SVG, SVG2, Tangent, Sparge, SLA, LVSA, RandomBlocks)
+    cls.name: cls for cls in (Radial, SVG, SVG2, Tangent, Sparge, SLA, VSA, LVSA, RandomBlocks)
 }
 
 
@@ -38,6 +39,7 @@ __all__ = [
     "SLA",
     "SVG",
     "SVG2",
+    "VSA",
     "Method",
     "PlanMemory",
     "Radial",

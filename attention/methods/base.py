@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from ..heads import ALL_HEADS, HeadShare
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
+
+M = TypeVar("M", bound="Method")
 
 SINK_SHARE = 0.2  # of a density: a method that decides whether to read the first frame whole spends no more on it
 
@@ -123,6 +125,11 @@ class Method(abc.ABC):
         """Whether each layer must have weights that were trained for this method, which `complete` is given."""
         return False
 
+    @property
+    def completes_dense(self) -> bool:
+        """Whether `complete` is for dense calls, too, with None for the plan: what it adds was trained beside them."""
+        return False
+
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         """Memory of what stands for skipped keys in a call, the largest thing that a plan holds, in bytes.
 
@@ -180,7 +187,7 @@ class Method(abc.ABC):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        plan: BlockPlan,
+        plan: BlockPlan | None,
         layout: VideoLayout,
         weights: Any,
     ) -> torch.Tensor:
@@ -189,7 +196,7 @@ class Method(abc.ABC):
         Args:
             out: `[B, H, N, D]`.
             q, k, v, layout: as those of `plan`. Gradients flow.
-            plan: of this call.
+            plan: of this call; None for a dense one, see `completes_dense`.
             weights: what was trained for the layer; None where there is none.
 
         Raises:
@@ -254,6 +261,42 @@ def check_reach(
         least=least,
         eased_by=tuple(fixes),
     )
+
+
+def blocks_for_density(
+    owner: str,
+    density: float,
+    layout: VideoLayout,
+    blocks: int,
+    reading: Callable[[int], M],
+    one_block: str,
+    easing: str,
+) -> M:
+    """The method whose query blocks read as many key blocks as come nearest to a density.
+
+    Args:
+        owner: the method's class, for messages.
+        density: of all pairs, in (0, 1].
+        layout: the token grid; its text stays dense.
+        blocks: of keys.
+        reading: number of key blocks -> the method that reads so many.
+        one_block: the least that a query block reads, in words.
+        easing: what makes that less, in words.
+
+    Raises:
+        ValueError: a density out of range. OutOfReach: one below what the text and one block cost.
+    """
+    check_fraction(owner, "density", density, fix="0.1 computes 10 % of the pairs")
+    computed = [reading(count).expected_density(layout) or 0.0 for count in range(1, blocks + 1)]
+    if density < computed[0] - 0.5 / blocks:
+        raise OutOfReach(
+            f"{owner} density {density} is below {computed[0]:.3f}, which is {one_block}"
+            f"{' and the text' if layout.text_tokens else ''}: raise density, or use {easing}.",
+            "density",
+            density,
+            least=computed[0],
+        )
+    return reading(1 + min(range(blocks), key=lambda place: abs(computed[place] - density)))
 
 
 def either(ways: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from ..groups import group_product, repeat_heads
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction
+from .base import Method, PlanMemory, blocks_for_density, check_count, check_fraction
 
 LinearScope = Literal["all", "non_critical", "marginal", "none"]
 FeatureMap = Literal["softmax", "elu", "relu"]
@@ -101,25 +101,14 @@ class SLA(Method):
         Raises:
             ValueError: a density out of range. OutOfReach: one below what text and one key block a query block cost.
         """
-        check_fraction("SLA", "density", density, fix="0.1 computes 10 % of the pairs")
         method = cls(**{"topk": 1.0, **settings})
         blocks = method.key_blocks(layout.video_tokens)
 
-        def computed(count: int) -> float:
-            return replace(method, topk=(count + 0.5) / blocks if count < blocks else 1.0).expected_density(layout)
+        def reading(count: int) -> SLA:
+            return replace(method, topk=(count + 0.5) / blocks if count < blocks else 1.0)
 
-        count = min(range(1, blocks + 1), key=lambda n: abs(computed(n) - density))
-        least = computed(1)
-        if density < least - 0.5 / blocks:
-            raise OutOfReach(
-                f"SLA density {density} is below {least:.3f}, which is one key block of {method.block[1]} tokens for "
-                f"each query block{' and the text' if layout.text_tokens else ''}: raise density, or use smaller "
-                "blocks.",
-                "density",
-                density,
-                least=least,
-            )
-        return replace(method, topk=(count + 0.5) / blocks if count < blocks else 1.0)
+        one = f"one key block of {method.block[1]} tokens for each query block"
+        return blocks_for_density("SLA", density, layout, blocks, reading, one, "smaller blocks")
 
     # -- what it comes to ----------------------------------------------------------------------------------------------
 
@@ -187,11 +176,11 @@ class SLA(Method):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        plan: BlockPlan,
+        plan: BlockPlan | None,
         layout: VideoLayout,
         weights: Projection | None,
     ) -> torch.Tensor:
-        if not self.needs_weights:
+        if not self.needs_weights or plan is None:
             return out
         if weights is None:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...attention import SLA, DenseSchedule, Method, RunReport, resolve_method
+from ...attention import SLA, VSA, DenseSchedule, Method, RunReport, resolve_method
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
@@ -22,6 +22,7 @@ from .families import find_transformers
 from .installed import Installed
 from .rank_heads import balance_note
 from .sla import Learned, find_learned, method_of
+from .vsa_gates import find_trained
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Handle:
         try:
             for name, (transformer, family) in transformers.items():
                 options: dict[str, Any] = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
-                options |= {"precision": precision, "min_tokens": least}
+                options |= {"precision": precision, "min_tokens": least, "base": base}
                 own = learned.get(name)
                 self._installed.append(Installed(pipe, name, transformer, family, chosen, own, self._clock, **options))
         except BaseException:
@@ -100,7 +101,7 @@ class Handle:
     def warming_up(self) -> Iterator[None]:
         """Inside the block no call stays dense for the schedule, so that one step compiles what sparse ones need; but
         SLA has the schedule that it was trained with."""
-        engines = [i.engine for i in self._installed if i.engine.method.name != "sla"]
+        engines = [i.engine for i in self._installed if i.engine.method.name != SLA.name]
         before = [engine.schedule for engine in engines]
         for engine in engines:
             engine.schedule = DenseSchedule()
@@ -165,8 +166,9 @@ def accelerate(
     Args:
         pipe: a diffusers pipeline whose transformers are all of a known family (`FAMILIES`), or such a transformer
             alone, whose steps are then counted from its timesteps.
-        method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults; "sla" for what the model was trained
-            with. None chooses: SLA for a model that was trained for it, otherwise `Tangent`; the report says which.
+        method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults; "sla" and "vsa" for what the model was
+            trained with. None chooses: that of these for which the model was trained, otherwise `Tangent`; the report
+            says which.
         backend: a backend's name, which then runs or raises, or "auto".
         schedule: the steps and layers that stay dense; the method's own when None.
         min_tokens: videos of fewer tokens stay dense, where planning would cost more than it saves. None, where the
@@ -179,7 +181,7 @@ def accelerate(
         adapter: file or folder of an adapter of the recipe `sla`, for the method "sla"; of a pipeline with two
             transformers, one for each.
         base: folder or hub id of the pipeline that the transformers are from, where they do not know themselves; only
-            SLA asks.
+            SLA and VSA ask.
         precision: "int8" computes Q K^T of the sparse calls in 8 bits, on the backend `triton`, without a gradient; see
             `sparse_attention`. `measure_error` shows what it costs. None: in the dtype of the model, as dense calls.
 
@@ -190,8 +192,8 @@ def accelerate(
         TypeError: a transformer of the pipeline is not known; names the families and what a new one needs. Or a
             processor of it cannot be rebound; names it. Or what is given is no method, or no schedule.
         ValueError: unknown method, backend or precision, or a `measure_error` or `min_tokens` below 0; a schedule that
-            needs the number of steps, or noise levels, where they cannot be known. As an `SLAError`: a transformer that
-            was not trained for SLA, or for other settings.
+            needs the number of steps, or noise levels, where they cannot be known. As an `SLAError` or a `VSAError`: a
+            transformer that was not trained for SLA or VSA, or for other settings.
         RuntimeError: the pipeline is accelerated already, or runs under ring attention; a backend that cannot run here,
             or with "auto" none that is faster than dense attention; a precision, or a second stage of Sparge, that
             neither this machine nor the named backend has. Later, in the first call: a gradient is needed, or the dtype
@@ -218,10 +220,14 @@ def restore(pipe: Any) -> None:
 def _with_learned(
     method: Method | str | None, transformers: dict[str, Any], adapters: Sequence[str | Path], base: str | Path | None
 ) -> tuple[Method, dict[str, Learned]]:
-    """The method, and for SLA what each transformer learned; its name stands for the settings of the training."""
+    """The method, and for SLA what each transformer learned; the name of a method that is trained stands for the
+    settings of the training."""
+    gated = find_trained({name: transformer for name, (transformer, _) in transformers.items()}, base)
     if method is None:
         trained = adapters or find_learned(transformers, (), base).keys() == transformers.keys()
-        method = SLA.name if trained else DEFAULT_METHOD
+        method = SLA.name if trained else DEFAULT_METHOD if gated is None else VSA.name
+    if method == VSA.name and gated is not None:
+        method = gated.method()
     if method != SLA.name and not isinstance(method, SLA):
         method = resolve_method(method)
         if adapters:
@@ -235,15 +241,15 @@ def _least_tokens(asked: int | None, method: Method | str | None, chosen: Method
     """The tokens below which a video stays dense, None for what was measured on the machine; a model that was trained
     for its attention has it at any length."""
     if asked is None:
-        return None if method is None and chosen.name != SLA.name else 0
+        return None if method is None and not chosen.needs_weights else 0
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 0:
         raise ValueError(f"min_tokens is {asked!r}: it must be a whole number of tokens, 0 or more (0 for any length).")
     return asked
 
 
 def _why_chosen(method: Method, least: int | None) -> str:
-    if method.name == SLA.name:
-        return "no method was given: sla, which the model was trained for"
+    if method.needs_weights:
+        return f"no method was given: {method.name}, which the model was trained for"
     return f"no method was given: {method.name}" + ("" if least is None else f", from {least:,} tokens up")
 
 

@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .site import Site
 from .sla import Learned, LearnedAtWork
 from .sla_weights import PROJECTION
 from .ulysses import Ulysses
+from .vsa_gates import GatesAtWork
 
 COPY = "copy the pipeline, or call vidaccel.restore() with the copy and accelerate it again where it is used."
 
@@ -31,9 +33,10 @@ class Installed(CopiedNotPickled):
 
     Args:
         pipe, name, transformer, family: where it is, and of which kind.
-        method: what makes it sparse. learned: what the transformer learned of it.
+        method: what makes it sparse. learned: what the transformer learned of it, as SLA.
         clock: of the pipeline.
         min_tokens: videos of fewer tokens stay dense; None goes by what was measured on the machine.
+        base: folder or hub id of the pipeline, where the transformer does not know it.
         options: those of its engine.
     """
 
@@ -47,6 +50,7 @@ class Installed(CopiedNotPickled):
         learned: Learned | None,
         clock: StepClock,
         min_tokens: int | None = 0,
+        base: str | Path | None = None,
         **options: Any,
     ) -> None:
         self._modules = family.modules(transformer)
@@ -66,11 +70,13 @@ class Installed(CopiedNotPickled):
         self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
         self.paused = ""
         self._thread: int | None = None  # which is in a forward pass
+        self._gates = GatesAtWork(name, transformer, self._modules, method, base)
         self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
         try:
             self._install(processors)
         except BaseException:
             self._learned.remove()
+            self._gates.remove()
             raise
 
     def _install(self, processors: dict[str, Any]) -> None:
@@ -233,6 +239,7 @@ class Installed(CopiedNotPickled):
         for hook in self._hooks:
             hook.remove()
         self._learned.remove()
+        self._gates.remove()
         self.engine.forget()
         self.active = False
 

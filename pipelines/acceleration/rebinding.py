@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from .copies import CopiedNotPickled
 from .site import Site, StockAttention, site_of
+from .vsa_gates import gate_of
 
 _running = threading.local()
 SETTINGS = {"backend": "_attention_backend", "parallel_config": "_parallel_config"}  # of processors, for the dispatch
@@ -129,11 +130,11 @@ def _rebound(cls: type, dispatch: Callable[..., torch.Tensor] | None) -> type[Sp
                 kwargs["attention_mask"] = PADDING
             elif len(args) > place and args[place] is not None:
                 args = (*args[:place], PADDING, *args[place + 1 :])
-        _running.site = self.site
+        _running.site, _running.gate = self.site, gate_of(*args, **kwargs)
         try:
             return call(self, *args, **kwargs)
         finally:
-            _running.site = None
+            _running.site = _running.gate = None
 
     used = dispatch if "dispatch_attention_fn" in names else None
     attributes = {"__call__": sparse_call, "_dispatch": staticmethod(used) if used else None, "__module__": __name__}
@@ -227,10 +228,12 @@ def _call(
     if not plain or not (mask is None or isinstance(mask, torch.Tensor)):
         return stock(q, k, v, mask)  # causal, or with a mask of blocks: not what plans are for
     q, k, v = _under_autocast(q, k, v)
-    site = _running.site
+    site, gate = _running.site, _running.gate
+    if gate is not None:
+        gate = gate.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)  # by head, as q
     if torch.compiler.is_compiling():
-        return site_attention(q, k, v, mask, site.tensor)
-    return site.attend(q, k, v, mask, stock)
+        return site_attention(q, k, v, mask, site.tensor, gate)
+    return site.attend(q, k, v, mask, stock, gate)
 
 
 def _under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -253,7 +256,12 @@ _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
 
 @torch.library.custom_op("vidaccel::site_attention", mutates_args=(), **({} if _UNSAFE is None else {"tags": _UNSAFE}))
 def site_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, site: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    site: torch.Tensor,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The call of a site as one operator.
 
@@ -262,19 +270,27 @@ def site_attention(
         k, v: `[B, Hkv, n_kv, D]`.
         mask: of the model.
         site: the site's number.
+        gate: see `Site.attend`.
 
     Returns:
         `[B, H, n_q, D]`, in memory token by token, whatever the layout of q: that may be another one when the graph
         runs than when it was made. Models merge the heads behind it, which then copies nothing.
     """
     here = site_of(int(site))
-    made = here.attend(q, k, v, mask, here.processor.stock)
+    made = here.attend(q, k, v, mask, here.processor.stock, gate)
     wanted = _token_by_token(q)
     return made if made.stride() == wanted.stride() else wanted.copy_(made)
 
 
 @site_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, site: torch.Tensor) -> torch.Tensor:
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    site: torch.Tensor,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
     return _token_by_token(q)
 
 

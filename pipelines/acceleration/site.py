@@ -81,7 +81,13 @@ class Site:
         return functools.partial(self.enter, self.trims, self.dense, self.shared)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, stock: StockAttention
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        stock: StockAttention,
+        gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The call, eagerly.
 
@@ -90,6 +96,8 @@ class Site:
             k, v: `[B, Hkv, n_kv, D]`; `n_kv` above `n_q` where keys have a prefix.
             mask: what the model gives its attention; None where that is only padding, which is cut off here.
             stock: the model's own attention.
+            gate: what the layer's own weights for the method make of its input, of the shape of q; None where it has
+                none of that kind.
 
         Returns:
             `[B, H, n_q, D]`; zeros at padding.
@@ -102,13 +110,27 @@ class Site:
             return stock(q, k, v, mask)
 
         if self.shared is None:
-            return self._all(q, k, v, masked, dense, ALL_HEADS)
+            return self._all(q, k, v, gate, masked, dense, ALL_HEADS)
         heads, tokens = self._heads(self.shared, q, k), q.shape[2]
         dense = dense or self.engine.dense_reason(self.shared.tokens(tokens), q.device, self.layer)
         if dense:  # diffusers' own attention shares the heads itself
-            return self.engine(q, k, v, self.layer, dense=dense, stock=masked)
+            out = self.engine(q, k, v, self.layer, dense=dense, stock=masked)
+            return out if gate is None else out + self._added(q, k, v, gate, heads)
         q, k, v = (self.shared.gather(x, heads) for x in (q, k, v))
-        return self.shared.scatter(self._all(q, k, v, masked, "", heads), heads, tokens)
+        gate = None if gate is None else self.shared.gather(gate, heads)
+        return self.shared.scatter(self._all(q, k, v, gate, masked, "", heads), heads, tokens)
+
+    def _added(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, heads: RankHeads
+    ) -> torch.Tensor:
+        """What the method adds to a dense call of processes that share the sequence, of the tokens of this one."""
+        assert self.shared is not None
+        tokens, layout = q.shape[2], self.engine.layout
+        if layout is None or self.shared.tokens(tokens) != layout.tokens:
+            return torch.zeros_like(q)
+        q, k, v, gate = (self.shared.gather(x, heads) for x in (q, k, v, gate))
+        added = self.engine.method.complete(torch.zeros_like(q), q, k, v, None, layout, gate)
+        return self.shared.scatter(added, heads, tokens)
 
     def _heads(self, shared: Ulysses, q: torch.Tensor, k: torch.Tensor) -> RankHeads:
         """The heads of this process in a call, after what each head took in the last such call of this run."""
@@ -124,20 +146,32 @@ class Site:
         return heads
 
     def _all(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stock: DenseAttention, dense: str, heads: HeadShare
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: torch.Tensor | None,
+        stock: DenseAttention,
+        dense: str,
+        heads: HeadShare,
     ) -> torch.Tensor:
         """The call with the whole sequence, and some heads or all."""
         count = len(self.engine.layouts)
         if count < 2:
-            return self._one(q, k, v, stock, 0, dense, heads)
+            return self._one(q, k, v, gate, stock, 0, dense, heads)
         if self.own_samples:
             sample = self._whose(q.shape[2])
             self._turn = sample + 1
-            return self._one(q, k, v, stock, sample, dense, heads)
+            return self._one(q, k, v, gate, stock, sample, dense, heads)
         if count != q.shape[0]:
             raise RuntimeError(f"a call with a batch of {q.shape[0]} in a forward pass with one of {count}.")
         one = (slice(i, i + 1) for i in range(count))
-        return torch.cat([self._one(q[i], k[i], v[i], stock, i.start, dense, heads) for i in one])
+        return torch.cat(
+            [
+                self._one(q[i], k[i], v[i], None if gate is None else gate[i], stock, i.start, dense, heads)
+                for i in one
+            ]
+        )
 
     def _whose(self, tokens: int) -> int:
         """The sample of a call: they come in order, but caches leave some out, which the length of others tells."""
@@ -150,6 +184,7 @@ class Site:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        gate: torch.Tensor | None,
         stock: DenseAttention,
         sample: int,
         dense: str,
@@ -172,7 +207,7 @@ class Site:
             stock=(lambda rows, k, v: stock(q, k, v)) if prefix else stock,
             sample=sample,
             heads=heads,
-            weights=self.weights,
+            weights=self.weights if gate is None else gate[:, :, :queries],
         )
         if out.shape[2] > queries:
             out = out[:, :, -queries:]

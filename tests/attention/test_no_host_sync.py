@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidaccel import SLA, SVG2, Sparge, VideoLayout
+from vidaccel import SLA, SVG2, VSA, Sparge, VideoLayout
 from vidaccel.attention import Method, PlanMemory
 from vidaccel.attention.running_sum import sum_by_doubling
 from vidaccel.attention.runs import merge_segments
@@ -44,6 +44,7 @@ def test_svg2_plans_both_the_first_and_a_later_step(settings, kv_heads):
         (Sparge(topk=0.9, block=(4, 4)), 9),  # 17 blocks make no more
         (Sparge(topk=0.2, block=(4, 4), similarity=0.5), 9),
         (Sparge(cdf=0.9, block=(4, 4)), 9),
+        (VSA(density=0.2, cube=(1, 2, 2)), 4 + 1),  # 4 of 18 cubes, and the text in one
     ],
     ids=lambda x: x.name if isinstance(x, Method) else str(x),
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from vidaccel import LVSA, SLA, BlockPlan
+from vidaccel import LVSA, SLA, VSA, BlockPlan
 from vidaccel.attention import Method, resolve_method
 
 
 def untrained(name: str) -> Method:
     """A method by its name, without what it would have to be trained for, and sparse on a video of few frames."""
-    special = {"sla": SLA(linear_scope="none"), "lvsa": LVSA(reference=2, window=0)}
+    special = {"sla": SLA(linear_scope="none"), "vsa": VSA(gated=False), "lvsa": LVSA(reference=2, window=0)}
     return special[name] if name in special else resolve_method(name)
 
 

@@ -7,14 +7,20 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from vidaccel import SLA
+from vidaccel import SLA, demo
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA, add_projections, names_in, write_config
 from vidaccel.pipelines.weight_files import transformer_files
 
 METHOD = SLA(topk=0.3, block=(8, 8))
+
+
+def demo_parts() -> dict:
+    """What the built-in pipeline has beside its transformer."""
+    pipe = WanPipeline.from_pretrained(demo.path(), transformer=None)
+    return {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
 
 
 def modules_of(transformer) -> dict:

@@ -77,7 +77,7 @@ def test_starts_and_runs_with_empty_segments(device, in_torch, clusters):
 def test_orders_with_text(device, in_torch, text):
     layout = VideoLayout(2, 3, 4, text_before=text[0], text_after=text[1])
     order = torch.stack([torch.randperm(24) for _ in range(2)]).view(1, 2, 24).to(device)
-    assert permute.text_last(order, *text).equal(torch_clusters._text_last(order, layout))
+    assert permute.text_last(order, *text).equal(torch_clusters.text_last(order, layout))
 
 
 def test_many_clusters_do_not_keep_the_kernels_away(monkeypatch):

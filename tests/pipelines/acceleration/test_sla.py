@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from sla_models import METHOD, learned, modules_of, write_adapter, write_model
+from sla_models import METHOD, demo_parts, learned, modules_of, write_adapter, write_model
 from torch import nn
 
 import vidaccel
@@ -37,16 +37,11 @@ TINY = {
 GRID = (2, 4, 6)  # tokens: 48
 
 
-def parts() -> dict:
-    pipe = WanPipeline.from_pretrained(vidaccel.demo.path(), transformer=None)
-    return {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     torch.manual_seed(6)
     folder = tmp_path_factory.mktemp("base") / "base"
-    WanPipeline(**parts(), transformer=WanTransformer3DModel(**TINY)).save_pretrained(folder)
+    WanPipeline(**demo_parts(), transformer=WanTransformer3DModel(**TINY)).save_pretrained(folder)
     return folder
 
 
@@ -55,7 +50,7 @@ def two_stages(tmp_path_factory):
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("two") / "two"
     models = {name: WanTransformer3DModel(**TINY) for name in ("transformer", "transformer_2")}
-    WanPipeline(**parts(), **models, boundary_ratio=0.9).save_pretrained(folder)
+    WanPipeline(**demo_parts(), **models, boundary_ratio=0.9).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,169 @@
+"""Where the learned part of VSA lies: a linear layer in each self-attention module, whose output gates its coarse branch.
+
+A transformer that was trained for VSA (FastVideo's FastWan) has, beside the weights of its class, `GATE` in each of its
+blocks: `blocks.N.to_gate_compress.weight` `[D, D]` and `.bias` `[D]`, D the channels of the model; here and there as
+`blocks.N.attn1.to_gate_compress`. diffusers' class has no place for them. `CONFIG` in the same folder, which
+`vidaccel convert fastwan` writes, says what they were trained for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...attention import VSA, Method
+from ..base_check import place_of
+from ..weight_files import transformer_file, transformer_tensors
+
+GATE = "to_gate_compress"
+CONFIG = "vsa_config.json"
+
+
+class VSAError(ValueError):
+    """Gates for VSA that are missing, or of another model; the message says why, and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedVSA:
+    """What a transformer was trained for.
+
+    Args:
+        density, cube: as those of `VSA`.
+    """
+
+    density: float
+    cube: tuple[int, int, int]
+
+    def method(self) -> VSA:
+        """The method with the settings of the training."""
+        return VSA(density=self.density, cube=self.cube)
+
+
+def write_config(folder: Path, trained: TrainedVSA) -> Path:
+    """Say in the folder of a transformer what it was trained for."""
+    path = folder / CONFIG
+    path.write_text(json.dumps(asdict(trained), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_config(base: str, part: str = "transformer") -> TrainedVSA | None:
+    """What a transformer of a pipeline, in a folder or of the hub, was trained for; None where nothing says it.
+
+    Raises:
+        VSAError: the file cannot be read.
+    """
+    path = transformer_file(base, CONFIG, part)
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        trained = TrainedVSA(density=content["density"], cube=tuple(content["cube"]))
+        trained.method()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise VSAError(f"{path} does not say what its VSA was trained for: {error}") from error
+    return trained
+
+
+def find_trained(transformers: Mapping[str, Any], base: str | Path | None = None) -> TrainedVSA | None:
+    """What the transformers of a pipeline were trained for, where a file beside their weights says so.
+
+    Args:
+        transformers: by their names in the pipeline.
+        base: folder or hub id of the pipeline, where its transformers do not know.
+
+    Raises:
+        VSAError: they were trained for different settings.
+    """
+    places = [place_of(transformer, name, base) for name, transformer in transformers.items()]
+    found = [None if place is None else read_config(*place) for place in places]
+    if len(set(found)) > 1 and None not in found:
+        raise VSAError(f"the transformers were trained with different settings of VSA: {found}. Give VSA(density=...).")
+    return found[0] if len(set(found)) == 1 else None
+
+
+class GatesAtWork:
+    """The gates of one transformer where they belong.
+
+    Args:
+        name, transformer: of a pipeline.
+        modules: its self-attention modules by path.
+        method: of the run; another than VSA with gates has none.
+        base: folder or hub id of the pipeline, where the transformer does not know.
+
+    Raises:
+        VSAError: its files have none, or not those of each layer.
+    """
+
+    def __init__(
+        self, name: str, transformer: Any, modules: Mapping[str, nn.Module], method: Method, base: str | Path | None
+    ) -> None:
+        self._modules: Mapping[str, nn.Module] = {}
+        if not isinstance(method, VSA) or not method.gated:
+            return
+        place = place_of(transformer, name, base)
+        tensors = {} if place is None else _read(*place, modules)
+        if not tensors:
+            where = "its files are not known" if place is None else f"{'/'.join(filter(None, place))} has none"
+            raise VSAError(
+                f"{name} has no gates for VSA ({GATE}), without which it is another model: {where}. Load one that was "
+                "trained for it (FastWan) with from_pretrained, or give its folder or hub id with base=. "
+                "VSA(gated=False) needs no training."
+            )
+        made = {path: _linear(module, tensors, path, name) for path, module in modules.items()}
+        for path, module in modules.items():
+            module.add_module(GATE, made[path])
+        self._modules = modules
+
+    def remove(self) -> None:
+        """Take the gates out again. A second call does nothing."""
+        for module in self._modules.values():
+            if hasattr(module, GATE):
+                delattr(module, GATE)
+        self._modules = {}
+
+
+def _read(base: str, part: str, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The gates in the files of a transformer, by the path of the module and the kind of tensor."""
+    wanted = {}
+    for path in modules:
+        for kind in ("weight", "bias"):
+            for holder in (path, path.rpartition(".")[0]):  # in the attention, or in its block as it is published
+                wanted[f"{holder}.{GATE}.{kind}"] = f"{path}.{kind}"
+    return {wanted[name]: tensor for name, tensor in transformer_tensors(base, wanted.__contains__, part).items()}
+
+
+def _linear(module: nn.Module, tensors: Mapping[str, torch.Tensor], path: str, name: str) -> nn.Linear:
+    """The gate of a module."""
+    like: Any = module.get_submodule("to_q").weight
+    width = module.get_submodule("to_q").in_features
+    made = nn.Linear(width, like.shape[0], device="meta").requires_grad_(False)
+    for kind, parameter in dict(made.named_parameters()).items():
+        tensor = tensors.get(f"{path}.{kind}")
+        if tensor is None or tensor.shape != parameter.shape:
+            found = "is missing" if tensor is None else f"is {list(tensor.shape)}"
+            raise VSAError(
+                f"{name}: the gate of {path} ({GATE}.{kind}) {found}, and this model needs {list(parameter.shape)}: it "
+                "was not written as a whole, or is of another model."
+            )
+        dtype = like.dtype if like.is_floating_point() else tensor.dtype
+        setattr(made, kind, nn.Parameter(tensor.to(like.device, dtype), requires_grad=False))
+    return made
+
+
+def gate_of(module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """What the gate of a self-attention module makes of its input, `[B, N, D]`; None where it has none.
+
+    The arguments are those of an attention processor.
+    """
+    gate: Any = getattr(module, GATE, None)
+    if gate is None:
+        return None
+    # The weights may lie elsewhere where a model is offloaded piece by piece.
+    return F.linear(hidden_states, gate.weight.to(hidden_states), gate.bias.to(hidden_states))
