@@ -29,6 +29,7 @@ _PUBLIC = {
     "DCGenPipeline": ".pipelines",
     "DCVideoGenImageToVideoPipeline": ".pipelines",
     "DCVideoGenPipeline": ".pipelines",
+    "DMDScheduler": ".pipelines.few_steps",
     "DenseSchedule": ".attention",
     "GridScheduler": ".pipelines.few_steps",
     "Preset": ".pipelines.presets",

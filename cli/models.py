@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from ..generation.errors import BadInput, mention, refuse_given
 from ..generation.outputs import check_writable
 from .errors import one_line_errors
+from .fastwan import fastwan_command
 from .turbowan import turbowan_command
 
 _FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -22,7 +23,8 @@ def register(app: typer.Typer) -> None:
     convert = typer.Typer(cls=_Convert, no_args_is_help=True)
     convert.command("dc-videogen")(convert_command)
     convert.command("turbowan")(turbowan_command)
-    app.add_typer(convert, name="convert", help="Convert published weights; dc-videogen where neither is named.")
+    convert.command("fastwan")(fastwan_command)
+    app.add_typer(convert, name="convert", help="Convert published weights; dc-videogen where none is named.")
     app.command("adapt")(adapt_command)
 
 

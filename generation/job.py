@@ -44,6 +44,7 @@ from .request import INPUTS, Settings
 from .sla import sla_adapters, trained_method
 from .sparse import Sparse
 from .tuning.store import limit_of
+from .vsa import trained_settings
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
     from ..pipelines.length.trained import TrainedLength
     from ..pipelines.lora_files import LoraFile
     from ..pipelines.presets import Preset
+
+    Trained = Callable[[], Method | None]
+    TrainedSettings = Callable[[], dict[str, Any] | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +274,7 @@ def prepare(
         overrides = sparse.overrides.get("sla", {})
         return trained_method(learned, facts, pipe, layout, sparse.density, overrides, schedule)
 
-    methods, left_out = _methods(runs, sparse, layout, place, sla_method)
+    methods, left_out = _methods(runs, sparse, layout, place, sla_method, lambda: trained_settings(facts, pipe))
     check_trained(trained, methods, layout)
     notes = [*filter(None, [own_note]), *of_loras]
     told = "" if limit is None or compare or facts.trained_for else limit.why
@@ -351,7 +355,8 @@ def _methods(
     sparse: Sparse,
     layout: VideoLayout,
     device: torch.device,
-    trained: Callable[[], Method | None],
+    sla: Trained,
+    vsa: TrainedSettings,
 ) -> tuple[dict[str, Method | None], dict[str, str]]:
     """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why."""
     names = [name_of(run) for run in runs]
@@ -367,7 +372,7 @@ def _methods(
             continue
         try:
             method = (
-                _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout, trained)
+                _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout, sla, vsa)
             )
             check_stand_ins(sparse.backend, device, method)
             check_second_stage(sparse.backend, device, method)
@@ -385,17 +390,24 @@ def _methods(
     return {DENSE if method is None else next(named): method for method in found}, left_out
 
 
-def _as_named(name: str, sparse: Sparse, layout: VideoLayout, trained: Callable[[], Method | None]) -> Method:
-    """A method by its name, with what is asked for; `trained` is asked for the method that a model was trained for."""
-    if name == "sla" and (method := trained()) is not None:
+def _as_named(name: str, sparse: Sparse, layout: VideoLayout, sla: Trained, vsa: TrainedSettings) -> Method:
+    """A method by its name, with what is asked for; `sla` and `vsa` are asked for what a model was trained for."""
+    if name == "sla" and (method := sla()) is not None:
         return method
     values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
-    method = build_method(name, layout, **values, overrides=sparse.overrides.get(name))
-    if method.needs_weights:
-        problem = "this model was not trained for it"
-        fix = f"Train it with vidaccel adapt sla, or give an adapter as {mention('sla')}"
-        fix += "; without training there is sla.linear_scope=none."
-        raise BadInput("method", problem, fix, value=name)
+    overrides, learned = dict(sparse.overrides.get(name, {})), vsa() if name == "vsa" else None
+    for setting, value in (learned or {}).items():
+        if setting != "density" or sparse.density is None:
+            overrides.setdefault(setting, value)
+    method = build_method(name, layout, **values, overrides=overrides)
+    if method.needs_weights and learned is None:
+        fixes = {
+            "sla": f"Train it with vidaccel adapt sla, or give an adapter as {mention('sla')}; without training there "
+            "is sla.linear_scope=none.",
+            "vsa": "Take one that was, such as FastWan (vidaccel convert fastwan); without training there is "
+            "vsa.gated=false.",
+        }
+        raise BadInput("method", "this model was not trained for it", fixes[name], value=name)
     return method
 
 

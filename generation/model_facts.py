@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
-LEARNED_FILE = "transformer/sla_config.json"
-"""Beside the weights of a transformer that was trained for SLA; see `pipelines.acceleration.sla_weights`."""
+LEARNED_FILES = {"sla": "transformer/sla_config.json", "vsa": "transformer/vsa_config.json"}
+"""Method -> what lies beside the weights of a transformer that was trained for it; see `pipelines.acceleration`."""
+_LEVELS = {
+    "RCMScheduler": ("middle_times", 1),
+    "DMDScheduler": ("denoising_timesteps", 0),
+    "GridScheduler": ("sigmas", 0),
+}
+"""Scheduler -> the setting with a level for each step, and steps beside these."""
 _DEFAULTS = ("frames", "height", "width", "steps", "guidance_scale")
 
 
@@ -210,7 +216,7 @@ def inspect_pipeline(pipe: DiffusionPipeline, index: Mapping[str, Any] | None = 
     name = next((demo for demo in DEMOS if location == locate(demo)), location)
 
     def read(file: str) -> dict[str, Any] | None:
-        if file in (DEFAULTS_FILE, LEARNED_FILE):
+        if file in (DEFAULTS_FILE, *LEARNED_FILES.values()):
             return folder_reader(Path(location))(file)
         part = unwrap(getattr(pipe, file.partition("/")[0], None))
         config = getattr(part, "config", None)
@@ -263,6 +269,9 @@ def _facts(
             f"it is a {pipeline_class}, and modular pipelines are not run: which blocks they have is their maker's"
         )
         raise BadInput("model", problem, "Call it yourself inside `with vidaccel.accelerate(pipe):`.", value=model)
+    if pipeline_class == "WanDMDPipeline":
+        fix = f'Convert it once with "vidaccel convert fastwan {model} NEW_FOLDER", and give NEW_FOLDER.'
+        raise BadInput("model", "it is as FastVideo publishes its models (WanDMDPipeline)", fix, value=model)
     if pipeline_class not in ROWS:
         raise BadInput(
             "model",
@@ -300,16 +309,14 @@ def _facts(
         max_positions=transformer.get("rope_max_seq_len"),
         transformer=transformer,
         most_steps=_most_steps(read("scheduler/scheduler_config.json") or {}),
-        trained_for="" if read(LEARNED_FILE) is None else "sla",
+        trained_for=next((name for name, file in LEARNED_FILES.items() if read(file) is not None), ""),
         **more,
     )
 
 
 def _most_steps(scheduler: Mapping[str, Any]) -> int | None:
     """Steps that a scheduler has times for, from its config; None where any number will do."""
-    levels = {"RCMScheduler": ("middle_times", 1), "GridScheduler": ("sigmas", 0)}.get(
-        str(scheduler.get("_class_name"))
-    )
+    levels = _LEVELS.get(str(scheduler.get("_class_name")))
     return None if levels is None else len(scheduler[levels[0]]) + levels[1]
 
 

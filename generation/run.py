@@ -133,10 +133,11 @@ def run(
 
     Raises:
         GenerationError: the model made NaN or infinite values.
-        BadInput: the model was not trained for SLA as it is asked for.
+        BadInput: the model was not trained for SLA or VSA as it is asked for.
     """
     from ..pipelines import accelerate
     from ..pipelines.acceleration.sla_weights import SLAError
+    from ..pipelines.acceleration.vsa_gates import VSAError
     from ..pipelines.presets import apply
 
     if beside is not None:
@@ -154,8 +155,8 @@ def run(
     options["precision"] = precision
     try:
         handle = accelerate(pipe, method, **options, adapter=adapter if method.name == "sla" else (), base=base)
-    except SLAError as error:
-        raise BadInput("method", str(error).rstrip("."), value="sla") from error
+    except (SLAError, VSAError) as error:
+        raise BadInput("method", str(error).rstrip("."), value=method.name) from error
     with handle:
         made = _call(pipe, settings, on_step, decode)
         return replace(made, report=handle.report().last())
@@ -252,8 +253,9 @@ def warm_up(
 ) -> float:
     """A step (or as few as the pipeline makes) that is not counted: compilation and first use stay out of a comparison.
 
-    An accelerated warm-up is sparse in every layer, since a dense first step would compile nothing; but SLA has the
-    schedule that it was trained with. `applied` is the handle of a preset that is at work, `options` those of `run`.
+    An accelerated warm-up is sparse in every layer, since a dense first step would compile nothing; but a
+    method that is trained has the schedule of its training. `applied` is the handle of a preset that is at work,
+    `options` those of `run`.
 
     Returns:
         What it took, in seconds.
@@ -270,7 +272,7 @@ def warm_up(
     if method is None:
         with contextlib.nullcontext() if applied is None else applied.warming_up():
             return run(pipe, single).seconds
-    schedule = None if method.name == "sla" else DenseSchedule()
+    schedule = None if method.needs_weights else DenseSchedule()
     return run(pipe, single, method, schedule=schedule, decode=False, **options).seconds
 
 

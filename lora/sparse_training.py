@@ -50,7 +50,8 @@ def training_method(
     except BadInput as error:
         raise ConfigError(f"attention.{error}") from error
     if method.needs_weights:
-        raise ConfigError(f"attention.method is {name}, which learns weights of its own: use the recipe {name}.")
+        fix = "use the recipe sla" if name == "sla" else "no recipe trains them, so take another"
+        raise ConfigError(f"attention.method is {name}, which learns weights of its own: {fix}.")
     try:
         check_backend(backend)
         for layout in layouts:

@@ -117,12 +117,13 @@ def _offload_blocks(pipe: DiffusionPipeline, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _silent_on_projections() -> Iterator[None]:
-    """While this lasts, diffusers does not say that projections of SLA are not used: `accelerate` reads them."""
+    """While this lasts, diffusers does not say that what was learned of SLA and VSA is not used: `accelerate` reads
+    it."""
 
     def says_more(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         names = re.findall(r"[\w.]+\.(?:weight|bias)\b", text) if "were not used" in text else []
-        return not names or not all(".proj_l." in name for name in names)
+        return not names or not all(".proj_l." in name or ".to_gate_compress." in name for name in names)
 
     log = logging.getLogger("diffusers.models.modeling_utils")
     log.addFilter(says_more)

@@ -88,11 +88,7 @@ def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "t
     """
     from safetensors import safe_open
 
-    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
-    names = [WEIGHTS]
-    if index is not None:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({file for name, file in places.items() if chosen(name)})
+    names = _safetensors(base, part, chosen)
     found: dict[str, torch.Tensor] = {}
     for path in (transformer_file(base, name, part) for name in names):
         if path is None:
@@ -100,6 +96,30 @@ def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "t
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys() if chosen(name)}  # noqa: SIM118
     return found
+
+
+def transformer_shapes(base: str, part: str = "transformer") -> dict[str, list[int]]:
+    """The shapes of the tensors of a transformer by their names in its files, read from the headers alone; empty where
+    it has no safetensors, or not all of them."""
+    from safetensors import safe_open
+
+    found: dict[str, list[int]] = {}
+    for name in _safetensors(base, part, lambda name: True):
+        path = transformer_file(base, name, part)
+        if path is None:
+            return {}
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _safetensors(base: str, part: str, chosen: Callable[[str], bool]) -> list[str]:
+    """Names of the files of a transformer with the tensors that are chosen."""
+    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
+    if index is None:
+        return [WEIGHTS]
+    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted({file for name, file in places.items() if chosen(name)})
 
 
 def transformer_file(base: str, name: str, part: str = "transformer") -> Path | None:

@@ -167,10 +167,7 @@ class Site:
             raise RuntimeError(f"a call with a batch of {q.shape[0]} in a forward pass with one of {count}.")
         one = (slice(i, i + 1) for i in range(count))
         return torch.cat(
-            [
-                self._one(q[i], k[i], v[i], None if gate is None else gate[i], stock, i.start, dense, heads)
-                for i in one
-            ]
+            [self._one(q[i], k[i], v[i], None if gate is None else gate[i], stock, i.start, dense, heads) for i in one]
         )
 
     def _whose(self, tokens: int) -> int:

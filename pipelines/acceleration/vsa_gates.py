@@ -1,4 +1,4 @@
-"""Where the learned part of VSA lies: a linear layer in each self-attention module, whose output gates its coarse branch.
+"""Where the learned part of VSA lies: a linear layer for each self-attention, whose output gates its coarse branch.
 
 A transformer that was trained for VSA (FastVideo's FastWan) has, beside the weights of its class, `GATE` in each of its
 blocks: `blocks.N.to_gate_compress.weight` `[D, D]` and `.bias` `[D]`, D the channels of the model; here and there as
@@ -141,9 +141,9 @@ def _read(base: str, part: str, modules: Mapping[str, nn.Module]) -> dict[str, t
 
 def _linear(module: nn.Module, tensors: Mapping[str, torch.Tensor], path: str, name: str) -> nn.Linear:
     """The gate of a module."""
-    like: Any = module.get_submodule("to_q").weight
-    width = module.get_submodule("to_q").in_features
-    made = nn.Linear(width, like.shape[0], device="meta").requires_grad_(False)
+    query: Any = module.get_submodule("to_q")
+    like = query.weight
+    made = nn.Linear(query.in_features, like.shape[0], device="meta").requires_grad_(False)
     for kind, parameter in dict(made.named_parameters()).items():
         tensor = tensors.get(f"{path}.{kind}")
         if tensor is None or tensor.shape != parameter.shape:
@@ -152,8 +152,10 @@ def _linear(module: nn.Module, tensors: Mapping[str, torch.Tensor], path: str, n
                 f"{name}: the gate of {path} ({GATE}.{kind}) {found}, and this model needs {list(parameter.shape)}: it "
                 "was not written as a whole, or is of another model."
             )
-        dtype = like.dtype if like.is_floating_point() else tensor.dtype
-        setattr(made, kind, nn.Parameter(tensor.to(like.device, dtype), requires_grad=False))
+        # As the weights beside it, but for those in 8 bits, and those that are elsewhere until they are needed.
+        dtype = like.dtype if like.is_floating_point() and like.element_size() > 1 else tensor.dtype
+        tensor = tensor.to(tensor.device if like.is_meta else like.device, dtype)
+        setattr(made, kind, nn.Parameter(tensor, requires_grad=False))
     return made
 
 

@@ -1,4 +1,4 @@
-"""Models that were distilled to few steps: the samplers of theirs, and TurboDiffusion's checkpoints.
+"""Models that were distilled to few steps: the samplers of theirs, and checkpoints of TurboDiffusion and FastVideo.
 
 The names are looked up on first use, because diffusers, on which they are built, takes seconds to import.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 from ..later import looked_up_later
 
 _LATER = {
+    "DMDScheduler": ".dmd",
     "GridScheduler": ".grid",
     "RCMScheduler": ".rcm",
+    "convert_fastwan": ".fastwan",
     "convert_turbowan": ".turbowan",
     "scaled_start": ".start",
 }

@@ -76,9 +76,11 @@ class Applied:
                 self._undo.append(quantise(transformer, family, preset.quantize))
         if preset.method is not None:
             options: dict[str, Any] = {"backend": preset.backend, "precision": preset.precision}
-            sla: dict[str, Any] = {"adapter": preset.sla, "base": base} if preset.method.name == "sla" else {}
+            learned: dict[str, Any] = {"base": base} if preset.method.needs_weights else {}
+            if preset.method.name == "sla":
+                learned["adapter"] = preset.sla
             try:
-                self.sparse = accelerate(pipe, preset.method, measure_error=measure_error, **options, **sla)
+                self.sparse = accelerate(pipe, preset.method, measure_error=measure_error, **options, **learned)
             except (ValueError, RuntimeError) as error:  # the latter of a backend that cannot run here
                 raise PresetError("attention", str(error).rstrip(".")) from error
             self._undo.append(self.sparse)

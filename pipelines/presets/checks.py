@@ -11,12 +11,14 @@ from typing import Any
 import diffusers
 
 from ...attention.backends import special_refusal
-from ...attention.methods import SLA
+from ...attention.methods import SLA, VSA
 from ..acceleration.checks import check_noise_levels, places_of
 from ..acceleration.families import FAMILIES, Family, find_transformers
 from ..acceleration.rebinding import SparseProcessor
+from ..few_steps.dmd import DMDScheduler
 from ..few_steps.grid import GridScheduler
 from ..few_steps.rcm import RCMScheduler
+from ..few_steps.renoising import RenoisingScheduler
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
 from ..undo import GUIDANCE_FREE
@@ -89,7 +91,7 @@ def scheduler_class(choice: SchedulerChoice) -> Any:
     Raises:
         PresetError: there is no such class, or it lacks a setting.
     """
-    own = {scheduler.__name__: scheduler for scheduler in (GridScheduler, RCMScheduler)}
+    own = {scheduler.__name__: scheduler for scheduler in (GridScheduler, RCMScheduler, DMDScheduler)}
     cls: Any = own.get(choice.name) or getattr(diffusers, choice.name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "from_config")):
         raise PresetError("scheduler", "diffusers has no scheduler of that name", value=choice.name)
@@ -128,7 +130,7 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
 
 def _flows(scheduler: Any) -> bool:
     """Whether a scheduler has the noise levels of flow matching."""
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler | RCMScheduler):
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler | RenoisingScheduler):
         return True
     # A config also has what was said to another class that it was made from, which this one does not read.
     has = "use_flow_sigmas" in _settings_known(type(scheduler)) and scheduler.config.get("use_flow_sigmas")
@@ -137,8 +139,9 @@ def _flows(scheduler: Any) -> bool:
 
 def _check_replaced(own: Any, choice: SchedulerChoice, known: Sequence[str]) -> None:
     """Raise PresetError where what the pipeline has cannot give its place to another scheduler."""
-    if isinstance(own, RCMScheduler) and choice.name != RCMScheduler.__name__:
-        problem = f"the model was distilled for the times and noise of the RCMScheduler, and {choice.name} has others"
+    name = type(own).__name__
+    if isinstance(own, RenoisingScheduler) and choice.name != name:
+        problem = f"the model was distilled for the times and noise of the {name}, and {choice.name} has others"
         raise PresetError("scheduler", problem, "Leave scheduler out.", value=choice.name)
     shift = next((name for name in ("flow_shift", "shift") if name in known), None)
     if isinstance(own, GridScheduler) and shift is not None and shift not in choice.settings:
@@ -208,7 +211,7 @@ def _check_method(parts: Mapping[str, tuple[Any, Family]], preset: Preset, sched
     for name, (transformer, family) in parts.items():
         if any(isinstance(m.processor, SparseProcessor) for m in family.modules(transformer).values()):
             raise PresetError("method", f"the {name} is accelerated already", "Call vidaccel.restore(pipe) first.")
-    if method.needs_weights and not isinstance(method, SLA):
+    if method.needs_weights and not isinstance(method, SLA | VSA):
         raise PresetError("method", "it needs weights that were trained for it", value=method.name)
     for transformer, _ in parts.values():
         place = places_of(transformer)[-1]  # offloaded weights lie on the CPU between calls

@@ -161,7 +161,7 @@ class SchedulerChoice:
     """A scheduler instead of the pipeline's.
 
     Args:
-        name: class in diffusers, "RCMScheduler" or "GridScheduler".
+        name: class in diffusers, "RCMScheduler", "DMDScheduler" or "GridScheduler".
         settings: of its config; the others are those of the scheduler that the pipeline has.
 
     Raises:

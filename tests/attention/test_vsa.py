@@ -112,7 +112,7 @@ def test_without_gates_nothing_is_added():
 def test_means_of_half_precision_are_rounded_once():
     """As published code keeps them; each is within half a step of bfloat16 of the exact mean."""
     layout = VideoLayout(3, 5, 5)
-    q, k, v, _ = tokens(layout, dtype=torch.float32)
+    q = tokens(layout, dtype=torch.float32)[0]
     method = VSA(density=0.5)
     low, exact = (method._means(x, layout) for x in (q.bfloat16(), q.bfloat16().double()))
     assert low.dtype == torch.float32 and low.equal(exact.bfloat16().float())
@@ -140,7 +140,9 @@ def test_expected_density_and_that_of_a_plan():
     plan = method.plan(q, k, v, layout, PlanMemory())
     assert plan.density() == pytest.approx(method.expected_density(layout)) == pytest.approx(0.4, abs=0.05)
     plan.validate()
-    with pytest.raises(OutOfReach, match=r"VSA density 0.05 is below 0.\d+, which is one key cube of 64 tokens for each"):
+    with pytest.raises(
+        OutOfReach, match=r"VSA density 0.05 is below 0.\d+, which is one key cube of 64 tokens for each"
+    ):
         VSA.for_density(layout, 0.05)
 
 

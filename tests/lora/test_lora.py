@@ -269,7 +269,7 @@ def test_guidance_is_preserved_as_gft_has_it(tmp_path, text_base, monkeypatch):
 # -- sparse attention in training --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("random", "sla")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("random", "sla", "vsa")])
 def test_any_method_is_attention_in_training(tmp_path, text_base, name):
     """What it computes is the density, its gradients reach the LoRA, and nothing of it stays in the transformer."""
     size = {"frames": 9, "height": 128, "width": 128}

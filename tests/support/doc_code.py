@@ -13,11 +13,13 @@ import sla_models
 import tiny_adapter
 import tiny_dc
 import tiny_images
+import vsa_models
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 
 from vidaccel import Radial, demo
 from vidaccel.pipelines.deep_compression.text_to_image import DCGenFluxPipeline
+from vidaccel.pipelines.few_steps import convert_fastwan
 
 ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(
@@ -81,6 +83,7 @@ def make_files(folder: Path) -> None:
             written = length_adapters.write_length(folder / name / "adapter", base, transformer, method=method)
         written.rename(written.with_name("pytorch_lora_weights.safetensors"))  # as a training names it
     trained = sla_models.write_model(folder / "turbowan-1.3b", base)
+    convert_fastwan(vsa_models.write_gates(folder / "FastWan", base), folder / "fastwan-1.3b", link=True)
     (folder / "runs" / "my_sla").mkdir()
     shutil.copytree(trained, folder / "runs" / "my_sla" / "pipeline")
     _, lora = gft_adapters.random_lora(transformer, "transformer")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import WanPipeline, WanTransformer3DModel
 from sla_models import demo_parts
 from tiny_wan import make_pipe, make_transformer
@@ -130,7 +131,10 @@ def test_two_transformers(base, tmp_path):
     ("changes", "message"),
     [
         ({"blocks_1_to_gate_compress_bias": None}, r"gate of blocks.1.attn1 \(to_gate_compress.bias\) is missing"),
-        ({"blocks_0_to_gate_compress_weight": torch.ones(3, 3)}, r"blocks.0.attn1 .* is \[3, 3\], and this model needs"),
+        (
+            {"blocks_0_to_gate_compress_weight": torch.ones(3, 3)},
+            r"blocks.0.attn1 .* is \[3, 3\], and this model needs",
+        ),
     ],
 )
 def test_gates_that_are_not_whole(base, tmp_path, changes, message):
@@ -165,3 +169,17 @@ def test_half_precision_keeps_gates_in_it(published):
     pipe = WanPipeline.from_pretrained(published, torch_dtype=torch.bfloat16)
     with vidaccel.accelerate(pipe, METHOD):
         assert pipe.transformer.blocks[0].attn1.get_submodule(GATE).weight.dtype == torch.bfloat16
+
+
+def test_weights_that_are_stored_in_8_bits_or_offloaded(published):
+    pipe = WanPipeline.from_pretrained(published)
+    with vidaccel.accelerate(pipe, METHOD):
+        wanted = velocity(pipe.transformer)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with vidaccel.accelerate(pipe, METHOD):
+        assert pipe.transformer.blocks[0].attn1.get_submodule(GATE).weight.dtype == torch.float32
+        assert velocity(pipe.transformer).isfinite().all()
+    pipe = WanPipeline.from_pretrained(published)
+    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"), offload_buffers=True)
+    with vidaccel.accelerate(pipe, METHOD):
+        assert velocity(pipe.transformer).equal(wanted)

@@ -1,0 +1,47 @@
+"""`vidaccel convert fastwan`: parsing and messages; the work is elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..generation.errors import BadInput
+from ..generation.outputs import check_writable
+from .errors import one_line_errors
+
+
+def fastwan_command(
+    source: Annotated[
+        str, typer.Argument(help="Folder or hub id of a FastWan model (FastVideo/FastWan2.1-T2V-1.3B-Diffusers).")
+    ],
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="Of its sparse attention (VSA), 1 - sparsity. (default: 0.2 for 1.3B, 0.1 for larger ones, as "
+            "FastVideo's scripts have it)"
+        ),
+    ] = None,
+    link: Annotated[bool, typer.Option("--link", help="Link files instead of copying them.")] = False,
+) -> None:
+    """Convert a FastWan model (3 steps, Video Sparse Attention) to a folder of diffusers.
+
+    Every key and shape is checked before anything is written.
+    """
+    with one_line_errors():
+        from ..pipelines.locations import is_hub_id
+
+        if not Path(source).expanduser().is_dir() and not is_hub_id(source):
+            problem = "it is neither a folder here nor a hub id of the form owner/name"
+            raise BadInput("source", problem, value=source)
+        if target.exists():
+            raise BadInput("target", "it exists already", "Give a new name, or delete it first.", value=target)
+        if density is not None and not 0 < density <= 1:
+            raise BadInput("density", "it must be above 0 and at most 1", value=density)
+        check_writable("target", target)
+        from ..pipelines.few_steps.fastwan import convert_fastwan
+
+        convert_fastwan(source, target, density=density, link=link)
+        typer.echo(f"Wrote {target}")

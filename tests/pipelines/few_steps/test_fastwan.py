@@ -1,0 +1,142 @@
+"""FastWan models as folders of diffusers: what is written, what runs, and what is refused before that."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanPipeline
+from sla_models import demo_parts
+from tiny_wan import make_transformer
+from vsa_models import as_published, write_gates
+
+import vidaccel
+from vidaccel import VSA, DMDScheduler
+from vidaccel.autoencoders.checkpoint_file import CheckpointError
+from vidaccel.pipelines.deep_compression.published_files import LayoutError
+from vidaccel.pipelines.few_steps import convert_fastwan
+from vidaccel.pipelines.weight_files import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "base"
+    shape = {"in_channels": 8, "out_channels": 8, "text_dim": 64}
+    WanPipeline(**demo_parts(), transformer=make_transformer(**shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, base):
+    return as_published(write_gates(tmp_path_factory.mktemp("published") / "FastWan", base))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_that_diffusers_loads_and_accelerate_knows(published, tmp_path, link, caplog):
+    folder = convert_fastwan(published, tmp_path / "made", link=link)
+    assert (folder / "transformer" / WEIGHTS).is_symlink() == (folder / "vae").is_symlink() == link
+    with caplog.at_level(logging.WARNING):
+        pipe = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe) is WanPipeline and type(pipe.scheduler) is DMDScheduler
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_frames": 17, "height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 1.0}
+
+    def latents() -> torch.Tensor:
+        return pipe("a dot", **call, generator=torch.Generator().manual_seed(0), output_type="latent").frames
+
+    dense = latents()
+    with vidaccel.accelerate(pipe) as handle:
+        assert handle.method == VSA(density=0.2)
+        sparse = latents()
+        records = handle.report().records
+    assert len(records) == 3 * 3 and not any(record.reason for record in records)
+    assert not sparse.equal(dense) and latents().equal(dense)
+    defaults = json.loads((folder / "generation_defaults.json").read_text())
+    assert defaults == {"frames": 81, "height": 480, "width": 832, "steps": 3, "guidance_scale": 1.0}
+
+
+def test_densities(published, tmp_path):
+    folder = convert_fastwan(published, tmp_path / "made", density=0.5)
+    with vidaccel.accelerate(WanPipeline.from_pretrained(folder), "vsa") as handle:
+        assert handle.method == VSA(density=0.5)
+    with pytest.raises(ValueError, match="VSA density is 2"):
+        convert_fastwan(published, tmp_path / "other", density=2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_one_without_gates_is_dense(base, tmp_path):
+    """FastWan 2.2 5B FullAttn."""
+    source = shutil.copytree(base, tmp_path / "FullAttn")
+    index = json.loads((source / "model_index.json").read_text()) | {"expand_timesteps": True}
+    (source / "model_index.json").write_text(json.dumps(index))
+    folder = convert_fastwan(as_published(source), tmp_path / "made")
+    assert not (folder / "transformer/vsa_config.json").exists()
+    assert json.loads((folder / "generation_defaults.json").read_text())["frames"] == 121
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert pipe.config.expand_timesteps
+    with vidaccel.accelerate(pipe) as handle:
+        assert handle.method.name == "tangent"
+    with pytest.raises(CheckpointError, match="has no gates .*: leave density out"):
+        convert_fastwan(source, tmp_path / "other", density=0.2)
+
+
+def _of_class(folder):
+    as_published(folder, "WanImageToVideoPipeline")
+
+
+def _two_stages(folder):
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+
+
+def _without_autoencoder(folder):
+    shutil.rmtree(folder / "vae")
+
+
+def _image_to_video(folder):
+    path = folder / "transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 20}))
+
+
+def _other_size(folder):
+    path = folder / "transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ffn_dim": 128}))
+
+
+def _more_layers(folder):
+    path = folder / "transformer/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 4}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_of_class, "is a WanImageToVideoPipeline: a FastWan model is a WanDMDPipeline"),
+        (_two_stages, "has two transformers: a FastWan model has one"),
+        (_without_autoencoder, "lacks vae: give the whole model"),
+        (_image_to_video, "takes 20 channels and makes 8: text to video takes as many"),
+        (_other_size, r"blocks.0.ffn.net.0.proj.bias of .* is \[64\], and its config needs \[128\]"),
+        (_more_layers, r"lacks \d+ tensors, such as blocks.3"),
+    ],
+)
+def test_what_is_refused(published, tmp_path, damage, message):
+    source = shutil.copytree(published, tmp_path / "source")
+    damage(source)
+    with pytest.raises(CheckpointError, match=message):
+        convert_fastwan(source, tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_gates_that_are_not_whole_and_tensors_that_nobody_knows(base, tmp_path):
+    lacking = write_gates(tmp_path / "lacking", base, blocks_1_to_gate_compress_bias=None)
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors, such as blocks.1.to_gate_compress.bias"):
+        convert_fastwan(lacking, tmp_path / "made")
+    more = write_gates(tmp_path / "more", base, blocks_0_attn1_to_q_bias=torch.ones(5))
+    with pytest.raises(CheckpointError, match=r"blocks.0.attn1.to_q.bias of .* is \[5\]"):
+        convert_fastwan(more, tmp_path / "made")
+    with pytest.raises(CheckpointError, match="exists already: give a new folder"):
+        convert_fastwan(base, lacking)
+    with pytest.raises(LayoutError, match="source: no/such cannot be had from the hub"):
+        convert_fastwan("no/such", tmp_path / "made")
