@@ -84,8 +84,8 @@ def generate_command(
         list[str] | None,
         typer.Option(
             help="dense, lvsa, radial, random, sla, sparge, svg, svg2, tangent, vsa (see `vidaccel methods`); "
-            "repeatable. (default: sla or vsa for a model that was trained for it; tangent for a video of at least 8192 tokens, otherwise "
-            "dense; with --compare: tangent, svg2, radial)"
+            "repeatable. (default: sla or vsa for a model that was trained for it; tangent for a video of at least "
+            "8192 tokens, otherwise dense; with --compare: tangent, svg2, radial)"
         ),
     ] = None,
     compare: Annotated[

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..generation.model_facts import ModelFacts
 
 OWN = defaults_of(SPARSE_METHODS[DEFAULT_METHOD])
-METHODS = ("tangent", "svg2", "svg", "radial", "sparge")
+METHODS = ("tangent", "svg2", "svg", "radial", "sparge", "vsa")
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,8 @@ class VidaccelAcceleratePipeline(io.ComfyNode):
                     tooltip="tangent: this project's own, nearest to the dense video at every density measured; "
                     "skipped keys enter by their tangent. svg2: clusters of tokens, as published, with compensate for "
                     "low densities. svg: cheap planning, any size. radial: hardly any planning, for long videos. "
-                    "sparge: blocks of tokens by their means, cheap planning. The inputs start with what "
+                    "sparge: blocks of tokens by their means, cheap planning. vsa: for a pipeline that was trained for "
+                    "it (FastWan), 0 at dense_start_percent. The inputs start with what "
                     f"{DEFAULT_METHOD} has of its own in Python; density, dense_start_percent, dense_layers of the "
                     f"others: {others}.",
                 ),

@@ -11,6 +11,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from gft_adapters import write_adapter
 from huggingface_hub import constants
+from vsa_models import write_gates
 
 import vidaccel
 from vidaccel import demo
@@ -25,6 +26,7 @@ from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
 from vidaccel.nodes.wording import InputError
 from vidaccel.pipelines.break_even import BreakEven, Key
+from vidaccel.pipelines.few_steps import convert_fastwan
 
 CPU = torch.device("cpu")
 
@@ -113,7 +115,18 @@ def test_few_steps(pipeline, tmp_path):
         generate(guided, settings(), on_step=ignore)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_a_method_that_is_trained_and_a_pipeline_with_and_without_it(pipeline, tmp_path):
+    chosen = Acceleration(method="vsa", density=0.5, dense_start_percent=0.0)
+    with pytest.raises(InputError, match=r"vsa: transformer has no gates for VSA"):
+        generate(pipeline.accelerated(chosen), settings(), on_step=ignore)
+    folder = convert_fastwan(write_gates(tmp_path / "FastWan", demo.path()), tmp_path / "fast", link=True)
+    fast = load(str(folder), "auto", Residency(CPU, lambda part, memory: None))
+    made = generate(fast.accelerated(chosen), settings(steps=None, guidance_scale=None), on_step=ignore)
+    text = report_text(made.report.news())
+    assert text.startswith("vsa: density 0.5") and " 3 steps" in text
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "vsa"])
 def test_each_method_makes_a_video(pipeline, method):
     chosen = Acceleration(method=method, density=0.6, dense_start_percent=0.2, measure_error=8)
     made = generate(pipeline.accelerated(chosen), settings(height=128, width=128), on_step=ignore)
