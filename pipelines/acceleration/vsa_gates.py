@@ -105,7 +105,8 @@ class GatesAtWork:
         self, name: str, transformer: Any, modules: Mapping[str, nn.Module], method: Method, base: str | Path | None
     ) -> None:
         self._modules: Mapping[str, nn.Module] = {}
-        if not isinstance(method, VSA) or not method.gated:
+        present = all(hasattr(module, GATE) for module in modules.values())
+        if not isinstance(method, VSA) or not method.gated or present:  # those that are there already stay
             return
         place = place_of(transformer, name, base)
         tensors = {} if place is None else _read(*place, modules)

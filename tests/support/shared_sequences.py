@@ -13,8 +13,9 @@ from tiny_families import others
 from tiny_wan import generate, make_pipe, make_transformer
 from torch.distributed.device_mesh import init_device_mesh
 
-from vidaccel import SVG, SVG2, DenseSchedule, Radial, Tangent, accelerate
+from vidaccel import SVG, SVG2, VSA, DenseSchedule, Radial, Tangent, accelerate
 from vidaccel.attention import Method, RandomBlocks, Sparge
+from vidaccel.pipelines.acceleration.vsa_gates import GATE
 
 FEW = {"q_clusters": 6, "k_clusters": 12, "init_iterations": 4}
 FIRST_LAYER = DenseSchedule(first_layers=1)
@@ -28,6 +29,7 @@ METHODS: dict[str, Method] = {
     "svg2, density": SVG2(density=0.4, **FEW),
     "svg2, error": SVG2(density=0.3, route="error", **FEW),
     "svg2, ear": SVG2(density=0.4, route="error", compensate=True, **FEW),
+    "vsa": VSA(density=0.4, cube=(2, 2, 2)),
     "tangent": Tangent(density=0.4, probe=False, **FEW),
     "tangent, probe": Tangent(density=0.4, probe=True, **FEW),
     "tangent, tolerance": Tangent(tolerance=0.2, probe=True, **FEW),
@@ -64,6 +66,14 @@ def wan(heads: int = 4, grid: tuple[int, int, int] = (6, 4, 4)) -> Shared:
     return Shared(model, [{**given, "timestep": torch.tensor([time, time])} for time in (900, 500, 300)])
 
 
+def gated() -> Shared:
+    """With gates for VSA; the schedule leaves the first layer dense."""
+    shared = wan()
+    for block in shared.model.blocks:
+        block.attn1.add_module(GATE, torch.nn.Linear(64, 64))
+    return shared
+
+
 def wan_pipeline() -> Shared:
     """Two branches of guidance, whose heads take different numbers of pairs."""
     pipe = make_pipe(transformer=wan().model)
@@ -97,6 +107,7 @@ BUILDERS: dict[str, Callable[[], Shared]] = {
     "ltx": ltx,
     "minimax_h3": minimax_h3,
     "wan, 3 heads": lambda: wan(heads=3),
+    "wan, gated": gated,
 }
 
 
@@ -107,7 +118,7 @@ def build(name: str) -> Shared:
     return shared
 
 
-CASES = [("wan", method) for method in METHODS]
+CASES = [("wan, gated" if method == "vsa" else "wan", method) for method in METHODS]
 CASES += [("wan pipeline", "tangent, probe")]
 CASES += [("ltx", "radial"), ("ltx", "tangent, probe"), ("minimax_h3", "radial"), ("minimax_h3", "tangent, probe")]
 CASES += [("wan, 3 heads", "radial"), ("wan, 3 heads", "random"), ("wan, 3 heads", "tangent, probe")]

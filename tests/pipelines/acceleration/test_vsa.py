@@ -165,6 +165,20 @@ def test_compiled_blocks_and_copies_gate_as_they_are(stated):
         torch.testing.assert_close(velocity(pipe.transformer), eager, atol=1e-6, rtol=0.0)
 
 
+def test_gates_that_are_there_already_stay(published):
+    transformer = WanTransformer3DModel.from_pretrained(published / "transformer")
+    with vidaccel.accelerate(transformer, METHOD):
+        wanted = velocity(transformer)
+    for number, block in enumerate(transformer.blocks):
+        gate = torch.nn.Linear(64, 64)
+        names = {kind: f"blocks.{number}.{GATE}.{kind}" for kind in ("weight", "bias")}
+        gate.load_state_dict({kind: gates(transformer)[name] for kind, name in names.items()})
+        block.attn1.add_module(GATE, gate)
+    with vidaccel.accelerate(transformer, METHOD):
+        assert velocity(transformer).equal(wanted)
+    assert hasattr(transformer.blocks[0].attn1, GATE)
+
+
 def test_half_precision_keeps_gates_in_it(published):
     pipe = WanPipeline.from_pretrained(published, torch_dtype=torch.bfloat16)
     with vidaccel.accelerate(pipe, METHOD):
