@@ -26,7 +26,9 @@ _HINTS = {"backend": " `vidaccel info` says which can run here."}
 
 
 def option(field: str) -> str:
-    """What a field of the request is called on the command line."""
+    """What a field of the request is called on the command line; an environment variable has its own name."""
+    if field.isupper():
+        return field
     return _NAMES.get(field, "--" + field.replace("_", "-"))
 
 

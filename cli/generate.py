@@ -90,7 +90,7 @@ def generate_command(
     ] = None,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Also run dense from the same seed, and write report.html beside the video."),
+        typer.Option("--compare", help="Also run dense from the same seed, and write a page beside the video, NAME.report.html."),
     ] = False,
     negative_prompt: Annotated[str, typer.Option(help="What the video should not show.")] = "",
     image: Annotated[Path | None, typer.Option(help="The first frame, for image-to-video models.")] = None,
@@ -160,7 +160,7 @@ def generate_command(
         bool, typer.Option(help="With --compare: one uncounted step before each run, so that compilation is not timed.")
     ] = True,
     report: Annotated[
-        Path | None, typer.Option(help="The page of --compare. (default: report.html beside --out)")
+        Path | None, typer.Option(help="The page of --compare. (default: NAME.report.html beside --out, NAME.mp4)")
     ] = None,
 ) -> None:
     """Make a video from PROMPT, dense or accelerated.
@@ -195,7 +195,7 @@ def generate_command(
             face_video,
             pipeline_arguments(pipeline_option or []),
         )
-        page = out.with_name("report.html") if compare and report is None else report
+        page = out.with_name(f"{out.stem}.report.html") if compare and report is None else report
         check_outputs(out, page, compare)
         use_threads(threads)  # before what was measured with as many is looked up
         sparse = Sparse(

@@ -171,7 +171,7 @@ def generate(
     else:
         methods = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
     if len(methods) > 1 and not compare:
-        raise BadInput("method", "can have several only in a comparison", f"Add {mention('compare')}.")
+        raise BadInput("method", "can have several only in a comparison", "Add compare=True, or call this once for each.")
     job = prepare(
         str(model) if isinstance(model, Path) else model,
         wanted,

@@ -46,13 +46,20 @@ def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[
             raise BadInput(field, problem, other, value=given) from error
 
 
-def check_writable(field: str, path: Path) -> None:
-    """Raise BadInput unless a file can be made beside `path`, or in the nearest folder above it that is there."""
+def check_writable(field: str, path: Path, *, value: object = None) -> None:
+    """Raise BadInput unless a file can be made beside `path`, or in the nearest folder above it that is there.
+
+    Args:
+        field: of the request.
+        path: of the file.
+        value: what the field is, where that is not `path`.
+    """
+    value = path if value is None else value
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         if folder.exists():
             problem = f"{folder} is a file, so nothing can be written below it"
-            raise BadInput(field, problem, "Give another folder.", value=path)
+            raise BadInput(field, problem, "Give another folder.", value=value)
         folder = folder.parent
     try:
         # Asking the system for its permission bits misses read-only file systems; a file says it for certain.
@@ -60,4 +67,4 @@ def check_writable(field: str, path: Path) -> None:
             pass
     except OSError as error:
         problem = f"the folder {folder} is not writable (the system says: {error.strerror})"
-        raise BadInput(field, problem, "Give another folder.", value=path) from error
+        raise BadInput(field, problem, "Give another folder.", value=value) from error

@@ -141,6 +141,7 @@ class Settings:
         if model.row.size_of_picture and self.height is None and self.width is None:
             whole = whole._of_picture(model)
         whole = whole.sized(model)
+        _check_negative_prompt(whole)
         if source is not None and model.row.strength:
             _check_strength(whole, model)
         # Read once, the largest last: the runs get what is read here.
@@ -262,6 +263,15 @@ _WHAT = {
     "video": "video to start from",
     "face_video": "video of a face",
 }
+
+
+def _check_negative_prompt(settings: Settings) -> None:
+    """Raise BadInput where no guidance would read it; not where an argument of the pipeline's own guides as well."""
+    scale = settings.guidance_scale
+    guided = scale is None or scale > 1 or any("guidance" in name for name in settings.pipeline_options)
+    if settings.negative_prompt and not guided:
+        problem = f"is of no use: {mention('guidance_scale')} is {scale:g}, and guidance alone reads it"
+        raise BadInput("negative_prompt", problem, f"Leave it out, or give {mention('guidance_scale')} above 1.")
 
 
 def _check_size(settings: Settings, model: ModelFacts) -> None:

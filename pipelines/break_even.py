@@ -141,7 +141,8 @@ def stored(key: Key) -> BreakEven | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("The break-even in %s cannot be read (%s): `%s` measures it anew.", key.file, error, COMMAND)
+        command = _command(key, "")
+        logger.warning("The break-even in %s cannot be read (%s): `%s` measures it anew.", key.file, error, command)
         return None
 
 
@@ -171,9 +172,13 @@ def limit(key: Key, model: str = "") -> Limit:
 
 
 def _command(key: Key, model: str) -> str:
-    """What measures a key."""
+    """What measures a key: with all that is in it, or what is found would be kept where nobody looks for it."""
     words = ["--model", model] if model else ["--heads", str(key.heads), "--head-dim", str(key.head_dim)]
     words += ["--device", key.device, "--dtype", key.dtype]
     if key.method != DEFAULT_METHOD:
         words += ["--method", key.method]
+    if key.device == "cpu":  # the name of a CPU has the threads in it
+        import torch
+
+        words += ["--threads", str(torch.get_num_threads())]
     return f"{COMMAND} {shlex.join(words)}"

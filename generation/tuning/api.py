@@ -16,7 +16,6 @@ from ..job import Job
 from ..machine import check_runs, choose_device, choose_dtype, environment
 from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
-from ..outputs import check_writable
 from ..prompts import in_words
 from ..run import load
 from .bench import Bench, Done
@@ -28,7 +27,7 @@ from .progress import counted
 from .result import FOUND, Tuned
 from .search import Measures, Search
 from .space import CACHES, LEVERS, METHODS, cache_levers, sparse_levers
-from .store import store
+from .store import check_cache, store
 from .trajectory import Clock
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def measured_break_even(
     shape = (heads, head_dim) if model is None else _heads(str(model))
     check_runs("auto", place, sparse=True)
     key = Key.here(*shape, place, chosen, method)
-    check_writable("model", key.file)
+    check_cache(key)
     found = find_break_even(timer(key.heads, key.head_dim, place, chosen, method), seconds=seconds)
     return found, key, store(key, found)
 

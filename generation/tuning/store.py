@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from ...pipelines.break_even import BreakEven, Key, Limit, fixed, limit
 from ...pipelines.default_method import DEFAULT_METHOD
+from ..outputs import check_writable
 
 if TYPE_CHECKING:
     import torch
 
     from ..model_facts import ModelFacts
+
+
+CACHE = "HF_ASSETS_CACHE"
+"""The environment variable that says where break-evens are kept, see `pipelines.break_even.folder`."""
+
+
+def check_cache(key: Key) -> None:
+    """Raise BadInput unless a break-even can be kept; it names the variable by which another folder is chosen."""
+    from huggingface_hub import constants
+
+    check_writable(CACHE, key.file, value=constants.HF_ASSETS_CACHE)
 
 
 def store(key: Key, found: BreakEven) -> Path:

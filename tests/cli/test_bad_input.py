@@ -114,6 +114,10 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--steps", "0"], ["--steps is 0", "at least 1"]),
         (["--seed", "-1"], ["--seed is -1", "between 0 and"]),
         (["--seed", 2**63], ["--seed is 9223372036854775808", "between 0 and 9223372036854775807"]),
+        (
+            ["--guidance-scale", "1", "--negative-prompt", "blur"],
+            ["--negative-prompt is of no use: --guidance-scale is 1", "or give --guidance-scale above 1."],
+        ),
         (["--guidance-scale", "0.5"], ["--guidance-scale is 0.5", "at least 1"]),
         (["--fps", "0"], ["--fps is 0", "at least 1 and at most 240"]),
         (["--fps", "0.1"], ["--fps is 0.1", "at least 1 and at most 240"]),

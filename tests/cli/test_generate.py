@@ -49,15 +49,27 @@ def compared(tiny_model, tmp_path_factory):
 def test_one_video_a_method(compared):
     """--out is the first method; nothing half-written stays behind."""
     names = {"clip.mp4", "clip.dense.mp4", "clip.svg2.mp4", "clip.radial.mp4"}
-    assert {f.name for f in compared.iterdir()} == names | {"report.html", "report.json", "report.png"}
+    assert {f.name for f in compared.iterdir()} == names | {f"clip.report.{kind}" for kind in ("html", "json", "png")}
     for name in names:
         frames, fps = read_video(compared / name)
         assert frames.shape == (9, 64, 64, 3)
         assert fps == 16
 
 
+def test_a_second_comparison_in_a_folder_keeps_the_page_of_the_first(compared, vidaccel, tiny_model):
+    first = {file: file.read_bytes() for file in compared.iterdir()}
+    options = ("--model", tiny_model, "--compare", "--method", "svg", "--backend", "gather", "--no-warm-up", *SMALL)
+    result = vidaccel("generate", "a dot", *options, "--out", compared / "other.mp4")
+    page = compared / "other.report.html"
+    assert result.exit_code == 0 and f"comparison: {page} (" in result.stdout, (result.output, result.exception)
+    assert {file: file.read_bytes() for file in first} == first
+    for file in set(compared.iterdir()) - set(first):
+        assert file.name.startswith("other.")
+        file.unlink()
+
+
 def test_the_numbers(compared):
-    numbers = json.loads((compared / "report.json").read_text())
+    numbers = json.loads((compared / "clip.report.json").read_text())
     assert numbers["prompt"] == PROMPT
     assert numbers["tokens"] == 3 * 4 * 4
     assert numbers["settings"]["seed"] == "3"
@@ -85,7 +97,7 @@ def test_the_numbers(compared):
 
 
 def test_the_page_is_complete_and_asks_nobody(compared):
-    page = (compared / "report.html").read_text()
+    page = (compared / "clip.report.html").read_text()
     assert page.count('<video src="data:video/mp4;base64,') == 4
     assert page.count('class="sheet" src="data:image/png;base64,') == 1
     # PSNR, SSIM, a density map each for three methods, and cluster sizes.
@@ -125,7 +137,7 @@ def test_density_one_equals_dense(vidaccel, tiny_model, tmp_path):
     options = ("--compare", "--method", "svg", "--density", 1, "--backend", "reference", "--no-warm-up")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options, *SMALL, "--out", tmp_path / "out.mp4")
     assert result.exit_code == 0, (result.output, result.exception)
-    numbers = json.loads((tmp_path / "report.json").read_text())
+    numbers = json.loads((tmp_path / "out.report.json").read_text())
     svg = numbers["videos"][1]
     assert svg["warm_up_seconds"] is None
     assert svg["attention"]["mean_density"] == 1
@@ -139,7 +151,7 @@ def test_measured_errors_are_told(vidaccel, tiny_model, tmp_path):
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options, *SMALL, *more)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "tangent: measured error of the output in 4 sparse calls: median" in " ".join(result.output.split())
-    error = json.loads((tmp_path / "report.json").read_text())["videos"][1]["attention"]["error"]
+    error = json.loads((tmp_path / "out.report.json").read_text())["videos"][1]["attention"]["error"]
     assert error["layers_x_steps"][0][0] is None and 0 < error["layers_x_steps"][0][1] < 1
     assert error["predicted_layers_x_steps"][0][1] is not None
 
@@ -162,7 +174,7 @@ def test_without_a_method_a_short_video_stays_dense(vidaccel, tiny_model, tmp_pa
     assert result.exit_code == 0, (result.output, result.exception)
     said = "method dense: the video has 48 tokens, fewer than 8,192; --method tangent for the other"
     assert said in result.stdout.splitlines()
-    command = f"`vidaccel break-even --model {tiny_model} --device cpu --dtype float32`"
+    command = f"`vidaccel break-even --model {tiny_model} --device cpu --dtype float32 --threads 1`"
     hint = f"8,192 tokens are a fixed default: {command} measures it on this machine."
     assert hint in result.stdout.splitlines()
     # The table has one run, of the untouched pipeline.
@@ -182,11 +194,11 @@ def test_without_a_method_a_long_video_is_sparse(vidaccel, tiny_model, tmp_path,
 
 
 def test_the_report_says_why_these_methods(compared):
-    methods = json.loads((compared / "report.json").read_text())["settings"]["methods"]
+    methods = json.loads((compared / "clip.report.json").read_text())["settings"]["methods"]
     assert methods.startswith(
         "dense, tangent, svg2, radial: what --compare takes without --method (the video has 48 tokens"
     )
-    assert methods in (compared / "report.html").read_text()
+    assert methods in (compared / "clip.report.html").read_text()
 
 
 def test_a_method_that_is_given_is_not_explained(vidaccel, tiny_model, tmp_path):

@@ -61,3 +61,12 @@ def test_break_even_is_measured_and_kept(vidaccel, tmp_path, monkeypatch):
     ):  # fmt: skip
         result = vidaccel("break-even", *wrong)
         assert result.exit_code == 2 and wrong[0] in result.stderr
+
+
+def test_a_cache_folder_that_cannot_be_written_is_not_the_models_fault(vidaccel, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    result = vidaccel("break-even", "--device", "cpu")
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and said.startswith(f"Error: HF_ASSETS_CACHE is {tmp_path / 'file'}: "), result.output
+    assert "--model" not in said and said.endswith("is a file, so nothing can be written below it. Give another folder.")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 
 import pytest
 import torch
 from diffusers import WanPipeline
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
 import vidaccel
 from vidaccel import demo
+from vidaccel.cli import app
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import prepare
 from vidaccel.generation.request import Settings
@@ -121,22 +124,37 @@ def test_a_file_that_cannot_be_read_is_said_once_and_counts_as_none(key, caplog,
     key.file.write_text(json.dumps(broken) if content is None else content)
     with caplog.at_level(logging.WARNING):
         assert stored(key) is None
-    assert len(caplog.records) == 1 and "`vidaccel break-even` measures it anew" in caplog.text
+    assert len(caplog.records) == 1 and "--head-dim 64 --device cpu --dtype float32 --threads 1` measures it anew" in caplog.text
     store(key, BreakEven(None, 2048))
     assert stored(key) == BreakEven(None, 2048)
 
 
+def test_the_command_that_is_advised_measures_what_is_looked_for(cache, monkeypatch):
+    """With other threads than torch's own, as after `generate --threads 2`."""
+    monkeypatch.setattr("vidaccel.generation.tuning.api.timer", lambda *_: lambda tokens: (2.0, 1.0))
+    torch.set_num_threads(2)
+    try:
+        key = Key.here(3, 64, torch.device("cpu"), torch.float32)
+        command = limit(key, "demo").why.split("`")[1]
+        torch.set_num_threads(1)
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert stored(key) == BreakEven(1024, 0, ((1024, 2.0, 1.0),) * 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_limit(key):
-    how = f"--device {key.device} --dtype {key.dtype}"
+    how = f"--device {key.device} --dtype {key.dtype} --threads {torch.get_num_threads()}"
     command = f"`vidaccel break-even --model some/model {how}`"
     assert limit(key, "some/model") == Limit(
         8192, f"8,192 tokens are a fixed default: {command} measures it on this machine."
     )
     assert f"--model '/my models/wan' {how}`" in limit(key, "/my models/wan").why
     other = Key.here(40, 128, torch.device("cpu"), torch.bfloat16, "svg")
-    command = "`vidaccel break-even --heads 40 --head-dim 128 --device cpu --dtype bfloat16 --method svg`"
+    command = "`vidaccel break-even --heads 40 --head-dim 128 --device cpu --dtype bfloat16 --method svg --threads 1`"
     assert command in limit(other).why
-    assert "--model a/b --device cpu --dtype bfloat16 --method svg`" in limit(other, "a/b").why
+    assert "--model a/b --device cpu --dtype bfloat16 --method svg --threads 1`" in limit(other, "a/b").why
     store(key, BreakEven(5888, 4864))
     assert limit(key).tokens == 5888 and limit(key).measured
     # What was not measured is not known to be dense's: the fixed default holds beyond.

@@ -28,7 +28,7 @@ def test_without_a_method_long_videos_are_sparse_and_short_ones_stock(pipe, capl
     assert {r.reason for r in report.records} == {"min_tokens 8192, above the video's 80 tokens"}
     assert report.notes[0] == "no method was given: tangent" and caplog.text.count(report.notes[0]) == 1
     (why,) = (note for note in report.notes if note.startswith("min_tokens"))
-    command = "`vidaccel break-even --heads 2 --head-dim 32 --device cpu --dtype float32`"
+    command = "`vidaccel break-even --heads 2 --head-dim 32 --device cpu --dtype float32 --threads 1`"
     assert why == f"min_tokens 8192: 8,192 tokens are a fixed default: {command} measures it on this machine."
     with vidaccel.accelerate(pipe, min_tokens=80) as handle:
         assert not generate(pipe, frames=33, size=96).equal(before)
