@@ -166,6 +166,10 @@ class RunReport:
         """Everything, in types that JSON knows."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        calls = f"{len(self.records)} calls, mean density {self.mean_density():.3f}" if self.records else "no call yet"
+        return f"<vidaccel report of {self.method}: {calls}; print it for a table>"
+
     def __str__(self) -> str:
         if not self.records:
             return "\n".join([f"{self.method}: no attention call yet.", *(f"note: {note}" for note in self.notes)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..generation.errors import BadInput
@@ -22,6 +22,7 @@ _NAMES = {
     "source": "SOURCE",
     "target": "TARGET",
 }
+_LOST = "Interrupted: what was at work was not written."
 _HINTS = {"backend": " `vidaccel info` says which can run here."}
 
 
@@ -33,10 +34,13 @@ def option(field: str) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST) -> Iterator[None]:
     """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C.
 
     That is every error of a class of this package, and of the system. Others are faults of the program and pass.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
     """
     import typer
 
@@ -48,7 +52,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("Interrupted: what was at work was not written.", err=True)
+        typer.echo(interrupted(), err=True)
         raise typer.Exit(130) from None
     except (ValueError, RuntimeError, OSError) as error:
         message = error.worded(option) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)

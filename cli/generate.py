@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -90,7 +88,9 @@ def generate_command(
     ] = None,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Also run dense from the same seed, and write a page beside the video, NAME.report.html."),
+        typer.Option(
+            "--compare", help="Also run dense from the same seed, and write a page beside the video, NAME.report.html."
+        ),
     ] = False,
     negative_prompt: Annotated[str, typer.Option(help="What the video should not show.")] = "",
     image: Annotated[Path | None, typer.Option(help="The first frame, for image-to-video models.")] = None,
@@ -176,7 +176,7 @@ def generate_command(
         from ..generation.report import write_report
         from ..generation.request import Settings
         from ..generation.sparse import Sparse
-        from .terminal import print_summary
+        from .terminal import command_line, print_summary
 
         settings = Settings(
             prompt,
@@ -230,16 +230,18 @@ def generate_command(
         for note in (*filter(None, [job.hint]), *job.notes):
             typer.echo(worded(note, option))
 
+        said = []
+
         def told(note: str) -> None:
+            said.append(worded(note))
             typer.echo(worded(note, option), err=True)
 
         with bars(job.facts.name) as on_stage:
             videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage, on_note=told)
         files = job.files(out)
         if not compare:
-            print_summary(videos, files)
+            print_summary(videos, files, said=said)
             return
-        command = shlex.join(["vidaccel", *sys.argv[1:]])
-        made = write_report(compared(job, videos, tuple(files.values()), command, option), page)
-        print_summary(videos, files, made)
+        made = write_report(compared(job, videos, tuple(files.values()), command_line(), option), page)
+        print_summary(videos, files, made, said)
         typer.echo(f"comparison: {page} (open it in a browser); numbers: {page.with_suffix('.json')}")

@@ -1,7 +1,10 @@
-"""What `vidaccel generate` prints when it is done: the table of the runs, and what a user should know of them."""
+"""What commands say of themselves and, done, of their runs: the table, and what a user should know of them."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +14,24 @@ if TYPE_CHECKING:
     from ..generation.comparison import Comparison, GeneratedVideo
 
 
-def print_summary(videos: list[GeneratedVideo], files: dict[str, Path], comparison: Comparison | None = None) -> None:
-    """Print a table of the runs, and which of them stayed dense against what was asked for."""
+def command_line() -> str:
+    """What was typed, for a shell."""
+    return shlex.join(["vidaccel", *sys.argv[1:]])
+
+
+def print_summary(
+    videos: list[GeneratedVideo],
+    files: dict[str, Path],
+    comparison: Comparison | None = None,
+    said: Sequence[str] = (),
+) -> None:
+    """Print a table of the runs, and which of them stayed dense against what was asked for.
+
+    Args:
+        videos: of the runs. files: name -> where they are.
+        comparison: of them, if any.
+        said: notes that were shown before the steps.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -32,7 +51,8 @@ def print_summary(videos: list[GeneratedVideo], files: dict[str, Path], comparis
         table.add_row(*row, str(files[video.name]))
     Console().print(table)
     for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures
-        typer.echo(note)
+        if note not in said:
+            typer.echo(note)
     for video in videos:
         if video.account is not None:
             typer.echo(f"{video.name}: {video.account.in_words()}.")

@@ -72,7 +72,7 @@ def tune_command(
     Called again with the same --out, it goes on where it was interrupted; another budget begins with what is known.
     The exit code is 1 where nothing is within the budget.
     """
-    with one_line_errors():
+    with one_line_errors(lambda: _kept(out)):
         from ..generation.tuning.api import PAGE, PRESET, tune
         from ..generation.tuning.result import FOUND, NOTHING
         from ..generation.tuning.space import CACHES, LEVERS, METHODS
@@ -111,6 +111,17 @@ def tune_command(
         typer.echo(made.in_words())
         if made.outcome == NOTHING:
             raise typer.Exit(1)
+
+
+def _kept(out: Path) -> str:
+    """What to say where `tune` was interrupted: what is kept, and how to go on with it."""
+    from ..generation.tuning.journal import kept
+    from .terminal import command_line
+
+    if not (count := kept(out)):
+        return "Interrupted: nothing was measured yet."
+    measured = f"{count} measurement{'s are' if count > 1 else ' is'} kept in {out}"
+    return f"Interrupted: {measured}. The same command goes on from there:\n{command_line()}"
 
 
 def break_even_command(

@@ -26,6 +26,7 @@ from .report import files_beside, video_file, write_report
 from .request import Settings
 from .run import StageCallback, load, make_videos
 from .sparse import Sparse
+from .text_limit import cut_notes
 from .values import file_name
 from .video import check_encoder
 
@@ -171,7 +172,9 @@ def generate(
     else:
         methods = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
     if len(methods) > 1 and not compare:
-        raise BadInput("method", "can have several only in a comparison", "Add compare=True, or call this once for each.")
+        raise BadInput(
+            "method", "can have several only in a comparison", "Add compare=True, or call this once for each."
+        )
     job = prepare(
         str(model) if isinstance(model, Path) else model,
         wanted,
@@ -248,12 +251,16 @@ def carry_out(
                 quantise_for_good(pipe, job.beside, job.device, job.facts.location)
         if note := _before_the_steps(job, pipe):
             on_note(note)
+    of_text = cut_notes(pipe, job.settings)
+    for note in of_text:
+        on_note(note)
     videos = []
     with guided_by(job.guidance_free, pipe, placed(job.facts, job.pipe)), roped(pipe, job.riflex):
         for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
             if files:
                 video.save(files[video.name])
-            videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
+            notes = (*video.notes, *map(worded, of_text), *_density_notes(job, video))
+            videos.append(replace(video, notes=notes))
     return videos
 
 

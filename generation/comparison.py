@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .notebook import Shown, in_html
 from .outputs import check_file
 from .sound import Sound
 from .values import file_name
@@ -66,6 +67,16 @@ class GeneratedVideo:
         file = file_name("path", path)
         check_file("path", file, ".mp4")
         return write_mp4(self.frames, file, self.fps, self.sound)
+
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        density = "" if self.report is None else f", density {self.report.mean_density():.2f}"
+        heard = "" if self.sound is None else ", with sound"
+        size = f"{count} frames of {width}x{height}, {self.fps:g} frames per second{heard}"
+        return f"<vidaccel video {self.name}: {size}, made in {self.seconds:.3g} s{density}>"
+
+    def _repr_html_(self) -> str | None:
+        return in_html([Shown(self.frames, self.fps, self.sound, repr(self).strip("<>"))])
 
     @property
     def denoise_seconds(self) -> float | None:
@@ -143,6 +154,22 @@ class Comparison:
             raise ValueError(f"the videos of a comparison need names of their own, got {', '.join(names)}.")
         metrics = {v.name: compare(self.reference.frames, v.frames) for v in self.others}
         object.__setattr__(self, "metrics", metrics)
+
+    def __repr__(self) -> str:
+        return f"<vidaccel comparison: {'; '.join(self._captions())}{self._places()}>"
+
+    def _repr_html_(self) -> str | None:
+        pairs = zip(self.videos, self._captions(), strict=True)
+        return in_html(Shown(video.frames, video.fps, video.sound, caption) for video, caption in pairs)
+
+    def _captions(self) -> list[str]:
+        """The name, the seconds and the distance to the reference of each video."""
+        told = [f"{video.name} {video.seconds:.3g} s" for video in self.videos]
+        metrics = [self.metrics.get(video.name) for video in self.videos]
+        return [t if m is None else f"{t}, PSNR {m.mean_psnr:.1f} dB" for t, m in zip(told, metrics, strict=True)]
+
+    def _places(self) -> str:
+        return f"; files {', '.join(map(str, self.files))}" if self.files else ""
 
     @property
     def reference(self) -> GeneratedVideo:

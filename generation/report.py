@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from dataclasses import replace
@@ -13,7 +12,7 @@ import numpy as np
 
 from .comparison import Comparison, FrameMetrics, GeneratedVideo
 from .figures import figure_svg, heat_map, line_chart, quantile_chart
-from .video import contact_sheet, png, write_bytes
+from .video import contact_sheet, data_url, png, write_bytes
 
 if TYPE_CHECKING:
     import jinja2
@@ -303,8 +302,3 @@ def _attention_page(video: GeneratedVideo, index: int) -> dict[str, Any]:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts.items())
-
-
-def data_url(data: bytes, kind: str) -> str:
-    """A file as the address of itself, for a page that loads nothing."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

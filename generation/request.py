@@ -141,7 +141,7 @@ class Settings:
         if model.row.size_of_picture and self.height is None and self.width is None:
             whole = whole._of_picture(model)
         whole = whole.sized(model)
-        _check_negative_prompt(whole)
+        _check_negative_prompt(whole, model)
         if source is not None and model.row.strength:
             _check_strength(whole, model)
         # Read once, the largest last: the runs get what is read here.
@@ -265,10 +265,15 @@ _WHAT = {
 }
 
 
-def _check_negative_prompt(settings: Settings) -> None:
-    """Raise BadInput where no guidance would read it; not where an argument of the pipeline's own guides as well."""
+def _check_negative_prompt(settings: Settings, model: ModelFacts) -> None:
+    """Raise BadInput where no guidance would read it.
+
+    Not where an argument of the pipeline's own may guide: that of guidance beside the model's, which was looked at
+    before, of sound, or of the second transformer.
+    """
     scale = settings.guidance_scale
-    guided = scale is None or scale > 1 or any("guidance" in name for name in settings.pipeline_options)
+    others = any("guidance" in name for name in settings.pipeline_options)
+    guided = scale is None or scale > 1 or others or model.row.true_guidance
     if settings.negative_prompt and not guided:
         problem = f"is of no use: {mention('guidance_scale')} is {scale:g}, and guidance alone reads it"
         raise BadInput("negative_prompt", problem, f"Leave it out, or give {mention('guidance_scale')} above 1.")

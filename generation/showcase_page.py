@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from .comparison import compare
-from .report import data_url, template, write_numbers
+from .report import template, write_numbers
 from .showcase import Showcase
-from .video import contact_sheet, png, write_bytes, write_mp4
+from .video import contact_sheet, data_url, mp4_url, png, write_bytes
 
 NAMES = {
     "base": ("plain model", "20 steps, guidance in two passes"),
@@ -72,7 +71,7 @@ def _rows(made: Showcase) -> list[dict[str, Any]]:
                 "psnr": near,
                 "accuracy": accuracy,
                 "right": None if row.right is None else row.right[0],
-                "video": _video(row.sample),
+                "video": mp4_url(row.sample),
             }
         )
     return found
@@ -94,9 +93,3 @@ def _steps(made: Showcase) -> list[dict[str, Any]]:
         }
         for name, times in made.steps.items()
     ]
-
-
-def _video(frames: Any) -> str:
-    """Frames as a video in the page."""
-    with tempfile.TemporaryDirectory() as folder:
-        return data_url(write_mp4(frames, Path(folder) / "video.mp4").read_bytes(), "video/mp4")

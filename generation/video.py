@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import math
@@ -48,7 +49,9 @@ def write_bytes(data: bytes, path: str | Path) -> Path:
     return Path(path)
 
 
-def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Sound | None = None) -> Path:
+def write_mp4(
+    frames: np.ndarray, path: str | Path, fps: float = 16, sound: Sound | None = None, crf: int = CRF
+) -> Path:
     """Encode a video as H.264 with 4:2:0 colour, the one kind every browser plays.
 
     4:2:0 needs even sizes: of an odd one, the last row or column is written twice. The file says that its colours are
@@ -59,6 +62,7 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Soun
         path: where to, ending in ".mp4"; an existing file is replaced.
         fps: frames per second.
         sound: written beside it as AAC, as far as the video goes.
+        crf: quality, see `CRF`.
 
     Raises:
         ValueError: frames of another shape or dtype, or `fps` not above 0.
@@ -87,7 +91,7 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Soun
             # ffmpeg converts RGB with BT.601 unless told. What a file says of its colours comes from the frames.
             "-vf", "scale=out_color_matrix=bt709:out_range=tv,"
             "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv",
-            "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-movflags", "+faststart",
+            "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(crf), "-movflags", "+faststart",
             "-f", "mp4", f"file:{temporary}",  # a name may look like a protocol of ffmpeg's
         ]
         # fmt: on
@@ -98,6 +102,17 @@ def write_mp4(frames: np.ndarray, path: str | Path, fps: float = 16, sound: Soun
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             raise EncodingError(f"ffmpeg could not write {path}: {lines[0] if lines else f'exit {done.returncode}'}")
     return Path(path)
+
+
+def mp4_url(frames: np.ndarray, fps: float = 16, sound: Sound | None = None, crf: int = CRF) -> str:
+    """A video as the address of itself, for a page that loads nothing; see `write_mp4`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return data_url(write_mp4(frames, Path(folder) / "video.mp4", fps, sound, crf).read_bytes(), "video/mp4")
+
+
+def data_url(data: bytes, kind: str) -> str:
+    """A file as the address of itself, for a page that loads nothing."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 @functools.cache

@@ -103,6 +103,9 @@ class Waterfall:
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<vidaccel waterfall, {len(self.rows)} rows. {self.in_words()}>"
+
     def gain(self, row: Row) -> float:
         """How many times as fast as the first row."""
         return self.rows[0].median / row.median

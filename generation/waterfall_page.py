@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .figures import figure_svg, waterfall_chart
-from .report import data_url, format_psnr, format_seconds, template, write_numbers
-from .video import contact_sheet, png, write_bytes
+from .report import format_psnr, format_seconds, template, write_numbers
+from .video import contact_sheet, data_url, png, write_bytes
 from .waterfall import Row, Waterfall
 
 

@@ -18,6 +18,7 @@ from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
 from ..prompts import in_words
 from ..run import load
+from .alone import alone
 from .bench import Bench, Done
 from .break_even import find_break_even, timer
 from .budget import Budget
@@ -97,7 +98,8 @@ def tune(
         What was chosen and everything that was tried; its `outcome` says whether there is a preset.
 
     Raises:
-        BadInput: a request that cannot be met, or a folder that holds measurements of something else.
+        BadInput: a request that cannot be met, or a folder that holds measurements of something else, or in which
+            another call measures.
         GenerationError: the model made NaN or infinite values.
     """
     plan = planned(
@@ -190,24 +192,28 @@ def carried_out(
         plan: of `planned`.
         progress, clock: see `tune`.
         shown: in place of the bar: gives what is told of each measurement, and of how many more there may be.
+
+    Raises:
+        BadInput: another call measures in the folder, or it holds measurements of something else.
     """
     from .page import write_page
 
     job, folder = plan.job, plan.out
-    journal = journal_of(plan)
-    if shown is None:
-        shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
-    with shown as (tell, expect):
-        pipe = job.pipe or load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
-        made = _searched(plan, pipe, journal, tell, expect, clock)
-    preset_file = folder / PRESET
-    if made.preset is None:
-        preset_file.unlink(missing_ok=True)  # of another budget: it must not pass for an answer to this one
-    else:
-        from ...pipelines.presets import save_preset
+    with alone(folder):
+        journal = journal_of(plan)
+        if shown is None:
+            shown = counted() if progress else contextlib.nullcontext((lambda *_: None, lambda _: None))
+        with shown as (tell, expect):
+            pipe = job.pipe or load(job.facts, job.dtype, job.device, offload=job.offload, tiling=job.tiling)
+            made = _searched(plan, pipe, journal, tell, expect, clock)
+        preset_file = folder / PRESET
+        if made.preset is None:
+            preset_file.unlink(missing_ok=True)  # of another budget: it must not pass for an answer to this one
+        else:
+            from ...pipelines.presets import save_preset
 
-        save_preset(made.preset, preset_file)
-    write_page(made, folder / PAGE)
+            save_preset(made.preset, preset_file)
+        write_page(made, folder / PAGE)
     return made
 
 

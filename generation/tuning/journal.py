@@ -80,6 +80,14 @@ class Journal:
             os.fsync(file.fileno())
 
 
+def kept(folder: Path) -> int:
+    """Measurements in a folder's journal; 0 where there is none."""
+    try:
+        return max((folder / FILE).read_bytes().count(b"\n") - 1, 0)  # the first line is its head
+    except OSError:
+        return 0
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -115,7 +115,8 @@ def _left_after(probe: Probe, first: int, layers: int) -> float:
 class Calibration:
     """What whole videos taught about predictions: PSNR by error, and seconds.
 
-    Errors of one kind (a method, a cache) become the same loss of PSNR; those of another need not. What an adapter and
+    Errors of one kind (a method, a cache) become the same loss of PSNR; those of another need not, so that of a kind
+    without videos nothing is known (`knows`) but what errors of this model become by and large. What an adapter and
     what other levers change adds up, as the squares of differences do.
     """
 
@@ -133,13 +134,28 @@ class Calibration:
         if of_levers > 0 and predicted.error > 0:
             self._psnr.setdefault(kind, []).append(_decibel(of_levers) + 20 * math.log10(predicted.error))
 
+    def knows(self, kind: str) -> bool:
+        """Whether videos taught what its errors become: its own, or those of a kind that has a lever of it."""
+        return bool(self._related(kind))
+
     def psnr(self, kind: str, predicted: Prediction) -> float:
-        """Expected of a video, in dB; infinite where nothing is off."""
+        """Expected of a video, in dB; infinite where nothing is off.
+
+        Of a kind that is not known (`knows`), a guess between the other kinds: no promise, only an order to try in.
+        """
         square = _square(predicted.adapter_psnr)
         if predicted.error > 0:
-            known: Sequence[float] = self._psnr.get(kind) or [v for each in self._psnr.values() for v in each]
+            # Each other kind counts once: many videos of one say no more of this one.
+            known = self._related(kind) or [statistics.median(each) for each in self._psnr.values()]
             square += _square((statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(predicted.error))
         return _decibel(square)
+
+    def _related(self, kind: str) -> Sequence[float]:
+        """What videos of a kind taught; where there are none, those of kinds with a lever of it."""
+        if own := self._psnr.get(kind):
+            return own
+        levers = set(kind.split("+"))
+        return [value for other, each in self._psnr.items() if levers & set(other.split("+")) for value in each]
 
     def seconds(self, predicted: float) -> float:
         """Expected of a video."""

@@ -132,6 +132,9 @@ class Tuned:
     prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<vidaccel tune: {self.outcome}. {self.in_words()}>"
+
     @property
     def gain(self) -> tuple[float, ...]:
         """Times as fast as dense, of each prompt that was made in turns with it; empty unless `FOUND`."""

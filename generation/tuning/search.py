@@ -28,6 +28,12 @@ BORDERLINE = 0.5
 """Of what seems to miss a budget by so little (`Budget.excess`: 3 dB), videos are made until one misses it: predictions
 are off by as much."""
 
+UNKNOWN = 1.0
+"""The same of a kind of lever that no video was made of yet: what others taught need not hold for it."""
+
+UNKNOWN_DECIBEL = 6.0
+"""As much in dB (`Budget.excess`)."""
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -260,12 +266,18 @@ class Search:
             ratio = seconds / taught.seconds(self.dense.seconds)
             told[key] = (self.budget.excess(predicted.error, psnr, ratio), seconds, psnr)
         within = [key for key, (excess, *_) in told.items() if not excess]
+        unknown = {key for key, (candidate, _) in left.items() if not taught.knows(candidate.kind)}
         best = self._best()
         if self.budget.wants_nearest:
             if not within:
                 return None if best is not None else min(told, key=lambda key: told[key][0])
-            key = max(within, key=lambda key: told[key][2])
-            return None if best is not None and told[key][2] <= best.confirmed.mean_psnr else key
+            if best is None:
+                return max(within, key=lambda key: told[key][2])
+            own = best.confirmed.mean_psnr
+            nearer = [key for key in within if told[key][2] > own]
+            # Of an unknown kind, one may be nearer than it seems.
+            nearer = nearer or [key for key in within if key in unknown and told[key][2] + UNKNOWN_DECIBEL > own]
+            return max(nearer, key=lambda key: told[key][2], default=None)
         if best is None:
             # Where nothing is expected to do, the nearest may all the same.
             return min(told, key=lambda key: (told[key][0], told[key][1]))
@@ -277,7 +289,11 @@ class Search:
             return min(sure, key=lambda key: told[key][1])
         # Of these kinds, videos have told where the budget ends.
         known = {t.candidate.kind for t in self._tried.values() if t.confirmed is not None and self._over(t.confirmed)}
-        near = [key for key in gaining if told[key][0] <= BORDERLINE and left[key][0].kind not in known]
+        near = [
+            key
+            for key in gaining
+            if told[key][0] <= (UNKNOWN if key in unknown else BORDERLINE) and left[key][0].kind not in known
+        ]
         return min(near, key=lambda key: told[key][0], default=None)
 
     def _best(self) -> Tried | None:

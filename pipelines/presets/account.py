@@ -126,6 +126,9 @@ class Account:
         """Everything, in types that JSON knows."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return f"<vidaccel account of {self.preset or 'a run'}: {self.in_words()}; print it for a table>"
+
     def __str__(self) -> str:
         lines = [f"{self.preset}  {'; '.join(f'{name}: {text}' for name, text in self.levers.items())}"]
         if not self.steps:

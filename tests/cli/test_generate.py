@@ -68,6 +68,14 @@ def test_a_second_comparison_in_a_folder_keeps_the_page_of_the_first(compared, v
         file.unlink()
 
 
+def test_what_is_cut_off_the_prompt_is_told_once(vidaccel, tiny_model, tmp_path):
+    options = ("--model", tiny_model, "--method", "dense", *SMALL, "--pipeline-option", "max_sequence_length=4")
+    result = vidaccel("generate", "dot one two three four", *options, "--out", tmp_path / "out.mp4")
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = 'PROMPT has 5 tokens, and the text encoder reads the first 4; cut off: "four"'
+    assert said in " ".join(result.stderr.split()) and "cut off" not in result.stdout
+
+
 def test_the_numbers(compared):
     numbers = json.loads((compared / "clip.report.json").read_text())
     assert numbers["prompt"] == PROMPT

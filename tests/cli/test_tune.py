@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from huggingface_hub import constants
 
 from vidaccel.generation.tuning import space
+from vidaccel.generation.tuning.journal import FILE, Journal
 
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 4)
 PROMPT = "a red circle moves left on a grey background"
@@ -20,6 +23,31 @@ def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypat
     assert "Nothing that was tried is within PSNR at least 99 dB, so no preset was written." in result.stdout
     assert "The nearest is first_block" in result.stdout and "below 99" in result.stdout
     assert (tmp_path / "t" / "tune.html").is_file() and not (tmp_path / "t" / "preset.yaml").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch):
+    command = ("tune", PROMPT, "--min-psnr", 1, "--out", tmp_path / "my tune", *CACHE_ALONE, *SMALL)
+    monkeypatch.setattr("sys.argv", ["/bin/vidaccel", *map(str, command)])
+    whole = Journal.put
+
+    def interrupted(self, key, value):
+        if len(self) == 2:
+            raise KeyboardInterrupt
+        whole(self, key, value)
+
+    monkeypatch.setattr(Journal, "put", interrupted)
+    result = vidaccel(*command)
+    assert result.exit_code == 130, (result.output, result.exception)
+    said, again = result.stderr.strip().splitlines()[-2:]
+    kept = f"2 measurements are kept in {tmp_path / 'my tune'}"
+    assert said == f"Interrupted: {kept}. The same command goes on from there:"
+    assert len((tmp_path / "my tune" / FILE).read_text().splitlines()) == 3
+    assert shlex.split(again) == ["vidaccel", *map(str, command)]
+    monkeypatch.setattr(Journal, "put", whole)
+    assert vidaccel(*shlex.split(again)[1:]).exit_code == 0
+    monkeypatch.setattr("vidaccel.generation.tuning.api.tune", lambda *_, **__: exec("raise KeyboardInterrupt"))
+    result = vidaccel("tune", PROMPT, "--min-psnr", 1, "--out", tmp_path / "none")
+    assert result.exit_code == 130 and result.stderr.endswith("Interrupted: nothing was measured yet.\n")
 
 
 @pytest.mark.parametrize(
@@ -69,4 +97,4 @@ def test_a_cache_folder_that_cannot_be_written_is_not_the_models_fault(vidaccel,
     result = vidaccel("break-even", "--device", "cpu")
     said = " ".join(result.stderr.split())
     assert result.exit_code == 2 and said.startswith(f"Error: HF_ASSETS_CACHE is {tmp_path / 'file'}: "), result.output
-    assert "--model" not in said and said.endswith("is a file, so nothing can be written below it. Give another folder.")
+    assert "--model" not in said and said.endswith("so nothing can be written below it. Give another folder.")

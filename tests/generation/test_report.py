@@ -103,6 +103,27 @@ def test_what_the_records_say(reports):
     assert cluster_deciles(reports["svg"]) is None
 
 
+def test_what_a_notebook_shows(comparison, clip, reports, monkeypatch):
+    """A line each, and in a notebook the videos: the arrays and the records of all calls fill pages."""
+    made = comparison(svg=np.roll(clip, 1, 2))
+    dense, svg = made.videos
+    size = "6 frames of 48x32, 8 frames per second"
+    assert repr(dense) == f"<vidaccel video dense: {size}, made in {dense.seconds:.3g} s>"
+    assert re.fullmatch(rf"<vidaccel video svg: {size}, made in [\d.]+ s, density 0\.\d\d>", repr(svg))
+    psnr = f"PSNR {made.metrics['svg'].mean_psnr:.1f} dB"
+    told = f"dense {dense.seconds:.3g} s; svg {svg.seconds:.3g} s, {psnr}; files {made.files[0]}, {made.files[1]}"
+    assert repr(made) == f"<vidaccel comparison: {told}>"
+    assert repr(reports["svg"]) == "<vidaccel report of svg: 12 calls, mean density 0.500; print it for a table>"
+    assert repr(replace(reports["svg"], records=())).endswith("no call yet; print it for a table>")
+    assert str(reports["svg"]).count("\n") > 3
+    page = made._repr_html_()
+    assert page.count('<video src="data:video/mp4;base64,') == 2
+    assert f"<figcaption>svg {svg.seconds:.3g} s, {psnr}</figcaption>" in page
+    assert dense._repr_html_().count("<video") == 1
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/no/such/ffmpeg")
+    assert dense._repr_html_() is None  # IPython shows the line then
+
+
 def test_the_numbers_of_a_comparison(comparison, clip, tmp_path):
     made = comparison(svg=clip, svg2=np.roll(clip, 1, axis=1))
     numbers = json.loads(write_json(made, tmp_path / "report.json").read_text())

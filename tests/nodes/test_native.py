@@ -247,9 +247,7 @@ def test_min_tokens_at_its_default_goes_by_what_was_measured_on_this_machine(tmp
     assert not sparse()
     (note,) = session.report().notes
     command = f"--heads {HEADS} --head-dim {HEAD_DIM} --device cpu --dtype float32 --method svg2 --threads 1"
-    assert note == (
-        f"8,192 tokens are a fixed default: `vidaccel break-even {command}` measures it on this machine."
-    )
+    assert note == f"8,192 tokens are a fixed default: `vidaccel break-even {command}` measures it on this machine."
     assert set(session.report().dense_reasons()) == {"min_tokens 8192, above the video's 80 tokens"}
     store(key, BreakEven(80, 40))
     assert sparse() and any(note.startswith("min_tokens 80: On this machine") for note in session.report().notes)

@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_is_said_once_and_counts_as_none(key, caplog,
     key.file.write_text(json.dumps(broken) if content is None else content)
     with caplog.at_level(logging.WARNING):
         assert stored(key) is None
-    assert len(caplog.records) == 1 and "--head-dim 64 --device cpu --dtype float32 --threads 1` measures it anew" in caplog.text
+    assert len(caplog.records) == 1 and "--dtype float32 --threads 1` measures it anew" in caplog.text
     store(key, BreakEven(None, 2048))
     assert stored(key) == BreakEven(None, 2048)
 

@@ -293,6 +293,44 @@ def test_calibration_learns_by_kind():
     assert taught.psnr("svg2", Prediction(1.0, 0.0)) == math.inf
 
 
+def test_a_kind_without_videos_is_not_known_by_those_of_another():
+    taught = Calibration()
+    assert not taught.knows("svg2") and taught.psnr("svg2", Prediction(1.0, 0.1)) == pytest.approx(28.0)
+    for psnr in (10.0, 10.0, 10.0):
+        taught.learn("first_block", Prediction(10.0, 0.1), 10.0, psnr)
+    taught.learn("sparge", Prediction(10.0, 0.1), 10.0, 30.0)
+    assert taught.knows("first_block") and not taught.knows("svg2") and not taught.knows("")
+    # A guess between the kinds, of which each counts once, however many videos it has.
+    assert taught.psnr("svg2", Prediction(1.0, 0.1)) == pytest.approx(20.0)
+    # A lever that it shares with a kind is known.
+    assert taught.knows("int8+sparge") and taught.psnr("int8+sparge", Prediction(1.0, 0.1)) == pytest.approx(30.0)
+
+
+class OneKindIsFarOff(Machine):
+    """Videos with a cache are 7 dB farther from dense than those of a method with the same error of a step."""
+
+    def confirm(self, candidate: Candidate) -> Confirmed:
+        made = super().confirm(candidate)
+        return made if candidate.cache is None else replace(made, psnr=tuple(p - 7.0 for p in made.psnr))
+
+
+def test_a_kind_is_not_left_out_by_what_another_taught(monkeypatch):
+    """The cache is tried first and taught that errors cost 7 dB more than they do with the method."""
+    monkeypatch.setattr("vidaccel.generation.tuning.search.schedules", lambda *_: [DenseSchedule()])
+    machine = OneKindIsFarOff(base=0.6)
+    outcome, chosen, _ = machine.search(Budget(min_psnr=29), levers(0.2), caches(0.15))
+    assert machine.confirmed[:2] == ["first_block 0.15", "tangent density 0.2"] and outcome == FOUND
+    assert chosen.candidate.kind == "tangent" and chosen.confirmed.mean_psnr > 29
+
+
+def test_the_nearest_may_be_of_a_kind_without_videos():
+    machine = OneKindIsFarOff(base=0.4)
+    outcome, chosen, tried = machine.search(Budget(max_time_ratio=0.9), levers(0.2), caches(0.05, 0.1))
+    within = [t for t in tried.values() if t.confirmed is not None and t.confirmed.ratio <= 0.9]
+    assert outcome == FOUND and {"tangent", "first_block"} <= {t.candidate.kind for t in within}
+    assert chosen.confirmed.mean_psnr == max(t.confirmed.mean_psnr for t in within)
+
+
 def test_what_an_adapter_and_what_others_change_adds_up():
     taught = Calibration()
     taught.learn("svg2", Prediction(10.0, 0.1), 12.0, 30.0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_pipeline
 from vidaccel.generation.request import Settings
 from vidaccel.generation.tuning import bench, space
+from vidaccel.generation.tuning.alone import LOCK, OWNER, alone
 from vidaccel.generation.tuning.journal import FILE, Journal
 from vidaccel.generation.tuning.plan import _files
 from vidaccel.generation.tuning.trajectory import probe, record
@@ -90,11 +94,13 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **SMALL)
     assert again.account.counts()["computed"] == own.computed
     page = (tmp_path / "t" / "tune.html").read_text()
+    assert repr(made) == f"<vidaccel tune: found. {made.in_words()}>"
+    assert "<h1>The fastest preset within PSNR at least 1 dB</h1>" in page
     assert made.in_words() in page and "<svg" in page and "first_block 0.001" in page
     numbers = json.loads((tmp_path / "t" / "tune.json").read_text())
     assert numbers["outcome"] == "found" and len(numbers["tried"]) == 2
     assert {f.name for f in (tmp_path / "t").iterdir()} == {
-        "dense.0.npz", "dense.1.npz", FILE, "preset.yaml", "tune.html", "tune.json",
+        "dense.0.npz", "dense.1.npz", FILE, LOCK, "preset.yaml", "tune.html", "tune.json",
     }  # fmt: skip
 
 
@@ -179,6 +185,45 @@ def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, t
     assert not (tmp_path / "t" / "preset.yaml").exists()
     with pytest.raises(BadInput, match=r"measurements of something else: steps was 4 and is 5\. Give another folder"):
         vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options | {"steps": 5})
+
+
+def test_one_at_a_time_in_a_folder(pipe, layers, tmp_path):
+    """Two would write into one journal; what a process that was killed leaves is in nobody's way."""
+    folder = tmp_path / "t"
+    code = f"""
+import sys, time
+from pathlib import Path
+from vidaccel.generation.tuning.alone import alone
+with alone(Path({str(folder)!r})):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+    options = {"out": folder, "min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **SMALL}
+    (tmp_path / "importable").mkdir()
+    (tmp_path / "importable" / "vidaccel").symlink_to(vidaccel.__path__[0], target_is_directory=True)
+    path = os.pathsep.join([str(tmp_path / "importable"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+    try:
+        assert other.stdout.readline() == b"in\n"
+        who = rf"process {other.pid} on .*, since .*, measures in it\. Wait"
+        with pytest.raises(BadInput, match=rf"^out is {folder}: {who}"):
+            vidaccel.tune(pipe, PROMPTS, **options)
+        assert {f.name for f in folder.iterdir()} == {LOCK, OWNER}
+    finally:
+        other.kill()
+        other.communicate()
+    assert (folder / OWNER).exists()  # it had no time to tidy up
+    assert vidaccel.tune(pipe, PROMPTS, **options).outcome == "found"
+    assert not (folder / OWNER).exists()
+    with alone(folder), pytest.raises(BadInput, match=f"process {os.getpid()} on "), alone(folder):
+        pass
+
+
+def test_the_page_says_what_was_sought(pipe, layers, tmp_path):
+    vidaccel.tune(pipe, PROMPTS, out=tmp_path, max_time_ratio=0.9, clock=layers, **CACHE_ALONE, **SMALL)
+    title = "<h1>The preset nearest to dense within at most 0.9 of the dense time</h1>"
+    assert title in (tmp_path / "tune.html").read_text()
 
 
 def test_sparse_attention_of_a_short_video_is_no_gain(pipe, layers, tmp_path):
