@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ..generation.errors import BadInput
@@ -34,14 +34,19 @@ def option(field: str) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST) -> Iterator[None]:
+def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: Collection[str] = ()) -> Iterator[None]:
     """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C.
 
     That is every error of a class of this package, and of the system. Others are faults of the program and pass.
 
     Args:
         interrupted: what to say after Ctrl-C.
+        arguments: fields of the request that are arguments of the command, where others have an option.
     """
+
+    def name(field: str) -> str:
+        return field.upper() if field in arguments else option(field)
+
     import typer
 
     def terminate(*_: Any) -> None:
@@ -55,7 +60,7 @@ def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST) -> Iterator[
         typer.echo(interrupted(), err=True)
         raise typer.Exit(130) from None
     except (ValueError, RuntimeError, OSError) as error:
-        message = error.worded(option) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
+        message = error.worded(name) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
         if type(error).__name__ == "OutOfMemoryError":
             message = (
                 "out of GPU memory: try --offload, or --offload-blocks where the transformer alone is too large; "

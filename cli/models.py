@@ -182,6 +182,7 @@ def adapt_command(
     with one_line_errors():
         from .. import lora
         from ..lora.config import ConfigError
+        from ..lora.recipes import find
 
         if show:
             for file in sorted(lora.config_folder().glob("*.yaml")):
@@ -191,6 +192,7 @@ def adapt_command(
             raise ConfigError(
                 "the recipe is missing: give lora, length, gft, consistency, sla, ae-adapt or autoencoder."
             )
+        find(recipe)  # a name that there is not is the first fault
         if not config:
             raise ConfigError("--config is missing: give a YAML file, or the name of a ready one (--list).")
         from ..lora.__main__ import main

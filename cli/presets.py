@@ -85,7 +85,7 @@ def waterfall_command(
     ),
 ) -> None:
     """Seconds and error after each lever of PRESET is added to the plain base, all measured in one process."""
-    with one_line_errors():
+    with one_line_errors(arguments=("preset",)):
         from ..generation.outputs import check_file, check_files
         from ..generation.presets import request_preset
         from ..generation.waterfall import waterfall
@@ -129,7 +129,8 @@ def lines_of(file: Path | None) -> list[str]:
         # with or without the mark that Windows' editors put in front
         found = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput("prompts", f"it cannot be read ({error})", value=file) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise BadInput("prompts", f"it cannot be read ({why})", "Give a text file in UTF-8.", value=file) from error
     if not found:
         raise BadInput("prompts", "there is no prompt in it", "Write one a line.", value=file)
     return found

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.nearest_name import nearest
 from .errors import BadInput, mention
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def chosen_riflex(rope: str, trained: Sequence[TrainedLength], facts: ModelFacts
         BadInput: another name, a model that has no place for it, or a LoRA that was trained without.
     """
     if rope not in ROPES:
-        raise BadInput("rope", f"there is none of that name; there are {', '.join(ROPES)}", value=rope)
+        raise BadInput("rope", f"there is none of that name{nearest(rope, ROPES)}", value=rope)
     if trained:
         if rope == "riflex" and trained[0].riflex is None:
             raise BadInput("rope", f"{trained[0].name} was trained with the plain one", "Leave it out.", value=rope)

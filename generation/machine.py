@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from ..pipelines.device_names import cpu_words, gpu_words
+from ..pipelines.nearest_name import nearest
 from .errors import BadInput, mention
 from .model_places import DEMOS
 
@@ -64,7 +65,7 @@ def check_runs(backend: str, device: torch.device, sparse: bool) -> None:
     from ..attention.backends import BACKENDS, refusal
 
     if backend != "auto" and backend not in BACKENDS:
-        raise BadInput("backend", f"there is none of that name; there are auto, {', '.join(BACKENDS)}", value=backend)
+        raise BadInput("backend", f"there is none of that name{nearest(backend, ['auto', *BACKENDS])}", value=backend)
     if sparse:
         reason = refusal(backend, device)
     else:

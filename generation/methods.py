@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..pipelines.default_method import DEFAULT_METHOD as DEFAULT_METHOD
 from ..pipelines.default_method import MIN_SPARSE_TOKENS as MIN_SPARSE_TOKENS
+from ..pipelines.nearest_name import nearest
 from .errors import BadInput, mention, refuse_given
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ def check_names(names: Sequence[str], compare: bool) -> None:
 
     for name in names:
         if name != DENSE and name not in METHODS:
-            raise BadInput(
-                "method", f"there is none of that name; there are {', '.join([DENSE, *METHODS])}", value=name
-            )
+            raise BadInput("method", f"there is none of that name{nearest(name, [DENSE, *METHODS])}", value=name)
     if compare and names and set(names) == {DENSE}:
         raise BadInput("compare", f"needs a {mention('method')} other than dense, which is always the reference")
 
@@ -146,7 +145,7 @@ def check_settings(name: str, settings: Mapping[str, Any], density: float | None
     known = [f.name for f in fields(METHODS[name]) if f.name != "schedule"]
     for field in settings:
         if field not in known:
-            problem = f"{name} has no such setting; it has {', '.join(known)}"
+            problem = f"{name} has no such setting{nearest(field, known)}"
             raise BadInput("settings", problem, value=f"{name}.{field}")
         if density is not None and field in ("density", *_SET_BY_DENSITY.get(name, ())):
             problem = f"{mention('density')} {density:g} decides it"

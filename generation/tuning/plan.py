@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines.nearest_name import nearest
 from ...pipelines.weight_files import stated_config, transformer_files
 from ..comparison import MIN_COMPARED
 from ..errors import BadInput, mention
@@ -95,14 +96,14 @@ def planned(
     for field, names, known in (("levers", levers, LEVERS), ("caches", caches, CACHES), ("effort", [effort], EFFORTS)):
         for name in [names] if isinstance(names, str) else names:
             if name not in known:
-                raise BadInput(field, f"there is none of that name; there are {', '.join(known)}", value=name)
+                raise BadInput(field, f"there is none of that name{nearest(name, known)}", value=name)
     if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 1:
         raise BadInput("confirm", "it must be a whole number of at least 1", value=confirm)
     wanted = Settings(texts[0], **settings)
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise BadInput("out", "it is a file", "Give a folder; it is made where it is not there.", value=folder)
-    check_writable("out", folder / PAGE)
+    check_writable("out", folder / PAGE, value=folder)
     for method in methods:
         check_method(method)
     job = prepare(str(model) if isinstance(model, Path) else model, wanted, Sparse(methods=("dense",)), **placing)
@@ -135,9 +136,12 @@ def check_method(name: str, field: str = "methods") -> None:
     from ...attention import METHODS as KNOWN
 
     known = [each for each in KNOWN if each not in ("sla", "random")]
-    if name not in known:
-        problem = f"it is none of the methods that can be tuned without training: {', '.join(known)}"
-        raise BadInput(field, problem, value=name)
+    if name in known:
+        return
+    if name not in KNOWN:
+        raise BadInput(field, f"there is none of that name{nearest(name, known)}", value=name)
+    problem = f"it is none of the methods that can be tuned without training: {', '.join(known)}"
+    raise BadInput(field, problem, value=name)
 
 
 def _available(

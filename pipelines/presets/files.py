@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..nearest_name import nearest
 from ..plain_content import content_of
 from .errors import PresetError
 from .preset import OWN, Preset
@@ -34,8 +35,8 @@ def load_preset(place: str | Path) -> Preset:
     shipped = shipped_presets()
     file = shipped.get(str(place), Path(place).expanduser())
     if not file.is_file():
-        names = ", ".join(shipped) or "none"
-        raise PresetError("", f"there is no preset {place}", f"Give a file ({', '.join(SUFFIXES)}) or a name: {names}.")
+        problem = f"there is no preset {place}{nearest(str(place), shipped)}"
+        raise PresetError("", problem, f"Give a name of `vidaccel presets`, or a file ({', '.join(SUFFIXES)}).")
     try:
         text = file.read_text(encoding="utf-8")
         content: Any = content_of(text, file.suffix == ".json")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..nearest_name import nearest
 from .errors import PresetError
 
 KINDS = ("int8", "fp8")
@@ -184,13 +184,6 @@ def settings_of(lever: str, settings: Any) -> Mapping[str, Any]:
     if not isinstance(settings, Mapping):
         raise PresetError(lever, "they must be names and values", value=repr(settings))
     return settings
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean x", or the known names."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?".rstrip("?") if close else f"; there are {', '.join(known)}"
 
 
 def check_number(name: str, value: Any, bounds: CacheSetting) -> None:

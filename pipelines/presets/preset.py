@@ -12,8 +12,9 @@ from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method
 from ...attention.methods.description import describe, described
 from ..lora_files import TARGETS, LoraFile
+from ..nearest_name import nearest
 from .errors import PresetError
-from .levers import Cache, CacheSetting, Quantize, SchedulerChoice, check_number, nearest, settings_of
+from .levers import Cache, CacheSetting, Quantize, SchedulerChoice, check_number, settings_of
 
 VERSION = 1
 """Of the format."""

@@ -36,7 +36,7 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--method", "sgv"], ["--method is sgv", "dense, radial, svg, svg2"]),
+        (["--method", "sgv"], ["--method is sgv: ", "; did you mean svg? There are dense, radial, svg, svg2"]),
         (
             ["--backend", "cuda"],
             ["--backend is cuda", "auto, flex, gather, masked, reference, sdpa", "`vidaccel info`"],
@@ -104,6 +104,15 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (
             ["--set", "svg2.compensate=yes", "--method", "svg2"],
             ["--method is svg2", "compensate is 'yes'", "True or False"],
+        ),
+        (["--method", "xyz"], ["there is none of that name; there are dense, "]),
+        (["--method", "SVG2"], ["did you mean svg2? There are "]),
+        (["--method", "svg2", "--set", "svg2.topp=1"], ["--set is svg2.topp", "; did you mean top_p? There are "]),
+        (["--backend", "tritn"], ["--backend is tritn", "did you mean triton? There are "]),
+        (["--rope", "rifle"], ["--rope is rifle", "did you mean riflex? There are "]),
+        (
+            ["--preset", "nowhere.yaml"],
+            ["--preset cannot be used: there is no preset nowhere.yaml", "or a file (.yaml"],
         ),
         (["--density", "0.005"], ["--method is tangent: Tangent density is 0.005", "one stand-in", "raise density to"]),
         (["--dense-steps", "1.5"], ["--dense-steps is 1.5", "a count", "a fraction (0.0 to 1.0)"]),

@@ -188,6 +188,7 @@ def test_adapt_lists_what_is_ready():
     [
         ((), "recipe is missing"),
         (("ae-adapt",), "--config is missing"),
+        (("lra",), 'there is no recipe "lra": did you mean "lora"?'),
         (("ae-adapt", "--config", "/no/such.yaml"), "/no/such.yaml"),
         (("dreambooth", "--config", "demo_ae_adapt"), "no recipe"),
         (("ae-adapt", "--config", "demo_autoencoder"), "is for the recipe autoencoder"),

@@ -46,7 +46,15 @@ def test_the_list_and_one_of_them(vidaccel):
     printed = vidaccel("presets", "demo-dc-fast").stdout
     assert Preset.from_dict(yaml.safe_load(printed)) == load_preset("demo-dc-fast")
     result = vidaccel("presets", "demo-slow")
-    assert result.exit_code == 2 and "there is no preset demo-slow. Give a file" in result.stderr
+    assert result.exit_code == 2 and "there is no preset demo-slow; there are demo-cache, " in result.stderr
+
+
+def test_what_a_waterfall_is_of_is_an_argument(vidaccel, tmp_path):
+    result = vidaccel("waterfall", "demo-dc-fst", "--out", tmp_path / "w.html")
+    said = "Error: PRESET cannot be used: there is no preset demo-dc-fst; did you mean demo-dc-fast? There are "
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    result = vidaccel("waterfall", "demo-dc-fast", "--prompts", tmp_path / "none.txt", "--out", tmp_path / "w.html")
+    assert "none.txt: it cannot be read (No such file or directory). Give a text" in result.stderr, result.output
 
 
 def test_one_is_printed_with_paths_that_hold_anywhere(vidaccel, tmp_path, monkeypatch):

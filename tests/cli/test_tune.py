@@ -58,6 +58,15 @@ def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch):
         (("--min-psnr", 30, "--threads", 0), "Error: --threads is 0: it must be at least 1."),
         (("--min-psnr", 30, "--device", "cpu", "--offload-blocks"), "Error: --offload"),
         (("--min-psnr", 30, "--lever", "luck"), "Error: --lever is luck: there is none of that name;"),
+        (
+            ("--min-psnr", 30, "--effort", "thorogh"),
+            "Error: --effort is thorogh: there is none of that name; did you m",
+        ),
+        (
+            ("--min-psnr", 30, "--method", "sgv"),
+            "Error: --method is sgv: there is none of that name; did you mean svg? There",
+        ),
+        (("--min-psnr", 30, "--method", "sla"), "Error: --method is sla: it is none of the methods that can be tuned"),
         (("--min-psnr", 30, "--model", "demo-nothing"), "Error: --model is demo-nothing:"),
         (("--min-psnr", 30, "--adapter", "nowhere"), "Error: --adapter cannot be used:"),
         (("--max-error", 0.1, "--adapter", "nowhere"), "Give --min-psnr or --max-time-ratio, or leave --adapter out."),

@@ -32,7 +32,7 @@ def test_the_commands_run(arguments, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert (tmp_path / arguments[arguments.index("--out") + 1]).stat().st_size > 1000
     if "--compare" in arguments:
-        assert (tmp_path / "report.html").stat().st_size > 10_000
+        assert (tmp_path / "triangle.report.html").stat().st_size > 10_000
 
 
 def test_it_begins_with_the_two_commands():
