@@ -164,9 +164,13 @@ class Comparison:
 
     def _captions(self) -> list[str]:
         """The name, the seconds and the distance to the reference of each video."""
-        told = [f"{video.name} {video.seconds:.3g} s" for video in self.videos]
-        metrics = [self.metrics.get(video.name) for video in self.videos]
-        return [t if m is None else f"{t}, PSNR {m.mean_psnr:.1f} dB" for t, m in zip(told, metrics, strict=True)]
+        told = []
+        for video in self.videos:
+            own = self.metrics.get(video.name)
+            near = "" if own is None else f", PSNR {own.mean_psnr:.1f} dB"
+            near = f", identical to {self.reference.name}" if own is not None and math.isinf(own.mean_psnr) else near
+            told.append(f"{video.name} {video.seconds:.3g} s{near}")
+        return told
 
     def _places(self) -> str:
         return f"; files {', '.join(map(str, self.files))}" if self.files else ""

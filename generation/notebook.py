@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .sound import Sound
-from .video import EncodingError, mp4_url
+from .video import mp4_url
 
 CRF = 26
 """Quality of what is shown (`video.CRF` is that of files): the notebook keeps it, in a fraction of the bytes."""
@@ -28,7 +28,7 @@ def in_html(videos: Iterable[Shown]) -> str | None:
     """Videos side by side, small, and in the text itself; None where they cannot be encoded."""
     try:
         figures = "".join(map(_figure, videos))
-    except (EncodingError, OSError, RuntimeError):  # the last is imageio-ffmpeg's, which found no encoder
+    except (OSError, RuntimeError):  # `EncodingError`, or imageio-ffmpeg's, which found no encoder
         return None
     return f'<div style="display: flex; flex-wrap: wrap; gap: 1em">{figures}</div>'
 

@@ -33,7 +33,7 @@ def alone(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    lock, owner, locked = FileLock(folder / LOCK), folder / OWNER, True
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -41,6 +41,8 @@ def alone(folder: Path) -> Iterator[None]:
         raise BadInput("out", problem, "Wait until that ends, or give another folder.", value=folder) from error
     except (OSError, NotImplementedError) as error:
         logger.warning("%s cannot be locked (%s): start no second tune in it.", folder, error)
+        locked = False
+    if not locked:
         yield
         return
     try:

@@ -113,6 +113,7 @@ def test_what_a_notebook_shows(comparison, clip, reports, monkeypatch):
     psnr = f"PSNR {made.metrics['svg'].mean_psnr:.1f} dB"
     told = f"dense {dense.seconds:.3g} s; svg {svg.seconds:.3g} s, {psnr}; files {made.files[0]}, {made.files[1]}"
     assert repr(made) == f"<vidaccel comparison: {told}>"
+    assert "; svg 2 s, identical to dense;" in re.sub(r"svg [\d.]+ s", "svg 2 s", repr(comparison(svg=clip)))
     assert repr(reports["svg"]) == "<vidaccel report of svg: 12 calls, mean density 0.500; print it for a table>"
     assert repr(replace(reports["svg"], records=())).endswith("no call yet; print it for a table>")
     assert str(reports["svg"]).count("\n") > 3

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -12,6 +14,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -218,6 +221,15 @@ with alone(Path({str(folder)!r})):
     assert not (folder / OWNER).exists()
     with alone(folder), pytest.raises(BadInput, match=f"process {os.getpid()} on "), alone(folder):
         pass
+
+
+def test_a_file_system_without_locks_is_no_reason_not_to_tune(tmp_path, monkeypatch, caplog):
+    def refused(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+    with caplog.at_level(logging.WARNING), alone(tmp_path), alone(tmp_path):
+        assert "cannot be locked ([Errno" in caplog.text and "No locks available): start no second tune" in caplog.text
 
 
 def test_the_page_says_what_was_sought(pipe, layers, tmp_path):
