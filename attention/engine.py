@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -65,6 +65,8 @@ class SparseAttention:
     Args:
         method: a `Method` or the name of one.
         num_layers: transformer blocks of the model.
+        depths: the block that each of them counts as in the schedule, where that is not its own number: blocks beside
+            the main ones count as those that they feed.
         schedule: the steps and layers that stay dense; the method's own when None.
         backend: a backend's name, which then runs or raises, or "auto".
         model: name of the component, for the report.
@@ -87,9 +89,12 @@ class SparseAttention:
         model: str = "transformer",
         measure_error: int = 0,
         precision: str | None = None,
+        depths: Sequence[int] | None = None,
     ) -> None:
         self.method = resolve_method(method)
         self.num_layers = num_layers
+        self.depths = tuple(range(num_layers) if depths is None else depths)
+        self._deepest = max(self.depths, default=-1) + 1  # blocks, as the schedule counts them
         self.schedule = schedule if schedule is not None else self.method.schedule
         self.backend = check_backend(backend)
         self.model = model
@@ -171,7 +176,7 @@ class SparseAttention:
         if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
-        dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self.num_layers))
+        dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self._deepest))
         grids = {layout.grid for layout in self._fitting}
         for layout in () if dense else dict.fromkeys(layouts):
             if layout not in self._fitting:
@@ -215,7 +220,7 @@ class SparseAttention:
         return self.layouts[0] if self.layouts else None
 
     def _warn_of_schedule(self, step: StepInfo) -> None:
-        warning = self.schedule.warning(step.num_steps, self.num_layers)
+        warning = self.schedule.warning(step.num_steps, self._deepest)
         if warning:
             self.note(warning, logging.WARNING)
         if remark := self.schedule.remark(step.num_steps):
@@ -316,7 +321,7 @@ class SparseAttention:
                 logging.WARNING,
             )
             return "unknown layout"
-        reason = self.schedule.dense_reason(self.step, layer, self.num_layers)
+        reason = self.schedule.dense_reason(self.step, self.depths[layer], self._deepest)
         if not reason and self.backend == "auto" and not runs_somehow(device):
             self.note(f"no backend runs on {device.type}: all calls stay dense", logging.WARNING)
             return f"no backend on {device.type}"

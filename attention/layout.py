@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,7 @@ class VideoLayout:
         width: patch columns per frame, at least 1.
         text_before: tokens in front of the video that are not video.
         text_after: tokens behind the video that are not video.
+        beside: what these tokens are, for messages: "text", or "history" where a model reads earlier frames so.
 
     Raises:
         ValueError: a size is not a whole number, or below its bound.
@@ -31,6 +32,7 @@ class VideoLayout:
     width: int
     text_before: int = 0
     text_after: int = 0
+    beside: str = field(default="text", compare=False, repr=False)  # two layouts are one where their tokens are
 
     def __post_init__(self) -> None:
         for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):

@@ -42,7 +42,8 @@ class DenseSchedule:
     Args:
         first_steps: steps at the start of a run.
         last_steps: steps at its end.
-        first_layers: transformer blocks at the input.
+        first_layers: transformer blocks at the input. Blocks beside the main ones (Wan VACE) count as those that they
+            feed.
         last_layers: blocks at the output.
         sigma_above: dense while the noise level is above this (one schedule for any number of steps).
         sigma_below: dense once the noise level is below this.

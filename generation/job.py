@@ -275,6 +275,8 @@ def prepare(
         return trained_method(learned, facts, pipe, layout, sparse.density, overrides, schedule)
 
     methods, left_out = _methods(runs, sparse, layout, place, sla_method, lambda: trained_settings(facts, pipe))
+    if left_out and not any(methods.values()):
+        why = f"{next(iter(left_out))} is the choice, but cannot do this video"
     check_trained(trained, methods, layout)
     notes = [*filter(None, [own_note]), *of_loras]
     told = "" if limit is None or compare or facts.trained_for else limit.why
@@ -359,7 +361,9 @@ def _methods(
     vsa: TrainedSettings,
 ) -> tuple[dict[str, Method | None], dict[str, str]]:
     """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why."""
-    names = [name_of(run) for run in runs]
+    from ..attention.methods.base import OutOfReach
+
+    names, alone = [name_of(run) for run in runs], len(runs) == 1
     unknown = [name for name in sparse.overrides if name not in names]
     if unknown:
         value = f"{unknown[0]}.{next(iter(sparse.overrides[unknown[0]]), '')}"
@@ -377,13 +381,17 @@ def _methods(
             check_stand_ins(sparse.backend, device, method)
             check_second_stage(sparse.backend, device, method)
         except BadInput as error:
-            # Left out of several alone that were chosen here, and of which this one was not meant in particular.
-            if sparse.methods or name_of(run) in sparse.overrides or len(runs) == 1:
+            # Left out of several alone that were chosen here, and of which this one was not meant in particular; where
+            # one was, the video is dense if nothing at all was asked of sparse attention.
+            of_video = isinstance(error.__cause__, OutOfReach) and not any(sparse.given().values())
+            if sparse.methods or name_of(run) in sparse.overrides or (alone and not of_video):
                 raise
             left_out[name_of(run)] = error.problem
+            if alone:
+                found[None] = None
         else:
             found[method] = None
-    if not any(found) and left_out:
+    if not any(found) and left_out and not alone:
         name, reason = next(iter(left_out.items()))
         raise BadInput("method", f"none of {', '.join(left_out)} can make this video ({name}: {reason})")
     named = iter(labels([method for method in found if method is not None]))

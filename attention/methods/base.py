@@ -237,13 +237,13 @@ def check_reach(
     Args:
         owner: the method's class, for the message.
         density: of the method; None where it has none to meet.
-        layout: the token grid; its text stays dense.
+        layout: the token grid; what is beside the video stays dense.
         clusters: of keys for which each video token reads a stand-in; 0 for none.
         stand_in: what that is, "one stand-in for each key cluster".
         easing: field of the method that leads to fewer stand-ins -> what to do with it.
     """
     pairs = {
-        "the text, which stays dense,": layout.tokens**2 - layout.video_tokens**2,
+        f"the {layout.beside}, which stays dense,": layout.tokens**2 - layout.video_tokens**2,
         stand_in: clusters * layout.video_tokens,
     }
     text, least = (count / layout.tokens**2 for count in (next(iter(pairs.values())), sum(pairs.values())))
@@ -291,7 +291,7 @@ def blocks_for_density(
     if density < computed[0] - 0.5 / blocks:
         raise OutOfReach(
             f"{owner} density {density} is below {computed[0]:.3f}, which is {one_block}"
-            f"{' and the text' if layout.text_tokens else ''}: raise density, or use {easing}.",
+            f"{f' and the {layout.beside}' if layout.text_tokens else ''}: raise density, or use {easing}.",
             "density",
             density,
             least=computed[0],

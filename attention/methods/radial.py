@@ -227,7 +227,8 @@ class Radial(Method):
         if not min(reached) - _TOLERANCE <= density <= max(reached) + _TOLERANCE:
             raise OutOfReach(
                 f"Radial cannot reach density {density:g} with {layout.frames} frames of {layout.tokens_per_frame} "
-                f"and {layout.text_tokens} text tokens, blocks of {base.resolved_block_size(layout)}, sink={sink}: "
+                f"and {layout.text_tokens} tokens of {layout.beside}, blocks of "
+                f"{base.resolved_block_size(layout)}, sink={sink}: "
                 f"{min(reached):.3f} to {max(reached):.3f} is possible. For less, use smaller blocks or sink=False; "
                 "leave near, min_window and thinning to the search.",
                 "density",

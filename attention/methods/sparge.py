@@ -129,7 +129,7 @@ class Sparge(Method):
             what += f"{', the sink' if method.sink else ''}{', the last blocks' if any(tails) else ''}"
             raise OutOfReach(
                 f"Sparge density {density} is below {least:.3f}, which is {what}"
-                f"{' and the text' if layout.text_tokens else ''}: raise density, or use smaller blocks.",
+                f"{f' and the {layout.beside}' if layout.text_tokens else ''}: raise density, or use smaller blocks.",
                 "density",
                 density,
                 least=least,

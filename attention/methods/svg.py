@@ -93,7 +93,9 @@ class SVG(Method):
         if least > self.density:
             raise OutOfReach(
                 f"SVG density {self.density} is below {least:.3f}, the least for {layout} with tiles of "
-                f"{self.tile_size(layout)} queries: raise density to that"
+                f"{self.tile_size(layout)} queries"
+                + (f" and the {layout.beside}, which stays dense" if layout.text_tokens else "")
+                + ": raise density to that"
                 + (", use a smaller tile" if self.tile_size(layout) > 1 else "")
                 + (" or sink=False" if self._has_sink(layout) else "")
                 + ".",

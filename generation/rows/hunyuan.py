@@ -28,7 +28,7 @@ def _pictured(shape: Shape) -> Any:
 def _framepack(shape: Shape) -> Any:
     """A section of nine latent frames; before it 16, 2 and 1 others and the picture, behind it picture and text."""
     before = shape.history((16, 4, 8), (2, 2, 4), (2, 1, 2))
-    return grid(shape, 9, before=before, after=_SIGLIP_TOKENS + shape.text)
+    return grid(shape, 9, before=before, after=_SIGLIP_TOKENS + shape.text, beside="history with picture and text")
 
 
 def _sections(frames: int, factor: int) -> int:

@@ -48,13 +48,16 @@ class Shape:
         return sum(-(-count // long) * -(-high // side) * -(-wide // side) for count, long, side in parts)
 
 
-def grid(shape: Shape, latent_frames: int | None = None, *, before: int = 0, after: int = 0) -> VideoLayout:
-    """The tokens of `latent_frames`, filled up to whole patches, with others before and after them."""
+def grid(
+    shape: Shape, latent_frames: int | None = None, *, before: int = 0, after: int = 0, beside: str = "text"
+) -> VideoLayout:
+    """The tokens of `latent_frames`, filled up to whole patches, with others before and after them, which are called
+    what `beside` says."""
     from ...attention.layout import VideoLayout
 
     latent = shape.latent_frames if latent_frames is None else latent_frames
     high, wide = (shape.size_factor * side for side in shape.patch[1:])
-    return VideoLayout(-(-latent // shape.patch[0]), shape.height // high, shape.width // wide, before, after)
+    return VideoLayout(-(-latent // shape.patch[0]), shape.height // high, shape.width // wide, before, after, beside)
 
 
 def video_alone(shape: Shape) -> VideoLayout:

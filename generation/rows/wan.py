@@ -79,7 +79,7 @@ def _overlap(pipe: Any, settings: Any) -> dict[str, Any]:
 
 def _helios(shape: Shape) -> Any:
     """A chunk of nine latent frames, after 16, 2 and 1 that went before and the first of all."""
-    return grid(shape, 9, before=shape.history((16, 4, 8), (2, 2, 4), (2, 1, 2)))
+    return grid(shape, 9, before=shape.history((16, 4, 8), (2, 2, 4), (2, 1, 2)), beside="history")
 
 
 def _pyramid_steps(steps: int) -> dict[str, Any]:

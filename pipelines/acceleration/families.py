@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -26,6 +27,7 @@ class Family:
         transformers: class names in diffusers.
         pipelines: diffusers pipelines that such transformers come in.
         sites: paths of the self-attention modules over the video in running order, `*` for the number of a block.
+        feeds: list of blocks beside the main ones -> setting of the transformer that says which main block each feeds.
         layout: `(transformer, arguments of its forward pass) -> Layouts` of the sequence its blocks see.
         branches: names of the guidance branches in the order in which pipelines call them.
         timestep: the argument of the forward pass that changes from step to step.
@@ -50,6 +52,7 @@ class Family:
     left_out: str = ""
     stays_dense: str = ""
     heads: Callable[[Mapping[str, Any]], tuple[int, int]] = head_counts.usual
+    feeds: Mapping[str, str] = field(default_factory=dict)
 
     def modules(self, transformer: torch.nn.Module) -> dict[str, Any]:
         """The self-attention modules of a transformer by path, in running order."""
@@ -60,6 +63,20 @@ class Family:
                 found[f"{blocks}.{number}.{inner}"] = block.get_submodule(inner)
         kept = len(found) - (getattr(transformer.config, self.left_out) if self.left_out else 0)
         return dict(list(found.items())[:kept])
+
+    def depths(self, transformer: torch.nn.Module) -> list[int]:
+        """The block that each module of `modules` counts as in a schedule: its place among the main blocks.
+
+        A block that feeds a main one is dense with it: `first_layers=1` means the first main block and what it is fed.
+        """
+        made = []
+        main = itertools.count()
+        for path in self.modules(transformer):
+            blocks, number, _ = path.split(".", 2)
+            fed = self.feeds.get(blocks)
+            # Models hand on what was made for main blocks in the order of these, however the setting has them.
+            made.append(next(main) if fed is None else sorted(getattr(transformer.config, fed))[int(number)])
+        return made
 
 
 _WAN = ("blocks.*.attn1",)
@@ -86,6 +103,7 @@ FAMILIES: tuple[Family, ...] = (
         ("WanVACEPipeline",),
         layouts.video_alone,
         ("vace_blocks.*.attn1", "blocks.*.attn1"),
+        feeds={"vace_blocks": "vace_layers"},
     ),
     Family("Wan Animate", ("WanAnimateTransformer3DModel",), ("WanAnimatePipeline",), layouts.video_alone, _WAN),
     Family("ChronoEdit", ("ChronoEditTransformer3DModel",), ("ChronoEditPipeline",), layouts.video_alone, _WAN),

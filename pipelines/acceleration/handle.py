@@ -19,7 +19,7 @@ from ..default_method import DEFAULT_METHOD
 from .checks import check_runs, check_schedule
 from .clock import StepClock
 from .families import find_transformers
-from .installed import Installed
+from .installed import Installed, Unasked
 from .rank_heads import balance_note
 from .sla import Learned, find_learned, method_of
 from .vsa_gates import find_trained
@@ -45,6 +45,7 @@ class Handle:
         transformers = find_transformers(pipe)
         chosen, learned = _with_learned(method, transformers, adapters, base)
         self.method = chosen
+        unasked = Unasked(method is None, schedule is None and not isinstance(method, Method))
         schedule = schedule if schedule is not None else chosen.schedule
         check_schedule(schedule, pipe)
         for transformer, _ in transformers.values():
@@ -60,7 +61,7 @@ class Handle:
         try:
             for name, (transformer, family) in transformers.items():
                 options: dict[str, Any] = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
-                options |= {"precision": precision, "min_tokens": least, "base": base}
+                options |= {"precision": precision, "min_tokens": least, "base": base, "unasked": unasked}
                 own = learned.get(name)
                 self._installed.append(Installed(pipe, name, transformer, family, chosen, own, self._clock, **options))
         except BaseException:
@@ -168,9 +169,10 @@ def accelerate(
             alone, whose steps are then counted from its timesteps.
         method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults; "sla" and "vsa" for what the model was
             trained with. None chooses: that of these for which the model was trained, otherwise `Tangent`; the report
-            says which.
+            says which. A video that this choice cannot do stays dense, and the report says why.
         backend: a backend's name, which then runs or raises, or "auto".
-        schedule: the steps and layers that stay dense; the method's own when None.
+        schedule: the steps and layers that stay dense; the method's own when None, under which a call of the
+            transformer outside a run, whose number of steps is unknown, stays dense.
         min_tokens: videos of fewer tokens stay dense, where planning would cost more than it saves. None, where the
             method is chosen here, takes what `vidaccel break-even` measured on this machine, otherwise 8192, and the
             report says which; with a method, none.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ...attention import Method, SparseAttention, VideoLayout
+from ...attention import Method, SparseAttention, StepInfo, VideoLayout
+from ...attention.methods.base import OutOfReach
 from ..break_even import Key, Limit, fixed, limit
 from .checks import check_without_scheduler
 from .clock import StepClock
@@ -28,6 +31,18 @@ from .vsa_gates import GatesAtWork
 COPY = "copy the pipeline, or call vidaccel.restore() with the copy and accelerate it again where it is used."
 
 
+@dataclass(frozen=True)
+class Unasked:
+    """What a handle chose itself. What was asked for is refused where it cannot be; the rest leaves a pass dense.
+
+    Args:
+        method: nobody named one. schedule: nobody gave one; it is a method's default.
+    """
+
+    method: bool = False
+    schedule: bool = False
+
+
 class Installed(CopiedNotPickled):
     """The processors and the hooks in one transformer.
 
@@ -37,6 +52,7 @@ class Installed(CopiedNotPickled):
         clock: of the pipeline.
         min_tokens: videos of fewer tokens stay dense; None goes by what was measured on the machine.
         base: folder or hub id of the pipeline, where the transformer does not know it.
+        unasked: what stays dense where it cannot be followed, because nobody asked for it.
         options: those of its engine.
     """
 
@@ -51,6 +67,7 @@ class Installed(CopiedNotPickled):
         clock: StepClock,
         min_tokens: int | None = 0,
         base: str | Path | None = None,
+        unasked: Unasked = Unasked(),
         **options: Any,
     ) -> None:
         self._modules = family.modules(transformer)
@@ -62,9 +79,11 @@ class Installed(CopiedNotPickled):
             )
         Ulysses.of(transformer, name)  # what cannot be is refused now, where parallelism came first
         self.name, self.transformer, self.family = name, transformer, family
-        self.engine = SparseAttention(method, num_layers=len(processors), model=name, **options)
+        self.engine = SparseAttention(
+            method, num_layers=len(processors), depths=family.depths(transformer), model=name, **options
+        )
         self._signature = inspect.signature(type(transformer).forward)
-        self._clock, self._min_tokens = clock, min_tokens
+        self._clock, self._min_tokens, self._unasked = clock, min_tokens, unasked
         self._limits: dict[tuple[torch.device, torch.dtype], Limit] = {}  # of this run, where no number was given
         self._passes = 0
         self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
@@ -137,8 +156,11 @@ class Installed(CopiedNotPickled):
         found = self.family.layout(module, given)
         layouts, unknown = ((), found) if isinstance(found, str) else (found, "")
         dense = unknown or self._too_short(layouts, given)
+        why = dense
+        if not dense:
+            dense, why = self._uncounted(step) or self._out_of_reach(layouts) or ("", "")
         if dense:
-            self.engine.note(f"all calls of a forward pass stay dense: {dense}", logging.WARNING)
+            self.engine.note(f"all calls of a forward pass stay dense: {why}", logging.WARNING)
         dense = dense or self.paused
         shared = Ulysses.of(self.transformer, self.name)
         if shared is not None and layouts:
@@ -157,6 +179,33 @@ class Installed(CopiedNotPickled):
             least = found.tokens
             self.engine.note(f"min_tokens {least}: {found.why}")
         return f"min_tokens {least}, above the video's {tokens} tokens" if tokens < least else ""
+
+    def _uncounted(self, step: StepInfo) -> tuple[str, str] | None:
+        """The reason, short and whole, where a schedule that nobody asked for counts steps of a number not known."""
+        schedule = self.engine.schedule
+        if not self._unasked.schedule or step.num_steps is not None or not schedule.needs_num_steps:
+            return None
+        return "number of steps unknown", (
+            f"first_steps={schedule.first_steps} of the method's default schedule is a fraction of a run, and "
+            f"{self.name} was called outside one of the accelerated pipeline: give accelerate a DenseSchedule with a "
+            "whole number of first_steps to have such calls sparse"
+        )
+
+    def _out_of_reach(self, layouts: tuple[VideoLayout, ...]) -> tuple[str, str] | None:
+        """The reason, short and whole, where a method that nobody asked for cannot do what it is set to."""
+        if not self._unasked.method:
+            return None
+        try:
+            for layout in dict.fromkeys(layouts):
+                self.engine.method.check(layout)
+        except OutOfReach as error:
+            name, why = self.engine.method.name, str(error).rstrip(".")
+            if error.field == "density" and error.least is not None and error.least < 1:
+                # At the least density nothing of the video would be read: the same share of the rest is worth a try.
+                enough = math.ceil(100 * (1 - (1 - error.least) * (1 - error.value))) / 100
+                why += f'. accelerate(pipe, "{name}", density={enough:g}) computes {error.value:g} of all other pairs'
+            return f"{name} cannot do this video", why
+        return None
 
     def _limit(self, given: dict[str, Any]) -> Limit:
         """From how many tokens the method pays where and in the dtype in which the latents of a forward pass come."""
@@ -179,7 +228,8 @@ class Installed(CopiedNotPickled):
         self._passes += 1  # whole ones: of one that an error ended, not all layers were called
         made = sum(site.calls for site in self._sites.values()) - self._calls
         self._most_calls = max(self._most_calls, made)
-        if made < self._most_calls and self.engine.schedule.step_reason(self.engine.step):
+        step = self.engine.step
+        if made < self._most_calls and not self._uncounted(step) and self.engine.schedule.step_reason(step):
             self.engine.note(
                 "a cache skipped steps that the schedule keeps dense: put both to work by one preset (vidaccel.apply), "
                 "which computes them",

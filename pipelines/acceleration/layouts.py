@@ -94,7 +94,8 @@ def framepack(model: Any, given: Given) -> Layouts:
     clean, half, quarter = (given.get(f"latents_{name}") for name in ("clean", "history_2x", "history_4x"))
     before = _patches(clean, (1, 2, 2)) + _patches(half, (2, 4, 4)) + _patches(quarter, (4, 8, 8))
     size = grid(model, given["hidden_states"])
-    video = VideoLayout(*size, text_before=before, text_after=_length(given["image_embeds"]))
+    after = _length(given["image_embeds"])
+    video = VideoLayout(*size, text_before=before, text_after=after, beside="history with picture and text")
     return with_texts(video, given["encoder_attention_mask"])
 
 
@@ -102,7 +103,7 @@ def helios(model: Any, given: Given) -> Layouts:
     """`[history, oldest first, video]`."""
     short, mid, long = (given.get(f"latents_history_{name}") for name in ("short", "mid", "long"))
     before = _patches(short, (1, 2, 2)) + _patches(mid, (2, 4, 4)) + _patches(long, (4, 8, 8))
-    return (VideoLayout(*grid(model, given["hidden_states"]), text_before=before),)
+    return (VideoLayout(*grid(model, given["hidden_states"]), text_before=before, beside="history"),)
 
 
 def cogvideox(model: Any, given: Given) -> Layouts:
@@ -137,8 +138,7 @@ def _by_coordinates(places: torch.Tensor, tokens: int) -> Layouts:
     """
     time, row, column = places if places.ndim == 2 else places[..., 0]
     here, there = (slice(None, -1), slice(1, None))
-    falls = (row[there] < row[here]) | ((row[there] == row[here]) & (column[there] <= column[here]))
-    falls = (time[there] < time[here]) | ((time[there] == time[here]) & falls)
+    falls = _falls(time, row, column)
     if places.ndim == 3:
         falls |= (time[there] > time[here]) & (time[there] != places[0, here, 1])
     ends = [0, *(falls.nonzero().flatten() + 1).tolist(), tokens]
@@ -146,7 +146,15 @@ def _by_coordinates(places: torch.Tensor, tokens: int) -> Layouts:
     frames, height, width = (len(axis[first:stop].unique()) for axis in (time, row, column))
     if frames * height * width != stop - first:
         return "conditioning tokens that cannot be told from the video's"
-    return (VideoLayout(frames, height, width, text_before=first, text_after=tokens - stop),)
+    return (VideoLayout(frames, height, width, text_before=first, text_after=tokens - stop, beside="conditioning"),)
+
+
+def _falls(time: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Whether each token but the first does not come after the one before it, frame by frame and row by row: `[N - 1]`
+    bool from places `[N]`."""
+    here, there = (slice(None, -1), slice(1, None))
+    falls = (row[there] < row[here]) | ((row[there] == row[here]) & (column[there] <= column[here]))
+    return (time[there] < time[here]) | ((time[there] == time[here]) & falls)
 
 
 def cosmos_3(model: Any, given: Given) -> Layouts:
@@ -161,17 +169,25 @@ def cosmos_3(model: Any, given: Given) -> Layouts:
 
 
 def minimax(model: Any, given: Given) -> Layouts:
-    """Text, video and sound packed into one sequence at whatever places `*_indices` say."""
+    """Text, video and sound packed into one sequence at whatever places `*_indices` say.
+
+    `video_indices` has what conditions the video first: pictures, which sound may part from the video, and reference
+    videos. So the video is the last grid of the last of these rows without a gap.
+    """
     indices = given["video_indices"]
     *places, rows = torch.cat([given["position_ids"][indices].T, indices[None]]).cpu()  # one wait for the device
-    frames, height, width = (len(axis.unique()) for axis in places)
-    first, count, total = int(rows[0]), len(rows), len(given["token_tags"])
-    tokens = frames * height * width
-    if tokens > count or not rows.equal(torch.arange(first, first + count).to(rows)):
+    gaps = (rows.diff() != 1).nonzero().flatten() + 1
+    piece = int(gaps[-1]) if len(gaps) else 0
+    time, row, column = (axis[piece:] for axis in places)
+    falls = _falls(time, row, column).nonzero().flatten() + 1
+    first = int(falls[-1]) if len(falls) else 0
+    size = [len(axis[first:].unique()) for axis in (time, row, column)]
+    if size[0] * size[1] * size[2] != len(time) - first:
         return "video tokens that are no grid in one piece"
-    # Pictures that condition the video come first.
-    before, after = first + count - tokens, total - first - count
-    return (VideoLayout(frames, height, width, text_before=before, text_after=after),)
+    before, total = int(rows[piece + first]), len(given["token_tags"])
+    after = total - 1 - int(rows[-1])
+    beside = "text with pictures and sound" if piece or first else "text with sound"
+    return (VideoLayout(*size, text_before=before, text_after=after, beside=beside),)
 
 
 def with_texts(video: VideoLayout, mask: torch.Tensor) -> Layouts:

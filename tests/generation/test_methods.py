@@ -117,6 +117,18 @@ def test_the_default_method_alone_says_itself_why_it_cannot(monkeypatch):
         prepare("demo", small, Sparse(density=0.1), device="cpu")
 
 
+def test_a_video_that_the_default_method_cannot_do_is_dense_where_nothing_was_asked(monkeypatch):
+    """32 tokens, with more stand-ins than the pairs that it computes."""
+    monkeypatch.setattr("vidaccel.pipelines.default_method.MIN_SPARSE_TOKENS", 1)
+    small = Settings(PROMPT, frames=5, height=64, width=64)
+    job = prepare("demo", small, Sparse(), device="cpu")
+    assert job.methods == {"dense": None} and job.why == "tangent is the choice, but cannot do this video"
+    (note,) = (note for note in job.notes if note.startswith("tangent"))
+    assert note.startswith("tangent is left out: Tangent density is 0.2, but one stand-in for each key cluster makes")
+    with pytest.raises(BadInput, match=r"^method is tangent: Tangent density is 0\.2"):
+        prepare("demo", small, Sparse(["tangent"]), device="cpu")
+
+
 # -- several runs of one method ----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from huggingface_hub import constants
@@ -9,7 +11,7 @@ from tiny_families import build
 from tiny_wan import generate, make_transformer
 
 import vidaccel
-from vidaccel import SVG2, DenseSchedule, Tangent
+from vidaccel import SVG, SVG2, DenseSchedule, Tangent
 from vidaccel.attention import SparseAttention, StepInfo, VideoLayout, backends
 from vidaccel.generation.tuning.store import store
 from vidaccel.pipelines.acceleration.families import FAMILIES, find_transformers
@@ -95,6 +97,77 @@ def test_what_stays_dense_need_not_be_possible(pipe):
             assert generate(pipe, frames=1).equal(before)
         with pytest.raises(ValueError, match="Tangent density is 0.2"):
             generate(pipe, frames=1)
+
+
+def test_a_default_method_that_cannot_do_a_video_leaves_it_dense_and_says_why(caplog):
+    """Helios reads its history exactly, which is more of the pairs than the default computes."""
+    tiny = build("helios")
+    before = tiny.run()
+    schedule = DenseSchedule()
+    with (
+        caplog.at_level("WARNING", "vidaccel"),
+        vidaccel.accelerate(tiny.model, schedule=schedule, min_tokens=0) as handle,
+    ):
+        assert tiny.run().equal(before) and tiny.run().equal(before)
+        report = handle.report()
+    assert {r.reason for r in report.records} == {"tangent cannot do this video"}
+    (why,) = (note for note in report.notes if "stay dense" in note)
+    said = "Tangent density is 0.2, but the history, which stays dense, makes 0.684 of the pairs"
+    assert said in why and caplog.text.count(why) == 1
+    (enough,) = re.findall(r'accelerate\(pipe, "tangent", density=([\d.]+)\) computes 0.2 of all other pairs', why)
+    with vidaccel.accelerate(tiny.model, Tangent(density=float(enough), schedule=schedule)) as handle:
+        assert not tiny.run().equal(before)
+        assert {r.reason for r in handle.report().records} == {""}
+    with (
+        vidaccel.accelerate(tiny.model, Tangent(schedule=schedule)),
+        pytest.raises(ValueError, match="but the history"),
+    ):
+        tiny.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("helios", "history"),
+        ("hunyuan_framepack", "history with picture and text"),
+        ("ltx_condition", "conditioning"),
+        ("minimax_h3_keyframes", "text with pictures and sound"),
+        ("hunyuan_video", "text"),
+    ],
+)
+@pytest.mark.parametrize("method", [Tangent(density=0.01), SVG2(density=0.01), SVG(density=0.01)], ids=lambda m: m.name)
+def test_a_density_that_is_too_low_names_what_stays_dense_beside_the_video(name, beside, method):
+    tiny = build(name)
+    said = rf"density .*0\.01.* the {beside}, which stays dense.*raise density"
+    with vidaccel.accelerate(tiny.model, method, schedule=DenseSchedule()), pytest.raises(ValueError, match=said):
+        tiny.run()
+
+
+def test_a_pass_outside_a_run_is_dense_where_the_default_schedule_counts_in_fractions(pipe):
+    """What a user tries by hand after a run, and what another pipeline with this transformer does."""
+    latents, text = torch.randn(1, 4, 5, 8, 8), torch.randn(1, 6, 16)
+
+    def by_hand():
+        generate(pipe)
+        with torch.no_grad():
+            return pipe.transformer(latents, torch.tensor([123.0]), text, return_dict=False)[0]
+
+    with torch.no_grad():
+        before = pipe.transformer(latents, torch.tensor([123.0]), text, return_dict=False)[0]
+    for given in ((), ("svg2",)):
+        with vidaccel.accelerate(pipe, *given, min_tokens=0) as handle:
+            assert by_hand().equal(before)
+            report = handle.report()
+            assert {r.reason for r in report.last().records} == {"number of steps unknown"}
+            (note,) = (note for note in report.notes if "default schedule" in note)
+            assert "give accelerate a DenseSchedule with a whole number of first_steps" in note
+            handle.reset()
+            generate(pipe)
+            assert any(not r.reason for r in handle.report().records)
+    for asked in ({"schedule": DenseSchedule(first_steps=0.2)}, {"method": SVG2(density=0.4)}):
+        said = r"first_steps=0\.[23] is a fraction .* use a whole number"
+        with vidaccel.accelerate(pipe, **{"method": "svg2", **asked}), pytest.raises(ValueError, match=said):
+            by_hand()
 
 
 @pytest.mark.parametrize("everything", [{"first_steps": 1.0}, {"first_layers": 1.0}, {"sigma_above": 0.0}], ids=str)

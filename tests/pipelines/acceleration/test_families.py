@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Ref2VAPrepareLayoutStep
 from tiny_families import BUILDERS, Tiny, build
 from tiny_families.base import mask
+from tiny_families.others import minimax_h3_at, minimax_h3_packed
+from tiny_families.wan_kin import WAN
 from torch.utils._pytree import tree_map_only
 
 from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, VideoLayout, accelerate
@@ -204,6 +208,51 @@ def test_a_keyframe_of_the_last_picture_is_no_frame_of_the_video(fps, pixel_fram
     keyframe[:, 0, :, 0], keyframe[:, 0, :, 1] = pixel_frame / fps, (pixel_frame + 1) / fps
     given = {"hidden_states": torch.zeros(1, 96, 4), "video_coords": torch.cat([video, keyframe], 2)}
     assert packed(model, given) == (VideoLayout(3, 4, 6, text_after=24),)
+
+
+@pytest.mark.parametrize("keyframes", [(), ("first",), ("last",), ("first", "last")], ids="+".join)
+def test_minimax_has_keyframes_and_sound_before_the_video(keyframes):
+    """In the order of diffusers' own blocks, with a keyframe at the time of a frame of the video."""
+    torch.manual_seed(0)
+    tiny = minimax_h3_packed(2, keyframes)
+    before = 5 + 24 * len(keyframes) + 2 * 3
+    with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) as handle:
+        tiny.run()
+        assert handle._installed[0].engine.layouts == (VideoLayout(3, 4, 6, text_before=before),)
+        assert {record.reason for record in handle.report().records} == {""}
+
+
+def test_minimax_has_reference_videos_with_their_sound_before_the_video():
+    """A reference of the video's own size, and a picture of another."""
+    kinds = [SimpleNamespace(kind="video", has_audio=True), SimpleNamespace(kind="image")]
+    sizes = [torch.zeros(1, 4, 3, 8, 12), torch.zeros(1, 4, 1, 4, 4)]
+    packed = MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        torch.ones(5, dtype=torch.long), kinds, sizes, [torch.zeros(4, 4)], 3, 8, 12, 3, (1, 2, 2), 2, 2, 0
+    )
+    tiny = minimax_h3_at(2, packed)
+    with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) as handle:
+        tiny.run()
+        assert handle._installed[0].engine.layouts == (VideoLayout(3, 4, 6, text_before=5 + 72 + 4 + 4 + 6),)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "dense"),
+    [
+        ({"first_layers": 1}, {("vace_blocks", 0), ("blocks", 0)}),
+        ({"last_layers": 1}, {("vace_blocks", 1), ("blocks", 2)}),
+        ({"first_layers": 0.5}, {("vace_blocks", 0), ("blocks", 0), ("blocks", 1)}),  # of 3 main blocks
+    ],
+    ids=["first", "last", "half"],
+)
+def test_a_control_block_of_vace_counts_as_the_main_block_that_it_feeds(schedule, dense):
+    tiny = build("wan_vace")
+    model = type(tiny.model)(**WAN, num_layers=3, vace_layers=[0, 2], vace_in_channels=6)
+    with torch.no_grad(), accelerate(model, SPARSE, schedule=DenseSchedule(**schedule)) as handle:
+        model(**tiny.given)
+        records = handle.report().records
+    sites = [("vace_blocks", 0), ("vace_blocks", 1), ("blocks", 0), ("blocks", 1), ("blocks", 2)]
+    assert [r.layer for r in records] == list(range(5))
+    assert {sites[r.layer] for r in records if r.reason} == dense
 
 
 def test_a_text_mask_with_holes_stays_dense_and_is_stock():

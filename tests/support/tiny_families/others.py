@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
 
 from vidaccel import VideoLayout
 
@@ -110,13 +111,14 @@ def allegro(layers: int) -> Tiny:
     return Tiny(model, more, VideoLayout(*GRID), layers)
 
 
+MINIMAX = {"num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 24, "num_refiner_layers": 1,
+           "ffn_dim": 32, "in_channels": 4, "audio_in_channels": 4, "text_dim": 16, "freq_dim": 16,
+           "time_embed_hidden_dim": 16, "time_embed_dim": 16, "rope_freq_dim": 2}  # fmt: skip
+
+
 def minimax_h3(layers: int) -> Tiny:
     """Text, video and sound in one packed sequence."""
-    model = diffusers.MiniMaxH3Transformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=layers, num_refiner_layers=1,
-        ffn_dim=32, in_channels=4, audio_in_channels=4, text_dim=16, freq_dim=16, time_embed_hidden_dim=16,
-        time_embed_dim=16, rope_freq_dim=2,
-    )  # fmt: skip
+    model = diffusers.MiniMaxH3Transformer3DModel(**MINIMAX, num_layers=layers)
     text, video, sound = 5, 72, 6
     total = text + video + sound
     places = torch.zeros(total, 3, dtype=torch.long)
@@ -132,5 +134,30 @@ def minimax_h3(layers: int) -> Tiny:
     return Tiny(model, more, VideoLayout(*GRID, text_before=text, text_after=sound), layers, axes=None)
 
 
+def minimax_h3_keyframes(layers: int) -> Tiny:
+    return minimax_h3_packed(layers, ("first", "last"))
+
+
+def minimax_h3_packed(layers: int, keyframes: tuple[str, ...]) -> Tiny:
+    """In diffusers' own order: text, keyframes, sound in two channels, video."""
+    packing = MiniMaxH3PrepareLayoutStep.build_packed_sequence
+    frames, height, width = GRID[0], 2 * GRID[1], 2 * GRID[2]
+    tags = torch.ones(5, dtype=torch.long)
+    packed = packing(tags, frames, height, width, 3, (1, 2, 2), 2, 2, 0, keyframe_anchors=keyframes)
+    return minimax_h3_at(layers, packed)
+
+
+def minimax_h3_at(layers: int, packed: tuple) -> Tiny:
+    """What diffusers' blocks give a transformer whose rows they packed, with the video last."""
+    places, tags, video, sound, text, conditions, _ = packed
+    model = diffusers.MiniMaxH3Transformer3DModel(**MINIMAX, num_layers=layers)
+    given = {"hidden_states": noise(1, len(video), 16), "audio_hidden_states": noise(1, len(sound), 4),
+             "encoder_hidden_states": noise(1, len(text), 16), "timestep": torch.tensor([0.0, 0.5]),
+             "timestep_indices": (tags != 1).long(), "token_tags": tags, "position_ids": places,
+             "text_indices": text, "video_indices": video, "audio_indices": sound}  # fmt: skip
+    layout = VideoLayout(*GRID, text_before=len(tags) - 72)
+    return Tiny(model, given, layout, layers, axes=None, first=conditions)
+
+
 BUILDERS = {f.__name__: f for f in (ltx, ltx_condition, ltx_condition_behind, ltx2, ltx2_3, ltx2_3_guided, ltx2_masked,
-                                    kandinsky5, kandinsky6, allegro, minimax_h3)}  # fmt: skip
+                                    kandinsky5, kandinsky6, allegro, minimax_h3, minimax_h3_keyframes)}  # fmt: skip
