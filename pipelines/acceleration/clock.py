@@ -130,6 +130,10 @@ class StepClock:
         if self._run is not None and self._run.ended():
             self._forget({*self._run.passes, *self._run.per_row})
 
+    def stopped(self) -> None:
+        """No more passes come, whatever the run was to have: what all models remember is forgotten."""
+        self._forget(set(self._forgetful))
+
     def _forget(self, models: set[str]) -> None:
         for model in models & self._forgetful.keys():
             forget = self._forgetful[model]()

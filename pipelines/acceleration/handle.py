@@ -20,6 +20,7 @@ from .checks import check_runs, check_schedule
 from .clock import StepClock
 from .families import find_transformers
 from .installed import Installed, Unasked
+from .loop_end import NAME, LoopEnd
 from .rank_heads import balance_note
 from .sla import Learned, find_learned, method_of
 from .vsa_gates import find_trained
@@ -58,12 +59,14 @@ class Handle:
         self._told: set[str] = set()
         self._clock = StepClock(pipe)
         self._installed: list[Installed] = []
+        self._loop_end: LoopEnd | None = None
         try:
             for name, (transformer, family) in transformers.items():
                 options: dict[str, Any] = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
                 options |= {"precision": precision, "min_tokens": least, "base": base, "unasked": unasked}
                 own = learned.get(name)
                 self._installed.append(Installed(pipe, name, transformer, family, chosen, own, self._clock, **options))
+            self._loop_end = LoopEnd.of(pipe, self._clock)
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
             raise
@@ -134,6 +137,8 @@ class Handle:
         finally:
             for installed in self._installed:
                 installed.remove()
+            if self._loop_end is not None:
+                self._loop_end.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -217,6 +222,9 @@ def restore(pipe: Any) -> None:
             owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
             if isinstance(owner, Installed):
                 owner.remove()
+    loop_end = vars(pipe).get(NAME)
+    if isinstance(loop_end, LoopEnd):
+        loop_end.remove()
 
 
 def _with_learned(

@@ -89,6 +89,7 @@ class Installed(CopiedNotPickled):
         self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
         self.paused = ""
         self._thread: int | None = None  # which is in a forward pass
+        self._inside = False  # of one that has not ended well
         self._gates = GatesAtWork(name, transformer, self._modules, method, base)
         self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
         try:
@@ -134,7 +135,7 @@ class Installed(CopiedNotPickled):
                 "one wait for the other (a threading.Lock around the pipeline's call), or give each thread a pipeline "
                 "with a copy of the transformer, accelerated by itself."
             )
-        self._thread = thread
+        self._thread, self._inside = thread, True
         given = self._signature.bind(module, *args, **kwargs).arguments
         timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
         empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
@@ -225,6 +226,7 @@ class Installed(CopiedNotPickled):
         Gradient checkpointing runs the layers again then, and the last forward pass may have been another: a second
         sample's, or a teacher's.
         """
+        self._inside = False
         self._passes += 1  # whole ones: of one that an error ended, not all layers were called
         made = sum(site.calls for site in self._sites.values()) - self._calls
         self._most_calls = max(self._most_calls, made)
@@ -250,9 +252,12 @@ class Installed(CopiedNotPickled):
 
     @torch.compiler.disable
     def _outside(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        """A forward pass ended, also by an error."""
+        """A forward pass ended, also by an error; what is remembered would be in the way of another attempt then."""
         if self._thread == threading.get_ident():
             self._thread = None
+            if self._inside:
+                self._clock.stopped()
+            self._inside = False
 
     def check_sites(self) -> None:
         """Note the layers that made no attention call of ours in the forward passes so far."""

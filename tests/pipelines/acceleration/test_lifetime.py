@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProces
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig, get_peft_model
 from tiny_wan import generate, make_pipe, make_scheduler, make_transformer
+from torch.utils._pytree import tree_leaves
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule
@@ -380,6 +383,113 @@ def test_runs_of_few_steps_remember_nothing_either(pipe, steps, guidance):
         generate(pipe, steps=steps, guidance_scale=guidance)
         assert all(kept) and len(kept) == steps * (1 + (guidance > 1))
         assert not engine._call_memory
+
+
+class TestRunsThatEndEarly:
+    """What a method remembers has no use after them."""
+
+    def look(self, engine, seen, interrupt=False):
+        """What is called after a step: it takes weak references to what is remembered after step 1."""
+
+        def after(pipe, step, timestep, kwargs):
+            if step == 1:
+                seen.extend(weakref.ref(x) for x in tree_leaves(engine._call_memory) if isinstance(x, torch.Tensor))
+                pipe._interrupt = interrupt
+            return kwargs
+
+        return after
+
+    @pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+    @pytest.mark.parametrize("where", ["transformer", "scheduler"])
+    def test_it_is_freed_at_once(self, pipe, error, where):
+        expected = generate(pipe)
+        with vidaccel.accelerate(pipe, SVG2(density=0.4, schedule=DenseSchedule())) as handle:
+            sparse = generate(pipe)
+            seen: list = []
+            engine = handle._installed[0].engine
+            after = self.look(engine, seen, interrupt=error is None)
+            if error is None:
+                generate(pipe, callback_on_step_end=after)
+            else:
+                with pytest.raises(type(error)) as raised, failing(pipe, where, error):
+                    generate(pipe, callback_on_step_end=after)
+                raised.value.__traceback__ = None
+            assert seen and not any(reference() is not None for reference in seen) and not engine._call_memory
+            pipe._interrupt = False
+            assert generate(pipe).equal(sparse)
+        assert "progress_bar" not in vars(pipe) and generate(pipe).equal(expected)
+
+    def test_of_a_transformer_alone_an_error_frees_it(self):
+        transformer = make_transformer()
+        with torch.no_grad(), vidaccel.accelerate(transformer, METHOD, schedule=DenseSchedule()) as handle:
+            transformer(*inputs())
+            engine = handle._installed[0].engine
+            assert engine._call_memory
+            hook = transformer.blocks[1].register_forward_pre_hook(failing_hook(RuntimeError("out of memory")))
+            with pytest.raises(RuntimeError, match="out of memory"):
+                transformer(*inputs())
+            hook.remove()
+            assert not engine._call_memory
+
+    def test_a_copy_frees_its_own(self, pipe):
+        """And the original is as it was, whichever of the two is removed."""
+        with vidaccel.accelerate(pipe, SVG2(density=0.4, schedule=DenseSchedule())):
+            copied = copy.deepcopy(pipe)
+            copied.set_progress_bar_config(disable=True, desc="copy")
+            with pytest.raises(KeyboardInterrupt), failing(copied, "scheduler", KeyboardInterrupt()):
+                generate(copied)
+            assert not copied.transformer.blocks[0].attn1.processor.site.engine._call_memory
+            assert vars(copied)["progress_bar"] is not vars(pipe)["progress_bar"]
+            vidaccel.restore(copied)
+            assert "progress_bar" not in vars(copied) and "progress_bar" in vars(pipe)
+
+    def test_a_progress_bar_of_ones_own_is_kept(self, pipe):
+        made = []
+
+        def bar(*args, **kwargs):
+            made.append(type(pipe).progress_bar(pipe, *args, **kwargs))
+            return made[-1]
+
+        pipe.progress_bar = bar
+        with vidaccel.accelerate(pipe, METHOD):
+            generate(pipe)
+        assert pipe.progress_bar is bar and len(made) == 1 and made[0].total == 4
+
+
+def failing_hook(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@contextlib.contextmanager
+def failing(pipe, where, error):
+    """An error in the third pass of the transformer, or in the third step of the scheduler."""
+    calls = []
+    step = pipe.scheduler.step
+
+    def third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # two passes a step
+            raise error
+
+    def third_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return step(*args, **kwargs)
+
+    hook = pipe.transformer.blocks[1].register_forward_pre_hook(third) if where == "transformer" else None
+    if hook is None:
+        pipe.scheduler.step = third_step
+    try:
+        yield
+    finally:
+        if hook is None:
+            del pipe.scheduler.step
+        else:
+            hook.remove()
 
 
 def test_a_second_transformer_with_one_step_forgets_it():

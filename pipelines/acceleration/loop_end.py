@@ -1,0 +1,71 @@
+"""Where a pipeline's loop over its steps ends, by whatever: what methods remember of a run has no more use there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+from .clock import StepClock
+from .copies import CopiedNotPickled
+
+NAME = "progress_bar"
+
+
+class LoopEnd(CopiedNotPickled):
+    """In the place of a pipeline's `progress_bar`, of which every pipeline of diffusers makes one around its loop.
+
+    A run that was interrupted (`pipe.interrupt`, Ctrl-C) or that failed has no last pass that its end could be told by,
+    and gigabytes would stay until the next run, in the way of decoding or of a second attempt at a smaller size. It is
+    set on the pipeline, not on its class.
+
+    Args:
+        pipe: the pipeline.
+        clock: that tells its steps, and what forgets.
+    """
+
+    def __init__(self, pipe: Any, clock: StepClock) -> None:
+        self._pipe, self._clock = pipe, clock
+        self._former = vars(pipe).get(NAME)  # what somebody else set there
+        setattr(pipe, NAME, self)
+
+    @classmethod
+    def of(cls, pipe: Any, clock: StepClock) -> LoopEnd | None:
+        """At work in a pipeline; None where there is no such loop, as of a transformer alone."""
+        return cls(pipe, clock) if callable(getattr(pipe, NAME, None)) else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Bar:
+        make = self._former or getattr(type(self._pipe), NAME).__get__(self._pipe)
+        return _Bar(make(*args, **kwargs), self._clock)
+
+    def remove(self) -> None:
+        """Give the pipeline back what it had. A second call does nothing."""
+        if vars(self._pipe).get(NAME) is not self:
+            return
+        if self._former is None:
+            delattr(self._pipe, NAME)
+        else:
+            setattr(self._pipe, NAME, self._former)
+
+
+class _Bar:
+    """A progress bar that tells a clock when it is left."""
+
+    def __init__(self, bar: Any, clock: StepClock) -> None:
+        self._bar, self._clock = bar, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+    def __enter__(self) -> Self:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        self._clock.stopped()
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._bar
+        finally:
+            self._clock.stopped()
