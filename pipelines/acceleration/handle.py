@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from ...attention import SLA, VSA, DenseSchedule, Method, RunReport, resolve_method
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
+from ...attention.methods import check_settings
 from ...attention.records import dropped_note
 from ..default_method import DEFAULT_METHOD
 from .checks import check_runs, check_schedule
@@ -42,9 +44,10 @@ class Handle:
         adapters: Sequence[str | Path] = (),
         base: str | Path | None = None,
         precision: str | None = None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         transformers = find_transformers(pipe)
-        chosen, learned = _with_learned(method, transformers, adapters, base)
+        chosen, learned = _with_learned(method, transformers, adapters, base, settings)
         self.method = chosen
         unasked = Unasked(method is None, schedule is None and not isinstance(method, Method))
         schedule = schedule if schedule is not None else chosen.schedule
@@ -162,6 +165,7 @@ def accelerate(
     adapter: str | Path | Sequence[str | Path] = (),
     base: str | Path | None = None,
     precision: str | None = None,
+    **settings: Any,
 ) -> Handle:
     """Give the self-attention layers of a pipeline a sparse-attention method.
 
@@ -175,6 +179,7 @@ def accelerate(
         method: a config such as `SVG2(top_p=0.9)`, or a name for its defaults; "sla" and "vsa" for what the model was
             trained with. None chooses: that of these for which the model was trained, otherwise `Tangent`; the report
             says which. A video that this choice cannot do stays dense, and the report says why.
+        settings: of a method that is named, beside its defaults: `accelerate(pipe, "tangent", density=0.3)`.
         backend: a backend's name, which then runs or raises, or "auto".
         schedule: the steps and layers that stay dense; the method's own when None, under which a call of the
             transformer outside a run, whose number of steps is unknown, stays dense.
@@ -197,7 +202,8 @@ def accelerate(
 
     Raises:
         TypeError: a transformer of the pipeline is not known; names the families and what a new one needs. Or a
-            processor of it cannot be rebound; names it. Or what is given is no method, or no schedule.
+            processor of it cannot be rebound; names it. Or what is given is no method, or no schedule, or a setting
+            that the method has not; names those that it has.
         ValueError: unknown method, backend or precision, or a `measure_error` or `min_tokens` below 0; a schedule that
             needs the number of steps, or noise levels, where they cannot be known. As an `SLAError` or a `VSAError`: a
             transformer that was not trained for SLA or VSA, or for other settings.
@@ -208,7 +214,8 @@ def accelerate(
     """
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     check_backend(backend)
-    return Handle(pipe, method, backend, schedule, min_tokens, check_rows(measure_error), adapters, base, precision)
+    rows = check_rows(measure_error)
+    return Handle(pipe, method, backend, schedule, min_tokens, rows, adapters, base, precision, settings)
 
 
 def restore(pipe: Any) -> None:
@@ -228,23 +235,36 @@ def restore(pipe: Any) -> None:
 
 
 def _with_learned(
-    method: Method | str | None, transformers: dict[str, Any], adapters: Sequence[str | Path], base: str | Path | None
+    method: Method | str | None,
+    transformers: dict[str, Any],
+    adapters: Sequence[str | Path],
+    base: str | Path | None,
+    settings: Mapping[str, Any],
 ) -> tuple[Method, dict[str, Learned]]:
     """The method, and for SLA what each transformer learned; the name of a method that is trained stands for the
     settings of the training."""
     gated = find_trained({name: transformer for name, (transformer, _) in transformers.items()}, base)
     if method is None:
+        if settings:
+            name = next(iter(settings))
+            raise TypeError(
+                f"accelerate has no argument {name!r}, and a setting needs the name of its method: "
+                f'accelerate(pipe, "{DEFAULT_METHOD}", {name}={settings[name]!r}).'
+            )
         trained = adapters or find_learned(transformers, (), base).keys() == transformers.keys()
         method = SLA.name if trained else DEFAULT_METHOD if gated is None else VSA.name
     if method == VSA.name and gated is not None:
-        method = gated.method()
+        settings = {**asdict(gated), **settings}
     if method != SLA.name and not isinstance(method, SLA):
-        method = resolve_method(method)
+        method = resolve_method(method, **settings)
         if adapters:
             raise ValueError(f'adapter is for the method "sla", not for {method.name}: leave it out.')
         return method, {}
     learned = find_learned(transformers, adapters, base)
-    return method_of(learned, transformers) if isinstance(method, str) else method, learned
+    if not isinstance(method, str) or (settings and not learned):
+        return resolve_method(method, **settings), learned
+    check_settings(SLA, settings)
+    return replace(method_of(learned, transformers), **settings), learned
 
 
 def _least_tokens(asked: int | None, method: Method | str | None, chosen: Method) -> int | None:

@@ -181,13 +181,13 @@ def minimax(model: Any, given: Given) -> Layouts:
     time, row, column = (axis[piece:] for axis in places)
     falls = _falls(time, row, column).nonzero().flatten() + 1
     first = int(falls[-1]) if len(falls) else 0
-    size = [len(axis[first:].unique()) for axis in (time, row, column)]
-    if size[0] * size[1] * size[2] != len(time) - first:
+    frames, height, width = (len(axis[first:].unique()) for axis in (time, row, column))
+    if frames * height * width != len(time) - first:
         return "video tokens that are no grid in one piece"
     before, total = int(rows[piece + first]), len(given["token_tags"])
     after = total - 1 - int(rows[-1])
     beside = "text with pictures and sound" if piece or first else "text with sound"
-    return (VideoLayout(*size, text_before=before, text_after=after, beside=beside),)
+    return (VideoLayout(frames, height, width, text_before=before, text_after=after, beside=beside),)
 
 
 def with_texts(video: VideoLayout, mask: torch.Tensor) -> Layouts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from tiny_families import build
 from tiny_wan import generate, make_transformer
 
 import vidaccel
-from vidaccel import SVG, SVG2, DenseSchedule, Tangent
-from vidaccel.attention import SparseAttention, StepInfo, VideoLayout, backends
+from vidaccel import SLA, SVG, SVG2, DenseSchedule, Tangent
+from vidaccel.attention import METHODS, SparseAttention, StepInfo, VideoLayout, backends
 from vidaccel.generation.tuning.store import store
 from vidaccel.pipelines.acceleration.families import FAMILIES, find_transformers
 from vidaccel.pipelines.acceleration.rebinding import SparseProcessor
@@ -168,6 +170,46 @@ def test_a_pass_outside_a_run_is_dense_where_the_default_schedule_counts_in_frac
         said = r"first_steps=0\.[23] is a fraction .* use a whole number"
         with vidaccel.accelerate(pipe, **{"method": "svg2", **asked}), pytest.raises(ValueError, match=said):
             by_hand()
+
+
+def test_settings_of_a_method_that_is_named_may_stand_beside_it(pipe):
+    written = Tangent(density=0.5, k_clusters=4, schedule=SCHEDULE)
+    with vidaccel.accelerate(pipe, written) as handle:
+        expected = generate(pipe)
+    with vidaccel.accelerate(pipe, "tangent", density=0.5, k_clusters=4, schedule=SCHEDULE) as handle:
+        assert generate(pipe).equal(expected)
+        assert handle.method == replace(written, schedule=Tangent().schedule)
+    with vidaccel.accelerate(pipe, "sla", linear_scope="none", topk=0.3) as handle:  # which needs no training
+        assert handle.method == SLA(linear_scope="none", topk=0.3)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "error", "words"),
+    [
+        (
+            "tangent",
+            {"densty": 0.2},
+            TypeError,
+            "tangent has no setting 'densty'; it has schedule, density, tolerance,",
+        ),
+        ("svg2", {"min_token": 5}, TypeError, "svg2 has no setting 'min_token'; it has .*top_p"),
+        ("radial", {"density": 0.2}, TypeError, r"it has .*decay.*Radial.for_density\(VideoLayout\(...\), density\)"),
+        ("sla", {"density": 0.2}, TypeError, "sla has no setting 'density'; it has .*topk"),
+        (None, {"density": 0.2}, TypeError, r'accelerate\(pipe, "tangent", density=0.2\)'),
+        (Tangent(), {"density": 0.3}, TypeError, r"density=0.3 is beside a config, .* give Tangent\(density=0.3\)"),
+        ("tangent", {"density": 2}, ValueError, "Tangent density is 2"),
+        ("tangnt", {"density": 0.2}, ValueError, "unknown method 'tangnt'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_words(pipe, method, settings, error, words):
+    with pytest.raises(error, match=words):
+        vidaccel.accelerate(pipe, method, **settings)
+    assert not any(isinstance(p, SparseProcessor) for p in pipe.transformer.attn_processors.values())
+
+
+def test_no_setting_of_a_method_has_the_name_of_something_else():
+    own = set(inspect.signature(vidaccel.accelerate).parameters) - {"schedule"}
+    assert not {f"{name}.{f.name}" for name, cls in METHODS.items() for f in fields(cls) if f.name in own}
 
 
 @pytest.mark.parametrize("everything", [{"first_steps": 1.0}, {"first_layers": 1.0}, {"sigma_above": 0.0}], ids=str)
