@@ -85,6 +85,7 @@ class Installed(CopiedNotPickled):
         self._signature = inspect.signature(type(transformer).forward)
         self._clock, self._min_tokens, self._unasked = clock, min_tokens, unasked
         self._limits: dict[tuple[torch.device, torch.dtype], Limit] = {}  # of this run, where no number was given
+        self._beyond: dict[tuple[int, int, int], str] = {}  # grids that the method cannot do, with the first text
         self._passes = 0
         self._calls, self._most_calls = 0, 0  # of the sites: before this pass, and in the pass that had most
         self.paused = ""
@@ -205,7 +206,8 @@ class Installed(CopiedNotPickled):
                 # At the least density nothing of the video would be read: the same share of the rest is worth a try.
                 enough = math.ceil(100 * (1 - (1 - error.least) * (1 - error.value))) / 100
                 why += f'. accelerate(pipe, "{name}", density={enough:g}) computes {error.value:g} of all other pairs'
-            return f"{name} cannot do this video", why
+            # Not once more for each length of text, which many prompts would fill the report with.
+            return f"{name} cannot do this video", self._beyond.setdefault(layout.grid, why)
         return None
 
     def _limit(self, given: dict[str, Any]) -> Limit:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from tiny_families import build
+from tiny_families.base import mask
 from tiny_wan import generate, make_transformer
 
 import vidaccel
@@ -125,6 +126,16 @@ def test_a_default_method_that_cannot_do_a_video_leaves_it_dense_and_says_why(ca
         pytest.raises(ValueError, match="but the history"),
     ):
         tiny.run()
+
+
+def test_why_a_video_is_dense_is_said_once_for_prompts_of_many_lengths():
+    tiny = build("hunyuan_video")
+    with vidaccel.accelerate(tiny.model, schedule=DenseSchedule(), min_tokens=0) as handle:
+        for length in (3, 5, 6):
+            tiny.run(encoder_attention_mask=mask(length, padded=8))
+        report = handle.report()
+    assert set(report.dense_reasons()) == {"tangent cannot do this video"}
+    assert len([note for note in report.notes if "stay dense" in note]) == 1
 
 
 @pytest.mark.parametrize(
