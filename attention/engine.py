@@ -93,8 +93,8 @@ class SparseAttention:
     ) -> None:
         self.method = resolve_method(method)
         self.num_layers = num_layers
-        self.depths = tuple(range(num_layers) if depths is None else depths)
-        self._deepest = max(self.depths, default=-1) + 1  # blocks, as the schedule counts them
+        self._depths = depths
+        self._blocks = num_layers if depths is None else max(depths, default=-1) + 1  # as the schedule counts them
         self.schedule = schedule if schedule is not None else self.method.schedule
         self.backend = check_backend(backend)
         self.model = model
@@ -176,7 +176,7 @@ class SparseAttention:
         if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
-        dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self._deepest))
+        dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self._blocks))
         grids = {layout.grid for layout in self._fitting}
         for layout in () if dense else dict.fromkeys(layouts):
             if layout not in self._fitting:
@@ -220,7 +220,7 @@ class SparseAttention:
         return self.layouts[0] if self.layouts else None
 
     def _warn_of_schedule(self, step: StepInfo) -> None:
-        warning = self.schedule.warning(step.num_steps, self._deepest)
+        warning = self.schedule.warning(step.num_steps, self._blocks)
         if warning:
             self.note(warning, logging.WARNING)
         if remark := self.schedule.remark(step.num_steps):
@@ -321,7 +321,8 @@ class SparseAttention:
                 logging.WARNING,
             )
             return "unknown layout"
-        reason = self.schedule.dense_reason(self.step, self.depths[layer], self._deepest)
+        depth = layer if self._depths is None else self._depths[layer]
+        reason = self.schedule.dense_reason(self.step, depth, self._blocks)
         if not reason and self.backend == "auto" and not runs_somehow(device):
             self.note(f"no backend runs on {device.type}: all calls stay dense", logging.WARNING)
             return f"no backend on {device.type}"
