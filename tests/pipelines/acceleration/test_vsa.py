@@ -98,6 +98,8 @@ def test_it_is_the_choice_for_a_model_that_states_it(stated, published):
         assert "no method was given: vsa, which the model was trained for" in handle.report().notes
     with vidaccel.accelerate(WanPipeline.from_pretrained(stated), "vsa") as handle:
         assert handle.method == METHOD
+    with vidaccel.accelerate(WanPipeline.from_pretrained(stated), "vsa", density=0.5) as handle:
+        assert handle.method == VSA(density=0.5, cube=TRAINED.cube)
     with vidaccel.accelerate(WanPipeline.from_pretrained(published), "vsa") as handle:
         assert handle.method == VSA()
 
