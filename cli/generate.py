@@ -51,7 +51,8 @@ def generate_command(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="Skip steps: first_block, magcache, seacache or cache_dit; first_block=0.08 with a threshold."
+            help="Skip steps: first_block, magcache, seacache, taylorseer or cache_dit; first_block=0.08 with a "
+            "threshold."
         ),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="The linear layers in 8 bits by torchao, int8 or fp8.")] = None,

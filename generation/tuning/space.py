@@ -42,6 +42,7 @@ THRESHOLDS: dict[str, dict[str, tuple[float, ...]]] = {
         "normal": (0.1, 0.15, 0.25, 0.4),
         "thorough": (0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55),
     },
+    "taylorseer": {"quick": (2, 3), "normal": (2, 3, 4), "thorough": (2, 3, 4, 5, 6)},
     "cache_dit": {"quick": (0.08,), "normal": (0.05, 0.08, 0.16), "thorough": (0.03, 0.05, 0.08, 0.12, 0.18, 0.25)},
 }
 """Cache -> effort -> thresholds, the lowest first."""

@@ -7,15 +7,18 @@ keeps itself.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers import CacheMixin, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig
+from diffusers import CacheMixin, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.hooks import CacheContext
 from diffusers.hooks.mag_cache import nearest_interp
+from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 
 from ...attention import StepInfo
 from ..errors import first_line
@@ -43,12 +46,21 @@ class CacheAtWork(Protocol):
 
 def leader_of(transformer: torch.nn.Module, name: str) -> Any:
     """The hook of a cache that decides, on the first block or on the model; it has a name in diffusers."""
-    return next(
-        hook
-        for module in transformer.modules()
-        if (registry := getattr(module, "_diffusers_hook", None)) is not None
-        and (hook := registry.get_hook(name)) is not None
-    )
+    return next(hook for module in transformer.modules() if (hook := _hook_of(module, name)) is not None)
+
+
+def _hook_of(module: torch.nn.Module, name: str) -> Any:
+    """The hook of that name of diffusers on a module; None without."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
+
+
+def _forget(hook: Any) -> None:
+    """All that a hook keeps of a run."""
+    states = hook.state_manager
+    context = states._context  # of the branch that runs: a run begins inside its first pass
+    states.reset()
+    states._context = context
 
 
 class _OfDiffusers:
@@ -62,10 +74,7 @@ class _OfDiffusers:
 
     def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
         """Forget what a run that was broken off has left: diffusers does so at the end of a run that succeeds."""
-        states = self.hook.state_manager
-        context = states._context  # of the branch that runs: a run begins inside its first pass
-        states.reset()
-        states._context = context
+        _forget(self.hook)
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         raise NotImplementedError
@@ -127,6 +136,42 @@ class _Sea(_OfDiffusers):
             self.state().previous_indicator = None  # a step with nothing to compare with is computed
 
 
+class _Taylor(_OfDiffusers):
+    """diffusers' own choice of layers leaves out the attention of Wan, and sound; and what each layer of attention made
+    would be kept several times. Here blocks make nothing in a step that is skipped, and the output is extrapolated."""
+
+    def __init__(self, transformer: Any, cache: Cache) -> None:
+        config = TaylorSeerCacheConfig(
+            cache_interval=int(cache.limit),
+            cache_identifiers=[_OUTPUTS],
+            skip_predict_identifiers=[_BLOCKS],
+            taylor_factors_dtype=torch.float32,  # a few numbers a token, and differences of what is nearly equal
+            **{"max_order": 2, **cache.settings},
+        )
+        super().__init__(transformer, config, _TAYLORSEER_CACHE_HOOK)
+        self._keep = False
+        self._hooks = [hook for module in transformer.modules() if (hook := _hook_of(module, _TAYLORSEER_CACHE_HOOK))]
+        for hook in self._hooks:
+            hook._measure_should_compute = functools.partial(self._decide, hook._measure_should_compute)
+
+    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+        for hook in self._hooks:  # each layer has its own states
+            _forget(hook)
+
+    @torch.compiler.disable
+    def _decide(self, own: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
+        compute, state = own()
+        return compute or self._keep, state
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        self._keep = keep
+
+
+_BLOCKS = r"\w*block\w*\.\d+"
+_OUTPUTS = r"(\w+_)?(proj_out|out_layer)"
+"""Layers that make the output of a transformer, for video and for sound."""
+
+
 class _CacheDit:
     def __init__(self, transformer: Any, cache: Cache) -> None:
         import cache_dit
@@ -159,6 +204,7 @@ _KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {
     "first_block": _FirstBlock,
     "magcache": _Mag,
     "seacache": _Sea,
+    "taylorseer": _Taylor,
     "cache_dit": _CacheDit,
 }
 
@@ -196,6 +242,9 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
         raise PresetError(
             "cache", f"the {part} has {enabled} already", f"Call {part}.disable_cache() first.", cache.name
         )
+    if cache.name == "taylorseer":
+        _check_extrapolates(kind, transformer, cache, instead)
+        return
     blocks = [
         block
         for name, child in transformer.named_children()
@@ -213,6 +262,17 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
     if cache.name == "seacache" and not _sea_reads(transformer):
         problem = f"diffusers' SeaCache reads text to video of Wan, and Cosmos 3, not this {kind}"
         raise PresetError("cache", problem, "Take first_block.", cache.name)
+
+
+def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache, instead: str) -> None:
+    """TaylorSeer finds layers by their names."""
+    what = {
+        "blocks that could be skipped": any(re.fullmatch(_BLOCKS, name) for name, _ in transformer.named_modules()),
+        "layer that makes its output": any(re.fullmatch(_OUTPUTS, name) for name, _ in transformer.named_children()),
+    }
+    missing = next((name for name, there in what.items() if not there), "")
+    if missing:
+        raise PresetError("cache", f"a {kind} has no {missing} under a known name", instead, cache.name)
 
 
 def _check_fits(part: str, layers: int, cache: Cache) -> None:

@@ -38,12 +38,14 @@ class CacheKind:
         threshold: the default; larger skips more.
         settings: further ones, by the names of the library.
         package: what must be installed, besides diffusers; "" for nothing.
+        bounds: of the threshold.
     """
 
     summary: str
     threshold: float
     settings: Mapping[str, CacheSetting] = field(default_factory=dict)
     package: str = ""
+    bounds: CacheSetting = CacheSetting()
 
 
 _COUNT = CacheSetting(whole=True)
@@ -68,6 +70,17 @@ CACHES: dict[str, CacheKind] = {
             "max_consecutive_cached": _COUNT,
             "power_exp": CacheSetting(),
         },
+    ),
+    "taylorseer": CacheKind(
+        "nothing: one step in so many (the threshold) is computed, and what the model makes in between is extrapolated "
+        "(diffusers' TaylorSeer, arXiv 2503.06923, of the last layer's output)",
+        3,
+        {
+            "max_order": CacheSetting(high=3, whole=True),
+            "disable_cache_before_step": CacheSetting(1, whole=True),
+            "disable_cache_after_step": CacheSetting(1, whole=True),
+        },
+        bounds=CacheSetting(2, whole=True),
     ),
     "cache_dit": CacheKind(
         "the change of the first blocks' residual (cache-dit's DBCache)",
@@ -110,7 +123,10 @@ class Cache:
             raise PresetError("cache", f"there is none of that name{nearest(self.name, CACHES)}", value=self.name)
         kind = CACHES[self.name]
         if self.threshold is not None:
-            check_number("cache.threshold", self.threshold, CacheSetting())
+            # A command line hands over 3 as 3.0.
+            threshold = int(self.threshold) if kind.bounds.whole and self.threshold in range(10**6) else self.threshold
+            object.__setattr__(self, "threshold", threshold)
+            check_number("cache.threshold", self.threshold, kind.bounds)
         for name, value in self.settings.items():
             if name not in kind.settings:
                 has = ", ".join(kind.settings) or "none besides threshold"

@@ -10,18 +10,23 @@ import torch
 from diffusers import MagCacheConfig
 from gft_adapters import write_adapter
 from gft_calls import loaded, made, saved
+from tiny_families import build
 from tiny_wan import generate, make_pipe, make_transformer
+from torch.utils._pytree import tree_leaves, tree_map
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
 from vidaccel.pipelines.presets import Cache, measure_mag_ratios
 from vidaccel.pipelines.presets.account import PassRecord, accounts
+from vidaccel.pipelines.presets.caches import check_cache, install_cache
+from vidaccel.pipelines.presets.errors import PresetError
 
 RATIOS = {"mag_ratios": [1.0] * 4, "retention_ratio": 0.0, "max_skip_steps": 3}
 EAGER = {  # each skips all that it may
     "first_block": Cache("first_block", 1e3),
     "magcache": Cache("magcache", 10.0, RATIOS),
     "seacache": Cache("seacache", 1e3, {"max_consecutive_cached": 0, "retention_steps": 0, "cache_end_steps": 0}),
+    "taylorseer": Cache("taylorseer", 100, {"disable_cache_before_step": 1}),
     "cache_dit": Cache("cache_dit", 1e3, {"Fn_compute_blocks": 1, "max_warmup_steps": 1}),
 }
 
@@ -134,6 +139,50 @@ def test_two_transformers_are_one_account():
         account = handle.report()
     assert [step.step for step in account.steps] == list(range(8))
     assert account.steps[0].attention == "dense" == account.steps[-1].attention
+
+
+FAMILIES = ["wan_vace", "hunyuan_video_15", "cogvideox_2b", "ltx2", "kandinsky5", "kandinsky6", "minimax_h3"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_taylorseer_extrapolates_all_that_a_model_makes(name):
+    """To order 0 a skipped pass makes what the one before made, its sound too, whatever it is given."""
+    tiny = build(name)
+    cache = Cache("taylorseer", 100, {"max_order": 0, "disable_cache_before_step": 1})
+    check_cache("transformer", tiny.model, 2, cache)
+    at_work = install_cache(tiny.model, cache)
+
+    def outputs() -> list[torch.Tensor]:
+        with torch.no_grad(), tiny.model.cache_context("cond"):
+            return [x.clone() for x in tree_leaves(tiny.model(**tiny.given, return_dict=False))]
+
+    first = outputs()
+    tiny.given["hidden_states"] = tree_map(lambda x: x + 1, tiny.given["hidden_states"])
+    assert all(a.equal(b) for a, b in zip(outputs(), first, strict=True))
+    at_work.remove()
+    assert not any(a.equal(b) for a, b in zip(outputs()[:1], first[:1], strict=True))
+
+
+def test_taylorseer_is_exact_for_what_changes_evenly():
+    """An output that is a polynomial of the step, of the order that is kept."""
+    transformer = make_transformer()
+    with torch.no_grad():
+        transformer.proj_out.weight.zero_()
+    cache = install_cache(transformer, Cache("taylorseer", 3, {"max_order": 1, "disable_cache_before_step": 2}))
+    given = {"hidden_states": torch.randn(1, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 16)}
+    made = []
+    with torch.no_grad(), transformer.cache_context("cond"):
+        for step in range(6):
+            transformer.proj_out.bias.fill_(1.0 + 0.5 * step)
+            made.append(transformer(**given, timestep=torch.tensor([500.0])).sample.mean().item())
+    assert made == pytest.approx([1.0 + 0.5 * step for step in range(6)])
+    cache.remove()
+
+
+@pytest.mark.parametrize(("name", "missing"), [("cosmos_3", "blocks that could be skipped"), ("easyanimate", "")])
+def test_models_that_taylorseer_does_not_know(name, missing):
+    with pytest.raises(PresetError, match=missing or "diffusers has no caches for a EasyAnimate"):
+        check_cache("transformer", build(name).model, 2, Cache("taylorseer"))
 
 
 def test_short_runs_do_not_keep_half_of_themselves_dense(pipe):

@@ -147,6 +147,12 @@ def test_names_stand_for_what_has_defaults():
             "cache.residual_order",
             "at least 0 and at most 1",
         ),
+        ({"version": 1, "cache": {"name": "taylorseer", "threshold": 1}}, "cache.threshold", "must be at least 2"),
+        (
+            {"version": 1, "cache": {"name": "taylorseer", "threshold": 2.5}},
+            "cache.threshold",
+            "must be a whole number",
+        ),
         ({"version": 1, "cache": {"name": "seacache", "settings": {"order": 2}}}, "cache", "seacache has no setting o"),
         ({"version": 1, "quantize": "int4"}, "quantize", "int4: it must be one of int8, fp8"),
         ({"version": 1, "attention": "radiall"}, "attention", "there is no method 'radiall'"),
