@@ -9,7 +9,6 @@ they were trained for. An adapter (a LoRA) has the same tensors in its file, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch
 from torch import nn
 
 from ...attention import SLA, DenseSchedule
-from ..weight_files import transformer_file, transformer_tensors
+from ..json_files import stated, write_json
+from ..weight_files import transformer_tensors
 
 PROJECTION = "proj_l"
 CONFIG = "sla_config.json"
@@ -156,9 +156,7 @@ def names_in(layers: Iterable[str]) -> list[str]:
 
 def write_config(folder: Path, trained: TrainedSLA) -> Path:
     """Say in the folder of a transformer what it was trained for."""
-    path = folder / CONFIG
-    path.write_text(json.dumps(trained.facts(), indent=2) + "\n", encoding="utf-8")
-    return path
+    return write_json(folder / CONFIG, trained.facts())
 
 
 def read_config(base: str, part: str = "transformer") -> TrainedSLA | None:
@@ -167,14 +165,8 @@ def read_config(base: str, part: str = "transformer") -> TrainedSLA | None:
     Raises:
         SLAError: the file cannot be read.
     """
-    path = transformer_file(base, CONFIG, part)
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SLAError(f"{path} cannot be read: {error}") from error
-    return TrainedSLA.stated(content, str(path))
+    found = stated(base, part, CONFIG, SLAError)
+    return None if found is None else TrainedSLA.stated(found[0], str(found[1]))
 
 
 def read_projections(base: str, layers: Iterable[str], part: str = "transformer") -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ blocks: `blocks.N.to_gate_compress.weight` `[D, D]` and `.bias` `[D]`, D the cha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import nn
 
 from ...attention import VSA, Method
 from ..base_check import place_of
-from ..weight_files import transformer_file, transformer_tensors
+from ..json_files import stated, write_json
+from ..weight_files import transformer_tensors
 
 GATE = "to_gate_compress"
 CONFIG = "vsa_config.json"
@@ -48,9 +48,7 @@ class TrainedVSA:
 
 def write_config(folder: Path, trained: TrainedVSA) -> Path:
     """Say in the folder of a transformer what it was trained for."""
-    path = folder / CONFIG
-    path.write_text(json.dumps(asdict(trained), indent=2) + "\n", encoding="utf-8")
-    return path
+    return write_json(folder / CONFIG, asdict(trained))
 
 
 def read_config(base: str, part: str = "transformer") -> TrainedVSA | None:
@@ -59,14 +57,14 @@ def read_config(base: str, part: str = "transformer") -> TrainedVSA | None:
     Raises:
         VSAError: the file cannot be read.
     """
-    path = transformer_file(base, CONFIG, part)
-    if path is None:
+    found = stated(base, part, CONFIG, VSAError)
+    if found is None:
         return None
+    content, path = found
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         trained = TrainedVSA(density=content["density"], cube=tuple(content["cube"]))
         trained.method()
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise VSAError(f"{path} does not say what its VSA was trained for: {error}") from error
     return trained
 

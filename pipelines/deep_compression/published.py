@@ -8,7 +8,6 @@ transformer alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import CheckpointError
 from ..drafts import beside, take
+from ..json_files import write_json
 from .adapted import load_adapted
 from .adapter_folder import is_adapter
 from .dtypes import resolve_dtypes
@@ -220,7 +220,7 @@ def convert_repository(
         if parts.clip is not None:
             convert_image_encoder(parts.clip, draft)
         index = _model_index(draft, pipeline_class, without)
-        (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(draft / "model_index.json", index)
     return target
 
 

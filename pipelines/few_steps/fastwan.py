@@ -7,7 +7,6 @@ but name a pipeline of FastVideo's, and diffusers' transformer has no place for 
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from ...autoencoders.checkpoint_file import CheckpointError
 from ..acceleration.vsa_gates import GATE, TrainedVSA, write_config
 from ..deep_compression.published_files import download, read_json
 from ..drafts import beside, take
+from ..json_files import write_json
 from ..weight_files import transformer_shapes
 from .dmd import DMDScheduler
 
@@ -81,8 +81,8 @@ def convert_fastwan(
         frames, height, width = _VIDEOS[large]
         video = {"frames": frames, "height": height, "width": width}
         defaults = {**video, "steps": DMDScheduler().most_steps, "guidance_scale": 1.0}
-        _write_json(draft / _DEFAULTS, defaults)
-        _write_json(draft / "model_index.json", index)
+        write_json(draft / _DEFAULTS, defaults)
+        write_json(draft / "model_index.json", index)
     return target
 
 
@@ -162,7 +162,3 @@ def _take_file(file: Path, target: Path, link: bool) -> None:
         except OSError:
             logger.info("%s cannot be linked here, so it is copied.", file)
     shutil.copyfile(file, target)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from ...autoencoders.checkpoint_file import CheckpointError
 from ..acceleration.sla_weights import TrainedSLA, write_config
 from ..deep_compression.published_files import base_folder, read_json
 from ..drafts import beside, take
+from ..json_files import write_json
 from ..weight_files import WEIGHTS
 from .rcm import RCMScheduler
 from .turbowan_checkpoint import Checkpoint, read_checkpoint
@@ -97,8 +97,8 @@ def convert_turbowan(
         RCMScheduler(sigma_max=SIGMA_MAX[image], ode=ode).save_pretrained(draft / "scheduler")
         height, width = _SIZES["720" in source.name]
         defaults = {"frames": 81, "height": height, "width": width, "steps": 4, "guidance_scale": 1.0}
-        _write_json(draft / _DEFAULTS, defaults)
-        _write_json(draft / "model_index.json", _model_index(stages, components, image))
+        write_json(draft / _DEFAULTS, defaults)
+        write_json(draft / "model_index.json", _model_index(stages, components, image))
     return target
 
 
@@ -192,7 +192,7 @@ def _write_transformer(checkpoint: Checkpoint, folder: Path) -> None:
         _write_shard(checkpoint, names, folder / file)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        _write_json(folder / f"{WEIGHTS}.index.json", index)
+        write_json(folder / f"{WEIGHTS}.index.json", index)
 
 
 def _write_shard(checkpoint: Checkpoint, names: Iterable[str], path: Path) -> None:
@@ -217,7 +217,3 @@ def _model_index(stages: Mapping[str, Checkpoint], components: Mapping[str, Path
         "expand_timesteps": False,
         **classes,
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,32 @@
+"""JSON files beside weights: those that a folder gets, and what a transformer states that it was trained for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .weight_files import transformer_file
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write a file as people read it."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def stated(base: str, part: str, name: str, error: type[ValueError]) -> tuple[Any, Path] | None:
+    """The content of a file of a transformer, and where it is; None where there is no such file.
+
+    Args:
+        base: folder or hub id of the pipeline. part: name of the transformer in it, "" where it is alone.
+        name: of the file.
+        error: what is raised where it cannot be read.
+    """
+    path = transformer_file(base, name, part)
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")), path
+    except (OSError, ValueError) as fault:
+        raise error(f"{path} cannot be read: {fault}") from fault
