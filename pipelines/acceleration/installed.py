@@ -21,6 +21,7 @@ from .checks import check_without_scheduler
 from .clock import StepClock
 from .copies import CopiedNotPickled
 from .families import Family
+from .left_out import layers_may_be_left_out, pass_was_left_out
 from .rebinding import SparseProcessor, rebind
 from .site import Site
 from .sla import Learned, LearnedAtWork
@@ -233,7 +234,9 @@ class Installed(CopiedNotPickled):
         made = sum(site.calls for site in self._sites.values()) - self._calls
         self._most_calls = max(self._most_calls, made)
         step = self.engine.step
-        if made < self._most_calls and not self._uncounted(step) and self.engine.schedule.step_reason(step):
+        kept = not self._uncounted(step) and bool(self.engine.schedule.step_reason(step))
+        # Fewer calls alone may be guidance, which leaves layers out on purpose.
+        if made < self._most_calls and kept and (pass_was_left_out(module) or layers_may_be_left_out(module)):
             self.engine.note(
                 "a cache skipped steps that the schedule keeps dense: put both to work by one preset (vidaccel.apply), "
                 "which computes them",

@@ -19,7 +19,7 @@ from ...attention.records import KEPT_RUNS, CallRecord
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
-from ..acceleration.scheduler_table import read_table
+from ..acceleration.left_out import pass_was_left_out
 from .caches import CacheAtWork
 
 
@@ -30,7 +30,8 @@ class PassRecord:
     Args:
         run, step, num_steps, branch: see `StepInfo`.
         model: the component.
-        layers: self-attention layers that ran. of: layers of the model.
+        skipped: a cache left it out; it computes some layers to decide that. Layers that guidance leaves out are no
+            cache's: such a pass was computed.
         kept: why the cache had to compute it; "" where it need not, or where there is none.
     """
 
@@ -39,14 +40,8 @@ class PassRecord:
     num_steps: int | None
     branch: str
     model: str
-    layers: int
-    of: int
+    skipped: bool = False
     kept: str = ""
-
-    @property
-    def computed(self) -> bool:
-        """Whether all layers ran; a cache that skips a pass computes some of them to decide it."""
-        return self.layers >= self.of
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,8 @@ class StepAccount:
     Args:
         run, step, num_steps: see `StepInfo`.
         forwards: passes of the transformers, one for each branch of guidance.
-        computed: those that ran whole. skipped: those that a cache left out.
-        attention: of those that ran whole: "sparse", "dense", "mixed" where some layers stay dense, "stock" without a
+        computed: those that no cache left out. skipped: those that one did.
+        attention: of those that were computed: "sparse", "dense", "mixed" where some layers stay dense, "stock" without a
             method, and "-" where none did.
         density: mean over their calls; NaN where none did.
         why: why they are dense, with the number of calls.
@@ -158,7 +153,7 @@ def accounts(passes: Iterable[PassRecord], calls: Iterable[CallRecord] | None) -
         found.setdefault((call.run, call.step, call.model, call.branch), []).append(call)
     made = []
     for (run, step), those in sorted(steps.items()):
-        whole = [p for p in those if p.computed]
+        whole = [p for p in those if not p.skipped]
         its = [call for p in whole for call in found.get((run, step, p.model, p.branch), ())]
         made.append(
             StepAccount(
@@ -186,7 +181,9 @@ def _attention(calls: Sequence[CallRecord], whole: Sequence[PassRecord], sparse:
 
 
 class Watch(CopiedNotPickled):
-    """Counts what each forward pass of a transformer computes, and tells a cache what it may not skip.
+    """Notes each forward pass of a transformer, and tells a cache what it may not skip.
+
+    Its hooks are on the transformer alone: in blocks that are compiled they would break the graphs.
 
     Args:
         pipe: that has the transformer. name: of it there.
@@ -211,13 +208,10 @@ class Watch(CopiedNotPickled):
         self._pipe, self._name, self._family, self._clock = pipe, name, family, clock
         self._schedule, self._cache = schedule, cache
         self._signature = inspect.signature(type(transformer).forward)
-        self._run, self._layers, self._step, self._kept = -1, 0, StepInfo(), ""
-        modules = family.modules(transformer)
-        self._of = len(modules)
+        self._run, self._step, self._kept = -1, StepInfo(), ""
         self._hooks = [
             transformer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             transformer.register_forward_hook(self._leave),
-            *(module.register_forward_pre_hook(self._count) for module in modules.values()),
         ]
 
     @torch.compiler.disable
@@ -225,44 +219,24 @@ class Watch(CopiedNotPickled):
         given = self._signature.bind(module, *args, **kwargs).arguments
         step = self._clock.observe(torch.as_tensor(given[self._family.timestep]), self._name, self._family.branches)
         if step.run != self._run:
-            self._begin(module, step)
+            self._begin(step)
         self._kept = "" if self._schedule is None else self._schedule.step_reason(step)
-        self._step, self._layers = step, 0
+        self._step = step
         if self._cache is not None:
             self._cache.enter(step, bool(self._kept))
 
-    def _begin(self, module: Any, step: StepInfo) -> None:
+    def _begin(self, step: StepInfo) -> None:
         self._run = step.run
         self.passes = [p for p in self.passes if p.run > step.run - KEPT_RUNS]
-        if self._cache is None:
-            return
-        two = len(self._family.branches) > 1 and bool(getattr(self._pipe, "do_classifier_free_guidance", True))
-        self._cache.begin(self._kept_steps(step), two)
-
-    def _kept_steps(self, step: StepInfo) -> list[bool]:
-        """Of each step of a run, whether the schedule keeps it; nothing where the number of steps is unknown."""
-        if step.num_steps is None:
-            return []
-        if self._schedule is None:
-            return [False] * step.num_steps
-        table = read_table(getattr(self._pipe, "scheduler", None), None) if self._schedule.needs_sigma else None
-        begin = 0 if table is None else len(table.rows) - step.num_steps
-        each = (
-            StepInfo(step.run, i, step.num_steps, None if table is None else table.sigma(begin + i))
-            for i in range(step.num_steps)
-        )
-        return [bool(self._schedule.step_reason(one)) for one in each]
-
-    @torch.compiler.disable
-    def _count(self, module: torch.nn.Module, args: tuple) -> None:
-        self._layers += 1
+        if self._cache is not None:
+            self._cache.begin(step.num_steps)
 
     @torch.compiler.disable
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         step = self._step
         place = (step.run, step.step, step.num_steps, step.branch)
         kept = self._kept if self._cache is not None else ""
-        self.passes.append(PassRecord(*place, self._name, self._layers, self._of, kept))
+        self.passes.append(PassRecord(*place, self._name, pass_was_left_out(module), kept))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         # A transformer that is copied alone must not bring a copy of its pipeline.

@@ -1,15 +1,15 @@
 """Caches over steps at work in a transformer: those of diffusers and cache-dit, told which steps they may not skip.
 
-None of them knows of steps that sparse attention keeps dense, and MagCache and cache-dit are told the number of steps
-before it is known. So before each forward pass each gets both from the account (`account.py`), by the state that it
-keeps itself.
+None of them knows of steps that sparse attention keeps dense; MagCache is told the number of steps before it is known,
+and cache-dit counts on each step having as many passes as the one before. So before each forward pass each gets what
+the account knows (`account.py`), by the state that it keeps itself.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -29,13 +29,8 @@ from .levers import CACHES, Cache
 class CacheAtWork(Protocol):
     """A cache in one transformer."""
 
-    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
-        """A run begins.
-
-        Args:
-            kept: of each step, whether it may not be skipped; empty where the number of steps is unknown.
-            two_passes: whether a step has one for each branch of guidance.
-        """
+    def begin(self, steps: int | None) -> None:
+        """A run of so many steps begins; None where their number is unknown."""
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         """A forward pass begins, which may not be skipped if `keep`."""
@@ -72,7 +67,7 @@ class _OfDiffusers:
         self.config = config
         self.hook = leader_of(transformer, leader)
 
-    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+    def begin(self, steps: int | None) -> None:
         """Forget what a run that was broken off has left: diffusers does so at the end of a run that succeeds."""
         _forget(self.hook)
 
@@ -113,18 +108,18 @@ class _Mag(_OfDiffusers):
         super().__init__(transformer, config, "mag_cache_leader_block_hook")
         self._ratios = ratios
 
-    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
-        super().begin(kept, two_passes)
-        if kept:
-            self.config.num_inference_steps = len(kept)
-            self.config.mag_ratios = nearest_interp(self._ratios, len(kept))
+    def begin(self, steps: int | None) -> None:
+        super().begin(steps)
+        if steps is not None:
+            self.config.num_inference_steps = steps
+            self.config.mag_ratios = nearest_interp(self._ratios, steps)
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         state = self.state()
         # It counts its own passes, which are not the steps of a run that was broken off, or of a second transformer.
         state.step_index = min(step.step, self.config.num_inference_steps - 1)
-        if keep:  # as if as many steps as may be had been skipped before this one
-            state.accumulated_steps = self.config.max_skip_steps
+        if keep:  # a step with nothing to go by is computed, and the count of those skipped before it is left to it
+            state.previous_residual = None
 
 
 class _Sea(_OfDiffusers):
@@ -154,7 +149,7 @@ class _Taylor(_OfDiffusers):
         for hook in self._hooks:
             hook._measure_should_compute = functools.partial(self._decide, hook._measure_should_compute)
 
-    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+    def begin(self, steps: int | None) -> None:
         for hook in self._hooks:  # each layer has its own states
             _forget(hook)
 
@@ -173,31 +168,42 @@ _OUTPUTS = r"(\w+_)?(proj_out|out_layer)"
 
 
 class _CacheDit:
+    """cache-dit tells branches of guidance apart, and steps, by counting passes. Those that it cannot know of (one of a
+    step with two passes, tiles, a transformer that takes over in the middle of a run) put it out of step. So each
+    branch has what it keeps for itself, and a step that is kept is computed whatever it counts."""
+
     def __init__(self, transformer: Any, cache: Cache) -> None:
         import cache_dit
 
         self._transformer: Any = transformer
         self._library: Any = cache_dit
-        self._settings = {"residual_diff_threshold": cache.limit, **cache.settings}
-        cache_dit.enable_cache(transformer, cache_config=self._config())
+        settings = {"residual_diff_threshold": cache.limit, **cache.settings}
+        self._config = cache_dit.DBCacheConfig(**settings, enable_separate_cfg=False)
+        self._branches: dict[str, dict[str, Any]] = {}  # branch -> what is kept of it, by stack of blocks
+        self._keep = False
+        cache_dit.enable_cache(transformer, cache_config=self._config)
+        self._manager: Any = transformer._context_manager
+        decide = self._manager.can_cache
+        # Of this manager alone, which goes with the cache.
+        self._manager.can_cache = torch.compiler.disable(lambda *a, **k: not self._keep and decide(*a, **k))
 
-    def _config(self, **more: Any) -> Any:
-        return self._library.DBCacheConfig(**self._settings, **more)
-
-    def begin(self, kept: Sequence[bool], two_passes: bool) -> None:
+    def begin(self, steps: int | None) -> None:
         # Not enabled anew: a forward pass that has begun would run without it.
-        mask = [int(keep) for keep in kept] if any(kept) else None
-        more = {"num_inference_steps": len(kept) or None, "steps_computation_mask": mask}
-        config = self._config(**more, enable_separate_cfg=two_passes)
-        self._library.refresh_context(self._transformer, cache_config=config)
+        self._branches = {}
+        self._library.refresh_context(self._transformer, cache_config=self._config)
 
     def enter(self, step: StepInfo, keep: bool) -> None:
-        pass  # it counts, and has the mask
+        self._keep = keep
+        kept = self._manager._cached_context_manager
+        if step.branch not in self._branches:
+            names = self._transformer._context_names
+            self._branches[step.branch] = {n: self._manager.new_context(**kept[n]._init_kwargs) for n in names}
+        kept.update(self._branches[step.branch])
 
     def remove(self) -> None:
         if self._transformer is not None:
             self._library.disable_cache(self._transformer)
-        self._transformer = None
+        self._transformer, self._branches = None, {}
 
 
 _KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {
