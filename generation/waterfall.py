@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from ..pipelines.presets import Preset
 
+UNSURE = 0.1
+"""A difference of less than this share is doubted: it must be more than what rounds differ by among themselves."""
+
 Checker = Callable[[np.ndarray, str], bool]
 """Whether a video `[F, H, W, 3]` of bytes shows what a prompt says."""
 
@@ -116,11 +119,43 @@ class Waterfall:
         gains = [a / statistics.median(b) for a, b in zip(first, row.seconds, strict=True)]
         return min(gains), max(gains)
 
+    def noise(self, row: Row) -> float:
+        """By which share the rounds of the first row, or of this one, differ among themselves; NaN of one round."""
+        if len(row.seconds) < 2:
+            return math.nan
+        return max((each.spread[1] - each.spread[0]) / each.median for each in (self.rows[0], row))
+
+    def differs(self, row: Row) -> bool:
+        """Whether a row takes another time than the first, as far as the rounds can tell.
+
+        Not where each was the faster one in some round. Of a small difference (`UNSURE`), neither where the two are no
+        further apart than the rounds of one of them, nor where they made the same videos in as many passes.
+        """
+        low, high = self.gain_range(row)
+        if len(row.seconds) > 1 and low <= 1 <= high:
+            return False
+        return not self._small(row) or not (self._did_nothing(row) or abs(self.gain(row) - 1) <= self.noise(row))
+
+    def _small(self, row: Row) -> bool:
+        return abs(self.gain(row) - 1) < UNSURE
+
+    def _did_nothing(self, row: Row) -> bool:
+        return row.forwards == self.rows[0].forwards and all(value == math.inf for value in row.psnr)
+
     def in_words(self) -> str:
         """The gain of the whole preset in one sentence, with what it costs beside it."""
         first, last = self.rows[0], self.rows[-1]
-        text = f"{self.preset.name}: {self.gain(last):.2f} times as fast as the plain base"
-        text += f" ({last.median:.2f} s instead of {first.median:.2f} s a video)"
+        if self.differs(last):
+            text = f"{self.preset.name}: {self.gain(last):.2f} times as fast as the plain base"
+            text += f" ({last.median:.2f} s instead of {first.median:.2f} s a video"
+            once = len(last.seconds) == 1 and self._small(last)
+            text += "; a difference as small needs more rounds to be told from noise)" if once else ")"
+        elif self._did_nothing(last):
+            text = f"{self.preset.name}: nothing gained, since no lever did anything: the same videos as the plain "
+            return text + f"base makes, from as many passes ({last.median:.2f} s and {first.median:.2f} s a video)."
+        else:
+            text = f"{self.preset.name}: no gain that can be told from noise ({last.median:.2f} s a video with it and "
+            text += f"{first.median:.2f} s without; rounds of the same differ by up to {self.noise(last):.0%})"
         if last.accuracy is not None:
             counts = (sum(row.right or ()) for row in (last, first))
             text += ", and {} instead of {} of {} videos show what their prompt says".format(*counts, len(self.prompts))
@@ -144,6 +179,7 @@ class Waterfall:
                     "seconds": [list(each) for each in row.seconds],
                     "times_as_fast": self.gain(row),
                     "times_as_fast_range": list(self.gain_range(row)),
+                    "differs_from_base": self.differs(row),
                     "psnr_mean": row.mean_psnr if math.isfinite(row.mean_psnr) else None,
                     "psnr": finite,
                     "accuracy": row.accuracy,

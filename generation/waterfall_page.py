@@ -58,7 +58,7 @@ def _notes(names: list[str], rows: Sequence[Row]) -> list[tuple[str, str]]:
 def _told(made: Waterfall, row: Row, number: int) -> str:
     parts = [format_seconds(row.median)]
     if number:
-        parts.append(f"{made.gain(row):.2f}×")
+        parts.append(f"{made.gain(row):.2f}×" if made.differs(row) else "no difference")
     if row.right is not None:
         parts.append(f"{sum(row.right)}/{len(row.right)} right")
     elif number:

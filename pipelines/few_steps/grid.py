@@ -16,6 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401 - see above
 
+from .even_sigmas import steps_of
+
 
 class GridScheduler(FlowMatchEulerDiscreteScheduler):
     """Steps of a flow model at levels of its own, in any pipeline of flow models such as Wan's.
@@ -47,16 +49,28 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         return json.dumps({name: value for name, value in settings.items() if name in own}, indent=2) + "\n"
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: str | torch.device | None = None, **given: Any
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        **given: Any,
     ) -> None:
         """Make the table of the levels.
+
+        Args:
+            num_inference_steps: as many as there are levels. device: of the timesteps.
+            sigmas: evenly spaced ones, of which only the number counts; see `even_sigmas`.
+            mu: of a shift by the size of the video, which levels of their own do not have.
 
         Raises:
             ValueError: another number of steps than there are levels, or levels that are given.
         """
-        named = [name for name, value in given.items() if value is not None and name != "mu"]
+        named = [name for name, value in given.items() if value is not None]
         if named:
             raise ValueError(f"{named[0]} is given, but the noise levels are those of the training: leave it out.")
+        if sigmas is not None:
+            num_inference_steps = steps_of(sigmas)
         if num_inference_steps is not None and num_inference_steps != len(self.levels):
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}, but the model was distilled to {len(self.levels)}: "

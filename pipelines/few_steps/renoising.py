@@ -6,12 +6,15 @@ diffusers looks for `SchedulerMixin` in the modules that saved pipelines name, s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from .even_sigmas import steps_of
 
 
 class RenoisingScheduler(SchedulerMixin, ConfigMixin):
@@ -61,13 +64,26 @@ class RenoisingScheduler(SchedulerMixin, ConfigMixin):
         """Say with which row the run begins."""
         self._begin_index = begin_index
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
         """Make the table of a run: `timesteps` [n], and `sigmas` [n + 1] with 0 at the end, in float32.
 
+        Args:
+            num_inference_steps: n. device: of the timesteps.
+            sigmas: n evenly spaced ones instead, of which only the number counts; see `even_sigmas`.
+            mu: of a shift by the size of the video, which times of a distillation do not have.
+
         Raises:
-            ValueError: more steps than there are times for, or fewer than 1.
+            ValueError: more steps than there are times for, fewer than 1, or levels that are given.
         """
-        if not 1 <= num_inference_steps <= self.most_steps:
+        if sigmas is not None:
+            num_inference_steps = steps_of(sigmas)
+        if num_inference_steps is None or not 1 <= num_inference_steps <= self.most_steps:
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps}: this model is distilled to 1 to {self.most_steps} "
                 f"steps. Give {self.most_steps}."

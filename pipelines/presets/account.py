@@ -52,9 +52,9 @@ class StepAccount:
         run, step, num_steps: see `StepInfo`.
         forwards: passes of the transformers, one for each branch of guidance.
         computed: those that no cache left out. skipped: those that one did.
-        attention: of those that were computed: "sparse", "dense", "mixed" where some layers stay dense, "stock" without a
-            method, and "-" where none did.
-        density: mean over their calls; NaN where none did.
+        attention: of those that were computed: "sparse", "dense", "mixed" where some layers stay dense, "stock" without
+            a method, and "-" where none was.
+        density: mean over their calls; NaN where there is none.
         why: why they are dense, with the number of calls.
     """
 

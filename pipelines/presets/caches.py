@@ -1,8 +1,8 @@
 """Caches over steps at work in a transformer: those of diffusers and cache-dit, told which steps they may not skip.
 
-None of them knows of steps that sparse attention keeps dense; MagCache is told the number of steps before it is known,
-and cache-dit counts on each step having as many passes as the one before. So before each forward pass each gets what
-the account knows (`account.py`), by the state that it keeps itself.
+None of them knows of steps that sparse attention keeps dense, MagCache is told the number of steps before it is known,
+and cache-dit the number of passes in each. So before each forward pass each gets what the account knows (`account.py`),
+by the state that it keeps itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from diffusers import CacheMixin, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockRegistry
-from diffusers.hooks.hooks import CacheContext
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.mag_cache import nearest_interp
 from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 
@@ -66,20 +66,21 @@ class _OfDiffusers:
         transformer.enable_cache(config)
         self.config = config
         self.hook = leader_of(transformer, leader)
+        self._names = False  # whether branches are named here
 
     def begin(self, steps: int | None) -> None:
         """Forget what a run that was broken off has left: diffusers does so at the end of a run that succeeds."""
         _forget(self.hook)
 
     def enter(self, step: StepInfo, keep: bool) -> None:
-        raise NotImplementedError
+        """Name the branch where the pipeline does not (Kandinsky 5, modular ones): each has what is kept for itself."""
+        self._names = self._names or self.hook.state_manager._context is None
+        if self._names:
+            _set_cache_context(self._transformer, CacheContext(name=step.branch))
 
     def state(self) -> Any:
         """What the cache keeps of the branch that runs."""
-        states = self.hook.state_manager
-        if states._context is None:  # a pipeline without branches
-            states.set_context(CacheContext(name="inference"))
-        return states.get_state()
+        return self.hook.state_manager.get_state()
 
     def remove(self) -> None:
         if self._transformer is not None:
@@ -97,6 +98,7 @@ class _FirstBlock(_OfDiffusers):
         self.hook._should_compute_remaining_blocks = lambda residual: decide(residual) or self._keep
 
     def enter(self, step: StepInfo, keep: bool) -> None:
+        super().enter(step, keep)
         self._keep = keep
 
 
@@ -115,10 +117,11 @@ class _Mag(_OfDiffusers):
             self.config.mag_ratios = nearest_interp(self._ratios, steps)
 
     def enter(self, step: StepInfo, keep: bool) -> None:
+        super().enter(step, keep)
         state = self.state()
         # It counts its own passes, which are not the steps of a run that was broken off, or of a second transformer.
         state.step_index = min(step.step, self.config.num_inference_steps - 1)
-        if keep:  # a step with nothing to go by is computed, and the count of those skipped before it is left to it
+        if keep:  # a step with nothing to go by is computed; the count of skipped steps stays what the cache made it
             state.previous_residual = None
 
 
@@ -127,6 +130,7 @@ class _Sea(_OfDiffusers):
         super().__init__(transformer, SeaCacheConfig(threshold=cache.limit, **cache.settings), "sea_cache_root")
 
     def enter(self, step: StepInfo, keep: bool) -> None:
+        super().enter(step, keep)
         if keep:
             self.state().previous_indicator = None  # a step with nothing to compare with is computed
 
@@ -168,9 +172,12 @@ _OUTPUTS = r"(\w+_)?(proj_out|out_layer)"
 
 
 class _CacheDit:
-    """cache-dit tells branches of guidance apart, and steps, by counting passes. Those that it cannot know of (one of a
-    step with two passes, tiles, a transformer that takes over in the middle of a run) put it out of step. So each
-    branch has what it keeps for itself, and a step that is kept is computed whatever it counts."""
+    """cache-dit's DBCache.
+
+    It knows the step and the branch of guidance by counting passes, and is wrong where a pipeline makes another number
+    of them than it was told, or a transformer takes over in the middle of a run. So what it keeps is held here for each
+    branch, and a step that is kept is computed whatever it counts.
+    """
 
     def __init__(self, transformer: Any, cache: Cache) -> None:
         import cache_dit
@@ -179,7 +186,7 @@ class _CacheDit:
         self._library: Any = cache_dit
         settings = {"residual_diff_threshold": cache.limit, **cache.settings}
         self._config = cache_dit.DBCacheConfig(**settings, enable_separate_cfg=False)
-        self._branches: dict[str, dict[str, Any]] = {}  # branch -> what is kept of it, by stack of blocks
+        self._branches: dict[str, dict[str, Any]] = {}  # branch -> stack of blocks -> what cache-dit keeps of it
         self._keep = False
         cache_dit.enable_cache(transformer, cache_config=self._config)
         self._manager: Any = transformer._context_manager
@@ -194,11 +201,11 @@ class _CacheDit:
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         self._keep = keep
-        kept = self._manager._cached_context_manager
+        contexts = self._manager._cached_context_manager
         if step.branch not in self._branches:
-            names = self._transformer._context_names
-            self._branches[step.branch] = {n: self._manager.new_context(**kept[n]._init_kwargs) for n in names}
-        kept.update(self._branches[step.branch])
+            fresh = {n: self._manager.new_context(**contexts[n]._init_kwargs) for n in self._transformer._context_names}
+            self._branches[step.branch] = fresh
+        contexts.update(self._branches[step.branch])
 
     def remove(self) -> None:
         if self._transformer is not None:

@@ -29,6 +29,7 @@ from .loras import check_loras
 from .packages import check_packages
 from .preset import OWN, Preset
 from .quantise import check_quantize, is_to_do
+from .tables import check_table
 
 
 def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str, tuple[Any, Family]]:
@@ -125,6 +126,7 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
         problem = f"the model is of flow matching, and {choice.name} is not made for that"
         fix = "Take one of FlowMatch..., or one with a setting use_flow_sigmas."
         raise PresetError("scheduler", problem, fix, value=choice.name)
+    check_table(pipe, made)
     return made
 
 

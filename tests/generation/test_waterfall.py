@@ -132,6 +132,53 @@ def test_the_noise_of_the_rounds_is_told():
     assert unchecked.in_words().endswith("at a PSNR of 30.0 dB to it.")
 
 
+@pytest.mark.parametrize(
+    ("base", "levers", "words"),
+    [
+        # Each was the faster one in some round.
+        (
+            ((4.0,), (4.2,)),
+            ((3.9,), (4.22,)),
+            "no gain that can be told from noise (4.06 s a video with it and 4.10 s ",
+        ),
+        # In both rounds a little faster, by less than the rounds of one of them differ.
+        (((4.0,), (4.2,)), ((3.92,), (4.12,)), "rounds of the same differ by up to 5%), at a PSNR of 30.0 dB to it."),
+        (((4.0,), (4.01,)), ((3.9,), (3.91,)), "1.03 times as fast as the plain base (3.91 s instead of 4.00 s a "),
+        (
+            ((4.0,),),
+            ((3.9,),),
+            "(3.90 s instead of 4.00 s a video; a difference as small needs more rounds to be told ",
+        ),
+        # The machine became slower, for both alike.
+        (((4.0,), (6.0,)), ((3.0,), (4.5,)), "1.33 times as fast as the plain base"),
+        (((4.0,), (4.01,)), ((8.0,), (8.01,)), "0.50 times as fast as the plain base"),
+    ],
+    ids=["in turns", "by little", "measured", "one round", "drift", "slower"],
+)
+def test_a_gain_that_the_rounds_cannot_tell_is_none(base, levers, words, tmp_path):
+    rows = row("base", base, (math.inf,), None), row("cache", levers, right=None)
+    made = Waterfall(FULL, rows, ("a",), (0,), {"size": "small", "videos": "one"})
+    assert words in made.in_words()
+    differs = "no gain" not in made.in_words()
+    assert made.differs(rows[1]) is differs is made.to_dict()["rows"][1]["differs_from_base"]
+    chart = write_waterfall(made, tmp_path / "w.html").read_text().split("<table>")[0]
+    assert ("no difference" in chart) is not differs
+
+
+def test_levers_that_did_nothing_gain_nothing():
+    """Same videos from as many passes: times that differ are the machine's."""
+    for rounds in (1, 2):
+        base, same = (
+            row(name, ((seconds,),) * rounds, (math.inf,)) for name, seconds in (("base", 4.0), ("method", 3.9))
+        )
+        made = Waterfall(FULL, (base, same), ("a",), (0,))
+        assert made.in_words() == (
+            "full: nothing gained, since no lever did anything: the same videos as the plain base makes, from as many "
+            "passes (3.90 s and 4.00 s a video)."
+        )
+        assert not made.differs(same)
+
+
 def test_the_page_and_its_numbers(made, tmp_path):
     page = write_waterfall(made, tmp_path / "w.html", "vidaccel waterfall <x>")
     text = page.read_text()

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 from no_torchvision import without_torchvision
+from tiny_families.hunyuan import HUNYUAN
 from tiny_wan import make_scheduler, make_transformer
 
 from vidaccel.attention import StepInfo
@@ -116,7 +117,7 @@ def mochi() -> tuple[Any, dict[str, Any]]:
     return quiet(pipe), SIZES | {"num_frames": 13} | masks | texts
 
 
-def kandinsky5(shift: float = 10.0) -> tuple[Any, dict[str, Any]]:
+def kandinsky5(shift: float = 10.0, layers: int = 1) -> tuple[Any, dict[str, Any]]:
     transformer = diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         in_text_dim=16,
@@ -126,7 +127,7 @@ def kandinsky5(shift: float = 10.0) -> tuple[Any, dict[str, Any]]:
         model_dim=32,
         ff_dim=32,
         num_text_blocks=1,
-        num_visual_blocks=1,
+        num_visual_blocks=layers,
         axes_dims=(4, 6, 6),
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -177,6 +178,21 @@ def helios() -> tuple[Any, dict[str, Any]]:
     texts = {"prompt_embeds": embeds(1, 7, 16), "negative_prompt_embeds": embeds(1, 7, 16)}
     chunks = {"num_frames": 18, "num_latent_frames_per_chunk": 3, "history_sizes": [4, 2, 2]}
     return quiet(pipe), SIZES | chunks | texts
+
+
+def hunyuan() -> tuple[Any, dict[str, Any]]:
+    transformer = diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN, num_layers=2, num_single_layers=2)
+    pipe = diffusers.HunyuanVideoPipeline(
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae")),
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+    texts = {
+        "prompt_embeds": embeds(1, 8, 16),
+        "pooled_prompt_embeds": embeds(1, 8),
+        "prompt_attention_mask": torch.ones(1, 8),
+    }
+    return quiet(pipe), SIZES | texts
 
 
 def framepack() -> tuple[Any, dict[str, Any]]:

@@ -9,6 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from diffusers import (
     AutoencoderKLWan,
     FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
     WanImageToVideoPipeline,
     WanVACEPipeline,
     WanVACETransformer3DModel,
@@ -24,6 +25,12 @@ from vidaccel.pipelines.acceleration.rebinding import SparseProcessor
 
 SPARSE = DenseSchedule(first_steps=1)
 METHOD = SVG2(density=0.4, schedule=SPARSE)
+BROADCAST = PyramidAttentionBroadcastConfig(
+    spatial_attention_block_skip_range=2,
+    spatial_attention_timestep_skip_range=(-1, 10**4),
+    spatial_attention_block_identifiers=("blocks.*attn1",),
+    current_timestep_callback=lambda: 500,
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +153,17 @@ def test_first_block_cache(pipe):
         assert not generate(pipe, steps=6).equal(cached)
 
 
-@pytest.mark.parametrize(("schedule", "told"), [(DenseSchedule(last_steps=1), True), (SPARSE, False)])
-def test_a_dense_step_that_a_cache_skipped_is_told(pipe, schedule, told):
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+@pytest.mark.parametrize(
+    ("cache", "schedule", "told"),
+    [
+        (FirstBlockCacheConfig(threshold=10.0), DenseSchedule(last_steps=1), True),
+        (FirstBlockCacheConfig(threshold=10.0), SPARSE, False),
+        (BROADCAST, DenseSchedule(last_steps=1), True),
+    ],
+    ids=["passes", "others", "layers"],
+)
+def test_a_dense_step_that_a_cache_skipped_is_told(pipe, cache, schedule, told):
+    pipe.transformer.enable_cache(cache)
     with vidaccel.accelerate(pipe, METHOD, schedule=schedule) as handle:
         generate(pipe)
         generate(pipe)

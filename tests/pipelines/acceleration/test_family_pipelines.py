@@ -293,6 +293,9 @@ def test_a_guidance_pass_that_leaves_out_attention():
     assert {(r.branch, r.layer) for r in report.records} == expected
     assert len(report.records) == 4 * len(expected) and not [n for n in report.notes if "backend auto" not in n]
     assert latents(pipe, case, case.sizes[0]).equal(before)
+    with accelerate(pipe, METHOD, schedule=DenseSchedule(last_steps=1)) as handle:  # nor is it a cache's
+        latents(pipe, case, case.sizes[0])
+        assert not [n for n in handle.report().notes if "a cache" in n]
 
 
 def test_a_cache_that_leaves_out_a_branch_of_the_batch():

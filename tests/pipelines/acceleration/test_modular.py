@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance, SmoothedEnergyGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+)
+from diffusers.hooks import LayerSkipConfig
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
 from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22Blocks
 from tiny_wan import make_scheduler, make_transformer
 
 import vidaccel
-from vidaccel import SVG2, DenseSchedule
+from vidaccel import SVG2, DenseSchedule, Preset
 from vidaccel.generation.errors import BadInput
+from vidaccel.pipelines.presets import Cache
 
 METHOD = SVG2(density=0.4, schedule=DenseSchedule(first_steps=1))
 
@@ -59,6 +66,24 @@ def test_steps_and_branches_are_those_of_the_guider(guider, branches):
     assert {r.step for r in report.records if r.reason} == {0}
     assert not [note for note in report.notes if "steps seen" in note]
     assert run(pipe).equal(before)
+
+
+def test_layers_that_guidance_leaves_out_are_no_caches():
+    """Its pass lacks a layer on purpose, also in a step that is kept dense; a cache beside it is told as it is."""
+    skip = LayerSkipConfig(indices=[1], fqn="blocks")
+    guider = SkipLayerGuidance(skip_layer_config=skip, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+    pipe = make(guider=guider)
+    method = SVG2(density=0.4, schedule=DenseSchedule(last_steps=1))
+    with vidaccel.accelerate(pipe, method) as handle:
+        run(pipe)
+        assert not [note for note in handle.report().notes if "a cache skipped" in note]
+    for cache in (None, Cache("first_block", 1e3)):
+        with vidaccel.apply(pipe, Preset(method=method, cache=cache)) as handle:
+            run(pipe)
+            account = handle.report()
+        assert account.steps[-1].forwards == account.steps[-1].computed == 3
+        assert bool(account.counts()["skipped"]) is (cache is not None)
+        assert not [note for note in account.notes if "a cache skipped" in note]
 
 
 def test_two_transformers_are_one_run():

@@ -11,6 +11,7 @@ from diffusers import MagCacheConfig
 from gft_adapters import write_adapter
 from gft_calls import loaded, made, saved
 from tiny_families import build
+from tiny_pipelines import hunyuan, kandinsky5, run
 from tiny_wan import generate, make_pipe, make_transformer
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -57,10 +58,10 @@ def skipped(account) -> list[int]:
 )
 def test_a_cache_skips_no_step_that_is_kept_dense(pipe, cache, schedule, dense):
     with vidaccel.apply(pipe, preset(cache, **schedule)) as handle:
-        for run in (0, 1):  # and the second run like the first
+        for number in (0, 1):  # and the second run like the first
             generate(pipe, 8)
             account = handle.report().last()
-            assert [step.step for step in account.steps if step.attention == "dense"] == dense, run
+            assert [step.step for step in account.steps if step.attention == "dense"] == dense, number
             assert len(skipped(account)) >= 3 and not set(skipped(account)) & set(dense)
             assert all(step.forwards == 2 == step.computed + step.skipped for step in account.steps)
 
@@ -132,13 +133,57 @@ def test_one_pass_a_step_with_every_cache(cache, tmp_path):
     assert len(skipped(account)) >= 2 and not set(skipped(account)) & {0, 7}
 
 
-def test_two_transformers_are_one_account():
+def test_two_transformers_are_one_account(cache):
+    """The second begins in the middle of a run, and its last steps are the run's."""
     pipe = make_pipe(transformer_2=make_transformer(1), boundary_ratio=0.8)
-    with vidaccel.apply(pipe, preset(EAGER["magcache"], first_steps=1, last_steps=1)) as handle:
-        generate(pipe, 8)
+    with vidaccel.apply(pipe, preset(cache, first_steps=1, last_steps=2)) as handle:
+        for number in (0, 1):
+            generate(pipe, 10)
+            account = handle.report().last()
+            assert [step.step for step in account.steps] == list(range(10)), number
+            assert [step.step for step in account.steps if step.attention == "dense"] == [0, 8, 9], number
+            assert len(skipped(account)) >= 3 and not set(skipped(account)) & {0, 8, 9}
+            assert not [note for note in account.notes if "a cache skipped" in note]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("name", ["first_block", "magcache", "cache_dit"])
+def test_a_pipeline_that_does_not_say_whether_it_guides(name, passes):
+    """HunyuanVideo has one pass a step or two, by what its call gets."""
+    if name == "cache_dit":
+        pytest.importorskip("cache_dit")
+    pipe, options = hunyuan()
+    assert not hasattr(pipe, "do_classifier_free_guidance")
+    negative = {f"negative_{key}": value for key, value in options.items() if "prompt" in key}
+    more = {**negative, "true_cfg_scale": 4.0} if passes == 2 else {}
+    with vidaccel.apply(pipe, preset(EAGER[name], first_steps=1, last_steps=2)) as handle:
+        run(pipe, options, steps=8, **more)
         account = handle.report()
-    assert [step.step for step in account.steps] == list(range(8))
-    assert account.steps[0].attention == "dense" == account.steps[-1].attention
+    assert [step.forwards for step in account.steps] == [passes] * 8
+    assert [step.step for step in account.steps if step.attention == "dense"] == [0, 6, 7]
+    assert len(skipped(account)) >= 3 and not set(skipped(account)) & {0, 6, 7}
+    assert not [note for note in account.notes if "a cache skipped" in note]
+
+
+def test_branches_that_a_pipeline_does_not_name():
+    """Kandinsky 5 does not tell caches which pass is which: what one has kept is not put in place of the other."""
+    pipe, options = kandinsky5(layers=2)
+    cache = Cache("magcache", 10.0, {**RATIOS, "max_skip_steps": 2})
+    with vidaccel.apply(pipe, preset(cache, first_steps=1, last_steps=1)) as handle:
+        run(pipe, options, steps=8)
+        account = handle.report()
+    assert [(step.computed, step.skipped) for step in account.steps] == [*[(2, 0), (0, 2), (0, 2)] * 2, (2, 0), (2, 0)]
+
+
+def test_magcache_skips_as_much_after_steps_that_are_kept(pipe):
+    """Steps that it computes by itself, at the start, are no skipped ones because they are kept, too."""
+    cache = Cache("magcache", 10.0, {"mag_ratios": [1.0] * 10, "max_skip_steps": 3, "retention_ratio": 0.2})
+    found = []
+    for kept in (0, 2):
+        with vidaccel.apply(pipe, preset(cache, first_steps=kept)) as handle:
+            generate(pipe, 10)
+            found.append(skipped(handle.report()))
+    assert found == [[2, 3, 4, 6, 7, 8]] * 2
 
 
 FAMILIES = ["wan_vace", "hunyuan_video_15", "cogvideox_2b", "ltx2", "kandinsky5", "kandinsky6", "minimax_h3"]
