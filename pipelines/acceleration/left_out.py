@@ -16,9 +16,10 @@ _DECIDES: Mapping[str, Callable[[Any], bool]] = {
     "fbc_leader_block_hook": lambda state: not state.should_compute,
     "mag_cache_leader_block_hook": lambda state: not state.should_compute,
     "sea_cache_root": lambda state: state.consecutive_cached > 0,
+    "taylorseer_cache": lambda state: state.last_update_step != state.current_step,  # all of its layers at once
 }
 # Those that decide in single layers.
-_IN_LAYERS = ("pyramid_attention_broadcast", "faster_cache_denoiser", "faster_cache_block", "taylorseer_cache")
+_IN_LAYERS = ("pyramid_attention_broadcast", "faster_cache_denoiser", "faster_cache_block")
 
 
 def pass_was_left_out(transformer: torch.nn.Module) -> bool:

@@ -163,6 +163,7 @@ class _Taylor(_OfDiffusers):
         return compute or self._keep, state
 
     def enter(self, step: StepInfo, keep: bool) -> None:
+        super().enter(step, keep)
         self._keep = keep
 
 
