@@ -7,6 +7,7 @@ from typing import Any
 
 from ..attention import Method, VideoLayout
 from .native import NativeAttention
+from .native_lora import with_lora
 from .patch import sparsify
 from .wording import PRECISIONS, InputError
 
@@ -33,11 +34,10 @@ def lengthened(
 
     Raises:
         InputError: a file that cannot be read or is none of the recipe `length`, or was trained with dense attention or
-            RIFLEx; or nothing in it is for the model. ValueError: see `sparsify`. Later, in a run: a video longer than
-            those of the training.
+            RIFLEx; or the model lacks a layer of it, or has it in another size. ValueError: see `sparsify`. Later, in a
+            run: a video longer than those of the training.
     """
-    import comfy.sd
-    import comfy.utils
+    from comfy.utils import load_torch_file
 
     # Not at ComfyUI's start: they stand in a package that imports diffusers, which takes seconds.
     from ..pipelines.length.adapter_file import read_length
@@ -71,10 +71,5 @@ def lengthened(
         measure_error=measure_error,
         precision=precision,
     )
-    before = set(patched.patches)
-    with_lora, _ = comfy.sd.load_lora_for_models(
-        patched, None, comfy.utils.load_torch_file(str(adapter.path), safe_load=True), weight, 0
-    )
-    if weight and set(with_lora.patches) == before:
-        raise InputError(f"lora: nothing in {trained.name} is for this model: give the one that it was trained on.")
-    return with_lora, session
+    tensors = load_torch_file(str(adapter.path), safe_load=True)
+    return with_lora(patched, tensors, weight, field="lora", file=trained.name), session

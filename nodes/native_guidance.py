@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .geometry import unwrap
+from .native_lora import with_lora
 from .wording import InputError
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,7 @@ def guide(model: Any, location: Path, scale: float) -> Any:
         InputError: no such adapter, one of another model, a scale that it was not trained for, or a MODEL that has one
             already.
     """
-    from comfy.lora import load_lora, model_lora_keys_unet
     from comfy.patcher_extension import WrappersMP
-    from comfy.sd import load_lora_for_models
 
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeError, read_adapter
     from ..pipelines.guidance_free.low_rank import gate_of
@@ -69,13 +68,7 @@ def guide(model: Any, location: Path, scale: float) -> Any:
     gate = gate_of(scale, adapter.max_scale if adapter.gated else None)
     with torch.inference_mode(False), torch.no_grad():
         patches = {**lora, _BIAS: embedder(torch.tensor([1 / scale]))[0]}
-    found = load_lora(dict(patches), model_lora_keys_unet(model.model, {}), log_missing=False)
-    if len(found) != len(lora) // 2 + 1:
-        raise InputError(
-            f"adapter: {adapter.path.name} has {len(lora) // 2} layers, of which this MODEL has {len(found) - 1}: it "
-            "is of another model."
-        )
-    clone, _ = load_lora_for_models(model, None, dict(patches), gate, 0.0)
+    clone = with_lora(model, patches, gate, field="adapter", file=adapter.path.name)
     one_pass = _OnePass(scale, adapter.path.name, adapter.sigmas)
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, one_pass.sample)
     clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, one_pass.predict)

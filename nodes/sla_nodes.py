@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from . import pipelines
 from .lora_nodes import BY_PATH
+from .native_lora import with_lora
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY as PIPELINES
 from .pipeline_nodes import Pipeline
@@ -74,9 +75,7 @@ class VidaccelApplySLA(io.ComfyNode):
         if diffusion_model is None:
             raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
         lora, projections = matrices_and_projections(adapter, diffusion_model)
-        from comfy.sd import load_lora_for_models
-
-        changed, _ = load_lora_for_models(model, None, lora, 1.0, 0.0)
+        changed = with_lora(model, lora, 1.0, field="sla", file=adapter.path.name)
         trained = adapter.trained
         method = trained.method()
         told = {"sla": adapter.path.name, "topk": trained.topk, "block": method.block, "scope": trained.linear_scope}

@@ -23,7 +23,7 @@ METHOD = SLA(topk=0.2, block=(32, 32))
 def adapter(tmp_path):
     """For the tiny model of 3 layers, 2 heads of 24 channels; its LoRA adds to the queries of every layer."""
 
-    def write(scale: float, dim: int = 24, **changes):
+    def write(scale: float, dim: int = 24, width: int = 48, method: SLA = METHOD, **changes):
         generator = torch.Generator().manual_seed(3)
         tensors = {
             name: scale * torch.randn((dim, dim) if name.endswith("weight") else (dim,), generator=generator)
@@ -31,9 +31,9 @@ def adapter(tmp_path):
         }
         for number in range(3):
             layer = f"diffusion_model.blocks.{number}.self_attn.q"
-            tensors[f"{layer}.lora_A.weight"] = scale * torch.randn(2, 48, generator=generator)
-            tensors[f"{layer}.lora_B.weight"] = scale * torch.randn(48, 2, generator=generator)
-        trained = TrainedSLA.of(METHOD, (), "tiny", "0123").facts()
+            tensors[f"{layer}.lora_A.weight"] = scale * torch.randn(2, width, generator=generator)
+            tensors[f"{layer}.lora_B.weight"] = scale * torch.randn(width, 2, generator=generator)
+        trained = TrainedSLA.of(method, (), "tiny", "0123").facts()
         header = {"recipe": "sla", "part": "transformer", "sla": trained, **changes}
         file = tmp_path / "adapter.safetensors"
         save_file(tensors, file, {"format": "pt", "vidaccel": json.dumps(header)})
@@ -75,6 +75,12 @@ def test_what_does_not_fit(adapter):
         applied(model, "")
     with pytest.raises(InputError, match="has 3 layers of 16 channels a head, and this model 3 of 24"):
         applied(model, adapter(0.5, dim=16))
+    # As heads of 128 channels are in Wan 2.1 1.3B and in Wan 2.2 5B, both of 30 layers.
+    for method in (METHOD, SLA(topk=0.2, block=(32, 32), linear_scope="none")):
+        with pytest.raises(
+            InputError, match=r"sla: adapter.safetensors is for a model whose .*self_attn.q makes 96 ch"
+        ):
+            applied(model, adapter(0.5, width=96, method=method))
     with pytest.raises(InputError, match="of the recipe lora: give one that the recipe sla made"):
         applied(model, adapter(0.5, recipe="lora"))
     _, camera, _ = tiny("wan_camera")
