@@ -22,15 +22,21 @@ if TYPE_CHECKING:
 FOLDER = "vidaccel_presets"
 """Below ComfyUI's folder of models: presets of one's own."""
 ELSEWHERE = {
-    "method": "Apply SLA",
-    "guidance_free": "Guidance-Free",
     "cache": "EasyCache or another node for caches",
     "loras": "LoraLoaderModelOnly",
-    "scheduler": "the sampler's scheduler",
+    "scheduler": "the sampler's scheduler, and ModelSamplingSD3 for a shift",
     "num_inference_steps": "the sampler's steps",
+    "guidance_scale": "the sampler's cfg",
     "quantize": "weight_dtype of Load Diffusion Model",
 }
 """What a native MODEL does not get from a preset -> what ComfyUI has for it."""
+TRAINED = {
+    "sla": "whose weights a MODEL gets from Apply SLA",
+    "vsa": "whose gates no native model has: use a pipeline of diffusers, with Apply Preset",
+}
+"""Likewise of methods that need weights."""
+ADAPTER = "Guidance-Free"
+"""The node that puts an adapter for guidance in one pass into a MODEL."""
 
 
 def shipped_names() -> list[str]:
@@ -124,7 +130,7 @@ class NativePart:
         dense_layers: in words of the nodes.
         adapter: guidance-free; None for none.
         guidance: of the adapter.
-        left: what it does not get, with what ComfyUI has for it.
+        left: what it does not get and its values, with what ComfyUI has for it.
     """
 
     method: Method | None = None
@@ -158,7 +164,7 @@ def native_part(preset: Preset, layers: int, family: str) -> NativePart:
     adapters = () if "guidance_free" in left else preset.guidance_free
     if adapters and preset.guidance_scale is None:
         raise InputError(f"preset {preset.name} has guidance_free and no guidance_scale, which a MODEL needs: add it.")
-    told = tuple(f"{name}: {instead}" for name, instead in left.items())
+    told = tuple(left.values())
     if method is None and not adapters:
         raise InputError(
             f"preset {preset.name} has neither a method nor an adapter for guidance that a MODEL can take, and a MODEL "
@@ -172,17 +178,33 @@ def native_part(preset: Preset, layers: int, family: str) -> NativePart:
 
 
 def _left(preset: Preset) -> dict[str, str]:
-    """Lever -> why a MODEL does not get it, and what ComfyUI has for it."""
-    made = {}
-    if preset.method is not None and preset.method.needs_weights:
-        made["method"] = f"{preset.method.name}, whose weights a MODEL gets from {ELSEWHERE['method']}"
-    adapters = preset.guidance_free
+    """Lever -> it and its value, with why a MODEL does not get it or what ComfyUI has for it."""
+    made, method, adapters = {}, preset.method, preset.guidance_free
+    if method is not None and method.needs_weights:
+        made["method"] = f"method {method.name}, {TRAINED.get(method.name, 'whose weights a MODEL cannot have')}"
+    at = "" if preset.guidance_scale is None else f", with a guidance of {preset.guidance_scale:g}"
     if adapters == ("own",):
-        made["guidance_free"] = f"the adapter of a folder of diffusers; {ELSEWHERE['guidance_free']} takes a file"
+        made["guidance_free"] = f"guidance_free, the adapter of a folder of diffusers: {ADAPTER} takes a file{at}"
     elif len(adapters) > 1:
-        made["guidance_free"] = f"one for each transformer; {ELSEWHERE['guidance_free']} before each sampler takes one"
-    others = ("cache", "loras", "scheduler", "num_inference_steps", "quantize")
-    return made | {name: ELSEWHERE[name] for name in others if getattr(preset, name)}
+        made["guidance_free"] = f"guidance_free, one for each transformer: {ADAPTER} before each sampler takes one{at}"
+    return made | {name: f"{name} {value}: {ELSEWHERE[name]}" for name, value in _values(preset).items()}
+
+
+def _values(preset: Preset) -> dict[str, str]:
+    """Lever that is for other nodes to set -> its value, in words."""
+    cache, scheduler, quantize = preset.cache, preset.scheduler, preset.quantize
+    made = {
+        "cache": "" if cache is None else f"{cache.name}={cache.limit:g}",
+        "loras": ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in preset.loras),
+        "scheduler": "" if scheduler is None else scheduler.name,
+        "num_inference_steps": str(preset.num_inference_steps or ""),
+        # With an adapter it is that node's.
+        "guidance_scale": "" if preset.guidance_scale is None or preset.guidance_free else f"{preset.guidance_scale:g}",
+        "quantize": "" if quantize is None else quantize.kind,
+    }
+    if scheduler is not None and scheduler.settings:
+        made["scheduler"] += f" ({', '.join(f'{name} {value}' for name, value in scheduler.settings.items())})"
+    return {name: value for name, value in made.items() if value}
 
 
 def _shares(preset: Preset) -> dict[str, float]:

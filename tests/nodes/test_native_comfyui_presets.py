@@ -25,7 +25,9 @@ SPARSE = SVG2(density=0.5, q_clusters=4, k_clusters=8, schedule=DenseSchedule(fi
 def test_the_method_and_what_stays_dense():
     description, model, unpatched = tiny("wan_t2v")
     preset = Preset(name="a", family="Wan 2.1 / 2.2", method=SPARSE, backend="reference", num_inference_steps=4)
-    with pytest.raises(InputError, match="num_inference_steps: the sampler's steps. Set it there and switch skip_oth"):
+    with pytest.raises(
+        InputError, match="num_inference_steps 4: the sampler's steps. Set it there and switch skip_oth"
+    ):
         apply_native(model, preset)
     clone, session = apply_native(model, preset, skip_others=True)
     made = sample(clone, description)
@@ -36,7 +38,7 @@ def test_the_method_and_what_stays_dense():
     assert made.equal(sample(one_by_one, description)) and not made.equal(unpatched)
     report = session.report()
     assert report.config["preset"] == "a" and report.config["density"] == 0.5
-    assert "not taken num_inference_steps: the sampler's steps" in report_text(session.news())
+    assert "not taken num_inference_steps 4: the sampler's steps" in report_text(session.news())
     assert sample(model, description).equal(unpatched)
 
 
@@ -44,13 +46,16 @@ def test_guidance_in_one_pass_and_what_is_left_to_other_nodes(tmp_path, caplog):
     description, model, _ = tiny("wan_t2v")
     file = write_native(tmp_path)
     preset = Preset(name="a", guidance_free=str(file), guidance_scale=4.0, cache=Cache("first_block"))
-    with pytest.raises(InputError, match="cache: EasyCache or another node for caches. Set it there"):
+    with pytest.raises(InputError, match="cache first_block=0.05: EasyCache or another node for caches. Set it there"):
         apply_native(model, preset)
     with caplog.at_level(logging.WARNING, "vidaccel.nodes.preset_nodes"):
         clone, session = apply_native(model, preset, skip_others=True)
-    assert "preset a: not taken from it: cache: EasyCache" in caplog.text
+    assert "preset a: not taken from it: cache first_block=0.05: EasyCache" in caplog.text
     text = report_text(session.news())
-    assert text.startswith("Guidance takes one pass. The preset a has no method") and "cache: EasyCache" in text
+    assert (
+        text.startswith("Guidance takes one pass. The preset a has no method")
+        and "cache first_block=0.05: EasyCache" in text
+    )
     assert sample(clone, description).equal(sample(guide(model, file, 4.0), description))
 
 
@@ -60,17 +65,17 @@ def test_levers_that_a_model_cannot_carry_are_left_out_one_by_one(tmp_path):
     only_guidance = Preset(name="a", method=SLA(), sla="b.safetensors", guidance_free=str(file), guidance_scale=4.0)
     only_method = Preset(name="a", method=SPARSE, guidance_free="own", guidance_scale=4.0, num_inference_steps=4)
     for preset, message in (
-        (only_guidance, "method: sla, whose weights a MODEL gets from Apply SLA. Set it there"),
-        (only_method, "guidance_free: the adapter of a folder of diffusers; Guidance-Free takes"),
+        (only_guidance, "method sla, whose weights a MODEL gets from Apply SLA. Set it there"),
+        (only_method, "guidance_free, the adapter of a folder of diffusers: Guidance-Free takes"),
     ):
         with pytest.raises(InputError, match=message):
             apply_native(model, preset)
     clone, report = apply_native(model, only_guidance, skip_others=True)
     assert sample(clone, description).equal(sample(guide(model, file, 4.0), description))
-    assert "method: sla, whose weights a MODEL gets from Apply SLA." in report_text(report.news())
+    assert "method sla, whose weights a MODEL gets from Apply SLA." in report_text(report.news())
     clone, session = apply_native(model, only_method, skip_others=True)
     sample(clone, description)
-    assert "not taken guidance_free: the adapter of a folder of diffusers" in report_text(session.news())
+    assert "not taken guidance_free, the adapter of a folder of diffusers" in report_text(session.news())
 
 
 def test_the_precision_of_a_preset_is_not_lost():

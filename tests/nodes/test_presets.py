@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vidaccel
-from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial
+from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial
 from vidaccel.generation.request import Settings
 from vidaccel.nodes.acceleration import Acceleration
 from vidaccel.nodes.pipelines import generate, load
@@ -115,14 +115,28 @@ def test_what_a_native_model_gets():
     assert (part.dense_start_percent, part.dense_end_percent, part.dense_layers) == (0.1, 0.1, "0, 28, 29")
     assert part.adapter == Path("gft.safetensors") and part.guidance == 4.0
     assert part.left == (
-        "cache: EasyCache or another node for caches",
-        "loras: LoraLoaderModelOnly",
-        "num_inference_steps: the sampler's steps",
+        "cache first_block=1000: EasyCache or another node for caches",
+        "loras a.safetensors (1): LoraLoaderModelOnly",
+        "num_inference_steps 20: the sampler's steps",
     )
     assert native_part(Preset(name="a", method=SPARSE, num_inference_steps=10), 6, "Wan").dense_start_percent == 0.1
     both = Preset(name="a", method=Radial(), guidance_free=("a.safetensors", "b.safetensors"), guidance_scale=2.0)
     assert native_part(both, 30, "Wan").left == (
-        "guidance_free: one for each transformer; Guidance-Free before each sampler takes one",
+        "guidance_free, one for each transformer: Guidance-Free before each sampler takes one, with a guidance of 2",
+    )
+
+
+def test_what_is_left_to_other_nodes_has_the_values_to_set_there():
+    shifted = SchedulerChoice("UniPCMultistepScheduler", {"flow_shift": 3.0})
+    lora = LoraFile(Path("below/four.safetensors"), 0.8)
+    preset = Preset(
+        name="a", method=Radial(), scheduler=shifted, loras=(lora,), quantize=Quantize("fp8"), guidance_scale=1.0
+    )
+    assert native_part(preset, 30, "Wan").left == (
+        "loras four.safetensors (0.8): LoraLoaderModelOnly",
+        "scheduler UniPCMultistepScheduler (flow_shift 3.0): the sampler's scheduler, and ModelSamplingSD3 for a shift",
+        "guidance_scale 1: the sampler's cfg",
+        "quantize fp8: weight_dtype of Load Diffusion Model",
     )
 
 
@@ -136,9 +150,10 @@ def test_what_a_native_model_gets():
         (Preset(name="a", method=Radial(schedule=DenseSchedule(sigma_above=0.9))), "by noise levels of diffusers"),
         (
             Preset(name="a", guidance_free="own", guidance_scale=2.0),
-            "nothing else .* guidance_free: the adapter",
+            "nothing else .* guidance_free, the adapter",
         ),
-        (Preset(name="a", method=SLA(), sla="b.safetensors"), "nothing else of a preset: method: sla, whose weights"),
+        (Preset(name="a", method=SLA(), sla="b.safetensors"), "nothing else of a preset: method sla, whose weights"),
+        (Preset(name="a", method=VSA()), "method vsa, whose gates no native model has: use a pipeline of diffusers"),
         (Preset(name="a"), "nothing else of a preset: it is empty"),
         (Preset(name="a", guidance_free="x"), "has guidance_free and no guidance_scale"),
     ],
