@@ -418,10 +418,11 @@ class NativeAttention:
             self._reported = self._run
         report = self.report()
         records = tuple(record for record in report.records if record.run >= first)
-        # An engine's notes are on its sparse calls.
-        of_engines = self._run if any(not record.reason for record in records) else -1
         true_of = {**self._told, **self._notes, DROPPED: self._run - KEPT_RUNS}
-        notes = tuple(note for note in report.notes if true_of.get(note, of_engines) >= first)
+        if any(not record.reason for record in records):  # an engine's notes are on its sparse calls
+            for layout, engine in self._engines.items():  # the one used last is the last
+                true_of |= dict.fromkeys(engine.notes, self._used[layout])
+        notes = tuple(note for note in report.notes if true_of.get(note, -1) >= first)
         return News(replace(report, records=records, notes=notes), heading)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from native_calls import BATCHED, RECORDED, WAN, Executor, Recorded, model_of, run, session_of, step
 
+from vidaccel import Tangent
 from vidaccel.nodes.native import NativeAttention
 from vidaccel.nodes.news import CACHED, NEVER
 from vidaccel.nodes.sampling import DensePart
@@ -83,6 +84,17 @@ def test_notes_are_shown_with_the_run_that_they_are_true_of(caplog):
         unknown = [note for note in session.news().report.notes if "is no model that sparse attention knows" in note]
         assert len(unknown) == (family == "UnknownModel")
     assert caplog.text.count("is no model that sparse attention knows") == 1
+
+
+def test_notes_on_a_video_of_another_size_are_not_shown():
+    """Tangent says how much of a short video its probe would read, which is another share at each size."""
+    session = session_of(Tangent(density=0.5))
+    sizes = [RECORDED[name] for name in ("wan", "wan odd size", "wan")]
+    shown = []
+    for entry, recorded in enumerate(sizes):
+        sampled(session, str(entry), recorded=recorded)
+        shown.append([note for note in session.news(str(entry)).report.notes if "without the probe" in note])
+    assert shown[0] == shown[2] and shown[0] != shown[1] and [len(notes) for notes in shown] == [1, 1, 1]
 
 
 def test_records_do_not_pile_up():
