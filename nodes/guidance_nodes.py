@@ -7,13 +7,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .adapter_files import BY_PATH, State, chosen_file, state_of, state_of_chosen
 from .native_guidance import guide
 from .pipeline_nodes import CATEGORY, Pipeline
 from .pipelines import VideoPipeline, require_packages
 from .schema import accepted
-from .wording import InputError
 
-BY_PATH = "the path below"
 OWN = "the model's own"
 
 
@@ -30,14 +29,6 @@ def _adapter_inputs(first: str, tooltip: str) -> list[Any]:
             tooltip="Path of an adapter, or of the folder that has it; it is taken instead of the one above.",
         ),
     ]
-
-
-def _chosen(adapter: str, path: str) -> Path:
-    import folder_paths
-
-    if not path.strip() and adapter == BY_PATH:
-        raise InputError("adapter: choose a file of models/loras, or give the path of one.")
-    return Path(path.strip() or folder_paths.get_full_path_or_raise("loras", adapter)).expanduser()
 
 
 class VidaccelGuidanceFree(io.ComfyNode):
@@ -70,9 +61,14 @@ class VidaccelGuidanceFree(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, adapter: str | None, path: str | None, **others: Any) -> State | None:
+        """Read a file anew once it was changed."""
+        return state_of_chosen(adapter, path)
+
+    @classmethod
     def execute(cls, model: Any, adapter: str, path: str, guidance: float) -> io.NodeOutput:
         require_packages("Guidance-Free, which reads files of the trainer, needs")
-        return io.NodeOutput(guide(model, _chosen(adapter, path), guidance))
+        return io.NodeOutput(guide(model, chosen_file(adapter, path, "adapter"), guidance))
 
 
 class VidaccelGuidanceFreePipeline(io.ComfyNode):
@@ -102,8 +98,15 @@ class VidaccelGuidanceFreePipeline(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(
+        cls, adapter: str | None, path: str | None, second_path: str | None = "", **others: Any
+    ) -> tuple[State | None, ...]:
+        """Read a file anew once it was changed."""
+        return state_of_chosen(adapter, path), state_of((second_path or "").strip())
+
+    @classmethod
     def execute(cls, pipeline: VideoPipeline, adapter: str, path: str, second_path: str = "") -> io.NodeOutput:
-        places = [] if not path.strip() and adapter == OWN else [_chosen(adapter, path)]
+        places = [] if not path.strip() and adapter == OWN else [chosen_file(adapter, path, "adapter")]
         if second_path.strip():
             places.append(Path(second_path.strip()).expanduser())
         return io.NodeOutput(pipeline.guided_in_one_pass(places))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
+from .adapter_files import State, chosen_file, state_of_chosen
 from .length import lengthened
-from .lora_nodes import chosen_file, file_inputs
+from .lora_nodes import file_inputs
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, precision_input
@@ -51,6 +51,11 @@ class VidaccelRadialLength(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora: str | None, path: str | None, **others: Any) -> State | None:
+        """Read a file anew once it was changed."""
+        return state_of_chosen(lora, path)
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -61,7 +66,7 @@ class VidaccelRadialLength(io.ComfyNode):
         measure_error: int = 0,
         precision: str = PRECISIONS[0],
     ) -> io.NodeOutput:
-        file: Path = chosen_file(lora, path)
+        file = chosen_file(lora, path, "lora")
         made = lengthened(model, file, weight, backend=backend, measure_error=measure_error, precision=precision)
         return io.NodeOutput(*made)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io
 
+from .adapter_files import BY_PATH, State, chosen_file, state_of_chosen
 from .loras import AUTOMATIC, TARGETS, Lora
 from .schema import accepted
-
-BY_PATH = "the path below"
 
 Loras = io.Custom("VIDACCEL_LORAS")
 
@@ -32,19 +31,6 @@ def file_inputs() -> list[io.Input]:
             "of the one above.",
         ),
     ]
-
-
-def chosen_file(lora: str, path: str) -> Path:
-    """The file of `file_inputs`.
-
-    Raises:
-        ValueError: none was chosen.
-    """
-    import folder_paths
-
-    if not path.strip() and lora == BY_PATH:
-        raise ValueError("lora: choose a file of models/loras, or give the path of one.")
-    return Path(path.strip() or folder_paths.get_full_path_or_raise("loras", lora)).expanduser()
 
 
 class VidaccelPipelineLoRA(io.ComfyNode):
@@ -84,11 +70,16 @@ class VidaccelPipelineLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora: str | None, path: str | None, **others: Any) -> State | None:
+        """Read a file anew once it was changed."""
+        return state_of_chosen(lora, path)
+
+    @classmethod
     def execute(
         cls, lora: str, path: str, weight: float, transformer: str, loras: tuple[Lora, ...] = ()
     ) -> io.NodeOutput:
         target = None if transformer == AUTOMATIC else transformer
-        return io.NodeOutput((*loras, Lora(chosen_file(lora, path), weight, target)))
+        return io.NodeOutput((*loras, Lora(chosen_file(lora, path, "lora"), weight, target)))
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelPipelineLoRA]

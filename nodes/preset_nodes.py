@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from .adapter_files import State
 from .geometry import unwrap
 from .native_guidance import guide
 from .native_models import find_geometry
 from .news import GenerationReport, nothing
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY, Pipeline
-from .presets import FOLDER, chosen_preset, find_presets, native_part, native_settings, state_of, with_preset
+from .presets import FOLDER, chosen_preset, find_presets, native_part, native_settings, state_of_preset, with_preset
 from .report_node import Report
 from .schema import accepted
 from .wording import PRECISIONS, InputError
@@ -63,9 +64,9 @@ class VidaccelLoadPreset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, preset: str, path: str) -> tuple[int, int] | None:
+    def fingerprint_inputs(cls, preset: str | None, path: str | None) -> State | None:
         """Read a file anew once it was changed, by hand or by Tune."""
-        return state_of(preset, path, _roots())
+        return state_of_preset(preset, path, _roots())
 
     @classmethod
     def execute(cls, preset: str, path: str) -> io.NodeOutput:

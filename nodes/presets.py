@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..generation.presets import request_preset
+from .adapter_files import State, state_of
 from .pipelines import VideoPipeline, require_packages
 from .wording import InputError, plain_messages
 
@@ -81,14 +82,10 @@ def chosen_preset(choice: str, path: str, roots: Sequence[str]) -> Preset:
     return preset
 
 
-def state_of(choice: str, path: str, roots: Sequence[str]) -> tuple[int, int] | None:
-    """When the file of the preset was changed last, in nanoseconds, and its bytes; None for those of the package."""
-    file = path.strip() or find_presets(roots).get(choice)
-    try:
-        found = Path(file).expanduser().stat() if file else None
-    except OSError:
-        return None  # one of the package, by name; or gone, which is said when it is read
-    return None if found is None else (found.st_mtime_ns, found.st_size)
+def state_of_preset(choice: str | None, path: str | None, roots: Sequence[str]) -> State | None:
+    """`state_of` the file of a preset, for `fingerprint_inputs`, which is given None for an input with a link; None for
+    those of the package."""
+    return state_of((path or "").strip() or find_presets(roots).get(choice or ""))
 
 
 def with_preset(pipeline: VideoPipeline, preset: Preset) -> VideoPipeline:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
 from . import pipelines
-from .lora_nodes import BY_PATH
+from .adapter_files import BY_PATH, State, chosen_file, state_of_chosen
 from .native_lora import with_lora
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY as PIPELINES
@@ -35,6 +34,11 @@ def _adapter_inputs(of_path: str, of_file: str = "") -> list[io.Input]:
         ),
         io.String.Input("path", default="", tooltip=of_path),
     ]
+
+
+def _places(path: str) -> list[str]:
+    """The paths in an input that takes several, with a ; between them."""
+    return [part.strip() for part in path.split(";") if part.strip()]
 
 
 class VidaccelApplySLA(io.ComfyNode):
@@ -69,8 +73,13 @@ class VidaccelApplySLA(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, sla: str | None, path: str | None, **others: Any) -> State | None:
+        """Read a file anew once it was changed."""
+        return state_of_chosen(sla, path)
+
+    @classmethod
     def execute(cls, model: Any, sla: str, path: str, **common: Any) -> io.NodeOutput:
-        adapter = open_adapter(_location(sla, path))
+        adapter = open_adapter(chosen_file(sla, path, "sla"))
         diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
         if diffusion_model is None:
             raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
@@ -120,22 +129,17 @@ class VidaccelPipelineSLA(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, sla: str | None, path: str | None, **others: Any) -> tuple[State | None, ...]:
+        """Read files anew once they were changed."""
+        return tuple(state_of_chosen(sla, place) for place in _places(path or "") or [""])
+
+    @classmethod
     def execute(cls, pipeline: pipelines.VideoPipeline, sla: str, path: str, **common: Any) -> io.NodeOutput:
-        places: list[str | Path] = [part.strip() for part in path.split(";") if part.strip()]
-        places = places or ([_location(sla, "")] if sla != BY_PATH else [])
-        learned = tuple(open_adapter(place) for place in places)
+        places = _places(path) or ([""] if sla != BY_PATH else [])
+        learned = tuple(open_adapter(chosen_file(sla, place, "sla")) for place in places)
         with plain_messages():
             acceleration = LearnedSLA(facts=pipeline.facts, learned=learned, **common)
         return io.NodeOutput(pipeline.accelerated(acceleration))
-
-
-def _location(name: str, path: str) -> Path:
-    """The file that the inputs name."""
-    import folder_paths
-
-    if not path.strip() and name == BY_PATH:
-        raise InputError("sla: choose a file of models/loras, or give the path of one.")
-    return Path(path.strip() or folder_paths.get_full_path_or_raise("loras", name)).expanduser()
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelApplySLA, VidaccelPipelineSLA]

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import time
 import urllib.error
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -119,10 +120,15 @@ def frames_of(server, entry: dict) -> np.ndarray:
     return np.stack([iio.imread(server.file(found)).astype(float) for found in entry["outputs"]["frames"]["images"]])
 
 
-def test_a_chain_of_loras(server, tmp_path):
+def save_lora(folder: Path) -> None:
+    """One of the demo model, of random weights."""
     transformer = WanPipeline.from_pretrained(demo.path()).transformer
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    WanPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(transformer))
+    WanPipeline.save_lora_weights(folder, get_peft_model_state_dict(transformer))
+
+
+def test_a_chain_of_loras(server, tmp_path):
+    save_lora(tmp_path)
 
     def video(*weights: float) -> np.ndarray:
         made = graph(seed=4)
@@ -143,6 +149,36 @@ def test_a_chain_of_loras(server, tmp_path):
     }
     missing["load"]["inputs"]["loras"] = ["lora", 0]
     assert "path is /no/such: there is no such file or folder" in json.dumps(server.queue(missing)["status"])
+
+
+def test_files_are_read_anew_once_they_were_changed_and_only_then(server, tmp_path):
+    """Also where their path comes through a link, whose value ComfyUI does not tell before it runs the graph."""
+    save_lora(tmp_path)
+    made = graph(seed=31)
+    made["lora"] = {
+        "class_type": "VidaccelPipelineLoRA",
+        "inputs": {"lora": "the path below", "path": str(tmp_path), "weight": 1.0, "transformer": "all"},
+    }
+    made["load"]["inputs"]["loras"] = ["lora", 0]
+    made["where"] = {"class_type": "PrimitiveString", "inputs": {"value": "demo-cache"}}
+    made["preset"] = {"class_type": "VidaccelLoadPreset", "inputs": {"preset": "demo-cache", "path": ["where", 0]}}
+    made["fast"] = {"class_type": "VidaccelApplyPreset", "inputs": {"pipeline": ["load", 0], "preset": ["preset", 0]}}
+    made["make"]["inputs"]["pipeline"] = ["fast", 0]
+
+    def kept() -> list[str]:
+        entry = server.queue(made)
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        return [
+            name for kind, told in entry["status"]["messages"] if kind == "execution_cached" for name in told["nodes"]
+        ]
+
+    logged = len(server.log.read_text())
+    kept()
+    assert {"lora", "load", "preset", "make"} <= {*kept()}
+    save_lora(tmp_path)
+    again = kept()
+    assert "preset" in again and not {"lora", "load", "make"} & {*again}
+    assert "WARNING" not in server.log.read_text()[logged:]
 
 
 def test_guidance_in_one_pass(server, tmp_path):

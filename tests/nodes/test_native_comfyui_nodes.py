@@ -214,11 +214,34 @@ def test_a_second_node_on_one_model_is_an_error():
             node.execute(taken, **defaults(node))
 
 
-def test_the_entry_point_lists_the_nodes():
+def listed() -> list:
+    """All nodes of the package."""
     import vidaccel
 
-    async def listed():
+    async def asked():
         extension = await vidaccel.comfy_entrypoint()
         return await extension.get_node_list()
 
-    assert set(nodes()) <= {node.define_schema().node_id for node in asyncio.run(listed())}
+    return asyncio.run(asked())
+
+
+def test_the_entry_point_lists_the_nodes():
+    assert set(nodes()) <= {node.define_schema().node_id for node in listed()}
+
+
+def test_a_node_with_a_file_runs_again_once_that_was_changed(tmp_path):
+    """Its inputs may have links: ComfyUI then gives None, before it runs anything."""
+    file, paths = tmp_path / "adapter.safetensors", {}
+    for node in listed():
+        names = {item.id for item in node.define_schema().inputs}
+        if "path" not in names or node.__name__ == "VidaccelLoadDCAEV":  # that of a published model
+            continue
+        empty = node.fingerprint_inputs(**dict.fromkeys(names))
+        states = []
+        for content in ("trained", "trained anew"):
+            file.write_text(content)
+            places = [str(file), f" {tmp_path} "]
+            states.append([node.fingerprint_inputs(**dict.fromkeys(names) | {"path": place}) for place in places])
+        assert all(one != other != empty for one, other in zip(*states, strict=True)), node.__name__
+        paths[node.__name__] = empty
+    assert len(paths) == 7

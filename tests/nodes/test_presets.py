@@ -164,7 +164,7 @@ def test_what_a_native_model_cannot_have(preset, message):
 
 
 def test_a_file_that_was_changed_is_another(tmp_path):
-    from vidaccel.nodes.presets import state_of
+    from vidaccel.nodes.presets import state_of_preset as state_of
 
     file = tmp_path / "mine.yaml"
     file.write_text("version: 1\n")
@@ -173,3 +173,4 @@ def test_a_file_that_was_changed_is_another(tmp_path):
     file.write_text("version: 1\nname: other\n")
     assert state_of("mine.yaml", "", [str(tmp_path)]) != before
     assert state_of("demo-cache", "", [str(tmp_path)]) is None is state_of("gone.yaml", "", [str(tmp_path)])
+    assert state_of("demo-cache", None, []) is None is state_of(None, "", [str(tmp_path)])  # inputs with links
