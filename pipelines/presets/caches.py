@@ -13,7 +13,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from diffusers import CacheMixin, FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
+from diffusers import (
+    CacheMixin,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    TextKVCacheConfig,
+)
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
@@ -244,6 +251,7 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
         layers: blocks of it with self-attention.
         cache: for it.
     """
+    check_none_by_hand(part, transformer, "cache", cache.name)
     if CACHES[cache.name].package:
         _check_fits(part, layers, cache)
         return
@@ -251,11 +259,6 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
     instead = "Take another cache, such as cache_dit, or leave it out."
     if not isinstance(transformer, CacheMixin):
         raise PresetError("cache", f"diffusers has no caches for a {kind} ({part})", instead, cache.name)
-    if transformer.is_cache_enabled:
-        enabled = type(transformer._cache_config).__name__
-        raise PresetError(
-            "cache", f"the {part} has {enabled} already", f"Call {part}.disable_cache() first.", cache.name
-        )
     if cache.name == "taylorseer":
         _check_extrapolates(kind, transformer, cache, instead)
         return
@@ -276,6 +279,28 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
     if cache.name == "seacache" and not _sea_reads(transformer):
         problem = f"diffusers' SeaCache reads text to video of Wan, and Cosmos 3, not this {kind}"
         raise PresetError("cache", problem, "Take first_block.", cache.name)
+
+
+def check_none_by_hand(part: str, transformer: Any, lever: str, value: str) -> None:
+    """Raise PresetError where somebody else put a cache into a transformer: nobody would tell it what is kept dense.
+
+    Args:
+        part: name of the transformer.
+        transformer: without what wraps it.
+        lever: of the preset, which it gets in the way of. value: of that.
+    """
+    config = getattr(transformer, "_cache_config", None)
+    if config is None and not getattr(transformer, "_is_cached", False):
+        return
+    if isinstance(config, TextKVCacheConfig):
+        return  # leaves nothing out that would be another in the next step
+    found = "cache-dit" if config is None else type(config).__name__
+    undo = f"cache_dit.disable_cache({part})" if config is None else f"{part}.disable_cache()"
+    problem, fix = f"the {part} has {found} already", f"Call {undo} first"
+    if lever == "method":
+        problem += ", which skips attention of steps that the schedule keeps dense, too"
+        fix += ", and give the preset a cache instead, if it shall have one"
+    raise PresetError(lever, problem, f"{fix}.", value)
 
 
 def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache, instead: str) -> None:

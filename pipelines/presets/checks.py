@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 
+from ...attention import DenseSchedule
 from ...attention.backends import special_refusal
 from ...attention.methods import SLA, VSA
 from ..acceleration.checks import check_noise_levels, places_of
@@ -22,7 +23,7 @@ from ..few_steps.renoising import RenoisingScheduler
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
 from ..undo import GUIDANCE_FREE
-from .caches import check_cache
+from .caches import check_cache, check_none_by_hand
 from .errors import PresetError
 from .levers import SchedulerChoice
 from .loras import check_loras
@@ -52,6 +53,8 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str
             check_quantize(name, transformer, family, preset.quantize)
         if preset.cache is not None:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
+        elif preset.method is not None and preset.method.schedule != DenseSchedule():
+            check_none_by_hand(name, transformer, "method", preset.method.name)
     _check_method(parts, preset, scheduler)
     return parts
 
@@ -118,8 +121,12 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
     cls = scheduler_class(choice)
     known = _settings_known(cls)
     _check_replaced(pipe.scheduler, choice, known)
+    stated = _stated(pipe.scheduler, known)
+    if issubclass(cls, GridScheduler | RenoisingScheduler) and not isinstance(pipe.scheduler, cls):
+        # Others have settings of the same name that mean something else: UniPC's sigma_max is of Karras' levels.
+        stated = {name: value for name, value in stated.items() if name == "num_train_timesteps"}
     try:
-        made = cls.from_config(_stated(pipe.scheduler, known), **{**_of_flow(pipe.scheduler, known), **choice.settings})
+        made = cls.from_config(stated, **{**_of_flow(pipe.scheduler, known), **choice.settings})
     except (ValueError, TypeError, NotImplementedError) as error:
         raise PresetError("scheduler", str(error).rstrip("."), value=choice.name) from error
     if _flows(pipe.scheduler) and "prediction_type" in known and not _flows(made):
@@ -127,7 +134,21 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
         fix = "Take one of FlowMatch..., or one with a setting use_flow_sigmas."
         raise PresetError("scheduler", problem, fix, value=choice.name)
     check_table(pipe, made)
+    _check_count(made, preset.num_inference_steps)
     return made
+
+
+def _check_count(made: Any, steps: int | None) -> None:
+    """Raise PresetError for a number of steps that a scheduler of this package would refuse in the call."""
+    if steps is None:
+        return
+    if isinstance(made, GridScheduler) and steps != made.fixed_steps:
+        problem = f"the GridScheduler has {made.fixed_steps} noise levels, one for each step"
+    elif isinstance(made, RenoisingScheduler) and steps > made.most_steps:
+        problem = f"the {type(made).__name__} has times for 1 to {made.most_steps} steps"
+    else:
+        return
+    raise PresetError("num_inference_steps", problem, "Give as many, or leave it out.", steps)
 
 
 def _flows(scheduler: Any) -> bool:

@@ -14,7 +14,13 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
+    UniPCMultistepScheduler,
+)
 from gft_adapters import random_lora, write_adapter
 from gft_calls import loaded, made, saved
 from safetensors.torch import load_file, save_file
@@ -393,6 +399,50 @@ def test_a_family_that_a_cache_does_not_know(family, message):
         vidaccel.apply(pipe, Preset(cache=Cache("first_block")))
     with pytest.raises(PresetError, match="SeaCache|no caches|does not know"):
         vidaccel.apply(pipe, Preset(cache=Cache("seacache")))
+
+
+BROADCAST = PyramidAttentionBroadcastConfig(cross_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+
+
+@pytest.mark.parametrize("config", [FirstBlockCacheConfig(), BROADCAST], ids=lambda config: type(config).__name__)
+def test_a_cache_that_was_enabled_by_hand(pipe, config):
+    pipe.transformer.enable_cache(config)
+    there = f"the transformer has {type(config).__name__} already"
+    with pytest.raises(PresetError, match=f"{there}, which skips .*give the preset a cache instead") as raised:
+        vidaccel.apply(pipe, Preset(**SPARSE))
+    assert raised.value.lever == "method" and not pipe.transformer._forward_pre_hooks
+    for name in ("first_block", "taylorseer", "cache_dit"):
+        if name == "cache_dit" and importlib.util.find_spec("cache_dit") is None:
+            continue
+        with pytest.raises(PresetError, match=rf"{there}.*Call transformer.disable_cache\(\) first"):
+            vidaccel.apply(pipe, Preset(cache=Cache(name, settings={"Fn_compute_blocks": 1} if "dit" in name else {})))
+    vidaccel.apply(pipe, Preset(num_inference_steps=4)).remove()  # nothing that it gets in the way of
+    vidaccel.apply(pipe, Preset(method=SVG2(schedule=DenseSchedule()))).remove()
+    assert pipe.transformer.is_cache_enabled
+
+
+GRID = SchedulerChoice("GridScheduler", {"sigmas": [1.0, 0.9, 0.7, 0.4]})
+
+
+@pytest.mark.parametrize(
+    ("choice", "steps", "message"),
+    [
+        (GRID, 8, "num_inference_steps is 8: the GridScheduler has 4 noise levels"),
+        (SchedulerChoice("RCMScheduler"), 5, "num_inference_steps is 5: the RCMScheduler has times for 1 to 4"),
+        (SchedulerChoice("DMDScheduler"), 4, "num_inference_steps is 4: the DMDScheduler has times for 1 to 3"),
+    ],
+)
+def test_steps_that_a_scheduler_does_not_have(pipe, choice, steps, message):
+    with pytest.raises(PresetError, match=message):
+        vidaccel.apply(pipe, Preset(scheduler=choice, num_inference_steps=steps))
+
+
+def test_settings_of_the_same_name_are_not_taken_over():
+    """UniPC, as every Wan has it, has a sigma_max, which is null in the files of a saved pipeline."""
+    pipe = make_pipe(scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, sigma_max=None))
+    with vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice("RCMScheduler"))):
+        assert pipe.scheduler.config.sigma_max == 80.0 and pipe.scheduler.config.num_train_timesteps == 1000
+        generate(pipe, 4)
 
 
 def test_a_run_with_other_steps_is_told(pipe):
