@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..pipelines.lora_files import TRANSFORMERS
@@ -34,4 +35,4 @@ def trained_settings(facts: ModelFacts, pipe: Any) -> dict[str, Any] | None:
 
 
 def _settings(trained: TrainedVSA | None) -> dict[str, Any] | None:
-    return None if trained is None else {"density": trained.density, "cube": trained.cube}
+    return None if trained is None else asdict(trained)

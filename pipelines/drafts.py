@@ -36,12 +36,15 @@ def beside(target: Path) -> Iterator[Path]:
         raise
 
 
-def take(folder: Path, target: Path, link: bool) -> None:
-    """Put a folder at another place, as a link where one is wanted and can be made, otherwise as a copy."""
+def take(source: Path, target: Path, link: bool) -> None:
+    """Put a folder or a file at another place, as a link where one is wanted and can be made, otherwise as a copy."""
     if link:
         try:
-            target.symlink_to(folder.resolve(), target_is_directory=True)
+            target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
             return
         except OSError:
-            logger.info("%s cannot be linked here, so it is copied.", folder)
-    shutil.copytree(folder, target)
+            logger.info("%s cannot be linked here, so it is copied.", source)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)

@@ -243,7 +243,9 @@ def _with_learned(
 ) -> tuple[Method, dict[str, Learned]]:
     """The method, and for SLA what each transformer learned; the name of a method that is trained stands for the
     settings of the training."""
-    gated = find_trained({name: transformer for name, (transformer, _) in transformers.items()}, base)
+    gated = None
+    if method in (None, VSA.name):  # for others no file is looked for, which may be on the hub
+        gated = find_trained({name: transformer for name, (transformer, _) in transformers.items()}, base)
     if method is None:
         if settings:
             name = next(iter(settings))

@@ -8,7 +8,6 @@ but name a pipeline of FastVideo's, and diffusers' transformer has no place for 
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def convert_fastwan(
             take(folder / name, draft / name, link)
         (draft / "transformer").mkdir()
         for file in sorted((folder / "transformer").iterdir()):
-            _take_file(file, draft / "transformer" / file.name, link)
+            take(file, draft / "transformer" / file.name, link)
         if trained is not None:
             write_config(draft / "transformer", trained)
         DMDScheduler().save_pretrained(draft / "scheduler")
@@ -152,13 +151,3 @@ def _trained(config: dict[str, Any], density: float | None) -> TrainedVSA:
     trained = TrainedVSA(density=density, cube=CUBE)
     trained.method()  # refuses what is out of bounds
     return trained
-
-
-def _take_file(file: Path, target: Path, link: bool) -> None:
-    if link:
-        try:
-            target.symlink_to(file.resolve())
-            return
-        except OSError:
-            logger.info("%s cannot be linked here, so it is copied.", file)
-    shutil.copyfile(file, target)

@@ -14,6 +14,7 @@ from vsa_models import TRAINED, gates, write_gates
 
 import vidaccel
 from vidaccel import VSA, DenseSchedule, SparseAttention
+from vidaccel.pipelines import json_files, weight_files
 from vidaccel.pipelines.acceleration.vsa_gates import CONFIG, GATE, TrainedVSA, VSAError
 
 METHOD = TRAINED.method()
@@ -165,6 +166,14 @@ def test_compiled_blocks_and_copies_gate_as_they_are(stated):
         assert velocity(copied.transformer).equal(eager)
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(velocity(pipe.transformer), eager, atol=1e-6, rtol=0.0)
+
+
+def test_no_file_is_looked_for_where_another_method_is_named(stated, monkeypatch):
+    """Of a model of the hub that would be a request."""
+    pipe = WanPipeline.from_pretrained(stated)
+    for module in (weight_files, json_files):
+        monkeypatch.setattr(module, "transformer_file", lambda *place: pytest.fail(f"{place} was looked for"))
+    vidaccel.accelerate(pipe, "radial").remove()
 
 
 def test_gates_that_are_there_already_stay(published):
