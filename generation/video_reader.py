@@ -298,14 +298,19 @@ def _turned(frame: av.VideoFrame) -> tuple[tuple[str, str], ...]:
     return _TURNS[signs]
 
 
+def _lenient(version: str) -> dict[str, Any]:
+    """What PyAV must be told so that it opens files whose titles are not in UTF-8; from 19 on it does so by itself."""
+    return {"metadata_errors": "replace"} if int(version.partition(".")[0]) < 19 else {}
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """A file and its picture stream; what is wrong with it is `Undecodable`."""
     import av
 
     try:
-        # Absolute, or a name with a colon would be a protocol. Titles need not be in UTF-8.
-        with av.open(str(path.absolute()), metadata_errors="replace") as container:
+        # Absolute, or a name with a colon would be a protocol.
+        with av.open(str(path.absolute()), **_lenient(av.__version__)) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
                 raise ValueError("it has no picture stream that can be decoded here")
