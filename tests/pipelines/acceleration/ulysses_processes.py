@@ -100,7 +100,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     diffusers.utils.logging.set_verbosity_error()
     if not torch.accelerator.device_count():
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group("cpu:gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     trained = build("wan")
     share(trained, ranks)
     made: dict = {"gradient": gradient(trained, "radial")}
