@@ -33,14 +33,19 @@ def option(field: str) -> str:
     return _NAMES.get(field, "--" + field.replace("_", "-"))
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came."""
+
+
 @contextlib.contextmanager
 def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: Collection[str] = ()) -> Iterator[None]:
-    """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C.
+    """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C,
+    143 for SIGTERM.
 
     That is every error of a class of this package, and of the system. Others are faults of the program and pass.
 
     Args:
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C or SIGTERM.
         arguments: fields of the request that are arguments of the command, where others have an option.
     """
 
@@ -50,15 +55,16 @@ def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: C
     import typer
 
     def terminate(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+        raise _Terminated(128 + signal.SIGTERM)
 
-    # Without this, SIGTERM ends the process at once and leaves the temporary file of a half-written video.
+    # Without this, SIGTERM ends the process at once, without a word, and leaves the temporary file of a half-written
+    # video.
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as stop:
         typer.echo(interrupted(), err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(stop.code if isinstance(stop, _Terminated) else 128 + signal.SIGINT) from None
     except (ValueError, RuntimeError, OSError) as error:
         message = error.worded(name) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
         if type(error).__name__ == "OutOfMemoryError":

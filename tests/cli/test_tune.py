@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 
 import pytest
 from huggingface_hub import constants
@@ -25,19 +27,20 @@ def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypat
     assert (tmp_path / "t" / "tune.html").is_file() and not (tmp_path / "t" / "preset.yaml").exists()
 
 
-def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch, number, code):
     command = ("tune", PROMPT, "--min-psnr", 1, "--out", tmp_path / "my tune", *CACHE_ALONE, *SMALL)
     monkeypatch.setattr("sys.argv", ["/bin/vidaccel", *map(str, command)])
     whole = Journal.put
 
     def interrupted(self, key, value):
         if len(self) == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         whole(self, key, value)
 
     monkeypatch.setattr(Journal, "put", interrupted)
     result = vidaccel(*command)
-    assert result.exit_code == 130, (result.output, result.exception)
+    assert result.exit_code == code, (result.output, result.exception)
     said, again = result.stderr.strip().splitlines()[-2:]
     kept = f"2 measurements are kept in {tmp_path / 'my tune'}"
     assert said == f"Interrupted: {kept}. The same command goes on from there:"
@@ -45,9 +48,9 @@ def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch):
     assert shlex.split(again) == ["vidaccel", *map(str, command)]
     monkeypatch.setattr(Journal, "put", whole)
     assert vidaccel(*shlex.split(again)[1:]).exit_code == 0
-    monkeypatch.setattr("vidaccel.generation.tuning.api.tune", lambda *_, **__: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr("vidaccel.generation.tuning.api.tune", lambda *_, **__: os.kill(os.getpid(), number))
     result = vidaccel("tune", PROMPT, "--min-psnr", 1, "--out", tmp_path / "none")
-    assert result.exit_code == 130 and result.stderr.endswith("Interrupted: nothing was measured yet.\n")
+    assert result.exit_code == code and result.stderr.endswith("Interrupted: nothing was measured yet.\n")
 
 
 @pytest.mark.parametrize(
