@@ -20,7 +20,7 @@ from .caches import install_cache
 from .checks import check_preset, chosen_scheduler
 from .errors import PresetError
 from .files import load_preset
-from .loras import LorasAtWork, check_loras
+from .loras import LorasAtWork
 from .preset import OWN, Preset
 from .quantise import is_to_do, quantise
 
@@ -39,7 +39,7 @@ class Applied:
         if hasattr(pipe, PRESET):
             at_work = getattr(pipe, PRESET).preset.name
             raise RuntimeError(f"the preset {at_work} is at work in this pipeline: call remove() on its handle first.")
-        parts = check_preset(pipe, preset, base)
+        parts, notes = check_preset(pipe, preset, base)
         self.preset = preset
         self.sparse: Handle | None = None
         self._free: GuidanceFree | None = None
@@ -47,6 +47,8 @@ class Applied:
         self._notes: list[str] = []
         # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
         self._undo: list[Any] = []
+        for note in notes:
+            self._say(note)
         try:
             self._install(pipe, parts, base, measure_error)
             self._undo.append(_Changed(pipe, PRESET, self))
@@ -60,8 +62,6 @@ class Applied:
         if preset.scheduler is not None:
             self._undo.append(_Changed(pipe, "scheduler", chosen_scheduler(pipe, preset)))
         if preset.loras:
-            for note in check_loras(pipe, preset.loras):
-                self._say(note)
             self._undo.append(LorasAtWork(pipe, preset.loras))
         if preset.guidance_free:
             adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free
@@ -203,7 +203,7 @@ def quantise_for_good(pipe: Any, preset: Preset, device: torch.device | str, bas
     Raises:
         PresetError: it cannot be used with the pipeline.
     """
-    for transformer, family in check_preset(pipe, preset, base).values():
+    for transformer, family in check_preset(pipe, preset, base).parts.values():
         quantise(transformer, family, replace(preset.quantize, keep=False), device)
     setattr(pipe, QUANTISED, preset.quantize)
     pipe.to(device)

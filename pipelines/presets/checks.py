@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 
@@ -33,8 +33,20 @@ from .quantise import check_quantize, is_to_do
 from .tables import check_table
 
 
-def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str, tuple[Any, Family]]:
-    """The transformers of a pipeline and their families, if a preset can be used with it.
+class Checked(NamedTuple):
+    """What was found out of a pipeline that a preset can be used with.
+
+    Args:
+        parts: its transformers by name, each with its family.
+        notes: what a user should know of where the LoRAs go, in sentences.
+    """
+
+    parts: dict[str, tuple[Any, Family]]
+    notes: list[str]
+
+
+def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
+    """What is known of a pipeline, if a preset can be used with it.
 
     Args:
         pipe: the pipeline. preset: for it.
@@ -46,7 +58,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str
     parts = _check_model(pipe, preset)
     check_packages(preset)
     scheduler = pipe.scheduler if preset.scheduler is None else chosen_scheduler(pipe, preset)
-    check_loras(pipe, preset.loras)
+    notes = check_loras(pipe, preset.loras)
     _check_guidance(pipe, preset, base)
     for name, (transformer, family) in parts.items():
         if is_to_do(pipe, preset.quantize):
@@ -56,7 +68,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> dict[str
         elif preset.method is not None and preset.method.schedule != DenseSchedule():
             check_none_by_hand(name, transformer, "method", preset.method.name)
     _check_method(parts, preset, scheduler)
-    return parts
+    return Checked(parts, notes)
 
 
 def _check_model(pipe: Any, preset: Preset) -> dict[str, tuple[Any, Family]]:

@@ -32,7 +32,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
 from vidaccel.pipelines import supported_pipelines
-from vidaccel.pipelines.presets import Cache, LoraFile, PresetError, Quantize, SchedulerChoice, save_preset
+from vidaccel.pipelines.presets import Cache, LoraFile, PresetError, Quantize, SchedulerChoice, loras, save_preset
 from vidaccel.pipelines.presets.account import Watch
 from vidaccel.pipelines.presets.applied import quantise_for_good
 from vidaccel.pipelines.presets.tables import GIVEN, UNEVEN
@@ -129,6 +129,15 @@ def test_a_lora_goes_where_its_header_says(two, lora, tmp_path):
     for target in ("transformer", "all"):
         with pytest.raises(PresetError, match=f"for {target}, and its header says that it was trained for transformer"):
             vidaccel.apply(two, Preset(loras=LoraFile(file, target=target)))
+
+
+def test_a_lora_is_looked_at_once(two, lora, monkeypatch):
+    """Each look opens its file."""
+    looks = []
+    own = loras.check_readable
+    monkeypatch.setattr(loras, "check_readable", lambda path: looks.append(path) or own(path))
+    with vidaccel.apply(two, Preset(loras=LoraFile(lora))) as handle:
+        assert looks == [lora] and len(handle.report().notes) == 1
 
 
 def test_a_lora_that_does_not_say_where_it_goes(two, lora, tmp_path):
