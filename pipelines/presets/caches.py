@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -80,10 +81,16 @@ class _OfDiffusers:
         _forget(self.hook)
 
     def enter(self, step: StepInfo, keep: bool) -> None:
-        """Name the branch where the pipeline does not (Kandinsky 5, modular ones): each has what is kept for itself."""
+        """Name the branch where the pipeline does not (Kandinsky 5, Wan video to video, modular ones): each has what is
+        kept for itself."""
         self._names = self._names or self.hook.state_manager._context is None
         if self._names:
-            _set_cache_context(self._transformer, CacheContext(name=step.branch))
+            self._tell(CacheContext(name=step.branch), step)
+
+    def _tell(self, context: CacheContext, step: StepInfo) -> None:
+        """Tell all hooks of the cache where the loop is."""
+        told = replace(context, step_index=step.step, sigma=step.sigma, num_inference_steps=step.num_steps)
+        _set_cache_context(self._transformer, told)
 
     def state(self) -> Any:
         """What the cache keeps of the branch that runs."""
@@ -138,6 +145,10 @@ class _Sea(_OfDiffusers):
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         super().enter(step, keep)
+        context = self.hook.state_manager._context
+        # Of the pipelines of Wan, only text to video says more than the branch.
+        if context.sigma is None:
+            self._tell(context, step)
         if keep:
             self.state().previous_indicator = None  # a step with nothing to compare with is computed
 
@@ -277,7 +288,7 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
             problem = f"diffusers does not know the {type(block).__name__} of a {kind} to its caches"
             raise PresetError("cache", problem, instead, cache.name) from None
     if cache.name == "seacache" and not _sea_reads(transformer):
-        problem = f"diffusers' SeaCache reads text to video of Wan, and Cosmos 3, not this {kind}"
+        problem = f"diffusers' SeaCache reads Wan without channels beside its own, and Cosmos 3, not this {kind}"
         raise PresetError("cache", problem, "Take first_block.", cache.name)
 
 

@@ -61,7 +61,7 @@ CACHES: dict[str, CacheKind] = {
         },
     ),
     "seacache": CacheKind(
-        "the change of the denoised content's spectrum (diffusers' SeaCache; Wan text to video, Cosmos 3)",
+        "the change of the denoised content's spectrum (diffusers' SeaCache; Wan from text or video, Cosmos 3)",
         0.25,
         {
             "residual_order": CacheSetting(high=1, whole=True),

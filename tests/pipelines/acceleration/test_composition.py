@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import (
-    AutoencoderKLWan,
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
     WanImageToVideoPipeline,
@@ -31,19 +30,6 @@ BROADCAST = PyramidAttentionBroadcastConfig(
     spatial_attention_block_identifiers=("blocks.*attn1",),
     current_timestep_callback=lambda: 500,
 )
-
-
-@pytest.fixture(scope="module")
-def vae() -> AutoencoderKLWan:
-    torch.manual_seed(0)
-    return AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
 
 
 class TestOffloading:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from diffusers import MagCacheConfig
+from diffusers import MagCacheConfig, WanImageToVideoPipeline, WanVideoToVideoPipeline
 from gft_adapters import write_adapter
 from gft_calls import loaded, made, saved
 from tiny_families import build
@@ -173,6 +173,21 @@ def test_branches_that_a_pipeline_does_not_name():
         run(pipe, options, steps=8)
         account = handle.report()
     assert [(step.computed, step.skipped) for step in account.steps] == [*[(2, 0), (0, 2), (0, 2)] * 2, (2, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("cls", [WanVideoToVideoPipeline, WanImageToVideoPipeline])
+def test_seacache_in_pipelines_that_do_not_say_where_their_loop_is(cls, vae):
+    """Neither the branch nor the step, or the branch alone, as image to video of Wan 2.2 5B."""
+    if cls is WanVideoToVideoPipeline:
+        pipe, given = make_pipe(cls), {"latents": torch.randn(1, 4, 5, 8, 8), "strength": 0.5, "video": None}
+    else:
+        pipe = make_pipe(cls, vae=vae, image_processor=None, image_encoder=None, expand_timesteps=True)
+        given = {"image": torch.zeros(1, 3, 64, 64)}
+    with vidaccel.apply(pipe, preset(EAGER["seacache"], first_steps=1, last_steps=1)) as handle:
+        for number in (0, 1):
+            generate(pipe, 12 if "strength" in given else 6, **given)
+            account = handle.report().last()
+            assert [(step.computed, step.skipped) for step in account.steps] == [(2, 0), *[(0, 2)] * 4, (2, 0)], number
 
 
 def test_magcache_skips_as_much_after_steps_that_are_kept(pipe):
