@@ -30,6 +30,7 @@ from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 
 from ...attention import StepInfo
 from ..errors import first_line
+from .block_names import use_own_names
 from .errors import PresetError
 from .levers import CACHES, Cache
 
@@ -72,6 +73,7 @@ class _OfDiffusers:
     def __init__(self, transformer: Any, config: Any, leader: str) -> None:
         self._transformer: Any = transformer
         transformer.enable_cache(config)
+        use_own_names(transformer)
         self.config = config
         self.hook = leader_of(transformer, leader)
         self._names = False  # whether branches are named here

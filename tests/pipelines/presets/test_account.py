@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
+from vidaccel.attention import StepInfo
+from vidaccel.pipelines.acceleration.left_out import pass_was_left_out
 from vidaccel.pipelines.presets import Cache, measure_mag_ratios
 from vidaccel.pipelines.presets.account import PassRecord, accounts
 from vidaccel.pipelines.presets.caches import check_cache, install_cache
@@ -173,6 +175,36 @@ def test_branches_that_a_pipeline_does_not_name():
         run(pipe, options, steps=8)
         account = handle.report()
     assert [(step.computed, step.skipped) for step in account.steps] == [*[(2, 0), (0, 2), (0, 2)] * 2, (2, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_first_block_cache_on_kandinsky_5(layers):
+    """Its blocks have a name of their own for their states."""
+    pipe, options = kandinsky5(layers=layers)
+    with vidaccel.apply(pipe, preset(EAGER["first_block"], first_steps=1, last_steps=1)) as handle:
+        run(pipe, options, steps=4)
+        account = handle.report()
+    assert [(step.computed, step.skipped) for step in account.steps] == [(2, 0), (0, 2), (0, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("name", ["first_block", "magcache"])
+@pytest.mark.parametrize("family", ["kandinsky5", "cosmos_3"])
+def test_a_skipped_pass_makes_what_the_one_before_made(name, family):
+    """From the same input: what the cache keeps of each block's states is that of the right one."""
+    tiny = build(family)
+    cache = EAGER[name]
+    check_cache("transformer", tiny.model, 2, cache)
+    at_work = install_cache(tiny.model, cache)
+    made = []
+    with torch.no_grad(), tiny.model.cache_context("cond"):
+        for step in range(2):
+            at_work.enter(StepInfo(0, step, 4, 1.0 - step / 4, "cond"), keep=False)
+            outputs = tree_leaves(tiny.model(**tiny.given, return_dict=False))
+            made.append([x.clone() for x in outputs if x is not None])
+            assert pass_was_left_out(tiny.model) is bool(step)
+    for a, b in zip(*made, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    at_work.remove()
 
 
 @pytest.mark.parametrize("cls", [WanVideoToVideoPipeline, WanImageToVideoPipeline])
