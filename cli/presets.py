@@ -151,7 +151,7 @@ def _print_table(made: Waterfall) -> None:
     from rich.table import Table
 
     from ..generation.report import format_psnr, format_seconds
-    from ..generation.waterfall_page import row_name
+    from ..generation.waterfall_page import row_name, row_notes
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("lever", overflow="fold")
@@ -168,6 +168,6 @@ def _print_table(made: Waterfall) -> None:
         table.add_row(*cells, f"{computed} of {computed + skipped}")
     console = Console()
     console.print(table, markup=False)
-    for note in made.notes:
+    for note in [*made.notes, *(f"{name}: {note}." for name, note in row_notes(made.rows))]:
         typer.echo(note)
     typer.echo(made.in_words())

@@ -234,6 +234,7 @@ def make_video(
 ) -> GeneratedVideo:
     """Run a pipeline once; the video as bytes, and its times. `options` are those of `run`."""
     made = run(pipe, settings, method, on_step=on_step, **options)
+    of_account = () if made.account is None else made.account.own_notes
     return GeneratedVideo(
         name=name,
         frames=(made.frames * 255).round().astype(np.uint8),
@@ -242,7 +243,7 @@ def make_video(
         step_seconds=made.step_seconds,
         decode_seconds=made.seconds - made.step_ends[-1],
         fps=settings.fps or DEFAULT_FPS,
-        notes=made.notes,
+        notes=(*made.notes, *(f"{name}: {note}." for note in of_account)),
         sound=made.sound,
         account=made.account,
     )

@@ -16,6 +16,15 @@ def row_name(row: Row, number: int) -> str:
     return f"+ {row.stage.name}" if number else row.stage.name
 
 
+def row_notes(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The notes of each row with its name, without those of the rows above it: its levers have them too."""
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        for note in row.notes:
+            found.setdefault(note, row_name(row, number))
+    return [(name, note) for note, name in found.items()]
+
+
 def write_waterfall(made: Waterfall, page: Path, command: str = "vidaccel.waterfall(...)") -> Path:
     """Write the page of a waterfall, and its numbers beside it (.json); files that are there are replaced.
 
@@ -39,20 +48,11 @@ def write_waterfall(made: Waterfall, page: Path, command: str = "vidaccel.waterf
         sheet=data_url(png(contact_sheet(samples)), "image/png"),
         checked=made.rows[0].right is not None,
         other_model=any(row.stage.name == "model" for row in made.rows),
-        notes=_notes(names, made.rows),
+        notes=row_notes(made.rows),
         command=command,
         yaml=yaml.safe_dump(made.preset.to_dict(), sort_keys=False, allow_unicode=True),
     )
     return write_bytes(html.encode(), page)
-
-
-def _notes(names: list[str], rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The notes of each row, without those of the rows above it: its levers have them too."""
-    found: dict[str, str] = {}
-    for name, row in zip(names, rows, strict=True):
-        for note in row.notes:
-            found.setdefault(note, name)
-    return [(name, note) for note, name in found.items()]
 
 
 def _told(made: Waterfall, row: Row, number: int) -> str:

@@ -331,7 +331,9 @@ def _generation(
             heading = f"No call was sparse: {acceleration.dense_reason(layout)}."
     free = pipeline.guidance_free or (pipeline.preset is not None and pipeline.preset.guidance_free)
     one_pass = " in one pass" if free else ""
-    account = [] if made.account is None else [f"preset {made.account.preset}: {made.account.in_words()}"]
+    account: list[str] = []
+    if made.account is not None:
+        account = [f"preset {made.account.preset}: {made.account.in_words()}", *made.account.own_notes]
     guidance = "" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}{one_pass}, "
     told = (
         f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, {guidance}"

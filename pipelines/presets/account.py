@@ -87,6 +87,11 @@ class Account:
     attention: RunReport | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def own_notes(self) -> tuple[str, ...]:
+        """The notes that are not those of sparse attention's own report."""
+        return tuple(note for note in self.notes if self.attention is None or note not in self.attention.notes)
+
     def runs(self) -> list[int]:
         """The runs that have steps."""
         return sorted({step.run for step in self.steps})

@@ -20,6 +20,7 @@ from .caches import install_cache
 from .checks import check_preset, chosen_scheduler
 from .errors import PresetError
 from .files import load_preset
+from .idle import idle_note
 from .loras import LorasAtWork
 from .preset import OWN, Preset
 from .quantise import is_to_do, quantise
@@ -118,6 +119,8 @@ class Applied:
                 f"the preset is for {wanted} steps, and a run has {', '.join(map(str, others))}: call the pipeline "
                 "with **handle.arguments"
             )
+        if self.preset.cache is not None and (idle := idle_note(self.preset.cache, passes)):
+            notes.append(idle)
         if sparse is not None:
             notes += sparse.notes
             if steps and all(step.attention in ("dense", "-") for step in steps):

@@ -39,6 +39,7 @@ class CacheKind:
         settings: further ones, by the names of the library.
         package: what must be installed, besides diffusers; "" for nothing.
         bounds: of the threshold.
+        skips_more: what has it skip more, in words.
     """
 
     summary: str
@@ -46,6 +47,7 @@ class CacheKind:
     settings: Mapping[str, CacheSetting] = field(default_factory=dict)
     package: str = ""
     bounds: CacheSetting = CacheSetting()
+    skips_more: str = "raise the threshold"
 
 
 _COUNT = CacheSetting(whole=True)
@@ -59,6 +61,7 @@ CACHES: dict[str, CacheKind] = {
             "max_skip_steps": CacheSetting(1, whole=True),
             "retention_ratio": CacheSetting(high=1.0),
         },
+        skips_more="raise the threshold, or lower retention_ratio",
     ),
     "seacache": CacheKind(
         "the change of the denoised content's spectrum (diffusers' SeaCache; Wan from text or video, Cosmos 3)",
@@ -70,6 +73,7 @@ CACHES: dict[str, CacheKind] = {
             "max_consecutive_cached": _COUNT,
             "power_exp": CacheSetting(),
         },
+        skips_more="raise the threshold, or lower retention_steps or cache_end_steps",
     ),
     "taylorseer": CacheKind(
         "nothing: one step in so many (the threshold) is computed, and what the model makes in between is extrapolated "
@@ -81,6 +85,7 @@ CACHES: dict[str, CacheKind] = {
             "disable_cache_after_step": CacheSetting(1, whole=True),
         },
         bounds=CacheSetting(2, whole=True),
+        skips_more="make more steps, or lower disable_cache_before_step",
     ),
     "cache_dit": CacheKind(
         "the change of the first blocks' residual (cache-dit's DBCache)",
@@ -93,6 +98,7 @@ CACHES: dict[str, CacheKind] = {
             "max_continuous_cached_steps": CacheSetting(-1, whole=True),
         },
         package="cache_dit",
+        skips_more="raise the threshold, or lower max_warmup_steps",
     ),
 }
 """The caches that a preset can have, by name."""

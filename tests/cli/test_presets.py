@@ -78,6 +78,13 @@ def test_a_cache_says_what_it_skipped(vidaccel, tiny_model, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     assert "dense: 4 steps: 8 forwards, 2 computed and 6 skipped." in result.stdout
+    assert "skipped no pass" not in result.stdout
+    result = vidaccel(
+        "generate", "a dot", "--model", tiny_model, "--cache", "first_block=0", "--steps", 4, *SIZE,
+        "--out", tmp_path / "a.mp4",
+    )  # fmt: skip
+    said = "dense: the cache first_block, with a threshold of 0, skipped no pass: raise the threshold."
+    assert result.exit_code == 0 and said in " ".join(result.stdout.split()), (result.output, result.exception)
 
 
 def test_the_model_is_that_of_the_preset(vidaccel, tiny_model, tmp_path):
@@ -106,6 +113,16 @@ def test_a_waterfall_of_another_model(vidaccel, tiny_model, tmp_path):
     assert all(row["accuracy"] is None for row in numbers["rows"])
     for text in ("+ method: radial", "2 of 8", "mine: ", "at a PSNR of", "page: "):
         assert text in " ".join(result.stdout.split()), text
+
+
+def test_a_waterfall_of_a_cache_that_skips_nothing(vidaccel, tiny_model, tmp_path):
+    preset, page = tmp_path / "a.yaml", tmp_path / "w.html"
+    preset.write_text("version: 1\nname: mine\ncache: {name: first_block, threshold: 0.0}\n")
+    options = ("--model", tiny_model, "--prompt", "a dot", "--steps", 4, *SIZE, "--rounds", 1, "--out", page)
+    result = vidaccel("waterfall", preset, *options)
+    said = "the cache first_block, with a threshold of 0, skipped no pass: raise the threshold"
+    assert f"+ cache: {said}." in " ".join(result.stdout.split()), (result.output, result.exception)
+    assert page.read_text().count(f"</strong>: {said}") == 1
 
 
 @pytest.mark.parametrize(

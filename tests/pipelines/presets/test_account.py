@@ -222,6 +222,42 @@ def test_seacache_in_pipelines_that_do_not_say_where_their_loop_is(cls, vae):
             assert [(step.computed, step.skipped) for step in account.steps] == [(2, 0), *[(0, 2)] * 4, (2, 0)], number
 
 
+def idle(account) -> list[str]:
+    return [note for note in account.notes if "skipped no pass" in note]
+
+
+def test_a_cache_that_skips_nothing_says_so_and_what_to_raise(pipe):
+    timid = {
+        Cache("first_block", 0.0): "with a threshold of 0, skipped no pass: raise the threshold",
+        Cache("magcache", 0.0, RATIOS | {"mag_ratios": [0.5] * 4}): "raise the threshold, or lower retention_ratio",
+        Cache("seacache", 0.0): "raise the threshold, or lower retention_steps or cache_end_steps",
+        Cache("taylorseer", 3, {"disable_cache_before_step": 9}): "more steps, or lower disable_cache_before_step",
+    }
+    for cache, said in timid.items():
+        with vidaccel.apply(pipe, Preset(cache=cache)) as handle:
+            assert not idle(handle.report())
+            generate(pipe, 4)
+            (note,) = idle(handle.report())
+            assert note.startswith(f"the cache {cache.name}, ") and note.endswith(said)
+            assert note in handle.report().own_notes
+
+
+def test_the_runs_of_which_a_cache_skipped_nothing(pipe):
+    with vidaccel.apply(pipe, preset(EAGER["first_block"], first_steps=2)) as handle:
+        generate(pipe, 1)  # of which nothing could be
+        generate(pipe, 4)
+        assert not idle(handle.report())
+        generate(pipe, 2)
+        (note,) = idle(handle.report())
+        assert note.endswith(
+            "skipped no pass of run 2: the schedule of sparse attention keeps all steps dense; keep fewer"
+        )
+        assert note in handle.report().own_notes
+    with vidaccel.apply(pipe, preset(Cache("first_block", 0.0), first_steps=2)) as handle:
+        generate(pipe, 4)
+        assert "raise the threshold (the schedule keeps 2 of its 6 passes dense)" in idle(handle.report())[0]
+
+
 def test_magcache_skips_as_much_after_steps_that_are_kept(pipe):
     """Steps that it computes by itself, at the start, are no skipped ones because they are kept, too."""
     cache = Cache("magcache", 10.0, {"mag_ratios": [1.0] * 10, "max_skip_steps": 3, "retention_ratio": 0.2})
