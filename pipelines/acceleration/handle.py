@@ -22,7 +22,7 @@ from .checks import check_runs, check_schedule
 from .clock import StepClock
 from .families import find_transformers
 from .installed import Installed, Unasked
-from .loop_end import NAME, LoopEnd
+from .loop_end import LoopEnd, loops_of, remove_loop_ends
 from .rank_heads import balance_note
 from .sla import Learned, find_learned, method_of
 from .vsa_gates import find_trained
@@ -62,14 +62,14 @@ class Handle:
         self._told: set[str] = set()
         self._clock = StepClock(pipe)
         self._installed: list[Installed] = []
-        self._loop_end: LoopEnd | None = None
+        self._loop_ends: list[LoopEnd] = []
         try:
             for name, (transformer, family) in transformers.items():
                 options: dict[str, Any] = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
                 options |= {"precision": precision, "min_tokens": least, "base": base, "unasked": unasked}
                 own = learned.get(name)
                 self._installed.append(Installed(pipe, name, transformer, family, chosen, own, self._clock, **options))
-            self._loop_end = LoopEnd.of(pipe, self._clock)
+            self._loop_ends = [LoopEnd(loop, self._clock) for loop in loops_of(pipe)]
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
             raise
@@ -140,8 +140,8 @@ class Handle:
         finally:
             for installed in self._installed:
                 installed.remove()
-            if self._loop_end is not None:
-                self._loop_end.remove()
+            for end in self._loop_ends:
+                end.remove()
 
     def __enter__(self) -> Handle:
         return self
@@ -229,9 +229,7 @@ def restore(pipe: Any) -> None:
             owner = getattr(hook, "__self__", None) or getattr(getattr(hook, "__wrapped__", None), "__self__", None)
             if isinstance(owner, Installed):
                 owner.remove()
-    loop_end = vars(pipe).get(NAME)
-    if isinstance(loop_end, LoopEnd):
-        loop_end.remove()
+    remove_loop_ends(pipe)
 
 
 def _with_learned(

@@ -11,6 +11,22 @@ from .copies import CopiedNotPickled
 NAME = "progress_bar"
 
 
+def loops_of(pipe: Any) -> list[Any]:
+    """What makes progress bars around loops: an ordinary pipeline itself, of a modular one its blocks that are loops.
+
+    There is none for a transformer alone.
+    """
+    if callable(getattr(pipe, NAME, None)):
+        return [pipe]
+    found, left = [], [getattr(pipe, "_blocks", None)]
+    while left:
+        block = left.pop()
+        if callable(getattr(block, NAME, None)):
+            found.append(block)
+        left.extend((getattr(block, "sub_blocks", None) or {}).values())
+    return found
+
+
 class LoopEnd(CopiedNotPickled):
     """In the place of a pipeline's `progress_bar`, of which every pipeline of diffusers makes one around its loop.
 
@@ -19,7 +35,7 @@ class LoopEnd(CopiedNotPickled):
     set on the pipeline, not on its class.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline, or the loop of a modular one.
         clock: that tells its steps, and what forgets.
     """
 
@@ -27,11 +43,6 @@ class LoopEnd(CopiedNotPickled):
         self._pipe, self._clock = pipe, clock
         self._former = vars(pipe).get(NAME)  # what somebody else set there
         setattr(pipe, NAME, self)
-
-    @classmethod
-    def of(cls, pipe: Any, clock: StepClock) -> LoopEnd | None:
-        """At work in a pipeline; None where there is no such loop, as of a transformer alone."""
-        return cls(pipe, clock) if callable(getattr(pipe, NAME, None)) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Bar:
         make = self._former or getattr(type(self._pipe), NAME).__get__(self._pipe)
@@ -45,6 +56,14 @@ class LoopEnd(CopiedNotPickled):
             delattr(self._pipe, NAME)
         else:
             setattr(self._pipe, NAME, self._former)
+
+
+def remove_loop_ends(pipe: Any) -> None:
+    """Take every `LoopEnd` out of a pipeline."""
+    for loop in loops_of(pipe):
+        end = vars(loop).get(NAME)
+        if isinstance(end, LoopEnd):
+            end.remove()
 
 
 class _Bar:

@@ -86,6 +86,36 @@ def test_layers_that_guidance_leaves_out_are_no_caches():
         assert not [note for note in account.notes if "a cache skipped" in note]
 
 
+def loops(block) -> list:
+    """What is set on the loops of a pipeline in the place of their progress bars."""
+    own = [block.__dict__["progress_bar"]] if "progress_bar" in block.__dict__ else []
+    return own + [end for inner in block.sub_blocks.values() for end in loops(inner)]
+
+
+@pytest.mark.parametrize("undo", ["handle", "restore"])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_a_run_that_ends_early_is_forgotten_at_once(error, undo, monkeypatch):
+    pipe = make(guider=ClassifierFreeGuidance(guidance_scale=5.0))
+    handle = vidaccel.accelerate(pipe, METHOD)
+    expected, engine = run(pipe), handle._installed[0].engine
+    kept = []
+
+    def failing(*_, **__):
+        kept.append(bool(engine._call_memory))
+        if len(kept) == 2:
+            raise error
+        return step(*_, **__)
+
+    step = pipe.scheduler.step
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(pipe.scheduler, "step", failing)
+        run(pipe)
+    assert kept == [False, True] and not engine._call_memory  # the first step is dense
+    assert run(pipe).equal(expected) and len(loops(pipe._blocks)) == 1
+    handle.remove() if undo == "handle" else vidaccel.restore(pipe)
+    assert not loops(pipe._blocks)
+
+
 def test_two_transformers_are_one_run():
     models = {name: make_transformer(seed, in_channels=16, out_channels=16) for seed, name in enumerate(
         ("transformer", "transformer_2"))}  # fmt: skip
