@@ -23,7 +23,7 @@ from .gradients import normal_tensors, wants_gradient
 from .groups import dense_attention
 from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
-from .meter import check_rows, relative_error, sample_rows
+from .meter import added_in, check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
 from .plan import BlockPlan
 from .records import KEPT_RUNS, CallRecord, RunReport, dropped_note
@@ -285,16 +285,16 @@ class SparseAttention:
             chosen = choose_backend(q, k, v, plan, self.backend, precision=self._formats)
             chosen.prepare(q, k, v, plan, self._formats)
         with Span(q.device) as span:
-            out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
+            of_plan, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
             with torch.autocast(q.device.type, enabled=False):
-                out = self.method.complete(out, q, k, v, plan, layout, weights)
+                out = self.method.complete(of_plan, q, k, v, plan, layout, weights)
         pairs, details = plan.pairs(), plan.details
         counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
         shares = heads.computed(pairs.expand(q.shape[:2]))
         if shares is not None:
             counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * plan.n_q * plan.n_kv
             details = {**details, "rank_pairs": shares}
-        error = self._measured(out, q, k, v, layer, heads)
+        error = self._measured(out, of_plan, q, k, v, layer, heads)
         self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
         if self._formats != AS_INPUTS:
             scales, kept = chosen.scales_of(q, plan, self._formats), str(q.dtype).removeprefix("torch.")
@@ -397,15 +397,33 @@ class SparseAttention:
         return memory
 
     def _measured(
-        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, heads: HeadShare
+        self,
+        out: torch.Tensor,
+        of_plan: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        heads: HeadShare,
     ) -> tuple[torch.Tensor | None, Span | None]:
-        """The true error of a call, which stays on its device until the report is asked for, and how long it took."""
+        """The true error of a call, which stays on its device until the report is asked for, and how long it took.
+
+        Args:
+            out: of the call. of_plan: before the method completed it.
+        """
         if not self.measure_error:
             return None, None
+        if self.method.needs_weights and not self.method.completes_dense:
+            self.note(
+                f"the measured error of {self.method.name} is the distance from dense attention, which the model was "
+                "not trained to be near to: it is no measure of quality",
+                logging.WARNING,
+            )
         with Span(q.device) as span, torch.autocast(q.device.type, enabled=False):
             # Other rows in each layer and step, and the same for every method.
             rows = sample_rows(q.shape[2], self.measure_error, self.step.step * self.num_layers + layer, q.device)
-            error = relative_error(out, q, k, v, rows, heads)
+            beside = added_in(out, of_plan, rows) if self.method.completes_dense else None
+            error = relative_error(out, q, k, v, rows, heads, beside)
         return error, span
 
     def _finish(self, r: _Pending) -> CallRecord:

@@ -42,6 +42,17 @@ def sample_rows(tokens: int, rows: int, turn: int, device: torch.device) -> torc
 
 
 @torch.no_grad()
+def added_in(out: torch.Tensor, of_plan: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What a method added to what was made of its plan, in some rows, `[B, H, R, D]` in float32 or better.
+
+    Args:
+        out, of_plan: `[B, H, Nq, D]`. rows: `[R]` int64.
+    """
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    return out.index_select(2, rows).to(dtype) - of_plan.index_select(2, rows).to(dtype)
+
+
+@torch.no_grad()
 def relative_error(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -49,6 +60,7 @@ def relative_error(
     v: torch.Tensor,
     rows: torch.Tensor,
     share: HeadShare = ALL_HEADS,
+    beside: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """How far an output is from dense attention, in some rows: `norm(out - dense) / norm(dense)` over all of them.
 
@@ -61,6 +73,8 @@ def relative_error(
         out: what a method gave, `[B, H, Nq, D]`. q: `[B, H, Nq, D]`. k, v: `[B, Hkv, Nk, D]`, H a multiple of Hkv.
         rows: `[R]` int64, positions in q.
         share: which of the heads these are, where processes share them; the error is that of all.
+        beside: `[B, H, R, D]`, what the method adds to dense attention, too, in these rows, which is no error then;
+            nothing when None.
 
     Returns:
         0-dim, on the device of `q`, over batch, heads and rows: nothing is read on the host.
@@ -76,6 +90,7 @@ def relative_error(
         query, got = (x[:, readers].index_select(2, rows).to(dtype) for x in (q, out))
         weights = (group_product(query, k[:, part].to(dtype).transpose(-1, -2)) * channels**-0.5).softmax(-1)
         dense = group_product(weights, v[:, part].to(dtype))
+        dense = dense if beside is None else dense + beside[:, readers]
         wrong, whole = wrong + (got - dense).square().sum(), whole + dense.square().sum()
     wrong, whole = share.sum(torch.stack([wrong, whole]))
     return (wrong / whole.clamp(min=torch.finfo(dtype).tiny)).sqrt()

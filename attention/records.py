@@ -27,8 +27,9 @@ class CallRecord:
         plan_seconds: time in profiling, clustering and building the plan.
         attention_seconds: time in attention itself, permutations included.
         details: facts of the method, such as the share of temporal heads.
-        error: the measured error of the output on some queries, `norm(out - dense) / norm(dense)` over batch and heads;
-            None where it was not measured.
+        error: the measured error of the output on some queries, `norm(out - dense) / norm(dense)` over batch and heads,
+            where `dense` is what a dense call gives: with the coarse branch of VSA, and without what SLA learned. None
+            where it was not measured.
         error_seconds: time in measuring it, which is in no other number here.
     """
 

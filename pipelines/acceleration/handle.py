@@ -187,9 +187,10 @@ def accelerate(
             method is chosen here, takes what `vidaccel break-even` measured on this machine, otherwise 8192, and the
             report says which; with a method, none.
         measure_error: so many queries of each sparse call are computed densely too, in float32, and the report tells
-            how far the method's output is from that, by layer and step: 64 are enough. The video stays the same to the
-            bit. It costs `measure_error / tokens` of a dense call in float32 and a read of all keys and values; 0
-            measures nothing.
+            how far the method's output is from that, by layer and step: 64 are enough. For VSA, that is with its coarse
+            branch; what SLA learned counts as a difference, and the report says that it is no measure of quality. The
+            video stays the same to the bit. It costs `measure_error / tokens` of a dense call in float32 and a read of
+            all keys and values; 0 measures nothing.
         adapter: file or folder of an adapter of the recipe `sla`, for the method "sla"; of a pipeline with two
             transformers, one for each.
         base: folder or hub id of the pipeline that the transformers are from, where they do not know themselves; only

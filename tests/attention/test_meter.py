@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from plans import untrained
 
-from vidaccel import SVG, SVG2, DenseSchedule, Radial, Sparge, SparseAttention, Tangent, VideoLayout
+from vidaccel import SLA, SVG, SVG2, VSA, DenseSchedule, Radial, Sparge, SparseAttention, Tangent, VideoLayout
 from vidaccel.attention import METHODS, RandomBlocks, StepInfo, meter
 from vidaccel.attention.meter import relative_error, sample_rows
 
@@ -138,6 +138,39 @@ def test_dense_calls_are_not_measured():
     for layer in range(2):
         engine(*tokens(LAYOUT), layer)
     assert [r.error is None for r in engine.report().records] == [True, False]
+
+
+class TestMethodsThatAreTrained:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
+    def test_the_coarse_branch_of_vsa_is_no_error(self, layout, dtype):
+        """Its dense calls have it, too."""
+        inputs, gate = tokens(layout, batch=2, dtype=dtype), torch.randn(2, 3, layout.tokens, 16, dtype=dtype)
+        errors = []
+        for density in (0.4, 1.0):
+            engine = engine_of(VSA(cube=(2, 2, 2), density=density), ALL)
+            engine.enter(StepInfo(num_steps=1), layout)
+            out, dense = engine(*inputs, 0, weights=gate), engine(*inputs, 0, dense="to compare", weights=gate)
+            (record,) = engine.report().measured()
+            errors.append(record.error)
+            expected = float((out - dense).norm() / dense.norm())
+            assert record.error == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert not engine.report().notes
+        assert errors[0] > 0.1 and errors[1] < 1e-5
+
+    def test_what_sla_learned_is_told_to_be_no_measure_of_quality(self):
+        weights = torch.nn.Linear(16, 16).requires_grad_(False)
+        for scope, told in (("all", True), ("none", False)):
+            engine = engine_of(SLA(topk=0.4, block=(16, 16), linear_scope=scope), 16)
+            engine.enter(StepInfo(num_steps=1), LAYOUT)
+            for layer in range(2):
+                engine(*tokens(LAYOUT), layer, weights=weights)
+            notes = [note for note in engine.report().notes if "no measure of quality" in note]
+            assert len(notes) == told and len(engine.report().measured()) == 2
+        engine = engine_of(SLA(topk=0.4, block=(16, 16)), 0)
+        engine.enter(StepInfo(num_steps=1), LAYOUT)
+        engine(*tokens(LAYOUT), 0, weights=weights)
+        assert not engine.report().notes
 
 
 def test_gradients_flow_as_without():
