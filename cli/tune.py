@@ -188,8 +188,8 @@ def _print_table(made: Tuned) -> None:
     Console().print(table, markup=False)
     left = len(made.tried) - len(made.confirmed)
     typer.echo(f"{left} more were measured on single steps or predicted; the page says why each was dropped.")
-    for name, why in made.dropped.items():
-        typer.echo(f"{name} is left out: {why}")
+    for note in [*made.notes, *(f"{name} is left out: {why}" for name, why in made.dropped.items())]:
+        typer.echo(note)
 
 
 def _error(value: float | None) -> str:

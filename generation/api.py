@@ -24,9 +24,8 @@ from .presets import refusals, request_preset
 from .progress import bars
 from .report import files_beside, video_file, write_report
 from .request import Settings
-from .run import StageCallback, load, make_videos
+from .run import NoteCallback, StageCallback, load, make_videos
 from .sparse import Sparse
-from .text_limit import cut_notes
 from .values import file_name
 from .video import check_encoder
 
@@ -227,7 +226,7 @@ def carry_out(
     out: Path | None = None,
     warm: bool = False,
     on_stage: StageCallback | None = None,
-    on_note: Callable[[str], None] = lambda note: logger.warning(worded(note)),
+    on_note: NoteCallback = lambda note: logger.warning(worded(note)),
 ) -> list[GeneratedVideo]:
     """Load what is not loaded, and make every video of a job; each is written as soon as it is there.
 
@@ -236,7 +235,7 @@ def carry_out(
         out: see `Job.files`; None writes nothing.
         warm: an uncounted step before each run.
         on_stage: told of what happens.
-        on_note: told what a user should know before the steps, to be `worded`.
+        on_note: told what a user should know before the steps or after the first one, to be `worded`.
     """
     files = {} if out is None else job.files(out)
     pipe = job.pipe
@@ -251,16 +250,18 @@ def carry_out(
                 quantise_for_good(pipe, job.beside, job.device, job.facts.location)
         if note := _before_the_steps(job, pipe):
             on_note(note)
-    of_text = cut_notes(pipe, job.settings)
-    for note in of_text:
-        on_note(note)
-    videos = []
+    videos, said = [], set()
+
+    def told(note: str) -> None:
+        if note not in said:  # in a comparison, each run would say it
+            said.add(note)
+            on_note(note)
+
     with guided_by(job.guidance_free, pipe, placed(job.facts, job.pipe)), roped(pipe, job.riflex):
-        for video in make_videos(job, pipe, warm=warm, on_stage=on_stage):
+        for video in make_videos(job, pipe, warm=warm, on_stage=on_stage, on_note=told):
             if files:
                 video.save(files[video.name])
-            notes = (*video.notes, *map(worded, of_text), *_density_notes(job, video))
-            videos.append(replace(video, notes=notes))
+            videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))
     return videos
 
 

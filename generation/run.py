@@ -14,13 +14,14 @@ import numpy as np
 
 from .calls import call_arguments, frames_of, guided, parts_of, row_of, sound_of, stepped
 from .comparison import GeneratedVideo
-from .errors import BadInput
+from .errors import BadInput, worded
 from .machine import synchronise
 from .model_facts import ModelFacts, check_packages
 from .pipeline_options import refusals as refused_options
 from .presets import refusals
 from .request import DEFAULT_FPS, Settings
 from .sound import Sound
+from .text_limit import reading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 StepCallback = Callable[[int, int, Any], None]
 """Called with (steps done, steps of the run, latents after the step) at the end of every denoising step; may raise."""
+NoteCallback = Callable[[str], None]
+"""Called with what a user should know while a run is at work, to be `worded`."""
 StageCallback = Callable[[str, str, int, int], None]
 """Called with (name of the run, "warm-up", "steps" or "decoding", steps done, steps of the run)."""
 
@@ -54,6 +57,7 @@ class Run:
         step_ends: when each step ended, in seconds from the start.
         report: what attention did; None for the untouched pipeline.
         notes: what was done to the pictures or the video that it starts from, in words.
+        cut: what of the prompts no text encoder read, in words; to be `worded`.
         sound: of models that make one.
         account: of a run with a cache, layers in 8 bits or another scheduler: what each step was.
     """
@@ -65,6 +69,7 @@ class Run:
     notes: tuple[str, ...]
     sound: Sound | None = None
     account: Account | None = None
+    cut: tuple[str, ...] = ()
 
     @property
     def step_seconds(self) -> float | None:
@@ -117,6 +122,7 @@ def run(
     base: str | None = None,
     beside: Preset | None = None,
     on_step: StepCallback | None = None,
+    on_note: NoteCallback | None = None,
     decode: bool = True,
 ) -> Run:
     """Run a pipeline once, dense (`method=None`, the pipeline as it is) or accelerated.
@@ -129,6 +135,7 @@ def run(
         method, backend, schedule, measure_error, precision, adapter, base: see `accelerate`.
         beside: a cache, layers in 8 bits and a scheduler, see `presets.beside`.
         on_step: told of every step.
+        on_note: told what of the prompts is cut off, after the first step.
         decode: make frames of the latents.
 
     Raises:
@@ -146,11 +153,11 @@ def run(
             sla = adapter if method.name == "sla" else ()
             beside = beside.replace(method=method, backend=backend, precision=precision, sla=sla)
         with refusals(), apply(pipe, beside, base=base, measure_error=measure_error) as applied:
-            made = _call(pipe, settings, on_step, decode)
+            made = _call(pipe, settings, on_step, on_note, decode)
             account = applied.report().last()
             return replace(made, report=account.attention, account=account)
     if method is None:
-        return _call(pipe, settings, on_step, decode)
+        return _call(pipe, settings, on_step, on_note, decode)
     options: dict[str, Any] = {"backend": backend, "schedule": schedule, "measure_error": measure_error}
     options["precision"] = precision
     try:
@@ -158,7 +165,7 @@ def run(
     except (SLAError, VSAError) as error:
         raise BadInput("method", str(error).rstrip("."), value=method.name) from error
     with handle:
-        made = _call(pipe, settings, on_step, decode)
+        made = _call(pipe, settings, on_step, on_note, decode)
         return replace(made, report=handle.report().last())
 
 
@@ -176,7 +183,13 @@ def _without_bars(pipe: DiffusionPipeline) -> Iterator[None]:
             pipe._progress_bar_config = before
 
 
-def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | None, decode: bool) -> Run:
+def _call(
+    pipe: DiffusionPipeline,
+    settings: Settings,
+    on_step: StepCallback | None,
+    on_note: NoteCallback | None,
+    decode: bool,
+) -> Run:
     import torch
 
     from ..pipelines.few_steps.start import scaled_start
@@ -188,6 +201,8 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     def step_ended(latents: Any) -> None:
         synchronise(device)
         ends.append(time.perf_counter() - start)
+        for note in heard.notes(settings) if on_note is not None and len(ends) == 1 else ():
+            on_note(note)
         if on_step is not None:
             on_step(len(ends), max(len(ends), parts * getattr(pipe, "num_timesteps", settings.steps)), latents)
 
@@ -198,6 +213,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
         refused_options(settings.pipeline_options),
         guided(pipe, row, settings),
         scaled_start(pipe),
+        reading(pipe) as heard,
         stepped(pipe, step_ended) as told,
         _without_bars(pipe),
     ):
@@ -208,9 +224,9 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
             output_type="np" if decode else "latent",
         )
     synchronise(device)
-    seconds = time.perf_counter() - start
+    seconds, cut = time.perf_counter() - start, tuple(heard.notes(settings))
     if not decode:
-        return Run(None, seconds, tuple(ends), None, settings.notes)
+        return Run(None, seconds, tuple(ends), None, settings.notes, cut=cut)
     frames = frames_of(row, settings, result)
     if not np.isfinite(frames).all():
         raise GenerationError(
@@ -220,7 +236,7 @@ def _call(pipe: DiffusionPipeline, settings: Settings, on_step: StepCallback | N
     notes = settings.notes
     if len(frames) != settings.frames:
         notes = (*notes, f"The pipeline made {len(frames)} frames instead of {settings.frames}.")
-    return Run(frames, seconds, tuple(ends), None, notes, sound_of(pipe, row, result))
+    return Run(frames, seconds, tuple(ends), None, notes, sound_of(pipe, row, result), cut=cut)
 
 
 def make_video(
@@ -243,7 +259,7 @@ def make_video(
         step_seconds=made.step_seconds,
         decode_seconds=made.seconds - made.step_ends[-1],
         fps=settings.fps or DEFAULT_FPS,
-        notes=(*made.notes, *(f"{name}: {note}." for note in of_account)),
+        notes=(*made.notes, *map(worded, made.cut), *(f"{name}: {note}." for note in of_account)),
         sound=made.sound,
         account=made.account,
     )
@@ -278,7 +294,12 @@ def warm_up(
 
 
 def make_videos(
-    job: Job, pipe: DiffusionPipeline, *, warm: bool = False, on_stage: StageCallback | None = None
+    job: Job,
+    pipe: DiffusionPipeline,
+    *,
+    warm: bool = False,
+    on_stage: StageCallback | None = None,
+    on_note: NoteCallback | None = None,
 ) -> Iterator[GeneratedVideo]:
     """Every video of a job, each as soon as it is there, so that a stop in a later run loses nothing.
 
@@ -287,6 +308,7 @@ def make_videos(
         pipe: loaded for it.
         warm: an uncounted step before each run.
         on_stage: told of what happens.
+        on_note: see `run`.
     """
     tell = on_stage or (lambda name, stage, done, total: None)
     options: dict[str, Any] = {
@@ -307,6 +329,6 @@ def make_videos(
             tell(name, "warm-up", 0, job.settings.steps)
             warm_seconds = warm_up(pipe, job.settings, method, **options)
         tell(name, "steps", 0, job.settings.steps)
-        more: dict[str, Any] = {"measure_error": job.measure_error, "on_step": stepped}
+        more: dict[str, Any] = {"measure_error": job.measure_error, "on_step": stepped, "on_note": on_note}
         video = make_video(pipe, job.settings, name, method, **options, **more)
         yield replace(video, warm_up_seconds=warm_seconds)

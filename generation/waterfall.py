@@ -14,7 +14,7 @@ import numpy as np
 
 from .calls import check_untouched
 from .comparison import compare, mean_psnr
-from .errors import BadInput, mention
+from .errors import BadInput, mention, worded
 from .machine import choose_device, choose_dtype, environment
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
 from .model_places import DEMOS
@@ -378,10 +378,11 @@ def _measure(
             name = stage.name if stage.name == BASE else f"+ {stage.name}"
             tell(name, "warm-up", number * len(prompts), rounds * len(prompts))
             with _at_work(models, stage, settings) as (pipe, handle):
-                taken, videos = [], []
+                taken, videos, cut = [], [], []
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     made = run(pipe, replace(settings, prompt=prompt, seed=seed))
                     taken.append(made.seconds)
+                    cut += map(worded, made.cut)
                     if not number:
                         videos.append((made.frames * 255).round().astype(np.uint8))
                     tell(name, f"round {number + 1}", number * len(prompts) + i + 1, rounds * len(prompts))
@@ -401,7 +402,7 @@ def _measure(
                     None if checker is None else tuple(checker(v, p) for v, p in zip(videos, prompts, strict=True)),
                     (counts["computed"], counts["skipped"]),
                     videos[0],
-                    account.notes,
+                    (*account.notes, *dict.fromkeys(cut)),
                 )
             )
     return (replace(row, seconds=tuple(each)) for row, each in zip(rows, seconds, strict=True))

@@ -29,7 +29,7 @@ from .acceleration import Acceleration
 from .loras import Lora, attach
 from .news import GenerationReport, News
 from .residency import Residency
-from .wording import InputError, check_precision, check_stand_ins, chosen_precision, plain_messages
+from .wording import InputError, check_precision, check_stand_ins, chosen_precision, plain, plain_messages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -339,7 +339,7 @@ def _generation(
         f"{settings.frames} frames of {settings.width}x{settings.height}, {settings.steps} steps, {guidance}"
         f"seed {settings.seed}: {seconds:.1f} s with text and decoding"
     )
-    report = replace(report, notes=(*report.notes, *made.notes, *account, told))
+    report = replace(report, notes=(*report.notes, *made.notes, *map(plain, made.cut), *account, told))
     frames, shown = torch.from_numpy(made.frames).contiguous(), GenerationReport(News(report, heading))
     return Generation(frames, shown, settings.fps, _audio(made.sound, len(frames) / settings.fps))
 

@@ -163,7 +163,7 @@ def _told(made: Tuned, folder: Path) -> str:
         own = each.confirmed
         why = each.why or "chosen"
         lines.append(f"{own.median:.3g} s, {own.mean_psnr:.1f} dB: {each.candidate.label} ({why})")
-    lines += [f"{name} is left out: {why}" for name, why in made.dropped.items()]
+    lines += [*made.notes, *(f"{name} is left out: {why}" for name, why in made.dropped.items())]
     lines += ["", f"page: {folder / PAGE}"]
     lines += [f"preset: {folder / PRESET}"] if made.outcome == FOUND else []
     return "\n".join(lines)

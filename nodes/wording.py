@@ -12,7 +12,7 @@ from ..attention import VideoLayout
 from ..attention.backends import special_refusal, with_stand_ins
 from ..attention.call_checks import NotFinite
 from ..attention.methods.base import OutOfReach, either
-from ..generation.errors import BadInput
+from ..generation.errors import BadInput, worded
 
 # A field of a method -> the input of the nodes that sets it. What is not here, no node sets.
 INPUTS = {
@@ -47,7 +47,16 @@ def plain_messages() -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        raise InputError(error.worded(lambda field: _FIELDS.get(field, field))) from error
+        raise InputError(error.worded(_input_of)) from error
+
+
+def plain(note: str) -> str:
+    """A note of a run, likewise."""
+    return worded(note, _input_of)
+
+
+def _input_of(field: str) -> str:
+    return _FIELDS.get(field, field)
 
 
 def video_words(layout: VideoLayout) -> str:

@@ -245,7 +245,7 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
     search = Search(plan.budget, dense, measures, plan.most, plan=expect)
     caches = cache_levers(plan.caches, plan.effort, ratios)
     outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters)
-    notes = []
+    notes = [*bench.cut]
     if search.left_out:
         why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
         notes.append(f"{search.left_out:,} more combinations were predicted, {why}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import time
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..comparison import compare
-from ..errors import BadInput
+from ..errors import BadInput, worded
 from ..presets import refusals
 from ..request import Settings
 from ..run import GenerationError, run, warm_up
@@ -25,6 +26,8 @@ from .prediction import DenseRun
 from .result import Confirmed
 from .space import Candidate
 from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record
+
+logger = logging.getLogger(__name__)
 
 ROWS = 32
 """Queries of each sparse call that the meter measures."""
@@ -74,17 +77,21 @@ class Bench:
         files = [self.folder / f"dense.{number}.npz" for number in range(len(self.requests))]
         if times is None or not all(file.is_file() for file in files):
             trajectory, frames = self._record()
-            seconds = [trajectory.whole]
+            seconds, cut = [trajectory.whole], [*trajectory.cut]
             _save(frames, files[0])
             for number, request in enumerate(self.requests[1:], 1):
                 self._tell("dense", number, len(self.requests))
-                frames, taken, _ = self._video(request)
+                frames, taken, made = self._video(request)
                 seconds.append(taken)
+                cut += made.cut
                 _save(frames, files[number])
-            times = {"seconds": seconds, **_times(trajectory)}
+            times = {"seconds": seconds, "cut": [*dict.fromkeys(map(worded, cut))], **_times(trajectory)}
             self.journal.put("dense", times)
         self._frames = [_load(file) for file in files]
         self.seconds = tuple(times["seconds"])
+        self.cut = tuple(times.get("cut", ()))  # not in journals of before it was told
+        for note in self.cut:  # before hours of work on a prompt that is not the one that was meant
+            logger.warning(note)
         return DenseRun(times["steps"], layers, times["step"], times["other"])
 
     def run(self, adapter: AdapterLever, layers: int) -> DenseRun | str:

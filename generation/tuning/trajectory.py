@@ -38,12 +38,14 @@ class Trajectory:
         steps: the step of each pass.
         seconds: of each pass.
         whole: seconds of the call of the pipeline.
+        cut: see `Run`.
     """
 
     outputs: tuple[Any, ...]
     steps: tuple[int, ...]
     seconds: tuple[float, ...]
     whole: float
+    cut: tuple[str, ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -135,7 +137,7 @@ def record(pipe: Any, settings: Settings, clock: Clock = time.perf_counter) -> t
     with _tapped(pipe, around):
         made = run(pipe, settings, on_step=lambda done, *_: at.__setitem__(0, done))
     whole = clock() - start
-    return Trajectory(tuple(outputs), tuple(steps), tuple(seconds), whole), as_bytes(made.frames)
+    return Trajectory(tuple(outputs), tuple(steps), tuple(seconds), whole, made.cut), as_bytes(made.frames)
 
 
 def probe(

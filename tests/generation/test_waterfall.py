@@ -71,6 +71,14 @@ def test_the_rows_of_a_preset():
     assert stages(Preset(name="a", model="demo", cache=FULL.cache), "other")[1].model == "other"
 
 
+def test_prompts_that_are_cut_off_are_told_once(tmp_path):
+    made = vidaccel.waterfall(
+        "demo", Preset(name="a", cache=Cache("first_block", 1e3)), ["circle " * 600], rounds=1, device="cpu", **SMALL
+    )
+    page = write_waterfall(made, tmp_path / "w.html").read_text()
+    assert page.count("</strong>: prompt has 600 tokens, and the text encoder reads the first 511") == 1
+
+
 def test_all_is_measured_against_the_plain_base(made):
     assert [row.stage.name for row in made.rows] == ["base", "model", "guidance_free", "steps", "method", "cache"]
     assert [row.forwards for row in made.rows] == [(8, 0), (8, 0), (4, 0), (3, 0), (3, 0), (1, 2)]

@@ -72,6 +72,12 @@ def test_dense_and_accelerated_from_one_pipeline(pipeline, moved):
     assert all(memory > 0 for name, memory in moved if name != "UMT5EncoderModel")
 
 
+def test_a_prompt_that_is_cut_off_is_told(pipeline):
+    asked = replace(settings(), pipeline_options={"max_sequence_length": 6})
+    report = report_text(generate(pipeline, asked, on_step=ignore).report.news())
+    assert 'prompt has 9 tokens, and the text encoder reads the first 5; cut off: "on a grey background"' in report
+
+
 @pytest.fixture
 def adapter(tmp_path):
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer")

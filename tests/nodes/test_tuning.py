@@ -85,6 +85,11 @@ def test_a_preset_is_found_that_apply_preset_takes(pipeline, tune, tmp_path):
     assert done == sorted(done) and done[-1] >= 2 and all(d <= t for d, t in shown if t is not None)
 
 
+def test_a_prompt_that_is_cut_off_is_told(pipeline, tune, tmp_path):
+    made = tune(pipeline, tmp_path / "t", prompts="circle " * 600, levers=("cache",))
+    assert 'prompt has 600 tokens, and the text encoder reads the first 511; cut off: "circle circle' in made.text
+
+
 def test_it_is_stopped_within_a_run_and_goes_on(pipeline, tune, button, tmp_path):
     before = dict(pipeline.pipe.transformer.__dict__)
     start = button.passes

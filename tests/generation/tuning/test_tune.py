@@ -141,6 +141,18 @@ def test_one_candidate_that_fails_does_not_end_the_search(pipe, layers, tmp_path
     assert (again.outcome == "found") == (fault == "no memory")
 
 
+def test_prompts_that_are_cut_off_are_told_and_stay_in_the_journal(pipe, layers, tmp_path, caplog):
+    options = {"out": tmp_path / "t", "clock": layers, "confirm": 1, **CACHE_ALONE, **SMALL}
+    said = "prompt has 600 tokens, and the text encoder reads the first 511; cut off:"
+    for _ in range(2):  # the second time nothing runs
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="vidaccel"):
+            made = vidaccel.tune(pipe, [PROMPTS[0], "circle " * 600, "circle " * 600], min_psnr=1.0, **options)
+        (note,) = [note for note in made.notes if "cut off" in note]
+        assert note.startswith(said) and [r.getMessage() for r in caplog.records].count(note) == 1
+    assert said in (tmp_path / "t" / "tune.html").read_text()
+
+
 def test_weights_that_were_trained_on_in_place_are_another_model(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(demo.path(), folder)
