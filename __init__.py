@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 from types import ModuleType
 
 __version__ = "0.1.0"
@@ -61,6 +62,14 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
+
+# Modules with classes that saved pipelines name in their `model_index.json`.
+_SAVED = (
+    "autoencoders.autoencoder_dc_v",
+    "pipelines.few_steps.dmd",
+    "pipelines.few_steps.grid",
+    "pipelines.few_steps.rcm",
+)
 
 _NAME = "vidaccel"
 
@@ -132,6 +141,32 @@ def _load_once() -> ModuleType:
     return module
 
 
+class _Later(ModuleType):
+    """Stands among the loaded modules for one of `_SAVED` until something of it is asked for.
+
+    `from_pretrained` takes the classes that a folder names from modules that are loaded already, and from no others.
+    These load diffusers, which `import vidaccel` does not.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):  # asked of all loaded modules alike, as by `inspect`
+            raise AttributeError(f"module {self.__name__!r} is not loaded yet, and has no {name!r}")
+        return getattr(_loaded(self), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(_loaded(self), name, value)
+
+
+_lock = threading.Lock()
+
+
+def _loaded(later: ModuleType) -> ModuleType:
+    with _lock:
+        if sys.modules.get(later.__name__) is later:
+            del sys.modules[later.__name__]
+    return importlib.import_module(later.__name__)
+
+
 async def comfy_entrypoint() -> object:
     """What ComfyUI calls when this folder lies in its `custom_nodes`."""
     return await importlib.import_module(f"{_NAME}.nodes").comfy_entrypoint()
@@ -160,3 +195,6 @@ if __name__ != _NAME:
     del __version__, __all__  # so that these, too, are the package's
     # No submodule can be imported below another name: that would be its second copy.
     __path__ = []
+else:
+    for _module in _SAVED:
+        sys.modules.setdefault(f"{_NAME}.{_module}", _Later(f"{_NAME}.{_module}"))
