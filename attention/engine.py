@@ -274,7 +274,7 @@ class SparseAttention:
             with Span(q.device) as span:
                 out = stock(q, k, v)
                 if self.method.completes_dense and layout is not None and q.shape[2] == layout.tokens:
-                    out = self.method.complete(out, q, k, v, None, layout, weights)
+                    out = self._completed(out, q, k, v, None, layout, weights)
             self._pending.append(_Pending(self.step, layer, reason, "dense", None, None, span, {}))
             return out
 
@@ -286,8 +286,7 @@ class SparseAttention:
             chosen.prepare(q, k, v, plan, self._formats)
         with Span(q.device) as span:
             of_plan, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
-            with torch.autocast(q.device.type, enabled=False):
-                out = self.method.complete(of_plan, q, k, v, plan, layout, weights)
+            out = self._completed(of_plan, q, k, v, plan, layout, weights)
         pairs, details = plan.pairs(), plan.details
         counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
         shares = heads.computed(pairs.expand(q.shape[:2]))
@@ -310,6 +309,11 @@ class SparseAttention:
                 logging.WARNING if remark else logging.INFO,
             )
         return out
+
+    def _completed(self, out: torch.Tensor, q: torch.Tensor, *others: Any) -> torch.Tensor:
+        """What `Method.complete` makes of an output; under autocast it keeps the dtypes that it computes in."""
+        with torch.autocast(q.device.type, enabled=False):
+            return self.method.complete(out, q, *others)
 
     def dense_reason(self, tokens: int, device: torch.device, layer: int, sample: int = 0) -> str:
         """Why the layer stays dense now, with a sequence of so many tokens; empty when it is sparse."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,8 @@ PUBLISHED_EPS = 1e-5
 NUMBERS = 2**26  # of a table of the linear branch held at once, over all heads: a quarter of a GiB
 
 
-class Projection(Protocol):
-    """What a layer learned: `weight [D, D]` and `bias [D]`, as of a `torch.nn.Linear`."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
+Projection = Callable[[torch.Tensor], torch.Tensor]
+"""What a layer learned: a linear map of `[..., D]`, such as a `torch.nn.Linear`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +187,7 @@ class SLA(Method):
             )
         video = layout.video
         linear = self.linear_attention(q[:, :, video], k[:, :, video], v[:, :, video], plan.linear)
-        # The weights may lie elsewhere where a model is offloaded piece by piece.
-        weight, bias = (x.to(linear) for x in (weights.weight, weights.bias))
-        learned = F.linear(linear, weight, bias).to(out.dtype)
+        learned = weights(linear).to(out.dtype)
         if not layout.text_tokens:
             return out + learned
         return torch.cat([out[:, :, : video.start], out[:, :, video] + learned, out[:, :, video.stop :]], 2)

@@ -15,6 +15,7 @@ from ..adapter_files import read_header, read_split
 from ..base_check import check_base, place_of
 from ..named_lora import NamedLora
 from .families import Family
+from .learned_layers import detach
 from .sla_weights import (
     PROJECTION,
     SLAError,
@@ -24,7 +25,6 @@ from .sla_weights import (
     names_in,
     read_config,
     read_projections,
-    remove_projections,
 )
 
 RECIPE = "sla"
@@ -196,7 +196,7 @@ class LearnedAtWork:
             tensors = read_projections(base, modules, part) if wanted else {}
         try:
             if wanted:
-                load_projections(modules, tensors, transformer.config.attention_head_dim)
+                load_projections(transformer, modules, tensors, transformer.config.attention_head_dim)
                 self._modules = modules
         except BaseException:
             self.remove()
@@ -211,7 +211,7 @@ class LearnedAtWork:
 
     def remove(self) -> None:
         """Take it all away. A second call does nothing."""
-        remove_projections(self._modules)
+        detach(self._modules.values(), PROJECTION)
         self._modules = {}
         if self._lora is not None:
             self._lora.remove()

@@ -20,6 +20,7 @@ from torch import nn
 from ...attention import SLA, DenseSchedule
 from ..json_files import stated, write_json
 from ..weight_files import transformer_tensors
+from .learned_layers import LearnedLinear, attach
 
 PROJECTION = "proj_l"
 CONFIG = "sla_config.json"
@@ -197,23 +198,14 @@ def check_complete(wanted: Iterable[str], found: Iterable[str], where: str) -> N
 def add_projections(modules: Mapping[str, nn.Module], head_dim: int) -> None:
     """Give self-attention modules a projection each, as a training starts: zero, in float32."""
     for module in modules.values():
-        device = next(module.parameters()).device
-        projection = nn.Linear(head_dim, head_dim, device=device)
-        nn.init.zeros_(projection.weight)
-        nn.init.zeros_(projection.bias)
-        module.add_module(PROJECTION, projection)
-
-
-def remove_projections(modules: Mapping[str, nn.Module]) -> None:
-    """Take the projections away again."""
-    for module in modules.values():
-        if hasattr(module, PROJECTION):
-            delattr(module, PROJECTION)
+        module.add_module(PROJECTION, _projection(module, head_dim))
 
 
 @torch.no_grad()
-def load_projections(modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], head_dim: int) -> None:
-    """Give self-attention modules the projections in some tensors, without gradients.
+def load_projections(
+    transformer: nn.Module, modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor], head_dim: int
+) -> None:
+    """Give self-attention modules of a transformer the projections in some tensors, without gradients.
 
     Raises:
         SLAError: they are of another shape.
@@ -222,9 +214,17 @@ def load_projections(modules: Mapping[str, nn.Module], tensors: Mapping[str, tor
         for name, shape in zip(names_in([layer]), ([head_dim, head_dim], [head_dim]), strict=True):
             if list(tensors[name].shape) != shape:
                 raise SLAError(f"{name} is {list(tensors[name].shape)}, and this model needs {shape}: give its own.")
-    add_projections(modules, head_dim)
-    for layer, module in modules.items():
-        projection: Any = module.get_submodule(PROJECTION)
-        projection.requires_grad_(False)
+    made = {layer: _projection(module, head_dim).requires_grad_(False) for layer, module in modules.items()}
+    for layer, projection in made.items():
         for name, parameter in zip(names_in([layer]), (projection.weight, projection.bias), strict=True):
             parameter.copy_(tensors[name])
+    attach(transformer, ((modules[layer], projection) for layer, projection in made.items()), PROJECTION)
+
+
+def _projection(module: nn.Module, head_dim: int) -> LearnedLinear:
+    """One of zeros, where the weights of a self-attention module are; on the CPU where these are elsewhere."""
+    device = next(module.parameters()).device
+    made = LearnedLinear(head_dim, head_dim, device="cpu" if device.type == "meta" else device)
+    nn.init.zeros_(made.weight)
+    nn.init.zeros_(made.bias)
+    return made

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...attention import VSA, Method
 from ..base_check import place_of
 from ..json_files import stated, write_json
 from ..weight_files import transformer_tensors
+from .learned_layers import LearnedLinear, attach, detach
 
 GATE = "to_gate_compress"
 CONFIG = "vsa_config.json"
@@ -115,16 +115,13 @@ class GatesAtWork:
                 "trained for it (FastWan) with from_pretrained, or give its folder or hub id with base=. "
                 "VSA(gated=False) needs no training."
             )
-        made = {path: _linear(module, tensors, path, name) for path, module in modules.items()}
-        for path, module in modules.items():
-            module.add_module(GATE, made[path])
+        made = [(module, _linear(transformer, module, tensors, path, name)) for path, module in modules.items()]
+        attach(transformer, made, GATE)
         self._modules = modules
 
     def remove(self) -> None:
         """Take the gates out again. A second call does nothing."""
-        for module in self._modules.values():
-            if hasattr(module, GATE):
-                delattr(module, GATE)
+        detach(self._modules.values(), GATE)
         self._modules = {}
 
 
@@ -138,11 +135,13 @@ def _read(base: str, part: str, modules: Mapping[str, nn.Module]) -> dict[str, t
     return {wanted[name]: tensor for name, tensor in transformer_tensors(base, wanted.__contains__, part).items()}
 
 
-def _linear(module: nn.Module, tensors: Mapping[str, torch.Tensor], path: str, name: str) -> nn.Linear:
-    """The gate of a module."""
+def _linear(
+    transformer: Any, module: nn.Module, tensors: Mapping[str, torch.Tensor], path: str, name: str
+) -> LearnedLinear:
+    """The gate of a module of a transformer."""
     query: Any = module.get_submodule("to_q")
     like = query.weight
-    made = nn.Linear(query.in_features, like.shape[0], device="meta").requires_grad_(False)
+    made = LearnedLinear(query.in_features, query.out_features, device="meta").requires_grad_(False)
     for kind, parameter in dict(made.named_parameters()).items():
         tensor = tensors.get(f"{path}.{kind}")
         if tensor is None or tensor.shape != parameter.shape:
@@ -151,8 +150,8 @@ def _linear(module: nn.Module, tensors: Mapping[str, torch.Tensor], path: str, n
                 f"{name}: the gate of {path} ({GATE}.{kind}) {found}, and this model needs {list(parameter.shape)}: it "
                 "was not written as a whole, or is of another model."
             )
-        # As the weights beside it, but for those in 8 bits, and those that are elsewhere until they are needed.
-        dtype = like.dtype if like.is_floating_point() and like.element_size() > 1 else tensor.dtype
+        # As the weights beside it, but for those in 8 or 4 bits, and those that are elsewhere until they are needed.
+        dtype = like.dtype if like.is_floating_point() and like.element_size() > 1 else transformer.dtype
         tensor = tensor.to(tensor.device if like.is_meta else like.device, dtype)
         setattr(made, kind, nn.Parameter(tensor, requires_grad=False))
     return made
@@ -166,5 +165,4 @@ def gate_of(module: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs
     gate: Any = getattr(module, GATE, None)
     if gate is None:
         return None
-    # The weights may lie elsewhere where a model is offloaded piece by piece.
-    return F.linear(hidden_states, gate.weight.to(hidden_states), gate.bias.to(hidden_states))
+    return gate(hidden_states)

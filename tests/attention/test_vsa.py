@@ -159,3 +159,14 @@ def test_expected_density_and_that_of_a_plan():
 def test_values_out_of_bounds(settings, message):
     with pytest.raises(ValueError, match=message):
         VSA(**settings)
+
+
+@pytest.mark.parametrize("schedule", [None, DenseSchedule(first_layers=1)])
+def test_autocast_leaves_the_coarse_branch_as_it_is(schedule):
+    """Also of calls that stay dense: it computes in float32 whatever q, k and v are in."""
+    layout = VideoLayout(4, 6, 8)
+    given = [layout, "auto", schedule]
+    q, k, v, gate = tokens(layout, dtype=torch.bfloat16)
+    wanted = attention(VSA(cube=(2, 2, 2)), q, k, v, gate, *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(VSA(cube=(2, 2, 2)), q, k, v, gate, *given).equal(wanted)
