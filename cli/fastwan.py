@@ -20,10 +20,11 @@ def fastwan_command(
     density: Annotated[
         float | None,
         typer.Option(
-            help="Of its sparse attention (VSA), 1 - sparsity. (default: 0.2 for 1.3B, 0.1 for larger ones, as "
+            help="Of its sparse attention (VSA), 1 - sparsity. (default: 0.2 for 1.3B and 5B, 0.1 for 14B, as "
             "FastVideo's scripts have it)"
         ),
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Link files instead of copying them.")] = False,
 ) -> None:
     """Convert a FastWan model (3 steps, Video Sparse Attention) to a folder of diffusers.
@@ -40,8 +41,10 @@ def fastwan_command(
             raise BadInput("target", "it exists already", "Give a new name, or delete it first.", value=target)
         if density is not None and not 0 < density <= 1:
             raise BadInput("density", "it must be above 0 and at most 1", value=density)
+        if revision is not None and Path(source).expanduser().is_dir():
+            raise BadInput("revision", "is for a hub id, and SOURCE is a folder here", "Leave it out.", value=revision)
         check_writable("target", target)
         from ..pipelines.few_steps.fastwan import convert_fastwan
 
-        convert_fastwan(source, target, density=density, link=link)
+        convert_fastwan(source, target, density=density, revision=revision, link=link)
         typer.echo(f"Wrote {target}")

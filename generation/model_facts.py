@@ -11,6 +11,7 @@ from .errors import BadInput
 from .model_files import Reader, folder_reader, reader
 from .model_places import DEMOS, converted, locate, published_class
 from .rows import NOT_RUN, ROWS, PipelineRow, Shape, find_row, patch_of
+from .vsa import has_gates
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,7 +23,8 @@ DEFAULTS_FILE = "generation_defaults.json"
 """Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
 Adapter-only weights have the same under "defaults" in `adapter.json`."""
 LEARNED_FILES = {"sla": "transformer/sla_config.json", "vsa": "transformer/vsa_config.json"}
-"""Method -> what lies beside the weights of a transformer that was trained for it; see `pipelines.acceleration`."""
+"""Method -> what lies beside the weights of a transformer that was trained for it, in older folders; see
+`pipelines.trained_for`."""
 _LEVELS = {
     "RCMScheduler": ("middle_times", 1),
     "DMDScheduler": ("denoising_timesteps", 0),
@@ -309,9 +311,19 @@ def _facts(
         max_positions=transformer.get("rope_max_seq_len"),
         transformer=transformer,
         most_steps=_most_steps(read("scheduler/scheduler_config.json") or {}),
-        trained_for=next((name for name, file in LEARNED_FILES.items() if read(file) is not None), ""),
+        trained_for=_trained_for(location, transformer, read),
         **more,
     )
+
+
+def _trained_for(location: str, transformer: Mapping[str, Any], read: Reader) -> str:
+    """The method of sparse attention that the transformers of a model were trained for; "" for none."""
+    from ..pipelines.trained_for import KEY
+
+    if told := transformer.get(KEY):
+        return next(iter(told))
+    older = next((name for name, file in LEARNED_FILES.items() if read(file) is not None), "")
+    return older or ("vsa" if has_gates(location) else "")
 
 
 def _most_steps(scheduler: Mapping[str, Any]) -> int | None:

@@ -95,6 +95,8 @@ def trained_method(
     from ..pipelines.acceleration.families import find_transformers
     from ..pipelines.acceleration.sla import find_learned
     from ..pipelines.acceleration.sla_weights import SLAError, read_config
+    from ..pipelines.trained_for import origins_of
+    from ..pipelines.weight_files import HubError
 
     try:
         if adapters:
@@ -102,7 +104,7 @@ def trained_method(
             for adapter in adapters if pipe is None else ():
                 _check_base(adapter, facts)
         elif pipe is not None:
-            found = [learned.trained for learned in find_learned(find_transformers(pipe)).values()]
+            found = [learned.trained for learned in find_learned(origins_of(find_transformers(pipe))).values()]
         else:
             found = [trained for part in TRANSFORMERS if (trained := read_config(facts.location, part)) is not None]
         if not found:
@@ -119,5 +121,5 @@ def trained_method(
         for trained in found:
             trained.check(changed, changed.schedule, "the model")
         return changed
-    except SLAError as error:
+    except (SLAError, HubError) as error:
         raise BadInput("method", str(error).rstrip("."), value="sla") from error

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def trained_settings(facts: ModelFacts, pipe: Any) -> dict[str, Any] | None:
-    """The settings of `VSA` that a model states; empty for a loaded one that states none, None for one without gates.
+    """The settings of `VSA` that a model was trained with; empty for a loaded one that states none, None for one
+    without gates.
 
     Args:
         facts: of the model. pipe: the pipeline, where it was given loaded.
@@ -23,15 +24,30 @@ def trained_settings(facts: ModelFacts, pipe: Any) -> dict[str, Any] | None:
         BadInput: its transformers state different ones, or what nobody can read.
     """
     from ..pipelines.acceleration.families import find_transformers
-    from ..pipelines.acceleration.vsa_gates import VSAError, find_trained, read_config
+    from ..pipelines.acceleration.vsa_gates import VSAError, find_trained, published, read_config
+    from ..pipelines.trained_for import origins_of
+    from ..pipelines.weight_files import HubError
 
     try:
         if pipe is not None:  # whether it has gates is seen when they are read
-            transformers = {name: transformer for name, (transformer, _) in find_transformers(pipe).items()}
-            return _settings(find_trained(transformers)) or {}
-        return _settings(next((t for part in TRANSFORMERS if (t := read_config(facts.location, part))), None))
-    except VSAError as error:
+            origins = origins_of(find_transformers(pipe))
+            return _settings(find_trained(origins) or find_trained(origins, unstated=True)) or {}
+        places = [(facts.location, part) for part in TRANSFORMERS]
+        found = next((trained for place in places if (trained := read_config(*place))), None)
+        return _settings(found or next((trained for place in places if (trained := published(*place))), None))
+    except (VSAError, HubError) as error:
         raise BadInput("method", str(error).rstrip("."), value="vsa") from error
+
+
+def has_gates(location: str) -> bool:
+    """Whether the files of a model, in a folder or of the hub, have gates, also where nothing says that it has."""
+    from ..pipelines.acceleration.vsa_gates import published
+    from ..pipelines.weight_files import HubError
+
+    try:
+        return any(published(location, part) is not None for part in TRANSFORMERS)
+    except HubError:
+        return False  # which is told where the weights are loaded
 
 
 def _settings(trained: TrainedVSA | None) -> dict[str, Any] | None:

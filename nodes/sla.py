@@ -115,8 +115,7 @@ class LearnedSLA(Acceleration):
         method = trained_method(self.learned, self.facts, None, layout, None, {}, {})
         if method is None:
             raise InputError(
-                "pipeline was not trained for SLA (it has no sla_config.json): give an adapter of the recipe sla, or a "
-                "pipeline that it made."
+                "pipeline was not trained for SLA: give an adapter of the recipe sla, or a pipeline that it made."
             )
         return method
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from .weight_files import stated_config, transformer_files
+from .weight_files import HubError, stated_config, transformer_files
 
 
 class Adapter(Protocol):
@@ -33,7 +33,10 @@ def check_base(transformer: Any, part: str, adapter: Adapter, base: str | Path |
         error: what is raised.
     """
     stated = str(base or transformer.config.get("_name_or_path") or "")
-    place = place_of(transformer, part, base)
+    try:
+        place = place_of(transformer, part, base)
+    except HubError as fault:
+        raise error(f"whether {adapter.path.name} is for this {part} cannot be told: {fault}.") from fault
     if place is None:
         raise error(
             f"whether {adapter.path.name} is for this {part} cannot be told: its files are not in "
@@ -54,6 +57,9 @@ def place_of(transformer: Any, part: str, base: str | Path | None = None) -> tup
         transformer: as diffusers loaded it.
         part: its name in the pipeline.
         base: where it is from; None for where it says that it is from.
+
+    Raises:
+        HubError: the hub cannot be asked.
     """
     stated = str(base or transformer.config.get("_name_or_path") or "")
     # diffusers notes the folder of the pipeline, or that of its part; and some transformers are alone in theirs.

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, base_location, is_adapter, read_facts
+from .errors import first_line
+from .locations import is_hub_id
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class HubError(OSError):
+    """A file of the hub of which nobody can tell whether it is there; says why."""
 
 
 def transformer_files(base: str, part: str = "transformer", samples: int = 16) -> str:
@@ -72,10 +78,14 @@ def _weights(base: str, part: str) -> Iterator[Path]:
     if index is not None:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     found = [file for name in names if (file := transformer_file(base, name, part)) is not None]
-    if not found and (Path(base) / part).is_dir():  # those of a variant, or not of safetensors
-        stem = WEIGHTS.partition(".")[0]
-        found = sorted(file for kind in ("safetensors", "bin") for file in (Path(base) / part).glob(f"{stem}*.{kind}"))
+    if not found:  # those of a variant, or not of safetensors
+        found = sorted(file for kind in ("safetensors", "bin") for file in _variants(base, part, kind))
     yield from found
+
+
+def _variants(base: str, part: str, kind: str = "safetensors") -> list[Path]:
+    """The files of weights of a transformer in a folder, under whatever variant's names."""
+    return sorted((Path(base) / part).glob(f"{WEIGHTS.partition('.')[0]}*.{kind}"))
 
 
 def transformer_tensors(base: str, chosen: Callable[[str], bool], part: str = "transformer") -> dict[str, torch.Tensor]:
@@ -104,7 +114,7 @@ def transformer_shapes(base: str, part: str = "transformer") -> dict[str, list[i
     from safetensors import safe_open
 
     found: dict[str, list[int]] = {}
-    for name in _safetensors(base, part, lambda name: True):
+    for name in _safetensors(base, part):
         path = transformer_file(base, name, part)
         if path is None:
             return {}
@@ -113,17 +123,34 @@ def transformer_shapes(base: str, part: str = "transformer") -> dict[str, list[i
     return found
 
 
-def _safetensors(base: str, part: str, chosen: Callable[[str], bool]) -> list[str]:
+def transformer_names(base: str, part: str = "transformer") -> frozenset[str]:
+    """The names of the tensors of a transformer, of the hub only from its index: no weights are downloaded for it."""
+    index = transformer_file(base, f"{WEIGHTS}.index.json", part)
+    if index is not None:
+        return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    return frozenset(transformer_shapes(base, part) if Path(base).is_dir() else ())
+
+
+def _safetensors(base: str, part: str, chosen: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Names of the files of a transformer with the tensors that are chosen."""
     index = transformer_file(base, f"{WEIGHTS}.index.json", part)
     if index is None:
-        return [WEIGHTS]
+        of_variant = [] if (Path(base) / part / WEIGHTS).is_file() else [path.name for path in _variants(base, part)]
+        return of_variant or [WEIGHTS]
     places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return sorted({file for name, file in places.items() if chosen(name)})
 
 
 def transformer_file(base: str, name: str, part: str = "transformer") -> Path | None:
-    """A file of a transformer, from a folder or the hub; the part is "" where it is alone there."""
+    """A file of a transformer, from a folder or the hub; the part is "" where it is alone there.
+
+    Args:
+        base: folder, hub id, or hub id with a revision, "owner/name@revision".
+        name: of the file. part: name of the transformer in the pipeline.
+
+    Raises:
+        HubError: nobody can tell whether the file is there.
+    """
     if Path(base).is_dir():
         path = Path(base) / part / name
         return path if path.is_file() else None
@@ -132,9 +159,15 @@ def transformer_file(base: str, name: str, part: str = "transformer") -> Path | 
 
 def _hub_file(base: str, name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(base, name))
-    except (OSError, ValueError, EntryNotFoundError):
+    repository, _, revision = base.partition("@")
+    if not is_hub_id(repository):  # a folder that was moved
         return None
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision or None))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        # The sibling of this error for a file that is not in the cache says nothing about the hub.
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise HubError(f"{name} of {base} cannot be had from the hub ({first_line(error)})") from error

@@ -34,7 +34,7 @@ class VSA(Method):
 
     Args:
         density: share of the key cubes that each query cube reads, in (0, 1]: `ceil(density * cubes)` of them as
-            published, where it is 1 - sparsity. FastWan 1.3B was trained for 0.2, the 14B for 0.1.
+            published, where it is 1 - sparsity. FastWan 1.3B and 5B were trained for 0.2, the 14B for 0.1.
         cube: frames, rows and columns of a cube.
         gated: with the coarse branch. False leaves it out, and needs no weights: block-sparse attention, the baseline.
         schedule: dense steps and layers; none as published. Dense calls keep the coarse branch.

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakMethod
 
 import torch
@@ -113,6 +114,11 @@ class StepClock:
         self._told = -1  # of this run and those before nothing is said any more
         self._forgetful: dict[str, WeakMethod] = {}
 
+    @property
+    def scheduler(self) -> Any:
+        """That of the pipeline now; None where there is none."""
+        return getattr(self._pipe, "scheduler", None)
+
     def forgets(self, model: str, forget: Callable[[], None]) -> None:
         """Have a method called where a model makes no more passes in a run.
 
@@ -161,7 +167,7 @@ class StepClock:
         if timestep.numel() == 0:
             raise ValueError(f"{model} was called with an empty timestep, of shape {list(timestep.shape)}.")
         now = Timestep.of(timestep)
-        table = self._table = read_table(getattr(self._pipe, "scheduler", None), self._table)
+        table = self._table = read_table(self.scheduler, self._table)
         ignored: Table | None = None
         if table is None:
             place, ignored = self._by_count(now, model, branches), self._absent_table()
@@ -288,7 +294,7 @@ class StepClock:
 
     def _absent_table(self) -> Table | None:
         """A stand-in that says a pipeline's scheduler is not the one that runs."""
-        scheduler = getattr(self._pipe, "scheduler", None)
+        scheduler = self.scheduler
         return None if scheduler is None else Table(scheduler, torch.empty(0), (), None)
 
     def _start(self, table: Table | None, now: Timestep, ignored: Table | None) -> _Run:

@@ -5,27 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ...attention import SLA, VSA, DenseSchedule, Method, RunReport, resolve_method
+from ...attention import SLA, DenseSchedule, Method, RunReport
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
-from ...attention.methods import check_settings
 from ...attention.records import dropped_note
-from ..default_method import DEFAULT_METHOD
+from ..trained_for import origins_of
 from .checks import check_runs, check_schedule
+from .choice import choose
 from .clock import StepClock
 from .families import find_transformers
 from .installed import Installed, Unasked
 from .loop_end import LoopEnd, loops_of, remove_loop_ends
 from .rank_heads import balance_note
-from .sla import Learned, find_learned, method_of
-from .vsa_gates import find_trained
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +45,9 @@ class Handle:
         settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         transformers = find_transformers(pipe)
-        chosen, learned = _with_learned(method, transformers, adapters, base, settings)
-        self.method = chosen
+        origins = origins_of(transformers, base)
+        choice = choose(method, origins, adapters, settings)
+        self.method = chosen = choice.method
         unasked = Unasked(method is None, schedule is None and not isinstance(method, Method))
         schedule = schedule if schedule is not None else chosen.schedule
         check_schedule(schedule, pipe)
@@ -56,19 +55,22 @@ class Handle:
             check_runs(transformer, chosen, backend, precision)
         least = _least_tokens(min_tokens, method, chosen)
         self._pipe = pipe
-        self._why = "" if method is not None else _why_chosen(chosen, least)
+        self._why = "; ".join(filter(None, ["" if method is not None else _why_chosen(chosen, least), choice.why]))
         if self._why:
             logger.info(self._why)
+        self._warnings = choice.warnings
+        for warning in self._warnings:
+            logger.warning(warning)
         self._told: set[str] = set()
         self._clock = StepClock(pipe)
         self._installed: list[Installed] = []
         self._loop_ends: list[LoopEnd] = []
         try:
-            for name, (transformer, family) in transformers.items():
+            for name, (_, family) in transformers.items():
                 options: dict[str, Any] = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
-                options |= {"precision": precision, "min_tokens": least, "base": base, "unasked": unasked}
-                own = learned.get(name)
-                self._installed.append(Installed(pipe, name, transformer, family, chosen, own, self._clock, **options))
+                options |= {"precision": precision, "min_tokens": least, "unasked": unasked}
+                given = (chosen, choice.learned.get(name), self._clock)
+                self._installed.append(Installed(pipe, origins[name], family, *given, **options))
             self._loop_ends = [LoopEnd(loop, self._clock) for loop in loops_of(pipe)]
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
@@ -81,7 +83,8 @@ class Handle:
         engines = [installed.engine for installed in self._installed]
         reports = [engine.report() for engine in engines]
         records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
-        notes = dict.fromkeys(filter(None, [self._why, *(note for engine in engines for note in engine.notes)]))
+        notes = dict.fromkeys(filter(None, [self._why, *self._warnings]))
+        notes |= dict.fromkeys(note for engine in engines for note in engine.notes)
         notes |= dict.fromkeys([*self._clock.notes(), *self._replaced(), *balance_note(records)])
         notes |= dict.fromkeys(dropped_note(max(engine.oldest_run for engine in engines)))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
@@ -193,8 +196,8 @@ def accelerate(
             all keys and values; 0 measures nothing.
         adapter: file or folder of an adapter of the recipe `sla`, for the method "sla"; of a pipeline with two
             transformers, one for each.
-        base: folder or hub id of the pipeline that the transformers are from, where they do not know themselves; only
-            SLA and VSA ask.
+        base: folder or hub id ("owner/name", or "owner/name@revision") of the pipeline that the transformers are from,
+            where they do not know themselves; only SLA and VSA ask.
         precision: "int8" computes Q K^T of the sparse calls in 8 bits, on the backend `triton`, without a gradient; see
             `sparse_attention`. `measure_error` shows what it costs. None: in the dtype of the model, as dense calls.
 
@@ -231,41 +234,6 @@ def restore(pipe: Any) -> None:
             if isinstance(owner, Installed):
                 owner.remove()
     remove_loop_ends(pipe)
-
-
-def _with_learned(
-    method: Method | str | None,
-    transformers: dict[str, Any],
-    adapters: Sequence[str | Path],
-    base: str | Path | None,
-    settings: Mapping[str, Any],
-) -> tuple[Method, dict[str, Learned]]:
-    """The method, and for SLA what each transformer learned; the name of a method that is trained stands for the
-    settings of the training."""
-    gated = None
-    if method in (None, VSA.name):  # for others no file is looked for, which may be on the hub
-        gated = find_trained({name: transformer for name, (transformer, _) in transformers.items()}, base)
-    if method is None:
-        if settings:
-            name = next(iter(settings))
-            raise TypeError(
-                f"accelerate has no argument {name!r}, and a setting needs the name of its method: "
-                f'accelerate(pipe, "{DEFAULT_METHOD}", {name}={settings[name]!r}).'
-            )
-        trained = adapters or find_learned(transformers, (), base).keys() == transformers.keys()
-        method = SLA.name if trained else DEFAULT_METHOD if gated is None else VSA.name
-    if method == VSA.name and gated is not None:
-        settings = {**asdict(gated), **settings}
-    if method != SLA.name and not isinstance(method, SLA):
-        method = resolve_method(method, **settings)
-        if adapters:
-            raise ValueError(f'adapter is for the method "sla", not for {method.name}: leave it out.')
-        return method, {}
-    learned = find_learned(transformers, adapters, base)
-    if not isinstance(method, str) or (settings and not learned):
-        return resolve_method(method, **settings), learned
-    check_settings(SLA, settings)
-    return replace(method_of(learned, transformers), **settings), learned
 
 
 def _least_tokens(asked: int | None, method: Method | str | None, chosen: Method) -> int | None:

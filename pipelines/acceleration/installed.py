@@ -8,7 +8,6 @@ import math
 import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 from ...attention import Method, SparseAttention, StepInfo, VideoLayout
 from ...attention.methods.base import OutOfReach
 from ..break_even import Key, Limit, fixed, limit
+from ..few_steps.samplers import has_few_steps
+from ..trained_for import Origin
 from .checks import check_without_scheduler
 from .clock import StepClock
 from .copies import CopiedNotPickled
@@ -48,11 +49,10 @@ class Installed(CopiedNotPickled):
     """The processors and the hooks in one transformer.
 
     Args:
-        pipe, name, transformer, family: where it is, and of which kind.
+        pipe, origin, family: where it is, and of which kind.
         method: what makes it sparse. learned: what the transformer learned of it, as SLA.
         clock: of the pipeline.
         min_tokens: videos of fewer tokens stay dense; None goes by what was measured on the machine.
-        base: folder or hub id of the pipeline, where the transformer does not know it.
         unasked: what stays dense where it cannot be followed, because nobody asked for it.
         options: those of its engine.
     """
@@ -60,17 +60,16 @@ class Installed(CopiedNotPickled):
     def __init__(
         self,
         pipe: Any,
-        name: str,
-        transformer: Any,
+        origin: Origin,
         family: Family,
         method: Method,
         learned: Learned | None,
         clock: StepClock,
         min_tokens: int | None = 0,
-        base: str | Path | None = None,
         unasked: Unasked = Unasked(),
         **options: Any,
     ) -> None:
+        name, transformer = origin.name, origin.transformer
         self._modules = family.modules(transformer)
         processors: dict[str, Any] = {path: module.processor for path, module in self._modules.items()}
         if any(isinstance(p, SparseProcessor) for p in processors.values()):
@@ -92,7 +91,7 @@ class Installed(CopiedNotPickled):
         self.paused = ""
         self._thread: int | None = None  # which is in a forward pass
         self._inside = False  # of one that has not ended well
-        self._gates = GatesAtWork(name, transformer, self._modules, method, base)
+        self._gates = GatesAtWork(origin, self._modules, method)
         self._learned = LearnedAtWork(pipe, name, transformer, self._modules, learned, method, options["schedule"])
         try:
             self._install(processors)
@@ -161,7 +160,7 @@ class Installed(CopiedNotPickled):
         dense = unknown or self._too_short(layouts, given)
         why = dense
         if not dense:
-            dense, why = self._uncounted(step) or self._out_of_reach(layouts) or ("", "")
+            dense, why = self._distilled() or self._uncounted(step) or self._out_of_reach(layouts) or ("", "")
         if dense:
             self.engine.note(f"all calls of a forward pass stay dense: {why}", logging.WARNING)
         dense = dense or self.paused
@@ -182,6 +181,16 @@ class Installed(CopiedNotPickled):
             least = found.tokens
             self.engine.note(f"min_tokens {least}: {found.why}")
         return f"min_tokens {least}, above the video's {tokens} tokens" if tokens < least else ""
+
+    def _distilled(self) -> tuple[str, str] | None:
+        """The reason, short and whole, where nobody asked for a method in few steps, each of which has to be right."""
+        scheduler = self._clock.scheduler
+        if not self._unasked.method or self.engine.method.needs_weights or not has_few_steps(scheduler):
+            return None
+        return "distilled to few steps", (
+            f"{type(scheduler).__name__} is of a model that was distilled to few steps, trained with attention to all, "
+            "and each step counts: name a method to have them sparse"
+        )
 
     def _uncounted(self, step: StepInfo) -> tuple[str, str] | None:
         """The reason, short and whole, where a schedule that nobody asked for counts steps of a number not known."""

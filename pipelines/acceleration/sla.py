@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from torch import nn
 
 from ...attention import SLA, DenseSchedule, Method
 from ..adapter_files import read_header, read_split
-from ..base_check import check_base, place_of
+from ..base_check import check_base
 from ..named_lora import NamedLora
-from .families import Family
+from ..trained_for import Origin, state
 from .learned_layers import detach
 from .sla_weights import (
     PROJECTION,
@@ -23,8 +23,8 @@ from .sla_weights import (
     check_complete,
     load_projections,
     names_in,
-    read_config,
     read_projections,
+    trained_of,
 )
 
 RECIPE = "sla"
@@ -93,40 +93,31 @@ class Learned:
         return "/".join(filter(None, self.place or ()))
 
 
-def find_learned(
-    transformers: Mapping[str, tuple[Any, Family]],
-    adapters: Sequence[str | Path] = (),
-    base: str | Path | None = None,
-) -> dict[str, Learned]:
+def find_learned(origins: Mapping[str, Origin], adapters: Sequence[str | Path] = ()) -> dict[str, Learned]:
     """What each transformer of a pipeline learned of SLA; those that learned nothing are left out.
 
     Args:
-        transformers: by their names in the pipeline.
+        origins: of the transformers by their names in the pipeline.
         adapters: files or folders of adapters, one for each transformer; none where the weights themselves were
             trained.
-        base: folder or hub id of the pipeline, where its transformers do not know.
 
     Raises:
         SLAError: an adapter of something else, or not one for each transformer.
+        HubError: the hub cannot be asked.
     """
     if adapters:
         read = [read_adapter(adapter) for adapter in adapters]
         found = {adapter.part: adapter for adapter in read}
-        if found.keys() != transformers.keys() or len(found) < len(read):
+        if found.keys() != origins.keys() or len(found) < len(read):
             given = ", ".join(f"{adapter.path.name} for {adapter.part}" for adapter in read)
             raise SLAError(
-                f"there is {' and '.join(transformers)}, and the adapters are {given}: give one for each transformer."
+                f"there is {' and '.join(origins)}, and the adapters are {given}: give one for each transformer."
             )
-        for name, (transformer, _) in transformers.items():
-            check_base(transformer, name, found[name], base, SLAError)
+        for name, origin in origins.items():
+            check_base(origin.transformer, name, found[name], origin.base, SLAError)
         return {name: Learned(adapter.trained, adapter=adapter) for name, adapter in found.items()}
-    learned = {}
-    for name, (transformer, _) in transformers.items():
-        place = place_of(transformer, name, base)
-        trained = None if place is None else read_config(*place)
-        if place is not None and trained is not None:
-            learned[name] = Learned(trained, place)
-    return learned
+    trained = {name: trained_of(origin) for name, origin in origins.items()}
+    return {name: Learned(each, origins[name].place) for name, each in trained.items() if each is not None}
 
 
 def method_of(learned: Mapping[str, Learned], transformers: Mapping[str, Any]) -> SLA:
@@ -138,8 +129,8 @@ def method_of(learned: Mapping[str, Learned], transformers: Mapping[str, Any]) -
     missing = [name for name in transformers if name not in learned]
     if missing:
         raise SLAError(
-            f"{' and '.join(missing)} was not trained for SLA, or is not loaded from the folder that says so "
-            f'(sla_config.json): load it with from_pretrained, give its adapter, or {TRAIN}. SLA(linear_scope="none") '
+            f"{' and '.join(missing)} was not trained for SLA, or is not loaded from the folder that says so: "
+            f'load it with from_pretrained, give its adapter, or {TRAIN}. SLA(linear_scope="none") '
             "needs no training."
         )
     methods = {name: found.trained.method() for name, found in learned.items()}
@@ -175,6 +166,7 @@ class LearnedAtWork:
     ) -> None:
         self._modules: Mapping[str, nn.Module] = {}
         self._lora: NamedLora | None = None
+        self._unstate: Callable[[], None] = lambda: None
         self.trained: TrainedSLA | None = None
         present = any(hasattr(module, PROJECTION) for module in modules.values())
         if not isinstance(method, SLA) or present:  # those of a training are there already
@@ -198,6 +190,8 @@ class LearnedAtWork:
             if wanted:
                 load_projections(transformer, modules, tensors, transformer.config.attention_head_dim)
                 self._modules = modules
+                if learned.adapter is None:
+                    self._unstate = state(transformer, SLA.name, learned.trained.facts())
         except BaseException:
             self.remove()
             raise
@@ -213,6 +207,8 @@ class LearnedAtWork:
         """Take it all away. A second call does nothing."""
         detach(self._modules.values(), PROJECTION)
         self._modules = {}
+        self._unstate()
+        self._unstate = lambda: None
         if self._lora is not None:
             self._lora.remove()
             self._lora = None

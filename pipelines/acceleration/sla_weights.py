@@ -2,8 +2,8 @@
 
 A transformer that was trained for SLA has, beside the weights of its class, `PROJECTION` in each of its self-attention
 modules but the first `dense_layers`: for Wan `blocks.N.attn1.proj_l.weight` `[D, D]` and `.bias` `[D]`, D the channels
-of a head. They lie in the files of its weights, as `save_pretrained` writes them. `CONFIG` in the same folder says what
-they were trained for. An adapter (a LoRA) has the same tensors in its file, and the same facts in its header, below
+of a head. They lie in the files of its weights, as `save_pretrained` writes them. What they were trained for is stated
+as `trained_for` has it. An adapter (a LoRA) has the same tensors in its file, and the same facts in its header, below
 "sla".
 """
 
@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from ...attention import SLA, DenseSchedule
-from ..json_files import stated, write_json
+from ..trained_for import Origin, read, write
 from ..weight_files import transformer_tensors
 from .learned_layers import LearnedLinear, attach
 
 PROJECTION = "proj_l"
 CONFIG = "sla_config.json"
+"""In older folders."""
 ROUTING = "centred_keys"
 """How blocks are chosen: by the means of queries, and of keys less the mean of all keys."""
 
@@ -157,7 +158,7 @@ def names_in(layers: Iterable[str]) -> list[str]:
 
 def write_config(folder: Path, trained: TrainedSLA) -> Path:
     """Say in the folder of a transformer what it was trained for."""
-    return write_json(folder / CONFIG, trained.facts())
+    return write(folder, SLA.name, trained.facts())
 
 
 def read_config(base: str, part: str = "transformer") -> TrainedSLA | None:
@@ -166,8 +167,16 @@ def read_config(base: str, part: str = "transformer") -> TrainedSLA | None:
     Raises:
         SLAError: the file cannot be read.
     """
-    found = stated(base, part, CONFIG, SLAError)
-    return None if found is None else TrainedSLA.stated(found[0], str(found[1]))
+    return _stated(read(base, part, SLA.name, CONFIG, SLAError))
+
+
+def trained_of(origin: Origin) -> TrainedSLA | None:
+    """The same of a transformer that is loaded."""
+    return _stated(origin.settings(SLA.name, CONFIG, SLAError))
+
+
+def _stated(found: tuple[Any, str] | None) -> TrainedSLA | None:
+    return None if found is None else TrainedSLA.stated(*found)
 
 
 def read_projections(base: str, layers: Iterable[str], part: str = "transformer") -> dict[str, torch.Tensor]:

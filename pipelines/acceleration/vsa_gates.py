@@ -2,13 +2,13 @@
 
 A transformer that was trained for VSA (FastVideo's FastWan) has, beside the weights of its class, `GATE` in each of its
 blocks: `blocks.N.to_gate_compress.weight` `[D, D]` and `.bias` `[D]`, D the channels of the model; here and there as
-`blocks.N.attn1.to_gate_compress`. diffusers' class has no place for them. `CONFIG` in the same folder, which
-`vidaccel convert fastwan` writes, says what they were trained for.
+`blocks.N.attn1.to_gate_compress`. diffusers' class has no place for them. What they were trained for, `vidaccel
+convert fastwan` states as `trained_for` has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ import torch
 from torch import nn
 
 from ...attention import VSA, Method
-from ..base_check import place_of
-from ..json_files import stated, write_json
-from ..weight_files import transformer_tensors
+from ...attention.methods.vsa import CUBE
+from ..trained_for import Origin, read, state, write
+from ..weight_files import HubError, stated_config, transformer_names, transformer_tensors
 from .learned_layers import LearnedLinear, attach, detach
 
 GATE = "to_gate_compress"
 CONFIG = "vsa_config.json"
+"""In older folders."""
+SMALL = 3072
+"""Channels of the largest model that FastVideo's scripts train for a density of .2, as they do 1.3B and 5B; for 14B
+it is .1."""
 
 
 class VSAError(ValueError):
@@ -48,7 +52,7 @@ class TrainedVSA:
 
 def write_config(folder: Path, trained: TrainedVSA) -> Path:
     """Say in the folder of a transformer what it was trained for."""
-    return write_json(folder / CONFIG, asdict(trained))
+    return write(folder, VSA.name, asdict(trained))
 
 
 def read_config(base: str, part: str = "transformer") -> TrainedVSA | None:
@@ -57,30 +61,51 @@ def read_config(base: str, part: str = "transformer") -> TrainedVSA | None:
     Raises:
         VSAError: the file cannot be read.
     """
-    found = stated(base, part, CONFIG, VSAError)
+    return _stated(read(base, part, VSA.name, CONFIG, VSAError))
+
+
+def _stated(found: tuple[Any, str] | None) -> TrainedVSA | None:
     if found is None:
         return None
-    content, path = found
+    content, where = found
     try:
         trained = TrainedVSA(density=content["density"], cube=tuple(content["cube"]))
         trained.method()
     except (ValueError, TypeError, KeyError) as error:
-        raise VSAError(f"{path} does not say what its VSA was trained for: {error}") from error
+        raise VSAError(f"{where} does not say what its VSA was trained for: {error}") from error
     return trained
 
 
-def find_trained(transformers: Mapping[str, Any], base: str | Path | None = None) -> TrainedVSA | None:
-    """What the transformers of a pipeline were trained for, where a file beside their weights says so.
+def published(base: str, part: str = "transformer") -> TrainedVSA | None:
+    """What a transformer whose files have gates was trained for where nothing says it; None where they have none.
+
+    FastVideo's files do not say it, and its scripts do.
+    """
+    if not any(f".{GATE}." in name for name in transformer_names(base, part)):
+        return None
+    return TrainedVSA(density=published_density(stated_config(base, part) or {}), cube=CUBE)
+
+
+def published_density(config: Mapping[str, Any]) -> float:
+    """The density that FastVideo's scripts have for a transformer of this config: .1 for 14B, .2 for 1.3B and 5B."""
+    return 0.2 if config["num_attention_heads"] * config["attention_head_dim"] <= SMALL else 0.1
+
+
+def find_trained(origins: Mapping[str, Origin], unstated: bool = False) -> TrainedVSA | None:
+    """What the transformers of a pipeline were trained for, where they or their files say so.
 
     Args:
-        transformers: by their names in the pipeline.
-        base: folder or hub id of the pipeline, where its transformers do not know.
+        origins: of the transformers.
+        unstated: look for gates that nothing is said of, see `published`.
 
     Raises:
         VSAError: they were trained for different settings.
+        HubError: the hub cannot be asked.
     """
-    places = [place_of(transformer, name, base) for name, transformer in transformers.items()]
-    found = [None if place is None else read_config(*place) for place in places]
+    if unstated:
+        found = [None if origin.place is None else published(*origin.place) for origin in origins.values()]
+    else:
+        found = [_stated(origin.settings(VSA.name, CONFIG, VSAError)) for origin in origins.values()]
     if len(set(found)) > 1 and None not in found:
         raise VSAError(f"the transformers were trained with different settings of VSA: {found}. Give VSA(density=...).")
     return found[0] if len(set(found)) == 1 else None
@@ -90,26 +115,31 @@ class GatesAtWork:
     """The gates of one transformer where they belong.
 
     Args:
-        name, transformer: of a pipeline.
+        origin: of the transformer.
         modules: its self-attention modules by path.
         method: of the run; another than VSA with gates has none.
-        base: folder or hub id of the pipeline, where the transformer does not know.
 
     Raises:
-        VSAError: its files have none, or not those of each layer.
+        VSAError: its files have none, or not those of each layer, or cannot be had.
     """
 
-    def __init__(
-        self, name: str, transformer: Any, modules: Mapping[str, nn.Module], method: Method, base: str | Path | None
-    ) -> None:
+    def __init__(self, origin: Origin, modules: Mapping[str, nn.Module], method: Method) -> None:
         self._modules: Mapping[str, nn.Module] = {}
+        self._unstate: Callable[[], None] = lambda: None
         present = all(hasattr(module, GATE) for module in modules.values())
         if not isinstance(method, VSA) or not method.gated or present:  # those that are there already stay
             return
-        place = place_of(transformer, name, base)
-        tensors = {} if place is None else _read(*place, modules)
+        name, transformer = origin.name, origin.transformer
+        try:
+            place = origin.place
+            tensors = {} if place is None else _read(*place, modules)
+            stated = _stated(origin.settings(VSA.name, CONFIG, VSAError))
+        except HubError as error:
+            raise VSAError(f"the gates of {name} for VSA ({GATE}) are not known: {error}.") from error
         if not tensors:
             where = "its files are not known" if place is None else f"{'/'.join(filter(None, place))} has none"
+            if stated is not None:
+                where += ", although it was trained for them: it was saved without, as diffusers does by itself"
             raise VSAError(
                 f"{name} has no gates for VSA ({GATE}), without which it is another model: {where}. Load one that was "
                 "trained for it (FastWan) with from_pretrained, or give its folder or hub id with base=. "
@@ -118,11 +148,15 @@ class GatesAtWork:
         made = [(module, _linear(transformer, module, tensors, path, name)) for path, module in modules.items()]
         attach(transformer, made, GATE)
         self._modules = modules
+        trained = stated or TrainedVSA(density=method.density, cube=method.cube)
+        self._unstate = state(transformer, VSA.name, asdict(trained))
 
     def remove(self) -> None:
         """Take the gates out again. A second call does nothing."""
         detach(self._modules.values(), GATE)
         self._modules = {}
+        self._unstate()
+        self._unstate = lambda: None
 
 
 def _read(base: str, part: str, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel, __version__
 
 from ...attention.methods.vsa import CUBE
 from ...autoencoders.checkpoint_file import CheckpointError
-from ..acceleration.vsa_gates import GATE, TrainedVSA, write_config
+from ..acceleration.vsa_gates import GATE, TrainedVSA, published_density, write_config
 from ..deep_compression.published_files import download, read_json
 from ..drafts import beside, take
 from ..json_files import write_json
@@ -27,15 +27,18 @@ logger = logging.getLogger(__name__)
 
 COMPONENTS = ("text_encoder", "tokenizer", "vae")
 """What is taken as it is."""
-SMALL = 1536
-"""Channels of the model that was trained for a density of .2, as FastVideo's scripts run it; larger ones for .1."""
 _DEFAULTS = "generation_defaults.json"  # read by `generation.model_facts`
 _VIDEOS = {False: (81, 480, 832), True: (121, 704, 1280)}
 """Frames, height and width, by whether a model is Wan 2.2's of 5B, which alone expands timesteps."""
 
 
 def convert_fastwan(
-    source: str | Path, target: str | Path, *, density: float | None = None, link: bool = False
+    source: str | Path,
+    target: str | Path,
+    *,
+    density: float | None = None,
+    revision: str | None = None,
+    link: bool = False,
 ) -> Path:
     """Write a FastWan model as a folder that `WanPipeline.from_pretrained` loads and `accelerate` knows.
 
@@ -45,8 +48,9 @@ def convert_fastwan(
     Args:
         source: folder or hub id, such as "FastVideo/FastWan2.1-T2V-1.3B-Diffusers".
         target: the new folder; must not exist.
-        density: of VSA, 1 - sparsity; None for 0.2 with 1.3B and 0.1 with larger ones, as FastVideo's scripts have it.
+        density: of VSA, 1 - sparsity; None for 0.2 with 1.3B and 5B and 0.1 with 14B, as FastVideo's scripts have it.
             The files do not say what they were trained for.
+        revision: of a hub id: a branch, a tag or a commit; None for the newest.
         link: link files instead of copying them.
 
     Raises:
@@ -60,7 +64,9 @@ def convert_fastwan(
     folder = Path(source).expanduser()
     if not folder.is_dir():
         parts = [f"{name}/*" for name in ("transformer", *COMPONENTS)]
-        folder = download("source", str(source), ["model_index.json", *parts], {})
+        folder = download("source", str(source), ["model_index.json", *parts], {"revision": revision})
+    elif revision is not None:
+        raise CheckpointError(f"revision is {revision!r}, and {source} is a folder here: leave it out.")
     index = _index(folder)
     config = read_json(folder / "transformer/config.json")
     gated = _check_weights(folder, config)
@@ -73,7 +79,7 @@ def convert_fastwan(
             take(folder / name, draft / name, link)
         (draft / "transformer").mkdir()
         for file in sorted((folder / "transformer").iterdir()):
-            take(file, draft / "transformer" / file.name, link)
+            take(file, draft / "transformer" / file.name, link and file.name != "config.json")  # which is written to
         if trained is not None:
             write_config(draft / "transformer", trained)
         DMDScheduler().save_pretrained(draft / "scheduler")
@@ -144,9 +150,8 @@ def _check_weights(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def _trained(config: dict[str, Any], density: float | None) -> TrainedVSA:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     if density is None:
-        density = 0.2 if width <= SMALL else 0.1
+        density = published_density(config)
         logger.info("density %g is that of FastVideo's scripts for a model of this size.", density)
     trained = TrainedVSA(density=density, cube=CUBE)
     trained.method()  # refuses what is out of bounds

@@ -93,13 +93,15 @@ def test_accelerate_and_a_loaded_pipeline(converted):
 
 def test_another_share_of_blocks(vidaccel, converted, tmp_path, edit_json):
     """As the page says: topk is changed in the folder, and a run of another is refused."""
+    import json
     import shutil
 
     folder = shutil.copytree(converted, tmp_path / "model", symlinks=True)
     asked = ["generate", "a dot", "--model", folder, "--out", tmp_path / "out.mp4", *SMALL]
     failed = vidaccel(*asked, "--set", "sla.topk=0.4")
     assert failed.exit_code == 2 and "topk is 0.4, trained with 0.1" in " ".join(failed.output.split())
-    edit_json(folder / "transformer" / "sla_config.json", topk=0.4)
+    stated = json.loads((folder / "transformer/config.json").read_text())["_trained_for"]["sla"]
+    edit_json(folder / "transformer/config.json", _trained_for={"sla": {**stated, "topk": 0.4}})
     done = vidaccel(*asked)
     assert done.exit_code == 0 and "40 %" in done.output, done.output
 

@@ -55,3 +55,12 @@ def as_published(folder: Path, pipeline: str = "WanDMDPipeline") -> Path:
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": pipeline}))
     return folder
+
+
+@torch.no_grad()
+def velocity(transformer) -> torch.Tensor:
+    """What a transformer in the latent space of the built-in model makes of a video of 3x4x6 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 8, 3, 8, 12, generator=generator).to(transformer.dtype)
+    text = torch.randn(1, 5, 64, generator=generator).to(transformer.dtype)
+    return transformer(hidden_states=latents, timestep=torch.tensor([500.0]), encoder_hidden_states=text).sample

@@ -8,7 +8,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from offloading import WAYS
 from sla_models import demo_parts, write_model
 from tiny_wan import make_transformer
-from vsa_models import TRAINED, write_gates
+from vsa_models import TRAINED, velocity, write_gates
 
 import vidaccel
 from vidaccel.pipelines.acceleration.sla_weights import PROJECTION
@@ -25,14 +25,6 @@ def folders(tmp_path_factory):
     write_gates(made / "vsa", made / "base", trained=TRAINED)
     write_model(made / "sla", made / "base")
     return {name: made / name / "transformer" for name in LEARNED}
-
-
-@torch.no_grad()
-def velocity(transformer) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 8, 3, 8, 12, generator=generator).to(transformer.dtype)
-    text = torch.randn(1, 5, 64, generator=generator).to(transformer.dtype)
-    return transformer(hidden_states=latents, timestep=torch.tensor([500.0]), encoder_hidden_states=text).sample
 
 
 @pytest.mark.parametrize("method", LEARNED)

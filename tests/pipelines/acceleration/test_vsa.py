@@ -14,7 +14,7 @@ from vsa_models import TRAINED, gates, write_gates
 
 import vidaccel
 from vidaccel import VSA, DenseSchedule, SparseAttention
-from vidaccel.pipelines import json_files, weight_files
+from vidaccel.pipelines import json_files, trained_for, weight_files
 from vidaccel.pipelines.acceleration.vsa_gates import CONFIG, GATE, TrainedVSA, VSAError
 
 METHOD = TRAINED.method()
@@ -152,7 +152,7 @@ def test_a_model_without_gates_and_a_file_that_cannot_be_read(base, tmp_path):
     pipe = WanPipeline.from_pretrained(base)
     with pytest.raises(VSAError, match=r"no gates for VSA .*/transformer has none\. .*VSA\(gated=False\) needs no"):
         vidaccel.accelerate(pipe, "vsa")
-    folder = write_gates(tmp_path / "model", base, trained=TRAINED)
+    folder = write_gates(tmp_path / "model", base)
     (folder / "transformer" / CONFIG).write_text('{"density": 7, "cube": [4, 4, 4]}')
     with pytest.raises(VSAError, match=r"vsa_config.json does not say what its VSA was trained for: VSA density is 7"):
         vidaccel.accelerate(WanPipeline.from_pretrained(folder))
@@ -171,6 +171,7 @@ def test_compiled_blocks_and_copies_gate_as_they_are(stated):
 def test_no_file_is_looked_for_where_another_method_is_named(stated, monkeypatch):
     """Of a model of the hub that would be a request."""
     pipe = WanPipeline.from_pretrained(stated)
+    monkeypatch.setattr(trained_for, "transformer_file", lambda *place: pytest.fail(f"{place} was looked for"))
     for module in (weight_files, json_files):
         monkeypatch.setattr(module, "transformer_file", lambda *place: pytest.fail(f"{place} was looked for"))
     vidaccel.accelerate(pipe, "radial").remove()

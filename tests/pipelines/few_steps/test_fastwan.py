@@ -16,6 +16,7 @@ from vsa_models import as_published, write_gates
 import vidaccel
 from vidaccel import VSA, DMDScheduler
 from vidaccel.autoencoders.checkpoint_file import CheckpointError
+from vidaccel.pipelines.acceleration.vsa_gates import published_density
 from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.few_steps import convert_fastwan
 from vidaccel.pipelines.weight_files import WEIGHTS
@@ -67,18 +68,43 @@ def test_densities(published, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(("heads", "density"), [(12, 0.2), (24, 0.2), (40, 0.1)])
+def test_densities_of_the_published_sizes(heads, density):
+    """Of 1.3B, 5B and 14B: 1 - VSA_sparsity of examples/distill of FastVideo."""
+    assert published_density({"num_attention_heads": heads, "attention_head_dim": 128}) == density
+
+
+def test_a_revision(base, published, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, **options):
+        asked.append((repository, options["revision"]))
+        return str(published)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    convert_fastwan("some/FastWan", tmp_path / "made", revision="v2")
+    assert asked == [("some/FastWan", "v2")]
+    with pytest.raises(CheckpointError, match="revision is 'v2', and .* is a folder here: leave it out"):
+        convert_fastwan(published, tmp_path / "other", revision="v2")
+
+
 def test_one_without_gates_is_dense(base, tmp_path):
     """FastWan 2.2 5B FullAttn."""
     source = shutil.copytree(base, tmp_path / "FullAttn")
     index = json.loads((source / "model_index.json").read_text()) | {"expand_timesteps": True}
     (source / "model_index.json").write_text(json.dumps(index))
     folder = convert_fastwan(as_published(source), tmp_path / "made")
-    assert not (folder / "transformer/vsa_config.json").exists()
+    assert "_trained_for" not in json.loads((folder / "transformer/config.json").read_text())
     assert json.loads((folder / "generation_defaults.json").read_text())["frames"] == 121
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert pipe.config.expand_timesteps
-    with vidaccel.accelerate(pipe) as handle:
-        assert handle.method.name == "tangent"
+    with vidaccel.accelerate(pipe, min_tokens=0) as handle:
+        pipe.set_progress_bar_config(disable=True)
+        pipe(
+            "a dot", num_frames=5, height=64, width=64, num_inference_steps=3, guidance_scale=1.0, output_type="latent"
+        )
+        assert {record.reason for record in handle.report().records} == {"distilled to few steps"}
+        assert any("trained with attention to all" in note for note in handle.report().notes)
     with pytest.raises(CheckpointError, match="has no gates .*: leave density out"):
         convert_fastwan(source, tmp_path / "other", density=0.2)
 
