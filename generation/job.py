@@ -37,6 +37,7 @@ from .methods import (
     expected_note,
     labels,
     name_of,
+    trained_note,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .presets import beside, check_beside, check_scheduler, with_preset
@@ -255,16 +256,17 @@ def prepare(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
     layout = settings.layout(facts)
-    by_length = not (sparse.methods or facts.only_dense)
+    few_steps = None if facts.trained_for else facts.most_steps
+    by_length = not (sparse.methods or facts.only_dense or (few_steps is not None and not compare))
     limit = limit_of(facts, place, chosen_dtype) if by_length else None
     least = None if limit is None else limit.tokens
-    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for, least)
+    runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for, least, few_steps)
     if trained and chosen_here:
         why = f"what {trained[0].name} was trained for"
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]
-    check_sparse_only(names, bool(sparse.methods), sparse.given(), least)
+    check_sparse_only(names, bool(sparse.methods), sparse.given(), least, few_steps)
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
     check_formats(sparse.backend, place, sparse.precision, chosen_dtype)
 
@@ -285,6 +287,7 @@ def prepare(
     notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
+    notes += filter(None, [trained_note(facts.trained_for, methods, compare)])
     notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))

@@ -41,7 +41,12 @@ def check_names(names: Sequence[str], compare: bool) -> None:
 
 
 def choose_runs(
-    asked: Sequence[str | Method], compare: bool, tokens: int, trained_for: str = "", least: int | None = None
+    asked: Sequence[str | Method],
+    compare: bool,
+    tokens: int,
+    trained_for: str = "",
+    least: int | None = None,
+    few_steps: int | None = None,
 ) -> tuple[list[str | Method], str]:
     """The runs in their order, and why these (to be `worded`): dense first where it is the reference, every run once.
 
@@ -51,6 +56,7 @@ def choose_runs(
         tokens: length of the video's sequence in self-attention.
         trained_for: the method that the model was trained for; "" for none.
         least: tokens from which sparse is the choice; None for `MIN_SPARSE_TOKENS`.
+        few_steps: steps that the model was distilled to with attention to all; None for none.
     """
     least = MIN_SPARSE_TOKENS if least is None else least
     few = tokens < least
@@ -63,6 +69,8 @@ def choose_runs(
         runs, why = list(DEFAULT_COMPARED), f"what {mention('compare')} takes without {mention('method')}"
         if few:
             why += f" (the video has {tokens:,} tokens; below {least:,}, dense is the choice without it)"
+    elif few_steps is not None:
+        runs, why = [DENSE], f"{_distilled(few_steps)}; {mention('method')} {DEFAULT_METHOD} for the other"
     else:
         runs = [DENSE if few else DEFAULT_METHOD]
         why = f"the video has {tokens:,} tokens, {'fewer than' if few else 'at least'} {least:,}"
@@ -72,13 +80,21 @@ def choose_runs(
     return runs, why
 
 
+def _distilled(steps: int) -> str:
+    return f"the model was distilled to {steps} steps with attention to all, and each step counts"
+
+
 def name_of(run: str | Method) -> str:
     """The name of the method of a run."""
     return run if isinstance(run, str) else run.name
 
 
 def check_sparse_only(
-    names: Sequence[str], was_asked: bool, given: Mapping[str, bool], least: int | None = None
+    names: Sequence[str],
+    was_asked: bool,
+    given: Mapping[str, bool],
+    least: int | None = None,
+    few_steps: int | None = None,
 ) -> None:
     """Raise BadInput when a field of sparse attention was given and all runs are dense: nothing is ignored in silence.
 
@@ -86,11 +102,12 @@ def check_sparse_only(
         names: the runs.
         was_asked: whether they were given, and not chosen here.
         given: field -> whether it was given.
-        least: see `choose_runs`.
+        least, few_steps: see `choose_runs`.
     """
     least = MIN_SPARSE_TOKENS if least is None else least
     if set(names) == {DENSE}:
-        why = "" if was_asked else f", and a video of fewer than {least:,} tokens is dense without one"
+        short = f"a video of fewer than {least:,} tokens is dense without one"
+        why = "" if was_asked else f", and {short if few_steps is None else _distilled(few_steps)}"
         instead = f"Add {mention('method')} {DEFAULT_METHOD}, for example"
         refuse_given(given, f"of use only with a sparse method{why}", instead)
 
@@ -150,6 +167,17 @@ def check_settings(name: str, settings: Mapping[str, Any], density: float | None
         if density is not None and field in ("density", *_SET_BY_DENSITY.get(name, ())):
             problem = f"{mention('density')} {density:g} decides it"
             raise BadInput("settings", problem, "Give one of the two.", value=f"{name}.{field}")
+
+
+def trained_note(trained_for: str, methods: Mapping[str, Method | None], compare: bool) -> str:
+    """What to say of runs of a model without what it learned for the method that it was trained for; else ""."""
+    without = [label for label, m in methods.items() if m is None or m.name != trained_for or not m.needs_weights]
+    if not trained_for or not without:
+        return ""
+    note = f"The model was trained for {trained_for}: {' and '.join(without)} runs without what it learned for that"
+    if compare and next(iter(methods)) in without:
+        note += ", and as the reference it is another model, so that distances from it are no measure of quality"
+    return f"{note}."
 
 
 def expected_note(label: str, method: Method, layout: VideoLayout, asked: float | None) -> str:

@@ -108,6 +108,13 @@ def planned(
         check_method(method)
     job = prepare(str(model) if isinstance(model, Path) else model, wanted, Sparse(methods=("dense",)), **placing)
     job = job if facts is None else replace(job, facts=facts)
+    if trained := job.facts.trained_for:
+        problem = (
+            f"it was trained for {trained}, and all that is measured here is compared with dense attention, for which "
+            "it was not trained"
+        )
+        fix = "Run it as it was trained, with caches or 8 bits of a preset where they are wanted."
+        raise BadInput("model", problem, fix, value=job.facts.name)
     size = job.settings
     if min(size.height, size.width) < MIN_COMPARED:
         side = "height" if size.height < size.width else "width"
@@ -135,12 +142,12 @@ def check_method(name: str, field: str = "methods") -> None:
     """Raise BadInput for a method that cannot be measured without training."""
     from ...attention import METHODS as KNOWN
 
-    known = [each for each in KNOWN if each not in ("sla", "random")]
+    known = [each for each, method in KNOWN.items() if each != "random" and not method().needs_weights]
     if name in known:
         return
     if name not in KNOWN:
         raise BadInput(field, f"there is none of that name{nearest(name, known)}", value=name)
-    problem = f"it is none of the methods that can be tuned without training: {', '.join(known)}"
+    problem = f"it is none of the methods that can be measured without training: {', '.join(known)}"
     raise BadInput(field, problem, value=name)
 
 

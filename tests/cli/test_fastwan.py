@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from diffusers import WanPipeline
 from vsa_models import as_published, write_gates
 
 import vidaccel as package
+from vidaccel.generation.job import prepare
+from vidaccel.generation.request import Settings
+from vidaccel.generation.sparse import Sparse
+from vidaccel.pipelines.few_steps import convert_fastwan
 
+SIZE = {"frames": 17, "height": 128, "width": 128}
 SMALL = ("--frames", 17, "--height", 128, "--width", 128, "--device", "cpu")
 """5 x 8 x 8 tokens: eight cubes of 64, of which four are one frame thick."""
 
@@ -81,3 +89,61 @@ def test_what_is_refused(vidaccel, published, tmp_path, arguments, message):
     failed = vidaccel("convert", "fastwan", *given)
     assert failed.exit_code == 2 and message in " ".join(failed.output.split())
     assert not (tmp_path / "new").exists()
+
+
+def test_a_comparison_says_what_its_reference_is(vidaccel, converted, tmp_path):
+    call = ("generate", "a dot", "--model", converted, "--out", tmp_path / "out.mp4", *SMALL)
+    done = vidaccel(*call, "--compare", "--no-warm-up")
+    assert done.exit_code == 0, done.output
+    told = "The model was trained for vsa: dense runs without what it learned for that, and as the reference it is"
+    assert told in " ".join(done.output.split())
+    assert told in (tmp_path / "out.report.html").read_text()
+    assert any(told in note for note in json.loads((tmp_path / "out.report.json").read_text())["notes"])
+
+
+def test_dense_on_a_model_that_was_trained_for_another_attention(converted):
+    job = prepare(str(converted), Settings("a dot", **SIZE), Sparse(methods=("dense", "radial")), device="cpu")
+    (note,) = [note for note in job.notes if "was trained for" in note]
+    assert note == "The model was trained for vsa: dense and radial runs without what it learned for that."
+
+
+def test_few_steps_with_full_attention_stay_dense(tiny_model, tmp_path):
+    """FastWan's FullAttn, at any length; what is asked for runs."""
+    source = as_published(shutil.copytree(tiny_model, tmp_path / "FullAttn"))
+    folder = convert_fastwan(source, tmp_path / "made", link=True)
+    size = {"frames": 81, "height": 320, "width": 320}
+    job = prepare(str(folder), Settings("a dot", **size), Sparse(), device="cpu")
+    assert job.layout.tokens > 8192 and job.methods == {"dense": None}
+    assert job.why.startswith("the model was distilled to 3 steps with attention to all, and each step counts")
+    assert not job.hint and not job.notes
+    asked = prepare(str(folder), Settings("a dot", **size), Sparse(methods=("tangent",)), device="cpu")
+    assert list(asked.methods) == ["tangent"]
+    with pytest.raises(ValueError, match="of use only with a sparse method, and the model was distilled to 3 steps"):
+        prepare(str(folder), Settings("a dot", **size), Sparse(density=0.3), device="cpu")
+
+
+def test_gates_that_nothing_is_said_of(published, tmp_path):
+    """A folder that is no FastWan by the name of its class, with gates."""
+    folder = as_published(shutil.copytree(published, tmp_path / "model"), "WanPipeline")
+    job = prepare(str(folder), Settings("a dot", **SIZE), Sparse(), device="cpu")
+    assert list(job.methods.values()) == [package.VSA(density=0.2)]
+
+
+def test_what_cannot_be_tuned_is_refused_before_weights_are_read(vidaccel, converted, tiny_model, tmp_path, no_loading):
+    call = ("tune", "a dot", "--out", tmp_path / "tune", "--min-psnr", 20, *SMALL)
+    failed = vidaccel(*call, "--model", converted)
+    assert failed.exit_code == 2 and "it was trained for vsa, and all that is measured" in " ".join(
+        failed.output.split()
+    )
+    failed = vidaccel(*call, "--model", tiny_model, "--method", "vsa")
+    assert (
+        failed.exit_code == 2
+        and "--method is vsa: it is none of the methods that can be measured without" in " ".join(failed.output.split())
+    )
+    failed = vidaccel("break-even", "--method", "vsa", "--seconds", 1, "--device", "cpu")
+    assert failed.exit_code == 2 and "it is none of the methods that can be measured" in " ".join(failed.output.split())
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.tuning.api.load", lambda *a, **k: pytest.fail("weights were read"))
