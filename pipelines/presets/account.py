@@ -244,6 +244,13 @@ class Watch(CopiedNotPickled):
         self.passes.append(PassRecord(*place, self._name, pass_was_left_out(module), kept))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        if self._cache is not None:
+            # Their hooks are closures over the layers of the original, which the copy would compute with.
+            raise TypeError(
+                f"the {self._name} has a cache over steps of a preset, whose hooks cannot be copied: call remove() on "
+                "the preset's handle (or vidaccel.restore(pipe)) before copying, and apply the preset to the copy. A "
+                "pipeline that shares the transformer, as of from_pipe, needs no copy and has the cache with it."
+            )
         # A transformer that is copied alone must not bring a copy of its pipeline.
         memo.setdefault(id(self._pipe), None)
         return super().__deepcopy__(memo)

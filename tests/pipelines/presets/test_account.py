@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 
 import pytest
 import torch
-from diffusers import MagCacheConfig, WanImageToVideoPipeline, WanVideoToVideoPipeline
+from diffusers import MagCacheConfig, WanImageToVideoPipeline, WanPipeline, WanVideoToVideoPipeline
 from gft_adapters import write_adapter
 from gft_calls import loaded, made, saved
 from tiny_families import build
@@ -80,6 +81,33 @@ def test_a_run_that_is_broken_off_leaves_nothing_to_the_next(pipe, cache):
         with pytest.raises(KeyboardInterrupt):
             generate(pipe, 4, callback_on_step_end=stop)
         assert torch.equal(generate(pipe, 4, size=32), wanted)  # of another size, as after running out of memory
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "transformer"])
+def test_a_copy_is_refused_while_a_cache_is_at_work(pipe, cache, whole):
+    """Its hooks would compute with the layers of the original."""
+    handle = vidaccel.apply(pipe, preset(cache, first_steps=1))
+    wanted = generate(pipe, 4)
+    with pytest.raises(TypeError, match=r"has a cache .* cannot be copied: call remove\(\) .* apply the preset to"):
+        copy.deepcopy(pipe if whole else pipe.transformer)
+    assert torch.equal(generate(pipe, 4), wanted)
+    handle.remove()
+    copied = copy.deepcopy(pipe) if whole else make_pipe(transformer=copy.deepcopy(pipe.transformer))
+    with vidaccel.apply(copied, preset(cache, first_steps=1)):
+        assert torch.equal(generate(copied, 4), wanted)
+
+
+@pytest.mark.parametrize(
+    "share", [WanPipeline.from_pipe, lambda pipe: type(pipe)(**pipe.components)], ids=["from_pipe", "class"]
+)
+def test_a_pipeline_that_shares_the_transformer_has_the_cache_with_it(pipe, cache, share):
+    with vidaccel.apply(pipe, preset(cache, first_steps=1)) as handle:
+        wanted = generate(pipe, 4)
+        other = WanPipeline.from_pipe(pipe) if share == "from_pipe" else type(pipe)(**pipe.components)
+        assert torch.equal(generate(other, 4), wanted) and handle.report().runs() == [0, 1]
+        assert len(skipped(handle.report().last())) >= 2
+        assert torch.equal(generate(pipe, 4), wanted)
+    assert not torch.equal(generate(other, 4), wanted)
 
 
 def test_without_a_schedule_the_last_step_may_be_skipped(pipe, cache):
