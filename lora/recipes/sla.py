@@ -15,7 +15,6 @@ from ...attention.backends import check_backend
 from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.families import find_transformers
 from ...pipelines.acceleration.sla_weights import (
-    CONFIG,
     SLAError,
     TrainedSLA,
     add_projections,
@@ -23,7 +22,7 @@ from ...pipelines.acceleration.sla_weights import (
     read_config,
     write_config,
 )
-from ...pipelines.weight_files import stated_config, transformer_file, transformer_files, transformer_tensors
+from ...pipelines.weight_files import stated_config, transformer_files, transformer_tensors
 from ..adapter import without_lora
 from ..backbones.base import Text
 from ..backbones.folders import located
@@ -134,7 +133,7 @@ class TrainSLA(TrainLora):
                 f"sla.train is full, and all weights of a {type(skeleton).__name__} cannot be written: set it to lora."
             )
         base, part = self.backbone.base, self.backbone.part
-        if transformer_file(base, CONFIG, part) is not None:
+        if read_config(base, part) is not None:
             raise ConfigError(
                 f"model.base: the {part} of {self.config.model.base} was trained for SLA, and has no dense attention "
                 "to learn from: give the model that it was trained from, and this one as sla.start."
