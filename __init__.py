@@ -57,6 +57,7 @@ _PUBLIC = {
     "restore": ".pipelines",
     "riflex": ".pipelines.length",
     "sparse_attention": ".attention",
+    "tiny_decoder": ".pipelines.tiny_decoder",
     "tune": ".generation.tuning.api",
     "waterfall": ".generation.waterfall",
 }

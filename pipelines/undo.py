@@ -19,8 +19,13 @@ QUANTISED = "_vidaccel_quantised"
 """Attribute of a pipeline whose layers are in 8 bits for good: the `Quantize` that says how."""
 
 
+TINY_DECODER = "_vidaccel_tiny_decoder"
+"""Attribute of an autoencoder that holds the handle of the tiny decoder in its place."""
+
+
 def restore(pipe: Any) -> None:
-    """Undo `apply`, `accelerate` and `guidance_free` where the handle is lost, as after running a notebook cell twice.
+    """Undo `apply`, `accelerate`, `guidance_free` and `tiny_decoder` where the handle is lost, as after running a
+    notebook cell twice.
 
     Does nothing to a pipeline that nothing was done to.
 
@@ -33,6 +38,9 @@ def restore(pipe: Any) -> None:
     free = getattr(pipe, GUIDANCE_FREE, None)
     if free is not None:
         free.remove()
+    decoder = getattr(getattr(pipe, "vae", None), TINY_DECODER, None)
+    if decoder is not None:
+        decoder.remove()
     acceleration.restore(pipe)
 
 

@@ -1,0 +1,129 @@
+"""`tiny_decoder`: a pipeline whose frames come from a tiny decoder, removable without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
+
+from ...attention.timing import Span
+from ...autoencoders.tiny import TinyVideoDecoder, frames_of, to_transformer
+from ..acceleration.copies import CopiedNotPickled
+from ..undo import TINY_DECODER
+from .source import find_decoder
+
+
+class _Decode(CopiedNotPickled):
+    """What an autoencoder has as `decode` meanwhile.
+
+    Args:
+        vae: the autoencoder. decoder: in its place.
+        dtype: in which it computes; None for `own`, and float32 on the CPU.
+        own: of the transformer.
+    """
+
+    def __init__(self, vae: Any, decoder: TinyVideoDecoder, dtype: torch.dtype | None, own: torch.dtype) -> None:
+        self.vae, self.decoder, self.dtype = vae, decoder, dtype
+        # Of weights that are kept in 8 bits, what they are computed in is not said.
+        self.own = torch.bfloat16 if own.itemsize == 1 else own
+        self.spans: list[Span] = []
+
+    @torch.no_grad()
+    def __call__(
+        self, z: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """As the autoencoder's own; what only a large decoder has a use for, such as a time, is not read."""
+        with Span(z.device) as span, torch.autocast(z.device.type, enabled=False):
+            dtype = self.dtype or (torch.float32 if z.device.type == "cpu" else self.own)
+            torch.nn.Module.to(self.decoder, z.device, dtype)  # diffusers' own warns of what there is none of
+            latents = z.float()
+            if self.decoder.config.latents == "transformer":
+                latents = to_transformer(self.vae, latents)
+            frames = self.decoder(latents, frames=frames_of(self.vae, z.shape[2])).to(z.dtype)
+        self.spans = [*self.spans[-9:], span]
+        return DecoderOutput(sample=frames) if return_dict else (frames,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Decode:
+        self.spans = []  # events of a GPU cannot be copied
+        return super().__deepcopy__(memo)
+
+
+class TinyDecoder:
+    """A tiny decoder at work in a pipeline. Made by `tiny_decoder`; a context manager that removes itself.
+
+    Attributes:
+        name: of the decoder.
+    """
+
+    def __init__(self, pipe: Any, source: str | Path | TinyVideoDecoder | None, dtype: torch.dtype | None) -> None:
+        decoder, self.name = find_decoder(pipe, source)
+        if hasattr(pipe.vae, TINY_DECODER):
+            raise RuntimeError(
+                f"the autoencoder of this {type(pipe).__name__} has a tiny decoder already: call remove() on its "
+                "handle first."
+            )
+        self._vae: Any = pipe.vae
+        transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
+        own = getattr(transformer, "dtype", torch.float32)
+        self._before = self._vae.__dict__.get("decode")  # a compiled one, for example
+        self._vae.decode = self._decode = _Decode(self._vae, decoder, dtype, own)
+        setattr(self._vae, TINY_DECODER, self)
+
+    @property
+    def seconds(self) -> list[float]:
+        """How long each of the last decodes took, ten at most."""
+        return [span.seconds() for span in self._decode.spans]
+
+    def notes(self) -> list[str]:
+        """What a report should tell."""
+        if not self._decode.spans:
+            return []
+        return [f"frames come from {self.name}, which is near to the autoencoder's own decoder and not the same"]
+
+    def remove(self) -> None:
+        """Give the autoencoder its own decoder back. A second call does nothing."""
+        if getattr(self._vae, TINY_DECODER, None) is self:
+            del self._vae.decode
+            if self._before is not None:
+                self._vae.decode = self._before
+            delattr(self._vae, TINY_DECODER)
+
+    def __enter__(self) -> TinyDecoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        at_work = getattr(self._vae, TINY_DECODER, None) is self
+        return f"<vidaccel tiny decoder: {self.name if at_work else 'removed'}>"
+
+
+def tiny_decoder(
+    pipe: Any, source: str | Path | TinyVideoDecoder | None = None, *, dtype: torch.dtype | None = None
+) -> TinyDecoder:
+    """Decode the latents of a pipeline with a tiny decoder in the place of its autoencoder's own.
+
+    In runs of few steps the autoencoder takes a large part of the time and the most memory. A tiny decoder takes a
+    small part of both, and what it makes is near to the same: fine texture is a little softer. Images and videos that a
+    pipeline is given are encoded by the autoencoder as before, and what else is at work in the pipeline goes on. Other
+    pipelines with the same autoencoder are changed with this one.
+
+    Args:
+        pipe: a diffusers pipeline with an autoencoder of Wan, HunyuanVideo, HunyuanVideo 1.5, CogVideoX, LTX-2,
+            Qwen-Image, or DC-AE-V.
+        source: a published file in the layout of TAEHV, such as taew2_1.safetensors (github.com/madebyollin/taehv) or
+            LightX2V's lighttaew2_1.safetensors; a folder that the recipe `tiny-decoder` made, or a hub id of one; or
+            None for what the model has of its own, as the built-in DC-VideoGen model does.
+        dtype: in which it computes; None for the transformer's, on the CPU float32.
+
+    Returns:
+        A handle with `remove()`, `seconds` and `notes()`.
+
+    Raises:
+        TinyDecoderError: a decoder that cannot be read, or one of another autoencoder.
+        RuntimeError: the autoencoder has a tiny decoder already.
+    """
+    return TinyDecoder(pipe, source, dtype)

@@ -1,0 +1,122 @@
+"""Where tiny decoders come from, and whether one is for the autoencoder of a pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...autoencoders.checkpoint_file import CheckpointError
+from ...autoencoders.tiny import KNOWN, TinyVideoDecoder, channels_of, compression_of, read_tiny
+from ..locations import is_hub_id
+
+OWN_FOLDER = "tiny_decoder"
+"""In the folder of a pipeline, the decoder that it has of its own."""
+# One autoencoder under two names.
+_SAME = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}
+
+
+class TinyDecoderError(ValueError):
+    """A tiny decoder that cannot be read, or is not for the autoencoder of a pipeline."""
+
+
+def find_decoder(pipe: Any, source: str | Path | TinyVideoDecoder | None) -> tuple[TinyVideoDecoder, str]:
+    """The decoder for a pipeline, checked against its autoencoder, and what it is called; nothing is changed.
+
+    Args:
+        pipe: a diffusers pipeline.
+        source: see `tiny_decoder`.
+
+    Raises:
+        TinyDecoderError: what it is that cannot be, and why.
+    """
+    vae = _autoencoder(pipe)
+    if isinstance(source, TinyVideoDecoder):
+        decoder, name = source, "a tiny decoder"
+    else:
+        location = _own(pipe) if source is None else str(Path(source).expanduser())
+        decoder, name = read_decoder(location), Path(location).name
+    check_fits(decoder, name, vae)
+    return decoder, name
+
+
+def check_fits(decoder: TinyVideoDecoder, name: str, vae: Any, whose: str = "of this pipeline") -> None:
+    """See that a decoder is for the latents of an autoencoder.
+
+    Args:
+        decoder: to check.
+        name: what it is called.
+        vae: the autoencoder.
+        whose: it is, for the message.
+
+    Raises:
+        TinyDecoderError: it is not; says why.
+    """
+    of, mine = decoder.config.autoencoder, type(vae).__name__
+    if of and _SAME.get(of, of) != _SAME.get(mine, mine):
+        raise TinyDecoderError(
+            f"{name} is for the latents of an {of}, and the autoencoder {whose} is an {mine}: give a decoder "
+            "of that one."
+        )
+    theirs = (decoder.config.latent_channels, decoder.temporal_compression_ratio, decoder.spatial_compression_ratio)
+    own = (channels_of(vae), *compression_of(vae))
+    if theirs != own:
+        raise TinyDecoderError(
+            f"{name} decodes latents of {_told(*theirs)}, and those of the {mine} {whose} have {_told(*own)}: give a "
+            "decoder that was trained for this autoencoder."
+        )
+
+
+def _told(channels: int, time: int, space: int) -> str:
+    return f"{channels} channels, 1/{time} of the frames and 1/{space} of each side"
+
+
+def _autoencoder(pipe: Any) -> Any:
+    vae = getattr(pipe, "vae", None)
+    if type(vae).__name__ not in KNOWN:
+        held = "has no autoencoder" if vae is None else f"has an {type(vae).__name__}"
+        raise TinyDecoderError(
+            f"this {type(pipe).__name__} {held}, whose place no tiny decoder can take: there are some for "
+            f"{', '.join(KNOWN)}."
+        )
+    return vae
+
+
+def _own(pipe: Any) -> str:
+    """The folder of the decoder that a pipeline's autoencoder has of its own."""
+    stated = [str(getattr(part, "config", {}).get("_name_or_path") or "") for part in (pipe.vae, pipe)]
+    for place in filter(None, stated):
+        for folder in (Path(place), Path(place).parent):
+            if (folder / OWN_FOLDER / "config.json").is_file():
+                return str(folder / OWN_FOLDER)
+    raise TinyDecoderError(
+        f"this {type(pipe).__name__} has no tiny decoder of its own: its folder has no {OWN_FOLDER}. Give one, such as "
+        "taew2_1.safetensors for Wan (github.com/madebyollin/taehv)."
+    )
+
+
+def read_decoder(location: str) -> TinyVideoDecoder:
+    """The decoder of a file, a folder or a hub id.
+
+    Raises:
+        TinyDecoderError: there is none that can be read.
+    """
+    path = Path(location).expanduser()
+    try:
+        if path.is_file():
+            return read_tiny(path)
+        if path.is_dir() or is_hub_id(location):
+            config = path / "config.json"
+            stated = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            if path.is_dir() and stated.get("_class_name") != TinyVideoDecoder.__name__:
+                raise TinyDecoderError(
+                    f"the folder {path} has no tiny decoder: give the file, such as taew2_1.safetensors, or a folder "
+                    "that the recipe tiny-decoder made."
+                )
+            return TinyVideoDecoder.from_pretrained(location).eval().requires_grad_(False)
+    except TinyDecoderError:
+        raise
+    # ValueError: of a config; RuntimeError: weights of other shapes than it says.
+    except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+        raise TinyDecoderError(f"{location} cannot be read as a tiny decoder: {error}") from error
+    raise TinyDecoderError(f"there is no tiny decoder {location}: give a file, a folder, or a hub id (owner/name).")

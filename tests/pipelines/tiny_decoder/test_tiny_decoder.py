@@ -1,0 +1,200 @@
+"""`tiny_decoder`: real pipelines of several families, whose frames then come from a tiny decoder."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import cogvideo, hunyuan, ltx, wan_kin
+from safetensors.torch import save_file
+
+from vidaccel import demo, tiny_decoder
+from vidaccel.autoencoders.tiny import TinyVideoDecoder, compression_of, frames_of, to_transformer
+from vidaccel.pipelines.tiny_decoder import TinyDecoderError
+
+PIPELINES = {
+    "wan": wan_kin.wan,
+    "wan_5b": wan_kin.wan_5b,
+    "hunyuan": hunyuan.hunyuan,
+    "hunyuan15": hunyuan.hunyuan_15,
+    "cogvideox": cogvideo.cogvideox_2b,
+    "ltx": ltx.ltx,
+    "ltx2": ltx.ltx2,
+}
+FRAMES = 9
+
+
+def decoder_for(vae, **changes) -> TinyVideoDecoder:
+    """Of random weights, with the compression of an autoencoder."""
+    torch.manual_seed(0)
+    time, space = compression_of(vae)
+    growth = {4: (1, 2, 2), 8: (2, 2, 2)}[time]
+    shape = {
+        "latent_channels": getattr(vae.config, "z_dim", None) or vae.config.latent_channels,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "time_growth": growth,
+        "patch_size": space // 8,
+        **changes,
+    }
+    decoder = TinyVideoDecoder(**shape).eval()
+    for parameter in decoder.parameters():
+        parameter.data.mul_(2)  # or all frames are about grey
+    return decoder.requires_grad_(False)
+
+
+def made(pipe, output_type: str = "pt", **more) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    call = {"num_frames": FRAMES, "height": 64, "width": 64, "num_inference_steps": 2, **more}
+    return pipe("a cat", generator=generator, output_type=output_type, **call).frames
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_frames_are_what_the_decoder_makes_of_the_transformers_latents(name):
+    pipe = PIPELINES[name]()
+    vae, decode = pipe.vae, pipe.vae.decode
+    own = made(pipe)
+    seen = []
+    decoder = decoder_for(vae)
+    forward = decoder.forward
+    decoder.forward = lambda latents, **more: seen.append(latents) or forward(latents, **more)
+    handle = tiny_decoder(pipe, decoder)
+    frames = made(pipe)
+    assert frames.shape == own.shape
+    assert not torch.allclose(frames, own, atol=1e-2)
+    handle.remove()
+    handle.remove()
+    assert vae.decode == decode and torch.equal(made(pipe), own)
+    # What the pipeline hands over as latents is in the transformer's scale, whatever it does to it before decoding.
+    if name not in ("ltx", "ltx2"):  # these hand over what the autoencoder takes
+        latents = made(pipe, "latent")
+        latents = latents.transpose(1, 2) if name == "cogvideox" else latents
+        torch.testing.assert_close(seen[-1], latents.float(), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        wanted = forward(seen[-1], frames=frames.shape[1])
+    torch.testing.assert_close(frames, (wanted / 2 + 0.5).transpose(1, 2).to(frames), atol=1e-5, rtol=0)
+
+
+def test_scaled_latents_of_ltx_are_those_of_its_transformer():
+    vae = ltx.ltx().vae
+    vae.latents_mean, vae.latents_std = torch.randn(8), torch.rand(8) + 0.5
+    latents = torch.randn(1, 8, 2, 3, 3)
+    from diffusers import LTXPipeline
+
+    scaled = LTXPipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    torch.testing.assert_close(to_transformer(vae, scaled), latents)
+
+
+def test_a_decoder_of_scaled_latents_gets_them_scaled(monkeypatch):
+    pipe = wan_kin.wan()
+    pipe.vae.register_to_config(latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+    seen = []
+    for latents in ("transformer", "autoencoder"):
+        decoder = decoder_for(pipe.vae, latents=latents)
+        forward = decoder.forward
+        decoder.forward = lambda x, forward=forward, **more: seen.append(x) or forward(x, **more)
+        with tiny_decoder(pipe, decoder):
+            made(pipe)
+    torch.testing.assert_close(seen[1], 2 * seen[0] + 0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_frames_are_as_many_as_the_autoencoder_makes():
+    for pipe in (wan_kin.wan(), cogvideo.cogvideox_2b(), ltx.ltx(), hunyuan.hunyuan_15()):
+        channels = getattr(pipe.vae.config, "z_dim", None) or pipe.vae.config.latent_channels
+        for count in (1, 2, 3):
+            latents = torch.zeros(1, channels, count, 4, 4)
+            time = [torch.zeros(1)] if "timestep_conditioning" in pipe.vae.config else []
+            with torch.no_grad():
+                own = pipe.vae.decode(latents, *time, return_dict=False)[0]
+            assert frames_of(pipe.vae, count) == own.shape[2], (type(pipe.vae).__name__, count)
+
+
+def test_a_copy_decodes_by_itself_and_keeps_its_decoder():
+    pipe = wan_kin.wan()
+    handle = tiny_decoder(pipe, decoder_for(pipe.vae))
+    frames = made(pipe)
+    twin = copy.deepcopy(pipe)
+    handle.remove()
+    assert torch.equal(made(twin), frames)
+    assert twin.vae.decode.vae is twin.vae
+
+
+def test_what_was_in_the_place_of_decode_comes_back():
+    pipe = wan_kin.wan()
+    own = pipe.vae.decode = torch.compile(pipe.vae.decode, backend="eager")
+    tiny_decoder(pipe, decoder_for(pipe.vae)).remove()
+    assert pipe.vae.__dict__["decode"] is own
+
+
+def test_images_of_qwen_have_the_autoencoder_of_wan():
+    from diffusers import AutoencoderKLQwenImage
+
+    scale = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **scale)
+    assert compression_of(vae) == (4, 8) and frames_of(vae, 1) == 1
+    pipe = wan_kin.wan()
+    pipe.vae = vae.eval()
+    with tiny_decoder(pipe, decoder_for(pipe.vae, autoencoder="AutoencoderKLWan")), torch.no_grad():
+        assert pipe.vae.decode(torch.randn(1, 4, 1, 4, 4)).sample.shape == (1, 3, 1, 32, 32)
+
+
+def test_time_and_notes_are_told_after_a_decode():
+    pipe = wan_kin.wan()
+    with tiny_decoder(pipe, decoder_for(pipe.vae)) as handle:
+        assert handle.notes() == [] and handle.seconds == []
+        made(pipe)
+        assert len(handle.seconds) == 1 and handle.seconds[0] > 0
+        assert "frames come from a tiny decoder" in handle.notes()[0]
+        with pytest.raises(RuntimeError, match="has a tiny decoder already"):
+            tiny_decoder(pipe, decoder_for(pipe.vae))
+        assert "tiny decoder: a tiny decoder" in repr(handle)
+    assert "removed" in repr(handle)
+
+
+def test_a_published_file_and_a_folder_are_taken(tmp_path):
+    pipe = wan_kin.wan()
+    decoder = decoder_for(pipe.vae)
+    save_file(decoder.state_dict(), tmp_path / "taew2_1.safetensors")
+    decoder.save_pretrained(tmp_path / "folder")
+    made_of = []
+    for source in (decoder, tmp_path / "taew2_1.safetensors", tmp_path / "folder"):
+        with tiny_decoder(pipe, source):
+            made_of.append(made(pipe))
+    assert torch.equal(made_of[0], made_of[1]) and torch.equal(made_of[0], made_of[2])
+
+
+def test_a_decoder_of_another_autoencoder_is_refused(tmp_path):
+    pipe = wan_kin.wan()
+    save_file(decoder_for(pipe.vae).state_dict(), tmp_path / "taehv.safetensors")
+    with pytest.raises(
+        TinyDecoderError, match=r"taehv\.safetensors is for .* AutoencoderKLHunyuanVideo, and .* an AutoencoderKLWan"
+    ):
+        tiny_decoder(pipe, tmp_path / "taehv.safetensors")
+    with pytest.raises(TinyDecoderError, match="decodes latents of 5 channels, 1/4 .* 4 channels, 1/4"):
+        tiny_decoder(pipe, decoder_for(pipe.vae, latent_channels=5))
+    with pytest.raises(TinyDecoderError, match="there is no tiny decoder .*nowhere"):
+        tiny_decoder(pipe, tmp_path / "nowhere" / "taew2_1.safetensors")
+    with pytest.raises(TinyDecoderError, match="has no tiny decoder: give the file"):
+        tiny_decoder(pipe, tmp_path)
+    with pytest.raises(TinyDecoderError, match="has no tiny decoder of its own"):
+        tiny_decoder(pipe)
+    pipe.vae = None
+    with pytest.raises(TinyDecoderError, match="has no autoencoder, whose place no tiny decoder can take"):
+        tiny_decoder(pipe, decoder_for(wan_kin.autoencoder()))
+
+
+def test_it_runs_beside_sparse_attention_and_in_half_precision():
+    from diffusers import WanPipeline
+
+    from vidaccel import accelerate
+
+    pipe = WanPipeline.from_pretrained(demo.path(), torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    decoder = decoder_for(pipe.vae)
+    with accelerate(pipe, "tangent") as sparse, tiny_decoder(pipe, decoder, dtype=torch.bfloat16):
+        frames = made(pipe, height=128, width=128)
+    assert frames.shape[:3] == (1, 9, 3) and frames.isfinite().all()
+    assert next(decoder.parameters()).dtype == torch.bfloat16
+    assert any(record.method == "tangent" for record in sparse.report().records)
