@@ -162,7 +162,9 @@ def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> N
 
 
 def adapt_command(
-    recipe: Annotated[str, typer.Argument(help="lora, length, gft, consistency, sla, ae-adapt, or autoencoder.")] = "",
+    recipe: Annotated[
+        str, typer.Argument(help="lora, length, gft, consistency, sla, ae-adapt, autoencoder, or tiny-decoder.")
+    ] = "",
     config: Annotated[str, typer.Option(help="YAML file, or the name of a ready one (see --list).")] = "",
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: phases.lora.steps=2000; repeatable.")
@@ -175,7 +177,7 @@ def adapt_command(
     ] = False,
     show: Annotated[bool, typer.Option("--list", help="List the ready settings and end.")] = False,
 ) -> None:
-    """Train a LoRA, adapt a model to another autoencoder, or train an autoencoder.
+    """Train a LoRA, adapt a model to another autoencoder, or train an autoencoder or a tiny decoder.
 
     On several GPUs: accelerate launch -m vidaccel.lora RECIPE --config FILE.
     """
@@ -190,7 +192,8 @@ def adapt_command(
             return
         if not recipe:
             raise ConfigError(
-                "the recipe is missing: give lora, length, gft, consistency, sla, ae-adapt or autoencoder."
+                "the recipe is missing: give lora, length, gft, consistency, sla, ae-adapt, autoencoder or "
+                "tiny-decoder."
             )
         find(recipe)  # a name that there is not is the first fault
         if not config:

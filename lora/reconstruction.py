@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +67,10 @@ def perceptual_network() -> nn.Module:
     return LearnedPerceptualImagePatchSimilarity("vgg").net.requires_grad_(False).eval()
 
 
+Wanted = Callable[[torch.Tensor, Any], torch.Tensor]
+"""Of a video `[B, 3, T, H, W]` in [-1, 1] and what the autoencoder's `encode` gave, what should be made of it."""
+
+
 class PatchDiscriminator(nn.Module):
     """Scores `[B, 1, t, h, w]` of how real the patches of a video `[B, 3, T, H, W]` look."""
 
@@ -87,15 +91,16 @@ class Reconstruction(nn.Module):
     """An autoencoder with its losses, as one module, so that several processes can share its training.
 
     Args:
-        autoencoder: an `AutoencoderDCV`.
+        autoencoder: an `AutoencoderDCV`, or what encodes and decodes as that does.
         settings: weights of the losses.
+        wanted: what should be made of a video; None for the video itself.
     """
 
     autoencoder: Any
 
-    def __init__(self, autoencoder: nn.Module, settings: LossSettings) -> None:
+    def __init__(self, autoencoder: nn.Module, settings: LossSettings, wanted: Wanted | None = None) -> None:
         super().__init__()
-        self.autoencoder, self.settings = autoencoder, settings
+        self.autoencoder, self.settings, self._wanted = autoencoder, settings, wanted
         self.discriminator = PatchDiscriminator() if settings.adversarial else None
         # In a list, so that it is no part of the module: it is not trained, saved or sharded.
         self._perceptual = [perceptual_network()] if settings.perceptual else []
@@ -114,7 +119,10 @@ class Reconstruction(nn.Module):
         if reconstruct:
             return self.autoencoder(video).sample
         settings = self.settings
-        latent = self.autoencoder.encode(video).latent
+        encoded = self.autoencoder.encode(video)
+        latent = encoded.latent
+        if self._wanted is not None:
+            video = self._wanted(video, encoded)
         made = self.autoencoder.decode(latent).sample.float()
         error = made - video
         parts = {"l1": error.abs().mean(), "mse": error.square().mean()}

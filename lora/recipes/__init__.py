@@ -18,6 +18,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "length": ("length", "TrainLength"),
     "lora": ("lora", "TrainLora"),
     "sla": ("sla", "TrainSLA"),
+    "tiny_decoder": ("tiny_decoder", "TrainTinyDecoder"),
 }
 """Name -> (module, class)."""
 

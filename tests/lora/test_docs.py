@@ -15,7 +15,7 @@ import yaml
 
 from vidaccel.lora import config_folder
 from vidaccel.lora.config import Settings, build
-from vidaccel.lora.recipes import RECIPES, find
+from vidaccel.lora.recipes import RECIPES, find, reconstructing
 from vidaccel.lora.recipes import ae_adapt_settings as ae_adapt
 from vidaccel.lora.recipes import autoencoder as autoencoder_recipe
 from vidaccel.lora.recipes import consistency_settings as consistency_recipe
@@ -23,6 +23,7 @@ from vidaccel.lora.recipes import gft_settings as gft_recipe
 from vidaccel.lora.recipes import length_settings as length_recipe
 from vidaccel.lora.recipes import lora_settings as lora_recipe
 from vidaccel.lora.recipes import sla_settings as sla_recipe
+from vidaccel.lora.recipes import tiny_decoder_settings as tiny_recipe
 from vidaccel.lora.reconstruction import LossSettings
 from vidaccel.lora.settings import (
     DataSettings,
@@ -65,9 +66,14 @@ TABLES: dict[str, type[Settings]] = {
     "`validation` of `lora`, `length`, `gft`, `consistency` and `ae_adapt`": ValidationSettings,
     "`autoencoder`": autoencoder_recipe.AutoencoderSettings,
     "`model` of `autoencoder`": autoencoder_recipe.ModelSettings,
-    "`loss` of `autoencoder`": LossSettings,
     "An entry of `phases` of `autoencoder`": autoencoder_recipe.AutoencoderPhase,
-    "`validation` of `autoencoder`": autoencoder_recipe.ValidationSettings,
+    "`autoencoder` and `tiny_decoder`": reconstructing.ReconstructionSettings,
+    "`loss` of `autoencoder` and `tiny_decoder`": LossSettings,
+    "An entry of `phases` of `autoencoder` and `tiny_decoder`": reconstructing.ReconstructionPhase,
+    "`validation` of `autoencoder` and `tiny_decoder`": reconstructing.ValidationSettings,
+    "`tiny_decoder`": tiny_recipe.TinyDecoderSettings,
+    "`model` of `tiny_decoder`": tiny_recipe.ModelSettings,
+    "`decoder` of `tiny_decoder`": tiny_recipe.DecoderSettings,
 }
 """Heading -> the class whose own fields are in the table below it; what it inherits is in that of its base."""
 

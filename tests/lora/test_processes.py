@@ -43,6 +43,20 @@ def autoencoder(folder: Path, name: str, batch_size: int, **phase) -> str:
     return write(folder, name, content)
 
 
+def tiny_decoder(folder: Path, name: str, batch_size: int) -> str:
+    """Settings of three steps on the latents of the built-in autoencoder, against a discriminator."""
+    content = {
+        "recipe": "tiny_decoder",
+        "model": {"base": "demo-dc"},
+        "decoder": {"block_out_channels": [8] * 4, "layers_per_block": 1, "patch_size": 4},
+        "loss": {"edges": 0.5, "adversarial": 0.1, "adversarial_from": 1},
+        "data": {"kind": "demo", "clips": 9, "sizes": [{"frames": 8, "height": 32, "width": 32}]},
+        "phases": [{"name": "train", "steps": 3, "learning_rate": 1e-3, "batch_size": batch_size, "ema_decay": 0.9}],
+        "validation": {"clips": 1},
+    }
+    return write(folder, name, content)
+
+
 def ae_adapt(folder: Path, name: str, batch_size: int, base: Path, new: Path) -> str:
     """Settings of five steps in three phases, with a cache."""
     more = {"batch_size": batch_size, "learning_rate": 0.01}
@@ -125,7 +139,7 @@ def consistency(folder: Path, name: str, batch_size: int, base: Path) -> str:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
     """The folder in which two processes ran `autoencoder`, `ae_adapt`, and that once more, stopped and resumed;
-    `autoencoder` with a limit of time; `lora`; `sla`; `length`; and `consistency`."""
+    `autoencoder` with a limit of time; `tiny_decoder`; `lora`; `sla`; `length`; and `consistency`."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "path").mkdir()
     (folder / "path" / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
@@ -137,6 +151,7 @@ def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "adapt")},
         {"recipe": "ae_adapt", "config": adapt, "out": str(folder / "resumed"), "stop_after": 4},
         {"recipe": "autoencoder", "config": timed, "out": str(folder / "timed"), "fast_clock": 1e6},
+        {"recipe": "tiny_decoder", "config": tiny_decoder(folder, "tiny", 1), "out": str(folder / "tiny")},
         {"recipe": "lora", "config": lora(folder, "lora", 1, text_base), "out": str(folder / "lora")},
         {"recipe": "sla", "config": sla(folder, "sla", 1, text_base), "out": str(folder / "sla")},
         {"recipe": "length", "config": length(folder, "length", 1, text_base), "out": str(folder / "length")},
@@ -170,10 +185,12 @@ def losses(folder: Path) -> list[float]:
     return [row[key] for row in rows for key in ("loss", "validation_error") if key in row]
 
 
-@pytest.mark.parametrize("recipe", ["autoencoder", "ae_adapt", "lora", "sla", "length", "consistency"])
+@pytest.mark.parametrize("recipe", ["autoencoder", "tiny_decoder", "ae_adapt", "lora", "sla", "length", "consistency"])
 def test_two_processes_do_what_one_does_with_the_same_clips(launched, tmp_path, recipe, text_base, autoencoder_folder):
     if recipe == "autoencoder":
         settings, two, last = autoencoder(tmp_path, "one", 2), launched / "train", "train"
+    elif recipe == "tiny_decoder":
+        settings, two, last = tiny_decoder(tmp_path, "one", 2), launched / "tiny", "train"
     elif recipe in (of_loras := {"lora": lora, "sla": sla, "length": length, "consistency": consistency}):
         write_settings = of_loras[recipe]
         settings, two, last = write_settings(tmp_path, "one", 2, text_base), launched / recipe, "train"

@@ -31,6 +31,8 @@ WAN = {
     "wan2.1_t2v_14b_ae_adapt": "text",
 }
 """Settings -> the kind of Wan pipeline that they, or a comment in them, are for."""
+TINY = "wan2.1_tiny_decoder"
+"""test_tiny_decoder.py runs it."""
 ALIKE = {
     "wan2.1_14b_lora",
     "wan2.1_14b_length",
@@ -81,7 +83,7 @@ def shortened(name: str, base: Path, videos: Path, out: Path, **more: Any) -> li
 
 def test_every_file_is_here():
     kinds = {file.stem for file in config_folder().glob("*.yaml") if not file.stem.startswith("demo")}
-    assert kinds == {*WAN, *OTHERS, "wan2.1_t2v_1.3b_consistency", "wan2.2_a14b_consistency"}
+    assert kinds == {*WAN, *OTHERS, "wan2.1_t2v_1.3b_consistency", "wan2.2_a14b_consistency", TINY}
 
 
 @pytest.mark.parametrize("name", fast(WAN.keys() - ALIKE, WAN))

@@ -1,0 +1,179 @@
+"""What the recipes share that train a decoder of pixels on clips of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Settings, setting
+from ..data.dataset import ClipDataset, open_dataset, sturdy_pixels
+from ..data.held_out import HeldOut, hold_out
+from ..data.sampler import Pick, without
+from ..generators import Generators
+from ..identities import dataset_identity
+from ..pictures import strips, write_picture, written_to
+from ..reconstruction import LossSettings, Reconstruction, Wanted, quality
+from ..settings import PhaseSettings, RunSettings, SizeSettings
+from .base import Batch, Clips, Phase, Recipe
+
+
+@dataclass(frozen=True)
+class ReconstructionPhase(PhaseSettings):
+    """A phase of the training.
+
+    Args:
+        name: of the phase.
+        sizes: of its clips; None for those of `data`.
+    """
+
+    name: str = "train"
+    sizes: tuple[SizeSettings, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ValidationSettings(Settings):
+    """What is measured on the side.
+
+    Args:
+        clips: how many clips; of a folder those of the first files, which are then not trained on.
+        size: of these clips; None for the last of `data.sizes`.
+    """
+
+    clips: int = setting(4, low=1)
+    size: SizeSettings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionSettings(RunSettings):
+    """Settings of such a recipe."""
+
+    loss: LossSettings = field(default_factory=LossSettings)
+    phases: tuple[ReconstructionPhase, ...] = (ReconstructionPhase(steps=100_000),)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+
+    def check(self) -> Iterator[str]:
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            yield f"phases are named {', '.join(names)}: give each a name of its own."
+        if self.loss.adversarial and self.loss.discriminator_rate != 1:
+            for number, phase in enumerate(self.phases):
+                if phase.optimizer == "muon":
+                    yield f"phases.{number}.optimizer is muon: with a discriminator_rate of its own, use adamw."
+
+    def named_sizes(self) -> Iterator[tuple[str, SizeSettings]]:
+        """Every size of clips, with where it stands."""
+        where = [("data.sizes", self.data.sizes)]
+        where += [(f"phases.{i}.sizes", phase.sizes or ()) for i, phase in enumerate(self.phases)]
+        where += [("validation.size", (self.validation.size,) if self.validation.size else ())]
+        for name, sizes in where:
+            yield from ((name, size) for size in sizes)
+
+
+class TrainReconstruction(Recipe):
+    """Trains what `build` makes, in the phases of its settings, to give clips back."""
+
+    config: ReconstructionSettings
+
+    def prepare(self) -> None:
+        config = self.config
+        self.dataset = open_dataset(config.data, config.seed, True, need_captions=False, process=self.process)
+        size = config.validation.size or config.data.sizes[-1]
+        self.held_out = hold_out(self.dataset, (size,), config.validation.clips)
+        self.build()  # the shape must be one that exists
+        if config.loss.perceptual:
+            from ..reconstruction import perceptual_network
+
+            perceptual_network()
+
+    def dataset_input(self) -> dict[str, str]:
+        """Of `inputs`, the dataset. Clips are cut at random, so no one else needs the hashes of its files, which take
+        long."""
+        data = self.config.data
+        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes, False)}
+
+    def build(self) -> Any:
+        """What is trained, as training starts, for `Reconstruction`."""
+        raise NotImplementedError
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """What should be made of a clip; None for the clip itself."""
+        return None
+
+    def phases(self) -> list[Phase]:
+        return [ReconstructionTraining(self, settings) for settings in self.config.phases]
+
+    def validation_clips(self) -> torch.Tensor:
+        """The clips that are measured, `[B, 3, T, H, W]`."""
+        return torch.stack([self.dataset.pixels(pick) for pick in self.held_out.picks])
+
+    def trained(self, weights: Mapping[str, torch.Tensor]) -> Any:
+        """What `build` makes, with the weights that phases left."""
+        model, prefix = self.build(), "autoencoder."
+        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        model.load_state_dict({**model.state_dict(), **own})
+        return model.to(self.process.device).eval()
+
+    @torch.no_grad()
+    def measured(self, model: Any) -> dict[str, float]:
+        """`quality` of the clips that are held out."""
+        clips = self.validation_clips().to(self.process.device)
+        return quality(torch.cat([model(clip).sample for clip in clips.split(1)]), clips)
+
+
+class ReconstructionTraining(Phase):
+    """One phase of a `TrainReconstruction`."""
+
+    def __init__(self, recipe: TrainReconstruction, settings: ReconstructionPhase) -> None:
+        super().__init__(settings.name, settings)
+        self.recipe = recipe
+        self.settings: ReconstructionPhase
+
+    def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
+        model = self.recipe.build()
+        if self.recipe.config.loop.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        module = Reconstruction(model, self.recipe.config.loss, self.recipe.wanted)
+        module.load_state_dict({**module.state_dict(), **trained})
+        return module
+
+    def clips(self) -> Clips:
+        sizes = self.settings.sizes or self.recipe.config.data.sizes
+        return Pixels(self.recipe.dataset, sizes, self.recipe.held_out)
+
+    def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        started = rng.places[0].step >= self.recipe.config.loss.adversarial_from
+        return model(batch["pixels"], started)
+
+    def learning_rate_scale(self, name: str) -> float:
+        return self.recipe.config.loss.discriminator_rate if name.startswith("discriminator.") else 1.0
+
+    def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        process = self.recipe.process
+        clips = self.recipe.validation_clips().to(process.device)
+        parts = []
+        for clip in process.track(clips.split(1), "validation clips", len(clips)):
+            process.check_stop()
+            parts.append(model(clip, reconstruct=True).float())
+        made = torch.cat(parts)
+        if process.is_main:
+            pairs = [clip for pair in zip(clips, made, strict=True) for clip in pair]
+            with written_to(folder):
+                write_picture(strips(pairs), folder / f"{step:08d}.png")
+        return quality(made, clips)
+
+
+class Pixels:
+    """The clips of a dataset as they are, without those held out."""
+
+    def __init__(self, dataset: ClipDataset, sizes: tuple[SizeSettings, ...], held_out: HeldOut) -> None:
+        self.dataset, self.sizes = dataset, sizes
+        self.members = without(dataset.members(sizes), held_out.clips)
+
+    def load(self, pick: Pick) -> Batch:
+        return {"pixels": sturdy_pixels(self.dataset, pick, self.members, self.sizes)[0]}
