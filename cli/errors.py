@@ -64,7 +64,8 @@ def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: C
         yield
     except (KeyboardInterrupt, _Terminated) as stop:
         typer.echo(interrupted(), err=True)
-        raise typer.Exit(stop.code if isinstance(stop, _Terminated) else 128 + signal.SIGINT) from None
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
     except (ValueError, RuntimeError, OSError) as error:
         message = error.worded(name) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
         if type(error).__name__ == "OutOfMemoryError":

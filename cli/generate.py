@@ -56,6 +56,13 @@ def generate_command(
         ),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="The linear layers in 8 bits by torchao, int8 or fp8.")] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="A tiny decoder in the place of the autoencoder's: a file such as taew2_1.safetensors, a folder or a "
+            "hub id; own, that of the model, as demo-dc has one."
+        ),
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -209,7 +216,7 @@ def generate_command(
             measure_error=measure_error,
             precision=precision,
         )
-        chosen = request_preset(preset, cache, quantize)
+        chosen = request_preset(preset, cache, quantize, decoder)
         job = prepare(
             model or (chosen.model if chosen else "") or DEMOS[0],
             settings,

@@ -79,6 +79,7 @@ def generate(
     preset: str | Path | Preset | None = None,
     cache: str | Cache | None = None,
     quantize: str | Quantize | None = None,
+    decoder: str | Path | None = None,
     out: str | Path | None = None,
     report: str | Path | None = None,
     warm_up: bool = True,
@@ -131,6 +132,8 @@ def generate(
             with the package. What is given beside it goes before what it says.
         cache: over steps: a name with or without its threshold, "first_block=0.08", or a `Cache`.
         quantize: the linear layers in 8 bits, by torchao: "int8" or "fp8", or a `Quantize`.
+        decoder: a tiny one in the place of the autoencoder's, see `vidaccel.tiny_decoder`: a file, a folder, a hub id,
+            or "own" for that of the model, as the built-in demo-dc has one.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
             there are replaced, but none that the request reads.
         report: HTML page to write, with `compare` alone; its numbers (.json) and contact sheet (.png) go beside it.
@@ -187,7 +190,7 @@ def generate(
         guidance_free=guidance_free,
         sla=sla,
         rope=rope,
-        preset=request_preset(preset, cache, quantize),
+        preset=request_preset(preset, cache, quantize, decoder),
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()

@@ -11,7 +11,6 @@ from .errors import BadInput
 from .model_files import Reader, folder_reader, reader
 from .model_places import DEMOS, converted, locate, published_class
 from .rows import NOT_RUN, ROWS, PipelineRow, Shape, find_row, patch_of
-from .vsa import has_gates
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -323,7 +322,19 @@ def _trained_for(location: str, transformer: Mapping[str, Any], read: Reader) ->
     if told := transformer.get(KEY):
         return next(iter(told))
     older = next((name for name, file in LEARNED_FILES.items() if read(file) is not None), "")
-    return older or ("vsa" if has_gates(location) else "")
+    return older or ("vsa" if _has_gates(location) else "")
+
+
+def _has_gates(location: str) -> bool:
+    """Whether the files of a model, in a folder or of the hub, have gates, also where nothing says that it has."""
+    from ..pipelines.acceleration.vsa_gates import published
+    from ..pipelines.lora_files import TRANSFORMERS
+    from ..pipelines.weight_files import HubError
+
+    try:
+        return any(published(location, part) is not None for part in TRANSFORMERS)
+    except HubError:
+        return False  # which is told where the weights are loaded
 
 
 def _most_steps(scheduler: Mapping[str, Any]) -> int | None:

@@ -18,24 +18,28 @@ if TYPE_CHECKING:
     from .request import Settings
     from .sparse import Sparse
 
-LEVERS = ("cache", "quantize")
+LEVERS = ("cache", "quantize", "decoder")
 """Levers that a request has fields for, which no other part of this layer carries out."""
 
 
 def request_preset(
-    preset: Preset | str | Path | None, cache: Cache | str | None = None, quantize: Quantize | str | None = None
+    preset: Preset | str | Path | None,
+    cache: Cache | str | None = None,
+    quantize: Quantize | str | None = None,
+    decoder: str | Path | None = None,
 ) -> Preset | None:
-    """The preset that a request means; None where it has none of the three.
+    """The preset that a request means; None where it has none of these.
 
     Args:
         preset: a `Preset`, a file, or the name of one that comes with the package.
         cache: instead of its own: a `Cache`, or "NAME" or "NAME=THRESHOLD"; "none" for none.
         quantize: instead of its own: a `Quantize`, or its kind; "none" for none.
+        decoder: instead of its own: a tiny one, see `Preset`; "none" for none.
 
     Raises:
         BadInput: what cannot be read or is unknown.
     """
-    if preset is None and cache is None and quantize is None:
+    if preset is None and cache is None and quantize is None and decoder is None:
         return None
     from ..pipelines.presets import Preset, PresetError, load_preset
 
@@ -48,6 +52,8 @@ def request_preset(
             chosen = chosen.replace(cache=_cache(cache))
         if quantize is not None:
             chosen = chosen.replace(quantize=_quantize(quantize))
+        if decoder is not None:
+            chosen = chosen.replace(decoder=None if decoder == "none" else str(decoder))
     except PresetError as error:
         raise refused(error) from error
     return chosen
@@ -128,6 +134,7 @@ def beside(preset: Preset) -> Preset | None:
         cache=preset.cache,
         quantize=preset.quantize,
         scheduler=preset.scheduler,
+        decoder=preset.decoder,
     )
     return rest if rest.levers() else None
 

@@ -39,16 +39,5 @@ def trained_settings(facts: ModelFacts, pipe: Any) -> dict[str, Any] | None:
         raise BadInput("method", str(error).rstrip("."), value="vsa") from error
 
 
-def has_gates(location: str) -> bool:
-    """Whether the files of a model, in a folder or of the hub, have gates, also where nothing says that it has."""
-    from ..pipelines.acceleration.vsa_gates import published
-    from ..pipelines.weight_files import HubError
-
-    try:
-        return any(published(location, part) is not None for part in TRANSFORMERS)
-    except HubError:
-        return False  # which is told where the weights are loaded
-
-
 def _settings(trained: TrainedVSA | None) -> dict[str, Any] | None:
     return None if trained is None else asdict(trained)

@@ -378,7 +378,8 @@ def _measure(
             name = stage.name if stage.name == BASE else f"+ {stage.name}"
             tell(name, "warm-up", number * len(prompts), rounds * len(prompts))
             with _at_work(models, stage, settings) as (pipe, handle):
-                taken, videos, cut = [], [], []
+                taken, videos = [], []
+                cut: list[str] = []
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     made = run(pipe, replace(settings, prompt=prompt, seed=seed))
                     taken.append(made.seconds)

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "num_inference_steps": "the sampler's steps",
     "guidance_scale": "the sampler's cfg",
     "quantize": "weight_dtype of Load Diffusion Model",
+    "decoder": "Load VAE, which lists tiny decoders in models/vae_approx",
 }
 """What a native MODEL does not get from a preset -> what ComfyUI has for it."""
 TRAINED = {
@@ -198,6 +199,7 @@ def _values(preset: Preset) -> dict[str, str]:
         # With an adapter it is that node's.
         "guidance_scale": "" if preset.guidance_scale is None or preset.guidance_free else f"{preset.guidance_scale:g}",
         "quantize": "" if quantize is None else quantize.kind,
+        "decoder": preset.decoder or "",
     }
     if scheduler is not None and scheduler.settings:
         made["scheduler"] += f" ({', '.join(f'{name} {value}' for name, value in scheduler.settings.items())})"

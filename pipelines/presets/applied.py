@@ -14,6 +14,7 @@ from ...attention.records import RunReport
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate
 from ..guidance_free.handle import GuidanceFree, guidance_free
+from ..tiny_decoder.handle import TinyDecoder, tiny_decoder
 from ..undo import PRESET, QUANTISED
 from .account import Account, Watch, accounts
 from .caches import install_cache
@@ -44,6 +45,7 @@ class Applied:
         self.preset = preset
         self.sparse: Handle | None = None
         self._free: GuidanceFree | None = None
+        self._decoder: TinyDecoder | None = None
         self._watches: list[Watch] = []
         self._notes: list[str] = []
         # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
@@ -85,6 +87,9 @@ class Applied:
             except (ValueError, RuntimeError) as error:  # the latter of a backend that cannot run here
                 raise PresetError("attention", str(error).rstrip(".")) from error
             self._undo.append(self.sparse)
+        if preset.decoder is not None:
+            self._decoder = tiny_decoder(pipe, None if preset.decoder == OWN else preset.decoder)
+            self._undo.append(self._decoder)
         clock = StepClock(pipe)
         schedule = None if preset.method is None else preset.method.schedule
         for name, (transformer, family) in parts.items():
@@ -112,6 +117,7 @@ class Applied:
         passes = [each for watch in self._watches for each in watch.passes]
         steps = accounts(passes, None if sparse is None else sparse.records)
         notes = [*self._notes, *(self._free.notes() if self._free is not None and steps else ())]
+        notes += () if self._decoder is None else self._decoder.notes()
         wanted = self.preset.num_inference_steps
         others = sorted({s.num_steps for s in steps if s.num_steps is not None} - {wanted})
         if wanted is not None and others:

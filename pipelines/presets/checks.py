@@ -22,7 +22,8 @@ from ..few_steps.rcm import RCMScheduler
 from ..few_steps.renoising import RenoisingScheduler
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
-from ..undo import GUIDANCE_FREE
+from ..tiny_decoder.source import TinyDecoderError, find_decoder
+from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache, check_none_by_hand
 from .errors import PresetError
 from .levers import SchedulerChoice
@@ -68,6 +69,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
         elif preset.method is not None and preset.method.schedule != DenseSchedule():
             check_none_by_hand(name, transformer, "method", preset.method.name)
     _check_method(parts, preset, scheduler)
+    _check_decoder(pipe, preset)
     return Checked(parts, notes)
 
 
@@ -237,6 +239,17 @@ def _check_guidance(pipe: Any, preset: Preset, base: str | Path | None) -> None:
                 adapter.check_scale(preset.guidance_scale)
     except GuidanceFreeError as error:
         raise PresetError("guidance_free", str(error).rstrip(".")) from error
+
+
+def _check_decoder(pipe: Any, preset: Preset) -> None:
+    if preset.decoder is None:
+        return
+    if hasattr(getattr(pipe, "vae", None), TINY_DECODER):
+        raise PresetError("decoder", "the pipeline has a tiny one already", "Call remove() on its handle first.")
+    try:
+        find_decoder(pipe, None if preset.decoder == OWN else preset.decoder)
+    except TinyDecoderError as error:
+        raise PresetError("decoder", str(error).rstrip(".")) from error
 
 
 def _check_method(parts: Mapping[str, tuple[Any, Family]], preset: Preset, scheduler: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method
 from ...attention.methods.description import describe, described
+from ..locations import is_hub_id
 from ..lora_files import TARGETS, LoraFile
 from ..nearest_name import nearest
 from .errors import PresetError
@@ -19,7 +20,7 @@ from .levers import Cache, CacheSetting, Quantize, SchedulerChoice, check_number
 VERSION = 1
 """Of the format."""
 OWN = "own"
-"""As `guidance_free`: the adapter that the model has of its own."""
+"""As `guidance_free` and `decoder`: the one that the model has of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Preset:
         cache: over steps.
         quantize: of the linear layers.
         scheduler: instead of the pipeline's.
+        decoder: tiny one in the place of the autoencoder's, see `tiny_decoder`: a file, a folder or a hub id, or "own".
         num_inference_steps, guidance_scale: for the call; see `Applied.arguments`.
         measured: what was found of it, in whatever words; nothing reads it.
         version: of the format.
@@ -64,6 +66,7 @@ class Preset:
     cache: Cache | None = None
     quantize: Quantize | None = None
     scheduler: SchedulerChoice | None = None
+    decoder: str | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     measured: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -99,6 +102,11 @@ class Preset:
                 put(name, kind(value))
             elif value is not None and not isinstance(value, kind):
                 raise PresetError(name, f"it must be a {kind.__name__}, its name or None", value=repr(value))
+        if isinstance(self.decoder, Path):
+            put("decoder", str(self.decoder))
+        if self.decoder is not None and (not isinstance(self.decoder, str) or not self.decoder.strip()):
+            fix = f'Name one, or "{OWN}" for that of the model.'
+            raise PresetError("decoder", "it must be a file, a folder or a hub id", fix, repr(self.decoder))
         if isinstance(self.method, str):
             put("method", _attention(self.method, None)["method"])
 
@@ -155,6 +163,7 @@ class Preset:
             and f"{self.quantize.kind}, {'weights and activations' if self.quantize.activations else 'weights alone'}",
             "method": self.method and ", ".join([self.method.name, *filter(None, [self.precision])]),
             "cache": self.cache and f"{self.cache.name}, threshold {self.cache.limit:g}",
+            "decoder": self.decoder and Path(self.decoder).name,
         }
         return {name: text for name, text in told.items() if text}
 
@@ -178,6 +187,7 @@ class Preset:
             made[name] = (
                 None if value is None else _plain({k: v for k, v in asdict(value).items() if v not in (None, {})})
             )
+        made["decoder"] = self.decoder
         made |= {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         made["measured"] = _plain(dict(self.measured))
         return {name: value for name, value in made.items() if value not in (None, "", [], {})}
@@ -214,6 +224,9 @@ class Preset:
         for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
             if (stated := content.get(name)) is not None:
                 values[name] = _part(name, kind, stated)
+        if (stated := content.get("decoder")) is not None:
+            known = stated == OWN or (isinstance(stated, str) and is_hub_id(stated) and not _lies_in(stated, folder))
+            values["decoder"] = stated if known else _place("decoder", stated, folder)
         return cls(**values)
 
 
@@ -221,7 +234,7 @@ _SIMPLE = (
     "version", "name", "summary", "model", "base", "family", "transformer", "num_inference_steps", "guidance_scale",
     "measured",
 )  # fmt: skip
-_FIELDS = (*_SIMPLE, "attention", "guidance_free", "loras", "cache", "quantize", "scheduler")
+_FIELDS = (*_SIMPLE, "attention", "guidance_free", "loras", "cache", "quantize", "scheduler", "decoder")
 
 
 def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
@@ -309,6 +322,10 @@ def _place(lever: str, place: Any, folder: Path | None) -> str:
     if path.is_absolute() or folder is None:
         return str(path)
     return str(folder / path) if ".." not in path.parts else str((folder / path).resolve())
+
+
+def _lies_in(place: str, folder: Path | None) -> bool:
+    return folder is not None and (folder / place).exists()
 
 
 def _check_names(where: str, stated: Any, known: Iterable[str]) -> None:

@@ -57,3 +57,22 @@ def test_few_steps_go_on_where_they_stopped(tmp_path):
     told = json.loads(accuracy.read_text())["rows"]
     assert [(row["model"], row["steps"], row["prompts"]) for row in told[:2]] == [("demo", 20, 64), ("demo-dc", 20, 1)]
     assert len(told) == 1 + len(rows) - 1  # that of the plain model, and none of Euler's untrained steps
+
+
+@pytest.mark.slow
+def test_the_tiny_decoder_of_the_built_in_model(tmp_path):
+    accuracy = tmp_path / "accuracy.json"
+    run("tiny_decoder_demo.py", "--prompts", "1", "--out", str(tmp_path), "--accuracy", str(accuracy))
+    [row] = json.loads((tmp_path / "tiny_decoder_demo.json").read_text())["rows"]
+    assert row["tiny"]["psnr"] > 15 and row["tiny"]["video"] < row["autoencoder"]["video"]
+    [told] = json.loads(accuracy.read_text())["rows"]
+    assert (told["model"], told["steps"], told["prompts"]) == ("demo-dc", 4, 1) and told["decoder"]
+    assert "| tiny | " in (tmp_path / "tiny_decoder_demo.md").read_text()
+
+
+@pytest.mark.slow
+def test_tiny_decoders_beside_published_autoencoders(tmp_path):
+    size = ["--frames", "9", "--height", "64", "--width", "64"]
+    run("decoders.py", "--only", "LTX", *size, "--out", str(tmp_path))
+    [row] = json.loads((tmp_path / "decoders.json").read_text())["rows"]
+    assert row["latents of"] == "LTX-2" and row["video"] == "9 x 64 x 64" and row["tiny decoder, s"] > 0

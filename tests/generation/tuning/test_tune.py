@@ -294,7 +294,7 @@ def test_layers_in_8_bits_are_measured_and_the_weights_come_back(pipe, tmp_path)
         ({"seeds": (1, 2, 3)}, r"^seeds there are 3, for 2 prompts"),
         ({"levers": ("sparse", "magic")}, r"^levers is magic: there is none of that name; there are sparse, cache"),
         ({"caches": ("teacache",)}, r"^caches is teacache: .* first_block, magcache, seacache, taylorseer, cache_dit"),
-        ({"methods": ("sla",)}, r"^methods is sla: it is none of the methods that can be tuned without training"),
+        ({"methods": ("sla",)}, r"^methods is sla: it is none of the methods that can be measured without training"),
         ({"effort": "heroic"}, r"^effort is heroic: .* quick, normal, thorough"),
         ({"confirm": 0}, r"^confirm is 0: it must be a whole number of at least 1"),
         ({"steps": 1}, r"^steps is 1: a run of one step has nothing to tune"),
