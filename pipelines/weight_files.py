@@ -124,11 +124,22 @@ def transformer_shapes(base: str, part: str = "transformer") -> dict[str, list[i
 
 
 def transformer_names(base: str, part: str = "transformer") -> frozenset[str]:
-    """The names of the tensors of a transformer, of the hub only from its index: no weights are downloaded for it."""
+    """The names of the tensors of a transformer, of the hub only from its index: no weights are downloaded for it.
+
+    Of damaged files there are none: what loads them says so.
+
+    Raises:
+        HubError: the hub cannot be asked.
+    """
+    from safetensors import SafetensorError
+
     index = transformer_file(base, f"{WEIGHTS}.index.json", part)
-    if index is not None:
-        return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    return frozenset(transformer_shapes(base, part) if Path(base).is_dir() else ())
+    try:
+        if index is not None:
+            return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return frozenset(transformer_shapes(base, part) if Path(base).is_dir() else ())
+    except (SafetensorError, ValueError, KeyError):
+        return frozenset()
 
 
 def _safetensors(base: str, part: str, chosen: Callable[[str], bool] = lambda name: True) -> list[str]:

@@ -69,7 +69,10 @@ def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch, n
             ("--min-psnr", 30, "--method", "sgv"),
             "Error: --method is sgv: there is none of that name; did you mean svg? There",
         ),
-        (("--min-psnr", 30, "--method", "sla"), "Error: --method is sla: it is none of the methods that can be tuned"),
+        (
+            ("--min-psnr", 30, "--method", "sla"),
+            "Error: --method is sla: it is none of the methods that can be measured",
+        ),
         (("--min-psnr", 30, "--model", "demo-nothing"), "Error: --model is demo-nothing:"),
         (("--min-psnr", 30, "--adapter", "nowhere"), "Error: --adapter cannot be used:"),
         (("--max-error", 0.1, "--adapter", "nowhere"), "Give --min-psnr or --max-time-ratio, or leave --adapter out."),
