@@ -379,7 +379,7 @@ class SparseAttention:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             plan = self.method.plan(q, k, v, self.layouts[sample], memory)
         if self.with_gradients:
-            self._grad_plans[key] = plan
+            self._grad_plans[key] = plan if plan.coarse is None else replace(plan, coarse=None)
         return plan
 
     def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int, heads: HeadShare) -> PlanMemory:

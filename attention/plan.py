@@ -45,6 +45,8 @@ class BlockPlan:
             A backend whose capability has `stand_ins` attends to it; with others, that part is merged with theirs.
         linear: `[Bp, Hp, T, C]` bool over tiles and key blocks of the video alone: what enters by linear attention
             beside the softmax (`SLA`); None where that is nothing or everything. Never read by a backend.
+        coarse: `[B, H, n, D]`, of the one call that the plan was made for: attention of the means of its n cubes, which
+            is added to what a backend makes (`VSA`); None where that is computed then. Never read by a backend.
         choice: `(number [B, H] bool or integer, plans)` where each head follows one of a few plans, which are for all
             heads and for many calls: the same fact in a form that keeps what a backend makes of them. None for others.
         pv_threshold: the second stage of SpargeAttn, in a backend whose capability has it: a tile of keys whose scaled
@@ -69,6 +71,7 @@ class BlockPlan:
     selection: tuple[torch.Tensor, torch.Tensor] | None = None
     skipped: SkippedClusters | None = None
     linear: torch.Tensor | None = None
+    coarse: torch.Tensor | None = None
     choice: tuple[torch.Tensor, tuple[BlockPlan, ...]] | None = None
     pv_threshold: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -192,7 +195,7 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan on another device."""
-        names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order", "linear")
+        names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order", "linear", "coarse")
         moved = {name: getattr(self, name) for name in names}
         selection = None if self.selection is None else (self.selection[0].to(device), self.selection[1].to(device))
         tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..clusters import text_last
+from ..gradients import wants_gradient
 from ..groups import repeat_heads
 from ..layout import VideoLayout
 from ..plan import BlockPlan
@@ -112,6 +113,9 @@ class VSA(Method):
             memory.layout["vsa_cubes"] = self._sizes(layout, q.device), self._order(layout, q.device)
         sizes, order = memory.layout["vsa_cubes"]
         scores = self._scores(q, k, layout)
+        # The means again would cost `complete` as much as they cost here; but what is planned records no gradients.
+        handed = self.gated and not any(x.requires_grad for x in (q, k, v))
+        coarse = self._coarse(scores, v, layout) if handed else None
         best = scores.topk(self.cubes_read(layout), -1).indices
         selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
         text = int(layout.text_tokens > 0)
@@ -120,7 +124,7 @@ class VSA(Method):
         sizes = F.pad(sizes, (0, text), value=layout.text_tokens).expand(*selected.shape[:2], -1)
         # As many runs as there may be: none of the cubes that a tile reads need lie side by side.
         most = min(self.cubes_read(layout) + text, (selected.shape[-1] + 1) // 2)
-        return BlockPlan.from_clusters(
+        plan = BlockPlan.from_clusters(
             sizes,
             sizes,
             selected,
@@ -130,6 +134,7 @@ class VSA(Method):
             n_kv=layout.tokens,
             max_runs=None if q.device.type == "cpu" else most,
         )
+        return replace(plan, coarse=coarse)
 
     def complete(
         self,
@@ -153,14 +158,43 @@ class VSA(Method):
                 "VSA needs the gates that were trained for the layer: give a model that was trained for it, or use "
                 "gated=False."
             )
+        coarse = None if plan is None or wants_gradient(q, k, v) else plan.coarse
+        if coarse is None:
+            coarse = self._coarse(self._scores(q, k, layout), v, layout)
+        coarse = coarse.to(out.dtype)
+        if not wants_gradient(out, coarse, weights):
+            # What a backend made of a plan is ours to add to; what a model made may be its own, or its values.
+            out = out.clone() if plan is None else out
+            self._add_in_place(out, coarse, weights, layout)
+            return out
         video = layout.video
-        means = repeat_heads(self._means(v, layout), q.shape[1])
-        coarse = self._scores(q, k, layout).softmax(-1) @ means
-        coarse = coarse.to(out.dtype)[:, :, self._cube_of(layout, q.device)]
-        added = (coarse * weights[:, :, video]).to(out.dtype)
+        added = (coarse[:, :, self._cube_of(layout, q.device)] * weights[:, :, video]).to(out.dtype)
         if not layout.text_tokens:
             return out + added
         return torch.cat([out[:, :, : video.start], out[:, :, video] + added, out[:, :, video.stop :]], 2)
+
+    def _add_in_place(self, out: torch.Tensor, coarse: torch.Tensor, gate: torch.Tensor, layout: VideoLayout) -> None:
+        """Add the gated coarse branch to the video in `out`, both `[B, H, N, D]`, one layer of cubes after the other:
+        spread over all tokens at once, it would take the memory of the output twice more.
+
+        Args:
+            coarse: `[B, H, n, D]`.
+        """
+        row, column = (
+            torch.arange(size, device=out.device) // edge
+            for size, edge in zip(layout.grid[1:], self.cube[1:], strict=True)
+        )
+        out, gate = (x[:, :, layout.video].unflatten(2, layout.grid) for x in (out, gate))  # views
+        coarse = coarse.unflatten(2, self.cubes(layout))
+        for number, first in enumerate(range(0, layout.frames, self.cube[0])):
+            frames = slice(first, first + self.cube[0])
+            spread = coarse[:, :, number, row[:, None], column].unsqueeze(2)
+            out[:, :, frames] += (spread * gate[:, :, frames]).to(out.dtype)
+
+    def _coarse(self, scores: torch.Tensor, v: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+        """Softmax attention of the means, `[B, H, n, D]` in float32 or better."""
+        means = repeat_heads(self._means(v, layout), scores.shape[1])
+        return scores.softmax(-1) @ means
 
     def _scores(self, q: torch.Tensor, k: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
         """The scaled score of each mean query with each mean key, `[B, H, n, n]` float32."""
@@ -173,8 +207,12 @@ class VSA(Method):
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = x[:, :, layout.video].unflatten(2, layout.grid)
         for dim, edge in zip((4, 3, 2), reversed(self.cube), strict=True):  # columns, rows, frames
-            sums = F.pad(sums, (0, 0) * (5 - dim) + (0, -sums.shape[dim] % edge))
-            sums = sums.unflatten(dim, (-1, edge)).sum(dim + 1, dtype=wide)
+            # Not padded to whole cubes, which would copy the tensor.
+            whole = sums.shape[dim] // edge * edge
+            cubes, rest = sums.narrow(dim, 0, whole), sums.narrow(dim, whole, sums.shape[dim] - whole)
+            sums = cubes.unflatten(dim, (-1, edge)).sum(dim + 1, dtype=wide)
+            if rest.shape[dim]:
+                sums = torch.cat([sums, rest.sum(dim, keepdim=True, dtype=wide)], dim)
         means = sums.flatten(2, 4) / self._sizes(layout, x.device).unsqueeze(-1)
         return means.to(x.dtype).to(wide)
 

@@ -129,7 +129,8 @@ class Site:
         if layout is None or self.shared.tokens(tokens) != layout.tokens:
             return torch.zeros_like(q)
         q, k, v, gate = (self.shared.gather(x, heads) for x in (q, k, v, gate))
-        added = self.engine.method.complete(torch.zeros_like(q), q, k, v, None, layout, gate)
+        nothing = q.new_zeros(()).expand_as(q)  # without memory of its own
+        added = self.engine.method.complete(nothing, q, k, v, None, layout, gate)
         return self.shared.scatter(added, heads, tokens)
 
     def _heads(self, shared: Ulysses, q: torch.Tensor, k: torch.Tensor) -> RankHeads:

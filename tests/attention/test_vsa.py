@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
 
 from vidaccel import VSA, DenseSchedule, SparseAttention, VideoLayout
 from vidaccel.attention import PlanMemory, StepInfo
@@ -123,6 +125,79 @@ def test_gradients_reach_everything():
     method = VSA(density=0.5, cube=(2, 2, 2))
     inputs = [x.requires_grad_() for x in tokens(layout, heads=1)]
     assert torch.autograd.gradcheck(lambda *x: attention(method, *x, layout, "gather"), inputs)
+
+
+def made_bytes(call, *inputs):
+    """The bytes at most of what a call makes, beside its inputs."""
+    with LiveBytes() as alive:
+        for x in inputs:
+            x.view_as(x)  # counted from here on
+        before = alive.now
+        call()
+    return alive.peak - before
+
+
+@torch.no_grad()
+def test_no_copy_of_the_whole_sequence():
+    layout = VideoLayout(16, 22, 24)  # with a layer of cubes that are not whole
+    q, k, v, gate = (x.bfloat16() for x in tokens(layout, heads=4, dtype=torch.float32))
+    method = VSA()
+    plan = method.plan(q, k, v, layout, PlanMemory())
+    assert made_bytes(lambda: method._means(q, layout), q) < 0.8 * q.nbytes  # the sums of four tokens in float32: 0.5
+    out = v.clone()
+    assert made_bytes(lambda: method.complete(out, q, k, v, plan, layout, gate), q, k, v, gate, out) < 0.5 * q.nbytes
+    peak = made_bytes(lambda: method.complete(out, q, k, v, None, layout, gate), q, k, v, gate, out)
+    assert peak < 1.5 * q.nbytes  # one for the output
+
+
+@pytest.mark.parametrize("layout", [VideoLayout(5, 6, 7), VideoLayout(4, 4, 5, 3, 2)])
+def test_means_are_computed_once_and_without_gradients_nothing_else_comes_out(layout, monkeypatch):
+    q, k, v, gate = tokens(layout)
+    means, computed = VSA._means, []
+    monkeypatch.setattr(VSA, "_means", lambda *given: computed.append(1) or means(*given))
+    method = VSA(density=0.4, cube=(2, 2, 2))
+    with torch.inference_mode():
+        out = attention(method, q, k, v, gate, layout)
+        assert len(computed) == 3
+    with_gradients = attention(method, q, k, v, gate.requires_grad_(), layout)
+    assert len(computed) == 6 and with_gradients.requires_grad and with_gradients.equal(out)
+    with_gradients = attention(method, q.requires_grad_(), k, v, gate, layout)
+    assert len(computed) == 11 and with_gradients.equal(out)  # what is planned records none
+
+
+def test_the_output_of_a_model_is_not_written_to():
+    """Where attention is left out, it may be the values."""
+    layout = VideoLayout(4, 5, 6, text_after=3)
+    q, k, v, gate = tokens(layout)
+    before = v.clone()
+    engine = SparseAttention(VSA(), num_layers=1)
+    engine.enter(StepInfo(num_steps=2), layout)
+    out = engine(q, k, v, 0, dense="left out", stock=lambda q, k, v: v, weights=gate)
+    assert v.equal(before) and not out.equal(before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_runs_again_for_its_gradients(reentrant):
+    layout = VideoLayout(4, 5, 6)
+    inputs = [x.requires_grad_() for x in tokens(layout)]
+    engine = SparseAttention(VSA(density=0.4, cube=(2, 2, 2)), num_layers=1, backend="gather")
+
+    def gradients(run):
+        engine.enter(StepInfo(num_steps=2), layout)
+        out = run(lambda q, k, v, gate: engine(q * 2, k * 2, v * 2, 0, weights=gate * 2))
+        plans = list(engine._grad_plans.values())
+        assert len(plans) == 1 and plans[0].coarse is None  # which is of the call alone
+        out.square().sum().backward()  # reentrant checkpointing has no other
+        found = [out, *(x.grad for x in inputs)]
+        for x in inputs:
+            x.grad = None
+        return found
+
+    wanted = gradients(lambda layer: layer(*inputs))
+    for got, want in zip(
+        gradients(lambda layer: checkpoint(layer, *inputs, use_reentrant=reentrant)), wanted, strict=True
+    ):
+        assert got.equal(want)
 
 
 @pytest.mark.parametrize(
