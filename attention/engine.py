@@ -285,15 +285,18 @@ class SparseAttention:
             chosen = choose_backend(q, k, v, plan, self.backend, precision=self._formats)
             chosen.prepare(q, k, v, plan, self._formats)
         with Span(q.device) as span:
-            of_plan, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
-            out = self._completed(of_plan, q, k, v, plan, layout, weights)
+            out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
+            rows = self._measured_rows(q, layer)
+            # A copy of them, since a method may complete an output in place.
+            of_plan = None if rows is None or not self.method.completes_dense else out.detach().index_select(2, rows)
+            out = self._completed(out, q, k, v, plan, layout, weights)
         pairs, details = plan.pairs(), plan.details
         counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
         shares = heads.computed(pairs.expand(q.shape[:2]))
         if shares is not None:
             counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * plan.n_q * plan.n_kv
             details = {**details, "rank_pairs": shares}
-        error = self._measured(out, of_plan, q, k, v, layer, heads)
+        error = self._measured(out, of_plan, q, k, v, rows, heads)
         self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
         if self._formats != AS_INPUTS:
             scales, kept = chosen.scales_of(q, plan, self._formats), str(q.dtype).removeprefix("torch.")
@@ -400,22 +403,31 @@ class SparseAttention:
             del self._layout_memory[old]
         return memory
 
+    def _measured_rows(self, q: torch.Tensor, layer: int) -> torch.Tensor | None:
+        """The queries whose error is measured, `[R]` int64: others in each layer and step, the same for every method.
+        None where none is."""
+        if not self.measure_error:
+            return None
+        return sample_rows(q.shape[2], self.measure_error, self.step.step * self.num_layers + layer, q.device)
+
     def _measured(
         self,
         out: torch.Tensor,
-        of_plan: torch.Tensor,
+        of_plan: torch.Tensor | None,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layer: int,
+        rows: torch.Tensor | None,
         heads: HeadShare,
     ) -> tuple[torch.Tensor | None, Span | None]:
         """The true error of a call, which stays on its device until the report is asked for, and how long it took.
 
         Args:
-            out: of the call. of_plan: before the method completed it.
+            out: of the call.
+            of_plan: `rows` of it, before the method completed it; None where what it adds is none of dense attention.
+            rows: see `_measured_rows`.
         """
-        if not self.measure_error:
+        if rows is None:
             return None, None
         if self.method.needs_weights and not self.method.completes_dense:
             self.note(
@@ -424,9 +436,7 @@ class SparseAttention:
                 logging.WARNING,
             )
         with Span(q.device) as span, torch.autocast(q.device.type, enabled=False):
-            # Other rows in each layer and step, and the same for every method.
-            rows = sample_rows(q.shape[2], self.measure_error, self.step.step * self.num_layers + layer, q.device)
-            beside = added_in(out, of_plan, rows) if self.method.completes_dense else None
+            beside = None if of_plan is None else added_in(out, of_plan, rows)
             error = relative_error(out, q, k, v, rows, heads, beside)
         return error, span
 

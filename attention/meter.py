@@ -46,10 +46,10 @@ def added_in(out: torch.Tensor, of_plan: torch.Tensor, rows: torch.Tensor) -> to
     """What a method added to what was made of its plan, in some rows, `[B, H, R, D]` in float32 or better.
 
     Args:
-        out, of_plan: `[B, H, Nq, D]`. rows: `[R]` int64.
+        out: `[B, H, Nq, D]`. of_plan: `[B, H, R, D]`, these rows before it was added. rows: `[R]` int64.
     """
     dtype = torch.promote_types(out.dtype, torch.float32)
-    return out.index_select(2, rows).to(dtype) - of_plan.index_select(2, rows).to(dtype)
+    return out.index_select(2, rows).to(dtype) - of_plan.to(dtype)
 
 
 @torch.no_grad()
