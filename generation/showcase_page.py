@@ -16,7 +16,7 @@ NAMES = {
     "model": ("deep compression", "the same model in a latent space with a quarter of the tokens"),
     "guidance_free": ("guidance in one pass", "an adapter for half the passes"),
     "steps": ("few steps", ""),
-    "decoder": ("tiny decoder", "frames from 1.2 million parameters of convolutions"),
+    "decoder": ("tiny decoder", "frames from 1.2 million parameters; shapes are softer"),
 }
 """Lever -> what the page calls it and says of it."""
 
