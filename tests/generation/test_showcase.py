@@ -107,17 +107,25 @@ def test_the_quoted_accuracies_are_those_of_the_tables():
     plain = next(r for r in told.values() if r["model"] == "demo")
     stated = json.loads((RESULTS / "dc_demo.json").read_text())["accuracy"][0]
     assert stated["model"] == "demo" and plain["right"] == round(64 * int(stated["all"].rstrip("%").strip()) / 100)
+    tiny = json.loads((RESULTS / "tiny_decoder_demo.json").read_text())
+    [entry] = [r for r in measured() if r["decoder"]]
+    assert entry["right"] == sum(r["tiny"]["right"] for r in tiny["rows"]) and entry["prompts"] == len(tiny["rows"])
+    assert entry["decoder"] == tiny["decoder"] == module.own_decoder()
     preset = fastest_demo()
     for stage in stages(preset):
-        steps = preset.num_inference_steps if stage.name == "steps" else 20
+        steps = preset.num_inference_steps if stage.name in ("steps", "decoder") else 20
         assert quoted(row(stage.name, 1.0, stage.preset, steps)) is not None, stage.name
 
 
 def test_the_chain_keeps_the_accuracy(monkeypatch):
     """Few steps that lose more than 5 of 100 prompts are not shown; 6 steps of the model's own sampler then are."""
     rows = [r for r in stages(fastest_demo())]
-    assert [r.name for r in rows] == ["base", "model", "guidance_free", "steps"]
+    assert [r.name for r in rows] == ["base", "model", "guidance_free", "steps", "decoder"]
     assert fastest_demo().num_inference_steps < 6
+    blurred = [r | ({"right": 50} if r["decoder"] else {}) for r in measured()]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "measured", lambda: blurred)
+        assert fastest_demo().num_inference_steps < 6 and fastest_demo().decoder is None
     worse = [r | ({"right": 50} if r["steps"] < 6 else {}) for r in measured()]
     monkeypatch.setattr(module, "measured", lambda: worse)
     assert fastest_demo().num_inference_steps == 6 and fastest_demo().guidance_free == ("own",)
@@ -141,7 +149,7 @@ def test_the_command(tmp_path):
     assert done.exit_code == 0, done.output
     assert "times as fast as the plain model" in done.output and "guidance in one pass" in done.output
     rows = json.loads(out.with_suffix(".json").read_text())["waterfall"]["rows"]
-    assert [r["lever"] for r in rows] == ["base", "model", "guidance_free", "steps"]
+    assert [r["lever"] for r in rows] == ["base", "model", "guidance_free", "steps", "decoder"]
     assert [r["forwards_computed"] for r in rows] == [40, 40, 20, fastest_demo().num_inference_steps]
     assert "one step at" not in out.read_text(encoding="utf-8")
 
