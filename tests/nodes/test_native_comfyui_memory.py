@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from huggingface_hub import constants
-from native_comfyui import management, models, patched, sample, tiny, with_override
+from native_comfyui import ANCHORED, management, models, patched, sample, tiny, with_override
 
 from vidaccel import SVG, Tangent, VideoLayout
 from vidaccel.generation.tuning.break_even import BreakEven
@@ -107,8 +107,8 @@ def test_in_context_windows_the_tables_are_of_one_and_each_keeps_its_own(order, 
     clone, session = patched(plain if order == "windows first" else model, METHOD)
     clone = clone if order == "windows first" else windowed(clone)
     heads, head_dim = heads_of(model, description)
-    grid = description.grid  # of a window; all but the first have the video's first frame in front
-    layout, calls = VideoLayout(grid[0] + 1, *grid[1:]), 2 * 2 * description.layers
+    grid = description.grid  # of a window
+    layout, calls = VideoLayout(grid[0] + ANCHORED, *grid[1:]), 2 * 2 * description.layers
     assert more(loads, plain, clone, description, latent=latent) == pytest.approx(
         METHOD.run_bytes(layout, heads, head_dim, 4, calls), abs=1
     )

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from native_comfyui import models, patched, sample, tiny
+from native_comfyui import ANCHORED, models, patched, sample, tiny
 
 from vidaccel import SVG, Tangent
+from vidaccel.nodes.native import KEPT_LAYOUTS
 
 METHOD = Tangent(density=0.6, q_clusters=4, k_clusters=6)
 
@@ -63,13 +64,13 @@ def test_more_layouts_than_are_kept_lose_nothing_within_a_sampling():
 
     empty = torch.zeros(1, description.channels, 7, *description.latent[1:])
     noise = comfy.sample.prepare_noise(empty, 0)
-    positive, negative = text(8, 1) + text(9, 3), text(11, 2)
+    positive, negative = text(8, 1) + text(9, 3) + text(10, 4) + text(12, 5), text(11, 2)
     with torch.inference_mode():
         comfy.sample.sample(
             clone, noise, 2, 4.0, "euler", "simple", positive, negative, empty, seed=0, disable_pbar=True
         )
     records = session.report().records
-    assert len(session._engines) == 6  # three texts, with and without the frame in front
+    assert len(session._engines) == 5 * (1 + ANCHORED) > KEPT_LAYOUTS  # five texts, with and without the frame in front
     assert {record.step for record in records} == {0, 1}
     assert Counter(record.step for record in records)[0] == Counter(record.step for record in records)[1]
 

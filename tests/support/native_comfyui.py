@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +22,11 @@ except (ImportError, RuntimeError) as error:  # a torchvision that does not fit 
 from vidaccel.nodes.patch import sparsify
 
 __all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "missing", "models"]
-__all__ += ["nodes", "patched", "sample", "tiny", "with_override"]
+__all__ += ["ANCHORED", "nodes", "patched", "sample", "tiny", "with_override"]
 
 management = comfy.model_management
+# Whether context windows but the first have the video's first frame in front, as in newer versions of ComfyUI.
+ANCHORED = "causal_window_fix" in inspect.signature(comfy.context_windows.IndexListContextHandler).parameters
 _built: dict[str, tuple] = {}
 
 
