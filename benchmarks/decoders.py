@@ -33,6 +33,8 @@ WAN_5B = {
     "latents_mean": [0.0] * 48,
     "latents_std": [1.0] * 48,
 }
+# As its checkpoints state: what diffusers computes without that is twice as much.
+LTX_2 = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 # Name -> class of diffusers, its configuration where that is not the default, and of the tiny decoder likewise.
 AUTOENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Wan 2.1": ("AutoencoderKLWan", {}, {}),
@@ -40,7 +42,7 @@ AUTOENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "HunyuanVideo": ("AutoencoderKLHunyuanVideo", {}, {}),
     "HunyuanVideo 1.5": ("AutoencoderKLHunyuanVideo15", {}, {"patch_size": 2}),
     "CogVideoX": ("AutoencoderKLCogVideoX", {}, {}),
-    "LTX-2": ("AutoencoderKLLTX2Video", {}, {"patch_size": 4, "time_growth": (2, 2, 2)}),
+    "LTX-2": ("AutoencoderKLLTX2Video", LTX_2, {"patch_size": 4, "time_growth": (2, 2, 2)}),
 }
 
 
