@@ -12,7 +12,6 @@ how far it is from that of 20 steps of the same model with guidance in two passe
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -53,7 +52,9 @@ class Way:
     @property
     def digest(self) -> str:
         """Of the adapter's file."""
-        return "" if self.adapter is None else hashlib.sha256(self.adapter.read_bytes()).hexdigest()[:16]
+        from vidaccel.generation.showcase import file_digest
+
+        return "" if self.adapter is None else file_digest(self.adapter)
 
     @property
     def key(self) -> str:

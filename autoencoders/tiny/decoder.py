@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,7 +77,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         layers = parts(latent_channels, tuple(block_out_channels), layers_per_block, tuple(time_growth), activation)
         channels = 3 * patch_size**2
         self.decoder = nn.Sequential(*layers, nn.Conv2d(block_out_channels[-1], channels, 3, padding=1))
-        self.temporal_compression_ratio = _product(time_growth)
+        self.temporal_compression_ratio = math.prod(time_growth)
         self.spatial_compression_ratio = patch_size * 2 ** len(time_growth)
 
     def frames_of(self, latents: int) -> int:
@@ -154,13 +155,6 @@ def _super(
         yield from (WideMemoryBlock(width) for _ in range(count))
         yield from (nn.Conv2d(width, 4 * after, 3, padding=1), nn.ReLU(), nn.PixelShuffle(2))
         yield Grow(after, frames, 1)
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    total = 1
-    for number in numbers:
-        total *= number
-    return total
 
 
 def _check(latent: Any, widths: Any, count: Any, growth: Any, patch: Any) -> None:

@@ -14,11 +14,11 @@ from ...attention.records import RunReport
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate
 from ..guidance_free.handle import GuidanceFree, guidance_free
-from ..tiny_decoder.handle import TinyDecoder, tiny_decoder
+from ..tiny_decoder.handle import TinyDecoder
 from ..undo import PRESET, QUANTISED
 from .account import Account, Watch, accounts
 from .caches import install_cache
-from .checks import check_preset, chosen_scheduler
+from .checks import Checked, check_preset, chosen_scheduler
 from .errors import PresetError
 from .files import load_preset
 from .idle import idle_note
@@ -41,7 +41,7 @@ class Applied:
         if hasattr(pipe, PRESET):
             at_work = getattr(pipe, PRESET).preset.name
             raise RuntimeError(f"the preset {at_work} is at work in this pipeline: call remove() on its handle first.")
-        parts, notes = check_preset(pipe, preset, base)
+        checked = check_preset(pipe, preset, base)
         self.preset = preset
         self.sparse: Handle | None = None
         self._free: GuidanceFree | None = None
@@ -50,16 +50,16 @@ class Applied:
         self._notes: list[str] = []
         # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
         self._undo: list[Any] = []
-        for note in notes:
+        for note in checked.notes:
             self._say(note)
         try:
-            self._install(pipe, parts, base, measure_error)
+            self._install(pipe, checked, base, measure_error)
             self._undo.append(_Changed(pipe, PRESET, self))
         except BaseException:
             self.remove()
             raise
 
-    def _install(self, pipe: Any, parts: dict[str, Any], base: str | Path | None, measure_error: int) -> None:
+    def _install(self, pipe: Any, checked: Checked, base: str | Path | None, measure_error: int) -> None:
         """From the weights outwards, because each lever works on what the one before it left."""
         preset = self.preset
         if preset.scheduler is not None:
@@ -75,7 +75,7 @@ class Applied:
                 self._say(
                     "quantize.keep is false: the weights as they were are gone, and remove() leaves them in 8 bits"
                 )
-            for transformer, family in parts.values():
+            for transformer, family in checked.parts.values():
                 self._undo.append(quantise(transformer, family, preset.quantize))
         if preset.method is not None:
             options: dict[str, Any] = {"backend": preset.backend, "precision": preset.precision}
@@ -87,12 +87,12 @@ class Applied:
             except (ValueError, RuntimeError) as error:  # the latter of a backend that cannot run here
                 raise PresetError("attention", str(error).rstrip(".")) from error
             self._undo.append(self.sparse)
-        if preset.decoder is not None:
-            self._decoder = tiny_decoder(pipe, None if preset.decoder == OWN else preset.decoder)
+        if checked.decoder is not None:
+            self._decoder = TinyDecoder(pipe, checked.decoder)
             self._undo.append(self._decoder)
         clock = StepClock(pipe)
         schedule = None if preset.method is None else preset.method.schedule
-        for name, (transformer, family) in parts.items():
+        for name, (transformer, family) in checked.parts.items():
             cache = None
             if preset.cache is not None:
                 cache = install_cache(transformer, preset.cache)

@@ -13,13 +13,14 @@ import diffusers
 from ...attention import DenseSchedule
 from ...attention.backends import special_refusal
 from ...attention.methods import SLA, VSA
+from ...autoencoders.tiny import TinyVideoDecoder
+from .. import few_steps
 from ..acceleration.checks import check_noise_levels, places_of
 from ..acceleration.families import FAMILIES, Family, find_transformers
 from ..acceleration.rebinding import SparseProcessor
-from ..few_steps.dmd import DMDScheduler
 from ..few_steps.grid import GridScheduler
-from ..few_steps.rcm import RCMScheduler
 from ..few_steps.renoising import RenoisingScheduler
+from ..few_steps.samplers import FEW_STEPS
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
 from ..tiny_decoder.source import TinyDecoderError, find_decoder
@@ -40,10 +41,12 @@ class Checked(NamedTuple):
     Args:
         parts: its transformers by name, each with its family.
         notes: what a user should know of where the LoRAs go, in sentences.
+        decoder: tiny one and what it is called, see `find_decoder`; None for none.
     """
 
     parts: dict[str, tuple[Any, Family]]
     notes: list[str]
+    decoder: tuple[TinyVideoDecoder, str] | None
 
 
 def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
@@ -69,8 +72,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
         elif preset.method is not None and preset.method.schedule != DenseSchedule():
             check_none_by_hand(name, transformer, "method", preset.method.name)
     _check_method(parts, preset, scheduler)
-    _check_decoder(pipe, preset)
-    return Checked(parts, notes)
+    return Checked(parts, notes, _decoder(pipe, preset))
 
 
 def _check_model(pipe: Any, preset: Preset) -> dict[str, tuple[Any, Family]]:
@@ -109,8 +111,7 @@ def scheduler_class(choice: SchedulerChoice) -> Any:
     Raises:
         PresetError: there is no such class, or it lacks a setting.
     """
-    own = {scheduler.__name__: scheduler for scheduler in (GridScheduler, RCMScheduler, DMDScheduler)}
-    cls: Any = own.get(choice.name) or getattr(diffusers, choice.name, None)
+    cls: Any = getattr(few_steps if choice.name in FEW_STEPS else diffusers, choice.name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "from_config")):
         raise PresetError("scheduler", "diffusers has no scheduler of that name", value=choice.name)
     known = _settings_known(cls)
@@ -241,13 +242,13 @@ def _check_guidance(pipe: Any, preset: Preset, base: str | Path | None) -> None:
         raise PresetError("guidance_free", str(error).rstrip(".")) from error
 
 
-def _check_decoder(pipe: Any, preset: Preset) -> None:
+def _decoder(pipe: Any, preset: Preset) -> tuple[TinyVideoDecoder, str] | None:
     if preset.decoder is None:
-        return
+        return None
     if hasattr(getattr(pipe, "vae", None), TINY_DECODER):
         raise PresetError("decoder", "the pipeline has a tiny one already", "Call remove() on its handle first.")
     try:
-        find_decoder(pipe, None if preset.decoder == OWN else preset.decoder)
+        return find_decoder(pipe, None if preset.decoder == OWN else preset.decoder)
     except TinyDecoderError as error:
         raise PresetError("decoder", str(error).rstrip(".")) from error
 

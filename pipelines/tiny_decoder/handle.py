@@ -51,14 +51,15 @@ class _Decode(CopiedNotPickled):
 
 
 class TinyDecoder:
-    """A tiny decoder at work in a pipeline. Made by `tiny_decoder`; a context manager that removes itself.
+    """A tiny decoder at work in a pipeline. Made by `tiny_decoder`, and by presets of what they found when they checked
+    it; a context manager that removes itself.
 
     Attributes:
         name: of the decoder.
     """
 
-    def __init__(self, pipe: Any, source: str | Path | TinyVideoDecoder | None, dtype: torch.dtype | None) -> None:
-        decoder, self.name = find_decoder(pipe, source)
+    def __init__(self, pipe: Any, found: tuple[TinyVideoDecoder, str], dtype: torch.dtype | None = None) -> None:
+        decoder, self.name = found
         if hasattr(pipe.vae, TINY_DECODER):
             raise RuntimeError(
                 f"the autoencoder of this {type(pipe).__name__} has a tiny decoder already: call remove() on its "
@@ -126,4 +127,4 @@ def tiny_decoder(
         TinyDecoderError: a decoder that cannot be read, or one of another autoencoder.
         RuntimeError: the autoencoder has a tiny decoder already.
     """
-    return TinyDecoder(pipe, source, dtype)
+    return TinyDecoder(pipe, find_decoder(pipe, source), dtype)

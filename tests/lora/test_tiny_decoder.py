@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
+from tiny_decoders import decoder_for
 
 from vidaccel import demo
 from vidaccel.autoencoders import AutoencoderDCV
@@ -183,13 +184,7 @@ def test_the_average_is_what_is_written(tmp_path):
 @pytest.fixture
 def published(tmp_path) -> TinyVideoDecoder:
     """One of LightX2V's by its name, `lighttaew2_1.safetensors`, for the built-in Wan model; random weights."""
-    vae = AutoencoderKLWan.from_pretrained(demo.path(), subfolder="vae")
-    decoder = TinyVideoDecoder(
-        latent_channels=vae.config.z_dim,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        patch_size=vae.config.scale_factor_spatial // 8,
-    )
+    decoder = decoder_for(AutoencoderKLWan.from_pretrained(demo.path(), subfolder="vae"))
     save_file(decoder.state_dict(), tmp_path / "lighttaew2_1.safetensors")
     return decoder
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
+from learned_models import write_models
 from offloading import WAYS
-from sla_models import demo_parts, write_model
-from tiny_wan import make_transformer
-from vsa_models import TRAINED, velocity, write_gates
+from vsa_models import velocity
 
 import vidaccel
 from vidaccel.pipelines.acceleration.sla_weights import PROJECTION
@@ -20,11 +19,8 @@ LEARNED = {"vsa": GATE, "sla": PROJECTION}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Method -> the folder of a transformer that was trained for it."""
-    made, shape = tmp_path_factory.mktemp("models"), {"in_channels": 8, "out_channels": 8, "text_dim": 64}
-    WanPipeline(**demo_parts(), transformer=make_transformer(**shape)).save_pretrained(made / "base")
-    write_gates(made / "vsa", made / "base", trained=TRAINED)
-    write_model(made / "sla", made / "base")
-    return {name: made / name / "transformer" for name in LEARNED}
+    made = write_models(tmp_path_factory.mktemp("models"))
+    return {name: made[name] / "transformer" for name in LEARNED}
 
 
 @pytest.mark.parametrize("method", LEARNED)

@@ -13,10 +13,9 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from learned_models import write_models
 from sla_models import METHOD as SLA_METHOD
-from sla_models import demo_parts, write_model
-from tiny_wan import make_transformer
-from vsa_models import TRAINED, velocity, write_gates
+from vsa_models import TRAINED, velocity
 
 import vidaccel
 from vidaccel import VSA, DMDScheduler, GridScheduler, RCMScheduler
@@ -30,12 +29,7 @@ TRAINED_METHODS = {"vsa": TRAINED.method(), "sla": replace(SLA_METHOD, eps=SLA_M
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Name -> folder: the base, and models that were trained for "vsa" and "sla" as this package writes them."""
-    made, shape = tmp_path_factory.mktemp("models"), {"in_channels": 8, "out_channels": 8, "text_dim": 64}
-    WanPipeline(**demo_parts(), transformer=make_transformer(**shape)).save_pretrained(made / "base")
-    write_gates(made / "vsa", made / "base", trained=TRAINED)
-    write_gates(made / "published", made / "base")
-    write_model(made / "sla", made / "base")
-    return {path.name: path for path in made.iterdir()}
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def as_downloaded(folder: Path, target: Path) -> Path:

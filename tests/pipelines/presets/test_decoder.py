@@ -5,27 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from tiny_decoders import decoder_for
 
 import vidaccel
 from vidaccel import Preset, demo
-from vidaccel.autoencoders.tiny import TinyVideoDecoder
 from vidaccel.pipelines.presets import PresetError, load_preset, save_preset
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A decoder of the built-in Wan model, of random weights."""
-    torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(demo.path(), subfolder="vae")
-    decoder = TinyVideoDecoder(
-        latent_channels=vae.config.z_dim,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        patch_size=vae.config.scale_factor_spatial // 8,
-        autoencoder="AutoencoderKLWan",
-    )
     place = tmp_path_factory.mktemp("presets") / "tiny"
-    decoder.save_pretrained(place)
+    decoder_for(vae, autoencoder="AutoencoderKLWan").save_pretrained(place)
     return place
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from families import cogvideo, hunyuan, ltx, wan_kin
 from safetensors.torch import save_file
+from tiny_decoders import decoder_for
 
 from vidaccel import demo, tiny_decoder
-from vidaccel.autoencoders.tiny import TinyVideoDecoder, compression_of, frames_of, to_transformer
+from vidaccel.autoencoders.tiny import compression_of, frames_of, to_transformer
 from vidaccel.pipelines.tiny_decoder import TinyDecoderError
 
 PIPELINES = {
@@ -23,25 +24,6 @@ PIPELINES = {
     "ltx2": ltx.ltx2,
 }
 FRAMES = 9
-
-
-def decoder_for(vae, **changes) -> TinyVideoDecoder:
-    """Of random weights, with the compression of an autoencoder."""
-    torch.manual_seed(0)
-    time, space = compression_of(vae)
-    growth = {4: (1, 2, 2), 8: (2, 2, 2)}[time]
-    shape = {
-        "latent_channels": getattr(vae.config, "z_dim", None) or vae.config.latent_channels,
-        "block_out_channels": (8, 8, 8, 8),
-        "layers_per_block": 1,
-        "time_growth": growth,
-        "patch_size": space // 8,
-        **changes,
-    }
-    decoder = TinyVideoDecoder(**shape).eval()
-    for parameter in decoder.parameters():
-        parameter.data.mul_(2)  # or all frames are about grey
-    return decoder.requires_grad_(False)
 
 
 def made(pipe, output_type: str = "pt", **more) -> torch.Tensor:
