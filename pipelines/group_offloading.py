@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .diffusers_hooks import hooks_of
+
 
 def is_in_group(module: nn.Module) -> bool:
     """Whether it moves the weights of a module."""
@@ -26,5 +28,4 @@ def is_streamed(module: nn.Module) -> bool:
 
 
 def _hook(module: nn.Module) -> Any:
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook("group_offloading")
+    return hooks_of(module).get("group_offloading")

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..diffusers_hooks import hooks_of
+
 # The hook of diffusers that decides for a whole forward pass -> whether its state says that the last one was left out.
 _DECIDES: Mapping[str, Callable[[Any], bool]] = {
     "fbc_leader_block_hook": lambda state: not state.should_compute,
@@ -45,9 +47,7 @@ def layers_may_be_left_out(transformer: torch.nn.Module) -> bool:
 def _hooks(transformer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """diffusers' hooks by their names."""
     for module in transformer.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None:
-            yield from registry.hooks.items()
+        yield from hooks_of(module).items()
 
 
 def _cache_dit_contexts(transformer: Any) -> list[Any]:

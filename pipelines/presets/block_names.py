@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata
 
+from ..diffusers_hooks import hooks_of
+
 
 class _ByOwnNames(TransformerBlockMetadata):
     """Finds the states of a block by the block's own names for them.
@@ -30,8 +32,7 @@ def use_own_names(transformer: torch.nn.Module) -> None:
     What is registered for the classes stays as it is: it is changed in these hooks alone, and goes with them.
     """
     for module in transformer.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in () if registry is None else registry.hooks.values():
+        for hook in hooks_of(module).values():
             known = getattr(hook, "_metadata", None)
             if isinstance(known, TransformerBlockMetadata):
                 hook._metadata = _ByOwnNames(**{field.name: getattr(known, field.name) for field in fields(known)})

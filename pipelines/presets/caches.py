@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -29,10 +29,13 @@ from diffusers.hooks.mag_cache import nearest_interp
 from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 
 from ...attention import StepInfo
+from ..diffusers_hooks import hooks_of
 from ..errors import first_line
 from .block_names import use_own_names
+from .dbcache import DBCache, check_dbcache
 from .errors import PresetError
 from .levers import CACHES, Cache
+from .loops import mend_loop
 
 
 class CacheAtWork(Protocol):
@@ -50,13 +53,11 @@ class CacheAtWork(Protocol):
 
 def leader_of(transformer: torch.nn.Module, name: str) -> Any:
     """The hook of a cache that decides, on the first block or on the model; it has a name in diffusers."""
-    return next(hook for module in transformer.modules() if (hook := _hook_of(module, name)) is not None)
+    return next(_hooks_named(transformer, name))
 
 
-def _hook_of(module: torch.nn.Module, name: str) -> Any:
-    """The hook of that name of diffusers on a module; None without."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(name)
+def _hooks_named(transformer: torch.nn.Module, name: str) -> Iterator[Any]:
+    return (hooks[name] for module in transformer.modules() if name in (hooks := hooks_of(module)))
 
 
 def _forget(hook: Any) -> None:
@@ -108,6 +109,7 @@ class _OfDiffusers:
 class _FirstBlock(_OfDiffusers):
     def __init__(self, transformer: Any, cache: Cache) -> None:
         super().__init__(transformer, FirstBlockCacheConfig(threshold=cache.limit), "fbc_leader_block_hook")
+        mend_loop(transformer, self.hook, "head_block_output")
         self._keep = False
         decide = self.hook._should_compute_remaining_blocks
         # Of this hook alone, which goes with the cache.
@@ -124,6 +126,7 @@ class _Mag(_OfDiffusers):
         others = {name: value for name, value in cache.settings.items() if name != "mag_ratios"}
         config = MagCacheConfig(threshold=cache.limit, num_inference_steps=len(ratios), mag_ratios=ratios, **others)
         super().__init__(transformer, config, "mag_cache_leader_block_hook")
+        mend_loop(transformer, self.hook, "head_block_input")
         self._ratios = ratios
 
     def begin(self, steps: int | None) -> None:
@@ -169,7 +172,7 @@ class _Taylor(_OfDiffusers):
         )
         super().__init__(transformer, config, _TAYLORSEER_CACHE_HOOK)
         self._keep = False
-        self._hooks = [hook for module in transformer.modules() if (hook := _hook_of(module, _TAYLORSEER_CACHE_HOOK))]
+        self._hooks = list(_hooks_named(transformer, _TAYLORSEER_CACHE_HOOK))
         for hook in self._hooks:
             hook._measure_should_compute = functools.partial(self._decide, hook._measure_should_compute)
 
@@ -192,54 +195,12 @@ _OUTPUTS = r"(\w+_)?(proj_out|out_layer)"
 """Layers that make the output of a transformer, for video and for sound."""
 
 
-class _CacheDit:
-    """cache-dit's DBCache.
-
-    It knows the step and the branch of guidance by counting passes, and is wrong where a pipeline makes another number
-    of them than it was told, or a transformer takes over in the middle of a run. So what it keeps is held here for each
-    branch, and a step that is kept is computed whatever it counts.
-    """
-
-    def __init__(self, transformer: Any, cache: Cache) -> None:
-        import cache_dit
-
-        self._transformer: Any = transformer
-        self._library: Any = cache_dit
-        settings = {"residual_diff_threshold": cache.limit, **cache.settings}
-        self._config = cache_dit.DBCacheConfig(**settings, enable_separate_cfg=False)
-        self._branches: dict[str, dict[str, Any]] = {}  # branch -> stack of blocks -> what cache-dit keeps of it
-        self._keep = False
-        cache_dit.enable_cache(transformer, cache_config=self._config)
-        self._manager: Any = transformer._context_manager
-        decide = self._manager.can_cache
-        # Of this manager alone, which goes with the cache.
-        self._manager.can_cache = torch.compiler.disable(lambda *a, **k: not self._keep and decide(*a, **k))
-
-    def begin(self, steps: int | None) -> None:
-        # Not enabled anew: a forward pass that has begun would run without it.
-        self._branches = {}
-        self._library.refresh_context(self._transformer, cache_config=self._config)
-
-    def enter(self, step: StepInfo, keep: bool) -> None:
-        self._keep = keep
-        contexts = self._manager._cached_context_manager
-        if step.branch not in self._branches:
-            fresh = {n: self._manager.new_context(**contexts[n]._init_kwargs) for n in self._transformer._context_names}
-            self._branches[step.branch] = fresh
-        contexts.update(self._branches[step.branch])
-
-    def remove(self) -> None:
-        if self._transformer is not None:
-            self._library.disable_cache(self._transformer)
-        self._transformer, self._branches = None, {}
-
-
 _KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {
     "first_block": _FirstBlock,
     "magcache": _Mag,
     "seacache": _Sea,
     "taylorseer": _Taylor,
-    "cache_dit": _CacheDit,
+    "cache_dit": DBCache,
 }
 
 
@@ -252,7 +213,8 @@ def install_cache(transformer: Any, cache: Cache) -> CacheAtWork:
     try:
         return _KINDS[cache.name](transformer, cache)
     except (ValueError, TypeError, AssertionError) as error:
-        raise PresetError("cache", first_line(error).rstrip("."), value=cache.name) from error
+        instead = "Take another cache, or leave it out."
+        raise PresetError("cache", first_line(error).rstrip("."), instead, cache.name) from error
 
 
 def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
@@ -266,7 +228,7 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
     """
     check_none_by_hand(part, transformer, "cache", cache.name)
     if CACHES[cache.name].package:
-        _check_fits(part, layers, cache)
+        check_dbcache(part, transformer, layers, cache)
         return
     kind = type(transformer).__name__
     instead = "Take another cache, such as cache_dit, or leave it out."
@@ -325,16 +287,6 @@ def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache, i
     missing = next((name for name, there in what.items() if not there), "")
     if missing:
         raise PresetError("cache", f"a {kind} has no {missing} under a known name", instead, cache.name)
-
-
-def _check_fits(part: str, layers: int, cache: Cache) -> None:
-    """cache-dit computes 8 blocks of each step unless it is told otherwise."""
-    first, last = cache.settings.get("Fn_compute_blocks", 8), cache.settings.get("Bn_compute_blocks", 0)
-    if first + last >= layers:
-        problem = (
-            f"Fn_compute_blocks {first} and Bn_compute_blocks {last} leave nothing of the {part}'s {layers} to skip"
-        )
-        raise PresetError("cache", problem, "Lower cache.settings.Fn_compute_blocks, to 1 for example.", cache.name)
 
 
 def _sea_reads(transformer: Any) -> bool:

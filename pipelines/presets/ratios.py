@@ -10,6 +10,7 @@ from diffusers import MagCacheConfig
 from ..acceleration.families import find_transformers
 from .errors import PresetError
 from .levers import Cache
+from .loops import mend_loop
 
 _ANY = {"mag_ratios": [1.0]}  # `check_cache` asks for some
 
@@ -41,6 +42,7 @@ def measure_mag_ratios(pipe: Any, call: Callable[[], Any]) -> list[float]:
             transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=1_000_000))
             undo.append(transformer.disable_cache)
             hook = leader_of(transformer, "mag_cache_leader_block_hook")
+            mend_loop(transformer, hook, "head_block_input")  # what the cache will keep is what is measured
 
             def passed(*_: Any, hook: Any = hook, first: str = family.branches[0]) -> None:
                 context = hook.state_manager._context

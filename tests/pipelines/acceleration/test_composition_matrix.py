@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 from composition import FAMILY_BUILDS, LEVERS, compute, read
 from fast_set import slow
+from tiny_families import build
 
 from vidaccel.pipelines import FAMILIES
 
@@ -28,6 +29,19 @@ def test_what_comes_of_both(lever, family):
         package = LEVERS[lever].package
         pytest.skip(f"needs {package}; the table has what {package} {EXPECTED['versions'][package]} did")
     assert compute(family, LEVERS[lever]) == EXPECTED["cells"][family][lever]
+
+
+def test_broadcast_knows_no_branches_of_guidance():
+    """As the page says: the first pass with another text has the attention of the one before."""
+    tiny = build("wan")
+    other = {name: tiny.given[name] + 1 for name in ("hidden_states", "encoder_hidden_states")}
+    plain = [tiny.run(), tiny.run(**other)]
+    LEVERS["broadcast"].apply(tiny)
+    made = []
+    for branch, changes in (("cond", {}), ("uncond", other)):
+        with tiny.model.cache_context(branch):
+            made.append(tiny.run(**changes))
+    assert made[0].equal(plain[0]) and not made[1].allclose(plain[1], rtol=1e-3)
 
 
 def test_the_table_is_whole():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 
 import pytest
 import torch
 from diffusers import MagCacheConfig, WanImageToVideoPipeline, WanPipeline, WanVideoToVideoPipeline
+from eager_caches import EAGER, RATIOS
 from gft_adapters import write_adapter
 from gft_calls import loaded, made, saved
 from tiny_families import build
@@ -18,28 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
-from vidaccel.attention import StepInfo
-from vidaccel.pipelines.acceleration.left_out import pass_was_left_out
 from vidaccel.pipelines.presets import Cache, measure_mag_ratios
 from vidaccel.pipelines.presets.account import PassRecord, accounts
 from vidaccel.pipelines.presets.caches import check_cache, install_cache
 from vidaccel.pipelines.presets.errors import PresetError
-
-RATIOS = {"mag_ratios": [1.0] * 4, "retention_ratio": 0.0, "max_skip_steps": 3}
-EAGER = {  # each skips all that it may
-    "first_block": Cache("first_block", 1e3),
-    "magcache": Cache("magcache", 10.0, RATIOS),
-    "seacache": Cache("seacache", 1e3, {"max_consecutive_cached": 0, "retention_steps": 0, "cache_end_steps": 0}),
-    "taylorseer": Cache("taylorseer", 100, {"disable_cache_before_step": 1}),
-    "cache_dit": Cache("cache_dit", 1e3, {"Fn_compute_blocks": 1, "max_warmup_steps": 1}),
-}
-
-
-@pytest.fixture(params=EAGER)
-def cache(request) -> Cache:
-    if request.param == "cache_dit" and importlib.util.find_spec("cache_dit") is None:
-        pytest.skip("cache_dit is not installed")
-    return EAGER[request.param]
 
 
 def preset(cache: Cache | None, **schedule) -> Preset:
@@ -213,26 +195,6 @@ def test_the_first_block_cache_on_kandinsky_5(layers):
         run(pipe, options, steps=4)
         account = handle.report()
     assert [(step.computed, step.skipped) for step in account.steps] == [(2, 0), (0, 2), (0, 2), (2, 0)]
-
-
-@pytest.mark.parametrize("name", ["first_block", "magcache"])
-@pytest.mark.parametrize("family", ["kandinsky5", "cosmos_3"])
-def test_a_skipped_pass_makes_what_the_one_before_made(name, family):
-    """From the same input: what the cache keeps of each block's states is that of the right one."""
-    tiny = build(family)
-    cache = EAGER[name]
-    check_cache("transformer", tiny.model, 2, cache)
-    at_work = install_cache(tiny.model, cache)
-    made = []
-    with torch.no_grad(), tiny.model.cache_context("cond"):
-        for step in range(2):
-            at_work.enter(StepInfo(0, step, 4, 1.0 - step / 4, "cond"), keep=False)
-            outputs = tree_leaves(tiny.model(**tiny.given, return_dict=False))
-            made.append([x.clone() for x in outputs if x is not None])
-            assert pass_was_left_out(tiny.model) is bool(step)
-    for a, b in zip(*made, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    at_work.remove()
 
 
 @pytest.mark.parametrize("cls", [WanVideoToVideoPipeline, WanImageToVideoPipeline])

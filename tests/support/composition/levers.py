@@ -142,12 +142,12 @@ def first_block() -> FirstBlockCacheConfig:
 
 
 def mag() -> MagCacheConfig:
-    ratios = {"num_inference_steps": 4, "mag_ratios": [1.0] * 4}
+    ratios = {"num_inference_steps": 5, "mag_ratios": [1.0] * 5}
     return MagCacheConfig(threshold=10.0, max_skip_steps=2, retention_ratio=0.0, **ratios)
 
 
 def broadcast() -> PyramidAttentionBroadcastConfig:
-    return PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+    return PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 500)
 
 
 def no_caching(model: torch.nn.Module) -> str:
@@ -168,7 +168,7 @@ def cache_dit(tiny: Tiny) -> None:
 
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, residual_diff_threshold=1e3,
-        num_inference_steps=4,
+        num_inference_steps=5,
     )  # fmt: skip
     cache_dit.enable_cache(tiny.model, cache_config=config)
 

@@ -62,11 +62,11 @@ def hunyuan_video_15_i2v(layers: int) -> Tiny:
     return hunyuan_video_15(layers, picture=True)
 
 
-def motif_video(layers: int) -> Tiny:
-    """The last of three single blocks is a decoder, which stays dense."""
+def motif_video(layers: int, decoders: int = 1) -> Tiny:
+    """The last blocks are a decoder, which stays dense."""
     model = diffusers.MotifVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=layers - 1,
-        num_single_layers=2, num_decoder_layers=1, text_embed_dim=16, rope_axes_dim=(4, 6, 6),
+        num_single_layers=1 + decoders, num_decoder_layers=decoders, text_embed_dim=16, rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
     names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
     more = {name: value for name, value in given().items() if name in names}

@@ -41,7 +41,14 @@ def cogvideox_15(layers: int) -> Tiny:
 
 
 def consisid(layers: int) -> Tiny:
-    return cogvideox(layers, diffusers.ConsisIDTransformer3DModel, use_rotary_positional_embeddings=True)
+    """With a face, which the model's own loop adds behind every second block, as in the published weights."""
+    face = {"id_dim": 12, "vit_dim": 8, "depth": 1, "num_scale": 1, "dim_head": 4, "num_heads": 2, "num_id_token": 2}
+    face |= {"num_querie": 3, "output_dim": 21, "ff_mult": 1}
+    config = {f"LFE_{name}": value for name, value in face.items()}
+    config |= {"is_train_face": True, "cross_attn_dim_head": 8, "cross_attn_num_heads": 2}
+    tiny = cogvideox(layers, diffusers.ConsisIDTransformer3DModel, use_rotary_positional_embeddings=True, **config)
+    tiny.given |= {"id_cond": noise(1, 12), "id_vit_hidden": [noise(1, 5, 8)]}
+    return tiny
 
 
 def easyanimate(layers: int) -> Tiny:

@@ -47,9 +47,12 @@ def chronoedit(layers: int) -> Tiny:
     return with_picture(diffusers.ChronoEditTransformer3DModel, layers)
 
 
-def wan_vace(layers: int) -> Tiny:
-    model = diffusers.WanVACETransformer3DModel(**WAN, num_layers=layers, vace_layers=[0], vace_in_channels=6)
-    return Tiny(model, given(control_hidden_states=noise(1, 6, *VIDEO[2:])), VideoLayout(*GRID), layers + 1)
+def wan_vace(layers: int, control: list[int] | None = None) -> Tiny:
+    """Control behind every second block, or the given ones."""
+    control = list(range(0, layers, 2)) if control is None else control
+    model = diffusers.WanVACETransformer3DModel(**WAN, num_layers=layers, vace_layers=control, vace_in_channels=6)
+    more = {"control_hidden_states": noise(1, 6, *VIDEO[2:])}
+    return Tiny(model, given(**more), VideoLayout(*GRID), layers + len(control))
 
 
 def wan_animate(layers: int) -> Tiny:
