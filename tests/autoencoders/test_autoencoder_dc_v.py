@@ -218,15 +218,15 @@ def test_what_is_split_stays_under_the_limit(monkeypatch):
     """Inputs and outputs both; the step up in time has four times the channels behind it."""
     monkeypatch.setattr(blocks, "MAX_ELEMENTS", 6_000)
     sizes = []
-    convolve = torch.nn.functional.conv3d
+    convolve = blocks.ChunkConv3d._convolve
 
-    def record(x, *args):
-        out = convolve(x, *args)
+    def record(self, x):
+        out = convolve(self, x)
         if out.shape[2] > 1:  # a frame is not split
             sizes.append(max(x.numel(), out.numel()))
         return out
 
-    monkeypatch.setattr(torch.nn.functional, "conv3d", record)
+    monkeypatch.setattr(blocks.ChunkConv3d, "_convolve", record)
     make_autoencoder(chunk_size=40)(make_video(40))
     assert sizes and max(sizes) <= 6_000
 
@@ -314,3 +314,17 @@ def test_repeated_blocks_compile_without_a_break(monkeypatch):
             for video, sample in zip(videos, wanted, strict=True):
                 torch.testing.assert_close(model(video).sample, sample)
             monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 10_000)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+def test_one_small_video_on_a_cpu_is_not_convolved_by_a_plain_loop():
+    """Which torch would take for it; the output is that of two such videos."""
+    model = make_autoencoder().eval()
+    latents = make_latents(4)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        one = model.decode(latents).sample
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::mkldnn_convolution" in names and not any("slow_conv" in name for name in names)
+    with torch.no_grad():
+        two = model.decode(latents.expand(2, -1, -1, -1, -1)).sample
+    torch.testing.assert_close(one, two[:1], atol=1e-5, rtol=1e-4)
