@@ -166,8 +166,8 @@ class StepClock:
         """
         if timestep.numel() == 0:
             raise ValueError(f"{model} was called with an empty timestep, of shape {list(timestep.shape)}.")
-        now = Timestep.of(timestep)
         table = self._table = read_table(self.scheduler, self._table)
+        now = Timestep.of(timestep, table)
         ignored: Table | None = None
         if table is None:
             place, ignored = self._by_count(now, model, branches), self._absent_table()

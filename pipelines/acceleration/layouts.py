@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...attention import VideoLayout
+from .host_reads import read_once
 
 Given = Mapping[str, Any]
 """The arguments of a transformer's forward pass, by name."""
@@ -73,20 +74,30 @@ def mochi(model: Any, given: Given) -> Layouts:
 
     One for each sample, alike or not: each has calls of its own, which must not pass for one another's.
     """
-    counts = given["encoder_attention_mask"].sum(-1).tolist()
+    counts = _valid(given["encoder_attention_mask"])
     video = VideoLayout(*grid(model, given["hidden_states"]))
     return tuple(replace(video, text_after=int(count)) for count in counts)
 
 
+@read_once
+def _valid(mask: torch.Tensor) -> list[float]:
+    """The valid tokens of each sample."""
+    return mask.sum(-1).tolist()
+
+
 def hunyuan_15(model: Any, given: Given) -> Layouts:
     """`[video, valid picture, byT5 text, other text, padding]`: the model sorts valid tokens to the front."""
-    # Zeros stand for no picture. One wait for the device tells that and the lengths.
     picture = given["image_embeds"]
-    masks = (given["encoder_attention_mask"], given["encoder_attention_mask_2"])
-    counts = sum(mask.bool().sum(-1) for mask in masks)
-    *counts, empty = torch.cat([counts, (picture == 0).all().to(counts)[None]]).tolist()
+    *counts, empty = _valid_and_empty(given["encoder_attention_mask"], given["encoder_attention_mask_2"], picture)
     video = VideoLayout(*grid(model, given["hidden_states"]), text_after=0 if empty else picture.shape[1])
     return same(replace(video, text_after=video.text_after + count) for count in counts)
+
+
+@read_once
+def _valid_and_empty(mask: torch.Tensor, mask_2: torch.Tensor, picture: torch.Tensor) -> list[int]:
+    """The valid tokens of each sample, and whether there is no picture, for which zeros stand."""
+    counts = mask.bool().sum(-1) + mask_2.bool().sum(-1)
+    return torch.cat([counts, (picture == 0).all().to(counts)[None]]).tolist()
 
 
 def framepack(model: Any, given: Given) -> Layouts:
@@ -127,15 +138,19 @@ def packed(model: Any, given: Given) -> Layouts:
         return (VideoLayout(*size),)
     if coordinates is None:
         return f"{tokens} tokens that are no grid of {size[0]} x {size[1]} x {size[2]}"
-    return _by_coordinates(coordinates[0].cpu(), tokens)  # one wait for the device
+    return _by_coordinates(coordinates)
 
 
-def _by_coordinates(places: torch.Tensor, tokens: int) -> Layouts:
-    """The grid of tokens at `places [3, N]`: the longest run in which they go up in time, height and width.
+@read_once
+def _by_coordinates(coordinates: torch.Tensor) -> Layouts:
+    """The grid of tokens at places `[B, 3, N]`, alike in all samples: the longest run in which they go up in time,
+    height and width.
 
-    With `[3, N, 2]`, where tokens begin and end (LTX-2), a frame of the run begins where the one before ends, too.
+    With `[B, 3, N, 2]`, where tokens begin and end (LTX-2), a frame of the run begins where the one before ends, too.
     Conditioning frames before or behind the video start again at the first row, at a time of their own.
     """
+    places = coordinates[0].cpu()
+    tokens = places.shape[1]
     time, row, column = places if places.ndim == 2 else places[..., 0]
     here, there = (slice(None, -1), slice(1, None))
     falls = _falls(time, row, column)
@@ -174,8 +189,13 @@ def minimax(model: Any, given: Given) -> Layouts:
     `video_indices` has what conditions the video first: pictures, which sound may part from the video, and reference
     videos. So the video is the last grid of the last of these rows without a gap.
     """
-    indices = given["video_indices"]
-    *places, rows = torch.cat([given["position_ids"][indices].T, indices[None]]).cpu()  # one wait for the device
+    return _last_grid(given["video_indices"], given["position_ids"], given["token_tags"])
+
+
+@read_once
+def _last_grid(indices: torch.Tensor, positions: torch.Tensor, tags: torch.Tensor) -> Layouts:
+    """The last grid of the last rows without a gap."""
+    *places, rows = torch.cat([positions[indices].T, indices[None]]).cpu()
     gaps = (rows.diff() != 1).nonzero().flatten() + 1
     piece = int(gaps[-1]) if len(gaps) else 0
     time, row, column = (axis[piece:] for axis in places)
@@ -184,17 +204,23 @@ def minimax(model: Any, given: Given) -> Layouts:
     frames, height, width = (len(axis[first:].unique()) for axis in (time, row, column))
     if frames * height * width != len(time) - first:
         return "video tokens that are no grid in one piece"
-    before, total = int(rows[piece + first]), len(given["token_tags"])
+    before, total = int(rows[piece + first]), len(tags)
     after = total - 1 - int(rows[-1])
     beside = "text with pictures and sound" if piece or first else "text with sound"
     return (VideoLayout(frames, height, width, text_before=before, text_after=after, beside=beside),)
 
 
-def with_texts(video: VideoLayout, mask: torch.Tensor) -> Layouts:
-    """A layout with the valid tokens of a padding mask `[B, L]` behind what is there, in one wait for the device."""
+@read_once
+def _valid_and_holes(mask: torch.Tensor) -> list[int]:
+    """The valid tokens of each sample of `[B, L]`, and how many valid tokens stand behind invalid ones."""
     mask = mask.bool()
     rises = (mask[:, 1:] & ~mask[:, :-1]).sum(-1)
-    *counts, holes = torch.cat([mask.sum(-1), rises.sum()[None]]).tolist()
+    return torch.cat([mask.sum(-1), rises.sum()[None]]).tolist()
+
+
+def with_texts(video: VideoLayout, mask: torch.Tensor) -> Layouts:
+    """A layout with the valid tokens of a padding mask `[B, L]` behind what is there."""
+    *counts, holes = _valid_and_holes(mask)
     if holes:
         return HOLES
     return same(replace(video, text_after=video.text_after + count) for count in counts)

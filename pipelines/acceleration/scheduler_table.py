@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .host_reads import place_in, read_once
+
 ROUNDING = 2**-7  # two units of bfloat16, to which some pipelines round the timestep they send
 MAX_FLOW_SIGMA = 1.001  # noise levels of flow models end at 1, but for rounding
 
@@ -28,10 +30,11 @@ class Timestep:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Timestep:
-        """Read a tensor of any shape, with one wait for the device."""
-        values = tensor.detach().float()
-        high, low, mean = torch.stack([values.max(), values.min(), values.mean()]).tolist()
+    def of(cls, tensor: torch.Tensor, table: Table | None = None) -> Timestep:
+        """Read a tensor of any shape, with one wait for the device; with none where it was read before, or is a view of
+        a row of the table."""
+        row = None if table is None else place_in(table.tensor, tensor)
+        high, low, mean = _read(tensor) if row is None else (table.rows[row],) * 3
         mean = high if high == low else mean  # not another one because there are more tokens to round it over
         return cls(high, low, mean, tensor.ndim > 1 and tensor.shape[-1] > 1, tensor.dtype)
 
@@ -43,6 +46,14 @@ class Timestep:
     def matches(self, row: float) -> bool:
         """Whether it is a row's timestep, perhaps rounded, for all frames or for those that are not clean."""
         return any(abs(value - row) <= ROUNDING * max(1.0, abs(row)) for value in (self.high, self.low))
+
+
+@read_once
+def _read(timestep: torch.Tensor) -> tuple[float, float, float]:
+    """The highest, the lowest and the mean value."""
+    values = timestep.detach().float()
+    high, low, mean = torch.stack([values.max(), values.min(), values.mean()]).tolist()
+    return high, low, mean
 
 
 @dataclass(frozen=True)
