@@ -76,4 +76,6 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
                 f"num_inference_steps is {num_inference_steps}, but the model was distilled to {len(self.levels)}: "
                 "give that."
             )
-        super().set_timesteps(sigmas=list(self.levels), device=device)
+        super().set_timesteps(sigmas=list(self.levels))
+        # Pipelines read the level of each step, and the host would have to wait for it if that were there, too.
+        self.timesteps = self.timesteps.to(device)
