@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..generation.errors import BadInput
+from ..generation.errors import BadInput, refuse_given
 from ..generation.outputs import check_writable
 from .errors import one_line_errors
 
@@ -16,18 +16,18 @@ def fastwan_command(
     source: Annotated[
         str, typer.Argument(help="Folder or hub id of a FastWan model (FastVideo/FastWan2.1-T2V-1.3B-Diffusers).")
     ],
-    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    target: Annotated[Path, typer.Argument(help="A new folder; a new .safetensors for ComfyUI.")],
     density: Annotated[
         float | None,
         typer.Option(
-            help="Of its sparse attention (VSA), 1 - sparsity. (default: 0.2 for 1.3B and 5B, 0.1 for 14B, as "
-            "FastVideo's scripts have it)"
+            help="Of its sparse attention (VSA), 1 - sparsity. (default: what SOURCE states, or else 0.2 for "
+            "1.3B and 5B, 0.1 for 14B, as FastVideo's scripts have it)"
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id: a branch, a tag or a commit.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Link files instead of copying them.")] = False,
 ) -> None:
-    """Convert a FastWan model (3 steps, Video Sparse Attention) to a folder of diffusers.
+    """Convert a FastWan model (3 steps, Video Sparse Attention) to a folder of diffusers, or to one file for ComfyUI.
 
     Every key and shape is checked before anything is written.
     """
@@ -39,6 +39,8 @@ def fastwan_command(
             raise BadInput("source", problem, value=source)
         if target.exists():
             raise BadInput("target", "it exists already", "Give a new name, or delete it first.", value=target)
+        if target.suffix == ".safetensors":
+            refuse_given({"link": link}, f"of no use for {target.name}, one file, which is written")
         if density is not None and not 0 < density <= 1:
             raise BadInput("density", "it must be above 0 and at most 1", value=density)
         if revision is not None and Path(source).expanduser().is_dir():

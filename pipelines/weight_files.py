@@ -123,6 +123,12 @@ def transformer_shapes(base: str, part: str = "transformer") -> dict[str, list[i
     return found
 
 
+def weights_of(base: str, part: str = "transformer") -> list[Path]:
+    """The safetensors files of a transformer of a pipeline, in a folder or of the hub, as far as they are there."""
+    found = (transformer_file(base, name, part) for name in _safetensors(base, part))
+    return [path for path in found if path is not None]
+
+
 def transformer_names(base: str, part: str = "transformer") -> frozenset[str]:
     """The names of the tensors of a transformer, of the hub only from its index: no weights are downloaded for it.
 

@@ -45,6 +45,20 @@ class TrainedVSA:
     density: float
     cube: tuple[int, int, int]
 
+    @classmethod
+    def read(cls, content: Any, where: str) -> TrainedVSA:
+        """What a file states.
+
+        Raises:
+            VSAError: it states something else.
+        """
+        try:
+            trained = cls(density=content["density"], cube=tuple(content["cube"]))
+            trained.method()
+        except (ValueError, TypeError, KeyError) as error:
+            raise VSAError(f"{where} does not say what its VSA was trained for: {error}") from error
+        return trained
+
     def method(self) -> VSA:
         """The method with the settings of the training."""
         return VSA(density=self.density, cube=self.cube)
@@ -65,15 +79,7 @@ def read_config(base: str, part: str = "transformer") -> TrainedVSA | None:
 
 
 def _stated(found: tuple[Any, str] | None) -> TrainedVSA | None:
-    if found is None:
-        return None
-    content, where = found
-    try:
-        trained = TrainedVSA(density=content["density"], cube=tuple(content["cube"]))
-        trained.method()
-    except (ValueError, TypeError, KeyError) as error:
-        raise VSAError(f"{where} does not say what its VSA was trained for: {error}") from error
-    return trained
+    return None if found is None else TrainedVSA.read(*found)
 
 
 def published(base: str, part: str = "transformer") -> TrainedVSA | None:
@@ -88,7 +94,12 @@ def published(base: str, part: str = "transformer") -> TrainedVSA | None:
 
 def published_density(config: Mapping[str, Any]) -> float:
     """The density that FastVideo's scripts have for a transformer of this config: .1 for 14B, .2 for 1.3B and 5B."""
-    return 0.2 if config["num_attention_heads"] * config["attention_head_dim"] <= SMALL else 0.1
+    return density_of_width(config["num_attention_heads"] * config["attention_head_dim"])
+
+
+def density_of_width(channels: int) -> float:
+    """The same for a transformer of so many channels."""
+    return 0.2 if channels <= SMALL else 0.1
 
 
 def find_trained(origins: Mapping[str, Origin], unstated: bool = False) -> TrainedVSA | None:

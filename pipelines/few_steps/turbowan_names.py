@@ -1,47 +1,17 @@
 """What TurboDiffusion's Wan checkpoints call their parameters, in each of the layouts in which they are found.
 
-The rest of a model has one of three sets of names (`NAMINGS`), and the projection of its sparse-linear attention one of
-four places (`PROJECTIONS`). Our own names are those of `WanTransformer3DModel`, with `proj_l` in `attn1`.
+The rest of a model has one of three sets of names (`wan_names.NAMINGS`), and the projection of its sparse-linear
+attention one of four places (`PROJECTIONS`). Our own names are those of `WanTransformer3DModel`, with `proj_l` in
+`attn1`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...autoencoders.checkpoint_file import CheckpointError
-
-# diffusers: (Wan's original, FastVideo's), first outside the blocks, then in a block.
-_OUTSIDE = {
-    "patch_embedding": ("patch_embedding", "patch_embedding"),
-    "condition_embedder.text_embedder.linear_1": ("text_embedding.0", "condition_embedder.text_embedder.fc_in"),
-    "condition_embedder.text_embedder.linear_2": ("text_embedding.2", "condition_embedder.text_embedder.fc_out"),
-    "condition_embedder.time_embedder.linear_1": ("time_embedding.0", "condition_embedder.time_embedder.mlp.fc_in"),
-    "condition_embedder.time_embedder.linear_2": ("time_embedding.2", "condition_embedder.time_embedder.mlp.fc_out"),
-    "condition_embedder.time_proj": ("time_projection.1", "condition_embedder.time_modulation.linear"),
-    "scale_shift_table": ("head.modulation", "scale_shift_table"),
-    "proj_out": ("head.head", "proj_out"),
-}
-_IN_BLOCK = {
-    "scale_shift_table": ("modulation", "scale_shift_table"),
-    "attn1.to_q": ("self_attn.q", "to_q"),
-    "attn1.to_k": ("self_attn.k", "to_k"),
-    "attn1.to_v": ("self_attn.v", "to_v"),
-    "attn1.to_out.0": ("self_attn.o", "to_out"),
-    "attn1.norm_q": ("self_attn.norm_q", "norm_q"),
-    "attn1.norm_k": ("self_attn.norm_k", "norm_k"),
-    "attn2.to_q": ("cross_attn.q", "attn2.to_q"),
-    "attn2.to_k": ("cross_attn.k", "attn2.to_k"),
-    "attn2.to_v": ("cross_attn.v", "attn2.to_v"),
-    "attn2.to_out.0": ("cross_attn.o", "attn2.to_out"),
-    "attn2.norm_q": ("cross_attn.norm_q", "attn2.norm_q"),
-    "attn2.norm_k": ("cross_attn.norm_k", "attn2.norm_k"),
-    "norm2": ("norm3", "self_attn_residual_norm.norm"),
-    "ffn.net.0.proj": ("ffn.0", "ffn.fc_in"),
-    "ffn.net.2": ("ffn.2", "ffn.fc_out"),
-}
-NAMINGS = ("original", "FastVideo", "diffusers")
+from .wan_names import BLOCK, NAMINGS, renamed
 
 PROJECTIONS = {
     "original": "self_attn.attn_op.local_attn.proj_l",
@@ -53,8 +23,6 @@ OWN_PROJECTION = "attn1.proj_l"
 WRAPPER = "_checkpoint_wrapped_module."
 """Stands in names where activations were checkpointed when the file was saved."""
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_KIND = re.compile(r"(.+?)(\.weight|\.bias|)")
 _PUBLISHED_DEPTHS = {1536: 30, 5120: 40}
 """Width of a published model -> its blocks."""
 
@@ -72,7 +40,7 @@ def naming_of(names: Iterable[str], where: str) -> str:
     """
     names = set(names)
     marker = "condition_embedder.text_embedder.linear_1"
-    found = [naming for naming in NAMINGS if f"{_theirs(_OUTSIDE, marker, naming)}.weight" in names]
+    found = [naming for naming in NAMINGS if renamed(f"{marker}.weight", naming) in names]
     if not found:
         raise CheckpointError(
             f"{where} is no checkpoint of a Wan model: it has no text_embedding.0.weight (nor what that is called in "
@@ -91,7 +59,7 @@ def projection_of(names: Iterable[str], where: str) -> str:
     """
     found: dict[str, str] = {}
     for name in names:
-        match = _BLOCK.fullmatch(name)
+        match = BLOCK.fullmatch(name)
         if "proj_l." not in name:
             continue
         place = match[2].rpartition(".")[0] if match else ""
@@ -117,18 +85,10 @@ def projection_of(names: Iterable[str], where: str) -> str:
 
 def published_name(own: str, naming: str, projection: str) -> str:
     """What a parameter of ours is called in a checkpoint."""
-    block = _BLOCK.fullmatch(own)
-    kind = _KIND.fullmatch(block[2] if block else own)
-    assert kind is not None
-    stem, ending = kind[1], kind[2]
-    if block is None:
-        return _theirs(_OUTSIDE, stem, naming) + ending
-    theirs = PROJECTIONS[projection] if stem == OWN_PROJECTION else _theirs(_IN_BLOCK, stem, naming)
-    return f"blocks.{block[1]}.{theirs}{ending}"
-
-
-def _theirs(table: Mapping[str, tuple[str, str]], stem: str, naming: str) -> str:
-    return stem if naming == "diffusers" else table[stem][NAMINGS.index(naming)]
+    block = BLOCK.fullmatch(own)
+    if block is not None and block[2].startswith(f"{OWN_PROJECTION}."):
+        return f"blocks.{block[1]}.{PROJECTIONS[projection]}{block[2].removeprefix(OWN_PROJECTION)}"
+    return renamed(own, naming)
 
 
 def infer_config(shapes: Mapping[str, Sequence[int]], naming: str, projection: str, where: str) -> dict[str, Any]:
@@ -150,7 +110,7 @@ def infer_config(shapes: Mapping[str, Sequence[int]], naming: str, projection: s
     dim, head = first[0], shape(f"blocks.0.{OWN_PROJECTION}.weight", 2)[0]
     if dim % head:
         raise CheckpointError(f"{where} is {dim} wide, which heads of {head} (by proj_l) do not divide.")
-    blocks = {int(match[1]) for match in map(_BLOCK.fullmatch, shapes) if match}
+    blocks = {int(match[1]) for match in map(BLOCK.fullmatch, shapes) if match}
     depth = 1 + max(blocks)
     if len(blocks) < depth:
         absent = next(block for block in range(depth) if block not in blocks)
