@@ -23,11 +23,12 @@ async def comfy_entrypoint() -> ComfyExtension:
         sla_nodes,
         sparse_nodes,
         tune_node,
+        vsa_nodes,
     )
 
     class VideoAcceleration(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            native = (sparse_nodes, sla_nodes, length_nodes, guidance_nodes)
+            native = (sparse_nodes, sla_nodes, vsa_nodes, length_nodes, guidance_nodes)
             modules = (*native, pipeline_nodes, preset_nodes, tune_node, lora_nodes, autoencoder_nodes, report_node)
             return [node for module in modules for node in module.NODES]
 

@@ -124,6 +124,8 @@ def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditio
     layers = geometry.layers(diffusion_model) - len(session.dense.layers)
     method = session.method_for(layout)
     size = method.run_bytes(layout, heads * latent[0], head_dim, dtype.itemsize, layers * conditions * windows)
+    if session.gates is not None:  # what the gate of the layer at work makes of its input
+        size += layout.tokens * latent[0] * heads * head_dim * dtype.itemsize
     return Room(size if layers else 0, layers, conditions, windows, layout)
 
 

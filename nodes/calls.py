@@ -30,6 +30,7 @@ class ForwardPass:
         offered: attention calls of any kind.
         calls: those over the video, of the model's own blocks. place: of the next one among those that are counted.
         says_index: whether the model says its `block_index`.
+        given: what the self-attention layer at work was given, `[B, N, C]`; see `Gates`.
         made: the layers of these calls. again: of those to come in the backward pass; None before it.
     """
 
@@ -51,6 +52,7 @@ class ForwardPass:
     says_index: bool = False
     extra: int = 0
     seen: Counter[int] = field(default_factory=Counter)
+    given: torch.Tensor | None = None
     made: list[int] = field(default_factory=list)
     again: list[int] | None = None
 

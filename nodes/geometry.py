@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..attention import VideoLayout
+from .wording import InputError
 
 Patch = tuple[int, int, int]
 
@@ -168,3 +169,15 @@ def grid(latent: tuple[int, ...], patch: Patch, padded: bool = True) -> tuple[in
 def unwrap(model: Any) -> Any:
     """The module that `torch.compile` wrapped, or the module itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def diffusion_model_of(model: Any) -> Any:
+    """The module that a MODEL samples with, without what `torch.compile` wraps it in.
+
+    Raises:
+        InputError: there is no MODEL.
+    """
+    found = getattr(getattr(model, "model", None), "diffusion_model", None)
+    if found is None:
+        raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+    return unwrap(found)

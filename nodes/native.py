@@ -26,6 +26,7 @@ from ..attention.methods.base import OutOfReach
 from ..attention.records import KEPT_RUNS
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
+from .gates import Gates
 from .geometry import Inputs, StaysDense, unwrap
 from .limits import Least, too_short
 from .native_models import find_geometry, why_dense
@@ -58,7 +59,8 @@ class NativeAttention:
         by_length: the method whose break-even on this machine counts where `min_tokens` is its default; "" for none.
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error, precision: see `SparseAttention`.
-        weights: what was trained for the method in each layer.
+        weights: what was trained for the method in each layer, as the method is given it.
+        gates: likewise, where that is made of what the layer is given.
 
     Raises:
         ValueError: unknown backend, or a negative `min_tokens` or `measure_error`.
@@ -77,10 +79,12 @@ class NativeAttention:
         measure_error: int = 0,
         precision: str | None = None,
         weights: Mapping[int, torch.nn.Module] | None = None,
+        gates: Mapping[int, torch.nn.Module] | None = None,
     ) -> None:
         self.method_for, self.name, self.settings = method_for, name, settings
         self.dense, self.least, self.backend = dense, Least(min_tokens, by_length), check_backend(backend)
         self.measure_error, self.precision, self.weights = check_rows(measure_error), precision, weights or {}
+        self.gates = Gates(gates, KEY) if gates else None
         self._engines: dict[VideoLayout, SparseAttention] = {}  # the one used last is the last
         self._used: dict[VideoLayout, int] = {}  # -> the last run that used its engine
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
@@ -120,6 +124,8 @@ class NativeAttention:
         """A sampler ends, also by an interruption: records stay, centroids (gigabytes, maybe) go."""
         self._models.clear()
         self._forget()
+        if self.gates is not None:
+            self.gates.release()
 
     def _forget(self) -> None:
         self._branches, self._levels = {}, []
@@ -159,7 +165,7 @@ class NativeAttention:
         if replaced_blocks(options) and (current.extra_calls or not self._says_index):
             options["patches_replace"] = current.told_of_replaced(options["patches_replace"])
         options[OVERRIDE] = self._override_before(options.get(OVERRIDE))
-        out = executor(x, t, c_concat, c_crossattn, control, options, **conditions)
+        out = self._run_pass(executor, x, t, c_concat, c_crossattn, control, options, **conditions)
         if isinstance(out, torch.Tensor) and out.requires_grad:
             out.register_hook(lambda grad: current.run_again())
         self._says_index |= current.says_index
@@ -171,6 +177,21 @@ class NativeAttention:
                 "or this version of the model adds tokens that are not known here.",
                 logging.WARNING,
             )
+        return out
+
+    def _run_pass(self, executor: Any, *args: Any, **conditions: Any) -> Any:
+        """The pass itself, in which gates see what their layers are given; also in its backward pass, where it has
+        one."""
+        if self.gates is None:
+            return executor(*args, **conditions)
+        self.gates.watch(unwrap(executor.class_obj.diffusion_model))
+        again = False
+        try:
+            out = executor(*args, **conditions)
+            again = isinstance(out, torch.Tensor) and out.requires_grad
+        finally:
+            if not again:
+                self.gates.release()
         return out
 
     def _enter(
@@ -203,7 +224,8 @@ class NativeAttention:
         try:
             layout = geometry.layout(inputs)
         except StaysDense as reason:
-            self.note(f"{reason}, so all stayed dense.", logging.WARNING)
+            lost = "" if self.gates is None else f", without the gates that {self.name} was trained with"
+            self.note(f"{reason}, so all stayed dense{lost}.", logging.WARNING)
             return current
         current.layout = layout
         current.offsets, current.main_layers = geometry.block_offsets(model), geometry.main_layers(model)
@@ -339,31 +361,48 @@ class NativeAttention:
                 current.reason = short
             else:
                 self._engine(current)
+        given = None
+        if self.gates is not None:
+            with said_by(self.title):
+                given = self.gates.take(current, layer)
         mask = args[0] if args else kwargs.get("mask")
         reason = current.reason or self.dense.layer_reason(layer) or unfit_reason(q, k, v, heads, split, mask, kwargs)
+        joined = not kwargs.get("skip_output_reshape", False)  # in what is given back
         if reason:
             with Span(q.device) as span:
                 out = inner(q, k, v, heads, *args, **kwargs)
+                if given is not None:
+                    tensors = [_apart(out, heads) if joined else out]
+                    tensors += [x if split else _apart(x, heads) for x in (q, k, v)]
+                    out = self.gates.complete(self.method_for(current.layout), current.layout, layer, given, *tensors)
+                    out = _together(out) if joined else out
             self._record(current, layer, reason, span)
             return out
-        if not split:
-            q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = self._sparse(current, layer, q, k, v)
-        return out if kwargs.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
+        q, k, v = (q, k, v) if split else (_apart(x, heads) for x in (q, k, v))
+        out = self._sparse(current, layer, q, k, v, given)
+        return _together(out) if joined else out
 
     def _sparse(
-        self, current: ForwardPass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        current: ForwardPass,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        given: torch.Tensor | None,
     ) -> torch.Tensor:
         """Each guidance branch of the batch on its own, so that a batch of two gives what two calls give."""
         branches = current.branches if current.batch % len(current.branches) == 0 else ["batch"]
         parts = [x.chunk(len(branches)) for x in (q, k, v)]
+        inputs = [None] * len(branches) if given is None else given.chunk(len(branches))
         outs = []
-        for branch, *tensors in zip(branches, *parts, strict=True):
+        for branch, one, *tensors in zip(branches, inputs, *parts, strict=True):
             one_q, one_k, one_v = tensors
+            weights = self.weights.get(layer) if one is None else self.gates.of(layer, one, q.shape[1])
             with self._lock, said_by(self.title):
                 engine = self._engines[current.layout]
                 engine.enter(replace(current.step, branch=branch), current.layout)
-                outs.append(engine(one_q, one_k, one_v, layer, weights=self.weights.get(layer)))
+                outs.append(engine(one_q, one_k, one_v, layer, weights=weights))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @property
@@ -446,3 +485,13 @@ class NativeAttention:
             for branch in current.branches
         ]
         self._dense_calls.append((calls, span))
+
+
+def _apart(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """`[B, N, H * D]` as `[B, H, N, D]`."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _together(x: torch.Tensor) -> torch.Tensor:
+    """`[B, H, N, D]` as `[B, N, H * D]`."""
+    return x.transpose(1, 2).flatten(2)

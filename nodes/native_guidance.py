@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .geometry import unwrap
+from .geometry import diffusion_model_of
 from .native_lora import with_lora
 from .wording import InputError
 
@@ -47,9 +47,7 @@ def guide(model: Any, location: Path, scale: float) -> Any:
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeError, read_adapter
     from ..pipelines.guidance_free.low_rank import gate_of
 
-    diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
-    if diffusion_model is None:
-        raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+    diffusion_model = diffusion_model_of(model)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         raise InputError("this MODEL is guidance-free already: connect the MODEL from before the other Guidance-Free.")
     try:
@@ -64,7 +62,7 @@ def guide(model: Any, location: Path, scale: float) -> Any:
         )
         raise InputError(f"guidance is {scale:g}: {adapter.path.name} was trained for {trained}")
     lora, embedder = adapter.weights()
-    _check_fits(adapter.path.name, unwrap(diffusion_model), lora, embedder.linear.out_features)
+    _check_fits(adapter.path.name, diffusion_model, lora, embedder.linear.out_features)
     gate = gate_of(scale, adapter.max_scale if adapter.gated else None)
     with torch.inference_mode(False), torch.no_grad():
         patches = {**lora, _BIAS: embedder(torch.tensor([1 / scale]))[0]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from ..attention import Method, VideoLayout
 from ..attention.backends import refusal
 from .announced import announce
-from .geometry import unwrap
+from .geometry import diffusion_model_of
+from .learned_layers import LearnedLayers
 from .native import KEY, NativeAttention
 from .native_models import find_geometry
 from .sampling import DensePart, parse_layers
@@ -32,7 +33,8 @@ def sparsify(
     backend: str = "auto",
     measure_error: int = 0,
     precision: str = PRECISIONS[0],
-    weights: Mapping[int, torch.nn.Module] | None = None,
+    weights: LearnedLayers | None = None,
+    gates: LearnedLayers | None = None,
 ) -> tuple[Any, NativeAttention]:
     """A clone of a MODEL with sparse attention; the MODEL itself stays as it is.
 
@@ -48,7 +50,7 @@ def sparsify(
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
         precision: of `PRECISIONS`.
-        weights: what was trained for the method in each layer.
+        weights, gates: what was trained for the method in each layer, see `NativeAttention`.
 
     Returns:
         The clone, and the object that holds its state and report.
@@ -59,9 +61,7 @@ def sparsify(
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-    diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
-    if diffusion_model is None:
-        raise ValueError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+    diffusion_model = diffusion_model_of(model)
     if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
         raise ValueError(
             "this MODEL has sparse attention already: two methods cannot share one model. Connect the MODEL from "
@@ -71,7 +71,7 @@ def sparsify(
     check_stand_ins(backend, model.load_device, stand_ins)
     check_precision(backend, model.load_device, precision)
     geometry = find_geometry(diffusion_model)
-    layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(unwrap(diffusion_model)))
+    layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(diffusion_model))
     common = {
         "dense_start_percent": dense_start_percent,
         "dense_end_percent": dense_end_percent,
@@ -91,7 +91,8 @@ def sparsify(
         backend=backend,
         measure_error=measure_error,
         precision=chosen_precision(precision),
-        weights=weights,
+        weights=None if weights is None else weights.modules,
+        gates=None if gates is None else gates.modules,
     )
 
     # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.
@@ -99,6 +100,8 @@ def sparsify(
         return session.forward(executor, *args, **kwargs)
 
     clone = model.clone()
+    for learned in filter(None, (weights, gates)):
+        learned.put_beside(clone)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper)
     announce(clone, session)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from .adapter_files import State
-from .geometry import unwrap
+from .geometry import diffusion_model_of
 from .native_guidance import guide
 from .native_models import find_geometry
 from .news import GenerationReport, nothing
@@ -144,13 +144,11 @@ def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tup
     Raises:
         InputError: the preset is for another model, or has what a MODEL cannot have.
     """
-    diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
-    if diffusion_model is None:
-        raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
+    diffusion_model = diffusion_model_of(model)
     geometry = find_geometry(diffusion_model)
     if geometry is None:
-        raise InputError(f"a {type(unwrap(diffusion_model)).__name__} is no model that presets are for.")
-    part = native_part(preset, geometry.layers(unwrap(diffusion_model)), geometry.family)
+        raise InputError(f"a {type(diffusion_model).__name__} is no model that presets are for.")
+    part = native_part(preset, geometry.layers(diffusion_model), geometry.family)
     if part.left and not skip_others:
         raise InputError(
             f"preset {preset.name} has what other nodes set: {'; '.join(part.left)}. Set it there and switch "

@@ -7,22 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from ..generation.errors import BadInput
 from ..generation.sla import trained_method
 from .acceleration import Acceleration
+from .learned_layers import check_wan
 from .pipelines import require_packages
 from .wording import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from ..attention import Method, RunReport, VideoLayout
     from ..generation.model_facts import ModelFacts
     from ..pipelines.acceleration.sla import SLAAdapter
-
-NATIVE = "WanModel"
-"""The class of the native models that adapters are for: diffusers' WanTransformer3DModel."""
 
 
 def open_adapter(location: str | Path) -> SLAAdapter:
@@ -43,8 +40,8 @@ def open_adapter(location: str | Path) -> SLAAdapter:
 
 def matrices_and_projections(
     adapter: SLAAdapter, model: Any
-) -> tuple[dict[str, torch.Tensor], Mapping[int, nn.Module]]:
-    """The LoRA of an adapter, and the projection of each layer.
+) -> tuple[dict[str, torch.Tensor], Mapping[int, dict[str, torch.Tensor]]]:
+    """The LoRA of an adapter, and the weight and the bias of each layer's projection.
 
     Args:
         adapter: for it.
@@ -57,9 +54,7 @@ def matrices_and_projections(
     from ..pipelines.acceleration.sla_weights import PROJECTION, SLAError, check_complete, names_in
     from ..pipelines.adapter_files import read_split
 
-    name = type(model).__name__
-    if name != NATIVE:
-        raise InputError(f"model is a {name}: {adapter.path.name} is for Wan 2.1 or 2.2 (text or image to video).")
+    check_wan(model, adapter.path.name, "text or image to video")
     layers, dim = range(len(model.blocks)), model.dim // model.num_heads
     learned = [f"blocks.{layer}.attn1" for layer in layers][adapter.trained.dense_layers :]
     lora, tensors = read_split(adapter.path, lambda key: f".{PROJECTION}." in key)
@@ -76,11 +71,10 @@ def matrices_and_projections(
             f"sla: {adapter.path.name} has {len(tensors) // 2} layers of {min(shapes)[0]} channels a head, and this "
             f"model {len(wanted) // 2} of {dim}: give the adapter of this model ({adapter.base}, {adapter.part})."
         )
-    made = {}
-    for layer, path in zip(layers[adapter.trained.dense_layers :], learned, strict=True):
-        made[layer] = nn.Linear(dim, dim).requires_grad_(False)
-        made[layer].load_state_dict({kind: tensors[f"{path}.{PROJECTION}.{kind}"] for kind in ("weight", "bias")})
-    return lora, made
+    return lora, {
+        layer: {kind: tensors[f"{path}.{PROJECTION}.{kind}"] for kind in ("weight", "bias")}
+        for layer, path in zip(layers[adapter.trained.dense_layers :], learned, strict=True)
+    }
 
 
 @dataclass(frozen=True)

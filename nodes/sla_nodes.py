@@ -8,6 +8,8 @@ from comfy_api.latest import io
 
 from . import pipelines
 from .adapter_files import BY_PATH, State, chosen_file, state_of_chosen
+from .geometry import diffusion_model_of
+from .learned_layers import learned_layers
 from .native_lora import with_lora
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY as PIPELINES
@@ -16,7 +18,7 @@ from .report_node import Report
 from .schema import accepted
 from .sla import LearnedSLA, matrices_and_projections, open_adapter
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input, precision_input
-from .wording import InputError, plain_messages
+from .wording import plain_messages
 
 WORDS = ["vidaccel", "sparse linear attention", "speed up video", "lora"]
 
@@ -80,10 +82,7 @@ class VidaccelApplySLA(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, sla: str, path: str, **common: Any) -> io.NodeOutput:
         adapter = open_adapter(chosen_file(sla, path, "sla"))
-        diffusion_model = getattr(getattr(model, "model", None), "diffusion_model", None)
-        if diffusion_model is None:
-            raise InputError("model is empty: connect the MODEL output of a node such as Load Diffusion Model.")
-        lora, projections = matrices_and_projections(adapter, diffusion_model)
+        lora, projections = matrices_and_projections(adapter, diffusion_model_of(model))
         changed = with_lora(model, lora, 1.0, field="sla", file=adapter.path.name)
         trained = adapter.trained
         method = trained.method()
@@ -95,7 +94,7 @@ class VidaccelApplySLA(io.ComfyNode):
                 lambda layout: method,
                 name="SLA",
                 settings=told,
-                weights=projections,
+                weights=learned_layers(model, projections) if projections else None,
                 dense_layers=dense,
                 **common,
             )

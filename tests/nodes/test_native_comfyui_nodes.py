@@ -25,7 +25,9 @@ def test_every_input_and_node_is_explained():
     for name, node in nodes().items():
         schema = node.GET_SCHEMA()
         assert schema.description and schema.category.startswith("video acceleration")
-        assert name.startswith("Vidaccel") and schema.display_name.startswith(("Sparse Attention", "Apply SLA"))
+        assert name.startswith("Vidaccel") and schema.display_name.startswith(
+            ("Sparse Attention", "Apply SLA", "Apply VSA")
+        )
         for item in schema.inputs:
             assert item.tooltip and item.tooltip.endswith("."), (name, item.id)
         assert node.GET_NODE_INFO_V1()["input"]["required"]
@@ -244,4 +246,4 @@ def test_a_node_with_a_file_runs_again_once_that_was_changed(tmp_path):
             states.append([node.fingerprint_inputs(**dict.fromkeys(names) | {"path": place}) for place in places])
         assert all(one != other != empty for one, other in zip(*states, strict=True)), node.__name__
         paths[node.__name__] = empty
-    assert len(paths) == 7
+    assert len(paths) == 8

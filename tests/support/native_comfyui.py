@@ -91,9 +91,9 @@ class Calls:
 
 def nodes() -> dict:
     """The nodes for native models by id."""
-    from vidaccel.nodes import report_node, sla_nodes, sparse_nodes
+    from vidaccel.nodes import report_node, sla_nodes, sparse_nodes, vsa_nodes
 
-    native = [*sparse_nodes.NODES, sla_nodes.VidaccelApplySLA, *report_node.NODES]
+    native = [*sparse_nodes.NODES, sla_nodes.VidaccelApplySLA, *vsa_nodes.NODES, *report_node.NODES]
     return {node.define_schema().node_id: node for node in native}
 
 
