@@ -21,7 +21,10 @@ FOLDER = Path(__file__).parent
 SIDE = 640  # pixels
 BAR = 92  # below the picture; a card is some 220 pixels wide, so its letters are large
 METHODS = {"VidaccelSparseAttention" + name: name.lower() for name in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")}
+METHODS["VidaccelApplyVSA"] = "vsa"
+OF_TRAINING = 0.2  # the density of FastWan 1.3B, where a node has 0 for it
 PROMPTS = {
+    "fastwan_t2v_vsa": "a blue circle moves right on a black background",
     "demo_compare": "a red circle moves left on a grey background",
     "hunyuan_t2v_svg": "a yellow circle moves up on a black background",
     "wan22_i2v_svg2": "a blue square moves right on a white background",
@@ -60,13 +63,13 @@ def cards() -> list[Card]:
         graph = json.loads(api.read_text(encoding="utf-8"))
         (inputs, *_) = (node for node in graph.values() if "density" in node["inputs"])
         method = METHODS.get(inputs["class_type"]) or inputs["inputs"]["method"]
-        found.append(Card(api.stem, page, method, inputs["inputs"]["density"]))
+        found.append(Card(api.stem, page, method, inputs["inputs"]["density"] or OF_TRAINING))
     return found
 
 
 def compose(card: Card, frames: np.ndarray, dense: np.ndarray | None, note: str) -> Image.Image:
     """The picture of a card, from a video `[F, H, W, 3]` of bytes and, of a comparison, the dense one."""
-    method = card.method.upper() if card.method.startswith("svg") else card.method.capitalize()
+    method = card.method.upper() if card.method.startswith(("svg", "vsa")) else card.method.capitalize()
     told = f"{method}, {card.density:.0%} of pairs"
     middle = len(frames) // 2
     if dense is not None:
@@ -124,6 +127,8 @@ def built_in(card: Card, **settings: Any) -> tuple[np.ndarray, np.ndarray | None
     if "long" in card.name:
         own["frames"] = 65
     wanted = [(card.method, {"density": card.density})] + [("dense", {})] * (card.name == "demo_compare")
+    if card.method == "vsa":  # whose gates the built-in model was not trained with
+        own["settings"] = {"vsa": {"gated": False}}
     made = [generate("demo", PROMPTS[card.name], method=m, **own, **more).frames for m, more in wanted]
     return made[0], made[1] if len(made) > 1 else None
 

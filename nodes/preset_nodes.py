@@ -116,9 +116,8 @@ class VidaccelApplyPresetNative(io.ComfyNode):
                     "skip_others",
                     default=False,
                     tooltip="Go on without what is for other nodes to set: a cache, LoRAs, a scheduler, steps, "
-                    "guidance in two passes, layers in 8 bits, SLA, the adapter of a folder of diffusers; and without "
-                    "VSA, which is for pipelines alone. The log and the report say which, with the values to set. Off, "
-                    "that is an error.",
+                    "guidance in two passes, layers in 8 bits, SLA, VSA, the adapter of a folder of diffusers. The log "
+                    "and the report say which, with the values to set. Off, that is an error.",
                 ),
             ],
             outputs=[

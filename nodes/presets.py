@@ -34,7 +34,7 @@ ELSEWHERE = {
 """What a native MODEL does not get from a preset -> what ComfyUI has for it."""
 TRAINED = {
     "sla": "whose weights a MODEL gets from Apply SLA",
-    "vsa": "whose gates no native model has: use a pipeline of diffusers, with Apply Preset",
+    "vsa": "whose gates a MODEL gets from Apply VSA",
 }
 """Likewise of methods that need weights."""
 ADAPTER = "Guidance-Free"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,9 @@ def _tensors(file: Path) -> dict[str, _Tensor]:
 
 
 def _width(tensor: _Tensor) -> int:
-    """Bytes of a number, rounded down."""
-    numbers = 1
-    for size in tensor.entry["shape"]:
-        numbers *= size
-    return tensor.size // numbers if numbers else 0
+    """Bits of a number, as the name of its dtype has them ("BF16", "F8_E4M3"); BOOL has a byte."""
+    bits = re.search(r"\d+", tensor.entry["dtype"])
+    return int(bits[0]) if bits else 8
 
 
 def _copy(source: BinaryIO, out: BinaryIO, size: int) -> None:

@@ -13,6 +13,7 @@ import vidaccel as package
 from vidaccel.generation.job import prepare
 from vidaccel.generation.request import Settings
 from vidaccel.generation.sparse import Sparse
+from vidaccel.pipelines.acceleration.vsa_files import find_gates
 from vidaccel.pipelines.few_steps import convert_fastwan
 
 SIZE = {"frames": 17, "height": 128, "width": 128}
@@ -81,14 +82,22 @@ def test_a_model_without_gates(tiny_model, given):
     [
         (("nowhere at all", "new"), "SOURCE is nowhere at all: it is neither a folder here nor a hub id"),
         (("published", "published"), "it exists already"),
+        (("published", "new.safetensors", "--link"), "--link is of no use for new.safetensors, one file"),
         (("published", "new", "--density", 0), "--density is 0.0: it must be above 0 and at most 1"),
     ],
 )
 def test_what_is_refused(vidaccel, published, tmp_path, arguments, message):
-    given = [{"published": published, "new": tmp_path / "new"}.get(a, a) for a in arguments]
+    given = [{"published": published}.get(a, tmp_path / a if str(a).startswith("new") else a) for a in arguments]
     failed = vidaccel("convert", "fastwan", *given)
     assert failed.exit_code == 2 and message in " ".join(failed.output.split())
-    assert not (tmp_path / "new").exists()
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_file_for_comfyui(vidaccel, published, tmp_path):
+    file = tmp_path / "fastwan.safetensors"
+    done = vidaccel("convert", "fastwan", published, file, "--density", 0.5)
+    assert done.exit_code == 0 and done.output.endswith(f"Wrote {file}\n"), done.output
+    assert find_gates(file).trained.density == 0.5
 
 
 def test_a_comparison_says_what_its_reference_is(vidaccel, converted, tmp_path):

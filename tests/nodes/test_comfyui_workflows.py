@@ -14,7 +14,7 @@ from workflow_files import NAMES, server_form
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED)]
 
 # Inputs that name a file, which the machine of a test does not have.
-FILES = ("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "image")
+FILES = ("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "image", "gates")
 
 
 def options(spec: list[Any]) -> list[Any] | None:
@@ -79,7 +79,10 @@ def shrunk(graph: dict[str, Any]) -> dict[str, Any]:
             family = (
                 "hunyuan" if "hunyuan" in inputs["unet_name"] else "wan_i2v" if "i2v" in inputs["unet_name"] else "wan"
             )
+            family = "fastwan" if "fastwan" in inputs["unet_name"] else family
             inputs["unet_name"] = f"tiny_{family}.safetensors"
+        elif kind == "VidaccelApplyVSA":
+            inputs["gates"] = "tiny_fastwan.safetensors"
         elif kind == "VAELoader":
             inputs["vae_name"] = "tiny_wan_vae.safetensors"
         elif kind == "CLIPTextEncode":

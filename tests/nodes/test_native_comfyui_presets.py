@@ -11,7 +11,7 @@ import pytest
 from gft_adapters import write_native
 from native_comfyui import sample, tiny
 
-from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial
+from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial
 from vidaccel.nodes.native_guidance import guide
 from vidaccel.nodes.patch import sparsify
 from vidaccel.nodes.preset_nodes import apply_native
@@ -63,9 +63,11 @@ def test_levers_that_a_model_cannot_carry_are_left_out_one_by_one(tmp_path):
     description, model, _ = tiny("wan_t2v")
     file = write_native(tmp_path)
     only_guidance = Preset(name="a", method=SLA(), sla="b.safetensors", guidance_free=str(file), guidance_scale=4.0)
+    gated = Preset(name="a", method=VSA(), guidance_free=str(file), guidance_scale=4.0)
     only_method = Preset(name="a", method=SPARSE, guidance_free="own", guidance_scale=4.0, num_inference_steps=4)
     for preset, message in (
         (only_guidance, "method sla, whose weights a MODEL gets from Apply SLA. Set it there"),
+        (gated, "method vsa, whose gates a MODEL gets from Apply VSA. Set it there"),
         (only_method, "guidance_free, the adapter of a folder of diffusers: Guidance-Free takes"),
     ):
         with pytest.raises(InputError, match=message):

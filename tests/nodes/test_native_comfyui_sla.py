@@ -69,6 +69,18 @@ def test_what_was_learned_is_applied(adapter):
     assert sample(model, description).equal(unpatched)
 
 
+def test_projections_are_loaded_with_the_model_and_cast_as_they_are_needed(adapter):
+    description, model, _ = tiny("wan_t2v")
+    clone, _ = applied(model, adapter(0.5))
+    expected = sample(clone, description)
+    (patcher,) = clone.get_nested_additional_models()
+    assert (patcher.load_device, patcher.offload_device) == (model.load_device, model.offload_device)
+    assert {tuple(x.shape) for x in patcher.model.state_dict().values()} == {(24, 24), (24,)}
+    patcher.model.to(torch.float64)  # where nothing casts, it would not multiply with float32
+    assert sample(clone, description).equal(expected)
+    assert not model.get_nested_additional_models()
+
+
 def test_what_does_not_fit(adapter):
     _, model, _ = tiny("wan_t2v")
     with pytest.raises(InputError, match="sla: choose a file of models/loras, or give the path of one"):

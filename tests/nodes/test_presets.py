@@ -153,7 +153,7 @@ def test_what_is_left_to_other_nodes_has_the_values_to_set_there():
             "nothing else .* guidance_free, the adapter",
         ),
         (Preset(name="a", method=SLA(), sla="b.safetensors"), "nothing else of a preset: method sla, whose weights"),
-        (Preset(name="a", method=VSA()), "method vsa, whose gates no native model has: use a pipeline of diffusers"),
+        (Preset(name="a", method=VSA()), "method vsa, whose gates a MODEL gets from Apply VSA"),
         (Preset(name="a"), "nothing else of a preset: it is empty"),
         (Preset(name="a", guidance_free="x"), "has guidance_free and no guidance_scale"),
     ],

@@ -15,6 +15,8 @@ from vidaccel.attention import METHODS
 from vidaccel.nodes.defaults import defaults_of
 
 ROOT = FOLDER.parent
+CONVERTED = {"fastwan_1.3b.safetensors": "vidaccel convert fastwan FastVideo/FastWan2.1-T2V-1.3B-Diffusers"}
+"""Files that nobody publishes -> the command that makes them."""
 
 
 def test_comfyui_serves_the_templates_from_their_folder():
@@ -26,6 +28,7 @@ def test_comfyui_serves_the_templates_from_their_folder():
 def test_these_are_the_workflows():
     assert NAMES == [
         "demo_compare",
+        "fastwan_t2v_vsa",
         "hunyuan_t2v_svg",
         "wan22_i2v_svg2",
         "wan_t2v_radial_long",
@@ -42,7 +45,7 @@ def test_both_forms_are_the_same_graph(name):
     assert sent == filed
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "demo_compare"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("demo_compare", "fastwan_t2v_vsa")])
 def test_the_layers_that_stay_dense_are_those_that_the_nodes_start_with(name):
     nodes = [n for n in server_form(name).values() if n["class_type"].startswith("VidaccelSparse")]
     for node in nodes:
@@ -95,13 +98,23 @@ def test_the_pictures_are_made_by_one_command(tmp_path):
 def test_weights_are_named_with_their_address_and_folder(name):
     for node in page_form(name)["nodes"]:
         files = [v for v in node.get("widgets_values", []) if isinstance(v, str) and v.endswith(".safetensors")]
+        files = [file for file in files if file not in CONVERTED]
         models = node["properties"].get("models", [])
         assert sorted(m["name"] for m in models) == sorted(files)
         assert all(m["url"].startswith("https://") and m["url"].endswith(m["name"]) for m in models)
         assert {m["directory"] for m in models} <= {"diffusion_models", "text_encoders", "vae"}
 
 
+def test_what_nobody_publishes_is_named_with_the_command_that_makes_it():
+    page = page_form("fastwan_t2v_vsa")
+    told = " ".join(node["widgets_values"][0] for node in page["nodes"] if node["type"] in NOTES)
+    for file, command in CONVERTED.items():
+        assert f"`{command} {file}`" in told
+        users = [node["type"] for node in page["nodes"] if file in node["widgets_values"]]
+        assert users == ["UNETLoader", "VidaccelApplyVSA"]
+
+
 def test_every_node_of_this_pack_has_a_page_of_help():
     used = {n["class_type"] for name in NAMES for n in server_form(name).values() if "Vidaccel" in n["class_type"]}
     helped = {path.parent.name for path in (ROOT / "nodes" / "web" / "docs").glob("*/en.md")}
-    assert used <= helped and len(helped) == 20
+    assert used <= helped and len(helped) == 21

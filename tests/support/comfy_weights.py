@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams  # noqa: E402
 from comfy.ldm.wan.model import WanModel  # noqa: E402
 from comfy.ldm.wan.vae import WanVAE  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 MADE = {"operations": comfy.ops.disable_weight_init, "dtype": torch.float32, "device": "cpu"}
 WAN = {
@@ -69,10 +69,21 @@ def save(module: torch.nn.Module, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
 
 
+def add_gates(source: Path, target: Path) -> None:
+    """The same model as `vidaccel convert fastwan` writes one, with random gates."""
+    width = WAN["dim"]
+    tensors = {f"model.diffusion_model.{name}": value for name, value in load_file(source).items()}
+    for layer in range(WAN["num_layers"]):
+        gate = f"vsa.blocks.{layer}.to_gate_compress"
+        tensors |= {f"{gate}.weight": torch.randn(width, width) * width**-0.5, f"{gate}.bias": torch.zeros(width)}
+    save_file(tensors, target)
+
+
 def main(folder: Path) -> None:
     """Write all of them below a `models` folder."""
     unets = folder / "diffusion_models"
     save(WanModel(in_dim=16, **WAN, **MADE), unets / "tiny_wan.safetensors")
+    add_gates(unets / "tiny_wan.safetensors", unets / "tiny_fastwan.safetensors")
     # Wan 2.2's image-to-video has no image embedding: 16 channels of noise, 4 of mask, 16 of the picture.
     save(WanModel(in_dim=36, **WAN, **MADE), unets / "tiny_wan_i2v.safetensors")
     # Later versions have fields for later models, which count as absent.

@@ -9,6 +9,9 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from fastwan_models import write_fastwan
+from safetensors import safe_open
+from safetensors.torch import load_file
 from sla_models import demo_parts
 from tiny_wan import make_transformer
 from vsa_models import as_published, write_gates
@@ -166,3 +169,64 @@ def test_gates_that_are_not_whole_and_tensors_that_nobody_knows(base, tmp_path):
         convert_fastwan(base, lacking)
     with pytest.raises(LayoutError, match="source: no/such cannot be had from the hub"):
         convert_fastwan("no/such", tmp_path / "made")
+
+
+def test_one_file_for_comfyui(tmp_path):
+    """The transformer alone, in Wan's own names as checkpoints have them, and the gates beside it."""
+    source = write_fastwan(tmp_path / "FastWan", shards=2)
+    file = convert_fastwan(source, tmp_path / "new" / "fastwan.safetensors")
+    found, own = load_file(file), {}
+    for shard in (source / "transformer").glob("*.safetensors"):
+        own |= load_file(shard)
+    gates = {f"vsa.{name}" for name in own if "to_gate_compress" in name}
+    prefix = "model.diffusion_model."
+    assert len(found) == len(own) and len(gates) == 4
+    assert {name for name in found if not name.startswith(prefix)} == gates
+    for one, other in {
+        "vsa.blocks.1.to_gate_compress.bias": "blocks.1.to_gate_compress.bias",
+        f"{prefix}blocks.1.self_attn.o.weight": "blocks.1.attn1.to_out.0.weight",
+        f"{prefix}blocks.0.norm3.weight": "blocks.0.norm2.weight",
+        f"{prefix}blocks.0.modulation": "blocks.0.scale_shift_table",
+        f"{prefix}head.modulation": "scale_shift_table",
+        f"{prefix}head.head.bias": "proj_out.bias",
+        f"{prefix}text_embedding.2.weight": "condition_embedder.text_embedder.linear_2.weight",
+        f"{prefix}time_projection.1.bias": "condition_embedder.time_proj.bias",
+        f"{prefix}patch_embedding.weight": "patch_embedding.weight",
+    }.items():
+        assert found[one].dtype == torch.bfloat16 and found[one].equal(own[other]), one
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()["vidaccel"])
+    assert facts == {"vsa": {"density": 0.2, "cube": [4, 4, 4]}}
+
+
+def test_one_file_of_a_model_without_gates(tmp_path):
+    source = write_fastwan(tmp_path / "FullAttn", gated=False)
+    file = convert_fastwan(source, tmp_path / "full.safetensors")
+    assert all(name.startswith("model.diffusion_model.") for name in load_file(file))
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_of_a_repository_one_file_needs_the_transformer_alone(tmp_path, monkeypatch):
+    source, asked = write_fastwan(tmp_path / "FastWan"), []
+
+    def download(repository, **options):
+        asked.append(options["allow_patterns"])
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    convert_fastwan("some/FastWan", tmp_path / "fastwan.safetensors")
+    assert asked == [["model_index.json", "transformer/*"]]
+
+
+def test_a_file_that_is_there_or_is_to_be_linked(tmp_path):
+    source = write_fastwan(tmp_path / "FastWan")
+    (tmp_path / "there.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"there.safetensors exists already: give a new name, or delete it first"):
+        convert_fastwan(source, tmp_path / "there.safetensors")
+    with pytest.raises(CheckpointError, match=r"link is for a folder, and new.safetensors is one file"):
+        convert_fastwan(source, tmp_path / "new.safetensors", link=True)
+    _other_size(source)
+    with pytest.raises(CheckpointError, match="its config needs"):
+        convert_fastwan(source, tmp_path / "new.safetensors")
+    assert not (tmp_path / "new.safetensors").exists()
