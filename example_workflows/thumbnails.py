@@ -24,7 +24,7 @@ METHODS = {"VidaccelSparseAttention" + name: name.lower() for name in ("SVG2", "
 METHODS["VidaccelApplyVSA"] = "vsa"
 OF_TRAINING = 0.2  # the density of FastWan 1.3B, where a node has 0 for it
 PROMPTS = {
-    "fastwan_t2v_vsa": "a blue circle moves right on a black background",
+    "fastwan_t2v_vsa": "a red circle moves right on a white background",
     "demo_compare": "a red circle moves left on a grey background",
     "hunyuan_t2v_svg": "a yellow circle moves up on a black background",
     "wan22_i2v_svg2": "a blue square moves right on a white background",
@@ -127,8 +127,8 @@ def built_in(card: Card, **settings: Any) -> tuple[np.ndarray, np.ndarray | None
     if "long" in card.name:
         own["frames"] = 65
     wanted = [(card.method, {"density": card.density})] + [("dense", {})] * (card.name == "demo_compare")
-    if card.method == "vsa":  # whose gates the built-in model was not trained with
-        own["settings"] = {"vsa": {"gated": False}}
+    if card.method == "vsa":  # the built-in model has no gates, and twelve cubes of 4x4x4 alone
+        own["settings"] = {"vsa": {"gated": False, "cube": (2, 2, 2)}}
     made = [generate("demo", PROMPTS[card.name], method=m, **own, **more).frames for m, more in wanted]
     return made[0], made[1] if len(made) > 1 else None
 
