@@ -44,11 +44,13 @@ class Gates:
                 handle = block.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
                 self._handles[block.self_attn] = handle
 
-    def release(self) -> None:
-        """Take the hooks away again."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles = {}
+    def release(self, model: Any = None) -> None:
+        """Take the hooks away again, of one model, or of all: ComfyUI runs a model on each GPU from a thread of its
+        own."""
+        chosen = list(self._handles) if model is None else [block.self_attn for block in model.blocks]
+        for attention in chosen:
+            if handle := self._handles.pop(attention, None):
+                handle.remove()
 
     def take(self, current: ForwardPass, layer: int) -> torch.Tensor:
         """What a layer was given, `[B, N, C]`, in the attention call that it makes now.

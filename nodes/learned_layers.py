@@ -56,6 +56,17 @@ def learned_layers(model: Any, tensors: Mapping[int, Mapping[str, torch.Tensor]]
         model: ComfyUI's ModelPatcher.
         tensors: number of a layer -> its `weight` `[out, in]` and `bias` `[out]`, in the dtype that they shall have.
     """
+    patcher = _patcher(tensors, model.load_device, model.offload_device)
+    return LearnedLayers({int(name): module for name, module in patcher.model.items()}, patcher)
+
+
+def _patcher(
+    tensors: Mapping[int, Mapping[str, torch.Tensor]],
+    load_device: torch.device,
+    offload_device: torch.device,
+    disable_dynamic: bool = False,
+) -> Any:
+    """A ModelPatcher of layers; see `learned_layers`. The last argument is what ComfyUI calls a loader with."""
     import comfy.model_patcher
     import comfy.ops
 
@@ -67,5 +78,13 @@ def learned_layers(model: Any, tensors: Mapping[int, Mapping[str, torch.Tensor]]
             linear = comfy.ops.manual_cast.Linear(into, out, device="cpu", dtype=own["weight"].dtype)
             linear.load_state_dict(dict(own))
             made[str(layer)] = linear.requires_grad_(False)
-    patcher = comfy.model_patcher.CoreModelPatcher(made, model.load_device, model.offload_device)
-    return LearnedLayers({int(name): module for name, module in made.items()}, patcher)
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(made, load_device, offload_device)
+
+    # For a model on each GPU, ComfyUI has the loader of each make it anew.
+    def again(disable_dynamic: bool = False) -> Any:
+        own = {int(name): module.state_dict() for name, module in made.items()}
+        return _patcher(own, load_device, offload_device, disable_dynamic)
+
+    patcher.cached_patcher_init = (again, ())
+    return patcher

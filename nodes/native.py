@@ -184,14 +184,15 @@ class NativeAttention:
         one."""
         if self.gates is None:
             return executor(*args, **conditions)
-        self.gates.watch(unwrap(executor.class_obj.diffusion_model))
+        model = unwrap(executor.class_obj.diffusion_model)
+        self.gates.watch(model)
         again = False
         try:
             out = executor(*args, **conditions)
             again = isinstance(out, torch.Tensor) and out.requires_grad
         finally:
             if not again:
-                self.gates.release()
+                self.gates.release(model)
         return out
 
     def _enter(

@@ -265,6 +265,25 @@ def test_gates_are_loaded_with_the_model_and_cast_as_they_are_needed(file, model
     assert sample(clone).equal(expected)
 
 
+def test_a_model_on_each_gpu(file, model):
+    """The second has gates of its own, and hooks that the end of a pass of the first leaves alone."""
+    clone, session = applied(model, file)
+    (patcher,) = clone.get_nested_additional_models()
+    if hasattr(patcher, "deepclone_multigpu"):
+        other = patcher.deepclone_multigpu(torch.device("cpu"))
+        assert other.model is not patcher.model
+        for name, value in patcher.model.state_dict().items():
+            assert other.model.state_dict()[name].equal(value)
+    one, two = model.model.diffusion_model, load(file).model.diffusion_model
+    session.gates.watch(one)
+    session.gates.watch(two)
+    session.gates.release(one)
+    hooks = [[len(block.self_attn._forward_pre_hooks) for block in each.blocks] for each in (one, two)]
+    assert hooks == [[0, 0], [1, 1]]
+    session.end()
+    assert not any(module._forward_pre_hooks for module in two.modules())
+
+
 @pytest.mark.parametrize("first", ["lora", "vsa"])
 def test_beside_a_lora(file, model, first):
     lora = {}
