@@ -208,6 +208,10 @@ def test_the_model_that_comes_in_stays_as_it_is(file, model):
     first, second = sample(one), sample(other)
     assert not first.equal(second)
     assert sample(one).equal(first) and sample(model).equal(before) and sample(other.clone()).equal(second)
+    # Neither after a pass of which no sampler says that it has ended.
+    options = {"wrappers": {kind: dict(of) for kind, of in one.wrappers.items()}}
+    with torch.no_grad():
+        one.model.apply_model(noise(), torch.tensor([0.5]), c_crossattn=text(), transformer_options=options)
     blocks = model.model.diffusion_model.blocks
     assert not any(module._forward_pre_hooks for module in blocks.modules())
     assert not any("to_gate" in name for name in model.model.state_dict())
