@@ -94,6 +94,7 @@ class NativeAttention:
         self._says_index = False  # which saves a compiled model new functions in each pass
         self._branches: dict[Any, str] = {}
         self._levels: list[float] = []
+        self._table: tuple[torch.Tensor, list[float]] | None = None
         self._override: tuple[Attention | None, bool, Attention] | None = None
         self._lock = threading.Lock()  # ComfyUI runs the branches on several GPUs from a thread each
         self._run = -1
@@ -128,7 +129,7 @@ class NativeAttention:
             self.gates.release()
 
     def _forget(self) -> None:
-        self._branches, self._levels = {}, []
+        self._branches, self._levels, self._table = {}, [], None
         self._window_step = -1
         # Branches in context windows: of that step, and of the one before.
         self._windows: set[str] = set()
@@ -208,8 +209,7 @@ class NativeAttention:
             self.begin()  # a sampler that calls nobody when it starts
         sigma = options.get("sigmas", t)
         sigma = float(torch.as_tensor(sigma).max())
-        table = options.get("sample_sigmas")
-        levels = [] if table is None else table.tolist()
+        levels = self._levels_of(options.get("sample_sigmas"))
         step = self._step(sigma, levels)
         with self._lock:
             branches = branches_of(options, self._branches)
@@ -238,6 +238,14 @@ class NativeAttention:
             if not current.by_length:
                 self._engine(current)
         return current
+
+    def _levels_of(self, table: torch.Tensor | None) -> list[float]:
+        """The noise levels of a sampling, read once, since the host waits for a GPU that has them."""
+        if table is None:
+            return []
+        if self._table is None or self._table[0] is not table:
+            self._table = (table, table.tolist())
+        return self._table[1]
 
     def _in_window(self, step: int, branches: list[str]) -> None:
         """Forget the context windows that the step before did not have: where they move, few come again, and all of a

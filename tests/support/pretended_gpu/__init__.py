@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -80,7 +81,12 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0), compile: bool = False) -
         "get_device_name": lambda device=None: properties.name,
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "synchronize": lambda device=None: tensors.wait("torch.cuda.synchronize"),
-        "current_stream": lambda device=None: types.SimpleNamespace(wait_event=lambda event: None),
+        "memory_stats": lambda device=None: defaultdict(int),
+        "empty_cache": lambda: None,
+        "ipc_collect": lambda: None,
+        "current_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _Stream,
         "Event": _Event,
     }
     with contextlib.ExitStack() as stack:
@@ -89,9 +95,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0), compile: bool = False) -
         # Memory comes aligned, as from torch's allocator.
         address = lambda x: x.storage_offset() * x.element_size()  # noqa: E731
         stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", address))
-        # Weights are exchanged for others when they move, since a tensor with values cannot become one without.
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _moved))
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(launches)
@@ -107,6 +111,35 @@ def _own_operators() -> dict[Any, Any]:
     modules = (block_sparse, block_sparse_backward, block_sparse_int8)
     found = [value for module in modules for value in vars(module).values() if hasattr(value, "_opoverload")]
     return {operator._opoverload: operator._init_fn for operator in found}
+
+
+def _moved(module: torch.nn.Module, move: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """`Module._apply` with new parameters, since a tensor with values cannot become one without, nor the reverse."""
+    for child in module.children() if recurse else ():
+        _moved(child, move)
+    with torch.no_grad():
+        for name, weight in module._parameters.items():
+            if weight is not None and (new := move(weight)) is not weight:
+                module._parameters[name] = torch.nn.Parameter(new, weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = move(buffer)
+    return module
+
+
+class _Stream:
+    """All streams are one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None: ...
 
 
 class _Event:

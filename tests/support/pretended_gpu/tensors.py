@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 KNOWN = 2**16  # elements
-READ = torch.ops.aten._local_scalar_dense.default
-COPY = torch.ops.aten.copy_.default
+ATEN = torch.ops.aten
+READS = (ATEN._local_scalar_dense.default, ATEN.item.default, ATEN.is_nonzero.default)  # the last two in inference mode
+COPY = ATEN.copy_.default
 
 
 class Tensors(TorchDispatchMode):
@@ -55,9 +56,9 @@ class Tensors(TorchDispatchMode):
             return func(*args, **kwargs)
         given = [x for x in leaves if isinstance(x, torch.Tensor)]
         values = self._values(func, given, args, kwargs)
-        if func is READ:
+        if func in READS:
             self.wait("a number is read")
-            return _usual(given[0]) if values is None else values
+            return _usual(func, given[0]) if values is None else values
         if func is COPY and not isinstance(given[0], FakeTensor):  # from there to a real one
             if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
                 self.wait("a copy")
@@ -117,7 +118,7 @@ def _value(x: torch.Tensor) -> torch.Tensor | None:
     return x if x.numel() <= KNOWN else None
 
 
-def _usual(x: torch.Tensor) -> bool | float | int:
-    if x.dtype == torch.bool:
+def _usual(func: Any, x: torch.Tensor) -> bool | float | int:
+    if x.dtype == torch.bool or func is ATEN.is_nonzero.default:
         return True
     return 1.0 if x.is_floating_point() else 1
