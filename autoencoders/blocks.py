@@ -138,7 +138,7 @@ class ChunkConv3d(nn.Conv3d):
             and padded.shape[0] == 1
             and padded.dtype == self.weight.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
+            and bool(torch.backends.mkldnn.enabled)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )

@@ -44,7 +44,7 @@ def place_in(whole: torch.Tensor, part: torch.Tensor) -> int | None:
     alike = (part.dtype, part.device) == (whole.dtype, whole.device)
     if not (one_element and alike and whole.stride(0) and _memory(part) == _memory(whole)):
         return None
-    place, rest = divmod(part.storage_offset() - whole.storage_offset(), whole.stride(0))
+    place, rest = divmod(int(part.storage_offset()) - int(whole.storage_offset()), whole.stride(0))
     return place if not rest and 0 <= place < len(whole) else None
 
 

@@ -78,4 +78,4 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
             )
         super().set_timesteps(sigmas=list(self.levels))
         # Pipelines read the level of each step, and the host would have to wait for it if that were there, too.
-        self.timesteps = self.timesteps.to(device)
+        self.timesteps: torch.Tensor = self.timesteps.to(device)
