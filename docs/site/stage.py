@@ -31,7 +31,7 @@ PICTURES = (".png", ".jpg", ".svg")
 
 # Page of the site -> its title, and the sections of CONTRIBUTING.md that it has.
 CONTRIBUTING = {
-    "develop/contributing.md": ("Contributing", ("Set up", "On a GPU", "House rules", "Clean room")),
+    "develop/contributing.md": ("Contributing", ("Set up", "On a GPU", "Without a GPU", "House rules", "Clean room")),
     "develop/design.md": ("Design and non-goals", ("The one idea", "Non-goals", "The tree")),
     "develop/extend.md": ("How to add a method, a family, a recipe", ("How to add",)),
 }

@@ -95,3 +95,16 @@ def test_pipelines(fast_ones):
 def test_other_pipelines(tmp_path):
     names = PIPELINES - FAST_PIPELINES
     check_pipelines(rehearse(tmp_path, pipelines={"names": sorted(names)})["pipelines"], names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "radial"}, {"method": "radial", "offload": True}, {"method": "svg", "measure_error": 4}],
+    ids=str,
+)
+def test_generate(options, tmp_path):
+    script = "from pretended_gpu import pipelines\n"
+    script += "print(json.dumps(pipelines.generate(sys.argv[1], **json.loads(sys.argv[2]))))"
+    seen = run_with_compiler(script, tmp_path, tmp_path, json.dumps(options))
+    assert seen["size"] > 500 and seen["launches"] and not seen["problems"], seen

@@ -89,9 +89,16 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0), compile: bool = False) -
         "Stream": _Stream,
         "Event": _Event,
     }
+    accelerator = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_accelerator": lambda *args, **kwargs: torch.device("cuda"),
+        "synchronize": cuda["synchronize"],
+    }
     with contextlib.ExitStack() as stack:
-        for name, value in cuda.items():
-            stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
+        for module, functions in (("cuda", cuda), ("accelerator", accelerator)):
+            for name, value in functions.items():
+                stack.enter_context(mock.patch(f"torch.{module}.{name}", value))
         # Memory comes aligned, as from torch's allocator.
         address = lambda x: x.storage_offset() * x.element_size()  # noqa: E731
         stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", address))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, WanPipeline
@@ -60,3 +61,18 @@ def _video(name: str, model: str, install: Callable[[DiffusionPipeline], Any]) -
             video = pipe(prompt_embeds=text, **negatives, **size, guidance_scale=2.0, output_type="pt").frames
             seen = {**gpu.seen(), "waits": dict(Counter(gpu.tensors.waits))}
         return {"name": name, "shape": list(video.shape), "device": str(video.device), **seen}
+
+
+def generate(folder: str, **options: Any) -> dict[str, Any]:
+    """`vidaccel.generate` on "cuda", from the prompt to the file. Copies on the host are black.
+
+    Returns:
+        `size` of the file in bytes, and `launches` and `problems` as `PretendedGPU.seen` gives them.
+    """
+    place = Path(folder) / "video.mp4"
+    with pretended_gpu() as gpu:
+        made = vidaccel.generate(
+            "demo", "a red circle moves left", steps=STEPS, device="cuda", progress=False, **options
+        )
+        made.save(place)
+        return {"size": place.stat().st_size, **gpu.seen()}

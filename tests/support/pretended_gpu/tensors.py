@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 KNOWN = 2**16  # elements
 ATEN = torch.ops.aten
-READS = (ATEN._local_scalar_dense.default, ATEN.item.default, ATEN.is_nonzero.default)  # the last two in inference mode
+# Of these, `item` and `is_nonzero` come in inference mode.
+READS = (ATEN._local_scalar_dense.default, ATEN.item.default, ATEN.is_nonzero.default, ATEN.equal.default)
 COPY = ATEN.copy_.default
 
 
@@ -21,7 +22,7 @@ class Tensors(TorchDispatchMode):
     """What is on "cuda" has no values; all else is real.
 
     Small tensors that were made of real ones alone carry their values along, so that a program may read a timestep or a
-    mask. Of others it reads what is usual: that something holds, or 1.
+    mask. Of others it reads what is usual: that something holds, or 1; their copies on the host are zeros.
 
     Attributes:
         waits: where the host read something of the GPU, or copied it from there: what, and the nearest functions of
@@ -70,10 +71,11 @@ class Tensors(TorchDispatchMode):
         )
         for x, value in zip(made, known, strict=True):
             x._known = value if value is not None and value.numel() <= KNOWN else None
-        from_gpu, to_host = any(x.is_cuda for x in given), any(x.device.type == "cpu" for x in made)
-        if from_gpu and to_host and not kwargs.get("non_blocking"):
+        if all(x.is_cuda for x in made):
+            return out
+        if not kwargs.get("non_blocking"):
             self.wait("a copy")
-        return out
+        return tree_map(lambda x: _on_the_host(x) if isinstance(x, FakeTensor) and not x.is_cuda else x, out)
 
     def _values(self, func: Any, given: list[torch.Tensor], args: tuple, kwargs: dict) -> Any:
         """What the operator makes of values that are known; None where some are not, or chance makes them."""
@@ -118,7 +120,12 @@ def _value(x: torch.Tensor) -> torch.Tensor | None:
     return x if x.numel() <= KNOWN else None
 
 
+def _on_the_host(x: FakeTensor) -> torch.Tensor:
+    value = _value(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).zero_() if value is None else value.clone()
+
+
 def _usual(func: Any, x: torch.Tensor) -> bool | float | int:
-    if x.dtype == torch.bool or func is ATEN.is_nonzero.default:
+    if x.dtype == torch.bool or func in (ATEN.is_nonzero.default, ATEN.equal.default):
         return True
     return 1.0 if x.is_floating_point() else 1
