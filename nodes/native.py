@@ -19,32 +19,28 @@ from typing import Any
 
 import torch
 
-from ..attention import CallRecord, DenseSchedule, Method, RunReport, SparseAttention, StepInfo, VideoLayout
+from ..attention import DenseSchedule, Method, SparseAttention, StepInfo, VideoLayout
 from ..attention.backends import check_backend
 from ..attention.meter import check_rows
 from ..attention.methods.base import OutOfReach
-from ..attention.records import KEPT_RUNS
 from ..attention.timing import Span
 from .calls import ForwardPass, unfit_reason
 from .gates import Gates
 from .geometry import Inputs, StaysDense, unwrap
 from .limits import Least, too_short
 from .native_models import find_geometry, why_dense
-from .news import CACHED, NEVER, News, nothing
+from .run_log import RunLog
 from .sampling import DensePart, branches_of, replaced_blocks, step_of, window_of
 from .wording import limit_words, said_by, video_words
-
-logger = logging.getLogger(__name__)
 
 KEY = "vidaccel_sparse_attention"
 OVERRIDE = "optimized_attention_override"
 KEPT_LAYOUTS = 4  # whose engines stay alive for the samplings to come
-DROPPED = f"records of earlier samplings were dropped: those of the last {KEPT_RUNS} are kept"
 
 Attention = Callable[..., torch.Tensor]
 
 
-class NativeAttention:
+class NativeAttention(RunLog):
     """Sparse attention at work in one patched MODEL: its state and its report.
 
     State belongs to this object, is kept per layer, guidance branch and layout, and is emptied when a sampler starts
@@ -81,15 +77,11 @@ class NativeAttention:
         weights: Mapping[int, torch.nn.Module] | None = None,
         gates: Mapping[int, torch.nn.Module] | None = None,
     ) -> None:
-        self.method_for, self.name, self.settings = method_for, name, settings
+        super().__init__(name, settings)
+        self.method_for = method_for
         self.dense, self.least, self.backend = dense, Least(min_tokens, by_length), check_backend(backend)
         self.measure_error, self.precision, self.weights = check_rows(measure_error), precision, weights or {}
         self.gates = Gates(gates, KEY) if gates else None
-        self._engines: dict[VideoLayout, SparseAttention] = {}  # the one used last is the last
-        self._used: dict[VideoLayout, int] = {}  # -> the last run that used its engine
-        self._dense_calls: list[tuple[list[CallRecord], Span]] = []
-        self._notes: dict[str, int] = {}  # -> the last run that it was true of
-        self._told: dict[str, int] = {}  # likewise, of what is no fallback
         self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # that are sampled with; empty for any
         self._says_index = False  # which saves a compiled model new functions in each pass
         self._branches: dict[Any, str] = {}
@@ -97,10 +89,6 @@ class NativeAttention:
         self._table: tuple[torch.Tensor, list[float]] | None = None
         self._override: tuple[Attention | None, bool, Attention] | None = None
         self._lock = threading.Lock()  # ComfyUI runs the branches on several GPUs from a thread each
-        self._run = -1
-        self._first = 0  # of the runs of the queue's last entry
-        self._reported = -1  # the last run that a report has shown
-        self._queued: str | None = None
 
     # -- what the sampler calls ----------------------------------------------------------------------------------------
 
@@ -112,14 +100,11 @@ class NativeAttention:
                 reported or not: it may have been interrupted. None where nobody says.
             model: ComfyUI's BaseModel that it samples with; one for each GPU that shares the work. None for any.
         """
-        self._run += 1
+        self.count(queued)
         if model is not None:
             self._models.add(model)
-        if queued != self._queued:
-            self._queued, self._first = queued, self._run
         self._forget()
         self.least.forget()
-        self._dense_calls = [c for c in self._dense_calls if c[0][0].run > self._run - KEPT_RUNS]
 
     def end(self) -> None:
         """A sampler ends, also by an interruption: records stay, centroids (gigabytes, maybe) go."""
@@ -413,87 +398,6 @@ class NativeAttention:
                 engine.enter(replace(current.step, branch=branch), current.layout)
                 outs.append(engine(one_q, one_k, one_v, layer, weights=weights))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    @property
-    def title(self) -> str:
-        """Of the node, in errors and in the log."""
-        return f"Sparse Attention ({self.name})"
-
-    # -- what the report node calls ------------------------------------------------------------------------------------
-
-    def note(self, text: str, level: int = logging.INFO) -> None:
-        """Log a fallback or a choice once and keep it for the report."""
-        if text not in self._notes:
-            logger.log(level, "%s: %s", self.title, text)
-        self._notes[text] = self._run
-
-    def tell(self, text: str, level: int = logging.INFO) -> None:
-        """Log what was done for the sampler that starts next once, and keep it for the report."""
-        if text not in self._told:
-            logger.log(level, "%s: %s", self.title, text)
-        self._told[text] = self._run + 1
-
-    def report(self) -> RunReport:
-        """What was done in the last runs, dense calls and their reasons included."""
-        reports = [engine.report() for engine in self._engines.values()]
-        records = [record for report in reports for record in report.records]
-        for calls, span in self._dense_calls:
-            records += [replace(call, attention_seconds=span.seconds() / len(calls)) for call in calls]
-        records = [record for record in records if record.run > self._run - KEPT_RUNS]
-        # A stable sort: the calls of one layer stay in the order of the guidance branches.
-        records.sort(key=lambda r: (r.run, r.step, r.layer))
-        notes = dict.fromkeys(
-            [*self._told, *self._notes, *(note for engine in self._engines.values() for note in engine.notes)]
-        )
-        if self._run >= KEPT_RUNS:
-            notes[DROPPED] = None
-        return RunReport(self.name, self.settings, tuple(records), tuple(notes))
-
-    def news(self, queued: str | None = None) -> News:
-        """What was done for an entry of the queue: what no report has shown yet (two samplers may share a model), or
-        all of it where another report node has.
-
-        Args:
-            queued: the entry that the report node is run for; None where nobody says.
-        """
-        if self._run < 0:
-            return nothing(NEVER)
-        is_new, is_known = self._run > self._reported, None not in (queued, self._queued)
-        heading = "" if (queued == self._queued if is_known else is_new) else CACHED
-        first = self._first if is_known else self._run
-        if is_new and not heading:
-            first = max(self._first, self._reported + 1)
-            self._reported = self._run
-        report = self.report()
-        records = tuple(record for record in report.records if record.run >= first)
-        true_of = {**self._told, **self._notes, DROPPED: self._run - KEPT_RUNS}
-        if any(not record.reason for record in records):  # an engine's notes are on its sparse calls
-            for layout, engine in self._engines.items():  # the one used last is the last
-                true_of |= dict.fromkeys(engine.notes, self._used[layout])
-        notes = tuple(note for note in report.notes if true_of.get(note, -1) >= first)
-        return News(replace(report, records=records, notes=notes), heading)
-
-    def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:
-        """A call that stayed dense: one record for each branch of its batch, as a sparse call has."""
-        calls = [
-            CallRecord(
-                run=current.step.run,
-                step=current.step.step,
-                num_steps=current.step.num_steps,
-                branch=branch,
-                model=current.geometry.family,
-                layer=layer,
-                method=self.name,
-                density=1.0,
-                reason=reason,
-                backend="ComfyUI",
-                plan_seconds=0.0,
-                attention_seconds=0.0,
-                details={},
-            )
-            for branch in current.branches
-        ]
-        self._dense_calls.append((calls, span))
 
 
 def _apart(x: torch.Tensor, heads: int) -> torch.Tensor:
