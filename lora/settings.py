@@ -139,6 +139,8 @@ class DataSettings(Settings):
         folder: of videos or images.
         folders: several of them, instead of `folder`.
         sizes: the clips' sizes. A step has one of them; a video goes to the one whose shape is nearest.
+        sizes_per_video: "best", that one alone, and of several of one shape the longest that it has frames for; or
+            "all" that it fits: that it has frames for, that keep 60 % of its picture and enlarge it 1.25 times at most.
         fps: frames per second that videos are sampled at; None takes every frame.
         clips: of the demo world: how many scenes there are; None for endless new ones. Of a video folder: the most
             clips that are taken from one video.
@@ -153,6 +155,7 @@ class DataSettings(Settings):
     folder: str | None = setting(None, free=True)
     folders: tuple[FolderSettings, ...] = ()
     sizes: tuple[SizeSettings, ...] = (SizeSettings(32, 128, 128),)
+    sizes_per_video: Literal["best", "all"] = "best"
     fps: float | None = setting(None, above=0)
     clips: int | None = setting(None, low=1)
     zoom: tuple[float, ...] = setting((1.0,), low=1, high=2)
@@ -191,17 +194,19 @@ class ValidationSettings(Settings):
     """What recipes that train a model of videos or images measure and make on the side.
 
     Args:
-        clips: clips whose loss is measured, each in its own size; nothing of their files is trained on. 0 for none.
+        clips: clips whose loss is measured, each in its own size; nothing of their files is trained on. 0 for none;
+            None for a tenth of all, 8 at most, and none where their files would take more than a fifth of all clips.
         prompts: of videos that are made; none for none. For image to video, the first frames of the clips are used.
-        negative_prompt, steps, guidance_scale, fps: of these.
+        negative_prompt, steps, guidance_scale: of these.
+        fps: of the files of these; None for `data.fps`, or where that is None the model's own.
     """
 
-    clips: int = setting(8, low=0)
+    clips: int | None = setting(None, low=0)
     prompts: tuple[str, ...] = setting((), free=True)
     negative_prompt: str = setting("", free=True)
     steps: int = setting(20, low=1, free=True)
     guidance_scale: float = setting(5.0, low=1, free=True)
-    fps: float = setting(16.0, above=0, free=True)
+    fps: float | None = setting(None, above=0, free=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,6 +142,8 @@ class Trainer:
                 self.checkpoints.clean()
             self.process.wait()
             start = self._start(resume, phases)
+            if start.checkpoint is not None:
+                self.recipe.began_with = start.checkpoint.state.get("inputs", {})
             self.recipe.prepare()
             inputs = self.recipe.inputs()
             if start.checkpoint is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...generation.rows import find_row
 from ...pipelines.deep_compression.adapter_folder import is_adapter
 from ..config import ConfigError
 from .base import Backbone, ModelOptions, OwnModel
@@ -50,7 +51,7 @@ def open_backbone(base: str, autoencoder: str, **options: Any) -> Backbone:
     Raises:
         ConfigError: no pipeline, one of another family, or parts that do not fit.
     """
-    return _class_of(base, FAMILIES, "ae_adapt")(base, autoencoder, **options)
+    return _with_rate(_class_of(base, FAMILIES, "ae_adapt")(base, autoencoder, **options))
 
 
 def open_model(base: str, recipe: str, options: ModelOptions | None = None) -> OwnModel:
@@ -64,11 +65,25 @@ def open_model(base: str, recipe: str, options: ModelOptions | None = None) -> O
     Raises:
         ConfigError: no pipeline, one of another family, or an option that it does not have.
     """
-    return _class_of(base, OWN_FAMILIES, recipe)(base, options or ModelOptions())
+    return _with_rate(_class_of(base, OWN_FAMILIES, recipe)(base, options or ModelOptions()))
+
+
+def _with_rate(model: Any) -> Any:
+    """The model, with the frame rate of its pipeline where that makes videos."""
+    from diffusers import DiffusionPipeline
+
+    index = {} if is_adapter(Path(model.base)) else DiffusionPipeline.load_config(model.base)
+    row = find_row(_class_name(model.base), model.config, index)
+    model.rate = None if row is None else row.fps
+    return model
+
+
+def _class_name(base: str) -> str:
+    return "DCVideoGenPipeline" if is_adapter(Path(base)) else _stated_class(base)
 
 
 def _class_of(base: str, families: Mapping[str, tuple[str, str]], recipe: str) -> Any:
-    name = "DCVideoGenPipeline" if is_adapter(Path(base)) else _stated_class(base)
+    name = _class_name(base)
     if name not in families:
         raise ConfigError(f"model.base: {base} is a {name}; {recipe} takes {', '.join(families)}.")
     module, cls = families[name]

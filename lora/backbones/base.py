@@ -29,12 +29,14 @@ class PretrainedModel(ABC):
         image: whether the model starts from a picture.
         config: of the transformer.
         base: folder or hub id of the pipeline.
+        rate: frames a second of the videos that the pipeline makes; None for images.
     """
 
     base: str
     text_length: int
     image: bool = False
     config: Mapping[str, Any]
+    rate: float | None = None
 
     @abstractmethod
     def check_size(self, frames: int, height: int, width: int) -> str | None:

@@ -45,6 +45,19 @@ class ClipDataset(Protocol):
         """The file of a clip. Clips of one file are too much alike to train on some and measure with others."""
         ...
 
+    def folder(self, index: int) -> int:
+        """The folder of a clip, by its number among those that the settings name."""
+        ...
+
+    def cautions(self, sizes: Sequence[SizeSettings], rate: float | None) -> Sequence[str]:
+        """What becomes of files that one may not expect, with their names: one sentence each.
+
+        Args:
+            sizes: of the clips.
+            rate: frames a second of the videos that the model makes; None for unknown.
+        """
+        ...
+
     def pixels(self, pick: Pick) -> torch.Tensor:
         """A clip `[3, T, H, W]` in [-1, 1].
 

@@ -49,6 +49,12 @@ class DemoScenes:
     def group(self, index: int) -> int:
         return index
 
+    def folder(self, index: int) -> int:
+        return 0
+
+    def cautions(self, sizes: Sequence[SizeSettings], rate: float | None) -> Sequence[str]:
+        return []
+
     def pixels(self, pick: Pick) -> torch.Tensor:
         rng = random.Random(self._seed(pick.index))
         scene = world.sample_scene(rng)

@@ -17,23 +17,42 @@ from .captions import read_captions
 from .decode import DECODER_VERSION, kind_of, read_clip, suffixes_of
 from .files import media_files, some
 from .media_index import content, look_into
-from .sampler import Pick, nearest_size
+from .sampler import Pick, fitting_sizes, nearest_size
 
 logger = logging.getLogger(__name__)
 
 _PARTS = 2**20
 """An index is the file's number times this, plus the number of the clip in it."""
 
+MOST_ENLARGED, LEAST_KEPT, MOST_OFF_RATE = 1.25, 0.6, 0.05
+"""What is said of files by name: that they are enlarged more often than that, keep less than this share of their
+picture, or differ by more than this share from the model's frame rate."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture becomes one of another size: enlarged by a factor to cover it, of which a share is kept."""
+
+    factor: float
+    kept: float
+
+    @property
+    def keeps_it(self) -> bool:
+        return self.factor <= MOST_ENLARGED and self.kept >= LEAST_KEPT
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One file, its caption, how often its clips come in a round, and the hash of its content where that is known."""
+    """One file, its caption, how often its clips come in a round, the hash of its content where that is known, and the
+    number of its folder.
+    """
 
     path: Path
     caption: str
     media: Media
     content: str | None = None
     repeats: int = 1
+    folder: int = 0
 
 
 class MediaFolder:
@@ -45,6 +64,7 @@ class MediaFolder:
     def __init__(self, entries: Sequence[Entry], data: DataSettings, random_crops: bool) -> None:
         self.entries, self.data, self.random_crops = tuple(entries), data, random_crops
         self._contents: dict[int, str] = {}
+        self._told: set[str] = set()
 
     @classmethod
     def open(cls, data: DataSettings, random_crops: bool = False, need_captions: bool = True) -> MediaFolder:
@@ -55,17 +75,17 @@ class MediaFolder:
                 what the cache remembers of them cannot be read.
             CheckpointError: it cannot be written there.
         """
-        captions: dict[Path, tuple[str, int]] = {}
+        captions: dict[Path, tuple[str, int, int]] = {}
         # A file has many names: through links, relative or absolute. Once as two, it could be trained on and measured.
         seen: set[Path] = set()
         again = []
-        for name, folder in _folders(data):
+        for number, (name, folder) in enumerate(_folders(data)):
             for path, text in _captioned(name, folder, data, need_captions).items():
                 real = path.resolve()
                 if real in seen:
                     again.append(str(path))
                 else:
-                    captions[path] = (text, folder.repeats)
+                    captions[path] = (text, folder.repeats, number)
                     seen.add(real)
         if not captions:
             raise ConfigError(f"{data.source}: no file in {_named(data)} has a caption; the log above says more.")
@@ -76,8 +96,8 @@ class MediaFolder:
         # Clips cut at random are not cached, so no one asks what they follow from.
         known = look_into(list(captions), data.kind, data.cache, contents=not random_crops)
         entries = [
-            Entry(path, text, known[path].media, known[path].content, repeats)
-            for path, (text, repeats) in captions.items()
+            Entry(path, text, known[path].media, known[path].content, repeats, number)
+            for path, (text, repeats, number) in captions.items()
             if path in known
         ]
         names = _named(data)
@@ -98,21 +118,19 @@ class MediaFolder:
         found: dict[int, list[int]] = {number: [] for number in range(len(sizes))}
         short = []
         for number, entry in enumerate(self.entries):
-            image = kind_of(entry.path, self.data.kind) == "images"
-            frames = 1 if image else entry.media.frames_at(self.data.fps)
-            single = image if self.data.kind == "mixed" else None
-            size = nearest_size(sizes, entry.media.height, entry.media.width, frames, single)
-            if size is None:
+            frames = self._frames(entry)
+            chosen = self._sizes_of(entry, sizes)
+            if not chosen:
                 short.append(f"{entry.path.name} ({frames})")
-                continue
-            clips = frames // sizes[size].frames
-            if self.random_crops:
-                clips = 1  # the start is random
-            parts = range(min(clips, self.data.clips or clips))
-            found[size] += [number * _PARTS + part for part in parts] * entry.repeats
+            for size in chosen:
+                clips = frames // sizes[size].frames
+                if self.random_crops:
+                    clips = 1  # the start is random
+                parts = range(min(clips, self.data.clips or clips))
+                found[size] += [number * _PARTS + part for part in parts] * entry.repeats
         if short:
             least = min(size.frames for size in sizes)
-            logger.warning("%d videos have less than %d frames and are left out: %s", len(short), least, some(short))
+            self._warn_once(f"{len(short)} videos have less than {least} frames and are left out: {some(short)}")
         if not any(found.values()):
             least = min(size.frames for size in sizes)
             raise ConfigError(
@@ -120,6 +138,62 @@ class MediaFolder:
                 "sizes: give longer videos, or smaller `frames`."
             )
         return found
+
+    def _frames(self, entry: Entry) -> int:
+        return 1 if kind_of(entry.path, self.data.kind) == "images" else entry.media.frames_at(self.data.fps)
+
+    def _sizes_of(self, entry: Entry, sizes: Sequence[SizeSettings]) -> list[int]:
+        """Numbers of the sizes that a file gives clips in."""
+        media, frames = entry.media, self._frames(entry)
+        single = kind_of(entry.path, self.data.kind) == "images" if self.data.kind == "mixed" else None
+        best = nearest_size(sizes, media.height, media.width, frames, single)
+        if best is None:
+            return []
+        if self.data.sizes_per_video == "best":
+            return [best]
+        possible = fitting_sizes(sizes, frames, single)
+        return [n for n in possible if n == best or _fit(media, sizes[n]).keeps_it]
+
+    def _warn_once(self, text: str) -> None:
+        """The sizes are gone through several times in a run."""
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("%s", text)
+
+    def folder(self, index: int) -> int:
+        return self.entries[index // _PARTS].folder
+
+    def cautions(self, sizes: Sequence[SizeSettings], rate: float | None) -> list[str]:
+        enlarged, cut = [], []
+        for entry in self.entries:
+            cuts = [(_fit(entry.media, sizes[number]), sizes[number]) for number in self._sizes_of(entry, sizes)]
+            worst = max(cuts, key=lambda each: each[0].factor, default=None)
+            if worst is not None and worst[0].factor > MOST_ENLARGED:
+                enlarged.append(f"{_described(entry, worst[1])}, {worst[0].factor:.2g} times")
+            worst = min(cuts, key=lambda each: each[0].kept, default=None)
+            if worst is not None and worst[0].kept < LEAST_KEPT:
+                cut.append(f"{_described(entry, worst[1])}, {worst[0].kept:.0%}")
+        told = []
+        if enlarged:
+            told.append(
+                f"{len(enlarged)} {self.data.files} are enlarged more than {MOST_ENLARGED:g} times, which makes them "
+                f"blurred, and is learned: leave them out, or give a smaller size: {some(enlarged)}"
+            )
+        if cut:
+            told.append(
+                f"{len(cut)} {self.data.files} keep less than {LEAST_KEPT:.0%} of their picture: give a size in "
+                f"data.sizes that has their shape, or leave them out: {some(cut)}"
+            )
+        if rate is not None and self.data.fps is None:
+            other = [entry for entry in self.entries if self._frames(entry) > 1]
+            other = [entry for entry in other if abs(float(entry.media.fps) / rate - 1) > MOST_OFF_RATE]
+            if other:
+                named = some([f"{entry.path.name} ({float(entry.media.fps):.4g})" for entry in other])
+                told.append(
+                    f"{len(other)} videos do not have the {rate:g} frames a second of the model, and every frame is "
+                    f"taken, so that motion is learned slower or faster than it is: set data.fps to {rate:g}: {named}"
+                )
+        return told
 
     def identity(self, pick: Pick) -> str:
         number, part = divmod(pick.index, _PARTS)
@@ -197,6 +271,15 @@ def _captioned(name: str, settings: FolderSettings, data: DataSettings, need_cap
     if not files:
         raise ConfigError(f"{name}: {folder} holds no {data.files} ({', '.join(suffixes)}).")
     return read_captions(folder, files, data.missing_captions) if need_captions else dict.fromkeys(files, "")
+
+
+def _fit(media: Media, size: SizeSettings) -> Fit:
+    factor = max(size.height / media.height, size.width / media.width)
+    return Fit(factor, size.height * size.width / (media.height * media.width * factor**2))
+
+
+def _described(entry: Entry, size: SizeSettings) -> str:
+    return f"{entry.path.name} ({entry.media.height}x{entry.media.width}) at {size.height}x{size.width}"
 
 
 def _say_what_is_special(entries: Sequence[Entry], fps: float | None) -> None:

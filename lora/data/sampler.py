@@ -82,9 +82,7 @@ class ClipSampler:
     def _steps(self, steps: int) -> Iterator[tuple[int, int, list[int] | list[None]]]:
         """(step, size, indices of the clips) from the start, which is cheap to pass over."""
         possible = range(len(self.sizes)) if self.members is None else sorted(self.members)
-        # In a finite set a size is drawn as often as it has clips.
-        amounts = [1 if self.members is None else len(self.members[s]) for s in possible]
-        shares = [self.sizes[s].share * amount for s, amount in zip(possible, amounts, strict=True)]
+        shares = [weight_of(self.sizes[s], None if self.members is None else self.members[s]) for s in possible]
         orders = {} if self.members is None else {s: self._endless(s) for s in possible}
         for step in range(steps):
             size = random.Random(derive_seed(self.seed, "size", step)).choices(possible, shares)[0]
@@ -104,12 +102,24 @@ class ClipSampler:
             round_number += 1
 
 
+def weight_of(size: SizeSettings, members: Sequence[int] | None) -> float:
+    """How often a size is drawn, against the others: in a finite set as often as it has clips."""
+    return size.share * (1 if members is None else len(members))
+
+
 def without(members: Mapping[int, Sequence[int]] | None, indices: Collection[int]) -> dict[int, list[int]] | None:
     """Members of a finite set without some indices; None stays None."""
     if members is None:
         return None
     gone = set(indices)
     return {size: [index for index in listed if index not in gone] for size, listed in members.items()}
+
+
+def fitting_sizes(sizes: Sequence[SizeSettings], frames: int | None, single: bool | None) -> list[int]:
+    """Numbers of the sizes that a video has enough frames for; see `nearest_size`."""
+    return [
+        i for i, s in enumerate(sizes) if (frames is None or s.frames <= frames) and single in (None, s.frames == 1)
+    ]
 
 
 def nearest_size(
@@ -124,9 +134,7 @@ def nearest_size(
         height, width, frames: of the video; None for enough frames for all.
         single: only sizes of 1 frame, or only those of more; None for all.
     """
-    fitting = [
-        i for i, s in enumerate(sizes) if (frames is None or s.frames <= frames) and single in (None, s.frames == 1)
-    ]
+    fitting = fitting_sizes(sizes, frames, single)
     if not fitting:
         return None
 

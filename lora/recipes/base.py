@@ -21,6 +21,9 @@ from ..settings import PhaseSettings, RunSettings, SizeSettings
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+SEEDED = "the order of validation.clips"
+"""Among the `inputs` of a run whose measured clips are chosen in an order of its seed; runs that began before there was
+one keep theirs."""
 
 
 class Clips(Protocol):
@@ -125,6 +128,8 @@ class Recipe(ABC):
     """
 
     Config: ClassVar[type[RunSettings]]
+    began_with: Mapping[str, str] | None = None
+    """The `inputs` of the run that is continued, from before `prepare`; None for a new run."""
 
     def __init__(self, config: RunSettings, process: Process) -> None:
         self.config, self.process = config, process
@@ -142,6 +147,15 @@ class Recipe(ABC):
         model's files; called after `prepare`. A run is continued only where they are equal.
         """
         return {}
+
+    @property
+    def seed_of_held_out(self) -> int | None:
+        """What the order follows from in which files are held out; see `hold_out`."""
+        return self.config.seed if self.began_with is None or SEEDED in self.began_with else None
+
+    def held_out_input(self) -> dict[str, str]:
+        """Of `inputs`, in which order files are held out."""
+        return {} if self.seed_of_held_out is None else {SEEDED: "1"}
 
     @property
     def encodings(self) -> str | None:

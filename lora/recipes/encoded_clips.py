@@ -8,6 +8,7 @@ from typing import Any
 
 from ..backbones.base import Encoder, PretrainedModel, Text
 from ..config import ConfigError
+from ..data.account import say_what_the_data_are
 from ..data.cache import TensorCache
 from ..data.dataset import open_dataset
 from ..data.held_out import hold_out
@@ -45,7 +46,7 @@ class EncodedClipsRecipe(Recipe):
                     f"data.sizes.{number}: a clip of 1 frame has nothing behind its first frame, from which "
                     f"{self.backbone.base} starts: give more frames."
                 )
-        if self.backbone.image and self.validation.prompts and not self.validation.clips:
+        if self.backbone.image and self.validation.prompts and self.validation.clips == 0:
             raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
         self.dataset = open_dataset(config.data, config.seed, process=self.process)
         half = None if config.data.cache_dtype == "float32" else config.data.cache_dtype
@@ -53,7 +54,16 @@ class EncodedClipsRecipe(Recipe):
         self.text_encoder = self.backbone.text_encoder()
         if self.process.is_main:
             say_what_is_cut(self.dataset.captions(), self.text_encoder)
-        self.held_out = hold_out(self.dataset, config.data.sizes, self.validation.clips)
+        self.held_out = hold_out(self.dataset, config.data.sizes, self.validation.clips, self.seed_of_held_out)
+        if self.backbone.image and self.validation.prompts and not self.held_out.picks:
+            raise ConfigError(
+                "there are too few clips for any to be measured where validation.clips says nothing, but videos from "
+                "prompts need their first frames: set it to 1."
+            )
+        if self.process.is_main:
+            say_what_the_data_are(
+                self.dataset, config.data.sizes, self.held_out, self.process.progress.say, self.backbone.rate
+            )
         self._measured: dict[Latents, MeasuredClips] = {}
 
     def latents(self, encoder: Encoder, unconditional: str = "") -> Latents:
@@ -72,6 +82,11 @@ class EncodedClipsRecipe(Recipe):
     def validation(self) -> ValidationSettings:
         """What is measured and made on the side."""
         return self.config.validation  # type: ignore[attr-defined]  # all of these recipes have it
+
+    @property
+    def shown_rate(self) -> float:
+        """Frames a second of the videos that a validation makes."""
+        return self.validation.fps or self.config.data.fps or self.backbone.rate or 16.0
 
     def encode(self) -> dict[str, Any]:
         data = self.config.data
@@ -97,7 +112,7 @@ class EncodedClipsRecipe(Recipe):
     def data_identity(self) -> dict[str, str]:
         """What the data are, by the setting that says where they lie; for `inputs`."""
         data = self.config.data
-        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes)}
+        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes), **self.held_out_input()}
 
     def ready(self, latents: Latents) -> Latents:
         """Encode what the cache lacks and the clips that are measured; before a model takes the memory for training."""

@@ -118,7 +118,7 @@ class FlowPhase(Phase):
         with written_to(folder):
             for number, video in enumerate(videos):
                 if video.shape[1] > 1:
-                    write_video(video, folder / f"{step:08d}_{number}.mp4", settings.fps)
+                    write_video(video, folder / f"{step:08d}_{number}.mp4", recipe.shown_rate)
             write_picture(strips(videos), folder / f"{step:08d}.png")
 
 

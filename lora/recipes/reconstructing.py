@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import Settings, setting
+from ..data.account import say_what_the_data_are
 from ..data.dataset import ClipDataset, open_dataset, sturdy_pixels
 from ..data.held_out import HeldOut, hold_out
 from ..data.sampler import Pick, without
@@ -40,11 +41,11 @@ class ValidationSettings(Settings):
     """What is measured on the side.
 
     Args:
-        clips: how many clips; of a folder those of the first files, which are then not trained on.
+        clips: how many clips, of files that are then not trained on; None for a tenth of all, 4 at most and 1 at least.
         size: of these clips; None for the last of `data.sizes`.
     """
 
-    clips: int = setting(4, low=1)
+    clips: int | None = setting(None, low=1)
     size: SizeSettings | None = None
 
 
@@ -83,7 +84,12 @@ class TrainReconstruction(Recipe):
         config = self.config
         self.dataset = open_dataset(config.data, config.seed, True, need_captions=False, process=self.process)
         size = config.validation.size or config.data.sizes[-1]
-        self.held_out = hold_out(self.dataset, (size,), config.validation.clips)
+        self.held_out = hold_out(
+            self.dataset, (size,), config.validation.clips, self.seed_of_held_out, usual=4, least=1
+        )
+        if self.process.is_main:
+            for sizes in dict.fromkeys(p.sizes or config.data.sizes for p in config.phases if p.steps):
+                say_what_the_data_are(self.dataset, sizes, self.held_out, self.process.progress.say)
         self.build()  # the shape must be one that exists
         if config.loss.perceptual:
             from ..reconstruction import perceptual_network
@@ -94,7 +100,8 @@ class TrainReconstruction(Recipe):
         """Of `inputs`, the dataset. Clips are cut at random, so no one else needs the hashes of its files, which take
         long."""
         data = self.config.data
-        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes, False)}
+        held_out = self.held_out_input()
+        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes, False), **held_out}
 
     def build(self) -> Any:
         """What is trained, as training starts, for `Reconstruction`."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from vidaccel.generation.media import Media
 from vidaccel.lora.backbones.base import Encoder, TextEncoder
 from vidaccel.lora.config import ConfigError
+from vidaccel.lora.data.account import say_what_the_data_are
 from vidaccel.lora.data.cache import TensorCache
 from vidaccel.lora.data.demo import DemoScenes
-from vidaccel.lora.data.folder import MediaFolder
+from vidaccel.lora.data.folder import Entry, MediaFolder
 from vidaccel.lora.data.held_out import hold_out
 from vidaccel.lora.data.latents import Latents, Texts
 from vidaccel.lora.data.sampler import without
@@ -114,6 +117,115 @@ def test_files_that_come_more_often_are_held_out_whole(video_folder):
     assert len({pick.index for pick in held.picks}) == 3 == len(held.clips)
     left = without(source.members([WIDE, TALL]), held.clips)
     assert {size: len(indices) for size, indices in left.items()} == {0: 9, 1: 18} and not held.clips & {*left[0]}
+
+
+def tiny_files(tmp_path, counts: dict[str, int], **changes) -> MediaFolder:
+    """Folders by name with so many files of one clip each, which need not be decoded."""
+    media = Media(32, 64, frames=8)
+    entries = [
+        Entry(tmp_path / f"{name}{number:02d}.mp4", "x", media, folder=list(counts).index(name))
+        for name, count in counts.items()
+        for number in range(count)
+    ]
+    return MediaFolder(entries, DataSettings(kind="videos", folder=str(tmp_path), sizes=(WIDE,), **changes), False)
+
+
+@pytest.fixture
+def undecoded(monkeypatch):
+    monkeypatch.setattr(MediaFolder, "pixels", lambda self, pick: torch.zeros(3, *pick.size))
+
+
+def test_where_nothing_is_said_a_tenth_is_measured_and_never_most_of_a_small_set(tmp_path, undecoded, video_folder):
+    """Ten videos of one clip had eight held out, and two were trained on."""
+    for files_there, measured in ((9, 0), (10, 1), (45, 4), (200, 8)):
+        held = hold_out(tiny_files(tmp_path, {"a": files_there}), [WIDE], None, 0)
+        assert len(held.picks) == len(held.clips) == measured
+    # Of 12 clips in 4 files, one file is a quarter.
+    assert hold_out(files(video_folder), [WIDE, TALL], None, 0).clips == frozenset()
+    assert len(hold_out(files(video_folder), [WIDE, TALL], None, 0, usual=4, least=1).picks) == 1
+    assert len(hold_out(DemoScenes(), [WIDE], None, 0).picks) == 8
+
+
+def test_what_is_measured_is_of_all_folders_and_in_an_order_of_the_seed(tmp_path, undecoded):
+    """It was the first files of the first folder."""
+    source = tiny_files(tmp_path, {"a": 20, "b": 20})
+    chosen = [
+        [source.entries[source.group(p.index)].path.name for p in hold_out(source, [WIDE], 4, n).picks]
+        for n in (0, 0, 1)
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert [name[0] for name in chosen[0]] == ["a", "b", "a", "b"] and chosen[0] != [
+        "a00.mp4",
+        "b00.mp4",
+        "a01.mp4",
+        "b01.mp4",
+    ]
+    # A run that began before there was a seed keeps its clips.
+    old = hold_out(source, [WIDE], 4, None)
+    assert [source.entries[source.group(p.index)].path.name for p in old.picks] == [
+        "a00.mp4",
+        "a01.mp4",
+        "a02.mp4",
+        "a03.mp4",
+    ]
+
+
+# -- what is said of the data ------------------------------------------------------------------------------------------
+
+
+def test_what_the_data_become_is_said_when_a_run_begins(tmp_path, undecoded, caplog):
+    source, told = tiny_files(tmp_path, {"a": 30}), []
+    say_what_the_data_are(source, [WIDE, TALL], hold_out(source, [WIDE, TALL], None, 0), told.append)
+    assert told[0] == "27 clips of 27 files are trained on, 3 of 3 files measured."
+    assert [line.split() for line in told[1:]] == [
+        ["size", "files", "clips", "share", "of", "steps"],
+        ["8x32x64", "27", "27", "100%"],
+        ["8x64x32", "0", "0", "0%"],
+    ]
+    [warning] = caplog.messages
+    assert "data.sizes.1 (8x64x32) gets no clip, and is never trained" in warning and "sizes_per_video" in warning
+
+
+def test_an_explicit_number_that_leaves_less_than_half_is_told(tmp_path, undecoded, caplog):
+    source, told = tiny_files(tmp_path, {"a": 10}), []
+    say_what_the_data_are(source, [WIDE], hold_out(source, [WIDE], 8, 0), told.append)
+    assert told[0] == "2 clips of 2 files are trained on, 8 of 8 files measured."
+    assert "8 of 10 clips are held out" in caplog.text and "lower validation.clips" in caplog.text
+    say_what_the_data_are(source, [WIDE], hold_out(source, [WIDE], 0, 0), told.append)
+    assert "10 clips of 10 files are trained on, and none is measured" in told[-3]
+
+
+def test_pictures_that_are_enlarged_or_cut_and_other_frame_rates_are_named(tmp_path):
+    data = DataSettings(kind="videos", folder=str(tmp_path), sizes=(WIDE,))
+    shapes = {"small": (16, 32), "tall": (128, 64), "good": (32, 64)}
+    entries = [Entry(tmp_path / f"{name}.mp4", "x", Media(*shape, frames=8, fps=24)) for name, shape in shapes.items()]
+    enlarged, cut, rate = MediaFolder(entries, data, False).cautions([WIDE], 16)
+    assert (
+        "1 videos are enlarged more than 1.25 times" in enlarged and "small.mp4 (16x32) at 32x64, 2 times" in enlarged
+    )
+    assert "1 videos keep less than 60% of their picture" in cut and "tall.mp4 (128x64) at 32x64, 25%" in cut
+    assert "3 videos do not have the 16 frames a second" in rate and "set data.fps to 16: small.mp4 (24)" in rate
+    assert MediaFolder(entries[2:], replace(data, fps=16), False).cautions([WIDE], 16) == []
+
+
+def test_a_video_can_give_clips_in_every_size_that_it_fits(tmp_path):
+    """Of 8 and 16 frames in one shape, 8 was never trained where all videos have 16."""
+    media = Media(32, 64, frames=24)
+    data = DataSettings(kind="videos", folder=str(tmp_path), sizes=(WIDE, TALL, LONG))
+    entries = [Entry(tmp_path / "a.mp4", "x", media)]
+    assert MediaFolder(entries, data, False).members(data.sizes) == {0: [], 1: [], 2: [0]}
+    every = MediaFolder(entries, replace(data, sizes_per_video="all"), False)
+    assert every.members(data.sizes) == {0: [0, 1, 2], 1: [], 2: [0]}
+    assert hold_out(every, data.sizes, 0, 0).clips == frozenset()
+
+
+def test_what_is_too_short_is_said_once_a_run(tmp_path, caplog):
+    data = DataSettings(kind="videos", folder=str(tmp_path), sizes=(WIDE,))
+    entries = [Entry(tmp_path / f"{n}.mp4", "x", Media(32, 64, frames=n)) for n in (4, 8)]
+    source = MediaFolder(entries, data, False)
+    for _ in range(3):
+        source.members(data.sizes)
+    assert caplog.messages == ["1 videos have less than 8 frames and are left out: 4.mp4 (4)"]
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidaccel.lora import run
-from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
+from vidaccel.lora.data.held_out import hold_out
+from vidaccel.lora.recipes.base import SEEDED
 from vidaccel.lora.stopping import Stopped
 
 
@@ -77,3 +79,31 @@ def test_a_checkpoint_has_the_adapter_so_far(stopped, text_base):
     assert weights
     for name, value in weights.items():
         assert torch.equal(pipe.transformer.get_parameter(name).float(), value), name
+
+
+def test_a_run_from_before_there_was_a_seeded_order_keeps_its_measured_clips(stopped, monkeypatch):
+    """Else a resume would train on what was measured."""
+    seeds = []
+    monkeypatch.setattr(
+        "vidaccel.lora.recipes.encoded_clips.hold_out",
+        lambda dataset, sizes, count, seed: seeds.append(seed) or hold_out(dataset, sizes, count, seed),
+    )
+    run("ae_adapt", stopped, resume="latest")
+    folder = stopped.parent / "run" / "checkpoints"
+    state = torch.load(min(folder.iterdir()) / "state.pt", weights_only=True)
+    old = {name: value for name, value in state["state"]["inputs"].items() if name != SEEDED}
+    monkeypatch.setattr("vidaccel.lora.checkpoint.CheckpointFolder.load", with_inputs(old))
+    run("ae_adapt", stopped, resume=str(min(folder.iterdir())))
+    assert seeds == [0, None]
+
+
+def with_inputs(inputs):
+    """Loading, of a checkpoint that has these."""
+    load = CheckpointFolder.load
+
+    def loaded(self, path):
+        checkpoint = load(self, path)
+        checkpoint.state["inputs"] = inputs
+        return checkpoint
+
+    return loaded
