@@ -6,6 +6,7 @@ in the checkpoint, so a run that was interrupted continues on a CPU bit by bit a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..generation.alone import alone
+from ..generation.errors import BadInput
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
@@ -29,6 +32,9 @@ from .tracking import Tracker, choose_tracker
 __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
+
+_RESULTS = ("adapter", "pipeline", "decoder", "autoencoder")
+"""Folders in `out` that recipes write when they are finished."""
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,7 +112,7 @@ class Trainer:
             What `recipe.finish` says; empty in processes other than the main one.
 
         Raises:
-            ConfigError: what `recipe.prepare` refuses.
+            ConfigError: what `recipe.prepare` refuses; or another run works in `out`.
             CheckpointError: nothing to resume from, other settings or data than then, or a last checkpoint that cannot
                 be written.
             Stopped: on SIGINT or SIGTERM; where training had begun, after a checkpoint.
@@ -114,8 +120,9 @@ class Trainer:
             OSError: the result cannot be written.
         """
         self.tracker: Tracker | None = None
+        self._taken = False
         self._resume, self._doing, self._encodes = resume, "before training began", False
-        with self.process.stop.listening():
+        with self.process.stop.listening(), contextlib.ExitStack() as self._while_it_runs:
             try:
                 return self._run(resume)
             except StopRequested:
@@ -137,7 +144,8 @@ class Trainer:
                 if phase.settings.optimizer in LOW_BIT:
                     low_bit(phase.settings.optimizer, phase.name)
                 check_linears(phase.settings.low_bit_linears, phase.name, self.process.device)
-            if self.process.is_main:
+            if self.process.is_main and self.out.exists():
+                self._take_folder()
                 # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
                 self.checkpoints.clean()
             self.process.wait()
@@ -149,7 +157,9 @@ class Trainer:
             if start.checkpoint is not None:
                 _check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
             if self.process.is_main:
-                self.out.mkdir(parents=True, exist_ok=True)
+                if not self._taken:
+                    self._take_folder()
+                    self._start(resume, phases)  # another run may have been here since
                 save_text(as_yaml(self.config), self.out / "config.yaml")
             self.process.wait()
             again = start.checkpoint is not None and start.checkpoint.validation_due
@@ -163,6 +173,18 @@ class Trainer:
             self.process.wait()
         self.tracker.end()
         return result
+
+    def _take_folder(self) -> None:
+        """See that no other run works in `out`, and that none will while this one lasts.
+
+        Raises:
+            ConfigError: another one does.
+        """
+        try:
+            self._while_it_runs.enter_context(alone(self.out, "trains", "run"))
+        except BadInput as error:
+            raise ConfigError(str(error)) from error
+        self._taken = True
 
     def _phases(self, context: RunContext, phases: list[Phase], start: _Start) -> Tensors:
         """Run the phases that are left; their results together."""
@@ -207,6 +229,12 @@ class Trainer:
                 raise CheckpointError(
                     f"{self.out} holds a run already (its last checkpoint is {saved[-1].name}): continue it with "
                     "--resume latest, or choose another `out`."
+                )
+            results = [name for name in _RESULTS if (self.out / name).exists()]
+            if results:
+                raise CheckpointError(
+                    f"{self.out} holds the result of a run already ({', '.join(f'{name}/' for name in results)}), "
+                    "without a checkpoint to continue it from: choose another `out`, or move that away."
                 )
             return _Start()
         path = self.checkpoints.current = self.checkpoints.find(resume)

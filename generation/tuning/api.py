@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...pipelines.break_even import BreakEven, Key
+from ..alone import alone
 from ..errors import BadInput, mention
 from ..job import Job
 from ..machine import check_runs, choose_device, choose_dtype, environment
@@ -18,7 +19,6 @@ from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
 from ..prompts import in_words
 from ..run import load
-from .alone import alone
 from .bench import Bench, Done
 from .break_even import find_break_even, timer
 from .budget import Budget

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
+from vidaccel.generation.alone import OWNER, alone
 from vidaccel.lora import trainer
 from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
 from vidaccel.lora.config import ConfigError
@@ -129,6 +132,30 @@ def test_a_run_is_not_overwritten(tiny_settings, run_tiny):
     run_tiny(tiny_settings())
     with pytest.raises(CheckpointError, match="holds a run already .* --resume latest"):
         run_tiny(tiny_settings())
+
+
+def test_a_result_is_not_overwritten(tiny_settings, run_tiny, tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"the result of a run already \(adapter/\), .* choose another `out`"):
+        run_tiny(tiny_settings())
+
+
+def test_two_runs_in_one_folder(tiny_settings, run_tiny, tiny_recipe, tmp_path, monkeypatch):
+    """Both were accepted until the first checkpoint, and wrote into one log."""
+    with alone(tmp_path / "run"), pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* trains in it\. Wait"):
+        run_tiny(tiny_settings())
+    # One that begins while this one prepares, where there was no folder yet.
+    prepare, other = tiny_recipe.prepare, contextlib.ExitStack()
+
+    def prepared(self):
+        prepare(self)
+        other.enter_context(alone(Path(self.config.out)))
+
+    with other, monkeypatch.context() as patch, pytest.raises(ConfigError, match="trains in it"):
+        patch.setattr(tiny_recipe, "prepare", prepared)
+        run_tiny(tiny_settings("new"))
+    run_tiny(tiny_settings())
+    assert not (tmp_path / "run" / OWNER).exists()
 
 
 def test_the_time_limit_ends_a_phase(tiny_settings, run_tiny):

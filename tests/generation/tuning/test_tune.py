@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset, demo
 from vidaccel.attention.call_checks import NotFinite
+from vidaccel.generation.alone import LOCK, OWNER, alone
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_pipeline
 from vidaccel.generation.request import Settings
 from vidaccel.generation.tuning import bench, space
-from vidaccel.generation.tuning.alone import LOCK, OWNER, alone
 from vidaccel.generation.tuning.journal import FILE, Journal
 from vidaccel.generation.tuning.plan import _files
 from vidaccel.generation.tuning.trajectory import probe, record
@@ -208,7 +208,7 @@ def test_one_at_a_time_in_a_folder(pipe, layers, tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-from vidaccel.generation.tuning.alone import alone
+from vidaccel.generation.alone import alone
 with alone(Path({str(folder)!r})):
     print("in", flush=True)
     time.sleep(600)

@@ -1,4 +1,4 @@
-"""One `tune` at a time in a folder: two would write into one journal."""
+"""One `tune`, or one training, at a time in a folder: two would write into one journal."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import BadInput
+from .errors import BadInput
 
 logger = logging.getLogger(__name__)
-LOCK, OWNER = ".journal.lock", ".journal.owner"
+LOCK, OWNER = ".in_use.lock", ".in_use.owner"
 """Files in the folder: what is locked, and who has it. A locked file cannot be read everywhere, so they are two."""
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Nobody else measures in a folder while this lasts.
+def alone(folder: Path, does: str = "measures", what: str = "tune") -> Iterator[None]:
+    """Nobody else works in a folder while this lasts.
 
     The lock is one of the system, which ends with its process, however that ends: what a crash leaves is in nobody's
     way. Where a file system has no locks, that is logged, and there is none.
 
     Args:
         folder: made where it is not there.
+        does, what: what is done there, and what does it, in words.
 
     Raises:
-        BadInput: another process, or another call in this one, measures in it.
+        BadInput: another process, or another call in this one, works in it.
     """
     from filelock import FileLock, Timeout
 
@@ -37,10 +38,10 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        problem = f"{_who(owner)} measures in it"
+        problem = f"{_who(owner)} {does} in it"
         raise BadInput("out", problem, "Wait until that ends, or give another folder.", value=folder) from error
     except (OSError, NotImplementedError) as error:
-        logger.warning("%s cannot be locked (%s): start no second tune in it.", folder, error)
+        logger.warning("%s cannot be locked (%s): start no second %s in it.", folder, error, what)
         locked = False
     if not locked:
         yield
