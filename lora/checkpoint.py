@@ -103,10 +103,13 @@ class CheckpointFolder:
         self.current: Path | None = None
 
     def saved(self) -> list[Path]:
-        """The checkpoints in the order in which they were written, which need not be that of their steps."""
+        """The checkpoints in the order in which they were written, which need not be that of their steps.
+
+        Each has its number in that order. Those of before there was one come first, by their steps.
+        """
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
         whole = [path for path in found if (path / _FACTS).is_file()]
-        return sorted(whole, key=lambda path: ((path / _FACTS).stat().st_mtime_ns, path.name))
+        return sorted(whole, key=lambda path: (_order(path), path.name))
 
     def path(self, total_steps: int) -> Path:
         """Where the checkpoint after so many steps over all phases lies."""
@@ -162,7 +165,10 @@ class CheckpointFolder:
                 if adapter is not None:
                     adapter(draft, checkpoint.trained | (checkpoint.ema or checkpoint.weights))
                 checksums = {name: _checksum(draft / name) for name in _FILES}
-                facts = checkpoint._facts | {"checksums": checksums}
+                facts = checkpoint._facts | {
+                    "checksums": checksums,
+                    "order": 1 + max(map(_order, self.saved()), default=0),
+                }
                 _write(draft / _FACTS, json.dumps(facts, indent=2).encode())
         except (NotWritten, RuntimeError) as error:
             # torch.save reports a failed write as RuntimeError.
@@ -183,6 +189,7 @@ class CheckpointFolder:
         try:
             facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
             validated = facts.pop("validated", False)
+            facts.pop("order", None)
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
             for name, checksum in facts.pop("checksums").items():
@@ -205,10 +212,8 @@ class CheckpointFolder:
         assert self.current is not None
         path = self.current / _FACTS
         try:
-            times = path.stat()
             facts = json.loads(path.read_text(encoding="utf-8"))
             save_text(json.dumps(facts | {"validated": True}, indent=2), path)
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # by which checkpoints are in order
         except OSError as error:
             logger.warning("%s A resume from there validates once more.", error)
 
@@ -220,6 +225,18 @@ class CheckpointFolder:
                 os.replace(old, target)
         for path in self.folder.glob(f".{_PREFIX}*.part"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _order(path: Path) -> int:
+    """The number of a checkpoint in the order in which those of its folder were written; 0 where it has none.
+
+    Times of files do not tell: a copy has others.
+    """
+    try:
+        order = json.loads((path / _FACTS).read_text(encoding="utf-8")).get("order", 0)
+    except (OSError, ValueError, AttributeError):
+        return 0
+    return order if isinstance(order, int) else 0
 
 
 def random_state() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
@@ -61,10 +62,30 @@ def test_the_last_ones_stay(tmp_path):
 def test_latest_is_the_last_that_was_written(tmp_path):
     """After a resume from an earlier checkpoint, what was written later in the abandoned run is older."""
     folder = CheckpointFolder(tmp_path, keep_last=3)
-    for number, step in enumerate((10, 20, 15)):
-        facts = folder.save(make(step), "") / "checkpoint.json"
-        os.utime(facts, ns=(number * 10**9, number * 10**9))
+    for step in (10, 20, 15):
+        folder.save(make(step), "")
     assert folder.find("latest").name == "step_00000015"
+
+
+def test_a_copy_is_in_the_same_order(tmp_path):
+    """By the times of files a copy went on from a wrong checkpoint, and pruned the best."""
+    folder = CheckpointFolder(tmp_path, keep_last=3)
+    for number, step in enumerate((10, 20, 15)):
+        path = folder.save(make(step), "") / "checkpoint.json"
+        os.utime(path, ns=((9 - number) * 10**9, (9 - number) * 10**9))
+    folder.validated()
+    assert [path.name[-2:] for path in folder.saved()] == ["10", "20", "15"]
+    assert folder.load(folder.find("latest")).step == 15
+    # Those that were written before there was an order go by their steps, and come first.
+    for path in folder.saved()[:2]:
+        facts = json.loads((path / "checkpoint.json").read_text())
+        del facts["order"]
+        (path / "checkpoint.json").write_text(json.dumps(facts))
+        os.utime(path / "checkpoint.json", ns=(10**9 - int(path.name[-2:]), 10**9))
+    assert [path.name[-2:] for path in folder.saved()] == ["10", "20", "15"]
+    folder.keep_last = 2
+    folder.save(make(12), "")
+    assert [path.name[-2:] for path in folder.saved()] == ["15", "12"]
 
 
 def test_the_same_step_is_replaced(tmp_path):
