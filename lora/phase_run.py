@@ -299,10 +299,14 @@ class PhaseRun:
             raise self._diverged(f"the loss or a weight of phase {self.phase.name} is NaN or infinite")
 
     def _diverged(self, what: str) -> Diverged:
-        last = self.context.checkpoints.current
+        """What to do is what a resume allows; another precision is none of it."""
+        folder, precision = self.context.checkpoints, self.loop.mixed_precision
+        told = "Nothing was saved" if folder.current is None else f"The last checkpoint is {folder.current}"
+        better = {"fp16": "bf16 or no", "bf16": "no"}.get(precision)
+        anew = f"; or begin anew, in another out, with mixed_precision {better}" if better else ""
         return Diverged(
-            f"{what} by step {self.state.step}: lower learning_rate or max_grad_norm, or use mixed_precision bf16 or "
-            f"no. {'Nothing was saved.' if last is None else f'The last checkpoint is {last}.'}"
+            f"{what} by step {self.state.step}. {told}: {folder.how_to_resume()}, and with a lower learning_rate or "
+            f"max_grad_norm{anew}."
         )
 
     def _done(self) -> bool:

@@ -33,7 +33,8 @@ class PhaseSettings(Settings):
     Args:
         steps: optimiser steps; 0 skips the phase. A run may be resumed with another number if `lr_scheduler` is
             "constant".
-        learning_rate: the peak.
+        learning_rate: the peak. A run may be resumed with another one: no clip and no noise depends on it, and what is
+            left of a schedule is scaled.
         lr_warmup_steps: steps in which it rises linearly to the peak.
         lr_scheduler: what follows: "constant", or "cosine" or "linear" down to `min_lr_rate` of the peak. With
             `max_minutes` these two end when the time does, if that is earlier.
@@ -54,7 +55,7 @@ class PhaseSettings(Settings):
     """
 
     steps: int = setting(low=0)
-    learning_rate: float = setting(1e-4, above=0)
+    learning_rate: float = setting(1e-4, above=0, free=True)
     lr_warmup_steps: int = setting(0, low=0)
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     min_lr_rate: float = setting(0.0, low=0, high=1)
@@ -65,7 +66,7 @@ class PhaseSettings(Settings):
     low_bit_linears: Literal["none", "int8", "fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_with_gw_hp"] = "none"
     betas: tuple[float, float] = setting((0.9, 0.99), low=0, below=1)
     weight_decay: float = setting(0.0, low=0)
-    max_grad_norm: float | None = setting(1.0, above=0)
+    max_grad_norm: float | None = setting(1.0, above=0, free=True)
     ema_decay: float = setting(0.0, low=0, below=1)
     batch_size: int = setting(1, low=1)
     gradient_accumulation_steps: int = setting(1, low=1)

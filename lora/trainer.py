@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..generation.alone import alone
 from ..generation.errors import BadInput
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
-from .config import ConfigError, as_yaml, differences, load
+from .config import ConfigError, as_yaml, differences, flat, load
 from .fsdp import check_plugin, plugin_of
 from .low_bit import check_linears
 from .optim import LOW_BIT, low_bit
@@ -121,6 +121,7 @@ class Trainer:
         """
         self.tracker: Tracker | None = None
         self._taken = False
+        self._changed: list[str] = []
         self._resume, self._doing, self._encodes = resume, "before training began", False
         with self.process.stop.listening(), contextlib.ExitStack() as self._while_it_runs:
             try:
@@ -165,6 +166,8 @@ class Trainer:
             again = start.checkpoint is not None and start.checkpoint.validation_due
             self.tracker = Tracker(self.accelerator, self.config, self.process.progress, start.done, again)
             self._say_where_it_runs()
+            for change in self._changed:
+                self.tracker.say(change)
         context = RunContext(self.config, self.accelerator, self.process, self.checkpoints, self.tracker, inputs)
         trained = self._phases(context, phases, start)
         self._doing = "while the result was written"
@@ -247,6 +250,7 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was written with other settings, so it cannot be continued:\n  " + "\n  ".join(different)
             )
+        self._changed = _changed(then, self.config)
         checkpoint = self.checkpoints.load(path)
         steps = {phase.name: phase.settings.steps for phase in phases}
         if checkpoint.phase not in steps:
@@ -276,6 +280,18 @@ class Trainer:
                 "accelerate launch was told of several processes, but started one: it starts one for each GPU. On a "
                 "CPU, add --multi_gpu to it and set loop.device to cpu."
             )
+
+
+def _changed(then: RunSettings, now: RunSettings) -> list[str]:
+    """A sentence for each setting with which the run does not go on as it would have, and that may change."""
+    before, after = flat(then), flat(now)
+    return [
+        f"{name} is {after[name]:g} from here on, and was {before[name]:g}."
+        if None not in (after[name], before[name])
+        else f"{name} is {after[name]} from here on, and was {before[name]}."
+        for name in after
+        if name.endswith((".learning_rate", ".max_grad_norm")) and before.get(name, after[name]) != after[name]
+    ]
 
 
 def _check_inputs(then: dict[str, str], now: dict[str, str]) -> None:

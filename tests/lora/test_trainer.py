@@ -102,8 +102,8 @@ def test_other_settings_are_refused_with_the_difference(tiny_settings, run_tiny,
     stop_after(1)
     with pytest.raises(Stopped):
         run_tiny(tiny_settings())
-    with pytest.raises(CheckpointError, match=r"phases.first.learning_rate: 0.01 then, 0.5 now"):
-        run_tiny(tiny_settings(phases={"first": {"steps": 3, "learning_rate": 0.5}}), "latest")
+    with pytest.raises(CheckpointError, match=r"phases.first.weight_decay: 0.0 then, 0.5 now"):
+        run_tiny(tiny_settings(phases={"first": {"steps": 3, "weight_decay": 0.5}}), "latest")
 
 
 def test_free_settings_may_change(tiny_settings, run_tiny, stop_after):
@@ -229,6 +229,29 @@ def test_a_checkpoint_of_a_diverged_run_is_never_written(tiny_settings, run_tiny
     saved = folder.load(last)
     assert all(value.isfinite().all() for value in [*saved.weights.values(), *saved.ema.values()])
     assert closed == [True]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_what_a_diverged_run_advises_can_be_done(tiny_settings, run_tiny, monkeypatch, capsys, schedule):
+    """It was refused as other settings."""
+    phases = {"first": {"steps": 4, "learning_rate": 0.01, "lr_scheduler": schedule}, "second": {"steps": 0}}
+    with monkeypatch.context() as patch:
+        original = PhaseRun._one_step
+        broken = {"loss": torch.tensor(float("nan"))}
+        patch.setattr(
+            PhaseRun, "_one_step", lambda self, s: original(self, s) | (broken if self.state.step == 2 else {})
+        )
+        with pytest.raises(Diverged) as caught:
+            run_tiny(tiny_settings(phases=phases, loop={"save_every": 1}))
+    assert str(caught.value).endswith(
+        "step_00000002: continue with --resume latest, and with a lower learning_rate or max_grad_norm."
+    )
+    phases["first"] |= {"learning_rate": 0.001, "max_grad_norm": 0.5}
+    settings = tiny_settings(phases=phases)
+    run_tiny(settings, "latest")
+    assert "phases.first.learning_rate is 0.001 from here on, and was 0.01.\n" in capsys.readouterr().out
+    wanted = {"constant": 0.001, "cosine": learning_rate(PhaseSettings(**phases["first"]), 2)}[schedule]
+    assert log(settings)[2]["learning_rate"] == pytest.approx(wanted)
 
 
 def test_a_checkpoint_is_let_go_of_once_it_is_restored(tiny_settings, run_tiny, stop_after, monkeypatch):
