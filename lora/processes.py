@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -70,6 +70,14 @@ class Process:
         flags = torch.tensor([int(flag)])
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.group)
         return bool(flags.item())
+
+    def gathered(self, items: Sequence[T]) -> list[T]:
+        """The items of all processes; every process must call this."""
+        if self.count == 1:
+            return list(items)
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, list(items), group=self.group)
+        return [item for each in found for item in each]
 
     def of_main(self, number: float) -> float:
         """The number that the main process has; every process must call this."""

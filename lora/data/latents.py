@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -119,7 +120,7 @@ class Latents:
         dropped, and counted.
 
         Raises:
-            ConfigError: none can be read.
+            ConfigError: none can be read; or processes do not see what the others wrote.
             CheckpointError: the cache cannot be written.
         """
         if self.cache is None:
@@ -140,11 +141,13 @@ class Latents:
             logger.warning("%d files of the cache are damaged, or of an earlier version, and are made again.", damaged)
         process.wait()  # before the first one writes, or they would not share the same list
         own = missing[process.index :: process.count]
+        failed = []
         for pick, parts in process.track(own, "encoding clips", len(own)):
             try:
                 pixels = self.dataset.pixels(pick)
             except OSError as error:
                 logger.warning("%s; it is left out.", error)
+                failed.append((pick.size, pick.index))
                 continue
             if visual := tuple(name for name in parts if name != _TEXT):
                 for name, value in self._encoder.encode(pixels[None], visual).items():
@@ -154,7 +157,9 @@ class Latents:
                 self.cache.write(text, *self._key(pick, _TEXT))
         self.release()
         process.wait()
-        gone = {(pick.size, pick.index) for pick, _ in missing if self._missing(pick)}
+        gone = set(process.gathered(failed))
+        made = [pick for pick, _ in missing if (pick.size, pick.index) not in gone]
+        _see_all(self.cache, process, lambda: [pick for pick in made if self._missing(pick)])
         self.members = {
             size: [index for index in indices if (self._pick(size, index).size, index) not in gone]
             for size, indices in self.members.items()
@@ -182,6 +187,35 @@ class Latents:
     def _missing(self, pick: Pick) -> tuple[str, ...]:
         """The parts of a clip that the cache lacks."""
         return tuple(name for name in self._parts if not self.cache.has(*self._key(pick, name)))
+
+
+_LATE = 60.0
+"""Seconds after which a file that another machine wrote is seen on a disk of the network."""
+
+
+def _see_all(cache: TensorCache, process: Process, absent: Callable[[], Sequence[object]]) -> None:
+    """See that a process finds in the cache what all of them wrote; every process must call this.
+
+    Args:
+        cache: that they share.
+        process: this one.
+        absent: what it does not find there.
+
+    Raises:
+        ConfigError: one of them does not.
+    """
+    if process.count == 1:
+        return
+    lost, begin = len(absent()), time.monotonic()
+    while lost and time.monotonic() - begin < _LATE:
+        time.sleep(1)
+        lost = len(absent())
+    if process.any(lost > 0):
+        raise ConfigError(
+            f"data.cache: process {process.index} of {process.count} does not find in {cache.folder} {lost} encodings "
+            "that others wrote, or they do not find its: data.cache must be one folder that all processes see, on a disk "
+            "that their machines share."
+        )
 
 
 TEXT_VERSION = "text 3"
@@ -237,6 +271,7 @@ class Texts:
             asked = [(caption, "") for caption in share[first : first + 16]]
             self._read([each for each in asked if not self.cache.has(*self._key(each))], {})
         process.wait()
+        _see_all(self.cache, process, lambda: [c for c in captions if not self.cache.has(*self._key((c, "")))])
 
     def _read(self, asked: list[_Asked], shown: dict[_Asked, torch.Tensor]) -> dict[_Asked, Text]:
         found = {} if self.cache is None else {each: self.cache.read(*self._key(each)) for each in asked}

@@ -233,10 +233,54 @@ def test_processes_look_before_one_of_them_writes(tmp_path):
         def wait(self):
             seen.append(encoder.clips)
 
+        def gathered(self, items):
+            latents(TensorCache(tmp_path), Rows(), Words()).fill(HERE)  # the second does its part
+            return items
+
+        def any(self, flag):
+            return flag
+
     made = latents(TensorCache(tmp_path), encoder, Words())
     made._texts.fill = lambda *_: None  # it waits as well
     made.fill(First(torch.device("cpu"), 0, 2))
     assert seen == [0, 3]
+
+
+class OfTwo(Process):
+    """The first of two processes; the second says that these clips failed."""
+
+    others: tuple = ()
+
+    def wait(self):
+        pass
+
+    def any(self, flag):
+        return flag
+
+    def gathered(self, items):
+        return [*items, *self.others]
+
+
+def test_a_cache_that_processes_do_not_share(tmp_path, monkeypatch):
+    """Each trained without the clips of the others, as if they could not be decoded."""
+    monkeypatch.setattr("vidaccel.lora.data.latents._LATE", 0)
+    process, made = OfTwo(torch.device("cpu"), 0, 2), latents(TensorCache(tmp_path), Rows(), Words())
+    with pytest.raises(ConfigError, match=r"data.cache: process 0 of 2 does not find .* one folder that all processes"):
+        made.fill(process)
+    made._texts.fill(made.dataset.captions(), HERE)
+    with pytest.raises(ConfigError, match="does not find in .* 3 encodings that others wrote"):
+        made.fill(process)
+    assert made.members == {0: list(range(6))}
+
+
+def test_what_fails_in_one_process_is_left_out_in_all(tmp_path, caplog):
+    """Also where it was encoded before."""
+    latents(TensorCache(tmp_path), Rows(), Words()).fill(HERE)
+    process, made = OfTwo(torch.device("cpu"), 0, 2), latents(TensorCache(tmp_path), Rows(), Words())
+    object.__setattr__(process, "others", ((pick(1).size, 1),))
+    made.fill(process)
+    assert made.members == {0: [0, 2, 3, 4, 5]}
+    assert "1 of 6 clips cannot be decoded and are left out" in caplog.text
 
 
 def test_clips_that_come_more_often_are_encoded_once(tmp_path):
