@@ -213,8 +213,8 @@ def _see_all(cache: TensorCache, process: Process, absent: Callable[[], Sequence
     if process.any(lost > 0):
         raise ConfigError(
             f"data.cache: process {process.index} of {process.count} does not find in {cache.folder} {lost} encodings "
-            "that others wrote, or they do not find its: data.cache must be one folder that all processes see, on a disk "
-            "that their machines share."
+            "that others wrote, or they do not find its: data.cache must be one folder that all processes see, on a "
+            "disk that their machines share."
         )
 
 
