@@ -13,6 +13,7 @@ from torch import nn
 
 from ...attention.layout import VideoLayout
 from ..config import ConfigError
+from ..data.cache import Fingerprints
 from ..flow import noisy
 
 Text = dict[str, torch.Tensor]
@@ -30,6 +31,7 @@ class PretrainedModel(ABC):
         config: of the transformer.
         base: folder or hub id of the pipeline.
         rate: frames a second of the videos that the pipeline makes; None for images.
+        fingerprints: what names the models that clips and prompts are encoded with.
     """
 
     base: str
@@ -37,6 +39,7 @@ class PretrainedModel(ABC):
     image: bool = False
     config: Mapping[str, Any]
     rate: float | None = None
+    fingerprints: Fingerprints = Fingerprints()
 
     @abstractmethod
     def check_size(self, frames: int, height: int, width: int) -> str | None:

@@ -126,9 +126,8 @@ class ImageEncoder(ImageParts):
     def __init__(self, backbone: ImageBackbone, parts: tuple[str, ...]) -> None:
         super().__init__(backbone)
         self.autoencoder, self.parts = backbone.autoencoder, parts
-        # Where they were loaded: it may be long before they run.
-        models = {"latents": self.autoencoder, "teacher": self.loaded_own() if "teacher" in parts else None}
-        self.identities = {name: f"image {name} 1, {fingerprint(models[name])}" for name in parts}
+        names = {"latents": lambda: fingerprint(self.autoencoder), "teacher": self.name_of_own}
+        self.identities = {name: f"image {name} 1, {names[name]()}" for name in parts}
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

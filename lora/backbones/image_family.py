@@ -90,6 +90,10 @@ class ImageParts(Encoder):
             self._own.requires_grad_(False).eval()
         return self._own
 
+    def name_of_own(self) -> str:
+        """What the autoencoder is, where that is known without loading it."""
+        return self.family.fingerprints.of(self.family.base, "vae", self.dtype, self.loaded_own)
+
     def own_latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents of pictures `[B, 3, H, W]`, in float32."""
         own: Any = self.own

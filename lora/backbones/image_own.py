@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from ..config import ConfigError
-from ..data.cache import fingerprint
 from .base import ModelOptions
 from .image_family import ImageFamily, ImageParts
 from .pipeline_own import OwnPipelineModel
@@ -45,7 +44,7 @@ class OwnImageEncoder(ImageParts):
 
     def __init__(self, model: OwnImageModel) -> None:
         super().__init__(model, model.autoencoder_dtype)
-        self.identities = {"latents": f"image own 1, {fingerprint(self.loaded_own())} {model.autoencoder_dtype}"}
+        self.identities = {"latents": f"image own 1, {self.name_of_own()} {model.autoencoder_dtype}"}
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch.nn import functional
 
 from ..config import ConfigError
-from ..data.cache import fingerprint, tokenizer_fingerprint
+from ..data.cache import tokenizer_fingerprint
 from .base import PretrainedModel, Text, TextEncoder, told_guidance
 from .folders import read_config, to_cpu
 
@@ -123,11 +123,18 @@ class PipelineTextEncoder(TextEncoder):
         self.family = family
         self._pipe: DiffusionPipeline | None = None
         self.length, self.pictured = family.text_length, family.pictured
-        parts = self._loaded().components
-        names = [fingerprint(part) for name, part in parts.items() if name.startswith(_ENCODERS)]
+        # Not loaded before they are needed: what reads prompts into tokens is small.
+        encoders = [name for name in family.text_parts if name.startswith(_ENCODERS)]
+        self._readers = family.load(*(name for name in family.text_parts if name not in encoders))
+        parts = self._readers.components
+        names = [self._named(name) for name in self._readers.components if name in encoders]
         names += [part.to_json_string() for name, part in parts.items() if name == "image_processor" and part]
         names += [tokenizer_fingerprint(part) for name, part in parts.items() if name.startswith("tokenizer")]
         self.identity = " ".join([*names, str(family.dtype), str(self.length), family.prompt_frame])
+
+    def _named(self, name: str) -> str:
+        family = self.family
+        return family.fingerprints.of(family.base, name, family.dtype, lambda: getattr(self._loaded(), name))
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -140,7 +147,7 @@ class PipelineTextEncoder(TextEncoder):
         return self._pipe
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        return self.family.count_tokens(self._loaded(), prompts)
+        return self.family.count_tokens(self._readers, prompts)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None = None) -> list[Text]:

@@ -13,7 +13,6 @@ from torch import nn
 
 from ...attention.layout import VideoLayout
 from ..config import ConfigError
-from ..data.cache import fingerprint
 from .base import Encoder, ModelOptions, SampleRequest, Text
 from .folders import read_config
 from .pipeline_own import OwnPipelineModel
@@ -141,7 +140,8 @@ class OwnVideoEncoder(Encoder):
         self.model = model
         self._own: Any = None
         self.parts = ("latents", "condition") if model.image and model.conditioned else ("latents",)
-        own = f"{fingerprint(self.loaded_own())} {model.autoencoder_dtype}"
+        known = model.fingerprints.of(model.base, "vae", model.autoencoder_dtype, self.loaded_own)
+        own = f"{known} {model.autoencoder_dtype}"
         self.identities = {name: f"{model.encoded_as} {name} 1, {own}" for name in self.parts}
 
     @property

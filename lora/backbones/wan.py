@@ -130,7 +130,7 @@ class WanBackbone(WanFamily, Backbone):
         return ("latents", *(("condition",) if self.image else ()), *embeds)
 
     def encoder(self, parts: Sequence[str]) -> WanEncoder:
-        return WanEncoder(self.base, self.autoencoder, tuple(parts), self.device)
+        return WanEncoder(self.base, self.autoencoder, tuple(parts), self.device, self.fingerprints)
 
     # -- results -------------------------------------------------------------------------------------------------------
 

@@ -113,12 +113,13 @@ class DCWanModel(OwnWan):
         return self.loaded(transformer)
 
     def text_encoder(self) -> WanTextEncoder:
-        return WanTextEncoder(self.shared, self.dtype, self.device, self.text_length)
+        return WanTextEncoder(self.shared, self.dtype, self.device, self.text_length, self.fingerprints)
 
     def encoder(self) -> WanEncoder:
         embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
         condition = ("condition",) if self.image else ()
-        return WanEncoder(self.shared, self.autoencoder, ("latents", *condition, *embeds), self.device)
+        parts = ("latents", *condition, *embeds)
+        return WanEncoder(self.shared, self.autoencoder, parts, self.device, self.fingerprints)
 
     def sampler(self, transformer: nn.Module) -> WanPipeline | WanImageToVideoPipeline:
         others = [name for name in STAGES.values() if name != self.part and (self.index.get(name) or [None])[0]]

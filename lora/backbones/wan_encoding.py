@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from ...pipelines.deep_compression.image_to_video import image_condition
-from ..data.cache import fingerprint, tokenizer_fingerprint
+from ..data.cache import Fingerprints, fingerprint, tokenizer_fingerprint
 from .base import Encoder, Text, TextEncoder
 from .folders import to_cpu
 
@@ -21,10 +21,19 @@ class WanParts(Encoder):
     Args:
         base: folder or hub id of the Wan pipeline.
         device: where they run.
+        dtype: of the autoencoder.
+        fingerprints: what names them.
     """
 
-    def __init__(self, base: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        base: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        fingerprints: Fingerprints | None = None,
+    ) -> None:
         self.base, self.device, self.dtype = base, torch.device(device), dtype
+        self.fingerprints = fingerprints or Fingerprints()
         self._own: AutoencoderKLWan | None = None
         self._eye: WanImageToVideoPipeline | None = None
 
@@ -54,6 +63,14 @@ class WanParts(Encoder):
     def release(self) -> None:
         self._own = self._eye = None
 
+    def name_of_own(self) -> str:
+        """What the autoencoder is, where that is known without loading it."""
+        return self.fingerprints.of(self.base, "vae", self.dtype, self.loaded_own)
+
+    def name_of_eye(self) -> str:
+        """The same of the image encoder."""
+        return self.fingerprints.of(self.base, "image_encoder", torch.float32, lambda: self.loaded_eye().image_encoder)
+
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents `[B, z, T, h, w]` of clips `[B, 3, F, H, W]` in [-1, 1], as the model sees them."""
         own = self.own
@@ -82,18 +99,24 @@ class OwnWanEncoder(WanParts):
     """Encodes clips of 4k + 1 frames as the base's own pipeline does: "latents", "condition" and "image_embeds".
 
     Args:
-        base, device: as those of `WanParts`.
+        base, device, dtype, fingerprints: as those of `WanParts`.
         parts: which of these.
-        dtype: of the autoencoder.
     """
 
-    def __init__(self, base: str, parts: tuple[str, ...], device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__(base, device, dtype)
+    def __init__(
+        self,
+        base: str,
+        parts: tuple[str, ...],
+        device: torch.device | str,
+        dtype: torch.dtype,
+        fingerprints: Fingerprints | None = None,
+    ) -> None:
+        super().__init__(base, device, dtype, fingerprints)
         self.parts = parts
-        own = f"{fingerprint(self.loaded_own())} {dtype}"
+        own = f"{self.name_of_own()} {dtype}"
         models = {name: own for name in parts}
         if "image_embeds" in parts:
-            models["image_embeds"] = fingerprint(self.loaded_eye().image_encoder)
+            models["image_embeds"] = self.name_of_eye()
         self.identities = {name: f"wan {name} 1, {model}" for name, model in models.items()}
 
     @torch.no_grad()
@@ -124,25 +147,32 @@ class WanEncoder(WanParts):
         autoencoder: the new one.
         parts: which of these.
         device: where it runs.
+        fingerprints: as that of `WanParts`.
 
     Raises:
         ValueError: a part that there is not.
         OSError: the base has no old autoencoder or no image encoder, where one of the parts needs it.
     """
 
-    def __init__(self, base: str, autoencoder: Any, parts: tuple[str, ...], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        base: str,
+        autoencoder: Any,
+        parts: tuple[str, ...],
+        device: torch.device | str = "cpu",
+        fingerprints: Fingerprints | None = None,
+    ) -> None:
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise ValueError(f"there are no parts {sorted(unknown)}; known: {', '.join(PARTS)}.")
-        super().__init__(base, device)
+        super().__init__(base, device, fingerprints=fingerprints)
         self.autoencoder, self.parts = autoencoder, parts
         self.identities = {name: f"{name} 1, {self._model_of(name)}" for name in parts}
 
     def _model_of(self, part: str) -> str:
         if part in ("latents", "condition"):
             return fingerprint(self.autoencoder)
-        # Where they were loaded: it may be long before they run.
-        return fingerprint(self.loaded_own() if part.startswith("teacher") else self.loaded_eye().image_encoder)
+        return self.name_of_own() if part.startswith("teacher") else self.name_of_eye()
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
@@ -176,15 +206,23 @@ class WanTextEncoder(TextEncoder):
         base: folder or hub id of the Wan pipeline.
         dtype, device: of the encoder.
         length: tokens at which prompts are cut.
+        fingerprints: what names the encoder, which is loaded when the first prompt is encoded, or for its name.
     """
 
     def __init__(
-        self, base: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", length: int = 512
+        self,
+        base: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        length: int = 512,
+        fingerprints: Fingerprints | None = None,
     ) -> None:
         self.base, self.dtype, self.device, self.length = base, dtype, torch.device(device), length
         self._pipe: WanPipeline | None = None
-        pipe = self._loaded()
-        models = f"{fingerprint(pipe.text_encoder)} {tokenizer_fingerprint(pipe.tokenizer)}"
+        self._tokenizer = self._with_parts("text_encoder").tokenizer
+        known = fingerprints or Fingerprints()
+        model = known.of(base, "text_encoder", dtype, lambda: self._loaded().text_encoder)
+        models = f"{model} {tokenizer_fingerprint(self._tokenizer)}"
         self.identity = f"{models} {dtype} {length}"
 
     @property
@@ -194,14 +232,17 @@ class WanTextEncoder(TextEncoder):
 
     def _loaded(self) -> WanPipeline:
         if self._pipe is None:
-            absent = dict.fromkeys(("scheduler", "transformer", "transformer_2", "vae"))
-            self._pipe = WanPipeline.from_pretrained(self.base, dtype=self.dtype, **absent)
+            self._pipe = self._with_parts()
             self._pipe.text_encoder.requires_grad_(False)
         return self._pipe
 
+    def _with_parts(self, *without: str) -> WanPipeline:
+        absent = dict.fromkeys(("scheduler", "transformer", "transformer_2", "vae", *without))
+        return WanPipeline.from_pretrained(self.base, dtype=self.dtype, **absent)
+
     def count(self, prompts: Sequence[str]) -> list[int]:
         cleaned = [prompt_clean(prompt) for prompt in prompts]
-        return [len(ids) for ids in self._loaded().tokenizer(cleaned, verbose=False).input_ids]
+        return [len(ids) for ids in self._tokenizer(cleaned, verbose=False).input_ids]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], pictures: Sequence[torch.Tensor] | None = None) -> list[Text]:

@@ -63,7 +63,7 @@ class WanFamily(PretrainedModel):
         return torch.stack([functional.pad(state, (0, 0, 0, length - state.shape[0])) for state in cut])
 
     def text_encoder(self) -> WanTextEncoder:
-        return WanTextEncoder(self.base, self.dtype, self.device, self.text_length)
+        return WanTextEncoder(self.base, self.dtype, self.device, self.text_length, self.fingerprints)
 
     @abstractmethod
     def sampler(self, transformer: nn.Module) -> Any:

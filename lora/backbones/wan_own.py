@@ -150,7 +150,8 @@ class WanModel(OwnWan):
         embeds = ("image_embeds",) if self.image and self.config.get("image_dim") is not None else ()
         # A timestep for each token marks the first frame by itself.
         condition = ("condition",) if self.image and not self.per_token else ()
-        return OwnWanEncoder(self.base, ("latents", *condition, *embeds), self.device, self.autoencoder_dtype)
+        parts = ("latents", *condition, *embeds)
+        return OwnWanEncoder(self.base, parts, self.device, self.autoencoder_dtype, self.fingerprints)
 
     # -- the first frame of models with a timestep for each token ------------------------------------------------------
 

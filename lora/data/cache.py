@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ...pipelines.weight_files import transformer_file
 from ..checkpoint import CheckpointError, save_tensors
 from ..config import ConfigError
 
@@ -127,6 +129,43 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
+
+
+class Fingerprints:
+    """`fingerprint` of models of pipelines, remembered by their files, so that large ones are not loaded for it.
+
+    Args:
+        cache: where it is remembered; None for nowhere.
+    """
+
+    def __init__(self, cache: TensorCache | None = None) -> None:
+        self.cache = cache
+
+    def of(self, base: str, part: str, dtype: torch.dtype, load: Callable[[], nn.Module]) -> str:
+        """That of one model.
+
+        Args:
+            base: folder or hub id of the pipeline.
+            part: name of the model in it.
+            dtype: in which it is loaded.
+            load: gives the model.
+        """
+        if self.cache is None:
+            return fingerprint(load())
+        known = self.cache.read(*self._key(base, part, dtype))
+        if known is not None:
+            return bytes(known["letters"].tolist()).decode()
+        made = fingerprint(load())
+        # Of the hub, some files were not here before.
+        self.cache.write({"letters": torch.tensor(list(made.encode()))}, *self._key(base, part, dtype))
+        return made
+
+    def _key(self, base: str, part: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """What a model follows from: where its files really are, their sizes and times."""
+        config = transformer_file(base, "config.json", part)
+        files = [] if config is None else sorted(file.resolve() for file in config.parent.iterdir())
+        stamps = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+        return ("fingerprint 1", part, str(dtype), *stamps)
 
 
 def fingerprint(module: nn.Module, samples: int = 64) -> str:

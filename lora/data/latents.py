@@ -74,8 +74,8 @@ class Latents:
         if not self.cached:
             pixels, index = sturdy_pixels(self.dataset, pick, self.members, self.sizes)
             return {"pixels": pixels, "caption": self.dataset.caption(index)}
-        parts = {name: self.cache.read(*self._key(pick, name)) for name in self._parts}
-        missing = [name for name, value in parts.items() if value is None]
+        parts = self._read(pick)
+        missing = [name for name in self._parts if name not in parts]
         if missing:
             for name in missing:
                 self.cache.remove(*self._key(pick, name))
@@ -83,8 +83,7 @@ class Latents:
             raise OSError(
                 f"{file}, which was there when the run began, is gone or damaged: resume, and it is made again."
             )
-        values = {name: part if name == _TEXT else part["tensor"] for name, part in parts.items()}
-        return {**values, "caption": self.dataset.caption(pick.index)}
+        return {**parts, "caption": self.dataset.caption(pick.index)}
 
     def complete(self, batch: Batch) -> Batch:
         """The batch with whatever parts it lacks, and `texts`, its captions encoded."""
@@ -103,6 +102,24 @@ class Latents:
         parts: Batch = {name: value[0].cpu() for name, value in self._encoder.encode(pixels[None]).items()}
         if self.pictured:
             [parts[_TEXT]] = self._texts.once([caption], [pixels[:, 0]])
+        return {**parts, "caption": caption}
+
+    def measured(self, pick: Pick, pixels: Callable[[], torch.Tensor]) -> Batch:
+        """The parts of one clip that is held out, on the CPU; kept where clips are.
+
+        Args:
+            pick: the clip.
+            pixels: makes its pixels `[3, T, H, W]`, if they are needed.
+        """
+        caption = self.dataset.caption(pick.index)
+        if not self.cached:
+            return self.encode(pixels(), caption)
+        parts = self._read(pick)
+        if len(parts) < len(self._parts):
+            made = self.encode(pixels(), caption)
+            for name in self._parts:
+                self.cache.write(made[name] if name == _TEXT else {"tensor": made[name]}, *self._key(pick, name))
+            parts = self._read(pick)  # as the cache has it, in half precision or not
         return {**parts, "caption": caption}
 
     def release(self) -> None:
@@ -183,6 +200,11 @@ class Latents:
         if part == _TEXT:
             return self.dataset.identity(pick), self.dataset.caption(pick.index), TEXT_VERSION, self.text_identity
         return self.dataset.identity(pick), part, self.identities[part]
+
+    def _read(self, pick: Pick) -> Batch:
+        """The parts of a clip that the cache has whole."""
+        found = {name: self.cache.read(*self._key(pick, name)) for name in self._parts}
+        return {n: part if n == _TEXT else part["tensor"] for n, part in found.items() if part is not None}
 
     def _missing(self, pick: Pick) -> tuple[str, ...]:
         """The parts of a clip that the cache lacks."""

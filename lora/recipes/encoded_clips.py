@@ -9,7 +9,7 @@ from typing import Any
 from ..backbones.base import Encoder, PretrainedModel, Text
 from ..config import ConfigError
 from ..data.account import say_what_the_data_are
-from ..data.cache import TensorCache
+from ..data.cache import Fingerprints, TensorCache
 from ..data.dataset import open_dataset
 from ..data.held_out import hold_out
 from ..data.latents import Latents, say_what_is_cut
@@ -51,6 +51,7 @@ class EncodedClipsRecipe(Recipe):
         self.dataset = open_dataset(config.data, config.seed, process=self.process)
         half = None if config.data.cache_dtype == "float32" else config.data.cache_dtype
         self.cache = TensorCache(config.data.cache, half) if config.data.cache else None
+        self.backbone.fingerprints = Fingerprints(self.cache)
         self.text_encoder = self.backbone.text_encoder()
         if self.process.is_main:
             say_what_is_cut(self.dataset.captions(), self.text_encoder)
@@ -97,7 +98,7 @@ class EncodedClipsRecipe(Recipe):
         self.prepare()
         used = list(self.used())
         for latents in used:
-            latents.fill(self.process)
+            self.ready(latents)
         clips = {index for latents in used for indices in latents.members.values() for index in indices}
         return {"cache": data.cache, "clips": len(clips), "captions": len(self.dataset.captions())}
 

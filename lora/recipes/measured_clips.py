@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ Measure = Callable[[Batch, Generators], dict[str, torch.Tensor]]
 
 
 class MeasuredClips:
-    """Held-out clips: encoded one at a time, kept on the CPU, and measured in micro-batches.
+    """Held-out clips: encoded one at a time, or read from the cache, kept on the CPU, and measured in micro-batches.
 
     Attributes:
         first_frames: `[3, H, W]` in [-1, 1] of each clip, on the CPU; empty unless they were asked for.
@@ -39,10 +40,10 @@ class MeasuredClips:
         self.first_frames: list[torch.Tensor] = []
         self._clips: list[tuple[Pick, Batch]] = []
         for pick in picks:
-            pixels = dataset.pixels(pick)
+            pixels = functools.cache(functools.partial(dataset.pixels, pick))
             if keep_first_frames:
-                self.first_frames.append(pixels[:, 0].clone())
-            self._clips.append((pick, latents.encode(pixels, dataset.caption(pick.index))))
+                self.first_frames.append(pixels()[:, 0].clone())
+            self._clips.append((pick, latents.measured(pick, pixels)))
         if picks:
             latents.release()
 

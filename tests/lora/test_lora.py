@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from vidaccel.attention import METHODS
 from vidaccel.lora import run
 from vidaccel.lora.adapter import layers_named
+from vidaccel.lora.backbones.wan_encoding import WanParts, WanTextEncoder
 from vidaccel.lora.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.generators import Generators, Place
@@ -413,3 +414,23 @@ def test_a_full_disk_while_the_result_is_written(tmp_path, text_base, capsys, mo
     assert not list(adapter.iterdir())
     assert main(["lora", "--config", str(file), "--resume", "latest"]) == 0
     assert (adapter / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("base", ["text_base", "image_base"])
+def test_no_encoder_is_loaded_where_everything_is_kept(tmp_path, request, base, monkeypatch):
+    """They were at every start, to be named: 11 GB of text encoder, in each process."""
+    loaded = []
+    for cls in (WanTextEncoder, WanParts):
+        for name in ("_loaded", "loaded_own", "loaded_eye"):
+            if (original := getattr(cls, name, None)) is not None:
+                monkeypatch.setattr(cls, name, lambda self, n=name, o=original: loaded.append(n) or o(self))
+    file = write(tmp_path, request.getfixturevalue(base), validation={"prompts": []})
+    first = recipe(file)
+    first.ready(first.flowing)
+    assert {"_loaded", "loaded_own"} <= set(loaded)
+    loaded.clear()
+    again = recipe(file)
+    again.ready(again.flowing)
+    assert loaded == [] and again.inputs() == first.inputs()
+    [one, two] = [r.measured(r.flowing)._clips[0][1]["latents"] for r in (first, again)]
+    assert torch.equal(one, two)

@@ -18,6 +18,8 @@ from vidaccel.lora import run
 from vidaccel.lora.adapter import layers_named
 from vidaccel.lora.backbones.hunyuan_image_own import HunyuanVideoImageModel
 from vidaccel.lora.backbones.hunyuan_own import PUBLISHED_WIDTH
+from vidaccel.lora.backbones.pipeline_family import PipelineTextEncoder
+from vidaccel.lora.backbones.video_own import OwnVideoEncoder
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.flow import shifted
 from vidaccel.lora.generators import Generators, Place
@@ -94,6 +96,20 @@ def as_grid(made: Any, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim == 3:
         return tensor.transpose(1, 2).unflatten(2, (2, 1, 2))
     return tensor.transpose(1, 2) if "CogVideoX" in type(made.backbone).__name__ else tensor
+
+
+def test_no_encoder_is_loaded_where_everything_is_kept(tmp_path, bases, monkeypatch):
+    loaded = []
+    for cls, name in ((PipelineTextEncoder, "_loaded"), (OwnVideoEncoder, "loaded_own")):
+        original = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, n=name, o=original: loaded.append(n) or o(self))
+    file, made = settings(tmp_path, bases["ltx2"], validation={"prompts": []}), []
+    for _ in range(2):
+        before = len(loaded)
+        made.append(recipe(file))
+        made[-1].ready(made[-1].flowing)
+    assert set(loaded) == {"_loaded", "loaded_own"} and len(loaded) == before
+    assert made[0].inputs() == made[1].inputs()
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -305,7 +321,7 @@ def test_captions_are_encoded_once_with_the_picture_of_their_clip(tmp_path, base
     assert seen.count(("", False)) == 1 and sum(pictured for _, pictured in seen) == 7 == len(seen) - 1
     seen.clear()
     again = trained("again", "data.workers=1")
-    assert len(seen) == 2  # those that are measured, which no recipe keeps
+    assert not seen
     without = trained("without", "data.cache=null")
     assert first.keys() == again.keys() == without.keys()
     for name, value in first.items():
