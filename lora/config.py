@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,10 +98,11 @@ def read(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     return content
 
 
-def build(cls: type[T], content: Mapping[str, Any], source: str = "") -> T:
-    """The settings in a mapping. Raises as `load` does."""
+def build(cls: type[T], content: Mapping[str, Any], source: str = "", more: Sequence[str] = ()) -> T:
+    """The settings in a mapping. Raises as `load` does; `more` are faults of it that were found already."""
     faults: list[str] = []
     made = _build(cls, content, "", faults)
+    faults.extend(more)
     if faults:
         head = f"{source}: " if source else ""
         lines = "\n".join(f"  {fault}" for fault in faults)

@@ -42,6 +42,7 @@ def run(
         OSError: the result cannot be written, or a clip that is measured is gone.
     """
     from .config import ConfigError, build, read
+    from .places import absent
     from .recipes import find
 
     if encode_only and resume is not None:
@@ -56,7 +57,7 @@ def run(
     stated = content.get("recipe")
     if isinstance(stated, str) and find(stated) is not cls:
         raise ConfigError(f"{file} is for the recipe {stated}, not for {recipe}.")
-    config = build(cls.Config, content, str(file))
+    config = build(cls.Config, content, str(file), absent(content))
     if config.loop.threads:
         import torch
 

@@ -160,6 +160,13 @@ class PhaseRun:
             f"({micro} micro-batch{'es' if micro > 1 else ''} x {processes} process{'es' if processes > 1 else ''}), "
             f"{parameters:,} trained parameters."
         )
+        if self.settings.lr_warmup_steps >= self.settings.steps and self.process.is_main:
+            reached = learning_rate(self.settings, self.settings.steps - 1) / self.settings.learning_rate
+            logger.warning(
+                "phase %s: lr_warmup_steps is %d and there are %d steps, so that the learning rate rises to the end, "
+                "to %.0f %% of %g: give more steps, or fewer to warm up.",
+                self.phase.name, self.settings.lr_warmup_steps, self.settings.steps, 100 * reached, self.settings.learning_rate,
+            )  # fmt: skip
         if self._low_bits:
             self.context.tracker.say(
                 f"phase {self.phase.name}: {self._low_bits} linear layers compute in {self.settings.low_bit_linears}."

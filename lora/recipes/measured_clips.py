@@ -37,6 +37,7 @@ class MeasuredClips:
 
     def __init__(self, dataset: ClipDataset, picks: Sequence[Pick], latents: Latents, keep_first_frames: bool) -> None:
         self.latents = latents
+        self._own = {(size.frames, size.height, size.width): size.batch_size for size in latents.sizes}
         self.first_frames: list[torch.Tensor] = []
         self._clips: list[tuple[Pick, Batch]] = []
         for pick in picks:
@@ -52,7 +53,7 @@ class MeasuredClips:
 
         Args:
             measure: of a batch with its texts, and the random numbers of its clips.
-            batch_size: clips at a time.
+            batch_size: clips at a time, of sizes that do not say it themselves.
             process: on whose device the batches go; every process must call this.
 
         Raises:
@@ -71,7 +72,9 @@ class MeasuredClips:
     def _batches(self, batch_size: int) -> Iterator[list[tuple[Pick, Batch]]]:
         held: list[tuple[Pick, Batch]] = []
         for clip in self._clips:
-            if held and (len(held) == batch_size or clip[0].size != held[0][0].size):
+            if held and (
+                len(held) == (self._own.get(held[0][0].size) or batch_size) or clip[0].size != held[0][0].size
+            ):
                 yield held
                 held = []
             held.append(clip)

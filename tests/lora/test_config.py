@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
 import yaml
 
-from vidaccel.lora import config_folder
+from vidaccel.lora import config_folder, run
 from vidaccel.lora.config import ConfigError, Settings, as_yaml, build, differences, flat, load, setting
 from vidaccel.lora.recipes import RECIPES, find
 from vidaccel.lora.settings import LoopSettings
@@ -189,3 +190,22 @@ def test_unknown_recipe():
     with pytest.raises(ConfigError, match='did you mean "ae_adapt"'):
         find("ae_adopt")
     assert find("ae-adapt") is find("ae_adapt")
+
+
+def test_places_that_are_not_there_are_named_with_all_other_faults(tmp_path):
+    """Each was found in a run of its own, the folder behind the loading of the text encoder."""
+    file = tmp_path / "a.yaml"
+    content = {
+        "recipe": "lora",
+        "out": str(tmp_path / "run"),
+        "model": {"base": "./gone"},
+        "lora": {"rank": 0, "start": str(tmp_path / "no.safetensors")},
+        "data": {"kind": "videos", "folders": [{"path": str(tmp_path)}, {"path": "nowhere"}]},
+        "train": {"steps": 1},
+    }
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as caught:
+        run("lora", file)
+    head, *faults = str(caught.value).splitlines()
+    assert head == f"{file}: 4 faults in the settings:"
+    assert [fault.split()[0] for fault in faults] == ["lora.rank", "model.base:", "lora.start:", "data.folders.1:"]

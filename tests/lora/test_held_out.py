@@ -250,6 +250,11 @@ def test_measured_clips_are_encoded_alone_and_measured_in_small_batches(video_fo
     assert seen == [[0, 1, 2, 3], [4, 5], [6, 7]]  # six wide ones, two tall ones
     wanted = torch.stack([source.pixels(pick).mean() for pick in held.picks]).mean()
     assert made["x"] == pytest.approx(float(wanted), abs=1e-5)
+    # A size that takes fewer clips at a time in training takes no more of them here.
+    latents.sizes, encoder.released = (WIDE, replace(TALL, batch_size=1)), 0
+    seen.clear()
+    MeasuredClips(source, held.picks, latents, keep_first_frames=False).mean(measure, 4, HERE)
+    assert seen == [[0, 1, 2, 3], [4, 5], [6], [7]]
     none = MeasuredClips(source, (), latents, keep_first_frames=False)
     assert none.mean(measure, 4, HERE) == {} and encoder.released == 1
 

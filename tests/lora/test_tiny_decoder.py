@@ -238,7 +238,7 @@ def test_the_ready_settings_for_wan_run(tmp_path, published, video_folder):
             "model.target is 'latents', but must be one of frames, decoded",
         ),
         ({"decoder": {**SHAPE, "time_growth": [1, 3, 2]}}, "time_growth has 3: each step makes 1 or 2"),
-        ({"decoder": {"start": "nowhere"}}, "decoder.start: there is no tiny decoder nowhere"),
+        ({"decoder": {"start": "nowhere"}}, "decoder.start: nowhere is no file and no folder here"),
         ({"model": {"base": "nowhere"}}, "model.base: nowhere is no folder here"),
         ({"loss": {"latent": 0.1}}, "loss.latent is of latents, which this recipe leaves"),
         (

@@ -354,6 +354,13 @@ def test_a_run_that_went_on_for_long_is_ended_with_a_falling_rate(tiny_settings,
     assert rates == pytest.approx([0.01] * 4 + [0.01 * 2 / 3, 0.01 / 3], rel=1e-4)  # as the log rounds them
 
 
+def test_a_warm_up_that_does_not_end_is_told(tiny_settings, run_tiny, caplog):
+    phases = {"first": {"steps": 2, "lr_warmup_steps": 8}, "second": {"steps": 3, "lr_warmup_steps": 2}}
+    run_tiny(tiny_settings(phases=phases))
+    [told] = [message for message in caplog.messages if "lr_warmup_steps" in message]
+    assert "phase first: lr_warmup_steps is 8 and there are 2 steps" in told and "to 25 % of 0.01" in told
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -1,0 +1,61 @@
+"""The files and folders that settings name: looked for together with all other faults, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import demo
+from ..pipelines.locations import is_hub_id
+from .backbones.folders import located
+from .config import ConfigError
+
+_MODELS = ("model.base", "model.autoencoder", "sla.start", "model.start")
+"""Settings that name a model: a folder, a hub id or a built-in one."""
+_FILES = ("lora.start", "decoder.start", "consistency.teacher")
+"""Settings that name a file, or the folder that it is in."""
+
+
+def absent(content: Mapping[str, Any]) -> list[str]:
+    """A fault for each place that settings name and that is not there.
+
+    Args:
+        content: of a file of settings, not checked yet; what is no text is left to the check of its kind.
+    """
+    return [*_models(content), *_files(content), *_folders(content)]
+
+
+def _models(content: Mapping[str, Any]) -> Iterator[str]:
+    for setting in _MODELS:
+        named = _at(content, setting)
+        if isinstance(named, str):
+            try:
+                located(named, setting, *demo.MODELS)
+            except ConfigError as error:
+                yield str(error)
+
+
+def _files(content: Mapping[str, Any]) -> Iterator[str]:
+    for setting in _FILES:
+        named = _at(content, setting)
+        if isinstance(named, str) and named != "own" and not (Path(named).expanduser().exists() or is_hub_id(named)):
+            yield f"{setting}: {named} is no file and no folder here: correct the path, or leave it out."
+
+
+def _folders(content: Mapping[str, Any]) -> Iterator[str]:
+    data = content.get("data")
+    if not isinstance(data, Mapping) or data.get("kind", "demo") == "demo":
+        return
+    listed = data.get("folders")
+    several = enumerate(listed) if isinstance(listed, list) else ()
+    named = {f"data.folders.{n}": each.get("path") for n, each in several if isinstance(each, Mapping)}
+    for setting, folder in {"data.folder": data.get("folder"), **named}.items():
+        if isinstance(folder, str) and not Path(folder).expanduser().is_dir():
+            yield f"{setting}: {folder} is no folder."
+
+
+def _at(content: Mapping[str, Any], setting: str) -> Any:
+    section, _, name = setting.partition(".")
+    inner = content.get(section)
+    return inner.get(name) if isinstance(inner, Mapping) else None
