@@ -165,7 +165,8 @@ class PhaseRun:
             logger.warning(
                 "phase %s: lr_warmup_steps is %d and there are %d steps, so that the learning rate rises to the end, "
                 "to %.0f %% of %g: give more steps, or fewer to warm up.",
-                self.phase.name, self.settings.lr_warmup_steps, self.settings.steps, 100 * reached, self.settings.learning_rate,
+                self.phase.name, self.settings.lr_warmup_steps, self.settings.steps, 100 * reached,
+                self.settings.learning_rate,
             )  # fmt: skip
         if self._low_bits:
             self.context.tracker.say(
