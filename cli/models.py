@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     convert.command("fastwan")(fastwan_command)
     app.add_typer(convert, name="convert", help="Convert published weights; dc-videogen where none is named.")
     app.command("adapt")(adapt_command)
+    app.command("train", hidden=True)(adapt_command)  # what one may try first
 
 
 class _Convert(TyperGroup):

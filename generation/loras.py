@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..pipelines.adapter_header import facts_of
+from ..pipelines.adapter_header import FILE, facts_of
 from ..pipelines.lora_files import TARGETS, LoraError, LoraFile, attach_loras, check_readable
 from ..pipelines.lora_targets import check_target
 from .errors import BadInput, mention
@@ -43,6 +43,7 @@ def lora_files(given: _Given | Sequence[_Given] | None) -> tuple[LoraFile, ...]:
         replace(one, path=Path(one.path).expanduser()) if isinstance(one, LoraFile) else _lora_file(str(one))
         for one in each
     )
+    loras = tuple(replace(one, path=_of_run(one.path)) for one in loras)
     for lora in loras:
         _check_file(lora)
     return loras
@@ -65,6 +66,12 @@ def _lora_file(text: str) -> LoraFile:
     if not math.isfinite(weight):
         raise BadInput("lora", "its weight must be finite", value=text)
     return LoraFile(place, weight, target)
+
+
+def _of_run(path: Path) -> Path:
+    """The folder of the LoRA below that of a run of the trainer, or of a checkpoint; any other path as it is."""
+    below = path / "adapter"
+    return below if (below / FILE).is_file() and not (path / FILE).exists() else path
 
 
 def _with_target(text: str) -> tuple[str | None, str]:

@@ -379,7 +379,9 @@ class PhaseRun:
                 self.context.checkpoints.save(checkpoint, as_yaml(self.context.config), self.phase.write_adapter)
             except CheckpointError as error:
                 if must:
-                    raise
+                    raise CheckpointError(
+                        f"{error} Make room, and {self.context.checkpoints.how_to_resume()}."
+                    ) from error
                 failed = True
                 logger.error("%s The run goes on and tries again in %d steps.", error, self.loop.save_every)
         self.process.wait()

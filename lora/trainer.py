@@ -172,7 +172,7 @@ class Trainer:
         trained = self._phases(context, phases, start)
         self._doing = "while the result was written"
         with self.process.stop.at_once():
-            result = self.recipe.finish(trained) if self.process.is_main else {}
+            result = self._finished(trained) if self.process.is_main else {}
             self.process.wait()
         self.tracker.end()
         return result
@@ -188,6 +188,12 @@ class Trainer:
         except BadInput as error:
             raise ConfigError(str(error)) from error
         self._taken = True
+
+    def _finished(self, trained: Tensors) -> dict[str, Any]:
+        try:
+            return self.recipe.finish(trained)
+        except OSError as error:
+            raise OSError(f"{error} Make room, and {self.checkpoints.how_to_resume()}.") from error
 
     def _phases(self, context: RunContext, phases: list[Phase], start: _Start) -> Tensors:
         """Run the phases that are left; their results together."""

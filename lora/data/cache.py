@@ -43,9 +43,10 @@ def check_cache(location: str | None) -> None:
 
 def not_kept(folder: Path, error: Exception) -> CheckpointError:
     """What to raise where a file of a cache cannot be written."""
+    why = str(error).removesuffix(".")
     return CheckpointError(
-        f"the cache {folder} cannot be written: {error}. Make room, or choose another data.cache; what is there is "
-        "used again."
+        f"the cache {folder} cannot be written: {why}. Make room, or choose another data.cache; what is there is used "
+        "again."
     )
 
 

@@ -210,6 +210,7 @@ class Flow(FlowPhase):
 
     def __init__(self, name: str, settings: PhaseSettings, recipe: AEAdapt) -> None:
         super().__init__(name, settings, recipe, recipe.config.flow.caption_dropout)
+        self.error_is_loss = recipe.config.flow.object_weight == 1
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         recipe = self.recipe

@@ -28,6 +28,9 @@ class FlowPhase(Phase):
         unconditional: what stands in its place.
     """
 
+    error_is_loss: bool = True
+    """What `flow_loss` calls "error", which is measured, is the loss itself: the log of training has it once."""
+
     def __init__(
         self,
         name: str,
@@ -60,7 +63,8 @@ class FlowPhase(Phase):
         return self.recipe.ready(self.recipe.flowing)
 
     def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self._drawn(model, self.recipe.flowing.complete(batch), rng)
+        loss, values = self._drawn(model, self.recipe.flowing.complete(batch), rng)
+        return loss, {name: value for name, value in values.items() if name != "error" or not self.error_is_loss}
 
     def nothing(self) -> Text:
         """The text that stands for no caption."""

@@ -178,8 +178,9 @@ def test_the_type_is_kept_there_and_back(published, tmp_path, name):
     assert all(back[k].dtype == torch.bfloat16 and torch.equal(back[k], v) for k, v in wanted.items())
 
 
-def test_adapt_lists_what_is_ready():
-    code, output = run("adapt", "--list")
+@pytest.mark.parametrize("name", ["adapt", "train"])
+def test_adapt_lists_what_is_ready(name):
+    code, output = run(name, "--list")
     assert code == 0 and "demo_ae_adapt:" in output and "demo_autoencoder:" in output
 
 

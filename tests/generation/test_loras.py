@@ -47,6 +47,18 @@ def test_a_lora_changes_the_video_as_much_as_its_weight(file):
     assert 0 < np.abs(half - plain).mean() < np.abs(full - plain).mean()
 
 
+def test_the_folder_of_a_run_and_of_a_checkpoint_is_that_of_its_lora(tmp_path, file):
+    """It was taken for a LoRA without weights, and a checkpoint, which has other safetensors, failed in the run."""
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000006"):
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / file.name).write_bytes(file.read_bytes())
+        save_file({"x": torch.zeros(1)}, folder / "weights.safetensors")
+        for given in (folder, LoraFile(folder), f"transformer:{folder}=0.5"):
+            [found] = lora_files(given)
+            assert found.path == folder / "adapter"
+    assert lora_files(file.parent)[0].path == file.parent
+
+
 def stage(path: Path, part: str, levels: list[float]) -> Path:
     """A file that says for which transformer it was trained."""
     save_file({"a": torch.zeros(1)}, path, {"vidaccel": json.dumps({"part": part, "levels": levels})})

@@ -189,10 +189,29 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny_settings, run_ti
     assert "log.jsonl could not be written" in caplog.text
 
 
-def test_a_full_disk_at_the_end_is_an_error(tiny_settings, run_tiny, monkeypatch):
-    monkeypatch.setattr(CheckpointFolder, "save", lambda *a: (_ for _ in ()).throw(CheckpointError("No space left.")))
-    with pytest.raises(CheckpointError, match="No space left"):
-        run_tiny(tiny_settings())
+def test_a_full_disk_at_the_end_is_an_error(tiny_settings, run_tiny, tiny_recipe, monkeypatch):
+    """Of a checkpoint, and of the result; it says how to go on."""
+    settings = tiny_settings(phases={"second": {"steps": 0}}, loop={"save_every": 1})
+    with monkeypatch.context() as patch:
+        save = CheckpointFolder.save
+
+        def full(self, checkpoint, *more):
+            return save(self, checkpoint, *more) if checkpoint.step < 3 else broken(CheckpointError("No space left."))
+
+        patch.setattr(CheckpointFolder, "save", full)
+        with pytest.raises(CheckpointError, match=r"No space left\. Make room, and continue with --resume latest\.$"):
+            run_tiny(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_recipe, "finish", lambda *_: broken(OSError("adapter could not be written.")))
+        with pytest.raises(
+            OSError, match=r"^adapter could not be written\. Make room, and continue with --resume latest"
+        ):
+            run_tiny(settings, "latest")
+    run_tiny(settings, "latest")
+
+
+def broken(error: Exception):
+    raise error
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny_settings, run_tiny):
