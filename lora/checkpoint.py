@@ -29,6 +29,8 @@ _FORMAT = 2
 """1 had no checksums."""
 _FACTS = "checkpoint.json"
 _PREFIX = "step_"
+_ADAPTER = "adapter"
+"""The folder below that of a checkpoint in which phases write what a pipeline loads."""
 _TENSORS = ("trained", "weights", "ema")
 _FILES = (*(f"{name}.safetensors" for name in _TENSORS), "state.pt")
 
@@ -90,6 +92,7 @@ class CheckpointFolder:
     Args:
         folder: where they lie.
         keep_last: how many stay.
+        keep_adapters: of those that do not, the folder `adapter` does.
 
     Attributes:
         current: the checkpoint that the run in this process stands on: the one it was resumed from, wherever that lies,
@@ -97,9 +100,9 @@ class CheckpointFolder:
             a run that went further before this one was resumed.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep_last: int = 2, keep_adapters: bool = False) -> None:
         self.folder = Path(folder)
-        self.keep_last = keep_last
+        self.keep_last, self.keep_adapters = keep_last, keep_adapters
         self.current: Path | None = None
 
     def saved(self) -> list[Path]:
@@ -177,8 +180,18 @@ class CheckpointFolder:
             raise CheckpointError(f"the checkpoint {told} {last}") from error
         self.current = target
         for old in self.saved()[: -self.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+            self._delete(old)
         return target
+
+    def _delete(self, old: Path) -> None:
+        """A checkpoint, or all of it but its adapter."""
+        if not (self.keep_adapters and (old / _ADAPTER).is_dir()):
+            shutil.rmtree(old, ignore_errors=True)
+            return
+        # What makes it a checkpoint goes first.
+        for file in (old / _FACTS, *(old / name for name in _FILES), old / "config.yaml"):
+            with suppress(OSError):
+                file.unlink()
 
     def load(self, path: Path) -> Checkpoint:
         """Read a checkpoint onto the CPU.

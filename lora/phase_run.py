@@ -220,6 +220,8 @@ class PhaseRun:
                     seconds = (state.seconds - logged_seconds) / (state.step - logged_at)
                     values = {**means.take(self.accelerator), "learning_rate": rate, "seconds_per_step": seconds}
                     values |= peak_gigabytes(self.process.device)
+                    if (epochs := self.sampler.epochs(state.step)) is not None:
+                        values["epoch"] = epochs
                     if not math.isfinite(values["loss"]):
                         raise self._diverged(f"the loss of phase {self.phase.name} is {values['loss']}")
                     tracker.write(

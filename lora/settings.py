@@ -98,6 +98,7 @@ class LoopSettings(Settings):
         gradient_checkpointing: trade time for memory.
         save_every: steps between checkpoints; one is always written when a phase ends.
         keep_last: how many checkpoints stay.
+        keep_adapters: "all" leaves of each older checkpoint the adapter, which is small.
         log_every: steps.
         validate_every: steps; 0 for the end of each phase alone.
         tracker: "auto" (tensorboard where it is installed), "none", or a name that accelerate knows, such as "wandb".
@@ -110,6 +111,7 @@ class LoopSettings(Settings):
     gradient_checkpointing: bool = setting(False, free=True)
     save_every: int = setting(500, low=1, free=True)
     keep_last: int = setting(2, low=1, free=True)
+    keep_adapters: Literal["last", "all"] = setting("last", free=True)
     log_every: int = setting(20, low=1, free=True)
     validate_every: int = setting(0, low=0, free=True)
     tracker: str = setting("auto", free=True)

@@ -100,7 +100,8 @@ class Trainer:
         self.recipe, self.accelerator, self.config = recipe, accelerator, recipe.config
         self.process = recipe.process
         self.out = Path(self.config.out)
-        self.checkpoints = CheckpointFolder(self.out / "checkpoints", self.config.loop.keep_last)
+        loop = self.config.loop
+        self.checkpoints = CheckpointFolder(self.out / "checkpoints", loop.keep_last, loop.keep_adapters == "all")
 
     def run(self, resume: str | None = None) -> dict[str, Any]:
         """Train, or continue, and write the result.

@@ -176,8 +176,8 @@ class MediaFolder:
         told = []
         if enlarged:
             told.append(
-                f"{len(enlarged)} {self.data.files} are enlarged more than {MOST_ENLARGED:g} times, which makes them "
-                f"blurred, and is learned: leave them out, or give a smaller size: {some(enlarged)}"
+                f"{len(enlarged)} {self.data.files} are enlarged more than {MOST_ENLARGED:g} times, and the model "
+                f"learns how blurred that makes them: leave them out, or give a smaller size: {some(enlarged)}"
             )
         if cut:
             told.append(

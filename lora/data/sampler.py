@@ -62,6 +62,15 @@ class ClipSampler:
         """Clips of a step of the size with this number."""
         return (self.sizes[size].batch_size or self.batch_size) * self.accumulate * self.processes
 
+    def epochs(self, steps: int) -> float | None:
+        """How often so many steps show each clip; the mean where sizes differ in their clips a step, and None for an
+        endless set."""
+        if self.members is None:
+            return None
+        weights = {size: weight_of(self.sizes[size], listed) for size, listed in self.members.items()}
+        shown = sum(weight * self.global_batch(size) for size, weight in weights.items()) / sum(weights.values())
+        return steps * shown / sum(map(len, self.members.values()))
+
     def micro_batches(self, process: int, steps: int, first: int = 0) -> Iterator[list[Pick]]:
         """The micro-batches of one process in the steps `first` to `steps` - 1, `accumulate` for each."""
         for step, size, indices in self._steps(steps):

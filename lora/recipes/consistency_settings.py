@@ -77,6 +77,8 @@ class ConsistencyLoraSettings(LoraSettings):
                 "flow.density, flow.logit_mean and flow.logit_std are of no use: the noise levels are those of the "
                 "steps. Leave them out, and set flow.shift."
             )
+        if (flow.min_level, flow.max_level) != (0.0, 1.0):
+            yield "flow.min_level and flow.max_level are of no use here: all steps are learned. Leave them out."
         if flow.guidance_preserving is not None:
             yield "flow.guidance_preserving is of no use here: guidance comes from the teacher. Leave it out."
         if validation.negative_prompt:

@@ -207,8 +207,22 @@ class TrainLora(EncodedClipsRecipe):
             )  # fmt: skip
         return found
 
+    @property
+    def trained_levels(self) -> tuple[float, float]:
+        """The lowest and the highest noise level of the training."""
+        flow, (low, high) = self.config.flow, self.backbone.levels
+        return max(low, flow.min_level), min(high, flow.max_level)
+
     def _check_density(self) -> None:
-        """Raise ConfigError for numbers of a density that is not the model's."""
+        """Raise ConfigError for numbers of a density that is not the model's, and levels that it is not used for."""
+        low, high = self.trained_levels
+        if low >= high:
+            wanted, own = self.config.flow, self.backbone.levels
+            raise ConfigError(
+                f"flow.min_level and flow.max_level are {wanted.min_level:g} and {wanted.max_level:g}, and "
+                f"{self.backbone.base} is trained here for the levels {own[0]:g} to {own[1]:g} alone: give some of "
+                "these."
+            )
         flow, usual = self.config.flow, self.backbone.density
         if flow.density is None and usual == "uniform" and (flow.logit_mean, flow.logit_std) != (0.0, 1.0):
             raise ConfigError(
@@ -308,7 +322,7 @@ class FlowLora(FlowPhase):
         flow, backbone = self.recipe.config.flow, self.recipe.backbone
         shift = backbone.shift(latents) if flow.shift is None else flow.shift
         density = flow.density or backbone.density
-        return sample_levels(rng, shift, density, flow.logit_mean, flow.logit_std, backbone.levels)
+        return sample_levels(rng, shift, density, flow.logit_mean, flow.logit_std, self.recipe.trained_levels)
 
     def flow_loss(
         self, model: nn.Module, batch: Batch, noise: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text]

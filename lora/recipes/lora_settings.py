@@ -80,6 +80,8 @@ class FlowSettings(Settings):
             None for the model's: "logit_normal", and "uniform" of CogVideoX, whose own schedule does the rest.
         shift: of the noise levels towards noise; None for the model's: 3, of HunyuanVideo that of its scheduler, of
             LTX-Video by the number of tokens, as its scheduler has it, of CogVideoX 1.
+        min_level, max_level: noise levels that are trained, of 0 to 1, of those that the model is used for; the density
+            is cut to them.
         caption_dropout: share of the clips that are shown with `unconditional` instead of their caption.
         unconditional: the text that stands for no caption: the negative prompt that the model will be sampled with.
         guidance_preserving: of a base that is distilled on guidance, the scale that is to stay in it: the loss compares
@@ -90,11 +92,15 @@ class FlowSettings(Settings):
     logit_mean: float = 0.0
     logit_std: float = setting(1.0, above=0)
     shift: float | None = setting(None, above=0)
+    min_level: float = setting(0.0, low=0, below=1)
+    max_level: float = setting(1.0, above=0, high=1)
     caption_dropout: float = setting(0.1, low=0, high=1)
     unconditional: str = ""
     guidance_preserving: float | None = setting(None, above=1)
 
     def check(self) -> Iterator[str]:
+        if self.min_level >= self.max_level:
+            yield f"min_level is {self.min_level:g}, and max_level {self.max_level:g}: it must be below that."
         if self.density == "uniform":
             for name, usual in (("logit_mean", 0.0), ("logit_std", 1.0)):
                 if getattr(self, name) != usual:

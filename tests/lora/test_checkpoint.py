@@ -88,6 +88,21 @@ def test_a_copy_is_in_the_same_order(tmp_path):
     assert [path.name[-2:] for path in folder.saved()] == ["15", "12"]
 
 
+def test_adapters_can_stay(tmp_path):
+    """Of checkpoints that do not; what was one is none any more."""
+
+    def adapter(folder, weights):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "a.safetensors").write_bytes(b"small")
+
+    folder = CheckpointFolder(tmp_path, keep_last=1, keep_adapters=True)
+    for step in (1, 2, 3):
+        folder.save(make(step), "", adapter if step != 1 else None)
+    assert [path.name for path in folder.saved()] == ["step_00000003"]
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/**/*") if "03" not in str(path))
+    assert left == ["step_00000002/adapter", "step_00000002/adapter/a.safetensors"]
+
+
 def test_the_same_step_is_replaced(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(make(5), "old")

@@ -428,6 +428,7 @@ def test_an_adapter_is_gone_on_from(finished, tmp_path, text_base, teacher):
         ("consistency={objective: consistency, own_states: 0.5}", "own_states is for the objective segments"),
         ("model.stage=high_noise", "validation.prompts are of no use with model.stage high_noise"),
         ("flow.density=uniform", "are of no use: the noise levels are those of the steps"),
+        ("flow.min_level=0.1", "flow.min_level and flow.max_level are of no use here"),
         ("flow.guidance_preserving=3", "guidance comes from the teacher"),
         ("validation.negative_prompt=blurry", "set flow.unconditional to it"),
         ("validation.guidance_scale=5", "guidance_scale is 5, and the training has 2 to 2"),

@@ -47,6 +47,15 @@ def test_every_clip_is_seen_once_a_round():
     assert seen[:6] != seen[6:]
 
 
+def test_epochs():
+    """How often each clip was shown; of sizes with other numbers of clips a step, on average."""
+    assert ClipSampler([WIDE], {0: range(6)}, batch_size=2, accumulate=3).epochs(2) == 2
+    assert ClipSampler([WIDE], None, batch_size=2).epochs(2) is None
+    sampler = ClipSampler([WIDE, replace(TALL, batch_size=3)], {0: range(30), 1: range(30, 60)}, batch_size=1)
+    shown = sum(len(batch) for batch in picks(sampler, 900))
+    assert sampler.epochs(900) == 30 == pytest.approx(shown / 60, rel=0.05)
+
+
 def test_processes_and_micro_steps_share_one_plan():
     """The clips of a step, their places and seeds do not depend on how they are spread."""
     one = picks(ClipSampler([WIDE], {0: range(20)}, batch_size=8, seed=3), 3)

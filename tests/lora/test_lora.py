@@ -186,6 +186,18 @@ def test_a_lora_is_gone_on_from(finished, tmp_path, text_base, wan_bases):
             recipe(write(tmp_path, text_base, lora={"start": str(file)}))
 
 
+def test_a_part_of_the_noise_levels(tmp_path, wan_bases):
+    for kind, change, wanted in (
+        ("text", "flow={min_level: 0.2, max_level: 0.4}", (0.2, 0.4)),
+        ("two stages", "flow.max_level=0.5", (0.0, 0.5)),
+    ):
+        made = recipe(write(tmp_path, wan_bases[kind], model=KINDS[kind]), [change])
+        levels = made.phases()[0].levels(Generators(places(500)), torch.zeros(500, 1, 1, 1, 1))
+        assert wanted[0] <= levels.min() < wanted[0] + 0.1 and wanted[1] - 0.1 < levels.max() <= wanted[1]
+    with pytest.raises(ConfigError, match="0.95 and 1, and .* for the levels 0 to 0.* alone"):
+        recipe(write(tmp_path, wan_bases["two stages"], model=KINDS["two stages"]), ["flow.min_level=0.95"])
+
+
 # -- noise levels, prompts, the loss -----------------------------------------------------------------------------------
 
 
@@ -340,6 +352,7 @@ def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, s
         ("text", "attention.method=best", "attention.method is best: there is none of that name"),
         ("text", "flow.guidance_preserving=1", "guidance_preserving is 1.0: it must be above 1"),
         ("text", "validation.clips=6", "only 6 clips"),
+        ("text", "flow={min_level: 0.5, max_level: 0.5}", "min_level is 0.5, and max_level 0.5: it must be below that"),
         ("text", "model.base=./gone", r"model\.base: \./gone is no folder here"),
     ],
 )
