@@ -90,6 +90,7 @@ class ModelOptions:
     Args:
         dtype: of the frozen weights.
         autoencoder_dtype: in which clips are encoded.
+        autoencoder_tiling: encode large clips in tiles.
         device: where encoders run.
         merge_text_padding: let one position stand for the padding of a prompt: the same result, and faster where
             prompts are short. Of Wan without an image encoder.
@@ -101,6 +102,7 @@ class ModelOptions:
 
     dtype: torch.dtype = torch.float32
     autoencoder_dtype: torch.dtype = torch.float32
+    autoencoder_tiling: bool = False
     device: torch.device | str = "cpu"
     merge_text_padding: bool = False
     stage: str | None = None

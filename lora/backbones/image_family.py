@@ -73,11 +73,12 @@ class ImageParts(Encoder):
     Args:
         family: whose.
         dtype: of the autoencoder.
+        tiled: it encodes large pictures in tiles.
     """
 
-    def __init__(self, family: ImageFamily, dtype: torch.dtype = torch.float32) -> None:
-        self.family, self.dtype = family, dtype
-        self._own: nn.Module | None = None
+    def __init__(self, family: ImageFamily, dtype: torch.dtype = torch.float32, tiled: bool = False) -> None:
+        self.family, self.dtype, self.tiled = family, dtype, tiled
+        self._own: Any = None
 
     @property
     def own(self) -> nn.Module:
@@ -88,6 +89,8 @@ class ImageParts(Encoder):
         if self._own is None:
             self._own = self.family.vae_class.from_pretrained(self.family.base, subfolder="vae", dtype=self.dtype)
             self._own.requires_grad_(False).eval()
+            if self.tiled:
+                self._own.enable_tiling()
         return self._own
 
     def name_of_own(self) -> str:

@@ -43,8 +43,9 @@ class OwnImageEncoder(ImageParts):
     parts = ("latents",)
 
     def __init__(self, model: OwnImageModel) -> None:
-        super().__init__(model, model.autoencoder_dtype)
-        self.identities = {"latents": f"image own 1, {self.name_of_own()} {model.autoencoder_dtype}"}
+        super().__init__(model, model.autoencoder_dtype, model.autoencoder_tiling)
+        how = f"{model.autoencoder_dtype}{' tiled' if model.autoencoder_tiling else ''}"
+        self.identities = {"latents": f"image own 1, {self.name_of_own()} {how}"}
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ class OwnPipelineModel(PipelineFamily, OwnModel):
     def __init__(self, base: str, options: ModelOptions) -> None:
         super().__init__(base, options.dtype, options.device, options.merge_text_padding, options.guidance)
         self.autoencoder_dtype, self.fps = options.autoencoder_dtype, options.fps
+        self.autoencoder_tiling = options.autoencoder_tiling
 
     @abstractmethod
     def check_base(self) -> None:

@@ -141,7 +141,7 @@ class OwnVideoEncoder(Encoder):
         self._own: Any = None
         self.parts = ("latents", "condition") if model.image and model.conditioned else ("latents",)
         known = model.fingerprints.of(model.base, "vae", model.autoencoder_dtype, self.loaded_own)
-        own = f"{known} {model.autoencoder_dtype}"
+        own = f"{known} {model.autoencoder_dtype}{' tiled' if model.autoencoder_tiling else ''}"
         self.identities = {name: f"{model.encoded_as} {name} 1, {own}" for name in self.parts}
 
     @property
@@ -155,6 +155,8 @@ class OwnVideoEncoder(Encoder):
             self._own = model.vae_class.from_pretrained(model.base, subfolder="vae", dtype=model.autoencoder_dtype)
             self._own.requires_grad_(False).eval()
             self._own.enable_slicing()
+            if model.autoencoder_tiling:
+                self._own.enable_tiling()
         return self._own
 
     @torch.no_grad()

@@ -32,6 +32,8 @@ class DCWanModel(OwnWan):
     def __init__(self, base: str, options: ModelOptions) -> None:
         super().__init__(base, options)
         first_frame = options.first_frame
+        if options.autoencoder_tiling:
+            raise ConfigError(f"model.autoencoder_tiling: the autoencoder of {base} tiles by itself: leave it out.")
         self.adapter = is_adapter(Path(base))
         facts = self._adapter_facts() if self.adapter else {}
         self.index = {} if self.adapter else WanPipeline.load_config(base)

@@ -23,6 +23,7 @@ class WanParts(Encoder):
         device: where they run.
         dtype: of the autoencoder.
         fingerprints: what names them.
+        tiled: the autoencoder encodes large clips in tiles.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class WanParts(Encoder):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         fingerprints: Fingerprints | None = None,
+        tiled: bool = False,
     ) -> None:
-        self.base, self.device, self.dtype = base, torch.device(device), dtype
+        self.base, self.device, self.dtype, self.tiled = base, torch.device(device), dtype, tiled
         self.fingerprints = fingerprints or Fingerprints()
         self._own: AutoencoderKLWan | None = None
         self._eye: WanImageToVideoPipeline | None = None
@@ -52,6 +54,8 @@ class WanParts(Encoder):
             self._own = AutoencoderKLWan.from_pretrained(self.base, subfolder="vae", dtype=self.dtype)
             self._own.requires_grad_(False).eval()
             self._own.enable_slicing()
+            if self.tiled:
+                self._own.enable_tiling()
         return self._own
 
     def loaded_eye(self) -> WanImageToVideoPipeline:
@@ -99,7 +103,7 @@ class OwnWanEncoder(WanParts):
     """Encodes clips of 4k + 1 frames as the base's own pipeline does: "latents", "condition" and "image_embeds".
 
     Args:
-        base, device, dtype, fingerprints: as those of `WanParts`.
+        base, device, dtype, fingerprints, tiled: as those of `WanParts`.
         parts: which of these.
     """
 
@@ -110,10 +114,11 @@ class OwnWanEncoder(WanParts):
         device: torch.device | str,
         dtype: torch.dtype,
         fingerprints: Fingerprints | None = None,
+        tiled: bool = False,
     ) -> None:
-        super().__init__(base, device, dtype, fingerprints)
+        super().__init__(base, device, dtype, fingerprints, tiled)
         self.parts = parts
-        own = f"{self.name_of_own()} {dtype}"
+        own = f"{self.name_of_own()} {dtype}{' tiled' if tiled else ''}"
         models = {name: own for name in parts}
         if "image_embeds" in parts:
             models["image_embeds"] = self.name_of_eye()

@@ -55,7 +55,8 @@ class OwnWan(WanFamily, OwnModel):
     self_attention = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
     def __init__(self, base: str, options: ModelOptions) -> None:
-        self.base, self.dtype, self.autoencoder_dtype = base, options.dtype, options.autoencoder_dtype
+        self.base, self.dtype = base, options.dtype
+        self.autoencoder_dtype, self.autoencoder_tiling = options.autoencoder_dtype, options.autoencoder_tiling
         self.device, self.merge_text_padding = torch.device(options.device), options.merge_text_padding
 
     def check_options(self, options: ModelOptions) -> None:
@@ -151,7 +152,8 @@ class WanModel(OwnWan):
         # A timestep for each token marks the first frame by itself.
         condition = ("condition",) if self.image and not self.per_token else ()
         parts = ("latents", *condition, *embeds)
-        return OwnWanEncoder(self.base, parts, self.device, self.autoencoder_dtype, self.fingerprints)
+        tiled = self.autoencoder_tiling
+        return OwnWanEncoder(self.base, parts, self.device, self.autoencoder_dtype, self.fingerprints, tiled)
 
     # -- the first frame of models with a timestep for each token ------------------------------------------------------
 

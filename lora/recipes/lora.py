@@ -110,6 +110,7 @@ class TrainLora(EncodedClipsRecipe):
         options = ModelOptions(
             dtype=getattr(torch, model.dtype),
             autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
+            autoencoder_tiling=model.autoencoder_tiling,
             device=self.process.device,
             merge_text_padding=model.merge_text_padding,
             stage=model.stage,

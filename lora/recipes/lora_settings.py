@@ -23,6 +23,8 @@ class ModelSettings(Settings):
         dtype: of the frozen weights; what is trained stays float32.
         quantise: keep the frozen weights of the linear layers in 8 bits, through torchao, which must be installed.
         autoencoder_dtype: in which clips are encoded.
+        autoencoder_tiling: encode large clips in tiles, as diffusers does: less memory, and other latents near the
+            seams. DC-VideoGen's autoencoder does so by itself.
         merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;
             for Wan without an image encoder.
         guidance: what models that are distilled on a guidance scale are told in training; None for the usual: 3.5 of
@@ -35,6 +37,7 @@ class ModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantise: Literal["none", "int8", "fp8"] = "none"
     autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    autoencoder_tiling: bool = False
     merge_text_padding: bool = False
     guidance: float | None = setting(None, low=0)
 

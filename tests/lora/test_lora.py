@@ -447,3 +447,22 @@ def test_no_encoder_is_loaded_where_everything_is_kept(tmp_path, request, base, 
     assert loaded == [] and again.inputs() == first.inputs()
     [one, two] = [r.measured(r.flowing)._clips[0][1]["latents"] for r in (first, again)]
     assert torch.equal(one, two)
+
+
+def test_large_clips_are_encoded_in_tiles(tmp_path, text_base, monkeypatch):
+    """Which may be other latents, so they are kept under another name; small ones stay as they are."""
+    file = write(tmp_path, text_base)
+    whole, tiled = (recipe(file, [f"model.autoencoder_tiling={on}"]).flowing._encoder for on in ("false", "true"))
+    assert whole.identities != tiled.identities
+    small, large = torch.rand(1, 3, 5, 32, 48), torch.rand(1, 3, 5, 32, 320)
+    assert torch.equal(whole.encode(small)["latents"], tiled.encode(small)["latents"])
+    calls = []
+    for name, encoder in (("whole", whole), ("tiled", tiled)):
+        own, original = encoder.loaded_own(), encoder.loaded_own().tiled_encode
+        monkeypatch.setattr(own, "tiled_encode", lambda x, n=name, o=original: calls.append(n) or o(x))
+    assert whole.encode(large)["latents"].shape == tiled.encode(large)["latents"].shape and calls == ["tiled"]
+    with pytest.raises(ConfigError, match="model.autoencoder_tiling: the autoencoder of .* tiles by itself"):
+        recipe(write(tmp_path, "demo-dc", data={"sizes": [{"frames": 8, "height": 64, "width": 64}]}), TILED)
+
+
+TILED = ["model.autoencoder_tiling=true"]

@@ -110,6 +110,8 @@ def test_no_encoder_is_loaded_where_everything_is_kept(tmp_path, bases, monkeypa
         made[-1].ready(made[-1].flowing)
     assert set(loaded) == {"_loaded", "loaded_own"} and len(loaded) == before
     assert made[0].inputs() == made[1].inputs()
+    tiled = recipe(file, ["model.autoencoder_tiling=true"])
+    assert tiled.flowing.identities != made[0].flowing.identities and tiled.flowing._encoder.own.use_tiling
 
 
 @pytest.mark.parametrize("kind", MADE)
