@@ -25,9 +25,9 @@ if INTERPRET and not EARLY and importlib.util.find_spec("triton") is not None:
         for module in pkgutil.iter_modules(kernels.__path__):  # the kernels become interpreted ones
             importlib.import_module(f"{kernels.__name__}.{module.name}")
 
-        from quick_interpreter import exchange_once_a_launch
+        from quick_interpreter import make_quick
 
-        exchange_once_a_launch()
+        make_quick()
 
 
 @pytest.fixture(autouse=True)
