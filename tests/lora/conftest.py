@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from short_texts import shorten
 from torch import nn
 
 from vidaccel.lora.config import Settings, build
@@ -19,6 +20,14 @@ from vidaccel.lora.phase_run import PhaseRun
 from vidaccel.lora.recipes.base import Phase, Process, Recipe, load_trained
 from vidaccel.lora.settings import PhaseSettings, RunSettings, SizeSettings
 from vidaccel.lora.trainer import Trainer, make_accelerator
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_texts() -> Generator[None]:
+    """A module whose tests are about the length of prompts has a fixture of this name that does nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch.setattr)
+        yield
 
 
 class Net(nn.Module):

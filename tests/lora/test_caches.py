@@ -30,6 +30,11 @@ HERE = Process(torch.device("cpu"))
 SIZE = SizeSettings(4, 32, 32)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _short_texts() -> None:
+    """Prompts are as long as the models want them."""
+
+
 class Rows(Encoder):
     """One part, the means of the rows; counts the clips it was given."""
 

@@ -15,6 +15,11 @@ from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _short_texts() -> None:
+    """Prompts are as long as the models want them."""
+
+
 def test_the_student_starts_as_the_base_with_a_silent_head(text_base, autoencoder_folder):
     backbone = WanBackbone(str(text_base), str(autoencoder_folder))
     student = backbone.student()

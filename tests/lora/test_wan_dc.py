@@ -112,6 +112,7 @@ def test_latents_and_videos_are_those_of_the_pipeline(folders, kind):
     texts = tuple(model.text_encoder().encode(["a red circle", ""]))
     video = model.sample(transformer, texts, SampleRequest(8, 32, 64, 2, 3.0, seed=1))
     given = {"height": 32, "width": 64, "num_frames": 8, "num_inference_steps": 2, "guidance_scale": 3.0}
+    given["max_sequence_length"] = model.text_length
     theirs = pipe("a red circle", **given, generator=torch.Generator().manual_seed(1), output_type="pt").frames[0]
     torch.testing.assert_close(video, theirs.transpose(0, 1) * 2 - 1, atol=1e-4, rtol=1e-4)
 

@@ -17,11 +17,16 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from short_texts import shorten
+
 from vidaccel.lora import phase_run, run
 from vidaccel.lora.phase_run import PhaseRun
 from vidaccel.lora.stopping import Stopped
 
 torch.set_num_threads(1)
+shorten()
 original_train, original_step, original_rate = PhaseRun.train, PhaseRun._one_step, phase_run.set_learning_rate
 
 

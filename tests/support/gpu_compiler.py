@@ -30,7 +30,7 @@ POINTERS = {"i64": "order q_order kv_order bits", "i8": "int8 mask selected", "f
                     "mass top total"}
 
 
-def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
+def compile_kernel(kernel, architecture, dtype, constants, tiles, *, disassembled=True, **others):
     types = {f"{name}_ptr": kind for kind, names in POINTERS.items() for name in names.split()}
     types |= {f"{name}_ptr": kind for name, kind in others.items()}
     signature, aligned = {}, {}
@@ -53,7 +53,7 @@ def compile_kernel(kernel, architecture, dtype, constants, tiles, **others):
     text, products = binary.asm["ttgir"], re.findall(r"mma[.\w:]*", binary.asm["ptx"])
     return {"kernel": kernel.__name__, "shared": binary.metadata.shared, "copies": text.count("async_copy_global"),
             "tma": text.count("async_tma_copy_global_to_local"),
-            **machine_code.read(binary, architecture), "tensor_cores": text.count("mma"),
+            **(machine_code.read(binary, architecture) if disassembled else {}), "tensor_cores": text.count("mma"),
             "int8": sum(bool(re.search("s8|i8", x)) for x in products),
             "fp8": sum(bool(re.search("e4m3|f8f6f4", x)) for x in products)}
 """

@@ -51,8 +51,9 @@ for kernel, table in ((forward._forward_kernel, forward.FORWARD_TILES), (backwar
     found[-1]["keys"] = tiles.block_n
 small = forward.Tiles(64, 64, 4, 1)
 found.append(compile_kernel(backward._delta_kernel, architecture, dtype, {"D": dim, "D_PAD": forward.padded(dim),
-                            "BLOCK_M": 64}, small))
-found.append(compile_kernel(readers._key_bits_kernel, architecture, dtype, {"BLOCK_N": 64, "CHUNK": 64}, small))
+                            "BLOCK_M": 64}, small, disassembled=False))
+found.append(compile_kernel(readers._key_bits_kernel, architecture, dtype, {"BLOCK_N": 64, "CHUNK": 64}, small,
+                            disassembled=False))
 print(json.dumps(found))
 """
 

@@ -506,9 +506,9 @@ block = {**shape, "ROWS": 64, "ORDERED": ordered, **({} if ordered else {"order_
 for smoothed in (False, True):
     shift = {"shift_ptr": None} if smoothed else {}
     constants = {**block, "SMOOTHED": smoothed, "BLOCKED": smoothed and blocked, **shift}
-    found.append(compile_kernel(quantize._int8_kernel, architecture, dtype, constants, small))
+    found.append(compile_kernel(quantize._int8_kernel, architecture, dtype, constants, small, disassembled=False))
 if architecture >= 89:
-    found.append(compile_kernel(quantize._fp8_kernel, architecture, dtype, block, small))
+    found.append(compile_kernel(quantize._fp8_kernel, architecture, dtype, block, small, disassembled=False))
 print(json.dumps(found))
 """
 

@@ -8,9 +8,12 @@ from gpu_compiler import SHARED, run_with_compiler
 pytest.importorskip("triton")
 
 SCRIPT = """
+from functools import partial
+
 from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, spend, walk
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+compile_kernel = partial(compile_kernel, disassembled=False)
 width = {"D": dim, "D_PAD": launch.padded(dim)}
 tiles = kmeans.SINGLE if dtype == "fp32" else kmeans.HALF if dim <= 128 else kmeans.HALF_WIDE
 probing = probe.TILES[dtype != "fp32", max(64, launch.padded(dim))]
