@@ -77,14 +77,13 @@ def compute(family: str, lever: Lever) -> str | dict[str, str]:
     none of these is raised. `upstream` is also what a cache makes of one input, where that is another output than the
     model's own, with and without vidaccel.
     """
-    # A cache runs the first block of each stack, and leaves out later ones.
-    tiny = build(FAMILY_BUILDS[family], 4 if lever.caches else 2)
+    tiny = model_for(family, lever.caches)
     absent = lever.missing(tiny.model)
     if absent:
         return f"absent: {absent}"
     plain = copy.deepcopy(tiny)
     if lever.lazy:
-        return outcome(plain, lever, ORDERS[0], passes(plain, lever), lambda: reference(plain, plain, lever))
+        return outcome(plain, lever, ORDERS[0], passes(plain, lever), lambda: expectation(family, plain, plain, lever))
     try:
         lever.apply(tiny)
         stock = passes(tiny, lever)
@@ -101,9 +100,9 @@ def compute(family: str, lever: Lever) -> str | dict[str, str]:
     if lever.caches and (fault := strays(stock, plain.run())):
         for order in ORDERS:
             ours = accelerated(copy.deepcopy(plain), lever, order).outs
-            assert strays(ours, reference(plain, tiny, lever)), f"only without vidaccel, {fault}"
+            assert strays(ours, expectation(family, plain, tiny, lever)), f"only without vidaccel, {fault}"
         return f"upstream: {fault}"
-    expected = functools.cache(lambda: reference(plain, tiny, lever))
+    expected = functools.cache(lambda: expectation(family, plain, tiny, lever))
     outcomes = {order: outcome(plain, lever, order, stock, expected) for order in ORDERS}
     return outcomes[ORDERS[0]] if len(set(outcomes.values())) == 1 else outcomes
 
@@ -171,10 +170,27 @@ def accelerated(tiny: Tiny, lever: Lever, order: str, schedule: DenseSchedule = 
         return Accelerated(outs, handle.report(), calls)
 
 
-def reference(plain: Tiny, used: Tiny, lever: Lever) -> torch.Tensor:
+def expectation(family: str, plain: Tiny, used: Tiny, lever: Lever) -> torch.Tensor:
     """Sparse output of a model without the lever, with the weights that the lever stands for."""
+    if lever.same_as is None:
+        return sparse_output(family, lever.caches)
     fresh = copy.deepcopy(plain)
     lever.same_as(used.model, fresh.model)
+    return sparse(fresh)
+
+
+def model_for(family: str, caches: bool) -> Tiny:
+    """A cache runs the first block of each stack, and leaves out later ones."""
+    return build(FAMILY_BUILDS[family], 4 if caches else 2)
+
+
+@functools.cache
+def sparse_output(family: str, caches: bool) -> torch.Tensor:
+    """That of the model itself, which most levers stand for."""
+    return sparse(model_for(family, caches))
+
+
+def sparse(fresh: Tiny) -> torch.Tensor:
     with accelerate(fresh.model, SPARSE, schedule=NEVER_DENSE):
         return fresh.run()
 

@@ -28,8 +28,8 @@ class Lever:
         what: the calls, for the text above the table.
         apply: does it to a tiny model.
         missing: why a class of models has no such thing; empty where it has.
-        same_as: gives a fresh model, from one with the lever at work, the weights that it stands for. Sparse
-            attention must make the same of both.
+        same_as: gives a fresh model, from one with the lever at work, the weights that it stands for, where they are
+            not its own. Sparse attention must make the same of both.
         exact: bit for bit.
         package: the optional package that it comes from.
         caches: later forward passes leave layers out.
@@ -40,7 +40,7 @@ class Lever:
     what: str
     apply: Callable[[Tiny], None]
     missing: Callable[[torch.nn.Module], str] = lambda model: ""
-    same_as: Callable[[torch.nn.Module, torch.nn.Module], None] = lambda model, fresh: None
+    same_as: Callable[[torch.nn.Module, torch.nn.Module], None] | None = None
     exact: bool = True
     package: str = ""
     caches: bool = False
