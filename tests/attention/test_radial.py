@@ -79,18 +79,20 @@ def by_pairs(config: Radial, layout: VideoLayout) -> torch.Tensor:
     place[layout.video] = torch.arange(s).repeat(layout.frames)
     pairs = {(i, j): pair_of_frames(i, j) for i in range(layout.frames) for j in range(layout.frames)}
     blocks = torch.arange(layout.tokens).split(block)
+    of_video = [bool((frame[rows] >= 0).all()) for rows in blocks]
+    parts = []  # of each block: a frame, and from which to which of its places
+    for rows in blocks:
+        frames = [(i, place[rows[frame[rows] == i]]) for i in frame[rows].unique().tolist()]
+        parts.append([(i, slice(int(places[0]), int(places[-1]) + 1)) for i, places in frames])
+    own_place = torch.eye(s, dtype=torch.bool)
     mask = torch.zeros(len(blocks), len(blocks), dtype=torch.bool)
-    for a, rows in enumerate(blocks):
-        for b, columns in enumerate(blocks):
-            if (frame[rows] < 0).any() or (frame[columns] < 0).any():
-                mask[a, b] = True
-                continue
-            for i in frame[rows].unique().tolist():
-                for j in frame[columns].unique().tolist():
-                    x, y = place[rows[frame[rows] == i]], place[columns[frame[columns] == j]]
-                    part = pairs[i, j][x][:, y]
-                    own_place = part & (x[:, None] == y)
-                    mask[a, b] |= bool(2 * part.sum() >= part.numel() or own_place.any())
+    for a, b in itertools.product(range(len(blocks)), repeat=2):
+        if not (of_video[a] and of_video[b]):
+            mask[a, b] = True
+            continue
+        for (i, x), (j, y) in itertools.product(parts[a], parts[b]):
+            part = pairs[i, j][x, y]
+            mask[a, b] |= bool(2 * part.sum() >= part.numel() or (part & own_place[x, y]).any())
     return mask
 
 
