@@ -64,6 +64,7 @@ def training_memory(
     *,
     weight_bytes: float,
     linear_bytes: float | None = None,
+    offloaded: float = 0.0,
     copies: int = 1,
     shared_by: int = 1,
     layers: int = 0,
@@ -79,6 +80,7 @@ def training_memory(
         trained: numbers that are trained.
         phase: its optimiser and EMA.
         weight_bytes: of a frozen number; `linear_bytes` of one in a linear layer, where that is another.
+        offloaded: bytes of frozen weights that are in the memory of the CPU.
         copies: of the frozen weights, 0 where all are trained and there is no second model.
         shared_by: processes that the weights are spread over.
         layers, width: of the transformer.
@@ -94,7 +96,7 @@ def training_memory(
     kept = layers * tokens * clips * width * activation_bytes
     known = layers if tokens else 0
     return TrainingMemory(
-        copies * one / shared_by, trained * each / shared_by, kept, known, tokens, clips, checkpointed
+        copies * one / shared_by - offloaded, trained * each / shared_by, kept, known, tokens, clips, checkpointed
     )
 
 

@@ -28,6 +28,7 @@ from ..generators import Generators
 from ..identities import file_identity
 from ..lora_file import COMFYUI_FILE, FILE, lora_path, read_facts, read_lora, save_lora
 from ..memory import TrainingMemory, blocks_of, gpu_bytes, training_memory
+from ..offload import offload, offloaded_numbers
 from ..quantise import quantisation
 from ..sparse_training import training_method
 from .base import Batch, Phase, load_trained
@@ -165,12 +166,15 @@ class TrainLora(EncodedClipsRecipe):
         shapes = [module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)]
         lora = sum(config.lora.rank * (shape[0] + shape[1:].numel()) for shape in shapes)
         clips = [size.batch_size or train.batch_size for size in config.data.sizes]
+        away, at_work = offloaded_numbers(skeleton, config.model.offload_blocks)
+        itemsize = getattr(torch, config.model.dtype).itemsize
         sizes = [(layout.tokens, n) for layout, n in zip(layouts, clips, strict=True) if layout is not None]
         return training_memory(
             skeleton,
             sum(p.numel() for p in skeleton.parameters()) if self.trains_all else lora,
             train,
-            weight_bytes=getattr(torch, config.model.dtype).itemsize,
+            weight_bytes=itemsize,
+            offloaded=(away - at_work) * itemsize,
             linear_bytes=None if config.model.quantise == "none" else 1,
             copies=self.frozen_models,
             shared_by=self.process.count if self.process.sharded else 1,
@@ -303,6 +307,8 @@ class FlowLora(FlowPhase):
         self._handle: Handle | None = None
         if config.model.quantise != "none":
             self.whole_weights = f"model.quantise is {config.model.quantise}, whose matrices must be whole"
+        if config.model.offload_blocks:
+            self.whole_weights = f"model.offload_blocks is {config.model.offload_blocks}, which keeps weights whole"
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         recipe = self.recipe
@@ -311,6 +317,7 @@ class FlowLora(FlowPhase):
         if recipe.config.loop.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         train_only(transformer, self.trains)
+        offload(transformer, recipe.config.model.offload_blocks)
         if recipe.method is not None:
             self._handle = accelerate(transformer, recipe.method, backend=recipe.backend)
         return transformer

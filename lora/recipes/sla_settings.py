@@ -68,6 +68,8 @@ class SLASettings(LoraSettings):
         if self.sla.train == "full":
             if self.lora != AdapterSettings():
                 yield 'lora is of use only with sla.train "lora": set that, or leave lora out.'
+            if self.model.offload_blocks:
+                yield f'model.offload_blocks is {self.model.offload_blocks}, for frozen weights: use sla.train "lora".'
             if self.model.quantise != "none":
                 yield f'model.quantise is {self.model.quantise}, whose weights stay frozen: set sla.train to "lora".'
         apart = self.sla.linear_scope != "none" and self.sla.projection_rate != 1

@@ -152,7 +152,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         ({"data": {"sizes": [{"frames": 8, "height": 40, "width": 32}]}}, "40x32 is no multiple of 32"),
         ({"data": {"sizes": [{"frames": 9, "height": 32, "width": 32}]}}, "9 frames are no multiple of 4"),
         ({"model": {**MODEL, "chunk_size": 6}}, "chunk_size is 6"),
-        ({"model": {"start": "nowhere"}}, "nowhere is no autoencoder"),
+        ({"model": {"start": "nowhere"}}, "model.start: nowhere is no folder here"),
         (
             {"phases": [{"steps": 1, "max_grad_nrom": 1}]},
             'phases.0.max_grad_nrom is not known: did you mean "max_grad_norm"',
