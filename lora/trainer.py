@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,11 +147,7 @@ class Trainer:
                 if phase.settings.optimizer in LOW_BIT:
                     low_bit(phase.settings.optimizer, phase.name)
                 check_linears(phase.settings.low_bit_linears, phase.name, self.process.device)
-            if self.process.is_main and self.out.exists():
-                self._take_folder()
-                # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
-                self.checkpoints.clean()
-            self.process.wait()
+            self._in_main(lambda: self._take_folder() if self.out.exists() else None)
             start = self._start(resume, phases)
             if start.checkpoint is not None:
                 self.recipe.began_with = start.checkpoint.state.get("inputs", {})
@@ -158,12 +155,7 @@ class Trainer:
             inputs = self.recipe.inputs()
             if start.checkpoint is not None:
                 _check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
-            if self.process.is_main:
-                if not self._taken:
-                    self._take_folder()
-                    self._start(resume, phases)  # another run may have been here since
-                save_text(as_yaml(self.config), self.out / "config.yaml")
-            self.process.wait()
+            self._in_main(self._begin_folder)
             again = start.checkpoint is not None and start.checkpoint.validation_due
             self.tracker = Tracker(self.accelerator, self.config, self.process.progress, start.done, again)
             self._say_where_it_runs()
@@ -178,6 +170,17 @@ class Trainer:
         self.tracker.end()
         return result
 
+    def _in_main(self, work: Callable[[], None]) -> None:
+        """Do something in the main process, and end all of them where it refuses."""
+        refused: Exception | None = None
+        if self.process.is_main:
+            try:
+                work()
+            except (ConfigError, OSError) as error:
+                refused = error
+        if self.process.any(refused is not None):
+            raise refused or ConfigError(f"out: {self.out} cannot be used; the first process says why.")
+
     def _take_folder(self) -> None:
         """See that no other run works in `out`, and that none will while this one lasts.
 
@@ -189,6 +192,17 @@ class Trainer:
         except BadInput as error:
             raise ConfigError(str(error)) from error
         self._taken = True
+        # Before anything looks for checkpoints: the only one may be what an interrupted write was replacing.
+        self.checkpoints.clean()
+
+    def _begin_folder(self) -> None:
+        if not self._taken:
+            self._take_folder()
+            if self.checkpoints.saved():
+                raise ConfigError(
+                    f"out: another run was in {self.out} meanwhile: continue that one, or choose another."
+                )
+        save_text(as_yaml(self.config), self.out / "config.yaml")
 
     def _finished(self, trained: Tensors) -> dict[str, Any]:
         try:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -154,6 +155,11 @@ def test_two_runs_in_one_folder(tiny_settings, run_tiny, tiny_recipe, tmp_path, 
     with other, monkeypatch.context() as patch, pytest.raises(ConfigError, match="trains in it"):
         patch.setattr(tiny_recipe, "prepare", prepared)
         run_tiny(tiny_settings("new"))
+    run_tiny(tiny_settings("second"))
+    whole = tmp_path / "second" / "checkpoints", tmp_path / "third" / "checkpoints"
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another run was in .* meanwhile"):
+        patch.setattr(tiny_recipe, "prepare", lambda self: prepare(self) or shutil.copytree(*whole))
+        run_tiny(tiny_settings("third"), "auto")
     run_tiny(tiny_settings())
     assert not (tmp_path / "run" / OWNER).exists()
 
