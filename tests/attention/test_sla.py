@@ -113,7 +113,7 @@ def test_the_formula_with_an_odd_number_of_tokens_and_text_on_any_side(text, sco
 @pytest.mark.parametrize("scope", ["all", "non_critical", "marginal", "none"])
 def test_gradients_of_everything_in_float64(scope):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 21, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, 1, 21, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
     method = SLA(topk=0.34, block=(5, 4), linear_scope=scope)
