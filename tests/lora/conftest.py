@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from short_texts import shorten
 from torch import nn
 
 from vidaccel.lora.config import Settings, build
@@ -25,6 +24,8 @@ from vidaccel.lora.trainer import Trainer, make_accelerator
 @pytest.fixture(autouse=True, scope="module")
 def _short_texts() -> Generator[None]:
     """A module whose tests are about the length of prompts has a fixture of this name that does nothing."""
+    from short_texts import shorten  # scripts that import this file do not find it
+
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch.setattr)
         yield
