@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import vidaccel
+
+OURS = str(Path(vidaccel.__file__).parent)  # a checkout need not be called vidaccel
+TESTS = str(Path(__file__).parents[2])
 KNOWN = 2**16  # elements
 ATEN = torch.ops.aten
 # Of these, `item` and `is_nonzero` come in inference mode.
@@ -37,8 +42,7 @@ class Tensors(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=False)
 
     def wait(self, what: str) -> None:
-        frames = [f for f in traceback.extract_stack() if "/diffusers/" in f.filename or "vidaccel" in f.filename]
-        named = [f for f in frames if "/tests/" not in f.filename and not f.name.startswith("<")]
+        named = [f for f in traceback.extract_stack() if _is_told(f.filename) and not f.name.startswith("<")]
         places = [f"{f.filename.rsplit('/', 1)[-1]} {f.name}" for f in named[-2:]]
         self.waits.append(f"{what} in {' > '.join(places)}")
 
@@ -112,6 +116,14 @@ class Tensors(TorchDispatchMode):
         x = self._on_no_device(x)
         with self._fake:
             return x.to(device)
+
+
+def _is_told(file: str) -> bool:
+    """Whether a file is one of vidaccel, but no test, or of diffusers."""
+    if "/diffusers/" in file:
+        return True
+    # A checkout has its environment, with all other packages, in a folder of its own.
+    return file.startswith(OURS) and not file.startswith(TESTS) and "site-packages" not in file.removeprefix(OURS)
 
 
 def _value(x: torch.Tensor) -> torch.Tensor | None:
