@@ -54,7 +54,7 @@ def test_methods(fast_ones):
     check_methods(fast_ones["methods"], 90)
 
 
-@pytest.mark.parametrize("architecture", map(slow, ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [slow(architecture) for architecture in ARCHITECTURES])
 def test_what_methods_launch_compiles(architecture, tmp_path):
     given = {"capability": divmod(architecture, 10), "compile": True}
     check_methods(rehearse(tmp_path, methods=given)["methods"], architecture)
