@@ -49,6 +49,7 @@ _PUBLIC = {
     "apply": ".pipelines.presets",
     "attention": ".attention",
     "autoencoders": ".autoencoders",
+    "cfg_parallel": ".pipelines.cfg_parallel",
     "demo": ".demo",
     "generate": ".generation.api",
     "guidance_free": ".pipelines.guidance_free",

@@ -19,13 +19,16 @@ QUANTISED = "_vidaccel_quantised"
 """Attribute of a pipeline whose layers are in 8 bits for good: the `Quantize` that says how."""
 
 
+CFG_PARALLEL = "_vidaccel_cfg_parallel"
+"""Attribute of a pipeline that holds the handle of its shared guidance."""
+
 TINY_DECODER = "_vidaccel_tiny_decoder"
 """Attribute of an autoencoder that holds the handle of the tiny decoder in its place."""
 
 
 def restore(pipe: Any) -> None:
-    """Undo `apply`, `accelerate`, `guidance_free` and `tiny_decoder` where the handle is lost, as after running a
-    notebook cell twice.
+    """Undo `apply`, `accelerate`, `guidance_free`, `cfg_parallel` and `tiny_decoder` where the handle is lost, as after
+    running a notebook cell twice.
 
     Does nothing to a pipeline that nothing was done to.
 
@@ -35,6 +38,9 @@ def restore(pipe: Any) -> None:
     preset = getattr(pipe, PRESET, None)
     if preset is not None:
         preset.remove()
+    shared = getattr(pipe, CFG_PARALLEL, None)
+    if shared is not None:
+        shared.remove()
     free = getattr(pipe, GUIDANCE_FREE, None)
     if free is not None:
         free.remove()

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from ..plan import BlockPlan
 from .launch import (
+    FUSED,
     LOG2E,
     Tiles,
     choose_tiles,
@@ -296,7 +297,7 @@ def block_sparse_attention_backward(
     with on_device(q):
         _delta_kernel[(batch * heads * triton.cdiv(plan.n_q, CHUNK),)](
             grad_out, out, grad_lse.contiguous(), delta, *grad_out.stride()[:3], *out.stride()[:3], heads, plan.n_q,
-            **shape, BLOCK_M=CHUNK,
+            **shape, BLOCK_M=CHUNK, **FUSED,
         )  # fmt: skip
 
         tiles = backward_tiles(q, tile_len)
@@ -309,7 +310,7 @@ def block_sparse_attention_backward(
             *plan_strides(tile_len.shape), heads, group, plan.n_q, pieces, tile_len.shape[-1],
             known.full_start.shape[-1], known.tail_start.shape[-1], scale, scale * LOG2E, **shape, **orders,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TAIL_N=tiles.tail_n, STAND_INS=stand_ins is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **FUSED, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
         tiles = choose_tiles(KEY_TILES, q, tile_len)
@@ -322,7 +323,7 @@ def block_sparse_attention_backward(
                     *plan_strides(tile_len.shape), heads, group, plan.n_q, plan.n_kv, blocks, tile_len.shape[-1],
                     begin, first, scale, scale * LOG2E, **shape, **orders, KV_ORDERED=kv_order is not None,
                     WORDS=words_of(tiles.block_n), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-                    num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                    **FUSED, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
                 )  # fmt: skip
     if of_k is not dk:
         for whole, parts in ((dk, of_k), (dv, of_v)):

@@ -33,7 +33,7 @@ from .forward_steps import (
     attend_int8_tile,
     attend_tile,
 )
-from .launch import Tiles, choose_tiles, major_of, on_device, order_args, padded, plan_strides, rows_contiguous
+from .launch import FUSED, Tiles, choose_tiles, major_of, on_device, order_args, padded, plan_strides, rows_contiguous
 from .stand_ins import StandIns, attend_stand_ins, stand_in_args
 from .walk import Walk, find_piece, load_rows, make_walk, token_rows, walk_keys
 
@@ -233,7 +233,7 @@ def launch_forward(
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TAIL_N=tiles.tail_n,
             Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
             DESCRIBED=described is not None, STAND_INS=stand_ins is not None, K_BLOCKED=k_blocked,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **FUSED, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..labels import label_dtype, sort_labels
-from .launch import Tiles, on_device, padded, rows_contiguous
+from .launch import FUSED, Tiles, on_device, padded, rows_contiguous
 from .runs import cut_clusters
 from .walk import load_rows
 
@@ -50,12 +50,21 @@ def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.
     labels = torch.empty(batch, heads, tokens, dtype=label_dtype(clusters), device=x.device)
     with on_device(x):
         _center_kernel[(clusters, batch * heads)](
-            centers.contiguous(), mean, rounded, offset, clusters, D=dim, D_PAD=padded(dim), HALF=half, num_warps=1
+            centers.contiguous(),
+            mean,
+            rounded,
+            offset,
+            clusters,
+            D=dim,
+            D_PAD=padded(dim),
+            HALF=half,
+            **FUSED,
+            num_warps=1,
         )
         _assign_kernel[(triton.cdiv(tokens, tiles.block_m), batch * heads)](
             x, mean, rounded, offset, labels, *x.stride()[:3], heads, tokens, clusters,
             D=dim, D_PAD=padded(dim), BLOCK_N=tiles.block_m, BLOCK_C=min(tiles.block_n, padded(clusters)), HALF=half,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **FUSED, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return labels
 
@@ -66,7 +75,7 @@ def in_clusters(labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torc
     sizes = torch.empty(*labels.shape[:2], clusters, dtype=torch.int64, device=labels.device)
     with on_device(labels):
         _sizes_kernel[(triton.cdiv(clusters, COUNTED), sizes[..., 0].numel())](
-            ordered, sizes, labels.shape[2], clusters, labels.shape[2].bit_length(), BLOCK=COUNTED, num_warps=1
+            ordered, sizes, labels.shape[2], clusters, labels.shape[2].bit_length(), BLOCK=COUNTED, **FUSED, num_warps=1
         )
     return order, sizes
 
@@ -101,11 +110,11 @@ def moments(
     with on_device(x):
         _sum_kernel[(pieces, batch * heads)](
             x, mean, order, start, length, sums, piece_square, *x.stride()[:3], heads, tokens, pieces,
-            D=dim, D_PAD=padded(dim), BLOCK=ADDED, num_warps=4,
+            D=dim, D_PAD=padded(dim), BLOCK=ADDED, **FUSED, num_warps=4,
         )  # fmt: skip
         _mean_kernel[(clusters, batch * heads)](
             sums, piece_square, first, sizes, mean, centers, out, square, clusters, pieces,
-            D=dim, D_PAD=padded(dim), MOST=PIECE, CENTERS=centers is not None, num_warps=1,
+            D=dim, D_PAD=padded(dim), MOST=PIECE, CENTERS=centers is not None, **FUSED, num_warps=1,
         )  # fmt: skip
     return out, square
 

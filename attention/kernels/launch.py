@@ -12,6 +12,9 @@ import triton
 from ..groups import repeat_heads
 
 LOG2E = math.log2(math.e)
+# Products and sums as one instruction, said at every launch: kernels count on it in their loops, and Triton 3.10 leaves
+# it out unless it is asked for (3.9 warns of that).
+FUSED = {"enable_fp_fusion": True}
 
 
 class Tiles(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import heads_in_order, on_device, order_args, padded, rows_contiguous
+from .launch import FUSED, heads_in_order, on_device, order_args, padded, rows_contiguous
 from .walk import load_rows, store_rows, token_rows
 
 ROWS = 64  # tokens a program
@@ -25,7 +25,7 @@ def permute_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     with on_device(x):
         _permute_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
             x, out, *x.stride()[:3], *order_args(order, heads), heads, heads // own, tokens,
-            D=dim, D_PAD=padded(dim), ROWS=ROWS,
+            D=dim, D_PAD=padded(dim), ROWS=ROWS, **FUSED,
         )  # fmt: skip
     return out
 
@@ -46,7 +46,7 @@ def text_last(order: torch.Tensor, before: int, after: int) -> torch.Tensor:
     out = torch.empty(*order.shape[:2], video + before + after, dtype=torch.int64, device=order.device)
     with on_device(order):
         _text_last_kernel[(triton.cdiv(out.shape[-1], ENTRIES), out[..., 0].numel())](
-            order, out, video, before, after, BLOCK=ENTRIES, num_warps=4
+            order, out, video, before, after, BLOCK=ENTRIES, **FUSED, num_warps=4
         )
     return out
 

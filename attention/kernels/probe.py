@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LOG2E, Tiles, on_device, order_args, padded, rows_contiguous
+from .launch import FUSED, LOG2E, Tiles, on_device, order_args, padded, rows_contiguous
 from .runs import starts_of
 from .walk import load_rows, token_rows
 
@@ -71,7 +71,7 @@ def probe_clusters(
             q_means, k, v, log_mass, bias, key, value, first, sizes, *k.stride()[:3], *v.stride()[:3],
             *order_args(order, k.shape[1]), heads, heads // k.shape[1], centroids, clusters, room, scale * LOG2E,
             D=dim, D_PAD=padded(dim), BLOCK_M=block_m, BLOCK_N=tiles.block_n,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            **FUSED, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return log_mass, bias, key, value
 
@@ -149,7 +149,7 @@ def read_outputs(log_mass: torch.Tensor, value: torch.Tensor) -> tuple[torch.Ten
     with on_device(value):
         _read_kernel[(batch * heads * centroids,)](
             log_mass.contiguous(), value, mass, outputs, away, centroids, clusters, room,
-            D=dim, D_PAD=padded(dim), WIDTH=triton.next_power_of_2(clusters), BLOCK=32, num_warps=4,
+            D=dim, D_PAD=padded(dim), WIDTH=triton.next_power_of_2(clusters), BLOCK=32, **FUSED, num_warps=4,
         )  # fmt: skip
     return mass, outputs, away
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import LOG2E, on_device, padded, rows_contiguous
+from .launch import FUSED, LOG2E, on_device, padded, rows_contiguous
 from .walk import load_rows
 
 SPLIT = 4096  # keys a program: a few rows of one head alone would leave most of the GPU idle
@@ -37,7 +37,7 @@ def attend_rows(
             q.to(k.dtype).contiguous(), k, v, masks.contiguous().view(torch.int8), top, total, out,
             *k.stride()[:3], *v.stride()[:3], heads, heads // k.shape[1], rows, tokens, splits, scale * LOG2E,
             D=dim, D_PAD=padded(dim), ROWS=padded(rows), SPLIT=SPLIT, KEYS=KEYS if k.element_size() == 2 else 16,
-            num_warps=8, num_stages=2,
+            **FUSED, num_warps=8, num_stages=2,
         )  # fmt: skip
     weight = (top - top.amax(2, keepdim=True)).exp2().unsqueeze(3)
     total, out = (total * weight).sum(2), (out * weight.unsqueeze(-1)).sum(2)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..groups import repeat_heads
-from .launch import LOG2E, heads_in_order, on_device, order_args, padded, rows_contiguous
+from .launch import FUSED, LOG2E, heads_in_order, on_device, order_args, padded, rows_contiguous
 from .walk import load_rows, store_rows, token_rows
 
 FP8_LARGEST = 448.0  # of float8_e4m3fn
@@ -151,6 +151,7 @@ def _to_int8(
             x, mean, quantized, scale, shift, *x.stride()[:3], *quantized.stride()[:3], *order_args(order, heads),
             heads, heads // own, n, factor,
             D=dim, D_PAD=padded(dim), ROWS=rows, SMOOTHED=shift is None, ORDERED=order is not None, BLOCKED=block > 0,
+            **FUSED,
         )  # fmt: skip
     return quantized, scale
 
@@ -172,7 +173,7 @@ def quantize_v(v: torch.Tensor, kv_order: torch.Tensor | None) -> tuple[torch.Te
         _fp8_kernel[(batch * heads * triton.cdiv(n, ROWS),)](
             v, FP8_LARGEST / largest, quantized, *v.stride()[:3], *quantized.stride()[:3],
             *order_args(kv_order, heads), heads, heads // own, n,
-            D=dim, D_PAD=padded(dim), ROWS=ROWS, ORDERED=kv_order is not None,
+            D=dim, D_PAD=padded(dim), ROWS=ROWS, ORDERED=kv_order is not None, **FUSED,
         )  # fmt: skip
     return quantized, largest / FP8_LARGEST
 

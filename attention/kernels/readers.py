@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
-from .launch import Tiles, on_device
+from .launch import FUSED, Tiles, on_device
 
 CHUNK = 64  # words a program of _key_bits_kernel
 READ_CHUNK = 256  # tiles at a time in _readers_kernel
@@ -118,10 +118,20 @@ def make_readers(plan: BlockPlan, block_m: int, block_n: int, entries: slice = s
     steps = torch.empty(count, blocks, dtype=torch.int32, device=plan.device)
     with on_device(bits):
         _key_bits_kernel[(tile_len.numel() * triton.cdiv(blocks * words, CHUNK),)](
-            run_start, run_len, bits, blocks * words, run_len.shape[-1], BLOCK_N=block_n // words, CHUNK=CHUNK
+            run_start, run_len, bits, blocks * words, run_len.shape[-1], BLOCK_N=block_n // words, CHUNK=CHUNK, **FUSED
         )
         _readers_kernel[(steps.numel(),)](
-            bits, tile_len, readers, steps, tiles, blocks, WORDS=words, BLOCK_M=block_m, CHUNK=READ_CHUNK, num_warps=4
+            bits,
+            tile_len,
+            readers,
+            steps,
+            tiles,
+            blocks,
+            WORDS=words,
+            BLOCK_M=block_m,
+            CHUNK=READ_CHUNK,
+            **FUSED,
+            num_warps=4,
         )
     block = steps.argsort(-1, descending=True).int().contiguous()
     return Readers(tile_start, tile_len, bits, block, readers, steps)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .launch import FUSED, on_device
 
 BLOCK = 256  # entries of a row at a time
 
@@ -29,10 +29,10 @@ def merge_segments(selected: torch.Tensor, sizes: torch.Tensor, slots: int) -> t
     start, length = (torch.empty(of_runs, dtype=torch.int32, device=selected.device) for _ in range(2))
     with on_device(selected):
         # The empty ones last: they part nothing.
-        _filled_kernel[(sizes[..., 0].numel(),)](sizes, *filled, segments, BLOCK=BLOCK, num_warps=4)
+        _filled_kernel[(sizes[..., 0].numel(),)](sizes, *filled, segments, BLOCK=BLOCK, **FUSED, num_warps=4)
         _merge_kernel[(start[..., 0].numel(),)](
             selected.contiguous().view(torch.int8), *filled, start, length, rows, segments, slots,
-            BLOCK=BLOCK, num_warps=4,
+            BLOCK=BLOCK, **FUSED, num_warps=4,
         )  # fmt: skip
     return start, length
 
@@ -42,7 +42,9 @@ def starts_of(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = sizes.contiguous()
     start, length = (torch.empty(sizes.shape, dtype=torch.int32, device=sizes.device) for _ in range(2))
     with on_device(sizes):
-        _starts_kernel[(sizes[..., 0].numel(),)](sizes, start, length, sizes.shape[-1], BLOCK=BLOCK, num_warps=4)
+        _starts_kernel[(sizes[..., 0].numel(),)](
+            sizes, start, length, sizes.shape[-1], BLOCK=BLOCK, **FUSED, num_warps=4
+        )
     return start, length
 
 
@@ -64,7 +66,7 @@ def cut_runs(
     with on_device(run_start):
         _cut_kernel[(run_start[..., 0].numel(),)](
             run_start.contiguous(), run_len.contiguous(), *made, slots, tails,
-            BLOCK_N=block_n, TAIL_N=tail_n, BLOCK=min(BLOCK, triton.next_power_of_2(slots)), num_warps=4,
+            BLOCK_N=block_n, TAIL_N=tail_n, BLOCK=min(BLOCK, triton.next_power_of_2(slots)), **FUSED, num_warps=4,
         )  # fmt: skip
     return made
 
@@ -96,7 +98,7 @@ def _cut(start: torch.Tensor | None, length: torch.Tensor, total: int, most: int
     with on_device(length):
         _pieces_kernel[(first[..., 0].numel(),)](
             start, length.contiguous(), *made, first, segments, slots, total, most,
-            GIVEN=start is not None, BLOCK=BLOCK, num_warps=4,
+            GIVEN=start is not None, BLOCK=BLOCK, **FUSED, num_warps=4,
         )  # fmt: skip
     return *made, first
 

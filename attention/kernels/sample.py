@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device, padded, rows_contiguous
+from .launch import FUSED, on_device, padded, rows_contiguous
 from .walk import load_rows
 
 BLOCK = 256  # sizes at a time
@@ -31,7 +31,7 @@ def deviations(
     with on_device(x):
         _deviations_kernel[(clusters, batch * heads)](
             x, *(t.contiguous() for t in (order, sizes, means)), out, *x.stride()[:3], heads, tokens, clusters,
-            D=dim, D_PAD=padded(dim), SAMPLE=sample, BLOCK=BLOCK, num_warps=4,
+            D=dim, D_PAD=padded(dim), SAMPLE=sample, BLOCK=BLOCK, **FUSED, num_warps=4,
         )  # fmt: skip
     return out
 

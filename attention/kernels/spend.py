@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .launch import FUSED, on_device
 
 BLOCK = 1024  # pairs a program, and at a time
 
@@ -29,7 +29,15 @@ def rank_pairs(
     count, clusters = mass.shape[-2:]
     with on_device(mass):
         _rank_kernel[(cost[..., 0].numel(),)](
-            *tables, error, rank, cost, count, clusters, BLOCK=min(BLOCK, triton.next_power_of_2(clusters)), num_warps=4
+            *tables,
+            error,
+            rank,
+            cost,
+            count,
+            clusters,
+            BLOCK=min(BLOCK, triton.next_power_of_2(clusters)),
+            **FUSED,
+            num_warps=4,
         )
     return error, rank, cost
 
@@ -45,7 +53,16 @@ def take(flat: torch.Tensor, order: torch.Tensor, price: torch.Tensor, budget: t
     total = price.cumsum(-1)
     with on_device(flat):
         _take_kernel[(triton.cdiv(flat.shape[-1], BLOCK), flat.shape[0])](
-            flat, order, price, total, budget.float().contiguous(), taken, flat.shape[-1], BLOCK=BLOCK, num_warps=4
+            flat,
+            order,
+            price,
+            total,
+            budget.float().contiguous(),
+            taken,
+            flat.shape[-1],
+            BLOCK=BLOCK,
+            **FUSED,
+            num_warps=4,
         )
     return taken.view(torch.bool)
 

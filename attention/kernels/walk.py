@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..plan import BlockPlan
-from .launch import Tiles, on_device
+from .launch import FUSED, Tiles, on_device
 from .runs import cut_runs
 
 PIECES = 256  # at a time
@@ -62,9 +62,9 @@ def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
     work, *ordered = (torch.empty_like(tile) for _ in range(4))
     grid, (tiles, count) = (tile[..., 0].numel(),), (full_count.shape[-1], tile.shape[-1])
     with on_device(tile):
-        _work_kernel[grid](full_count, tail_count, length, tile, work, tiles, count, BLOCK=PIECES, num_warps=4)
+        _work_kernel[grid](full_count, tail_count, length, tile, work, tiles, count, BLOCK=PIECES, **FUSED, num_warps=4)
         order = work.argsort(dim=-1, descending=True, stable=True)  # equals in sequence share keys in the L2 cache
-        _reorder_kernel[grid](order, *pieces, *ordered, count, BLOCK=PIECES, num_warps=4)
+        _reorder_kernel[grid](order, *pieces, *ordered, count, BLOCK=PIECES, **FUSED, num_warps=4)
     start, length, tile = ordered
     return Walk(start, length, tile, full_start, full_tiles, full_count, tail_start, tail_len, tail_count)
 

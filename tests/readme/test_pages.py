@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from vidaccel import demo
 
 PAGES = pages()
-NOT_RUN = {"docs/families.md": "needs a process for each of several GPUs"}
+NOT_RUN = {"docs/several-gpus.md": "needs a process for each of several GPUs"}
 ELSEWHERE = ("README.md",)  # in test_readme.py
 WITH_PYTHON = [page for page in PAGES if blocks(PAGES[page], "python") and page not in (*NOT_RUN, *ELSEWHERE)]
 COMMANDS = [(page, words) for page in PAGES for words in commands(PAGES[page])]

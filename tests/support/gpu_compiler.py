@@ -23,6 +23,7 @@ import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from vidaccel.attention.kernels.launch import FUSED
 
 POINTERS = {"i64": "order q_order kv_order bits", "i8": "int8 mask selected", "fp8e4nv": "fp8",
             "dtype": "x q whole_q k v out grad dq dk dv key value skip_key skip_value",
@@ -47,7 +48,7 @@ def compile_kernel(kernel, architecture, dtype, constants, tiles, *, disassemble
             aligned[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **FUSED}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     assert len(binary.asm["cubin"]) > 1000
     text, products = binary.asm["ttgir"], re.findall(r"mma[.\w:]*", binary.asm["ptx"])

@@ -61,10 +61,12 @@ def _serialised(ptx: str, architecture: int) -> list[str]:
     """Warnings of ptxas that products on tensor cores cannot overlap (C75xx), for compute capability 9."""
     if architecture != 90:
         return []
+    from triton.backends.nvidia.compiler import get_ptxas  # of several, by architecture
+
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        call = [_tool("ptxas"), "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        call = [get_ptxas(architecture).path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
         done = subprocess.run(call, capture_output=True, text=True, check=True)
     return re.findall(r"\(C75\d\d\)[^\n]*", done.stderr)
 

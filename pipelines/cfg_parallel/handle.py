@@ -1,0 +1,154 @@
+"""`cfg_parallel`: a pipeline whose branches of guidance are computed by two processes, removable without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers.hooks import HookRegistry
+
+from ..acceleration.families import BOTH, Family, find_transformers
+from ..undo import CFG_PARALLEL
+from .pair import Pair
+from .passes import NAME, SplitPasses
+from .samples import SplitBatch
+
+TWO = ("cond", "uncond")
+"""Branches that have a pass each."""
+
+READS_BETWEEN = (
+    "Cosmos2VideoToWorldPipeline",
+    "Cosmos2TextToImagePipeline",
+    "Cosmos2_5_PredictBasePipeline",
+    "Cosmos2_5_TransferPipeline",
+    "Cosmos3OmniPipeline",
+    "MotifVideoPipeline",
+    "MotifVideoImage2VideoPipeline",
+)
+"""Pipelines of diffusers 0.42.1 that work on what the first pass of a step gave before they make the second."""
+
+
+class CfgParallel:
+    """Guidance shared by two processes. Made by `cfg_parallel`; a context manager that removes itself."""
+
+    def __init__(self, pipe: Any, group: dist.ProcessGroup | None) -> None:
+        if hasattr(pipe, CFG_PARALLEL):
+            raise RuntimeError(
+                f"this {type(pipe).__name__} is cfg-parallel already: call remove() on the first handle."
+            )
+        transformers = find_transformers(pipe)
+        guided = guidance_of(pipe)
+        for name, (transformer, family) in transformers.items():
+            _check(pipe, name, transformer, family, guided)
+        pair = Pair(group)
+        self.rank = pair.rank
+        """The branch that this process computes: 0 the first one of a step, 1 the second."""
+        self._pipe = pipe
+        self._hooked: dict[str, tuple[torch.nn.Module, SplitPasses | SplitBatch]] = {}
+        for name, (transformer, family) in transformers.items():
+            hook: SplitPasses | SplitBatch
+            if family.branches == TWO:
+                assert guided is not None
+                hook = SplitPasses(pair, name, guided, self._run)
+                HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, NAME)
+            else:
+                hook = SplitBatch(pair, name, transformer)
+            self._hooked[name] = (transformer, hook)
+        self._active = True
+        setattr(pipe, CFG_PARALLEL, self)
+
+    def _run(self) -> object:
+        """What is another object in each run: the scheduler's table."""
+        return getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+
+    def note(self) -> str:
+        """What this process computed since the start, and what came from the other one."""
+        parts = []
+        for name, (_, hook) in self._hooked.items():
+            unit = "passes" if isinstance(hook, SplitPasses) else "samples"
+            parts.append(f"{name}: {hook.computed} {unit} computed here, {hook.received} by the other process")
+        return "; ".join(parts)
+
+    def remove(self) -> None:
+        """Put the pipeline back as it was. A second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        for transformer, hook in self._hooked.values():
+            if isinstance(hook, SplitBatch):
+                hook.remove()
+            else:
+                HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(NAME, recurse=False)
+        if getattr(self._pipe, CFG_PARALLEL, None) is self:
+            delattr(self._pipe, CFG_PARALLEL)
+
+    def __enter__(self) -> CfgParallel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<vidaccel cfg-parallel: {f'process {self.rank} of 2' if self._active else 'removed'}>"
+
+
+def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParallel:
+    """Have two processes compute a branch of classifier-free guidance each, nearly twice as fast where passes are most
+    of a run; known as CFG parallelism (xDiT, arXiv 2411.01738).
+
+    Both processes run the same call of the pipeline with the same seed, and both get the video, the same to the bit.
+    Works with `accelerate`, in either order, and beside Ulysses in groups of two: then with one group of each pair.
+    Sparse methods, caches and reports are of the branch that a process computes. Without guidance, as with
+    `guidance_free`, there is nothing to share, and each process computes all.
+
+    Args:
+        pipe: a diffusers pipeline of a known family (`FAMILIES`) whose step has two passes, or both in a batch.
+        group: of two processes; None for all of them.
+
+    Returns:
+        A handle with `note()` and `remove()`.
+
+    Raises:
+        TypeError: no transformer of the pipeline is known, or it never says whether a step has two passes.
+        RuntimeError: no processes; a pipeline that is cfg-parallel already; a transformer that was compiled as a whole.
+            Later, in calls: processes with different latents, or a hook that came after this one.
+        ValueError: the group has not two processes.
+    """
+    return CfgParallel(pipe, group)
+
+
+def guidance_of(pipe: Any) -> Callable[[], bool] | None:
+    """What says, within a step, whether it has a pass for each branch; None where nothing does."""
+    if hasattr(getattr(pipe, "guider", None), "num_conditions"):
+        return lambda: pipe.guider.num_conditions == 2
+    if hasattr(type(pipe), "do_classifier_free_guidance"):
+        return lambda: bool(pipe.do_classifier_free_guidance)
+    if type(pipe).__name__.startswith("Kandinsky5"):
+        return lambda: pipe.guidance_scale > 1.0
+    return None
+
+
+def _check(
+    pipe: Any, name: str, transformer: torch.nn.Module, family: Family, guided: Callable[[], bool] | None
+) -> None:
+    """Raise for what cannot be shared."""
+    kind = type(pipe).__name__
+    if any(c.__name__ in READS_BETWEEN for c in type(pipe).__mro__):
+        raise TypeError(
+            f"a {kind} works on what the first pass of a step gave before it makes the second, so they cannot be made "
+            "at once. Share the sequence instead (Ulysses)."
+        )
+    if family.branches == TWO and guided is None:
+        raise TypeError(
+            f"a {kind} does not say whether a step has two passes, so they cannot be shared: its guidance is "
+            "embedded, or made by true_cfg_scale. Share the sequence instead (Ulysses)."
+        )
+    if family.branches not in (TWO, BOTH) and family.branches[0] not in BOTH:
+        raise TypeError(f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}.")
+    if getattr(transformer, "_compiled_call_impl", None) is not None or hasattr(getattr(pipe, name, None), "_orig_mod"):
+        raise RuntimeError(
+            f"{name} was compiled as a whole, and what is exchanged cannot be: use "
+            f"pipe.{name}.compile_repeated_blocks(fullgraph=True) instead."
+        )

@@ -1,0 +1,122 @@
+"""Pipelines with a forward pass for each branch of guidance: each process computes one of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from ..diffusers_hooks import hooks_of
+from .pair import Pair
+
+NAME = "vidaccel_cfg_parallel"
+
+
+class SplitPasses(ModelHook):
+    """A pass that is the other process's gives a tensor at once, which is filled in when both passes are over.
+
+    Pipelines call the model for both branches and only then work on what it gave. (Until it is filled, it is NaN: who
+    reads it early makes no video that looks right.) The first pair of passes of a new shape is computed by both, since
+    what a model gives is learned there.
+
+    Args:
+        pair: the processes.
+        model: name of the component, for messages.
+        guided: whether the step that runs has two passes.
+        started: of the pipeline, something that is another object in each run.
+    """
+
+    def __init__(self, pair: Pair, model: str, guided: Callable[[], bool], started: Callable[[], object]) -> None:
+        super().__init__()
+        self._pair, self._model, self._guided, self._started = pair, model, guided, started
+        self._shapes: dict[tuple, Any] = {}  # of the tensors of a pass -> what comes of it, on the device "meta"
+        self._first: Any = None  # what the first pass of the step gave, once it was called
+        self._timestep: object = None  # of that pass
+        self._run: object = None
+        self.computed, self.received = 0, 0
+        """Passes of this process and of the other one."""
+
+    @torch.compiler.disable
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The pass, or what stands for it until the other process has made it."""
+        self._check_outermost(module)
+        forward = self.fn_ref.original_forward
+        if torch.is_grad_enabled() or not self._guided():
+            self._first = None
+            self.computed += 1
+            return forward(*args, **kwargs)
+        timestep = kwargs.get("timestep")
+        second = self._first is not None and _same(timestep, self._timestep)
+        first, self._first = self._first, None  # an error leaves no half step behind
+        if not second:
+            self._check_run(args, kwargs, alone=first is not None)
+        shape = _shape(args, kwargs)
+        known = self._shapes.get(shape)
+        if known is None or second == bool(self._pair.rank):
+            made = forward(*args, **kwargs)
+            self._shapes[shape] = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, made)
+            self.computed += 1
+        else:
+            device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            made = tree_map(lambda x: _waiting(x, device) if isinstance(x, torch.Tensor) else x, known)
+            self.received += 1
+        if second:
+            self._fill(first, made)
+        else:
+            self._first, self._timestep = made, timestep
+        return made
+
+    def _fill(self, first: Any, second: Any) -> None:
+        """Have each process's pass in both processes."""
+        passes = [[x for x in tree_flatten(made)[0] if isinstance(x, torch.Tensor)] for made in (first, second)]
+        other = 1 - self._pair.rank
+        for both, x in zip(self._pair.exchange(passes[self._pair.rank]), passes[other], strict=True):
+            x.copy_(both[other])
+
+    def _check_run(self, args: tuple, kwargs: dict[str, Any], alone: bool) -> None:
+        """Once a run: both processes must be about the same video. In it, no step may have had one pass `alone`."""
+        run = self._started()
+        if run is self._run:
+            if alone:
+                raise RuntimeError(
+                    f"a step called {self._model} once, where two branches of guidance were to come: its pipeline "
+                    "cannot be shared by cfg_parallel."
+                )
+            return
+        self._run = run
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(latents, torch.Tensor):
+            self._pair.check_alike(latents, self._model)
+
+    def _check_outermost(self, module: torch.nn.Module) -> None:
+        last = list(hooks_of(module))[-1]
+        if last != NAME:
+            raise RuntimeError(
+                f"{last} was put on {self._model} after cfg_parallel, and would see passes that are not made here: "
+                "remove() the handle and call cfg_parallel again, last."
+            )
+
+
+def _waiting(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    x = torch.empty(like.shape, dtype=like.dtype, device=device)
+    return x.fill_(torch.nan) if x.is_floating_point() else x.zero_()
+
+
+def _same(timestep: Any, other: Any) -> bool:
+    """Whether two passes are of one step; values, for which a GPU is waited for, are read of two tensors alone."""
+    if not isinstance(timestep, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return timestep is other or bool(timestep == other)
+    if timestep.shape != other.shape:
+        return False
+    return timestep.data_ptr() == other.data_ptr() or torch.equal(timestep, other)
+
+
+def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """What the shapes of a model's output follow from."""
+    found = []
+    for x in tree_leaves((args, kwargs)):
+        found.append((*x.shape, x.dtype) if isinstance(x, torch.Tensor) else isinstance(x, bool) and x)
+    return tuple(found)

@@ -1,0 +1,75 @@
+"""Pipelines that have the branches of guidance in one batch: each process computes half of the samples."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .pair import Pair
+
+SHARED = ("image_rotary_emb", "rope")
+"""Beginnings of names of arguments that are of all samples, whatever their shape."""
+
+
+class SplitBatch:
+    """Halves the batch before a forward pass, and joins what the processes made of it after.
+
+    A batch that cannot be halved, as without guidance, is computed by both. By torch's own hooks, the first of all
+    before a pass, so that what else reads the arguments of a pass sees those of this process.
+
+    Args:
+        pair: the processes.
+        model: name of the component, for messages.
+        transformer: it.
+    """
+
+    def __init__(self, pair: Pair, model: str, transformer: torch.nn.Module) -> None:
+        self._pair, self._model = pair, model
+        self._halved = False
+        self._checked: tuple | None = None
+        self.computed, self.received = 0, 0
+        """Samples of this process and of the other one."""
+        self._hooks = [
+            transformer.register_forward_pre_hook(self._halve, prepend=True, with_kwargs=True),
+            transformer.register_forward_hook(self._join),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.compiler.disable
+    def _halve(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        batch = latents.shape[0] if isinstance(latents, torch.Tensor) and latents.ndim else 1
+        self._halved = batch % 2 == 0 and not torch.is_grad_enabled()
+        if not self._halved:
+            self.computed += batch
+            return args, kwargs
+        if self._checked != latents.shape:
+            self._pair.check_alike(latents, self._model)
+            self._checked = latents.shape
+        half = slice(self._pair.rank * batch // 2, (self._pair.rank + 1) * batch // 2)
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        self.computed += batch // 2
+        self.received += batch // 2
+
+        def own(x: Any) -> Any:
+            return x[half] if isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == batch else x
+
+        for name, value in given.arguments.items():
+            if value is not module and not name.startswith(SHARED):
+                given.arguments[name] = tree_map(own, value)
+        return given.args[1:], given.kwargs
+
+    @torch.compiler.disable
+    def _join(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        if not self._halved:
+            return None
+        self._halved = False
+        tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
+        joined = iter([torch.cat(both) for both in self._pair.exchange(tensors)])
+        return tree_map(lambda x: next(joined) if isinstance(x, torch.Tensor) else x, output)

@@ -1,0 +1,164 @@
+"""Started once a process, with its number, how many there are, a folder and what to run: saves what came of it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+sys.path.insert(1, str(Path(__file__).parents[1] / "acceleration"))
+
+import diffusers
+from families import cogvideo
+from no_torchvision import without_torchvision
+from test_family_pipelines import CASES, built, latents
+from tiny_wan import generate, make_pipe, make_transformer
+from torch.distributed.device_mesh import init_device_mesh
+
+import vidaccel
+from vidaccel import DenseSchedule, Radial, Tangent, accelerate, cfg_parallel, restore
+
+FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12)
+NEVER_DENSE = DenseSchedule()
+
+
+def family(case: Any) -> dict[str, Any]:
+    """A family's pipeline in one process, in two, and in one again."""
+    pipe = built(case)
+    alone = latents(pipe, case, case.sizes[0])
+    try:
+        handle = cfg_parallel(pipe)
+    except TypeError as refused:
+        return {"refused": str(refused)}
+    with handle:
+        shared, note = latents(pipe, case, case.sizes[0]), handle.note()
+        other, again = latents(pipe, case, case.sizes[1]), latents(pipe, case, case.sizes[0])
+    made = {"alone": alone, "shared": shared, "again": again, "after": latents(pipe, case, case.sizes[0]), "note": note}
+    return made | {"other size": other, "other size, alone": latents(pipe, case, case.sizes[1])}
+
+
+def sparse() -> dict[str, Any]:
+    """Sparse attention before and after, in one pass each and in a batch."""
+    made: dict[str, Any] = {}
+    mochi = next(case for case in CASES if case.runs == "MochiPipeline")
+    for name, pipe, run in (("two passes", make_pipe(), generate), ("a batch", built(mochi), None)):
+        run = run or (lambda pipe: latents(pipe, mochi, mochi.sizes[0]))
+        with accelerate(pipe, FEW, schedule=NEVER_DENSE) as handle:
+            made[name, "alone"] = run(pipe)
+            with cfg_parallel(pipe):
+                handle.reset()
+                made[name, "accelerated before"] = run(pipe)
+                made[name, "records"] = [(r.step, r.branch, r.layer) for r in handle.report().records]
+                made[name, "notes"] = handle.report().notes
+        with cfg_parallel(pipe), accelerate(pipe, FEW, schedule=NEVER_DENSE):
+            made[name, "accelerated after"] = run(pipe)
+    return made
+
+
+def beside_others() -> dict[str, torch.Tensor]:
+    """What else is done to pipelines, alone and in two processes."""
+    made = {}
+
+    def both(name: str, pipe: Any, **more: Any) -> None:
+        made[name, "alone"] = generate(pipe, **more)
+        with cfg_parallel(pipe):
+            made[name, "shared"] = generate(pipe, **more)
+
+    cached = make_pipe()
+    cached.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.3))
+    both("first-block cache", cached, steps=6)
+    both("bfloat16", make_pipe().to(torch.bfloat16))
+    both("no guidance", make_pipe(), guidance_scale=1.0)
+    both("two transformers", make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9), steps=6)
+    compiled = make_pipe()
+    for block in compiled.transformer.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    both("compiled blocks", compiled)
+    pipe = make_pipe()
+    made["copied", "alone"] = made["restored", "alone"] = generate(pipe)
+    cfg_parallel(pipe)
+    made["copied", "shared"] = generate(copy.deepcopy(pipe))
+    restore(pipe)
+    made["restored", "shared"] = generate(pipe)
+    return made
+
+
+def text_of(error: type[Exception], call: Callable[[], object]) -> str:
+    """What an error says that a call must raise."""
+    try:
+        call()
+    except error as raised:
+        return str(raised)
+    return "nothing was raised"
+
+
+def refusals(rank: int, ranks: int) -> dict[str, str]:
+    """In words, before a process waits for one that never comes."""
+    texts = {}
+    pipe = make_pipe()
+    alone = [dist.new_group([other]) for other in range(ranks)][rank]
+    texts["one process"] = text_of(ValueError, lambda: cfg_parallel(pipe, alone))
+    with cfg_parallel(pipe):
+        texts["twice"] = text_of(RuntimeError, lambda: cfg_parallel(pipe))
+        texts["seeds"] = text_of(RuntimeError, lambda: generate(pipe, seed=rank))
+        texts["and goes on"] = str(generate(pipe).equal(generate(pipe)))
+
+        def stop(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+            raise KeyboardInterrupt("stopped")
+
+        texts["stopped"] = text_of(KeyboardInterrupt, lambda: generate(pipe, callback_on_step_end=stop))
+        texts["and goes on again"] = str(generate(pipe).equal(generate(pipe)))
+        _, hook = pipe._vidaccel_cfg_parallel._hooked["transformer"]
+        guided, hook._guided = hook._guided, lambda: True  # a pipeline that makes one pass a step all the same
+        texts["one pass"] = text_of(RuntimeError, lambda: generate(pipe, guidance_scale=1.0))
+        hook._guided = guided
+        pipe.transformer.enable_cache(diffusers.FasterCacheConfig(current_timestep_callback=lambda: 500))
+        texts["hooked after"] = text_of(RuntimeError, lambda: generate(pipe))
+    whole = make_pipe()
+    whole.transformer.compile(backend="eager")
+    texts["compiled"] = text_of(RuntimeError, lambda: cfg_parallel(whole))
+    return texts
+
+
+def beside_ulysses(rank: int) -> dict[str, torch.Tensor]:
+    """Four processes: two branches, the sequence of each of which two processes share."""
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("cfg", "ring", "ulysses"))
+    pipe = make_pipe()
+    method = Radial(8, min_window=0.1, near=0.2, sink=False)
+    with accelerate(pipe, method, schedule=NEVER_DENSE):
+        made = {"alone": generate(pipe)}
+        config = diffusers.ContextParallelConfig(ulysses_degree=2, mesh=mesh["ring", "ulysses"])
+        pipe.transformer.enable_parallelism(config=config)
+        with cfg_parallel(pipe, mesh["cfg"].get_group()) as handle:
+            return made | {"shared": generate(pipe), "branch": handle.rank, "note": handle.note()}
+
+
+def main(rank: int, ranks: int, folder: Path, what: str) -> None:
+    torch.set_num_threads(1)
+    texts = {"no processes": text_of(RuntimeError, lambda: cfg_parallel(make_pipe()))}
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=ranks)
+    if what == "ulysses":
+        torch.accelerator.device_count = lambda: 1  # diffusers divides by it
+        made = beside_ulysses(rank)
+    else:
+        patches = pytest.MonkeyPatch()
+        without_torchvision(patches)
+        cogvideo.without_opencv(patches)
+        wanted = what.split(",")
+        made = {"families": {str(case): family(case) for case in CASES if what == "all" or case.runs in wanted}}
+        if what != "all":
+            made |= {"sparse": sparse(), "beside": beside_others(), "refusals": texts | refusals(rank, ranks)}
+    torch.save(made, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert vidaccel.__path__
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,114 @@
+"""Two processes that share guidance against one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launched import launch
+
+from vidaccel import cfg_parallel
+from vidaccel.pipelines.cfg_parallel.handle import READS_BETWEEN
+
+SCRIPT = Path(__file__).with_name("cfg_processes.py")
+# With a pass for each branch, that of a guider, a batch, and a batch whose samples have texts of their own.
+FAST = ("WanPipeline", "HunyuanVideo15Pipeline", "CogVideoXPipeline", "MochiPipeline")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> list[dict]:
+    """What each of two processes made of every case: they start once, which takes longer than the cases."""
+    return launch(SCRIPT, 2, tmp_path_factory.mktemp("cfg"), ",".join(FAST))
+
+
+def check_family(made: tuple[dict, dict]) -> None:
+    """One family in both processes."""
+    for one in made:
+        assert one["shared"].equal(one["again"]) and one["after"].equal(one["alone"])
+        for shared, alone in (("shared", "alone"), ("other size", "other size, alone")):
+            # In a batch of one sample products are added up in another order than in one of two.
+            torch.testing.assert_close(one[shared], one[alone], atol=1e-3, rtol=1e-4)
+    assert made[0]["shared"].equal(made[1]["shared"])
+
+
+def test_families_give_the_video_of_one_process(launched):
+    first, second = (process["families"] for process in launched)
+    for case in first:
+        check_family((first[case], second[case]))
+    wan = [process["families"]["Wan-wan"] for process in launched]
+    assert all(one["shared"].equal(one["alone"]) for one in wan)
+    # What a pass gives is learned from the first one of a shape, so the second process computes one more.
+    assert [one["note"] for one in wan] == [
+        "transformer: 4 passes computed here, 4 by the other process",
+        "transformer: 5 passes computed here, 3 by the other process",
+    ]
+    assert first["CogVideoX-cogvideox_5b"]["note"] == "transformer: 4 samples computed here, 4 by the other process"
+
+
+@pytest.mark.slow
+def test_all_families(tmp_path):
+    first, second = (process["families"] for process in launch(SCRIPT, 2, tmp_path, "all"))
+    refused = {case for case, made in first.items() if "refused" in made}
+    for case in first.keys() - refused:
+        check_family((first[case], second[case]))
+    names = {case.partition("-")[0] for case in refused}
+    assert {name for name in names if f"{name}Pipeline" not in READS_BETWEEN} == {
+        "HunyuanSkyreelsImageToVideo",
+        "HunyuanVideo",
+        "HunyuanVideoFramepack",
+        "HunyuanVideoImageToVideo",
+    }
+    assert all("Share the sequence instead" in first[case]["refused"] for case in refused)
+
+
+def test_sparse_attention_before_and_after(launched):
+    for process in launched:
+        made = process["sparse"]
+        for name in ("two passes", "a batch"):
+            assert made[name, "accelerated before"].equal(made[name, "accelerated after"])
+            torch.testing.assert_close(made[name, "accelerated before"], made[name, "alone"], atol=1e-4, rtol=1e-4)
+            assert not [note for note in made[name, "notes"] if "backend auto" not in note]
+    one, two = ({branch for _, branch, _ in process["sparse"]["two passes", "records"]} for process in launched)
+    assert one == {"cond"} and two == {"cond", "uncond"}  # of the first step, where shapes are learned, both
+    steps = [{step for step, _, _ in process["sparse"]["two passes", "records"]} for process in launched]
+    assert steps == [{0, 1, 2, 3}] * 2
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["first-block cache", "bfloat16", "no guidance", "two transformers", "compiled blocks", "copied", "restored"],
+)
+def test_beside_other_levers(launched, what):
+    for process in launched:
+        alone, shared = (process["beside"][what, how] for how in ("alone", "shared"))
+        assert alone.isfinite().all() and shared.equal(alone)
+
+
+def test_what_cannot_be_shared_is_refused_by_both(launched):
+    for texts in (process["refusals"] for process in launched):
+        assert "torchrun --nproc-per-node 2" in texts["no processes"]
+        assert "this group has 1" in texts["one process"]
+        assert "cfg-parallel already" in texts["twice"]
+        assert "call transformer with different latents" in texts["seeds"]
+        assert texts["stopped"] == "stopped"
+        assert texts["and goes on"] == texts["and goes on again"] == "True"
+        assert "called transformer once" in texts["one pass"]
+        assert "was put on transformer after cfg_parallel" in texts["hooked after"]
+        assert "compile_repeated_blocks" in texts["compiled"]
+
+
+def test_a_model_without_branches_is_refused(pipe):
+    with pytest.raises(TypeError, match="no transformer that vidaccel knows"):
+        cfg_parallel(torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="torchrun"):
+        cfg_parallel(pipe)
+
+
+@pytest.mark.slow
+def test_beside_ulysses(tmp_path):
+    made = launch(SCRIPT, 4, tmp_path, "ulysses")
+    assert [one["branch"] for one in made] == [0, 0, 1, 1]
+    for one in made:
+        torch.testing.assert_close(one["shared"], one["alone"], atol=2e-6, rtol=1e-5)
+        assert one["shared"].equal(made[0]["shared"])
