@@ -17,6 +17,7 @@ _STATE = {
     "adamw_8bit_bitsandbytes": 2.0,
     "adamw_fp8_torchao": 2.0,
     "adamw_4bit_torchao": 1.0,
+    "prodigy": 16.0,
 }
 """Bytes of an optimiser's state for each trained number; of muon those of matrices."""
 

@@ -38,16 +38,17 @@ def make_optimizer(
     Weight decay is for matrices, not for vectors.
 
     Raises:
-        ConfigError: muon for parameters whose learning rates have different scales, or a package that is not installed.
+        ConfigError: muon or prodigy for parameters whose learning rates have different scales, or a package that is not
+            installed.
     """
     groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault((scale(name), parameter.ndim >= 2), {})[name] = parameter
+    if settings.optimizer in ONE_RATE and len({factor for factor, _ in groups}) > 1:
+        raise ConfigError(f"{settings.optimizer} has one learning rate for all parameters: use adamw for this phase.")
     if settings.optimizer == "muon":
         from ..demo.optimizer import MuonWithAdamW
 
-        if len({factor for factor, _ in groups}) > 1:
-            raise ConfigError("muon has one learning rate for all parameters: use adamw for this phase.")
         factor = next(iter(groups))[0]
         optimizer = MuonWithAdamW(
             parameters.items(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
@@ -63,21 +64,28 @@ def make_optimizer(
         }
         for (factor, is_matrix), members in groups.items()
     ]
-    cls: Any = torch.optim.AdamW if settings.optimizer == "adamw" else low_bit(settings.optimizer)
-    return cls(listed, lr=settings.learning_rate, betas=settings.betas)
+    cls: Any = torch.optim.AdamW if settings.optimizer == "adamw" else of_package(settings.optimizer)
+    return cls(listed, lr=settings.learning_rate, betas=settings.betas, **OPTIONS.get(settings.optimizer, {}))
 
 
-LOW_BIT = {
+ONE_RATE = ("muon", "prodigy")
+"""Optimisers with one learning rate for all parameters."""
+
+OF_PACKAGES = {
     "adamw_8bit_torchao": ("torchao.optim", "AdamW8bit"),
     "adamw_fp8_torchao": ("torchao.optim", "AdamWFp8"),
     "adamw_4bit_torchao": ("torchao.optim", "AdamW4bit"),
     "adamw_8bit_bitsandbytes": ("bitsandbytes.optim", "AdamW8bit"),
+    "prodigy": ("prodigyopt", "Prodigy"),
 }
-"""Name of an AdamW whose state takes 8 or 4 bits a number -> the module that has it, and its class there."""
+"""Name of an optimiser of a package that may be missing -> the module that has it, and its class there."""
+
+# As its authors advise for adapters; without the first, a warm-up would have the rate overestimated.
+OPTIONS = {"prodigy": {"safeguard_warmup": True, "use_bias_correction": True}}
 
 
-def low_bit(name: str, phase: str = "") -> Any:
-    """The class of an AdamW of low bits. To load it also lets torch read the checkpoints that hold its state.
+def of_package(name: str, phase: str = "") -> Any:
+    """The class of an optimiser in `OF_PACKAGES`. To load it also lets torch read the checkpoints that hold its state.
 
     Args:
         name: of the optimiser.
@@ -87,8 +95,14 @@ def low_bit(name: str, phase: str = "") -> Any:
         ConfigError: its package is not installed.
     """
     of_phase = f"phase {phase}: " if phase else ""
-    module, cls = LOW_BIT[name]
+    module, cls = OF_PACKAGES[name]
     return getattr(optional(module, f"{of_phase}optimizer is {name}"), cls)
+
+
+def found_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The factor on learning rates that an optimiser has found so far; 1 of those that seek none."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    return float(inner.param_groups[0].get("d", 1.0))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -22,7 +22,7 @@ from .fsdp import autocast_forward, layers_of, plugin_of, split
 from .generators import Generators, derive_seed
 from .low_bit import in_low_bits
 from .memory import peak_gigabytes
-from .optim import LOW_BIT, learning_rate, make_optimizer, set_learning_rate
+from .optim import OF_PACKAGES, found_rate, learning_rate, make_optimizer, set_learning_rate
 from .phase_state import PhaseState
 from .progress import duration
 from .recipes.base import Phase
@@ -144,7 +144,7 @@ class PhaseRun:
         optimizer = self.settings.optimizer
         if optimizer == "muon":
             raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
-        if optimizer in LOW_BIT:
+        if optimizer in OF_PACKAGES:
             raise ConfigError(f"{optimizer} keeps a state that this trainer cannot gather under FSDP: set adamw.")
         if self.phase.whole_weights:
             raise ConfigError(f"{self.phase.whole_weights}, which FSDP splits: train without FSDP, or leave it out.")
@@ -218,7 +218,8 @@ class PhaseRun:
                 last = self._done()
                 if state.step % loop.log_every == 0 or last:
                     seconds = (state.seconds - logged_seconds) / (state.step - logged_at)
-                    values = {**means.take(self.accelerator), "learning_rate": rate, "seconds_per_step": seconds}
+                    used = rate * found_rate(self.optimizer)
+                    values = {**means.take(self.accelerator), "learning_rate": used, "seconds_per_step": seconds}
                     values |= peak_gigabytes(self.process.device)
                     if (epochs := self.sampler.epochs(state.step)) is not None:
                         values["epoch"] = epochs

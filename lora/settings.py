@@ -41,8 +41,9 @@ class PhaseSettings(Settings):
         lr_decay_steps: with "constant", the last steps, in which it falls to `min_lr_rate` of the peak in a straight
             line. So a run may go on for as long as it gains, and be resumed with this to end (warm-up, stable, decay;
             MiniCPM, arXiv 2404.06395, section 4).
-        optimizer: "adamw"; "muon" (Muon for matrices, AdamW for the rest); or an AdamW whose state takes 8 or 4 bits a
-            number, of torchao or of bitsandbytes, which must be installed.
+        optimizer: "adamw"; "muon" (Muon for matrices, AdamW for the rest); an AdamW whose state takes 8 or 4 bits a
+            number, of torchao or of bitsandbytes; or "prodigy", which finds the learning rate itself (Prodigy, arXiv
+            2306.06101), of prodigyopt. These packages must be installed.
         low_bit_linears: what the linear layers of the blocks compute their products in, forward and backward, through
             torchao, which must be installed: "int8", or "fp8_..." with one scale a tensor, one a row, or one a row
             and the gradients of weights in full. Weights stay as they are.
@@ -61,7 +62,13 @@ class PhaseSettings(Settings):
     min_lr_rate: float = setting(0.0, low=0, high=1)
     lr_decay_steps: int = setting(0, low=0)
     optimizer: Literal[
-        "adamw", "muon", "adamw_8bit_torchao", "adamw_fp8_torchao", "adamw_4bit_torchao", "adamw_8bit_bitsandbytes"
+        "adamw",
+        "muon",
+        "adamw_8bit_torchao",
+        "adamw_fp8_torchao",
+        "adamw_4bit_torchao",
+        "adamw_8bit_bitsandbytes",
+        "prodigy",
     ] = "adamw"
     low_bit_linears: Literal["none", "int8", "fp8_tensorwise", "fp8_rowwise", "fp8_rowwise_with_gw_hp"] = "none"
     betas: tuple[float, float] = setting((0.9, 0.99), low=0, below=1)
@@ -77,6 +84,11 @@ class PhaseSettings(Settings):
         return ("steps", "lr_decay_steps", "min_lr_rate") if self.lr_scheduler == "constant" else ()
 
     def check(self) -> Iterator[str]:
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            yield (
+                f"learning_rate is {self.learning_rate:g}, and with the optimizer prodigy it is a factor on the rate "
+                "that this finds itself: set it to 1 (0.1 at least)."
+            )
         if self.lr_decay_steps and self.lr_scheduler != "constant":
             yield (
                 f"lr_decay_steps is {self.lr_decay_steps}, of use only with the lr_scheduler constant: "

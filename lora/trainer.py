@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, 
 from .config import ConfigError, as_yaml, differences, flat, load
 from .fsdp import check_plugin, plugin_of
 from .low_bit import check_linears
-from .optim import LOW_BIT, low_bit
+from .optim import OF_PACKAGES, of_package
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
 from .recipes.base import Phase, Recipe
@@ -144,8 +144,8 @@ class Trainer:
             phases = list(self.recipe.phases())
             for phase in phases:
                 # Before long work, and before a checkpoint with its state is read.
-                if phase.settings.optimizer in LOW_BIT:
-                    low_bit(phase.settings.optimizer, phase.name)
+                if phase.settings.optimizer in OF_PACKAGES:
+                    of_package(phase.settings.optimizer, phase.name)
                 check_linears(phase.settings.low_bit_linears, phase.name, self.process.device)
             self._in_main(lambda: self._take_folder() if self.out.exists() else None)
             start = self._start(resume, phases)

@@ -32,6 +32,7 @@ has_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, re
         ),
         ("torchao", "train.optimizer=adamw_4bit_torchao", "phase train: .*, which needs torchao: pip"),
         ("bitsandbytes", "train.optimizer=adamw_8bit_bitsandbytes", "phase train: .*, which needs bitsandbytes: pip"),
+        ("prodigyopt", "train.optimizer=prodigy", "phase train: .*, which needs prodigyopt: pip"),
         ("torchao", "train.low_bit_linears=int8", "phase train: low_bit_linears is int8, which needs torchao: pip"),
         (
             "torchao",
@@ -45,7 +46,7 @@ def test_a_missing_package_is_told_before_anything_is_done(tmp_path, text_base, 
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=words):
-        run("lora", write(tmp_path, text_base), [override])
+        run("lora", write(tmp_path, text_base, train={"learning_rate": 1.0}), [override])
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
