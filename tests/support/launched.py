@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,12 @@ def launch(script: Path, ranks: int, folder: Path, *given: str) -> list[Any]:
             process.kill()
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def text_of(error: type[Exception], call: Callable[[], object]) -> str:
+    """What an error says that a call must raise."""
+    try:
+        call()
+    except error as raised:
+        return str(raised)
+    return "nothing was raised"

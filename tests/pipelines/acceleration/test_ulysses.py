@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ContextParallelConfig, ParallelConfig
+from launched import launch
 from shared_sequences import CASES, FIRST_LAYER, METHODS, build, gradient, run_sparse
 from tiny_families import BUILDERS
 from tiny_families import build as build_family
@@ -25,22 +23,7 @@ RANKS = 2
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> list[dict]:
     """What each of two processes made of every case: they start once, which takes longer than the cases."""
-    folder = tmp_path_factory.mktemp("ulysses")
-    (folder / "path").mkdir()
-    (folder / "path" / "vidaccel").symlink_to(Path(__file__).parents[3], target_is_directory=True)
-    environment = {**os.environ, "PYTHONPATH": str(folder / "path"), "CUDA_VISIBLE_DEVICES": ""}
-    commands = [
-        [sys.executable, "-W", "ignore", str(SCRIPT), str(rank), str(RANKS), str(folder)] for rank in range(RANKS)
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen(command, env=environment, cwd=folder, **pipes) for command in commands]
-    try:
-        said = [process.communicate(timeout=900)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(said)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return launch(SCRIPT, RANKS, tmp_path_factory.mktemp("ulysses"))
 
 
 @pytest.mark.parametrize("name, method", CASES, ids=lambda value: value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 import diffusers
+from launched import text_of
 from shared_sequences import CASES, FIRST_LAYER, METHODS, build, gradient, run_sparse, share, wan
 
 from vidaccel import DenseSchedule, accelerate
@@ -21,15 +21,6 @@ from vidaccel.pipelines.acceleration.rank_heads import RankHeads
 from vidaccel.pipelines.acceleration.ulysses import Ulysses
 
 ALL_DENSE = DenseSchedule(first_steps=10**6)
-
-
-def text_of(error: type[Exception], call: Callable[[], object]) -> str:
-    """What an error says that a call must raise."""
-    try:
-        call()
-    except error as raised:
-        return str(raised)
-    return "nothing was raised"
 
 
 def lifetime(ranks: int) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "acceleration"))
 
 import diffusers
 from families import cogvideo
+from launched import text_of
 from no_torchvision import without_torchvision
 from test_family_pipelines import CASES, built, latents
 from tiny_wan import generate, make_pipe, make_transformer
@@ -88,15 +88,6 @@ def beside_others() -> dict[str, torch.Tensor]:
     restore(pipe)
     made["restored", "shared"] = generate(pipe)
     return made
-
-
-def text_of(error: type[Exception], call: Callable[[], object]) -> str:
-    """What an error says that a call must raise."""
-    try:
-        call()
-    except error as raised:
-        return str(raised)
-    return "nothing was raised"
 
 
 def refusals(rank: int, ranks: int) -> dict[str, str]:
