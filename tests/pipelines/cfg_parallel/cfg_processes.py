@@ -23,7 +23,8 @@ from tiny_wan import generate, make_pipe, make_transformer
 from torch.distributed.device_mesh import init_device_mesh
 
 import vidaccel
-from vidaccel import DenseSchedule, Radial, Tangent, accelerate, cfg_parallel, restore
+from vidaccel import DenseSchedule, Preset, Radial, Tangent, accelerate, cfg_parallel, restore
+from vidaccel.pipelines.presets.levers import Cache
 
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12)
 NEVER_DENSE = DenseSchedule()
@@ -74,6 +75,10 @@ def beside_others() -> dict[str, torch.Tensor]:
     cached = make_pipe()
     cached.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.3))
     both("first-block cache", cached, steps=6)
+    for kind in ("seacache", "taylorseer"):
+        pipe = make_pipe()
+        with vidaccel.apply(pipe, Preset(cache=Cache(kind))):
+            both(kind, pipe, steps=6)
     both("bfloat16", make_pipe().to(torch.bfloat16))
     both("no guidance", make_pipe(), guidance_scale=1.0)
     both("two transformers", make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9), steps=6)
