@@ -14,6 +14,8 @@ from vidaccel.pipelines.cfg_parallel.handle import READS_BETWEEN
 SCRIPT = Path(__file__).with_name("cfg_processes.py")
 # With a pass for each branch, that of a guider, a batch, and a batch whose samples have texts of their own.
 FAST = ("WanPipeline", "HunyuanVideo15Pipeline", "CogVideoXPipeline", "MochiPipeline")
+CACHES = ("first-block cache", "seacache", "taylorseer")
+BESIDE = (*CACHES, "bfloat16", "no guidance", "two transformers", "compiled blocks", "copied", "restored")
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +77,7 @@ def test_sparse_attention_before_and_after(launched):
     assert steps == [{0, 1, 2, 3}] * 2
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["first-block cache", "bfloat16", "no guidance", "two transformers", "compiled blocks", "copied", "restored"],
-)
+@pytest.mark.parametrize("what", BESIDE)
 def test_beside_other_levers(launched, what):
     for process in launched:
         alone, shared = (process["beside"][what, how] for how in ("alone", "shared"))
