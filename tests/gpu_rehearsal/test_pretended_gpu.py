@@ -33,8 +33,8 @@ with pretended_gpu((8, 9), compile=True) as gpu:
     seen["one more"] = gpu.launches.variants["doubled"]
     seen["an argument too many"] = raised(lambda: doubled[(1,)](x, x, 64, BLOCK=64, OTHER=1))
     gpu.forget()
-    wide = torch.empty(256, 256, device="cuda", dtype=torch.float16)
-    greedy[(1,)](wide, wide, N=256)
+    wide = torch.empty(32, 1024, device="cuda", dtype=torch.float16)
+    greedy[(1,)](wide, torch.empty(32, 32, device="cuda"), N=32, K=1024)
     seen["greedy"] = gpu.seen()
     gpu.forget()
     table = torch.arange(8.0).to("cuda")
@@ -61,7 +61,7 @@ def test_what_it_shows(tmp_path):
     ]
     assert seen["one more"] == seen["variants"] + 1  # 63 is not divisible by 16
     assert "OTHER" in seen["an argument too many"]
-    assert "shared memory" in seen["greedy"]["problems"][0]
+    assert seen["greedy"]["problems"] == ["greedy: 131072 bytes of shared memory"]
     assert seen["known"][:2] == [6.0, 7] and len(seen["known"][2]) == 2
     assert seen["written"] == 1.0  # what is usual, since it is no longer known
     assert seen["copies"] == 2

@@ -13,7 +13,8 @@ def doubled(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def greedy(x_ptr, out_ptr, N: tl.constexpr):
-    rows, columns = tl.arange(0, N)[:, None] * N, tl.arange(0, N)[None, :]
-    x = tl.load(x_ptr + rows + columns)
-    tl.store(out_ptr + rows + columns, tl.dot(x, tl.dot(x, x).to(tl.float16)))
+def greedy(x_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr):
+    """A product of few rows, which is soon compiled, and both of whose long operands are in shared memory at once."""
+    rows, inner, columns = tl.arange(0, N)[:, None], tl.arange(0, K), tl.arange(0, N)[None, :]
+    x, transposed = tl.load(x_ptr + rows * K + inner[None, :]), tl.load(x_ptr + inner[:, None] + columns * K)
+    tl.store(out_ptr + rows * N + columns, tl.dot(x, transposed))
