@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from diffusers import WanPipeline
@@ -11,49 +12,54 @@ import vidaccel
 from vidaccel import DMDScheduler, GridScheduler, RCMScheduler, demo
 from vidaccel.autoencoders import AutoencoderDCV
 
-LOAD = "import vidaccel\nfrom diffusers import DiffusionPipeline\npipe = DiffusionPipeline.from_pretrained({!r})\n"
+# What each of the processes begins with; the classes of ours are not loaded by it.
+START = "import vidaccel\nfrom diffusers import DiffusionPipeline, WanPipeline\n"
+LOAD = "pipe = DiffusionPipeline.from_pretrained({!r})\n"
+SCHEDULERS = (DMDScheduler, GridScheduler, RCMScheduler)
 
 
-@pytest.mark.parametrize("scheduler", [DMDScheduler, GridScheduler, RCMScheduler])
-def test_pipelines_with_a_scheduler_of_ours(fresh, on_path, tmp_path, scheduler):
+@pytest.fixture(scope="module")
+def made(fresh_each, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """The folder in which the processes ran, and what each printed."""
+    folder = tmp_path_factory.mktemp("saved")
     pipe = WanPipeline.from_pretrained(demo.path())
-    pipe.scheduler = scheduler()
-    pipe.save_pretrained(tmp_path / "model")
-    name = scheduler.__name__
-    out = fresh(
-        LOAD.format(str(tmp_path / "model"))
-        + f"print(type(pipe.scheduler) is vidaccel.{name}, type(pipe.scheduler).__module__)",
-        on_path,
-    )
-    assert out.split("\n")[-2:-1] == [f"True {scheduler.__module__}"]
-
-
-def test_generate(fresh, on_path, tmp_path):
-    pipe = WanPipeline.from_pretrained(demo.path())
-    pipe.scheduler = DMDScheduler()
-    pipe.save_pretrained(tmp_path / "model")
-    call = ["generate", "a dot", "--model", str(tmp_path / "model"), "--out", "out.mp4", "--device", "cpu"]
+    codes = {}
+    for scheduler in SCHEDULERS:
+        name = scheduler.__name__
+        pipe.scheduler = scheduler()
+        pipe.save_pretrained(folder / name)
+        codes[name] = LOAD.format(str(folder / name)) + "kind = type(pipe.scheduler)\n"
+        codes[name] += f"print(kind is vidaccel.{name}, kind.__module__)"
+    call = ["generate", "a dot", "--model", str(folder / "DMDScheduler"), "--out", "out.mp4", "--device", "cpu"]
     call += ["--frames", "5", "--height", "64", "--width", "64", "--guidance-scale", "1"]
-    fresh(f"import sys\nfrom vidaccel.cli import main\nsys.argv[1:] = {call}\nmain()", on_path)
-    assert (tmp_path / "out.mp4").is_file()
-
-
-def test_a_pipeline_with_the_autoencoder_of_ours(fresh, on_path, tmp_path):
-    vae = AutoencoderDCV.from_pretrained(demo.path("demo-dc") / "vae")
-    WanPipeline.from_pretrained(demo.path(), vae=None).save_pretrained(tmp_path)
-    vae.save_pretrained(tmp_path / "vae")
-    index = json.loads((tmp_path / "model_index.json").read_text())
+    codes["generate"] = f"import sys\nfrom vidaccel.cli import main\nsys.argv[1:] = {call}\nmain()"
+    pipe.vae = AutoencoderDCV.from_pretrained(demo.path("demo-dc") / "vae")
+    pipe.save_pretrained(folder / "autoencoder")
+    index = json.loads((folder / "autoencoder" / "model_index.json").read_text())
     index["vae"] = [AutoencoderDCV.__module__, AutoencoderDCV.__name__]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert "is True" in fresh(
-        LOAD.format(str(tmp_path)) + "print('is', type(pipe.vae) is vidaccel.AutoencoderDCV)", on_path
-    )
+    (folder / "autoencoder" / "model_index.json").write_text(json.dumps(index))
+    ours = "print('is', type(pipe.vae) is vidaccel.AutoencoderDCV)"
+    codes["autoencoder"] = LOAD.format(str(folder / "autoencoder")) + ours
+    vidaccel.DCVideoGenPipeline.from_pretrained(demo.path("demo-dc")).save_pretrained(folder / "pipeline")
+    codes["pipeline"] = f"pipe = vidaccel.DCVideoGenPipeline.from_pretrained({str(folder / 'pipeline')!r})\n" + ours
+    return folder, fresh_each(START, codes, folder)
 
 
-def test_a_saved_pipeline_class_of_ours(fresh, on_path, tmp_path):
-    vidaccel.DCVideoGenPipeline.from_pretrained(demo.path("demo-dc")).save_pretrained(tmp_path)
-    code = f"import vidaccel\npipe = vidaccel.DCVideoGenPipeline.from_pretrained({str(tmp_path)!r})\n"
-    assert "is True" in fresh(code + "print('is', type(pipe.vae) is vidaccel.AutoencoderDCV)", on_path)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_pipelines_with_a_scheduler_of_ours(made, scheduler):
+    assert made[1][scheduler.__name__].split("\n")[-2:-1] == [f"True {scheduler.__module__}"]
+
+
+def test_generate(made):
+    assert (made[0] / "out.mp4").is_file()
+
+
+def test_a_pipeline_with_the_autoencoder_of_ours(made):
+    assert "is True" in made[1]["autoencoder"]
+
+
+def test_a_saved_pipeline_class_of_ours(made):
+    assert "is True" in made[1]["pipeline"]
 
 
 def test_modules_that_wait_are_the_modules_themselves(fresh, on_path):
