@@ -21,7 +21,7 @@ from vidaccel.nodes.wording import InputError
 from vidaccel.pipelines.presets import Cache, load_preset
 
 PROMPTS = "\n".join([demo.HELD_OUT_PROMPTS[0], "", f"  {demo.HELD_OUT_PROMPTS[1]} "])
-SIZE = {"frames": 9, "height": 64, "width": 64, "steps": 4, "guidance_scale": None, "negative_prompt": ""}
+SIZE = {"frames": 5, "height": 32, "width": 32, "steps": 4, "guidance_scale": None, "negative_prompt": ""}
 
 
 class Stop(BaseException):
@@ -134,7 +134,7 @@ def test_what_it_refuses(pipeline, tune, tmp_path):
     assert (tmp_path / "t" / "tune.html").is_file()
     # Another pipeline, other weights, and another size are not mixed with what is there.
     with pytest.raises(InputError, match="^name is .* measurements of something else: size was"):
-        tune(pipeline, tmp_path / "t", settings=SIZE | {"frames": 5})
+        tune(pipeline, tmp_path / "t", settings=SIZE | {"frames": 9})
     with pytest.raises(InputError, match='model was "demo" and is "other"'):
         tune(replace(pipeline, facts=replace(pipeline.facts, name="other")), tmp_path / "t")
     weight = pipeline.pipe.transformer.proj_out.weight

@@ -21,7 +21,7 @@ from vidaccel.generation.tuning.plan import planned
 from vidaccel.pipelines.presets import load_preset
 
 PROMPTS = demo.HELD_OUT_PROMPTS[:1]
-SMALL = {"frames": 8, "height": 64, "width": 64, "steps": 6, "guidance_scale": 2.0}
+SMALL = {"frames": 4, "height": 32, "width": 32, "steps": 6, "guidance_scale": 2.0}
 ADAPTERS = Path(demo.path("demo-dc"), "transformer")
 ALONE = {"levers": ("adapter",), "progress": False}
 
@@ -46,7 +46,7 @@ def test_adapters_beside_the_model_are_found_and_the_fastest_is_taken(pipe, laye
     assert preset.num_inference_steps == 4 and preset.guidance_scale == 2.0 and "error_a_step" not in preset.measured
     ran = layers()
     with vidaccel.apply(pipe, preset) as handle:
-        pipe(PROMPTS[0], num_frames=8, height=64, width=64, output_type="latent", **handle.arguments)
+        pipe(PROMPTS[0], num_frames=4, height=32, width=32, output_type="latent", **handle.arguments)
     assert layers() - ran == 24
     # Known from the journal: nothing runs.
     ran = layers()

@@ -36,6 +36,7 @@ from vidaccel.pipelines.presets import Cache, Quantize, load_preset
 
 PROMPTS = demo.HELD_OUT_PROMPTS[:2]
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 4}
+TINY = {"frames": 5, "height": 32, "width": 32, "steps": 4}
 CACHE_ALONE = {"levers": ("cache",), "caches": ("first_block",), "effort": "quick", "progress": False}
 
 
@@ -85,7 +86,7 @@ def test_steps_are_measured_on_the_dense_run(pipe, settings, layers):
 
 
 def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
-    made = vidaccel.tune(pipe, PROMPTS, 3, out=tmp_path / "t", min_psnr=1.0, clock=layers, **CACHE_ALONE, **SMALL)
+    made = vidaccel.tune(pipe, PROMPTS, 3, out=tmp_path / "t", min_psnr=1.0, clock=layers, **CACHE_ALONE, **TINY)
     assert made.outcome == "found" and made.chosen.candidate.cache.limit == 1e3
     own = made.chosen.confirmed
     assert own.seconds == (own.computed * 6.0 + (8 - own.computed) * 1.0,) * 2 and own.dense == (48.0, 48.0)
@@ -94,7 +95,7 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     assert preset.cache == Cache("first_block", 1e3) and preset.num_inference_steps == 4
     assert preset.guidance_scale is None and preset.measured["guidance_scale"] == 2.0  # the model's own
     assert preset.measured["prompts"] == 2 and preset.transformer["num_layers"] == 6
-    again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **SMALL)
+    again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **TINY)
     assert again.account.counts()["computed"] == own.computed
     page = (tmp_path / "t" / "tune.html").read_text()
     assert repr(made) == f"<vidaccel tune: found. {made.in_words()}>"
@@ -109,11 +110,11 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
 
 def test_a_preset_says_the_guidance_that_it_was_measured_with(pipe, layers, tmp_path):
     """Without guidance a step has one pass; without that in the preset, `generate` would make two of other weights."""
-    options = {"min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **SMALL}
+    options = {"min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **TINY}
     made = vidaccel.tune(pipe, PROMPTS[:1], 3, out=tmp_path / "t", guidance_scale=1.0, **options)
     preset = load_preset(tmp_path / "t" / "preset.yaml")
     assert made.dense_seconds == 24 and preset.guidance_scale == 1.0 and preset.measured["guidance_scale"] == 1.0
-    again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **SMALL)
+    again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **TINY)
     assert again.account.steps[0].forwards == 1
     assert made.settings["guidance scale"] == "1" and "guidance scale 1;" in (tmp_path / "t" / "tune.html").read_text()
 
@@ -130,7 +131,7 @@ def test_one_candidate_that_fails_does_not_end_the_search(pipe, layers, tmp_path
             raise torch.OutOfMemoryError("CUDA out of memory")
         return replace(made, errors=dict.fromkeys(made.errors, math.nan))
 
-    options = {"out": tmp_path / "t", "clock": layers, **CACHE_ALONE, **SMALL}
+    options = {"out": tmp_path / "t", "clock": layers, **CACHE_ALONE, **TINY}
     with monkeypatch.context() as patch:
         patch.setattr(bench, "probe", failing)
         made = vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options)
@@ -142,7 +143,7 @@ def test_one_candidate_that_fails_does_not_end_the_search(pipe, layers, tmp_path
 
 
 def test_prompts_that_are_cut_off_are_told_and_stay_in_the_journal(pipe, layers, tmp_path, caplog):
-    options = {"out": tmp_path / "t", "clock": layers, "confirm": 1, **CACHE_ALONE, **SMALL}
+    options = {"out": tmp_path / "t", "clock": layers, "confirm": 1, **CACHE_ALONE, **TINY}
     said = "prompt has 600 tokens, and the text encoder reads the first 511; cut off:"
     for _ in range(2):  # the second time nothing runs
         caplog.clear()
@@ -164,7 +165,7 @@ def test_weights_that_were_trained_on_in_place_are_another_model(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, tmp_path, monkeypatch):
-    options = {"out": tmp_path / "t", "clock": layers, **CACHE_ALONE, **SMALL}
+    options = {"out": tmp_path / "t", "clock": layers, **CACHE_ALONE, **TINY}
     whole = Journal.put
 
     def full(self, key, value):
@@ -213,7 +214,7 @@ with alone(Path({str(folder)!r})):
     print("in", flush=True)
     time.sleep(600)
 """
-    options = {"out": folder, "min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **SMALL}
+    options = {"out": folder, "min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **TINY}
     (tmp_path / "importable").mkdir()
     (tmp_path / "importable" / "vidaccel").symlink_to(vidaccel.__path__[0], target_is_directory=True)
     path = os.pathsep.join([str(tmp_path / "importable"), os.environ.get("PYTHONPATH", "")])
@@ -245,7 +246,7 @@ def test_a_file_system_without_locks_is_no_reason_not_to_tune(tmp_path, monkeypa
 
 
 def test_the_page_says_what_was_sought(pipe, layers, tmp_path):
-    vidaccel.tune(pipe, PROMPTS, out=tmp_path, max_time_ratio=0.9, clock=layers, **CACHE_ALONE, **SMALL)
+    vidaccel.tune(pipe, PROMPTS, out=tmp_path, max_time_ratio=0.9, clock=layers, **CACHE_ALONE, **TINY)
     title = "<h1>The preset nearest to dense within at most 0.9 of the dense time</h1>"
     assert title in (tmp_path / "tune.html").read_text()
 
