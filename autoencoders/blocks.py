@@ -134,13 +134,13 @@ class ChunkConv3d(nn.Conv3d):
         For a single small video torch's own choice on a CPU is a plain loop, which takes up to ten times as long.
         """
         return (
-            padded.device.type == "cpu"
+            not torch.compiler.is_compiling()  # first: what follows would break the graph at each convolution
+            and padded.device.type == "cpu"
             and padded.shape[0] == 1
             and padded.dtype == self.weight.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
             and bool(torch.backends.mkldnn.enabled)
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
         )
 
 
