@@ -165,10 +165,7 @@ def launched(tmp_path_factory, text_base, autoencoder_folder) -> Path:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    # accelerate starts several processes on a CPU under the name of --multi_gpu, too; the settings say that it is one.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    command += ["--dynamo_backend", "no", "--mixed_precision", "no", "--num_processes", "2"]
-    command += ["--main_process_port", str(port), str(SCRIPT), str(folder / "jobs.json")]
+    command = [sys.executable, str(SCRIPT), str(folder / "jobs.json"), str(port)]
     environment = {**os.environ, "PYTHONPATH": str(folder / "path"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr

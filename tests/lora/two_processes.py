@@ -1,4 +1,7 @@
-"""Started by `accelerate launch` with a file of jobs: runs of which every process keeps its own copy of the result.
+"""Started with a file of jobs and a port: runs of two processes, each of which keeps its own copy of the result.
+
+They have the environment that `accelerate launch` gives; `stopped_processes.py` is started by it. Where processes can
+be forked, they are, since imports take longer than the runs.
 
 A job has `recipe`, `config`, `out`, and may have `stop_after`: after so many steps the second process alone gets
 SIGTERM, and the run is resumed. With `encode_only` it fills the caches and ends. With `fast_clock` the clock of the
@@ -15,7 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate  # noqa: F401 - what the runs import, before processes are forked
+import peft  # noqa: F401
 import torch
+import torch.multiprocessing
+from diffusers import WanPipeline  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
@@ -40,7 +47,14 @@ class FastClock:
         return self.factor * time.perf_counter()
 
 
-def main(jobs: str) -> None:
+PROCESSES = 2
+
+
+def main(rank: int, jobs: str, port: str) -> None:
+    number, count = str(rank), str(PROCESSES)
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
     for job in json.loads(Path(jobs).read_text()):
         gc.freeze()  # what was imported: `accelerate` has garbage collected at the end of every phase
         left = job.get("stop_after", 0)
@@ -81,4 +95,5 @@ def main(jobs: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    start = "fork" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.start_processes(main, tuple(sys.argv[1:]), nprocs=PROCESSES, start_method=start)

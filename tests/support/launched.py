@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing
 
 import vidaccel
 
 
 def launch(script: Path, ranks: int, folder: Path, *given: str) -> list[Any]:
-    """Run `script RANK RANKS FOLDER *given` once for each rank; each saves `FOLDER/rank<RANK>.pt`, which is returned.
+    """Run `script RANKS FOLDER *given`, which `start`s the processes; what each saved as `FOLDER/rank<RANK>.pt`.
 
     Raises:
         AssertionError: a process failed; with what all of them said.
@@ -23,19 +24,20 @@ def launch(script: Path, ranks: int, folder: Path, *given: str) -> list[Any]:
     (folder / "path").mkdir()
     (folder / "path" / "vidaccel").symlink_to(Path(vidaccel.__file__).parent, target_is_directory=True)
     environment = {**os.environ, "PYTHONPATH": str(folder / "path"), "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    start = [sys.executable, "-W", "ignore", str(script)]
-    processes = [
-        subprocess.Popen([*start, str(rank), str(ranks), str(folder), *given], env=environment, cwd=folder, **pipes)
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate(timeout=900)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)
+    command = [sys.executable, "-W", "ignore", str(script), str(ranks), str(folder), *given]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def start(main: Callable[..., None]) -> None:
+    """In such a script: `main(rank, ranks, folder, *given)` in each process.
+
+    Where processes can be forked, they are, since imports take longer than what is tested.
+    """
+    ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
+    how = "fork" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.start_processes(main, (ranks, folder, *sys.argv[3:]), nprocs=ranks, start_method=how)
 
 
 def text_of(error: type[Exception], call: Callable[[], object]) -> str:

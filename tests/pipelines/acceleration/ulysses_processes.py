@@ -1,4 +1,4 @@
-"""Started once a process, with its number, how many there are, and a folder: runs every case and saves what came."""
+"""Started with a number of processes and a folder: each of them runs every case and saves what came."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 import diffusers
-from launched import text_of
+from launched import start, text_of
 from shared_sequences import CASES, FIRST_LAYER, METHODS, build, gradient, run_sparse, share, wan
 
 from vidaccel import DenseSchedule, accelerate
@@ -105,4 +105,4 @@ def main(rank: int, ranks: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    start(main)

@@ -1,4 +1,4 @@
-"""Started once a process, with its number, how many there are, a folder and what to run: saves what came of it."""
+"""Started with a number of processes, a folder and what to run: each of them saves what came of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "acceleration"))
 
 import diffusers
 from families import cogvideo
-from launched import text_of
+from launched import start, text_of
 from no_torchvision import without_torchvision
 from test_family_pipelines import CASES, built, latents
 from tiny_wan import generate, make_pipe, make_transformer
@@ -156,5 +156,4 @@ def main(rank: int, ranks: int, folder: Path, what: str) -> None:
 
 
 if __name__ == "__main__":
-    assert vidaccel.__path__
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    start(main)
