@@ -27,7 +27,7 @@ def test_the_commands_run(arguments, tmp_path, monkeypatch):
     from vidaccel.cli import app
 
     monkeypatch.chdir(tmp_path)
-    size = ["--frames", "9", "--height", "128", "--width", "128", "--steps", "2"]
+    size = ["--frames", "9", "--height", "96", "--width", "96", "--steps", "2"]
     result = CliRunner().invoke(app, [*arguments, *size])
     assert result.exit_code == 0, result.output
     assert (tmp_path / arguments[arguments.index("--out") + 1]).stat().st_size > 1000

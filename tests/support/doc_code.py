@@ -26,7 +26,7 @@ _BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL
 )
 # What makes a call long: each becomes as small as the built-in model takes it.
-_SMALL = {"num_frames": 9, "height": 128, "width": 128}
+_SMALL = {"num_frames": 9, "height": 96, "width": 96}
 
 
 def pages() -> dict[str, str]:
@@ -54,7 +54,7 @@ def small(code: str) -> str:
     for name, value in _SMALL.items():
         code = re.sub(rf"\b{name}=\d\d+", f"{name}={value}", code)
     code = re.sub(r"\bnum_inference_steps=(?!4\b)\d+", "num_inference_steps=2", code)
-    code = re.sub(r"\bsteps=\d+", "steps=2, frames=9, height=128, width=128", code)
+    code = re.sub(r"\bsteps=\d+", "steps=2, frames=9, height=96, width=96", code)
     return code.replace('"cuda"', '"cpu"')
 
 
