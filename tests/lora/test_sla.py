@@ -271,6 +271,16 @@ def test_all_weights_are_gone_on_from_at_another_density(tmp_path, text_base):
     assert (result.blocks, result.base) == ({TOKENS: 2}, read_config(first).base)
 
 
+@pytest.fixture(scope="module")
+def trained_and_other(tmp_path_factory, text_base) -> tuple[str, str]:
+    """A model that was trained for SLA, and its base with other weights."""
+    folder = tmp_path_factory.mktemp("trained")
+    other = WanPipeline.from_pretrained(text_base)
+    torch.nn.init.normal_(other.transformer.proj_out.weight)
+    other.save_pretrained(folder / "other")
+    return run("sla", settings(folder, text_base))["pipeline"], str(folder / "other")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -285,12 +295,9 @@ def test_all_weights_are_gone_on_from_at_another_density(tmp_path, text_base):
         ({"model": {"base": "OTHER"}}, "has other weights: give the base that it was trained from"),
     ],
 )
-def test_what_cannot_be_gone_on_from(tmp_path, text_base, changes, words):
-    first = run("sla", settings(tmp_path, text_base))["pipeline"]
-    other = WanPipeline.from_pretrained(text_base)
-    torch.nn.init.normal_(other.transformer.proj_out.weight)
-    other.save_pretrained(tmp_path / "other")
-    places = {"BASE": str(text_base), "TRAINED": first, "OTHER": str(tmp_path / "other")}
+def test_what_cannot_be_gone_on_from(tmp_path, text_base, trained_and_other, changes, words):
+    first, other = trained_and_other
+    places = {"BASE": str(text_base), "TRAINED": first, "OTHER": other}
     file = settings(tmp_path / "further", text_base, sla={"start": first})
     content = json.loads(file.read_text())
     for section, values in changes.items():
