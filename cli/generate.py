@@ -66,8 +66,9 @@ def generate_command(
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            help="A LoRA to load, a file or a folder; PATH=0.8 with another weight than 1; repeatable. Of a model with "
-            "two transformers, transformer:PATH is for high noise, transformer_2:PATH for low noise, all:PATH for both."
+            help="A LoRA to load: a file, its folder, or that of its training; PATH=0.8 with another weight than 1; "
+            "repeatable. Of a model with two transformers, transformer:PATH is for high noise, transformer_2:PATH for "
+            "low noise, all:PATH for both."
         ),
     ] = None,
     guidance_free: Annotated[
@@ -75,12 +76,16 @@ def generate_command(
         typer.Option(
             metavar="[PATH]",
             help="Guidance in one pass a step, with an adapter of the recipe gft, or of consistency for few steps as "
-            "well, one for each transformer; without a path, with that of the model itself, if it has one.",
+            "well, one for each transformer: a file, its folder, or that of its training; without a path, with that of "
+            "the model itself, if it has one.",
         ),
     ] = None,
     sla: Annotated[
         list[Path] | None,
-        typer.Option(help="With --method sla: an adapter of the recipe sla; one for each transformer."),
+        typer.Option(
+            help="With --method sla: an adapter of the recipe sla, a file, its folder, or that of its training; one "
+            "for each transformer."
+        ),
     ] = None,
     rope: Annotated[
         str,

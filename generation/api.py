@@ -118,13 +118,13 @@ def generate(
         offload: keep on the device only the part that is at work; "blocks", of a transformer that is larger than the
             device one block at a time.
         tiling: encode and decode in tiles.
-        lora: LoRAs to load: a file or folder each, "PATH=WEIGHT" with another weight than 1, "TARGET:PATH" into one of
-            the transformers of a model with two ("transformer" for high noise, "transformer_2" for low noise, "all"
-            for both); or a `LoraFile` of `vidaccel.pipelines.presets`. One of the recipe `length` brings the attention
-            that it was trained for.
+        lora: LoRAs to load: a file, its folder or that of its training each, "PATH=WEIGHT" with another weight than 1,
+            "TARGET:PATH" into one of the transformers of a model with two ("transformer" for high noise,
+            "transformer_2" for low noise, "all" for both); or a `LoraFile` of `vidaccel.pipelines.presets`. One of the
+            recipe `length` brings the attention that it was trained for.
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step, or of `consistency`,
-            which makes few steps as well: a file or folder, or one for each of two transformers; True for what the
-            model has of its own, as the built-in ones do.
+            which makes few steps as well: a file, its folder or that of its training, or one for each of two
+            transformers; True for what the model has of its own, as the built-in ones do.
         sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
         rope: of Wan and HunyuanVideo: "plain", or "riflex", which keeps a video longer than those of the training from
             beginning anew (RIFLEx, arXiv 2502.15894).

@@ -21,7 +21,7 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def guidance_adapters(given: str | Path | Sequence[str | Path]) -> tuple[GuidanceFreeAdapter, ...]:
-    """Adapters as they are asked for: a file or folder each.
+    """Adapters as they are asked for: a file or folder each, see `run_folder.adapter_path`.
 
     Raises:
         BadInput: one is not there, or is none.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapter_places import taken_notes
 from .calls import as_class, check_untouched
 from .comparison import MIN_COMPARED
 from .errors import BadInput, mention, refuse_given, worded
@@ -280,7 +281,8 @@ def prepare(
     if left_out and not any(methods.values()):
         why = f"{next(iter(left_out))} is the choice, but cannot do this video"
     check_trained(trained, methods, layout)
-    notes = [*filter(None, [own_note]), *of_loras]
+    of_runs = [*taken_notes(lora, loras), *taken_notes(guidance_free, adapters), *taken_notes(sla, learned)]
+    notes = [*filter(None, [own_note]), *of_runs, *of_loras]
     told = "" if limit is None or compare or facts.trained_for else limit.why
     if told and limit.measured:
         notes.append(told)

@@ -54,8 +54,9 @@ def trained_lengths(loras: Sequence[LoraFile]) -> tuple[TrainedLength, ...]:
     Raises:
         BadInput: a header that cannot be used, or two that were trained with different attention.
     """
-    from ..pipelines.adapter_header import adapter_path, facts_of
+    from ..pipelines.adapter_header import facts_of
     from ..pipelines.length.trained import LengthError, trained_length
+    from ..pipelines.run_folder import adapter_path
 
     found = []
     for lora in loras:
@@ -74,8 +75,9 @@ def trained_lengths(loras: Sequence[LoraFile]) -> tuple[TrainedLength, ...]:
 
 def check_bases(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
     """Raise BadInput for a LoRA for longer videos that was trained on another model."""
-    from ..pipelines.adapter_header import adapter_path, facts_of
+    from ..pipelines.adapter_header import facts_of
     from ..pipelines.length.trained import RECIPE
+    from ..pipelines.run_folder import adapter_path
     from ..pipelines.weight_files import transformer_files
 
     for lora in loras:

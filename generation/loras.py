@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..pipelines.adapter_header import FILE, facts_of
-from ..pipelines.lora_files import TARGETS, LoraError, LoraFile, attach_loras, check_readable
+from ..pipelines.adapter_header import facts_of
+from ..pipelines.lora_files import TARGETS, LoraError, LoraFile, attach_loras, check_readable, of_run
 from ..pipelines.lora_targets import check_target
 from .errors import BadInput, mention
 from .guidance import transformers_of
@@ -24,13 +24,33 @@ _Given = str | os.PathLike | LoraFile
 
 
 def lora_files(given: _Given | Sequence[_Given] | None) -> tuple[LoraFile, ...]:
+    """LoRAs as they are asked for, each from its file or the folder of that: `asked_loras`, checked.
+
+    Raises:
+        BadInput: there is no such file, it cannot be read, or is an adapter of another kind; or a text that has another
+            form.
+    """
+    loras = asked_loras(given)
+    for lora in loras:
+        if not lora.path.exists():
+            raise BadInput("lora", "there is no such file or folder", value=lora.path)
+    try:
+        loras = tuple(of_run(lora) for lora in loras)
+    except LoraError as error:
+        raise _refused(error) from error
+    for lora in loras:
+        _check_file(lora)
+    return loras
+
+
+def asked_loras(given: _Given | Sequence[_Given] | None) -> tuple[LoraFile, ...]:
     """LoRAs as they are asked for: a file or folder each, or "TARGET:PATH=WEIGHT", or a `LoraFile`.
 
     WEIGHT is a number, without it 1. TARGET is of `TARGETS`, the transformer that it goes into; without it that which
     the file of our trainer says, and of another file all that a pipeline has (see `check_targets`).
 
     Raises:
-        BadInput: there is no such file, it cannot be read, or the weight is no number.
+        BadInput: a text that has another form, or a weight that is no number.
     """
     if given is None:
         return ()
@@ -39,14 +59,10 @@ def lora_files(given: _Given | Sequence[_Given] | None) -> tuple[LoraFile, ...]:
         raise BadInput(
             "lora", 'it must be a file or folder, or a list of them, such as ["a.safetensors=0.8"]', value=repr(given)
         )
-    loras = tuple(
+    return tuple(
         replace(one, path=Path(one.path).expanduser()) if isinstance(one, LoraFile) else _lora_file(str(one))
         for one in each
     )
-    loras = tuple(replace(one, path=_of_run(one.path)) for one in loras)
-    for lora in loras:
-        _check_file(lora)
-    return loras
 
 
 def _lora_file(text: str) -> LoraFile:
@@ -68,12 +84,6 @@ def _lora_file(text: str) -> LoraFile:
     return LoraFile(place, weight, target)
 
 
-def _of_run(path: Path) -> Path:
-    """The folder of the LoRA below that of a run of the trainer, or of a checkpoint; any other path as it is."""
-    below = path / "adapter"
-    return below if (below / FILE).is_file() and not (path / FILE).exists() else path
-
-
 def _with_target(text: str) -> tuple[str | None, str]:
     """The target before a colon, and what follows it. A file that is called so is taken for itself, and other words
     before a colon, such as a drive, are part of the path."""
@@ -84,9 +94,7 @@ def _with_target(text: str) -> tuple[str | None, str]:
 
 
 def _check_file(lora: LoraFile) -> None:
-    """Raise BadInput for a LoRA that is not there, cannot be read, or is an adapter of another kind."""
-    if not lora.path.exists():
-        raise BadInput("lora", "there is no such file or folder", value=lora.path)
+    """Raise BadInput for a LoRA that cannot be read, or is an adapter of another kind."""
     if lora.target is not None and lora.target not in TARGETS:
         raise BadInput("lora", f"its target must be one of {', '.join(TARGETS)}, not {lora.target}", value=lora.path)
     try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def sla_adapters(given: str | Path | Sequence[str | Path], names: Sequence[str]) -> tuple[SLAAdapter, ...]:
-    """Adapters as they are asked for: a file or folder each.
+    """Adapters as they are asked for: a file or folder each, see `run_folder.adapter_path`.
 
     Args:
         given: the files or folders.

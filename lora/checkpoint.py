@@ -21,16 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..generation.video import staged
+from ..pipelines.run_folder import ADAPTER, in_order, order_of
+from ..pipelines.run_folder import CHECKPOINT as _PREFIX
+from ..pipelines.run_folder import CHECKPOINT_FACTS as _FACTS
 
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 _FORMAT = 2
 """1 had no checksums."""
-_FACTS = "checkpoint.json"
-_PREFIX = "step_"
-_ADAPTER = "adapter"
-"""The folder below that of a checkpoint in which phases write what a pipeline loads."""
 _TENSORS = ("trained", "weights", "ema")
 _FILES = (*(f"{name}.safetensors" for name in _TENSORS), "state.pt")
 
@@ -111,8 +110,7 @@ class CheckpointFolder:
         Each has its number in that order. Those of before there was one come first, by their steps.
         """
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
-        whole = [path for path in found if (path / _FACTS).is_file()]
-        return sorted(whole, key=lambda path: (_order(path), path.name))
+        return in_order(path for path in found if (path / _FACTS).is_file())
 
     def path(self, total_steps: int) -> Path:
         """Where the checkpoint after so many steps over all phases lies."""
@@ -170,7 +168,7 @@ class CheckpointFolder:
                 checksums = {name: _checksum(draft / name) for name in _FILES}
                 facts = checkpoint._facts | {
                     "checksums": checksums,
-                    "order": 1 + max(map(_order, self.saved()), default=0),
+                    "order": 1 + max(map(order_of, self.saved()), default=0),
                 }
                 _write(draft / _FACTS, json.dumps(facts, indent=2).encode())
         except (NotWritten, RuntimeError) as error:
@@ -185,7 +183,7 @@ class CheckpointFolder:
 
     def _delete(self, old: Path) -> None:
         """A checkpoint, or all of it but its adapter."""
-        if not (self.keep_adapters and (old / _ADAPTER).is_dir()):
+        if not (self.keep_adapters and (old / ADAPTER).is_dir()):
             shutil.rmtree(old, ignore_errors=True)
             return
         # What makes it a checkpoint goes first.
@@ -238,18 +236,6 @@ class CheckpointFolder:
                 os.replace(old, target)
         for path in self.folder.glob(f".{_PREFIX}*.part"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _order(path: Path) -> int:
-    """The number of a checkpoint in the order in which those of its folder were written; 0 where it has none.
-
-    Times of files do not tell: a copy has others.
-    """
-    try:
-        order = json.loads((path / _FACTS).read_text(encoding="utf-8")).get("order", 0)
-    except (OSError, ValueError, AttributeError):
-        return 0
-    return order if isinstance(order, int) else 0
 
 
 def random_state() -> dict[str, Any]:

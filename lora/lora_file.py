@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..pipelines.adapter_header import FACTS, FILE
+from ..pipelines.adapter_header import FACTS
+from ..pipelines.run_folder import FILE, NoAdapter, chosen_adapter
 from .checkpoint import save_tensors
 from .config import ConfigError
 
@@ -94,9 +95,20 @@ def _side_by_side(ups: Sequence[torch.Tensor], places: Sequence[tuple[slice, int
     return whole
 
 
-def lora_path(location: str | Path) -> Path:
-    """The file of a LoRA, from it or from its folder."""
-    path = Path(location).expanduser()
+def lora_path(location: str | Path, setting: str) -> Path:
+    """The file of a LoRA, from it, its folder, or that of a run, see `run_folder.adapter_path`.
+
+    Args:
+        location: of it.
+        setting: that names it, for messages.
+
+    Raises:
+        ConfigError: the folder of a run that has none, or several.
+    """
+    try:
+        path = chosen_adapter(location)
+    except NoAdapter as error:
+        raise ConfigError(f"{setting}: {error}") from error
     return path / FILE if path.is_dir() else path
 
 
@@ -104,13 +116,13 @@ def read_facts(location: str | Path, setting: str) -> dict[str, Any]:
     """What the header of a LoRA says that it belongs to.
 
     Args:
-        location: of the file or its folder.
+        location: of the file, or see `lora_path`.
         setting: that names it, for messages.
 
     Raises:
         ConfigError: there is none, or it was not written by this trainer.
     """
-    path = lora_path(location)
+    path = lora_path(location, setting)
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
@@ -133,7 +145,7 @@ def read_lora(
     """The matrices of a LoRA by the parameters' names as peft gives them.
 
     Args:
-        location: of the file or its folder.
+        location: of the file, or see `lora_path`.
         layers: of the transformer that have a LoRA.
         name_of: the file's name for a layer.
         scale: alpha / rank of the LoRA that they are for.
@@ -144,7 +156,7 @@ def read_lora(
     Raises:
         ConfigError: it has other layers, or lacks one of the other parameters.
     """
-    path = lora_path(location)
+    path = lora_path(location, setting)
     made = {}
     with safe_open(path, "pt") as file:
         known = set(file.keys())

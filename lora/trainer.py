@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.alone import alone
 from ..generation.errors import BadInput
+from ..pipelines.run_folder import RESULTS, SETTINGS
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, flat, load
 from .fsdp import check_plugin, plugin_of
@@ -33,9 +34,6 @@ from .tracking import Tracker, choose_tracker
 __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
-
-_RESULTS = ("adapter", "pipeline", "decoder", "autoencoder")
-"""Folders in `out` that recipes write when they are finished."""
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -202,7 +200,7 @@ class Trainer:
                 raise ConfigError(
                     f"out: another run was in {self.out} meanwhile: continue that one, or choose another."
                 )
-        save_text(as_yaml(self.config), self.out / "config.yaml")
+        save_text(as_yaml(self.config), self.out / SETTINGS)
 
     def _finished(self, trained: Tensors) -> dict[str, Any]:
         try:
@@ -254,7 +252,7 @@ class Trainer:
                     f"{self.out} holds a run already (its last checkpoint is {saved[-1].name}): continue it with "
                     "--resume latest, or choose another `out`."
                 )
-            results = [name for name in _RESULTS if (self.out / name).exists()]
+            results = [name for name in RESULTS if (self.out / name).exists()]
             if results:
                 raise CheckpointError(
                     f"{self.out} holds the result of a run already ({', '.join(f'{name}/' for name in results)}), "

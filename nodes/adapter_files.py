@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..pipelines.run_folder import NoAdapter, adapter_path
 from .wording import InputError
 
 BY_PATH = "the path below"
@@ -38,6 +39,8 @@ def state_of_chosen(name: str | None, path: str | None) -> State | None:
 def state_of(place: str | Path | None) -> State | None:
     """Names, times of the last change in nanoseconds and bytes of a file, or of the files in a folder.
 
+    Of the folder of a run, those of the adapter that it stands for.
+
     ComfyUI runs a node again when its inputs change; with this, also when the file does that they name, such as one
     that was trained anew.
 
@@ -46,9 +49,9 @@ def state_of(place: str | Path | None) -> State | None:
     """
     if not place:
         return None
-    found = Path(place).expanduser()
     try:
+        found = adapter_path(place)
         files = sorted(found.iterdir()) if found.is_dir() else [found]
         return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    except OSError:
+    except (NoAdapter, OSError):
         return None

@@ -26,7 +26,8 @@ def _adapter_inputs(first: str, tooltip: str) -> list[Any]:
         io.String.Input(
             "path",
             default="",
-            tooltip="Path of an adapter, or of the folder that has it; it is taken instead of the one above.",
+            tooltip="Path of an adapter, of the folder that has it, or of that of its training; it is taken instead of "
+            "the one above.",
         ),
     ]
 

@@ -27,8 +27,8 @@ def file_inputs() -> list[io.Input]:
         io.String.Input(
             "path",
             default="",
-            tooltip="Path of a file, or of a folder with pytorch_lora_weights.safetensors; it is taken instead "
-            "of the one above.",
+            tooltip="Path of a file, of a folder with pytorch_lora_weights.safetensors, or of the folder of a "
+            "training; it is taken instead of the one above.",
         ),
     ]
 

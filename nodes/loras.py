@@ -14,6 +14,7 @@ from ..pipelines.lora_files import (
     WrongTransformer,
     attach_loras,
     check_readable,
+    of_run,
 )
 from ..pipelines.lora_targets import ContradictedTarget, UnclearTarget, check_target
 from .wording import InputError
@@ -31,7 +32,7 @@ class Lora(LoraFile):
     """One LoRA of a chain; see `LoraFile`.
 
     Raises:
-        InputError: there is no such file or it cannot be read, or there is no such target.
+        InputError: there is no such file or it cannot be read, a run has no LoRA, or there is no such target.
     """
 
     def __post_init__(self) -> None:
@@ -40,6 +41,7 @@ class Lora(LoraFile):
         if self.target is not None and self.target not in TARGETS:
             raise InputError(f"transformer is {self.target}: it must be one of {', '.join(TARGETS)}.")
         try:
+            object.__setattr__(self, "path", of_run(self).path)
             check_readable(self.path)
         except LoraError as error:
             raise InputError(f"path: {error}") from error

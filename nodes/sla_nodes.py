@@ -59,7 +59,7 @@ class VidaccelApplySLA(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The native model that the adapter was trained on; it is not changed."),
                 *_adapter_inputs(
-                    "Path of the file, or of its folder; it is taken instead of the one above.",
+                    "Path of the file, its folder, or that of its training; it is taken instead of the one above.",
                     "Of Wan 2.2 14B each of the two models has its own.",
                 ),
                 min_tokens_input(),
@@ -115,8 +115,8 @@ class VidaccelPipelineSLA(io.ComfyNode):
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
                 *_adapter_inputs(
-                    "Path of the file, or of its folder, instead of the one above; two, with a ; between them, for Wan "
-                    "2.2 14B. Empty for a pipeline whose weights were trained."
+                    "Path of the file, its folder, or that of its training, instead of the one above; two, with a ; "
+                    "between them, for Wan 2.2 14B. Empty for a pipeline whose weights were trained."
                 ),
                 min_tokens_input(),
                 backend_input(),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .adapter_header import FACTS, FILE
+from .adapter_header import FACTS
+from .run_folder import FILE, NoAdapter, chosen_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +22,19 @@ def read_header(
     """The file of an adapter, what its header says, and the names of its tensors.
 
     Args:
-        location: of the file, or its folder.
+        location: of the file, its folder, or that of a run, see `run_folder.adapter_path`.
         recipes: one of which must have made it.
         error: what is raised.
 
     Raises:
         ValueError: as `error`, where there is no such file, or one of another recipe.
     """
-    path = Path(location).expanduser()
-    path = path / FILE if path.is_dir() else path
+    try:
+        path = chosen_adapter(location)
+    except NoAdapter as reason:
+        raise error(str(reason)) from reason
+    if path.is_dir():
+        raise error(f"{path} holds no adapter ({FILE}): give the file, or the folder of its training.")
     try:
         with safe_open(path, "pt") as file:
             facts: Any = json.loads((file.metadata() or {}).get(FACTS, "{}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ class LoraFile:
     """One LoRA.
 
     Args:
-        path: a file, as diffusers, ComfyUI or musubi-tuner write them, or a folder with a `pytorch_lora_weights` file.
+        path: a file, as diffusers, ComfyUI or musubi-tuner write them, a folder with a `pytorch_lora_weights` file, or
+            that of a run, see `run_folder.adapter_path`.
         weight: its update is multiplied by this.
         target: one of `TARGETS`; Wan 2.2 has two transformers, the first for the noisy part of the steps. None leaves
             it to the file, see `target_of`.
@@ -43,7 +44,7 @@ def trained_for(path: Path) -> str | None:
     """The transformer that a file says that it was trained for; None where it says nothing.
 
     Args:
-        path: of the file, or of the folder of a `pytorch_lora_weights` file.
+        path: of the file, or see `LoraFile`.
     """
     from .adapter_header import facts_of
 
@@ -58,12 +59,10 @@ def target_of(lora: LoraFile) -> str:
 
 
 def check_readable(path: Path) -> None:
-    """Raise LoraError for a folder without weights and a safetensors file whose header cannot be read."""
+    """Raise LoraError for a folder without weights, and a safetensors file whose header cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    from .adapter_header import adapter_path
-
-    file = adapter_path(path)
+    file = _chosen(path)
     if file.is_dir():
         if not any(each.suffix in (".safetensors", ".bin") for each in file.iterdir()):
             raise LoraError(f"the folder {path} has no weights: give the file, or the folder that it is in.")
@@ -79,13 +78,32 @@ def check_readable(path: Path) -> None:
 
 def lora_file(path: Path) -> Path | None:
     """The one safetensors file of a LoRA; None where a folder has several and none of the usual name."""
-    from .adapter_header import adapter_path
+    from .run_folder import adapter_path
 
     file = adapter_path(path)
     if file.is_dir():
         every = [each for each in file.iterdir() if each.suffix == ".safetensors"]
         return every[0] if len(every) == 1 else None
     return file if file.suffix == ".safetensors" else None
+
+
+def of_run(lora: LoraFile) -> LoraFile:
+    """A LoRA whose path is the folder of its file, where it was that of a run or of a checkpoint.
+
+    Raises:
+        LoraError: the run has none, or several, see `run_folder.adapter_path`.
+    """
+    file = _chosen(lora.path)
+    return lora if file in (lora.path, lora.path / file.name) else replace(lora, path=file.parent)
+
+
+def _chosen(path: Path) -> Path:
+    from .run_folder import NoAdapter, chosen_adapter
+
+    try:
+        return chosen_adapter(path)
+    except NoAdapter as error:
+        raise LoraError(str(error)) from error
 
 
 def check_part(lora: LoraFile, parts: Sequence[str]) -> str:
@@ -110,7 +128,8 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: st
         raise LoraError(f"a {type(pipe).__name__} takes none. Leave them out.")
     parts = {name: part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
     weights: dict[str, dict[str, float]] = {name: dict.fromkeys(_active(part), 1.0) for name, part in parts.items()}
-    for number, lora in enumerate(loras):
+    for number, given in enumerate(loras):
+        lora = of_run(given)
         target = check_part(lora, list(parts))
         for name, part in parts.items():
             if target in ("all", name):

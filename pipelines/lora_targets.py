@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .adapter_header import FILE
 from .lora_files import TRANSFORMERS, LoraError, LoraFile, check_part, trained_for
+from .run_folder import FILE
 
 _NAMED = dict(zip(("high", "low"), TRANSFORMERS, strict=True))
 """Noise -> the transformer that removes it."""

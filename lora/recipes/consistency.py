@@ -87,20 +87,20 @@ class TrainConsistency(TrainGuided):
         facts = read_facts(location, setting)
         if facts.get("guidance_free", {}).get("train") == "full":
             raise ConfigError(
-                f"{setting}: all weights of {lora_path(location)} were trained, and a LoRA is needed, as "
+                f"{setting}: all weights of {lora_path(location, setting)} were trained, and a LoRA is needed, as "
                 "which the student starts: give one, or the whole model as model.base without a teacher."
             )
         weights = self.earlier(location, setting, RECIPE)
         guidance = facts["guidance_free"]
         if few.highest > guidance["max_scale"]:
             raise ConfigError(
-                f"consistency.guidance_scale is {few.highest:g}, and {lora_path(location)} was trained up to "
+                f"consistency.guidance_scale is {few.highest:g}, and {lora_path(location, setting)} was trained up to "
                 f"{guidance['max_scale']:g}: give at most that."
             )
         if facts["unconditional"] != self.config.flow.unconditional:
             raise ConfigError(
-                f'flow.unconditional is "{self.config.flow.unconditional}", and {lora_path(location)} turns away from '
-                f'"{facts["unconditional"]}": set that.'
+                f'flow.unconditional is "{self.config.flow.unconditional}", and {lora_path(location, setting)} turns '
+                f'away from "{facts["unconditional"]}": set that.'
             )
         self.teacher_gate = guidance["max_scale"] if guidance["gated"] else None
         return weights
@@ -140,8 +140,8 @@ class TrainConsistency(TrainGuided):
         return (1 if self.config.consistency.teacher is None else 2) + self.goes_beyond
 
     def inputs(self) -> dict[str, str]:
-        teacher = self.teacher_file
-        own = {} if teacher is None else {"consistency.teacher": file_identity(lora_path(teacher))}
+        teacher, setting = self.teacher_file, "consistency.teacher"
+        own = {} if teacher is None else {setting: file_identity(lora_path(teacher, setting))}
         return {**super().inputs(), **own}
 
     def phases(self) -> list[Phase]:

@@ -15,9 +15,9 @@ class ConsistencySettings(Settings):
     """Which few steps the model learns, and from whom.
 
     Args:
-        teacher: file or folder of an adapter of the recipe `gft` of the same base, or "own" for the one that the base
-            has itself; it makes the guided velocity in one pass and is also what the student starts as. None for the
-            frozen base with guidance in two passes.
+        teacher: file or folder of an adapter of the recipe `gft` of the same base, or that of its run, or "own" for the
+            one that the base has itself; it makes the guided velocity in one pass and is also what the student starts
+            as. None for the frozen base with guidance in two passes.
         steps: of the sampler that is learned. Their noise levels are those of the samplers of flow models, with
             `flow.shift`, and go into the file.
         objective: "segments" regresses where the teacher comes to at the end of a step, from the beginning of the step;

@@ -132,12 +132,13 @@ class TrainLora(EncodedClipsRecipe):
         facts = read_facts(location, setting)
         if facts["base_hash"] != self.base_hash:
             raise ConfigError(
-                f"{setting}: {lora_path(location)} was trained on {facts['base']} ({facts['part']}), and "
+                f"{setting}: {lora_path(location, setting)} was trained on {facts['base']} ({facts['part']}), and "
                 f"{self.config.model.base} has other weights: give the base that it was trained on."
             )
         if facts.get("recipe") != recipe:
             raise ConfigError(
-                f"{setting}: {lora_path(location)} is of the recipe {facts.get('recipe')}: give one of {recipe}."
+                f"{setting}: {lora_path(location, setting)} is of the recipe {facts.get('recipe')}: give one of "
+                f"{recipe}."
             )
         lora = self.config.lora
         if facts["rank"] != lora.rank:
@@ -200,7 +201,8 @@ class TrainLora(EncodedClipsRecipe):
 
     def _started(self, location: str, skeleton: nn.Module) -> dict[str, torch.Tensor]:
         """The LoRA to go on from: one of this recipe, or of another tool."""
-        path, setting, lora = lora_path(location), "lora.start", self.config.lora
+        setting, lora = "lora.start", self.config.lora
+        path = lora_path(location, setting)
         if self.beside or facts_of(path) or not path.is_file():  # of which diffusers would ask the hub
             return self.earlier(location, setting, self.config.recipe)
         shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)}
@@ -251,7 +253,7 @@ class TrainLora(EncodedClipsRecipe):
         encoders = " ".join(sorted(self.flowing.identities.values()))
         return {
             "model.base": f"{self.base_hash} {model.levels} {self.text_encoder.identity} {encoders}",
-            **({} if start is None else {"lora.start": file_identity(lora_path(start))}),
+            **({} if start is None else {"lora.start": file_identity(lora_path(start, "lora.start"))}),
             **self.data_identity(),
         }
 

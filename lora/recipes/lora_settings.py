@@ -55,8 +55,8 @@ class AdapterSettings(Settings):
         dropout: share of a layer's inputs that the LoRA is not shown in a step.
         targets: ends of the names of the layers that get one, such as "to_q" or "attn1.to_q"; None for the family's:
             attention and feed-forward of every block.
-        start: file or folder of a LoRA to go on from, of this recipe or, for `lora` and `length`, of another tool, as
-            diffusers reads it; None for a new one.
+        start: file or folder of a LoRA to go on from, or that of its run, of this recipe or, for `lora` and `length`,
+            of another tool, as diffusers reads it; None for a new one.
         file_dtype: of the result.
     """
 

@@ -62,7 +62,7 @@ def read_adapter(location: str | Path) -> SLAAdapter:
     """What the header of an adapter says.
 
     Args:
-        location: of the file, or its folder.
+        location: of the file, its folder, or that of a run, see `run_folder.adapter_path`.
 
     Raises:
         SLAError: there is none, or it is of another recipe.

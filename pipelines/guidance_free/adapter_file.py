@@ -87,7 +87,7 @@ def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
     """What the header of an adapter says.
 
     Args:
-        location: of the file, or its folder.
+        location: of the file, its folder, or that of a run, see `run_folder.adapter_path`.
 
     Raises:
         GuidanceFreeError: there is none, or it is no guidance-free adapter.

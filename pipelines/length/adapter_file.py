@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..adapter_header import adapter_path, facts_of
+from ..adapter_header import facts_of
+from ..run_folder import NoAdapter, chosen_adapter
 from .trained import RECIPE, LengthError, TrainedLength, trained_length
 
 
@@ -40,12 +41,15 @@ def read_length(location: str | Path) -> LengthAdapter:
     """What the header of a LoRA for longer videos says.
 
     Args:
-        location: of the file, or its folder.
+        location: of the file, its folder, or that of a run, see `run_folder.adapter_path`.
 
     Raises:
         LengthError: there is none, or it is none of the recipe `length`.
     """
-    path = adapter_path(location)
+    try:
+        path = chosen_adapter(location)
+    except NoAdapter as error:
+        raise LengthError(str(error)) from error
     try:
         with safe_open(path, "pt"):
             pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from diffusers import WanPipeline
@@ -10,6 +12,7 @@ from sla_models import METHOD, write_adapter, write_model
 import vidaccel
 from vidaccel import SLA
 from vidaccel.generation.errors import BadInput
+from vidaccel.pipelines.run_folder import FILE
 
 SMALL = {"frames": 5, "height": 64, "width": 64, "steps": 2, "progress": False}  # 32 tokens
 
@@ -36,8 +39,12 @@ def test_the_settings_of_the_training_are_taken(model):
 
 
 def test_an_adapter(adapter, model, tmp_path):
-    made = vidaccel.generate("demo", "a red circle", method="sla", sla=adapter, **SMALL)
+    run = tmp_path / "run"  # of the training
+    (run / "adapter").mkdir(parents=True)
+    file = shutil.copy(adapter, run / "adapter" / FILE)
+    made = vidaccel.generate("demo", "a red circle", method="sla", sla=run, **SMALL)
     assert made.report.method == "sla"
+    assert f"{run} is the folder of a training: its {file.relative_to(run)} is used." in made.notes
     page = tmp_path / "report.html"
     more = {"compare": True, "report": page, "warm_up": True}
     vidaccel.generate("demo", "a red circle", method="sla", sla=[adapter], **more, **SMALL)

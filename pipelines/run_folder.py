@@ -1,0 +1,127 @@
+"""What lies where in the folder of a training: results, checkpoints, and which adapter is meant by the folder itself.
+
+The trainer writes by these names. It is not imported here: who uses an adapter needs nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "adapter"
+"""The folder of what a pipeline loads, in that of a run that is finished and in that of each checkpoint."""
+CHECKPOINTS = "checkpoints"
+CHECKPOINT = "step_"
+"""Begins the names of checkpoints."""
+CHECKPOINT_FACTS = "checkpoint.json"
+"""In a checkpoint that is whole."""
+SETTINGS = "config.yaml"
+OTHER_RESULTS = {
+    "pipeline": "a whole model: give {} as the model",
+    "decoder": "a tiny decoder: give {} as the decoder",
+    "autoencoder": "an autoencoder, {}",
+}
+"""Results that are no adapter, and what they are."""
+RESULTS = (ADAPTER, *OTHER_RESULTS)
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+_BASE_FACTS = "adapter.json"
+"""Beside the weights that only `ae_adapt` makes, which are no LoRA for a model that stays as it is."""
+
+
+class NoAdapter(ValueError):
+    """A folder of a training that does not stand for one adapter; the message says why, and what to give."""
+
+
+def order_of(checkpoint: Path) -> int:
+    """The number of a checkpoint in the order in which those of its run were written; 0 where it has none.
+
+    Times of files do not tell: a copy has others.
+    """
+    try:
+        order = json.loads((checkpoint / CHECKPOINT_FACTS).read_text(encoding="utf-8")).get("order", 0)
+    except (OSError, ValueError, AttributeError):
+        return 0
+    return order if isinstance(order, int) else 0
+
+
+def in_order(checkpoints: Iterable[Path]) -> list[Path]:
+    """Checkpoints as they were written, which need not be by their steps. Those without a number come first."""
+    return sorted(checkpoints, key=lambda path: (order_of(path), path.name))
+
+
+def adapter_path(location: str | Path) -> Path:
+    """The file of an adapter of ours, from it, its folder, a checkpoint, or the folder of the run that made it.
+
+    Of a run it is the result; of one that is not finished, what its newest checkpoint has.
+
+    Args:
+        location: the file or folder.
+
+    Returns:
+        The file; the location itself where that is neither a folder that holds one nor one of a run.
+
+    Raises:
+        NoAdapter: a run that has written none yet or whose result is something else, or a folder with several results.
+    """
+    path = Path(location).expanduser()
+    if not path.is_dir() or (path / FILE).is_file():
+        return path / FILE if path.is_dir() else path
+    others = [name for name in OTHER_RESULTS if (path / name).is_dir() and not (path / "model_index.json").is_file()]
+    if (path / ADAPTER / FILE).is_file() and not (path / ADAPTER / _BASE_FACTS).is_file():
+        if others:
+            names = " and ".join(f"{name}/" for name in (ADAPTER, *others))
+            raise NoAdapter(f"{path} holds the results of several recipes ({names}): give {path / ADAPTER}.")
+        return path / ADAPTER / FILE
+    began = (path / SETTINGS).is_file() or (path / CHECKPOINTS).is_dir()
+    if others and (began or (path / ADAPTER).is_dir()):
+        told = OTHER_RESULTS[others[0]].format(path / others[0])
+        raise NoAdapter(f"{path} is the folder of a training whose result is {told}.")
+    if saved := _with_adapter(path):
+        return saved[-1] / ADAPTER / FILE
+    if any(each.suffix in _WEIGHTS for each in path.iterdir()):
+        return path  # of another tool, which may have a config.yaml, too
+    if began:
+        raise NoAdapter(
+            f"{path} is the folder of a training that has written no adapter yet: the first checkpoint has one "
+            "(loop.save_every of its settings), unless it trains all weights."
+        )
+    runs = sorted(each.name for each in path.iterdir() if each.is_dir() and _holds_adapter(each))
+    if runs:
+        raise NoAdapter(f"{path} holds the folders of trainings: give one of them ({', '.join(runs)}).")
+    return path
+
+
+def _with_adapter(run: Path) -> list[Path]:
+    """The checkpoints of a run, or of the folder that they are in, that have an adapter; in their order."""
+    folder = run if run.name == CHECKPOINTS else run / CHECKPOINTS
+    return in_order(each for each in folder.glob(f"{CHECKPOINT}*") if (each / ADAPTER / FILE).is_file())
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER / FILE).is_file() or bool(_with_adapter(folder))
+
+
+def taken(location: str | Path, path: Path) -> str:
+    """What to say of the file or folder that was taken of a place; "" where the place itself names it.
+
+    Args:
+        location: as it was given.
+        path: what `adapter_path` made of it, or the folder of that.
+    """
+    given = Path(location).expanduser()
+    if path in (given, given / FILE):
+        return ""
+    return f"{given} is the folder of a training: its {path.relative_to(given).as_posix()} is used."
+
+
+def chosen_adapter(location: str | Path) -> Path:
+    """`adapter_path`, which is logged where the location does not name it."""
+    path = adapter_path(location)
+    if told := taken(location, path):
+        logger.info("%s", told)
+    return path
