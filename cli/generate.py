@@ -42,6 +42,12 @@ def generate_command(
             "that of --preset, otherwise demo)",
         ),
     ] = "",
+    components: Annotated[
+        str | None,
+        typer.Option(
+            help="With --model FILE.safetensors, a transformer alone: folder or hub id of the pipeline with all else."
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -235,6 +241,7 @@ def generate_command(
             guidance_free=True if guidance_free == [OWN] else guidance_free or (),
             sla=sla or (),
             rope=rope,
+            components=components,
             preset=chosen,
         )
         check_files_of(job, out, page)

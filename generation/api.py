@@ -76,6 +76,7 @@ def generate(
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
     rope: str = "plain",
+    components: str | Path | None = None,
     preset: str | Path | Preset | None = None,
     cache: str | Cache | None = None,
     quantize: str | Quantize | None = None,
@@ -91,7 +92,7 @@ def generate(
 
     Args:
         model: "demo" or "demo-dc" (built in), a folder of a diffusers pipeline, a hub id, or a loaded pipeline, which
-            stays as it is.
+            stays as it is; or the file of a transformer, as ComfyUI has it, with `components`.
         prompt, negative_prompt: what the video shows, and what it should not show.
         method: "dense", a name of `METHODS` or a config such as `SVG2(top_p=0.9)`; with `compare`, several, of which
             those of one method are named by what differs ("svg2-top_p=0.9"). None takes SLA for a model that was
@@ -128,6 +129,8 @@ def generate(
         sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
         rope: of Wan and HunyuanVideo: "plain", or "riflex", which keeps a video longer than those of the training from
             beginning anew (RIFLEx, arXiv 2502.15894).
+        components: of such a file: folder or hub id of the pipeline of the same model that has text encoder,
+            autoencoder, scheduler and tokenizer.
         preset: all of the above that makes a video faster, see `vidaccel.apply`: a file, or the name of one that comes
             with the package. What is given beside it goes before what it says.
         cache: over steps: a name with or without its threshold, "first_block=0.08", or a `Cache`.
@@ -190,6 +193,7 @@ def generate(
         guidance_free=guidance_free,
         sla=sla,
         rope=rope,
+        components=components,
         preset=request_preset(preset, cache, quantize, decoder),
     )
     check_files_of(job, file, page)

@@ -43,6 +43,7 @@ from .methods import (
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .presets import beside, check_beside, check_scheduler, with_preset
 from .request import INPUTS, Settings
+from .single_file import whole_model
 from .sla import sla_adapters, trained_method
 from .sparse import Sparse
 from .tuning.store import limit_of
@@ -182,12 +183,14 @@ def prepare(
     guidance_free: bool | str | Path | Sequence[str | Path] = (),
     sla: str | Path | Sequence[str | Path] = (),
     rope: str = "plain",
+    components: str | Path | None = None,
     preset: Preset | None = None,
 ) -> Job:
     """Check a request against the model and the machine.
 
     Args:
-        model: see `inspect_model`; or a loaded pipeline, which stays where and as it is.
+        model: see `inspect_model`; a single file, see `components`; or a loaded pipeline, which stays where and as it
+            is.
         settings, sparse: the request.
         compare: run dense from the same seed first.
         device, dtype: a name, or "auto".
@@ -197,6 +200,7 @@ def prepare(
             own (`guidance.own_adapters`).
         sla: see `sla.sla_adapters`.
         rope: see `length.chosen_riflex`.
+        components: see `single_file.whole_model`.
         preset: see `presets.request_preset`; what it says holds where the request says nothing.
 
     Raises:
@@ -223,11 +227,13 @@ def prepare(
         raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
     learned = sla_adapters(sla, sparse.names)
     if isinstance(model, str):
+        model = whole_model(model, components)
         place = choose_device(device, offload)
         chosen_dtype = choose_dtype(dtype, place, model)
         given = {field: field in settings.given for field in ("image", "video", "last_image")}
         facts, pipe = inspect_model(model, **given), None
     else:
+        refuse_given({"components": components is not None}, "for a single file, and this is a loaded pipeline")
         check_untouched(model)
         _refuse_placing(device=device, dtype=dtype, offload=offload, tiling=tiling)
         index = dict(getattr(model, "config", {}))

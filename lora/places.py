@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import demo
-from ..pipelines.locations import is_hub_id
+from ..pipelines.locations import is_hub_id, is_single_file
 from .backbones.folders import located
 from .config import ConfigError
 
-_MODELS = ("model.base", "model.autoencoder", "sla.start", "model.start")
+_MODELS = ("model.base", "model.components", "model.autoencoder", "sla.start", "model.start")
 """Settings that name a model: a folder, a hub id or a built-in one."""
 _FILES = ("lora.start", "decoder.start", "consistency.teacher")
 """Settings that name a file, or the folder that it is in."""
@@ -30,6 +30,10 @@ def _models(content: Mapping[str, Any]) -> Iterator[str]:
     for setting in _MODELS:
         named = _at(content, setting)
         if isinstance(named, str):
+            if setting == "model.base" and is_single_file(named):
+                if not Path(named).expanduser().is_file():
+                    yield f"{setting}: there is no file {named}: correct the path."
+                continue
             try:
                 located(named, setting, *demo.MODELS)
             except ConfigError as error:

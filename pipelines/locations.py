@@ -11,6 +11,11 @@ def is_hub_id(location: str) -> bool:
     return not Path(location).is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", location) is not None
 
 
+def is_single_file(location: str) -> bool:
+    """Whether this names a file of weights, by its suffix, and no folder or hub id."""
+    return location.endswith((".safetensors", ".gguf", ".ckpt", ".pt", ".pth")) and not Path(location).is_dir()
+
+
 def named_autoencoder(folder: str | Path, name: str | None) -> str | None:
     """What an adapter calls its autoencoder: a folder, seen from that of the adapter, or a hub id; None for neither."""
     if not name:

@@ -76,7 +76,7 @@ class TrainLength(TrainLora):
 
     def _base_pixel_frames(self) -> int:
         given = self.config.length.base_frames
-        return int(inspect_model(self.config.model.base).call_defaults()["frames"]) if given is None else given
+        return int(inspect_model(self.backbone.base).call_defaults()["frames"]) if given is None else given
 
     def _latent_frames(self, frames: int) -> int:
         layout = self.backbone.layout(frames, self.longest.height, self.longest.width)

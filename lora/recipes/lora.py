@@ -14,7 +14,8 @@ from ... import demo
 from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.adapter_header import facts_of
-from ...pipelines.locations import is_hub_id
+from ...pipelines.locations import is_hub_id, is_single_file
+from ...pipelines.single_file import LayoutError, SingleFileError, pipeline_of
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
 from ..backbones.base import ModelOptions, OwnModel, Text
@@ -119,7 +120,19 @@ class TrainLora(EncodedClipsRecipe):
             guidance=model.guidance,
             fps=self.config.data.fps,
         )
-        return open_model(located(model.base, "model.base", *demo.MODELS), self.config.recipe, options)
+        return open_model(self._base(), self.config.recipe, options)
+
+    def _base(self) -> str:
+        """Folder or hub id of the base; of a single file, the folder that it is converted to."""
+        model = self.config.model
+        if not is_single_file(model.base):
+            return located(model.base, "model.base", *demo.MODELS)
+        part = "transformer_2" if model.stage == "low_noise" else "transformer"
+        components = located(str(model.components), "model.components", *demo.MODELS)
+        try:
+            return str(self.process.main_first(lambda: pipeline_of(model.base, components, part)))
+        except (SingleFileError, LayoutError, OSError) as error:
+            raise ConfigError(f"model.base: {error}") from error
 
     def earlier(self, location: str, setting: str, recipe: str) -> dict[str, torch.Tensor]:
         """A LoRA that was trained before, which must be of this base and have the same layers and rank.
@@ -281,7 +294,7 @@ class TrainLora(EncodedClipsRecipe):
     def facts(self) -> dict[str, Any]:
         """What the header of the file says: which model the LoRA is for, and what it was trained with."""
         config, model, size = self.config, self.config.model, self.config.data.sizes[-1]
-        named = model.base in demo.MODELS or is_hub_id(model.base)
+        named = model.base in demo.MODELS or (is_hub_id(model.base) and not is_single_file(model.base))
         method = config.attention
         return {
             "recipe": config.recipe,

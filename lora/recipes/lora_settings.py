@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...pipelines.locations import is_single_file
 from ..config import Settings, setting
 from ..settings import PhaseSettings, RunSettings, ValidationSettings
 
@@ -16,7 +17,9 @@ class ModelSettings(Settings):
 
     Args:
         base: folder or hub id of a diffusers pipeline, or folder of adapter-only weights; "demo" and "demo-dc" are the
-            built-in ones.
+            built-in ones. Or the file of a transformer, as ComfyUI has it (.safetensors), with `components`.
+        components: of such a file: folder or hub id of a diffusers pipeline of the same model, from which text encoder,
+            autoencoder, scheduler and tokenizer come; None for a base that has them.
         stage: of a base with two transformers (Wan 2.2 14B): which one; None for a base with one.
         first_frame: train from first frames; None for what the class of the pipeline says. Wan 2.2 5B and LTX-Video do
             both.
@@ -34,6 +37,7 @@ class ModelSettings(Settings):
     """
 
     base: str = setting(free=True)
+    components: str | None = setting(None, free=True)
     stage: Literal["high_noise", "low_noise"] | None = None
     first_frame: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -43,6 +47,16 @@ class ModelSettings(Settings):
     autoencoder_tiling: bool = False
     merge_text_padding: bool = False
     guidance: float | None = setting(None, low=0)
+
+    def check(self) -> Iterator[str]:
+        single = is_single_file(self.base)
+        if single and self.components is None:
+            yield (
+                f"components is missing: {self.base} is a transformer alone. Give the folder or hub id of a diffusers "
+                "pipeline of the same model, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            )
+        if self.components is not None and not single:
+            yield f"components is of use only with a single file as base, and that is {self.base}: leave it out."
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,22 @@ transformer alone.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import CheckpointError
+from ..conversions import conversion_place, discard, is_whole, stamps
 from ..drafts import beside, take
 from ..json_files import write_json
 from .adapted import load_adapted
 from .adapter_folder import is_adapter
 from .dtypes import resolve_dtypes
 from .open_clip import convert_image_encoder
-from .published_files import LayoutError, files_below, hub_options, load_autoencoder, read_json, refuse_changes
+from .published_files import LayoutError, hub_options, load_autoencoder, read_json, refuse_changes
 from .published_hub import known_parts, published_folder
 from .published_parts import COMPONENTS, IMAGE_CLASS, check_transformer, find_parts
 
@@ -101,24 +99,22 @@ def cached_conversion(
     """Convert a published layout into the cache, or find it there. Arguments and errors of `convert_repository`."""
     stamp = [pipeline_class]
     for place in (source, autoencoder, base):
-        stamp += _stamps(place)
+        stamp += stamps(place)
     if autoencoder_config:
         stamp.append(repr(sorted(autoencoder_config.items())))
     stamp += sorted(without)
-    key = hashlib.sha256("\n".join(stamp).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("VIDACCEL_CACHE", "~/.cache/vidaccel")).expanduser()
-    target = root / "converted" / f"{source.name}-{key}"
-    if _is_whole(target):
+    target = conversion_place(source.name, stamp)
+    if is_whole(target):
         return target
     parts = find_parts(
         source, pipeline_class, autoencoder=autoencoder, base=base, without=without, options=hub_options(options or {})
     )
-    if _is_whole(target):  # Another process was first, or the download brought back what was gone.
+    if is_whole(target):  # Another process was first, or the download brought back what was gone.
         return target
     if target.exists():
         # What it links to is gone, as when the hub's own cache was emptied.
         logger.warning("%s has lost files that it links to: converting it anew.", target)
-        _remove(target)
+        discard(target)
     more = [f"{name} {value}" for name, value in (("autoencoder", autoencoder), ("base", base)) if value is not None]
     with_them = f" (with {', '.join(more)})" if more else ""
     logger.warning("%s%s is in a published layout: converting it once, into %s.", source, with_them, target)
@@ -138,31 +134,6 @@ def cached_conversion(
         if not (target / "model_index.json").is_file():
             raise
     return target
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a conversion is there, and every file that it links to."""
-    if not (folder / "model_index.json").is_file():
-        return False
-    parts = [list(files_below(path)) if path.is_dir() else [path] for path in folder.iterdir()]
-    return all(files and all(file.exists() for file in files) for files in parts)
-
-
-def _remove(folder: Path) -> None:
-    """Links go; what they lead to stays."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old.part")
-    with suppress(FileNotFoundError):  # Another process was first.
-        os.replace(folder, aside)
-        shutil.rmtree(aside)
-
-
-def _stamps(place: str | Path | None) -> list[str]:
-    """Path, size and time of a file, or of all files in a folder; the name alone of what is not on this machine."""
-    path = Path(place or "").expanduser().resolve()
-    if place is None or not path.exists():
-        return [str(place)]
-    files = [path] if path.is_file() else sorted(file for file in files_below(path) if file.is_file())
-    return [str(path), *(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
 
 
 def convert_repository(

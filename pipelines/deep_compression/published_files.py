@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +45,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LayoutError(f"{path} holds a {type(content).__name__}, but it must be a JSON object.")
     return content
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Files in a folder and in those that links in it lead to, also links that lead nowhere."""
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(place) / name for name in sorted(names))
 
 
 def download(what: str, repository: str, patterns: list[str], options: Mapping[str, Any]) -> Path:

@@ -14,8 +14,9 @@ from tiny_wan import make_scheduler
 
 from vidaccel.autoencoders.convert import CheckpointError
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, convert_repository
+from vidaccel.pipelines.conversions import files_below
 from vidaccel.pipelines.deep_compression.published import cached_conversion
-from vidaccel.pipelines.deep_compression.published_files import LayoutError, files_below
+from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.deep_compression.published_parts import only_autoencoder
 
 T2V, I2V = DCVideoGenPipeline, DCVideoGenImageToVideoPipeline
