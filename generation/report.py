@@ -118,7 +118,7 @@ def write_report(comparison: Comparison, page: Path) -> Comparison:
         comparison = replace(comparison, files=files)
     numbers, sheet = files_beside(page)
     write_json(comparison, numbers)
-    picture = contact_sheet_png(comparison)  # compressing it takes a second, so it is made once
+    picture = contact_sheet_png(comparison)  # made once
     write_bytes(picture, sheet)
     _write_page(comparison, page, picture)
     return comparison

@@ -186,13 +186,13 @@ def contact_sheet(videos: Mapping[str, np.ndarray], columns: int = 7, width: int
 
 
 def png(image: np.ndarray) -> bytes:
-    """A picture `[H, W, 3]` uint8 as PNG."""
+    """A picture `[H, W, 3]` uint8 as PNG; a tenth more bytes than at most effort, in a tenth of its second or two."""
     import io
 
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
