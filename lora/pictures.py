@@ -16,17 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def written_to(folder: Path) -> Iterator[None]:
+def written_to(folder: Path, what: str = "validation") -> Iterator[None]:
     """A block that writes files into a folder, made for it. Where that fails, say so and go on: training is worth more.
 
-    Only writing belongs into the block: other errors would be taken for one of writing.
+    `what` is written. Only writing belongs into the block: other errors would be taken for one of writing.
     """
     with contextlib.suppress(OSError):  # then nothing can be written to it either, which is said below
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except OSError as error:
-        logger.error("validation could not write to %s: %s. The run goes on.", folder, error)
+        logger.error("%s could not be written to %s: %s. The run goes on.", what, folder, error)
 
 
 def strips(videos: Sequence[torch.Tensor], columns: int = 6) -> np.ndarray:
@@ -36,7 +36,7 @@ def strips(videos: Sequence[torch.Tensor], columns: int = 6) -> np.ndarray:
         count = min(columns, video.shape[1])
         picks = torch.linspace(0, video.shape[1] - 1, count).round().long()
         rows.append(torch.cat(list(video[:, picks].transpose(0, 1)), dim=2))
-    return _bytes(torch.cat(rows, dim=1).permute(1, 2, 0))
+    return pixels_of(torch.cat(rows, dim=1).permute(1, 2, 0))
 
 
 def write_picture(picture: np.ndarray, path: Path) -> None:
@@ -48,8 +48,9 @@ def write_picture(picture: np.ndarray, path: Path) -> None:
 
 def write_video(video: torch.Tensor, path: Path, fps: float = 16) -> None:
     """Write a video `[3, T, H, W]` in [-1, 1] as H.264."""
-    write_mp4(_bytes(video.permute(1, 2, 3, 0)), path, fps)
+    write_mp4(pixels_of(video.permute(1, 2, 3, 0)), path, fps)
 
 
-def _bytes(pixels: torch.Tensor) -> np.ndarray:
+def pixels_of(pixels: torch.Tensor) -> np.ndarray:
+    """Numbers in [-1, 1] as bytes, in the same shape."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()

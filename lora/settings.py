@@ -161,6 +161,7 @@ class DataSettings(Settings):
             clips that are taken from one video.
         zoom: of the demo world: scenes are enlarged by one of these.
         missing_captions: "error", or "skip" what has none.
+        contact_sheet: clips in the picture of the data that a run writes when it begins, at most; 0 for none.
         cache: folder for encoded clips and texts; None encodes them anew in each step.
         cache_dtype: of what is kept there; "float16" and "bfloat16" take half the space.
         workers: processes that prepare clips in the background.
@@ -175,6 +176,7 @@ class DataSettings(Settings):
     clips: int | None = setting(None, low=1)
     zoom: tuple[float, ...] = setting((1.0,), low=1, high=2)
     missing_captions: Literal["error", "skip"] = "error"
+    contact_sheet: int = setting(8, low=0, high=100, free=True)
     cache: str | None = setting(None, free=True)
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     workers: int = setting(0, low=0, free=True)

@@ -154,6 +154,8 @@ class Trainer:
             if start.checkpoint is not None:
                 _check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
             self._in_main(self._begin_folder)
+            if self.process.is_main and start.checkpoint is None:
+                self.recipe.show_data(self.out)
             again = start.checkpoint is not None and start.checkpoint.validation_due
             self.tracker = Tracker(self.accelerator, self.config, self.process.progress, start.done, again)
             self._say_where_it_runs()

@@ -166,6 +166,9 @@ class Recipe(ABC):
     def phases(self) -> Sequence[Phase]:
         """The phases in order, those with 0 steps included; called before `prepare`, so they load nothing yet."""
 
+    def show_data(self, folder: Path) -> None:  # noqa: B027 - not all have clips
+        """Write what the clips look like into the folder of the run; called in the main process, after `prepare`."""
+
     def encode(self) -> dict[str, Any]:
         """Fill the caches that the run would fill, and nothing else; called in every process, instead of `prepare`.
 

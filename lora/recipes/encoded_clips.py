@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..backbones.base import Encoder, PretrainedModel, Text
@@ -13,6 +14,7 @@ from ..data.cache import Fingerprints, TensorCache
 from ..data.dataset import open_dataset
 from ..data.held_out import hold_out
 from ..data.latents import Latents, say_what_is_cut
+from ..data.sheet import write_sheet
 from ..identities import dataset_identity
 from ..settings import ValidationSettings
 from .base import Recipe
@@ -66,6 +68,11 @@ class EncodedClipsRecipe(Recipe):
                 self.dataset, config.data.sizes, self.held_out, self.process.progress.say, self.backbone.rate
             )
         self._measured: dict[Latents, MeasuredClips] = {}
+
+    def show_data(self, folder: Path) -> None:
+        data = self.config.data
+        if file := write_sheet(self.dataset, data.sizes, self.held_out, data.contact_sheet, folder):
+            self.process.progress.say(f"What some of the clips look like: {file}")
 
     def latents(self, encoder: Encoder, unconditional: str = "") -> Latents:
         """The clips as an encoder makes them, with the texts that the recipe asks for beside their captions."""

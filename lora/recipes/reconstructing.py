@@ -15,6 +15,7 @@ from ..data.account import say_what_the_data_are
 from ..data.dataset import ClipDataset, open_dataset, sturdy_pixels
 from ..data.held_out import HeldOut, hold_out
 from ..data.sampler import Pick, without
+from ..data.sheet import write_sheet
 from ..generators import Generators
 from ..identities import dataset_identity
 from ..pictures import strips, write_picture, written_to
@@ -95,6 +96,12 @@ class TrainReconstruction(Recipe):
             from ..reconstruction import perceptual_network
 
             perceptual_network()
+
+    def show_data(self, folder: Path) -> None:
+        data = self.config.data
+        sizes = next((p.sizes for p in self.config.phases if p.steps and p.sizes), data.sizes)
+        if file := write_sheet(self.dataset, sizes, self.held_out, data.contact_sheet, folder):
+            self.process.progress.say(f"What some of the clips look like: {file}")
 
     def dataset_input(self) -> dict[str, str]:
         """Of `inputs`, the dataset. Clips are cut at random, so no one else needs the hashes of its files, which take

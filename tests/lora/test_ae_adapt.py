@@ -34,7 +34,7 @@ def write(folder: Path, base: Path, autoencoder: Path, **sections) -> Path:
         "recipe": "ae_adapt",
         "out": str(folder / "run"),
         "model": {"base": str(base), "autoencoder": str(autoencoder)},
-        "data": {"kind": "demo", "clips": 6, "sizes": [SIZE], "cache": str(folder / "cache")},
+        "data": {"kind": "demo", "clips": 6, "contact_sheet": 0, "sizes": [SIZE], "cache": str(folder / "cache")},
         "phases": {
             "align": {"steps": 2, "batch_size": 2},
             "head": {"steps": 2, "learning_rate": 0.01},
@@ -330,7 +330,7 @@ def test_validation_that_cannot_be_written_does_not_end_the_run(tmp_path, text_b
     (tmp_path / "run" / "validation").write_text("in the way")
     phases = {"align": {"steps": 0}, "head": {"steps": 1}, "lora": {"steps": 0}}
     run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases))
-    assert "validation could not write to" in caplog.text
+    assert "validation could not be written to" in caplog.text
     assert "validation_error" in (tmp_path / "run" / "log.jsonl").read_text()
 
 

@@ -32,7 +32,7 @@ def write(folder: Path, **sections) -> Path:
         "recipe": "autoencoder",
         "out": str(folder / "run"),
         "model": MODEL,
-        "data": {"kind": "demo", "clips": 8, "sizes": [SIZE]},
+        "data": {"kind": "demo", "clips": 8, "contact_sheet": 0, "sizes": [SIZE]},
         "phases": [{"name": "train", "steps": 2, "learning_rate": 0.005, "batch_size": 2, "ema_decay": 0.9}],
         "validation": {"clips": 1},
         "statistics_clips": 3,

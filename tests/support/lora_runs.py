@@ -24,7 +24,7 @@ def write(folder: Path, base: Path, **sections) -> Path:
         "out": str(folder / "run"),
         "model": {"base": str(base)},
         "lora": {"rank": 2, "alpha": 6},
-        "data": {"kind": "demo", "clips": 6, "sizes": [SIZE], "cache": str(folder / "cache")},
+        "data": {"kind": "demo", "clips": 6, "contact_sheet": 0, "sizes": [SIZE], "cache": str(folder / "cache")},
         "train": {"steps": 2, "learning_rate": 0.01, "batch_size": 2},
         "validation": {"clips": 2, "prompts": ["a red circle"], "steps": 2, "guidance_scale": 2},
         "loop": {"tracker": "none", "device": "cpu", "log_every": 1},
