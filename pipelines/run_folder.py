@@ -116,6 +116,7 @@ def taken(location: str | Path, path: Path) -> str:
     given = Path(location).expanduser()
     if path in (given, given / FILE):
         return ""
+    path = path / FILE if path.name == ADAPTER else path
     return f"{given} is the folder of a training: its {path.relative_to(given).as_posix()} is used."
 
 

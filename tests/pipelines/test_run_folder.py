@@ -73,7 +73,7 @@ def test_which_file_was_taken_is_told_where_the_place_does_not_name_it(run, capl
     with caplog.at_level("INFO"):
         assert chosen_adapter(run) == file
     assert caplog.messages == [told] == [taken(run, file)] == taken_notes([file, run], [LoraFile(file)] * 2)
-    assert taken_notes(f"transformer:{run}=0.5", [LoraFile(file.parent)]) == [told.replace(f"/{FILE}", "")]
+    assert taken_notes(f"transformer:{run}=0.5", [LoraFile(file.parent)]) == [told]
     assert taken_notes(True, guidance_adapters(file)) == taken_notes((), ()) == []
     assert taken(file, file) == taken(file.parent, file) == ""
 
