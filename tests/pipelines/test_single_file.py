@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 import vidaccel
@@ -81,6 +82,34 @@ def test_a_file_in_the_names_of_diffusers(tmp_path):
     [own] = weights_of(str(demo.path()))
     folder = pipeline_of(shutil.copy(own, tmp_path / "mine.safetensors"), demo.path())
     assert (folder / "transformer" / "config.json").is_file()
+
+
+def test_ltx_with_its_autoencoder_in_the_file(tmp_path):
+    """As it is published: one file, of which the transformer alone is taken."""
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=8,
+    )
+    model.save_config(tmp_path / "components" / "transformer")
+    index = {"_class_name": "LTXPipeline", "transformer": ["diffusers", "LTXVideoTransformer3DModel"]}
+    (tmp_path / "components" / "model_index.json").write_text(json.dumps(index))
+    names = {"time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+    published = {"vae.decoder.weight": torch.zeros(1)}
+    for name, value in model.state_dict().items():
+        own = "patchify_proj" + name.removeprefix("proj_in") if name.startswith("proj_in.") else name
+        for ours, theirs in names.items():
+            own = own.replace(ours, theirs)
+        published[f"model.diffusion_model.{own}"] = value
+    save_file(published, tmp_path / "ltx.safetensors")
+    folder = pipeline_of(tmp_path / "ltx.safetensors", tmp_path / "components")
+    made = LTXVideoTransformer3DModel.from_pretrained(folder, subfolder="transformer").state_dict()
+    assert all(torch.equal(made[name], value) for name, value in model.state_dict().items())
 
 
 FP8 = torch.float8_e4m3fn
