@@ -49,7 +49,10 @@ def tune_command(
     ] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="Of guidance in one pass or few steps; repeatable. (default: those beside the weights)"),
+        typer.Option(
+            help="Of guidance in one pass or few steps: a file, its folder, or that of its training; repeatable. "
+            "(default: those beside the weights)"
+        ),
     ] = None,
     effort: Annotated[str, typer.Option(help="quick, normal or thorough: how finely settings are tried.")] = "normal",
     confirm: Annotated[int, typer.Option(help="Candidates of which whole videos are made, at the most.")] = 6,

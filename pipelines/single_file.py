@@ -48,7 +48,9 @@ def pipeline_of(file: str | Path, components: str | Path, part: str = "transform
     file = Path(file).expanduser()
     check_file(file)
     folder, index = _components(str(components), part)
-    target = conversion_place(file.stem, [part, *stamps(file), *stamps(folder)])
+    others = [each for each in sorted(folder.iterdir()) if _is_taken(each, part)]
+    used = [file, folder / part / "config.json", *others]  # not the transformer, of which more may be downloaded later
+    target = conversion_place(file.stem, [part, *(stamp for each in used for stamp in stamps(each))])
     if is_whole(target):
         return target
     if target.exists():
@@ -57,14 +59,20 @@ def pipeline_of(file: str | Path, components: str | Path, part: str = "transform
     logger.warning("%s is written once in diffusers' layout, with all else of %s, into %s.", file, components, target)
     try:
         with beside(target) as draft:
-            for each in sorted(folder.iterdir()):
-                if each.name != part and not each.name.startswith("."):
-                    take(each, draft / each.name, link=True)
+            for each in others:
+                take(each, draft / each.name, link=True)
             transformer.save_pretrained(draft / part)
     except OSError:
         if not is_whole(target):  # another process may have put it there first
             raise
     return target
+
+
+def _is_taken(entry: Path, part: str) -> bool:
+    """Whether what is in the folder of the components goes into that of the pipeline: parts, and settings."""
+    if entry.name == part or entry.name.startswith("."):
+        return False
+    return entry.is_dir() or entry.suffix == ".json"
 
 
 def check_file(file: Path) -> None:

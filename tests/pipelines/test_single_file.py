@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
+from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 
 import vidaccel
@@ -181,6 +182,17 @@ def test_generate_says_what_is_missing_or_of_no_use(file, tmp_path):
     ):
         with pytest.raises(BadInput, match=words):
             vidaccel.generate(model, "a red circle", **options, **SMALL)
+
+
+def test_of_components_of_the_hub_the_weights_of_the_transformer_are_not_downloaded(tmp_path, file, monkeypatch):
+    """Where they are there later, such as for another use, nothing is converted anew."""
+    known = FakeHub(tmp_path / "hub", {"wan/tiny": demo.path()}).install(monkeypatch)
+    folder = pipeline_of(file, "wan/tiny")
+    assert "transformer/config.json" in known.got["wan/tiny"] and "vae/config.json" in known.got["wan/tiny"]
+    assert not any(name.startswith("transformer/") and name.endswith("tensors") for name in known.got["wan/tiny"])
+    assert transformer_files(str(folder)) == transformer_files(str(demo.path()))
+    known.snapshot_download("wan/tiny")
+    assert pipeline_of(file, "wan/tiny") == folder
 
 
 def test_components_of_the_hub_that_cannot_be_had(file, monkeypatch):
