@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers.hooks import HookRegistry
 
 from ..acceleration.families import BOTH, Family, find_transformers
 from ..undo import CFG_PARALLEL
 from .pair import Pair
-from .passes import NAME, SplitPasses
+from .passes import SplitPasses
 from .samples import SplitBatch
 
 TWO = ("cond", "uncond")
@@ -52,7 +51,7 @@ class CfgParallel:
             if family.branches == TWO:
                 assert guided is not None
                 hook = SplitPasses(pair, name, guided, self._run)
-                HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, NAME)
+                hook.install(transformer)
             else:
                 hook = SplitBatch(pair, name, transformer)
             self._hooked[name] = (transformer, hook)
@@ -77,10 +76,7 @@ class CfgParallel:
             return
         self._active = False
         for transformer, hook in self._hooked.values():
-            if isinstance(hook, SplitBatch):
-                hook.remove()
-            else:
-                HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(NAME, recurse=False)
+            hook.remove(transformer)
         if getattr(self._pipe, CFG_PARALLEL, None) is self:
             delattr(self._pipe, CFG_PARALLEL)
 

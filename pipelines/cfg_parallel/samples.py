@@ -37,7 +37,8 @@ class SplitBatch:
             transformer.register_forward_hook(self._join),
         ]
 
-    def remove(self) -> None:
+    def remove(self, transformer: torch.nn.Module) -> None:
+        """Take it off the transformer."""
         for hook in self._hooks:
             hook.remove()
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 sys.path.insert(1, str(Path(__file__).parents[1] / "acceleration"))
 
 import diffusers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import cogvideo
 from launched import start, text_of
 from no_torchvision import without_torchvision
@@ -79,6 +80,7 @@ def beside_others() -> dict[str, torch.Tensor]:
         pipe = make_pipe()
         with vidaccel.apply(pipe, Preset(cache=Cache(kind))):
             both(kind, pipe, steps=6)
+    made |= beside_offloading()
     both("bfloat16", make_pipe().to(torch.bfloat16))
     both("no guidance", make_pipe(), guidance_scale=1.0)
     both("two transformers", make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9), steps=6)
@@ -92,6 +94,32 @@ def beside_others() -> dict[str, torch.Tensor]:
     made["copied", "shared"] = generate(copy.deepcopy(pipe))
     restore(pipe)
     made["restored", "shared"] = generate(pipe)
+    return made
+
+
+class Counting(ModelHook):
+    """What accelerate's offloading is to a module."""
+
+    passes = 0
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.passes += 1
+        return args, kwargs
+
+
+def beside_offloading() -> dict[Any, Any]:
+    """A hook of accelerate's that comes later stays when the handle goes."""
+    pipe, hook = make_pipe(), Counting()
+    made: dict[Any, Any] = {("hooked", "alone"): generate(pipe)}
+    handle = cfg_parallel(pipe)
+    add_hook_to_module(pipe.transformer, hook)
+    made["hooked", "shared"] = generate(pipe)
+    handle.remove()
+    before, made["hook stayed", "alone"] = hook.passes, made["hooked", "alone"]
+    made["hook stayed", "shared"] = generate(pipe)
+    assert hook.passes == before + 8
+    remove_hook_from_module(pipe.transformer)
+    assert generate(pipe).equal(made["hooked", "alone"]) and hook.passes == before + 8
     return made
 
 

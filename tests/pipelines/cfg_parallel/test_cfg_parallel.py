@@ -15,7 +15,17 @@ SCRIPT = Path(__file__).with_name("cfg_processes.py")
 # With a pass for each branch, that of a guider, a batch, and a batch whose samples have texts of their own.
 FAST = ("WanPipeline", "HunyuanVideo15Pipeline", "CogVideoXPipeline", "MochiPipeline")
 CACHES = ("first-block cache", "seacache", "taylorseer")
-BESIDE = (*CACHES, "bfloat16", "no guidance", "two transformers", "compiled blocks", "copied", "restored")
+BESIDE = (
+    *CACHES,
+    "hooked",
+    "hook stayed",
+    "bfloat16",
+    "no guidance",
+    "two transformers",
+    "compiled blocks",
+    "copied",
+    "restored",
+)
 
 
 @pytest.fixture(scope="module")
