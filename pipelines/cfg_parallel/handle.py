@@ -51,9 +51,9 @@ class CfgParallel:
             if family.branches == TWO:
                 assert guided is not None
                 hook = SplitPasses(pair, name, guided, self._run)
-                hook.install(transformer)
             else:
-                hook = SplitBatch(pair, name, transformer)
+                hook = SplitBatch(pair, name)
+            hook.install(transformer)
             self._hooked[name] = (transformer, hook)
         self._active = True
         setattr(pipe, CFG_PARALLEL, self)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from .pair import Pair
 
@@ -23,15 +24,18 @@ class SplitBatch:
     Args:
         pair: the processes.
         model: name of the component, for messages.
-        transformer: it.
     """
 
-    def __init__(self, pair: Pair, model: str, transformer: torch.nn.Module) -> None:
+    def __init__(self, pair: Pair, model: str) -> None:
         self._pair, self._model = pair, model
         self._halved = False
         self._checked: tuple | None = None
         self.computed, self.received = 0, 0
         """Samples of this process and of the other one."""
+        self._hooks: list[RemovableHandle] = []
+
+    def install(self, transformer: torch.nn.Module) -> None:
+        """Put it on a transformer."""
         self._hooks = [
             transformer.register_forward_pre_hook(self._halve, prepend=True, with_kwargs=True),
             transformer.register_forward_hook(self._join),
