@@ -50,17 +50,9 @@ def assign(x: torch.Tensor, mean: torch.Tensor, centers: torch.Tensor) -> torch.
     labels = torch.empty(batch, heads, tokens, dtype=label_dtype(clusters), device=x.device)
     with on_device(x):
         _center_kernel[(clusters, batch * heads)](
-            centers.contiguous(),
-            mean,
-            rounded,
-            offset,
-            clusters,
-            D=dim,
-            D_PAD=padded(dim),
-            HALF=half,
-            **FUSED,
-            num_warps=1,
-        )
+            centers.contiguous(), mean, rounded, offset, clusters,
+            D=dim, D_PAD=padded(dim), HALF=half, **FUSED, num_warps=1,
+        )  # fmt: skip
         _assign_kernel[(triton.cdiv(tokens, tiles.block_m), batch * heads)](
             x, mean, rounded, offset, labels, *x.stride()[:3], heads, tokens, clusters,
             D=dim, D_PAD=padded(dim), BLOCK_N=tiles.block_m, BLOCK_C=min(tiles.block_n, padded(clusters)), HALF=half,

@@ -121,18 +121,9 @@ def make_readers(plan: BlockPlan, block_m: int, block_n: int, entries: slice = s
             run_start, run_len, bits, blocks * words, run_len.shape[-1], BLOCK_N=block_n // words, CHUNK=CHUNK, **FUSED
         )
         _readers_kernel[(steps.numel(),)](
-            bits,
-            tile_len,
-            readers,
-            steps,
-            tiles,
-            blocks,
-            WORDS=words,
-            BLOCK_M=block_m,
-            CHUNK=READ_CHUNK,
-            **FUSED,
-            num_warps=4,
-        )
+            bits, tile_len, readers, steps, tiles, blocks,
+            WORDS=words, BLOCK_M=block_m, CHUNK=READ_CHUNK, **FUSED, num_warps=4,
+        )  # fmt: skip
     block = steps.argsort(-1, descending=True).int().contiguous()
     return Readers(tile_start, tile_len, bits, block, readers, steps)
 

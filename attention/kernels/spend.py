@@ -29,16 +29,9 @@ def rank_pairs(
     count, clusters = mass.shape[-2:]
     with on_device(mass):
         _rank_kernel[(cost[..., 0].numel(),)](
-            *tables,
-            error,
-            rank,
-            cost,
-            count,
-            clusters,
-            BLOCK=min(BLOCK, triton.next_power_of_2(clusters)),
-            **FUSED,
-            num_warps=4,
-        )
+            *tables, error, rank, cost, count, clusters,
+            BLOCK=min(BLOCK, triton.next_power_of_2(clusters)), **FUSED, num_warps=4,
+        )  # fmt: skip
     return error, rank, cost
 
 
@@ -53,17 +46,9 @@ def take(flat: torch.Tensor, order: torch.Tensor, price: torch.Tensor, budget: t
     total = price.cumsum(-1)
     with on_device(flat):
         _take_kernel[(triton.cdiv(flat.shape[-1], BLOCK), flat.shape[0])](
-            flat,
-            order,
-            price,
-            total,
-            budget.float().contiguous(),
-            taken,
-            flat.shape[-1],
-            BLOCK=BLOCK,
-            **FUSED,
-            num_warps=4,
-        )
+            flat, order, price, total, budget.float().contiguous(), taken, flat.shape[-1],
+            BLOCK=BLOCK, **FUSED, num_warps=4,
+        )  # fmt: skip
     return taken.view(torch.bool)
 
 

@@ -53,7 +53,7 @@ def write_sheet(
         except OSError as error:
             logger.warning("%s; %s is without it.", error, FILE)
             continue
-        chosen = sorted({0, (clip.shape[1] - 1) // 2, clip.shape[1] - 1})[:FRAMES]
+        chosen = sorted({0, (clip.shape[1] - 1) // 2, clip.shape[1] - 1})
         frames = [Image.fromarray(pixels_of(clip[:, number].permute(1, 2, 0))) for number in chosen]
         told = "{}x{}x{}".format(*pick.size)
         told += f", of which frames {', '.join(map(str, chosen))}" if len(chosen) > 1 else ""

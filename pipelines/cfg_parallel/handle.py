@@ -141,7 +141,7 @@ def _check(
             f"a {kind} does not say whether a step has two passes, so they cannot be shared: its guidance is "
             "embedded, or made by true_cfg_scale. Share the sequence instead (Ulysses)."
         )
-    if family.branches not in (TWO, BOTH) and family.branches[0] not in BOTH:
+    if family.branches != TWO and family.branches[0] not in BOTH:
         raise TypeError(f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}.")
     if getattr(transformer, "_compiled_call_impl", None) is not None or hasattr(getattr(pipe, name, None), "_orig_mod"):
         raise RuntimeError(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..diffusers_hooks import hooks_of
-from .pair import Pair
+from .pair import Pair, latents_of, tensors_in
 
 NAME = "vidaccel_cfg_parallel"
 
@@ -72,10 +72,11 @@ class SplitPasses(ModelHook):
         known = self._shapes.get(shape)
         if known is None or second == bool(self._pair.rank):
             made = forward(*args, **kwargs)
-            self._shapes[shape] = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, made)
+            if known is None:
+                self._shapes[shape] = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, made)
             self.computed += 1
         else:
-            device = next(x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            device = tensors_in((args, kwargs))[0].device
             made = tree_map(lambda x: _waiting(x, device) if isinstance(x, torch.Tensor) else x, known)
             self.received += 1
         if second:
@@ -86,7 +87,7 @@ class SplitPasses(ModelHook):
 
     def _fill(self, first: Any, second: Any) -> None:
         """Have each process's pass in both processes."""
-        passes = [[x for x in tree_flatten(made)[0] if isinstance(x, torch.Tensor)] for made in (first, second)]
+        passes = [tensors_in(made) for made in (first, second)]
         other = 1 - self._pair.rank
         for both, x in zip(self._pair.exchange(passes[self._pair.rank]), passes[other], strict=True):
             x.copy_(both[other])
@@ -102,7 +103,7 @@ class SplitPasses(ModelHook):
                 )
             return
         self._run = run
-        latents = kwargs.get("hidden_states", args[0] if args else None)
+        latents = latents_of(args, kwargs)
         if isinstance(latents, torch.Tensor):
             self._pair.check_alike(latents, self._model)
 

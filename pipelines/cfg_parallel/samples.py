@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .pair import Pair
+from .pair import Pair, latents_of, tensors_in
 
 SHARED = ("image_rotary_emb", "rope")
 """Beginnings of names of arguments that are of all samples, whatever their shape."""
@@ -36,6 +36,7 @@ class SplitBatch:
 
     def install(self, transformer: torch.nn.Module) -> None:
         """Put it on a transformer."""
+        self._signature = inspect.signature(type(transformer).forward)
         self._hooks = [
             transformer.register_forward_pre_hook(self._halve, prepend=True, with_kwargs=True),
             transformer.register_forward_hook(self._join),
@@ -48,7 +49,7 @@ class SplitBatch:
 
     @torch.compiler.disable
     def _halve(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        latents = kwargs.get("hidden_states", args[0] if args else None)
+        latents = latents_of(args, kwargs)
         batch = latents.shape[0] if isinstance(latents, torch.Tensor) and latents.ndim else 1
         self._halved = batch % 2 == 0 and not torch.is_grad_enabled()
         if not self._halved:
@@ -58,7 +59,7 @@ class SplitBatch:
             self._pair.check_alike(latents, self._model)
             self._checked = latents.shape
         half = slice(self._pair.rank * batch // 2, (self._pair.rank + 1) * batch // 2)
-        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        given = self._signature.bind(module, *args, **kwargs)
         self.computed += batch // 2
         self.received += batch // 2
 
@@ -75,6 +76,5 @@ class SplitBatch:
         if not self._halved:
             return None
         self._halved = False
-        tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
-        joined = iter([torch.cat(both) for both in self._pair.exchange(tensors)])
+        joined = iter([torch.cat(both) for both in self._pair.exchange(tensors_in(output))])
         return tree_map(lambda x: next(joined) if isinstance(x, torch.Tensor) else x, output)
