@@ -92,11 +92,11 @@ def learned(model: str, adapter: Path, clips: int) -> dict[str, float]:
 
     from vidaccel.lora import config_folder
     from vidaccel.lora.config import build, read
-    from vidaccel.lora.lora_file import read_facts
+    from vidaccel.lora.lora_file import lora_path, read_facts
     from vidaccel.lora.recipes.base import Process
     from vidaccel.lora.recipes.gft import TrainGuidanceFree
 
-    facts = read_facts(adapter, "--adapter")
+    facts = read_facts(lora_path(adapter, "--adapter"), "--adapter")
     with tempfile.TemporaryDirectory() as work:
         changes = [
             f"out={work}",

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..pipelines.adapter_header import FACTS
-from ..pipelines.run_folder import FILE, NoAdapter, chosen_adapter
+from ..pipelines.run_folder import FILE, NoAdapter, adapter_path
 from .checkpoint import save_tensors
 from .config import ConfigError
 
@@ -106,23 +106,22 @@ def lora_path(location: str | Path, setting: str) -> Path:
         ConfigError: the folder of a run that has none, or several.
     """
     try:
-        path = chosen_adapter(location)
+        path = adapter_path(location)
     except NoAdapter as error:
         raise ConfigError(f"{setting}: {error}") from error
     return path / FILE if path.is_dir() else path
 
 
-def read_facts(location: str | Path, setting: str) -> dict[str, Any]:
+def read_facts(path: Path, setting: str) -> dict[str, Any]:
     """What the header of a LoRA says that it belongs to.
 
     Args:
-        location: of the file, or see `lora_path`.
+        path: of the file.
         setting: that names it, for messages.
 
     Raises:
         ConfigError: there is none, or it was not written by this trainer.
     """
-    path = lora_path(location, setting)
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
@@ -134,7 +133,7 @@ def read_facts(location: str | Path, setting: str) -> dict[str, Any]:
 
 
 def read_lora(
-    location: str | Path,
+    path: Path,
     layers: Sequence[str],
     name_of: Callable[[str], str],
     scale: float,
@@ -145,7 +144,7 @@ def read_lora(
     """The matrices of a LoRA by the parameters' names as peft gives them.
 
     Args:
-        location: of the file, or see `lora_path`.
+        path: of the file.
         layers: of the transformer that have a LoRA.
         name_of: the file's name for a layer.
         scale: alpha / rank of the LoRA that they are for.
@@ -156,7 +155,6 @@ def read_lora(
     Raises:
         ConfigError: it has other layers, or lacks one of the other parameters.
     """
-    path = lora_path(location, setting)
     made = {}
     with safe_open(path, "pt") as file:
         known = set(file.keys())

@@ -34,7 +34,7 @@ from ..config import ConfigError
 from ..flow import shifted
 from ..generators import Generators, derive_seed
 from ..identities import file_identity
-from ..lora_file import lora_path, read_facts
+from ..lora_file import read_facts
 from .base import Batch, Phase, load_trained
 from .consistency_settings import ConsistencyLoraSettings
 from .guided_lora import GuidedLora, TrainGuided
@@ -69,38 +69,38 @@ class TrainConsistency(TrainGuided):
         self.teacher_file = self._teacher_file()
         self.teacher = {} if self.teacher_file is None else self._read_teacher(self.teacher_file)
 
-    def _teacher_file(self) -> str | None:
+    def _teacher_file(self) -> Path | None:
         """Where the adapter of the teacher is."""
         given, model = self.config.consistency.teacher, self.backbone
         if given != OWN:
-            return given
+            return self.adapter_file(given, "consistency.teacher")
         file = transformer_file(model.base, OWN_FILE, model.part)
         if file is None:
             raise ConfigError(
                 f"consistency.teacher is {OWN}: {model.base} has no adapter of its own ({model.part}/{OWN_FILE}). Give "
                 "the file or folder of one that the recipe gft made."
             )
-        return str(file)
+        return file
 
-    def _read_teacher(self, location: str) -> dict[str, torch.Tensor]:
+    def _read_teacher(self, path: Path) -> dict[str, torch.Tensor]:
         setting, few = "consistency.teacher", self.config.consistency
-        facts = read_facts(location, setting)
+        facts = read_facts(path, setting)
         if facts.get("guidance_free", {}).get("train") == "full":
             raise ConfigError(
-                f"{setting}: all weights of {lora_path(location, setting)} were trained, and a LoRA is needed, as "
-                "which the student starts: give one, or the whole model as model.base without a teacher."
+                f"{setting}: all weights of {path} were trained, and a LoRA is needed, as which the student starts: "
+                "give one, or the whole model as model.base without a teacher."
             )
-        weights = self.earlier(location, setting, RECIPE)
+        weights = self.earlier(path, setting, RECIPE)
         guidance = facts["guidance_free"]
         if few.highest > guidance["max_scale"]:
             raise ConfigError(
-                f"consistency.guidance_scale is {few.highest:g}, and {lora_path(location, setting)} was trained up to "
+                f"consistency.guidance_scale is {few.highest:g}, and {path} was trained up to "
                 f"{guidance['max_scale']:g}: give at most that."
             )
         if facts["unconditional"] != self.config.flow.unconditional:
             raise ConfigError(
-                f'flow.unconditional is "{self.config.flow.unconditional}", and {lora_path(location, setting)} turns '
-                f'away from "{facts["unconditional"]}": set that.'
+                f'flow.unconditional is "{self.config.flow.unconditional}", and {path} turns away from '
+                f'"{facts["unconditional"]}": set that.'
             )
         self.teacher_gate = guidance["max_scale"] if guidance["gated"] else None
         return weights
@@ -140,8 +140,8 @@ class TrainConsistency(TrainGuided):
         return (1 if self.config.consistency.teacher is None else 2) + self.goes_beyond
 
     def inputs(self) -> dict[str, str]:
-        teacher, setting = self.teacher_file, "consistency.teacher"
-        own = {} if teacher is None else {setting: file_identity(lora_path(teacher, setting))}
+        teacher = self.teacher_file
+        own = {} if teacher is None else {"consistency.teacher": file_identity(teacher)}
         return {**super().inputs(), **own}
 
     def phases(self) -> list[Phase]:

@@ -15,6 +15,7 @@ from ...attention.layout import VideoLayout
 from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.adapter_header import facts_of
 from ...pipelines.locations import is_hub_id, is_single_file
+from ...pipelines.run_folder import taken
 from ...pipelines.single_file import LayoutError, SingleFileError, pipeline_of
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
@@ -55,7 +56,8 @@ class TrainLora(EncodedClipsRecipe):
         """Raise ConfigError for a transformer that the recipe cannot train."""
 
     def prepare(self) -> None:
-        config, lora = self.config, self.config.lora
+        config = self.config
+        self.start_file = self.adapter_file(config.lora.start, "lora.start")
         self.quantisation = quantisation(config.model.quantise)
         self.backbone = self._model()
         self._check_density()
@@ -69,7 +71,7 @@ class TrainLora(EncodedClipsRecipe):
             raise ConfigError(f"lora.targets: {refusal}")
         self._say_what_it_takes(skeleton, layouts)
         self.base_hash = transformer_files(self.backbone.base, self.backbone.part)
-        self.start = {} if lora.start is None else self._started(lora.start, skeleton)
+        self.start = {} if self.start_file is None else self._started(self.start_file, skeleton)
         self.open_data()
         self.flowing = self.latents(self.backbone.encoder(), config.flow.unconditional)
 
@@ -134,30 +136,41 @@ class TrainLora(EncodedClipsRecipe):
         except (SingleFileError, LayoutError, OSError) as error:
             raise ConfigError(f"model.base: {error}") from error
 
-    def earlier(self, location: str, setting: str, recipe: str) -> dict[str, torch.Tensor]:
+    def adapter_file(self, location: str | None, setting: str) -> Path | None:
+        """The file of a LoRA that settings name, found once: the folder of a run may stand for another one later.
+
+        Args:
+            location: of it, or see `lora_path`.
+            setting: that names it, for messages.
+        """
+        if location is None:
+            return None
+        path = lora_path(location, setting)
+        if self.process.is_main and (told := taken(location, path)):
+            logger.info("%s", told)
+        return path
+
+    def earlier(self, path: Path, setting: str, recipe: str) -> dict[str, torch.Tensor]:
         """A LoRA that was trained before, which must be of this base and have the same layers and rank.
 
         Args:
-            location: of its file or folder.
+            path: of its file.
             setting: that names it, for messages.
             recipe: that must have made it.
         """
-        facts = read_facts(location, setting)
+        facts = read_facts(path, setting)
         if facts["base_hash"] != self.base_hash:
             raise ConfigError(
-                f"{setting}: {lora_path(location, setting)} was trained on {facts['base']} ({facts['part']}), and "
+                f"{setting}: {path} was trained on {facts['base']} ({facts['part']}), and "
                 f"{self.config.model.base} has other weights: give the base that it was trained on."
             )
         if facts.get("recipe") != recipe:
-            raise ConfigError(
-                f"{setting}: {lora_path(location, setting)} is of the recipe {facts.get('recipe')}: give one of "
-                f"{recipe}."
-            )
+            raise ConfigError(f"{setting}: {path} is of the recipe {facts.get('recipe')}: give one of {recipe}.")
         lora = self.config.lora
         if facts["rank"] != lora.rank:
             raise ConfigError(f"lora.rank is {lora.rank}, but the LoRA in {setting} has {facts['rank']}: set that.")
         model = self.backbone
-        return read_lora(location, self.layers, model.file_name, lora.scale, setting, self.beside, model.file_rows)
+        return read_lora(path, self.layers, model.file_name, lora.scale, setting, self.beside, model.file_rows)
 
     @property
     def trains_all(self) -> bool:
@@ -212,12 +225,11 @@ class TrainLora(EncodedClipsRecipe):
                 "loop.gradient_checkpointing, or give smaller clips.", there / 1e9,
             )  # fmt: skip
 
-    def _started(self, location: str, skeleton: nn.Module) -> dict[str, torch.Tensor]:
+    def _started(self, path: Path, skeleton: nn.Module) -> dict[str, torch.Tensor]:
         """The LoRA to go on from: one of this recipe, or of another tool."""
         setting, lora = "lora.start", self.config.lora
-        path = lora_path(location, setting)
         if self.beside or facts_of(path) or not path.is_file():  # of which diffusers would ask the hub
-            return self.earlier(location, setting, self.config.recipe)
+            return self.earlier(path, setting, self.config.recipe)
         shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)}
         found = read_foreign(path, self.backbone.lora_loader, shapes, lora.rank, lora.scale, setting)
         if self.process.is_main:
@@ -262,11 +274,11 @@ class TrainLora(EncodedClipsRecipe):
         return [FlowLora(self)]
 
     def inputs(self) -> dict[str, str]:
-        model, start = self.backbone, self.config.lora.start
+        model, start = self.backbone, self.start_file
         encoders = " ".join(sorted(self.flowing.identities.values()))
         return {
             "model.base": f"{self.base_hash} {model.levels} {self.text_encoder.identity} {encoders}",
-            **({} if start is None else {"lora.start": file_identity(lora_path(start, "lora.start"))}),
+            **({} if start is None else {"lora.start": file_identity(start)}),
             **self.data_identity(),
         }
 

@@ -83,11 +83,11 @@ class TrainSLA(TrainLora):
                 "stayed dense: set that, or more."
             )
 
-    def earlier(self, location: str, setting: str, recipe: str) -> dict[str, torch.Tensor]:
-        facts = read_facts(location, setting)
+    def earlier(self, path: Path, setting: str, recipe: str) -> dict[str, torch.Tensor]:
+        facts = read_facts(path, setting)
         if facts.get("recipe") == recipe:
-            self._check_goes_on(TrainedSLA.stated(facts.get("sla"), location), setting)
-        return super().earlier(location, setting, recipe)
+            self._check_goes_on(TrainedSLA.stated(facts.get("sla"), str(path)), setting)
+        return super().earlier(path, setting, recipe)
 
     def phases(self) -> list[Phase]:
         return [SparseLinear(self)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ import vidaccel
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.generators import Generators, Place
+from vidaccel.lora.identities import file_identity
 from vidaccel.lora.trainer import Stopped
+from vidaccel.pipelines.run_folder import FILE
 
 KEY = "beta_embedder.linear.weight"
 
@@ -417,6 +420,17 @@ def test_an_adapter_is_gone_on_from(finished, tmp_path, text_base, teacher):
     assert all(torch.allclose(named[name], value, atol=1e-6) for name, value in trained.items())
     with pytest.raises(ConfigError, match="consistency.teacher: .* is of the recipe consistency: give one of gft"):
         recipe(settings(tmp_path, text_base, consistency={"teacher": start}))
+
+
+def test_the_folder_of_a_run_as_the_teacher(tmp_path, text_base, teacher, caplog):
+    earlier = tmp_path / "earlier"
+    (earlier / "adapter").mkdir(parents=True)
+    file = shutil.copy(teacher, earlier / "adapter" / FILE)
+    with caplog.at_level("INFO"):
+        made = recipe(settings(tmp_path, text_base, consistency={"teacher": str(earlier)}, **TAUGHT))
+        assert made.inputs()["consistency.teacher"] == file_identity(file)
+    told = f"{earlier} is the folder of a training: its adapter/{FILE} is used."
+    assert caplog.messages.count(told) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,6 @@ def test_an_interrupted_run_ends_bit_equal(finished, tmp_path, text_base, stop_a
 
 
 def test_another_base_is_refused_on_a_resume(tmp_path, text_base, stop_after):
-    import shutil
-
     base = shutil.copytree(text_base, tmp_path / "base")
     file = write(tmp_path, base)
     stop_after(1)
@@ -184,6 +183,20 @@ def test_a_lora_is_gone_on_from(finished, tmp_path, text_base, wan_bases):
     for file, words in ((plain, "is no plain LoRA: it has parts such as a"), (tmp_path / "gone", "no LoRA that can")):
         with pytest.raises(ConfigError, match=words):
             recipe(write(tmp_path, text_base, lora={"start": str(file)}))
+
+
+def test_the_folder_of_a_run_is_looked_into_once(finished, tmp_path, text_base, caplog):
+    """And told of once; what its training writes meanwhile is not what was read."""
+    earlier = tmp_path / "earlier"
+    shutil.copytree(finished[0] / "run" / "checkpoints", earlier / "checkpoints")
+    file = Path(finished[1]["lora"])
+    with caplog.at_level("INFO"):
+        made = recipe(write(tmp_path, text_base, lora={"start": str(earlier)}))
+        before = made.inputs()
+        (earlier / "adapter").mkdir()
+        save_file({"a": torch.zeros(1)}, earlier / "adapter" / file.name)
+        assert made.inputs() == before
+    assert len([told for told in caplog.messages if "is the folder of a training: its checkpoints/" in told]) == 1
 
 
 def test_a_part_of_the_noise_levels(tmp_path, wan_bases):
@@ -375,8 +388,6 @@ def test_settings_that_do_not_fit(tmp_path, wan_bases, kind, override, words):
     ],
 )
 def test_a_base_that_does_not_fit(tmp_path, text_base, file, values, words):
-    import shutil
-
     base = shutil.copytree(text_base, tmp_path / "base")
     content = json.loads((base / file).read_text())
     (base / file).write_text(json.dumps({**content, **values}))

@@ -17,7 +17,7 @@ from vidaccel.generation.guidance import guidance_adapters
 from vidaccel.generation.loras import lora_files
 from vidaccel.generation.sla import sla_adapters
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.lora_file import read_facts
+from vidaccel.lora.lora_file import lora_path
 from vidaccel.nodes.adapter_files import state_of
 from vidaccel.nodes.loras import Lora
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA
@@ -82,7 +82,7 @@ def test_every_function_that_takes_an_adapter_takes_the_run(run, tmp_path):
     file = checkpoint(run, 5, 1)
     for given in (run, [str(run)]):
         assert [adapter.path for adapter in guidance_adapters(given)] == [file]
-    assert read_facts(run, "lora.start")["base"] == "tiny"
+    assert lora_path(run, "lora.start") == file
     assert state_of(run) == state_of(file) != state_of(run / "config.yaml")
     sla = write(tmp_path / "sla", "sla", sla=TRAINED)
     assert [adapter.path for adapter in sla_adapters(tmp_path / "sla", ["sla"])] == [sla]
@@ -103,7 +103,7 @@ READERS = {
     "generate --guidance-free": (guidance_adapters, BadInput),
     "generate --sla": (lambda place: sla_adapters(place, ["sla"]), BadInput),
     "generate --lora": (lora_files, BadInput),
-    "lora.start": (lambda place: read_facts(place, "lora.start"), ConfigError),
+    "lora.start": (lambda place: lora_path(place, "lora.start"), ConfigError),
     "lengthen": (read_length, LengthError),
     "a preset": (lambda place: attach_loras(_TakesLoras(), [LoraFile(place)]), LoraError),
 }
