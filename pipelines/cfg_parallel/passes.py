@@ -9,6 +9,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import hooks_of
 from .pair import Pair, latents_of, tensors_in
 
@@ -36,23 +37,18 @@ class SplitPasses(ModelHook):
         self._first: Any = None  # what the first pass of the step gave, once it was called
         self._timestep: object = None  # of that pass
         self._run: object = None
-        self._forward: Any = None  # of the transformer, with this hook in it
         self.computed, self.received = 0, 0
         """Passes of this process and of the other one."""
 
     def install(self, transformer: Any) -> None:
         """Put it on a transformer."""
-        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, NAME)
-        self._forward = transformer.forward
+        with beside_hooks(transformer):
+            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, NAME)
 
     def remove(self, transformer: Any) -> None:
-        """Take it off; accelerate's offloading stays where it came later, though diffusers puts the forward from before
-        its hook back.
-        """
-        later = transformer.forward
-        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(NAME, recurse=False)
-        if getattr(transformer, "_old_forward", None) is self._forward is not later:
-            transformer._old_forward, transformer.forward = self.fn_ref.original_forward, later
+        """Take it off the transformer."""
+        with beside_hooks(transformer):
+            HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(NAME, recurse=False)
 
     @torch.compiler.disable
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,7 @@ from diffusers.hooks.mag_cache import nearest_interp
 from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 
 from ...attention import StepInfo
+from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import hooks_of
 from ..errors import first_line
 from .block_names import use_own_names
@@ -102,7 +103,8 @@ class _OfDiffusers:
     def remove(self) -> None:
         if self._transformer is not None:
             self._transformer._reset_stateful_cache()
-            self._transformer.disable_cache()
+            with beside_hooks(self._transformer):
+                self._transformer.disable_cache()
         self._transformer = None
 
 
@@ -211,7 +213,8 @@ def install_cache(transformer: Any, cache: Cache) -> CacheAtWork:
         PresetError: it refuses all the same.
     """
     try:
-        return _KINDS[cache.name](transformer, cache)
+        with beside_hooks(transformer):
+            return _KINDS[cache.name](transformer, cache)
     except (ValueError, TypeError, AssertionError) as error:
         instead = "Take another cache, or leave it out."
         raise PresetError("cache", first_line(error).rstrip("."), instead, cache.name) from error

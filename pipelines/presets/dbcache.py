@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...attention import StepInfo
+from ..beside_hooks import beside_hooks
 from .errors import PresetError
 from .levers import Cache
 
@@ -59,8 +60,9 @@ class DBCache:
 
     def remove(self) -> None:
         if self._transformer is not None:
-            self._library.disable_cache(self._transformer)
-            self._give_back()
+            with beside_hooks(self._transformer):
+                self._library.disable_cache(self._transformer)
+                self._give_back()
         self._transformer, self._branches, self._forwards = None, {}, {}
 
     def _give_back(self) -> None:

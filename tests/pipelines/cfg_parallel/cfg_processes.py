@@ -80,7 +80,7 @@ def beside_others() -> dict[str, torch.Tensor]:
         pipe = make_pipe()
         with vidaccel.apply(pipe, Preset(cache=Cache(kind))):
             both(kind, pipe, steps=6)
-    made |= beside_offloading()
+    made |= beside_offloading() | offloaded_whole() | cache_gone_first()
     both("bfloat16", make_pipe().to(torch.bfloat16))
     both("no guidance", make_pipe(), guidance_scale=1.0)
     both("two transformers", make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9), steps=6)
@@ -120,6 +120,40 @@ def beside_offloading() -> dict[Any, Any]:
     assert hook.passes == before + 8
     remove_hook_from_module(pipe.transformer)
     assert generate(pipe).equal(made["hooked", "alone"]) and hook.passes == before + 8
+    return made
+
+
+def offloaded_whole() -> dict[Any, Any]:
+    """Each call of a pipeline takes the offloading off and puts it on again."""
+    made: dict[Any, Any] = {}
+    for order in ("offloaded before", "offloaded after"):
+        pipe = make_pipe()
+        made[order, "alone"] = generate(pipe)
+        if order == "offloaded before":
+            pipe.enable_model_cpu_offload(device="cpu")
+        with cfg_parallel(pipe) as handle:
+            if order == "offloaded after":
+                pipe.enable_model_cpu_offload(device="cpu")
+            generate(pipe)
+            made[order, "shared"] = generate(pipe)
+            made[order, "note"] = handle.note()
+        assert generate(pipe).equal(made[order, "alone"])
+        pipe.remove_all_hooks()
+        assert generate(pipe).equal(made[order, "alone"])
+    return made
+
+
+def cache_gone_first() -> dict[Any, Any]:
+    """A cache that came before the handle, on the same module, is taken out from beneath it."""
+    pipe = make_pipe()
+    made: dict[Any, Any] = {("cache gone", "alone"): generate(pipe)}
+    preset = vidaccel.apply(pipe, Preset(cache=Cache("seacache", 1e3)))
+    with cfg_parallel(pipe) as handle:
+        preset.remove()
+        generate(pipe)
+        made["cache gone", "shared"] = generate(pipe)
+        made["cache gone", "note"] = handle.note()
+    assert generate(pipe).equal(made["cache gone", "alone"])
     return made
 
 

@@ -15,10 +15,12 @@ SCRIPT = Path(__file__).with_name("cfg_processes.py")
 # With a pass for each branch, that of a guider, a batch, and a batch whose samples have texts of their own.
 FAST = ("WanPipeline", "HunyuanVideo15Pipeline", "CogVideoXPipeline", "MochiPipeline")
 CACHES = ("first-block cache", "seacache", "taylorseer")
+STAYS = ("offloaded before", "offloaded after", "cache gone")
 BESIDE = (
     *CACHES,
     "hooked",
     "hook stayed",
+    *STAYS,
     "bfloat16",
     "no guidance",
     "two transformers",
@@ -92,6 +94,15 @@ def test_beside_other_levers(launched, what):
     for process in launched:
         alone, shared = (process["beside"][what, how] for how in ("alone", "shared"))
         assert alone.isfinite().all() and shared.equal(alone)
+
+
+@pytest.mark.parametrize("what", STAYS)
+def test_it_stays_at_work(launched, what):
+    """In the second call, too: of 16 passes in two, the second process computes one that the first one does."""
+    assert [process["beside"][what, "note"] for process in launched] == [
+        "transformer: 8 passes computed here, 8 by the other process",
+        "transformer: 9 passes computed here, 7 by the other process",
+    ]
 
 
 def test_what_cannot_be_shared_is_refused_by_both(launched):
