@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import nn
 
+GUIDANCE_CACHE_HOOK = "vidaccel_guidance_cache"
+"""Name of the hook on a transformer that leaves second passes of guidance out."""
+
 
 def hooks_of(module: nn.Module) -> Mapping[str, Any]:
     """Those on a module itself, by their names in diffusers."""

@@ -22,13 +22,16 @@ QUANTISED = "_vidaccel_quantised"
 CFG_PARALLEL = "_vidaccel_cfg_parallel"
 """Attribute of a pipeline that holds the handle of its shared guidance."""
 
+GUIDANCE_CACHE = "_vidaccel_guidance_cache"
+"""Attribute of a pipeline that holds the handle of its guidance cache."""
+
 TINY_DECODER = "_vidaccel_tiny_decoder"
 """Attribute of an autoencoder that holds the handle of the tiny decoder in its place."""
 
 
 def restore(pipe: Any) -> None:
-    """Undo `apply`, `accelerate`, `guidance_free`, `cfg_parallel` and `tiny_decoder` where the handle is lost, as after
-    running a notebook cell twice.
+    """Undo `apply`, `accelerate`, `guidance_free`, `guidance_cache`, `cfg_parallel` and `tiny_decoder` where the handle
+    is lost, as after running a notebook cell twice.
 
     Does nothing to a pipeline that nothing was done to.
 
@@ -38,12 +41,10 @@ def restore(pipe: Any) -> None:
     preset = getattr(pipe, PRESET, None)
     if preset is not None:
         preset.remove()
-    shared = getattr(pipe, CFG_PARALLEL, None)
-    if shared is not None:
-        shared.remove()
-    free = getattr(pipe, GUIDANCE_FREE, None)
-    if free is not None:
-        free.remove()
+    for name in (CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE):
+        handle = getattr(pipe, name, None)
+        if handle is not None:
+            handle.remove()
     decoder = getattr(getattr(pipe, "vae", None), TINY_DECODER, None)
     if decoder is not None:
         decoder.remove()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..diffusers_hooks import hooks_of
+from ..diffusers_hooks import GUIDANCE_CACHE_HOOK, hooks_of
 
 # The hook of diffusers that decides for a whole forward pass -> whether its state says that the last one was left out.
 _DECIDES: Mapping[str, Callable[[Any], bool]] = {
@@ -25,18 +25,26 @@ _IN_LAYERS = ("pyramid_attention_broadcast", "faster_cache_denoiser", "faster_ca
 
 
 def pass_was_left_out(transformer: torch.nn.Module) -> bool:
-    """Whether a cache left out most layers of the forward pass that has just ended.
+    """Whether a cache left out most layers of the forward pass that has just ended, or the pass itself.
 
     Asked in a forward hook of the transformer: later, caches do not know any more which branch of guidance it was.
 
     Args:
         transformer: without what wraps it.
     """
+    if second_pass_was_left_out(transformer):
+        return True
     for name, hook in _hooks(transformer):
         decides = _DECIDES.get(name)
         if decides is not None and hook.state_manager._context is not None:
             return decides(hook.state_manager.get_state())
     return any(_cache_dit_left_out(context) for context in _cache_dit_contexts(transformer))
+
+
+def second_pass_was_left_out(transformer: torch.nn.Module) -> bool:
+    """Whether the pass that has just ended was one of guidance that `guidance_cache` left out; asked as above."""
+    hook = hooks_of(transformer).get(GUIDANCE_CACHE_HOOK)
+    return hook is not None and hook.left_out
 
 
 def layers_may_be_left_out(transformer: torch.nn.Module) -> bool:

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..acceleration.families import BOTH, Family, find_transformers
+from ..acceleration.families import Family, find_transformers
+from ..guidance_branches import TWO, check_branches, check_not_compiled, guidance_of
 from ..undo import CFG_PARALLEL
 from .pair import Pair
 from .passes import SplitPasses
 from .samples import SplitBatch
-
-TWO = ("cond", "uncond")
-"""Branches that have a pass each."""
 
 READS_BETWEEN = (
     "Cosmos2VideoToWorldPipeline",
@@ -115,17 +113,6 @@ def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParall
     return CfgParallel(pipe, group)
 
 
-def guidance_of(pipe: Any) -> Callable[[], bool] | None:
-    """What says, within a step, whether it has a pass for each branch; None where nothing does."""
-    if hasattr(getattr(pipe, "guider", None), "num_conditions"):
-        return lambda: pipe.guider.num_conditions == 2
-    if hasattr(type(pipe), "do_classifier_free_guidance"):
-        return lambda: bool(pipe.do_classifier_free_guidance)
-    if type(pipe).__name__.startswith("Kandinsky5"):
-        return lambda: pipe.guidance_scale > 1.0
-    return None
-
-
 def _check(
     pipe: Any, name: str, transformer: torch.nn.Module, family: Family, guided: Callable[[], bool] | None
 ) -> None:
@@ -141,10 +128,5 @@ def _check(
             f"a {kind} does not say whether a step has two passes, so they cannot be shared: its guidance is "
             "embedded, or made by true_cfg_scale. Share the sequence instead (Ulysses)."
         )
-    if family.branches != TWO and family.branches[0] not in BOTH:
-        raise TypeError(f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}.")
-    if getattr(transformer, "_compiled_call_impl", None) is not None or hasattr(getattr(pipe, name, None), "_orig_mod"):
-        raise RuntimeError(
-            f"{name} was compiled as a whole, and what is exchanged cannot be: use "
-            f"pipe.{name}.compile_repeated_blocks(fullgraph=True) instead."
-        )
+    check_branches(pipe, family)
+    check_not_compiled(pipe, name, transformer, "what is exchanged cannot be")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Self
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_leaves
 
 
 class Pair:
@@ -55,13 +54,3 @@ class Pair:
                 "videos: pass generator=torch.Generator().manual_seed(...) with one seed, and the same prompt and "
                 "size, in both."
             )
-
-
-def latents_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """What a forward pass is given to work on, by name or first."""
-    return kwargs.get("hidden_states", args[0] if args else None)
-
-
-def tensors_in(made: Any) -> list[torch.Tensor]:
-    """The tensors of what a forward pass is given, or gives."""
-    return [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]

@@ -10,8 +10,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..beside_hooks import beside_hooks
-from ..diffusers_hooks import hooks_of
-from .pair import Pair, latents_of, tensors_in
+from ..guidance_branches import check_outermost, latents_of, tensors_in
+from .pair import Pair
 
 NAME = "vidaccel_cfg_parallel"
 
@@ -53,7 +53,7 @@ class SplitPasses(ModelHook):
     @torch.compiler.disable
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The pass, or what stands for it until the other process has made it."""
-        self._check_outermost(module)
+        check_outermost(module, NAME, self._model, "cfg_parallel")
         forward = self.fn_ref.original_forward
         if torch.is_grad_enabled() or not self._guided():
             self._first = None
@@ -102,14 +102,6 @@ class SplitPasses(ModelHook):
         latents = latents_of(args, kwargs)
         if isinstance(latents, torch.Tensor):
             self._pair.check_alike(latents, self._model)
-
-    def _check_outermost(self, module: torch.nn.Module) -> None:
-        last = list(hooks_of(module))[-1]
-        if last != NAME:
-            raise RuntimeError(
-                f"{last} was put on {self._model} after cfg_parallel, and would see passes that are not made here: "
-                "remove() the handle and call cfg_parallel again, last."
-            )
 
 
 def _waiting(like: torch.Tensor, device: torch.device) -> torch.Tensor:

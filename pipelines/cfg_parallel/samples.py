@@ -6,13 +6,10 @@ import inspect
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .pair import Pair, latents_of, tensors_in
-
-SHARED = ("image_rotary_emb", "rope")
-"""Beginnings of names of arguments that are of all samples, whatever their shape."""
+from ..guidance_branches import latents_of, of_samples, samples_in, tensors_in, with_tensors
+from .pair import Pair
 
 
 class SplitBatch:
@@ -49,32 +46,23 @@ class SplitBatch:
 
     @torch.compiler.disable
     def _halve(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        latents = latents_of(args, kwargs)
-        batch = latents.shape[0] if isinstance(latents, torch.Tensor) and latents.ndim else 1
+        batch = samples_in(args, kwargs)
         self._halved = batch % 2 == 0 and not torch.is_grad_enabled()
         if not self._halved:
             self.computed += batch
             return args, kwargs
+        latents = latents_of(args, kwargs)
         if self._checked != latents.shape:
             self._pair.check_alike(latents, self._model)
             self._checked = latents.shape
-        half = slice(self._pair.rank * batch // 2, (self._pair.rank + 1) * batch // 2)
-        given = self._signature.bind(module, *args, **kwargs)
         self.computed += batch // 2
         self.received += batch // 2
-
-        def own(x: Any) -> Any:
-            return x[half] if isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == batch else x
-
-        for name, value in given.arguments.items():
-            if value is not module and not name.startswith(SHARED):
-                given.arguments[name] = tree_map(own, value)
-        return given.args[1:], given.kwargs
+        half = slice(self._pair.rank * batch // 2, (self._pair.rank + 1) * batch // 2)
+        return of_samples(self._signature, module, args, kwargs, half)
 
     @torch.compiler.disable
     def _join(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
         if not self._halved:
             return None
         self._halved = False
-        joined = iter([torch.cat(both) for both in self._pair.exchange(tensors_in(output))])
-        return tree_map(lambda x: next(joined) if isinstance(x, torch.Tensor) else x, output)
+        return with_tensors(output, [torch.cat(both) for both in self._pair.exchange(tensors_in(output))])

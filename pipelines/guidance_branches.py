@@ -1,0 +1,113 @@
+"""What is known of the branches of guidance in pipelines: a pass each, or samples of one batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .acceleration.families import BOTH, Family
+from .diffusers_hooks import hooks_of
+
+TWO = ("cond", "uncond")
+"""Branches that have a pass each."""
+
+_OF_ALL_SAMPLES = ("image_rotary_emb", "rope")
+"""Beginnings of names of arguments that are of all samples, whatever their shape."""
+
+
+def guidance_of(pipe: Any) -> Callable[[], bool] | None:
+    """What says, within a step, whether it has both branches; None where nothing does."""
+    if hasattr(getattr(pipe, "guider", None), "num_conditions"):
+        return lambda: pipe.guider.num_conditions == 2
+    if hasattr(type(pipe), "do_classifier_free_guidance"):
+        return lambda: bool(pipe.do_classifier_free_guidance)
+    if type(pipe).__name__.startswith("Kandinsky5"):
+        return lambda: pipe.guidance_scale > 1.0
+    return None
+
+
+def check_branches(pipe: Any, family: Family) -> None:
+    """Raise TypeError for a family whose steps have other branches than two of guidance."""
+    if family.branches != TWO and family.branches[0] not in BOTH:
+        raise TypeError(
+            f"a {type(pipe).__name__} has other branches than two of guidance: {', '.join(family.branches)}."
+        )
+
+
+def check_not_compiled(pipe: Any, name: str, transformer: torch.nn.Module, why: str) -> None:
+    """Raise RuntimeError for a transformer that was compiled as a whole.
+
+    Args:
+        pipe: that has it. name: of it there.
+        transformer: without what wraps it.
+        why: it cannot be, as the end of a sentence.
+    """
+    if getattr(transformer, "_compiled_call_impl", None) is not None or hasattr(getattr(pipe, name, None), "_orig_mod"):
+        raise RuntimeError(
+            f"{name} was compiled as a whole, and {why}: use pipe.{name}.compile_repeated_blocks(fullgraph=True) "
+            "instead."
+        )
+
+
+def check_outermost(transformer: torch.nn.Module, hook: str, name: str, function: str) -> None:
+    """Raise RuntimeError where a hook of diffusers was put on a transformer after this one.
+
+    Args:
+        transformer: that has the hook. hook: its name in diffusers.
+        name: of the transformer in its pipeline.
+        function: of this package, which the hook is of.
+    """
+    last = list(hooks_of(transformer))[-1]
+    if last != hook:
+        raise RuntimeError(
+            f"{last} was put on {name} after {function}, and would see passes that are not made here: remove() the "
+            f"handle and call {function} again, last."
+        )
+
+
+def latents_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What a forward pass is given to work on, by name or first."""
+    return kwargs.get("hidden_states", args[0] if args else None)
+
+
+def samples_in(args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Samples of the batch of a forward pass."""
+    latents = latents_of(args, kwargs)
+    return latents.shape[0] if isinstance(latents, torch.Tensor) and latents.ndim else 1
+
+
+def tensors_in(made: Any) -> list[torch.Tensor]:
+    """The tensors of what a forward pass is given, or gives."""
+    return [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+
+
+def with_tensors(made: Any, tensors: list[torch.Tensor]) -> Any:
+    """What a forward pass gives, with others in the place of `tensors_in` it."""
+    those = iter(tensors)
+    return tree_map(lambda x: next(those) if isinstance(x, torch.Tensor) else x, made)
+
+
+def of_samples(
+    signature: inspect.Signature, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any], part: slice
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a forward pass, of a part of its batch.
+
+    Args:
+        signature: of the module's `forward` with `self`.
+        module: that is called. args, kwargs: what with.
+        part: of the batch.
+    """
+    batch = samples_in(args, kwargs)
+    given = signature.bind(module, *args, **kwargs)
+
+    def own(x: Any) -> Any:
+        return x[part] if isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == batch else x
+
+    for name, value in given.arguments.items():
+        if value is not module and not name.startswith(_OF_ALL_SAMPLES):
+            given.arguments[name] = tree_map(own, value)
+    return given.args[1:], given.kwargs

@@ -1,0 +1,64 @@
+"""The differences of two passes of guidance, of the steps that made both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...attention import StepInfo
+from .settings import GuidanceCache
+
+
+class Differences:
+    """Those of a transformer in a run: the last two, which the next ones are extrapolated from.
+
+    Args:
+        settings: which steps make both passes, and how the difference goes on.
+    """
+
+    def __init__(self, settings: GuidanceCache) -> None:
+        self._settings, self._schedule = settings, settings.schedule
+        self._run = -1
+        self._kept: list[tuple[int, list[torch.Tensor]]] = []  # step, and first minus second pass, in float32
+        self._left_out = 0  # steps since the last of them
+
+    def wanted(self, step: StepInfo, shapes: Sequence[torch.Size]) -> bool:
+        """Whether a step has to make both passes.
+
+        Args:
+            step: that runs. shapes: of the tensors that its passes give.
+
+        Raises:
+            ValueError: the first steps are a fraction, and how many steps there are is unknown.
+        """
+        if step.run != self._run or (self._kept and [x.shape for x in self._kept[-1][1]] != list(shapes)):
+            self._run = step.run
+            self.forget()
+        if len(self._kept) < 2 or self._schedule.step_reason(step):
+            return True
+        return self._left_out >= self._settings.every - 1
+
+    def add(self, step: StepInfo, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
+        """Take that of a step that made both passes."""
+        made = [a.float() - b.float() for a, b in zip(first, second, strict=True)]
+        self._kept = [*[kept for kept in self._kept if kept[0] != step.step][-1:], (step.step, made)]
+        self._left_out = 0
+
+    def second(self, step: StepInfo, first: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What stands for the second pass of a step.
+
+        Args:
+            step: that runs. first: what its first pass gave.
+        """
+        self._left_out += 1
+        (before, older), (last, newer) = self._kept
+        way = self._settings.extrapolation * (step.step - last) / (last - before)
+        return [
+            (x.float() - torch.lerp(old, new, 1 + way)).to(x.dtype)
+            for x, old, new in zip(first, older, newer, strict=True)
+        ]
+
+    def forget(self) -> None:
+        """Let go of what is kept."""
+        self._kept, self._left_out = [], 0

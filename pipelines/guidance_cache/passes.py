@@ -1,0 +1,70 @@
+"""Pipelines with a forward pass for each branch of guidance: the second one is left out in some steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+from ...attention import StepInfo
+from ..diffusers_hooks import GUIDANCE_CACHE_HOOK
+from ..guidance_branches import TWO, check_outermost, tensors_in, with_tensors
+from .differences import Differences
+
+
+class LeftOutPasses(ModelHook):
+    """Makes a second pass, or what stands for it.
+
+    Args:
+        model: name of the component, for messages.
+        place: tells the step of a pass from its arguments.
+        differences: of this transformer.
+    """
+
+    def __init__(self, model: str, place: Callable[[Any, tuple, dict[str, Any]], StepInfo], differences: Differences):
+        super().__init__()
+        self._model, self._place, self._differences = model, place, differences
+        self._first: tuple[StepInfo, Any] | None = None
+        self.left_out = False
+        """Whether the last pass was."""
+        self.made, self.extrapolated = 0, 0
+        """Second passes that were made, and those that were left out."""
+
+    def install(self, transformer: torch.nn.Module) -> None:
+        """Put it on a transformer."""
+        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, GUIDANCE_CACHE_HOOK)
+
+    def remove(self, transformer: torch.nn.Module) -> None:
+        """Take it off."""
+        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(GUIDANCE_CACHE_HOOK, recurse=False)
+
+    @torch.compiler.disable
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The pass, or what stands for it."""
+        check_outermost(module, GUIDANCE_CACHE_HOOK, self._model, "guidance_cache")
+        forward = self.fn_ref.original_forward
+        self.left_out = False
+        if torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        step = self._place(module, args, kwargs)
+        first, self._first = self._first, None  # an error leaves no half step behind
+        if step.branch == TWO[0]:
+            made = forward(*args, **kwargs)
+            self._first = (step, made)
+            return made
+        if first is None or step.branch != TWO[1] or (first[0].run, first[0].step) != (step.run, step.step):
+            return forward(*args, **kwargs)
+        return self._second(step, first[1], lambda: forward(*args, **kwargs))
+
+    def _second(self, step: StepInfo, first: Any, make: Callable[[], Any]) -> Any:
+        tensors = tensors_in(first)
+        if not self._differences.wanted(step, [x.shape for x in tensors]):
+            self.left_out = True
+            self.extrapolated += 1
+            return with_tensors(first, self._differences.second(step, tensors))
+        made = make()
+        self.made += 1
+        self._differences.add(step, tensors, tensors_in(made))
+        return made
