@@ -61,6 +61,14 @@ def generate_command(
             "threshold."
         ),
     ] = None,
+    guidance_cache: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Make one second pass of guidance in so many, after the first fifth of the steps, and extrapolate it "
+            "in the others; 0 for none, where a preset has it.",
+        ),
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="The linear layers in 8 bits by torchao, int8 or fp8.")] = None,
     decoder: Annotated[
         str | None,
@@ -227,7 +235,7 @@ def generate_command(
             measure_error=measure_error,
             precision=precision,
         )
-        chosen = request_preset(preset, cache, quantize, decoder)
+        chosen = request_preset(preset, cache, quantize, decoder, guidance_cache)
         job = prepare(
             model or (chosen.model if chosen else "") or DEMOS[0],
             settings,

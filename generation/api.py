@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from ..attention.methods.base import Method
     from ..pipelines.lora_files import LoraFile
+    from ..pipelines.guidance_cache import GuidanceCache
     from ..pipelines.presets import Cache, Preset, Quantize
 
 
@@ -79,6 +80,7 @@ def generate(
     components: str | Path | None = None,
     preset: str | Path | Preset | None = None,
     cache: str | Cache | None = None,
+    guidance_cache: int | GuidanceCache | None = None,
     quantize: str | Quantize | None = None,
     decoder: str | Path | None = None,
     out: str | Path | None = None,
@@ -133,6 +135,7 @@ def generate(
             autoencoder, scheduler and tokenizer.
         preset: all of the above that makes a video faster, see `vidaccel.apply`: a file, or the name of one that comes
             with the package. What is given beside it goes before what it says.
+        guidance_cache: leaves second passes of guidance out: a `GuidanceCache`, or its `every`; 0 for none.
         cache: over steps: a name with or without its threshold, "first_block=0.08", or a `Cache`.
         quantize: the linear layers in 8 bits, by torchao: "int8" or "fp8", or a `Quantize`.
         decoder: a tiny one in the place of the autoencoder's, see `vidaccel.tiny_decoder`: a file, a folder, a hub id,
@@ -194,7 +197,7 @@ def generate(
         sla=sla,
         rope=rope,
         components=components,
-        preset=request_preset(preset, cache, quantize, decoder),
+        preset=request_preset(preset, cache, quantize, decoder, guidance_cache),
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()

@@ -41,7 +41,7 @@ from .methods import (
     trained_note,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
-from .presets import beside, check_beside, check_scheduler, with_preset
+from .presets import beside, check_beside, check_guidance_cache, check_scheduler, with_preset
 from .request import INPUTS, Settings
 from .single_file import whole_model
 from .sla import sla_adapters, trained_method
@@ -251,6 +251,7 @@ def prepare(
     check_guidance(adapters, of_weights, settings)
     if preset is not None:
         check_beside(preset, facts, settings, offload)
+        check_guidance_cache(preset, settings, bool(adapters))
         check_scheduler(preset, adapters)
     check_fits(loras, facts)
     check_bases(loras, facts)

@@ -12,13 +12,14 @@ from .errors import BadInput, mention
 from .methods import DENSE
 
 if TYPE_CHECKING:
+    from ..pipelines.guidance_cache import GuidanceCache
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.presets import Cache, Preset, PresetError, Quantize
     from .model_facts import ModelFacts
     from .request import Settings
     from .sparse import Sparse
 
-LEVERS = ("cache", "quantize", "decoder")
+LEVERS = ("cache", "quantize", "decoder", "guidance_cache")
 """Levers that a request has fields for, which no other part of this layer carries out."""
 
 
@@ -27,6 +28,7 @@ def request_preset(
     cache: Cache | str | None = None,
     quantize: Quantize | str | None = None,
     decoder: str | Path | None = None,
+    guidance_cache: GuidanceCache | int | None = None,
 ) -> Preset | None:
     """The preset that a request means; None where it has none of these.
 
@@ -35,11 +37,12 @@ def request_preset(
         cache: instead of its own: a `Cache`, or "NAME" or "NAME=THRESHOLD"; "none" for none.
         quantize: instead of its own: a `Quantize`, or its kind; "none" for none.
         decoder: instead of its own: a tiny one, see `Preset`; "none" for none.
+        guidance_cache: instead of its own: a `GuidanceCache`, or its `every`; 0 for none.
 
     Raises:
         BadInput: what cannot be read or is unknown.
     """
-    if preset is None and cache is None and quantize is None and decoder is None:
+    if all(each is None for each in (preset, cache, quantize, decoder, guidance_cache)):
         return None
     from ..pipelines.presets import Preset, PresetError, load_preset
 
@@ -54,6 +57,8 @@ def request_preset(
             chosen = chosen.replace(quantize=_quantize(quantize))
         if decoder is not None:
             chosen = chosen.replace(decoder=None if decoder == "none" else str(decoder))
+        if guidance_cache is not None:
+            chosen = chosen.replace(guidance_cache=guidance_cache or None)
     except PresetError as error:
         raise refused(error) from error
     return chosen
@@ -132,6 +137,7 @@ def beside(preset: Preset) -> Preset | None:
         transformer=preset.transformer,
         model=preset.model,
         cache=preset.cache,
+        guidance_cache=preset.guidance_cache,
         quantize=preset.quantize,
         scheduler=preset.scheduler,
         decoder=preset.decoder,
@@ -169,6 +175,24 @@ def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload:
         raise refused(error) from error
     if preset.guidance_free and settings.guidance_scale is not None and settings.guidance_scale <= 1:
         raise BadInput("guidance_scale", "the preset puts guidance into one pass, and 1 is none", "Raise it.", value=1)
+
+
+def check_guidance_cache(preset: Preset, settings: Settings, one_pass: bool) -> None:
+    """Raise BadInput for a guidance cache where a request has no second passes, or all of them have to be made.
+
+    Args:
+        preset: of the request. settings: of it, checked. one_pass: it has guidance in one pass.
+    """
+    from ..pipelines.presets import Preset
+
+    scale = settings.guidance_scale
+    with refusals():
+        Preset(
+            guidance_cache=preset.guidance_cache,
+            guidance_free=("own",) if one_pass else (),
+            num_inference_steps=settings.steps,
+            guidance_scale=None if scale is None else max(1.0, scale),
+        )
 
 
 def check_scheduler(preset: Preset, adapters: Sequence[GuidanceFreeAdapter]) -> None:

@@ -67,6 +67,7 @@ def stages(preset: Preset, model: str = "") -> list[Stage]:
         ("quantize", {"quantize": preset.quantize}),
         ("method", {name: getattr(preset, name) for name in ("method", "backend", "precision", "sla")}),
         ("cache", {"cache": preset.cache}),
+        ("guidance_cache", {"guidance_cache": preset.guidance_cache}),
         ("decoder", {"decoder": preset.decoder}),
     ]
     for name, changes in parts:

@@ -45,6 +45,14 @@ class GuidanceCache:
         if not 0 <= value <= 1:
             raise ValueError(f"GuidanceCache.extrapolation is {value:g}: it must lie between 0 and 1.")
 
+    def leaves_out(self, num_steps: int) -> bool:
+        """Whether a run of so many steps leaves any pass out."""
+        return num_steps > max(2, *self.schedule.steps_of(num_steps))
+
+    def in_words(self) -> str:
+        """What it does, for reports."""
+        return f"one second pass in {self.every}"
+
     @property
     def schedule(self) -> DenseSchedule:
         """The steps of which both passes are made."""

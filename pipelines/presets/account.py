@@ -19,7 +19,7 @@ from ...attention.records import KEPT_RUNS, CallRecord
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
-from ..acceleration.left_out import pass_was_left_out
+from ..acceleration.left_out import pass_was_left_out, second_pass_was_left_out
 from .caches import CacheAtWork
 
 
@@ -32,6 +32,7 @@ class PassRecord:
         model: the component.
         skipped: a cache left it out; it computes some layers to decide that. Layers that guidance leaves out are no
             cache's: such a pass was computed.
+        extrapolated: it was the guidance cache that left it out, as a whole.
         kept: why the cache had to compute it; "" where it need not, or where there is none.
     """
 
@@ -42,6 +43,7 @@ class PassRecord:
     model: str
     skipped: bool = False
     kept: str = ""
+    extrapolated: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,8 @@ class Watch(CopiedNotPickled):
         step = self._step
         place = (step.run, step.step, step.num_steps, step.branch)
         kept = self._kept if self._cache is not None else ""
-        self.passes.append(PassRecord(*place, self._name, pass_was_left_out(module), kept))
+        skipped, extrapolated = pass_was_left_out(module), second_pass_was_left_out(module)
+        self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         if self._cache is not None:

@@ -13,6 +13,7 @@ import torch
 from ...attention.records import RunReport
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate
+from ..guidance_cache.handle import CachedGuidance, guidance_cache
 from ..guidance_free.handle import GuidanceFree, guidance_free
 from ..tiny_decoder.handle import TinyDecoder
 from ..undo import PRESET, QUANTISED
@@ -45,6 +46,7 @@ class Applied:
         self.preset = preset
         self.sparse: Handle | None = None
         self._free: GuidanceFree | None = None
+        self._guidance: CachedGuidance | None = None
         self._decoder: TinyDecoder | None = None
         self._watches: list[Watch] = []
         self._notes: list[str] = []
@@ -100,6 +102,9 @@ class Applied:
             watch = Watch(pipe, name, transformer, family, clock, schedule, cache)
             self._undo.append(watch)
             self._watches.append(watch)
+        if preset.guidance_cache is not None:  # around the caches, which must not see passes that are not made
+            self._guidance = guidance_cache(pipe, preset.guidance_cache)
+            self._undo.append(self._guidance)
 
     def warming_up(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block sparse attention is at work in every step; see `Handle.warming_up`."""
@@ -117,6 +122,7 @@ class Applied:
         passes = [each for watch in self._watches for each in watch.passes]
         steps = accounts(passes, None if sparse is None else sparse.records)
         notes = [*self._notes, *(self._free.notes() if self._free is not None and steps else ())]
+        notes += () if self._guidance is None or not steps else self._guidance.notes()
         notes += () if self._decoder is None else self._decoder.notes()
         wanted = self.preset.num_inference_steps
         others = sorted({s.num_steps for s in steps if s.num_steps is not None} - {wanted})
@@ -137,6 +143,8 @@ class Applied:
         """Forget what was done so far."""
         for watch in self._watches:
             watch.passes.clear()
+        if self._guidance is not None:
+            self._guidance.reset()
         if self.sparse is not None:
             self.sparse.reset()
 

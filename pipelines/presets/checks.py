@@ -21,6 +21,8 @@ from ..acceleration.rebinding import SparseProcessor
 from ..few_steps.grid import GridScheduler
 from ..few_steps.renoising import RenoisingScheduler
 from ..few_steps.samplers import FEW_STEPS
+from ..guidance_branches import TWO
+from ..guidance_cache.handle import check_guidance_cache
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
 from ..tiny_decoder.source import TinyDecoderError, find_decoder
@@ -64,6 +66,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
     scheduler = pipe.scheduler if preset.scheduler is None else chosen_scheduler(pipe, preset)
     notes = check_loras(pipe, preset.loras)
     _check_guidance(pipe, preset, base)
+    _check_guidance_cache(pipe, preset, parts)
     for name, (transformer, family) in parts.items():
         if is_to_do(pipe, preset.quantize):
             check_quantize(name, transformer, family, preset.quantize)
@@ -240,6 +243,20 @@ def _check_guidance(pipe: Any, preset: Preset, base: str | Path | None) -> None:
                 adapter.check_scale(preset.guidance_scale)
     except GuidanceFreeError as error:
         raise PresetError("guidance_free", str(error).rstrip(".")) from error
+
+
+def _check_guidance_cache(pipe: Any, preset: Preset, parts: Mapping[str, tuple[Any, Family]]) -> None:
+    if preset.guidance_cache is None:
+        return
+    try:
+        check_guidance_cache(pipe)
+    except (TypeError, RuntimeError) as error:
+        raise PresetError("guidance_cache", str(error).rstrip(".")) from error
+    for _, family in parts.values():
+        if preset.cache is not None and family.branches != TWO:
+            problem = f"{family.name} has both branches in a batch, of which the guidance cache takes one out in some"
+            problem += f" steps, and {preset.cache.name} compares batches of one size"
+            raise PresetError("guidance_cache", problem, "Leave one of both out.")
 
 
 def _decoder(pipe: Any, preset: Preset) -> tuple[TinyVideoDecoder, str] | None:

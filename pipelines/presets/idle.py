@@ -23,12 +23,12 @@ def idle_note(cache: Cache, passes: Iterable[PassRecord]) -> str:
         runs.setdefault(each.run, []).append(each)
     # The first step has nothing to go by.
     idle = {run: those for run, those in runs.items() if len({p.step for p in those}) > 1}
-    idle = {run: those for run, those in idle.items() if not any(p.skipped for p in those)}
+    idle = {run: those for run, those in idle.items() if not any(p.skipped and not p.extrapolated for p in those)}
     if not idle:
         return ""
     whose = "" if len(idle) == len(runs) else f" of run {', '.join(map(str, sorted(idle)))}"
     note = f"the cache {cache.name}, with a threshold of {cache.limit:g}, skipped no pass{whose}: "
-    later = [p for those in idle.values() for p in those if p.step]
+    later = [p for those in idle.values() for p in those if p.step and not p.extrapolated]
     if all(p.kept for p in later):
         return f"{note}the schedule of sparse attention keeps all steps dense; keep fewer"
     kept = sum(bool(p.kept) for p in later)

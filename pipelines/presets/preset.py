@@ -11,6 +11,7 @@ from typing import Any
 from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method
 from ...attention.methods.description import describe, described
+from ..guidance_cache.settings import GuidanceCache
 from ..locations import is_hub_id
 from ..lora_files import TARGETS, LoraFile
 from ..nearest_name import nearest
@@ -40,6 +41,7 @@ class Preset:
         guidance_free: files of adapters of the recipe `gft` or `consistency`, or `("own",)`.
         loras: in the order in which they are loaded.
         cache: over steps.
+        guidance_cache: leaves second passes of guidance out; its `every` may stand for it.
         quantize: of the linear layers.
         scheduler: instead of the pipeline's.
         decoder: tiny one in the place of the autoencoder's, see `tiny_decoder`: a file, a folder or a hub id, or "own".
@@ -64,6 +66,7 @@ class Preset:
     guidance_free: tuple[str, ...] = ()
     loras: tuple[LoraFile, ...] = ()
     cache: Cache | None = None
+    guidance_cache: GuidanceCache | None = None
     quantize: Quantize | None = None
     scheduler: SchedulerChoice | None = None
     decoder: str | None = None
@@ -102,6 +105,7 @@ class Preset:
                 put(name, kind(value))
             elif value is not None and not isinstance(value, kind):
                 raise PresetError(name, f"it must be a {kind.__name__}, its name or None", value=repr(value))
+        put("guidance_cache", _guidance_cache(self.guidance_cache))
         if isinstance(self.decoder, Path):
             put("decoder", str(self.decoder))
         if self.decoder is not None and (not isinstance(self.decoder, str) or not self.decoder.strip()):
@@ -139,6 +143,7 @@ class Preset:
                 "it puts guidance into one pass, and guidance_scale 1 has none",
                 "Raise guidance_scale, or leave guidance_free out.",
             )
+        self._check_guidance_cache()
         schedule = None if self.method is None else self.method.schedule
         if self.cache is not None and schedule is not None and self.num_inference_steps is not None:
             kept = sum(schedule.steps_of(self.num_inference_steps))
@@ -148,6 +153,20 @@ class Preset:
                     f"the schedule keeps all {self.num_inference_steps} steps dense, and a dense step is not skipped",
                     "Keep fewer steps dense, or leave the cache out.",
                 )
+
+    def _check_guidance_cache(self) -> None:
+        if self.guidance_cache is None:
+            return
+        if self.guidance_free:
+            problem = "guidance_free makes one pass a step, and there is none to leave out"
+            raise PresetError("guidance_cache", problem, "Leave one of both out.")
+        if self.guidance_scale == 1:
+            problem = "guidance_scale 1 is without guidance, and there is no second pass to leave out"
+            raise PresetError("guidance_cache", problem, "Raise guidance_scale, or leave it out.")
+        steps = self.num_inference_steps
+        if steps is not None and not self.guidance_cache.leaves_out(steps):
+            problem = f"it makes both passes in all {steps} steps"
+            raise PresetError("guidance_cache", problem, "Make more steps, lower first_steps, or leave it out.")
 
     def replace(self, **changes: Any) -> Preset:
         """The same with other fields."""
@@ -163,6 +182,7 @@ class Preset:
             and f"{self.quantize.kind}, {'weights and activations' if self.quantize.activations else 'weights alone'}",
             "method": self.method and ", ".join([self.method.name, *filter(None, [self.precision])]),
             "cache": self.cache and f"{self.cache.name}, threshold {self.cache.limit:g}",
+            "guidance_cache": self.guidance_cache and self.guidance_cache.in_words(),
             "decoder": self.decoder and Path(self.decoder).name,
         }
         return {name: text for name, text in told.items() if text}
@@ -187,6 +207,7 @@ class Preset:
             made[name] = (
                 None if value is None else _plain({k: v for k, v in asdict(value).items() if v not in (None, {})})
             )
+        made["guidance_cache"] = None if self.guidance_cache is None else asdict(self.guidance_cache)
         made["decoder"] = self.decoder
         made |= {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         made["measured"] = _plain(dict(self.measured))
@@ -224,6 +245,8 @@ class Preset:
         for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
             if (stated := content.get(name)) is not None:
                 values[name] = _part(name, kind, stated)
+        if (stated := content.get("guidance_cache")) is not None:
+            values["guidance_cache"] = stated
         if (stated := content.get("decoder")) is not None:
             known = stated == OWN or (isinstance(stated, str) and is_hub_id(stated) and not _lies_in(stated, folder))
             values["decoder"] = stated if known else _place("decoder", stated, folder)
@@ -234,7 +257,7 @@ _SIMPLE = (
     "version", "name", "summary", "model", "base", "family", "transformer", "num_inference_steps", "guidance_scale",
     "measured",
 )  # fmt: skip
-_FIELDS = (*_SIMPLE, "attention", "guidance_free", "loras", "cache", "quantize", "scheduler", "decoder")
+_FIELDS = (*_SIMPLE, "attention", "guidance_free", "loras", "cache", "guidance_cache", "quantize", "scheduler", "decoder")
 
 
 def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
@@ -272,6 +295,18 @@ def _part(name: str, kind: type, stated: Any) -> Any:
     if known[0] not in stated:
         raise PresetError(name, f"it has no {known[0]}", f"It can have {', '.join(known)}.")
     return kind(**stated)
+
+
+def _guidance_cache(given: Any) -> GuidanceCache | None:
+    """What a preset says of it: settings by name, or `every` alone."""
+    if given is None or isinstance(given, GuidanceCache):
+        return given
+    settings = given if isinstance(given, Mapping) else {"every": given}
+    _check_names("guidance_cache", settings, [f.name for f in fields(GuidanceCache)])
+    try:
+        return GuidanceCache(**settings)
+    except ValueError as error:
+        raise PresetError("guidance_cache", str(error).partition(".")[2].rstrip(".")) from error
 
 
 def _lora(stated: Any, folder: Path | None) -> LoraFile:
