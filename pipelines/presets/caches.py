@@ -156,8 +156,11 @@ class _Sea(_OfDiffusers):
         # Of the pipelines of Wan, only text to video says more than the branch.
         if context.sigma is None:
             self._tell(context, step)
+        state = self.state()
         if keep:
-            self.state().previous_indicator = None  # a step with nothing to compare with is computed
+            state.previous_indicator = None  # a step with nothing to compare with is computed
+        if state.gate_key is not None and step.step > state.gate_key[0] + 1:
+            state.reset_trajectory()  # passes that guidance left out came between: it would warn of them, and do this
 
 
 class _Taylor(_OfDiffusers):
