@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -39,6 +39,14 @@ class LeftOutPasses(ModelHook):
     def remove(self, transformer: torch.nn.Module) -> None:
         """Take it off."""
         HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(GUIDANCE_CACHE_HOOK, recurse=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        # diffusers puts it in by closures over the original, which the copy would compute with.
+        raise TypeError(
+            f"the {self._model} has a guidance cache, whose hook cannot be copied: call remove() on its handle (or "
+            "vidaccel.restore(pipe)) before copying, and guidance_cache with the copy. A pipeline that shares the "
+            "transformer, as of from_pipe, needs no copy and has it with it."
+        )
 
     @torch.compiler.disable
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,221 @@
+"""The guidance cache in Wan pipelines: which passes are made, what it goes with, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from tiny_wan import generate, make_pipe, make_transformer
+
+import vidaccel
+from vidaccel import DenseSchedule, GuidanceCache, Tangent, accelerate, guidance_cache, restore
+from vidaccel.attention import StepInfo
+from vidaccel.pipelines.guidance_cache.differences import Differences
+from vidaccel.pipelines.undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
+
+FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12)
+
+
+class Counted:
+    """Passes that a transformer really makes: the steps' numbers, each with how many."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.passes = 0
+        transformer.patch_embedding.register_forward_hook(self._count)  # inside of the forward pass
+
+    def _count(self, *_: object) -> None:
+        self.passes += 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "made"),
+    [
+        ({}, 20, 4 + 5),  # a fifth of the steps, then one in three of 16
+        ({"every": 2}, 20, 4 + 8),
+        ({"every": 4, "first_steps": 6}, 20, 6 + 3),
+        ({"first_steps": 0}, 5, 2 + 1),  # two at the least, which the third is extrapolated from
+        ({"first_steps": 5}, 5, 5),
+        ({}, 2, 2),
+    ],
+)
+def test_the_passes_that_are_made(settings, steps, made):
+    pipe = make_pipe()
+    counted = Counted(pipe.transformer)
+    with guidance_cache(pipe, **settings) as handle:
+        generate(pipe, steps=steps)
+        assert counted.passes == steps + made
+        notes = handle.notes()
+        handle.reset()
+        assert "no step" in handle.notes()[0]
+    told = f"made {made} of {steps} second passes" if made < steps else f"all {steps} steps"
+    assert len(notes) == 1 and told in notes[0]
+
+
+def test_without_guidance_nothing_changes():
+    pipe = make_pipe()
+    plain = generate(pipe, guidance_scale=1.0, steps=6)
+    with guidance_cache(pipe) as handle:
+        assert generate(pipe, guidance_scale=1.0, steps=6).equal(plain)
+        assert handle.notes() == ["guidance cache: no step of the transformer had two branches of guidance"]
+
+
+def test_each_run_begins_anew():
+    pipe = make_pipe()
+    with guidance_cache(pipe, 2) as handle:
+        first = generate(pipe, steps=6)
+        generate(pipe, steps=6, seed=3)
+        assert generate(pipe, steps=6).equal(first)
+        with pytest.raises(ZeroDivisionError):
+            generate(pipe, steps=6, callback_on_step_end=lambda p, step, t, kw: kw if step < 3 else 1 // 0)
+        handle.reset()
+        assert generate(pipe, steps=6).equal(first)
+        assert "made 4 of 6" in handle.notes()[0]
+    assert repr(handle) == "<vidaccel guidance cache: removed>"
+
+
+def test_two_transformers_have_two_passes_each_at_their_start():
+    pipe = make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9)
+    counted = [Counted(pipe.transformer), Counted(pipe.transformer_2)]
+    with guidance_cache(pipe, 8, first_steps=0) as handle:
+        generate(pipe, steps=10)
+        notes = handle.notes()
+    first = next(i for i, note in enumerate(notes) if "transformer_2" in note)
+    high, low = counted[0].passes, counted[1].passes
+    assert high + low < 20 and "made 2 of" in notes[first]
+    steps = low - 2
+    assert notes[first].endswith(f"made 2 of {steps} second passes of guidance")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_sparse_attention_in_either_order(before):
+    pipe = make_pipe()
+    levers = [lambda: accelerate(pipe, FEW, schedule=DenseSchedule()), lambda: guidance_cache(pipe, 2)]
+    handles = [make() for make in (levers if before else levers[::-1])]
+    made = generate(pipe, steps=6)
+    sparse = handles[0 if before else 1]
+    records = sparse.report().records
+    assert {(r.step, r.branch) for r in records if r.branch == "uncond"} == {(s, "uncond") for s in (0, 1, 3, 5)}
+    assert {r.step for r in records if r.branch == "cond"} == set(range(6))
+    assert sparse.report().notes == [] or not any("expected" in note for note in sparse.report().notes)
+    restore(pipe)
+    assert not hasattr(pipe, GUIDANCE_CACHE) and not made.equal(generate(pipe, steps=6))
+
+
+def test_a_copy_would_compute_with_the_original():
+    pipe = make_pipe()
+    with guidance_cache(pipe, 2), pytest.raises(TypeError, match=r"remove\(\) on its handle"):
+        copy.deepcopy(pipe)
+    copy.deepcopy(pipe)
+
+
+def test_a_copy_with_both_branches_in_a_batch_is_apart():
+    from families.cogvideo import cogvideox_5b
+
+    def run(pipe):
+        made = {"prompt": "a dot", "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 5}
+        return pipe(**made, generator=torch.Generator().manual_seed(0), output_type="latent").frames
+
+    pipe = cogvideox_5b()
+    plain = run(pipe)
+    with guidance_cache(pipe, 2, first_steps=0) as handle:
+        made, notes = run(pipe), handle.notes()
+        other = copy.deepcopy(pipe)
+    assert "made 3 of 5" in notes[0] and not made.equal(plain)
+    assert run(other).equal(made) and run(pipe).equal(plain)
+    restore(other)
+    assert run(other).equal(plain)
+
+
+def test_training_makes_every_pass():
+    pipe = make_pipe()
+    counted = Counted(pipe.transformer)
+    with guidance_cache(pipe, 2, first_steps=0) as handle:
+        x = torch.randn(1, 4, 2, 8, 8)
+        text = torch.randn(1, 6, 16)
+        for _ in range(6):
+            pipe.transformer(x, torch.tensor([5.0]), text)[0].sum().backward()
+        assert counted.passes == 6 and "no step" in handle.notes()[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"every": 1}, "every is 1"),
+        ({"every": 2.5}, "every is 2.5"),
+        ({"every": True}, "every is True"),
+        ({"first_steps": -1}, "GuidanceCache.first_steps is -1"),
+        ({"first_steps": 1.5}, "at most 1.0"),
+        ({"extrapolation": 1.01}, "extrapolation is 1.01: it must lie between 0 and 1"),
+        ({"extrapolation": "a"}, "extrapolation is 'a': it must be a number"),
+        ({"extrapolation": float("nan")}, "extrapolation is nan"),
+    ],
+)
+def test_settings_out_of_bounds(settings, words):
+    with pytest.raises(ValueError, match=words):
+        GuidanceCache(**settings)
+
+
+def test_what_it_refuses():
+    pipe = make_pipe()
+    with pytest.raises(TypeError, match="every beside it"):
+        guidance_cache(pipe, GuidanceCache(), every=2)
+    with pytest.raises(TypeError, match="no supported transformer|is no|has no"):
+        guidance_cache(object())
+    for name, words in ((GUIDANCE_FREE, "guidance-free"), (CFG_PARALLEL, "cfg_parallel")):
+        setattr(pipe, name, object())
+        with pytest.raises(RuntimeError, match=words):
+            guidance_cache(pipe)
+        delattr(pipe, name)
+    with guidance_cache(pipe):
+        with pytest.raises(RuntimeError, match="has a guidance cache already"):
+            guidance_cache(pipe)
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        generate(pipe)  # its hooks are on the blocks, inside
+        pipe.transformer.disable_cache()
+    pipe.transformer.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="compiled as a whole"):
+        guidance_cache(pipe)
+
+
+def test_a_hook_around_it_is_refused():
+    from diffusers import SeaCacheConfig
+
+    pipe = make_pipe()
+    with guidance_cache(pipe):
+        pipe.transformer.enable_cache(SeaCacheConfig(threshold=0.1))
+        with pytest.raises(RuntimeError, match="sea_cache_root was put on transformer after guidance_cache"):
+            generate(pipe)
+
+
+def test_an_unknown_number_of_steps():
+    differences = Differences(GuidanceCache())
+    x = [torch.zeros(2)]
+    for step in range(2):
+        assert differences.wanted(StepInfo(0, step, None), [x[0].shape])
+        differences.add(StepInfo(0, step, None), x, x)
+    with pytest.raises(ValueError, match="use a whole number of first_steps"):
+        differences.wanted(StepInfo(0, 2, None), [x[0].shape])
+    differences = Differences(GuidanceCache(first_steps=1))
+    for step in range(2):
+        differences.add(StepInfo(-1, step, None), x, x)
+    assert not differences.wanted(StepInfo(-1, 2, None), [x[0].shape])
+
+
+def test_outputs_of_another_shape_begin_anew():
+    differences = Differences(GuidanceCache(2, first_steps=0))
+    for step in range(2):
+        differences.add(StepInfo(0, step, 9), [torch.ones(2)], [torch.zeros(2)])
+    assert not differences.wanted(StepInfo(-1, 2, 9), [torch.Size([2])])
+    assert differences.wanted(StepInfo(-1, 2, 9), [torch.Size([3])])
+    assert differences.wanted(StepInfo(-1, 2, 9), [torch.Size([2])])  # nothing is kept any more
+
+
+def test_the_difference_goes_on_by_half():
+    differences = Differences(GuidanceCache(4, first_steps=0))
+    for step, value in ((0, 1.0), (2, 3.0)):
+        differences.add(StepInfo(0, step, 9), [torch.tensor([value], dtype=torch.bfloat16)], [torch.zeros(1)])
+    (made,) = differences.second(StepInfo(0, 4, 9), [torch.tensor([10.0], dtype=torch.bfloat16)])
+    assert made.dtype == torch.bfloat16 and made.item() == 10 - (3 + 0.5 * 2)
+    assert vidaccel.GuidanceCache is GuidanceCache
