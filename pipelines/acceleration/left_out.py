@@ -32,8 +32,13 @@ def pass_was_left_out(transformer: torch.nn.Module) -> bool:
     Args:
         transformer: without what wraps it.
     """
-    if second_pass_was_left_out(transformer):
-        return True
+    return second_pass_was_left_out(transformer) or a_cache_left_it_out(transformer)
+
+
+def a_cache_left_it_out(transformer: torch.nn.Module) -> bool:
+    """Whether a cache left out most layers of the forward pass that has just ended; asked as above, or right after it
+    inside of the forward pass of the transformer.
+    """
     for name, hook in _hooks(transformer):
         decides = _DECIDES.get(name)
         if decides is not None and hook.state_manager._context is not None:

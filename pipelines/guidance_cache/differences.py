@@ -23,11 +23,13 @@ class Differences:
         self._kept: list[tuple[int, list[torch.Tensor]]] = []  # step, and first minus second pass, in float32
         self._left_out = 0  # steps since the last of them
 
-    def wanted(self, step: StepInfo, shapes: Sequence[torch.Size]) -> bool:
+    def wanted(self, step: StepInfo, shapes: Sequence[torch.Size], computed: bool = True) -> bool:
         """Whether a step has to make both passes.
 
         Args:
             step: that runs. shapes: of the tensors that its passes give.
+            computed: no cache left its first pass out. What a cache makes of one pass alone is off by as much as of
+                both, and their difference by more: the next difference is made where both are computed.
 
         Raises:
             ValueError: the first steps are a fraction, and how many steps there are is unknown.
@@ -35,7 +37,11 @@ class Differences:
         if step.run != self._run or (self._kept and [x.shape for x in self._kept[-1][1]] != list(shapes)):
             self._run = step.run
             self.forget()
-        if len(self._kept) < 2 or self._schedule.step_reason(step):
+        if len(self._kept) < 2:
+            return True
+        if not computed:
+            return False
+        if self._schedule.step_reason(step):
             return True
         return self._left_out >= self._settings.every - 1
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from ...attention import StepInfo
+from ..acceleration.left_out import a_cache_left_it_out
 from ..diffusers_hooks import GUIDANCE_CACHE_HOOK
 from ..guidance_branches import TWO, check_outermost, tensors_in, with_tensors
 from .differences import Differences
@@ -26,7 +27,7 @@ class LeftOutPasses(ModelHook):
     def __init__(self, model: str, place: Callable[[Any, tuple, dict[str, Any]], StepInfo], differences: Differences):
         super().__init__()
         self._model, self._place, self._differences = model, place, differences
-        self._first: tuple[StepInfo, Any] | None = None
+        self._first: tuple[StepInfo, Any, bool] | None = None  # what the first pass gave, and whether it was computed
         self.left_out = False
         """Whether the last pass was."""
         self.made, self.extrapolated = 0, 0
@@ -60,19 +61,20 @@ class LeftOutPasses(ModelHook):
         first, self._first = self._first, None  # an error leaves no half step behind
         if step.branch == TWO[0]:
             made = forward(*args, **kwargs)
-            self._first = (step, made)
+            self._first = (step, made, not a_cache_left_it_out(module))
             return made
         if first is None or step.branch != TWO[1] or (first[0].run, first[0].step) != (step.run, step.step):
             return forward(*args, **kwargs)
-        return self._second(step, first[1], lambda: forward(*args, **kwargs))
+        return self._second(step, *first[1:], lambda: forward(*args, **kwargs))
 
-    def _second(self, step: StepInfo, first: Any, make: Callable[[], Any]) -> Any:
+    def _second(self, step: StepInfo, first: Any, computed: bool, make: Callable[[], Any]) -> Any:
         tensors = tensors_in(first)
-        if not self._differences.wanted(step, [x.shape for x in tensors]):
+        if not self._differences.wanted(step, [x.shape for x in tensors], computed):
             self.left_out = True
             self.extrapolated += 1
             return with_tensors(first, self._differences.second(step, tensors))
         made = make()
         self.made += 1
-        self._differences.add(step, tensors, tensors_in(made))
+        if computed:
+            self._differences.add(step, tensors, tensors_in(made))
         return made

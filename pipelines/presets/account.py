@@ -199,6 +199,8 @@ class Watch(CopiedNotPickled):
         clock: of the pipeline, one for all its transformers.
         schedule: of sparse attention; None without a method.
         cache: that is at work; None without one.
+        whole: a branch of guidance whose pass the cache may not skip where it did not skip that of the first one; ""
+            for none.
     """
 
     def __init__(
@@ -210,10 +212,11 @@ class Watch(CopiedNotPickled):
         clock: StepClock,
         schedule: DenseSchedule | None,
         cache: CacheAtWork | None,
+        whole: str = "",
     ) -> None:
         self.passes: list[PassRecord] = []
         self._pipe, self._name, self._family, self._clock = pipe, name, family, clock
-        self._schedule, self._cache = schedule, cache
+        self._schedule, self._cache, self._whole = schedule, cache, whole
         self._signature = inspect.signature(type(transformer).forward)
         self._run, self._step, self._kept = -1, StepInfo(), ""
         self._hooks = [
@@ -230,7 +233,8 @@ class Watch(CopiedNotPickled):
         self._kept = "" if self._schedule is None else self._schedule.step_reason(step)
         self._step = step
         if self._cache is not None:
-            self._cache.enter(step, bool(self._kept))
+            alike = step.branch == self._whole and not self.passes[-1].skipped
+            self._cache.enter(step, bool(self._kept) or alike)
 
     def _begin(self, step: StepInfo) -> None:
         self._run = step.run

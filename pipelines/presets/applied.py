@@ -13,6 +13,7 @@ import torch
 from ...attention.records import RunReport
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate
+from ..guidance_branches import TWO
 from ..guidance_cache.handle import CachedGuidance, guidance_cache
 from ..guidance_free.handle import GuidanceFree, guidance_free
 from ..tiny_decoder.handle import TinyDecoder
@@ -94,12 +95,14 @@ class Applied:
             self._undo.append(self._decoder)
         clock = StepClock(pipe)
         schedule = None if preset.method is None else preset.method.schedule
+        # Differences are extrapolated from, so both of their passes have to be computed.
+        whole = TWO[1] if preset.guidance_cache is not None else ""
         for name, (transformer, family) in checked.parts.items():
             cache = None
             if preset.cache is not None:
                 cache = install_cache(transformer, preset.cache)
                 self._undo.append(cache)
-            watch = Watch(pipe, name, transformer, family, clock, schedule, cache)
+            watch = Watch(pipe, name, transformer, family, clock, schedule, cache, whole)
             self._undo.append(watch)
             self._watches.append(watch)
         if preset.guidance_cache is not None:  # around the caches, which must not see passes that are not made

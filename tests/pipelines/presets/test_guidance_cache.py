@@ -1,0 +1,122 @@
+"""The lever `guidance_cache` of presets."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families.cogvideo import cogvideox_5b
+from families.ltx import ltx
+from tiny_wan import generate, make_pipe
+
+import vidaccel
+from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent
+from vidaccel.pipelines.presets import Cache, PresetError, load_preset, save_preset
+
+EVERY_2 = GuidanceCache(2, first_steps=2)
+FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12, schedule=DenseSchedule())
+RATIOS = {"mag_ratios": [1.0] * 8}
+CACHES = (Cache("first_block", 0.3), Cache("magcache", 0.3, RATIOS), Cache("seacache", 0.3), Cache("taylorseer", 3))
+
+
+def test_it_is_kept_in_files(tmp_path):
+    preset = Preset(name="a", guidance_cache=GuidanceCache(4, first_steps=0.1, extrapolation=0.25))
+    assert preset.levers() == {"guidance_cache": "one second pass in 4"}
+    assert load_preset(save_preset(preset, tmp_path / "a.yaml")) == preset
+    for text in ("guidance_cache: 2\n", "guidance_cache: {every: 2}\n"):
+        (tmp_path / "b.yaml").write_text(f"version: 1\nname: b\n{text}")
+        assert load_preset(tmp_path / "b.yaml").guidance_cache == GuidanceCache(2)
+
+
+def test_the_account_tells_what_was_left_out():
+    pipe = make_pipe()
+    plain = generate(pipe, steps=8)
+    with vidaccel.apply(pipe, Preset(guidance_cache=EVERY_2)) as handle:
+        first = generate(pipe, steps=8)
+        told = handle.report()
+        handle.reset()
+        assert generate(pipe, steps=8).equal(first) and handle.report().counts() == told.counts()
+    assert told.counts() == {"steps": 8, "forwards": 16, "computed": 13, "skipped": 3} | {
+        "dense": 0,
+        "sparse": 0,
+        "mixed": 0,
+    }
+    assert [step.computed for step in told.steps] == [2, 2, 1, 2, 1, 2, 1, 2]
+    assert told.notes == ("guidance cache: the transformer made 5 of 8 second passes of guidance",)
+    assert generate(pipe, steps=8).equal(plain) and not first.equal(plain)
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
+def test_beside_a_cache(cache, caplog):
+    pipe = make_pipe()
+    plain = generate(pipe, steps=8)
+    with vidaccel.apply(pipe, Preset(cache=cache)) as handle:
+        alone = generate(pipe, steps=8)
+        skipped = handle.report().counts()["skipped"]
+    with vidaccel.apply(pipe, Preset(cache=cache, guidance_cache=EVERY_2)) as handle:
+        both = generate(pipe, steps=8)
+        account, passes = handle.report(), [*handle._watches[0].passes]
+        assert generate(pipe, steps=8).equal(both)
+        with pytest.raises(TypeError, match="before copying"):
+            copy.deepcopy(pipe)
+    assert account.counts()["skipped"] >= skipped > 0 and "second passes of guidance" in account.notes[-1]
+    seconds = [p for p in passes if p.branch == "uncond" and not p.skipped]
+    firsts = {p.step for p in passes if p.branch == "cond" and not p.skipped}
+    assert all(p.step in firsts for p in seconds) and len(seconds) < len(firsts)
+    assert both.isfinite().all() and not both.equal(alone)
+    assert (both - plain).norm() < 2 * max((alone - plain).norm(), plain.norm() / 10)
+    assert generate(pipe, steps=8).equal(plain)
+    assert "non-adjacent" not in caplog.text
+
+
+def test_a_cache_that_skips_nothing_is_told_of_all_the_same():
+    pipe = make_pipe()
+    with vidaccel.apply(pipe, Preset(cache=Cache("first_block", 1e-9), guidance_cache=EVERY_2)) as handle:
+        generate(pipe, steps=8)
+        assert any("skipped no pass" in note for note in handle.report().notes)
+
+
+def test_beside_sparse_attention_with_both_branches_in_a_batch():
+    pipe = ltx()
+
+    def run():
+        size = {"height": 128, "width": 192, "num_frames": 17, "num_inference_steps": 6}
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompt="a dot", **size, generator=generator, output_type="latent").frames
+
+    plain = run()
+    with vidaccel.apply(pipe, Preset(method=FEW)):
+        sparse = run()
+    with vidaccel.apply(pipe, Preset(method=FEW, guidance_cache=EVERY_2)) as handle:
+        both = run()
+        account = handle.report()
+    assert [step.attention for step in account.steps] == ["sparse"] * 6
+    assert any("made 4 of 6" in note for note in account.notes)
+    assert (both - sparse).norm() < (sparse - plain).norm() + plain.norm() / 10 and run().equal(plain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"guidance_cache": 1}, "every is 1"),
+        ({"guidance_cache": {"each": 2}}, "there is no each"),
+        ({"guidance_cache": "often"}, "every is 'often'"),
+        ({"guidance_cache": 2, "guidance_free": "own"}, "makes one pass a step"),
+        ({"guidance_cache": 2, "guidance_scale": 1.0}, "guidance_scale 1 is without guidance"),
+        ({"guidance_cache": 2, "num_inference_steps": 2}, "both passes in all 2 steps"),
+    ],
+)
+def test_what_cannot_be(fields, words):
+    with pytest.raises(PresetError, match=words):
+        Preset(**fields)
+
+
+def test_what_cannot_be_in_a_pipeline():
+    with pytest.raises(PresetError, match=r"guidance_cache: CogVideoX has both branches in a batch.*first_block"):
+        vidaccel.apply(cogvideox_5b(), Preset(guidance_cache=2, cache=Cache("first_block")))
+    pipe = make_pipe()
+    with vidaccel.guidance_cache(pipe), pytest.raises(PresetError, match="has a guidance cache already"):
+        vidaccel.apply(pipe, Preset(guidance_cache=2))
+    with vidaccel.apply(pipe, Preset(guidance_cache=2)):
+        pass
