@@ -16,8 +16,8 @@ from vidaccel.pipelines.presets import Cache, PresetError, load_preset, save_pre
 
 EVERY_2 = GuidanceCache(2, first_steps=2)
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12, schedule=DenseSchedule())
-RATIOS = {"mag_ratios": [1.0] * 8}
-CACHES = (Cache("first_block", 0.3), Cache("magcache", 0.3, RATIOS), Cache("seacache", 0.3), Cache("taylorseer", 3))
+RATIOS = {"mag_ratios": [1.0, 0.97, 0.95, 0.97, 0.99, 0.95, 0.9, 0.9]}
+CACHES = (Cache("first_block", 0.08), Cache("magcache", 0.03, RATIOS), Cache("seacache", 0.3), Cache("taylorseer", 3))
 
 
 def test_it_is_kept_in_files(tmp_path):
