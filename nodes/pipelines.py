@@ -120,8 +120,9 @@ class VideoPipeline:
         Raises:
             InputError: one cannot be read or is of another model, or the model has none of its own.
         """
-        if self.preset is not None and self.preset.guidance_free:
-            raise InputError(f"the preset {self.preset.name} has guidance_free: leave one of the two out.")
+        for lever in ("guidance_free", "guidance_cache"):
+            if getattr(self.preset, lever, None):
+                raise InputError(f"the preset {self.preset.name} has {lever}: leave one of the two out.")
         with plain_messages():
             found = guidance_adapters(adapters) if adapters else own_adapters(self.facts)
             check_adapters(found, self.facts)

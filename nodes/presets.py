@@ -24,6 +24,7 @@ FOLDER = "vidaccel_presets"
 """Below ComfyUI's folder of models: presets of one's own."""
 ELSEWHERE = {
     "cache": "EasyCache or another node for caches",
+    "guidance_cache": "Guidance Cache",
     "loras": "LoraLoaderModelOnly",
     "scheduler": "the sampler's scheduler, and ModelSamplingSD3 for a shift",
     "num_inference_steps": "the sampler's steps",
@@ -114,6 +115,8 @@ def with_preset(pipeline: VideoPipeline, preset: Preset) -> VideoPipeline:
             "quantize out of it, or use `vidaccel generate --preset`."
         )
     with plain_messages():
+        if preset.guidance_cache is not None and pipeline.guidance_free:
+            raise InputError(f"preset {preset.name} has a guidance cache, and guidance in one pass has no second one.")
         check_beside(preset, pipeline.facts, Settings("a preset", guidance_scale=preset.guidance_scale))
     return replace(pipeline, preset=preset)
 
@@ -193,6 +196,7 @@ def _values(preset: Preset) -> dict[str, str]:
     cache, scheduler, quantize = preset.cache, preset.scheduler, preset.quantize
     made = {
         "cache": "" if cache is None else f"{cache.name}={cache.limit:g}",
+        "guidance_cache": "" if preset.guidance_cache is None else f"every {preset.guidance_cache.every}",
         "loras": ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in preset.loras),
         "scheduler": "" if scheduler is None else scheduler.name,
         "num_inference_steps": str(preset.num_inference_steps or ""),
