@@ -10,6 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from ...attention import StepInfo
 from ..acceleration.left_out import a_cache_left_it_out
+from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import GUIDANCE_CACHE_HOOK
 from ..guidance_branches import TWO, check_outermost, tensors_in, with_tensors
 from .differences import Differences
@@ -35,11 +36,13 @@ class LeftOutPasses(ModelHook):
 
     def install(self, transformer: torch.nn.Module) -> None:
         """Put it on a transformer."""
-        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, GUIDANCE_CACHE_HOOK)
+        with beside_hooks(transformer):
+            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, GUIDANCE_CACHE_HOOK)
 
     def remove(self, transformer: torch.nn.Module) -> None:
         """Take it off."""
-        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(GUIDANCE_CACHE_HOOK, recurse=False)
+        with beside_hooks(transformer):
+            HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(GUIDANCE_CACHE_HOOK, recurse=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         # diffusers puts it in by closures over the original, which the copy would compute with.

@@ -257,7 +257,17 @@ _SIMPLE = (
     "version", "name", "summary", "model", "base", "family", "transformer", "num_inference_steps", "guidance_scale",
     "measured",
 )  # fmt: skip
-_FIELDS = (*_SIMPLE, "attention", "guidance_free", "loras", "cache", "guidance_cache", "quantize", "scheduler", "decoder")
+_FIELDS = (
+    *_SIMPLE,
+    "attention",
+    "guidance_free",
+    "loras",
+    "cache",
+    "guidance_cache",
+    "quantize",
+    "scheduler",
+    "decoder",
+)
 
 
 def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
