@@ -95,7 +95,7 @@ def test_the_node():
     description, model, unpatched = tiny("wan_t2v")
     [clone] = VidaccelGuidanceCache.execute(model, **defaults(VidaccelGuidanceCache)).result
     assert clone is not model and not sample(clone, description).equal(unpatched)
-    assert NODES == [VidaccelGuidanceCache]
+    assert [VidaccelGuidanceCache] == NODES
 
 
 def test_all_passes_made_is_told(caplog):
