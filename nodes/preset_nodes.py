@@ -115,9 +115,9 @@ class VidaccelApplyPresetNative(io.ComfyNode):
                 io.Boolean.Input(
                     "skip_others",
                     default=False,
-                    tooltip="Go on without what is for other nodes to set: a cache, a guidance cache, LoRAs, a scheduler, steps, "
-                    "guidance in two passes, layers in 8 bits, SLA, VSA, the adapter of a folder of diffusers. The log "
-                    "and the report say which, with the values to set. Off, that is an error.",
+                    tooltip="Go on without what is for other nodes to set: caches, LoRAs, a scheduler, steps, guidance "
+                    "in two passes, layers in 8 bits, SLA, VSA, the adapter of a folder of diffusers. The log and the "
+                    "report say which, with the values to set. Off, that is an error.",
                 ),
             ],
             outputs=[

@@ -81,7 +81,7 @@ def test_without_guidance_nothing_changes(caplog):
 def test_with_sparse_attention_in_either_order(first):
     description, model, _ = tiny("wan_t2v")
     made = cache_guidance(model, EVERY_2) if first == "cache" else model
-    made, session = patched(made, description)
+    made, session = patched(made)
     made = made if first == "cache" else cache_guidance(made, EVERY_2)
     sample(made, description)
     records = session.report().records
