@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention.methods.base import Method
-    from ..pipelines.guidance_cache import GuidanceCache
+    from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.lora_files import LoraFile
     from ..pipelines.presets import Cache, Preset, Quantize
 

@@ -12,7 +12,7 @@ from .errors import BadInput, mention
 from .methods import DENSE
 
 if TYPE_CHECKING:
-    from ..pipelines.guidance_cache import GuidanceCache
+    from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.presets import Cache, Preset, PresetError, Quantize
     from .model_facts import ModelFacts
