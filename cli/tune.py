@@ -37,7 +37,9 @@ def tune_command(
     ] = None,
     lever: Annotated[
         list[str] | None,
-        typer.Option(help="sparse, cache, precision, quantize or adapter; repeatable. (default: all of them)"),
+        typer.Option(
+            help="sparse, cache, precision, quantize, adapter or guidance; repeatable. (default: all of them)"
+        ),
     ] = None,
     method: Annotated[
         list[str] | None,

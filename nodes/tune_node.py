@@ -18,7 +18,12 @@ from .tuning import folder_of, tuned
 if TYPE_CHECKING:
     from .pipelines import VideoPipeline
 
-LEVERS = {"sparse": ("sparse", "precision"), "caches": ("cache",), "adapters": ("adapter",)}
+LEVERS = {
+    "sparse": ("sparse", "precision"),
+    "caches": ("cache",),
+    "adapters": ("adapter",),
+    "guidance_cache": ("guidance",),
+}
 """Inputs -> the levers of `tune` that they switch."""
 
 
@@ -34,9 +39,10 @@ class VidaccelTune(io.ComfyNode):
             display_name="Tune",
             category=CATEGORY,
             description="Finds the fastest preset for a pipeline within a budget, by measuring on this machine: "
-            "methods and densities of sparse attention, caches over steps, adapters beside the model. It makes many "
-            "videos: minutes for the built-in models, hours for large ones. Cancel stops it within a step; what was "
-            "measured is kept in its folder, and the same inputs go on with it.",
+            "methods and densities of sparse attention, caches over steps, second passes of guidance left out, "
+            "adapters beside the model. It makes many videos: minutes for the built-in models, hours for large ones. "
+            "Cancel stops it within a step; what was measured is kept in its folder, and the same inputs go on with "
+            "it.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline, without a node that accelerates it."),
                 io.String.Input(
@@ -91,6 +97,11 @@ class VidaccelTune(io.ComfyNode):
                     "adapters",
                     default=True,
                     tooltip="Try the adapters for guidance in one pass or few steps that lie beside the model.",
+                ),
+                io.Boolean.Input(
+                    "guidance_cache",
+                    default=True,
+                    tooltip="Try to make the second pass of guidance in some steps only.",
                 ),
                 io.String.Input(
                     "negative_prompt",

@@ -30,12 +30,14 @@ def guidance_of(pipe: Any) -> Callable[[], bool] | None:
     return None
 
 
-def check_branches(pipe: Any, family: Family) -> None:
-    """Raise TypeError for a family whose steps have other branches than two of guidance."""
+def check_branches(kind: str, family: Family) -> None:
+    """Raise TypeError for a family whose steps have other branches than two of guidance.
+
+    Args:
+        kind: class of the pipeline. family: of its transformer.
+    """
     if family.branches != TWO and family.branches[0] not in BOTH:
-        raise TypeError(
-            f"a {type(pipe).__name__} has other branches than two of guidance: {', '.join(family.branches)}."
-        )
+        raise TypeError(f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}.")
 
 
 def check_not_compiled(pipe: Any, name: str, transformer: torch.nn.Module, why: str) -> None:

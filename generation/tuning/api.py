@@ -81,8 +81,9 @@ def tune(
         out: a folder, made where it is not there: the journal, the page `tune.html` with its numbers, `preset.yaml`.
         max_error, min_psnr, max_time_ratio: see `Budget`; at least one.
         levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs),
-            "quantize" (linear layers in 8 bits by torchao, where they turn out to be faster) and "adapter" (guidance in
-            one pass, or few steps; with `min_psnr` or `max_time_ratio`).
+            "quantize" (linear layers in 8 bits by torchao, where they turn out to be faster), "adapter" (guidance in
+            one pass, or few steps; with `min_psnr` or `max_time_ratio`) and "guidance" (second passes of guidance made
+            in some steps only, see `GuidanceCache`).
         methods: of sparse attention.
         caches: over steps. Those whose package is missing are left out, with a word.
         adapters: files or folders of guidance-free adapters, of the recipes `gft` and `consistency`. Without any, those
@@ -226,6 +227,7 @@ def bench_of(plan: Plan, pipe: Any, journal: Journal, tell: Done, clock: Clock) 
 
 def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, clock: Clock) -> Tuned:
     from ...pipelines.acceleration.families import find_transformers
+    from ...pipelines.presets.checks import apart_from_caches
 
     job = plan.job
     bench = bench_of(plan, pipe, journal, tell, clock)
@@ -242,9 +244,12 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         except BadInput as error:
             dropped["magcache"] = error.problem
     measures = Measures(bench.probe, bench.confirm, lambda adapter: bench.run(adapter, layers), bench.gains)
-    search = Search(plan.budget, dense, measures, plan.most, plan=expect)
     caches = cache_levers(plan.caches, plan.effort, ratios)
-    outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters)
+    apart = apart_from_caches(parts, "a cache over steps") if caches and plan.guidance else None
+    if apart is not None:
+        dropped["guidance with a cache"] = apart
+    search = Search(plan.budget, dense, measures, plan.most, apart is not None, plan=expect)
+    outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters, plan.guidance)
     notes = [*bench.cut]
     if search.left_out:
         why = "and for each of them another of its kind is as fast and nearer, or dense is faster"

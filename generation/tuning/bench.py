@@ -117,7 +117,7 @@ class Bench:
 
         Args:
             candidate: to be measured.
-            whole: in all steps, as one with a cache always is.
+            whole: in all steps, as one with a cache of whatever kind always is.
         """
         key = f"{'run' if whole else 'step'} {candidate.key}"
         made = self._tried(key, lambda: self._probe(candidate, whole).to_dict())
@@ -130,7 +130,8 @@ class Bench:
         trajectory = self._recorded(candidate.adapter)
         self._tell(candidate.label, 0, 1)
         steps = trajectory.num_steps
-        asked = range(steps) if whole or candidate.cache is not None else probed_steps(steps)
+        cached = candidate.cache is not None or candidate.guidance is not None
+        asked = range(steps) if whole or cached else probed_steps(steps)
         request = _with(candidate, self.requests[0])
         options: dict[str, Any] = {"base": self._base, "clock": self._clock}
 

@@ -22,11 +22,12 @@ from ..sparse import Sparse
 from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .journal import Journal
-from .space import CACHES, EFFORTS, LEVERS, quantize_levers
+from .space import CACHES, EFFORTS, LEVERS, guidance_levers, quantize_levers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ...pipelines.guidance_cache.settings import GuidanceCache
     from ...pipelines.presets import Quantize
     from ..model_facts import ModelFacts
 
@@ -48,6 +49,7 @@ class Plan:
         precisions: of the product of queries and keys.
         quantize: of the linear layers.
         adapters: for guidance in one pass, or few steps.
+        guidance: leaves second passes out.
         effort: of `EFFORTS`.
         most: candidates of which whole videos are made.
         dropped: lever -> why it is not tried.
@@ -63,6 +65,7 @@ class Plan:
     precisions: tuple[str, ...]
     quantize: tuple[Quantize, ...]
     adapters: tuple[AdapterLever, ...]
+    guidance: tuple[GuidanceCache, ...]
     effort: str
     most: int
     dropped: Mapping[str, str]
@@ -130,7 +133,8 @@ def planned(
     chosen, dropped = _available(job, levers, methods, caches)
     chosen["quantize"] = _quantize(job, levers, effort, dropped)
     chosen["adapters"] = _adapters(job, levers, adapters, budget, dropped)
-    if not any(chosen[name] for name in ("methods", "caches", "quantize", "adapters")):
+    chosen["guidance"] = _guidance(job, levers, effort, dropped)
+    if not any(chosen[name] for name in ("methods", "caches", "quantize", "adapters", "guidance")):
         why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise BadInput(
             "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
@@ -212,6 +216,42 @@ def _adapters(
         dropped.update({adapter.label: _NO_ERROR for adapter in found})
         return ()
     return found
+
+
+def _guidance(job: Job, levers: Sequence[str], effort: str, dropped: dict[str, str]) -> tuple[GuidanceCache, ...]:
+    """How many second passes are left out; why none. What only a loaded model tells is refused when it is measured."""
+    if "guidance" not in levers:
+        return ()
+    found = tuple(guidance_levers(effort))
+    if why := _no_second_passes(job, found[0]):
+        dropped["guidance"] = why
+        return ()
+    return found
+
+
+def _no_second_passes(job: Job, settings: GuidanceCache) -> str | None:
+    """Why there is none to leave out; None where there may be."""
+    from ...pipelines.acceleration.families import FAMILIES
+    from ...pipelines.guidance_branches import check_branches
+    from ...pipelines.guidance_cache.handle import check_guidance_cache
+    from ...pipelines.presets import Preset, PresetError
+
+    scale, kind = job.settings.guidance_scale, job.facts.pipeline_class
+    if scale is None or scale <= 1:
+        stated = "there is none" if scale is None else f"it is {scale:g}"
+        return f"no second pass to leave out: guidance_scale must be above 1, and {stated}"
+    try:
+        Preset(guidance_cache=settings, num_inference_steps=job.settings.steps)
+        for family in FAMILIES:
+            if kind in family.pipelines:
+                check_branches(kind, family)
+        if job.pipe is not None:
+            check_guidance_cache(job.pipe)
+    except PresetError as error:
+        return error.problem
+    except (TypeError, RuntimeError) as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def journal_of(plan: Plan) -> Journal:

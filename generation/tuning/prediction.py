@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ...attention.schedule import StepInfo
 from .space import Candidate
 from .trajectory import Probe
+
+if TYPE_CHECKING:
+    from ...pipelines.guidance_cache.settings import GuidanceCache
+
+Name = TypeVar("Name", int, str)
 
 _FIRST_GUESS = 8.0
 """PSNR of a relative error of 1, in dB, before any video was measured."""
@@ -59,6 +66,7 @@ def predict(
     sparse: Probe | None,
     cache: Probe | None,
     quantize: Probe | None = None,
+    guidance: Probe | None = None,
     adapter_psnr: float = math.inf,
 ) -> Prediction:
     """Seconds and error of a candidate.
@@ -69,6 +77,7 @@ def predict(
         sparse: of its method, in all steps and layers; None where it has none.
         cache: of its cache alone, in all steps; None where it has none.
         quantize: of its layers in 8 bits; None where it has none.
+        guidance: of its second passes left out alone, in all steps; None where it leaves none out.
         adapter_psnr: see `Prediction`. An adapter makes other passes than the plain model, so that no error of its
             steps can be measured.
     """
@@ -90,6 +99,7 @@ def predict(
         saved = (layers - first) / layers * (dense.step_seconds - sparse.step_seconds)
         sparse_seconds = max(dense_seconds - saved, 0.0)
     seconds = np.where(kept, dense_seconds, sparse_seconds)
+    share = np.ones(steps)
     if cache is not None:
         share = np.array([cache.computed.get(step, 1.0) for step in range(steps)])
         skipped = [cache.seconds[step] for step in cache.seconds if not cache.computed[step]]
@@ -97,8 +107,26 @@ def predict(
         seconds = share * seconds + (1 - share) * (statistics.median(skipped) if skipped else 0.0)
         of_cache = np.array([cache.errors.get(step, 0.0) for step in range(steps)])
         errors = np.sqrt(share * errors**2 + np.where(kept, 0.0, of_cache) ** 2)
+    if guidance is not None:
+        missing = guidance.incomplete
+        left = np.isin(range(steps), missing)
+        if cache is not None:
+            left = np.array(_left_out(candidate.guidance, tuple(map(bool, share))))
+        # Of two passes as much is left, whatever makes each of them faster.
+        rest = statistics.median(guidance.seconds[step] for step in missing) / dense.step_seconds
+        seconds = np.where(left, rest * seconds, seconds)
+        of_guidance = np.interp(range(steps), missing, [guidance.errors[step] for step in missing])
+        errors = np.hypot(errors, np.where(left, of_guidance, 0.0))
     error = float(np.sqrt(np.mean(errors**2)))
     return Prediction(dense.other_seconds + float(seconds.sum()), error, adapter_psnr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _left_out(settings: GuidanceCache, computed: tuple[bool, ...]) -> tuple[bool, ...]:
+    """See `left_out`; combinations that differ in other levers ask the same."""
+    from ...pipelines.guidance_cache.differences import left_out
+
+    return left_out(settings, computed)
 
 
 def _left_after(probe: Probe, first: int, layers: int) -> float:
@@ -171,10 +199,11 @@ def _decibel(square: float) -> float:
     return -10 * math.log10(square) if square else math.inf
 
 
-def front(points: Mapping[str, Prediction]) -> set[str]:
+def front(points: Mapping[Name, Prediction]) -> set[Name]:
     """The names of those than which none is both as fast and as near, and in one of the two better."""
     ordered = sorted(points, key=lambda name: (points[name].seconds, points[name].error))
-    found, least = set(), math.inf
+    found: set[Name] = set()
+    least = math.inf
     for name in ordered:
         if points[name].error < least:
             found.add(name)

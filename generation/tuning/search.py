@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from .space import Candidate, SparseLever, schedules
 from .trajectory import Probe
 
 if TYPE_CHECKING:
+    from ...pipelines.guidance_cache.settings import GuidanceCache
     from ...pipelines.presets import Cache, Quantize
     from .adapters import AdapterLever
 
@@ -60,7 +62,7 @@ class _Levers:
         adapter: of the run; None for the plain one.
         dense: the run.
         adapter_psnr: see `Prediction`.
-        sparse, caches, quantize: those that may gain, with their steps.
+        sparse, caches, quantize, guidance: those that may gain, with their steps.
     """
 
     adapter: AdapterLever | None
@@ -69,6 +71,7 @@ class _Levers:
     sparse: list[tuple[SparseLever, Probe]] = field(default_factory=list)
     caches: list[tuple[Cache, Probe]] = field(default_factory=list)
     quantize: list[tuple[Quantize, Probe]] = field(default_factory=list)
+    guidance: list[tuple[GuidanceCache, Probe]] = field(default_factory=list)
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Search:
         dense: the run without anything.
         measures: the machine.
         most: candidates of which whole videos are made.
+        apart: caches over steps and guidance caches are not put together, which the model refuses.
         plan: told how many measurements there will be at the most, as far as is known.
         left_out: combinations that were predicted, and for which there was one as good; thousands, maybe.
         ran_out: whether another candidate was promising when the last of `most` had been made.
@@ -89,6 +93,7 @@ class Search:
     dense: DenseRun
     measures: Measures
     most: int = 6
+    apart: bool = False
     plan: Callable[[int], None] = lambda count: None
     left_out: int = 0
     ran_out: bool = False
@@ -101,6 +106,7 @@ class Search:
         caches: Sequence[Cache],
         quantize: Sequence[Quantize] = (),
         adapters: Sequence[AdapterLever] = (),
+        guidance: Sequence[GuidanceCache] = (),
     ) -> tuple[str, Tried | None, tuple[Tried, ...]]:
         """Search.
 
@@ -110,13 +116,16 @@ class Search:
             quantize: of the linear layers.
             adapters: for guidance in one pass or few steps: each makes another run, on which the other levers, those
                 that gain on the plain one, are measured anew.
+            guidance: leaves second passes out; of the plain run alone, since an adapter makes none.
 
         Returns:
             `FOUND`, `NO_GAIN` or `NOTHING`; the chosen, or the nearest; and everything that was tried.
         """
-        self.plan((len(sparse) + len(caches) + len(quantize) + 1) * (1 + len(adapters)) + self.most)
+        on_each = len(sparse) + len(caches) + len(quantize) + 1
+        self.plan(on_each * (1 + len(adapters)) + len(guidance) + self.most)
         taught = Calibration()
         plain = self._probed(_Levers(None, self.dense), sparse, caches, quantize)
+        plain.guidance = self._probe_guidance(guidance)
         measured = [plain]
         gaining = [each for each, _ in plain.sparse], [each for each, _ in plain.caches]
         for adapter in adapters:
@@ -204,6 +213,20 @@ class Search:
                 hopeless[family] = f"{lever.label} is no faster than dense"
         return found
 
+    def _probe_guidance(self, asked: Sequence[GuidanceCache]) -> list[tuple[GuidanceCache, Probe]]:
+        """Those that leave a second pass out: a model may have its guidance in one, whatever the scale."""
+        found: list[tuple[GuidanceCache, Probe]] = []
+        for settings in asked:
+            candidate = Candidate(guidance=settings)
+            probe = self._probe(candidate)
+            if probe is None:
+                continue
+            if probe.incomplete:
+                found.append((settings, probe))
+            else:
+                self._drop(candidate, "no gain: no step has a second pass of guidance that it leaves out")
+        return found
+
     def _no_gain(self, seconds: float) -> str | None:
         """Why a video that takes so long is of no use; None where it is faster than a dense one of the plain model."""
         if seconds < (1 - MIN_GAIN) * self.dense.seconds:
@@ -212,30 +235,27 @@ class Search:
 
     def _pool(self, measured: Sequence[_Levers]) -> dict[str, tuple[Candidate, Prediction]]:
         """All combinations with their predictions, but those than which another of their kind is faster and nearer."""
-        made = {
-            key: (candidate, predicted)
-            for levers in measured
-            for candidate, predicted in _combined(levers)
-            if (key := candidate.key) not in self._tried
-        }
-        keep: set[str] = set()
-        kinds: dict[Any, dict[str, Prediction]] = {}
-        for key, (candidate, predicted) in made.items():
-            kinds.setdefault((candidate.adapter, candidate.kind), {})[key] = predicted
+        made = [each for levers in measured for each in _combined(levers, self.apart)]
+        keep: set[int] = set()
+        kinds: dict[Any, dict[int, Prediction]] = {}
+        for number, (candidate, predicted) in enumerate(made):
+            kinds.setdefault((candidate.adapter, candidate.kind), {})[number] = predicted
         for points in kinds.values():
             keep |= front(points)
-        for key, (candidate, predicted) in made.items():
-            why = "another of its kind is predicted to be as fast and nearer"
-            if key in keep:
-                why = "no videos were made of it: by what the others taught, it would not have been better"
-            if (slow := self._no_gain(predicted.seconds)) is not None:
-                keep.discard(key)
-                why = slow
-            if key in keep or candidate.is_single:
-                self._tried[key] = Tried(candidate, predicted, why=why)
-            else:
+        pool: dict[str, tuple[Candidate, Prediction]] = {}
+        for number, (candidate, predicted) in enumerate(made):
+            slow = self._no_gain(predicted.seconds)
+            promising = number in keep and slow is None
+            if not promising and not candidate.is_single:
                 self.left_out += 1
-        return {key: made[key] for key in made if key in keep}
+                continue
+            key = candidate.key  # takes longer than a prediction: of the few that are kept alone
+            why = "another of its kind is predicted to be as fast and nearer"
+            if promising:
+                why = "no videos were made of it: by what the others taught, it would not have been better"
+                pool[key] = (candidate, predicted)
+            self._tried[key] = Tried(candidate, predicted, why=slow or why)
+        return pool
 
     def _confirm(self, left: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> None:
         """Whole videos of those that promise most, each choice with what the videos before it taught.
@@ -355,16 +375,19 @@ class Search:
         self._tried[candidate.key] = Tried(candidate, predicted, why=why)
 
 
-def _combined(levers: _Levers) -> Iterator[tuple[Candidate, Prediction]]:
-    """Every combination of levers that were measured on one run."""
+def _combined(levers: _Levers, apart: bool) -> Iterator[tuple[Candidate, Prediction]]:
+    """Every combination of levers that were measured on one run; `apart` as of `Search`."""
     plans = schedules(levers.dense.steps, levers.dense.layers)
-    for how, in_8_bits in [(None, None), *levers.quantize]:
-        for cache, its in [(None, None), *levers.caches]:
-            for lever, probe in [(None, None), *levers.sparse]:
-                for schedule in plans if lever is not None else [None]:
-                    candidate = Candidate(lever, schedule, cache, how, levers.adapter)
-                    if candidate.kind:
-                        yield candidate, predict(candidate, levers.dense, probe, its, in_8_bits, levers.adapter_psnr)
+    none: tuple[Any, Any] = (None, None)
+    ways = [[none, *those] for those in (levers.quantize, levers.caches, levers.guidance, levers.sparse)]
+    for (how, in_8_bits), (cache, its), (guidance, left_out), (lever, probe) in itertools.product(*ways):
+        if apart and cache is not None and guidance is not None:
+            continue
+        for schedule in plans if lever is not None else [None]:
+            candidate = Candidate(lever, schedule, cache, how, levers.adapter, guidance)
+            if candidate.kind:
+                probes = (probe, its, in_8_bits, left_out)
+                yield candidate, predict(candidate, levers.dense, *probes, adapter_psnr=levers.adapter_psnr)
 
 
 def _seconds(tried: Tried) -> float:

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from ...attention.layout import VideoLayout
     from ...attention.methods.base import Method
     from ...attention.schedule import DenseSchedule
+    from ...pipelines.guidance_cache.settings import GuidanceCache
     from ...pipelines.presets import Cache, Preset, Quantize
     from .adapters import AdapterLever
 
-LEVERS = ("sparse", "cache", "precision", "quantize", "adapter")
+LEVERS = ("sparse", "cache", "precision", "quantize", "adapter", "guidance")
 METHODS = ("tangent", "svg2", "sparge", "radial")
 """Tried where none is named: those that need no training and stood for themselves in the fidelity tables."""
 EFFORTS = ("quick", "normal", "thorough")
@@ -53,6 +54,7 @@ _VARIANTS: Mapping[str, tuple[dict[str, Any], ...]] = {
 }
 """Cache -> settings beside its threshold; from the effort "normal" on, all of them."""
 CACHES = tuple(THRESHOLDS)
+_EVERY = {"quick": (3,), "normal": (2, 3, 4), "thorough": (2, 3, 4, 6)}
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Candidate:
         cache: over steps.
         quantize: of the linear layers.
         adapter: for guidance in one pass, or few steps.
+        guidance: leaves second passes out; not with an adapter, which has none.
     """
 
     sparse: SparseLever | None = None
@@ -92,6 +95,7 @@ class Candidate:
     cache: Cache | None = None
     quantize: Quantize | None = None
     adapter: AdapterLever | None = None
+    guidance: GuidanceCache | None = None
 
     @property
     def label(self) -> str:
@@ -107,6 +111,8 @@ class Candidate:
         if self.cache is not None:
             own = [f"{name} {value:g}" for name, value in self.cache.settings.items() if name != "mag_ratios"]
             told.append(" ".join([f"{self.cache.name} {self.cache.limit:g}", *own]))
+        if self.guidance is not None:
+            told.append(f"guidance every {self.guidance.every}")
         return "; ".join(told) or "dense"
 
     @property
@@ -114,16 +120,17 @@ class Candidate:
         """Whether it is one lever, in all steps and layers: such are measured, combinations are predicted."""
         from ...attention.schedule import DenseSchedule
 
-        used = [lever for lever in (self.sparse, self.cache, self.quantize, self.adapter) if lever is not None]
-        return len(used) < 2 and self.schedule in (None, DenseSchedule())
+        levers = (self.sparse, self.cache, self.quantize, self.adapter, self.guidance)
+        return sum(lever is not None for lever in levers) < 2 and self.schedule in (None, DenseSchedule())
 
     @property
     def kind(self) -> str:
-        """What its errors are of: 8 bits, a method, a cache, or several of them; "" for an adapter alone."""
+        """What its errors are of: 8 bits, a method, a cache, guidance, or several of them; "" for an adapter alone."""
         told = (
             self.quantize and self.quantize.kind,
             self.sparse and self.sparse.method.name,
             self.cache and self.cache.name,
+            self.guidance and "guidance",
         )
         return "+".join(filter(None, told))
 
@@ -139,13 +146,15 @@ class Candidate:
             method = self.sparse.method
             method = method if self.schedule is None else replace(method, schedule=self.schedule)
             facts["precision"] = self.sparse.precision
-        return Preset(**{"name": "candidate", **facts}, method=method, cache=self.cache, quantize=self.quantize)
+        facts = {"name": "candidate", **facts, "guidance_cache": self.guidance}
+        return Preset(**facts, method=method, cache=self.cache, quantize=self.quantize)
 
     @property
     def key(self) -> str:
         """The same for the same candidate, in every process."""
         stated = self.preset().to_dict()
-        made = {k: stated[k] for k in ("attention", "cache", "quantize", "guidance_free") if k in stated}
+        fields = ("attention", "cache", "quantize", "guidance_free", "guidance_cache")
+        made = {k: stated[k] for k in fields if k in stated}
         return json.dumps(made | ({} if self.adapter is None else {"digest": self.adapter.digest}), sort_keys=True)
 
 
@@ -212,6 +221,13 @@ def quantize_levers(effort: str) -> list[Quantize]:
 
     ways = (True, False) if effort == "thorough" else (True,)
     return [Quantize(kind, activations) for activations in ways for kind in ("int8", "fp8")]
+
+
+def guidance_levers(effort: str) -> list[GuidanceCache]:
+    """How many second passes of guidance are left out, the fewest first."""
+    from ...pipelines.guidance_cache.settings import GuidanceCache
+
+    return [GuidanceCache(every) for every in _EVERY[effort]]
 
 
 def schedules(steps: int, layers: int) -> list[DenseSchedule]:

@@ -3,6 +3,9 @@
 A step of a preset is measured where the dense run was: the pipeline goes through the whole schedule, but at steps that
 are not measured the transformer is not asked, and at those that are, it gets the dense run's inputs. So an error is
 that of the step alone, and a few steps cost a few passes instead of a video.
+
+Time is that of `forward`, in which diffusers' hooks are. What is held against the dense outputs is what torch's hooks
+leave: they may take samples out of the batch before `forward`, and put others in their place after it.
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ class Probe:
     Args:
         errors: step -> `norm(output - dense) / norm(dense)` over its passes.
         seconds: step -> time in the transformers.
-        computed: step -> share of the passes that a cache did not skip.
+        computed: step -> share of the passes that no cache left out, where one takes samples out of their batch of
+            these.
         attention: `[layers][steps that were measured]`, the meter's error of attention; None where it has none.
     """
 
@@ -87,6 +91,11 @@ class Probe:
         """Median over the steps that were not the first of theirs, when a method makes ready."""
         values = list(self.seconds.values())
         return statistics.median(values[1:] or values)
+
+    @property
+    def incomplete(self) -> list[int]:
+        """The steps of which something was left out."""
+        return [step for step, share in self.computed.items() if share < 1]
 
     def to_dict(self) -> dict[str, Any]:
         """In types that JSON knows."""
@@ -158,7 +167,7 @@ def probe(
         settings: those of the trajectory.
         trajectory: of `record`.
         preset: to be measured.
-        steps: that are measured; all for one with a cache, which needs those before.
+        steps: that are measured; all for one with a cache of whatever kind, which needs those before.
         base: see `apply`.
         rows: queries of each sparse call whose error the meter measures, see `accelerate`; seconds then include it.
         clock: of the times.
@@ -169,18 +178,21 @@ def probe(
     import torch
     from torch.utils._pytree import tree_leaves, tree_map_only
 
+    from ...pipelines.guidance_branches import tensors_in
     from ...pipelines.presets import apply
 
     device = pipe._execution_device
     wrong: dict[int, float] = {}
     norm: dict[int, float] = {}
     seconds: defaultdict[int, float] = defaultdict(float)
-    place = iter(range(len(trajectory.outputs)))
+    shares: defaultdict[int, list[float]] = defaultdict(list)  # of its samples, for each pass
+    passes = iter(zip(trajectory.steps, trajectory.outputs, strict=True))
+    now: list[tuple[int, Any]] = []  # of the pass that runs: its step, and the dense output
 
     def around(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        number = next(place)
-        step, dense = trajectory.steps[number], trajectory.outputs[number]
+        step, dense = next(passes)
         given = tree_map_only(torch.Tensor, lambda x: x.to(device, copy=True), dense)
+        now[:] = [(step, given)]
         if step not in steps:
             return given
         synchronise(device)
@@ -188,6 +200,13 @@ def probe(
         out = forward(*args, **kwargs)
         synchronise(device)
         seconds[step] += clock() - start
+        shares[step].append(len(tensors_in(out)[0]) / len(tensors_in(given)[0]))
+        return out
+
+    def after(out: Any) -> Any:
+        ((step, given),) = now
+        if step not in steps:
+            return given
         for a, b in zip(tree_leaves(out), tree_leaves(given), strict=True):
             if isinstance(a, torch.Tensor) and a.is_floating_point():
                 wrong[step] = wrong.get(step, 0.0) + float((a.float() - b.float()).square().sum())
@@ -195,10 +214,10 @@ def probe(
         return given
 
     with apply(pipe, preset, base=base, measure_error=rows) as applied:
-        with _tapped(pipe, around):
+        with _tapped(pipe, around, after):
             run(pipe, settings, decode=False)
         account = applied.report().last()
-    computed = {s.step: s.computed / s.forwards for s in account.steps}
+    computed = {s.step: s.computed / s.forwards * statistics.fmean(shares[s.step] or [1.0]) for s in account.steps}
     measured = sorted(wrong)
     return Probe(
         {step: float(np.sqrt(wrong[step] / norm[step])) if norm[step] else 0.0 for step in measured},
@@ -217,8 +236,14 @@ def _attention(report: Any, steps: list[int]) -> tuple[tuple[float | None, ...],
 
 
 @contextlib.contextmanager
-def _tapped(pipe: Any, around: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]) -> Iterator[None]:
-    """Each forward pass of the pipeline's transformers goes through `around`; outermost, and gone at the end."""
+def _tapped(
+    pipe: Any,
+    around: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any],
+    after: Callable[[Any], Any] = lambda output: output,
+) -> Iterator[None]:
+    """Each forward pass of the pipeline's transformers goes through `around`, and what torch's hooks make of it through
+    `after`; both outermost, and gone at the end.
+    """
     from ...pipelines.acceleration.families import find_transformers
 
     undo: list[Callable[[], Any]] = []
@@ -231,6 +256,7 @@ def _tapped(pipe: Any, around: Callable[[Callable[..., Any], tuple, dict[str, An
             def tapped(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
                 return around(forward, args, kwargs)
 
+            undo.append(transformer.register_forward_hook(lambda _module, _args, output: after(output)).remove)
             transformer.forward = tapped
             undo.append(
                 functools.partial(transformer.__dict__.pop, "forward")

@@ -128,5 +128,5 @@ def _check(
             f"a {kind} does not say whether a step has two passes, so they cannot be shared: its guidance is "
             "embedded, or made by true_cfg_scale. Share the sequence instead (Ulysses)."
         )
-    check_branches(pipe, family)
+    check_branches(type(pipe).__name__, family)
     check_not_compiled(pipe, name, transformer, "what is exchanged cannot be")

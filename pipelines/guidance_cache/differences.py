@@ -68,3 +68,22 @@ class Differences:
     def forget(self) -> None:
         """Let go of what is kept."""
         self._kept, self._left_out = [], 0
+
+
+def left_out(settings: GuidanceCache, computed: Sequence[bool]) -> tuple[bool, ...]:
+    """Which steps of a run leave their second pass out.
+
+    Args:
+        settings: which steps make both passes, as far as it is theirs to say.
+        computed: of each step, whether no cache leaves its first pass out.
+    """
+    differences, found = Differences(settings), []
+    for number, whole in enumerate(computed):
+        step = StepInfo(0, number, len(computed))
+        made = differences.wanted(step, (), whole)
+        if not made:
+            differences.second(step, ())
+        elif whole:
+            differences.add(step, (), ())
+        found.append(not made)
+    return tuple(found)

@@ -131,7 +131,7 @@ def check_guidance_cache(pipe: Any) -> dict[str, tuple[Any, Family]]:
         )
     transformers = find_transformers(pipe)
     for name, (transformer, family) in transformers.items():
-        check_branches(pipe, family)
+        check_branches(kind, family)
         check_not_compiled(pipe, name, transformer, "which of its passes are made is decided outside of it")
     return transformers
 

@@ -252,11 +252,22 @@ def _check_guidance_cache(pipe: Any, preset: Preset, parts: Mapping[str, tuple[A
         check_guidance_cache(pipe)
     except (TypeError, RuntimeError) as error:
         raise PresetError("guidance_cache", str(error).rstrip(".")) from error
+    if preset.cache is not None and (problem := apart_from_caches(parts, preset.cache.name)):
+        raise PresetError("guidance_cache", problem, "Leave one of both out.")
+
+
+def apart_from_caches(parts: Mapping[str, tuple[Any, Family]], cache: str) -> str | None:
+    """Why a guidance cache cannot be beside a cache over steps; None where it can.
+
+    Args:
+        parts: the transformers by name, each with its family.
+        cache: what the other is called.
+    """
     for _, family in parts.values():
-        if preset.cache is not None and family.branches != TWO:
+        if family.branches != TWO:
             problem = f"{family.name} has both branches in a batch, of which the guidance cache takes one out in some"
-            problem += f" steps, and {preset.cache.name} compares batches of one size"
-            raise PresetError("guidance_cache", problem, "Leave one of both out.")
+            return f"{problem} steps, and {cache} compares batches of one size"
+    return None
 
 
 def _decoder(pipe: Any, preset: Preset) -> tuple[TinyVideoDecoder, str] | None:

@@ -118,7 +118,7 @@ def test_what_it_refuses(pipeline, tune, tmp_path):
     for given, changes, message in (
         (pipeline, {"prompts": " \n"}, "prompts is empty: give one a line"),
         (pipeline, {"bounds": {"min_psnr": 0.0, "max_error": 0.0}}, "min_psnr is needed, or another bound"),
-        (pipeline, {"levers": ()}, "sparse, caches, adapters nothing is left to try"),
+        (pipeline, {"levers": ()}, "sparse, caches, adapters, guidance_cache nothing is left to try"),
         (pipeline, {"settings": SIZE | {"frames": 10}}, "frames is 10: this model makes"),
         (pipeline, {"settings": SIZE | {"steps": 1}}, "steps is 1: a run of one step has nothing to tune"),
         (with_method, {}, "pipeline has Accelerate Pipeline before it: connect the one from before"),

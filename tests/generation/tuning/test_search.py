@@ -17,14 +17,18 @@ from vidaccel.generation.tuning.prediction import Calibration, DenseRun, Predict
 from vidaccel.generation.tuning.result import FOUND, NO_GAIN, NOTHING, Confirmed
 from vidaccel.generation.tuning.search import Measures, Search
 from vidaccel.generation.tuning.space import (
+    LEVERS,
     Candidate,
     SparseLever,
     cache_levers,
+    guidance_levers,
     quantize_levers,
     schedules,
     sparse_levers,
 )
 from vidaccel.generation.tuning.trajectory import Probe, probed_steps
+from vidaccel.pipelines.guidance_cache import GuidanceCache
+from vidaccel.pipelines.guidance_cache.differences import left_out
 from vidaccel.pipelines.presets import Cache, Quantize
 
 STEPS = 10
@@ -40,6 +44,7 @@ class Machine:
     def __init__(self, base: float = 0.3, offset: float = 10.0, quantized: float = 0.8) -> None:
         self.base, self.offset, self.probed, self.confirmed = base, offset, [], []
         self.quantized, self.adapter_psnr = quantized, 28.0
+        self.second_passes = True
         self.turns: Callable[[Candidate], tuple[float, ...]] | None = None
 
     def run(self, adapter: AdapterLever) -> DenseRun | str:
@@ -54,6 +59,8 @@ class Machine:
             steps = probed_steps(STEPS)
             taken = self.quantized * (1.0 if candidate.adapter is None else 0.5)
             return Probe(dict.fromkeys(steps, 0.02), dict.fromkeys(steps, taken), dict.fromkeys(steps, 1.0))
+        if candidate.guidance is not None:
+            return seconds_left_out(candidate.guidance) if self.second_passes else seconds_left_out()
         if candidate.sparse is not None:
             density = candidate.sparse.method.density
             steps = probed_steps(STEPS)
@@ -74,6 +81,7 @@ class Machine:
             self.probe(Candidate(sparse=candidate.sparse, adapter=own)) if candidate.sparse else None,
             self.probe(Candidate(cache=candidate.cache, adapter=own)) if candidate.cache else None,
             self.probe(Candidate(quantize=candidate.quantize, adapter=own)) if candidate.quantize else None,
+            self.probe(Candidate(guidance=candidate.guidance)) if candidate.guidance else None,
         ]
         true = predict(candidate, DENSE if own is None else self.run(own), *probes)
         error = math.hypot(true.error, 0 if own is None else 10 ** ((self.offset - self.adapter_psnr) / 20))
@@ -81,11 +89,21 @@ class Machine:
         told = None if own is not None else true.error
         return Confirmed((true.seconds,) * 2, (DENSE.seconds,) * 2, (psnr,) * 2, told, 1, 1)
 
-    def search(self, budget: Budget, sparse=(), caches=(), most: int = 6, **more):
+    def search(self, budget: Budget, sparse=(), caches=(), most: int = 6, apart: bool = False, **more):
         measures = Measures(self.probe, self.confirm, self.run, self.turns)
-        found = Search(budget, DENSE, measures, most).run(sparse, caches, **more)
+        found = Search(budget, DENSE, measures, most, apart).run(sparse, caches, **more)
         outcome, chosen, tried = found
         return outcome, chosen, {each.candidate.label: each for each in tried}
+
+
+def seconds_left_out(settings: GuidanceCache | None = None) -> Probe:
+    """A step without its second pass takes 0.6 s, and is off by 0.01 times `every`."""
+    left = [False] * STEPS if settings is None else left_out(settings, [True] * STEPS)
+    return Probe(
+        {step: 0.01 * settings.every if out else 0.0 for step, out in enumerate(left)},
+        {step: 0.6 if out else 1.0 for step, out in enumerate(left)},
+        {step: 0.5 if out else 1.0 for step, out in enumerate(left)},
+    )
 
 
 def levers(*densities: float) -> list[SparseLever]:
@@ -241,6 +259,30 @@ def test_an_adapter_is_another_run_that_other_levers_are_measured_on():
     assert not [label for label in machine.probed if label.startswith("gft")]
 
 
+def test_second_passes_are_left_out_beside_other_levers():
+    few = AdapterLever(("/a/gft.safetensors",))
+    machine = Machine()
+    asked = {"quantize": quantize_levers("normal"), "adapters": [few], "guidance": guidance_levers("normal")}
+    outcome, chosen, tried = machine.search(Budget(max_error=0.12), levers(0.2), caches(0.05), most=9, **asked)
+    assert outcome == FOUND and chosen.candidate.guidance is not None and chosen.candidate.sparse is not None
+    assert chosen.predicted.seconds < tried["layers in int8; tangent density 0.2"].predicted.seconds
+    assert {f"guidance every {every}" for every in (2, 3, 4)} <= set(machine.probed)
+    # An adapter makes no second pass, so nothing is measured or predicted of the two.
+    assert any(label.startswith("gft (one pass); ") for label in tried)
+    assert not [label for label in (*tried, *machine.probed) if "one pass" in label and "guidance every" in label]
+    both = [label for label in tried if "first_block" in label and "guidance every" in label]
+    apart = machine.search(Budget(max_error=0.12), levers(0.2), caches(0.05), apart=True, **asked)[2]
+    assert both and not [label for label in apart if "first_block" in label and "guidance every" in label]
+
+
+def test_guidance_without_a_second_pass_is_dropped():
+    machine = Machine()
+    machine.second_passes = False
+    outcome, _, tried = machine.search(Budget(max_error=0.1), levers(0.2), guidance=guidance_levers("quick"))
+    assert tried["guidance every 3"].why == "no gain: no step has a second pass of guidance that it leaves out"
+    assert outcome == FOUND and not [label for label in machine.confirmed if "guidance" in label]
+
+
 # -- predictions -------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +322,38 @@ def test_8_bits_hold_in_steps_that_stay_dense_too():
     both = predict(candidate, DENSE, probe, None, eight)
     assert both.seconds == pytest.approx(2 + 4 * 0.8 + 6 * 0.3)  # attention saves 0.5, the layers 0.2
     assert both.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2))
+
+
+def test_what_is_left_of_a_step_without_its_second_pass():
+    """Of ten steps, 0, 1, 4 and 7 make both passes."""
+    settings = GuidanceCache(3, first_steps=2)
+    left = seconds_left_out(settings)
+    alone = predict(Candidate(guidance=settings), DENSE, None, None, guidance=left)
+    assert left.incomplete == [2, 3, 5, 6, 8, 9] and alone.seconds == pytest.approx(2 + 4 + 6 * 0.6)
+    assert alone.error == pytest.approx(math.sqrt(0.6) * 0.03)
+    # Both passes of a step are faster with other levers, and so is the one that is left; layers in 8 bits save 0.2,
+    # and sparse attention 0.5 but for the four steps that it leaves dense.
+    eight = Probe({0: 0.1, 9: 0.1}, {0: 0.8, 9: 0.8}, {0: 1.0, 9: 1.0})
+    sparse = Probe(dict.fromkeys(range(10), 0.2), dict.fromkeys(range(10), 0.5), dict.fromkeys(range(10), 1.0))
+    schedule = DenseSchedule(first_steps=4)
+    candidate = Candidate(levers(0.2)[0], schedule, quantize=Quantize("int8", True), guidance=settings)
+    more = predict(candidate, DENSE, sparse, None, eight, left)
+    assert more.seconds == pytest.approx(2 + 2 * 0.8 + 2 * 0.6 * 0.8 + 2 * 0.3 + 4 * 0.6 * 0.3)
+    assert more.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2 + 0.6 * 0.03**2))
+
+
+def test_steps_that_a_cache_skips_have_no_second_pass():
+    """A cache that skips 2, 4, 5 and 7 moves those that make both passes: 0, 1, 6 and 9."""
+    settings, skipped = GuidanceCache(3, first_steps=2), (2, 4, 5, 7)
+    cache = Probe(
+        {step: 0.2 if step in skipped else 0.0 for step in range(10)},
+        {step: 0.1 if step in skipped else 1.0 for step in range(10)},
+        {step: float(step not in skipped) for step in range(10)},
+    )
+    candidate = Candidate(cache=Cache("first_block"), guidance=settings)
+    both = predict(candidate, DENSE, None, cache, guidance=seconds_left_out(settings))
+    assert both.seconds == pytest.approx(2 + 4 * 1.0 + 2 * 0.6 + 4 * 0.6 * 0.1)
+    assert both.error == pytest.approx(math.sqrt(0.4 * 0.2**2 + 0.6 * 0.03**2))
 
 
 def test_calibration_learns_by_kind():
@@ -380,10 +454,22 @@ def test_candidates_have_names_and_keys_of_their_own():
     others = [Candidate(levers(0.3)[0], one.schedule, one.cache), Candidate(one.sparse, one.schedule), Candidate()]
     others += [Candidate(quantize=Quantize("int8", activations)) for activations in (True, False)]
     others += [Candidate(adapter=AdapterLever(("/a/b.safetensors",), 4, digest)) for digest in ("1", "2")]
-    assert len({each.key for each in [one, *others]}) == 8
+    others += [Candidate(guidance=GuidanceCache(every)) for every in (2, 3)]
+    others += [Candidate(one.sparse, one.schedule, one.cache, guidance=GuidanceCache(2))]
+    assert len({each.key for each in [one, *others]}) == 11
+    assert others[-2].label == "guidance every 3"
+    assert others[-2].kind == "guidance" and others[-2].is_single and not others[-1].is_single
+    assert others[-1].label == f"{one.label}; guidance every 2" and others[-1].kind == f"{one.kind}+guidance"
+    assert others[-1].preset().guidance_cache == GuidanceCache(2) and others[-1].preset().cache == one.cache
     assert others[4].label == "layers in int8, weights alone" and others[4].kind == "int8" and others[4].is_single
     assert one.key == Candidate(levers(0.2)[0], DenseSchedule(first_steps=2), Cache("first_block", 0.1)).key
     assert Candidate(SparseLever(Radial())).preset().method == Radial()
+
+
+def test_second_passes_are_tried_more_finely_with_more_effort():
+    assert "guidance" in LEVERS
+    made = {effort: [each.every for each in guidance_levers(effort)] for effort in ("quick", "normal", "thorough")}
+    assert made == {"quick": [3], "normal": [2, 3, 4], "thorough": [2, 3, 4, 6]}
 
 
 # -- budgets -----------------------------------------------------------------------------------------------------------

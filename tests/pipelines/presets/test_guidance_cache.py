@@ -12,6 +12,7 @@ from tiny_wan import generate, make_pipe
 
 import vidaccel
 from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent
+from vidaccel.pipelines.guidance_cache.differences import left_out
 from vidaccel.pipelines.presets import Cache, PresetError, load_preset, save_preset
 
 EVERY_2 = GuidanceCache(2, first_steps=2)
@@ -64,6 +65,8 @@ def test_beside_a_cache(cache, caplog):
     seconds = [p for p in passes if p.branch == "uncond" and not p.skipped]
     firsts = {p.step for p in passes if p.branch == "cond" and not p.skipped}
     assert all(p.step in firsts for p in seconds) and len(seconds) < len(firsts)
+    told = tuple(p.extrapolated for p in passes if p.branch == "uncond")
+    assert left_out(EVERY_2, [step in firsts for step in range(8)]) == told
     assert both.isfinite().all() and not both.equal(alone)
     assert (both - plain).norm() < 2 * max((alone - plain).norm(), plain.norm() / 10)
     assert generate(pipe, steps=8).equal(plain)
