@@ -141,11 +141,11 @@ def main(
         print(number, {name: row.get("psnr") for name, row in done[-1]["rows"].items()}, flush=True)
     text = (
         f"{environment_line()}, one thread. Made by `benchmarks/guidance_cache_demo.py`.\n\n"
-        f"The built-in model, {FRAMES} frames of 128x128, {STEPS} steps, on {len(done)} held-out prompts, from the same "
-        "seeds in each row, all in one process. CPU-seconds are the median of whole videos with text and decoding, the "
-        "ratio that of pairs; passes are those of the transformer that were computed. PSNR is the mean over the "
-        "prompts, to the video of both passes in all 20 steps at the same guidance scale, and the lowest of all. Right "
-        "is how many videos show the shape, colour and motion that their prompt says."
+        f"The built-in model, {FRAMES} frames of 128x128, {STEPS} steps, on {len(done)} held-out prompts, from the "
+        "same seeds in each row. CPU-seconds are the median of whole videos with text and decoding, the ratio that of "
+        "pairs; passes are those of the transformer that were computed. PSNR is the mean over the prompts, to the "
+        "video of both passes in all 20 steps at the same guidance scale, and the lowest of all. Right is how many "
+        "videos show the shape, colour and motion that their prompt says."
     )
     table = summarise(done, rows)
     with (out / "guidance_cache_demo.csv").open("w", encoding="utf-8", newline="") as file:

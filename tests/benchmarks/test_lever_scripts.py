@@ -31,6 +31,18 @@ def test_presets_of_the_built_in_models(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_guidance_cache(tmp_path):
+    """One prompt with each setting; a second call goes on."""
+    run("guidance_cache_demo.py", "--prompts", "1", "--out", str(tmp_path))
+    [first] = (tmp_path / "guidance_cache_demo.jsonl").read_text().splitlines()
+    rows = {row["setting"]: row for row in table(tmp_path / "guidance_cache_demo.csv")}
+    assert rows["both passes in all steps"]["passes"] == "40 of 40"
+    assert rows["every 3 (default)"]["passes"] == "29 of 40" and float(rows["every 3 (default)"]["of both passes"]) < 1
+    run("guidance_cache_demo.py", "--prompts", "1", "--out", str(tmp_path))
+    assert (tmp_path / "guidance_cache_demo.jsonl").read_text().splitlines() == [first]
+
+
+@pytest.mark.slow
 def test_few_steps_go_on_where_they_stopped(tmp_path):
     """One prompt in each way; what was made is not made again, and the accuracies are those of the table."""
     guidance = demo.path(demo.DC) / "transformer" / "guidance_free.safetensors"
