@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from diffusers import WanPipeline, WanTransformer3DModel
 from sla_models import demo_parts
 from tiny_wan import make_pipe, make_transformer
-from vsa_models import TRAINED, gates, write_gates
+from vsa_models import TRAINED, gates, same, write_gates
 
 import vidaccel
 from vidaccel import VSA, DenseSchedule, SparseAttention
@@ -112,7 +112,7 @@ def test_a_transformer_alone_and_one_that_does_not_know_its_folder(published):
     with pytest.raises(VSAError, match=r"transformer has no gates .*: its files are not known\. Load .* or give its"):
         vidaccel.accelerate(made, METHOD)
     with vidaccel.accelerate(alone, METHOD), vidaccel.accelerate(made, METHOD, base=published):
-        assert velocity(alone).equal(velocity(made.transformer))
+        same(velocity(alone), velocity(made.transformer))
 
 
 def test_two_transformers(base, tmp_path):
@@ -163,7 +163,7 @@ def test_compiled_blocks_and_copies_gate_as_they_are(stated):
     with vidaccel.accelerate(pipe, METHOD, schedule=DenseSchedule(first_layers=1)):
         eager = velocity(pipe.transformer)
         copied = copy.deepcopy(pipe)
-        assert velocity(copied.transformer).equal(eager)
+        same(velocity(copied.transformer), eager)
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(velocity(pipe.transformer), eager, atol=1e-6, rtol=0.0)
 

@@ -123,9 +123,11 @@ def test_a_copy_with_both_branches_in_a_batch_is_apart():
         made, notes = run(pipe), handle.notes()
         other = copy.deepcopy(pipe)
     assert "made 3 of 5" in notes[0] and not made.equal(plain)
-    assert run(other).equal(made) and run(pipe).equal(plain)
+    # On some CPUs the last bits of a product depend on where in memory its weights begin.
+    torch.testing.assert_close(run(other), made, atol=1e-4, rtol=0.0)
     restore(other)
-    assert run(other).equal(plain)
+    torch.testing.assert_close(run(other), plain, atol=1e-4, rtol=0.0)
+    assert run(pipe).equal(plain) and (made - plain).abs().max() > 1e-2
 
 
 def test_training_makes_every_pass():
