@@ -10,7 +10,7 @@ import logging
 import pytest
 import torch
 from gft_adapters import write_native
-from native_comfyui import MODELS, defaults, patched, sample, tiny
+from native_comfyui import defaults, models, patched, sample, tiny
 
 from vidaccel import GuidanceCache
 from vidaccel.nodes.native_guidance import guide
@@ -50,7 +50,7 @@ def by_hand(model):
     return clone
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", models())
 def test_what_stands_for_the_negative_pass(name, caplog):
     description, model, unpatched = tiny(name)
     if description.cfg == 1:
