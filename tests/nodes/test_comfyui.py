@@ -77,7 +77,7 @@ def test_every_input_of_every_node_has_a_tooltip(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Vidaccel")}
     others = ("Report", "LoadPipeline", "PipelineLoRA", "AcceleratePipeline", "GenerateVideo", "LoadDCAEV")
     others += ("ApplySLA", "PipelineSLA", "ApplyVSA", "GuidanceFree", "GuidanceFreePipeline", "RadialLength")
-    others += ("LoadPreset", "ApplyPreset", "ApplyPresetNative", "Tune")
+    others += ("LoadPreset", "ApplyPreset", "ApplyPresetNative", "Tune", "GuidanceCache")
     assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")} | {
         f"Vidaccel{name}" for name in others
     }
@@ -147,6 +147,20 @@ def test_guidance_in_one_pass(server, tmp_path):
         given["sample"]["inputs"] |= {"model": ["free", 0], "cfg": cfg, "negative": [negative, 0]}
         made.append(server.latent(server.queue(given), "save"))
     assert torch.equal(made[0], made[1]) and not torch.allclose(made[0], made[2], atol=1e-3)
+
+
+def test_second_passes_left_out(server):
+    made = []
+    for node in (None, {"every": 2, "first_percent": 0.0, "extrapolation": 0.5}, {"every": 2, "first_percent": 1.0}):
+        given = graph()
+        if node is not None:
+            inputs = {"model": ["load", 0], "extrapolation": 0.5, **node}
+            given["cache"] = {"class_type": "VidaccelGuidanceCache", "inputs": inputs}
+            given["sample"]["inputs"]["model"] = ["cache", 0]
+        made.append(server.latent(server.queue(given), "save"))
+    assert torch.equal(made[0], made[2]) and not torch.equal(made[0], made[1])
+    assert (made[1] - made[0]).norm() < 0.3 * made[0].norm()
+    assert "3 of 4 passes of the negative prompt were made" in server.log.read_text()
 
 
 @pytest.mark.parametrize(
