@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ..acceleration.families import Family, find_transformers
 from ..guidance_branches import TWO, check_branches, check_not_compiled, guidance_of
+from ..hooked import HookedPipeline
 from ..undo import CFG_PARALLEL
 from .pair import Pair
 from .passes import SplitPasses
@@ -27,8 +28,10 @@ READS_BETWEEN = (
 """Pipelines of diffusers 0.42.1 that work on what the first pass of a step gave before they make the second."""
 
 
-class CfgParallel:
+class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
     """Guidance shared by two processes. Made by `cfg_parallel`; a context manager that removes itself."""
+
+    attribute = CFG_PARALLEL
 
     def __init__(self, pipe: Any, group: dist.ProcessGroup | None) -> None:
         if hasattr(pipe, CFG_PARALLEL):
@@ -42,8 +45,7 @@ class CfgParallel:
         pair = Pair(group)
         self.rank = pair.rank
         """The branch that this process computes: 0 the first one of a step, 1 the second."""
-        self._pipe = pipe
-        self._hooked: dict[str, tuple[torch.nn.Module, SplitPasses | SplitBatch]] = {}
+        hooked: dict[str, tuple[torch.nn.Module, SplitPasses | SplitBatch]] = {}
         for name, (transformer, family) in transformers.items():
             hook: SplitPasses | SplitBatch
             if family.branches == TWO:
@@ -52,9 +54,8 @@ class CfgParallel:
             else:
                 hook = SplitBatch(pair, name)
             hook.install(transformer)
-            self._hooked[name] = (transformer, hook)
-        self._active = True
-        setattr(pipe, CFG_PARALLEL, self)
+            hooked[name] = (transformer, hook)
+        super().__init__(pipe, hooked)
 
     def _run(self) -> object:
         """What is another object in each run: the scheduler's table."""
@@ -67,22 +68,6 @@ class CfgParallel:
             unit = "passes" if isinstance(hook, SplitPasses) else "samples"
             parts.append(f"{name}: {hook.computed} {unit} computed here, {hook.received} by the other process")
         return "; ".join(parts)
-
-    def remove(self) -> None:
-        """Put the pipeline back as it was. A second call does nothing."""
-        if not self._active:
-            return
-        self._active = False
-        for transformer, hook in self._hooked.values():
-            hook.remove(transformer)
-        if getattr(self._pipe, CFG_PARALLEL, None) is self:
-            delattr(self._pipe, CFG_PARALLEL)
-
-    def __enter__(self) -> CfgParallel:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         return f"<vidaccel cfg-parallel: {f'process {self.rank} of 2' if self._active else 'removed'}>"

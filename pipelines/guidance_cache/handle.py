@@ -12,6 +12,7 @@ from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family, find_transformers
 from ..guidance_branches import TWO, check_branches, check_not_compiled, guidance_of
+from ..hooked import HookedPipeline
 from ..undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
 from .differences import Differences
 from .passes import LeftOutPasses
@@ -19,14 +20,15 @@ from .samples import LeftOutSamples
 from .settings import GuidanceCache
 
 
-class CachedGuidance:
+class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
     """Second passes left out of a pipeline. Made by `guidance_cache`; a context manager that removes itself."""
+
+    attribute = GUIDANCE_CACHE
 
     def __init__(self, pipe: Any, settings: GuidanceCache) -> None:
         transformers = check_guidance_cache(pipe)
         self.settings = settings
-        self._pipe = pipe
-        self._hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
+        hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
         clock = StepClock(pipe)
         for name, (transformer, family) in transformers.items():
             place, differences = _Place(clock, name, transformer, family), Differences(settings)
@@ -36,9 +38,8 @@ class CachedGuidance:
             else:
                 hook = LeftOutSamples(place, family.branches[0], _Guided(pipe), differences)
             hook.install(transformer)
-            self._hooked[name] = (transformer, hook)
-        self._active = True
-        setattr(pipe, GUIDANCE_CACHE, self)
+            hooked[name] = (transformer, hook)
+        super().__init__(pipe, hooked)
 
     def notes(self) -> list[str]:
         """Of each transformer, how many second passes were made since the start."""
@@ -60,22 +61,6 @@ class CachedGuidance:
         """Count from here."""
         for _, hook in self._hooked.values():
             hook.made = hook.extrapolated = 0
-
-    def remove(self) -> None:
-        """Put the pipeline back as it was. A second call does nothing."""
-        if not self._active:
-            return
-        self._active = False
-        for transformer, hook in self._hooked.values():
-            hook.remove(transformer)
-        if getattr(self._pipe, GUIDANCE_CACHE, None) is self:
-            delattr(self._pipe, GUIDANCE_CACHE)
-
-    def __enter__(self) -> CachedGuidance:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         return f"<vidaccel guidance cache: {self.settings if self._active else 'removed'}>"
