@@ -9,6 +9,8 @@ from torch import nn
 
 GUIDANCE_CACHE_HOOK = "vidaccel_guidance_cache"
 """Name of the hook on a transformer that leaves second passes of guidance out."""
+FORECAST_HOOK = "vidaccel_forecast"
+"""Name of the hook on a transformer that forecasts passes."""
 
 
 def hooks_of(module: nn.Module) -> Mapping[str, Any]:

@@ -28,6 +28,11 @@ EFFORTS = ("quick", "normal", "thorough")
 _DENSITIES = {"quick": (0.2, 0.4), "normal": (0.1, 0.2, 0.3, 0.45), "thorough": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55)}
 _TOLERANCES = {"quick": (), "normal": (0.05,), "thorough": (0.02, 0.05, 0.1)}
 THRESHOLDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "forecast": {
+        "quick": (0.1, 0.2),
+        "normal": (0.05, 0.08, 0.12, 0.18, 0.25),
+        "thorough": (0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.35),
+    },
     "first_block": {
         "quick": (0.05, 0.1, 0.2),
         "normal": (0.03, 0.05, 0.08, 0.12, 0.2, 0.3),

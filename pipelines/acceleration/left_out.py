@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..diffusers_hooks import GUIDANCE_CACHE_HOOK, hooks_of
+from ..diffusers_hooks import FORECAST_HOOK, GUIDANCE_CACHE_HOOK, hooks_of
 
 # The hook of diffusers that decides for a whole forward pass -> whether its state says that the last one was left out.
 _DECIDES: Mapping[str, Callable[[Any], bool]] = {
@@ -39,6 +39,8 @@ def a_cache_left_it_out(transformer: torch.nn.Module) -> bool:
     """Whether a cache left out most layers of the forward pass that has just ended; asked as above, or right after it
     inside of the forward pass of the transformer.
     """
+    if (forecast := hooks_of(transformer).get(FORECAST_HOOK)) is not None:
+        return forecast.left_out
     for name, hook in _hooks(transformer):
         decides = _DECIDES.get(name)
         if decides is not None and hook.state_manager._context is not None:

@@ -250,6 +250,10 @@ class Watch(CopiedNotPickled):
         skipped, extrapolated = pass_was_left_out(module), second_pass_was_left_out(module)
         self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated))
 
+    def notes(self) -> list[str]:
+        """What the cache says of the last run."""
+        return [] if self._cache is None or not self.passes else self._cache.notes()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         if self._cache is not None:
             # Their hooks are closures over the layers of the original, which the copy would compute with.

@@ -100,7 +100,7 @@ class Applied:
         for name, (transformer, family) in checked.parts.items():
             cache = None
             if preset.cache is not None:
-                cache = install_cache(transformer, preset.cache)
+                cache = install_cache(transformer, preset.cache, family, clock)
                 self._undo.append(cache)
             watch = Watch(pipe, name, transformer, family, clock, schedule, cache, whole)
             self._undo.append(watch)
@@ -134,6 +134,8 @@ class Applied:
                 f"the preset is for {wanted} steps, and a run has {', '.join(map(str, others))}: call the pipeline "
                 "with **handle.arguments"
             )
+        for watch in self._watches:
+            notes += watch.notes()
         if self.preset.cache is not None and (idle := idle_note(self.preset.cache, passes)):
             notes.append(idle)
         if sparse is not None:

@@ -1,6 +1,6 @@
-"""Caches over steps at work in a transformer: those of diffusers and cache-dit, told which steps they may not skip.
+"""Caches over steps at work in a transformer: ours, diffusers' and cache-dit's, told which steps they may not skip.
 
-None of them knows of steps that sparse attention keeps dense, MagCache is told the number of steps before it is known,
+None of the others knows of steps that sparse attention keeps dense, MagCache is told the number of steps before it is known,
 and cache-dit the number of passes in each. So before each forward pass each gets what the account knows (`account.py`),
 by the state that it keeps itself.
 """
@@ -29,13 +29,17 @@ from diffusers.hooks.mag_cache import nearest_interp
 from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 
 from ...attention import StepInfo
+from ..acceleration.clock import StepClock
+from ..acceleration.families import Family
 from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import hooks_of
 from ..errors import first_line
+from ..forecast.forecasts import Forecasts
+from ..forecast.hook import Forecast, reads_latents
 from .block_names import use_own_names
 from .dbcache import DBCache, check_dbcache
 from .errors import PresetError
-from .levers import CACHES, Cache
+from .levers import CACHES, FORECAST, Cache
 from .loops import mend_loop
 
 
@@ -47,6 +51,9 @@ class CacheAtWork(Protocol):
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         """A forward pass begins, which may not be skipped if `keep`."""
+
+    def notes(self) -> list[str]:
+        """What a user should know of the last run, in sentences."""
 
     def remove(self) -> None:
         """Take the cache out. A second call does nothing."""
@@ -95,6 +102,9 @@ class _OfDiffusers:
         """Tell all hooks of the cache where the loop is."""
         told = replace(context, step_index=step.step, sigma=step.sigma, num_inference_steps=step.num_steps)
         _set_cache_context(self._transformer, told)
+
+    def notes(self) -> list[str]:
+        return []
 
     def state(self) -> Any:
         """What the cache keeps of the branch that runs."""
@@ -209,18 +219,32 @@ _KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {
 }
 
 
-def install_cache(transformer: Any, cache: Cache) -> CacheAtWork:
+def install_cache(transformer: Any, cache: Cache, family: Family, clock: StepClock) -> CacheAtWork:
     """Put a cache into a transformer that `check_cache` let through.
+
+    Args:
+        transformer: without what wraps it.
+        cache: for it.
+        family: of the transformer.
+        clock: of the pipeline, one for all its transformers.
 
     Raises:
         PresetError: it refuses all the same.
     """
     try:
         with beside_hooks(transformer):
+            if cache.name == FORECAST:
+                return _forecast(transformer, cache, family, clock)
             return _KINDS[cache.name](transformer, cache)
     except (ValueError, TypeError, AssertionError) as error:
         instead = "Take another cache, or leave it out."
         raise PresetError("cache", first_line(error).rstrip("."), instead, cache.name) from error
+
+
+def _forecast(transformer: Any, cache: Cache, family: Family, clock: StepClock) -> Forecast:
+    names = {"retention_steps": "first_steps", "cache_end_steps": "last_steps", "max_consecutive_cached": "most"}
+    settings = {names[name]: value for name, value in cache.settings.items()}
+    return Forecast(transformer, family.timestep, clock, Forecasts(cache.limit, **settings))
 
 
 def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
@@ -233,6 +257,11 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
         cache: for it.
     """
     check_none_by_hand(part, transformer, "cache", cache.name)
+    if cache.name == FORECAST:
+        if not reads_latents(transformer):
+            problem = f"a {type(transformer).__name__} ({part}) does not say which of its inputs are the latents"
+            raise PresetError("cache", problem, "Take another cache, or leave it out.", cache.name)
+        return
     if CACHES[cache.name].package:
         check_dbcache(part, transformer, layers, cache)
         return

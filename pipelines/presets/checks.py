@@ -21,6 +21,7 @@ from ..acceleration.rebinding import SparseProcessor
 from ..few_steps.grid import GridScheduler
 from ..few_steps.renoising import RenoisingScheduler
 from ..few_steps.samplers import FEW_STEPS
+from ..forecast.level import tells_levels
 from ..guidance_branches import TWO
 from ..guidance_cache.handle import check_guidance_cache
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
@@ -29,7 +30,7 @@ from ..tiny_decoder.source import TinyDecoderError, find_decoder
 from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache, check_none_by_hand
 from .errors import PresetError
-from .levers import SchedulerChoice
+from .levers import FORECAST, SchedulerChoice
 from .loras import check_loras
 from .packages import check_packages
 from .preset import OWN, Preset
@@ -74,6 +75,9 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
         elif preset.method is not None and preset.method.schedule != DenseSchedule():
             check_none_by_hand(name, transformer, "method", preset.method.name)
+    if preset.cache is not None and preset.cache.name == FORECAST and not tells_levels(scheduler):
+        problem = f"a {type(scheduler).__name__} does not tell how much noise is in a step"
+        raise PresetError("cache", problem, "Take another cache, such as taylorseer.", FORECAST)
     _check_method(parts, preset, scheduler)
     return Checked(parts, notes, _decoder(pipe, preset))
 

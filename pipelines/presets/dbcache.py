@@ -58,6 +58,9 @@ class DBCache:
             self._branches[step.branch] = fresh
         contexts.update(self._branches[step.branch])
 
+    def notes(self) -> list[str]:
+        return []
+
     def remove(self) -> None:
         if self._transformer is not None:
             with beside_hooks(self._transformer):

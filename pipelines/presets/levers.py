@@ -31,7 +31,7 @@ class CacheSetting:
 
 @dataclass(frozen=True)
 class CacheKind:
-    """A cache over steps that somebody else computes.
+    """A cache over steps.
 
     Args:
         summary: what decides whether a step is skipped.
@@ -51,7 +51,20 @@ class CacheKind:
 
 
 _COUNT = CacheSetting(whole=True)
+FORECAST = "forecast"
 CACHES: dict[str, CacheKind] = {
+    FORECAST: CacheKind(
+        "the error that forecasts of the noise in a step turned out to have (of this package; models of flow matching "
+        "and of diffusion, whose scheduler tells how much noise is in a step)",
+        0.1,
+        {
+            "retention_steps": _COUNT,
+            "cache_end_steps": _COUNT,
+            "max_consecutive_cached": _COUNT,
+        },
+        bounds=CacheSetting(1e-6),
+        skips_more="raise the threshold, or make more steps",
+    ),
     "first_block": CacheKind("the change of the first block's residual (diffusers' FirstBlockCache)", 0.05),
     "magcache": CacheKind(
         "ratios of residuals that were measured for the model (diffusers' MagCache)",

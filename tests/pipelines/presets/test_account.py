@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
+from vidaccel.pipelines import find_transformers
+from vidaccel.pipelines.acceleration.clock import StepClock
+from vidaccel.pipelines.acceleration.families import Family
 from vidaccel.pipelines.presets import Cache, measure_mag_ratios
 from vidaccel.pipelines.presets.account import PassRecord, accounts
 from vidaccel.pipelines.presets.caches import check_cache, install_cache
@@ -27,6 +30,12 @@ from vidaccel.pipelines.presets.errors import PresetError
 def preset(cache: Cache | None, **schedule) -> Preset:
     method = SVG2(top_p=0.5, schedule=DenseSchedule(**schedule))
     return Preset(method=method, backend="reference", cache=cache)
+
+
+def placed(model: torch.nn.Module) -> tuple[Family, StepClock]:
+    """The family of a transformer that is in no pipeline, and a clock."""
+    ((_, family),) = find_transformers(model).values()
+    return family, StepClock(None)
 
 
 def skipped(account) -> list[int]:
@@ -84,12 +93,12 @@ def test_a_copy_is_refused_while_a_cache_is_at_work(pipe, cache, whole):
 )
 def test_a_pipeline_that_shares_the_transformer_has_the_cache_with_it(pipe, cache, share):
     with vidaccel.apply(pipe, preset(cache, first_steps=1)) as handle:
-        wanted = generate(pipe, 4)
+        wanted = generate(pipe, 5)
         other = WanPipeline.from_pipe(pipe) if share == "from_pipe" else type(pipe)(**pipe.components)
-        assert torch.equal(generate(other, 4), wanted) and handle.report().runs() == [0, 1]
+        assert torch.equal(generate(other, 5), wanted) and handle.report().runs() == [0, 1]
         assert len(skipped(handle.report().last())) >= 2
-        assert torch.equal(generate(pipe, 4), wanted)
-    assert not torch.equal(generate(other, 4), wanted)
+        assert torch.equal(generate(pipe, 5), wanted)
+    assert not torch.equal(generate(other, 5), wanted)
 
 
 def test_without_a_schedule_the_last_step_may_be_skipped(pipe, cache):
@@ -154,7 +163,9 @@ def test_two_transformers_are_one_account(cache):
             account = handle.report().last()
             assert [step.step for step in account.steps] == list(range(10)), number
             assert [step.step for step in account.steps if step.attention == "dense"] == [0, 8, 9], number
-            assert len(skipped(account)) >= 3 and not set(skipped(account)) & {0, 8, 9}
+            # Each transformer has to make three passes before any can be forecast.
+            assert len(skipped(account)) >= (2 if cache.name == "forecast" else 3)
+            assert not set(skipped(account)) & {0, 8, 9}
             assert not [note for note in account.notes if "a cache skipped" in note]
 
 
@@ -268,7 +279,7 @@ def test_taylorseer_extrapolates_all_that_a_model_makes(name):
     tiny = build(name)
     cache = Cache("taylorseer", 100, {"max_order": 0, "disable_cache_before_step": 1})
     check_cache("transformer", tiny.model, 2, cache)
-    at_work = install_cache(tiny.model, cache)
+    at_work = install_cache(tiny.model, cache, *placed(tiny.model))
 
     def outputs() -> list[torch.Tensor]:
         with torch.no_grad(), tiny.model.cache_context("cond"):
@@ -286,7 +297,8 @@ def test_taylorseer_is_exact_for_what_changes_evenly():
     transformer = make_transformer()
     with torch.no_grad():
         transformer.proj_out.weight.zero_()
-    cache = install_cache(transformer, Cache("taylorseer", 3, {"max_order": 1, "disable_cache_before_step": 2}))
+    extrapolating = Cache("taylorseer", 3, {"max_order": 1, "disable_cache_before_step": 2})
+    cache = install_cache(transformer, extrapolating, *placed(transformer))
     given = {"hidden_states": torch.randn(1, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 16)}
     made = []
     with torch.no_grad(), transformer.cache_context("cond"):

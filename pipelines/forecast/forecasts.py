@@ -1,0 +1,129 @@
+"""The noise that a model saw in its last steps, what it will see in the next one, and how far off that may be.
+
+Along the way from noise to video, the noise that a model sees in the latents bends far less than what it makes of them,
+which has the latents themselves in it. So a straight line through the last two computed steps foretells it well. How
+well is known at each computed step, at no cost: what would have been forecast there is held against what was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ...attention import StepInfo
+
+POINTS = 2  # of a straight line; the bend of the way is seen at the third
+
+
+@dataclass
+class _Branch:
+    """What is known of one branch of guidance.
+
+    Args:
+        points: of the last computed steps, where on the way they are and the noise that was seen.
+        bend: error of a forecast by its distances from both points; None before there was one to compare with.
+    """
+
+    points: list[tuple[float, list[torch.Tensor]]] = field(default_factory=list)
+    bend: torch.Tensor | float | None = None
+
+    def distances(self, place: float) -> float:
+        """The product of the distances from both points, with which the error of a straight line grows."""
+        return abs((place - self.points[0][0]) * (place - self.points[1][0]))
+
+    def ahead(self, place: float) -> list[torch.Tensor]:
+        """The noise on the line through both points."""
+        (before, older), (last, newer) = self.points
+        way = (place - before) / (last - before)
+        return [torch.lerp(a, b, way) for a, b in zip(older, newer, strict=True)]
+
+    def add(self, place: float, noise: list[torch.Tensor]) -> None:
+        """Take a computed step, and the error that a forecast of it would have had."""
+        if self.points and [x.shape for x in noise] != [x.shape for x in self.points[-1][1]]:
+            self.points, self.bend = [], None
+        if len(self.points) == POINTS and (distances := self.distances(place)):
+            self.bend = _difference(noise, self.ahead(place)) / distances
+        kept = [point for point in self.points if point[0] != place]
+        self.points = [*kept[-POINTS + 1 :], (place, noise)]
+
+    def error(self, place: float) -> float:
+        """How far a forecast would be off, as a share of what is forecast; infinite where nothing is known."""
+        if self.bend is None or len(self.points) < POINTS:
+            return float("inf")
+        self.bend = float(self.bend)  # a wait for the device, once for each computed pass
+        return self.bend * self.distances(place)
+
+
+class Forecasts:
+    """Which steps of a run have to be computed, and what stands for the noise in the others. One transformer's.
+
+    Args:
+        tolerance: of what a model makes, relative to its size, above 0: a step whose forecast is estimated to be off
+            by more is computed.
+        first_steps: at the start of a run, which are computed whatever is estimated. Of each branch three passes are,
+            whatever it says: two for a line, one to see the bend.
+        last_steps: at its end, where the number of steps is known.
+        most: steps in a row that are forecast; 0 for any number.
+    """
+
+    def __init__(self, tolerance: float, first_steps: int = 3, last_steps: int = 1, most: int = 5) -> None:
+        self._tolerance, self._most = tolerance, most
+        self._first, self._last = first_steps, last_steps
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what is known: a run begins."""
+        self._branches: dict[str, _Branch] = {}
+        self._step: int | None = None
+        self._forecast, self._in_a_row = False, 0
+        self.errors: list[float] = []
+        """Estimated, of the steps that were forecast."""
+        self.refused: list[float] = []
+        """Estimated, of those that were computed because it was too much."""
+
+    def computes(self, step: StepInfo, place: float, keep: bool = False) -> bool:
+        """Whether a pass has to be computed. All branches of a step are, or none is: guidance multiplies what differs.
+
+        Args:
+            step: that runs.
+            place: of it on the way, see `Level.place`.
+            keep: it has to be, for a reason of somebody else.
+        """
+        if step.step != self._step:
+            self._step = step.step
+            self._forecast = not keep and self._near(step, place)
+            self._in_a_row = self._in_a_row + 1 if self._forecast else 0
+        known = self._branches.get(step.branch)
+        return keep or not self._forecast or known is None or len(known.points) < POINTS
+
+    def _near(self, step: StepInfo, place: float) -> bool:
+        """Whether the forecast of a step is near enough."""
+        if step.step < self._first or (step.num_steps is not None and step.step >= step.num_steps - self._last):
+            return False
+        if not self._branches or (self._most and self._in_a_row >= self._most):
+            return False
+        # Of noise and of what a flow makes, the difference is the same but for the share of the video.
+        error = max(branch.error(place) for branch in self._branches.values()) / max(1 - place, 1e-9)
+        near = error <= self._tolerance
+        (self.errors if near else self.refused).append(error)
+        return near
+
+    def add(self, step: StepInfo, place: float, noise: Sequence[torch.Tensor]) -> None:
+        """Take the noise, float32, that a computed pass saw in each of its latents."""
+        self._branches.setdefault(step.branch, _Branch()).add(place, list(noise))
+
+    def ahead(self, step: StepInfo, place: float) -> list[torch.Tensor]:
+        """What stands for the noise of a pass that is not computed."""
+        return self._branches[step.branch].ahead(place)
+
+
+def _difference(made: Sequence[torch.Tensor], foretold: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Relative to what was made: that of the sample and the tensor where it is largest."""
+    worst = []
+    for a, b in zip(made, foretold, strict=True):
+        rows, off = a.flatten(1), (a - b).flatten(1)
+        size = torch.linalg.vector_norm(rows, dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        worst.append((torch.linalg.vector_norm(off, dim=-1) / size).max())
+    return torch.stack(worst).max()

@@ -1,0 +1,143 @@
+"""The forecast cache at work in a transformer of diffusers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+
+from ...attention import StepInfo
+from ..acceleration.clock import StepClock
+from ..acceleration.scheduler_table import Timestep
+from ..beside_hooks import beside_hooks
+from ..diffusers_hooks import FORECAST_HOOK
+from ..guidance_branches import tensors_in, with_tensors
+from .forecasts import Forecasts
+from .level import Level, level_of
+
+LATENTS = ("hidden_states", "audio_hidden_states")
+"""Arguments of forward passes, in the order of what is made of them."""
+
+
+class Forecast(ModelHook):
+    """Computes a pass, or gives what the forecast noise makes of its latents. A `CacheAtWork`.
+
+    Args:
+        transformer: without what wraps it. timestep: the argument that changes from step to step.
+        clock: of the pipeline, which knows its scheduler.
+        forecasts: which passes, and by what.
+    """
+
+    def __init__(self, transformer: Any, timestep: str, clock: StepClock, forecasts: Forecasts) -> None:
+        super().__init__()
+        self._transformer: Any = transformer
+        self._timestep, self._clock, self._forecasts = timestep, clock, forecasts
+        self._signature = inspect.signature(type(transformer).forward)
+        self._step, self._keep, self._why = StepInfo(), False, ""
+        # branch -> what a computed pass gave, in whose form the others are given, and the shapes of what it was given
+        self._made: dict[str, tuple[Any, list[torch.Size]]] = {}
+        self.left_out = False
+        """Whether the last pass was."""
+        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, FORECAST_HOOK)
+
+    def begin(self, steps: int | None) -> None:
+        """See `CacheAtWork`."""
+        self._forecasts.begin()
+        self._made, self._why = {}, ""
+
+    def enter(self, step: StepInfo, keep: bool) -> None:
+        """See `CacheAtWork`."""
+        self._step, self._keep = step, keep
+
+    def notes(self) -> list[str]:
+        """Why nothing could be forecast, or how far off the forecasts of the last run are estimated to be."""
+        if self._why:
+            return [f"forecast: every step was computed, because {self._why}"]
+        if not (errors := self._forecasts.errors):
+            known = [error for error in self._forecasts.refused if math.isfinite(error)]
+            return [f"forecast: the best forecast is estimated to be off by {min(known):.3g}"] if known else []
+        mean, most = statistics.fmean(errors), max(errors)
+        return [
+            f"forecast: {len(errors)} steps of the last run were forecast, and the model's output in them is estimated "
+            f"to be off by {mean:.3f} of its size, {most:.3f} at most"
+        ]
+
+    def remove(self, transformer: Any = None) -> None:
+        """Take it out. A second call does nothing."""
+        if self._transformer is not None:
+            with beside_hooks(self._transformer):
+                registry = HookRegistry.check_if_exists_or_initialize(self._transformer)
+                registry.remove_hook(FORECAST_HOOK, recurse=False)
+        self._transformer, self._made = None, {}
+
+    @torch.compiler.disable
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The pass, or what stands for it."""
+        forward, step = self.fn_ref.original_forward, self._step
+        self.left_out = False
+        if torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        given = self._signature.bind(module, *args, **kwargs).arguments
+        level = self._level(step, given)
+        if level is None:
+            return forward(*args, **kwargs)
+        latents = _latents(given)
+        made, shapes = self._made.get(step.branch, (None, []))
+        alike = [x.shape for x in latents] == shapes
+        if self._forecasts.computes(step, level.place, self._keep or not alike):
+            made = forward(*args, **kwargs)
+            self._learn(step, level, latents, made)
+            return made
+        self.left_out = True
+        outputs = tensors_in(made)
+        pairs, noises = _pairs(latents, outputs), self._forecasts.ahead(step, level.place)
+        ahead = [level.made_of(x, noise).to(out.dtype) for (x, out), noise in zip(pairs, noises, strict=True)]
+        return with_tensors(made, ahead)
+
+    def _level(self, step: StepInfo, given: Mapping[str, Any]) -> Level | None:
+        timestep = Timestep.of(torch.as_tensor(given[self._timestep])).value if step.sigma is None else 0.0
+        level = level_of(self._clock.scheduler, step.sigma, timestep)
+        if level is None:
+            self._why = "the scheduler does not tell how much noise is in a step"
+        return level
+
+    def _learn(self, step: StepInfo, level: Level, latents: Sequence[torch.Tensor], made: Any) -> None:
+        pairs = _pairs(latents, tensors_in(made))
+        if not pairs:
+            self._why = "what the model makes does not have the shape of its latents"
+            return
+        self._forecasts.add(step, level.place, [level.noise_in(x, out) for x, out in pairs])
+        self._made[step.branch] = made, [x.shape for x in latents]
+
+
+def reads_latents(transformer: Any) -> bool:
+    """Whether a forward pass names the latents that it works on."""
+    return LATENTS[0] in inspect.signature(type(transformer).forward).parameters
+
+
+def _latents(given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Those of the arguments of a forward pass."""
+    return [given[name] for name in LATENTS if isinstance(given.get(name), torch.Tensor)]
+
+
+def _pairs(latents: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What a pass made, each behind the latents that it was made of; empty where they do not fit.
+
+    Conditions in further channels come after the latents.
+    """
+    if len(latents) != len(made):
+        return []
+    pairs = []
+    for x, out in zip(latents, made, strict=True):
+        if x.ndim != out.ndim:
+            return []
+        other = [dim for dim in range(x.ndim) if x.shape[dim] != out.shape[dim]]
+        if len(other) > 1 or any(x.shape[dim] < out.shape[dim] for dim in other):
+            return []
+        pairs.append((x.narrow(other[0], 0, out.shape[other[0]]) if other else x, out))
+    return pairs
