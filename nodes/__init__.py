@@ -14,6 +14,7 @@ async def comfy_entrypoint() -> ComfyExtension:
 
     from . import (
         autoencoder_nodes,
+        forecast_node,
         guidance_cache_node,
         guidance_nodes,
         length_nodes,
@@ -29,7 +30,15 @@ async def comfy_entrypoint() -> ComfyExtension:
 
     class VideoAcceleration(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            native = (sparse_nodes, sla_nodes, vsa_nodes, length_nodes, guidance_nodes, guidance_cache_node)
+            native = (
+                sparse_nodes,
+                sla_nodes,
+                vsa_nodes,
+                length_nodes,
+                guidance_nodes,
+                guidance_cache_node,
+                forecast_node,
+            )
             modules = (*native, pipeline_nodes, preset_nodes, tune_node, lora_nodes, autoencoder_nodes, report_node)
             return [node for module in modules for node in module.NODES]
 

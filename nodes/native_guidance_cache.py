@@ -21,6 +21,8 @@ from .wording import InputError
 logger = logging.getLogger(__name__)
 
 KEY = "vidaccel_guidance_cache"
+FORECAST = "vidaccel_forecast"
+"""The key of the forecast cache's wrapper."""
 
 
 def cache_guidance(model: Any, settings: GuidanceCache) -> Any:
@@ -39,6 +41,11 @@ def cache_guidance(model: Any, settings: GuidanceCache) -> Any:
     diffusion_model_of(model)
     if model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY):
         raise InputError("this MODEL has a guidance cache already: connect the MODEL from before the other one.")
+    if model.get_wrappers(WrappersMP.CALC_COND_BATCH, FORECAST):
+        raise InputError(
+            "this MODEL has a forecast cache, which would take what stands for a pass for what was computed: leave one "
+            "of both out. The forecast cache saves more."
+        )
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, ONE_PASS):
         raise InputError("this MODEL is guidance-free: its steps have one pass, and there is none to leave out.")
     cached = _Cached(settings)

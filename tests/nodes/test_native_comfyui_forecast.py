@@ -1,0 +1,151 @@
+"""The forecast cache with ComfyUI's own models in this process.
+
+Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to run these.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from native_comfyui import defaults, models, patched, sample, tiny
+
+from vidaccel import GuidanceCache
+from vidaccel.nodes.native_forecast import ForecastSettings, cache_steps
+from vidaccel.nodes.native_guidance_cache import cache_guidance
+from vidaccel.nodes.wording import InputError
+
+LOG = "vidaccel.nodes.native_forecast"
+ANYTHING = ForecastSettings(1e6, most=0)
+STEPS = 8
+
+
+def passes(model) -> list[int]:
+    """The samples of each forward pass from now on, in a clone's wrapper."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen: list[int] = []
+
+    def wrapper(executor, x, *args, **kwargs):
+        seen.append(x.shape[0])
+        return executor(x, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "count", wrapper)
+    return seen
+
+
+def steady(model):
+    """A clone that takes the same numbers off the latents for each part of the noise: all of the way is a line."""
+    from comfy.patcher_extension import WrappersMP
+
+    clone = model.clone()
+
+    def wrapper(executor, model, conds, x, timestep, options, *more):
+        out = executor(model, conds, x, timestep, options, *more)
+        numbers = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+        return [x - timestep.reshape(-1, *[1] * (x.ndim - 1)) * numbers for _ in out]
+
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "steady", wrapper)
+    return clone
+
+
+def passes_of(model, description) -> int:
+    clone = model.clone()
+    seen = passes(clone)
+    sample(clone, description, steps=STEPS)
+    return len(seen)
+
+
+@pytest.mark.parametrize("name", models())
+def test_a_steady_model_is_forecast_exactly(name, caplog):
+    description, model, _ = tiny(name)
+    wanted = sample(steady(model), description, steps=STEPS)
+    clone = steady(cache_steps(model, ForecastSettings(1e-2, most=0)))  # what is put on later is further inside
+    seen = passes(clone)
+    with caplog.at_level(logging.INFO, LOG):
+        made = sample(clone, description, steps=STEPS)
+    assert f"4 of {STEPS} steps were forecast" in caplog.text
+    assert 2 * len(seen) == passes_of(model, description)
+    torch.testing.assert_close(made, wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", models())
+def test_whatever_is_forecast_the_model_stays_as_it_is(name):
+    description, model, unpatched = tiny(name)
+    clone = cache_steps(model, ANYTHING)
+    made = sample(clone, description, steps=STEPS)
+    plain = sample(model, description, steps=STEPS)
+    assert made.isfinite().all() and not made.equal(plain)
+    assert sample(clone, description, steps=STEPS).equal(made) and sample(model, description).equal(unpatched)
+
+
+def test_nothing_within_the_tolerance_is_told_with_what_would_be(caplog):
+    description, model, unpatched = tiny("wan_t2v")
+    assert sample(cache_steps(model, ForecastSettings(0.001)), description, steps=STEPS).equal(
+        sample(model, description, steps=STEPS)
+    )
+    assert "all 8 steps were computed; the best forecast is estimated to be off by" in caplog.text
+    assert sample(cache_steps(model, ANYTHING), description).equal(unpatched)  # 4 steps: three, and the last one
+
+
+def test_new_noise_in_each_step_is_no_line():
+    """The noise that the model sees is another one then."""
+    description, model, _ = tiny("wan_t2v")
+    options = {"steps": STEPS, "sampler": "euler_ancestral"}
+    clone = cache_steps(model, ForecastSettings(0.1))
+    seen = passes(clone)
+    assert sample(clone, description, **options).equal(sample(model, description, **options))
+    assert len(seen) == passes_of(model, description)
+
+
+def test_a_sampler_with_two_calls_a_step():
+    description, model, _ = tiny("wan_t2v")
+    options = {"steps": STEPS, "sampler": "heun"}
+    wanted = sample(steady(model), description, **options)
+    clone = steady(cache_steps(model, ForecastSettings(1e-2, most=0)))
+    seen = passes(clone)
+    torch.testing.assert_close(sample(clone, description, **options), wanted, atol=1e-3, rtol=1e-3)
+    assert 0 < len(seen) < 8
+
+
+def test_without_guidance():
+    description, model, _ = tiny("wan_t2v")
+    alone = replace(description, cfg=1.0)
+    clone = cache_steps(model, ANYTHING)
+    seen = passes(clone)
+    assert sample(clone, alone, steps=STEPS).isfinite().all() and len(seen) == 4
+
+
+@pytest.mark.parametrize("first", ["sparse", "cache"])
+def test_with_sparse_attention_in_either_order(first):
+    description, model, _ = tiny("wan_t2v")
+    made = cache_steps(model, ANYTHING) if first == "cache" else model
+    made, session = patched(made)
+    made = made if first == "cache" else cache_steps(made, ANYTHING)
+    sample(made, description, steps=STEPS)
+    assert {record.step for record in session.report().records} == {0, 1, 2, 7}
+
+
+def test_the_node():
+    from vidaccel.nodes.forecast_node import NODES, VidaccelForecastCache
+
+    description, model, _ = tiny("wan_t2v")
+    settings = defaults(VidaccelForecastCache)
+    assert settings["tolerance"] == ForecastSettings().tolerance
+    [clone] = VidaccelForecastCache.execute(model, **(settings | {"tolerance": 1.0})).result
+    seen = passes(clone)
+    sample(clone, description, steps=20)
+    assert clone is not model and len(seen) < passes_of(model, description) / STEPS * 20
+    assert [VidaccelForecastCache] == NODES
+
+
+def test_what_it_refuses():
+    _, model, _ = tiny("wan_t2v")
+    with pytest.raises(InputError, match="has a forecast cache already"):
+        cache_steps(cache_steps(model, ANYTHING), ANYTHING)
+    with pytest.raises(InputError, match="has a guidance cache"):
+        cache_steps(cache_guidance(model, GuidanceCache(2)), ANYTHING)
+    with pytest.raises(InputError, match="has a forecast cache"):
+        cache_guidance(cache_steps(model, ANYTHING), GuidanceCache(2))
