@@ -39,6 +39,7 @@ def defaults(ratios: list[float]) -> dict[str, Any]:
     from vidaccel.pipelines.presets import Cache
 
     return {
+        "forecast": Candidate(cache=Cache("forecast")),
         "first_block": Candidate(cache=Cache("first_block")),
         "magcache": Candidate(cache=Cache("magcache", settings={"mag_ratios": ratios})),
         "seacache": Candidate(cache=Cache("seacache")),
@@ -65,7 +66,7 @@ def find(work: Path, confirm: int) -> dict[str, dict[str, Any]]:
             numbers,
             out=work / "tune",
             budget=Budget(min_psnr=psnr),
-            levers=("sparse", "cache"),
+            levers=("sparse", "cache", "guidance"),
             methods=METHODS,
             caches=[name for name in CACHES if name != "cache_dit"],
             effort="normal",

@@ -30,8 +30,8 @@ _TOLERANCES = {"quick": (), "normal": (0.05,), "thorough": (0.02, 0.05, 0.1)}
 THRESHOLDS: dict[str, dict[str, tuple[float, ...]]] = {
     "forecast": {
         "quick": (0.1, 0.2),
-        "normal": (0.05, 0.08, 0.12, 0.18, 0.25),
-        "thorough": (0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.35),
+        "normal": (0.05, 0.07, 0.1, 0.14, 0.2),
+        "thorough": (0.03, 0.04, 0.05, 0.06, 0.07, 0.085, 0.1, 0.12, 0.14, 0.17, 0.2, 0.25, 0.3),
     },
     "first_block": {
         "quick": (0.05, 0.1, 0.2),
@@ -53,6 +53,7 @@ THRESHOLDS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 """Cache -> effort -> thresholds, the lowest first."""
 _VARIANTS: Mapping[str, tuple[dict[str, Any], ...]] = {
+    "forecast": ({}, {"cache_end_steps": 0}),
     "magcache": ({}, {"retention_ratio": 0.1, "max_skip_steps": 2}),
     "seacache": ({}, {"max_consecutive_cached": 4}),
     "cache_dit": ({"Fn_compute_blocks": 1},),
