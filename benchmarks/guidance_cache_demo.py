@@ -51,8 +51,8 @@ def main(
 ) -> None:
     """Measure, and write guidance_cache_demo.jsonl (prompt by prompt), guidance_cache_demo.csv and .md."""
     about = (
-        "PSNR is the mean over the prompts, to the video of both passes in all 20 steps at the same guidance scale, and "
-        "the lowest of all."
+        "PSNR is the mean over the prompts, to the video of both passes in all 20 steps at the same guidance scale, "
+        "and the lowest of all."
     )
     run("guidance_cache_demo", "Guidance cache on the built-in model", about, rows_of(), "both passes", prompts, out)
 

@@ -1,4 +1,7 @@
-"""Settings of presets on held-out prompts of the built-in model, each held against the run without: for `*_cache_demo.py`."""
+"""Settings of presets on held-out prompts of the built-in model, each held against the run without.
+
+For `forecast_cache_demo.py` and `guidance_cache_demo.py`.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .native_forecast import ForecastSettings, cache_steps
+from ..pipelines.forecast.settings import ForecastSettings
+from .native_forecast import cache_steps
 from .schema import accepted
 
 

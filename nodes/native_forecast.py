@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from ..attention import StepInfo
 from ..pipelines.forecast.forecasts import Forecasts
 from ..pipelines.forecast.level import Level
+from ..pipelines.forecast.settings import ForecastSettings
 from .geometry import diffusion_model_of
 from .native_guidance_cache import FORECAST as KEY
 from .native_guidance_cache import KEY as GUIDANCE_CACHE
@@ -23,16 +24,6 @@ from .sampling import step_of, window_of
 from .wording import InputError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ForecastSettings:
-    """See `Forecasts`."""
-
-    tolerance: float = 0.1
-    first_steps: int = 3
-    last_steps: int = 1
-    most: int = 5
 
 
 def cache_steps(model: Any, settings: ForecastSettings) -> Any:
@@ -71,8 +62,9 @@ class _Window:
     """What is known of one context window: its forecasts, and the noise levels that its calls had."""
 
     def __init__(self, settings: ForecastSettings) -> None:
-        self.forecasts = Forecasts(settings.tolerance, settings.first_steps, 0, settings.most)
-        self.calls, self.sigma = -1, None
+        self.forecasts = Forecasts(replace(settings, last_steps=0))  # told by the sampler's levels
+        self.calls = -1
+        self.sigma: float | None = None
 
 
 class _Cached:

@@ -10,12 +10,23 @@ from comfy_api.latest import io
 
 from .adapter_files import State
 from .geometry import diffusion_model_of
+from .native_forecast import cache_steps
 from .native_guidance import guide
+from .native_guidance_cache import cache_guidance
 from .native_models import find_geometry
 from .news import GenerationReport, nothing
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY, Pipeline
-from .presets import FOLDER, chosen_preset, find_presets, native_part, native_settings, state_of_preset, with_preset
+from .presets import (
+    FOLDER,
+    NativePart,
+    chosen_preset,
+    find_presets,
+    native_part,
+    native_settings,
+    state_of_preset,
+    with_preset,
+)
 from .report_node import Report
 from .schema import accepted
 from .wording import PRECISIONS, InputError
@@ -27,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Preset = io.Custom("VIDACCEL_PRESET")
-ONE_PASS = "Guidance takes one pass. The preset {} has no method that a MODEL can take, so attention is dense."
 
 
 def _roots() -> list[str]:
@@ -107,17 +117,18 @@ class VidaccelApplyPresetNative(io.ComfyNode):
             node_id="VidaccelApplyPresetNative",
             display_name="Apply Preset (native)",
             category="video acceleration",
-            description="Puts what it can of a preset into a native MODEL: the method with what stays dense, and "
-            "guidance in one pass. For the rest ComfyUI has nodes of its own, which the error names.",
+            description="Puts what it can of a preset into a native MODEL: the method with what stays dense, guidance "
+            "in one pass, the forecast cache and the guidance cache. For the rest ComfyUI has nodes of its own, which "
+            "the error names.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the preset is for. It is not changed."),
                 Preset.Input("preset", tooltip="From Load Preset."),
                 io.Boolean.Input(
                     "skip_others",
                     default=False,
-                    tooltip="Go on without what is for other nodes to set: caches, LoRAs, a scheduler, steps, guidance "
-                    "in two passes, layers in 8 bits, SLA, VSA, the adapter of a folder of diffusers. The log and the "
-                    "report say which, with the values to set. Off, that is an error.",
+                    tooltip="Go on without what is for other nodes to set: other caches, LoRAs, a scheduler, steps, "
+                    "guidance in two passes, layers in 8 bits, SLA, VSA, the adapter of a folder of diffusers. The log "
+                    "and the report say which, with the values to set. Off, that is an error.",
                 ),
             ],
             outputs=[
@@ -158,10 +169,14 @@ def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tup
     made = model
     if part.adapter is not None:
         made = guide(made, part.adapter, part.guidance)
+    if part.forecast is not None:
+        made = cache_steps(made, part.forecast)
+    if part.guidance_cache is not None:
+        made = cache_guidance(made, part.guidance_cache)
     method = part.method
     if method is None:
         left = f" Not taken from it: {'; '.join(part.left)}." if part.left else ""
-        return made, GenerationReport(nothing(f"{ONE_PASS.format(preset.name)}{left}"))
+        return made, GenerationReport(nothing(f"{_without_method(preset.name, part)}{left}"))
     made, session = sparsify(
         made,
         lambda layout: method,
@@ -175,6 +190,17 @@ def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tup
         precision=preset.precision or PRECISIONS[0],
     )
     return made, session
+
+
+def _without_method(name: str, part: NativePart) -> str:
+    """What a MODEL got of a preset without a method, for the report."""
+    has = {
+        "Guidance takes one pass.": part.adapter is not None,
+        "Steps are left out where they can be told ahead; the log says how many.": part.forecast is not None,
+        "Passes of the negative prompt are left out; the log says how many.": part.guidance_cache is not None,
+    }
+    told = [text for text, there in has.items() if there]
+    return f"{' '.join(told)} The preset {name} has no method that a MODEL can take, so attention is dense."
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelLoadPreset, VidaccelApplyPreset, VidaccelApplyPresetNative]

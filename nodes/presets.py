@@ -18,13 +18,14 @@ from .wording import InputError, plain_messages
 
 if TYPE_CHECKING:
     from ..attention import DenseSchedule, Method
+    from ..pipelines.forecast.settings import ForecastSettings
+    from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.presets import Preset
 
 FOLDER = "vidaccel_presets"
 """Below ComfyUI's folder of models: presets of one's own."""
 ELSEWHERE = {
-    "cache": "EasyCache or another node for caches",
-    "guidance_cache": "Guidance Cache",
+    "cache": "Forecast Cache, EasyCache or another node for caches",
     "loras": "LoraLoaderModelOnly",
     "scheduler": "the sampler's scheduler, and ModelSamplingSD3 for a shift",
     "num_inference_steps": "the sampler's steps",
@@ -131,6 +132,7 @@ class NativePart:
         dense_layers: in words of the nodes.
         adapter: guidance-free; None for none.
         guidance: of the adapter.
+        forecast, guidance_cache: caches that a MODEL can have; None for none.
         left: what it does not get and its values, with what ComfyUI has for it.
     """
 
@@ -140,6 +142,8 @@ class NativePart:
     dense_layers: str = ""
     adapter: Path | None = None
     guidance: float = 1.0
+    forecast: ForecastSettings | None = None
+    guidance_cache: GuidanceCache | None = None
     left: tuple[str, ...] = ()
 
 
@@ -166,16 +170,28 @@ def native_part(preset: Preset, layers: int, family: str) -> NativePart:
     if adapters and preset.guidance_scale is None:
         raise InputError(f"preset {preset.name} has guidance_free and no guidance_scale, which a MODEL needs: add it.")
     told = tuple(left.values())
-    if method is None and not adapters:
+    forecast = _forecast(preset)
+    if forecast is not None and preset.guidance_cache is not None:
         raise InputError(
-            f"preset {preset.name} has neither a method nor an adapter for guidance that a MODEL can take, and a MODEL "
-            f"gets nothing else of a preset: {'; '.join(told) or 'it is empty'}."
+            f"preset {preset.name} has a forecast cache and a guidance cache, and a MODEL can have one of the two."
         )
-    shares = _shares(preset) if method is not None else {}
+    if method is None and not adapters and forecast is None and preset.guidance_cache is None:
+        raise InputError(
+            f"preset {preset.name} has no method, no adapter for guidance and no cache that a MODEL can take, and a "
+            f"MODEL gets nothing else of a preset: {'; '.join(told) or 'it is empty'}."
+        )
+    shares: dict[str, Any] = _shares(preset) if method is not None else {}
     adapter = Path(adapters[0]) if adapters else None
     scale = 1.0 if preset.guidance_scale is None else preset.guidance_scale
     dense = "" if method is None else _dense_layers(method.schedule, layers)
-    return NativePart(method, **shares, dense_layers=dense, adapter=adapter, guidance=scale, left=told)
+    caches: dict[str, Any] = {"forecast": forecast, "guidance_cache": preset.guidance_cache}
+    return NativePart(method, **shares, dense_layers=dense, adapter=adapter, guidance=scale, **caches, left=told)
+
+
+def _forecast(preset: Preset) -> ForecastSettings | None:
+    from ..pipelines.presets.levers import FORECAST, forecast_settings
+
+    return forecast_settings(preset.cache) if preset.cache is not None and preset.cache.name == FORECAST else None
 
 
 def _left(preset: Preset) -> dict[str, str]:
@@ -195,8 +211,7 @@ def _values(preset: Preset) -> dict[str, str]:
     """Lever that is for other nodes to set -> its value, in words."""
     cache, scheduler, quantize = preset.cache, preset.scheduler, preset.quantize
     made = {
-        "cache": "" if cache is None else f"{cache.name}={cache.limit:g}",
-        "guidance_cache": "" if preset.guidance_cache is None else f"every {preset.guidance_cache.every}",
+        "cache": "" if cache is None or _forecast(preset) else f"{cache.name}={cache.limit:g}",
         "loras": ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in preset.loras),
         "scheduler": "" if scheduler is None else scheduler.name,
         "num_inference_steps": str(preset.num_inference_steps or ""),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...attention import StepInfo
+from .settings import ForecastSettings
 
 POINTS = 2  # of a straight line; the bend of the way is seen at the third
 
@@ -60,17 +61,11 @@ class Forecasts:
     """Which steps of a run have to be computed, and what stands for the noise in the others. One transformer's.
 
     Args:
-        tolerance: of what a model makes, relative to its size, above 0: a step whose forecast is estimated to be off
-            by more is computed.
-        first_steps: at the start of a run, which are computed whatever is estimated. Of each branch three passes are,
-            whatever it says: two for a line, one to see the bend.
-        last_steps: at its end, where the number of steps is known.
-        most: steps in a row that are forecast; 0 for any number.
+        settings: what it goes by.
     """
 
-    def __init__(self, tolerance: float, first_steps: int = 3, last_steps: int = 1, most: int = 5) -> None:
-        self._tolerance, self._most = tolerance, most
-        self._first, self._last = first_steps, last_steps
+    def __init__(self, settings: ForecastSettings) -> None:
+        self._settings = settings
         self.begin()
 
     def begin(self) -> None:
@@ -100,13 +95,14 @@ class Forecasts:
 
     def _near(self, step: StepInfo, place: float) -> bool:
         """Whether the forecast of a step is near enough."""
-        if step.step < self._first or (step.num_steps is not None and step.step >= step.num_steps - self._last):
+        its = self._settings
+        if step.step < its.first_steps or (step.num_steps is not None and step.step >= step.num_steps - its.last_steps):
             return False
-        if not self._branches or (self._most and self._in_a_row >= self._most):
+        if not self._branches or (its.most and self._in_a_row >= its.most):
             return False
         # Of noise and of what a flow makes, the difference is the same but for the share of the video.
         error = max(branch.error(place) for branch in self._branches.values()) / max(1 - place, 1e-9)
-        near = error <= self._tolerance
+        near = error <= its.tolerance
         (self.errors if near else self.refused).append(error)
         return near
 

@@ -1,8 +1,8 @@
 """Caches over steps at work in a transformer: ours, diffusers' and cache-dit's, told which steps they may not skip.
 
-None of the others knows of steps that sparse attention keeps dense, MagCache is told the number of steps before it is known,
-and cache-dit the number of passes in each. So before each forward pass each gets what the account knows (`account.py`),
-by the state that it keeps itself.
+None of the others knows of steps that sparse attention keeps dense, MagCache is told the number of steps before it is
+known, and cache-dit the number of passes in each. So before each forward pass each gets what the account knows
+(`account.py`), by the state that it keeps itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..forecast.hook import Forecast, reads_latents
 from .block_names import use_own_names
 from .dbcache import DBCache, check_dbcache
 from .errors import PresetError
-from .levers import CACHES, FORECAST, Cache
+from .levers import CACHES, FORECAST, Cache, forecast_settings
 from .loops import mend_loop
 
 
@@ -234,17 +234,11 @@ def install_cache(transformer: Any, cache: Cache, family: Family, clock: StepClo
     try:
         with beside_hooks(transformer):
             if cache.name == FORECAST:
-                return _forecast(transformer, cache, family, clock)
+                return Forecast(transformer, family.timestep, clock, Forecasts(forecast_settings(cache)))
             return _KINDS[cache.name](transformer, cache)
     except (ValueError, TypeError, AssertionError) as error:
         instead = "Take another cache, or leave it out."
         raise PresetError("cache", first_line(error).rstrip("."), instead, cache.name) from error
-
-
-def _forecast(transformer: Any, cache: Cache, family: Family, clock: StepClock) -> Forecast:
-    names = {"retention_steps": "first_steps", "cache_end_steps": "last_steps", "max_consecutive_cached": "most"}
-    settings = {names[name]: value for name, value in cache.settings.items()}
-    return Forecast(transformer, family.timestep, clock, Forecasts(cache.limit, **settings))
 
 
 def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..forecast.settings import ForecastSettings
 from ..nearest_name import nearest
 from .errors import PresetError
 
@@ -56,7 +57,7 @@ CACHES: dict[str, CacheKind] = {
     FORECAST: CacheKind(
         "the error that forecasts of the noise in a step turned out to have (of this package; models of flow matching "
         "and of diffusion, whose scheduler tells how much noise is in a step)",
-        0.1,
+        ForecastSettings().tolerance,
         {
             "retention_steps": _COUNT,
             "cache_end_steps": _COUNT,
@@ -162,6 +163,12 @@ class Cache:
     def limit(self) -> float:
         """Its threshold, the default where none is given."""
         return CACHES[self.name].threshold if self.threshold is None else self.threshold
+
+
+def forecast_settings(cache: Cache) -> ForecastSettings:
+    """Those of a cache of the name `FORECAST`, whose settings are called as those of diffusers' caches are."""
+    names = {"retention_steps": "first_steps", "cache_end_steps": "last_steps", "max_consecutive_cached": "most"}
+    return ForecastSettings(cache.limit, **{names[name]: value for name, value in cache.settings.items()})
 
 
 @dataclass(frozen=True)

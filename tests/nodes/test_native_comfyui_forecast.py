@@ -13,9 +13,10 @@ import torch
 from native_comfyui import defaults, models, patched, sample, tiny
 
 from vidaccel import GuidanceCache
-from vidaccel.nodes.native_forecast import ForecastSettings, cache_steps
+from vidaccel.nodes.native_forecast import cache_steps
 from vidaccel.nodes.native_guidance_cache import cache_guidance
 from vidaccel.nodes.wording import InputError
+from vidaccel.pipelines.forecast.settings import ForecastSettings
 
 LOG = "vidaccel.nodes.native_forecast"
 ANYTHING = ForecastSettings(1e6, most=0)

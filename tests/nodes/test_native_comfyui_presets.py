@@ -11,12 +11,15 @@ import pytest
 from gft_adapters import write_native
 from native_comfyui import sample, tiny
 
-from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial
+from vidaccel import SLA, SVG2, VSA, DenseSchedule, GuidanceCache, Preset, Radial
+from vidaccel.nodes.native_forecast import cache_steps
 from vidaccel.nodes.native_guidance import guide
+from vidaccel.nodes.native_guidance_cache import cache_guidance
 from vidaccel.nodes.patch import sparsify
 from vidaccel.nodes.preset_nodes import apply_native
 from vidaccel.nodes.tables import report_text
 from vidaccel.nodes.wording import InputError
+from vidaccel.pipelines.forecast.settings import ForecastSettings
 from vidaccel.pipelines.presets import Cache
 
 SPARSE = SVG2(density=0.5, q_clusters=4, k_clusters=8, schedule=DenseSchedule(first_steps=1, first_layers=1))
@@ -46,15 +49,17 @@ def test_guidance_in_one_pass_and_what_is_left_to_other_nodes(tmp_path, caplog):
     description, model, _ = tiny("wan_t2v")
     file = write_native(tmp_path)
     preset = Preset(name="a", guidance_free=str(file), guidance_scale=4.0, cache=Cache("first_block"))
-    with pytest.raises(InputError, match="cache first_block=0.05: EasyCache or another node for caches. Set it there"):
+    with pytest.raises(
+        InputError, match=r"cache first_block=0.05: Forecast Cache, EasyCache or .*\. Set it there"
+    ):
         apply_native(model, preset)
     with caplog.at_level(logging.WARNING, "vidaccel.nodes.preset_nodes"):
         clone, session = apply_native(model, preset, skip_others=True)
-    assert "preset a: not taken from it: cache first_block=0.05: EasyCache" in caplog.text
+    assert "preset a: not taken from it: cache first_block=0.05: Forecast Cache" in caplog.text
     text = report_text(session.news())
     assert (
         text.startswith("Guidance takes one pass. The preset a has no method")
-        and "cache first_block=0.05: EasyCache" in text
+        and "cache first_block=0.05: Forecast Cache" in text
     )
     assert sample(clone, description).equal(sample(guide(model, file, 4.0), description))
 
@@ -78,6 +83,28 @@ def test_levers_that_a_model_cannot_carry_are_left_out_one_by_one(tmp_path):
     clone, session = apply_native(model, only_method, skip_others=True)
     sample(clone, description)
     assert "not taken guidance_free, the adapter of a folder of diffusers" in report_text(session.news())
+
+
+@pytest.mark.parametrize("method", [None, SPARSE], ids=["dense", "sparse"])
+def test_the_caches_of_this_package(method):
+    description, model, _ = tiny("wan_t2v")
+    steps = {"num_inference_steps": 8}
+    cache = Cache("forecast", 1e6, {"cache_end_steps": 0, "max_consecutive_cached": 2})
+    every = GuidanceCache(2, first_steps=1)
+
+    def beside(model):
+        return model if method is None else apply_native(model, Preset(name="b", method=method, **steps), True)[0]
+
+    for lever, by_hand in (
+        ({"cache": cache}, beside(cache_steps(model, ForecastSettings(1e6, last_steps=0, most=2)))),
+        ({"guidance_cache": every}, beside(cache_guidance(model, every))),
+    ):
+        clone, report = apply_native(model, Preset(name="a", method=method, **lever, **steps), skip_others=True)
+        assert sample(clone, description, steps=8).equal(sample(by_hand, description, steps=8))
+        assert not sample(clone, description, steps=8).equal(sample(beside(model), description, steps=8))
+        assert method is not None or "left out" in report_text(report.news())
+    with pytest.raises(InputError, match="can have one of the two"):
+        apply_native(model, Preset(name="a", cache=cache, guidance_cache=every), skip_others=True)
 
 
 def test_the_precision_of_a_preset_is_not_lost():

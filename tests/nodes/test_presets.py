@@ -115,7 +115,7 @@ def test_what_a_native_model_gets():
     assert (part.dense_start_percent, part.dense_end_percent, part.dense_layers) == (0.1, 0.1, "0, 28, 29")
     assert part.adapter == Path("gft.safetensors") and part.guidance == 4.0
     assert part.left == (
-        "cache first_block=1000: EasyCache or another node for caches",
+        "cache first_block=1000: Forecast Cache, EasyCache or another node for caches",
         "loras a.safetensors (1): LoraLoaderModelOnly",
         "num_inference_steps 20: the sampler's steps",
     )
@@ -145,7 +145,7 @@ def test_what_is_left_to_other_nodes_has_the_values_to_set_there():
     [
         (Preset(name="a", family="Mochi 1", method=Radial()), "a is for Mochi 1, and this MODEL is Wan"),
         (Preset(name="a", transformer={"num_layers": 40}, method=Radial()), "of 40 layers, and this MODEL has 30"),
-        (Preset(name="a", cache=EAGER, quantize=Quantize("fp8")), "neither a method nor an adapter.*EasyCache"),
+        (Preset(name="a", cache=EAGER, quantize=Quantize("fp8")), "no method, no adapter.*EasyCache"),
         (Preset(name="a", method=SPARSE), "keeps 1 steps dense, and ComfyUI counts in shares"),
         (Preset(name="a", method=Radial(schedule=DenseSchedule(sigma_above=0.9))), "by noise levels of diffusers"),
         (

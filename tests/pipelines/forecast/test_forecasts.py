@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from vidaccel.attention import StepInfo
-from vidaccel.pipelines.forecast.forecasts import Forecasts
+from vidaccel.pipelines.forecast import forecasts as module
+from vidaccel.pipelines.forecast.settings import ForecastSettings
 
 ONE, BENT = torch.randn(2, 1, 4, 6, generator=torch.Generator().manual_seed(0))
 LINE, CURVE = 0.0, 2.0
+
+
+def made_with(tolerance: float, **settings: int) -> module.Forecasts:
+    return module.Forecasts(ForecastSettings(tolerance, **settings))
 
 
 def noise(place: float, bend: float) -> torch.Tensor:
@@ -21,7 +26,7 @@ def wild(number: int) -> torch.Tensor:
     return torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(number))
 
 
-def run(forecasts: Forecasts, bend: float, steps: int = 20, branches=("cond", "uncond"), known: bool = True):
+def run(forecasts: module.Forecasts, bend: float, steps: int = 20, branches=("cond", "uncond"), known: bool = True):
     """The steps that are forecast, and how far off each was in truth, as a share of what a flow makes of it."""
     found, off = [], []
     for number in range(steps):
@@ -39,28 +44,28 @@ def run(forecasts: Forecasts, bend: float, steps: int = 20, branches=("cond", "u
 
 
 def test_on_a_straight_line_all_but_the_first_and_last_are():
-    found, off = run(Forecasts(1e-4, most=0), LINE)
+    found, off = run(made_with(1e-4, most=0), LINE)
     assert found == list(range(3, 19)) and max(off) < 1e-5
-    assert run(Forecasts(1e-4, most=0, last_steps=0), LINE)[0] == list(range(3, 20))
-    assert run(Forecasts(1e-4, most=0), LINE, known=False)[0] == list(range(3, 20))
-    assert run(Forecasts(1e-4, first_steps=6, most=0, last_steps=3), LINE)[0] == list(range(6, 17))
-    assert run(Forecasts(1e-4, first_steps=0, most=2), LINE)[0] == [n for n in range(3, 19) if n % 3 != 2]
+    assert run(made_with(1e-4, most=0, last_steps=0), LINE)[0] == list(range(3, 20))
+    assert run(made_with(1e-4, most=0), LINE, known=False)[0] == list(range(3, 20))
+    assert run(made_with(1e-4, first_steps=6, most=0, last_steps=3), LINE)[0] == list(range(6, 17))
+    assert run(made_with(1e-4, first_steps=0, most=2), LINE)[0] == [n for n in range(3, 19) if n % 3 != 2]
 
 
 @pytest.mark.parametrize("tolerance", [0.03, 0.1])
 def test_on_a_curve_as_far_as_the_tolerance_goes(tolerance):
     """The error of a line on a parabola is known to the digit, but for the size of the noise, which changes."""
-    forecasts = Forecasts(tolerance, most=0)
+    forecasts = made_with(tolerance, most=0)
     found, off = run(forecasts, CURVE)
     assert found and forecasts.refused
     assert forecasts.errors == pytest.approx(off, rel=0.5)
     assert max(forecasts.errors) <= tolerance < min(forecasts.refused)
-    assert len(run(Forecasts(tolerance / 4, most=0), CURVE)[0]) < len(found)
+    assert len(run(made_with(tolerance / 4, most=0), CURVE)[0]) < len(found)
 
 
 def test_branches_are_forecast_together():
     """By the one that bends most."""
-    forecasts = Forecasts(0.1, most=0)
+    forecasts = made_with(0.1, most=0)
     for number in range(8):
         place = 1 - number / 20
         first, second = (StepInfo(0, number, 20, None, branch) for branch in ("cond", "uncond"))
@@ -73,7 +78,7 @@ def test_branches_are_forecast_together():
 
 
 def test_a_step_that_is_kept_is_computed():
-    forecasts = Forecasts(1.0, most=0)
+    forecasts = made_with(1.0, most=0)
     for number in range(6):
         step, place = StepInfo(0, number, 20), 1 - number / 20
         assert forecasts.computes(step, place, keep=number == 4) is (number != 3 and number != 5)
@@ -82,7 +87,7 @@ def test_a_step_that_is_kept_is_computed():
 
 
 def test_a_branch_that_is_not_known_yet_is_computed():
-    forecasts = Forecasts(1.0)
+    forecasts = made_with(1.0)
     for number in range(5):
         step, place = StepInfo(0, number, 20), 1 - number / 20
         if forecasts.computes(step, place):
@@ -92,7 +97,7 @@ def test_a_branch_that_is_not_known_yet_is_computed():
 
 def test_steps_of_one_level_and_latents_of_another_size():
     """Second-order schedulers have a level twice; a video in stages changes its size within a run."""
-    forecasts = Forecasts(1.0, most=0)
+    forecasts = made_with(1.0, most=0)
     for number, place in enumerate((1.0, 0.95, 0.95, 0.9)):
         step = StepInfo(0, number, 20)
         assert forecasts.computes(step, place)
@@ -106,7 +111,7 @@ def test_steps_of_one_level_and_latents_of_another_size():
 @pytest.mark.parametrize("straight_first", [True, False])
 def test_the_worst_of_all_samples_and_tensors_counts(straight_first):
     """Of two videos in a batch, of which one bends; and of a video and its sound."""
-    in_a_batch, with_sound = Forecasts(0.1), Forecasts(0.1)
+    in_a_batch, with_sound = made_with(0.1), made_with(0.1)
     for number in range(6):
         step, place = StepInfo(0, number, 20), 1 - number / 20
         both = [noise(place, LINE), wild(number)]
