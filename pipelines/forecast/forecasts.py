@@ -25,10 +25,12 @@ class _Branch:
     Args:
         points: of the last computed steps, where on the way they are and the noise that was seen.
         bend: error of a forecast by its distances from both points; None before there was one to compare with.
+        step: the last one that was computed.
     """
 
     points: list[tuple[float, list[torch.Tensor]]] = field(default_factory=list)
     bend: torch.Tensor | float | None = None
+    step: int = -1
 
     def distances(self, place: float) -> float:
         """The product of the distances from both points, with which the error of a straight line grows."""
@@ -72,6 +74,7 @@ class Forecasts:
         """Forget what is known: a run begins."""
         self._branches: dict[str, _Branch] = {}
         self._step: int | None = None
+        self._latest = -1  # the last step that was computed
         self._forecast, self._in_a_row = False, 0
         self.errors: list[float] = []
         """Estimated, of the steps that were forecast."""
@@ -91,7 +94,7 @@ class Forecasts:
             self._forecast = not keep and self._near(step, place)
             self._in_a_row = self._in_a_row + 1 if self._forecast else 0
         known = self._branches.get(step.branch)
-        return keep or not self._forecast or known is None or len(known.points) < POINTS
+        return keep or not self._forecast or known is None or len(known.points) < POINTS or known.step != self._latest
 
     def _near(self, step: StepInfo, place: float) -> bool:
         """Whether the forecast of a step is near enough."""
@@ -100,15 +103,19 @@ class Forecasts:
             return False
         if not self._branches or (its.most and self._in_a_row >= its.most):
             return False
+        # Guidance may leave a branch out in some steps, or another process have it.
+        going_on = [branch for branch in self._branches.values() if branch.step == self._latest]
         # Of noise and of what a flow makes, the difference is the same but for the share of the video.
-        error = max(branch.error(place) for branch in self._branches.values()) / max(1 - place, 1e-9)
+        error = max(branch.error(place) for branch in going_on) / max(1 - place, 1e-9)
         near = error <= its.tolerance
         (self.errors if near else self.refused).append(error)
         return near
 
     def add(self, step: StepInfo, place: float, noise: Sequence[torch.Tensor]) -> None:
         """Take the noise, float32, that a computed pass saw in each of its latents."""
-        self._branches.setdefault(step.branch, _Branch()).add(place, list(noise))
+        branch = self._branches.setdefault(step.branch, _Branch())
+        branch.add(place, list(noise))
+        branch.step = self._latest = step.step
 
     def ahead(self, step: StepInfo, place: float) -> list[torch.Tensor]:
         """What stands for the noise of a pass that is not computed."""

@@ -52,7 +52,7 @@ class Forecast(ModelHook):
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         """See `CacheAtWork`."""
-        self._step, self._keep = step, keep
+        self._step, self._keep, self.left_out = step, keep, False
 
     def notes(self) -> list[str]:
         """Why nothing could be forecast, or how far off the forecasts of the last run are estimated to be."""
@@ -79,7 +79,6 @@ class Forecast(ModelHook):
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The pass, or what stands for it."""
         forward, step = self.fn_ref.original_forward, self._step
-        self.left_out = False
         if torch.is_grad_enabled():
             return forward(*args, **kwargs)
         given = self._signature.bind(module, *args, **kwargs).arguments

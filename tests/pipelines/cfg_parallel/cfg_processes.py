@@ -76,10 +76,11 @@ def beside_others() -> dict[str, torch.Tensor]:
     cached = make_pipe()
     cached.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.3))
     both("first-block cache", cached, steps=6)
-    for kind in ("seacache", "taylorseer"):
+    for cache in (Cache("seacache"), Cache("taylorseer"), Cache("forecast", 1e3)):
         pipe = make_pipe()
-        with vidaccel.apply(pipe, Preset(cache=Cache(kind))):
-            both(kind, pipe, steps=6)
+        with vidaccel.apply(pipe, Preset(cache=cache)) as handle:
+            both(cache.name, pipe, steps=6)
+            assert cache.name != "forecast" or handle.report().last().counts()["skipped"]
     made |= beside_offloading() | offloaded_whole() | cache_gone_first()
     both("bfloat16", make_pipe().to(torch.bfloat16))
     both("no guidance", make_pipe(), guidance_scale=1.0)

@@ -14,7 +14,7 @@ from vidaccel.pipelines.cfg_parallel.handle import READS_BETWEEN
 SCRIPT = Path(__file__).with_name("cfg_processes.py")
 # With a pass for each branch, that of a guider, a batch, and a batch whose samples have texts of their own.
 FAST = ("WanPipeline", "HunyuanVideo15Pipeline", "CogVideoXPipeline", "MochiPipeline")
-CACHES = ("first-block cache", "seacache", "taylorseer")
+CACHES = ("first-block cache", "seacache", "taylorseer", "forecast")
 STAYS = ("offloaded before", "offloaded after", "cache gone")
 BESIDE = (
     *CACHES,

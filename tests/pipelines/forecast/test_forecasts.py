@@ -95,6 +95,21 @@ def test_a_branch_that_is_not_known_yet_is_computed():
     assert forecasts.errors and forecasts.computes(StepInfo(0, 4, 20, None, "perturbed"), 0.8)
 
 
+def test_a_branch_that_is_there_in_some_steps_alone():
+    """It holds up no others, and its old points are not gone by."""
+    forecasts = made_with(1e-3, most=0)
+    steps = {"cond": (0, 1, 2, 3, 4, 5), "skipped layers": (0, 1, 5)}
+    asked = {}
+    for number in range(6):
+        for branch in [branch for branch, there in steps.items() if number in there]:
+            step, place = StepInfo(0, number, 20, None, branch), 1 - number / 20
+            asked[branch, number] = forecasts.computes(step, place)
+            if asked[branch, number]:
+                forecasts.add(step, place, [noise(place, LINE)])
+    assert [asked["cond", number] for number in range(6)] == [True] * 3 + [False] * 3
+    assert asked["skipped layers", 5]
+
+
 def test_steps_of_one_level_and_latents_of_another_size():
     """Second-order schedulers have a level twice; a video in stages changes its size within a run."""
     forecasts = made_with(1.0, most=0)
