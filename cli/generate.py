@@ -57,7 +57,7 @@ def generate_command(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="Skip steps: first_block, magcache, seacache, taylorseer or cache_dit; first_block=0.08 with a "
+            help="Skip steps: forecast, first_block, magcache, seacache, taylorseer or cache_dit; forecast=0.1 with a "
             "threshold."
         ),
     ] = None,

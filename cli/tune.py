@@ -47,7 +47,7 @@ def tune_command(
     ] = None,
     cache: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable. (default: first_block, magcache, seacache, taylorseer, cache_dit)"),
+        typer.Option(help="Repeatable. (default: forecast, first_block, magcache, seacache, taylorseer, cache_dit)"),
     ] = None,
     adapter: Annotated[
         list[Path] | None,

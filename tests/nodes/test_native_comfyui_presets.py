@@ -49,9 +49,7 @@ def test_guidance_in_one_pass_and_what_is_left_to_other_nodes(tmp_path, caplog):
     description, model, _ = tiny("wan_t2v")
     file = write_native(tmp_path)
     preset = Preset(name="a", guidance_free=str(file), guidance_scale=4.0, cache=Cache("first_block"))
-    with pytest.raises(
-        InputError, match=r"cache first_block=0.05: Forecast Cache, EasyCache or .*\. Set it there"
-    ):
+    with pytest.raises(InputError, match=r"cache first_block=0.05: Forecast Cache, EasyCache or .*\. Set it there"):
         apply_native(model, preset)
     with caplog.at_level(logging.WARNING, "vidaccel.nodes.preset_nodes"):
         clone, session = apply_native(model, preset, skip_others=True)

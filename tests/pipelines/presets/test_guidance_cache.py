@@ -18,7 +18,13 @@ from vidaccel.pipelines.presets import Cache, PresetError, load_preset, save_pre
 EVERY_2 = GuidanceCache(2, first_steps=2)
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12, schedule=DenseSchedule())
 RATIOS = {"mag_ratios": [1.0, 0.97, 0.95, 0.97, 0.99, 0.95, 0.9, 0.9]}
-CACHES = (Cache("first_block", 0.08), Cache("magcache", 0.03, RATIOS), Cache("seacache", 0.3), Cache("taylorseer", 3))
+CACHES = (
+    Cache("forecast", 1e3),
+    Cache("first_block", 0.08),
+    Cache("magcache", 0.03, RATIOS),
+    Cache("seacache", 0.3),
+    Cache("taylorseer", 3),
+)
 
 
 def test_it_is_kept_in_files(tmp_path):
@@ -61,7 +67,8 @@ def test_beside_a_cache(cache, caplog):
         assert generate(pipe, steps=8).equal(both)
         with pytest.raises(TypeError, match="before copying"):
             copy.deepcopy(pipe)
-    assert account.counts()["skipped"] >= skipped > 0 and "second passes of guidance" in account.notes[-1]
+    assert account.counts()["skipped"] >= skipped > 0
+    assert any("second passes of guidance" in note for note in account.notes)
     seconds = [p for p in passes if p.branch == "uncond" and not p.skipped]
     firsts = {p.step for p in passes if p.branch == "cond" and not p.skipped}
     assert all(p.step in firsts for p in seconds) and len(seconds) < len(firsts)
