@@ -11,6 +11,7 @@ go to `benchmarks/results/forecast_cache_demo*`.
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,16 +48,54 @@ def rows_of() -> dict[str, Row]:
     }
 
 
+CURVES = {
+    "forecast": "forecast",
+    "seacache": "SeaCache",
+    "taylorseer": "TaylorSeer, first order",
+    "first_block": "first-block cache",
+    "12 steps": "12 steps instead of 20",
+}
+"""Beginning of a row's name -> what the plot calls it."""
+
+
+def plot(out: Path) -> None:
+    """PSNR over the passes that were computed, a line for each cache: forecast_cache_demo.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with (out / "forecast_cache_demo.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["PSNR to all passes, dB"]]
+    fig, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for begins, label in CURVES.items():
+        points = sorted(
+            (float(row["passes"].split(" of ")[0]), float(row["PSNR to all passes, dB"]))
+            for row in rows
+            if row["setting"].startswith(begins)
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set_xlabel("passes of the transformer, of 40")
+    axes.set_ylabel("PSNR to the video of all passes, dB")
+    axes.set_title("Steps left out, built-in model, 20 steps")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    fig.savefig(out / "forecast_cache_demo.png", dpi=120)
+    plt.close(fig)
+
+
 def main(
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
-    """Measure, and write forecast_cache_demo.jsonl (prompt by prompt), .csv and .md."""
+    """Measure, and write forecast_cache_demo.jsonl (prompt by prompt), .csv, .md and .png."""
     about = (
         "PSNR is the mean over the prompts, to the video of all passes at the same guidance scale and of 20 steps, or "
-        "50 where the row says so, and the lowest of all."
+        "50 where the row says so, and the lowest of all.\n\n"
+        "![PSNR over the passes that were computed](forecast_cache_demo.png)"
     )
     run("forecast_cache_demo", "Forecast cache on the built-in model", about, rows_of(), "all passes", prompts, out)
+    plot(out)
 
 
 if __name__ == "__main__":

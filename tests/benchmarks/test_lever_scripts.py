@@ -43,6 +43,17 @@ def test_the_guidance_cache(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_forecast_cache(tmp_path):
+    """One prompt with each setting, and the plot."""
+    run("forecast_cache_demo.py", "--prompts", "1", "--out", str(tmp_path))
+    rows = {row["setting"]: row for row in table(tmp_path / "forecast_cache_demo.csv")}
+    assert rows["all passes"]["passes"] == "40 of 40" and rows["50 steps: all passes"]["passes"] == "100 of 100"
+    strict, loose = (float(rows[f"forecast {limit}"]["PSNR to all passes, dB"]) for limit in ("0.05", "0.3"))
+    assert strict > loose > 30
+    assert (tmp_path / "forecast_cache_demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_few_steps_go_on_where_they_stopped(tmp_path):
     """One prompt in each way; what was made is not made again, and the accuracies are those of the table."""
     guidance = demo.path(demo.DC) / "transformer" / "guidance_free.safetensors"
