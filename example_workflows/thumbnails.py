@@ -31,6 +31,7 @@ PROMPTS = {
     "wan_t2v_radial_long": "a green circle moves right on a grey background",
     "wan_t2v_svg2": "a red square moves down on a white background",
     "wan_t2v_tangent": "a green square moves left on a black background",
+    "wan_t2v_tangent_forecast": "a blue circle moves down on a grey background",
 }
 
 
@@ -42,12 +43,14 @@ class Card:
         name: of the file for scripts, and of its results.
         page: the file that the template browser opens; its name is the title of the card.
         method, density: of its sparse attention.
+        cache: over steps, as `generate` takes it; "" for none.
     """
 
     name: str
     page: Path
     method: str
     density: float
+    cache: str = ""
 
     @property
     def picture(self) -> Path:
@@ -63,14 +66,16 @@ def cards() -> list[Card]:
         graph = json.loads(api.read_text(encoding="utf-8"))
         (inputs, *_) = (node for node in graph.values() if "density" in node["inputs"])
         method = METHODS.get(inputs["class_type"]) or inputs["inputs"]["method"]
-        found.append(Card(api.stem, page, method, inputs["inputs"]["density"] or OF_TRAINING))
+        caches = [node["inputs"] for node in graph.values() if node["class_type"] == "VidaccelForecastCache"]
+        cache = f"forecast={caches[0]['tolerance']}" if caches else ""
+        found.append(Card(api.stem, page, method, inputs["inputs"]["density"] or OF_TRAINING, cache))
     return found
 
 
 def compose(card: Card, frames: np.ndarray, dense: np.ndarray | None, note: str) -> Image.Image:
     """The picture of a card, from a video `[F, H, W, 3]` of bytes and, of a comparison, the dense one."""
     method = card.method.upper() if card.method.startswith(("svg", "vsa")) else card.method.capitalize()
-    told = f"{method}, {card.density:.0%} of pairs"
+    told = f"{method}, {card.density:.0%} of pairs" + (" + forecast" if card.cache else "")
     middle = len(frames) // 2
     if dense is not None:
         halves = [_fitted(video[middle], SIDE // 2 - 2, SIDE - BAR) for video in (dense, frames)]
@@ -123,7 +128,7 @@ def built_in(card: Card, **settings: Any) -> tuple[np.ndarray, np.ndarray | None
     """The card's method on the built-in model, and for the comparison the dense video."""
     from vidaccel.generation.api import generate
 
-    own = {"seed": 0, "progress": False, **settings}
+    own = {"seed": 0, "progress": False, **settings, **({"cache": card.cache} if card.cache else {})}
     if "long" in card.name:
         own["frames"] = 65
     wanted = [(card.method, {"density": card.density})] + [("dense", {})] * (card.name == "demo_compare")
@@ -137,7 +142,7 @@ def result(card: Card, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | N
     """The newest result of a workflow in a folder; None where there is none."""
     from vidaccel.generation.video_reader import read_video
 
-    files = sorted(folder.glob(f"{card.name}*.mp4"), key=lambda file: file.stat().st_mtime)
+    files = sorted(folder.glob(f"{card.name}_[0-9]*.mp4"), key=lambda file: file.stat().st_mtime)
     if not files:
         return None
     frames, _ = read_video(files[-1])

@@ -34,6 +34,7 @@ def test_these_are_the_workflows():
         "wan_t2v_radial_long",
         "wan_t2v_svg2",
         "wan_t2v_tangent",
+        "wan_t2v_tangent_forecast",
     ]
     assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == NAMES
 
@@ -117,4 +118,4 @@ def test_what_nobody_publishes_is_named_with_the_command_that_makes_it():
 def test_every_node_of_this_pack_has_a_page_of_help():
     used = {n["class_type"] for name in NAMES for n in server_form(name).values() if "Vidaccel" in n["class_type"]}
     helped = {path.parent.name for path in (ROOT / "nodes" / "web" / "docs").glob("*/en.md")}
-    assert used <= helped and len(helped) == 22
+    assert used <= helped and len(helped) == 23
