@@ -113,13 +113,14 @@ class _Cached:
         inner = options.get("transformer_options") or {}
         levels = inner.get("sample_sigmas")
         sigma = float(timestep.flatten()[0])
-        if levels is None or sigma <= 0:
+        level = level_of(model, sigma) if sigma > 0 else None
+        if levels is None or level is None or not level.noise:  # a model of pictures may mix no noise in
             return executor(model, conds, x, timestep, options, *more)
         window = self._windows.setdefault(window_of(inner), _Window(self._settings))
         if sigma != window.sigma:  # a sampler may evaluate the model between two of its levels
             window.sigma, window.calls = sigma, window.calls + 1
         number, count = step_of(sigma, levels.tolist())
-        level, forecasts = level_of(model, sigma), window.forecasts
+        forecasts = window.forecasts
         branches = {
             place: StepInfo(0, window.calls, None, None, f"{place} of {len(conds)}")
             for place, cond in enumerate(conds)

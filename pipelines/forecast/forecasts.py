@@ -117,6 +117,10 @@ class Forecasts:
         branch.add(place, list(noise))
         branch.step = self._latest = step.step
 
+    def forget(self, branch: str) -> None:
+        """Let go of a branch that makes no more passes in a run."""
+        self._branches.pop(branch, None)
+
     def ahead(self, step: StepInfo, place: float) -> list[torch.Tensor]:
         """What stands for the noise of a pass that is not computed."""
         return self._branches[step.branch].ahead(place)

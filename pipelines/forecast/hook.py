@@ -91,12 +91,15 @@ class Forecast(ModelHook):
         if self._forecasts.computes(step, level.place, self._keep or not alike):
             made = forward(*args, **kwargs)
             self._learn(step, level, latents, made)
-            return made
-        self.left_out = True
-        outputs = tensors_in(made)
-        pairs, noises = _pairs(latents, outputs), self._forecasts.ahead(step, level.place)
-        ahead = [level.made_of(x, noise).to(out.dtype) for (x, out), noise in zip(pairs, noises, strict=True)]
-        return with_tensors(made, ahead)
+        else:
+            self.left_out = True
+            pairs, noises = _pairs(latents, tensors_in(made)), self._forecasts.ahead(step, level.place)
+            ahead = [level.made_of(x, noise).to(out.dtype) for (x, out), noise in zip(pairs, noises, strict=True)]
+            made = with_tensors(made, ahead)
+        if step.num_steps is not None and step.step >= step.num_steps - 1:  # memory that decoding has need of
+            self._forecasts.forget(step.branch)
+            self._made.pop(step.branch, None)
+        return made
 
     def _level(self, step: StepInfo, given: Mapping[str, Any]) -> Level | None:
         timestep = Timestep.of(torch.as_tensor(given[self._timestep])).value if step.sigma is None else 0.0
