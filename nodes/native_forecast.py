@@ -7,7 +7,9 @@ its latents, so that any sampler and any formula of guidance goes on as before.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +26,8 @@ from .sampling import step_of, window_of
 from .wording import InputError
 
 logger = logging.getLogger(__name__)
+
+WINDOWS = 8  # of context, that latents are kept of: more than fixed ones are in one video
 
 
 def cache_steps(model: Any, settings: ForecastSettings) -> Any:
@@ -59,12 +63,26 @@ def cache_steps(model: Any, settings: ForecastSettings) -> Any:
 
 
 class _Window:
-    """What is known of one context window: its forecasts, and the noise levels that its calls had."""
+    """What is known of one context window: its forecasts, and the calls at the noise level that it is at."""
 
     def __init__(self, settings: ForecastSettings) -> None:
-        self.forecasts = Forecasts(replace(settings, last_steps=0))  # told by the sampler's levels
-        self.calls = -1
-        self.sigma: float | None = None
+        # Steps are those of the sampler's levels here, and these are told it by `keep`.
+        self.forecasts = Forecasts(replace(settings, first_steps=0, last_steps=0))
+        self.level = -1
+        self._sigma: float | None = None
+        self._calls: Counter[str] = Counter()
+
+    def at(self, sigma: float) -> None:
+        """Go to a noise level. A sampler may evaluate the model between two of its own."""
+        if sigma != self._sigma:
+            self._sigma, self.level = sigma, self.level + 1
+            self._calls.clear()
+
+    def branch(self, asked: str) -> str:
+        """A name for what is asked of a model, another one for each time it is at this level: guidance after the usual
+        one asks for the same conditions with layers left out."""
+        self._calls[asked] += 1
+        return f"{asked}, {self._calls[asked]}"
 
 
 class _Cached:
@@ -77,27 +95,42 @@ class _Cached:
     def begin(self) -> None:
         """A sampler starts."""
         self._windows: dict[str, _Window] = {}
-        self._computed = self._forecast = 0
+        self._steps: set[int] = set()
+        self._computed: set[int] = set()
+        self._errors: list[float] = []
+        self._refused: list[float] = []
 
     def end(self) -> None:
         """A sampler ends, also by an interruption."""
-        those = [window.forecasts for window in self._windows.values()]
-        errors = [error for forecasts in those for error in forecasts.errors]
-        refused = [error for forecasts in those for error in forecasts.refused]
-        count = self._computed + self._forecast
-        if errors:
+        for window in self._windows.values():
+            self._note(window)
+        left_out, count = len(self._steps - self._computed), len(self._steps)
+        if self._errors:
             logger.info(
-                "Forecast Cache: %d of %d steps were forecast. What the model makes in them is estimated to be off by "
-                "%.3f of its size, %.3f at most.",
-                self._forecast,
+                "Forecast Cache: %d of %d steps were left out. What the model makes in forecasts is estimated to be "
+                "off by %.3f of its size, %.3f at most.",
+                left_out,
                 count,
-                statistics.fmean(errors),
-                max(errors),
+                statistics.fmean(self._errors),
+                max(self._errors),
             )
         elif count > 1:
-            best = f"the best forecast is estimated to be off by {min(refused):.3g}: raise" if refused else "raise"
+            known = [error for error in self._refused if math.isfinite(error)]
+            best = f"the best forecast is estimated to be off by {min(known):.3g}: raise" if known else "raise"
             logger.warning("Forecast Cache: all %d steps were computed; %s tolerance, or make more steps.", count, best)
         self.begin()
+
+    def _note(self, window: _Window) -> None:
+        self._errors += window.forecasts.errors
+        self._refused += window.forecasts.refused
+
+    def _window(self, name: str) -> _Window:
+        """That of a name. Of windows that come and go, those that came last are known."""
+        window = self._windows.pop(name, None) or _Window(self._settings)
+        self._windows[name] = window
+        if len(self._windows) > WINDOWS:
+            self._note(self._windows.pop(next(iter(self._windows))))
+        return window
 
     def conditions(
         self,
@@ -116,30 +149,39 @@ class _Cached:
         level = level_of(model, sigma) if sigma > 0 else None
         if levels is None or level is None or not level.noise:  # a model of pictures may mix no noise in
             return executor(model, conds, x, timestep, options, *more)
-        window = self._windows.setdefault(window_of(inner), _Window(self._settings))
-        if sigma != window.sigma:  # a sampler may evaluate the model between two of its levels
-            window.sigma, window.calls = sigma, window.calls + 1
+        window = self._window(window_of(inner))
+        window.at(sigma)
         number, count = step_of(sigma, levels.tolist())
-        forecasts = window.forecasts
+        self._steps.add(number)
         branches = {
-            place: StepInfo(0, window.calls, None, None, f"{place} of {len(conds)}")
+            place: StepInfo(0, window.level, None, None, window.branch(f"{id(model)}: {_asked(cond, sigma)}"))
             for place, cond in enumerate(conds)
             if cond is not None
         }
-        keep = number >= count - self._settings.last_steps
+        keep = number < self._settings.first_steps or number >= count - self._settings.last_steps
+        forecasts, latents = window.forecasts, level.of_flow(x)
         # All are asked, and none is left out beside one that is computed.
-        if any([forecasts.computes(step, level.place, keep) for step in branches.values()]):
+        if any([forecasts.computes(step, level.place, latents, keep) for step in branches.values()]):
             out = executor(model, conds, x, timestep, options, *more)
-            self._computed += 1
+            self._computed.add(number)
             for place, step in branches.items():
-                forecasts.add(step, level.place, [level.noise_in(x, out[place])])
+                forecasts.add(step, level.place, [level.noise_in(x, out[place])], x.dtype)
             return out
-        self._forecast += 1
         made = [torch.zeros_like(x) for _ in conds]  # as ComfyUI gives it where there are no conditions
         for place, step in branches.items():
             (noise,) = forecasts.ahead(step, level.place)
             made[place] = level.made_of(x, noise).to(x.dtype)
         return made
+
+
+def _asked(cond: list[dict[str, Any]], sigma: float) -> str:
+    """What tells a list of conditions from others, as far as they are for a noise level."""
+
+    def for_it(entry: dict[str, Any]) -> bool:
+        starts, ends = entry.get("timestep_start"), entry.get("timestep_end")
+        return (starts is None or sigma <= float(starts)) and (ends is None or sigma >= float(ends))
+
+    return ", ".join(str(entry.get("uuid")) for entry in cond if for_it(entry))
 
 
 def level_of(model: Any, sigma: float) -> Level:

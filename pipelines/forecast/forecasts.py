@@ -16,6 +16,9 @@ from ...attention import StepInfo
 from .settings import ForecastSettings
 
 POINTS = 2  # of a straight line; the bend of the way is seen at the third
+# Rounded to nearest, numbers of a bell curve are off by this share of the precision (`finfo.eps`), by the root mean
+# square.
+ROUNDING = 0.19
 
 
 @dataclass
@@ -42,21 +45,68 @@ class _Branch:
         way = (place - before) / (last - before)
         return [torch.lerp(a, b, way) for a, b in zip(older, newer, strict=True)]
 
-    def add(self, place: float, noise: list[torch.Tensor]) -> None:
+    def _rounding(self, place: float, rounding: float) -> float:
+        """What of a forecast's error is but the rounding of the latents in all three steps."""
+        (before, _), (last, _) = self.points
+        way = (place - last) / (last - before)
+        return rounding * (1 + (1 + way) ** 2 + way**2) ** 0.5
+
+    def add(self, place: float, noise: list[torch.Tensor], rounding: float) -> None:
         """Take a computed step, and the error that a forecast of it would have had."""
         if self.points and [x.shape for x in noise] != [x.shape for x in self.points[-1][1]]:
             self.points, self.bend = [], None
         if len(self.points) == POINTS and (distances := self.distances(place)):
-            self.bend = _difference(noise, self.ahead(place)) / distances
+            off = _difference(noise, self.ahead(place))
+            self.bend = (off.square() - self._rounding(place, rounding) ** 2).clamp(min=0).sqrt() / distances
         kept = [point for point in self.points if point[0] != place]
         self.points = [*kept[-POINTS + 1 :], (place, noise)]
 
     def error(self, place: float) -> float:
-        """How far a forecast would be off, as a share of what is forecast; infinite where nothing is known."""
-        if self.bend is None or len(self.points) < POINTS:
+        """How far a forecast would be off, as a share of what is forecast; infinite where nothing is known.
+
+        Of latents at a level that had others before (the second row of a second-order step) nothing is, either.
+        """
+        if self.bend is None or len(self.points) < POINTS or not self.distances(place):
             return float("inf")
         self.bend = float(self.bend)  # a wait for the device, once for each computed pass
         return self.bend * self.distances(place)
+
+
+class _Way:
+    """The way of the latents themselves. Noise that somebody adds on it shows as a jump, of which no forecast knew.
+
+    The velocity on it changes about as much from one step to the next as it did before. On the built-in model a
+    computed step after five forecast ones changes it by a third at the most, up to ten times as much as usual; noise of
+    0.05 added once by three quarters, and a stochastic solver by its whole.
+    """
+
+    JUMP = 0.5  # of the velocity, at the least
+    UNUSUAL = 4.0  # times as much as the most of the steps before
+
+    def __init__(self) -> None:
+        self._place: float | None = None
+        self._latents: torch.Tensor | None = None
+        self._velocity: torch.Tensor | None = None
+        self._length = 0.0
+        self._usual: list[float] = []
+
+    def jumps(self, place: float, latents: torch.Tensor) -> bool:
+        """Whether the latents of a step, float32, are not where the way led to."""
+        before, self._place = self._place, place
+        x, self._latents = self._latents, latents
+        if x is None or before is None or x.shape != latents.shape or place == before:
+            return False
+        length, velocity = abs(place - before), (latents - x) / (place - before)
+        old, old_length = self._velocity, self._length
+        self._velocity, self._length = velocity, length
+        if old is None or old.shape != velocity.shape:
+            return False
+        norms = torch.stack([torch.linalg.vector_norm(velocity - old), torch.linalg.vector_norm(velocity)])
+        change, size = norms.tolist()
+        bend = 2 * change / (length + old_length)
+        unusual = bool(self._usual) and bend > self.UNUSUAL * max(self._usual)
+        self._usual = [*self._usual[-2:], bend]
+        return unusual and change > self.JUMP * size
 
 
 class Forecasts:
@@ -73,6 +123,7 @@ class Forecasts:
     def begin(self) -> None:
         """Forget what is known: a run begins."""
         self._branches: dict[str, _Branch] = {}
+        self._way = _Way()
         self._step: int | None = None
         self._latest = -1  # the last step that was computed
         self._forecast, self._in_a_row = False, 0
@@ -81,16 +132,20 @@ class Forecasts:
         self.refused: list[float] = []
         """Estimated, of those that were computed because it was too much."""
 
-    def computes(self, step: StepInfo, place: float, keep: bool = False) -> bool:
-        """Whether a pass has to be computed. All branches of a step are, or none is: guidance multiplies what differs.
+    def computes(self, step: StepInfo, place: float, latents: torch.Tensor, keep: bool = False) -> bool:
+        """Whether a pass has to be computed. All branches of a step are, or none of those that the last computed step
+        had: guidance multiplies what differs.
 
         Args:
             step: that runs.
             place: of it on the way, see `Level.place`.
+            latents: of it, float32, as a flow mixes them (`Level.of_flow`).
             keep: it has to be, for a reason of somebody else.
         """
         if step.step != self._step:
             self._step = step.step
+            if self._way.jumps(place, latents):
+                self._branches = {}  # what they say of the way is of another one
             self._forecast = not keep and self._near(step, place)
             self._in_a_row = self._in_a_row + 1 if self._forecast else 0
         known = self._branches.get(step.branch)
@@ -111,15 +166,15 @@ class Forecasts:
         (self.errors if near else self.refused).append(error)
         return near
 
-    def add(self, step: StepInfo, place: float, noise: Sequence[torch.Tensor]) -> None:
-        """Take the noise, float32, that a computed pass saw in each of its latents."""
+    def add(self, step: StepInfo, place: float, noise: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        """Take the noise, float32, that a computed pass saw in each of its latents, which it got in a `dtype`."""
         branch = self._branches.setdefault(step.branch, _Branch())
-        branch.add(place, list(noise))
+        branch.add(place, list(noise), ROUNDING * torch.finfo(dtype).eps)
         branch.step = self._latest = step.step
 
-    def forget(self, branch: str) -> None:
-        """Let go of a branch that makes no more passes in a run."""
-        self._branches.pop(branch, None)
+    def let_go(self) -> None:
+        """Of all tensors: no more passes come."""
+        self._branches, self._way = {}, _Way()
 
     def ahead(self, step: StepInfo, place: float) -> list[torch.Tensor]:
         """What stands for the noise of a pass that is not computed."""

@@ -28,27 +28,30 @@ class Forecast(ModelHook):
     """Computes a pass, or gives what the forecast noise makes of its latents. A `CacheAtWork`.
 
     Args:
-        transformer: without what wraps it. timestep: the argument that changes from step to step.
+        name: of the transformer in its pipeline. transformer: without what wraps it.
+        timestep: the argument of its forward pass that changes from step to step.
         clock: of the pipeline, which knows its scheduler.
         forecasts: which passes, and by what.
     """
 
-    def __init__(self, transformer: Any, timestep: str, clock: StepClock, forecasts: Forecasts) -> None:
+    def __init__(self, name: str, transformer: Any, timestep: str, clock: StepClock, forecasts: Forecasts) -> None:
         super().__init__()
         self._transformer: Any = transformer
-        self._timestep, self._clock, self._forecasts = timestep, clock, forecasts
+        self._name, self._timestep, self._clock, self._forecasts = name, timestep, clock, forecasts
         self._signature = inspect.signature(type(transformer).forward)
         self._step, self._keep, self._why = StepInfo(), False, ""
-        # branch -> what a computed pass gave, in whose form the others are given, and the shapes of what it was given
-        self._made: dict[str, tuple[Any, list[torch.Size]]] = {}
+        # Branch -> what a computed pass gave, without its numbers, and the shapes of what it was given.
+        self._forms: dict[str, tuple[Any, list[torch.Size]]] = {}
+        self._given: tuple[Level, list[torch.Tensor]] | None = None  # of the pass that is computed
         self.left_out = False
         """Whether the last pass was."""
         HookRegistry.check_if_exists_or_initialize(transformer).register_hook(self, FORECAST_HOOK)
+        clock.forgets(name, self.let_go)
 
     def begin(self, steps: int | None) -> None:
         """See `CacheAtWork`."""
         self._forecasts.begin()
-        self._made, self._why = {}, ""
+        self._forms, self._why = {}, ""
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         """See `CacheAtWork`."""
@@ -57,49 +60,59 @@ class Forecast(ModelHook):
     def notes(self) -> list[str]:
         """Why nothing could be forecast, or how far off the forecasts of the last run are estimated to be."""
         if self._why:
-            return [f"forecast: every step was computed, because {self._why}"]
+            return [f"forecast: every step of the {self._name} was computed, because {self._why}"]
         if not (errors := self._forecasts.errors):
             known = [error for error in self._forecasts.refused if math.isfinite(error)]
-            return [f"forecast: the best forecast is estimated to be off by {min(known):.3g}"] if known else []
+            best = f"forecast: the best one for the {self._name} is estimated to be off by"
+            return [f"{best} {min(known):.3g}"] if known else []
         mean, most = statistics.fmean(errors), max(errors)
         return [
-            f"forecast: {len(errors)} steps of the last run were forecast, and the model's output in them is estimated "
-            f"to be off by {mean:.3f} of its size, {most:.3f} at most"
+            f"forecast: {len(errors)} steps of the {self._name} in the last run; what it makes in them is estimated to "
+            f"be off by {mean:.3f} of its size, {most:.3f} at most"
         ]
 
-    def remove(self, transformer: Any = None) -> None:
+    def let_go(self) -> None:
+        """Of all tensors: the transformer makes no more passes in this run, and others have need of the memory."""
+        self._forecasts.let_go()
+        self._forms, self._given = {}, None
+
+    def remove(self) -> None:
         """Take it out. A second call does nothing."""
         if self._transformer is not None:
             with beside_hooks(self._transformer):
                 registry = HookRegistry.check_if_exists_or_initialize(self._transformer)
                 registry.remove_hook(FORECAST_HOOK, recurse=False)
-        self._transformer, self._made = None, {}
+        self._transformer = None
+        self.let_go()
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The pass, or what stands for it. What decides is not compiled where the pass is."""
+        stand_in = self._stand_in(module, args, kwargs)
+        if stand_in is not None:
+            return stand_in
+        made = self.fn_ref.original_forward(*args, **kwargs)
+        self._learn(made)
+        return made
 
     @torch.compiler.disable
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The pass, or what stands for it."""
-        forward, step = self.fn_ref.original_forward, self._step
+    def _stand_in(self, module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """What stands for a pass; None where it has to be computed."""
+        self._given = None
         if torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        given = self._signature.bind(module, *args, **kwargs).arguments
-        level = self._level(step, given)
-        if level is None:
-            return forward(*args, **kwargs)
-        latents = _latents(given)
-        made, shapes = self._made.get(step.branch, (None, []))
-        alike = [x.shape for x in latents] == shapes
-        if self._forecasts.computes(step, level.place, self._keep or not alike):
-            made = forward(*args, **kwargs)
-            self._learn(step, level, latents, made)
-        else:
-            self.left_out = True
-            pairs, noises = _pairs(latents, tensors_in(made)), self._forecasts.ahead(step, level.place)
-            ahead = [level.made_of(x, noise).to(out.dtype) for (x, out), noise in zip(pairs, noises, strict=True)]
-            made = with_tensors(made, ahead)
-        if step.num_steps is not None and step.step >= step.num_steps - 1:  # memory that decoding has need of
-            self._forecasts.forget(step.branch)
-            self._made.pop(step.branch, None)
-        return made
+            return None
+        step, given = self._step, self._signature.bind(module, *args, **kwargs).arguments
+        level, latents = self._level(step, given), _latents(given)
+        if level is None or not latents:
+            return None
+        form, shapes = self._forms.get(step.branch, (None, []))
+        keep = self._keep or [x.shape for x in latents] != shapes
+        if self._forecasts.computes(step, level.place, level.of_flow(latents[0]), keep):
+            self._given = level, latents
+            return None
+        self.left_out = True
+        pairs, noises = _pairs(latents, tensors_in(form)), self._forecasts.ahead(step, level.place)
+        ahead = [level.made_of(x, noise).to(out.dtype) for (x, out), noise in zip(pairs, noises, strict=True)]
+        return with_tensors(form, ahead)
 
     def _level(self, step: StepInfo, given: Mapping[str, Any]) -> Level | None:
         timestep = Timestep.of(torch.as_tensor(given[self._timestep])).value if step.sigma is None else 0.0
@@ -108,13 +121,20 @@ class Forecast(ModelHook):
             self._why = "the scheduler does not tell how much noise is in a step"
         return level
 
-    def _learn(self, step: StepInfo, level: Level, latents: Sequence[torch.Tensor], made: Any) -> None:
+    @torch.compiler.disable
+    def _learn(self, made: Any) -> None:
+        """Take what a computed pass made."""
+        if self._given is None:
+            return
+        (level, latents), self._given = self._given, None
         pairs = _pairs(latents, tensors_in(made))
         if not pairs:
-            self._why = "what the model makes does not have the shape of its latents"
+            self._why = "what it makes does not have the shape of its latents"
             return
-        self._forecasts.add(step, level.place, [level.noise_in(x, out) for x, out in pairs])
-        self._made[step.branch] = made, [x.shape for x in latents]
+        noise, dtype = [level.noise_in(x, out) for x, out in pairs], latents[0].dtype
+        self._forecasts.add(self._step, level.place, noise, dtype)
+        form = with_tensors(made, [x.to("meta") for x in tensors_in(made)])
+        self._forms[self._step.branch] = form, [x.shape for x in latents]
 
 
 def reads_latents(transformer: Any) -> bool:

@@ -34,6 +34,10 @@ class Level:
         """The share of noise, from 0 to 1: the time of a flow that mixes as this."""
         return self.noise / (self.signal + self.noise)
 
+    def of_flow(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as a flow would mix them at the same share of noise, float32."""
+        return latents.float() / (self.signal + self.noise)
+
     def noise_in(self, latents: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         """The noise that a model sees in latents, float32, from what it made of them."""
         latents, made = latents.float(), self.sign * made.float()

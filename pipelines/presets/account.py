@@ -249,10 +249,12 @@ class Watch(CopiedNotPickled):
         kept = self._kept if self._cache is not None else ""
         skipped, extrapolated = pass_was_left_out(module), second_pass_was_left_out(module)
         self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated))
+        self._clock.passed()
 
-    def notes(self) -> list[str]:
-        """What the cache says of the last run."""
-        return [] if self._cache is None or not self.passes else self._cache.notes()
+    def notes(self, run: int | None) -> list[str]:
+        """What the cache says of a run, the last one; nothing where the transformer made no passes in it."""
+        here = self._cache is not None and self.passes and self.passes[-1].run == run
+        return self._cache.notes() if here else []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         if self._cache is not None:

@@ -100,7 +100,7 @@ class Applied:
         for name, (transformer, family) in checked.parts.items():
             cache = None
             if preset.cache is not None:
-                cache = install_cache(transformer, preset.cache, family, clock)
+                cache = install_cache(name, transformer, preset.cache, family, clock)
                 self._undo.append(cache)
             watch = Watch(pipe, name, transformer, family, clock, schedule, cache, whole)
             self._undo.append(watch)
@@ -134,8 +134,9 @@ class Applied:
                 f"the preset is for {wanted} steps, and a run has {', '.join(map(str, others))}: call the pipeline "
                 "with **handle.arguments"
             )
+        last = max((each.run for each in passes), default=None)
         for watch in self._watches:
-            notes += watch.notes()
+            notes += watch.notes(last)
         if self.preset.cache is not None and (idle := idle_note(self.preset.cache, passes)):
             notes.append(idle)
         if sparse is not None:

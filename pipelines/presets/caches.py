@@ -219,10 +219,11 @@ _KINDS: dict[str, Callable[[Any, Cache], CacheAtWork]] = {
 }
 
 
-def install_cache(transformer: Any, cache: Cache, family: Family, clock: StepClock) -> CacheAtWork:
+def install_cache(name: str, transformer: Any, cache: Cache, family: Family, clock: StepClock) -> CacheAtWork:
     """Put a cache into a transformer that `check_cache` let through.
 
     Args:
+        name: of the transformer in its pipeline.
         transformer: without what wraps it.
         cache: for it.
         family: of the transformer.
@@ -234,7 +235,7 @@ def install_cache(transformer: Any, cache: Cache, family: Family, clock: StepClo
     try:
         with beside_hooks(transformer):
             if cache.name == FORECAST:
-                return Forecast(transformer, family.timestep, clock, Forecasts(forecast_settings(cache)))
+                return Forecast(name, transformer, family.timestep, clock, Forecasts(forecast_settings(cache)))
             return _KINDS[cache.name](transformer, cache)
     except (ValueError, TypeError, AssertionError) as error:
         instead = "Take another cache, or leave it out."

@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "acceleration"))
 from test_family_pipelines import CASES, built, latents
 
 LEFT = {
-    "SkyReelsV2DiffusionForcingPipeline": "best forecast",  # frames at levels of their own, which is told below
+    "SkyReelsV2DiffusionForcingPipeline": "the best one for",  # frames at levels of their own, which is told below
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": "does not tell how much noise",
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "does not tell how much noise",
     "HeliosPyramidPipeline": "",  # of a few steps for each size, all are the first ones
-    "LTXConditionPipeline": "best forecast",  # the conditions get new noise at each step
-    "LTX2Pipeline": "best forecast",  # see the last test
-    "LTX2ImageToVideoPipeline": "best forecast",
-    "LTX2ConditionPipeline": "best forecast",
+    "LTXConditionPipeline": "the best one for",  # the conditions get new noise at each step
+    "LTX2Pipeline": "the best one for",  # see the last test
+    "LTX2ImageToVideoPipeline": "the best one for",
+    "LTX2ConditionPipeline": "the best one for",
     "CosmosTextToWorldPipeline": "EDMEulerScheduler does not tell",
     "CosmosVideoToWorldPipeline": "EDMEulerScheduler does not tell",
     "Cosmos2VideoToWorldPipeline": "does not tell how much noise",
@@ -92,7 +92,7 @@ def test_a_steady_model_is_forecast_exactly(case, monkeypatch):
     torch.testing.assert_close(made, plain, rtol=1e-4, atol=1e-4)
     computed = [bool(step.computed) for step in account.steps if step.run == 0]
     assert computed[:3] == [True] * 3 and not any(computed[3:6]) and computed[-1]
-    assert any("of the last run were forecast" in note for note in account.notes)
+    assert any("in the last run; what it makes" in note for note in account.notes)
     assert made.equal(again) and other.isfinite().all()
     assert latents(pipe, case, case.sizes[0], **steps).equal(plain)
 

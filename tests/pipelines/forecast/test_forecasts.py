@@ -21,6 +21,15 @@ def noise(place: float, bend: float) -> torch.Tensor:
     return ONE + place * BENT + bend * place**2 * ONE
 
 
+def asks(forecasts: module.Forecasts, step: StepInfo, place: float, keep: bool = False) -> bool:
+    """Of latents on a straight way."""
+    return forecasts.computes(step, place, place * BENT, keep)
+
+
+def learn(forecasts: module.Forecasts, step: StepInfo, place: float, noise: list[torch.Tensor]) -> None:
+    forecasts.add(step, place, noise, torch.float32)
+
+
 def wild(number: int) -> torch.Tensor:
     """No line goes through these."""
     return torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(number))
@@ -33,8 +42,8 @@ def run(forecasts: module.Forecasts, bend: float, steps: int = 20, branches=("co
         place = 1 - number / steps
         for branch in branches:
             step = StepInfo(0, number, steps if known else None, None, branch)
-            if forecasts.computes(step, place):
-                forecasts.add(step, place, [noise(place, bend)])
+            if asks(forecasts, step, place):
+                learn(forecasts, step, place, [noise(place, bend)])
                 continue
             (ahead,) = forecasts.ahead(step, place)
             if branch == branches[0]:
@@ -69,11 +78,11 @@ def test_branches_are_forecast_together():
     for number in range(8):
         place = 1 - number / 20
         first, second = (StepInfo(0, number, 20, None, branch) for branch in ("cond", "uncond"))
-        both = [forecasts.computes(step, place) for step in (first, second)]
+        both = [asks(forecasts, step, place) for step in (first, second)]
         assert both[0] == both[1]
         if both[0]:
-            forecasts.add(first, place, [noise(place, LINE)])
-            forecasts.add(second, place, [wild(number)])
+            learn(forecasts, first, place, [noise(place, LINE)])
+            learn(forecasts, second, place, [wild(number)])
     assert not forecasts.errors and len(forecasts.refused) == 5
 
 
@@ -81,18 +90,18 @@ def test_a_step_that_is_kept_is_computed():
     forecasts = made_with(1.0, most=0)
     for number in range(6):
         step, place = StepInfo(0, number, 20), 1 - number / 20
-        assert forecasts.computes(step, place, keep=number == 4) is (number != 3 and number != 5)
+        assert asks(forecasts, step, place, keep=number == 4) is (number != 3 and number != 5)
         if number not in (3, 5):
-            forecasts.add(step, place, [noise(place, LINE)])
+            learn(forecasts, step, place, [noise(place, LINE)])
 
 
 def test_a_branch_that_is_not_known_yet_is_computed():
     forecasts = made_with(1.0)
     for number in range(5):
         step, place = StepInfo(0, number, 20), 1 - number / 20
-        if forecasts.computes(step, place):
-            forecasts.add(step, place, [noise(place, LINE)])
-    assert forecasts.errors and forecasts.computes(StepInfo(0, 4, 20, None, "perturbed"), 0.8)
+        if asks(forecasts, step, place):
+            learn(forecasts, step, place, [noise(place, LINE)])
+    assert forecasts.errors and asks(forecasts, StepInfo(0, 4, 20, None, "perturbed"), 0.8)
 
 
 def test_a_branch_that_is_there_in_some_steps_alone():
@@ -103,9 +112,9 @@ def test_a_branch_that_is_there_in_some_steps_alone():
     for number in range(6):
         for branch in [branch for branch, there in steps.items() if number in there]:
             step, place = StepInfo(0, number, 20, None, branch), 1 - number / 20
-            asked[branch, number] = forecasts.computes(step, place)
+            asked[branch, number] = asks(forecasts, step, place)
             if asked[branch, number]:
-                forecasts.add(step, place, [noise(place, LINE)])
+                learn(forecasts, step, place, [noise(place, LINE)])
     assert [asked["cond", number] for number in range(6)] == [True] * 3 + [False] * 3
     assert asked["skipped layers", 5]
 
@@ -115,12 +124,12 @@ def test_steps_of_one_level_and_latents_of_another_size():
     forecasts = made_with(1.0, most=0)
     for number, place in enumerate((1.0, 0.95, 0.95, 0.9)):
         step = StepInfo(0, number, 20)
-        assert forecasts.computes(step, place)
-        forecasts.add(step, place, [noise(place, CURVE)])
+        assert asks(forecasts, step, place)
+        learn(forecasts, step, place, [noise(place, CURVE)])
     (ahead,) = forecasts.ahead(StepInfo(0, 4, 20), 0.85)
     torch.testing.assert_close(ahead, noise(0.9, CURVE) + (noise(0.9, CURVE) - noise(0.95, CURVE)))
-    forecasts.add(StepInfo(0, 4, 20), 0.85, [torch.ones(1, 8, 12)])
-    assert forecasts.computes(StepInfo(0, 5, 20), 0.8)
+    learn(forecasts, StepInfo(0, 4, 20), 0.85, [torch.ones(1, 8, 12)])
+    assert asks(forecasts, StepInfo(0, 5, 20), 0.8)
 
 
 @pytest.mark.parametrize("straight_first", [True, False])
@@ -132,5 +141,5 @@ def test_the_worst_of_all_samples_and_tensors_counts(straight_first):
         both = [noise(place, LINE), wild(number)]
         both = both if straight_first else both[::-1]
         for forecasts, made in ((in_a_batch, [torch.cat(both)]), (with_sound, both)):
-            assert forecasts.computes(step, place)
-            forecasts.add(step, place, made)
+            assert asks(forecasts, step, place)
+            learn(forecasts, step, place, made)

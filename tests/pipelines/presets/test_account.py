@@ -279,7 +279,7 @@ def test_taylorseer_extrapolates_all_that_a_model_makes(name):
     tiny = build(name)
     cache = Cache("taylorseer", 100, {"max_order": 0, "disable_cache_before_step": 1})
     check_cache("transformer", tiny.model, 2, cache)
-    at_work = install_cache(tiny.model, cache, *placed(tiny.model))
+    at_work = install_cache("transformer", tiny.model, cache, *placed(tiny.model))
 
     def outputs() -> list[torch.Tensor]:
         with torch.no_grad(), tiny.model.cache_context("cond"):
@@ -298,7 +298,7 @@ def test_taylorseer_is_exact_for_what_changes_evenly():
     with torch.no_grad():
         transformer.proj_out.weight.zero_()
     extrapolating = Cache("taylorseer", 3, {"max_order": 1, "disable_cache_before_step": 2})
-    cache = install_cache(transformer, extrapolating, *placed(transformer))
+    cache = install_cache("transformer", transformer, extrapolating, *placed(transformer))
     given = {"hidden_states": torch.randn(1, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 16)}
     made = []
     with torch.no_grad(), transformer.cache_context("cond"):

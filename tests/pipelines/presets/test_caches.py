@@ -44,7 +44,10 @@ class AtWork:
     def __init__(self, tiny: Tiny, name: str) -> None:
         ((self.model, family),) = find_transformers(tiny.model).values()
         check_cache("transformer", self.model, len(family.modules(self.model)), EAGER[name])
-        self.given, self.cache = tiny.given, install_cache(self.model, EAGER[name], family, StepClock(None))
+        self.given, self.cache = (
+            tiny.given,
+            install_cache("transformer", self.model, EAGER[name], family, StepClock(None)),
+        )
 
     def run(self, step: int, branch: str = "cond", **changes: Any) -> list[torch.Tensor]:
         """What the model makes in a step that is skipped unless it is the first."""
