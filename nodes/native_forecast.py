@@ -19,11 +19,8 @@ from ..attention import StepInfo
 from ..pipelines.forecast.forecasts import Forecasts
 from ..pipelines.forecast.level import Level
 from ..pipelines.forecast.settings import ForecastSettings
-from .geometry import diffusion_model_of
-from .native_guidance_cache import FORECAST as KEY
-from .native_guidance_cache import KEY as GUIDANCE_CACHE
+from .native_caches import FORECAST, put_in
 from .sampling import step_of, window_of
-from .wording import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +36,7 @@ def cache_steps(model: Any, settings: ForecastSettings) -> Any:
     Raises:
         InputError: the MODEL has one already, or a guidance cache.
     """
-    from comfy.patcher_extension import CallbacksMP, WrappersMP
-
-    diffusion_model_of(model)
-    if model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY):
-        raise InputError("this MODEL has a forecast cache already: connect the MODEL from before the other one.")
-    if model.get_wrappers(WrappersMP.CALC_COND_BATCH, GUIDANCE_CACHE):
-        raise InputError(
-            "this MODEL has a guidance cache, whose stand-ins would be taken for what was computed: leave one of both "
-            "out. This one saves more."
-        )
-    cached = _Cached(settings)
-
-    # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.
-    def wrapper(executor, *args, **kwargs):
-        return cached.conditions(executor, *args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, wrapper)
-    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: cached.begin())
-    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda patcher: cached.end())
-    return clone
+    return put_in(model, FORECAST, _Cached(settings))
 
 
 class _Window:

@@ -15,14 +15,11 @@ from ..attention import StepInfo
 from ..pipelines.guidance_cache.differences import Differences
 from ..pipelines.guidance_cache.settings import GuidanceCache
 from .geometry import diffusion_model_of
+from .native_caches import GUIDANCE, put_in
 from .sampling import step_of, window_of
 from .wording import InputError
 
 logger = logging.getLogger(__name__)
-
-KEY = "vidaccel_guidance_cache"
-FORECAST = "vidaccel_forecast"
-"""The key of the forecast cache's wrapper."""
 
 
 def cache_guidance(model: Any, settings: GuidanceCache) -> Any:
@@ -32,33 +29,16 @@ def cache_guidance(model: Any, settings: GuidanceCache) -> Any:
         model: ComfyUI's ModelPatcher. settings: of the cache.
 
     Raises:
-        InputError: the MODEL has one already, or guidance in one pass.
+        InputError: the MODEL has one already, a forecast cache, or guidance in one pass.
     """
-    from comfy.patcher_extension import CallbacksMP, WrappersMP
+    from comfy.patcher_extension import WrappersMP
 
     from .native_guidance import KEY as ONE_PASS
 
     diffusion_model_of(model)
-    if model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY):
-        raise InputError("this MODEL has a guidance cache already: connect the MODEL from before the other one.")
-    if model.get_wrappers(WrappersMP.CALC_COND_BATCH, FORECAST):
-        raise InputError(
-            "this MODEL has a forecast cache, which would take what stands for a pass for what was computed: leave one "
-            "of both out. The forecast cache saves more."
-        )
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, ONE_PASS):
         raise InputError("this MODEL is guidance-free: its steps have one pass, and there is none to leave out.")
-    cached = _Cached(settings)
-
-    # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.
-    def wrapper(executor, *args, **kwargs):
-        return cached.conditions(executor, *args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, wrapper)
-    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda patcher: cached.begin())
-    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda patcher: cached.end())
-    return clone
+    return put_in(model, GUIDANCE, _Cached(settings))
 
 
 class _Cached:
