@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 import statistics
 import time
@@ -162,6 +163,11 @@ def interval(differences: list[float]) -> str:
     return f"{statistics.fmean(differences):+.2f} ± {2 * error:.2f}"
 
 
+def of_mean_error(rows: list[dict[str, Any]]) -> str:
+    """The PSNR of the mean squared error: some videos to the bit as dense, which count as 100 dB, do not carry it."""
+    return f"{-10 * math.log10(statistics.fmean(10 ** (-row['psnr'] / 10) for row in rows)):.1f}"
+
+
 def table(found: dict[str, dict[str, Any]], measured: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each default, with what was found beside it, paired by prompt."""
 
@@ -187,6 +193,8 @@ def table(found: dict[str, dict[str, Any]], measured: dict[str, list[dict[str, A
                 "faster on": f"{faster} of {len(own)}",
                 "PSNR, default": f"{statistics.fmean(x['psnr'] for x in own):.1f}",
                 "PSNR, found": "identical" if same else f"{statistics.fmean(y['psnr'] for y in its):.1f}",
+                "of the mean error, default": of_mean_error(own),
+                "of the mean error, found": "identical" if same else of_mean_error(its),
                 "difference": "–" if same else interval(gained),
                 "passes, default": round(statistics.fmean(x["computed"] for x in own), 1),
                 "passes, found": round(statistics.fmean(y["computed"] for y in its), 1),
@@ -222,7 +230,8 @@ def main(
         "is the budget of a `vidaccel tune` on these. What it found is held against the default on "
         f"{len(measured['dense'])} other prompts. Seconds are CPU-seconds of one thread for a whole video, decoding "
         "included: the median over prompts of the ratio to the dense video, or to the default. Differences of PSNR "
-        "(dB) are paired by prompt, the mean and twice its standard error. Passes are those of the transformer that "
+        "(dB) are paired by prompt, the mean and twice its standard error; *of the mean error* is the PSNR of the mean "
+        "of squared errors. Passes are those of the transformer that "
         f"were computed, of {measured['dense'][0]['forwards']}. Sparse attention is slower than dense at this length."
     )
     write_markdown(out / "tune_demo.md", "What tune finds, against fixed defaults", text, rows)
