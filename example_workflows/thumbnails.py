@@ -128,7 +128,7 @@ def built_in(card: Card, **settings: Any) -> tuple[np.ndarray, np.ndarray | None
     """The card's method on the built-in model, and for the comparison the dense video."""
     from vidaccel.generation.api import generate
 
-    own = {"seed": 0, "progress": False, **settings, **({"cache": card.cache} if card.cache else {})}
+    own = {"seed": 0, "progress": False, "cache": card.cache or None, **settings}
     if "long" in card.name:
         own["frames"] = 65
     wanted = [(card.method, {"density": card.density})] + [("dense", {})] * (card.name == "demo_compare")

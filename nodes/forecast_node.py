@@ -10,6 +10,8 @@ from ..pipelines.forecast.settings import ForecastSettings
 from .native_forecast import cache_steps
 from .schema import accepted
 
+DEFAULTS = ForecastSettings()
+
 
 class VidaccelForecastCache(io.ComfyNode):
     """Steps left out of a MODEL's sampling where what the model would make of them can be told ahead."""
@@ -27,7 +29,7 @@ class VidaccelForecastCache(io.ComfyNode):
                 io.Model.Input("model", tooltip="It is not changed."),
                 io.Float.Input(
                     "tolerance",
-                    default=0.1,
+                    default=DEFAULTS.tolerance,
                     min=0.001,
                     max=1.0,
                     step=0.01,
@@ -36,14 +38,14 @@ class VidaccelForecastCache(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "first_steps",
-                    default=3,
+                    default=DEFAULTS.first_steps,
                     min=0,
                     max=100,
                     tooltip="Steps at the sampler's start that are computed; three are, whatever it says.",
                 ),
                 io.Int.Input(
                     "last_steps",
-                    default=1,
+                    default=DEFAULTS.last_steps,
                     min=0,
                     max=100,
                     **accepted(io.Int.Input, advanced=True),
@@ -51,7 +53,7 @@ class VidaccelForecastCache(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "max_consecutive",
-                    default=5,
+                    default=DEFAULTS.most,
                     min=0,
                     max=100,
                     **accepted(io.Int.Input, advanced=True),

@@ -39,17 +39,20 @@ class _Branch:
         """The product of the distances from both points, with which the error of a straight line grows."""
         return abs((place - self.points[0][0]) * (place - self.points[1][0]))
 
+    def _weight(self, place: float) -> float:
+        """Of the later point on the line at a place; the earlier one has the rest to 1."""
+        (before, _), (last, _) = self.points
+        return (place - before) / (last - before)
+
     def ahead(self, place: float) -> list[torch.Tensor]:
         """The noise on the line through both points."""
-        (before, older), (last, newer) = self.points
-        way = (place - before) / (last - before)
-        return [torch.lerp(a, b, way) for a, b in zip(older, newer, strict=True)]
+        (_, older), (_, newer) = self.points
+        return [torch.lerp(a, b, self._weight(place)) for a, b in zip(older, newer, strict=True)]
 
     def _rounding(self, place: float, rounding: float) -> float:
         """What of a forecast's error is but the rounding of the latents in all three steps."""
-        (before, _), (last, _) = self.points
-        way = (place - last) / (last - before)
-        return rounding * (1 + (1 + way) ** 2 + way**2) ** 0.5
+        weight = self._weight(place)
+        return rounding * (1 + weight**2 + (1 - weight) ** 2) ** 0.5
 
     def add(self, place: float, noise: list[torch.Tensor], rounding: float) -> None:
         """Take a computed step, and the error that a forecast of it would have had."""
