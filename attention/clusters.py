@@ -78,7 +78,12 @@ def renewed(x: torch.Tensor, clusters: Clusters) -> Clusters:
         mean = x.mean(2, keepdim=True, dtype=torch.float32)
         means, _ = moments(x, mean, in_order(clusters), clusters.sizes, clusters.means)
         return clusters._replace(means=means)
-    return clusters._replace(means=update(x.float(), clusters.labels, clusters.means, clusters.sizes))
+    return clusters._replace(means=_means(x.float(), clusters, clusters.means))
+
+
+def _means(x: torch.Tensor, clusters: Clusters, without: torch.Tensor) -> torch.Tensor:
+    """The mean of `x [B, H, N, D]` over each cluster, `[B, H, C, D]`; that of `without` where it is empty."""
+    return update(x, clusters.labels, without, clusters.sizes, clusters.order)
 
 
 def for_heads(keys: Clusters, heads: int) -> Clusters:
@@ -110,9 +115,9 @@ def value_variance(v: torch.Tensor, keys: Clusters) -> tuple[torch.Tensor, torch
     v = v.float()
     centre = v.mean(2, keepdim=True)
     v = v - centre
-    means = update(v, keys.labels, torch.zeros_like(keys.means), keys.sizes)
+    means = _means(v, keys, torch.zeros_like(keys.means))
     squares = torch.linalg.vecdot(v, v).unsqueeze(-1)
-    squares = update(squares, keys.labels, squares.new_zeros(*keys.sizes.shape, 1), keys.sizes).squeeze(-1)
+    squares = _means(squares, keys, squares.new_zeros(*keys.sizes.shape, 1)).squeeze(-1)
     variance = (squares - torch.linalg.vecdot(means, means)).clamp(min=0)
     return means + centre * (keys.sizes > 0).unsqueeze(-1), variance
 

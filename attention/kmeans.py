@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .own_kernels import use_kernels
 from .rows import token_rows
+from .threads import each
 
-CHUNK = 4096  # tokens whose distances are held at once; all of them would be N x C numbers for each head
+CHUNK = 2048  # tokens whose distances are held at once; all of them would be N x C numbers for each head
 GPU_DISTANCES = 2**27  # distances held at once on a GPU, over all heads: half a GiB
 
 
@@ -116,40 +119,54 @@ def assign(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     half_norm = centers.square().sum(-1, keepdim=True).transpose(-1, -2) / 2
     columns = centers.transpose(-1, -2).contiguous()
     if points.device.type == "cpu":  # head by head, because a batched product is slower here
-        shape = points.shape[:3]
-        each_head = (head for entry in points for head in entry)
-        heads = zip(each_head, half_norm.flatten(0, 1), columns.flatten(0, 1), strict=True)
-        nearest = [
-            torch.cat([_largest(torch.addmm(norm, chunk, column, beta=-1)) for chunk in head.split(CHUNK)])
-            for head, norm, column in heads
-        ]
-        return torch.stack(nearest).view(shape)
+        batch, heads, tokens, _ = points.shape
+        labels = torch.empty(batch, heads, tokens, dtype=torch.int64)
+
+        def work(place: tuple[int, int, slice]) -> None:
+            head = place[:2]
+            scores = torch.addmm(half_norm[head], points[place], columns[head], beta=-1)
+            labels[place] = scores.max(-1).indices  # `argmax` takes twice as long as it takes `max` to find both
+
+        chunks = [slice(start, start + CHUNK) for start in range(0, tokens, CHUNK)]
+        each(work, list(itertools.product(range(batch), range(heads), chunks)))
+        return labels
     rows = max(CHUNK, GPU_DISTANCES // half_norm.numel())
     chunks = points.split(rows, dim=2)
-    return torch.cat([_largest((chunk @ columns).sub_(half_norm)) for chunk in chunks], 2)
-
-
-def _largest(scores: torch.Tensor) -> torch.Tensor:
-    """The place of the largest score of each row. On a CPU `argmax` takes twice as long as `max` takes to find both."""
-    return scores.max(-1).indices
+    return torch.cat([(chunk @ columns).sub_(half_norm).max(-1).indices for chunk in chunks], 2)
 
 
 def update(
-    points: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, sizes: torch.Tensor | None = None
+    points: torch.Tensor,
+    labels: torch.Tensor,
+    centers: torch.Tensor,
+    sizes: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean point of each cluster, the old center where there is none.
 
     Args:
         points: `[B, H, N, D]`. labels: `[B, H, N]`. centers: `[B, H, C, D]`.
         sizes: `[B, H, C]`, tokens per label, where they are known.
+        order: `[B, H, N]`, the tokens sorted by label, where it is known. On a CPU the points are then added up four
+            times as fast, to the same sums.
     """
-    batch, heads, clusters, width = centers.shape
-    rows, _, step = token_rows(points)
-    index = labels + torch.arange(batch * heads, device=labels.device).view(batch, heads, 1) * clusters
-    index = (index if step == 1 else index.transpose(1, 2)).flatten()
-    sums = torch.zeros_like(centers).view(-1, width).index_add_(0, index, rows)
-    counts = (cluster_sizes(labels, clusters) if sizes is None else sizes).unsqueeze(-1)
+    sizes = cluster_sizes(labels, centers.shape[2]) if sizes is None else sizes
+    rows, first, step = token_rows(points)
+    if order is not None and points.device.type == "cpu":
+        sums = F.embedding_bag((order * step + first).flatten(), rows, _firsts(sizes), mode="sum")
+    else:
+        batch, heads, clusters, width = centers.shape
+        index = labels + torch.arange(batch * heads, device=labels.device).view(batch, heads, 1) * clusters
+        index = (index if step == 1 else index.transpose(1, 2)).flatten()
+        sums = torch.zeros_like(centers).view(-1, width).index_add_(0, index, rows)
+    counts = sizes.unsqueeze(-1)
     return torch.where(counts > 0, sums.view_as(centers) / counts.clamp(min=1), centers)
+
+
+def _firsts(sizes: torch.Tensor) -> torch.Tensor:
+    """Where each cluster begins among the sorted tokens of all heads, one head behind the other: `[B * H * C]`."""
+    sizes = sizes.flatten()
+    return sizes.cumsum(0) - sizes
 
 
 def cluster_sizes(labels: torch.Tensor, clusters: int) -> torch.Tensor:

@@ -41,6 +41,19 @@ class SkippedClusters:
                 f"{list(self.key.shape)}, {list(self.value.shape)} and {bias}."
             )
 
+    def side_by_side(self) -> torch.Tensor | None:
+        """Keys and values as one table, `[..., 2D]`, where they lie so in memory; None where they do not."""
+        key, value = self.key, self.value
+        dim = key.shape[-1]
+        together = (
+            key.dtype == value.dtype
+            and key.stride() == value.stride()
+            and key.stride(-1) == 1
+            and key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+            and value.storage_offset() == key.storage_offset() + dim
+        )
+        return key.as_strided((*key.shape[:-1], 2 * dim), key.stride()) if together else None
+
     def to(self, device: torch.device | str) -> SkippedClusters:
         """The same on another device."""
         bias = None if self.bias is None else self.bias.to(device)

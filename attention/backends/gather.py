@@ -19,7 +19,7 @@ from ..rows import token_rows
 from ..threads import each
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 
-MAX_TILE_ROWS = 256
+MAX_TILE_ROWS = 512
 THREADS_PAY = 2**13  # pairs of a tile
 FEW_ROWS = 192  # below it torch's CPU kernel works on 32 rows at a time
 
@@ -162,18 +162,23 @@ class _StandIns:
         # A plan of one entry for all may have tables for each: its tiles are then worked on for all at once.
         lead = plan.run_start.shape[:2]
         own = [None if size == 1 else index for size, index in zip(lead, (b, h), strict=True)]
-        self.key, self.value, self.bias = (
-            x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in (plan.skipped.key, plan.skipped.value, bias)
-        )
+        joined = plan.skipped.side_by_side()
+        tables = (plan.skipped.key, plan.skipped.value) if joined is None else (joined,)
+        self.tables = [x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in tables]
+        self.bias = bias[_entry(bias, 0, own[0]), _entry(bias, 1, own[1])]
         self.dtype, self.count = dtype, self.bias.shape[-1]
 
-    def of(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values side by side, `[B', H', C, 2D]`, and their bias, `[B', H', 1, C]`.
+    def of(self, tile: int) -> torch.Tensor:
+        """Keys and values side by side, `[B', H', C, 2D]`.
 
         Tile by tile, since those of all tiles are as large as many copies of k and v.
         """
-        key, value = (x[:, :, tile] if x.ndim == 5 else x for x in (self.key, self.value))
-        return torch.cat([key.to(self.dtype), value.to(self.dtype)], -1), self.bias[:, :, tile].unsqueeze(-2)
+        parts = [(x[:, :, tile] if x.ndim == 5 else x).to(self.dtype) for x in self.tables]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def bias_of(self, tile: int) -> torch.Tensor:
+        """`[B', H', 1, C]` float32."""
+        return self.bias[:, :, tile].unsqueeze(-2)
 
 
 def _entry(x: torch.Tensor, dim: int, index: int | None) -> slice:
@@ -256,16 +261,20 @@ class _Tiles:
 
     def _gather(self, tile: int, runs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values of a tile, a view where there is one run, else a copy; and the bias of the stand-ins."""
+        lead, width = self.pairs.shape[:2], self.pairs.shape[-1]
         parts = (self.gathered[tile],) if self.gathered else _cut_out(self.pairs, runs)
-        bias = None
+        first = bias = None
         if self.stand_ins is not None:
-            first, bias = self.stand_ins.of(tile)
-            parts = (first.expand(*self.pairs.shape[:2], -1, -1), *parts)
-        if self.grad or len(parts) == 1:
+            first, bias = self.stand_ins.of(tile).expand(*lead, -1, -1), self.stand_ins.bias_of(tile)
+        if self.grad or len(parts) + self.extra == 1:
+            parts = parts if first is None else (first, *parts)
             return parts[0] if len(parts) == 1 else torch.cat(parts, 2), bias
-        total = self.extra + sum(length for _, length in runs)
-        copy = self.scratch.of(self.pairs, *self.pairs.shape[:2], total, self.pairs.shape[-1])
-        return torch.cat(parts, 2, out=copy), bias
+        copy = self.scratch.of(self.pairs, *lead, self.extra + sum(length for _, length in runs), width)
+        if first is not None:
+            copy[:, :, : self.extra] = first
+        if parts:
+            torch.cat(parts, 2, out=copy[:, :, self.extra :])
+        return copy, bias
 
 
 class _GatherTiles(torch.autograd.Function):

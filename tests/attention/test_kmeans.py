@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vidaccel.attention.kmeans import assign, cluster_sizes, kmeans, update
+from vidaccel.attention.labels import sort_labels
 
 
 def blobs(offset: float = 0.0, dtype: torch.dtype = torch.float32):
@@ -30,6 +31,16 @@ def test_update_is_the_mean_and_keeps_centers_that_lost_their_tokens():
     torch.testing.assert_close(new[0, 0, 0], points[0, 0, :4].mean(0))
     torch.testing.assert_close(new[0, 0, 2], points[0, 0, 4:].mean(0))
     assert new[0, 0, 1].equal(centers[0, 0, 1])
+
+
+@pytest.mark.parametrize("as_models_have_it", [False, True])
+def test_sums_over_sorted_tokens_are_the_same_to_the_bit(as_models_have_it):
+    points, centers = torch.randn(2, 50, 3, 8).transpose(1, 2), torch.randn(2, 3, 6, 8)
+    if not as_models_have_it:
+        points = points.contiguous()
+    labels = torch.randint(4, (2, 3, 50)) + 1  # the first cluster and the last are empty
+    order = sort_labels(labels, 6)[1]
+    assert update(points, labels, centers, None, order).equal(update(points, labels, centers))
 
 
 @pytest.mark.parametrize(("offset", "dtype"), [(0.0, torch.float32), (100.0, torch.float32), (30.0, torch.bfloat16)])

@@ -256,3 +256,12 @@ def test_gradients_of_queries_that_skip_nothing(backend):
     tensors = [x.requires_grad_() for x in (q, k, v)]
     gradients = torch.autograd.grad(sparse_attention(*tensors, plan, backend=backend).square().sum(), tensors)
     assert all(x.isfinite().all() for x in gradients)
+
+
+def test_tables_that_lie_side_by_side_are_one():
+    pairs = torch.randn(1, 2, 5, 3, 16).transpose(2, 3)
+    bias = torch.zeros(1, 2, 3, 5)
+    together = SkippedClusters(pairs[..., :8], pairs[..., 8:], bias)
+    assert together.side_by_side().equal(pairs)
+    for key, value in ((pairs[..., 8:], pairs[..., :8]), (pairs[..., :8].clone(), pairs[..., 8:])):
+        assert SkippedClusters(key, value, bias).side_by_side() is None
