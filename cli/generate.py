@@ -70,6 +70,14 @@ def generate_command(
         ),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="The linear layers in 8 bits by torchao, int8 or fp8.")] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the transformer's blocks by torch, at the first step: the same video up to rounding, and "
+            "each step faster; --no-compile where a preset has it.",
+        ),
+    ] = None,
     decoder: Annotated[
         str | None,
         typer.Option(
@@ -235,7 +243,7 @@ def generate_command(
             measure_error=measure_error,
             precision=precision,
         )
-        chosen = request_preset(preset, cache, quantize, decoder, guidance_cache)
+        chosen = request_preset(preset, cache, quantize, decoder, guidance_cache, compile)
         job = prepare(
             model or (chosen.model if chosen else "") or DEMOS[0],
             settings,

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
     from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.lora_files import LoraFile
-    from ..pipelines.presets import Cache, Preset, Quantize
+    from ..pipelines.presets import Cache, Compile, Preset, Quantize
 
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def generate(
     cache: str | Cache | None = None,
     guidance_cache: int | GuidanceCache | None = None,
     quantize: str | Quantize | None = None,
+    compile: bool | str | Compile | None = None,
     decoder: str | Path | None = None,
     out: str | Path | None = None,
     report: str | Path | None = None,
@@ -138,6 +139,7 @@ def generate(
         guidance_cache: leaves second passes of guidance out: a `GuidanceCache`, or its `every`; 0 for none.
         cache: over steps: a name with or without its threshold, "first_block=0.08", or a `Cache`.
         quantize: the linear layers in 8 bits, by torchao: "int8" or "fp8", or a `Quantize`.
+        compile: the transformer's blocks by `torch.compile`, at the first step: True, a mode, or a `Compile`.
         decoder: a tiny one in the place of the autoencoder's, see `vidaccel.tiny_decoder`: a file, a folder, a hub id,
             or "own" for that of the model, as the built-in demo-dc has one.
         out: MP4 file to write; with `compare`, that of the first method, with the others beside it. Files that are
@@ -197,7 +199,7 @@ def generate(
         sla=sla,
         rope=rope,
         components=components,
-        preset=request_preset(preset, cache, quantize, decoder, guidance_cache),
+        preset=request_preset(preset, cache, quantize, decoder, guidance_cache, compile),
     )
     check_files_of(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()

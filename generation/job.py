@@ -250,7 +250,7 @@ def prepare(
     settings = suited(settings, adapters, facts).checked(facts)
     check_guidance(adapters, of_weights, settings)
     if preset is not None:
-        check_beside(preset, facts, settings, offload)
+        check_beside(preset, facts, settings, offload, place)
         check_guidance_cache(preset, settings, bool(adapters))
         check_scheduler(preset, adapters)
     check_fits(loras, facts)

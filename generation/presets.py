@@ -1,4 +1,4 @@
-"""Presets, caches and layers in 8 bits of a request: what they mean for its other fields, and at work in a run."""
+"""Presets and their levers in a request: what they mean for its other fields, and at work in a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from .errors import BadInput, mention
 from .methods import DENSE
 
 if TYPE_CHECKING:
+    import torch
+
     from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
-    from ..pipelines.presets import Cache, Preset, PresetError, Quantize
+    from ..pipelines.presets import Cache, Compile, Preset, PresetError, Quantize
     from .model_facts import ModelFacts
     from .request import Settings
     from .sparse import Sparse
 
-LEVERS = ("cache", "quantize", "decoder", "guidance_cache")
+LEVERS = ("cache", "quantize", "compile", "decoder", "guidance_cache")
 """Levers that a request has fields for, which no other part of this layer carries out."""
 
 
@@ -29,6 +31,7 @@ def request_preset(
     quantize: Quantize | str | None = None,
     decoder: str | Path | None = None,
     guidance_cache: GuidanceCache | int | None = None,
+    compile: Compile | str | bool | None = None,
 ) -> Preset | None:
     """The preset that a request means; None where it has none of these.
 
@@ -38,11 +41,12 @@ def request_preset(
         quantize: instead of its own: a `Quantize`, or its kind; "none" for none.
         decoder: instead of its own: a tiny one, see `Preset`; "none" for none.
         guidance_cache: instead of its own: a `GuidanceCache`, or its `every`; 0 for none.
+        compile: instead of its own: true, a mode of `torch.compile`, or a `Compile`; false for none.
 
     Raises:
         BadInput: what cannot be read or is unknown.
     """
-    if all(each is None for each in (preset, cache, quantize, decoder, guidance_cache)):
+    if all(each is None for each in (preset, cache, quantize, decoder, guidance_cache, compile)):
         return None
     from ..pipelines.presets import Preset, PresetError, load_preset
 
@@ -59,6 +63,8 @@ def request_preset(
             chosen = chosen.replace(decoder=None if decoder == "none" else str(decoder))
         if guidance_cache is not None:
             chosen = chosen.replace(guidance_cache=guidance_cache or None)
+        if compile is not None:
+            chosen = chosen.replace(compile=compile)
     except PresetError as error:
         raise refused(error) from error
     return chosen
@@ -114,7 +120,7 @@ def with_preset(
         steps=preset.num_inference_steps if settings.steps is None else settings.steps,
         guidance_scale=preset.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
     )
-    if preset.name and not sparse.methods:  # else there is only a cache or layers in 8 bits
+    if preset.name and not sparse.methods:  # else there are only levers that are beside the method
         sparse = replace(
             sparse,
             methods=(DENSE if preset.method is None else preset.method,),
@@ -139,19 +145,27 @@ def beside(preset: Preset) -> Preset | None:
         cache=preset.cache,
         guidance_cache=preset.guidance_cache,
         quantize=preset.quantize,
+        compile=preset.compile,
         scheduler=preset.scheduler,
         decoder=preset.decoder,
     )
     return rest if rest.levers() else None
 
 
-def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload: bool | str = False) -> None:
+def check_beside(
+    preset: Preset,
+    facts: ModelFacts,
+    settings: Settings,
+    offload: bool | str = False,
+    device: torch.device | None = None,
+) -> None:
     """Raise BadInput for a preset of another model, and for a library that is missing, before weights are read.
 
     Args:
         preset: of the request.
         facts, settings: of the model and the request, checked.
         offload: see `pipelines.loading.load_pipeline`.
+        device: where it will run, where that is known.
     """
     from ..pipelines.acceleration.families import FAMILIES
     from ..pipelines.presets import PresetError
@@ -169,6 +183,8 @@ def check_beside(preset: Preset, facts: ModelFacts, settings: Settings, offload:
     if preset.quantize is not None and (why := unquantised(offload)):
         problem = f"by blocks cannot be had with {mention('quantize')}: {why}"
         raise BadInput("offload", problem, "Offload whole parts: in 8 bits a transformer takes half.")
+    if preset.compile is not None and (why := uncompiled(offload, device)):
+        raise BadInput("compile", f"cannot be used: {why}", f"Leave {mention('compile')} out.")
     try:
         check_packages(preset)
     except PresetError as error:
@@ -208,6 +224,17 @@ def unquantised(offload: bool | str) -> str | None:
     from ..pipelines.loading import BLOCKS
 
     return "it moves the weights that it found" if offload == BLOCKS else None
+
+
+def uncompiled(offload: bool | str, device: torch.device | None) -> str | None:
+    """Why blocks cannot be compiled on a device when a model is offloaded in this way; None where they can."""
+    from ..attention import code_generator
+    from ..pipelines.loading import BLOCKS
+
+    if offload == BLOCKS:
+        return "offloading by blocks puts hooks into them that would break their graphs"
+    missing = None if device is None else code_generator.missing(device)
+    return missing and f"torch's compiler {missing}"
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ def run(
         pipe: the pipeline.
         settings: checked.
         method, backend, schedule, measure_error, precision, adapter, base: see `accelerate`.
-        beside: a cache, layers in 8 bits and a scheduler, see `presets.beside`.
+        beside: a cache, layers in 8 bits, compiled blocks and a scheduler, see `presets.beside`.
         on_step: told of every step.
         on_note: told what of the prompts is cut off, after the first step.
         decode: make frames of the latents.
@@ -251,6 +251,9 @@ def make_video(
     """Run a pipeline once; the video as bytes, and its times. `options` are those of `run`."""
     made = run(pipe, settings, method, on_step=on_step, **options)
     of_account = () if made.account is None else made.account.own_notes
+    first, each = made.step_ends[0], made.step_seconds
+    if (beside := options.get("beside")) is not None and beside.compile is not None and each and first > 3 * each:
+        of_account = (*of_account, f"the blocks were compiled in its first step, which took {first:.1f} s")
     return GeneratedVideo(
         name=name,
         frames=(made.frames * 255).round().astype(np.uint8),

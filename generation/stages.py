@@ -65,6 +65,7 @@ def stages(preset: Preset, model: str = "") -> list[Stage]:
         ("guidance_free", {"guidance_free": one_pass}),
         ("steps", in_steps),
         ("quantize", {"quantize": preset.quantize}),
+        ("compile", {"compile": preset.compile}),
         ("method", {name: getattr(preset, name) for name in ("method", "backend", "precision", "sla")}),
         ("cache", {"cache": preset.cache}),
         ("guidance_cache", {"guidance_cache": preset.guidance_cache}),

@@ -256,7 +256,7 @@ def waterfall(
     own = {"steps": steps, "guidance_scale": guidance_scale}
     requests = [_settings(stage, models.facts(stage.model), texts[0], asked, own) for stage in plan]
     for stage, settings in zip(plan, requests, strict=True):
-        check_beside(stage.preset, models.facts(stage.model), settings, offload)
+        check_beside(stage.preset, models.facts(stage.model), settings, offload, models.device)
     models.check_named(plan[-1], requests[-1])
     checker = checker or _built_in_checker(models.facts(plan[0].model), texts)
     shown = bars(models.facts(plan[0].model).name) if progress else contextlib.nullcontext(lambda *_: None)

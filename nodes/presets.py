@@ -31,6 +31,7 @@ ELSEWHERE = {
     "num_inference_steps": "the sampler's steps",
     "guidance_scale": "the sampler's cfg",
     "quantize": "weight_dtype of Load Diffusion Model",
+    "compile": "TorchCompileModel, behind this node",
     "decoder": "Load VAE, which lists tiny decoders in models/vae_approx",
 }
 """What a native MODEL does not get from a preset -> what ComfyUI has for it."""
@@ -218,6 +219,7 @@ def _values(preset: Preset) -> dict[str, str]:
         # With an adapter it is that node's.
         "guidance_scale": "" if preset.guidance_scale is None or preset.guidance_free else f"{preset.guidance_scale:g}",
         "quantize": "" if quantize is None else quantize.kind,
+        "compile": "" if preset.compile is None else preset.compile.in_words(),
         "decoder": preset.decoder or "",
     }
     if scheduler is not None and scheduler.settings:

@@ -40,6 +40,17 @@ def check_branches(kind: str, family: Family) -> None:
         raise TypeError(f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}.")
 
 
+def is_compiled_whole(pipe: Any, name: str, transformer: torch.nn.Module) -> bool:
+    """Whether a transformer was compiled as one, and not block by block.
+
+    Args:
+        pipe: that has it. name: of it there.
+        transformer: without what wraps it.
+    """
+    wrapped = hasattr(getattr(pipe, name, None), "_orig_mod")
+    return wrapped or getattr(transformer, "_compiled_call_impl", None) is not None
+
+
 def check_not_compiled(pipe: Any, name: str, transformer: torch.nn.Module, why: str) -> None:
     """Raise RuntimeError for a transformer that was compiled as a whole.
 
@@ -48,7 +59,7 @@ def check_not_compiled(pipe: Any, name: str, transformer: torch.nn.Module, why: 
         transformer: without what wraps it.
         why: it cannot be, as the end of a sentence.
     """
-    if getattr(transformer, "_compiled_call_impl", None) is not None or hasattr(getattr(pipe, name, None), "_orig_mod"):
+    if is_compiled_whole(pipe, name, transformer):
         raise RuntimeError(
             f"{name} was compiled as a whole, and {why}: use pipe.{name}.compile_repeated_blocks(fullgraph=True) "
             "instead."

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 import sys
 from collections.abc import Callable
 
 import torch
 
+from .. import code_generator
 from ..block_mask import to_block_mask
-from ..own_kernels import INSTALL_TRITON, has_triton
 from ..plan import BlockPlan, permute, unpermute
 from .base import Backend, Capability, Precision
 
@@ -40,18 +38,9 @@ class FlexBackend(Backend):
 
     def unavailable(self, device: torch.device) -> str | None:
         reason = super().unavailable(device)
-        if reason is None and device.type == "cpu":
-            # What torch demands of a CPU when it lowers FlexAttention, asked before a run instead of in its middle.
-            if sys.platform == "darwin" or not _avx2():
-                reason = "needs a CPU with AVX2, and not macOS"
-            elif not _cpp_compiler():
-                reason = "needs a C++ compiler on the CPU and found none (install g++ or set CXX)"
-            elif " " in torch.__file__:
-                # torch passes the folder of its libraries to the linker unquoted.
-                reason = f"cannot be compiled with a space in the path of torch ({os.path.dirname(torch.__file__)})"
-        if reason is None and device.type == "cuda" and not has_triton():
-            reason = f"needs triton, which is not installed: {INSTALL_TRITON}"
-        return reason
+        if reason is None and device.type == "cpu" and (sys.platform == "darwin" or not _avx2()):
+            reason = "needs a CPU with AVX2, and not macOS"  # torch does, when it lowers FlexAttention
+        return reason or code_generator.missing(device)
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision) -> None:
         to_block_mask(plan, block_size(plan))
@@ -90,12 +79,6 @@ def compiled_flex_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor 
         return flex_attention(q, k, v, **options), None
 
     return torch.compile(call, fullgraph=True, dynamic=False)
-
-
-@functools.cache
-def _cpp_compiler() -> bool:
-    named = os.environ.get("CXX", "").split()
-    return any(shutil.which(name) for name in [*named[:1], "g++", "clang++", "c++"])
 
 
 def _avx2() -> bool:

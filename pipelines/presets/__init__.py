@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .files import shipped_presets as shipped_presets
     from .levers import CACHES as CACHES
     from .levers import Cache as Cache
+    from .levers import Compile as Compile
     from .levers import Quantize as Quantize
     from .levers import SchedulerChoice as SchedulerChoice
     from .preset import LoraFile as LoraFile
@@ -30,6 +31,7 @@ _LATER = {
     "Account": ".account",
     "Applied": ".applied",
     "Cache": ".levers",
+    "Compile": ".levers",
     "LoraFile": ".preset",
     "Preset": ".preset",
     "PresetError": ".errors",

@@ -21,9 +21,11 @@ from ..undo import PRESET, QUANTISED
 from .account import Account, Watch, accounts
 from .caches import install_cache
 from .checks import Checked, check_preset, chosen_scheduler
+from .compiling import compile_blocks
 from .errors import PresetError
 from .files import load_preset
 from .idle import idle_note
+from .levers import FORECAST
 from .loras import LorasAtWork
 from .preset import OWN, Preset
 from .quantise import is_to_do, quantise
@@ -93,6 +95,10 @@ class Applied:
         if checked.decoder is not None:
             self._decoder = TinyDecoder(pipe, checked.decoder)
             self._undo.append(self._decoder)
+        if preset.compile is not None:
+            below_hooks = preset.cache is not None and preset.cache.name != FORECAST
+            for transformer, family in checked.parts.values():
+                self._undo.append(compile_blocks(transformer, family, preset.compile, below_hooks))
         clock = StepClock(pipe)
         schedule = None if preset.method is None else preset.method.schedule
         # Differences are extrapolated from, so both of their passes have to be computed.

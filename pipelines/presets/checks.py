@@ -29,6 +29,7 @@ from ..guidance_free.handle import chosen_adapters
 from ..tiny_decoder.source import TinyDecoderError, find_decoder
 from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache, check_none_by_hand
+from .compiling import check_compile
 from .errors import PresetError
 from .levers import FORECAST, SchedulerChoice
 from .loras import check_loras
@@ -71,6 +72,8 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
     for name, (transformer, family) in parts.items():
         if is_to_do(pipe, preset.quantize):
             check_quantize(name, transformer, family, preset.quantize)
+        if preset.compile is not None:
+            check_compile(pipe, name, transformer, family, preset.compile)
         if preset.cache is not None:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
         elif preset.method is not None and preset.method.schedule != DenseSchedule():

@@ -13,6 +13,8 @@ from .errors import PresetError
 
 KINDS = ("int8", "fp8")
 """Of 8 bits."""
+MODES = ("default", "max-autotune-no-cudagraphs")
+"""Of `torch.compile`. Those with CUDA graphs are left out: a block would overwrite what the one before it made."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,35 @@ class Quantize:
         for name in ("activations", "keep"):
             if not isinstance(getattr(self, name), bool):
                 raise PresetError(f"quantize.{name}", "it must be true or false", value=repr(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class Compile:
+    """The repeated blocks of the transformer compiled by `torch.compile`, at the first call of each shape.
+
+    Everything between attention, which is compiled already, and the matrix products becomes few kernels: the same
+    numbers up to rounding.
+
+    Args:
+        mode: of `MODES`. The second tries several kernels for each product first, which takes minutes.
+        dynamic: see `torch.compile`; None for another set of kernels where a second shape comes.
+
+    Raises:
+        PresetError: another mode.
+    """
+
+    mode: str = "default"
+    dynamic: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise PresetError("compile", f"its mode must be one of {', '.join(MODES)}", value=self.mode)
+        if self.dynamic is not None and not isinstance(self.dynamic, bool):
+            raise PresetError("compile.dynamic", "it must be true or false", value=repr(self.dynamic))
+
+    def in_words(self) -> str:
+        """What users see."""
+        return "the blocks" if self.mode == "default" else f"the blocks, {self.mode}"
 
 
 @dataclass(frozen=True)

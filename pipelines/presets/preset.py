@@ -16,7 +16,7 @@ from ..locations import is_hub_id
 from ..lora_files import TARGETS, LoraFile
 from ..nearest_name import nearest
 from .errors import PresetError
-from .levers import Cache, CacheSetting, Quantize, SchedulerChoice, check_number, settings_of
+from .levers import Cache, CacheSetting, Compile, Quantize, SchedulerChoice, check_number, settings_of
 
 VERSION = 1
 """Of the format."""
@@ -43,6 +43,7 @@ class Preset:
         cache: over steps.
         guidance_cache: leaves second passes of guidance out; its `every` may stand for it.
         quantize: of the linear layers.
+        compile: of the blocks; true for `Compile()`.
         scheduler: instead of the pipeline's.
         decoder: tiny one in the place of the autoencoder's, see `tiny_decoder`: a file, a folder or a hub id, or "own".
         num_inference_steps, guidance_scale: for the call; see `Applied.arguments`.
@@ -68,6 +69,7 @@ class Preset:
     cache: Cache | None = None
     guidance_cache: GuidanceCache | None = None
     quantize: Quantize | None = None
+    compile: Compile | None = None
     scheduler: SchedulerChoice | None = None
     decoder: str | None = None
     num_inference_steps: int | None = None
@@ -106,6 +108,7 @@ class Preset:
             elif value is not None and not isinstance(value, kind):
                 raise PresetError(name, f"it must be a {kind.__name__}, its name or None", value=repr(value))
         put("guidance_cache", _guidance_cache(self.guidance_cache))
+        put("compile", _compile(self.compile))
         if isinstance(self.decoder, Path):
             put("decoder", str(self.decoder))
         if self.decoder is not None and (not isinstance(self.decoder, str) or not self.decoder.strip()):
@@ -180,6 +183,7 @@ class Preset:
             "guidance_free": ", ".join(Path(place).name for place in self.guidance_free),
             "quantize": self.quantize
             and f"{self.quantize.kind}, {'weights and activations' if self.quantize.activations else 'weights alone'}",
+            "compile": self.compile and self.compile.in_words(),
             "method": self.method and ", ".join([self.method.name, *filter(None, [self.precision])]),
             "cache": self.cache and f"{self.cache.name}, threshold {self.cache.limit:g}",
             "guidance_cache": self.guidance_cache and self.guidance_cache.in_words(),
@@ -202,7 +206,7 @@ class Preset:
             {"file": str(lora.path), "weight": lora.weight, **({} if lora.target is None else {"target": lora.target})}
             for lora in self.loras
         ]
-        for name in ("cache", "quantize", "scheduler"):
+        for name in ("cache", "quantize", "compile", "scheduler"):
             value = getattr(self, name)
             made[name] = (
                 None if value is None else _plain({k: v for k, v in asdict(value).items() if v not in (None, {})})
@@ -245,8 +249,9 @@ class Preset:
         for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
             if (stated := content.get(name)) is not None:
                 values[name] = _part(name, kind, stated)
-        if (stated := content.get("guidance_cache")) is not None:
-            values["guidance_cache"] = stated
+        for name in ("guidance_cache", "compile"):
+            if (stated := content.get(name)) is not None:
+                values[name] = stated
         if (stated := content.get("decoder")) is not None:
             known = stated == OWN or (isinstance(stated, str) and is_hub_id(stated) and not _lies_in(stated, folder))
             values["decoder"] = stated if known else _place("decoder", stated, folder)
@@ -265,6 +270,7 @@ _FIELDS = (
     "cache",
     "guidance_cache",
     "quantize",
+    "compile",
     "scheduler",
     "decoder",
 )
@@ -317,6 +323,15 @@ def _guidance_cache(given: Any) -> GuidanceCache | None:
         return GuidanceCache(**settings)
     except ValueError as error:
         raise PresetError("guidance_cache", str(error).partition(".")[2].rstrip(".")) from error
+
+
+def _compile(given: Any) -> Compile | None:
+    """What a preset says of it: true, its mode alone, or settings by name."""
+    if given is None or given is False or isinstance(given, Compile):
+        return given or None
+    settings = {"mode": given} if isinstance(given, str) else {} if given is True else given
+    _check_names("compile", settings, [f.name for f in fields(Compile)])
+    return Compile(**settings)
 
 
 def _lora(stated: Any, folder: Path | None) -> LoraFile:

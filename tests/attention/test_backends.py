@@ -272,7 +272,7 @@ class TestPick:
         assert pick("auto", self.request(queries=8000, grad=True), scattered=False).name == "gather"
 
     def test_auto_without_a_compiler_takes_the_next(self, monkeypatch):
-        monkeypatch.setattr("vidaccel.attention.backends.flex._cpp_compiler", lambda: False)
+        monkeypatch.setattr("vidaccel.attention.code_generator._cpp_compiler", lambda: False)
         assert pick("auto", self.request(queries=8000), scattered=False).name == "gather"
         with pytest.raises(RuntimeError, match="'flex'.*C\\+\\+ compiler"):
             pick("flex", self.request(), scattered=False)
