@@ -67,7 +67,7 @@ def find(work: Path, confirm: int) -> dict[str, dict[str, Any]]:
             numbers,
             out=work / "tune",
             budget=Budget(min_psnr=psnr),
-            levers=("sparse", "cache", "guidance"),
+            levers=("sparse", "cache", "guidance", "compile"),
             methods=METHODS,
             caches=[name for name in CACHES if name != "cache_dit"],
             effort="normal",
@@ -132,7 +132,7 @@ def measure(work: Path, found: dict[str, dict[str, Any]], count: int) -> dict[st
             if (number, row) in done and row != "dense":
                 continue
             with apply(pipe, preset, base=demo.path()) as handle:
-                if preset.method is not None:
+                if preset.method is not None or preset.compile is not None:
                     warm_up(pipe, settings, None)
                     handle.reset()
                 begin = time.thread_time()
@@ -226,10 +226,10 @@ def main(
     (out / "tune_demo.json").write_text(json.dumps(content, indent=1) + "\n")
     text = (
         f"{content['environment']}. Made by `python benchmarks/tune_demo.py`.\n\n"
-        "The built-in model, 33 frames of 128x128 (576 tokens), 20 steps. The PSNR of each fixed default on 8 prompts "
-        "is the budget of a `vidaccel tune` on these. What it found is held against the default on "
-        f"{len(measured['dense'])} other prompts. Seconds are CPU-seconds of one thread for a whole video, decoding "
-        "included: the median over prompts of the ratio to the dense video, or to the default. Differences of PSNR "
+        "The built-in model, 33 frames of 128x128 (576 tokens), 20 steps. The PSNR of each fixed default on 8 prompts, "
+        "of their mean squared error, is the budget of a `vidaccel tune` on these. What it found is held against the "
+        f"default on {len(measured['dense'])} other prompts. Seconds are CPU-seconds of one thread for a "
+        "whole video, decoding included: the median over prompts of the ratio to the dense video, or to the default. Differences of PSNR "
         "(dB) are paired by prompt, the mean and twice its standard error; *of the mean error* is the PSNR of the mean "
         "of squared errors. Passes are those of the transformer that "
         f"were computed, of {measured['dense'][0]['forwards']}. Sparse attention is slower than dense at this length."

@@ -30,7 +30,9 @@ def tune_command(
     max_error: Annotated[
         float | None, typer.Option(help="Budget: relative error of a step against dense, such as 0.05.")
     ] = None,
-    min_psnr: Annotated[float | None, typer.Option(help="Budget: dB to the dense videos, such as 30.")] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="Budget: dB to the dense videos, of their mean error, such as 30.")
+    ] = None,
     max_time_ratio: Annotated[
         float | None,
         typer.Option(help="Budget: share of the dense time, such as 0.5; the preset nearest to dense is then sought."),
@@ -38,7 +40,7 @@ def tune_command(
     lever: Annotated[
         list[str] | None,
         typer.Option(
-            help="sparse, cache, precision, quantize, adapter or guidance; repeatable. (default: all of them)"
+            help="sparse, cache, precision, quantize, compile, adapter or guidance; repeatable. (default: all of them)"
         ),
     ] = None,
     method: Annotated[

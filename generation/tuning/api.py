@@ -81,7 +81,8 @@ def tune(
         out: a folder, made where it is not there: the journal, the page `tune.html` with its numbers, `preset.yaml`.
         max_error, min_psnr, max_time_ratio: see `Budget`; at least one.
         levers: of "sparse", "cache", "precision" (8-bit products of attention, where a kernel for them runs),
-            "quantize" (linear layers in 8 bits by torchao, where they turn out to be faster), "adapter" (guidance in
+            "quantize" (linear layers in 8 bits by torchao, where they turn out to be faster), "compile" (the
+            transformer's blocks by torch, where a compiler for the device is there), "adapter" (guidance in
             one pass, or few steps; with `min_psnr` or `max_time_ratio`) and "guidance" (second passes of guidance made
             in some steps only, see `GuidanceCache`).
         methods: of sparse attention.
@@ -249,7 +250,7 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
     if apart is not None:
         dropped["guidance with a cache"] = apart
     search = Search(plan.budget, dense, measures, plan.most, apart is not None, plan=expect)
-    outcome, chosen, tried = search.run(sparse, caches, plan.quantize, plan.adapters, plan.guidance)
+    outcome, chosen, tried = search.run(sparse, caches, plan.layers, plan.adapters, plan.guidance)
     notes = [*bench.cut]
     if search.left_out:
         why = "and for each of them another of its kind is as fast and nearer, or dense is faster"

@@ -17,7 +17,7 @@ class Budget:
 
     Args:
         max_error: relative error of the transformer's output against dense, on dense inputs, over a run, in (0, 1].
-        min_psnr: dB to the dense video of the same seed, the mean over the prompts.
+        min_psnr: dB to the dense video of the same seed, of the mean squared error of all videos.
         max_time_ratio: seconds over those of the dense video, in (0, 1).
 
     With `max_time_ratio` the preset nearest to dense is wanted, otherwise the fastest.

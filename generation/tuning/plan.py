@@ -15,20 +15,20 @@ from ..errors import BadInput, mention
 from ..job import Job, prepare
 from ..machine import environment, version_of
 from ..outputs import check_writable
-from ..presets import unquantised
+from ..presets import uncompiled, unquantised
 from ..prompts import prompts_with_seeds
 from ..request import Settings
 from ..sparse import Sparse
 from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .journal import Journal
-from .space import CACHES, EFFORTS, LEVERS, guidance_levers, quantize_levers
+from .space import CACHES, EFFORTS, LEVERS, LayersLever, guidance_levers, layers_levers, quantize_levers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ...pipelines.guidance_cache.settings import GuidanceCache
-    from ...pipelines.presets import Quantize
+    from ...pipelines.presets import Compile, Quantize
     from ..model_facts import ModelFacts
 
 _NO_ERROR = "an adapter makes other passes than the dense run, so its steps have no error against it"
@@ -47,7 +47,7 @@ class Plan:
         prompts, seeds: of the videos.
         methods, caches: names of what is tried.
         precisions: of the product of queries and keys.
-        quantize: of the linear layers.
+        layers: in 8 bits, or compiled.
         adapters: for guidance in one pass, or few steps.
         guidance: leaves second passes out.
         effort: of `EFFORTS`.
@@ -63,7 +63,7 @@ class Plan:
     methods: tuple[str, ...]
     caches: tuple[str, ...]
     precisions: tuple[str, ...]
-    quantize: tuple[Quantize, ...]
+    layers: tuple[LayersLever, ...]
     adapters: tuple[AdapterLever, ...]
     guidance: tuple[GuidanceCache, ...]
     effort: str
@@ -131,10 +131,11 @@ def planned(
         fix = f"Give {mention('min_psnr')} or {mention('max_time_ratio')}, or leave {mention('adapters')} out."
         raise BadInput("max_error", _NO_ERROR, fix)
     chosen, dropped = _available(job, levers, methods, caches)
-    chosen["quantize"] = _quantize(job, levers, effort, dropped)
+    compiled = _compile(job, levers, dropped)
+    chosen["layers"] = tuple(layers_levers(_quantize(job, levers, effort, dropped), compiled))
     chosen["adapters"] = _adapters(job, levers, adapters, budget, dropped)
     chosen["guidance"] = _guidance(job, levers, effort, dropped)
-    if not any(chosen[name] for name in ("methods", "caches", "quantize", "adapters", "guidance")):
+    if not any(chosen[name] for name in ("methods", "caches", "layers", "adapters", "guidance")):
         why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise BadInput(
             "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
@@ -202,6 +203,18 @@ def _quantize(job: Job, levers: Sequence[str], effort: str, dropped: dict[str, s
         dropped["quantize"] = f"{error.problem}. {error.fix}"
         return ()
     return found
+
+
+def _compile(job: Job, levers: Sequence[str], dropped: dict[str, str]) -> Compile | None:
+    """How the blocks are compiled; why they are not, as where there is no compiler. Whether it pays is measured."""
+    from ...pipelines.presets import Compile
+
+    if "compile" not in levers:
+        return None
+    if why := uncompiled(job.offload, job.device):
+        dropped["compile"] = why
+        return None
+    return Compile()
 
 
 def _adapters(

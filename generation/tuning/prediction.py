@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ...attention.schedule import StepInfo
+from .decibel import decibel, square
 from .space import Candidate
 from .trajectory import Probe
 
@@ -65,7 +66,7 @@ def predict(
     dense: DenseRun,
     sparse: Probe | None,
     cache: Probe | None,
-    quantize: Probe | None = None,
+    in_layers: Probe | None = None,
     guidance: Probe | None = None,
     adapter_psnr: float = math.inf,
 ) -> Prediction:
@@ -76,17 +77,17 @@ def predict(
         dense: the run without it; with the adapter of a candidate that has one.
         sparse: of its method, in all steps and layers; None where it has none.
         cache: of its cache alone, in all steps; None where it has none.
-        quantize: of its layers in 8 bits; None where it has none.
+        in_layers: of its layers in 8 bits, compiled, or both; None where they are as they were.
         guidance: of its second passes left out alone, in all steps; None where it leaves none out.
         adapter_psnr: see `Prediction`. An adapter makes other passes than the plain model, so that no error of its
             steps can be measured.
     """
     steps, layers = dense.steps, dense.layers
     errors, dense_seconds = np.zeros(steps), dense.step_seconds
-    if quantize is not None:
-        errors = np.interp(range(steps), list(quantize.errors), list(quantize.errors.values()))
-        dense_seconds = quantize.step_seconds
-    in_8_bits, sparse_seconds = errors, dense_seconds
+    if in_layers is not None:
+        errors = np.interp(range(steps), list(in_layers.errors), list(in_layers.errors.values()))
+        dense_seconds = in_layers.step_seconds
+    of_layers, sparse_seconds = errors, dense_seconds
     kept = np.zeros(steps, dtype=bool)
     if sparse is not None:
         schedule = candidate.schedule or candidate.sparse.method.schedule
@@ -94,7 +95,7 @@ def predict(
         first = schedule.first_layers
         first = min(layers, first if isinstance(first, int) else math.ceil(first * layers))
         errors = np.interp(range(steps), list(sparse.errors), list(sparse.errors.values()))
-        errors = np.hypot(in_8_bits, np.where(kept, 0.0, errors * _left_after(sparse, first, layers)))
+        errors = np.hypot(of_layers, np.where(kept, 0.0, errors * _left_after(sparse, first, layers)))
         # Attention and linear layers are apart, so that what the two save adds up.
         saved = (layers - first) / layers * (dense.step_seconds - sparse.step_seconds)
         sparse_seconds = max(dense_seconds - saved, 0.0)
@@ -158,9 +159,9 @@ class Calibration:
             kind: see `Candidate.kind`.
         """
         self._seconds.append(seconds / predicted.seconds)
-        of_levers = _square(psnr) - _square(predicted.adapter_psnr)
+        of_levers = square(psnr) - square(predicted.adapter_psnr)
         if of_levers > 0 and predicted.error > 0:
-            self._psnr.setdefault(kind, []).append(_decibel(of_levers) + 20 * math.log10(predicted.error))
+            self._psnr.setdefault(kind, []).append(decibel(of_levers) + 20 * math.log10(predicted.error))
 
     def knows(self, kind: str) -> bool:
         """Whether videos taught what its errors become: its own, or those of a kind that has a lever of it."""
@@ -171,12 +172,12 @@ class Calibration:
 
         Of a kind that is not known (`knows`), a guess between the other kinds: no promise, only an order to try in.
         """
-        square = _square(predicted.adapter_psnr)
+        total = square(predicted.adapter_psnr)
         if predicted.error > 0:
             # Each other kind counts once: many videos of one say no more of this one.
             known = self._related(kind) or [statistics.median(each) for each in self._psnr.values()]
-            square += _square((statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(predicted.error))
-        return _decibel(square)
+            total += square((statistics.median(known) if known else _FIRST_GUESS) - 20 * math.log10(predicted.error))
+        return decibel(total)
 
     def _related(self, kind: str) -> Sequence[float]:
         """What videos of a kind taught; where there are none, those of kinds with a lever of it."""
@@ -188,15 +189,6 @@ class Calibration:
     def seconds(self, predicted: float) -> float:
         """Expected of a video."""
         return predicted * (statistics.median(self._seconds) if self._seconds else 1.0)
-
-
-def _square(psnr: float) -> float:
-    """The mean squared difference that a PSNR stands for, of values in [0, 1]."""
-    return 10 ** (-psnr / 10)
-
-
-def _decibel(square: float) -> float:
-    return -10 * math.log10(square) if square else math.inf
 
 
 def front(points: Mapping[Name, Prediction]) -> set[Name]:

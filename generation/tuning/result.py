@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..comparison import mean_psnr
 from .budget import Budget
+from .decibel import decibel, square
 from .prediction import Prediction
 from .space import Candidate
 
@@ -57,8 +57,11 @@ class Confirmed:
 
     @property
     def mean_psnr(self) -> float:
-        """Mean over the prompts whose videos differ; infinite where none does."""
-        return mean_psnr(self.psnr)
+        """Of the mean squared error of all videos, in dB; infinite where none differs.
+
+        So videos that are the same count as such, and one that is far off is not hidden behind them.
+        """
+        return decibel(statistics.fmean(square(value) for value in self.psnr))
 
     @property
     def quality(self) -> str:

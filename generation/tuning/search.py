@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from .budget import MIN_GAIN, Budget
 from .prediction import Calibration, DenseRun, Prediction, front, predict
 from .result import FOUND, NO_GAIN, NOTHING, Confirmed, Tried
-from .space import Candidate, SparseLever, schedules
+from .space import Candidate, LayersLever, SparseLever, schedules
 from .trajectory import Probe
 
 if TYPE_CHECKING:
     from ...pipelines.guidance_cache.settings import GuidanceCache
-    from ...pipelines.presets import Cache, Quantize
+    from ...pipelines.presets import Cache
     from .adapters import AdapterLever
 
 TooBad = str
@@ -62,7 +62,7 @@ class _Levers:
         adapter: of the run; None for the plain one.
         dense: the run.
         adapter_psnr: see `Prediction`.
-        sparse, caches, quantize, guidance: those that may gain, with their steps.
+        sparse, caches, layers, guidance: those that may gain, with their steps.
     """
 
     adapter: AdapterLever | None
@@ -70,7 +70,7 @@ class _Levers:
     adapter_psnr: float = math.inf
     sparse: list[tuple[SparseLever, Probe]] = field(default_factory=list)
     caches: list[tuple[Cache, Probe]] = field(default_factory=list)
-    quantize: list[tuple[Quantize, Probe]] = field(default_factory=list)
+    layers: list[tuple[LayersLever, Probe]] = field(default_factory=list)
     guidance: list[tuple[GuidanceCache, Probe]] = field(default_factory=list)
 
 
@@ -104,7 +104,7 @@ class Search:
         self,
         sparse: Sequence[SparseLever],
         caches: Sequence[Cache],
-        quantize: Sequence[Quantize] = (),
+        layers: Sequence[LayersLever] = (),
         adapters: Sequence[AdapterLever] = (),
         guidance: Sequence[GuidanceCache] = (),
     ) -> tuple[str, Tried | None, tuple[Tried, ...]]:
@@ -113,7 +113,7 @@ class Search:
         Args:
             sparse: the methods at their densities, the fewest pairs of each first.
             caches: at their thresholds.
-            quantize: of the linear layers.
+            layers: in 8 bits, or compiled.
             adapters: for guidance in one pass or few steps: each makes another run, on which the other levers, those
                 that gain on the plain one, are measured anew.
             guidance: leaves second passes out; of the plain run alone, since an adapter makes none.
@@ -121,17 +121,17 @@ class Search:
         Returns:
             `FOUND`, `NO_GAIN` or `NOTHING`; the chosen, or the nearest; and everything that was tried.
         """
-        on_each = len(sparse) + len(caches) + len(quantize) + 1
+        on_each = len(sparse) + len(caches) + len(layers) + 1
         self.plan(on_each * (1 + len(adapters)) + len(guidance) + self.most)
         taught = Calibration()
-        plain = self._probed(_Levers(None, self.dense), sparse, caches, quantize)
+        plain = self._probed(_Levers(None, self.dense), sparse, caches, layers)
         plain.guidance = self._probe_guidance(guidance)
         measured = [plain]
         gaining = [each for each, _ in plain.sparse], [each for each, _ in plain.caches]
         for adapter in adapters:
             levers = self._with_adapter(adapter, taught)
             if levers is not None:
-                measured.append(self._probed(levers, *gaining, [each for each, _ in plain.quantize]))
+                measured.append(self._probed(levers, *gaining, [each for each, _ in plain.layers]))
         return self._settled(self._pool(measured), taught)
 
     def _with_adapter(self, adapter: AdapterLever, taught: Calibration) -> _Levers | None:
@@ -160,7 +160,7 @@ class Search:
         return _Levers(adapter, dense, made.mean_psnr)
 
     def _probed(
-        self, levers: _Levers, sparse: Sequence[SparseLever], caches: Sequence[Cache], quantize: Sequence[Quantize]
+        self, levers: _Levers, sparse: Sequence[SparseLever], caches: Sequence[Cache], layers: Sequence[LayersLever]
     ) -> _Levers:
         """The same with what was measured on its run."""
         levers.sparse = self._probe_sparse(levers, sparse)
@@ -168,11 +168,11 @@ class Search:
             probe = self._probe(Candidate(cache=cache, adapter=levers.adapter))
             if probe is not None:
                 levers.caches.append((cache, probe))
-        for how in quantize:
-            candidate = Candidate(quantize=how, adapter=levers.adapter)
+        for how in layers:
+            candidate = Candidate(layers=how, adapter=levers.adapter)
             probe = self._probe(candidate)
-            if probe is not None and self._is_faster(candidate, levers, quantize=probe):
-                levers.quantize.append((how, probe))
+            if probe is not None and self._is_faster(candidate, levers, in_layers=probe):
+                levers.layers.append((how, probe))
         return levers
 
     def _probe(self, candidate: Candidate) -> Probe | None:
@@ -379,14 +379,14 @@ def _combined(levers: _Levers, apart: bool) -> Iterator[tuple[Candidate, Predict
     """Every combination of levers that were measured on one run; `apart` as of `Search`."""
     plans = schedules(levers.dense.steps, levers.dense.layers)
     none: tuple[Any, Any] = (None, None)
-    ways = [[none, *those] for those in (levers.quantize, levers.caches, levers.guidance, levers.sparse)]
-    for (how, in_8_bits), (cache, its), (guidance, left_out), (lever, probe) in itertools.product(*ways):
+    ways = [[none, *those] for those in (levers.layers, levers.caches, levers.guidance, levers.sparse)]
+    for (how, in_layers), (cache, its), (guidance, left_out), (lever, probe) in itertools.product(*ways):
         if apart and cache is not None and guidance is not None:
             continue
         for schedule in plans if lever is not None else [None]:
             candidate = Candidate(lever, schedule, cache, how, levers.adapter, guidance)
             if candidate.kind:
-                probes = (probe, its, in_8_bits, left_out)
+                probes = (probe, its, in_layers, left_out)
                 yield candidate, predict(candidate, levers.dense, *probes, adapter_psnr=levers.adapter_psnr)
 
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from ...attention.methods.base import Method
     from ...attention.schedule import DenseSchedule
     from ...pipelines.guidance_cache.settings import GuidanceCache
-    from ...pipelines.presets import Cache, Preset, Quantize
+    from ...pipelines.presets import Cache, Compile, Preset, Quantize
     from .adapters import AdapterLever
 
-LEVERS = ("sparse", "cache", "precision", "quantize", "adapter", "guidance")
+LEVERS = ("sparse", "cache", "precision", "quantize", "compile", "adapter", "guidance")
 METHODS = ("tangent", "svg2", "sparge", "radial")
 """Tried where none is named: those that need no training and stood for themselves in the fidelity tables."""
 EFFORTS = ("quick", "normal", "thorough")
@@ -84,6 +84,20 @@ class SparseLever:
 
 
 @dataclass(frozen=True)
+class LayersLever:
+    """What makes the layers between attention faster.
+
+    They are measured together, because 8 bits gain most, or at all, where what converts them is compiled.
+
+    Args:
+        quantize: of the linear layers. compile: of the blocks. At least one of the two.
+    """
+
+    quantize: Quantize | None = None
+    compile: Compile | None = None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to make the model faster.
 
@@ -91,7 +105,7 @@ class Candidate:
         sparse: of attention; None for dense.
         schedule: the steps and layers that stay dense.
         cache: over steps.
-        quantize: of the linear layers.
+        layers: in 8 bits, or compiled.
         adapter: for guidance in one pass, or few steps.
         guidance: leaves second passes out; not with an adapter, which has none.
     """
@@ -99,7 +113,7 @@ class Candidate:
     sparse: SparseLever | None = None
     schedule: DenseSchedule | None = None
     cache: Cache | None = None
-    quantize: Quantize | None = None
+    layers: LayersLever | None = None
     adapter: AdapterLever | None = None
     guidance: GuidanceCache | None = None
 
@@ -107,8 +121,11 @@ class Candidate:
     def label(self) -> str:
         """What users see, in one line."""
         told = [] if self.adapter is None else [self.adapter.label]
-        if self.quantize is not None:
-            told.append(f"layers in {self.quantize.kind}{'' if self.quantize.activations else ', weights alone'}")
+        quantize, compiled = self._of_layers
+        if quantize is not None:
+            told.append(f"layers in {quantize.kind}{'' if quantize.activations else ', weights alone'}")
+        if compiled is not None:
+            told.append("compiled")
         if self.sparse is not None:
             told.append(self.sparse.label)
             names = {"first_steps": "first steps", "last_steps": "last steps", "first_layers": "first layers"}
@@ -122,18 +139,24 @@ class Candidate:
         return "; ".join(told) or "dense"
 
     @property
+    def _of_layers(self) -> tuple[Quantize | None, Compile | None]:
+        return (None, None) if self.layers is None else (self.layers.quantize, self.layers.compile)
+
+    @property
     def is_single(self) -> bool:
         """Whether it is one lever, in all steps and layers: such are measured, combinations are predicted."""
         from ...attention.schedule import DenseSchedule
 
-        levers = (self.sparse, self.cache, self.quantize, self.adapter, self.guidance)
+        levers = (self.sparse, self.cache, self.layers, self.adapter, self.guidance)
         return sum(lever is not None for lever in levers) < 2 and self.schedule in (None, DenseSchedule())
 
     @property
     def kind(self) -> str:
-        """What its errors are of: 8 bits, a method, a cache, guidance, or several of them; "" for an adapter alone."""
+        """What its errors are of: a lever, or several joined by +; "" for an adapter alone."""
+        quantize, compiled = self._of_layers
         told = (
-            self.quantize and self.quantize.kind,
+            quantize and quantize.kind,
+            compiled and "compiled",
             self.sparse and self.sparse.method.name,
             self.cache and self.cache.name,
             self.guidance and "guidance",
@@ -152,14 +175,15 @@ class Candidate:
             method = self.sparse.method
             method = method if self.schedule is None else replace(method, schedule=self.schedule)
             facts["precision"] = self.sparse.precision
-        facts = {"name": "candidate", **facts, "guidance_cache": self.guidance}
-        return Preset(**facts, method=method, cache=self.cache, quantize=self.quantize)
+        quantize, compiled = self._of_layers
+        facts = {"name": "candidate", **facts, "guidance_cache": self.guidance, "compile": compiled}
+        return Preset(**facts, method=method, cache=self.cache, quantize=quantize)
 
     @property
     def key(self) -> str:
         """The same for the same candidate, in every process."""
         stated = self.preset().to_dict()
-        fields = ("attention", "cache", "quantize", "guidance_free", "guidance_cache")
+        fields = ("attention", "cache", "quantize", "compile", "guidance_free", "guidance_cache")
         made = {k: stated[k] for k in fields if k in stated}
         return json.dumps(made | ({} if self.adapter is None else {"digest": self.adapter.digest}), sort_keys=True)
 
@@ -227,6 +251,17 @@ def quantize_levers(effort: str) -> list[Quantize]:
 
     ways = (True, False) if effort == "thorough" else (True,)
     return [Quantize(kind, activations) for activations in ways for kind in ("int8", "fp8")]
+
+
+def layers_levers(quantize: Sequence[Quantize], compile: Compile | None) -> list[LayersLever]:
+    """Compiled blocks first, and each way of 8 bits without them and with them.
+
+    Args:
+        quantize: of the linear layers, as far as they can be. compile: of the blocks; None where they cannot be.
+    """
+    compiled = [] if compile is None else [compile]
+    made = [LayersLever(compile=each) for each in compiled]
+    return made + [LayersLever(how, each) for how in quantize for each in (None, *compiled)]
 
 
 def guidance_levers(effort: str) -> list[GuidanceCache]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..machine import synchronise
-from ..run import run
+from ..run import run, warm_up
 
 if TYPE_CHECKING:
     from ...pipelines.presets import Preset
@@ -214,6 +214,9 @@ def probe(
         return given
 
     with apply(pipe, preset, base=base, measure_error=rows) as applied:
+        if preset.compile is not None:  # at the first step of a shape, which must not be one that is timed
+            warm_up(pipe, settings, None, applied)
+            applied.reset()
         with _tapped(pipe, around, after):
             run(pipe, settings, decode=False)
         account = applied.report().last()

@@ -37,7 +37,16 @@ def test_the_commands_of_the_page_run(vidaccel, command, tmp_path, monkeypatch):
 def test_the_example_of_the_page_is_a_preset():
     (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     preset = Preset.from_dict(yaml.safe_load(text))
-    assert list(preset.levers()) == ["scheduler", "loras", "guidance_free", "quantize", "method", "cache", "decoder"]
+    assert list(preset.levers()) == [
+        "scheduler",
+        "loras",
+        "guidance_free",
+        "quantize",
+        "compile",
+        "method",
+        "cache",
+        "decoder",
+    ]
 
 
 def test_the_list_and_one_of_them(vidaccel):

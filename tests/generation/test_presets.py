@@ -173,6 +173,23 @@ def test_layers_in_8_bits(pipe):
     assert np.array_equal(generate(pipe, steps=2).frames, plain.frames)
 
 
+@pytest.mark.compiler
+def test_compiled_blocks(pipe):
+    plain = generate(pipe, steps=3)
+    made = generate(pipe, steps=3, compile=True)
+    assert np.abs(made.frames.astype(int) - plain.frames).max() <= 1
+    assert np.array_equal(generate(pipe, steps=3).frames, plain.frames)
+    assert made.account.levers == {"compile": "the blocks"}
+
+
+def test_the_time_of_the_compilation_is_told(pipe, monkeypatch):
+    monkeypatch.setattr("vidaccel.pipelines.presets.applied.compile_blocks", lambda *_: SimpleNamespace(remove=int))
+    times = iter([0.0, 9.0, 10.0, 11.0, 12.0])
+    monkeypatch.setattr("vidaccel.generation.run.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    made = generate(pipe, steps=3, compile=True)
+    assert "dense: the blocks were compiled in its first step, which took 9.0 s." in made.notes
+
+
 @pytest.mark.parametrize("more", [{}, {"compare": True}, {"offload": True}])
 def test_a_model_is_in_8_bits_before_it_is_on_its_device(more, monkeypatch):
     """Not for a comparison, whose reference needs the whole weights there, nor where parts come one after the other."""
@@ -201,6 +218,7 @@ def test_a_model_is_in_8_bits_before_it_is_on_its_device(more, monkeypatch):
         ({"cache": "first_block=-1"}, "cache cannot be used: -1.0: it must be at least 0"),
         ({"cache": "magcache"}, "cache cannot be used: magcache needs mag_ratios"),
         ({"quantize": "int4"}, "quantize cannot be used: int4: it must be one of int8, fp8"),
+        ({"compile": "fast"}, "compile cannot be used: fast: its mode must be one of default, max-autotune-no-cudag"),
         ({"preset": "none.yaml"}, "preset cannot be used: there is no preset none.yaml"),
         (
             {"preset": Preset(name="a", family="Mochi 1")},
@@ -233,6 +251,8 @@ def test_layers_in_8_bits_are_not_offloaded_by_blocks():
     preset, facts = request_preset(None, None, "int8"), inspect_model("demo")
     with pytest.raises(BadInput, match="offload by blocks cannot be had with quantize: .* Offload whole parts"):
         check_beside(preset, facts, Settings(PROMPT), "blocks")
+    with pytest.raises(BadInput, match="compile cannot be used: offloading by blocks puts hooks .* Leave compile out"):
+        check_beside(request_preset(None, compile=True), facts, Settings(PROMPT), "blocks")
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,14 @@ def test_videos_of_another_size_are_not_called_identical():
 def test_the_rows_of_a_preset():
     preset = FULL.replace(
         quantize=Quantize("int8"),
+        compile=True,
         loras=(LoraFile("a.safetensors"),),
         scheduler=SchedulerChoice("UniPCMultistepScheduler"),
     )
     rows = stages(preset)
-    names = ["base", "model", "guidance_free", "steps", "quantize", "method", "cache"]
+    names = ["base", "model", "guidance_free", "steps", "quantize", "compile", "method", "cache"]
     assert [row.name for row in rows] == names
-    assert [row.model for row in rows] == ["demo"] + ["demo-dc"] * 6
+    assert [row.model for row in rows] == ["demo"] + ["demo-dc"] * 7
     # Each has the levers of those above it; the last is the preset.
     for before, row in itertools.pairwise(rows):
         assert set(before.preset.levers()) <= set(row.preset.levers())

@@ -130,13 +130,20 @@ def test_what_is_left_to_other_nodes_has_the_values_to_set_there():
     shifted = SchedulerChoice("UniPCMultistepScheduler", {"flow_shift": 3.0})
     lora = LoraFile(Path("below/four.safetensors"), 0.8)
     preset = Preset(
-        name="a", method=Radial(), scheduler=shifted, loras=(lora,), quantize=Quantize("fp8"), guidance_scale=1.0
+        name="a",
+        method=Radial(),
+        scheduler=shifted,
+        loras=(lora,),
+        quantize=Quantize("fp8"),
+        guidance_scale=1.0,
+        compile=True,
     )
     assert native_part(preset, 30, "Wan").left == (
         "loras four.safetensors (0.8): LoraLoaderModelOnly",
         "scheduler UniPCMultistepScheduler (flow_shift 3.0): the sampler's scheduler, and ModelSamplingSD3 for a shift",
         "guidance_scale 1: the sampler's cfg",
         "quantize fp8: weight_dtype of Load Diffusion Model",
+        "compile the blocks: TorchCompileModel, behind this node",
     )
 
 

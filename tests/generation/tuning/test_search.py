@@ -19,9 +19,11 @@ from vidaccel.generation.tuning.search import Measures, Search
 from vidaccel.generation.tuning.space import (
     LEVERS,
     Candidate,
+    LayersLever,
     SparseLever,
     cache_levers,
     guidance_levers,
+    layers_levers,
     quantize_levers,
     schedules,
     sparse_levers,
@@ -29,7 +31,7 @@ from vidaccel.generation.tuning.space import (
 from vidaccel.generation.tuning.trajectory import Probe, probed_steps
 from vidaccel.pipelines.guidance_cache import GuidanceCache
 from vidaccel.pipelines.guidance_cache.differences import left_out
-from vidaccel.pipelines.presets import Cache, Quantize
+from vidaccel.pipelines.presets import Cache, Compile, Quantize
 
 STEPS = 10
 DENSE = DenseRun(STEPS, layers=4, step_seconds=1.0, other_seconds=2.0)
@@ -43,7 +45,7 @@ class Machine:
 
     def __init__(self, base: float = 0.3, offset: float = 10.0, quantized: float = 0.8) -> None:
         self.base, self.offset, self.probed, self.confirmed = base, offset, [], []
-        self.quantized, self.adapter_psnr = quantized, 28.0
+        self.quantized, self.compiled, self.adapter_psnr = quantized, 0.8, 28.0
         self.second_passes = True
         self.turns: Callable[[Candidate], tuple[float, ...]] | None = None
 
@@ -53,12 +55,15 @@ class Machine:
 
     def probe(self, candidate: Candidate) -> Probe | str:
         self.probed.append(candidate.label)
-        if candidate.quantize is not None:
-            if candidate.quantize.kind == "fp8":
+        if (of_layers := candidate.layers) is not None:
+            quantize = of_layers.quantize
+            if quantize is not None and quantize.kind == "fp8":
                 return "no fp8 here"
             steps = probed_steps(STEPS)
-            taken = self.quantized * (1.0 if candidate.adapter is None else 0.5)
-            return Probe(dict.fromkeys(steps, 0.02), dict.fromkeys(steps, taken), dict.fromkeys(steps, 1.0))
+            taken = (1.0 if quantize is None else self.quantized) * (1.0 if candidate.adapter is None else 0.5)
+            taken *= 1.0 if of_layers.compile is None else self.compiled if quantize is None else 0.5
+            error = 1e-6 if quantize is None else 0.02
+            return Probe(dict.fromkeys(steps, error), dict.fromkeys(steps, taken), dict.fromkeys(steps, 1.0))
         if candidate.guidance is not None:
             return seconds_left_out(candidate.guidance) if self.second_passes else seconds_left_out()
         if candidate.sparse is not None:
@@ -80,7 +85,7 @@ class Machine:
         probes = [
             self.probe(Candidate(sparse=candidate.sparse, adapter=own)) if candidate.sparse else None,
             self.probe(Candidate(cache=candidate.cache, adapter=own)) if candidate.cache else None,
-            self.probe(Candidate(quantize=candidate.quantize, adapter=own)) if candidate.quantize else None,
+            self.probe(Candidate(layers=candidate.layers, adapter=own)) if candidate.layers else None,
             self.probe(Candidate(guidance=candidate.guidance)) if candidate.guidance else None,
         ]
         true = predict(candidate, DENSE if own is None else self.run(own), *probes)
@@ -229,25 +234,50 @@ def test_what_cannot_be_is_dropped_with_why():
 
 
 def test_layers_in_8_bits_are_taken_where_they_are_faster():
-    eights = quantize_levers("normal")
+    eights = layers_levers(quantize_levers("normal"), None)
     machine = Machine()
-    outcome, chosen, tried = machine.search(Budget(max_error=0.1), levers(0.2), caches(0.05), quantize=eights)
-    assert outcome == FOUND and chosen.candidate.quantize == Quantize("int8", True)
+    outcome, chosen, tried = machine.search(Budget(max_error=0.1), levers(0.2), caches(0.05), layers=eights)
+    assert outcome == FOUND and chosen.candidate.layers == LayersLever(Quantize("int8", True))
     assert chosen.candidate.sparse is not None  # what the two save adds up
     assert tried["layers in fp8"].why == "no fp8 here"
     slow = Machine(quantized=1.2)
-    outcome, chosen, tried = slow.search(Budget(max_error=0.1), levers(0.2), quantize=eights)
-    assert chosen.candidate.quantize is None and all("int8;" not in label for label in tried)
+    outcome, chosen, tried = slow.search(Budget(max_error=0.1), levers(0.2), layers=eights)
+    assert chosen.candidate.layers is None and all("int8;" not in label for label in tried)
     assert tried["layers in int8"].why == "no gain: a step takes 1.20 s, a dense one 1.00 s"
+
+
+def test_compiled_blocks_are_taken_where_they_are_faster_alone_and_under_8_bits():
+    machine = Machine()
+    compiled = layers_levers([], Compile())
+    outcome, chosen, _ = machine.search(Budget(max_error=0.07), levers(0.3), layers=compiled)
+    assert outcome == FOUND and chosen.candidate.layers == LayersLever(compile=Compile())
+    assert chosen.candidate.sparse is not None  # what the two save adds up
+    assert chosen.candidate.preset().compile == Compile() and chosen.candidate.label.startswith(
+        "compiled; tangent density 0.3"
+    )
+    slow = Machine()
+    slow.compiled = 1.1
+    assert slow.search(Budget(max_error=0.1), layers=compiled)[0] == NO_GAIN
+    # 8 bits that are slower by themselves, and faster than compiled blocks where they are compiled.
+    machine = Machine(quantized=1.2)
+    both = layers_levers(quantize_levers("normal")[:1], Compile())
+    assert [Candidate(layers=each).label for each in both] == ["compiled", "layers in int8", "layers in int8; compiled"]
+    outcome, chosen, tried = machine.search(Budget(max_error=0.1), layers=both)
+    assert outcome == FOUND and chosen.candidate.layers == LayersLever(Quantize("int8", True), Compile())
+    assert tried["layers in int8"].why.startswith("no gain")
 
 
 def test_an_adapter_is_another_run_that_other_levers_are_measured_on():
     few = AdapterLever(("/a/gft.safetensors",))
     broken = AdapterLever(("broken",))
     machine = Machine()
-    asked = {"caches": caches(0.05), "quantize": quantize_levers("normal")[:1], "adapters": [few, broken]}
+    asked = {
+        "caches": caches(0.05),
+        "layers": layers_levers(quantize_levers("normal")[:1], None),
+        "adapters": [few, broken],
+    }
     outcome, chosen, tried = machine.search(Budget(min_psnr=24), **asked)
-    assert outcome == FOUND and chosen.candidate.adapter == few and chosen.candidate.quantize is not None
+    assert outcome == FOUND and chosen.candidate.adapter == few and chosen.candidate.layers is not None
     assert tried["gft (one pass)"].confirmed.median == 7.0 and tried["broken (one pass)"].why == "it does not fit"
     assert {"gft (one pass); layers in int8", "gft (one pass); first_block 0.05"} <= set(machine.probed)
     # By itself below the budget: nothing is added to it.
@@ -262,7 +292,11 @@ def test_an_adapter_is_another_run_that_other_levers_are_measured_on():
 def test_second_passes_are_left_out_beside_other_levers():
     few = AdapterLever(("/a/gft.safetensors",))
     machine = Machine()
-    asked = {"quantize": quantize_levers("normal"), "adapters": [few], "guidance": guidance_levers("normal")}
+    asked = {
+        "layers": layers_levers(quantize_levers("normal"), None),
+        "adapters": [few],
+        "guidance": guidance_levers("normal"),
+    }
     outcome, chosen, tried = machine.search(Budget(max_error=0.12), levers(0.2), caches(0.05), most=9, **asked)
     assert outcome == FOUND and chosen.candidate.guidance is not None and chosen.candidate.sparse is not None
     assert chosen.predicted.seconds < tried["layers in int8; tangent density 0.2"].predicted.seconds
@@ -318,7 +352,7 @@ def test_a_cache_and_a_method_share_the_steps():
 def test_8_bits_hold_in_steps_that_stay_dense_too():
     eight = Probe({0: 0.1, 9: 0.1}, {0: 5.0, 9: 0.8}, {0: 1.0, 9: 1.0})
     probe = Probe(dict.fromkeys(range(10), 0.2), dict.fromkeys(range(10), 0.5), dict.fromkeys(range(10), 1.0))
-    candidate = Candidate(levers(0.2)[0], DenseSchedule(first_steps=4), quantize=Quantize("int8", True))
+    candidate = Candidate(levers(0.2)[0], DenseSchedule(first_steps=4), layers=LayersLever(Quantize("int8", True)))
     both = predict(candidate, DENSE, probe, None, eight)
     assert both.seconds == pytest.approx(2 + 4 * 0.8 + 6 * 0.3)  # attention saves 0.5, the layers 0.2
     assert both.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2))
@@ -336,7 +370,7 @@ def test_what_is_left_of_a_step_without_its_second_pass():
     eight = Probe({0: 0.1, 9: 0.1}, {0: 0.8, 9: 0.8}, {0: 1.0, 9: 1.0})
     sparse = Probe(dict.fromkeys(range(10), 0.2), dict.fromkeys(range(10), 0.5), dict.fromkeys(range(10), 1.0))
     schedule = DenseSchedule(first_steps=4)
-    candidate = Candidate(levers(0.2)[0], schedule, quantize=Quantize("int8", True), guidance=settings)
+    candidate = Candidate(levers(0.2)[0], schedule, layers=LayersLever(Quantize("int8", True)), guidance=settings)
     more = predict(candidate, DENSE, sparse, None, eight, left)
     assert more.seconds == pytest.approx(2 + 2 * 0.8 + 2 * 0.6 * 0.8 + 2 * 0.3 + 4 * 0.6 * 0.3)
     assert more.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2 + 0.6 * 0.03**2))
@@ -452,16 +486,18 @@ def test_candidates_have_names_and_keys_of_their_own():
         one.label == "tangent density 0.2; dense: 2 first steps; first_block 0.1" and one.kind == "tangent+first_block"
     )
     others = [Candidate(levers(0.3)[0], one.schedule, one.cache), Candidate(one.sparse, one.schedule), Candidate()]
-    others += [Candidate(quantize=Quantize("int8", activations)) for activations in (True, False)]
+    others += [Candidate(layers=each) for each in layers_levers([Quantize("int8")], Compile())]
+    others += [Candidate(layers=LayersLever(Quantize("int8", activations))) for activations in (True, False)]
     others += [Candidate(adapter=AdapterLever(("/a/b.safetensors",), 4, digest)) for digest in ("1", "2")]
     others += [Candidate(guidance=GuidanceCache(every)) for every in (2, 3)]
     others += [Candidate(one.sparse, one.schedule, one.cache, guidance=GuidanceCache(2))]
-    assert len({each.key for each in [one, *others]}) == 11
+    assert len({each.key for each in [one, *others]}) == 13
     assert others[-2].label == "guidance every 3"
     assert others[-2].kind == "guidance" and others[-2].is_single and not others[-1].is_single
     assert others[-1].label == f"{one.label}; guidance every 2" and others[-1].kind == f"{one.kind}+guidance"
     assert others[-1].preset().guidance_cache == GuidanceCache(2) and others[-1].preset().cache == one.cache
     assert others[4].label == "layers in int8, weights alone" and others[4].kind == "int8" and others[4].is_single
+    assert others[5].label == "layers in int8, weights alone; compiled" and others[5].is_single
     assert one.key == Candidate(levers(0.2)[0], DenseSchedule(first_steps=2), Cache("first_block", 0.1)).key
     assert Candidate(SparseLever(Radial())).preset().method == Radial()
 

@@ -32,7 +32,7 @@ from vidaccel.generation.tuning import bench, space
 from vidaccel.generation.tuning.journal import FILE, Journal
 from vidaccel.generation.tuning.plan import _files
 from vidaccel.generation.tuning.trajectory import probe, record
-from vidaccel.pipelines.presets import Cache, Quantize, load_preset
+from vidaccel.pipelines.presets import Cache, Compile, Quantize, load_preset
 
 PROMPTS = demo.HELD_OUT_PROMPTS[:2]
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 4}
@@ -282,6 +282,26 @@ def test_layers_in_8_bits_are_measured_and_the_weights_come_back(pipe, tmp_path)
     assert "need a GPU that multiplies float8" in fp8.why
     assert load_preset(tmp_path / "t" / "preset.yaml").quantize == made.preset.quantize
     assert torch.equal(pipe.transformer.blocks[0].ffn.net[2].weight, weight)
+
+
+@pytest.mark.compiler
+def test_compiled_blocks_are_measured_without_their_compilation(pipe, tmp_path):
+    """By a clock on which a compiled block takes half the time."""
+    now = [0.0]
+
+    def counted(*_):  # within what is timed of a pass, and outside of the blocks
+        now[0] += sum(1.0 if block._compiled_call_impl is None else 0.5 for block in pipe.transformer.blocks)
+
+    options = {"levers": ("compile",), "effort": "quick", "progress": False, **SMALL}
+    hook = pipe.transformer.condition_embedder.register_forward_pre_hook(counted)
+    try:
+        made = vidaccel.tune(pipe, PROMPTS[:1], out=tmp_path / "t", min_psnr=40.0, clock=lambda: now[0], **options)
+    finally:
+        hook.remove()
+    assert made.outcome == "found" and made.preset.compile == Compile() and made.gain == (2.0,)
+    assert 0 <= made.chosen.confirmed.error < 1e-5 and made.chosen.confirmed.mean_psnr > 60
+    assert load_preset(tmp_path / "t" / "preset.yaml").compile == Compile()
+    assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
 
 
 # -- bad input, before anything is loaded ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import yaml
 from vidaccel import METHODS, SLA, DenseSchedule, Preset, Radial, Tangent, demo
 from vidaccel.pipelines.presets import (
     Cache,
+    Compile,
     LoraFile,
     PresetError,
     Quantize,
@@ -36,6 +37,7 @@ def full(folder: Path) -> Preset:
         loras=(LoraFile(folder / "a.safetensors", 0.8), LoraFile(folder / "b.safetensors", 1.0, "transformer_2")),
         cache=Cache("magcache", 0.1, {"mag_ratios": [1.0, 0.9], "retention_ratio": 0.25}),
         quantize=Quantize("int8", activations=True, keep=False),
+        compile=Compile(dynamic=True),
         scheduler=SchedulerChoice("UniPCMultistepScheduler", {"flow_shift": 5.0}),
         num_inference_steps=20,
         guidance_scale=4.5,
