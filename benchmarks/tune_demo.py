@@ -228,11 +228,11 @@ def main(
         f"{content['environment']}. Made by `python benchmarks/tune_demo.py`.\n\n"
         "The built-in model, 33 frames of 128x128 (576 tokens), 20 steps. The PSNR of each fixed default on 8 prompts, "
         "of their mean squared error, is the budget of a `vidaccel tune` on these. What it found is held against the "
-        f"default on {len(measured['dense'])} other prompts. Seconds are CPU-seconds of one thread for a "
-        "whole video, decoding included: the median over prompts of the ratio to the dense video, or to the default. Differences of PSNR "
-        "(dB) are paired by prompt, the mean and twice its standard error; *of the mean error* is the PSNR of the mean "
-        "of squared errors. Passes are those of the transformer that "
-        f"were computed, of {measured['dense'][0]['forwards']}. Sparse attention is slower than dense at this length."
+        f"default on {len(measured['dense'])} other prompts. Seconds are CPU-seconds of one thread for a whole video, "
+        "decoding included and compilation not: the median over prompts of the ratio to the dense video, or to the "
+        "default. Differences of PSNR (dB) are paired by prompt, the mean and twice its standard error; *of the mean "
+        "error* is the PSNR of the mean squared error. Passes are those of the transformer that were computed, of "
+        f"{measured['dense'][0]['forwards']}. Sparse attention is slower than dense at this length."
     )
     write_markdown(out / "tune_demo.md", "What tune finds, against fixed defaults", text, rows)
 

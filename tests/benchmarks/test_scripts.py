@@ -22,6 +22,17 @@ def test_cpu_speed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
+def test_compiled_blocks(tmp_path):
+    work = ["--rounds", "1", "--steps", "1", "--videos", "33x64", "--density", "0.7"]
+    run("compiled_blocks.py", *work, "--out", str(tmp_path))
+    rows = table(tmp_path / "compiled_blocks.csv")
+    assert [row["attention"] for row in rows] == ["dense", "tangent, density 0.7"]
+    assert all(0 < float(row["off by"]) < 1e-4 and float(row["of the time"]) > 0 for row in rows)
+    assert "Compiled blocks on the CPU" in (tmp_path / "compiled_blocks.md").read_text()
+
+
+@pytest.mark.slow
 def test_attention_goes_on_where_it_stopped(tmp_path):
     arguments = ["--shapes", "tiny", "--densities", "0.5", "--dtype", "float32", "--repeats", "3", "--device", "cpu"]
     arguments += ["--methods", "dense", "svg", "--out", str(tmp_path)]
