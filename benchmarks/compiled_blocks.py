@@ -9,6 +9,7 @@ The blocks as they are and compiled (`Preset(compile=True)`) take turns in one p
 from __future__ import annotations
 
 import csv
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -25,23 +26,26 @@ if TYPE_CHECKING:
     from vidaccel import VideoLayout
 
 VIDEOS = "33x128,129x128,129x256"  # frames x pixels of a side
-METHODS = ("dense", "tangent")
+ROWS = ("dense", "dense, layers in int8", "tangent")
 
 
 def measure(layout: VideoLayout, name: str, density: float, rounds: int, steps: int) -> dict[str, Any]:
-    """Steps of the whole transformer with one method, the blocks as they are and compiled in turns."""
+    """Steps of the whole transformer with one of `ROWS`, the blocks as they are and compiled in turns."""
     import torch
     from diffusers import WanTransformer3DModel
 
     from vidaccel import DenseSchedule, accelerate, demo
     from vidaccel.generation.step_times import quick_method, wan_inputs
     from vidaccel.pipelines.acceleration.families import find_transformers
-    from vidaccel.pipelines.presets import Compile
+    from vidaccel.pipelines.presets import Compile, Quantize
     from vidaccel.pipelines.presets.compiling import compile_blocks
+    from vidaccel.pipelines.presets.quantise import quantise
 
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer").eval()
     ((bare, family),) = find_transformers(transformer).values()
     inputs = wan_inputs(transformer, layout)
+    if "int8" in name:
+        quantise(bare, family, Quantize("int8", activations=True))
 
     def step(number: int) -> torch.Tensor:
         return transformer(*inputs(number), return_dict=False)[0]
@@ -53,7 +57,7 @@ def measure(layout: VideoLayout, name: str, density: float, rounds: int, steps: 
         return (time.perf_counter() - start) / steps
 
     def method() -> Any:
-        schedule = DenseSchedule(first_steps=10**6) if name == "dense" else None
+        schedule = DenseSchedule(first_steps=10**6) if "dense" in name else None
         return accelerate(transformer, quick_method("tangent", layout, density), schedule=schedule)
 
     def compiled() -> Any:
@@ -85,7 +89,7 @@ def measure(layout: VideoLayout, name: str, density: float, rounds: int, steps: 
     print(layout.tokens, name, "measured", flush=True)
     return {
         "tokens": layout.tokens,
-        "attention": name if name == "dense" else f"{name}, density {density:g}",
+        "attention": name if "dense" in name else f"{name}, density {density:g}",
         "step ms": median(eager),
         "compiled, step ms": median(quick),
         "of the time": f"{statistics.median(b / a for a, b in zip(eager, quick, strict=True)):.2f}",
@@ -106,7 +110,8 @@ def main(
         torch.set_num_threads(threads)
     sizes = [tuple(map(int, video.split("x"))) for video in videos.split(",")]
     layouts = [VideoLayout((frames - 1) // 4 + 1, size // 16, size // 16) for frames, size in sizes]
-    rows = [measure(layout, name, density, rounds, steps) for layout in layouts for name in METHODS]
+    names = [name for name in ROWS if "int8" not in name or importlib.util.find_spec("torchao")]
+    rows = [measure(layout, name, density, rounds, steps) for layout in layouts for name in names]
     with (out / "compiled_blocks.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -120,7 +125,8 @@ def main(
         f"the mean of {steps}; median of {rounds} such, with the smallest and largest in brackets, eager and compiled "
         "in turns. *Of the time*: compiled over eager, the median over the rounds. *Off by*: how far the output of the "
         "first step is from the eager one, relative to its size. Code that an earlier process compiled comes from "
-        "torch's cache, and the first step is then shorter.",
+        "torch's cache, and the first step is then shorter. *int8*: torchao's, of weights and activations, where it is "
+        "installed.",
         rows,
     )
 

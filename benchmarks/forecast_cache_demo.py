@@ -79,7 +79,8 @@ def plot(out: Path) -> None:
     axes.set_ylabel("PSNR to the video of all passes, dB")
     axes.set_title("Steps left out, built-in model, 20 steps")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set_ylim(top=axes.get_ylim()[1] + 12)  # room for the legend
+    axes.legend(loc="upper left")
     fig.savefig(out / "forecast_cache_demo.png", dpi=120)
     plt.close(fig)
 
