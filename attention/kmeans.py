@@ -120,7 +120,7 @@ def assign(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
     columns = centers.transpose(-1, -2).contiguous()
     if points.device.type == "cpu":  # head by head, because a batched product is slower here
         batch, heads, tokens, _ = points.shape
-        labels = torch.empty(batch, heads, tokens, dtype=torch.int64)
+        labels = torch.empty(batch, heads, tokens, dtype=torch.int64, device=points.device)
 
         def work(place: tuple[int, int, slice]) -> None:
             head = place[:2]

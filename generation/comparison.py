@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .decibel import decibel, square
 from .notebook import Shown, in_html
 from .outputs import check_file
 from .sound import Sound
@@ -113,6 +114,11 @@ class FrameMetrics:
     def mean_psnr(self) -> float:
         """Mean over the frames that differ; infinite when none does."""
         return mean_psnr(self.psnr)
+
+    @property
+    def psnr_of_mean_error(self) -> float:
+        """Of the mean squared error of all frames, of which those that are the same are a part."""
+        return decibel(statistics.fmean(map(square, self.psnr)))
 
     @property
     def mean_ssim(self) -> float:

@@ -23,7 +23,7 @@ from .bench import Bench, Done
 from .break_even import find_break_even, timer
 from .budget import Budget
 from .journal import Journal
-from .plan import PAGE, PRESET, Plan, check_method, journal_of, planned
+from .plan import PAGE, PRESET, Plan, check_method, journal_of, planned, requested
 from .progress import counted
 from .result import FOUND, Tuned
 from .search import Measures, Search
@@ -244,12 +244,20 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
             ratios = bench.ratios()
         except BadInput as error:
             dropped["magcache"] = error.problem
-    measures = Measures(bench.probe, bench.confirm, lambda adapter: bench.run(adapter, layers), bench.gains)
+    asked = f"asked {requested(plan)}"
+    measures = Measures(
+        bench.probe,
+        bench.confirm,
+        lambda adapter: bench.run(adapter, layers),
+        bench.gains,
+        bench.knows,
+        lambda count: journal.put(asked, count),
+    )
     caches = cache_levers(plan.caches, plan.effort, ratios)
     apart = apart_from_caches(parts, "a cache over steps") if caches and plan.guidance else None
     if apart is not None:
         dropped["guidance with a cache"] = apart
-    search = Search(plan.budget, dense, measures, plan.most, apart is not None, plan=expect)
+    search = Search(plan.budget, dense, measures, plan.most, apart is not None, journal.get(asked) or 0, plan=expect)
     outcome, chosen, tried = search.run(sparse, caches, plan.layers, plan.adapters, plan.guidance)
     notes = [*bench.cut]
     if search.left_out:

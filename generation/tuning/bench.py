@@ -25,7 +25,7 @@ from .journal import Journal
 from .prediction import DenseRun
 from .result import Confirmed
 from .space import Candidate
-from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record
+from .trajectory import TRIES, Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +151,12 @@ class Bench:
             if isinstance(whole, str):
                 return whole
             error = whole.error
-        made = self._tried(f"videos {candidate.key}", lambda: self._confirm(candidate, error).to_dict())
+        made = self._tried(_videos(candidate), lambda: self._confirm(candidate, error).to_dict())
         return made if isinstance(made, str) else Confirmed.from_dict(made)
+
+    def knows(self, candidate: Candidate) -> bool:
+        """Whether `confirm` has been asked about a candidate before."""
+        return self.journal.get(_videos(candidate)) is not None
 
     def _confirm(self, candidate: Candidate, error: float | None) -> Confirmed:
         from ...pipelines.presets import apply
@@ -222,10 +226,17 @@ class Bench:
             self._warm = True
 
     def _video(self, request: Settings) -> tuple[np.ndarray, float, Any]:
+        """Its frames, its seconds and the run; once more where code was compiled on the way."""
+        from ...pipelines.presets.compiling import graphs_made
+
         self._warmed()
-        start = self._clock()
-        made = run(self.pipe, request)
-        return as_bytes(made.frames), self._clock() - start, made
+        for _ in range(TRIES):
+            graphs, start = graphs_made(), self._clock()
+            made = run(self.pipe, request)
+            seconds = self._clock() - start
+            if graphs_made() == graphs:
+                break
+        return as_bytes(made.frames), seconds, made
 
     def _tried(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
         """From the journal, or measured and written there; a refusal, NaN or too little memory is a text.
@@ -251,6 +262,10 @@ class Bench:
         return made.get("refused", made)
 
 
+def _videos(candidate: Candidate) -> str:
+    return f"mean error of videos {candidate.key}"  # journals of before it was that say "videos"
+
+
 def _with(candidate: Candidate, request: Settings) -> Settings:
     """The request of a candidate: an adapter may have steps of its own."""
     steps = None if candidate.adapter is None else candidate.adapter.steps
@@ -264,7 +279,7 @@ def _times(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def _psnr(reference: np.ndarray, other: np.ndarray) -> float:
-    value = compare(reference, other).mean_psnr
+    value = compare(reference, other).psnr_of_mean_error
     return value if not math.isnan(value) else 0.0
 
 

@@ -267,6 +267,13 @@ def _no_second_passes(job: Job, settings: GuidanceCache) -> str | None:
     return None
 
 
+def requested(plan: Plan) -> str:
+    """What a search is for and tries, the same for the same request: a hash."""
+    told = [str(plan.budget), plan.effort, plan.methods, plan.caches, plan.precisions, plan.layers, plan.guidance]
+    told += [[adapter.digest for adapter in plan.adapters]]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
 def journal_of(plan: Plan) -> Journal:
     """The journal in a plan's folder; BadInput for one of something else."""
     return Journal(plan.out, _identity(plan))

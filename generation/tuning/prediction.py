@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ...attention.schedule import StepInfo
-from .decibel import decibel, square
+from ..decibel import decibel, square
 from .space import Candidate
 from .trajectory import Probe
 
@@ -160,7 +160,7 @@ class Calibration:
         """
         self._seconds.append(seconds / predicted.seconds)
         of_levers = square(psnr) - square(predicted.adapter_psnr)
-        if of_levers > 0 and predicted.error > 0:
+        if kind and of_levers > 0 and predicted.error > 0:
             self._psnr.setdefault(kind, []).append(decibel(of_levers) + 20 * math.log10(predicted.error))
 
     def knows(self, kind: str) -> bool:

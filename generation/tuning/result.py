@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..decibel import decibel, square
 from .budget import Budget
-from .decibel import decibel, square
 from .prediction import Prediction
 from .space import Candidate
 

@@ -46,12 +46,16 @@ class Measures:
         confirm: a candidate -> whole videos with it, or why it cannot be.
         run: an adapter -> the dense run with it, or why it cannot be; None where no adapter is tried.
         turns: a candidate -> times as fast as dense, the two in turns; None where that is not measured.
+        known: whether videos of a candidate were made before, so that `confirm` costs nothing.
+        asked: told how many candidates this search, and those before it of the same request, had videos made of.
     """
 
     probe: Callable[[Candidate], Probe | TooBad]
     confirm: Callable[[Candidate], Confirmed | TooBad]
     run: Callable[[AdapterLever], DenseRun | TooBad] | None = None
     turns: Callable[[Candidate], tuple[float, ...]] | None = None
+    known: Callable[[Candidate], bool] = lambda candidate: False
+    asked: Callable[[int], None] = lambda count: None
 
 
 @dataclass
@@ -82,8 +86,9 @@ class Search:
         budget: to keep within.
         dense: the run without anything.
         measures: the machine.
-        most: candidates of which whole videos are made.
+        most: candidates of which whole videos are made, beside those that are known.
         apart: caches over steps and guidance caches are not put together, which the model refuses.
+        already: how many of `most` an earlier search of the same request had.
         plan: told how many measurements there will be at the most, as far as is known.
         left_out: combinations that were predicted, and for which there was one as good; thousands, maybe.
         ran_out: whether another candidate was promising when the last of `most` had been made.
@@ -94,10 +99,10 @@ class Search:
     measures: Measures
     most: int = 6
     apart: bool = False
+    already: int = 0
     plan: Callable[[int], None] = lambda count: None
     left_out: int = 0
     ran_out: bool = False
-    _asked: int = 0
     _tried: dict[str, Tried] = field(default_factory=dict)
 
     def run(
@@ -260,20 +265,26 @@ class Search:
     def _confirm(self, left: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> None:
         """Whole videos of those that promise most, each choice with what the videos before it taught.
 
-        They are taken out of `left`.
+        They are taken out of `left`. What is known from searches within other budgets comes first, and costs nothing.
         """
+        for key in [key for key, (candidate, _) in left.items() if self.measures.known(candidate)]:
+            self._take(key, left, taught)
         while (key := self._next(left, taught)) is not None:
-            if self._asked == self.most:
+            if self.already >= self.most:
                 self.ran_out = True
                 return
-            self._asked += 1
-            candidate, predicted = left.pop(key)
-            made = self.measures.confirm(candidate)
-            if isinstance(made, str):
-                self._tried[key] = Tried(candidate, predicted, why=made)
-                continue
-            taught.learn(candidate.kind, predicted, made.median, made.mean_psnr)
-            self._tried[key] = Tried(candidate, predicted, made)
+            self._take(key, left, taught)
+            self.already += 1
+            self.measures.asked(self.already)
+
+    def _take(self, key: str, left: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> None:
+        candidate, predicted = left.pop(key)
+        made = self.measures.confirm(candidate)
+        if isinstance(made, str):
+            self._tried[key] = Tried(candidate, predicted, why=made)
+            return
+        taught.learn(candidate.kind, predicted, made.median, made.mean_psnr)
+        self._tried[key] = Tried(candidate, predicted, made)
 
     def _next(self, left: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> str | None:
         """The candidate to make videos with; None when no more is to be gained."""
@@ -385,7 +396,7 @@ def _combined(levers: _Levers, apart: bool) -> Iterator[tuple[Candidate, Predict
             continue
         for schedule in plans if lever is not None else [None]:
             candidate = Candidate(lever, schedule, cache, how, levers.adapter, guidance)
-            if candidate.kind:
+            if candidate.kind or candidate.layers is not None:
                 probes = (probe, its, in_layers, left_out)
                 yield candidate, predict(candidate, levers.dense, *probes, adapter_psnr=levers.adapter_psnr)
 

@@ -152,11 +152,13 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """What its errors are of: a lever, or several joined by +; "" for an adapter alone."""
-        quantize, compiled = self._of_layers
+        """What its errors are of: a lever, or several joined by +; "" for an adapter alone.
+
+        Compiled blocks have no part in it: their rounding is nothing beside the others' errors.
+        """
+        quantize, _ = self._of_layers
         told = (
             quantize and quantize.kind,
-            compiled and "compiled",
             self.sparse and self.sparse.method.name,
             self.cache and self.cache.name,
             self.guidance and "guidance",

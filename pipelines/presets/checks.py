@@ -73,7 +73,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
         if is_to_do(pipe, preset.quantize):
             check_quantize(name, transformer, family, preset.quantize)
         if preset.compile is not None:
-            check_compile(pipe, name, transformer, family, preset.compile)
+            check_compile(pipe, name, transformer, family)
         if preset.cache is not None:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
         elif preset.method is not None and preset.method.schedule != DenseSchedule():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from ..guidance_branches import is_compiled_whole
 from .errors import PresetError
 from .levers import Compile
 
+VERSIONS = 64
+"""Of one block's code, for shapes, dtypes and methods. torch has a limit of 8, and what it does then is to run further
+ones as they are, without a word."""
+
 
 class CompiledBlocks:
     """The blocks of one transformer; each is compiled when it is first called. Made by `compile_blocks`.
@@ -22,42 +28,66 @@ class CompiledBlocks:
         blocks: to be compiled.
         how: in which way.
         below_hooks: their `forward` alone, for hooks of diffusers' caches that come after this: a hook decides by data,
-            and compiled with its block it would break the graph, or end it (MagCache's).
+            and compiled with its block it would break the graph, or end it (MagCache's). Not of a block that has a
+            hook already.
     """
 
     def __init__(self, blocks: list[torch.nn.Module], how: Compile, below_hooks: bool) -> None:
         options: dict[str, Any] = {"mode": how.mode, "dynamic": how.dynamic}
-        self._blocks, self._below_hooks = blocks, below_hooks
+        self._made = blocks, how, below_hooks
+        self._inside, self._whole = [], []
         for block in blocks:
-            if below_hooks:
-                block.forward = torch.compile(block.forward, **options)
+            before = block.__dict__.get("forward")
+            # Diffusers puts the method itself there when it takes a hook off.
+            if below_hooks and (before is None or getattr(before, "__func__", None) is type(block).forward):
+                block.forward = _of_many_versions(torch.compile(block.forward, **options))
+                self._inside.append((block, before))
             else:
                 block.compile(**options)
+                block._compiled_call_impl = _of_many_versions(block._compiled_call_impl)
+                self._whole.append(block)
 
     def remove(self) -> None:
         """Leave the blocks as they were. A second call does nothing."""
-        for block in self._blocks:
-            if self._below_hooks:
-                block.__dict__.pop("forward", None)
+        for block, before in self._inside:
+            if before is None:
+                del block.forward
             else:
-                block._compiled_call_impl = None
-        self._blocks = []
+                block.forward = before
+        for block in self._whole:
+            block._compiled_call_impl = None
+        self._inside, self._whole = [], []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlocks:
+        # torch leaves out of the copy of a module that it is compiled. (Beside caches, whose hooks cannot be copied,
+        # a copy is refused.)
+        blocks, how, below_hooks = self._made
+        return CompiledBlocks(copy.deepcopy(blocks, memo), how, below_hooks)
+
+
+def _of_many_versions(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    return torch._dynamo.config.patch(recompile_limit=VERSIONS)(compiled)
+
+
+def graphs_made() -> int:
+    """How many graphs this process has compiled."""
+    return torch._dynamo.utils.counters["frames"]["ok"]
 
 
 def blocks_of(transformer: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
-    """The blocks that a transformer repeats: those that diffusers names, else those with attention over the video.
+    """The blocks that a transformer repeats: those that diffusers names, and those with attention over the video.
 
     Args:
         transformer: without what wraps it. family: of it.
     """
-    named = getattr(transformer, "_repeated_blocks", None)
-    if named:
-        return [module for module in transformer.modules() if type(module).__name__ in named]
-    paths = dict.fromkeys(block_path(site) for site in family.modules(transformer))
-    return [transformer.get_submodule(path) for path in paths]
+    named = getattr(transformer, "_repeated_blocks", None) or ()
+    found = [module for module in transformer.modules() if type(module).__name__ in named]
+    inside = {part for block in found for part in block.modules()}
+    paths = dict.fromkeys(_block_path(site) for site in family.modules(transformer))
+    return found + [block for path in paths if (block := transformer.get_submodule(path)) not in inside]
 
 
-def block_path(site: str) -> str:
+def _block_path(site: str) -> str:
     """ "blocks.3" of "blocks.3.attn1": as far as the first number."""
     parts = site.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdecimal()) + 1])
@@ -68,25 +98,27 @@ def compile_blocks(transformer: Any, family: Family, how: Compile, below_hooks: 
     return CompiledBlocks(blocks_of(transformer, family), how, below_hooks)
 
 
-def check_compile(pipe: Any, part: str, transformer: Any, family: Family, how: Compile) -> None:
+def check_compile(pipe: Any, part: str, transformer: Any, family: Family) -> None:
     """Raise PresetError where the blocks of a transformer cannot be compiled.
 
     Args:
         pipe: that has it. part: name of it there. transformer: without what wraps it. family: of it.
-        how: in which way.
     """
-
-    def refuse(problem: str, fix: str) -> PresetError:
-        return PresetError("compile", problem, fix, how.mode)
-
-    device = places_of(transformer)[-1]  # offloaded weights lie on the CPU between calls
+    device = getattr(pipe, "_execution_device", None) or places_of(transformer)[-1]
     if why := code_generator.missing(device):
-        raise refuse(f"torch's compiler {why}", "Leave compile out.")
+        raise PresetError("compile", f"torch's compiler {why}", "Leave it out.")
     blocks = blocks_of(transformer, family)
-    if is_compiled_whole(pipe, part, transformer):
-        raise refuse(f"the {part} was compiled as a whole", "Leave compile out, or load the pipeline anew.")
-    if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
-        raise refuse(f"the blocks of the {part} are compiled already", "Leave compile out.")
+    if is_compiled_whole(pipe, part, transformer) or _is_compiled(transformer.__dict__.get("forward")):
+        raise PresetError("compile", f"the {part} was compiled as a whole", "Leave compile out: it stays so.")
+    wrapped = any(isinstance(module, torch._dynamo.eval_frame.OptimizedModule) for module in transformer.modules())
+    if wrapped or any(
+        block._compiled_call_impl is not None or _is_compiled(block.__dict__.get("forward")) for block in blocks
+    ):
+        raise PresetError("compile", f"blocks of the {part} are compiled already", "Leave compile out: they stay so.")
     if any(is_in_group(module) or hasattr(module, "_hf_hook") for block in blocks for module in block.modules()):
         problem = f"the blocks of the {part} are offloaded one by one, by hooks that would break their graphs"
-        raise refuse(problem, "Offload whole parts (enable_model_cpu_offload), or leave compile out.")
+        raise PresetError("compile", problem, "Offload whole parts (enable_model_cpu_offload), or leave it out.")
+
+
+def _is_compiled(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")

@@ -90,7 +90,7 @@ class Machine:
         ]
         true = predict(candidate, DENSE if own is None else self.run(own), *probes)
         error = math.hypot(true.error, 0 if own is None else 10 ** ((self.offset - self.adapter_psnr) / 20))
-        psnr = math.inf if error == 0 else self.offset - 20 * math.log10(error)
+        psnr = math.inf if error == 0 else min(85.0, self.offset - 20 * math.log10(error))  # of frames in bytes
         told = None if own is not None else true.error
         return Confirmed((true.seconds,) * 2, (DENSE.seconds,) * 2, (psnr,) * 2, told, 1, 1)
 
@@ -233,6 +233,27 @@ def test_what_cannot_be_is_dropped_with_why():
     assert outcome == NO_GAIN and {t.why for t in tried.values()} == {"the model refuses it"}
 
 
+def test_what_another_budget_had_made_costs_nothing_and_teaches():
+    machine, asked = Machine(), []
+    given = {"sparse": levers(0.2, 0.4, 0.6), "caches": caches(0.02, 0.05, 0.1)}
+    first = machine.search(Budget(min_psnr=30), most=3, **given)[2]
+    made = {each.candidate.key for each in first.values() if each.confirmed is not None}
+    assert made
+    measures = Measures(
+        machine.probe, machine.confirm, machine.run, known=lambda each: each.key in made, asked=asked.append
+    )
+    machine.confirmed.clear()
+    search = Search(Budget(min_psnr=34), DENSE, measures, 2)
+    outcome, chosen, tried = search.run(given["sparse"], given["caches"])
+    its = {each.candidate.key for each in tried if each.confirmed is not None}
+    assert outcome == FOUND and chosen.confirmed.mean_psnr >= 34 and its & made
+    assert asked == list(range(1, 1 + len(its - made))) and len(asked) <= 2
+    # The same request again has no more of its own to make.
+    again = Search(Budget(min_psnr=34), DENSE, measures, 2, already=2)
+    found = again.run(given["sparse"], given["caches"])[2]
+    assert {each.candidate.key for each in found if each.confirmed is not None} == its & made
+
+
 def test_layers_in_8_bits_are_taken_where_they_are_faster():
     eights = layers_levers(quantize_levers("normal"), None)
     machine = Machine()
@@ -265,6 +286,15 @@ def test_compiled_blocks_are_taken_where_they_are_faster_alone_and_under_8_bits(
     outcome, chosen, tried = machine.search(Budget(max_error=0.1), layers=both)
     assert outcome == FOUND and chosen.candidate.layers == LayersLever(Quantize("int8", True), Compile())
     assert tried["layers in int8"].why.startswith("no gain")
+
+
+def test_compiled_blocks_teach_nothing_of_errors():
+    taught = Calibration()
+    candidate = Candidate(layers=LayersLever(compile=Compile()))
+    taught.learn(candidate.kind, Prediction(1.0, 1e-6), 1.0, 85.0)  # what frames in bytes leave of the rounding
+    assert not taught.knows("first_block") and taught.seconds(2.0) == 2.0
+    assert taught.psnr("first_block", Prediction(1.0, 0.1)) == Calibration().psnr("first_block", Prediction(1.0, 0.1))
+    assert Candidate(cache=caches(0.1)[0], layers=candidate.layers).kind == "first_block"
 
 
 def test_an_adapter_is_another_run_that_other_levers_are_measured_on():
