@@ -205,7 +205,7 @@ def table(found: dict[str, dict[str, Any]], measured: dict[str, list[dict[str, A
 
 def main(
     prompts: Annotated[int, typer.Option(min=2, max=56, help="Of the others.")] = 56,
-    confirm: Annotated[int, typer.Option(min=1, help="Candidates of each budget that videos are made with.")] = 4,
+    confirm: Annotated[int, typer.Option(min=1, help="Candidates of each budget that videos are made with.")] = 6,
     work: Annotated[Path, typer.Option(help="Folder of what was measured so far.")] = Path("runs/tune_demo"),
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
