@@ -23,8 +23,8 @@ def rows(seconds: float, *psnrs: float | None, computed: int = 40) -> list[dict]
 def test_a_default_that_leaves_most_videos_as_they_are_is_not_carried_by_them(tune_demo):
     """Of 100, 100 and 40 dB the mean is 80, and the PSNR of the mean error 45."""
     found = {
-        "rare": {"psnr": 48.34, "tuned": {}, "tuned_label": "found"},
-        "slow": {"psnr": 30.0, "tuned": None, "tuned_label": "dense"},
+        "rare": {"of": "rare", "psnr": 48.34, "tuned": {}, "tuned_label": "found"},
+        "slow": {"of": "slow", "psnr": 30.0, "tuned": None, "tuned_label": "dense"},
     }
     measured = {
         "dense": rows(10.0, None, None, None),
