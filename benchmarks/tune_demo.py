@@ -247,8 +247,8 @@ def main(
         f"to the bit, so is the mean of the PSNRs, in which these count as {SAME:g} dB. What it found is held against "
         f"the default on {len(measured['dense'])} other prompts. Seconds are CPU-seconds of one thread for a whole "
         "video, decoding included and compilation not: the median over prompts of the ratio to the dense video, or to "
-        "the default. Differences of PSNR (dB) are paired by prompt, the mean and twice its standard error; *of the mean "
-        "error* is the PSNR of the mean squared error. Passes are those of the transformer that were computed, of "
+        "the default. Differences of PSNR (dB) are paired by prompt, the mean and twice its standard error; *of the "
+        "mean error* is the PSNR of the mean squared error. Passes are those of the transformer that were computed, of "
         f"{measured['dense'][0]['forwards']}. Sparse attention is slower than dense at this length."
     )
     write_markdown(out / "tune_demo.md", "What tune finds, against fixed defaults", text, rows)
