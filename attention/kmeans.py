@@ -147,8 +147,8 @@ def update(
     Args:
         points: `[B, H, N, D]`. labels: `[B, H, N]`. centers: `[B, H, C, D]`.
         sizes: `[B, H, C]`, tokens per label, where they are known.
-        order: `[B, H, N]`, the tokens sorted by label, where it is known. On a CPU the points are then added up four
-            times as fast, to the same sums.
+        order: `[B, H, N]`, the tokens sorted by label, where it is known. On a CPU the points are then added up two
+            to four times as fast, to the same sums.
     """
     sizes = cluster_sizes(labels, centers.shape[2]) if sizes is None else sizes
     rows, first, step = token_rows(points)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -14,6 +17,14 @@ def environment_line(device: str = "cpu") -> str:
     from vidaccel.generation.machine import environment
 
     return ", ".join(f"{name} {value}" for name, value in environment(torch.device(device)).items())
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A table, the columns those of its first row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_markdown(path: Path, title: str, text: str, *tables: list[dict]) -> None:

@@ -8,7 +8,6 @@ The blocks as they are and compiled (`Preset(compile=True)`) take turns in one p
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import statistics
 import time
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from common import RESULTS, environment_line, write_markdown
-from cpu_speed import median
+from common import RESULTS, environment_line, write_csv, write_markdown
+from cpu_speed import layouts_of, median
 
 if TYPE_CHECKING:
     import torch
@@ -104,18 +103,12 @@ def main(
     """Measure on `--videos` (frames, 4k+1, x pixels of a side); `--threads 0` leaves them to torch."""
     import torch
 
-    from vidaccel import VideoLayout
-
     if threads:
         torch.set_num_threads(threads)
-    sizes = [tuple(map(int, video.split("x"))) for video in videos.split(",")]
-    layouts = [VideoLayout((frames - 1) // 4 + 1, size // 16, size // 16) for frames, size in sizes]
+    layouts = layouts_of(videos)
     names = [name for name in ROWS if "int8" not in name or importlib.util.find_spec("torchao")]
     rows = [measure(layout, name, density, rounds, steps) for layout in layouts for name in names]
-    with (out / "compiled_blocks.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "compiled_blocks.csv", rows)
     write_markdown(
         out / "compiled_blocks.md",
         "Compiled blocks on the CPU",

@@ -9,7 +9,6 @@ process, taking turns, so that a slow minute of the machine hits all of them. Re
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, write_csv, write_markdown
 
 if TYPE_CHECKING:
     from vidaccel import VideoLayout
@@ -30,6 +29,14 @@ def median(values: list[float]) -> str:
     """Median with the smallest and largest value, in milliseconds."""
     low, middle, high = (1000 * f(values) for f in (min, statistics.median, max))
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
+
+
+def layouts_of(videos: str) -> list[VideoLayout]:
+    """Of the demo transformer, for videos told as `VIDEOS`."""
+    from vidaccel import VideoLayout
+
+    sizes = [tuple(map(int, video.split("x"))) for video in videos.split(",")]
+    return [VideoLayout((frames - 1) // 4 + 1, size // 16, size // 16) for frames, size in sizes]
 
 
 def measure_steps(layout: VideoLayout, density: float, rounds: int, backend: str) -> tuple[list[dict], dict]:
@@ -131,22 +138,17 @@ def main(
     """Measure at a density, on `--videos` (frames, 4k+1, x pixels of a side); `--threads 0` leaves them to torch."""
     import torch
 
-    from vidaccel import VideoLayout
     from vidaccel.generation.step_times import MEASURED_STEPS
 
     if threads:
         torch.set_num_threads(threads)
-    sizes = [tuple(map(int, video.split("x"))) for video in videos.split(",")]
-    layouts = [VideoLayout((frames - 1) // 4 + 1, size // 16, size // 16) for frames, size in sizes]
+    layouts = layouts_of(videos)
     steps: list[dict] = []
     for layout in layouts:
         rows, model = measure_steps(layout, density, rounds, backend)
         steps += rows
     backends = measure_backends(layouts[-1], density, rounds)
-    with (out / "cpu_speed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, steps[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(steps)
+    write_csv(out / "cpu_speed.csv", steps)
     write_markdown(
         out / "cpu_speed.md",
         f"Speed on the CPU, {layouts[0].tokens:,} to {layouts[-1].tokens:,} tokens",

@@ -11,14 +11,13 @@ steps x 2 guidance branches x a step, and decoding. Results go to `benchmarks/re
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, write_csv, write_markdown
 
 # What differs from `WanTransformer3DModel`'s defaults, which are those of Wan 2.1 14B.
 MODELS = {
@@ -184,10 +183,7 @@ def main(
     rows = with_ratios(rows)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"dc_videogen-{model}-{place.type}"
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(stem.with_suffix(".csv"), rows)
     text = f"{environment_line(device)}, {dtype}. Random weights; a video is {STEPS} steps with guidance."
     write_markdown(stem.with_suffix(".md"), f"DC-VideoGen against Wan, {model}", text, rows)
 

@@ -11,7 +11,6 @@ how far it is from that of 20 steps of the same model with guidance in two passe
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, write_csv, write_markdown
 from gft_demo import MODELS, loaded, made
 
 UNTRAINED = (20, 6, 4, 2)
@@ -149,10 +148,7 @@ def write(chosen: list[Way], done: dict[str, dict], prompts: int, out: Path, acc
         return
     whole.sort(key=lambda pair: (pair[0].guidance != "two passes", pair[0].sampler == "distilled"))
     lines = [line_of(way, found) for way, found in whole]
-    with (out / "few_steps_demo.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(out / "few_steps_demo.csv", lines)
     write_markdown(
         out / "few_steps_demo.md",
         "Few steps on the built-in models",

@@ -12,7 +12,6 @@ The oracle keeps the best keys of each query, by the true weights, and drops the
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, write_csv, write_markdown
 from heads import Tensors, demo_heads, synthetic_heads
 from quality import METHODS
 
@@ -185,10 +184,7 @@ def main(only: str = "", densities: str = "0.05,0.1,0.2,0.35,0.5", out: Path = R
                 file.flush()
                 print(row["calls"], row["method"], row["density"], row["error"], row.get("note", ""), flush=True)
     table, lost = pages(rows)
-    with (out / "fidelity.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(out / "fidelity.csv", table)
     figure(rows, out / "fidelity.png")
     where = "\n".join(f"- {line}" for line in lost) or "- nowhere in this table"
     write_markdown(

@@ -5,7 +5,6 @@ For `forecast_cache_demo.py` and `guidance_cache_demo.py`.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import statistics
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import environment_line, write_markdown
+from common import environment_line, write_csv, write_markdown
 from prompts import make, psnr
 
 STEPS, FRAMES = 20, 33
@@ -131,8 +130,5 @@ def run(name: str, title: str, about: str, rows: Mapping[str, Row], plain: str, 
         f"shape, colour and motion that their prompt says. {about}"
     )
     table = summarise(done, rows, plain)
-    with (out / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(out / f"{name}.csv", table)
     write_markdown(out / f"{name}.md", title, text, table)

@@ -10,7 +10,6 @@ whether it shows all that the prompt says. Results go to `benchmarks/results/pre
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import statistics
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, write_csv, write_markdown
 
 
 def rows_of() -> dict[str, Any]:
@@ -144,10 +143,7 @@ def main(
         "prompt says."
     )
     table = summarise(done, rows)
-    with (out / "preset_demo.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(out / "preset_demo.csv", table)
     write_markdown(out / "preset_demo.md", "Presets of the built-in models", text, table)
 
 

@@ -12,7 +12,6 @@ the density. Results go to `benchmarks/results/quality.*`; a run that was broken
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import statistics
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, write_csv, write_markdown
 
 # Name in the table -> method and settings. A method with one mask for the whole run is to be held against the fixed
 # control, one that plans at every step against the redrawn one.
@@ -327,10 +326,7 @@ def main(
             raw.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["seed"])))
             print(f"{len(rows)} videos", flush=True)
     table = summarise(rows)
-    with (out / "quality.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(out / "quality.csv", table)
     figure(table, out / "quality.png")
     paid_for = any(line["wanted"] == PAID_FOR for line in table)
     write_markdown(

@@ -13,14 +13,13 @@ the model has, where memory or time is short; the time outside attention shrinks
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, write_csv, write_markdown
 from step_models import MODELS
 
 METHODS = ("radial", "svg", "svg2", "tangent")
@@ -124,10 +123,7 @@ def main(
         print(name, row["step ms"], "ms", flush=True)
     table = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     stem = f"step-{model}-{width}x{height}x{frames}"
-    with (out / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(out / f"{stem}.csv", table)
     write_markdown(
         out / f"{stem}.md",
         f"One step of {model}, {frames} frames of {width}x{height}: {layout.tokens} tokens",

@@ -181,7 +181,9 @@ def interval(differences: list[float]) -> str:
 
 def of_mean_error(rows: list[dict[str, Any]]) -> str:
     """The PSNR of the mean squared error: some videos to the bit as dense, which count as 100 dB, do not carry it."""
-    return f"{-10 * math.log10(statistics.fmean(10 ** (-row['psnr'] / 10) for row in rows)):.1f}"
+    from vidaccel.generation import decibel
+
+    return f"{decibel.of_mean_error(row['psnr'] for row in rows):.1f}"
 
 
 def table(found: dict[str, dict[str, Any]], measured: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

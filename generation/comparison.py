@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decibel import decibel, square
+from .decibel import of_mean_error
 from .notebook import Shown, in_html
 from .outputs import check_file
 from .sound import Sound
@@ -118,7 +118,7 @@ class FrameMetrics:
     @property
     def psnr_of_mean_error(self) -> float:
         """Of the mean squared error of all frames, of which those that are the same are a part."""
-        return decibel(statistics.fmean(map(square, self.psnr)))
+        return of_mean_error(self.psnr)
 
     @property
     def mean_ssim(self) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 
 
 def square(psnr: float) -> float:
@@ -13,3 +15,8 @@ def square(psnr: float) -> float:
 def decibel(mean_square: float) -> float:
     """The PSNR of a mean squared difference; infinite of 0."""
     return -10 * math.log10(mean_square) if mean_square else math.inf
+
+
+def of_mean_error(psnrs: Iterable[float]) -> float:
+    """The PSNR of the mean squared difference over what has some PSNRs; infinite ones count as no difference."""
+    return decibel(statistics.fmean(map(square, psnrs)))

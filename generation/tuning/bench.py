@@ -25,7 +25,7 @@ from .journal import Journal
 from .prediction import DenseRun
 from .result import Confirmed
 from .space import Candidate
-from .trajectory import TRIES, Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record
+from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -226,17 +226,16 @@ class Bench:
             self._warm = True
 
     def _video(self, request: Settings) -> tuple[np.ndarray, float, Any]:
-        """Its frames, its seconds and the run; once more where code was compiled on the way."""
-        from ...pipelines.presets.compiling import graphs_made
+        """Its frames, its seconds and the run."""
 
-        self._warmed()
-        for _ in range(TRIES):
-            graphs, start = graphs_made(), self._clock()
+        def timed() -> tuple[np.ndarray, float, Any]:
+            start = self._clock()
             made = run(self.pipe, request)
             seconds = self._clock() - start
-            if graphs_made() == graphs:
-                break
-        return as_bytes(made.frames), seconds, made
+            return as_bytes(made.frames), seconds, made
+
+        self._warmed()
+        return uncompiled(timed)
 
     def _tried(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
         """From the journal, or measured and written there; a refusal, NaN or too little memory is a text.

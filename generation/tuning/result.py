@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..decibel import decibel, square
+from ..decibel import of_mean_error
 from .budget import Budget
 from .prediction import Prediction
 from .space import Candidate
@@ -61,7 +61,7 @@ class Confirmed:
 
         So videos that are the same count as such, and one that is far off is not hidden behind them.
         """
-        return decibel(statistics.fmean(square(value) for value in self.psnr))
+        return of_mean_error(self.psnr)
 
     @property
     def quality(self) -> str:

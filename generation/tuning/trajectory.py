@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,8 +30,21 @@ if TYPE_CHECKING:
 
 Clock = Callable[[], float]
 """Seconds from some start; `time.perf_counter`, but for tests."""
+Made = TypeVar("Made")
 TRIES = 3
 """Runs of what is timed, as long as code is compiled on the way: another shape may come in the middle of one."""
+
+
+def uncompiled(measure: Callable[[], Made]) -> Made:
+    """What `measure` gives when no code is compiled within it: it is repeated, up to `TRIES` runs in all."""
+    from ...pipelines.presets.compiling import graphs_made
+
+    for _ in range(TRIES):
+        graphs = graphs_made()
+        made = measure()
+        if graphs_made() == graphs:
+            break
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +195,6 @@ def probe(
 
     from ...pipelines.guidance_branches import tensors_in
     from ...pipelines.presets import apply
-    from ...pipelines.presets.compiling import graphs_made
 
     device = pipe._execution_device
     wrong: dict[int, float] = {}
@@ -217,15 +229,17 @@ def probe(
         return given
 
     with apply(pipe, preset, base=base, measure_error=rows) as applied:
-        for _ in range(TRIES):
-            passes, graphs = iter(zip(trajectory.steps, trajectory.outputs, strict=True)), graphs_made()
+
+        def measured_once() -> None:
+            nonlocal passes
+            passes = iter(zip(trajectory.steps, trajectory.outputs, strict=True))
             for each in (wrong, norm, seconds, shares):
                 each.clear()
             applied.reset()
             with _tapped(pipe, around, after):
                 run(pipe, settings, decode=False)
-            if graphs_made() == graphs:
-                break
+
+        uncompiled(measured_once)
         account = applied.report().last()
     computed = {s.step: s.computed / s.forwards * statistics.fmean(shares[s.step] or [1.0]) for s in account.steps}
     measured = sorted(wrong)

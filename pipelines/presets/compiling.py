@@ -35,28 +35,28 @@ class CompiledBlocks:
     def __init__(self, blocks: list[torch.nn.Module], how: Compile, below_hooks: bool) -> None:
         options: dict[str, Any] = {"mode": how.mode, "dynamic": how.dynamic}
         self._made = blocks, how, below_hooks
-        self._inside, self._whole = [], []
+        self._before: list[tuple[torch.nn.Module, str, Any]] = []
         for block in blocks:
-            before = block.__dict__.get("forward")
+            own = block.__dict__.get("forward")
             # Diffusers puts the method itself there when it takes a hook off.
-            if below_hooks and (before is None or getattr(before, "__func__", None) is type(block).forward):
-                block.forward = _of_many_versions(torch.compile(block.forward, **options))
-                self._inside.append((block, before))
+            hooked = own is not None and getattr(own, "__func__", None) is not type(block).forward
+            name = "forward" if below_hooks and not hooked else "_compiled_call_impl"
+            self._before.append((block, name, block.__dict__.get(name)))
+            if name == "forward":
+                compiled = torch.compile(block.forward, **options)
             else:
                 block.compile(**options)
-                block._compiled_call_impl = _of_many_versions(block._compiled_call_impl)
-                self._whole.append(block)
+                compiled = block._compiled_call_impl
+            setattr(block, name, _of_many_versions(compiled))
 
     def remove(self) -> None:
         """Leave the blocks as they were. A second call does nothing."""
-        for block, before in self._inside:
+        for block, name, before in self._before:
             if before is None:
-                del block.forward
+                delattr(block, name)
             else:
-                block.forward = before
-        for block in self._whole:
-            block._compiled_call_impl = None
-        self._inside, self._whole = [], []
+                setattr(block, name, before)
+        self._before = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledBlocks:
         # torch leaves out of the copy of a module that it is compiled. (Beside caches, whose hooks cannot be copied,
