@@ -23,6 +23,7 @@ LEVERS = {
     "caches": ("cache",),
     "adapters": ("adapter",),
     "guidance_cache": ("guidance",),
+    "compiled_blocks": ("compile",),
 }
 """Inputs -> the levers of `tune` that they switch."""
 
@@ -40,7 +41,7 @@ class VidaccelTune(io.ComfyNode):
             category=CATEGORY,
             description="Finds the fastest preset for a pipeline within a budget, by measuring on this machine: "
             "methods and densities of sparse attention, caches over steps, second passes of guidance left out, "
-            "adapters beside the model. It makes many videos: minutes for the built-in models, hours for large ones. "
+            "compiled blocks, adapters beside the model. It makes many videos: minutes for the built-in models, hours for large ones. "
             "Cancel stops it within a step; what was measured is kept in its folder, and the same inputs go on with "
             "it.",
             inputs=[
@@ -133,6 +134,14 @@ class VidaccelTune(io.ComfyNode):
                     tooltip="Of a folder below ComfyUI's output, for the page, the preset and what was measured. "
                     "Another model, size or other prompts need another.",
                 ),
+                # At the end and optional, for workflows that were saved before it was there.
+                io.Boolean.Input(
+                    "compiled_blocks",
+                    default=True,
+                    optional=True,
+                    tooltip="Try the blocks of the transformer compiled by torch, where a compiler for the device is "
+                    "there. A measurement then takes longer, until the blocks are compiled.",
+                ),
             ],
             outputs=[
                 Preset.Output(
@@ -167,7 +176,7 @@ class VidaccelTune(io.ComfyNode):
             prompts,
             folder_of(name, Path(folder_paths.get_output_directory())),
             bounds={"min_psnr": min_psnr, "max_error": max_error, "max_time_ratio": max_time_ratio},
-            levers=[lever for switch, levers in LEVERS.items() if given[switch] for lever in levers],
+            levers=[lever for switch, levers in LEVERS.items() if given.get(switch, True) for lever in levers],
             effort=effort,
             confirm=confirm,
             seed=seed,

@@ -29,7 +29,7 @@ from .wording import InputError, plain_messages
 if TYPE_CHECKING:
     from ..attention import Method
 
-LEVERS = ("sparse", "cache", "precision", "adapter", "guidance")
+LEVERS = ("sparse", "cache", "precision", "compile", "adapter", "guidance")
 """What a pipeline of ComfyUI's can have of them: its weights are moved as they are, and not in 8 bits."""
 
 SETTINGS = ("negative_prompt", "frames", "height", "width", "steps", "guidance_scale")

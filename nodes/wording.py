@@ -33,7 +33,7 @@ _FIELDS = {
     "guidance_scale": "guidance",
     "guidance_free": "adapter",
     "out": "name",
-    "levers": "sparse, caches, adapters, guidance_cache",
+    "levers": "sparse, caches, adapters, guidance_cache, compiled_blocks",
 }
 
 

@@ -341,7 +341,7 @@ def test_tune_is_interrupted_goes_on_and_its_preset_makes_a_video(server):
         "prompts": "a blue square moves up on a white background", "min_psnr": 5.0, "max_error": 0.0,
         "max_time_ratio": 0.0, "effort": "quick", "confirm": 1, "sparse": False, "caches": True, "adapters": False,
         "guidance_cache": False, "negative_prompt": "", "width": 64, "height": 64, "frames": 9, "steps": 6,
-        "guidance": 2.0, "seed": 0, "name": "tuned/demo",
+        "guidance": 2.0, "seed": 0, "name": "tuned/demo", "compiled_blocks": False,
     }  # fmt: skip
     made = graph(frames=9, steps=6, guidance=0.0)
     made["tune"] = {"class_type": "VidaccelTune", "inputs": {"pipeline": ["load", 0], **inputs}}

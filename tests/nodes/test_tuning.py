@@ -118,7 +118,7 @@ def test_what_it_refuses(pipeline, tune, tmp_path):
     for given, changes, message in (
         (pipeline, {"prompts": " \n"}, "prompts is empty: give one a line"),
         (pipeline, {"bounds": {"min_psnr": 0.0, "max_error": 0.0}}, "min_psnr is needed, or another bound"),
-        (pipeline, {"levers": ()}, "sparse, caches, adapters, guidance_cache nothing is left to try"),
+        (pipeline, {"levers": ()}, "sparse, caches, adapters, guidance_cache, compiled_blocks nothing is left to try"),
         (pipeline, {"settings": SIZE | {"frames": 10}}, "frames is 10: this model makes"),
         (pipeline, {"settings": SIZE | {"steps": 1}}, "steps is 1: a run of one step has nothing to tune"),
         (with_method, {}, "pipeline has Accelerate Pipeline before it: connect the one from before"),
@@ -146,6 +146,14 @@ def test_what_it_refuses(pipeline, tune, tmp_path):
     finally:
         with torch.no_grad():
             weight.data -= 1
+
+
+def test_compiled_blocks_are_asked_for_on_the_device_of_the_pipeline(pipeline, tune, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vidaccel.attention.code_generator.missing", lambda device: asked.append(device) or "is away")
+    with pytest.raises(InputError, match=r"nothing is left to try \(compile: torch's compiler is away\)"):
+        tune(pipeline, tmp_path / "t", levers=("compile",))
+    assert asked == [pipeline.residency.device]
 
 
 def test_a_package_that_is_missing(pipeline, tune, tmp_path, monkeypatch):
