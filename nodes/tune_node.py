@@ -41,9 +41,9 @@ class VidaccelTune(io.ComfyNode):
             category=CATEGORY,
             description="Finds the fastest preset for a pipeline within a budget, by measuring on this machine: "
             "methods and densities of sparse attention, caches over steps, second passes of guidance left out, "
-            "compiled blocks, adapters beside the model. It makes many videos: minutes for the built-in models, hours for large ones. "
-            "Cancel stops it within a step; what was measured is kept in its folder, and the same inputs go on with "
-            "it.",
+            "compiled blocks, adapters beside the model. It makes many videos: minutes for the built-in models, hours "
+            "for large ones. Cancel stops it within a step; what was measured is kept in its folder, and the same "
+            "inputs go on with it.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline, without a node that accelerates it."),
                 io.String.Input(
