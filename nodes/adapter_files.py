@@ -1,4 +1,4 @@
-"""The file that a menu of models/loras and a path beside it name, and whether it has changed since it was read."""
+"""The file that a menu of models/loras and a path beside it name, and whether what was read has changed since."""
 
 from __future__ import annotations
 
@@ -54,4 +54,22 @@ def state_of(place: str | Path | None) -> State | None:
         files = sorted(found.iterdir()) if found.is_dir() else [found]
         return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     except (NoAdapter, OSError):
+        return None
+
+
+def state_of_pipeline(folder: str | Path) -> State | None:
+    """The same of a pipeline of diffusers: of its `model_index.json`, and of the files of its parts.
+
+    Returns:
+        None where there is none in the folder, such as for a hub id, whose files do not change.
+    """
+    root = Path(folder).expanduser()
+    try:
+        if not (root / "model_index.json").is_file():
+            return None
+        parts = [part for part in root.iterdir() if part.is_dir() and not part.name.startswith(".")]
+        files = [*root.iterdir(), *(file for part in parts for file in part.iterdir())]
+        told = [(file.relative_to(root).as_posix(), file.stat()) for file in sorted(files) if file.is_file()]
+        return tuple((name, found.st_mtime_ns, found.st_size) for name, found in told)
+    except OSError:
         return None

@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..pipelines.forecast.settings import ForecastSettings
-from .native_forecast import cache_steps
+from .native_forecast import cache_steps, forecast_log
+from .report_node import Report
 from .schema import accepted
 
 DEFAULTS = ForecastSettings()
@@ -32,7 +33,7 @@ class VidaccelForecastCache(io.ComfyNode):
                     default=DEFAULTS.tolerance,
                     min=0.001,
                     max=1.0,
-                    step=0.01,
+                    step=0.001,
                     tooltip="How far off what the model makes in a step may be, as a share of its size. More is faster "
                     "and less exact: 0.05 is careful, 0.2 is fast.",
                 ),
@@ -60,7 +61,12 @@ class VidaccelForecastCache(io.ComfyNode):
                     tooltip="Steps in a row that are left out at the most; 0 for any number.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For a sampler, or Sparse Attention.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For a sampler, or Sparse Attention."),
+                Report.Output(
+                    display_name="report", tooltip="For the node Sparse Attention Report: what was left out."
+                ),
+            ],
             **accepted(io.Schema, search_aliases=["vidaccel", "cache", "teacache", "skip steps", "speed up video"]),
         )
 
@@ -68,7 +74,8 @@ class VidaccelForecastCache(io.ComfyNode):
     def execute(
         cls, model: Any, tolerance: float, first_steps: int, last_steps: int, max_consecutive: int
     ) -> io.NodeOutput:
-        return io.NodeOutput(cache_steps(model, ForecastSettings(tolerance, first_steps, last_steps, max_consecutive)))
+        settings, log = ForecastSettings(tolerance, first_steps, last_steps, max_consecutive), forecast_log()
+        return io.NodeOutput(cache_steps(model, settings, log), log)
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelForecastCache]

@@ -13,6 +13,10 @@ from ..attention import VideoLayout
 from .wording import InputError
 
 Patch = tuple[int, int, int]
+LAYERS = (("num_layers", "num_visual_blocks"), ("num_single_layers",))
+"""What diffusers calls the number of blocks of the first and of the second kind."""
+HEADS = ("num_attention_heads", "attention_head_dim")
+"""And what `Geometry.heads` tells."""
 
 
 class StaysDense(Exception):
@@ -100,6 +104,8 @@ class Geometry:
         elsewhere: inputs -> lengths of other sequences (text, audio) that have attention calls of their own.
         silent: `transformer_options` -> blocks whose self-attention makes no call in this forward pass.
         heads: model -> number of attention heads over the video, and channels of each.
+        presets: families of pipelines (`acceleration.FAMILIES` by name) that are this model in diffusers, or the one
+            that it was made from: their presets fit it.
     """
 
     family: str
@@ -113,6 +119,7 @@ class Geometry:
     elsewhere: Callable[[Inputs], Collection[int]] = text_and_pictures
     silent: Callable[[Mapping[str, Any]], Collection[int]] = lambda options: ()
     heads: Callable[[Any], tuple[int, int]] = lambda model: (model.num_heads, model.dim // model.num_heads)
+    presets: tuple[str, ...] = ()
 
     def block_offsets(self, model: Any) -> dict[str, int]:
         """Number of the first block of each block type; types that share their numbers are not listed twice."""
@@ -129,6 +136,35 @@ class Geometry:
     def layers(self, model: Any) -> int:
         """All blocks whose self-attention runs over the video."""
         return self.main_layers(model) + sum(len(getattr(model, name, ())) for name in self.extra_blocks)
+
+    def with_extra(self, model: Any, layers: Collection[int]) -> list[int]:
+        """Some of the main blocks, and the extra ones that run under their index, by the numbers that calls have.
+
+        Of models whose extra blocks run once for each of several contexts: with one.
+        """
+        made, number = sorted(layers), self.main_layers(model)
+        for layer, calls in sorted(self.extra_calls(Inputs(model, (), 0, {})).items()):
+            if layer in layers:
+                made += range(number, number + calls)
+            number += calls
+        return made
+
+    def differences(self, model: Any, settings: Mapping[str, Any]) -> list[str]:
+        """ "num_layers 40 there, 30 here" of settings of diffusers' transformer that the model has otherwise.
+
+        Args:
+            model: of this class. settings: by diffusers' names; those without a counterpart here are left out.
+        """
+        own: dict[str, int] = {}
+        for names, (blocks, _) in zip(LAYERS, self.blocks, strict=False):
+            own |= dict.fromkeys(names, len(getattr(model, blocks)))
+        if not settings.keys().isdisjoint(HEADS):
+            own |= zip(HEADS, self.heads(model), strict=True)
+        return [
+            f"{name} {settings[name]} there, {here} here"
+            for name, here in own.items()
+            if settings.get(name, here) != here
+        ]
 
     def video(self, model: Any, latent: Sequence[int]) -> VideoLayout:
         """The tokens of a latent `[B, C, T, H, W]` alone: what else is in the sequence, only a forward pass knows."""

@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..pipelines.guidance_cache.settings import GuidanceCache
-from .native_guidance_cache import cache_guidance
+from .native_guidance_cache import cache_guidance, guidance_log
+from .report_node import Report
 from .schema import accepted
 
 
@@ -52,14 +53,20 @@ class VidaccelGuidanceCache(io.ComfyNode):
                     "was.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For a sampler, or Sparse Attention.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For a sampler, or Sparse Attention."),
+                Report.Output(
+                    display_name="report", tooltip="For the node Sparse Attention Report: what was left out."
+                ),
+            ],
             **accepted(io.Schema, search_aliases=["vidaccel", "cfg", "cfg cache", "negative prompt", "speed up video"]),
         )
 
     @classmethod
     def execute(cls, model: Any, every: int, first_percent: float, extrapolation: float) -> io.NodeOutput:
         settings = GuidanceCache(every, first_steps=float(first_percent), extrapolation=extrapolation)
-        return io.NodeOutput(cache_guidance(model, settings))
+        log = guidance_log()
+        return io.NodeOutput(cache_guidance(model, settings, log), log)
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelGuidanceCache]

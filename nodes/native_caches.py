@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
 from .geometry import diffusion_model_of
+from .patch import queue_entry
+from .sampling import replaced_blocks
 from .wording import InputError
 
 FORECAST = "vidaccel_forecast"
 GUIDANCE = "vidaccel_guidance_cache"
 NAMES = {FORECAST: "forecast cache", GUIDANCE: "guidance cache"}
 """Key of a cache in a MODEL -> what it is called."""
+_COMFYUIS = "easycache"
+"""In `transformer_options`: ComfyUI's EasyCache or LazyCache, which both are there while they are in a MODEL."""
 
 
 class NativeCache(Protocol):
     """One clone's cache."""
 
-    def begin(self) -> None:
-        """A sampler starts."""
+    def begin(self, queued: str | None = None) -> None:
+        """A sampler starts, for an entry of ComfyUI's queue; None where nobody says which."""
 
     def end(self) -> None:
         """A sampler ends, also by an interruption."""
@@ -44,11 +49,13 @@ def put_in(model: Any, key: str, cache: NativeCache) -> Any:
         model: ComfyUI's ModelPatcher. key: of `NAMES`. cache: of the clone alone.
 
     Raises:
-        InputError: the MODEL is none, or has a cache of this package.
+        InputError: the MODEL is none, or has a cache of this package or of ComfyUI's. While it samples, likewise: nodes
+            for ComfyUI's may come behind this one.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     diffusion_model_of(model)
+    _check_alone(key, model.model_options.get("transformer_options"))
     for there, name in NAMES.items():
         if not model.get_wrappers(WrappersMP.CALC_COND_BATCH, there):
             continue
@@ -60,11 +67,40 @@ def put_in(model: Any, key: str, cache: NativeCache) -> Any:
         )
 
     # Plain functions: older versions of ComfyUI copy the objects that they find in a model's options deeply.
-    def wrapper(executor, *args, **kwargs):
-        return cache.conditions(executor, *args, **kwargs)
+    def wrapper(executor, model, conds, x, timestep, options, *more):
+        _check_alone(key, options.get("transformer_options"))
+        return cache.conditions(executor, model, conds, x, timestep, options, *more)
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, wrapper)
-    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda patcher: cache.begin())
+    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda patcher: cache.begin(queue_entry()))
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, lambda patcher: cache.end())
     return clone
+
+
+def _check_alone(key: str, options: Mapping[str, Any] | None) -> None:
+    """Raise InputError where `transformer_options` have a cache of ComfyUI's."""
+    found = (options or {}).get(_COMFYUIS)
+    if found is not None:
+        name = getattr(found, "name", "EasyCache")
+        raise InputError(
+            f"this MODEL has a {NAMES[key]} and {name}, and what one of the two gives for a pass would be taken for "
+            "computed by the other: leave one of them out."
+        )
+
+
+def asked_of(model: Any, cond: list[dict[str, Any]], sigma: float, options: Mapping[str, Any]) -> str:
+    """What tells a pass from others at a noise level: the model, the conditions as far as they are for this level, and
+    the blocks that are left out or computed in another way.
+
+    Args:
+        model: ComfyUI's BaseModel. cond: conditions of the pass. sigma: the level. options: `transformer_options`.
+    """
+
+    def for_it(entry: dict[str, Any]) -> bool:
+        starts, ends = entry.get("timestep_start"), entry.get("timestep_end")
+        return (starts is None or sigma <= float(starts)) and (ends is None or sigma >= float(ends))
+
+    conditions = ", ".join(str(entry.get("uuid")) for entry in cond if for_it(entry))
+    replaced = ", ".join(sorted(map(str, replaced_blocks(options))))
+    return f"{id(model)}: {conditions}" + (f"; {replaced} replaced" if replaced else "")

@@ -19,7 +19,8 @@ from ..attention import StepInfo
 from ..pipelines.forecast.forecasts import Forecasts
 from ..pipelines.forecast.level import Level
 from ..pipelines.forecast.settings import ForecastSettings
-from .native_caches import FORECAST, put_in
+from .cache_log import CacheLog
+from .native_caches import FORECAST, asked_of, put_in
 from .sampling import step_of, window_of
 
 logger = logging.getLogger(__name__)
@@ -27,16 +28,22 @@ logger = logging.getLogger(__name__)
 WINDOWS = 8  # of context, that latents are kept of: more than fixed ones are in one video
 
 
-def cache_steps(model: Any, settings: ForecastSettings) -> Any:
+def forecast_log() -> CacheLog:
+    """For a report of one clone's cache."""
+    return CacheLog("Forecast Cache", "no step was left out.")
+
+
+def cache_steps(model: Any, settings: ForecastSettings, log: CacheLog | None = None) -> Any:
     """A clone of a MODEL with a forecast cache; the MODEL itself stays as it is.
 
     Args:
         model: ComfyUI's ModelPatcher. settings: of the cache.
+        log: of this clone alone, which is told what was done, for a report.
 
     Raises:
-        InputError: the MODEL has one already, or a guidance cache.
+        InputError: the MODEL has one already, or a guidance cache, or a cache of ComfyUI's.
     """
-    return put_in(model, FORECAST, _Cached(settings))
+    return put_in(model, FORECAST, _Cached(settings, log or forecast_log()))
 
 
 class _Window:
@@ -65,12 +72,17 @@ class _Window:
 class _Cached:
     """One clone's: the forecasts of the sampling that runs, in each context window."""
 
-    def __init__(self, settings: ForecastSettings) -> None:
-        self._settings = settings
-        self.begin()
+    def __init__(self, settings: ForecastSettings, log: CacheLog) -> None:
+        self._settings, self._log = settings, log
+        self._forget()
 
-    def begin(self) -> None:
-        """A sampler starts."""
+    def begin(self, queued: str | None = None) -> None:
+        """A sampler starts, for an entry of ComfyUI's queue."""
+        self._log.begin(queued)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._finished = False  # its last step has begun
         self._windows: dict[str, _Window] = {}
         self._steps: set[int] = set()
         self._computed: set[int] = set()
@@ -83,19 +95,20 @@ class _Cached:
             self._note(window)
         left_out, count = len(self._steps - self._computed), len(self._steps)
         if self._errors:
-            logger.info(
-                "Forecast Cache: %d of %d steps were left out. What the model makes in forecasts is estimated to be "
-                "off by %.3f of its size, %.3f at most.",
-                left_out,
-                count,
-                statistics.fmean(self._errors),
-                max(self._errors),
+            self._tell(
+                logging.INFO,
+                f"{left_out} of {count} steps were left out. What the model makes in forecasts is estimated to be off "
+                f"by {statistics.fmean(self._errors):.3f} of its size, {max(self._errors):.3f} at most.",
             )
-        elif count > 1:
+        elif count > 1 and self._finished:  # of a sampling that was interrupted, that tells nothing
             known = [error for error in self._refused if math.isfinite(error)]
             best = f"the best forecast is estimated to be off by {min(known):.3g}: raise" if known else "raise"
-            logger.warning("Forecast Cache: all %d steps were computed; %s tolerance, or make more steps.", count, best)
-        self.begin()
+            self._tell(logging.WARNING, f"all {count} steps were computed; {best} tolerance, or make more steps.")
+        self._forget()
+
+    def _tell(self, level: int, text: str) -> None:
+        logger.log(level, "Forecast Cache: %s", text)
+        self._log.tell(text)
 
     def _note(self, window: _Window) -> None:
         self._errors += window.forecasts.errors
@@ -130,8 +143,9 @@ class _Cached:
         window.at(sigma)
         number, count = step_of(sigma, levels.tolist())
         self._steps.add(number)
+        self._finished |= number == count - 1
         branches = {
-            place: StepInfo(0, window.level, None, None, window.branch(f"{id(model)}: {_asked(cond, sigma)}"))
+            place: StepInfo(0, window.level, None, None, window.branch(asked_of(model, cond, sigma, inner)))
             for place, cond in enumerate(conds)
             if cond is not None
         }
@@ -149,16 +163,6 @@ class _Cached:
             (noise,) = forecasts.ahead(step, level.place)
             made[place] = level.made_of(x, noise).to(x.dtype)
         return made
-
-
-def _asked(cond: list[dict[str, Any]], sigma: float) -> str:
-    """What tells a list of conditions from others, as far as they are for a noise level."""
-
-    def for_it(entry: dict[str, Any]) -> bool:
-        starts, ends = entry.get("timestep_start"), entry.get("timestep_end")
-        return (starts is None or sigma <= float(starts)) and (ends is None or sigma >= float(ends))
-
-    return ", ".join(str(entry.get("uuid")) for entry in cond if for_it(entry))
 
 
 def level_of(model: Any, sigma: float) -> Level:

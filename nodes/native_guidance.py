@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .geometry import diffusion_model_of
+from .native_caches import GUIDANCE, NAMES
 from .native_lora import with_lora
 from .wording import InputError
 
@@ -40,7 +41,7 @@ def guide(model: Any, location: Path, scale: float) -> Any:
 
     Raises:
         InputError: no such adapter, one of another model, a scale that it was not trained for, or a MODEL that has one
-            already.
+            already, or a guidance cache.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -50,6 +51,11 @@ def guide(model: Any, location: Path, scale: float) -> Any:
     diffusion_model = diffusion_model_of(model)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         raise InputError("this MODEL is guidance-free already: connect the MODEL from before the other Guidance-Free.")
+    if model.get_wrappers(WrappersMP.CALC_COND_BATCH, GUIDANCE):
+        raise InputError(
+            f"this MODEL has a {NAMES[GUIDANCE]}, which leaves out passes that guidance in one pass does not make: "
+            "connect the MODEL from before it."
+        )
     try:
         adapter = read_adapter(location)
     except GuidanceFreeError as error:

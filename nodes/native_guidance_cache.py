@@ -7,29 +7,38 @@ both results gets both: any formula of guidance, any sampler. Guiders with other
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..attention import StepInfo
 from ..pipelines.guidance_cache.differences import Differences
 from ..pipelines.guidance_cache.settings import GuidanceCache
+from .cache_log import CacheLog
 from .geometry import diffusion_model_of
-from .native_caches import GUIDANCE, put_in
+from .native_caches import GUIDANCE, asked_of, put_in
 from .sampling import step_of, window_of
 from .wording import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def cache_guidance(model: Any, settings: GuidanceCache) -> Any:
+def guidance_log() -> CacheLog:
+    """For a report of one clone's cache."""
+    return CacheLog(
+        "Guidance Cache", "no pass of the negative prompt was left out; with a cfg of 1 there is none to make."
+    )
+
+
+def cache_guidance(model: Any, settings: GuidanceCache, log: CacheLog | None = None) -> Any:
     """A clone of a MODEL with a guidance cache; the MODEL itself stays as it is.
 
     Args:
         model: ComfyUI's ModelPatcher. settings: of the cache.
+        log: of this clone alone, which is told what was done, for a report.
 
     Raises:
-        InputError: the MODEL has one already, a forecast cache, or guidance in one pass.
+        InputError: the MODEL has one already, a forecast cache or one of ComfyUI's, or guidance in one pass.
     """
     from comfy.patcher_extension import WrappersMP
 
@@ -38,33 +47,64 @@ def cache_guidance(model: Any, settings: GuidanceCache) -> Any:
     diffusion_model_of(model)
     if model.get_wrappers(WrappersMP.OUTER_SAMPLE, ONE_PASS):
         raise InputError("this MODEL is guidance-free: its steps have one pass, and there is none to leave out.")
-    return put_in(model, GUIDANCE, _Cached(settings))
+    return put_in(model, GUIDANCE, _Cached(settings, log or guidance_log()))
+
+
+class _Place(NamedTuple):
+    """What differences are of: the two passes of one context window."""
+
+    window: str
+    asked: tuple[str, ...]
 
 
 class _Cached:
-    """One clone's: the differences of the sampling that runs, in each context window."""
+    """One clone's: the differences of the sampling that runs, of each place.
 
-    def __init__(self, settings: GuidanceCache) -> None:
-        self._settings = settings
-        self.begin()
+    A difference goes on from the last step. So what a step has not seen is forgotten in the next one: context windows
+    that move, conditions that are not asked for any more, and what was before steps with one pass.
+    """
 
-    def begin(self) -> None:
-        """A sampler starts."""
-        self._windows: dict[str, Differences] = {}
+    def __init__(self, settings: GuidanceCache, log: CacheLog) -> None:
+        self._settings, self._log = settings, log
+        self._forget()
+
+    def begin(self, queued: str | None = None) -> None:
+        """A sampler starts, for an entry of ComfyUI's queue."""
+        self._log.begin(queued)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kept: dict[_Place, Differences] = {}
+        self._seen: set[_Place] = set()  # in the step that runs
+        self._step = -1
+        self._finished = False  # its last step has begun
+        self._moved = False  # context windows came and went
         self._made = self._extrapolated = 0
 
     def end(self) -> None:
         """A sampler ends, also by an interruption."""
         if self._extrapolated:
             count = self._made + self._extrapolated
-            logger.info("Guidance Cache: %d of %d passes of the negative prompt were made.", self._made, count)
-        elif self._made:
-            logger.warning(
-                "Guidance Cache: all %d passes of the negative prompt were made: make more steps, or lower "
-                "first_percent.",
-                self._made,
-            )
-        self.begin()
+            self._tell(logging.INFO, f"{self._made} of {count} passes of the negative prompt were made.")
+        elif self._made and self._finished:  # of a sampling that was interrupted, that tells nothing
+            fix = "make more steps, or lower first_percent"
+            if self._moved:
+                fix = "context windows moved from step to step, which leaves no difference to go on: take a static one"
+            self._tell(logging.WARNING, f"all {self._made} passes of the negative prompt were made: {fix}.")
+        self._forget()
+
+    def _tell(self, level: int, text: str) -> None:
+        logger.log(level, "Guidance Cache: %s", text)
+        self._log.tell(text)
+
+    def _enter(self, number: int, count: int) -> None:
+        """A pass of a step begins."""
+        self._finished |= number == count - 1
+        if number != self._step:
+            windows = {place.window for place in self._seen}
+            self._moved |= any(place.window and place.window not in windows for place in self._kept)
+            self._kept = {place: kept for place, kept in self._kept.items() if place in self._seen}
+            self._step, self._seen = number, set()
 
     def conditions(
         self,
@@ -79,12 +119,17 @@ class _Cached:
         """The CALC_COND_BATCH wrapper: what the model makes of each list of conditions, shaped as `x`."""
         inner = options.get("transformer_options") or {}
         levels = inner.get("sample_sigmas")
-        if len(conds) != 2 or any(cond is None for cond in conds) or levels is None:
+        if levels is None:
             return executor(model, conds, x, timestep, options, *more)
         sigma = float(timestep.flatten()[0])
         number, count = step_of(sigma, levels.tolist())
+        self._enter(number, count)
+        if len(conds) != 2 or any(cond is None for cond in conds):
+            return executor(model, conds, x, timestep, options, *more)
         step = StepInfo(0, number, count)
-        differences = self._windows.setdefault(window_of(inner), Differences(self._settings))
+        place = _Place(window_of(inner), tuple(asked_of(model, cond, sigma, inner) for cond in conds))
+        self._seen.add(place)
+        differences = self._kept.setdefault(place, Differences(self._settings))
         if sigma <= 0 or differences.wanted(step, [x.shape]):
             out = executor(model, conds, x, timestep, options, *more)
             if sigma > 0:

@@ -173,6 +173,10 @@ def _minimax(inputs: Inputs, patch: Patch) -> Around:
 
 _BLOCKS = (("blocks", "double"),)
 
+# Families of pipelines whose presets several classes take.
+WAN = "Wan 2.1 / 2.2"
+COSMOS = "Cosmos 1 / Predict2 / 2.5"
+
 # By the class of `model.diffusion_model`, by its name alone: a subclass is another model.
 GEOMETRIES: dict[str, Geometry] = {
     "WanModel": Geometry(
@@ -182,6 +186,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _whole_patch,
         _BLOCKS,
         _wan_in_context,
+        presets=(WAN,),
     ),
     "VaceWanModel": Geometry(
         "Wan VACE",
@@ -192,9 +197,16 @@ GEOMETRIES: dict[str, Geometry] = {
         _wan_in_context,
         extra_blocks=("vace_blocks",),
         extra_calls=_vace_calls,
+        presets=("Wan VACE", WAN),
     ),
     "CameraWanModel": Geometry(
-        "Wan Camera", "Wan 2.1 and 2.2 Fun Camera", "**video**", _whole_patch, _BLOCKS, _wan_in_context
+        "Wan Camera",
+        "Wan 2.1 and 2.2 Fun Camera",
+        "**video**",
+        _whole_patch,
+        _BLOCKS,
+        _wan_in_context,
+        presets=(WAN,),
     ),
     "AnimateWanModel": Geometry(
         "Wan Animate",
@@ -203,6 +215,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _whole_patch,
         _BLOCKS,
         _wan,
+        presets=("Wan Animate",),
     ),
     "WanModel_S2V": Geometry(
         "Wan S2V",
@@ -211,6 +224,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _whole_patch,
         _BLOCKS,
         _wan_s2v,
+        presets=(WAN,),
     ),
     "HumoWanModel": Geometry(
         "HuMo", "HuMo 1.7B and 17B", "**video**, reference image", _whole_patch, _BLOCKS, _wan_humo
@@ -233,6 +247,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _hunyuan,
         elsewhere=nothing_else,
         heads=_heads_of_hidden,
+        presets=("HunyuanVideo", "HunyuanVideo 1.5"),
     ),
     "AsymmDiTJoint": Geometry(
         "Mochi",
@@ -243,6 +258,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _mochi,
         elsewhere=nothing_else,
         heads=_heads_of_mochi,
+        presets=("Mochi 1",),
     ),
     "LTXVModel": Geometry(
         "LTX-Video",
@@ -252,6 +268,7 @@ GEOMETRIES: dict[str, Geometry] = {
         (("transformer_blocks", "double"),),
         _ltx,
         heads=_heads_as_in_diffusers,
+        presets=("LTX-Video",),
     ),
     "LTXAVModel": Geometry(
         "LTX-2",
@@ -263,6 +280,7 @@ GEOMETRIES: dict[str, Geometry] = {
         elsewhere=_text_and_audio,
         silent=_no_self_attention,
         heads=_heads_as_in_diffusers,
+        presets=("LTX-2",),
     ),
     "GeneralDIT": Geometry(
         "Cosmos 1",
@@ -272,6 +290,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _BLOCKS,
         _alone,
         heads=_heads_of_channels,
+        presets=(COSMOS,),
     ),
     "MiniTrainDIT": Geometry(
         "Cosmos-Predict2",
@@ -281,6 +300,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _BLOCKS,
         _alone,
         heads=_heads_of_channels,
+        presets=(COSMOS,),
     ),
     "Kandinsky5": Geometry(
         "Kandinsky 5",
@@ -290,6 +310,7 @@ GEOMETRIES: dict[str, Geometry] = {
         (("visual_transformer_blocks", "double"),),
         _alone,
         heads=_heads_of_kandinsky,
+        presets=("Kandinsky 5",),
     ),
     "CogVideoXTransformer3DModel": Geometry(
         "CogVideoX",
@@ -300,6 +321,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _text_first,
         elsewhere=nothing_else,
         heads=_heads_as_in_diffusers,
+        presets=("CogVideoX",),
     ),
     "MiniMaxH3Model": Geometry(
         "MiniMax H3",
@@ -310,6 +332,7 @@ GEOMETRIES: dict[str, Geometry] = {
         _minimax,
         elsewhere=nothing_else,
         heads=_heads_of_minimax,
+        presets=("MiniMax-H3",),
     ),
 }
 

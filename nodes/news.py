@@ -12,7 +12,7 @@ CACHED = (
 )
 CACHED_VIDEO = "The video came from ComfyUI's cache: below is the run that made it."
 NEVER = (
-    "The model was not sampled, so there is nothing to report. Connect the MODEL of the Sparse Attention node to the "
+    "The model was not sampled, so there is nothing to report. Connect the MODEL of the node that reports to the "
     "sampler, and the sampler's LATENT to after. (A result from ComfyUI's cache is not sampled either.)"
 )
 BYPASSED = "No report came in: the Sparse Attention node is bypassed or not connected, so the model is as it was."

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import InputImpl, Types, io
 
 from ..attention import METHODS as SPARSE_METHODS
+from ..generation.errors import BadInput
 from ..generation.machine import DTYPES
 from ..generation.methods import DEFAULT_METHOD
 from ..generation.request import MAX_SEED, Settings
 from ..generation.run import StepCallback
 from . import pipelines, previews
 from .acceleration import METHODS, Acceleration
+from .adapter_files import State, state_of_pipeline
 from .defaults import defaults_of
 from .lora_nodes import Loras
 from .patch import queue_entry
@@ -89,6 +91,14 @@ class VidaccelLoadPipeline(io.ComfyNode):
             outputs=[Pipeline.Output(display_name="pipeline", tooltip="For Accelerate Pipeline or Generate Video.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "diffusers", "load wan", "demo"]),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, pipeline: str | None, hub_id: str | None, **others: Any) -> State | None:
+        """Load a pipeline anew once its files were changed."""
+        try:
+            return state_of_pipeline(pipelines.locate(pipeline or "", hub_id or "", _roots()))
+        except BadInput:
+            return None  # what runs says that it is gone
 
     @classmethod
     def execute(cls, pipeline: str, hub_id: str, dtype: str, loras: tuple[Lora, ...] = ()) -> io.NodeOutput:
@@ -171,10 +181,14 @@ class VidaccelGenerateVideo(io.ComfyNode):
             "with every method and on every device.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline or Accelerate Pipeline."),
-                io.String.Input("prompt", multiline=True, default="", tooltip="What the video shows."),
+                # Choices such as {red|blue} are drawn by the page, as in ComfyUI's own nodes for text.
+                io.String.Input(
+                    "prompt", multiline=True, dynamic_prompts=True, default="", tooltip="What the video shows."
+                ),
                 io.String.Input(
                     "negative_prompt",
                     multiline=True,
+                    dynamic_prompts=True,
                     default="",
                     tooltip="What it should not show. Used where guidance is above 1.",
                 ),

@@ -118,8 +118,14 @@ class VideoPipeline:
             adapters: a file or folder for each transformer; none for what the model has of its own.
 
         Raises:
-            InputError: one cannot be read or is of another model, or the model has none of its own.
+            InputError: one cannot be read or is of another model, or the model has none of its own; or the pipeline is
+                guided in one pass already.
         """
+        if self.guidance_free:
+            raise InputError(
+                "this pipeline is guidance-free already: connect the pipeline from before the other Guidance-Free "
+                "Pipeline."
+            )
         for lever in ("guidance_free", "guidance_cache"):
             if getattr(self.preset, lever, None):
                 raise InputError(f"the preset {self.preset.name} has {lever}: leave one of the two out.")
@@ -129,12 +135,17 @@ class VideoPipeline:
         return replace(self, guidance_free=found)
 
     def accelerated(self, acceleration: Acceleration) -> VideoPipeline:
-        """The same weights with another acceleration, this object as it is.
+        """The same weights with an acceleration, this object as it is.
 
         Raises:
             ValueError: the backend cannot run on the device, or not with `compensate`, Tangent or that precision.
-            InputError: a LoRA in it was trained for an attention of its own.
+            InputError: a LoRA in it was trained for an attention of its own, or it has an acceleration already.
         """
+        if self.acceleration is not None:
+            raise InputError(
+                "this pipeline has sparse attention already: connect the pipeline from before the other Accelerate "
+                "Pipeline or Apply SLA (Pipeline)."
+            )
         if self.trained:
             raise InputError(
                 f"{self.trained[0].name} was trained for one attention alone ({self.trained[0]}), which Generate Video "

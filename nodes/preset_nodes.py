@@ -17,6 +17,7 @@ from .native_models import find_geometry
 from .news import GenerationReport, nothing
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY, Pipeline
+from .pipelines import require_packages
 from .presets import (
     FOLDER,
     NativePart,
@@ -75,7 +76,7 @@ class VidaccelLoadPreset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, preset: str | None, path: str | None) -> State | None:
-        """Read a file anew once it was changed, by hand or by Tune."""
+        """Read a file anew once it was changed, by hand or by Tune, or one that it names was."""
         return state_of_preset(preset, path, _roots())
 
     @classmethod
@@ -158,7 +159,7 @@ def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tup
     geometry = find_geometry(diffusion_model)
     if geometry is None:
         raise InputError(f"a {type(diffusion_model).__name__} is no model that presets are for.")
-    part = native_part(preset, geometry.layers(diffusion_model), geometry.family)
+    part = native_part(preset, geometry, diffusion_model)
     if part.left and not skip_others:
         raise InputError(
             f"preset {preset.name} has what other nodes set: {'; '.join(part.left)}. Set it there and switch "
@@ -168,6 +169,7 @@ def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tup
         logger.warning("preset %s: not taken from it: %s", preset.name, each)
     made = model
     if part.adapter is not None:
+        require_packages(f"preset {preset.name} has an adapter for guidance in one pass, which needs")
         made = guide(made, part.adapter, part.guidance)
     if part.forecast is not None:
         made = cache_steps(made, part.forecast)

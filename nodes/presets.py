@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..pipelines.forecast.settings import ForecastSettings
     from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.presets import Preset
+    from .geometry import Geometry
 
 FOLDER = "vidaccel_presets"
 """Below ComfyUI's folder of models: presets of one's own."""
@@ -76,7 +77,6 @@ def chosen_preset(choice: str, path: str, roots: Sequence[str]) -> Preset:
     Raises:
         InputError: it is gone, or cannot be read.
     """
-    require_packages("presets need")
     found = find_presets(roots)
     if not path.strip() and choice not in found:
         raise InputError(f"preset is {choice}: it is no longer there; there are {', '.join(found)}.")
@@ -87,9 +87,21 @@ def chosen_preset(choice: str, path: str, roots: Sequence[str]) -> Preset:
 
 
 def state_of_preset(choice: str | None, path: str | None, roots: Sequence[str]) -> State | None:
-    """`state_of` the file of a preset, for `fingerprint_inputs`, which is given None for an input with a link; None for
-    those of the package."""
-    return state_of((path or "").strip() or find_presets(roots).get(choice or ""))
+    """`state_of` the file of a preset, unless it is one of the package, and of the adapters, LoRAs and the decoder that
+    it names; for `fingerprint_inputs`, which is given None for an input with a link."""
+    choice, path = choice or "", (path or "").strip()
+    found = path or find_presets(roots).get(choice)
+    if not found:
+        return None
+    made = (state_of(found) or ()) if path or isinstance(found, Path) else ()
+    try:
+        preset = chosen_preset(choice, path, roots)
+    except InputError:
+        return made or None  # what runs says what is wrong with it
+    places = [*preset.guidance_free, *preset.sla, *(lora.path for lora in preset.loras), preset.decoder]
+    for place in places:
+        made += state_of(place) or ()
+    return made or None
 
 
 def with_preset(pipeline: VideoPipeline, preset: Preset) -> VideoPipeline:
@@ -97,8 +109,9 @@ def with_preset(pipeline: VideoPipeline, preset: Preset) -> VideoPipeline:
 
     Raises:
         InputError: another preset, method or adapter is there already, the preset is for another model, or has what a
-            pipeline of ComfyUI's cannot have.
+            pipeline of ComfyUI's cannot have; or a package is missing.
     """
+    require_packages("presets for pipelines need")
     from ..generation.presets import check_beside
     from ..generation.request import Settings
 
@@ -148,23 +161,19 @@ class NativePart:
     left: tuple[str, ...] = ()
 
 
-def native_part(preset: Preset, layers: int, family: str) -> NativePart:
+def native_part(preset: Preset, geometry: Geometry, model: Any) -> NativePart:
     """What a native MODEL can have of a preset.
 
     Args:
         preset: the preset.
-        layers: of the MODEL.
-        family: of the MODEL, in the words of the nodes.
+        geometry: of the MODEL's class.
+        model: its diffusion model.
 
     Raises:
         InputError: it is for another model, has nothing for a MODEL, or says in steps or noise levels what ComfyUI
             counts in shares of the sampling.
     """
-    wanted = sum(preset.transformer.get(name, 0) for name in ("num_layers", "num_single_layers"))
-    if preset.family and not preset.family.startswith(family):
-        raise InputError(f"preset {preset.name} is for {preset.family}, and this MODEL is {family}.")
-    if wanted and wanted != layers:
-        raise InputError(f"preset {preset.name} is for a model of {wanted} layers, and this MODEL has {layers}.")
+    _check_model(preset, geometry, model)
     left = _left(preset)
     method = None if "method" in left else preset.method
     adapters = () if "guidance_free" in left else preset.guidance_free
@@ -184,9 +193,22 @@ def native_part(preset: Preset, layers: int, family: str) -> NativePart:
     shares: dict[str, Any] = _shares(preset) if method is not None else {}
     adapter = Path(adapters[0]) if adapters else None
     scale = 1.0 if preset.guidance_scale is None else preset.guidance_scale
-    dense = "" if method is None else _dense_layers(method.schedule, layers)
+    dense = "" if method is None else _dense_layers(method.schedule, geometry, model)
     caches: dict[str, Any] = {"forecast": forecast, "guidance_cache": preset.guidance_cache}
     return NativePart(method, **shares, dense_layers=dense, adapter=adapter, guidance=scale, **caches, left=told)
+
+
+def _check_model(preset: Preset, geometry: Geometry, model: Any) -> None:
+    """Raise InputError for a preset of another family or size."""
+    if preset.family and preset.family not in geometry.presets:
+        fix = f"one for {' or '.join(geometry.presets)}" if geometry.presets else "one that names no family"
+        raise InputError(
+            f"preset {preset.name} is for {preset.family}, and this MODEL is {geometry.family}: take {fix}."
+        )
+    if differing := geometry.differences(model, preset.transformer):
+        raise InputError(
+            f"preset {preset.name} is for another model: {'; '.join(differing)}. Take the preset of this model."
+        )
 
 
 def _forecast(preset: Preset) -> ForecastSettings | None:
@@ -251,9 +273,11 @@ def _shares(preset: Preset) -> dict[str, float]:
     return made
 
 
-def _dense_layers(schedule: DenseSchedule, layers: int) -> str:
+def _dense_layers(schedule: DenseSchedule, geometry: Geometry, model: Any) -> str:
+    """Counted over the main blocks, as in diffusers; an extra block is dense with the one that it runs beside."""
+    layers = geometry.main_layers(model)
     dense = [layer for layer in range(layers) if schedule.layer_reason(layer, layers)]
-    return ", ".join(map(str, dense))
+    return ", ".join(map(str, geometry.with_extra(model, dense)))
 
 
 def native_settings(preset: Preset, part: NativePart) -> dict[str, Any]:

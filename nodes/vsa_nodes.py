@@ -15,16 +15,37 @@ from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_toke
 from .vsa import gated
 from .wording import STEP, InputError
 
+KIND = "diffusion_models"
+"""ComfyUI's name for the folder of files that may have gates."""
 
-def _places() -> dict[str, Path]:
-    """What the menu has: files of models/diffusion_models, and pipelines of models/diffusers -> where they are."""
+
+def _folders() -> dict[str, Path]:
+    """Pipelines of models/diffusers that have a transformer -> their folders."""
     import folder_paths
 
-    kind = "diffusion_models"
-    files = [name for name in folder_paths.get_filename_list(kind) if name.endswith(".safetensors")]
-    found = {name: Path(folder_paths.get_full_path_or_raise(kind, name)) for name in files}
     folders = find_pipelines(folder_paths.get_folder_paths("diffusers"))
-    return found | {name: folder for name, folder in folders.items() if (folder / "transformer").is_dir()}
+    return {name: folder for name, folder in folders.items() if (folder / "transformer").is_dir()}
+
+
+def _names() -> list[str]:
+    """What the menu has: files of models/diffusion_models, and pipelines. Where a file is, is looked up when it is
+    read: a link to nowhere is among the names, too, and must not keep the nodes from loading."""
+    import folder_paths
+
+    files = [name for name in folder_paths.get_filename_list(KIND) if name.endswith(".safetensors")]
+    return [*files, *(name for name in _folders() if name not in files)]
+
+
+def _place(gates: str, path: str) -> Path | None:
+    """The place that two inputs name; None where neither does, or it is gone."""
+    import folder_paths
+
+    if path.strip():
+        return Path(path.strip()).expanduser()
+    if folder := _folders().get(gates):
+        return folder
+    file = folder_paths.get_full_path(KIND, gates) if gates.endswith(".safetensors") else None
+    return None if file is None else Path(file)
 
 
 def _chosen(gates: str, path: str) -> Path:
@@ -33,14 +54,13 @@ def _chosen(gates: str, path: str) -> Path:
     Raises:
         InputError: neither names one, or it is gone.
     """
-    if path.strip():
-        return Path(path.strip())
+    found = _place(gates, path)
+    if found is not None:
+        return found
     if gates == BY_PATH:
         raise InputError("gates: choose the file that Load Diffusion Model has, or give the path of a file or folder.")
-    found = _places()
-    if gates not in found:
-        raise InputError(f"gates is {gates}: it is no longer there; there are {', '.join(found) or 'none'}.")
-    return found[gates]
+    others = ", ".join(name for name in _names() if name != gates)
+    raise InputError(f"gates is {gates}: it is not there, or a link to nowhere; there are {others or 'none'}.")
 
 
 class VidaccelApplyVSA(io.ComfyNode):
@@ -61,7 +81,7 @@ class VidaccelApplyVSA(io.ComfyNode):
                 io.Model.Input("model", tooltip="The native model that was trained for VSA; it is not changed."),
                 io.Combo.Input(
                     "gates",
-                    options=[BY_PATH, *_places()],
+                    options=[BY_PATH, *_names()],
                     default=BY_PATH,
                     tooltip="Where the gates are: the same file as in Load Diffusion Model, when `vidaccel convert "
                     "fastwan` wrote it, or a pipeline in models/diffusers.",
@@ -98,7 +118,7 @@ class VidaccelApplyVSA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, gates: str | None, path: str | None, **others: Any) -> State | None:
         """Read a file anew once it was changed."""
-        place = Path((path or "").strip()) if (path or "").strip() else _places().get(gates or "")
+        place = _place(gates or "", path or "")
         if place is not None and (place / "transformer").is_dir():
             place = place / "transformer"
         return state_of(place)

@@ -43,7 +43,8 @@ class Differences:
             return False
         if self._schedule.step_reason(step):
             return True
-        return self._left_out >= self._settings.every - 1
+        # A step may have left nothing out and made no difference either, as where a sampler makes one pass alone.
+        return max(self._left_out + 1, step.step - self._kept[-1][0]) >= self._settings.every
 
     def add(self, step: StepInfo, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
         """Take that of a step that made both passes."""

@@ -21,6 +21,7 @@ from vidaccel.generation.request import Settings
 from vidaccel.generation.tuning.store import store
 from vidaccel.nodes import pipelines
 from vidaccel.nodes.acceleration import METHODS, Acceleration
+from vidaccel.nodes.adapter_files import state_of_pipeline
 from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_image, report_text
@@ -103,6 +104,8 @@ def test_guidance_in_one_pass(pipeline, adapter):
     ):
         with pytest.raises(InputError, match=message):
             generate(guided, settings(**changes), on_step=ignore)
+    with pytest.raises(InputError, match="guidance-free already: connect the pipeline from before the other"):
+        guided.guided_in_one_pass([adapter])
     with pytest.raises(InputError, match="adapter cannot be used: .*gone"):
         pipeline.guided_in_one_pass([adapter.parent / "gone"])
 
@@ -306,6 +309,18 @@ def test_finding_pipelines_and_choosing_one(tmp_path):
     assert locate("b/mine", " owner/name ", roots) == "owner/name"
     with pytest.raises(BadInput, match="gone: it is no longer in models/diffusers; there are b/mine"):
         locate("gone", "", roots)
+
+
+def test_a_pipeline_whose_files_were_changed_is_another(tmp_path):
+    shutil.copytree(demo.path(), tmp_path / "mine")
+    seen = [state_of_pipeline(tmp_path / "mine")]
+    assert seen[0] == state_of_pipeline(str(tmp_path / "mine")) and len(seen[0]) > 5
+    for name in ("model_index.json", "transformer/config.json"):
+        with (tmp_path / "mine" / name).open("a") as file:
+            file.write(" ")
+        seen.append(state_of_pipeline(tmp_path / "mine"))
+    assert len({*seen}) == 3
+    assert state_of_pipeline("owner/name") is None is state_of_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize("model", ["{}", "/no/such/folder"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +12,22 @@ import torch
 import vidaccel
 from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial
 from vidaccel.generation.request import Settings
+from vidaccel.nodes import pipelines
 from vidaccel.nodes.acceleration import Acceleration
+from vidaccel.nodes.native_models import GEOMETRIES
 from vidaccel.nodes.pipelines import generate, load
-from vidaccel.nodes.presets import chosen_preset, find_presets, native_part, shipped_names, with_preset
+from vidaccel.nodes.presets import (
+    chosen_preset,
+    find_presets,
+    native_part,
+    shipped_names,
+    state_of_preset,
+    with_preset,
+)
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.tables import report_text
 from vidaccel.nodes.wording import InputError
+from vidaccel.pipelines.acceleration import FAMILIES
 from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice, save_preset, shipped_presets
 
 EAGER = Cache("first_block", 1e3)
@@ -25,6 +37,12 @@ SPARSE = SVG2(density=0.5, q_clusters=4, schedule=DenseSchedule(first_steps=1))
 @pytest.fixture(scope="module")
 def pipeline():
     return load("demo", "auto", Residency(torch.device("cpu"), lambda part, memory: None))
+
+
+def native(preset, layers: int = 30, kind: str = "WanModel", **attributes):
+    """`native_part` of a model with 12 heads of 128 channels."""
+    model = SimpleNamespace(**{"blocks": [None] * layers, "num_heads": 12, "dim": 1536} | attributes)
+    return native_part(preset, GEOMETRIES[kind], model)
 
 
 def settings(**changes):
@@ -89,6 +107,7 @@ def test_what_two_nodes_set_is_refused(pipeline):
     for attempt, message in (
         (lambda: with_preset(fast, with_method), "preset a and Accelerate Pipeline both set it"),
         (lambda: with_preset(pipeline, with_method).accelerated(Acceleration()), "the preset a has a method"),
+        (lambda: fast.accelerated(Acceleration()), "has sparse attention already: connect the pipeline from before"),
         (lambda: with_preset(with_preset(pipeline, with_method), with_method), "the preset a is there already"),
         (lambda: with_preset(pipeline, Preset(name="a", quantize="int8")), "layers in 8 bits, and ComfyUI moves"),
         (lambda: with_preset(pipeline, Preset(name="a", family="Mochi 1")), "a is for Mochi 1, and demo is of Wan"),
@@ -111,7 +130,7 @@ def test_what_a_native_model_gets():
         cache=EAGER,
         loras=(LoraFile(Path("a.safetensors")),),
     )
-    part = native_part(preset, 30, "Wan")
+    part = native(preset)
     assert (part.dense_start_percent, part.dense_end_percent, part.dense_layers) == (0.1, 0.1, "0, 28, 29")
     assert part.adapter == Path("gft.safetensors") and part.guidance == 4.0
     assert part.left == (
@@ -119,9 +138,9 @@ def test_what_a_native_model_gets():
         "loras a.safetensors (1): LoraLoaderModelOnly",
         "num_inference_steps 20: the sampler's steps",
     )
-    assert native_part(Preset(name="a", method=SPARSE, num_inference_steps=10), 6, "Wan").dense_start_percent == 0.1
+    assert native(Preset(name="a", method=SPARSE, num_inference_steps=10), 6).dense_start_percent == 0.1
     both = Preset(name="a", method=Radial(), guidance_free=("a.safetensors", "b.safetensors"), guidance_scale=2.0)
-    assert native_part(both, 30, "Wan").left == (
+    assert native(both).left == (
         "guidance_free, one for each transformer: Guidance-Free before each sampler takes one, with a guidance of 2",
     )
 
@@ -138,7 +157,7 @@ def test_what_is_left_to_other_nodes_has_the_values_to_set_there():
         guidance_scale=1.0,
         compile=True,
     )
-    assert native_part(preset, 30, "Wan").left == (
+    assert native(preset).left == (
         "loras four.safetensors (0.8): LoraLoaderModelOnly",
         "scheduler UniPCMultistepScheduler (flow_shift 3.0): the sampler's scheduler, and ModelSamplingSD3 for a shift",
         "guidance_scale 1: the sampler's cfg",
@@ -151,7 +170,15 @@ def test_what_is_left_to_other_nodes_has_the_values_to_set_there():
     ("preset", "message"),
     [
         (Preset(name="a", family="Mochi 1", method=Radial()), "a is for Mochi 1, and this MODEL is Wan"),
-        (Preset(name="a", transformer={"num_layers": 40}, method=Radial()), "of 40 layers, and this MODEL has 30"),
+        (
+            Preset(name="a", transformer={"num_layers": 40}, method=Radial()),
+            "another model: num_layers 40 there, 30 here",
+        ),
+        (Preset(name="a", transformer={"num_attention_heads": 40}, method=Radial()), "heads 40 there, 12 here"),
+        (
+            Preset(name="a", family="Wan Animate", method=Radial()),
+            "for Wan Animate, and this MODEL is Wan: take one for",
+        ),
         (Preset(name="a", cache=EAGER, quantize=Quantize("fp8")), "no method, no adapter.*EasyCache"),
         (Preset(name="a", method=SPARSE), "keeps 1 steps dense, and ComfyUI counts in shares"),
         (Preset(name="a", method=Radial(schedule=DenseSchedule(sigma_above=0.9))), "by noise levels of diffusers"),
@@ -167,12 +194,63 @@ def test_what_is_left_to_other_nodes_has_the_values_to_set_there():
 )
 def test_what_a_native_model_cannot_have(preset, message):
     with pytest.raises(InputError, match=message):
-        native_part(preset, 30, "Wan")
+        native(preset)
+
+
+def test_the_families_of_pipelines_that_a_native_model_is():
+    known = {family.name for family in FAMILIES}
+    assert {name for geometry in GEOMETRIES.values() for name in geometry.presets} <= known
+    dense = Radial(schedule=DenseSchedule(first_layers=1, last_layers=2))
+    vace = {"vace_blocks": [None] * 5, "vace_layers_mapping": {0: 0, 2: 1, 4: 2, 6: 3, 8: 4}}
+    for family in ("Wan VACE", "Wan 2.1 / 2.2"):
+        preset = Preset(name="a", family=family, transformer={"num_layers": 10}, method=dense)
+        assert (
+            native(preset, 10, "VaceWanModel", **vace).dense_layers == "0, 8, 9, 10, 14"
+        )  # and what runs beside 0 and 8
+    of_wan = Preset(name="a", family="Wan 2.1 / 2.2", method=dense)
+    assert all(native(of_wan, 3, kind).dense_layers == "0, 1, 2" for kind in ("CameraWanModel", "WanModel_S2V"))
+    with pytest.raises(InputError, match="this MODEL is HuMo: take one that names no family"):
+        native(of_wan, 3, "HumoWanModel")
+    attention = SimpleNamespace(heads=8, head_dim=64)
+    heads = {"num_attention_heads": 8, "attention_head_dim": 64}
+    minimax = Preset(name="a", family="MiniMax-H3", transformer=heads, method=Radial())
+    native(minimax, kind="MiniMaxH3Model", blocks=[SimpleNamespace(attn=attention)])
+    cosmos = Preset(name="a", family="Cosmos 1 / Predict2 / 2.5", transformer=heads, method=Radial())
+    for kind in ("GeneralDIT", "MiniTrainDIT"):
+        native(cosmos, kind=kind, num_heads=8, model_channels=512)
+    # Of two kinds of blocks, a preset of `tune` names the first alone.
+    two = {"double_blocks": [None] * 20, "single_blocks": [None] * 40, "hidden_size": 3072}
+    for layers, fits in (({"num_layers": 20}, True), ({"num_layers": 20, "num_single_layers": 39}, False)):
+        preset = Preset(name="a", family="HunyuanVideo", transformer=layers, method=Radial())
+        with contextlib.nullcontext() if fits else pytest.raises(InputError, match="num_single_layers 39 there, 40"):
+            native(preset, kind="HunyuanVideo", **two)
+
+
+def test_what_presets_need_of_packages(pipeline, tmp_path, monkeypatch):
+    """Reading one needs none of them: a native MODEL has use for most of it without."""
+    (tmp_path / "needs.txt").write_text("no_such_package>=1\n")
+    monkeypatch.setattr(pipelines, "REQUIREMENTS", tmp_path / "needs.txt")
+    preset = chosen_preset("demo-cache", "", [])
+    with pytest.raises(InputError, match="presets for pipelines need no_such_package"):
+        with_preset(pipeline, preset)
+
+
+def test_a_file_that_a_preset_names_was_changed(tmp_path):
+    file = tmp_path / "mine.yaml"
+    (tmp_path / "gft.safetensors").write_bytes(b"1")
+    (tmp_path / "lora.safetensors").write_bytes(b"1")
+    file.write_text("version: 1\nguidance_free: gft.safetensors\nguidance_scale: 2.0\nloras: [lora.safetensors]\n")
+    seen = [state_of_preset("mine.yaml", "", [str(tmp_path)])]
+    for name in ("gft", "lora"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"another")
+        seen.append(state_of_preset("mine.yaml", "", [str(tmp_path)]))
+    assert len({*seen}) == 3
+    file.write_text("version: 99\n")
+    assert len(state_of_preset("mine.yaml", "", [str(tmp_path)])) == 1  # what is wrong is told by what runs
 
 
 def test_a_file_that_was_changed_is_another(tmp_path):
-    from vidaccel.nodes.presets import state_of_preset as state_of
-
+    state_of = state_of_preset
     file = tmp_path / "mine.yaml"
     file.write_text("version: 1\n")
     before = state_of("mine.yaml", "", [str(tmp_path)])
