@@ -15,6 +15,7 @@ from native_comfyui import defaults, models, patched, sample, tiny
 from vidaccel import GuidanceCache
 from vidaccel.nodes.native_forecast import cache_steps
 from vidaccel.nodes.native_guidance_cache import cache_guidance
+from vidaccel.nodes.tables import report_text
 from vidaccel.nodes.wording import InputError
 from vidaccel.pipelines.forecast.settings import ForecastSettings
 
@@ -147,6 +148,27 @@ def test_a_sampler_with_two_calls_a_step():
     assert len(seen) < 10 < passes_of(model, description, "heun")
 
 
+def test_a_pass_with_layers_left_out_is_another():
+    """SkipLayerGuidanceDiTSimple leaves layers out of the negative pass in a part of the steps."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
+
+    description, model, _ = tiny("wan_t2v")
+
+    def skipping(model):
+        settings = {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 0.6}
+        execute = getattr(SkipLayerGuidanceDiTSimple, "execute", None) or SkipLayerGuidanceDiTSimple().skip_guidance
+        found = execute(model, **settings)
+        return found.args[0] if hasattr(found, "args") else found[0]
+
+    steps = []
+    for first in (0.0, 0.6):  # in the same steps, a new branch needs points of its own
+        clone = cache_steps(skipping(model) if first else model, ANYTHING)
+        seen = passes(clone)
+        sample(clone, description, steps=12)
+        steps.append(sum(seen))
+    assert steps[1] >= steps[0] + 4  # both passes, twice for a line
+
+
 def test_without_guidance():
     description, model, _ = tiny("wan_t2v")
     alone = replace(description, cfg=1.0)
@@ -171,9 +193,11 @@ def test_the_node():
     description, model, _ = tiny("wan_t2v")
     settings = defaults(VidaccelForecastCache)
     assert settings["tolerance"] == ForecastSettings().tolerance
-    [clone] = VidaccelForecastCache.execute(model, **(settings | {"tolerance": 1.0})).result
+    clone, report = VidaccelForecastCache.execute(model, **(settings | {"tolerance": 1.0})).result
     seen = passes(clone)
     sample(clone, description, steps=20)
+    assert "Note: Forecast Cache: " in (text := report_text(report.news())) and "of 20 steps were left out" in text
+    assert report_text(report.news("another entry")).startswith("Note")
     assert clone is not model and len(seen) < passes_of(model, description) / STEPS * 20
     assert [VidaccelForecastCache] == NODES
 

@@ -6,16 +6,22 @@ Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gft_adapters import write_native
-from native_comfyui import defaults, models, patched, sample, tiny
+from native_comfyui import defaults, models, patched, sample, tiny, windowed
 
 from vidaccel import GuidanceCache
+from vidaccel.nodes.native_forecast import cache_steps
 from vidaccel.nodes.native_guidance import guide
-from vidaccel.nodes.native_guidance_cache import cache_guidance
+from vidaccel.nodes.native_guidance_cache import _Cached, cache_guidance, guidance_log
+from vidaccel.nodes.tables import report_text
 from vidaccel.nodes.wording import InputError
+from vidaccel.pipelines.forecast.settings import ForecastSettings
+from vidaccel.pipelines.guidance_cache.differences import Differences
 
 EVERY_2 = GuidanceCache(2, first_steps=0)
 
@@ -68,8 +74,6 @@ def test_what_stands_for_the_negative_pass(name, caplog):
 
 
 def test_without_guidance_nothing_changes(caplog):
-    from dataclasses import replace
-
     description, model, _ = tiny("wan_t2v")
     plain = replace(description, cfg=1.0)
     with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
@@ -93,8 +97,12 @@ def test_the_node():
     from vidaccel.nodes.guidance_cache_node import NODES, VidaccelGuidanceCache
 
     description, model, unpatched = tiny("wan_t2v")
-    [clone] = VidaccelGuidanceCache.execute(model, **defaults(VidaccelGuidanceCache)).result
+    clone, report = VidaccelGuidanceCache.execute(model, **defaults(VidaccelGuidanceCache)).result
+    assert report_text(report.news()).startswith("The model was not sampled")
     assert clone is not model and not sample(clone, description).equal(unpatched)
+    assert report_text(report.news()) == "Note: Guidance Cache: 2 of 4 passes of the negative prompt were made."
+    sample(clone, replace(description, cfg=1.0))
+    assert "with a cfg of 1 there is none" in report_text(report.news())
     assert [VidaccelGuidanceCache] == NODES
 
 
@@ -110,3 +118,109 @@ def test_what_it_refuses(tmp_path):
         cache_guidance(cache_guidance(model, EVERY_2), EVERY_2)
     with pytest.raises(InputError, match="guidance-free"):
         cache_guidance(guide(model, write_native(tmp_path), 4.0), EVERY_2)
+    with pytest.raises(InputError, match="has a guidance cache, which leaves out passes"):
+        guide(cache_guidance(model, EVERY_2), write_native(tmp_path), 4.0)
+
+
+@pytest.mark.parametrize("kind", ["EasyCache", "LazyCache"])
+def test_a_cache_of_comfyui_is_refused_in_either_order(kind):
+    """What EasyCache gives for a pass would be taken for what the model made."""
+    from comfy_extras import nodes_easycache
+
+    description, model, _ = tiny("wan_t2v")
+
+    def theirs(model):
+        settings = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+        return getattr(nodes_easycache, f"{kind}Node").execute(model, **settings).args[0]
+
+    for ours in (lambda model: cache_guidance(model, EVERY_2), lambda model: cache_steps(model, ForecastSettings())):
+        with pytest.raises(InputError, match=f"cache and {kind}, and what one of the two gives"):
+            ours(theirs(model))
+        with pytest.raises(InputError, match=f"cache and {kind}, and what one of the two gives"):
+            sample(theirs(ours(model)), description)
+
+
+@pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform"])
+def test_windows_that_move_have_nothing_to_go_on(schedule, monkeypatch):
+    """A window that comes again much later would go on from differences of other noise levels."""
+    description, model, _ = tiny("wan_t2v")
+    kept, ages, enter, second = [], [], _Cached._enter, Differences.second
+
+    def entering(cache, *args):
+        enter(cache, *args)
+        kept.append(len(cache._kept))
+
+    def going_on(differences, step, first):
+        (before, _), (last, _) = differences._kept
+        ages.append((step.step - last, last - before))
+        return second(differences, step, first)
+
+    monkeypatch.setattr(_Cached, "_enter", entering)
+    monkeypatch.setattr(Differences, "second", going_on)
+    clone = cache_guidance(windowed(model, schedule, 5, 2), GuidanceCache(4, first_steps=0))
+    seen = conditions(clone)
+    sample(clone, description, latent=(15, *description.latent[1:]), steps=10)
+    windows = sum(kinds.count(0) for kinds in seen) / 10
+    made = sum(kinds.count(1) for kinds in seen) / windows
+    assert max(kept) <= 2 * windows + 1
+    assert all(old < 4 and apart <= 4 for old, apart in ages)
+    assert made == 4 if schedule == "standard_static" else made > 6
+
+
+def test_windows_that_all_move_are_told(caplog):
+    """A window that is another one in each step."""
+
+    def sampling(differing: bool) -> None:
+        cache = _Cached(GuidanceCache(2, first_steps=0), guidance_log())
+        cache.begin()
+        for step, sigma in enumerate((1.0, 0.75, 0.5, 0.25)):
+            window = SimpleNamespace(index_list=[step * differing, step * differing + 1])
+            options = {"sample_sigmas": torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), "context_window": window}
+            x = torch.zeros(1, 1, 2, 1, 1)
+            both = [[{"uuid": "a"}], [{"uuid": "b"}]]
+            cache.conditions(
+                lambda *args: [torch.zeros(1, 1, 2, 1, 1)] * 2,
+                None, both, x, torch.tensor([sigma]), {"transformer_options": options},
+            )  # fmt: skip
+        cache.end()
+
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
+        sampling(False)
+        assert "3 of 4 passes" in caplog.text
+        sampling(True)
+    assert "all 4 passes of the negative prompt were made: context windows moved from step to step" in caplog.text
+
+
+def test_a_prompt_for_a_part_of_the_steps():
+    """The difference to the prompt of the steps before says nothing of the next prompt."""
+    from comfy_models import comfy, conditioning, empty_latent
+
+    description, model, _ = tiny("wan_t2v")
+    clone = cache_guidance(model, GuidanceCache(5, first_steps=0))
+    seen = conditions(clone)
+    empty = empty_latent(description, description.latent, 1)
+    first, second, negative = (conditioning(description, seed, {}) for seed in (1, 3, 2))
+    first[0][1] |= {"start_percent": 0.0, "end_percent": 0.5}
+    second[0][1] |= {"start_percent": 0.5, "end_percent": 1.0}
+    with torch.inference_mode():
+        comfy.sample.sample(
+            clone, comfy.sample.prepare_noise(empty, 0), 8, 3.0, "euler", "simple", first + second, negative, empty,
+            seed=0, disable_pbar=True,
+        )  # fmt: skip
+    steps = [sorted(kind for kinds in seen for kind in kinds)].pop()
+    assert steps.count(1) >= 4  # two at the start, and two again once the prompt is another
+
+
+def test_an_interruption_is_no_reason_for_advice(caplog):
+    from comfy_models import comfy
+
+    description, model, _ = tiny("wan_t2v")
+    for ours in (cache_guidance(model, EVERY_2), cache_steps(model, ForecastSettings())):
+
+        def stop(step, *args):
+            if step == 1:
+                raise comfy.model_management.InterruptProcessingException
+
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(ours, description, steps=20, callback=stop)
+    assert "make more steps" not in caplog.text

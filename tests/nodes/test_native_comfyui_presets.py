@@ -9,12 +9,14 @@ import logging
 
 import pytest
 from gft_adapters import write_native
-from native_comfyui import sample, tiny
+from native_comfyui import models, sample, tiny
 
 from vidaccel import SLA, SVG2, VSA, DenseSchedule, GuidanceCache, Preset, Radial
+from vidaccel.nodes import pipelines
 from vidaccel.nodes.native_forecast import cache_steps
 from vidaccel.nodes.native_guidance import guide
 from vidaccel.nodes.native_guidance_cache import cache_guidance
+from vidaccel.nodes.native_models import find_geometry
 from vidaccel.nodes.patch import sparsify
 from vidaccel.nodes.preset_nodes import apply_native
 from vidaccel.nodes.tables import report_text
@@ -111,11 +113,56 @@ def test_the_precision_of_a_preset_is_not_lost():
         apply_native(model, Preset(name="a", method=Radial(), precision="int8", backend="gather"))
 
 
+SERVED = (
+    "wan_t2v",
+    "wan_vace",
+    "wan_camera",
+    "wan_s2v",
+    "wan_animate",
+    "hunyuan",
+    "hunyuan15",
+    "mochi",
+    "ltxv",
+    "ltxav",
+)
+SERVED += ("ltxav", "cosmos1", "cosmos_predict2", "kandinsky5", "cogvideox", "minimax")
+
+
+@pytest.mark.parametrize("name", models(*SERVED))
+def test_a_preset_of_this_very_model(name):
+    """Its layers are those of diffusers' main blocks."""
+    description, model, _ = tiny(name)
+    own = model.model.diffusion_model
+    geometry = find_geometry(own)
+    heads, channels = geometry.heads(own)
+    settings = {"num_layers": len(getattr(own, geometry.blocks[0][0])), "num_attention_heads": heads}
+    settings |= {"attention_head_dim": channels}
+    method = SVG2(density=0.75, q_clusters=4, k_clusters=6, schedule=DenseSchedule(first_layers=1))
+    assert geometry.presets
+    for family in geometry.presets:
+        clone, session = apply_native(model, Preset(name="a", family=family, transformer=settings, method=method))
+    sample(clone, description, steps=1)
+    dense = {record.layer for record in session.report().records if record.reason == "dense_layers"}
+    assert dense == set(geometry.with_extra(own, [0]))
+
+
+def test_an_adapter_of_a_preset_needs_packages(tmp_path, monkeypatch):
+    _, model, _ = tiny("wan_t2v")
+    (tmp_path / "needs.txt").write_text("no_such_package>=1\n")
+    monkeypatch.setattr(pipelines, "REQUIREMENTS", tmp_path / "needs.txt")
+    apply_native(model, Preset(name="a", method=Radial()))
+    preset = Preset(name="a", guidance_free=str(write_native(tmp_path)), guidance_scale=4.0)
+    with pytest.raises(InputError, match="preset a has an adapter for guidance in one pass, which needs no_such"):
+        apply_native(model, preset)
+
+
 def test_a_preset_of_another_model():
     _, model, _ = tiny("wan_t2v")
     for preset, message in (
         (Preset(name="a", family="HunyuanVideo", method=SPARSE), "a is for HunyuanVideo, and this MODEL is Wan"),
-        (Preset(name="a", transformer={"num_layers": 30}, method=SPARSE), "a model of 30 layers, and this MODEL has 3"),
+        (Preset(name="a", transformer={"num_layers": 30}, method=SPARSE), "num_layers 30 there, 3 here"),
+        (Preset(name="a", transformer={"num_attention_heads": 40}, method=SPARSE), "num_attention_heads 40 there, "),
+        (Preset(name="a", family="Wan Animate", method=SPARSE), "a is for Wan Animate, and this MODEL is Wan: take"),
     ):
         with pytest.raises(InputError, match=message):
             apply_native(model, preset)

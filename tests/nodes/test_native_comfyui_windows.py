@@ -7,20 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from native_comfyui import ANCHORED, models, patched, sample, tiny
+from native_comfyui import ANCHORED, models, patched, sample, tiny, windowed
 
 from vidaccel import SVG, Tangent
 from vidaccel.nodes.native import KEPT_LAYOUTS
 
 METHOD = Tangent(density=0.6, q_clusters=4, k_clusters=6)
-
-
-def windowed(model, schedule: str, length: int, overlap: int):
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    settings = {"context_schedule": schedule, "context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
-    settings |= {"context_length": length, "context_overlap": overlap}
-    return ContextWindowsManualNode.execute(model, **settings, dim=2, freenoise=False).args[0]
 
 
 @pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform"])

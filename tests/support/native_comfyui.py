@@ -22,7 +22,7 @@ except (ImportError, RuntimeError) as error:  # a torchvision that does not fit 
 from vidaccel.nodes.patch import sparsify
 
 __all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "missing", "models"]
-__all__ += ["ANCHORED", "nodes", "patched", "sample", "tiny", "with_override"]
+__all__ += ["ANCHORED", "nodes", "patched", "sample", "tiny", "windowed", "with_override"]
 
 management = comfy.model_management
 # Whether context windows but the first have the video's first frame in front, as in newer versions of ComfyUI.
@@ -68,6 +68,15 @@ def with_override(model: Any, override: Callable) -> Any:
     clone = model.clone()
     clone.model_options["transformer_options"]["optimized_attention_override"] = override
     return clone
+
+
+def windowed(model: Any, schedule: str, length: int, overlap: int) -> Any:
+    """A clone that is sampled in context windows of so many latent frames."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    settings = {"context_schedule": schedule, "context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
+    settings |= {"context_length": length, "context_overlap": overlap}
+    return ContextWindowsManualNode.execute(model, **settings, dim=2, freenoise=False).args[0]
 
 
 class Calls:
