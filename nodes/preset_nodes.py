@@ -30,6 +30,7 @@ from .presets import (
 )
 from .report_node import Report
 from .schema import accepted
+from .sparse_nodes import measure_error_input, min_tokens_input
 from .wording import PRECISIONS, InputError
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ Preset = io.Custom("VIDACCEL_PRESET")
 def _roots() -> list[str]:
     import folder_paths
 
-    return [os.path.join(folder_paths.models_dir, FOLDER)]
+    # Beside what extra_model_paths.yaml has for this name, which ComfyUI reads before it loads nodes.
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    return folder_paths.get_folder_paths(FOLDER)
 
 
 class VidaccelLoadPreset(io.ComfyNode):
@@ -56,8 +59,9 @@ class VidaccelLoadPreset(io.ComfyNode):
             node_id="VidaccelLoadPreset",
             display_name="Load Preset",
             category="video acceleration",
-            description="A preset: all that makes one model faster, under one description. Those of the package, "
-            "and .yaml and .json files in models/vidaccel_presets.",
+            description="A preset: all that makes one model faster, under one description: a method, guidance in one "
+            "pass, a cache, a guidance cache, LoRAs, a scheduler, a tiny decoder. Those of the package, and .yaml and "
+            ".json files in models/vidaccel_presets.",
             inputs=[
                 io.Combo.Input(
                     "preset",
@@ -93,9 +97,9 @@ class VidaccelApplyPreset(io.ComfyNode):
             node_id="VidaccelApplyPreset",
             display_name="Apply Preset",
             category=CATEGORY,
-            description="Puts a preset to work in a pipeline: its method, cache, LoRAs, scheduler and guidance in one "
-            "pass. Its steps and guidance are taken where Generate Video has 0. The pipeline that comes in stays as it "
-            "is.",
+            description="Puts a preset to work in a pipeline: its method, caches, LoRAs, scheduler, tiny decoder and "
+            "guidance in one pass. Its steps and guidance are taken where Generate Video has 0. The pipeline that "
+            "comes in stays as it is.",
             inputs=[
                 Pipeline.Input("pipeline", tooltip="From Load Video Pipeline. It is not changed."),
                 Preset.Input("preset", tooltip="From Load Preset."),
@@ -128,9 +132,14 @@ class VidaccelApplyPresetNative(io.ComfyNode):
                     "skip_others",
                     default=False,
                     tooltip="Go on without what is for other nodes to set: other caches, LoRAs, a scheduler, steps, "
-                    "guidance in two passes, layers in 8 bits, SLA, VSA, the adapter of a folder of diffusers. The log "
-                    "and the report say which, with the values to set. Off, that is an error.",
+                    "guidance in two passes, layers in 8 bits, compiled blocks, a tiny decoder, SLA, VSA, the adapter "
+                    "of a folder of diffusers. The log and the report say which, with the values to set. Off, that is "
+                    "an error.",
                 ),
+                # At the end and optional, and so that what was saved without them runs as it did: a preset that is
+                # chosen for a video is sparse, however short that is.
+                min_tokens_input(default=0, optional=True),
+                measure_error_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For a sampler."),
@@ -140,17 +149,20 @@ class VidaccelApplyPresetNative(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, preset: PresetOf, skip_others: bool) -> io.NodeOutput:
-        return io.NodeOutput(*apply_native(model, preset, skip_others))
+    def execute(cls, model: Any, preset: PresetOf, skip_others: bool, **common: int) -> io.NodeOutput:
+        return io.NodeOutput(*apply_native(model, preset, skip_others, **common))
 
 
-def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tuple[Any, Any]:
+def apply_native(
+    model: Any, preset: PresetOf, skip_others: bool = False, min_tokens: int = 0, measure_error: int = 0
+) -> tuple[Any, Any]:
     """A clone of a MODEL with what it can have of a preset, and its report; the MODEL stays as it is.
 
     Args:
         model: ComfyUI's ModelPatcher.
         preset: the preset.
         skip_others: go on without what a MODEL cannot have of it.
+        min_tokens, measure_error: of its method, see `sparsify`.
 
     Raises:
         InputError: the preset is for another model, or has what a MODEL cannot have.
@@ -188,6 +200,9 @@ def apply_native(model: Any, preset: PresetOf, skip_others: bool = False) -> tup
         dense_start_percent=part.dense_start_percent,
         dense_end_percent=part.dense_end_percent,
         dense_layers=part.dense_layers,
+        min_tokens=min_tokens,
+        by_length=method.name,
+        measure_error=measure_error,
         backend=preset.backend,
         precision=preset.precision or PRECISIONS[0],
     )

@@ -98,7 +98,12 @@ def state_of_preset(choice: str | None, path: str | None, roots: Sequence[str]) 
         preset = chosen_preset(choice, path, roots)
     except InputError:
         return made or None  # what runs says what is wrong with it
-    places = [*preset.guidance_free, *preset.sla, *(lora.path for lora in preset.loras), preset.decoder]
+    places: list[str | Path | None] = [
+        *preset.guidance_free,
+        *preset.sla,
+        *(lora.path for lora in preset.loras),
+        preset.decoder,
+    ]
     for place in places:
         made += state_of(place) or ()
     return made or None

@@ -66,11 +66,11 @@ def share_inputs(own: Defaults) -> list[io.Input]:
     ]
 
 
-def min_tokens_input(**more: Any) -> io.Input:
+def min_tokens_input(default: int = MIN_SPARSE_TOKENS, **more: Any) -> io.Input:
     """From which length on a video is worth the planning."""
     return io.Int.Input(
         "min_tokens",
-        default=MIN_SPARSE_TOKENS,
+        default=default,
         min=0,
         max=10_000_000,
         tooltip="Videos with fewer tokens stay dense, because planning would cost more than it saves. A token is a "

@@ -77,7 +77,7 @@ def test_every_input_of_every_node_has_a_tooltip(server):
     nodes = {name: info for name, info in server.get("/object_info").items() if name.startswith("Vidaccel")}
     others = ("Report", "LoadPipeline", "PipelineLoRA", "AcceleratePipeline", "GenerateVideo", "LoadDCAEV")
     others += ("ApplySLA", "PipelineSLA", "ApplyVSA", "GuidanceFree", "GuidanceFreePipeline", "RadialLength")
-    others += ("LoadPreset", "ApplyPreset", "ApplyPresetNative", "Tune", "GuidanceCache")
+    others += ("LoadPreset", "ApplyPreset", "ApplyPresetNative", "Tune", "GuidanceCache", "ForecastCache")
     assert set(nodes) == {f"VidaccelSparseAttention{m}" for m in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")} | {
         f"Vidaccel{name}" for name in others
     }

@@ -107,6 +107,17 @@ def test_the_caches_of_this_package(method):
         apply_native(model, Preset(name="a", cache=cache, guidance_cache=every), skip_others=True)
 
 
+def test_short_videos_and_errors_of_the_method_of_a_preset():
+    description, model, unpatched = tiny("wan_t2v")
+    preset = Preset(name="a", method=Radial(decay=0.05, block_size=8))
+    clone, session = apply_native(model, preset, min_tokens=10_000)
+    assert sample(clone, description).equal(unpatched)
+    assert "min_tokens 10000, above the video's" in report_text(session.news())
+    clone, session = apply_native(model, preset, measure_error=8)
+    sample(clone, description)
+    assert "Measured error of the output" in report_text(session.news())
+
+
 def test_the_precision_of_a_preset_is_not_lost():
     _, model, _ = tiny("wan_t2v")
     with pytest.raises(ValueError, match="precision is int8: "):

@@ -66,6 +66,41 @@ def test_a_link_to_nowhere_keeps_no_node_from_loading(models):
 
 def test_a_path_below_the_home_folder_is_watched(models, monkeypatch):
     monkeypatch.setenv("HOME", str(models))
-    before = APPLY_VSA.fingerprint_inputs("the path below", "~/there.safetensors")
-    (models / "there.safetensors").write_bytes(b"other weights")
-    assert before is not None and APPLY_VSA.fingerprint_inputs("", "~/there.safetensors") != before
+    (models / "wan" / "transformer").mkdir(parents=True)
+    weights = models / "wan" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"no weights")
+    before = APPLY_VSA.fingerprint_inputs("the path below", "~/wan")
+    weights.write_bytes(b"other weights")
+    assert before is not None and APPLY_VSA.fingerprint_inputs("", "~/wan") != before
+
+
+def test_presets_of_other_folders_are_in_the_menu(tmp_path, monkeypatch):
+    """As those of extra_model_paths.yaml, which ComfyUI reads before it loads nodes."""
+    import folder_paths
+
+    from vidaccel.nodes.preset_nodes import VidaccelLoadPreset
+
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    folder_paths.folder_names_and_paths.pop("vidaccel_presets", None)
+    folder_paths.add_model_folder_path("vidaccel_presets", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("version: 1\nname: mine\n")
+    menu = VidaccelLoadPreset.define_schema().inputs[0]
+    assert "mine.yaml" in menu.options and VidaccelLoadPreset.execute("mine.yaml", "").args[0].name == "mine"
+
+
+def test_inputs_that_came_later_are_the_last_and_change_nothing_where_they_are_missing():
+    from vidaccel.nodes.preset_nodes import VidaccelApplyPresetNative
+
+    inputs = VidaccelApplyPresetNative.define_schema().inputs
+    assert [each.id for each in inputs] == ["model", "preset", "skip_others", "min_tokens", "measure_error"]
+    assert [(each.optional, each.default) for each in inputs[3:]] == [(True, 0), (True, 0)]
+
+
+def test_values_and_prompts_as_the_page_takes_them():
+    from vidaccel.nodes.forecast_node import VidaccelForecastCache
+    from vidaccel.nodes.pipeline_nodes import VidaccelGenerateVideo
+
+    (tolerance,) = [each for each in VidaccelForecastCache.define_schema().inputs if each.id == "tolerance"]
+    assert tolerance.step <= tolerance.min  # another step would round the least away
+    prompts = [each for each in VidaccelGenerateVideo.define_schema().inputs if each.id.endswith("prompt")]
+    assert len(prompts) == 2 and all(each.dynamic_prompts for each in prompts)

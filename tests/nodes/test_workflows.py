@@ -119,3 +119,9 @@ def test_every_node_of_this_pack_has_a_page_of_help():
     used = {n["class_type"] for name in NAMES for n in server_form(name).values() if "Vidaccel" in n["class_type"]}
     helped = {path.parent.name for path in (ROOT / "nodes" / "web" / "docs").glob("*/en.md")}
     assert used <= helped and len(helped) == 23
+
+
+def test_the_page_of_comfyui_counts_them():
+    count = len([*(ROOT / "example_workflows").glob("*.json")])
+    words = ("six", "seven", "eight", "nine", "ten")[count - 6]
+    assert f"*Workflow > Browse Templates* has {words} of this pack" in (ROOT / "docs/start/comfyui.md").read_text()
