@@ -221,3 +221,12 @@ def test_the_difference_goes_on_by_half():
     (made,) = differences.second(StepInfo(0, 4, 9), [torch.tensor([10.0], dtype=torch.bfloat16)])
     assert made.dtype == torch.bfloat16 and made.item() == 10 - (3 + 0.5 * 2)
     assert vidaccel.GuidanceCache is GuidanceCache
+
+
+def test_a_difference_that_is_too_old_is_made_anew():
+    """Steps that made one pass alone, without asking, count as well."""
+    differences = Differences(GuidanceCache(3, first_steps=0))
+    for step in range(2):
+        differences.add(StepInfo(-1, step, 30), [torch.ones(2)], [torch.zeros(2)])
+    asked = [differences.wanted(StepInfo(-1, step, 30), [torch.Size([2])]) for step in (2, 3, 4, 22)]
+    assert asked == [False, False, True, True]
