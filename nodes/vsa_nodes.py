@@ -60,7 +60,7 @@ def _chosen(gates: str, path: str) -> Path:
     if gates == BY_PATH:
         raise InputError("gates: choose the file that Load Diffusion Model has, or give the path of a file or folder.")
     others = ", ".join(name for name in _names() if name != gates)
-    raise InputError(f"gates is {gates}: it is not there, or a link to nowhere; there are {others or 'none'}.")
+    raise InputError(f"gates is {gates}: it is no longer there; there are {others or 'none'}.")
 
 
 class VidaccelApplyVSA(io.ComfyNode):

@@ -60,7 +60,7 @@ def test_a_link_to_nowhere_keeps_no_node_from_loading(models):
     assert "gone.safetensors" in menu.options and "there.safetensors" in menu.options
     assert APPLY_VSA.fingerprint_inputs("gone.safetensors", "") is None
     assert APPLY_VSA.fingerprint_inputs("there.safetensors", None)[0][0] == "there.safetensors"
-    with pytest.raises(InputError, match="gates is gone.safetensors: it is not there, or a link to nowhere; there are"):
+    with pytest.raises(InputError, match="gates is gone.safetensors: it is no longer there; there are there"):
         APPLY_VSA.execute(None, "gone.safetensors", "", 0.0)
 
 
