@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..generation.errors import worded
+from ..generation.processes import Process
 from .errors import one_line_errors, option
 from .options import (
     OWN,
@@ -24,6 +26,7 @@ from .options import (
     pipeline_arguments,
     use_threads,
 )
+from .processes import speaking, start, to_start
 
 
 def register(app: typer.Typer) -> None:
@@ -191,6 +194,20 @@ def generate_command(
     offload_blocks: OffloadBlocks = False,
     vae_tiling: Tiling = False,
     threads: Threads = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that make the video together, one for each GPU of this machine; started by torchrun, "
+            "vidaccel counts them itself. (default: 1)"
+        ),
+    ] = None,
+    share: Annotated[
+        str,
+        typer.Option(
+            help="What they share: guidance (two, a branch each), sequence (Ulysses), both, or auto, which is both "
+            "where it can be and their number is even."
+        ),
+    ] = "auto",
     warm_up: Annotated[
         bool, typer.Option(help="With --compare: one uncounted step before each run, so that compilation is not timed.")
     ] = True,
@@ -202,7 +219,10 @@ def generate_command(
 
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
-    with one_line_errors():
+    process = Process.this()
+    with one_line_errors(), speaking(process.first):
+        if count := to_start(processes, process):
+            raise typer.Exit(start(count))
         from ..generation.api import carry_out, check_files_of, check_outputs, compared
         from ..generation.job import prepare
         from ..generation.model_places import DEMOS
@@ -259,6 +279,8 @@ def generate_command(
             rope=rope,
             components=components,
             preset=chosen,
+            process=process,
+            share=share,
         )
         check_files_of(job, out, page)
         if not method:
@@ -270,10 +292,13 @@ def generate_command(
 
         def told(note: str) -> None:
             said.append(worded(note))
-            typer.echo(worded(note, option), err=True)
+            if process.first:
+                typer.echo(worded(note, option), err=True)
 
-        with bars(job.facts.name) as on_stage:
+        with bars(job.facts.name) if process.first else nullcontext() as on_stage:
             videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage, on_note=told)
+        if not process.first:
+            return
         files = job.files(out)
         if not compare:
             print_summary(videos, files, said=said)

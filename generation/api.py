@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, GeneratedVideo
+from .crew import Crew, joined
 from .errors import BadInput, mention, worded
 from .forecast import decoding_note
 from .guidance import guided_by, placed
@@ -242,6 +243,8 @@ def carry_out(
 ) -> list[GeneratedVideo]:
     """Load what is not loaded, and make every video of a job; each is written as soon as it is there.
 
+    Of several processes all do the same, and the first one alone makes videos of it.
+
     Args:
         job: of `prepare`.
         out: see `Job.files`; None writes nothing.
@@ -249,7 +252,18 @@ def carry_out(
         on_stage: told of what happens.
         on_note: told what a user should know before the steps or after the first one, to be `worded`.
     """
-    files = {} if out is None else job.files(out)
+    with joined(job) as crew:
+        return _carried_out(job, {} if out is None else job.files(out), warm, on_stage, on_note, crew)
+
+
+def _carried_out(
+    job: Job,
+    files: Mapping[str, Path],
+    warm: bool,
+    on_stage: StageCallback | None,
+    on_note: NoteCallback,
+    crew: Crew | None,
+) -> list[GeneratedVideo]:
     pipe = job.pipe
     if pipe is None:
         place = "cpu" if job.is_quantised_first else job.device
@@ -262,6 +276,8 @@ def carry_out(
                 quantise_for_good(pipe, job.beside, job.device, job.facts.location)
         if note := _before_the_steps(job, pipe):
             on_note(note)
+    if crew is not None:
+        crew.share_sequences(pipe)
     videos, said = [], set()
 
     def told(note: str) -> None:
@@ -270,7 +286,7 @@ def carry_out(
             on_note(note)
 
     with guided_by(job.guidance_free, pipe, placed(job.facts, job.pipe)), roped(pipe, job.riflex):
-        for video in make_videos(job, pipe, warm=warm, on_stage=on_stage, on_note=told):
+        for video in make_videos(job, pipe, warm=warm, on_stage=on_stage, on_note=told, crew=crew):
             if files:
                 video.save(files[video.name])
             videos.append(replace(video, notes=(*video.notes, *_density_notes(job, video))))

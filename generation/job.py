@@ -42,6 +42,7 @@ from .methods import (
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .presets import beside, check_beside, check_guidance_cache, check_scheduler, with_preset
+from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
 from .request import INPUTS, Settings
 from .single_file import whole_model
 from .sla import sla_adapters, trained_method
@@ -93,6 +94,7 @@ class Job:
         beside: what runs beside sparse attention, see `presets.beside`; not in the reference of a comparison.
         hint: where the choice went by a fixed length, how to measure that; for a terminal.
         precision: see `accelerate`.
+        process: of those that make the video together, this one. sharing: what they share.
     """
 
     facts: ModelFacts
@@ -118,6 +120,8 @@ class Job:
     beside: Preset | None = None
     hint: str = ""
     precision: str | None = None
+    process: Process = ALONE
+    sharing: Sharing = NOTHING
 
     @property
     def first(self) -> str:
@@ -164,6 +168,7 @@ class Job:
             "seed": str(settings.seed),
             **({"pipeline options": ", ".join(f"{k}={v!r}" for k, v in options.items())} if options else {}),
             "backend": self.backend,
+            **({"processes": self.sharing.in_words()} if self.process.count > 1 else {}),
             **({} if self.precision is None else {"precision": f"{self.precision} in sparse attention"}),
             "dtype": f"{self.dtype}, autoencoder {of_vae}".replace("torch.", ""),
         }
@@ -185,6 +190,8 @@ def prepare(
     rope: str = "plain",
     components: str | Path | None = None,
     preset: Preset | None = None,
+    process: Process = ALONE,
+    share: str = "auto",
 ) -> Job:
     """Check a request against the model and the machine.
 
@@ -202,6 +209,7 @@ def prepare(
         rope: see `length.chosen_riflex`.
         components: see `single_file.whole_model`.
         preset: see `presets.request_preset`; what it says holds where the request says nothing.
+        process: one of several that make the video together. share: see `processes.share_out`.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
@@ -229,6 +237,9 @@ def prepare(
     if isinstance(model, str):
         model = whole_model(model, components)
         place = choose_device(device, offload)
+        check_count(process.count, place, process.here)
+        if process.count > 1 and place.type != "cpu":
+            place = torch.device(place.type, process.local)
         chosen_dtype = choose_dtype(dtype, place, model)
         given = {field: field in settings.given for field in ("image", "video", "last_image")}
         facts, pipe = inspect_model(model, **given), None
@@ -264,6 +275,8 @@ def prepare(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
     layout = settings.layout(facts)
+    rest = None if preset is None else beside(preset)
+    sharing = share_out(process.count, share, facts, settings, layout, bool(adapters), rest)
     few_steps = None if facts.trained_for else facts.most_steps
     by_length = not (sparse.methods or facts.only_dense or (few_steps is not None and not compare))
     limit = limit_of(facts, place, chosen_dtype) if by_length else None
@@ -322,9 +335,11 @@ def prepare(
         guidance_free=adapters,
         sla=learned,
         riflex=riflex,
-        beside=None if preset is None else beside(preset),
+        beside=rest,
         hint="" if limit is None or limit.measured else told,
         precision=sparse.precision,
+        process=process,
+        sharing=sharing,
     )
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..attention.records import RunReport
     from ..attention.schedule import DenseSchedule
     from ..pipelines.presets import Account, Applied, Preset
+    from .crew import Crew
     from .job import Job
 
 StepCallback = Callable[[int, int, Any], None]
@@ -124,6 +125,7 @@ def run(
     on_step: StepCallback | None = None,
     on_note: NoteCallback | None = None,
     decode: bool = True,
+    crew: Crew | None = None,
 ) -> Run:
     """Run a pipeline once, dense (`method=None`, the pipeline as it is) or accelerated.
 
@@ -137,6 +139,7 @@ def run(
         on_step: told of every step.
         on_note: told what of the prompts is cut off, after the first step.
         decode: make frames of the latents.
+        crew: of the processes that share the run; None for one alone.
 
     Raises:
         GenerationError: the model made NaN or infinite values.
@@ -153,11 +156,11 @@ def run(
             sla = adapter if method.name == "sla" else ()
             beside = beside.replace(method=method, backend=backend, precision=precision, sla=sla)
         with refusals(), apply(pipe, beside, base=base, measure_error=measure_error) as applied:
-            made = _call(pipe, settings, on_step, on_note, decode)
+            made = _call(pipe, settings, on_step, on_note, decode, crew)
             account = applied.report().last()
             return replace(made, report=account.attention, account=account)
     if method is None:
-        return _call(pipe, settings, on_step, on_note, decode)
+        return _call(pipe, settings, on_step, on_note, decode, crew)
     options: dict[str, Any] = {"backend": backend, "schedule": schedule, "measure_error": measure_error}
     options["precision"] = precision
     try:
@@ -165,7 +168,7 @@ def run(
     except (SLAError, VSAError) as error:
         raise BadInput("method", str(error).rstrip("."), value=method.name) from error
     with handle:
-        made = _call(pipe, settings, on_step, on_note, decode)
+        made = _call(pipe, settings, on_step, on_note, decode, crew)
         return replace(made, report=handle.report().last())
 
 
@@ -189,6 +192,7 @@ def _call(
     on_step: StepCallback | None,
     on_note: NoteCallback | None,
     decode: bool,
+    crew: Crew | None,
 ) -> Run:
     import torch
 
@@ -216,6 +220,7 @@ def _call(
         reading(pipe) as heard,
         stepped(pipe, step_ended) as told,
         _without_bars(pipe),
+        contextlib.nullcontext() if crew is None else crew.guidance(pipe) as shared,
     ):
         result = pipe(
             **call_arguments(pipe, row, settings),
@@ -225,15 +230,17 @@ def _call(
         )
     synchronise(device)
     seconds, cut = time.perf_counter() - start, tuple(heard.notes(settings))
+    notes = settings.notes
+    if crew is not None:
+        notes += (f"{'; '.join([crew.sharing.in_words(), *shared])}.",)
     if not decode:
-        return Run(None, seconds, tuple(ends), None, settings.notes, cut=cut)
+        return Run(None, seconds, tuple(ends), None, notes, cut=cut)
     frames = frames_of(row, settings, result)
     if not np.isfinite(frames).all():
         raise GenerationError(
             f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "
             "another dtype may help (bfloat16 or float32)."
         )
-    notes = settings.notes
     if len(frames) != settings.frames:
         notes = (*notes, f"The pipeline made {len(frames)} frames instead of {settings.frames}.")
     return Run(frames, seconds, tuple(ends), None, notes, sound_of(pipe, row, result), cut=cut)
@@ -294,7 +301,8 @@ def warm_up(
     single = replace(settings, steps=least, strength=None if settings.video is None else 1.0)
     if method is None:
         with contextlib.nullcontext() if applied is None else applied.warming_up():
-            return run(pipe, single).seconds
+            crew = options.get("crew")
+            return run(pipe, single, crew=crew, decode=crew is None or crew.process.first).seconds
     schedule = None if method.needs_weights else DenseSchedule()
     return run(pipe, single, method, schedule=schedule, decode=False, **options).seconds
 
@@ -306,15 +314,18 @@ def make_videos(
     warm: bool = False,
     on_stage: StageCallback | None = None,
     on_note: NoteCallback | None = None,
+    crew: Crew | None = None,
 ) -> Iterator[GeneratedVideo]:
     """Every video of a job, each as soon as it is there, so that a stop in a later run loses nothing.
+
+    Of several processes, all but the first make none: what they compute is in the first one's.
 
     Args:
         job: what to run.
         pipe: loaded for it.
         warm: an uncounted step before each run.
         on_stage: told of what happens.
-        on_note: see `run`.
+        on_note, crew: see `run`.
     """
     tell = on_stage or (lambda name, stage, done, total: None)
     options: dict[str, Any] = {
@@ -322,6 +333,7 @@ def make_videos(
         "precision": job.precision,
         "adapter": [adapter.path for adapter in job.sla],
         "base": None if job.pipe is not None else job.facts.location,
+        "crew": crew,
     }
     for name, method in job.methods.items():
 
@@ -336,5 +348,8 @@ def make_videos(
             warm_seconds = warm_up(pipe, job.settings, method, **options)
         tell(name, "steps", 0, job.settings.steps)
         more: dict[str, Any] = {"measure_error": job.measure_error, "on_step": stepped, "on_note": on_note}
+        if not job.process.first:
+            run(pipe, job.settings, method, **options, **more, decode=False)
+            continue
         video = make_video(pipe, job.settings, name, method, **options, **more)
         yield replace(video, warm_up_seconds=warm_seconds)

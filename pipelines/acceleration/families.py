@@ -285,7 +285,7 @@ def support_rows() -> list[dict[str, str]]:
 
 
 # What diffusers 0.42.1 itself gets wrong when these share a sequence, with sparse attention or without.
-_SHARING_FAULTS = {
+SHARING_FAULTS = {
     "LTX-Video": "not with a text mask, which its pipelines give",
     "LTX-2": "no: its plan leaves out a rotary embedding",
     "Helios": "not with amplified history",
@@ -298,8 +298,8 @@ def _several_gpus(family: Family) -> str:
     able = [name for name, cls in classes.items() if shares_sequences(cls)]
     if not able:
         return "no"
-    if family.name in _SHARING_FAULTS:
-        return _SHARING_FAULTS[family.name]
+    if family.name in SHARING_FAULTS:
+        return SHARING_FAULTS[family.name]
     return "yes" if len(able) == len(classes) else f"yes: {', '.join(able)}"
 
 

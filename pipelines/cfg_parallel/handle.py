@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +40,8 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
         transformers = find_transformers(pipe)
         guided = guidance_of(pipe)
         for name, (transformer, family) in transformers.items():
-            _check(pipe, name, transformer, family, guided)
+            check_pipeline(type(pipe), family, guided is not None)
+            check_not_compiled(pipe, name, transformer, "what is exchanged cannot be")
         pair = Pair(group)
         self.rank = pair.rank
         """The branch that this process computes: 0 the first one of a step, 1 the second."""
@@ -98,20 +98,22 @@ def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParall
     return CfgParallel(pipe, group)
 
 
-def _check(
-    pipe: Any, name: str, transformer: torch.nn.Module, family: Family, guided: Callable[[], bool] | None
-) -> None:
-    """Raise for what cannot be shared."""
-    kind = type(pipe).__name__
-    if any(c.__name__ in READS_BETWEEN for c in type(pipe).__mro__):
+def check_pipeline(kind: type, family: Family, tells: bool) -> None:
+    """Raise TypeError for pipelines whose guidance cannot be shared.
+
+    Args:
+        kind: class of the pipeline.
+        family: of its transformer.
+        tells: it says whether a step has two passes; see `guidance_branches.guidance_of` and `tells_guidance`.
+    """
+    if any(c.__name__ in READS_BETWEEN for c in kind.__mro__):
         raise TypeError(
-            f"a {kind} works on what the first pass of a step gave before it makes the second, so they cannot be made "
-            "at once. Share the sequence instead (Ulysses)."
+            f"a {kind.__name__} works on what the first pass of a step gave before it makes the second, so they cannot "
+            "be made at once. Share the sequence instead (Ulysses)."
         )
-    if family.branches == TWO and guided is None:
+    if family.branches == TWO and not tells:
         raise TypeError(
-            f"a {kind} does not say whether a step has two passes, so they cannot be shared: its guidance is "
+            f"a {kind.__name__} does not say whether a step has two passes, so they cannot be shared: its guidance is "
             "embedded, or made by true_cfg_scale. Share the sequence instead (Ulysses)."
         )
-    check_branches(type(pipe).__name__, family)
-    check_not_compiled(pipe, name, transformer, "what is exchanged cannot be")
+    check_branches(kind.__name__, family)

@@ -1,0 +1,201 @@
+"""The processes that make one video together, one for each GPU, and what of the work they share.
+
+Two things can be shared, alone or together: guidance, each of whose branches one process computes
+(`vidaccel.cfg_parallel`), and the sequence of tokens (Ulysses, diffusers' own). Which of them suits a request is known
+before weights are read.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import BadInput, mention
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..attention.layout import VideoLayout
+    from ..pipelines.presets import Preset
+    from .model_facts import ModelFacts
+    from .request import Settings
+
+GUIDANCE, SEQUENCE = "guidance", "sequence"
+SHARED = ("auto", GUIDANCE, SEQUENCE, "both")
+"""What a request can ask to have shared."""
+BY_PARTS = ("first_block", "seacache", "cache_dit")
+"""Caches that decide by what they see within the transformer: of a shared sequence each process sees another part."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of the processes, as torchrun tells it.
+
+    Args:
+        rank: among all of them. local: among those of this machine, and the number of its GPU. count: of them all.
+        here: how many this machine has.
+    """
+
+    rank: int = 0
+    local: int = 0
+    count: int = 1
+    here: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The one that decodes, writes and speaks."""
+        return self.rank == 0
+
+    @classmethod
+    def this(cls) -> Process:
+        """Of the environment; a process alone where nothing is said."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        if any(name not in os.environ for name in names):
+            return cls()
+        return cls(*(int(os.environ[name]) for name in names))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How many processes share guidance, 1 or 2, and how many each sequence."""
+
+    guidance: int = 1
+    sequence: int = 1
+    anything: bool = False
+    """Whether the parts of a sequence, or of its heads, differ in size."""
+
+    @property
+    def processes(self) -> int:
+        return self.guidance * self.sequence
+
+    def in_words(self) -> str:
+        parts = ["guidance by two"] if self.guidance > 1 else []
+        parts += [f"each sequence by {self.sequence}"] if self.sequence > 1 else []
+        return f"{self.processes} processes share {' and '.join(parts)}" if parts else "one process"
+
+
+ALONE, NOTHING = Process(), Sharing()
+
+
+def check_count(count: int, device: torch.device, here: int) -> None:
+    """Raise BadInput for more processes on a machine than it has GPUs.
+
+    Args:
+        count: of all. device: of the request. here: how many of them are on this machine.
+    """
+    import torch
+
+    if count == 1:
+        return
+    if device.index is not None:
+        raise BadInput(
+            "device", f"each of the {mention('processes')} has its own", f"Give {device.type}.", value=device
+        )
+    there = here if device.type == "cpu" else torch.accelerator.device_count()
+    if here > there:
+        what = f"each has a device of its own, and there are {there}"
+        raise BadInput("processes", what, f"Give {there} at the most.", value=here)
+
+
+def share_out(
+    count: int,
+    wanted: str,
+    facts: ModelFacts,
+    settings: Settings,
+    layout: VideoLayout,
+    one_pass: bool,
+    beside: Preset | None,
+) -> Sharing:
+    """What of a request so many processes share.
+
+    Args:
+        count: of processes.
+        wanted: of `SHARED`; "auto" shares guidance where it can be and the number is even, and the sequence by what is
+            left.
+        facts, settings, layout: of the model and the video.
+        one_pass: guidance is in one pass.
+        beside: what runs beside sparse attention.
+
+    Raises:
+        BadInput: it cannot be, and why.
+    """
+    if wanted not in SHARED:
+        raise BadInput("share", f"it must be {', '.join(SHARED[:-1])} or {SHARED[-1]}", value=wanted)
+    if count == 1:
+        if wanted != "auto":
+            problem = "is of no use: one process has nothing to share"
+            raise BadInput("share", problem, f"Give {mention('processes')}, or start it by torchrun.")
+        return NOTHING
+    why_not_guidance = _unshared_guidance(facts, settings, one_pass, beside)
+    branches = 2 if wanted in (GUIDANCE, "both") or (wanted == "auto" and not why_not_guidance and not count % 2) else 1
+    if branches == 2 and why_not_guidance:
+        raise BadInput("share", why_not_guidance, f"Give {SEQUENCE}.", value=wanted)
+    if branches == 2 and (count % 2 or (wanted == GUIDANCE and count != 2)):
+        least = "2" if wanted == GUIDANCE else "an even number"
+        raise BadInput("processes", f"guidance has two branches, and {mention('share')} is {wanted}", f"Give {least}.",
+                       value=count)  # fmt: skip
+    sequence = count // branches
+    if sequence == 1:
+        if wanted == "both":
+            raise BadInput("processes", "guidance alone takes two", "Give 4 or another even number.", value=count)
+        return Sharing(branches)
+    if why := _unshared_sequence(facts, beside):
+        fix = "" if why_not_guidance else f"Guidance can be shared, by 2 {mention('processes')}."
+        if wanted in ("auto", GUIDANCE):
+            raise BadInput("processes", why, fix, value=count)
+        raise BadInput("share", why, fix, value=wanted)
+    heads, _ = facts.row.heads(facts.transformer)
+    anything = bool(heads % sequence or layout.tokens % sequence)
+    if -(-heads // sequence) * (sequence - 1) >= heads:
+        problem = f"{sequence} share each sequence, of which each needs heads of its own, and the model has {heads}"
+        raise BadInput("processes", problem, "Give fewer.", value=count)
+    return Sharing(branches, sequence, anything)
+
+
+def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, beside: Preset | None) -> str:
+    """Why no two processes can share the guidance of a request; "" where they can."""
+    from ..pipelines.acceleration.families import FAMILIES
+    from ..pipelines.cfg_parallel.handle import check_pipeline
+    from ..pipelines.guidance_branches import tells_guidance
+    from ..pipelines.loading import find_class
+
+    if one_pass:
+        return "guidance is in one pass, so there is no second one to share"
+    if settings.guidance_scale is None or settings.guidance_scale <= 1:
+        return "there is no guidance to share"
+    if beside is not None and beside.guidance_cache is not None:
+        return "the guidance cache leaves second passes out, so there is little to share"
+    family = next((f for f in FAMILIES if facts.pipeline_class in f.pipelines), None)
+    if family is None:
+        return f"the branches of a {facts.pipeline_class} are not known"
+    kind = find_class(facts.pipeline_class)
+    try:
+        check_pipeline(kind, family, tells_guidance(kind))
+    except TypeError as error:
+        return str(error).split(". Share")[0].split(": its")[0]
+    return ""
+
+
+def _unshared_sequence(facts: ModelFacts, beside: Preset | None) -> str:
+    """Why processes cannot share a sequence; "" where they can."""
+    import diffusers
+
+    from ..pipelines.acceleration.families import FAMILIES, SHARING_FAULTS
+    from ..pipelines.acceleration.ulysses import shares_sequences
+
+    name = str(facts.transformer.get("_class_name", ""))
+    family = next((f for f in FAMILIES if name in f.transformers), None)
+    if family is None or not shares_sequences(getattr(diffusers, name)):
+        return f"diffusers cannot share the sequence of a {name or facts.pipeline_class}"
+    if family.name in SHARING_FAULTS:
+        return f"diffusers cannot share the sequence of {family.name}: {SHARING_FAULTS[family.name]}"
+    cache = None if beside is None else beside.cache
+    if cache is not None and cache.name in BY_PARTS:
+        return (
+            f"the cache {cache.name} decides by what it sees within the transformer, of which each process has another "
+            "part, so one would skip what another waits for; forecast decides by the whole"
+        )
+    if beside is not None and beside.compile is not None:
+        return "compiled blocks have not been run with a shared sequence"
+    return ""

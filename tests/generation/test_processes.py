@@ -1,0 +1,124 @@
+"""What several processes share of a request, as it is known before weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vidaccel import GuidanceCache, Preset
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.model_facts import inspect_model
+from vidaccel.generation.processes import Process, Sharing, check_count, share_out
+from vidaccel.generation.request import Settings
+from vidaccel.pipelines.presets import Cache, Compile
+
+WAN = inspect_model("demo")
+WIDE = replace(WAN, transformer={**WAN.transformer, "num_attention_heads": 12})
+
+
+def shared(count, wanted="auto", facts=WIDE, *, one_pass=False, beside=None, **settings) -> Sharing:
+    checked = Settings("a dot", **settings).sized(facts)
+    return share_out(count, wanted, facts, checked, checked.layout(facts), one_pass, beside)
+
+
+def other(pipeline: str, transformer: str):
+    """The facts of a model of another class, as far as they count here."""
+    row = SimpleNamespace(heads=lambda config: (12, 64))
+    return SimpleNamespace(
+        pipeline_class=pipeline,
+        transformer={"_class_name": transformer},
+        row=row,
+        name=pipeline,
+        most_steps=None,
+    )
+
+
+def out_of(count, wanted, facts) -> Sharing:
+    layout = WAN.layout(33, 128, 128)
+    return share_out(count, wanted, facts, Settings("a dot", guidance_scale=5.0), layout, False, None)
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "more", "made"),
+    [
+        (1, "auto", {}, Sharing(1, 1)),
+        (2, "auto", {}, Sharing(2, 1)),
+        (3, "auto", {}, Sharing(1, 3)),
+        (4, "auto", {}, Sharing(2, 2)),
+        (2, "sequence", {}, Sharing(1, 2)),
+        (4, "sequence", {}, Sharing(1, 4)),
+        (2, "sequence", {"facts": WAN}, Sharing(1, 2, anything=True)),  # 3 heads
+        (8, "both", {}, Sharing(2, 4)),
+        (4, "auto", {"guidance_scale": 1.0}, Sharing(1, 4)),
+        (4, "auto", {"one_pass": True}, Sharing(1, 4)),
+        (2, "auto", {"beside": Preset(guidance_cache=GuidanceCache(every=4))}, Sharing(1, 2)),
+        (2, "auto", {"beside": Preset(cache=Cache("first_block"))}, Sharing(2, 1)),
+        (4, "auto", {"beside": Preset(cache=Cache("forecast"))}, Sharing(2, 2)),
+    ],
+)
+def test_what_is_shared(count, wanted, more, made):
+    assert shared(count, wanted, **more) == made
+    assert made.processes == count
+    assert made.in_words().startswith("one process" if count == 1 else f"{count} processes share ")
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "more", "message"),
+    [
+        (1, "guidance", {}, "^share is of no use: one process has nothing to share. Give processes"),
+        (2, "all", {}, "^share is all: it must be auto, guidance, sequence or both"),
+        (4, "guidance", {}, "^processes is 4: guidance has two branches, .* Give 2"),
+        (3, "both", {}, "^processes is 3: .* Give an even number"),
+        (2, "both", {}, "^processes is 2: guidance alone takes two. Give 4"),
+        (2, "guidance", {"guidance_scale": 1.0}, "^share is guidance: there is no guidance to share. Give sequence"),
+        (2, "guidance", {"one_pass": True}, "guidance is in one pass"),
+        (7, "sequence", {"facts": WAN}, "^processes is 7: .* the model has 3. Give fewer"),
+        (2, "sequence", {"beside": Preset(cache=Cache("seacache"))}, "^share is sequence: the cache seacache decides"),
+        (4, "auto", {"beside": Preset(cache=Cache("first_block"))}, "^processes is 4: the cache first_block .* by 2"),
+        (4, "auto", {"beside": Preset(compile=Compile())}, "^processes is 4: compiled blocks have not been run"),
+    ],
+)
+def test_what_cannot_be_shared(count, wanted, more, message):
+    with pytest.raises(BadInput, match=message):
+        shared(count, wanted, **more)
+
+
+def test_families_whose_sequence_or_guidance_cannot_be_shared():
+    hunyuan = other("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel")
+    with pytest.raises(BadInput, match="diffusers cannot share the sequence of a HunyuanVideoTransformer3DModel"):
+        out_of(2, "sequence", hunyuan)
+    with pytest.raises(BadInput, match="^share is guidance: a HunyuanVideoPipeline does not say .* shared. Give seq"):
+        out_of(2, "guidance", hunyuan)
+    ltx = other("LTXPipeline", "LTXVideoTransformer3DModel")
+    with pytest.raises(BadInput, match="the sequence of LTX-Video: not with a text mask.* Guidance can be shared, by"):
+        out_of(4, "auto", ltx)
+    assert out_of(2, "auto", ltx) == Sharing(2, 1)
+    assert out_of(2, "auto", other("HunyuanVideo15Pipeline", "HunyuanVideo15Transformer3DModel")) == Sharing(2, 1)
+    cosmos = other("Cosmos2VideoToWorldPipeline", "CosmosTransformer3DModel")
+    with pytest.raises(BadInput, match="works on what the first pass of a step gave before it makes the second"):
+        out_of(2, "guidance", cosmos)
+
+
+def test_each_process_has_a_device(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    gpu = torch.device("cuda")
+    check_count(2, gpu, 2)
+    check_count(16, gpu, 2)  # of eight machines
+    check_count(16, torch.device("cpu"), 16)
+    with pytest.raises(BadInput, match="^processes is 4: each has a device of its own, and there are 2. Give 2"):
+        check_count(4, gpu, 4)
+    with pytest.raises(BadInput, match="^device is cuda:1: each of the processes has its own. Give cuda"):
+        check_count(2, torch.device("cuda:1"), 2)
+
+
+def test_the_process_is_that_of_the_environment(monkeypatch):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert Process.this() == Process() and Process().first
+    for name, value in zip(names, (5, 1, 8, 4), strict=True):
+        monkeypatch.setenv(name, str(value))
+    assert Process.this() == Process(5, 1, 8, 4) and not Process.this().first
