@@ -184,10 +184,10 @@ def _unshared_sequence(facts: ModelFacts, beside: Preset | None) -> str:
     from ..pipelines.acceleration.families import FAMILIES, SHARING_FAULTS
     from ..pipelines.acceleration.ulysses import shares_sequences
 
-    name = str(facts.transformer.get("_class_name", ""))
-    family = next((f for f in FAMILIES if name in f.transformers), None)
-    if family is None or not shares_sequences(getattr(diffusers, name)):
-        return f"diffusers cannot share the sequence of a {name or facts.pipeline_class}"
+    named = str(facts.transformer.get("_class_name", ""))  # weights of an adapter alone do not say it
+    family = next((f for f in FAMILIES if named in f.transformers or facts.pipeline_class in f.pipelines), None)
+    if family is None or not shares_sequences(getattr(diffusers, named or family.transformers[0])):
+        return f"diffusers cannot share the sequence of a {named or facts.pipeline_class}"
     if family.name in SHARING_FAULTS:
         return f"diffusers cannot share the sequence of {family.name}: {SHARING_FAULTS[family.name]}"
     cache = None if beside is None else beside.cache

@@ -52,6 +52,7 @@ def out_of(count, wanted, facts) -> Sharing:
         (4, "sequence", {}, Sharing(1, 4)),
         (2, "sequence", {"facts": WAN}, Sharing(1, 2, anything=True)),  # 3 heads
         (8, "both", {}, Sharing(2, 4)),
+        (2, "sequence", {"facts": inspect_model("demo-dc")}, Sharing(1, 2, anything=True)),
         (4, "auto", {"guidance_scale": 1.0}, Sharing(1, 4)),
         (4, "auto", {"one_pass": True}, Sharing(1, 4)),
         (2, "auto", {"beside": Preset(guidance_cache=GuidanceCache(every=4))}, Sharing(1, 2)),
