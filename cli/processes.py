@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -79,15 +80,14 @@ def start(count: int) -> int:
 
 def _work(rank: int, count: int, port: int, folder: str) -> None:
     """One of the processes; the command is in `sys.argv`, as in the one that started it."""
-    from . import main
-
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if rank:
         with open(_log(folder, rank), "wb") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
-    main()
+    assert __package__ is not None
+    runpy.run_module(__package__, run_name="__main__")
 
 
 def _tell(failed: ProcessExitedException, first: int | None, count: int, folder: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
-from unittest import mock
 
 from .errors import BadInput
 from .processes import Process, Sharing
@@ -14,6 +13,7 @@ from .processes import Process, Sharing
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from torch.distributed.device_mesh import DeviceMesh
 
     from .job import Job
 
@@ -31,7 +31,7 @@ class Crew:
 
     def __init__(self, sharing: Sharing, device: torch.device, process: Process) -> None:
         self.sharing, self.process = sharing, process
-        self._device, self._mesh = device, None
+        self._mesh: DeviceMesh | None = None
         if sharing.sequence > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
@@ -46,19 +46,12 @@ class Crew:
         """
         if self._mesh is None:
             return
-        from diffusers import ContextParallelConfig
-
         from ..pipelines.acceleration.families import find_transformers
+        from ..pipelines.acceleration.ulysses import share_sequence
 
         for transformer, _ in find_transformers(pipe).values():
-            config = ContextParallelConfig(
-                ulysses_degree=self.sharing.sequence,
-                ulysses_anything=self.sharing.anything,
-                mesh=self._mesh["ring", "ulysses"],
-            )
             try:
-                with self._counted():
-                    transformer.enable_parallelism(config=config)
+                share_sequence(transformer, self._mesh["ring", "ulysses"], self.sharing.anything)
             except (RuntimeError, ValueError) as error:
                 raise BadInput("processes", str(error).rstrip("."), value=self.process.count) from error
 
@@ -69,20 +62,11 @@ class Crew:
         if self.sharing.guidance == 1:
             yield said
             return
-        from ..pipelines.cfg_parallel import cfg_parallel
+        from ..pipelines.cfg_parallel.handle import cfg_parallel
 
         with cfg_parallel(pipe, None if self._mesh is None else self._mesh["guidance"].get_group()) as handle:
             yield said
             said.append(handle.note())
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Diffusers divides by the number of accelerators, of which a CPU has none."""
-        if self._device.type != "cpu":
-            yield
-            return
-        with mock.patch("torch.accelerator.device_count", lambda: 1):
-            yield
 
 
 @contextlib.contextmanager

@@ -179,17 +179,11 @@ def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, be
 
 def _unshared_sequence(facts: ModelFacts, beside: Preset | None) -> str:
     """Why processes cannot share a sequence; "" where they can."""
-    import diffusers
+    from ..pipelines.acceleration.families import unshared_sequence
 
-    from ..pipelines.acceleration.families import FAMILIES, SHARING_FAULTS
-    from ..pipelines.acceleration.ulysses import shares_sequences
-
-    named = str(facts.transformer.get("_class_name", ""))  # weights of an adapter alone do not say it
-    family = next((f for f in FAMILIES if named in f.transformers or facts.pipeline_class in f.pipelines), None)
-    if family is None or not shares_sequences(getattr(diffusers, named or family.transformers[0])):
-        return f"diffusers cannot share the sequence of a {named or facts.pipeline_class}"
-    if family.name in SHARING_FAULTS:
-        return f"diffusers cannot share the sequence of {family.name}: {SHARING_FAULTS[family.name]}"
+    # The weights of an adapter alone do not say which class they are for.
+    if why := unshared_sequence(facts.pipeline_class, str(facts.transformer.get("_class_name", ""))):
+        return why
     cache = None if beside is None else beside.cache
     if cache is not None and cache.name in BY_PARTS:
         return (

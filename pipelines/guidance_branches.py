@@ -33,7 +33,7 @@ def guidance_of(pipe: Any) -> Callable[[], bool] | None:
 def tells_guidance(kind: type) -> bool:
     """Whether a pipeline of a class has what `guidance_of` asks."""
     guided = hasattr(kind, "do_classifier_free_guidance") or kind.__name__.startswith("Kandinsky5")
-    return guided or "guider" in inspect.signature(kind.__init__).parameters
+    return guided or "guider" in inspect.signature(kind).parameters
 
 
 def check_branches(kind: str, family: Family) -> None:

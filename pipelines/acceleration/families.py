@@ -285,7 +285,7 @@ def support_rows() -> list[dict[str, str]]:
 
 
 # What diffusers 0.42.1 itself gets wrong when these share a sequence, with sparse attention or without.
-SHARING_FAULTS = {
+_SHARING_FAULTS = {
     "LTX-Video": "not with a text mask, which its pipelines give",
     "LTX-2": "no: its plan leaves out a rotary embedding",
     "Helios": "not with amplified history",
@@ -298,9 +298,22 @@ def _several_gpus(family: Family) -> str:
     able = [name for name, cls in classes.items() if shares_sequences(cls)]
     if not able:
         return "no"
-    if family.name in SHARING_FAULTS:
-        return SHARING_FAULTS[family.name]
+    if family.name in _SHARING_FAULTS:
+        return _SHARING_FAULTS[family.name]
     return "yes" if len(able) == len(classes) else f"yes: {', '.join(able)}"
+
+
+def unshared_sequence(pipeline: str, transformer: str) -> str:
+    """Why processes cannot share the sequence of a model with diffusers; "" where they can.
+
+    Args:
+        pipeline: class of the pipeline. transformer: class of its transformer; "" where that is not known.
+    """
+    family = next((f for f in FAMILIES if transformer in f.transformers or pipeline in f.pipelines), None)
+    if family is None or not shares_sequences(getattr(diffusers, transformer or family.transformers[0])):
+        return f"diffusers cannot share the sequence of a {transformer or pipeline}"
+    why = _SHARING_FAULTS.get(family.name)
+    return f"diffusers cannot share the sequence of {family.name}: {why}" if why else ""
 
 
 def supported_pipelines() -> list[str]:

@@ -7,11 +7,14 @@ That is all that a plan needs, so a sparse call is this exchange by diffusers' o
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import gather_size_by_comm
 from diffusers.models.attention_dispatch import (
     SeqAllToAllDim,
@@ -20,6 +23,9 @@ from diffusers.models.attention_dispatch import (
 )
 
 from .rank_heads import RankHeads
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SEQUENCE, HEADS = 1, 2  # dimensions of what is exchanged, `[B, N, H, D]`
 
@@ -132,6 +138,24 @@ class Ulysses:
         else:
             x = SeqAllToAllDim.apply(self.group, x, SEQUENCE, HEADS)
         return heads.restored(x.transpose(1, 2))
+
+
+def share_sequence(transformer: Any, mesh: DeviceMesh, anything: bool) -> None:
+    """Have diffusers share the sequence of a transformer, for good.
+
+    Args:
+        transformer: of a class with a plan for it.
+        mesh: of the processes, with the dimensions "ring", of one, and "ulysses"; also of a CPU.
+        anything: whether parts may differ in size.
+
+    Raises:
+        RuntimeError, ValueError: diffusers refuses it.
+    """
+    config = ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), ulysses_anything=anything, mesh=mesh)
+    # Diffusers divides by the number of accelerators, of which a CPU has none.
+    on_cpu = mesh.device_type == "cpu"
+    with mock.patch("torch.accelerator.device_count", lambda: 1) if on_cpu else contextlib.nullcontext():
+        transformer.enable_parallelism(config=config)
 
 
 def shares_sequences(cls: type) -> bool:
