@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 from .processes import Process, Sharing
@@ -79,9 +79,11 @@ def joined(job: Job) -> Iterator[Crew | None]:
     if process.count == 1:
         yield None
         return
+    own: dict[str, Any] = {}
     if device.type != "cpu":
         torch.accelerator.set_device_index(process.local)
-    dist.init_process_group(dist.get_default_backend_for_device(device), timeout=WAIT)
+        own["device_id"] = device
+    dist.init_process_group(dist.get_default_backend_for_device(device), timeout=WAIT, **own)
     try:
         yield Crew(job.sharing, device, process)
         dist.barrier()  # nobody leaves while the first one still writes
