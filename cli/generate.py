@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..generation.errors import worded
+from ..generation.errors import mention, refuse_given, worded
 from ..generation.processes import Process
 from .errors import one_line_errors, option
 from .options import (
@@ -226,6 +226,7 @@ def generate_command(
         from ..generation.api import carry_out, check_files_of, check_outputs, compared
         from ..generation.job import prepare
         from ..generation.model_places import DEMOS
+        from ..generation.outputs import check_file
         from ..generation.presets import request_preset
         from ..generation.progress import bars
         from ..generation.report import write_report
@@ -250,6 +251,8 @@ def generate_command(
             face_video,
             pipeline_arguments(pipeline_option or []),
         )
+        refuse_given({"warm_up": not (warm_up or compare)}, f"of {mention('compare')} alone")
+        check_file("out", out, ".mp4")
         page = out.with_name(f"{out.stem}.report.html") if compare and report is None else report
         check_outputs(out, page, compare)
         use_threads(threads)  # before what was measured with as many is looked up
@@ -285,10 +288,10 @@ def generate_command(
         check_files_of(job, out, page)
         if not method:
             typer.echo(worded(f"method {', '.join(job.methods)}: {job.why}", option))
-        for note in (*filter(None, [job.hint]), *job.notes):
+        # What is cut off pictures and videos is known before the weights are read, and told again with each video.
+        said = [worded(note) for note in job.settings.notes]
+        for note in (*filter(None, [job.hint]), *job.notes, *job.settings.notes):
             typer.echo(worded(note, option))
-
-        said = []
 
         def told(note: str) -> None:
             said.append(worded(note))

@@ -165,7 +165,7 @@ def _print_table(made: Waterfall) -> None:
         cells += [format_psnr(row.mean_psnr) if number else "–"]
         cells += [f"{sum(row.right)}/{len(row.right)}"] if checked else []
         computed, skipped = row.forwards
-        table.add_row(*cells, f"{computed} of {computed + skipped}")
+        table.add_row(*cells, f"{computed:g} of {computed + skipped:g}")
     console = Console()
     console.print(table, markup=False)
     for note in [*made.notes, *(f"{name}: {note}." for name, note in row_notes(made.rows))]:

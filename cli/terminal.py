@@ -41,6 +41,9 @@ def print_summary(
     table.add_column("method")
     for title in ("time", "density", *(("PSNR", "SSIM") if comparison else ())):
         table.add_column(title, justify="right")
+    skipping = any(video.account is not None and video.account.counts()["skipped"] for video in videos)
+    if skipping:  # the density is of what was computed
+        table.add_column("computed", justify="right")
     table.add_column("file", overflow="fold")
     for video in videos:
         density = "100 %" if video.report is None else f"{100 * video.report.mean_density():.0f} %"
@@ -48,6 +51,9 @@ def print_summary(
         if comparison:
             metrics = comparison.metrics.get(video.name)
             row += [format_psnr(metrics.mean_psnr), f"{metrics.mean_ssim:.3f}"] if metrics else ["–", "–"]
+        if skipping:
+            counts = None if video.account is None else video.account.counts()
+            row.append("all" if counts is None else f"{counts['computed']} of {counts['forwards']}")
         table.add_row(*row, str(files[video.name]))
     Console().print(table)
     for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures

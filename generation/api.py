@@ -276,6 +276,11 @@ def _carried_out(
                 quantise_for_good(pipe, job.beside, job.device, job.facts.location)
         if note := _before_the_steps(job, pipe):
             on_note(note)
+    if job.compare and job.beside is not None:  # else it would be refused after the dense video, which has none of it
+        from ..pipelines.presets.checks import check_preset
+
+        with refusals():
+            check_preset(pipe, job.beside, None if job.pipe is not None else job.facts.location)
     if crew is not None:
         crew.share_sequences(pipe)
     videos, said = [], set()

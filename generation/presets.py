@@ -168,8 +168,7 @@ def check_beside(
         device: where it will run, where that is known.
     """
     from ..pipelines.acceleration.families import FAMILIES
-    from ..pipelines.presets import PresetError
-    from ..pipelines.presets.checks import differences
+    from ..pipelines.presets.checks import check_source, differences, scheduler_class
     from ..pipelines.presets.packages import check_packages
 
     family = next((f.name for f in FAMILIES if facts.pipeline_class in f.pipelines), "")
@@ -185,10 +184,11 @@ def check_beside(
         raise BadInput("offload", problem, "Offload whole parts: in 8 bits a transformer takes half.")
     if preset.compile is not None and (why := uncompiled(offload, device)):
         raise BadInput("compile", f"cannot be used: {why}", f"Leave {mention('compile')} out.")
-    try:
+    with refusals():
         check_packages(preset)
-    except PresetError as error:
-        raise refused(error) from error
+        if preset.scheduler is not None:
+            scheduler_class(preset.scheduler)
+        check_source(preset.decoder)
     if preset.guidance_free and settings.guidance_scale is not None and settings.guidance_scale <= 1:
         raise BadInput("guidance_scale", "the preset puts guidance into one pass, and 1 is none", "Raise it.", value=1)
 

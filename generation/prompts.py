@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .errors import BadInput
+from .values import check_seed, text, whole_number
 
 
 def prompts_with_seeds(
@@ -17,14 +18,23 @@ def prompts_with_seeds(
         seeds: one each, or the first of as many.
 
     Raises:
-        BadInput: no prompt, or another number of seeds.
+        BadInput: no prompt, an empty one, another number of seeds, or one out of its bounds.
     """
-    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if not texts:
+    given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not given:
         raise BadInput("prompts", "there are none", "Give at least one.")
-    numbers = tuple(seeds + i for i in range(len(texts))) if isinstance(seeds, int) else tuple(seeds)
+    texts = tuple(text("prompts", prompt) for prompt in given)
+    if any(not prompt.strip() for prompt in texts):
+        raise BadInput("prompts", "one of them is empty", "Say what each video shows, or leave it out.")
+    if isinstance(seeds, Iterable) and not isinstance(seeds, str):
+        numbers = tuple(whole_number("seeds", seed) for seed in seeds)
+    else:
+        first = whole_number("seeds", seeds)
+        numbers = tuple(first + i for i in range(len(texts)))
     if len(numbers) != len(texts):
         raise BadInput("seeds", f"there are {len(numbers)}, for {len(texts)} prompts", "Give one each, or the first.")
+    for seed in numbers:
+        check_seed("seeds", seed)
     return texts, numbers
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, mention
 from .pipeline_options import check_options
-from .values import number, text, whole_number
+from .values import check_seed, number, text, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .inputs import VideoSource
     from .model_facts import ModelFacts
 
-MAX_SEED = 2**63 - 1
 DEFAULT_FPS = 16.0
 """Of a video whose model is not known."""
 MIN_FPS, MAX_FPS = 1, 240
@@ -77,8 +76,7 @@ class Settings:
         guidance = self.guidance_scale
         if guidance is not None and not 1 <= guidance < float("inf"):
             raise BadInput("guidance_scale", "it must be at least 1 (1 switches guidance off)", value=guidance)
-        if not 0 <= self.seed <= MAX_SEED:
-            raise BadInput("seed", f"it must be between 0 and {MAX_SEED}", value=self.seed)
+        check_seed("seed", self.seed)
         if self.fps is not None and not MIN_FPS <= self.fps <= MAX_FPS:
             raise BadInput("fps", f"it must be at least {MIN_FPS} and at most {MAX_FPS}", value=self.fps)
         if self.strength is not None and not 0 < self.strength <= 1:

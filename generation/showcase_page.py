@@ -68,7 +68,7 @@ def _rows(made: Showcase) -> list[dict[str, Any]]:
                 "width": 100 * row.median / slowest,
                 "gain": fall.gain(row),
                 "range": fall.gain_range(row),
-                "passes": sum(row.forwards),
+                "passes": f"{sum(row.forwards):g}",
                 "psnr": near,
                 "accuracy": accuracy,
                 "right": None if row.right is None else row.right[0],

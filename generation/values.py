@@ -10,12 +10,20 @@ from typing import Any
 
 from .errors import BadInput
 
+MAX_SEED = 2**63 - 1
+
 
 def whole_number(field: str, value: Any) -> int:
     """An int; 5.0 and numpy's numbers will do. Raise BadInput for anything else."""
     if _is_number(value) and value == int(value):
         return int(value)
     raise BadInput(field, "it must be a whole number", value=repr(value))
+
+
+def check_seed(field: str, seed: int) -> None:
+    """Raise BadInput for a seed that torch does not take."""
+    if not 0 <= seed <= MAX_SEED:
+        raise BadInput(field, f"it must be between 0 and {MAX_SEED}", value=seed)
 
 
 def number(field: str, value: Any) -> float:

@@ -49,7 +49,7 @@ class Row:
         seconds: of whole calls of the pipeline, one list a round, one number a prompt.
         psnr: dB to the first row, one a prompt; infinite where it is the same.
         right: whether each video shows what its prompt says; None where nothing checks it.
-        forwards: passes of the transformer in a run, computed and skipped.
+        forwards: passes of the transformer in a call, computed and skipped, the mean over the prompts.
         sample: frames of the first prompt, `[F, H, W, 3]` uint8.
         notes: of the run, in sentences.
     """
@@ -60,7 +60,7 @@ class Row:
     seconds: tuple[tuple[float, ...], ...]
     psnr: tuple[float, ...]
     right: tuple[bool, ...] | None
-    forwards: tuple[int, int]
+    forwards: tuple[float, float]
     sample: np.ndarray
     notes: tuple[str, ...] = ()
 
@@ -378,21 +378,22 @@ def _measure(
             name = stage.name if stage.name == BASE else f"+ {stage.name}"
             tell(name, "warm-up", number * len(prompts), rounds * len(prompts))
             with _at_work(models, stage, settings) as (pipe, handle):
-                taken, videos = [], []
+                taken, videos, passes = [], [], []
                 cut: list[str] = []
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                    handle.reset()
                     made = run(pipe, replace(settings, prompt=prompt, seed=seed))
                     taken.append(made.seconds)
+                    account = handle.report()
+                    passes.append(account.counts())  # a cache that goes by content skips more of some
                     cut += map(worded, made.cut)
                     if not number:
                         videos.append((made.frames * 255).round().astype(np.uint8))
                     tell(name, f"round {number + 1}", number * len(prompts) + i + 1, rounds * len(prompts))
-                account = handle.report()
             seconds[place].append(tuple(taken))
             if number:
                 continue
             reference = reference or videos
-            counts = account.last().counts()
             rows.append(
                 Row(
                     stage,
@@ -401,12 +402,17 @@ def _measure(
                     (),
                     tuple(_psnr(a, b) for a, b in zip(reference, videos, strict=True)),
                     None if checker is None else tuple(checker(v, p) for v, p in zip(videos, prompts, strict=True)),
-                    (counts["computed"], counts["skipped"]),
+                    (_mean(passes, "computed"), _mean(passes, "skipped")),
                     videos[0],
                     (*account.notes, *dict.fromkeys(cut)),
                 )
             )
     return (replace(row, seconds=tuple(each)) for row, each in zip(rows, seconds, strict=True))
+
+
+def _mean(counts: Sequence[Mapping[str, int]], name: str) -> float:
+    mean = statistics.fmean(each[name] for each in counts)
+    return int(mean) if mean.is_integer() else round(mean, 1)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from ..attention import METHODS as SPARSE_METHODS
 from ..generation.errors import BadInput
 from ..generation.machine import DTYPES
 from ..generation.methods import DEFAULT_METHOD
-from ..generation.request import MAX_SEED, Settings
+from ..generation.request import Settings
 from ..generation.run import StepCallback
+from ..generation.values import MAX_SEED
 from . import pipelines, previews
 from .acceleration import METHODS, Acceleration
 from .adapter_files import State, state_of_pipeline

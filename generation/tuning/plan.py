@@ -21,7 +21,7 @@ from ..request import Settings
 from ..sparse import Sparse
 from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
-from .journal import Journal
+from .journal import FILE, Journal
 from .space import CACHES, EFFORTS, LEVERS, LayersLever, guidance_levers, layers_levers, quantize_levers
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _NO_ERROR = "an adapter makes other passes than the dense run, so its steps have no error against it"
 PRESET = "preset.yaml"
 PAGE = "tune.html"
+DATA = "tune.json"
 """Files in the folder, beside the journal."""
 
 
@@ -96,8 +97,9 @@ def planned(
         facts: of a loaded pipeline, where its loader knows more than it does itself.
     """
     texts, numbers = prompts_with_seeds(prompts, seeds)
+    levers, methods, caches = ([each] if isinstance(each, str) else each for each in (levers, methods, caches))
     for field, names, known in (("levers", levers, LEVERS), ("caches", caches, CACHES), ("effort", [effort], EFFORTS)):
-        for name in [names] if isinstance(names, str) else names:
+        for name in names:
             if name not in known:
                 raise BadInput(field, f"there is none of that name{nearest(name, known)}", value=name)
     if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 1:
@@ -107,6 +109,7 @@ def planned(
     if folder.exists() and not folder.is_dir():
         raise BadInput("out", "it is a file", "Give a folder; it is made where it is not there.", value=folder)
     check_writable("out", folder / PAGE, value=folder)
+    _check_own(folder)
     for method in methods:
         check_method(method)
     job = prepare(str(model) if isinstance(model, Path) else model, wanted, Sparse(methods=("dense",)), **placing)
@@ -141,6 +144,14 @@ def planned(
             "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
         )
     return Plan(job, budget, texts, numbers, **chosen, effort=effort, most=confirm, dropped=dropped, out=folder)
+
+
+def _check_own(folder: Path) -> None:
+    """Raise BadInput for a folder with files of the names that are written, and replaced, where no search made them."""
+    for name in (PRESET, PAGE, DATA):
+        if (folder / name).exists() and not (folder / FILE).exists():
+            problem = f"it has a {name} that no search has made, which would be replaced"
+            raise BadInput("out", problem, "Give another folder.", value=folder)
 
 
 def check_method(name: str, field: str = "methods") -> None:

@@ -26,6 +26,7 @@ from ..guidance_branches import TWO
 from ..guidance_cache.handle import check_guidance_cache
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
+from ..locations import is_hub_id, is_single_file
 from ..tiny_decoder.source import TinyDecoderError, find_decoder
 from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache, check_none_by_hand
@@ -275,6 +276,15 @@ def apart_from_caches(parts: Mapping[str, tuple[Any, Family]], cache: str) -> st
             problem = f"{family.name} has both branches in a batch, of which the guidance cache takes one out in some"
             return f"{problem} steps, and {cache} compares batches of one size"
     return None
+
+
+def check_source(decoder: str | None) -> None:
+    """Raise PresetError for a tiny decoder that is no file, no folder and no hub id; one that is has to be read."""
+    if decoder is None or decoder == OWN or Path(decoder).expanduser().exists():
+        return
+    if is_hub_id(decoder) and not is_single_file(decoder):
+        return
+    raise PresetError("decoder", "there is no such file or folder", value=decoder)
 
 
 def _decoder(pipe: Any, preset: Preset) -> tuple[TinyVideoDecoder, str] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..locations import is_hub_id, is_single_file
 from ..nearest_name import nearest
 from ..plain_content import content_of
 from .errors import PresetError
@@ -82,4 +83,12 @@ def absolute(preset: Preset) -> Preset:
         sla=tuple(str(Path(place).resolve()) for place in preset.sla),
         guidance_free=tuple(place if place == OWN else str(Path(place).resolve()) for place in preset.guidance_free),
         loras=tuple(replace(lora, path=Path(lora.path).resolve()) for lora in preset.loras),
+        decoder=_whole(preset.decoder),
     )
+
+
+def _whole(decoder: str | None) -> str | None:
+    """The whole path of a decoder, where it is one."""
+    if decoder is None or decoder == OWN or (is_hub_id(decoder) and not is_single_file(decoder)):
+        return decoder
+    return str(Path(decoder).expanduser().resolve())

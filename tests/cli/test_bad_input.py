@@ -60,6 +60,10 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         (["--measure-error", "-1"], ["--measure-error is -1", "0 or more"]),
         (["--measure-error", "64", "--method", "dense"], ["--measure-error is of use only with a sparse method"]),
         (["--density", "nan"], ["--density is nan"]),
+        (["--compare", "--out", "."], ["--out is .: the name must end in .mp4"]),
+        (["--no-warm-up"], ["--warm-up is of --compare alone. Leave it out."]),
+        (["--processes", "0"], ["--processes is 0: it must be at least 1"]),
+        (["--share", "guidance"], ["--share is of no use: one process has nothing to share. Give --processes"]),
         (["--density", "0.5", "--method", "dense"], ["--density is of use only with a sparse method"]),
         # A video that is dense without --method; none of these would do anything.
         (

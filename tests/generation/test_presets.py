@@ -207,6 +207,7 @@ def test_a_model_is_in_8_bits_before_it_is_on_its_device(more, monkeypatch):
         "vidaccel.pipelines.presets.applied.quantise_for_good", lambda pipe, preset, device, base: done.append(device)
     )
     monkeypatch.setattr("vidaccel.generation.api.make_videos", lambda job, pipe, **_: iter(()))
+    monkeypatch.setattr("vidaccel.pipelines.presets.checks.check_preset", lambda pipe, preset, base: None)
     assert carry_out(job) == []
     assert done == ([job.device] if more else ["cpu", job.device])
 
@@ -226,6 +227,8 @@ def test_a_model_is_in_8_bits_before_it_is_on_its_device(more, monkeypatch):
             "preset cannot be used: a is for Mochi 1, and demo is of Wan 2.1 / 2.2. Give another model",
         ),
         ({"preset": Preset(name="a", transformer={"num_layers": 30})}, "num_layers 30 there, .* here"),
+        ({"decoder": "gone.safetensors"}, "decoder cannot be used: gone.safetensors: there is no such file or folder"),
+        ({"preset": Preset(name="a", scheduler="NoSuch")}, "NoSuch: diffusers has no scheduler of that name"),
         (
             {"preset": Preset(name="a", guidance_free=("own",)), "guidance_scale": 1},
             "guidance_scale is 1: the preset puts guidance into one pass",
@@ -236,6 +239,14 @@ def test_refused_before_weights_are_read(given, message, loads_nothing):
     model = "demo-dc" if "guidance_scale" in given else "demo"
     with pytest.raises(BadInput, match=message):
         vidaccel.generate(model, PROMPT, **given, **SMALL)
+
+
+def test_what_the_loaded_model_refuses_is_told_before_the_dense_video(monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.api.make_videos", lambda *_, **__: pytest.fail("a video was made"))
+    preset = Preset(name="a", scheduler=SchedulerChoice("DDIMScheduler"))
+    asked = {**SMALL, "method": "radial", "compare": True, "preset": preset}
+    with pytest.raises(BadInput, match="of flow matching, and DDIMScheduler is not made for that"):
+        vidaccel.generate("demo", PROMPT, **asked)
 
 
 def test_precision_beside_a_cache(pipe):

@@ -94,6 +94,17 @@ def test_all_is_measured_against_the_plain_base(made):
     assert all(row.right is not None and len(row.right) == 2 for row in made.rows)
 
 
+def test_passes_are_the_mean_over_the_prompts():
+    """The built-in forecast cache leaves out other steps of another prompt."""
+    preset = Preset(name="a", cache=Cache("forecast", 0.25))
+    size = {**SMALL, "steps": 10}
+    both, *alone = (
+        vidaccel.waterfall("demo", preset, prompts, np.int64(seed), rounds=1, device="cpu", **size).rows[1].forwards
+        for prompts, seed in ((PROMPTS, 5), (PROMPTS[:1], 5), (PROMPTS[1:], 6))
+    )
+    assert both == tuple(np.mean(alone, 0)) and both[1] > 0
+
+
 def test_a_loaded_pipeline_a_function_and_a_checker_of_ones_own():
     loaded = WanPipeline.from_pretrained(demo.path())
     preset = Preset(name="a", cache=Cache("first_block", 1e3))
@@ -212,7 +223,11 @@ def test_the_page_and_its_numbers(made, tmp_path):
         ("demo", "nowhere.yaml", {}, "there is no preset nowhere.yaml"),
         ("demo", FULL, {"rounds": 0}, "rounds is 0: it must be a whole number of at least 1"),
         ("demo", FULL, {"seeds": [1]}, "seeds there are 1, for 2 prompts"),
+        ("demo", FULL, {"seeds": [1, -1]}, "seeds is -1: it must be between 0 and"),
+        ("demo", FULL, {"seeds": 0.5}, "seeds is 0.5: it must be a whole number"),
         ("demo", FULL, {"prompts": []}, "prompts there are none"),
+        ("demo", FULL, {"prompts": ["a", " "]}, "prompts one of them is empty"),
+        ("demo", Preset(decoder="gone.safetensors"), {}, "decoder cannot be used: .*gone.safetensors"),
         ("demo", FULL, {"frames": 10}, "frames is 10"),
         ("demo", FULL.replace(family="Mochi 1"), {}, "is for Mochi 1"),
         ("demo", Preset(loras="gone.safetensors"), {}, "lora is gone.safetensors: there is no such file or folder"),

@@ -313,6 +313,10 @@ def test_compiled_blocks_are_measured_without_their_compilation(pipe, tmp_path):
         ({"min_psnr": None}, r"^min_psnr is needed"),
         ({"prompts": ()}, r"^prompts there are none"),
         ({"seeds": (1, 2, 3)}, r"^seeds there are 3, for 2 prompts"),
+        ({"seeds": -1}, r"^seeds is -1: it must be between 0 and"),
+        ({"prompts": ("a dot", "")}, r"^prompts one of them is empty"),
+        ({"methods": "sla"}, r"^methods is sla: it is none of the methods"),
+        ({"caches": "teacache"}, r"^caches is teacache"),
         ({"levers": ("sparse", "magic")}, r"^levers is magic: there is none of that name; there are sparse, cache"),
         ({"caches": ("teacache",)}, r"^caches is teacache: .* first_block, magcache, seacache, taylorseer, cache_dit"),
         ({"methods": ("sla",)}, r"^methods is sla: it is none of the methods that can be measured without training"),
@@ -336,6 +340,14 @@ def test_bad_input(changes, message, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=message):
         vidaccel.tune("demo", **asked)
     assert not (tmp_path / "t").exists()
+
+
+def test_a_preset_that_no_search_has_made_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.tuning.api.load", lambda *_, **__: pytest.fail("weights were read"))
+    (tmp_path / "preset.yaml").write_text("version: 1\n")
+    with pytest.raises(BadInput, match=r"^out is .*: it has a preset\.yaml that no search has made"):
+        vidaccel.tune("demo", PROMPTS, out=tmp_path, min_psnr=30.0, device="cpu", **SMALL)
+    assert (tmp_path / "preset.yaml").read_text() == "version: 1\n"
 
 
 def test_layers_in_8_bits_are_not_tried_when_offloading_by_blocks(tmp_path, monkeypatch):

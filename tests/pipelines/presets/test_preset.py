@@ -68,8 +68,11 @@ def test_files_are_beside_the_preset_that_names_them(tmp_path, monkeypatch):
     # And those that are given relative to the current folder stay where they are.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
-    save_preset(Preset(loras=(LoraFile(Path("x.safetensors")),)), "other/b.yaml")
-    assert load_preset("other/b.yaml").loras[0].path == tmp_path / "x.safetensors"
+    save_preset(Preset(loras=(LoraFile(Path("x.safetensors")),), decoder="y.safetensors"), "other/b.yaml")
+    loaded = load_preset("other/b.yaml")
+    assert loaded.loras[0].path == tmp_path / "x.safetensors" and loaded.decoder == str(tmp_path / "y.safetensors")
+    for decoder in ("own", "owner/name"):
+        assert load_preset(save_preset(Preset(decoder=decoder), "other/c.yaml")).decoder == decoder
 
 
 def test_what_is_not_said_is_the_default():
