@@ -132,9 +132,9 @@ def share_out(
     if branches == 2 and why_not_guidance:
         raise BadInput("share", why_not_guidance, f"Give {SEQUENCE}.", value=wanted)
     if branches == 2 and (count % 2 or (wanted == GUIDANCE and count != 2)):
-        least = "2" if wanted == GUIDANCE else "an even number"
-        raise BadInput("processes", f"guidance has two branches, and {mention('share')} is {wanted}", f"Give {least}.",
-                       value=count)  # fmt: skip
+        fix = "Give 2." if wanted == GUIDANCE else "Give an even number."
+        problem = f"guidance has two branches, and {mention('share')} is {wanted}"
+        raise BadInput("processes", problem, fix, value=count)
     sequence = count // branches
     if sequence == 1:
         if wanted == "both":
@@ -156,7 +156,7 @@ def share_out(
 def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, beside: Preset | None) -> str:
     """Why no two processes can share the guidance of a request; "" where they can."""
     from ..pipelines.acceleration.families import FAMILIES
-    from ..pipelines.cfg_parallel.handle import check_pipeline
+    from ..pipelines.cfg_parallel.handle import unshared_guidance
     from ..pipelines.guidance_branches import tells_guidance
     from ..pipelines.loading import find_class
 
@@ -170,11 +170,7 @@ def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, be
     if family is None:
         return f"the branches of a {facts.pipeline_class} are not known"
     kind = find_class(facts.pipeline_class)
-    try:
-        check_pipeline(kind, family, tells_guidance(kind))
-    except TypeError as error:
-        return str(error).split(". Share")[0].split(": its")[0]
-    return ""
+    return unshared_guidance(kind, family, tells_guidance(kind))
 
 
 def _unshared_sequence(facts: ModelFacts, beside: Preset | None) -> str:

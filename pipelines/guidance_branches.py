@@ -43,7 +43,12 @@ def check_branches(kind: str, family: Family) -> None:
         kind: class of the pipeline. family: of its transformer.
     """
     if family.branches != TWO and family.branches[0] not in BOTH:
-        raise TypeError(f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}.")
+        raise TypeError(f"{other_branches(kind, family)}.")
+
+
+def other_branches(kind: str, family: Family) -> str:
+    """What is wrong with the branches of a family, in words."""
+    return f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}"
 
 
 def is_compiled_whole(pipe: Any, name: str, transformer: torch.nn.Module) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..acceleration.families import Family, find_transformers
-from ..guidance_branches import TWO, check_branches, check_not_compiled, guidance_of
+from ..acceleration.families import BOTH, Family, find_transformers
+from ..guidance_branches import TWO, check_not_compiled, guidance_of, other_branches
 from ..hooked import HookedPipeline
 from ..undo import CFG_PARALLEL
 from .pair import Pair
@@ -40,7 +40,8 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
         transformers = find_transformers(pipe)
         guided = guidance_of(pipe)
         for name, (transformer, family) in transformers.items():
-            check_pipeline(type(pipe), family, guided is not None)
+            if why := unshared_guidance(type(pipe), family, guided is not None):
+                raise TypeError(f"{why}. Share the sequence instead (Ulysses).")
             check_not_compiled(pipe, name, transformer, "what is exchanged cannot be")
         pair = Pair(group)
         self.rank = pair.rank
@@ -98,8 +99,8 @@ def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParall
     return CfgParallel(pipe, group)
 
 
-def check_pipeline(kind: type, family: Family, tells: bool) -> None:
-    """Raise TypeError for pipelines whose guidance cannot be shared.
+def unshared_guidance(kind: type, family: Family, tells: bool) -> str:
+    """Why the guidance of a pipeline cannot be shared; "" where it can.
 
     Args:
         kind: class of the pipeline.
@@ -107,13 +108,15 @@ def check_pipeline(kind: type, family: Family, tells: bool) -> None:
         tells: it says whether a step has two passes; see `guidance_branches.guidance_of` and `tells_guidance`.
     """
     if any(c.__name__ in READS_BETWEEN for c in kind.__mro__):
-        raise TypeError(
+        return (
             f"a {kind.__name__} works on what the first pass of a step gave before it makes the second, so they cannot "
-            "be made at once. Share the sequence instead (Ulysses)."
+            "be made at once"
         )
     if family.branches == TWO and not tells:
-        raise TypeError(
-            f"a {kind.__name__} does not say whether a step has two passes, so they cannot be shared: its guidance is "
-            "embedded, or made by true_cfg_scale. Share the sequence instead (Ulysses)."
+        return (
+            f"a {kind.__name__} does not say whether a step has two passes, so they cannot be shared (its guidance is "
+            "embedded, or made by true_cfg_scale)"
         )
-    check_branches(kind.__name__, family)
+    if family.branches != TWO and family.branches[0] not in BOTH:
+        return other_branches(kind.__name__, family)
+    return ""
