@@ -51,7 +51,8 @@ class NamedLora:
         file: str,
         error: type[ValueError],
     ) -> None:
-        self._transformer, self._name = transformer, name
+        self._transformer, self._part, self._name, self._file, self._error = transformer, part, name, file, error
+        self._layers: list[Any] = []
         self._first = not getattr(transformer, "peft_config", None)
         if not self._first and name in transformer.peft_config:
             raise error(f"the {part} has another LoRA called {name}: delete it first.")
@@ -59,10 +60,10 @@ class NamedLora:
         second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
         try:
             pipe.load_lora_weights(dict(matrices), adapter_name=name, **second)
-            layers = lora_layers(transformer, name)
-            if not layers:  # diffusers only logs it
+            self._layers = lora_layers(transformer, name)
+            if not self._layers:  # diffusers only logs it
                 raise LookupError(f"nothing in it is for a {type(transformer).__name__}")
-            for layer in layers:
+            for layer in self._layers:
                 # Beside the others, whose weights stay: diffusers' set_adapters would set them all.
                 layer.set_adapter([a for a in (*active, name) if a in layer.lora_A])
                 layer.requires_grad_(False)
@@ -72,8 +73,39 @@ class NamedLora:
                 raise error(f"{file} cannot be loaded: {first_line(reason)}") from reason
             raise
 
+    def keep_active(self) -> None:
+        """Have it count in the next forward pass: `load_lora_weights` and `set_adapters` leave only the LoRAs active
+        that they were given, without a word.
+
+        Raises:
+            ValueError: as the `error` of the construction, where it is gone, or switched off with all LoRAs.
+        """
+        if self._name not in (getattr(self._transformer, "peft_config", None) or {}):
+            raise self._error(
+                f"{self._file} was unloaded from the {self._part}, which is another model without it: remove() the handle "
+                "and make it again, and take other LoRAs out by delete_adapters, not by unload_lora_weights."
+            )
+        for layer in self._layers:
+            if layer.disable_adapters:
+                raise self._error(
+                    f"the LoRAs of the {self._part} are disabled, {self._file} among them, without which it is another "
+                    "model: call enable_lora(), or the handle's remove()."
+                )
+            if layer.merged and self._name not in layer.merged_adapters:
+                raise self._error(
+                    f"other LoRAs are fused into the {self._part}, which leaves {self._file} out: call unfuse_lora(), or "
+                    "fuse them before the handle is made."
+                )
+            if self._name not in layer.active_adapters:
+                # Only what is active is changed: peft would have the others trained, too.
+                learns = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+                layer.set_adapter([*layer.active_adapters, self._name])
+                for parameter, before in learns.items():
+                    parameter.requires_grad_(before)
+
     def remove(self) -> None:
         """Take it out. A second call does nothing."""
+        self._layers = []
         held = getattr(self._transformer, "peft_config", None) or {}
         if self._first and set(held) <= {self._name}:
             if held:

@@ -53,7 +53,7 @@ def write_adapter(folder: Path, base: Path, part: str = "transformer", method: S
     """An adapter of a transformer of the pipeline folder `base`; keywords change its header."""
     transformer = WanTransformer3DModel.from_pretrained(base, subfolder=part)
     tensors = learned(transformer)
-    generator = torch.Generator().manual_seed(len(part))
+    generator = torch.Generator().manual_seed(changes.pop("rank_seed", len(part)))
     for number, block in enumerate(transformer.blocks):
         layer = block.attn1.to_q
         for letter, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 from sla_models import METHOD, demo_parts, learned, modules_of, write_adapter, write_model
 from torch import nn
 
@@ -153,6 +154,45 @@ def test_a_transformer_alone_beside_other_loras_and_in_a_copy(model, base, tmp_p
             "sla",
             adapter=write_adapter(tmp_path, base),
         )
+
+
+def style(base, tmp_path) -> dict:
+    """Another LoRA, for the same layers."""
+    folder = tmp_path / "style"
+    folder.mkdir()
+    return {n: v for n, v in load_file(write_adapter(folder, base, "transformer", rank_seed=9)).items() if "lora" in n}
+
+
+def test_the_lora_counts_whatever_other_loras_come_and_go(base, tmp_path):
+    adapter, other = write_adapter(tmp_path, base), style(base, tmp_path)
+    pipe = WanPipeline.from_pretrained(base)
+    pipe.load_lora_weights(dict(other), adapter_name="style")
+    with vidaccel.accelerate(pipe, "sla", adapter=adapter):
+        both = velocity(pipe.transformer)
+    pipe.unload_lora_weights()
+    with vidaccel.accelerate(pipe, "sla", adapter=adapter):
+        alone = velocity(pipe.transformer)
+        pipe.load_lora_weights(dict(other), adapter_name="style")
+        torch.testing.assert_close(velocity(pipe.transformer), both)
+        copied = copy.deepcopy(pipe)
+        pipe.set_adapters(["style"], [0.0])
+        torch.testing.assert_close(velocity(pipe.transformer), alone)
+        copied.set_adapters("style")
+        torch.testing.assert_close(velocity(copied.transformer), both)
+        pipe.disable_lora()
+        with pytest.raises(SLAError, match=r"are disabled, transformer.safetensors among them.*enable_lora\(\)"):
+            velocity(pipe.transformer)
+        pipe.enable_lora()
+        pipe.fuse_lora(adapter_names=["style"])
+        with pytest.raises(SLAError, match=r"are fused into the transformer, which leaves .* out: call unfuse_lora"):
+            velocity(pipe.transformer)
+        pipe.unfuse_lora()
+        pipe.delete_adapters("style")
+        torch.testing.assert_close(velocity(pipe.transformer), alone)
+        pipe.unload_lora_weights()
+        with pytest.raises(SLAError, match=r"transformer.safetensors was unloaded from .*delete_adapters instead"):
+            velocity(pipe.transformer)
+    assert not getattr(pipe.transformer, "peft_config", None)
 
 
 def test_two_transformers(two_stages, tmp_path):

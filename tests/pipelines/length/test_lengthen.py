@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from length_adapters import METHOD, write_length
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
@@ -52,6 +52,15 @@ def test_it_is_the_lora_and_its_mask_and_leaves_nothing_behind(tmp_path, base, p
     with vidaccel.lengthen(pipe, file, backend="reference"):
         pass
     assert torch.equal(generate(pipe), plain) and not getattr(pipe.transformer, "peft_config", None)
+
+
+def test_the_lora_counts_after_another_one_was_loaded(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer, method=None)
+    other = {name: 0 * matrix for name, matrix in load_file(file).items()}
+    with vidaccel.lengthen(pipe, file):
+        made = generate(pipe)
+        pipe.load_lora_weights(other, adapter_name="style")
+        assert torch.allclose(generate(pipe), made)
 
 
 @pytest.mark.parametrize("method", [METHOD, LVSA(reference=2), None])
