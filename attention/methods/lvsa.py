@@ -21,7 +21,7 @@ class LVSA(Method):
     """Long Video Sparse Attention (arXiv 2605.31057): for videos longer than a model was trained on, without training.
 
     Every frame reads the *anchors*, which are the first frames and every n-th, and of the other frames the
-    `2 * window + 1` nearest to it, itself among them unless it is an anchor. At the ends of the video the window is
+    `2 * window + 1` nearest to it, itself among them unless it is an anchor; none with a window of 0. At the ends of the video the window is
     shifted, so each frame reads as many frames as any other: about as many as in a video of the training. With each
     sparse step, the every n-th frames move on by one, round the end of the video, so that no grid of frames stands out.
     Text reads and is read by all. A video of no more than `reference` frames is dense.
@@ -33,7 +33,8 @@ class LVSA(Method):
 
     Args:
         reference: latent frames of the videos that the model was trained on. 21 is Wan's.
-        window: frames on either side, 3 as published.
+        window: frames on either side, 3 as published. 0 is the published code's mode of anchors alone: there is no window
+            then, so a frame that is no anchor does not read its own tokens either.
         first_frames: frames at the start that are always anchors.
         interval: n, from 1; None for what follows from `reference`.
         rotate: move the anchors on; False keeps them where they are.
@@ -68,12 +69,13 @@ class LVSA(Method):
     @classmethod
     def for_density(cls, layout: VideoLayout, density: float, **settings: object) -> LVSA:  # type: ignore[override]
         """The config whose mask on `layout` is nearest to a density, by the interval of the anchors, and by a narrower
-        window where that of 3 frames, or the one given, is too much.
+        window where one of 3 frames is too much: down to 1, since with 0 frames would not read themselves, which is
+        only done where it is asked for. A window that is given stays.
         """
         check_fraction("LVSA.for_density", "density", density, fix="0.5 is usual")
         given = {"reference": 1, **settings}
         widest = int(given.pop("window", cls.window))  # type: ignore[call-overload]
-        narrowest = widest if "window" in settings else 0
+        narrowest = widest if "window" in settings else 1
         found = [
             cls(**{**given, "window": window, "interval": interval})  # type: ignore[arg-type]
             for window in range(widest, narrowest - 1, -1)

@@ -106,6 +106,19 @@ def test_a_density_is_met_as_nearly_as_whole_frames_can(density):
         LVSA.for_density(layout, 0.01)
 
 
+@pytest.mark.parametrize("frames", [5, 9, 21])
+def test_a_frame_reads_itself_at_every_density_that_can_be_reached(frames):
+    layout = VideoLayout(frames, 1, 2)
+    for density in (n / 50 for n in range(1, 51)):
+        try:
+            config = LVSA.for_density(layout, density)
+        except OutOfReach:
+            continue
+        assert config.frames_read(frames).diagonal().all(), density
+    asked = LVSA.for_density(layout, 0.3, window=0)  # anchors alone, as published
+    assert asked.window == 0 and not asked.frames_read(frames).diagonal().all()
+
+
 def test_layers_and_guidance_branches_have_the_anchors_of_the_step():
     layout = VideoLayout(8, 1, 2)
     engine = SparseAttention(LVSA(window=1, interval=4), num_layers=2, backend="reference")
