@@ -109,6 +109,7 @@ class StepClock:
         self._number = 0  # of the next run
         self._run: _Run | None = None
         self._table: Table | None = None
+        self._walked: torch.Tensor | None = None  # what the pipeline's loop goes over, where it says so
         self._sends_rows: bool | None = None  # whether the models get the timesteps of the table, once it is known
         self._notes: dict[int, str] = {}
         self._told = -1  # of this run and those before nothing is said any more
@@ -139,6 +140,14 @@ class StepClock:
     def stopped(self) -> None:
         """No more passes come, whatever the run was to have: what all models remember is forgotten."""
         self._forget(set(self._forgetful))
+
+    def walks(self, timesteps: object) -> None:
+        """A loop over steps begins. What it goes over is the table of the scheduler, or a part of it.
+
+        Args:
+            timesteps: what the loop was given to go over, of whatever kind.
+        """
+        self._walked = timesteps if isinstance(timesteps, torch.Tensor) else None
 
     def _forget(self, models: set[str]) -> None:
         for model in models & self._forgetful.keys():
@@ -315,8 +324,10 @@ class StepClock:
             return None
         if run.counted or (now.per_frame and run.table.index is None):
             told = getattr(self._pipe, "num_timesteps", None)  # what the pipeline's own loop will do
-            if isinstance(told, int) and told > 0:
+            if isinstance(told, int) and told > 0 and (run.counted or told != len(run.table.rows)):
                 return told
             if run.counted:
                 return None
-        return len(run.table.rows) - run.first
+        rows = None if self._walked is None else run.table.rows_in(self._walked)
+        # A loop that goes on behind the last row with noise has that one, too.
+        return max(run.table.steps if rows is None else rows, run.place + 1) - run.first

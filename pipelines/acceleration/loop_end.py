@@ -46,6 +46,7 @@ class LoopEnd(CopiedNotPickled):
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Bar:
         make = self._former or getattr(type(self._pipe), NAME).__get__(self._pipe)
+        self._clock.walks(kwargs.get("iterable", args[0] if args else None))
         return _Bar(make(*args, **kwargs), self._clock)
 
     def remove(self) -> None:

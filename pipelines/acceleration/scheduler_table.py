@@ -66,17 +66,36 @@ class Table:
         rows: the same as numbers.
         index: `scheduler.step_index`, the row of the next `scheduler.step()`; None before the first one, and where the
             scheduler has no such thing.
+        sigmas: its `sigmas`, as they are there; None where it has none.
+        levels: the same as numbers.
     """
 
     scheduler: Any
     tensor: torch.Tensor
     rows: tuple[float, ...]
     index: int | None
+    sigmas: Any = None
+    levels: tuple[float, ...] = ()
 
     @property
     def counts_itself(self) -> bool:
         """Whether the scheduler has an index at all."""
         return hasattr(self.scheduler, "step_index")
+
+    @property
+    def steps(self) -> int:
+        """The rows that are there to be run: not a last one without noise, which ends the table of a scheduler whose
+        levels are as many as its timesteps (LTX's Euler ancestral one), and which loops leave out."""
+        terminal = len(self.levels) == len(self.rows) and self.rows[-1] == 0 == self.levels[-1]
+        return len(self.rows) - terminal
+
+    def rows_in(self, walked: torch.Tensor) -> int | None:
+        """Up to which row a loop over `walked` goes, told without a look at values; None where it is no part of the
+        table."""
+        if walked.ndim != 1 or not len(walked) or walked.stride() != self.tensor.stride():
+            return None
+        last = place_in(self.tensor, walked[-1])
+        return None if last is None else last + 1
 
     @property
     def begin(self) -> int | None:
@@ -112,10 +131,9 @@ class Table:
 
     def sigma(self, place: int) -> float | None:
         """The noise level of a row; None for schedulers whose levels are not a flow's, from 0 to 1."""
-        highest = highest_sigma(self.scheduler)
-        if highest is None or highest > MAX_FLOW_SIGMA or place >= len(self.scheduler.sigmas):
+        if place >= len(self.levels) or max(self.levels) > MAX_FLOW_SIGMA:
             return None
-        level = float(self.scheduler.sigmas[place])
+        level = self.levels[place]
         # Mochi's table counts what is clean instead of what is noise.
         inverted = getattr(getattr(self.scheduler, "config", None), "invert_sigmas", False)
         return 1.0 - level if inverted else level
@@ -132,7 +150,7 @@ def read_table(scheduler: object | None, known: Table | None) -> Table | None:
 
     Args:
         scheduler: any object, or None.
-        known: the table that was read last, whose rows are not copied from the device again.
+        known: the table that was read last, whose rows and levels are not copied from the device again.
     """
     tensor = getattr(scheduler, "timesteps", None)
     if not isinstance(tensor, torch.Tensor):
@@ -148,5 +166,10 @@ def read_table(scheduler: object | None, known: Table | None) -> Table | None:
         return None  # a scheduler that was only made shows the timesteps of training
     if index is not None and not 0 <= index < len(tensor):
         return None
-    same = known is not None and known.tensor is tensor
-    return Table(scheduler, tensor, known.rows if same else tuple(tensor.float().tolist()), index)
+    sigmas = getattr(scheduler, "sigmas", None)
+    rows = known.rows if known is not None and known.tensor is tensor else tuple(tensor.float().tolist())
+    if known is not None and known.sigmas is sigmas:
+        levels = known.levels
+    else:
+        levels = () if sigmas is None else tuple(torch.as_tensor(sigmas).tolist())
+    return Table(scheduler, tensor, rows, index, sigmas, levels)

@@ -107,3 +107,25 @@ def test_clean_tokens_of_image_conditioning_do_not_hide_the_timestep():
 def test_more_passes_than_names_are_numbered():
     clock = clock_of(Scheduler([900, 600]))
     assert watch(clock, 900, 900, 900)[-1] == (0, 0, "pass 2")
+
+
+def test_noise_levels_are_read_once_for_a_table():
+    """On a GPU, each look at them would wait for all that was launched."""
+
+    class Counted(torch.Tensor):
+        looks = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.looks += 1
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    scheduler = Scheduler([900, 600, 300])
+    scheduler.sigmas = scheduler.sigmas.as_subclass(Counted)
+    clock, levels = clock_of(scheduler), []
+    for t in (900.0, 600.0, 300.0):
+        levels.append(clock.observe(torch.tensor(t), "transformer", ("cond",)).sigma)
+        first = Counted.looks if t == 900.0 else first
+    assert levels == pytest.approx([0.9, 0.6, 0.3]) and Counted.looks == first
+    scheduler.set([800, 400])
+    assert clock.observe(torch.tensor(800.0), "transformer", ("cond",)).sigma == pytest.approx(0.8)
