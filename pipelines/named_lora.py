@@ -82,8 +82,8 @@ class NamedLora:
         """
         if self._name not in (getattr(self._transformer, "peft_config", None) or {}):
             raise self._error(
-                f"{self._file} was unloaded from the {self._part}, which is another model without it: remove() the handle "
-                "and make it again, and take other LoRAs out by delete_adapters, not by unload_lora_weights."
+                f"{self._file} was unloaded from the {self._part}, which is another model without it: remove() the "
+                "handle and make it again, and take other LoRAs out by delete_adapters, not by unload_lora_weights."
             )
         for layer in self._layers:
             if layer.disable_adapters:
@@ -93,8 +93,8 @@ class NamedLora:
                 )
             if layer.merged and self._name not in layer.merged_adapters:
                 raise self._error(
-                    f"other LoRAs are fused into the {self._part}, which leaves {self._file} out: call unfuse_lora(), or "
-                    "fuse them before the handle is made."
+                    f"other LoRAs are fused into the {self._part}, which leaves {self._file} out: call unfuse_lora(), "
+                    "or fuse them before the handle is made."
                 )
             if self._name not in layer.active_adapters:
                 # Only what is active is changed: peft would have the others trained, too.

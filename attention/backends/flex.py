@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,8 +15,11 @@ from ..block_mask import to_block_mask
 from ..plan import BlockPlan, permute, unpermute
 from .base import Backend, Capability, Precision
 
+logger = logging.getLogger(__name__)
+
 # Flex compiles one kernel per set of shapes. torch's own limit of 8 is passed by a few resolutions and cluster counts,
-# and what it does then (run eagerly, that is densely) is what this backend must never do.
+# and what it does then (run eagerly, that is densely) is what this backend must never do. Texts of ever other lengths
+# pass any limit: then the kernels so far are given up.
 MAX_COMPILED_SHAPES = 64
 
 
@@ -50,9 +55,8 @@ class FlexBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         mask = to_block_mask(plan, block_size(plan))
         queries, keys, values = permute(q, plan.q_order), permute(k, plan.kv_order), permute(v, plan.kv_order)
-        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
-            grouped = queries.shape[1] != keys.shape[1]
-            out, lse = compiled_flex_attention()(queries, keys, values, mask, scale, return_lse, grouped)
+        grouped = queries.shape[1] != keys.shape[1]
+        out, lse = _compiled(queries, keys, values, mask, scale, return_lse, grouped)
         return unpermute(out, plan.q_order), None if lse is None else unpermute(lse, plan.q_order)
 
 
@@ -67,18 +71,45 @@ def block_size(plan: BlockPlan) -> tuple[int, int]:
     return (128, 128) if not plan.is_scattered else (64, 64) if plan.n_q >= 2048 else (32, 32)
 
 
+def _compiled(*call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`_flex_attention` under `torch.compile`; at the limit of shapes, torch raises, and its kernels are made anew."""
+    from torch._dynamo.eval_frame import remove_from_cache
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
+        try:
+            return compiled_flex_attention()(*call)
+        except FailOnRecompileLimitHit:
+            logger.warning(
+                "FlexAttention was compiled for %d shapes, as many as are kept: it forgets them and compiles those that "
+                "come again anew",
+                MAX_COMPILED_SHAPES,
+            )
+            remove_from_cache(_flex_attention)
+            return compiled_flex_attention()(*call)
+
+
 @functools.cache
 def compiled_flex_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """FlexAttention under `torch.compile`. `fullgraph` turns every way back to eager into an error."""
+    return torch.compile(_flex_attention, fullgraph=True, dynamic=False)
+
+
+def _flex_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_mask: Any,
+    scale: float,
+    return_lse: bool,
+    enable_gqa: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    def call(q, k, v, block_mask, scale, return_lse, enable_gqa):
-        options = {"block_mask": block_mask, "scale": scale, "enable_gqa": enable_gqa}
-        if return_lse:
-            return flex_attention(q, k, v, **options, return_lse=True)
-        return flex_attention(q, k, v, **options), None
-
-    return torch.compile(call, fullgraph=True, dynamic=False)
+    options: dict[str, Any] = {"block_mask": block_mask, "scale": scale, "enable_gqa": enable_gqa}
+    if return_lse:
+        return flex_attention(q, k, v, **options, return_lse=True)
+    return flex_attention(q, k, v, **options), None
 
 
 def _avx2() -> bool:

@@ -21,10 +21,10 @@ class LVSA(Method):
     """Long Video Sparse Attention (arXiv 2605.31057): for videos longer than a model was trained on, without training.
 
     Every frame reads the *anchors*, which are the first frames and every n-th, and of the other frames the
-    `2 * window + 1` nearest to it, itself among them unless it is an anchor; none with a window of 0. At the ends of the video the window is
-    shifted, so each frame reads as many frames as any other: about as many as in a video of the training. With each
-    sparse step, the every n-th frames move on by one, round the end of the video, so that no grid of frames stands out.
-    Text reads and is read by all. A video of no more than `reference` frames is dense.
+    `2 * window + 1` nearest to it, itself among them unless it is an anchor; none with a window of 0. At the ends of
+    the video the window is shifted, so each frame reads as many frames as any other: about as many as in a video of
+    the training. With each sparse step, the every n-th frames move on by one, round the end of the video, so that no
+    grid of frames stands out. Text reads and is read by all. A video of no more than `reference` frames is dense.
 
     The interval n of the anchors follows from `reference` where it is not given, as in the code that the authors
     published: the largest with which anchors and window make `reference` frames, or `ceil((frames - m) / (reference -
@@ -33,8 +33,8 @@ class LVSA(Method):
 
     Args:
         reference: latent frames of the videos that the model was trained on. 21 is Wan's.
-        window: frames on either side, 3 as published. 0 is the published code's mode of anchors alone: there is no window
-            then, so a frame that is no anchor does not read its own tokens either.
+        window: frames on either side, 3 as published. 0 is the published code's mode of anchors alone: there is no
+            window then, so a frame that is no anchor does not read its own tokens either.
         first_frames: frames at the start that are always anchors.
         interval: n, from 1; None for what follows from `reference`.
         rotate: move the anchors on; False keeps them where they are.

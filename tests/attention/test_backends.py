@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidaccel import SVG, SVG2, BlockPlan, VideoLayout, sparse_attention
 from vidaccel.attention import BACKENDS, PlanMemory
-from vidaccel.attention.backends import Request, gather, masked, pick, refusal, runs_somehow
+from vidaccel.attention.backends import Request, flex, gather, masked, pick, refusal, runs_somehow
 from vidaccel.attention.backends.base import AS_INPUTS
 from vidaccel.attention.functional import choose_backend
 from vidaccel.attention.methods import svg
@@ -237,6 +237,19 @@ def test_flex_skips_what_the_plan_skips():
             sparse_attention(q, k, v, plan, backend="flex")
             seconds[name] = min(seconds.get(name, 1e9), time.perf_counter() - start)
     assert seconds["few"] < 0.5 * seconds["all"]
+
+
+@pytest.mark.compiler
+def test_flex_goes_on_where_more_shapes_come_than_are_kept(monkeypatch, caplog):
+    """Texts of ever other lengths, in a run of hours."""
+    monkeypatch.setattr(flex, "MAX_COMPILED_SHAPES", 2)
+    torch._dynamo.eval_frame.remove_from_cache(flex._flex_attention)
+    for n in (33, 34, 35, 36, 33):
+        q, k, v = (torch.randn(1, 1, n, 8) for _ in range(3))
+        plan = BlockPlan.from_block_mask(torch.eye(-(-n // 16)).bool(), 16, 16, n, n)
+        found = sparse_attention(q, k, v, plan, backend="flex")
+        torch.testing.assert_close(found, sparse_attention(q, k, v, plan, backend="reference"))
+    assert sum("compiled for 2 shapes" in record.message for record in caplog.records) == 2
 
 
 class TestPick:
