@@ -7,7 +7,7 @@ It is below `KEY` in its `config.json`, which diffusers takes along wherever a t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,24 @@ def write(folder: Path, method: str, settings: Mapping[str, Any]) -> Path:
     return write_json(path, {**config, KEY: {method: settings}})
 
 
-def state(transformer: Any, method: str, settings: Mapping[str, Any]) -> Callable[[], None]:
-    """Have a transformer state it while what it learned is part of it, so that it is saved with that.
+class Stated:
+    """A transformer that states it while what it learned is part of it, so that it is saved with that.
 
-    Returns:
-        What takes it back.
+    Args:
+        transformer: that states it; one that does so already is left as it is.
+        method, settings: what it was trained for.
     """
-    from diffusers.configuration_utils import FrozenDict
 
-    if transformer.config.get(KEY):
-        return lambda: None
-    transformer.register_to_config(**{KEY: {method: settings}})
+    def __init__(self, transformer: Any, method: str, settings: Mapping[str, Any]) -> None:
+        # An attribute, of which a deep copy has its own: taking it back from a copy must leave the original's.
+        self._transformer = None if transformer.config.get(KEY) else transformer
+        if self._transformer is not None:
+            transformer.register_to_config(**{KEY: {method: settings}})
 
-    def undo() -> None:
-        transformer._internal_dict = FrozenDict({k: v for k, v in transformer.config.items() if k != KEY})
+    def remove(self) -> None:
+        """Take it back. A second call does nothing."""
+        from diffusers.configuration_utils import FrozenDict
 
-    return undo
+        transformer, self._transformer = self._transformer, None
+        if transformer is not None:
+            transformer._internal_dict = FrozenDict({k: v for k, v in transformer.config.items() if k != KEY})

@@ -81,8 +81,8 @@ def _compiled(*call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
             return compiled_flex_attention()(*call)
         except FailOnRecompileLimitHit:
             logger.warning(
-                "FlexAttention was compiled for %d shapes, as many as are kept: it forgets them and compiles those that "
-                "come again anew",
+                "FlexAttention was compiled for %d shapes, as many as are kept: it forgets them, and compiles those "
+                "that come again anew",
                 MAX_COMPILED_SHAPES,
             )
             remove_from_cache(_flex_attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ...attention import SLA, DenseSchedule, Method
 from ..adapter_files import read_header, read_split
 from ..base_check import check_base
 from ..named_lora import NamedLora
-from ..trained_for import Origin, state
+from ..trained_for import Origin, Stated
 from .learned_layers import detach
 from .sla_weights import (
     PROJECTION,
@@ -166,7 +166,7 @@ class LearnedAtWork:
     ) -> None:
         self._modules: Mapping[str, nn.Module] = {}
         self._lora: NamedLora | None = None
-        self._unstate: Callable[[], None] = lambda: None
+        self._stated: Stated | None = None
         self.trained: TrainedSLA | None = None
         present = any(hasattr(module, PROJECTION) for module in modules.values())
         if not isinstance(method, SLA) or present:  # those of a training are there already
@@ -191,7 +191,7 @@ class LearnedAtWork:
                 load_projections(transformer, modules, tensors, transformer.config.attention_head_dim)
                 self._modules = modules
                 if learned.adapter is None:
-                    self._unstate = state(transformer, SLA.name, learned.trained.facts())
+                    self._stated = Stated(transformer, SLA.name, learned.trained.facts())
         except BaseException:
             self.remove()
             raise
@@ -212,8 +212,9 @@ class LearnedAtWork:
         """Take it all away. A second call does nothing."""
         detach(self._modules.values(), PROJECTION)
         self._modules = {}
-        self._unstate()
-        self._unstate = lambda: None
+        if self._stated is not None:
+            self._stated.remove()
+            self._stated = None
         if self._lora is not None:
             self._lora.remove()
             self._lora = None

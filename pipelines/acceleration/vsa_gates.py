@@ -8,7 +8,7 @@ convert fastwan` states as `trained_for` has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from ...attention import VSA, Method
 from ...attention.methods.vsa import CUBE
-from ..trained_for import Origin, read, state, write
+from ..trained_for import Origin, Stated, read, write
 from ..weight_files import HubError, stated_config, transformer_names, transformer_tensors
 from .learned_layers import LearnedLinear, attach, detach
 
@@ -136,7 +136,7 @@ class GatesAtWork:
 
     def __init__(self, origin: Origin, modules: Mapping[str, nn.Module], method: Method) -> None:
         self._modules: Mapping[str, nn.Module] = {}
-        self._unstate: Callable[[], None] = lambda: None
+        self._stated: Stated | None = None
         present = all(hasattr(module, GATE) for module in modules.values())
         if not isinstance(method, VSA) or not method.gated or present:  # those that are there already stay
             return
@@ -160,14 +160,15 @@ class GatesAtWork:
         attach(transformer, made, GATE)
         self._modules = modules
         trained = stated or TrainedVSA(density=method.density, cube=method.cube)
-        self._unstate = state(transformer, VSA.name, asdict(trained))
+        self._stated = Stated(transformer, VSA.name, asdict(trained))
 
     def remove(self) -> None:
         """Take the gates out again. A second call does nothing."""
         detach(self._modules.values(), GATE)
         self._modules = {}
-        self._unstate()
-        self._unstate = lambda: None
+        if self._stated is not None:
+            self._stated.remove()
+            self._stated = None
 
 
 def _read(base: str, part: str, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -64,6 +65,9 @@ def test_a_folder_of_an_older_version(models, method, tmp_path):
     before = dict(pipe.transformer.config)
     with vidaccel.accelerate(pipe) as handle:
         assert handle.method == TRAINED_METHODS[method] and KEY in pipe.transformer.config
+        copied = copy.deepcopy(pipe)
+        vidaccel.restore(copied)  # which leaves the original as it is
+        assert dict(copied.transformer.config) == before and KEY in pipe.transformer.config
     assert dict(pipe.transformer.config) == before
 
 
