@@ -89,3 +89,8 @@ class _Bar:
             yield from self._bar
         finally:
             self._clock.stopped()
+
+    def close(self) -> None:
+        """The end of a loop that moves the bar by hand and leaves no block (LTX-2 with dynamic frame rates)."""
+        self._clock.stopped()
+        self._bar.close()

@@ -443,6 +443,18 @@ class TestRunsThatEndEarly:
             vidaccel.restore(copied)
             assert "progress_bar" not in vars(copied) and "progress_bar" in vars(pipe)
 
+    def test_a_bar_that_is_closed_by_hand_ends_the_loop(self, pipe):
+        """As LTX2DFRPipeline does, which passes over the steps left after `pipe.interrupt` and leaves no block."""
+        with vidaccel.accelerate(pipe, SVG2(density=0.4, schedule=DenseSchedule())) as handle:
+            pipe.scheduler.set_timesteps(4)
+            bar = pipe.progress_bar(total=4)
+            with torch.no_grad():
+                pipe.transformer(*inputs())
+            bar.update()
+            assert handle._installed[0].engine._call_memory
+            bar.close()
+            assert not handle._installed[0].engine._call_memory
+
     def test_a_progress_bar_of_ones_own_is_kept(self, pipe):
         made = []
 
