@@ -260,10 +260,10 @@ class SparseAttention:
                 that needs weights, and there are none.
             RuntimeError: a named backend cannot run the call, or nothing can in the precision that was asked for.
         """
-        # Dense layers too: the first sparse step would come too late to tell.
         check_tensors(q, k, v)
-        self._checks.able(q, k, v)
         layout = self.layouts[sample] if self.layouts else None
+        if not dense and layout is not None and q.shape[2] == layout.tokens:
+            self.check_able(q, k, v)
         if layout is not None and q.shape[2] == layout.tokens != k.shape[2]:
             raise ValueError(
                 f"self-attention needs q and k of one length, got q {tuple(q.shape)} and k {tuple(k.shape)} in layer "
@@ -312,6 +312,18 @@ class SparseAttention:
                 logging.WARNING if remark else logging.INFO,
             )
         return out
+
+    def check_able(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Refuse what the backend cannot compute, also where the schedule keeps a call dense: the first sparse step
+        would come too late to tell. Calls that are dense for another reason need no backend.
+
+        Args:
+            q, k, v: see `__call__`.
+
+        Raises:
+            RuntimeError: see `__call__`.
+        """
+        self._checks.able(q, k, v)
 
     def _completed(self, out: torch.Tensor, q: torch.Tensor, *others: Any) -> torch.Tensor:
         """What `Method.complete` makes of an output; under autocast it keeps the dtypes that it computes in."""

@@ -112,6 +112,8 @@ class Site:
         if self.shared is None:
             return self._all(q, k, v, gate, masked, dense, ALL_HEADS)
         heads, tokens = self._heads(self.shared, q, k), q.shape[2]
+        if not dense:
+            self.engine.check_able(q, k, v)
         dense = dense or self.engine.dense_reason(self.shared.tokens(tokens), q.device, self.layer)
         if dense:  # diffusers' own attention shares the heads itself
             out = self.engine(q, k, v, self.layer, dense=dense, stock=masked)

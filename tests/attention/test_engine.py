@@ -254,6 +254,18 @@ def test_a_device_without_a_backend_stays_dense_and_says_so_once(caplog):
         named(*(x.to("meta") for x in tokens()), 0)
 
 
+def test_a_named_backend_is_asked_for_what_may_become_sparse_alone():
+    engine = make(backend="gather", schedule=DenseSchedule(first_layers=1))
+    elsewhere = [x.to("meta") for x in tokens()]
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    assert engine(*elsewhere, 0, dense="dense()").device.type == "meta"
+    with pytest.raises(RuntimeError, match="'gather' cannot run this call"):  # before the first sparse layer
+        engine(*elsewhere, 0)
+    engine.enter(StepInfo(num_steps=1))
+    assert engine(*elsewhere, 1).device.type == "meta"
+    assert engine.report().dense_reasons() == {"dense()": 1, "unknown layout": 1}
+
+
 def changed(**changes):
     """q, k, v of which some are replaced by `function(tensor)`."""
     return [changes.get(name, lambda x: x)(x) for name, x in zip("qkv", tokens(), strict=True)]
