@@ -7,9 +7,13 @@ the same code serves a CPU test and a CUDA planning step.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .own_kernels import use_kernels
 
+MOST_AT_ONCE = 2**24
+"""Segments that the CPU merges at once, those of all tiles counted: each takes some 40 bytes on the way, a gigabyte a
+head at 75,600 tokens in blocks of 16."""
 FEW_RUNS = 4  # up to so many runs a tile a plan counts as a few long ones, which can be compared one by one
 
 
@@ -33,6 +37,21 @@ def merge_segments(
         from .kernels import runs
 
         return runs.merge_segments(selected, sizes, max_runs or (selected.shape[-1] + 1) // 2)
+    if selected.device.type != "cpu" or selected.numel() <= MOST_AT_ONCE or selected.ndim < 3:
+        return _merged(selected, sizes, max_runs)
+    lead = selected.shape[:-2]
+    each = zip(selected.flatten(0, -3), sizes.expand(*lead, sizes.shape[-1]).flatten(0, -2), strict=True)
+    made = [_merged(of_head, its_sizes, max_runs) for of_head, its_sizes in each]
+    slots = max(start.shape[-1] for start, _ in made)
+    start, length = (
+        torch.stack([F.pad(x, (0, slots - x.shape[-1])) for x in tensors]).unflatten(0, lead)
+        for tensors in zip(*made, strict=True)
+    )
+    return start, length
+
+
+def _merged(selected: torch.Tensor, sizes: torch.Tensor, max_runs: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_segments` in torch's operators."""
     sizes = sizes.to(torch.int64)
     starts = sizes.cumsum(-1) - sizes
     # Empty segments go last, so that "the neighbour before" is always a segment with tokens in it.

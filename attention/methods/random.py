@@ -58,11 +58,11 @@ class RandomBlocks(Method):
         batch = batch if self.redraw else 1
         blocks = -(-length // self.block_size)
         kept = max(1, round(self.density * blocks))
-        shape = (batch, memory.heads.total(heads), blocks, blocks)
-        scores = torch.rand(shape, generator=memory.run["generator"], device="cpu")
-        scores = memory.heads.mine(scores)
-        chosen = scores.topk(kept, dim=-1).indices
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+        mask = torch.zeros(batch, memory.heads.total(heads), blocks, blocks, dtype=torch.bool, device="cpu")
+        for of_head in mask.flatten(0, 1):  # scores of all heads at once would be gigabytes in a long video
+            scores = torch.rand(of_head.shape, generator=memory.run["generator"], device="cpu")
+            of_head.scatter_(-1, scores.topk(kept, dim=-1).indices, True)
+        mask = memory.heads.mine(mask)
         plan = BlockPlan.from_block_mask(mask, self.block_size, self.block_size, length, length).to(q.device)
         if not self.redraw:
             memory.call["random"] = plan

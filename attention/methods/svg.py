@@ -35,14 +35,16 @@ class SVG(Method):
         density: share of all query-key pairs computed, text and first frame included, in (0, 1]; the width of the band
             follows from it. The smallest possible value depends on the layout. Temporal heads compute up to 3 % less,
             since the first frame and their band overlap elsewhere.
-        profile_rows: query rows sampled over the whole sequence, at least 1.
+        profile_rows: query rows sampled over the whole sequence, at least 1. The published code samples 64; 32 halve
+            the cost of planning, and the choice of a few heads that are nearly either may differ.
         tile: queries per tile; by the length of the sequence when None.
         sink: whether every query also reads the whole first frame; when None, where that frame is at most a fifth of
             `density`, so not in short videos. In temporal heads, whose keys are permuted, the published code reads
             as many keys at the front of the permuted order instead, which was further from dense where compared
             (0.250 against 0.179 relative error of one call).
         seed: of the choice of rows.
-        schedule: dense steps and layers; a quarter of the steps by default, as in the paper.
+        schedule: dense steps and layers; a quarter of the steps by default, as in the paper. The published code also
+            keeps the first layers dense, .025 to .03 of them by model; here none are, and `first_layers=0.03` does it.
 
     Raises:
         ValueError: a value outside its bound.
