@@ -238,6 +238,7 @@ class SparseAttention:
         sample: int = 0,
         heads: HeadShare = ALL_HEADS,
         weights: Any = None,
+        first: int = 0,
     ) -> torch.Tensor:
         """Attention of one layer.
 
@@ -251,6 +252,8 @@ class SparseAttention:
             heads: where several processes share the heads of the layer, which of them these are. All of these processes
                 make the call.
             weights: what was trained for the method in this layer; see `Method.complete`.
+            first: of the queries that are the model's. Those before it stand for keys that have no query; what is made
+                of them is thrown away, and the report does not count them.
 
         Returns:
             `[B, H, N, D]`, like `q`.
@@ -286,15 +289,16 @@ class SparseAttention:
             chosen.prepare(q, k, v, plan, self._formats)
         with Span(q.device) as span:
             out, _ = attend(chosen, q, k, v, plan, q.shape[-1] ** -0.5, precision=self._formats)
-            rows = self._measured_rows(q, layer)
+            rows = self._measured_rows(q, layer, first)
             # A copy of them, since a method may complete an output in place.
             of_plan = None if rows is None or not self.method.completes_dense else out.detach().index_select(2, rows)
             out = self._completed(out, q, k, v, plan, layout, weights)
-        pairs, details = plan.pairs(), plan.details
-        counts = pairs.sum(), pairs.numel() * plan.n_q * plan.n_kv
+        pairs, details = plan.pairs(first), plan.details
+        whole = (plan.n_q - first) * plan.n_kv
+        counts = pairs.sum(), pairs.numel() * whole
         shares = heads.computed(pairs.expand(q.shape[:2]))
         if shares is not None:
-            counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * plan.n_q * plan.n_kv
+            counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * whole
             details = {**details, "rank_pairs": shares}
         error = self._measured(out, of_plan, q, k, v, rows, heads)
         self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
@@ -415,12 +419,13 @@ class SparseAttention:
             del self._layout_memory[old]
         return memory
 
-    def _measured_rows(self, q: torch.Tensor, layer: int) -> torch.Tensor | None:
-        """The queries whose error is measured, `[R]` int64: others in each layer and step, the same for every method.
-        None where none is."""
+    def _measured_rows(self, q: torch.Tensor, layer: int, first: int) -> torch.Tensor | None:
+        """The queries whose error is measured, `[R]` int64, from the `first` on: others in each layer and step, the
+        same for every method. None where none is."""
         if not self.measure_error:
             return None
-        return sample_rows(q.shape[2], self.measure_error, self.step.step * self.num_layers + layer, q.device)
+        turn = self.step.step * self.num_layers + layer
+        return first + sample_rows(q.shape[2] - first, self.measure_error, turn, q.device)
 
     def _measured(
         self,

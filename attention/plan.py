@@ -227,12 +227,27 @@ class BlockPlan:
         """Whether tiles read many short runs at any place (clusters), not blocks of one size nor a few long runs."""
         return self.block is None and self.run_start.shape[-1] > FEW_RUNS
 
-    def pairs(self) -> torch.Tensor:
-        """Query-key pairs computed, `[Bp, Hp]` int64; what stands for a skipped cluster counts as one key."""
+    def pairs(self, first: int = 0) -> torch.Tensor:
+        """Query-key pairs computed, `[Bp, Hp]` int64; what stands for a skipped cluster counts as one key.
+
+        Args:
+            first: of the queries that count, in the order of the sequence.
+        """
         keys = self.run_len.sum(-1)
         if self.skipped is not None:
             keys = keys + self.is_skipped().sum(-1)
-        return (self.tile_len.long() * keys).sum(-1)
+        queries = self.tile_len.long() if first == 0 else self._queries_from(first)
+        return (queries * keys).sum(-1)
+
+    def _queries_from(self, first: int) -> torch.Tensor:
+        """The queries of each tile from the `first` one of the sequence on, `[1|B, 1|H, T]` int64."""
+        start, end = self.tile_start.long(), (self.tile_start + self.tile_len).long()
+        if self.q_order is None:
+            return end.clamp(min=first) - start.clamp(min=first)
+        counted = torch.nn.functional.pad((self.q_order >= first).cumsum(-1), (1, 0))
+        lead = torch.broadcast_shapes(counted.shape[:2], start.shape[:2])
+        counted = counted.expand(*lead, -1)
+        return counted.gather(-1, end.expand(*lead, -1)) - counted.gather(-1, start.expand(*lead, -1))
 
     def is_skipped(self) -> torch.Tensor:
         """The clusters that each tile skips, `[Bp, Hp, T, C]` bool; an empty one is not skipped."""

@@ -208,6 +208,7 @@ class Site:
             sample=sample,
             heads=heads,
             weights=self.weights if gate is None else gate[:, :, :queries],
+            first=prefix,
         )
         if out.shape[2] > queries:
             out = out[:, :, -queries:]

@@ -266,6 +266,26 @@ def test_a_named_backend_is_asked_for_what_may_become_sparse_alone():
     assert engine.report().dense_reasons() == {"dense()": 1, "unknown layout": 1}
 
 
+@pytest.mark.parametrize("method", [untrained("radial"), SVG2(density=0.7), RandomBlocks(density=0.4)], ids=str)
+def test_queries_that_are_none_of_the_models_do_not_count(method):
+    """Cosmos 3: keys begin with tokens that have no query, and a plan's queries are its keys."""
+    layout = VideoLayout(5, 4, 6, text_before=50)
+    q, k, v = tokens(layout)
+    q[:, :, :50] = 0
+    engine = make(method, measure_error=30)
+    engine.enter(StepInfo(num_steps=1), layout)
+    out = engine(q, k, v, 0, first=50)
+    plan = method.plan(q, k, v, layout, PlanMemory())
+    (record,) = engine.report().records
+    mask = plan.to_dense_mask()[:, :, 50:]
+    assert record.density == pytest.approx(float(mask.double().mean()))
+    assert plan.pairs(50).expand(1, mask.shape[1]).equal(mask.sum((-1, -2)))
+    rows = engine._measured_rows(q, 0, 50)
+    assert rows.min() >= 50 and rows.max() < layout.tokens and len(rows) == 30
+    dense = F.scaled_dot_product_attention(q, k, v)[:, :, rows]
+    assert record.error == pytest.approx(float((out[:, :, rows] - dense).norm() / dense.norm()), rel=1e-4)
+
+
 def changed(**changes):
     """q, k, v of which some are replaced by `function(tensor)`."""
     return [changes.get(name, lambda x: x)(x) for name, x in zip("qkv", tokens(), strict=True)]

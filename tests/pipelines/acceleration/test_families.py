@@ -69,6 +69,18 @@ def test_the_layout_is_that_of_the_sequence(name, monkeypatch):
     assert before.shape[2] == grid.tokens or name in MASKED
 
 
+def test_what_stands_for_the_prefix_of_cosmos_3_is_counted_nowhere():
+    """Its queries are zeros: with them, less would seem to be skipped than is, and nearer to dense."""
+    tiny = build("cosmos_3")
+    text = tiny.layout.text_before
+    with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) as handle:
+        tiny.run()
+        plans = {call[0]: memory["random"] for call, memory in handle._installed[0].engine._call_memory.items()}
+        densities = {r.layer: r.density for r in handle.report().records}
+    masks = {layer: plan.to_dense_mask()[:, :, text:] for layer, plan in plans.items()}
+    assert text and densities == pytest.approx({layer: float(mask.double().mean()) for layer, mask in masks.items()})
+
+
 def test_dense_passes_are_stock_and_sparse_ones_run_in_every_layer(name):
     tiny = build(name)
     before = tiny.run()
