@@ -26,7 +26,7 @@ from .layout import VideoLayout
 from .meter import added_in, check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
 from .plan import BlockPlan
-from .records import KEPT_RUNS, CallRecord, RunReport, dropped_note
+from .records import CallRecord, RunReport, dropped_note, kept_records
 from .schedule import DenseSchedule, StepInfo
 from .timing import Span
 
@@ -60,7 +60,8 @@ class SparseAttention:
     The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
     masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts,
     or where `forget_run` says that it ended.
-    Of the last `KEPT_LAYOUTS` layouts (sizes of videos) and the records of the last `KEPT_RUNS` runs, no more is kept.
+    Of the last `KEPT_LAYOUTS` layouts (sizes of videos) and the records of the last runs (`kept_records`), no more is
+    kept.
 
     Args:
         method: a `Method` or the name of one.
@@ -169,10 +170,10 @@ class SparseAttention:
         if step.run != self.step.run:
             self._forget_run()
             records = self._all_records()
-            self._finished = [r for r in records if r.run > step.run - KEPT_RUNS]
+            self._finished = kept_records(records, step)
             self._pending = []
             if len(self._finished) < len(records):
-                self.oldest_run = step.run - KEPT_RUNS + 1
+                self.oldest_run = min((r.run for r in self._finished), default=step.run)
         if step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
@@ -474,4 +475,5 @@ class SparseAttention:
             details={k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.details.items()},
             error=None if r.error is None else float(r.error),
             error_seconds=r.error_span.seconds() if r.error_span else 0.0,
+            call=r.step.call,
         )

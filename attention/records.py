@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
+"""Runs whose records are kept; where a pipeline's calls are known, calls, each with all of its runs."""
+KEPT_RECORDS = 100_000
+"""Records of an engine above which fewer calls are kept, which may have hundreds of runs each; never less than one."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class CallRecord:
             where `dense` is what a dense call gives: with the coarse branch of VSA, and without what SLA learned. None
             where it was not measured.
         error_seconds: time in measuring it, which is in no other number here.
+        call: of the pipeline, see `StepInfo`.
     """
 
     run: int
@@ -48,6 +52,7 @@ class CallRecord:
     details: dict[str, Any]
     error: float | None = None
     error_seconds: float = 0.0
+    call: int | None = None
 
     @property
     def predicted_error(self) -> float | None:
@@ -77,9 +82,8 @@ class RunReport:
         return sorted({r.run for r in self.records})
 
     def last(self) -> RunReport:
-        """The last run alone."""
-        runs = self.runs()
-        return replace(self, records=tuple(r for r in self.records if r.run == runs[-1])) if runs else self
+        """The last call of the pipeline alone, with all of its runs; where calls are not known, the last run."""
+        return replace(self, records=of_last_call(self.records))
 
     def density_by_step(self) -> dict[int, float]:
         """Mean density of each step, over layers and branches."""
@@ -206,11 +210,53 @@ class RunReport:
         return groups
 
 
+class OfACall(Protocol):
+    """What was done in a run, as a part of a call of the pipeline where that is known."""
+
+    @property
+    def run(self) -> int: ...
+    @property
+    def call(self) -> int | None: ...
+
+
+Done = TypeVar("Done", bound=OfACall)
+
+
+def call_of(done: OfACall) -> int:
+    """The call of the pipeline; the run where that is not known."""
+    return done.run if done.call is None else done.call
+
+
+def of_last_call(records: Iterable[Done]) -> tuple[Done, ...]:
+    """Those of the last call."""
+    records = tuple(records)
+    last = max(map(call_of, records), default=None)
+    return tuple(record for record in records if call_of(record) == last)
+
+
+def kept_records(records: Sequence[Done], now: OfACall) -> list[Done]:
+    """Those that are kept where a run begins: of the last `KEPT_RUNS` calls, that of the run among them, or of fewer
+    where there are more than `KEPT_RECORDS`. A call is kept whole, since means over a part of it would mislead.
+
+    Args:
+        records: of one engine. now: the run.
+    """
+    counts = Counter(map(call_of, records))
+    kept: set[int] = set()
+    for call in sorted(counts, reverse=True):
+        many = now.call is not None and sum(counts[each] for each in (*kept, call)) > KEPT_RECORDS
+        if call <= call_of(now) - KEPT_RUNS or (kept and many):
+            break
+        kept.add(call)
+    return [record for record in records if call_of(record) in kept]
+
+
 def dropped_note(oldest: int) -> list[str]:
     """What a report says where records of the runs before `oldest` were dropped; nothing where that is 0."""
     if not oldest:
         return []
-    return [f"records before run {oldest} were dropped: those of the last {KEPT_RUNS} runs are kept"]
+    kept = f"those of the last {KEPT_RUNS} calls are kept, fewer where a call has very many"
+    return [f"records before run {oldest} were dropped: {kept}"]
 
 
 def percent(share: float) -> str:

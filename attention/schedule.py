@@ -22,6 +22,8 @@ class StepInfo:
         num_steps: steps of the run, None when unknown.
         sigma: noise level of the step in [0, 1] for flow models, None when unknown.
         branch: the guidance branch, such as "cond" or "uncond".
+        call: number of the pipeline's call that the run is a part of, counted from 0: a video that is made chunk by
+            chunk has several runs. None where a run is all there is.
     """
 
     run: int = 0
@@ -29,6 +31,7 @@ class StepInfo:
     num_steps: int | None = None
     sigma: float | None = None
     branch: str = "cond"
+    call: int | None = None
 
 
 @dataclass(frozen=True)

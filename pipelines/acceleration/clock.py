@@ -25,6 +25,7 @@ class _Run:
 
     Args:
         number: counted from 0.
+        call: of the pipeline, counted from 0; a call of its own where nobody said that one is going on.
         table: what its steps are rows of; None where distinct timesteps are counted.
         first, place: the first row that was run and the one that is.
         timestep: of the last pass.
@@ -38,6 +39,7 @@ class _Run:
     """
 
     number: int
+    call: int
     table: Table | None
     first: int
     place: int
@@ -107,11 +109,14 @@ class StepClock:
         self._pipe = pipe
         self.lost_its_pipeline = False  # a copy of a transformer without the pipeline that tells its steps
         self._number = 0  # of the next run
+        self._call = -1  # of the last run
+        self._in_call = False  # from where a call of the pipeline began to where it ended, as far as that is told
+        self._new_call = True  # whether the next run is the first one of its call
         self._run: _Run | None = None
         self._table: Table | None = None
         self._walked: torch.Tensor | None = None  # what the pipeline's loop goes over, where it says so
         self._sends_rows: bool | None = None  # whether the models get the timesteps of the table, once it is known
-        self._notes: dict[int, str] = {}
+        self._notes: dict[int, tuple[int, str]] = {}  # of runs, each with its call
         self._told = -1  # of this run and those before nothing is said any more
         self._forgetful: dict[str, WeakMethod] = {}
 
@@ -132,6 +137,14 @@ class StepClock:
         """
         self._forgetful[model] = WeakMethod(forget)
 
+    def call_begins(self) -> None:
+        """A call of the pipeline begins, whatever became of the one before: its runs belong together."""
+        self._in_call = self._new_call = True
+
+    def call_ended(self) -> None:
+        """It ended, or failed: a run that comes now is none of it."""
+        self._in_call, self._new_call = False, True
+
     def passed(self) -> None:
         """A forward pass ended. After the last one of a run, what all of its models remember is forgotten."""
         if self._run is not None and self._run.ended():
@@ -142,7 +155,7 @@ class StepClock:
         self._forget(set(self._forgetful))
 
     def walks(self, timesteps: object) -> None:
-        """A loop over steps begins. What it goes over is the table of the scheduler, or a part of it.
+        """A loop over steps begins. What it goes over may be the table of the scheduler, or a part of it.
 
         Args:
             timesteps: what the loop was given to go over, of whatever kind.
@@ -158,7 +171,7 @@ class StepClock:
     def __deepcopy__(self, memo: dict[int, object]) -> StepClock:
         # A transformer that is copied alone must not bring a copy of its pipeline.
         new = StepClock(memo.get(id(self._pipe)))
-        new._number = self._number
+        new._number, new._call = self._number, self._call
         new.lost_its_pipeline = new._pipe is None and self._pipe is not None and hasattr(self._pipe, "scheduler")
         return new
 
@@ -207,12 +220,12 @@ class StepClock:
         run.seen.add(run.place - run.first)
         branch = branches[number] if number < len(branches) else f"pass {number}"
         sigma = None if run.table is None or run.counted else run.table.sigma(run.place)
-        return StepInfo(run.number, run.place - run.first, run.total, sigma, branch)
+        return StepInfo(run.number, run.place - run.first, run.total, sigma, branch, run.call)
 
     def notes(self) -> list[str]:
-        """Where a run's count is not what its scheduler promised, for the last few runs."""
+        """Where a run's count is not what its scheduler promised, for the runs of the last few calls."""
         last = self._note()
-        return [*self._notes.values(), *([last] if last else [])]
+        return [*(note for _, note in self._notes.values()), *([last] if last else [])]
 
     def forget_notes(self) -> None:
         """Say nothing more of the runs so far."""
@@ -310,13 +323,15 @@ class StepClock:
         note = self._note()
         if note:
             logger.warning("%s", note)
-            self._notes[self._run.number] = note
+            self._notes[self._run.number] = self._run.call, note
         number, self._number = self._number, self._number + 1
-        self._notes = {run: note for run, note in self._notes.items() if run > number - KEPT_RUNS}
+        self._call += self._new_call
+        self._new_call = not self._in_call
+        self._notes = {run: told for run, told in self._notes.items() if told[0] > self._call - KEPT_RUNS}
         place = 0
         if table is not None:
             place = next(p for p in (table.index, table.begin, table.start(now)) if p is not None)
-        self._run = _Run(number, table, place, place, now, ignored)
+        self._run = _Run(number, self._call, table, place, place, now, ignored)
         return self._run
 
     def _total(self, run: _Run, now: Timestep) -> int | None:

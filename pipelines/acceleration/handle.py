@@ -17,6 +17,7 @@ from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
 from ..trained_for import origins_of
+from .call_marks import CallMarks, remove_call_marks
 from .checks import check_runs, check_schedule
 from .choice import choose
 from .clock import StepClock
@@ -64,14 +65,15 @@ class Handle:
         self._told: set[str] = set()
         self._clock = StepClock(pipe)
         self._installed: list[Installed] = []
-        self._loop_ends: list[LoopEnd] = []
+        self._loop_ends: list[LoopEnd | CallMarks] = []
         try:
             for name, (_, family) in transformers.items():
                 options: dict[str, Any] = {"schedule": schedule, "backend": backend, "measure_error": measure_error}
                 options |= {"precision": precision, "min_tokens": least, "unasked": unasked}
                 given = (chosen, choice.learned.get(name), self._clock)
                 self._installed.append(Installed(pipe, origins[name], family, *given, **options))
-            self._loop_ends = [LoopEnd(loop, self._clock) for loop in loops_of(pipe)]
+            self._loop_ends = [CallMarks(pipe, self._clock)]
+            self._loop_ends += [LoopEnd(loop, self._clock) for loop in loops_of(pipe)]
         except BaseException:
             self.remove()  # the first of two transformers must not stay patched when the second cannot be
             raise
@@ -82,11 +84,13 @@ class Handle:
             installed.check_sites()
         engines = [installed.engine for installed in self._installed]
         reports = [engine.report() for engine in engines]
-        records = sorted((r for report in reports for r in report.records), key=lambda r: (r.run, r.step))
+        oldest = max(engine.oldest_run for engine in engines)  # of one that made no pass since, older ones are there
+        records = [r for report in reports for r in report.records if r.run >= oldest]
+        records.sort(key=lambda r: (r.run, r.step))
         notes = dict.fromkeys(filter(None, [self._why, *self._warnings]))
         notes |= dict.fromkeys(note for engine in engines for note in engine.notes)
         notes |= dict.fromkeys([*self._clock.notes(), *self._replaced(), *balance_note(records)])
-        notes |= dict.fromkeys(dropped_note(max(engine.oldest_run for engine in engines)))
+        notes |= dict.fromkeys(dropped_note(oldest))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
     def reset(self) -> None:
@@ -234,6 +238,7 @@ def restore(pipe: Any) -> None:
             if isinstance(owner, Installed):
                 owner.remove()
     remove_loop_ends(pipe)
+    remove_call_marks(pipe)
 
 
 def _least_tokens(asked: int | None, method: Method | str | None, chosen: Method) -> int | None:

@@ -272,6 +272,7 @@ class Installed(CopiedNotPickled):
             self._thread = None
             if self._inside:
                 self._clock.stopped()
+                self._clock.call_ended()
             self._inside = False
 
     def check_sites(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...attention import DenseSchedule, RunReport, StepInfo
-from ...attention.records import KEPT_RUNS, CallRecord
+from ...attention.records import CallRecord, kept_records, of_last_call
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
@@ -34,6 +34,7 @@ class PassRecord:
             cache's: such a pass was computed.
         extrapolated: it was the guidance cache that left it out, as a whole.
         kept: why the cache had to compute it; "" where it need not, or where there is none.
+        call: of the pipeline, see `StepInfo`.
     """
 
     run: int
@@ -44,6 +45,7 @@ class PassRecord:
     skipped: bool = False
     kept: str = ""
     extrapolated: bool = False
+    call: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class StepAccount:
             a method, and "-" where none was.
         density: mean over their calls; NaN where there is none.
         why: why they are dense, with the number of calls.
+        call: of the pipeline, see `StepInfo`.
     """
 
     run: int
@@ -69,6 +72,7 @@ class StepAccount:
     attention: str
     density: float
     why: str = ""
+    call: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,10 @@ class Account:
         return sorted({step.run for step in self.steps})
 
     def last(self) -> Account:
-        """The last run alone."""
-        runs = self.runs()
-        if not runs:
+        """The last call of the pipeline alone, with all of its runs; where calls are not known, the last run."""
+        if not self.steps:
             return self
-        attention = self.attention and self.attention.last()
-        return replace(self, steps=tuple(s for s in self.steps if s.run == runs[-1]), attention=attention)
+        return replace(self, steps=of_last_call(self.steps), attention=self.attention and self.attention.last())
 
     def counts(self) -> dict[str, int]:
         """Steps and passes: "steps", "forwards", "computed", "skipped", and of steps "dense", "sparse", "mixed"."""
@@ -173,6 +175,7 @@ def accounts(passes: Iterable[PassRecord], calls: Iterable[CallRecord] | None) -
                 attention=_attention(its, whole, calls is not None),
                 density=sum(c.density for c in its) / len(its) if its else float("nan"),
                 why=", ".join(f"{why} ({n})" for why, n in Counter(c.reason for c in its if c.reason).items()),
+                call=those[0].call,
             )
         )
     return tuple(made)
@@ -238,7 +241,7 @@ class Watch(CopiedNotPickled):
 
     def _begin(self, step: StepInfo) -> None:
         self._run = step.run
-        self.passes = [p for p in self.passes if p.run > step.run - KEPT_RUNS]
+        self.passes = kept_records(self.passes, step)
         if self._cache is not None:
             self._cache.begin(step.num_steps)
 
@@ -248,7 +251,7 @@ class Watch(CopiedNotPickled):
         place = (step.run, step.step, step.num_steps, step.branch)
         kept = self._kept if self._cache is not None else ""
         skipped, extrapolated = pass_was_left_out(module), second_pass_was_left_out(module)
-        self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated))
+        self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated, step.call))
         self._clock.passed()
 
     def notes(self, run: int | None) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...attention.records import RunReport
+from ..acceleration.call_marks import CallMarks
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate
 from ..guidance_branches import TWO
@@ -100,6 +101,7 @@ class Applied:
             for transformer, family in checked.parts.values():
                 self._undo.append(compile_blocks(transformer, family, preset.compile, below_hooks))
         clock = StepClock(pipe)
+        self._undo.append(CallMarks(pipe, clock))
         schedule = None if preset.method is None else preset.method.schedule
         # Differences are extrapolated from, so both of their passes have to be computed.
         whole = TWO[1] if preset.guidance_cache is not None else ""

@@ -106,7 +106,7 @@ class TestSteps:
                 generate(pipe, steps=1)
             report = handle.report()
             assert report.runs() == list(range(2, 10))
-            assert "note: records before run 2 were dropped: those of the last 8 runs are kept" in str(report)
+            assert "note: records before run 2 were dropped: those of the last 8 calls are kept" in str(report)
             handle.reset()
             assert not handle.report().notes
 
