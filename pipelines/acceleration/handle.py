@@ -199,7 +199,8 @@ def accelerate(
             video stays the same to the bit. It costs `measure_error / tokens` of a dense call in float32 and a read of
             all keys and values; 0 measures nothing.
         adapter: file or folder of an adapter of the recipe `sla`, for the method "sla"; of a pipeline with two
-            transformers, one for each.
+            transformers, one for each. Its LoRA counts beside those that are loaded later. Take these out by
+            `delete_adapters`: `unload_lora_weights` takes out all, and the next pass is refused.
         base: folder or hub id ("owner/name", or "owner/name@revision") of the pipeline that the transformers are from,
             where they do not know themselves; only SLA and VSA ask.
         precision: "int8" computes Q K^T of the sparse calls in 8 bits, on the backend `triton`, without a gradient; see
@@ -218,7 +219,8 @@ def accelerate(
         RuntimeError: the pipeline is accelerated already, or runs under ring attention; a backend that cannot run here,
             or with "auto" none that is faster than dense attention; a precision, or a second stage of Sparge, that
             neither this machine nor the named backend has. Later, in the first call: a gradient is needed, or the dtype
-            or size of heads is none of those that a named backend is for.
+            or size of heads is none of those that a named backend is for. A `ValueError` in any call, as an `SLAError`:
+            the LoRA of an adapter was unloaded or switched off.
     """
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     check_backend(backend)
