@@ -251,12 +251,16 @@ def kept_records(records: Sequence[Done], now: OfACall) -> list[Done]:
     return [record for record in records if call_of(record) in kept]
 
 
-def dropped_note(oldest: int) -> list[str]:
-    """What a report says where records of the runs before `oldest` were dropped; nothing where that is 0."""
+def dropped_note(oldest: int, of: str = "runs") -> list[str]:
+    """What a report says where records of the runs before `oldest` were dropped; nothing where that is 0.
+
+    Args:
+        oldest: see above. of: what records are kept of, runs or calls of a pipeline.
+    """
     if not oldest:
         return []
-    kept = f"those of the last {KEPT_RUNS} calls are kept, fewer where a call has very many"
-    return [f"records before run {oldest} were dropped: {kept}"]
+    fewer = "" if of == "runs" else ", of fewer where these have very many"
+    return [f"records before run {oldest} were dropped: those of the last {KEPT_RUNS} {of} are kept{fewer}"]
 
 
 def percent(share: float) -> str:

@@ -90,7 +90,7 @@ class Handle:
         notes = dict.fromkeys(filter(None, [self._why, *self._warnings]))
         notes |= dict.fromkeys(note for engine in engines for note in engine.notes)
         notes |= dict.fromkeys([*self._clock.notes(), *self._replaced(), *balance_note(records)])
-        notes |= dict.fromkeys(dropped_note(oldest))
+        notes |= dict.fromkeys(dropped_note(oldest, "calls"))
         return replace(reports[0], records=tuple(records), notes=tuple(notes))
 
     def reset(self) -> None:
