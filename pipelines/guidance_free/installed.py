@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from ..acceleration.copies import CopiedNotPickled
 from ..errors import first_line
 from ..group_offloading import is_on_disk, is_streamed
+from ..guidance_branches import is_compiled_whole
+from ..seen_hook import SeenHook
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError
 from .beta import BetaEmbedder, time_embedder, width_of
 from .low_rank import LowRank, gate_of, low_ranks
@@ -56,9 +58,13 @@ class Installed(CopiedNotPickled):
         self._told = False
         if merge and (refusal := self._why_not_merged()):
             raise GuidanceFreeError(f"{adapter.path.name} cannot be merged: {refusal}. Leave merge out, or fix that.")
+        if is_compiled_whole(pipe, name, transformer):
+            enter: Any = SeenHook(transformer, self._enter, before=True)
+        else:
+            enter = transformer.register_forward_pre_hook(self._enter)
         self._hooks = [
-            transformer.register_forward_pre_hook(self._enter),
-            time_embedder(transformer).register_forward_hook(self._add),
+            enter,
+            SeenHook(time_embedder(transformer), self._add),
             # What is saved, copied into an EMA or offloaded by accelerate are the weights of the base.
             transformer.register_state_dict_pre_hook(self._put_back),
             transformer.register_load_state_dict_pre_hook(self._put_back),

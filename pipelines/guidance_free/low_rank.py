@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..acceleration.copies import CopiedNotPickled
+from ..seen_hook import SeenHook
 
 _MERGED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,7 +37,7 @@ class LowRank(CopiedNotPickled):
         self.name, self.layer, self.down, self.up = name, layer, down, up
         self._original: torch.Tensor | None = None
         self._gate: float = 0.0
-        self._hook: Any = None
+        self._hook: SeenHook | None = None
 
     def why_not_merged(self) -> str | None:
         """Why the weight cannot be changed, or None."""
@@ -107,7 +108,7 @@ class LowRank(CopiedNotPickled):
         self.restore()
         self._gate = gate
         if self._hook is None:
-            self._hook = self.layer.register_forward_hook(self._add)
+            self._hook = SeenHook(self.layer, self._add)
 
     def _add(self, module: nn.Module, args: tuple[torch.Tensor, ...], made: torch.Tensor) -> torch.Tensor | None:
         if self._gate == 0:

@@ -343,3 +343,22 @@ def test_compiled(pipe, gated, what, merge):
         for scale in (5.0, 2.0, 5.0):
             assert near(made(pipe, scale), wanted[scale])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("what", "merge"), [("blocks", False), ("whole", True)])
+def test_compiled_and_run_before_it_comes(pipe, gated, what, merge):
+    """torch does not look at hooks again."""
+    wanted, before = beside(pipe, gated), made(pipe)
+    kinds = [type(module) for module in pipe.transformer.modules()]
+    torch._dynamo.reset()
+    if what == "blocks":
+        pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    else:
+        pipe.transformer.compile(backend="eager")
+    assert near(made(pipe), before)
+    for _ in range(2):
+        with vidaccel.guidance_free(pipe, gated, merge=merge):
+            assert near(made(pipe), wanted)
+        assert near(made(pipe), before)
+    assert [type(module) for module in pipe.transformer.modules()] == kinds
+    torch._dynamo.reset()

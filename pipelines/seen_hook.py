@@ -1,0 +1,37 @@
+"""Forward hooks that code which torch compiled before they came does not pass over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .acceleration.copies import CopiedNotPickled
+
+
+class SeenHook(CopiedNotPickled):
+    """A forward hook on a module, seen by compiled code too.
+
+    What torch has compiled does not look at the hooks of modules again (its setting `skip_nnmodule_hook_guards`), so a
+    hook that comes later would be passed over without a word, and one that went would still count. It does look at
+    their classes: for as long as the hook is there, the module is of a subclass of its own, which adds nothing.
+
+    Args:
+        module: that gets the hook. hook: as `register_forward_hook` takes it, or `register_forward_pre_hook`.
+        before: it comes before the pass.
+    """
+
+    def __init__(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
+        self._module = module
+        self._handle = (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
+        self._kind = type(module)
+        # A new one each time: what was compiled for another hook is not for this one.
+        facts = {name: getattr(self._kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        self._own = module.__class__ = type(self._kind.__name__, (self._kind,), facts)
+
+    def remove(self) -> None:
+        """Take the hook away, and the class, unless somebody has made another of it since (FSDP does)."""
+        self._handle.remove()
+        if type(self._module) is self._own:
+            self._module.__class__ = self._kind
