@@ -284,7 +284,8 @@ def check_source(decoder: str | None) -> None:
         return
     if is_hub_id(decoder) and not is_single_file(decoder):
         return
-    raise PresetError("decoder", "there is no such file or folder", value=decoder)
+    fix = "Give a file such as taew2_1.safetensors, a folder or a hub id."
+    raise PresetError("decoder", "there is no such file or folder", fix, decoder)
 
 
 def _decoder(pipe: Any, preset: Preset) -> tuple[TinyVideoDecoder, str] | None:

@@ -298,13 +298,14 @@ def test_guidance_is_preserved_as_gft_has_it(tmp_path, text_base, monkeypatch):
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("random", "sla", "vsa")])
 def test_any_method_is_attention_in_training(tmp_path, text_base, name):
     """What it computes is the density, its gradients reach the LoRA, and nothing of it stays in the transformer."""
-    size = {"frames": 9, "height": 128, "width": 128}
+    frames = 9 if name == "lvsa" else 3  # of latents; of three, each is near each
+    size = {"frames": 4 * frames - 3, "height": 128, "width": 128}
     attention = {"method": name, "density": 0.6, "dense_layers": 1}
     file = write(tmp_path, text_base, attention=attention, data={"sizes": [size]}, flow={"guidance_preserving": 2})
     made = recipe(file)
     phase = made.phases()[0]
     model = phase.setup({})
-    batch = {"latents": torch.randn(1, 8, 3, 16, 16), "caption": ["a red circle"]}
+    batch = {"latents": torch.randn(1, 8, frames, 16, 16), "caption": ["a red circle"]}
     loss, _ = phase.loss(model, batch, Generators(places(1)))
     loss.backward()
     records = phase._handle.report().records
