@@ -181,9 +181,9 @@ def run(steps: int, held_out: int, batch_size: int, only: str, work: Path) -> tu
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Of each arm.")] = 12,
-    held_out: Annotated[int, typer.Option(min=1, help="Clips that are measured.")] = 4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Of each arm.")] = 80,
+    held_out: Annotated[int, typer.Option(min=1, help="Clips that are measured.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 2,
     only: Annotated[str, typer.Option(help="Part of the names of the arms to train.")] = "",
     work: Annotated[Path, typer.Option(help="Folder of the encoded clips, used again where it is there.")] = Path(
         "runs/low_bit_training"
