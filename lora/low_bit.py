@@ -40,6 +40,25 @@ def linears_of_blocks(module: nn.Module) -> list[str]:
     return found
 
 
+def check_some(module: nn.Module, kind: str, phase: str) -> list[str]:
+    """The names of `linears_of_blocks`, of which there must be some.
+
+    Args:
+        module: what is trained, with or without weights.
+        kind, phase: as those of `in_low_bits`.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    names = linears_of_blocks(module)
+    if not names:
+        raise ConfigError(
+            f"phase {phase}: low_bit_linears is {kind}, but what it trains has no linear layers in blocks whose sides "
+            f"are multiples of {MULTIPLE}: leave it out."
+        )
+    return names
+
+
 def in_low_bits(module: nn.Module, kind: str, phase: str) -> int:
     """Let the linear layers of a module's blocks compute in low bits; names of parameters stay as they are.
 
@@ -54,12 +73,7 @@ def in_low_bits(module: nn.Module, kind: str, phase: str) -> int:
     Raises:
         ConfigError: the module has no such layer, or torchao is missing.
     """
-    names = linears_of_blocks(module)
-    if not names:
-        raise ConfigError(
-            f"phase {phase}: low_bit_linears is {kind}, but what it trains has no linear layers in blocks whose sides "
-            f"are multiples of {MULTIPLE}: leave it out."
-        )
+    names = check_some(module, kind, phase)
     convert = _converter(kind, f"phase {phase}: low_bit_linears is {kind}")
     for name in names:
         parent, _, own = name.rpartition(".")

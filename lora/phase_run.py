@@ -14,7 +14,7 @@ from torch import nn
 
 from ..attention.call_checks import NotFinite
 from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, set_random_state
-from .config import ConfigError, as_yaml
+from .config import as_yaml
 from .data.sampler import ClipSampler
 from .dataloader import batches, to_device
 from .ema import EMA
@@ -22,7 +22,7 @@ from .fsdp import autocast_forward, layers_of, plugin_of, split
 from .generators import Generators, derive_seed
 from .low_bit import in_low_bits
 from .memory import peak_gigabytes
-from .optim import OF_PACKAGES, found_rate, learning_rate, make_optimizer, set_learning_rate
+from .optim import found_rate, learning_rate, make_optimizer, set_learning_rate
 from .phase_state import PhaseState
 from .progress import duration
 from .recipes.base import Phase
@@ -61,7 +61,7 @@ class PhaseRun:
         """Build the model and the optimiser, and take up where a checkpoint left; nothing of it is kept.
 
         Raises:
-            ConfigError: settings that do not go together with FSDP, or no clip that can be read.
+            ConfigError: no clip that can be read.
             CheckpointError: a checkpoint of another number of clips a step, or of another model; or a cache that cannot
                 be written.
         """
@@ -71,8 +71,11 @@ class PhaseRun:
             self._saved = (self.state.step, self.state.validation_due)
             self.context.tracker.say(f"phase {self.phase.name}: continues after step {self.state.step}.")
 
-    def train(self) -> Tensors:
+    def train(self, keep: bool = True) -> Tensors:
         """Run the steps that are left, after `begin`; returns the result of the phase, by parameter name.
+
+        Args:
+            keep: whether this process needs the result; see `PhaseState.result`.
 
         Raises:
             Stopped: on SIGINT or SIGTERM, after a checkpoint.
@@ -88,14 +91,13 @@ class PhaseRun:
                 self._steps()
         except NotFinite as error:  # sparse attention plans from it before a loss shows it
             raise self._diverged(f"a weight of phase {self.phase.name} is NaN or infinite") from error
-        return self.state.result()
+        return self.state.result(keep)
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
         accelerator, phase = self.accelerator, self.phase
         seed = phase_seed(self.context.config.seed, phase.name)
-        self._check_fsdp()
         # Before the model is there, so that what encodes the clips has the memory for itself.
         self.clips = phase.clips()
         _seed_all(derive_seed(seed, "process", 0))
@@ -109,7 +111,9 @@ class PhaseRun:
         accelerator.gradient_accumulation_steps = self.settings.gradient_accumulation_steps
         accelerator.step = 0
         self.model, self.optimizer = self._prepared(module, optimizer)
-        self.module = accelerator.unwrap_model(self.model)
+        # Names must be those of the module that `setup` gave, also where torch.compile is around it: results, adapters
+        # and checkpoints go by them.
+        self.module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         # Sharding replaces parameters.
         named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.sampler = ClipSampler(
@@ -136,18 +140,6 @@ class PhaseRun:
         # Processes must differ in dropout and the like, but not in what `setup` initialised.
         _seed_all(derive_seed(seed, "process", accelerator.process_index))
         self._say_what_begins()
-
-    def _check_fsdp(self) -> None:
-        """Refuse what FSDP would split and must not."""
-        if plugin_of(self.accelerator) is None:
-            return
-        optimizer = self.settings.optimizer
-        if optimizer == "muon":
-            raise ConfigError("muon needs whole matrices, which FSDP splits: set optimizer to adamw.")
-        if optimizer in OF_PACKAGES:
-            raise ConfigError(f"{optimizer} keeps a state that this trainer cannot gather under FSDP: set adamw.")
-        if self.phase.whole_weights:
-            raise ConfigError(f"{self.phase.whole_weights}, which FSDP splits: train without FSDP, or leave it out.")
 
     def _say_what_begins(self) -> None:
         sizes = self.sampler.members or range(len(self.sampler.sizes))

@@ -53,9 +53,15 @@ class PhaseState:
     def total_steps(self) -> int:
         return self.before + self.step
 
-    def result(self) -> Tensors:
-        """The weights of the phase, those of the EMA where it has one; every process must call this."""
-        return whole(self.named) if self.ema is None else self.ema.whole()
+    def result(self, keep: bool = True) -> Tensors:
+        """The weights of the phase, those of the EMA where it has one; every process must call this.
+
+        Args:
+            keep: False in a process that no one asks for them; it takes part in gathering what is sharded, and has an
+                empty result: a copy of all weights for each process would fill the memory of a machine.
+        """
+        found = whole(self.named, keep) if self.ema is None else self.ema.whole(keep)
+        return found if keep else {}
 
     def take(self, random: dict[str, Any]) -> Checkpoint:
         """The state as a checkpoint; every process must call this.

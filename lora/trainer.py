@@ -21,8 +21,8 @@ from ..pipelines.run_folder import RESULTS, SETTINGS
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, flat, load
 from .fsdp import check_plugin, plugin_of
-from .low_bit import check_linears
-from .optim import OF_PACKAGES, of_package
+from .launched import check_accelerator, check_environment
+from .phase_checks import check_outline, check_phase
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
 from .recipes.base import Phase, Recipe
@@ -44,8 +44,9 @@ def make_accelerator(config: RunSettings) -> Accelerator:
 
     Raises:
         ConfigError: a precision that the device cannot do, or that another run in this process has fixed otherwise; or
-            FSDP 1.
+            FSDP 1, DeepSpeed, or another way to use several devices that this trainer does not know.
     """
+    check_environment(os.environ)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
@@ -64,6 +65,11 @@ def make_accelerator(config: RunSettings) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"accelerate refuses the settings: {error}") from error
+    try:
+        check_accelerator(accelerator)
+    except ConfigError:
+        AcceleratorState._reset_state()  # else the next run in this process has it too, whatever it asks for
+        raise
     plugin = plugin_of(accelerator)
     if plugin is not None:
         check_plugin(plugin, loop.mixed_precision)
@@ -141,15 +147,16 @@ class Trainer:
         with self.process.stop.at_once():
             phases = list(self.recipe.phases())
             for phase in phases:
-                # Before long work, and before a checkpoint with its state is read.
-                if phase.settings.optimizer in OF_PACKAGES:
-                    of_package(phase.settings.optimizer, phase.name)
-                check_linears(phase.settings.low_bit_linears, phase.name, self.process.device)
+                if phase.settings.steps:  # before long work, and before a checkpoint with its state is read
+                    check_phase(phase, self.process.device, self.process.sharded)
             self._in_main(lambda: self._take_folder() if self.out.exists() else None)
             start = self._start(resume, phases)
             if start.checkpoint is not None:
                 self.recipe.began_with = start.checkpoint.state.get("inputs", {})
             self.recipe.prepare()
+            for phase in phases:
+                if phase.settings.steps:
+                    check_outline(phase)
             inputs = self.recipe.inputs()
             if start.checkpoint is not None:
                 _check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
@@ -227,7 +234,9 @@ class Trainer:
                 run.begin(start.checkpoint if number == first else None)
                 start.checkpoint = None  # as large as weights and optimiser together
             self._encodes = False
-            trained = trained | run.train()
+            # Results of phases are for those that follow, and at last for the main process, which writes them.
+            needed = self.process.is_main or any(later.settings.steps for later in phases[number + 1 :])
+            trained = trained | run.train(needed) if needed else run.train(needed)
             total = run.state.total_steps
             self._keep(phase.name, trained)
             phase.close()

@@ -241,6 +241,10 @@ class Backbone(PretrainedModel):
         """The transformer with a new embedder (Xavier) and a new head (zero), all else as pre-trained."""
 
     @abstractmethod
+    def skeleton(self) -> nn.Module:
+        """The pre-trained transformer without weights, on the meta device, to look into its layers."""
+
+    @abstractmethod
     def aligner(self) -> nn.Module:
         """The new embedder alone, as a module whose parameters are named as in the transformer. Called with a batch of
         parts, it gives tokens.

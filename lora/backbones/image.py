@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderDC, DiffusionPipeline
 from torch import nn
 
@@ -73,6 +74,10 @@ class ImageBackbone(ImageFamily, Backbone):
         transformer = self.transformer_class.from_pretrained(self.base, subfolder="transformer", dtype=self.dtype)
         self.swap(transformer)
         return transformer.requires_grad_(False)
+
+    def skeleton(self) -> nn.Module:
+        with init_empty_weights():
+            return self.transformer_class.from_config(self.config)
 
     def aligner(self) -> ImageAligner:
         return ImageAligner(self, self.new_embedding(), "latents")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import nn
 
@@ -113,6 +114,10 @@ class WanBackbone(WanFamily, Backbone):
         if self.merge_text_padding:
             use_padded_cross_attention(transformer)
         return transformer.requires_grad_(False)
+
+    def skeleton(self) -> nn.Module:
+        with init_empty_weights():
+            return WanTransformer3DModel.from_config(self.config)
 
     def aligner(self) -> Aligner:
         return Aligner(new_embedding(self.in_channels, self.inner), "latents", "condition")

@@ -158,6 +158,9 @@ class Align(Phase):
         super().__init__(name, settings)
         self.recipe = recipe
 
+    def outline(self) -> nn.Module:
+        return self.recipe.backbone.aligner()
+
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         self.embedder = self.recipe.backbone.teacher()
         return self.recipe.backbone.aligner()
@@ -211,6 +214,9 @@ class Flow(FlowPhase):
     def __init__(self, name: str, settings: PhaseSettings, recipe: AEAdapt) -> None:
         super().__init__(name, settings, recipe, recipe.config.flow.caption_dropout)
         self.error_is_loss = recipe.config.flow.object_weight == 1
+
+    def outline(self) -> nn.Module:
+        return self.recipe.backbone.skeleton()
 
     def setup(self, trained: Mapping[str, torch.Tensor]) -> nn.Module:
         recipe = self.recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -69,6 +69,12 @@ class Phase(ABC):
             trained: results of the phases before, by parameter name; to be copied in. An interrupted run comes here
                 with the same values, so a phase must depend on the ones before by these alone.
         """
+
+    def outline(self) -> nn.Module | None:
+        """What `setup` will give, with or without weights, to look into its layers after `Recipe.prepare` and before
+        anything is encoded or trained; None where that is not known yet.
+        """
+        return None
 
     @abstractmethod
     def clips(self) -> Clips:
@@ -194,14 +200,33 @@ def load_trained(module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None
     """Copy results of earlier phases into the parameters that have their names; others are left alone.
 
     Raises:
-        CheckpointError: a result is of another shape than the parameter.
+        CheckpointError: a result is of another shape than the parameter, or of one that the module does not have: what
+            was trained would be lost without a word.
     """
+    left = dict(trained)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name in trained:
-                if parameter.shape != trained[name].shape:
+            if name in left:
+                value = left.pop(name)
+                if parameter.shape != value.shape:
                     raise CheckpointError(
-                        f"{name} is {list(trained[name].shape)} in the checkpoint and {list(parameter.shape)} in the "
-                        "model: resume with the model it was trained with."
+                        f"{name} is {list(value.shape)} in the checkpoint and {list(parameter.shape)} in the model: "
+                        "resume with the model it was trained with."
                     )
-                parameter.copy_(trained[name])
+                parameter.copy_(value)
+    check_taken(left, len(trained), type(module).__name__)
+
+
+def check_taken(left: Collection[str], count: int, what: str) -> None:
+    """Raise CheckpointError where trained weights have names that nothing takes.
+
+    Args:
+        left: these names.
+        count: of all of them.
+        what: what does not have them, for the message.
+    """
+    if left:
+        raise CheckpointError(
+            f"{len(left)} of {count} trained weights, such as {sorted(left)[0]}, have no place in the {what}: they "
+            "were trained with another model, or with another version of this package. Resume with that one."
+        )

@@ -349,6 +349,9 @@ class FlowLora(FlowPhase):
             self._handle = accelerate(transformer, recipe.method, backend=recipe.backend)
         return transformer
 
+    def outline(self) -> nn.Module:
+        return self.recipe.backbone.skeleton()
+
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained."""
         return ".lora_" in name

@@ -21,7 +21,7 @@ from ..identities import dataset_identity
 from ..pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, Wanted, quality
 from ..settings import PhaseSettings, RunSettings, SizeSettings
-from .base import Batch, Clips, Phase, Recipe
+from .base import Batch, Clips, Phase, Recipe, check_taken
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,15 @@ class TrainReconstruction(Recipe):
         return torch.stack([self.dataset.pixels(pick) for pick in self.held_out.picks])
 
     def trained(self, weights: Mapping[str, torch.Tensor]) -> Any:
-        """What `build` makes, with the weights that phases left."""
+        """What `build` makes, with the weights that phases left; those of a discriminator are of no use any more.
+
+        Raises:
+            CheckpointError: one of them has a name that neither has.
+        """
         model, prefix = self.build(), "autoencoder."
         own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        others = [k for k in weights if not k.startswith((prefix, "discriminator."))]
+        check_taken([*others, *(own.keys() - model.state_dict().keys())], len(weights), type(model).__name__)
         model.load_state_dict({**model.state_dict(), **own})
         return model.to(self.process.device).eval()
 
@@ -155,6 +161,9 @@ class ReconstructionTraining(Phase):
         module = Reconstruction(model, self.recipe.config.loss, self.recipe.wanted)
         module.load_state_dict({**module.state_dict(), **trained})
         return module
+
+    def outline(self) -> nn.Module:
+        return self.recipe.build()
 
     def clips(self) -> Clips:
         sizes = self.settings.sizes or self.recipe.config.data.sizes

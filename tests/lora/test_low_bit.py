@@ -12,9 +12,11 @@ from lora_runs import recipe, write
 from safetensors.torch import load_file
 from torch import nn
 
-from vidaccel.lora import phase_run, run
+from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
+from vidaccel.lora.data.latents import Latents
 from vidaccel.lora.low_bit import check_linears, in_low_bits, linears_of_blocks
+from vidaccel.lora.phase_checks import check_phase
 from vidaccel.lora.trainer import Stopped
 
 has_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
@@ -57,15 +59,20 @@ def test_what_fsdp_would_split_is_refused_under_it(tmp_path, text_base, monkeypa
     from vidaccel.lora.recipes.lora import FlowLora
 
     monkeypatch.setattr("vidaccel.lora.recipes.lora.quantisation", lambda kind: None)
-    made = recipe(write(tmp_path, text_base), [override])
-    phase = FlowLora(made)
-    state = SimpleNamespace(fsdp_plugin=None)
-    accelerator = SimpleNamespace(state=state)
-    unbuilt = SimpleNamespace(accelerator=accelerator, settings=phase.settings, phase=phase)
-    phase_run.PhaseRun._check_fsdp(unbuilt)  # without FSDP it may be
-    state.fsdp_plugin = object()
+    monkeypatch.setattr("vidaccel.lora.phase_checks.of_package", lambda *_: None)
+    phase = FlowLora(recipe(write(tmp_path, text_base), [override]))
+    check_phase(phase, torch.device("cpu"), False)
     with pytest.raises(ConfigError, match="FSDP"):
-        phase_run.PhaseRun._check_fsdp(unbuilt)
+        check_phase(phase, torch.device("cpu"), True)
+
+
+def test_no_layer_for_low_bits_is_told_before_anything_is_encoded(tmp_path, text_base, monkeypatch):
+    """The layers of the tiny model are no multiples of 16. It was told when the phase began, hours of encoding later."""
+    monkeypatch.setattr("vidaccel.lora.phase_checks.check_linears", lambda *_: None)
+    monkeypatch.setattr(Latents, "fill", lambda *_: pytest.fail("clips were encoded"))
+    with pytest.raises(ConfigError, match="phase train: low_bit_linears is int8, but what it trains has no linear"):
+        run("lora", write(tmp_path, text_base), ["train.low_bit_linears=int8"])
+    assert not (tmp_path / "run").exists()
 
 
 @has_torchao

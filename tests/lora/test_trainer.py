@@ -21,10 +21,11 @@ from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.optim import learning_rate, make_optimizer, set_learning_rate
 from vidaccel.lora.phase_run import PhaseRun
+from vidaccel.lora.processes import Process
 from vidaccel.lora.recipes.base import load_trained
 from vidaccel.lora.settings import PhaseSettings
 from vidaccel.lora.tracking import Tracker
-from vidaccel.lora.trainer import Diverged, Stopped, make_accelerator
+from vidaccel.lora.trainer import Diverged, Stopped, Trainer, make_accelerator
 
 
 def log(settings) -> list[dict]:
@@ -328,6 +329,32 @@ def test_results_of_another_shape_are_refused():
     assert net.bias.tolist() == [1, 1, 1]
     with pytest.raises(CheckpointError, match=r"weight is \[4, 2\] in the checkpoint and \[3, 2\] in the model"):
         load_trained(net, {"weight": torch.ones(4, 2)})
+
+
+def test_results_that_have_no_place_are_refused():
+    """They were left out without a word, and a model that was not trained was written."""
+    with pytest.raises(CheckpointError, match=r"1 of 2 trained weights, such as _orig_mod.bias, have no place in the L"):
+        load_trained(torch.nn.Linear(2, 3), {"bias": torch.ones(3), "_orig_mod.bias": torch.ones(3)})
+
+
+def test_what_fsdp_cannot_split_is_refused_before_any_phase(tiny_settings, tiny_recipe, monkeypatch):
+    """The first phase trained to its end, and then the second one was refused."""
+    monkeypatch.setattr(tiny_recipe, "prepare", lambda self: pytest.fail("models were loaded"))
+    settings = tiny_settings(phases={"second": {"steps": 1, "optimizer": "muon"}})
+    made = tiny_recipe(settings, Process(torch.device("cpu"), sharded=True))
+    with pytest.raises(ConfigError, match="phase second: optimizer is muon, which needs whole matrices"):
+        Trainer(made, make_accelerator(settings)).run()
+
+
+def test_only_the_main_process_has_the_result_of_the_last_phase(tiny_settings, run_tiny, monkeypatch):
+    """Each of eight had a copy of all weights in float32, in one machine's memory."""
+    kept, train = [], PhaseRun.train
+    monkeypatch.setattr(PhaseRun, "train", lambda self, keep: kept.append((keep, train(self, keep))) or kept[-1][1])
+    assert len(run_tiny(tiny_settings()).trained) == 4
+    assert [keep for keep, _ in kept] == [True, True]
+    monkeypatch.setattr(Process, "is_main", property(lambda self: False))
+    run_tiny(tiny_settings("another"))
+    assert [(keep, len(found)) for keep, found in kept[2:]] == [(True, 2), (False, 0)]
 
 
 def test_clips_are_encoded_before_the_model_is_there(tiny_settings, run_tiny):

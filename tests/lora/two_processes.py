@@ -62,13 +62,14 @@ def main(rank: int, jobs: str, port: str) -> None:
         second = os.environ["RANK"] == "1"
         phase_run.time = FastClock(job["fast_clock"]) if second and "fast_clock" in job else time
 
-        def train(self, rates=rates):
-            whole = original_train(self)
-            torch.save(whole, f"{self.context.out}/rank{self.process.index}.pt")
+        def train(self, keep=True, rates=rates):
+            found = original_train(self, keep)
+            assert keep or (second and not found), "a copy of all weights in a process that needs none"
+            torch.save(self.state.result(), f"{self.context.out}/rank{self.process.index}.pt")
             frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
             assert frozen <= set(self.model.parameters_to_ignore), "weights that are not trained were sent"
             torch.save(rates, f"{self.context.out}/rates{self.process.index}.pt")
-            return whole
+            return found
 
         def set_rate(optimizer, rate, rates=rates):
             rates.append(rate)

@@ -1,0 +1,48 @@
+"""What phases ask for that this run cannot do: told for all of them before the first one is prepared."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import ConfigError
+from .low_bit import check_linears, check_some
+from .optim import OF_PACKAGES, of_package
+from .recipes.base import Phase
+
+
+def check_phase(phase: Phase, device: torch.device, sharded: bool) -> None:
+    """Raise ConfigError where a phase needs a package, a product in low bits or whole weights that are not there.
+
+    Args:
+        phase: any of the run, also one that comes after hours of others.
+        device: of the training.
+        sharded: the weights are spread over the processes (FSDP).
+    """
+    settings = phase.settings
+    if settings.optimizer in OF_PACKAGES:
+        of_package(settings.optimizer, phase.name)
+    check_linears(settings.low_bit_linears, phase.name, device)
+    if sharded:
+        _check_sharded(phase)
+
+
+def check_outline(phase: Phase) -> None:
+    """Raise ConfigError where what a phase trains has no layer that its settings are about; after `Recipe.prepare`."""
+    kind = phase.settings.low_bit_linears
+    if kind != "none" and (outline := phase.outline()) is not None:
+        check_some(outline, kind, phase.name)
+
+
+def _check_sharded(phase: Phase) -> None:
+    optimizer = phase.settings.optimizer
+    if optimizer == "muon":
+        raise ConfigError(
+            f"phase {phase.name}: optimizer is muon, which needs whole matrices, and FSDP splits them: set it to adamw."
+        )
+    if optimizer in OF_PACKAGES:
+        raise ConfigError(
+            f"phase {phase.name}: optimizer is {optimizer}, whose state this trainer cannot gather under FSDP: set it "
+            "to adamw."
+        )
+    if phase.whole_weights:
+        raise ConfigError(f"{phase.whole_weights}, which FSDP splits: train without FSDP, or leave it out.")
