@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "to_cpu",
     "transformer_files",
     "write_model",
+    "write_pipeline",
 ]
 
 
@@ -118,6 +121,37 @@ def write_model(model: Any, folder: Path) -> None:
     """
     with replaced(folder) as draft:
         model.save_pretrained(draft, safe_serialization=True)
+        forget_paths(draft)
+
+
+def write_pipeline(pipe: Any, folder: Path, base: str, untouched: Sequence[str]) -> None:
+    """Write a pipeline whose other components are those of a base, file by file: loaded and written again, they would
+    be rounded to the precision that the training has its frozen weights in.
+
+    Args:
+        pipe: with what was trained, and None for each untouched component.
+        folder: as that of `write_model`.
+        base: folder or hub id of the pipeline that has them.
+        untouched: their names; those that the base does not have are left out.
+
+    Raises:
+        OSError: it cannot be written, or the base cannot be read any more.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = DiffusionPipeline.load_config(base)
+    there = [name for name in untouched if (index.get(name) or [None])[0] is not None]
+    source = Path(base)
+    if there and not source.is_dir():
+        others = {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and name not in there}
+        source = Path(DiffusionPipeline.download(base, **others))
+    with replaced(folder) as draft:
+        pipe.save_pretrained(draft, safe_serialization=True)
+        for name in there:
+            shutil.copytree(source / name, draft / name, dirs_exist_ok=True)
+        file = draft / "model_index.json"
+        content = json.loads(file.read_text(encoding="utf-8")) | {name: index[name] for name in there}
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         forget_paths(draft)
 
 

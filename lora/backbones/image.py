@@ -14,7 +14,7 @@ from torch import nn
 from ..config import ConfigError
 from ..data.cache import fingerprint
 from .base import Backbone
-from .folders import load_autoencoder, load_part, read_config, write_model
+from .folders import load_autoencoder, load_part, read_config, write_pipeline
 from .image_family import ImageFamily, ImageParts
 
 
@@ -97,9 +97,9 @@ class ImageBackbone(ImageFamily, Backbone):
         """The DC-Gen pipeline, with the other components of the base."""
 
     def save(self, transformer: nn.Module, folder: Path) -> None:
-        base = self.load("scheduler", *self.text_parts)
         vae = AutoencoderDC.from_pretrained(self.autoencoder_path)
-        write_model(self.assemble(base, vae, transformer.to("cpu")), folder)
+        pipe = self.assemble(self.load("scheduler"), vae, transformer.to("cpu"))
+        write_pipeline(pipe, folder, self.base, self.text_parts)
 
     def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
         return self.assemble(self.load("scheduler"), self.autoencoder.to(self.device), transformer)

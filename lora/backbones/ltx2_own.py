@@ -106,7 +106,7 @@ class LTX2Model(LTXModel):
     # -- results -------------------------------------------------------------------------------------------------------
 
     def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
-        pipe = self.load("scheduler", "vae", "audio_vae", "vocoder")
+        pipe = self.decoding("scheduler", "vae", "audio_vae", "vocoder")
         pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
         pipe.register_modules(transformer=transformer, connectors=_Connected(self._width, self.device))
         return pipe

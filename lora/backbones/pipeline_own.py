@@ -41,9 +41,20 @@ class OwnPipelineModel(PipelineFamily, OwnModel):
 
     def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
         """A pipeline with the transformer that is trained, and without what encodes prompts."""
-        pipe = self.load("scheduler", "vae")
+        pipe = self.decoding("scheduler", "vae")
         pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
         pipe.register_modules(transformer=transformer)
+        return pipe
+
+    def decoding(self, *keep: str) -> DiffusionPipeline:
+        """`load`, with an autoencoder that decodes in tiles where clips are encoded in tiles.
+
+        All are in one precision, that of the frozen weights: several of these pipelines give the autoencoder what has
+        the type of the prompts.
+        """
+        pipe = self.load(*keep)
+        if self.autoencoder_tiling:
+            pipe.vae.enable_tiling()
         return pipe
 
     def after_step(self, request: SampleRequest) -> Any:

@@ -18,7 +18,7 @@ from ...pipelines.deep_compression.image_to_video import DCVideoGenImageToVideoP
 from ...pipelines.deep_compression.text_to_video import DCVideoGenPipeline
 from ..config import ConfigError
 from .base import Backbone, told_guidance
-from .folders import load_autoencoder, load_part, read_config, write_model
+from .folders import load_autoencoder, load_part, read_config, write_pipeline
 from .wan_encoding import WanEncoder
 from .wan_family import WanFamily, base_pipeline
 
@@ -151,19 +151,15 @@ class WanBackbone(WanFamily, Backbone):
         return (DCVideoGenImageToVideoPipeline if self.image else DCVideoGenPipeline)(**components)
 
     def save(self, transformer: nn.Module, folder: Path) -> None:
-        shared = (
-            "tokenizer",
-            "text_encoder",
-            "scheduler",
-            *(("image_encoder", "image_processor") if self.image else ()),
-        )
-        base = base_pipeline(self.base, self.image, shared, self.dtype)
-        components = {name: getattr(base, name, None) for name in shared}
+        shared = ("tokenizer", "text_encoder", *(("image_encoder", "image_processor") if self.image else ()))
         cls = DCVideoGenImageToVideoPipeline if self.image else DCVideoGenPipeline
         pipe = cls(
-            **components, vae=AutoencoderDCV.from_pretrained(self.autoencoder_path), transformer=transformer.to("cpu")
+            **dict.fromkeys(shared),
+            scheduler=base_pipeline(self.base, self.image, ("scheduler",)).scheduler,
+            vae=AutoencoderDCV.from_pretrained(self.autoencoder_path),
+            transformer=transformer.to("cpu"),
         )
-        write_model(pipe, folder)
+        write_pipeline(pipe, folder, self.base, shared)
 
 
 class Aligner(nn.Module):

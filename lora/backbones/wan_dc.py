@@ -15,7 +15,7 @@ from ...pipelines.deep_compression.adapted import adapted_transformer, own_autoe
 from ...pipelines.deep_compression.adapter_folder import AdapterError, base_location, is_adapter, read_facts
 from ..config import ConfigError
 from .base import ModelOptions
-from .folders import load_autoencoder, read_config, write_model
+from .folders import load_autoencoder, read_config, write_pipeline
 from .wan_encoding import WanEncoder, WanTextEncoder
 from .wan_family import base_pipeline
 from .wan_own import STAGES, OwnWan, stage_of
@@ -134,9 +134,10 @@ class DCWanModel(OwnWan):
     def save(self, transformer: nn.Module, folder: Path) -> None:
         index = WanPipeline.load_config(self.shared)
         parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0]]
-        pipe = self._pipeline([name for name in parts if name not in ("vae", self.part)])
+        pipe = self._pipeline(("scheduler",))
         pipe.register_modules(**{self.part: transformer.to("cpu"), "vae": self._loaded_autoencoder()})
-        write_model(pipe, folder)
+        own = ("scheduler", "vae", self.part)
+        write_pipeline(pipe, folder, self.shared, [name for name in parts if name not in own])
 
     def _pipeline(self, keep: Sequence[str]) -> WanPipeline | WanImageToVideoPipeline:
         """The pipeline with the autoencoder, some of the shared components, and no transformer that is trained."""

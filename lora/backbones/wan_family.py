@@ -99,8 +99,11 @@ class WanFamily(PretrainedModel):
 def base_pipeline(
     base: str, image: bool, keep: Sequence[str], dtype: torch.dtype = torch.float32
 ) -> WanPipeline | WanImageToVideoPipeline:
-    """The base pipeline with only some of its components."""
+    """The base pipeline with only some of its components: transformers in the dtype, and all else in float32, in which
+    clips and first frames are encoded; rounded on the way there, videos would be of another autoencoder.
+    """
     cls = WanImageToVideoPipeline if image else WanPipeline
     every = ["tokenizer", "text_encoder", "scheduler", "transformer", "transformer_2", "vae"]
     every += ["image_encoder", "image_processor"] if image else []
-    return cls.from_pretrained(base, dtype=dtype, **{name: None for name in every if name not in keep})
+    dtypes = {"default": torch.float32, "transformer": dtype, "transformer_2": dtype}
+    return cls.from_pretrained(base, dtype=dtypes, **{name: None for name in every if name not in keep})

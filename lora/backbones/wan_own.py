@@ -16,7 +16,7 @@ from ...attention.layout import VideoLayout
 from ...demo.text import use_padded_cross_attention
 from ..config import ConfigError
 from .base import ModelOptions, OwnModel, told_guidance
-from .folders import read_config, write_model
+from .folders import read_config, write_pipeline
 from .wan_encoding import OwnWanEncoder
 from .wan_family import WanFamily, base_pipeline
 
@@ -173,17 +173,17 @@ class WanModel(OwnWan):
         others = [name for name in STAGES.values() if name != self.part and (self.index.get(name) or [None])[0]]
         eyes = ("image_encoder", "image_processor") if self.config.get("image_dim") is not None else ()
         pipe = base_pipeline(self.base, self.image, ("scheduler", "vae", *others, *eyes), self.dtype)
-        if pipe.vae.dtype != torch.float32:
-            pipe.vae.to(torch.float32)
+        if self.autoencoder_tiling:  # else what it encoded in tiles, it would decode whole
+            pipe.vae.enable_tiling()
         pipe.to(self.device)  # before the transformer is in it, which may be spread over devices
         pipe.register_modules(**{self.part: transformer})
         return pipe
 
     def save(self, transformer: nn.Module, folder: Path) -> None:
         parts = [name for name, entry in self.index.items() if isinstance(entry, (list, tuple)) and entry[0]]
-        pipe = base_pipeline(self.base, self.image, [name for name in parts if name != self.part], self.dtype)
+        pipe = base_pipeline(self.base, self.image, ("scheduler",))
         pipe.register_modules(**{self.part: transformer.to("cpu")})
-        write_model(pipe, folder)
+        write_pipeline(pipe, folder, self.base, [name for name in parts if name not in ("scheduler", self.part)])
 
     def picture(self, image: torch.Tensor) -> Image.Image:
         # The image encoder's processor would divide numbers in [0, 1] by 255.

@@ -112,6 +112,8 @@ def test_no_encoder_is_loaded_where_everything_is_kept(tmp_path, bases, monkeypa
     assert made[0].inputs() == made[1].inputs()
     tiled = recipe(file, ["model.autoencoder_tiling=true"])
     assert tiled.flowing.identities != made[0].flowing.identities and tiled.flowing._encoder.own.use_tiling
+    plain, shown = (each.backbone.decoding("scheduler", "vae").vae for each in (made[0], tiled))
+    assert shown.use_tiling and not plain.use_tiling  # of the videos that a validation makes
 
 
 @pytest.mark.parametrize("kind", MADE)
