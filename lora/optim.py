@@ -99,6 +99,32 @@ def of_package(name: str, phase: str = "") -> Any:
     return getattr(optional(module, f"{of_phase}optimizer is {name}"), cls)
 
 
+def clip_gradients(
+    accelerator: Any, named: Mapping[str, nn.Parameter], part: Callable[[str], str], bound: float
+) -> dict[str, torch.Tensor]:
+    """Bound the norm of the gradients of each part of a model by itself.
+
+    Args:
+        accelerator: of the run.
+        named: what is trained.
+        part: of a parameter's name, see `Phase.clipped_with`.
+        bound: of each norm.
+
+    Returns:
+        The norms before, by "gradient_norm" and "gradient_norm_PART".
+    """
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        parts.setdefault(part(name), []).append(parameter)
+    if len(parts) == 1:
+        [(name, parameters)] = parts.items()
+        norms = {name: accelerator.clip_grad_norm_(parameters, bound)}
+    else:
+        accelerator.unscale_gradients()  # once: in float16 a second time is an error
+        norms = {name: nn.utils.clip_grad_norm_(parameters, bound) for name, parameters in parts.items()}
+    return {f"gradient_norm_{name}" if name else "gradient_norm": norm for name, norm in norms.items()}
+
+
 def found_rate(optimizer: torch.optim.Optimizer) -> float:
     """The factor on learning rates that an optimiser has found so far; 1 of those that seek none."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper

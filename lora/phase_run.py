@@ -22,7 +22,7 @@ from .fsdp import autocast_forward, layers_of, plugin_of, split
 from .generators import Generators, derive_seed
 from .low_bit import in_low_bits
 from .memory import peak_gigabytes
-from .optim import found_rate, learning_rate, make_optimizer, set_learning_rate
+from .optim import clip_gradients, found_rate, learning_rate, make_optimizer, set_learning_rate
 from .phase_state import PhaseState
 from .progress import duration
 from .recipes.base import Phase
@@ -160,6 +160,12 @@ class PhaseRun:
                 self.phase.name, self.settings.lr_warmup_steps, self.settings.steps, 100 * reached,
                 self.settings.learning_rate,
             )  # fmt: skip
+        data = self.context.config.data
+        if not data.workers and data.kind != "demo" and self.clips.decodes and self.process.device.type == "cuda":
+            self.context.tracker.say(
+                f"phase {self.phase.name}: data.workers is 0, so that the process that trains decodes each clip itself, "
+                "and the GPU waits: set it to 8, or to as many CPU cores as there are for a GPU."
+            )
         if self._low_bits:
             self.context.tracker.say(
                 f"phase {self.phase.name}: {self._low_bits} linear layers compute in {self.settings.low_bit_linears}."
@@ -265,8 +271,8 @@ class PhaseRun:
                 part = value.detach() / self.settings.gradient_accumulation_steps
                 means[name] = means[name] + part if name in means else part
         if self.settings.max_grad_norm is not None:
-            means["gradient_norm"] = self.accelerator.clip_grad_norm_(
-                self.state.named.values(), self.settings.max_grad_norm
+            means |= clip_gradients(
+                self.accelerator, self.state.named, self.phase.clipped_with, self.settings.max_grad_norm
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -63,6 +63,28 @@ class Process:
             self.wait()
         return made if self.is_main else make()  # type: ignore[return-value]
 
+    def decided(self, make: Callable[[], T], refusal: type[Exception]) -> T:
+        """What `make` returns in the main process; every process must call this. Each asking the disk itself, they could
+        come to different answers, where it is not one disk or one of them sees a file later.
+
+        Args:
+            make: called in the main process alone.
+            refusal: what it may raise, which is then raised in all of them.
+        """
+        if self.count == 1:
+            return make()
+        refused: Exception | None = None
+        told: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                told[0] = make()
+            except refusal as error:
+                refused, told[1] = error, str(error)
+        torch.distributed.broadcast_object_list(told, 0, group=self.group)
+        if told[1] is not None:
+            raise refused or refusal(told[1])
+        return told[0]
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; every process must call this."""
         if self.count == 1:

@@ -196,6 +196,8 @@ class DataSettings(Settings):
             yield "sizes is empty: give at least one, such as {frames: 80, height: 480, width: 832}."
         if not self.zoom:
             yield "zoom is empty: give at least one factor, such as [1]."
+        elif self.kind != "demo" and self.zoom != (1.0,):
+            yield f"zoom is {list(self.zoom)}, of use only with kind demo: leave it out, or give other sizes."
         if self.kind != "demo" and self.folder is None and not self.folders:
             yield f"folder is missing: kind is {self.kind}, so say where the {self.files} are."
         if self.folder is not None and self.folders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,8 @@ class Tracker:
         """
         if not self.accelerator.is_main_process:
             return
-        numbers = {k: float(f"{v:.6g}") for k, v in values.items()}
+        # A gradient norm may be infinite, where float16 overflowed and the step was left out; JSON has no such number.
+        numbers = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
         row = {"phase": phase, "step": step, "total_steps": total_steps, **numbers}
         self.goes_on()
         try:

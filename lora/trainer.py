@@ -254,23 +254,12 @@ class Trainer:
             logger.error("%s The run goes on.", error)
 
     def _start(self, resume: str | None, phases: list[Phase]) -> _Start:
+        chosen = self.process.decided(lambda: self._chosen(resume), CheckpointError)
         if resume == "auto":
-            resume = self._resume = "latest" if self.checkpoints.saved() else None
-        if resume is None:
-            saved = self.checkpoints.saved()
-            if saved:
-                raise CheckpointError(
-                    f"{self.out} holds a run already (its last checkpoint is {saved[-1].name}): continue it with "
-                    "--resume latest, or choose another `out`."
-                )
-            results = [name for name in RESULTS if (self.out / name).exists()]
-            if results:
-                raise CheckpointError(
-                    f"{self.out} holds the result of a run already ({', '.join(f'{name}/' for name in results)}), "
-                    "without a checkpoint to continue it from: choose another `out`, or move that away."
-                )
+            self._resume = "latest" if chosen else None
+        if chosen is None:
             return _Start()
-        path = self.checkpoints.current = self.checkpoints.find(resume)
+        path = self.checkpoints.current = Path(chosen)
         try:
             then = load(type(self.config), path / "config.yaml")
         except ConfigError as error:
@@ -282,12 +271,47 @@ class Trainer:
             )
         self._changed = _changed(then, self.config)
         checkpoint = self.checkpoints.load(path)
+        self._check_all_have(checkpoint, path)
         steps = {phase.name: phase.settings.steps for phase in phases}
         if checkpoint.phase not in steps:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, which this recipe does not have.")
         if not steps[checkpoint.phase]:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, whose steps are 0 now: set 1 or more.")
         return _Start(checkpoint.phase, checkpoint, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
+
+    def _chosen(self, resume: str | None) -> str | None:
+        """The folder of the checkpoint to go on from; None for a new run.
+
+        Raises:
+            CheckpointError: there is none, or a new run would be in the folder of another one.
+        """
+        saved = self.checkpoints.saved()
+        if resume == "auto":
+            resume = "latest" if saved else None
+        if resume is not None:
+            return str(self.checkpoints.find(resume))
+        if saved:
+            raise CheckpointError(
+                f"{self.out} holds a run already (its last checkpoint is {saved[-1].name}): continue it with "
+                "--resume latest, or choose another `out`."
+            )
+        results = [name for name in RESULTS if (self.out / name).exists()]
+        if results:
+            raise CheckpointError(
+                f"{self.out} holds the result of a run already ({', '.join(f'{name}/' for name in results)}), "
+                "without a checkpoint to continue it from: choose another `out`, or move that away."
+            )
+        return None
+
+    def _check_all_have(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Raise CheckpointError where processes have read different ones, of disks that are not one."""
+        read = self.process.gathered([f"step {checkpoint.step} of phase {checkpoint.phase}"])
+        if len(set(read)) > 1:
+            each = ", ".join(f"process {number} {what}" for number, what in enumerate(read))
+            raise CheckpointError(
+                f"{path} is another checkpoint for each process ({each}): `out` must be one folder that all processes "
+                "see, on a disk that their machines share."
+            )
 
     def _how_to_go_on(self) -> str:
         current, cache = self.checkpoints.current, self.recipe.encodings if self._encodes else None

@@ -41,6 +41,11 @@ class PretrainedModel(ABC):
     rate: float | None = None
     fingerprints: Fingerprints = Fingerprints()
 
+    @property
+    def takes_negative_prompts(self) -> bool:
+        """Whether its samples turn away from a prompt; not of models that are distilled on guidance."""
+        return True
+
     @abstractmethod
     def check_size(self, frames: int, height: int, width: int) -> str | None:
         """Why clips of this size cannot be trained on, or None."""

@@ -28,6 +28,10 @@ class FluxFamily(ImageFamily):
     text_length = 512
     usual_guidance = 3.5
 
+    @property
+    def takes_negative_prompts(self) -> bool:
+        return False
+
     def check_base(self) -> None:
         channels = int(AutoencoderKL.load_config(self.base, subfolder="vae").get("latent_channels", 16))
         found = self.config.get("_class_name"), self.config.get("in_channels")

@@ -81,6 +81,10 @@ class HunyuanVideoModel(OwnVideoModel):
     )
     lora_within = ("transformer_blocks.", "single_transformer_blocks.")  # not those that refine the text
 
+    @property
+    def takes_negative_prompts(self) -> bool:
+        return self.guidance is None
+
     def check_base(self) -> None:
         self.check_channels(self.vae.get("latent_channels", 16), self.config["in_channels"])
         self.scheduler = read_config(FlowMatchEulerDiscreteScheduler, self.base, "scheduler")

@@ -60,6 +60,10 @@ class Latents:
         self._texts = Texts(text_encoder, cache)
         self._encoder, self._prompts = encoder, tuple(prompts)
 
+    @property
+    def decodes(self) -> bool:
+        return not self.cached
+
     def __getstate__(self) -> dict:
         """What background processes get: no models."""
         return {**self.__dict__, "_encoder": None, "_texts": None}

@@ -32,6 +32,7 @@ class Clips(Protocol):
     Attributes:
         sizes: of the clips.
         members: indices of the clips by number of the size; None for an endless set, whose indices are seeds.
+        decodes: whether `load` decodes a file each time, which takes longer than reading what was encoded.
     """
 
     @property
@@ -39,6 +40,9 @@ class Clips(Protocol):
 
     @property
     def members(self) -> Mapping[int, Sequence[int]] | None: ...
+
+    @property
+    def decodes(self) -> bool: ...
 
     def load(self, pick: Pick) -> Batch:
         """The parts of one clip; tensors of a batch are stacked, everything else is listed."""
@@ -103,6 +107,13 @@ class Phase(ABC):
     def learning_rate_scale(self, name: str) -> float:
         """What the learning rate of a parameter is multiplied by."""
         return 1.0
+
+    def clipped_with(self, name: str) -> str:
+        """The part of the model with whose gradients that of a parameter is clipped: "" for the one that all is about.
+
+        Parts that are trained against one another, each with a loss of its own, have a norm each.
+        """
+        return ""
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Numbers for the log, and files in `folder`. The model has the weights of its EMA and is in eval mode.

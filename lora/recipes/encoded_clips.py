@@ -36,7 +36,7 @@ class EncodedClipsRecipe(Recipe):
         """Check the sizes, open data, cache and text encoder, and choose the clips that are measured.
 
         Raises:
-            ConfigError: sizes that the model cannot take, or data that cannot be read.
+            ConfigError: sizes or a negative prompt that the model cannot take, or data that cannot be read.
         """
         config = self.config
         for number, size in enumerate(config.data.sizes):
@@ -50,6 +50,11 @@ class EncodedClipsRecipe(Recipe):
                 )
         if self.backbone.image and self.validation.prompts and self.validation.clips == 0:
             raise ConfigError("validation.clips is 0, but videos from prompts need their first frames: set it to 1.")
+        if self.validation.negative_prompt and not self.backbone.takes_negative_prompts:
+            raise ConfigError(
+                f"validation.negative_prompt is {self.validation.negative_prompt!r}, but {self.backbone.base} runs "
+                "without one: it is distilled on guidance. Leave it out."
+            )
         self.dataset = open_dataset(config.data, config.seed, process=self.process)
         half = None if config.data.cache_dtype == "float32" else config.data.cache_dtype
         self.cache = TensorCache(config.data.cache, half) if config.data.cache else None

@@ -176,6 +176,9 @@ class ReconstructionTraining(Phase):
     def learning_rate_scale(self, name: str) -> float:
         return self.recipe.config.loss.discriminator_rate if name.startswith("discriminator.") else 1.0
 
+    def clipped_with(self, name: str) -> str:
+        return "discriminator" if name.startswith("discriminator.") else ""
+
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
         process = self.recipe.process
         clips = self.recipe.validation_clips().to(process.device)
@@ -197,6 +200,7 @@ class Pixels:
     def __init__(self, dataset: ClipDataset, sizes: tuple[SizeSettings, ...], held_out: HeldOut) -> None:
         self.dataset, self.sizes = dataset, sizes
         self.members = without(dataset.members(sizes), held_out.clips)
+        self.decodes = True
 
     def load(self, pick: Pick) -> Batch:
         return {"pixels": sturdy_pixels(self.dataset, pick, self.members, self.sizes)[0]}

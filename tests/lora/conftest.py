@@ -59,6 +59,7 @@ class TinySettings(RunSettings):
 
 class TinyClips:
     sizes = (SizeSettings(4, 8, 8),)
+    decodes = True
 
     def __init__(self, count: int | None) -> None:
         self.members = None if count is None else {0: range(count)}

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.lora import run
 from vidaccel.lora.__main__ import main
 from vidaccel.lora.config import ConfigError
+from vidaccel.lora.optim import clip_gradients
 from vidaccel.lora.reconstruction import LossSettings, PatchDiscriminator, Reconstruction, quality
 
 MODEL = {
@@ -105,6 +107,36 @@ def test_adversarial_training(tmp_path):
     assert any(name.startswith("discriminator.") for name in trained)
     shipped = AutoencoderDCV.from_pretrained(tmp_path / "run" / "autoencoder").state_dict()
     assert not any("discriminator" in name for name in shipped)
+
+
+def test_each_side_is_clipped_by_itself(tmp_path):
+    """The norm of the discriminator's gradients was in that of the autoencoder's, and made its steps smaller."""
+    loss = {"adversarial": 0.1, "adversarial_from": 100}
+    run("autoencoder", write(tmp_path, loss=loss))
+    run("autoencoder", tmp_path / "a.yaml", [f"out={tmp_path / 'alone'}", "loss.adversarial=0"])
+    both, alone = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("run", "alone")
+    )
+    first, wanted = (next(row for row in rows if "loss" in row) for rows in (both, alone))
+    assert first["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-4)
+    assert first["gradient_norm_discriminator"] > 0 and "gradient_norm_discriminator" not in wanted
+    weights = [load_file(tmp_path / name / "phases" / "train.safetensors") for name in ("run", "alone")]
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_each_part_of_a_model_has_its_own_bound():
+    named = {"a": torch.nn.Parameter(torch.zeros(2)), "discriminator.b": torch.nn.Parameter(torch.zeros(2))}
+    for parameter, gradient in zip(named.values(), ([3.0, 4.0], [300.0, 400.0]), strict=True):
+        parameter.grad = torch.tensor(gradient)
+    norms = clip_gradients(Accelerator(cpu=True), named, lambda name: name.rpartition(".")[0], 1.0)
+    assert {name: round(float(norm)) for name, norm in norms.items()} == {
+        "gradient_norm": 5,
+        "gradient_norm_discriminator": 500,
+    }
+    for parameter in named.values():
+        torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-4, atol=1e-4)
 
 
 def test_each_side_is_blind_to_the_other():

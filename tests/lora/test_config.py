@@ -12,7 +12,7 @@ import yaml
 from vidaccel.lora import config_folder, run
 from vidaccel.lora.config import ConfigError, Settings, as_yaml, build, differences, flat, load, setting
 from vidaccel.lora.recipes import RECIPES, find
-from vidaccel.lora.settings import LoopSettings
+from vidaccel.lora.settings import DataSettings, LoopSettings
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,13 @@ def test_ready_settings_are_right(file):
         assert config.model.autoencoder_dtype == config.model.dtype == "bfloat16"
         last = config.data.sizes[-1]  # of the videos that validation makes
         assert last.width > last.height
+
+
+def test_a_zoom_of_videos_is_refused():
+    """They were taken as they are, whatever it said."""
+    assert DataSettings(zoom=(1.0, 2.0)).zoom == (1.0, 2.0)
+    with pytest.raises(ConfigError, match=r"^zoom is \[1.0, 2.0\], of use only with kind demo: leave it out"):
+        DataSettings(kind="videos", folder="videos", zoom=(1.0, 2.0))
 
 
 def test_unknown_recipe():

@@ -289,12 +289,15 @@ def test_flux_packs_latents_as_its_pipeline_does(bases):
 
 
 def test_what_a_lora_on_an_image_model_cannot_have(bases, tmp_path):
-    from lora_runs import write
+    from lora_runs import recipe, write
 
+    made = recipe(write(tmp_path, bases["sana"], data={"sizes": [SIZE]}), ["validation.negative_prompt=blurry"])
+    assert made.backbone.takes_negative_prompts  # SANA guides with it
     for override, words in (
         ("attention.method=radial", "a FluxTransformer2DModel trains with dense attention alone"),
         ("data.sizes.0.frames=5", "clips of 5 frames do not fit an image model"),
         ("data.sizes.0.height=24", "24x64 must be a multiple of 16"),
+        ("validation.negative_prompt=blurry", "negative_prompt is 'blurry', but .* runs without one"),
         ("model.stage=low_noise", "model.stage is of no use: FluxModel has one transformer"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from vidaccel.lora.phase_run import PhaseRun
 from vidaccel.lora.pictures import write_picture, write_video
 from vidaccel.lora.progress import Progress, duration, each
 from vidaccel.lora.stopping import Stopped
@@ -27,6 +28,19 @@ def test_small_numbers_keep_their_digits(tiny_settings, run_tiny):
     run_tiny(settings)
     rates = [row["learning_rate"] for row in log(settings) if "learning_rate" in row]
     assert rates == [5e-8, 1e-7]
+
+
+def test_the_log_is_json_where_a_number_is_infinite(tiny_settings, run_tiny, monkeypatch):
+    """A gradient that overflows in float16 has an infinite norm, and `Infinity` is no JSON."""
+    step = PhaseRun._one_step
+    monkeypatch.setattr(
+        PhaseRun, "_one_step", lambda *given: {**step(*given), "gradient_norm": torch.tensor(float("inf"))}
+    )
+    settings = tiny_settings(phases={"second": {"steps": 0}})
+    run_tiny(settings)
+    lines = (Path(settings.out) / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert rows[0]["gradient_norm"] is None and rows[0]["loss"] > 0
 
 
 def test_the_log_has_each_step_once(tiny_settings, run_tiny, stop_after):

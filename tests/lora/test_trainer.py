@@ -10,6 +10,7 @@ import shutil
 import weakref
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,6 +356,57 @@ def test_only_the_main_process_has_the_result_of_the_last_phase(tiny_settings, r
     monkeypatch.setattr(Process, "is_main", property(lambda self: False))
     run_tiny(tiny_settings("another"))
     assert [(keep, len(found)) for keep, found in kept[2:]] == [(True, 2), (False, 0)]
+
+
+def test_every_process_goes_on_from_what_the_main_one_found(tiny_settings, run_tiny, tiny_recipe, monkeypatch):
+    """One that saw another checkpoint, or none yet, went on from that, or began anew."""
+    settings = tiny_settings(loop={"save_every": 1, "keep_last": 9})
+    run_tiny(settings)
+    steps = Path(settings.out) / "checkpoints"
+    told = []
+
+    def broadcast(objects, *_, **__):
+        objects[:] = [str(steps / "step_00000002"), None]
+        told.append(objects)
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    process = Process(torch.device("cpu"), 1, 2)
+    monkeypatch.setattr(Process, "gathered", lambda self, items: list(items))
+    made = Trainer(tiny_recipe(settings, process), make_accelerator(settings))
+    phases = made.recipe.phases()
+    for asked in ("auto", "latest"):
+        start = made._start(asked, phases)
+        assert (start.checkpoint.step, start.phase, made.checkpoints.current.name) == (2, "first", "step_00000002")
+    assert len(told) == 2
+    monkeypatch.setattr(Process, "gathered", lambda self, items: ["step 3 of phase second", *items])
+    with pytest.raises(CheckpointError, match="process 0 step 3 of phase second, process 1 step 2 of phase first"):
+        made._start("latest", phases)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda objects, *_, **__: objects.__setitem__(1, "no checkpoint")
+    )
+    with pytest.raises(CheckpointError, match="^no checkpoint$"):
+        made._start("latest", phases)
+
+
+def test_a_training_that_decodes_its_own_clips_says_so_on_a_gpu(tiny_settings, run_tiny, monkeypatch, capsys):
+    """Without `data.workers` the GPU waits for each video."""
+    words = "data.workers is 0, so that the process that trains decodes each clip itself"
+    begins = PhaseRun._say_what_begins
+
+    def on_a_gpu(self):
+        self.process = SimpleNamespace(**{**vars(self.process), "is_main": True, "device": torch.device("cuda")})
+        begins(self)
+        self.process = process
+
+    process = Process(torch.device("cpu"))
+    data = {"kind": "videos", "folder": "somewhere"}
+    run_tiny(tiny_settings("on a CPU", data=data))
+    assert words not in capsys.readouterr().out
+    monkeypatch.setattr(PhaseRun, "_say_what_begins", on_a_gpu)
+    run_tiny(tiny_settings("with workers", data={**data, "workers": 1}, phases={"second": {"steps": 0}}))
+    assert words not in capsys.readouterr().out
+    run_tiny(tiny_settings("without", data=data, phases={"second": {"steps": 0}}))
+    assert f"phase first: {words}" in capsys.readouterr().out
 
 
 def test_clips_are_encoded_before_the_model_is_there(tiny_settings, run_tiny):
