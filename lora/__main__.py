@@ -12,7 +12,8 @@ from typing import Any
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print the result; 130 when stopped.
 
-    2 for settings or checkpoints that cannot be used, 1 for a loss of NaN or a file that cannot be read or written.
+    2 for settings or checkpoints that cannot be used, 1 for a loss of NaN, too little memory of a GPU, or a file that
+    cannot be read or written.
     """
     # Before torch is imported: OpenMP threads that spin between small operations make a small model many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("vidaccel").setLevel(logging.INFO)
     from .checkpoint import CheckpointError
     from .config import ConfigError
+    from .memory import OutOfMemory
     from .trainer import Diverged, Stopped
 
     try:
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    except (Diverged, OSError) as error:
+    except (Diverged, OutOfMemory, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:

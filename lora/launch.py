@@ -39,6 +39,7 @@ def run(
         CheckpointError: a checkpoint that cannot be written, read or continued.
         Stopped: on SIGINT or SIGTERM; where training had begun, after a checkpoint.
         Diverged: the loss or a weight is no number any more.
+        OutOfMemory: of a GPU; the message says what takes less.
         OSError: the result cannot be written, or a clip that is measured is gone.
     """
     from .config import ConfigError, build, read
@@ -83,6 +84,9 @@ def run(
 
 def _encode(recipe: Recipe) -> dict[str, Any]:
     """Fill the caches of a recipe; what it says of them."""
+    import torch
+
+    from .memory import out_of_memory
     from .stopping import Stopped, StopRequested
 
     process = recipe.process
@@ -92,6 +96,9 @@ def _encode(recipe: Recipe) -> dict[str, Any]:
     except StopRequested:
         kept = f"; what was encoded is kept in {recipe.encodings}" if recipe.encodings else ""
         raise Stopped(f"stopped while clips were encoded{kept}.") from None
+    except torch.cuda.OutOfMemoryError as error:
+        again = "what is encoded is used again by the same command."
+        raise out_of_memory(recipe.config, "while clips were encoded", again, validates=False) from error
     finally:
         process.progress.close()
     return facts if process.is_main else {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from .config import Settings, flat
 from .settings import PhaseSettings
 
 _STATE = {
@@ -105,6 +107,47 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     """The layers of a transformer whose inputs gradient checkpointing keeps: the members of its lists of them."""
     lists = [module for name, module in transformer.named_children() if isinstance(module, nn.ModuleList)]
     return [block for blocks in lists for block in blocks if any(isinstance(m, nn.Linear) for m in block.modules())]
+
+
+class OutOfMemory(RuntimeError):
+    """A GPU had too little memory; the message says where, what takes less, and how to go on."""
+
+
+_FREE = {
+    "loop.gradient_checkpointing": (lambda v: v is False, "loop.gradient_checkpointing=true"),
+    "model.offload_blocks": (lambda v: v == 0, "model.offload_blocks (with loop.gradient_checkpointing)"),
+}
+_FIXED = {
+    "model.quantise": (lambda v: v == "none", "model.quantise=int8"),
+    "model.autoencoder_tiling": (lambda v: v is False, "model.autoencoder_tiling=true"),
+}
+"""What takes less memory, where a setting has a value that leaves room for it; `_FREE` may change at a resume."""
+
+
+def out_of_memory(config: Settings, where: str, go_on: str, validates: bool) -> OutOfMemory:
+    """What to raise where a GPU's memory ran out.
+
+    Args:
+        config: settings of the run.
+        where: it was, as it reads after "the GPU ran out of memory".
+        go_on: how the run is continued, a sentence without its end.
+        validates: whether it was in a validation, whose videos need not be made.
+    """
+    values = flat(config)
+
+    def named(table: Mapping[str, tuple[Callable[[Any], bool], str]]) -> list[str]:
+        return [words for name, (leaves_room, words) in table.items() if name in values and leaves_room(values[name])]
+
+    free, fixed = named(_FREE), named(_FIXED)
+    if validates and values.get("validation.prompts"):
+        free.insert(0, "validation.prompts=[]")
+    fixed += [f"a smaller {name}" for name, v in values.items() if name.endswith(".batch_size") and (v or 1) > 1]
+    fixed.append("smaller clips in data.sizes")
+    may = f" A resume may change {', '.join(free)}." if free else ""
+    return OutOfMemory(
+        f"the GPU ran out of memory {where}.{may} A new run, in another `out`, may have {', '.join(fixed)}; several GPUs "
+        f"share the weights with FSDP. As it stands: {go_on}"
+    )
 
 
 def gpu_bytes(device: torch.device) -> int | None:

@@ -18,12 +18,12 @@ from .config import as_yaml
 from .data.sampler import ClipSampler
 from .dataloader import batches, to_device
 from .ema import EMA
-from .fsdp import autocast_forward, layers_of, plugin_of, split
 from .generators import Generators, derive_seed
 from .low_bit import in_low_bits
-from .memory import peak_gigabytes
+from .memory import out_of_memory, peak_gigabytes
 from .optim import clip_gradients, found_rate, learning_rate, make_optimizer, set_learning_rate
 from .phase_state import PhaseState
+from .prepared import prepare
 from .progress import duration
 from .recipes.base import Phase
 from .run_context import RunContext
@@ -80,6 +80,7 @@ class PhaseRun:
         Raises:
             Stopped: on SIGINT or SIGTERM, after a checkpoint.
             Diverged: the loss or a weight is no number any more; no checkpoint is written of it.
+            OutOfMemory: of the GPU, in a validation.
             CheckpointError: the last checkpoint cannot be written.
         """
         try:
@@ -87,6 +88,8 @@ class PhaseRun:
                 self._validate()
                 if self.process.asked_to_stop():
                     self._stop(random_state())
+            elif self.loop.validate_first and not self.state.step:
+                self._validate_first()
             if not self._done():
                 self._steps()
         except NotFinite as error:  # sparse attention plans from it before a loss shows it
@@ -110,7 +113,7 @@ class PhaseRun:
         optimizer = make_optimizer(self.settings, named, phase.learning_rate_scale)
         accelerator.gradient_accumulation_steps = self.settings.gradient_accumulation_steps
         accelerator.step = 0
-        self.model, self.optimizer = self._prepared(module, optimizer)
+        self.model, self.optimizer = prepare(accelerator, phase, module, optimizer, self.context.tracker.say)
         # Names must be those of the module that `setup` gave, also where torch.compile is around it: results, adapters
         # and checkpoints go by them.
         self.module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -170,25 +173,6 @@ class PhaseRun:
             self.context.tracker.say(
                 f"phase {self.phase.name}: {self._low_bits} linear layers compute in {self.settings.low_bit_linears}."
             )
-
-    def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Both as accelerate wraps them."""
-        plugin = plugin_of(self.accelerator)
-        for teacher in self.phase.teachers():
-            if plugin is None:
-                teacher.to(self.accelerator.device)
-            else:
-                split(self.accelerator, teacher)
-        if plugin is None:
-            _leave_alone([name for name, p in module.named_parameters() if not p.requires_grad], module)
-            return self.accelerator.prepare(module, optimizer)
-        autocast_forward(self.accelerator, module)
-        with layers_of(plugin, module) as absent:
-            if absent:
-                self.context.tracker.say(
-                    f"phase {self.phase.name} has no {', '.join(absent)}: FSDP does not split by it."
-                )
-            return self.accelerator.prepare(module, optimizer)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -351,15 +335,31 @@ class PhaseRun:
             self.model.train()
             set_random_state(states)
 
-    def _validate(self) -> None:
-        """Validate; where a stop cuts it off, remember that it is due."""
-        state, folder = self.state, self.context.out / "validation"
+    def _validate_first(self) -> None:
+        """Validate what is not trained yet. A run that goes on from here does so again, so a stop saves nothing."""
+        # After an earlier phase the same number of steps has files already.
+        self._validate(f"before_{self.phase.name}" if self._before else "")
+        self.state.validation_due = False
+        if self.process.asked_to_stop():
+            self._stop(random_state())
+
+    def _validate(self, within: str = "") -> None:
+        """Validate; where a stop cuts it off, remember that it is due.
+
+        Args:
+            within: folder of its files, below that of all others.
+        """
+        state, folder = self.state, self.context.out / "validation" / within
         state.validation_due = True
         try:
             with self.ema_weights():
                 values = self.phase.validate(self.model, folder, state.total_steps)
         except StopRequested:
             return
+        except torch.cuda.OutOfMemoryError as error:
+            where = f"in the validation after step {state.step} of phase {self.phase.name}"
+            go_on = f"{self.context.checkpoints.how_to_resume()}."
+            raise out_of_memory(self.context.config, where, go_on, validates=True) from error
         state.validation_due = False
         if self._saved == (state.step, True):
             if self.process.is_main:
@@ -389,12 +389,6 @@ class PhaseRun:
         if not self.process.any(failed):
             self._saved = (self.state.step, self.state.validation_due)
             self.context.checkpoints.current = self.context.checkpoints.path(self.state.total_steps)
-
-
-def _leave_alone(frozen: list[str], module: nn.Module) -> None:
-    """Let several processes not give one another what is not trained: each has loaded the same files, and quantised
-    weights cannot be sent."""
-    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
 
 
 def phase_seed(seed: int, phase: str) -> int:

@@ -113,6 +113,8 @@ class LoopSettings(Settings):
         keep_adapters: "all" leaves of each older checkpoint the adapter, which is small.
         log_every: steps.
         validate_every: steps; 0 for the end of each phase alone.
+        validate_first: also before the first step of each phase: what the model does untrained, and whether a
+            validation has the memory that it needs.
         tracker: "auto" (tensorboard where it is installed), "none", or a name that accelerate knows, such as "wandb".
             Numbers always go to log.jsonl as well.
         threads: CPU threads of torch; None leaves them.
@@ -126,6 +128,7 @@ class LoopSettings(Settings):
     keep_adapters: Literal["last", "all"] = setting("last", free=True)
     log_every: int = setting(20, low=1, free=True)
     validate_every: int = setting(0, low=0, free=True)
+    validate_first: bool = setting(False, free=True)
     tracker: str = setting("auto", free=True)
     threads: int | None = setting(None, low=1, free=True)
     device: Literal["auto", "cpu"] = setting("auto", free=True)

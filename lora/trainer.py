@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..generation.alone import alone
 from ..generation.errors import BadInput
 from ..pipelines.run_folder import RESULTS, SETTINGS
@@ -22,6 +24,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, 
 from .config import ConfigError, as_yaml, differences, flat, load
 from .fsdp import check_plugin, plugin_of
 from .launched import check_accelerator, check_environment
+from .memory import out_of_memory
 from .phase_checks import check_outline, check_phase
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
@@ -123,6 +126,7 @@ class Trainer:
                 be written.
             Stopped: on SIGINT or SIGTERM; where training had begun, after a checkpoint.
             Diverged: the loss or a weight is no number any more.
+            OutOfMemory: of a GPU; the message says what takes less.
             OSError: the result cannot be written.
         """
         self.tracker: Tracker | None = None
@@ -136,6 +140,8 @@ class Trainer:
                 if self.tracker is not None:
                     self.tracker.close()
                 raise Stopped(f"stopped {self._doing}; {self._how_to_go_on()}") from None
+            except torch.cuda.OutOfMemoryError as error:
+                raise out_of_memory(self.config, self._doing, self._how_to_go_on(), validates=False) from error
             except (Stopped, Diverged):
                 if self.tracker is not None:
                     self.tracker.end()
@@ -233,7 +239,7 @@ class Trainer:
                 run = PhaseRun(context, phase, trained, total)
                 run.begin(start.checkpoint if number == first else None)
                 start.checkpoint = None  # as large as weights and optimiser together
-            self._encodes = False
+            self._encodes, self._doing = False, f"while the phase {phase.name} was trained"
             # Results of phases are for those that follow, and at last for the main process, which writes them.
             needed = self.process.is_main or any(later.settings.steps for later in phases[number + 1 :])
             trained = trained | run.train(needed) if needed else run.train(needed)
@@ -363,6 +369,4 @@ def _check_inputs(then: dict[str, str], now: dict[str, str]) -> None:
 
 
 def _gpu_name() -> str:
-    import torch
-
     return torch.cuda.get_device_name()
