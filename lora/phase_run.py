@@ -353,7 +353,7 @@ class PhaseRun:
         state.validation_due = True
         try:
             with self.ema_weights():
-                values = self.phase.validate(self.model, folder, state.total_steps)
+                values = self.phase.validate(self.module, folder, state.total_steps)
         except StopRequested:
             return
         except torch.cuda.OutOfMemoryError as error:

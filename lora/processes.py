@@ -122,6 +122,56 @@ class Process:
         if self.asked_to_stop():
             raise StopRequested
 
+    def shared(self, count: int, make: Callable[[int], T], what: str, everywhere: bool = False) -> list[T]:
+        """What `make` returns for the numbers below `count`, in their order; every process must call this.
+
+        Each process makes a share, and the main one has all in the end. Where weights are spread over the processes, a
+        model is called in all of them at once, so each makes all.
+
+        Args:
+            count: of what is made.
+            make: of one number. It may raise StopRequested where this process was asked to stop; while shares are made,
+                no process may wait in it for others.
+            what: is made, for the user.
+            everywhere: all processes have all in the end; what is made is small.
+
+        Returns:
+            In the other processes, unless it is `everywhere`, an empty list.
+
+        Raises:
+            StopRequested: any of them was asked to stop; between two rounds at the latest.
+        """
+        together = self.count == 1 or self.sharded
+        each = 1 if together else self.count
+        rounds, made = range(0, count, each), {}
+        for first in self.track(rounds, what, len(rounds)):
+            number, stops = first if together else first + self.index, False
+            try:
+                if number < count:
+                    made[number] = make(number)
+            except StopRequested:
+                stops = True
+            if self.any(stops or self.stop.requested):
+                raise StopRequested
+        if together:
+            return list(made.values())
+        if everywhere:
+            parts = self.gathered([made])
+        else:
+            parts = [{}] * self.count
+            torch.distributed.gather_object(made, parts if self.is_main else None, 0, group=self.group)
+        whole = {number: value for part in parts for number, value in part.items()}
+        return [whole[number] for number in sorted(whole)]
+
+    def check_own_stop(self) -> None:
+        """A point within `make` of `shared` where this process may end its work.
+
+        Raises:
+            StopRequested: it was asked to stop; of processes that must go on together, any of them.
+        """
+        if self.asked_to_stop() if self.sharded else self.stop.requested:
+            raise StopRequested
+
     def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
         """The items, with progress shown in the main process."""
         if not self.is_main:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class PretrainedModel(ABC):
     config: Mapping[str, Any]
     rate: float | None = None
     fingerprints: Fingerprints = Fingerprints()
+    _samplers: dict[nn.Module, Any] | None = None
 
     @property
     def takes_negative_prompts(self) -> bool:
@@ -82,6 +84,29 @@ class PretrainedModel(ABC):
             texts: of the prompt and of the negative prompt.
             request: everything else.
         """
+
+    @abstractmethod
+    def sampler(self, transformer: nn.Module) -> Any:
+        """A pipeline with the transformer that is trained, and without what encodes prompts."""
+
+    @contextlib.contextmanager
+    def one_sampler(self) -> Iterator[None]:
+        """A block in which samples of a transformer share one pipeline: of Wan 2.2 A14B, the other transformer would be
+        read from the disk for each of them.
+        """
+        self._samplers = {}
+        try:
+            yield
+        finally:
+            self._samplers = None
+
+    def sampler_of(self, transformer: nn.Module) -> Any:
+        """`sampler`, or in the block `one_sampler` the one that was made there."""
+        if self._samplers is None:
+            return self.sampler(transformer)
+        if transformer not in self._samplers:
+            self._samplers[transformer] = self.sampler(transformer)
+        return self._samplers[transformer]
 
     @abstractmethod
     def text_encoder(self) -> TextEncoder:

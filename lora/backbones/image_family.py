@@ -34,10 +34,6 @@ class ImageFamily(PipelineFamily):
     def prompt_inputs(self, text: Text, negative: Text) -> dict[str, Any]:
         """Arguments of the pipeline for a prompt and a negative prompt."""
 
-    @abstractmethod
-    def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
-        """A pipeline with the transformer that is trained, and without what encodes prompts."""
-
     # -- PretrainedModel -----------------------------------------------------------------------------------------------
 
     def check_size(self, frames: int, height: int, width: int) -> str | None:
@@ -52,7 +48,7 @@ class ImageFamily(PipelineFamily):
         return request.callback
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
-        pipe = self.sampler(transformer)
+        pipe = self.sampler_of(transformer)
         pipe.set_progress_bar_config(disable=True)
         pictures = pipe(
             height=request.height,

@@ -105,7 +105,7 @@ class OwnVideoModel(OwnPipelineModel):
     # -- results -------------------------------------------------------------------------------------------------------
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
-        pipe = self.sampler(transformer)
+        pipe = self.sampler_of(transformer)
         pipe.set_progress_bar_config(disable=True)
         video = pipe(
             height=request.height,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,16 +64,12 @@ class WanFamily(PretrainedModel):
     def text_encoder(self) -> WanTextEncoder:
         return WanTextEncoder(self.base, self.dtype, self.device, self.text_length, self.fingerprints)
 
-    @abstractmethod
-    def sampler(self, transformer: nn.Module) -> Any:
-        """A pipeline with the transformer that is trained, and without what encodes prompts."""
-
     def picture(self, image: torch.Tensor) -> Any:
         """A first frame `[3, H, W]` in [-1, 1], as the pipeline of `sampler` takes it."""
         return (image[None] + 1) / 2
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
-        pipe = self.sampler(transformer)
+        pipe = self.sampler_of(transformer)
         if request.scheduler is not None:
             pipe.scheduler = request.scheduler
         pipe.set_progress_bar_config(disable=True)

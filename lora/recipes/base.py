@@ -116,11 +116,12 @@ class Phase(ABC):
         return ""
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Numbers for the log, and files in `folder`. The model has the weights of its EMA and is in eval mode.
+        """Numbers for the log, and files in `folder`. The model has the weights of its EMA and is in eval mode; it is
+        what `setup` gave, without what lets processes train it together, so that each can call it by itself.
 
-        It runs in every process, so that a sharded model can be called; only the main one should write files, in the
-        block `pictures.written_to`, whose names begin with the step in eight digits: they go to the tracker. What takes
-        longer calls `Process.check_stop` on the way, so that a stop need not wait for the end.
+        It runs in every process, and `Process.shared` lets each do a part, or all of them where the model is sharded.
+        Only the main one writes files, in the block `pictures.written_to`, whose names begin with the step in eight
+        digits: they go to the tracker. What counts of the numbers is what the main process has.
         """
         return {}
 

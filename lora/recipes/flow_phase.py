@@ -89,7 +89,7 @@ class FlowPhase(Phase):
         recipe = self.recipe
         values = recipe.measured(recipe.flowing).mean(measure, self.settings.batch_size, recipe.process)
         if recipe.validation.prompts:
-            self._sample(getattr(model, "module", model), folder, step)
+            self._sample(model, folder, step)
         return values
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:
@@ -97,13 +97,14 @@ class FlowPhase(Phase):
         return self.recipe.backbone.sample(transformer, texts, request)
 
     def _sample(self, transformer: nn.Module, folder: Path, step: int) -> None:
-        """Make videos from the prompts; for image to video, from the first frames of the measured clips, in turn."""
+        """Make videos from the prompts, each process a share; for image to video, from the first frames of the measured
+        clips, in turn."""
         recipe, settings = self.recipe, self.recipe.validation
         texts = recipe.sampled_texts(recipe.flowing)
         pictures = recipe.measured(recipe.flowing).first_frames
         last = recipe.config.data.sizes[-1]
-        videos = []
-        for number, text in enumerate(recipe.process.track(texts[:-1], "validation videos", len(texts) - 1)):
+
+        def video(number: int) -> torch.Tensor:
             image = pictures[number % len(pictures)] if pictures else None
             height, width = (last.height, last.width) if image is None else image.shape[1:]
             request = SampleRequest(
@@ -114,15 +115,18 @@ class FlowPhase(Phase):
                 settings.guidance_scale,
                 seed=number,
                 image=image,
-                after_step=recipe.process.check_stop,
+                after_step=recipe.process.check_own_stop,
             )
-            videos.append(self.sample(transformer, (text, texts[-1]), request))
+            return self.sample(transformer, (texts[number], texts[-1]), request)
+
+        with recipe.backbone.one_sampler():
+            videos = recipe.process.shared(len(texts) - 1, video, "validation videos")
         if not recipe.process.is_main:
             return
         with written_to(folder):
-            for number, video in enumerate(videos):
-                if video.shape[1] > 1:
-                    write_video(video, folder / f"{step:08d}_{number}.mp4", recipe.shown_rate)
+            for number, made in enumerate(videos):
+                if made.shape[1] > 1:
+                    write_video(made, folder / f"{step:08d}_{number}.mp4", recipe.shown_rate)
             write_picture(strips(videos), folder / f"{step:08d}.png")
 
 

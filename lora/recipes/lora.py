@@ -287,7 +287,8 @@ class TrainLora(EncodedClipsRecipe):
         lora = self.config.lora
         transformer = self.backbone.transformer(self.quantisation)
         add_lora(transformer, self.layers, lora.rank, lora.rank if lora.alpha is None else lora.alpha, lora.dropout)
-        load_trained(transformer, self.start)
+        # What lies beside the LoRA is not in the transformer yet; the recipe that has it puts it there.
+        load_trained(transformer, {name: value for name, value in self.start.items() if name not in self.beside})
         return transformer
 
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class MeasuredClips:
             latents.release()
 
     def mean(self, measure: Measure, batch_size: int, process: Process) -> dict[str, float]:
-        """Means over all clips; empty without any.
+        """Means over all clips, of which each process measures a share; empty without any.
 
         Args:
             measure: of a batch with its texts, and the random numbers of its clips.
@@ -59,14 +59,18 @@ class MeasuredClips:
         Raises:
             StopRequested: between two batches.
         """
-        sums: dict[str, float] = {}
         device, groups = process.device, list(self._batches(batch_size))
-        for clips in process.track(groups, "validation batches", len(groups)):
-            process.check_stop()
-            batch, places = _stacked(clips)
+
+        def totals(number: int) -> dict[str, float]:
+            batch, places = _stacked(groups[number])
             batch = self.latents.complete(to_device(batch, device))
-            for name, value in measure(batch, Generators(places, device)).items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(places)
+            found = measure(batch, Generators(places, device))
+            return {name: float(value) * len(places) for name, value in found.items()}
+
+        sums: dict[str, float] = {}
+        for part in process.shared(len(groups), totals, "validation batches", everywhere=True):
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
         return {name: total / len(self._clips) for name, total in sums.items()}
 
     def _batches(self, batch_size: int) -> Iterator[list[tuple[Pick, Batch]]]:

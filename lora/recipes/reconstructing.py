@@ -180,17 +180,18 @@ class ReconstructionTraining(Phase):
         return "discriminator" if name.startswith("discriminator.") else ""
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        process = self.recipe.process
-        clips = self.recipe.validation_clips().to(process.device)
-        parts = []
-        for clip in process.track(clips.split(1), "validation clips", len(clips)):
-            process.check_stop()
-            parts.append(model(clip, reconstruct=True).float())
-        made = torch.cat(parts)
-        if process.is_main:
-            pairs = [clip for pair in zip(clips, made, strict=True) for clip in pair]
-            with written_to(folder):
-                write_picture(strips(pairs), folder / f"{step:08d}.png")
+        recipe, process = self.recipe, self.recipe.process
+
+        def pair(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            clip = recipe.dataset.pixels(recipe.held_out.picks[number])[None]
+            return clip, model(clip.to(process.device), reconstruct=True).float().cpu()
+
+        pairs = process.shared(len(recipe.held_out.picks), pair, "validation clips")
+        if not process.is_main:
+            return {}
+        with written_to(folder):
+            write_picture(strips([clip[0] for each in pairs for clip in each]), folder / f"{step:08d}.png")
+        clips, made = (torch.cat(side).to(process.device) for side in zip(*pairs, strict=True))
         return quality(made, clips)
 
 

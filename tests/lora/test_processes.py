@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from vidaccel.lora import run
 from vidaccel.lora.processes import Process
+from vidaccel.lora.stopping import StopRequested
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -89,7 +92,7 @@ def lora(folder: Path, name: str, batch_size: int, base: Path) -> str:
         "attention": {"method": "radial", "density": 0.6},
         "data": {"kind": "demo", "clips": 7, "sizes": [{"frames": 9, "height": 64, "width": 64}]},
         "train": {"steps": 2, "learning_rate": 0.01, "batch_size": batch_size, "ema_decay": 0.5},
-        "validation": {"clips": 2},
+        "validation": {"clips": 2, "prompts": ["a red circle", "a blue square", "a dot"], "steps": 2},
     }
     return write(folder, name, content)
 
@@ -201,6 +204,52 @@ def test_two_processes_do_what_one_does_with_the_same_clips(launched, tmp_path, 
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-4)
     assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_two_processes_share_a_validation(launched, tmp_path, text_base):
+    """Each measured all clips and made all videos. The files are those of one process, in the same order."""
+    run("lora", lora(tmp_path, "one", 2, text_base))
+    folders = tmp_path / "one" / "validation", launched / "lora" / "validation"
+    names = [sorted(file.name for file in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1] == ["00000002.png", *(f"00000002_{number}.mp4" for number in range(3))]
+    one, two = (np.asarray(Image.open(folder / "00000002.png")).astype(int) for folder in folders)
+    assert abs(one - two).max() <= 2
+    done = [json.loads((launched / "lora" / f"done{number}.json").read_text()) for number in range(2)]
+    assert done == [{"videos": 2, "batches": 1}, {"videos": 1, "batches": 1}]
+
+
+@pytest.mark.parametrize(
+    ("index", "sharded", "wanted"), [(0, False, [0, 2, 4]), (1, False, [1, 3]), (1, True, [0, 1, 2, 3, 4])]
+)
+def test_shares_of_processes(monkeypatch, index, sharded, wanted):
+    """A round for each of them, also for one that has nothing left, so that all come to the same questions."""
+    asked, made = [], []
+    monkeypatch.setattr(Process, "any", lambda self, flag: asked.append(flag) or flag)
+    monkeypatch.setattr(Process, "gathered", lambda self, items: [*items, {9: "of the other"}])
+    process = Process(torch.device("cpu"), index, 2, sharded=sharded)
+    found = process.shared(5, lambda number: made.append(number) or str(number), "things", everywhere=True)
+    assert made == wanted and found == [*map(str, wanted), *([] if sharded else ["of the other"])]
+    assert len(asked) == (5 if sharded else 3)
+
+    def stopped(number: int) -> str:
+        process.stop.requested = True
+        process.check_own_stop()
+        return "went on"
+
+    asked.clear()
+    with pytest.raises(StopRequested):
+        process.shared(5, stopped, "things")
+    assert asked[-1] is True
+
+
+def test_samples_of_a_validation_share_a_pipeline(tmp_path, text_base, monkeypatch):
+    """Of two transformers, the other one was read from the disk for each prompt."""
+    from vidaccel.lora.backbones.wan_own import WanModel
+
+    made, sampler = [], WanModel.sampler
+    monkeypatch.setattr(WanModel, "sampler", lambda self, model: made.append(model) or sampler(self, model))
+    run("lora", lora(tmp_path, "one", 2, text_base), ["loop.validate_every=1"])
+    assert len(made) == 2
 
 
 def test_two_processes_share_the_encoding(launched, tmp_path, text_base, autoencoder_folder):

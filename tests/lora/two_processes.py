@@ -30,11 +30,14 @@ from short_texts import shorten
 
 from vidaccel.lora import phase_run, run
 from vidaccel.lora.phase_run import PhaseRun
+from vidaccel.lora.recipes import measured_clips
+from vidaccel.lora.recipes.flow_phase import FlowPhase
 from vidaccel.lora.stopping import Stopped
 
 torch.set_num_threads(1)
 shorten()
 original_train, original_step, original_rate = PhaseRun.train, PhaseRun._one_step, phase_run.set_learning_rate
+original_sample, original_stacked = FlowPhase.sample, measured_clips._stacked
 
 
 class FastClock:
@@ -59,6 +62,7 @@ def main(rank: int, jobs: str, port: str) -> None:
         gc.freeze()  # what was imported: `accelerate` has garbage collected at the end of every phase
         left = job.get("stop_after", 0)
         rates: list[float] = []
+        done = {"videos": 0, "batches": 0}
         second = os.environ["RANK"] == "1"
         phase_run.time = FastClock(job["fast_clock"]) if second and "fast_clock" in job else time
 
@@ -68,8 +72,17 @@ def main(rank: int, jobs: str, port: str) -> None:
             torch.save(self.state.result(), f"{self.context.out}/rank{self.process.index}.pt")
             frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
             assert frozen <= set(self.model.parameters_to_ignore), "weights that are not trained were sent"
+            (Path(self.context.out) / f"done{self.process.index}.json").write_text(json.dumps(done))
             torch.save(rates, f"{self.context.out}/rates{self.process.index}.pt")
             return found
+
+        def sample(self, *given, done=done):
+            done["videos"] += 1
+            return original_sample(self, *given)
+
+        def stacked(clips, done=done):
+            done["batches"] += 1
+            return original_stacked(clips)
 
         def set_rate(optimizer, rate, rates=rates):
             rates.append(rate)
@@ -84,6 +97,7 @@ def main(rank: int, jobs: str, port: str) -> None:
             return values
 
         PhaseRun.train, PhaseRun._one_step, phase_run.set_learning_rate = train, step, set_rate
+        FlowPhase.sample, measured_clips._stacked = sample, stacked
         overrides = [f"out={job['out']}"]
         if left:
             try:
