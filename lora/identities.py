@@ -6,23 +6,39 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .data.dataset import ClipDataset
 from .data.sampler import Pick
 from .generators import Place
+from .processes import Process
 from .settings import SizeSettings
 
 
-def dataset_identity(dataset: ClipDataset, sizes: Sequence[SizeSettings], pixels: bool = True) -> str:
+def dataset_identity(
+    dataset: ClipDataset, sizes: Sequence[SizeSettings], pixels: bool = True, process: Process | None = None
+) -> str:
     """Equal for equal clips and captions in equal sizes, in whatever folder they lie; empty for endless ones.
 
     Args:
         dataset: of the clips.
         sizes: of the clips.
         pixels: whether what their pixels follow from counts, for which files are read whole; else their outlines.
+        process: one of a run of several, in each of which this is called; the main one reads, and tells the others.
+
+    Raises:
+        OSError: a file cannot be read any more.
     """
+    process = process or Process(torch.device("cpu"))
+    return process.decided(lambda: _identity(dataset, sizes, pixels, process), OSError)
+
+
+def _identity(dataset: ClipDataset, sizes: Sequence[SizeSettings], pixels: bool, process: Process) -> str:
     members = dataset.members(sizes)
     if members is None:
         return ""
+    if pixels:
+        dataset.identify(process)
     digest = hashlib.sha256()
     for number, indices in sorted(members.items()):
         size = sizes[number]

@@ -13,6 +13,7 @@ import torch
 from .progress import Progress
 from .stopping import StopRequested, StopSignals
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 WAIT = timedelta(hours=12)
@@ -101,6 +102,10 @@ class Process:
         torch.distributed.all_gather_object(found, list(items), group=self.group)
         return [item for each in found for item in each]
 
+    def merged(self, own: dict[K, T]) -> dict[K, T]:
+        """The entries of all processes; every process must call this."""
+        return {key: value for part in self.gathered([own]) for key, value in part.items()}
+
     def of_main(self, number: float) -> float:
         """The number that the main process has; every process must call this."""
         if self.count == 1:
@@ -156,11 +161,11 @@ class Process:
         if together:
             return list(made.values())
         if everywhere:
-            parts = self.gathered([made])
+            whole = self.merged(made)
         else:
-            parts = [{}] * self.count
+            parts: list[Any] = [{}] * self.count
             torch.distributed.gather_object(made, parts if self.is_main else None, 0, group=self.group)
-        whole = {number: value for part in parts for number, value in part.items()}
+            whole = {number: value for part in parts for number, value in part.items()}
         return [whole[number] for number in sorted(whole)]
 
     def check_own_stop(self) -> None:

@@ -29,6 +29,14 @@ class ClipDataset(Protocol):
         """What the pixels of a clip follow from: equal for equal pixels."""
         ...
 
+    def identify(self, process: Process) -> None:
+        """Read what `identity` follows from, several files at a time, where it asks for all clips.
+
+        Raises:
+            OSError: a file cannot be read any more.
+        """
+        ...
+
     def outline(self, index: int) -> str:
         """What is known of the file of a clip that was looked into but not read whole; another file hardly has it."""
         ...
@@ -120,6 +128,6 @@ def open_dataset(
     from .folder import MediaFolder
 
     def opened() -> ClipDataset:
-        return MediaFolder.open(data, random_crops, need_captions)
+        return MediaFolder.open(data, random_crops, need_captions, process)
 
     return opened() if process is None or not data.cache else process.main_first(opened)

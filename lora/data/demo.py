@@ -10,6 +10,7 @@ import torch
 
 from ...demo import world
 from ..generators import derive_seed
+from ..processes import Process
 from ..settings import SizeSettings
 from .sampler import Pick
 
@@ -34,6 +35,9 @@ class DemoScenes:
 
     def identity(self, pick: Pick) -> str:
         return f"demo world 1, seed {self._seed(pick.index)}, zoom {list(self.zoom)}, size {list(pick.size)}"
+
+    def identify(self, process: Process) -> None:
+        """Everything is known."""
 
     def outline(self, index: int) -> str:
         return f"demo world 1, seed {self._seed(index)}"

@@ -12,7 +12,9 @@ import torch
 
 from ...generation.media import Cut, Media
 from ..config import ConfigError
+from ..processes import Process
 from ..settings import DataSettings, FolderSettings, SizeSettings
+from .ahead import ahead, readers
 from .captions import read_captions
 from .decode import DECODER_VERSION, kind_of, read_clip, suffixes_of
 from .files import media_files, some
@@ -67,8 +69,14 @@ class MediaFolder:
         self._told: set[str] = set()
 
     @classmethod
-    def open(cls, data: DataSettings, random_crops: bool = False, need_captions: bool = True) -> MediaFolder:
-        """Read the captions and look into every file.
+    def open(
+        cls,
+        data: DataSettings,
+        random_crops: bool = False,
+        need_captions: bool = True,
+        process: Process | None = None,
+    ) -> MediaFolder:
+        """Read the captions and look into every file; `process` shows how far it is.
 
         Raises:
             ConfigError: no such folder, nothing in it, no or incomplete captions, or no file that can be decoded; or
@@ -94,7 +102,7 @@ class MediaFolder:
                 "%d files are in several of data.folders and count for the first: %s", len(again), some(again)
             )
         # Clips cut at random are not cached, so no one asks what they follow from.
-        known = look_into(list(captions), data.kind, data.cache, contents=not random_crops)
+        known = look_into(list(captions), data.kind, data.cache, not random_crops, process)
         entries = [
             Entry(path, text, known[path].media, known[path].content, repeats, number)
             for path, (text, repeats, number) in captions.items()
@@ -204,6 +212,12 @@ class MediaFolder:
             f"file {self._contents[number]}, clip {part}, fps {self.data.fps}, size {list(pick.size)}, "
             f"{kind_of(entry.path, self.data.kind)} {DECODER_VERSION}"
         )
+
+    def identify(self, process: Process) -> None:
+        numbers = [n for n, entry in enumerate(self.entries) if entry.content is None and n not in self._contents]
+        read = ahead(lambda number: content(self.entries[number].path), numbers, readers(), 64)
+        for number, found in zip(numbers, process.track(read, "reading files whole", len(numbers)), strict=True):
+            self._contents[number] = found
 
     def caption(self, index: int) -> str:
         return self.entries[index // _PARTS].caption

@@ -14,6 +14,7 @@ from ..config import ConfigError
 from ..generators import Place
 from ..recipes.base import Batch, Process
 from ..settings import SizeSettings
+from .ahead import ahead, readers
 from .cache import TensorCache
 from .dataset import ClipDataset, sturdy_pixels
 from .files import some
@@ -40,6 +41,8 @@ class Latents:
         cache: where encodings are kept, or None. Endless sources are not cached, but their texts are.
         held_out: indices that are not trained on.
         prompts: further texts that will be asked for.
+        workers: threads that decode clips while the ones before are encoded; 0 for none, so that each waits for the
+            other. So many decoded clips, and the one that is encoded, are in memory.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Latents:
         cache: TensorCache | None,
         held_out: Collection[int] = (),
         prompts: Sequence[str] = (),
+        workers: int = 0,
     ) -> None:
         self.dataset, self.sizes, self.cache = dataset, tuple(sizes), cache
         self.members = without(dataset.members(self.sizes), held_out)
@@ -58,7 +62,7 @@ class Latents:
         self.text_identity, self.pictured = text_encoder.identity, text_encoder.pictured
         self.cached = cache is not None and self.members is not None
         self._texts = Texts(text_encoder, cache)
-        self._encoder, self._prompts = encoder, tuple(prompts)
+        self._encoder, self._prompts, self._workers = encoder, tuple(prompts), workers
 
     @property
     def decodes(self) -> bool:
@@ -156,18 +160,17 @@ class Latents:
             self.release()
             return
         picks = [self._pick(size, index) for size, indices in self.members.items() for index in dict.fromkeys(indices)]
-        missing = [(pick, parts) for pick in picks if (parts := self._missing(pick))]
+        missing = self._all_missing(picks, process)
         damaged = sum(self.cache.path(*self._key(pick, part)).exists() for pick, parts in missing for part in parts)
         if damaged and process.is_main:
             logger.warning("%d files of the cache are damaged, or of an earlier version, and are made again.", damaged)
-        process.wait()  # before the first one writes, or they would not share the same list
+        process.wait()  # before the first one writes, or that would count as damaged
         own = missing[process.index :: process.count]
         failed = []
-        for pick, parts in process.track(own, "encoding clips", len(own)):
-            try:
-                pixels = self.dataset.pixels(pick)
-            except OSError as error:
-                logger.warning("%s; it is left out.", error)
+        decoded = ahead(self._decoded, own, self._workers, self._workers + 1)
+        for pick, parts, pixels in process.track(decoded, "encoding clips", len(own)):
+            if isinstance(pixels, OSError):
+                logger.warning("%s; it is left out.", pixels)
                 failed.append((pick.size, pick.index))
                 continue
             if visual := tuple(name for name in parts if name != _TEXT):
@@ -179,7 +182,10 @@ class Latents:
         self.release()
         process.wait()
         gone = set(process.gathered(failed))
-        made = [pick for pick, _ in missing if (pick.size, pick.index) not in gone]
+        absent = {pick for pick, _ in missing}
+        made = [pick for pick in absent if (pick.size, pick.index) not in gone]
+        # Of what was there before, each process has looked into a share alone.
+        made += [pick for pick in picks[:: max(1, len(picks) // _LOOKED_INTO)] if pick not in absent]
         _see_all(self.cache, process, lambda: [pick for pick in made if self._missing(pick)])
         self.members = {
             size: [index for index in indices if (self._pick(size, index).size, index) not in gone]
@@ -190,6 +196,24 @@ class Latents:
             raise ConfigError(f"data: none of the {lost} clips can be decoded; the log above says why of each.")
         if lost and process.is_main:
             logger.warning("%d of %d clips cannot be decoded and are left out.", lost, len(picks))
+
+    def _decoded(
+        self, asked: tuple[Pick, tuple[str, ...]]
+    ) -> tuple[Pick, tuple[str, ...], torch.Tensor | OSError]:
+        """What is to be encoded, with its pixels `[3, T, H, W]`, or why it has none."""
+        pick, parts = asked
+        try:
+            return pick, parts, self.dataset.pixels(pick)
+        except OSError as error:
+            return pick, parts, error
+
+    def _all_missing(self, picks: Sequence[Pick], process: Process) -> list[tuple[Pick, tuple[str, ...]]]:
+        """What the cache lacks, of which each process looks for a share, as many files at a time as it can."""
+        numbers = range(process.index, len(picks), process.count)
+        looked = ahead(lambda number: self._missing(picks[number]), numbers, readers(), 256)
+        shown = process.track(looked, "looking into the cache", len(numbers))
+        own = {number: parts for number, parts in zip(numbers, shown, strict=True) if parts}
+        return [(picks[number], parts) for number, parts in sorted(process.merged(own).items())]
 
     def _pick(self, size: int, index: int) -> Pick:
         chosen = self.sizes[size]
@@ -215,6 +239,8 @@ class Latents:
         return tuple(name for name in self._parts if not self.cache.has(*self._key(pick, name)))
 
 
+_LOOKED_INTO = 64
+"""Clips of the cache, at most about, that all processes look for, to see that it is one."""
 _LATE = 60.0
 """Seconds after which a file that another machine wrote is seen on a disk of the network."""
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ...generation.media import Media, Undecodable
 from ...generation.video import staged
+from ..checkpoint import CheckpointError
 from ..config import ConfigError
+from ..processes import Process
+from .ahead import ahead, readers
 from .cache import not_kept
 from .decode import kind_of, probe
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 3
 """Of what is remembered of a file; 3 has the picture stream of videos, as shown."""
+_SAVED = 256
+"""Files after which the index is written, at least."""
 _KINDS = get_type_hints(Media)
 
 
@@ -48,7 +52,9 @@ def content(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: bool = False) -> dict[Path, Known]:
+def look_into(
+    files: Sequence[Path], kind: str, cache: str | None, contents: bool = False, process: Process | None = None
+) -> dict[Path, Known]:
     """What each file holds that can be decoded; others are named in the log.
 
     Args:
@@ -56,6 +62,9 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
         kind: "videos", "images" or "mixed".
         cache: folder in which it is remembered by path, size and time of the file; None for nowhere.
         contents: also hash the files, if there is a cache to remember it.
+        process: shows how far it is; None for nowhere.
+
+    What was found is remembered on the way, so that whoever stops it loses the last few hundred files at most.
 
     Raises:
         ConfigError: what is remembered cannot be read.
@@ -77,11 +86,31 @@ def look_into(files: Sequence[Path], kind: str, cache: str | None, contents: boo
             logger.warning("%s cannot be read: %s; it is left out.", path, error)
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looked = {path: found for path, found in zip(files, pool.map(look, files), strict=True) if found is not None}
-    if index_file is not None and any(index.get(stamp) != known for stamp, known in looked.values()):
-        _write(index_file, index | dict(looked.values()))
-    return {path: known for path, (_, known) in looked.items()}
+    looked: dict[Path, Known] = {}
+    fresh: dict[str, Known] = {}
+    unsaved = 0
+    found = ahead(look, files, readers(), 64)
+    shown = found if process is None else process.track(found, "looking into files", len(files))
+    try:
+        for path, each in zip(files, shown, strict=True):
+            if each is None:
+                continue
+            stamp, looked[path] = each
+            if index_file is not None and index.get(stamp) != looked[path]:
+                fresh[stamp] = looked[path]
+                unsaved += 1
+                # More at a time the more there are: the index is written whole.
+                if unsaved >= max(_SAVED, (len(index) + len(fresh)) // 4):
+                    _write(index_file, index | fresh)
+                    unsaved = 0
+    except BaseException:
+        if index_file is not None and unsaved:
+            with contextlib.suppress(CheckpointError):  # what ends it counts
+                _write(index_file, index | fresh)
+        raise
+    if index_file is not None and unsaved:
+        _write(index_file, index | fresh)
+    return looked
 
 
 def _write(index_file: Path, index: Mapping[str, Known]) -> None:

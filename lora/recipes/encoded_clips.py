@@ -84,8 +84,10 @@ class EncodedClipsRecipe(Recipe):
         prompts: tuple[str, ...] = (unconditional, self.validation.negative_prompt)
         if not self.text_encoder.pictured:
             prompts += self.validation.prompts
-        sizes = self.config.data.sizes
-        return Latents(self.dataset, sizes, encoder, self.text_encoder, self.cache, self.held_out.clips, prompts)
+        data, held_out = self.config.data, self.held_out.clips
+        return Latents(
+            self.dataset, data.sizes, encoder, self.text_encoder, self.cache, held_out, prompts, data.workers
+        )
 
     @abstractmethod
     def used(self) -> Iterable[Latents]:
@@ -125,7 +127,8 @@ class EncodedClipsRecipe(Recipe):
     def data_identity(self) -> dict[str, str]:
         """What the data are, by the setting that says where they lie; for `inputs`."""
         data = self.config.data
-        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes), **self.held_out_input()}
+        identity = dataset_identity(self.dataset, data.sizes, process=self.process)
+        return {f"{data.source} ({data.kind})": identity, **self.held_out_input()}
 
     def ready(self, latents: Latents) -> Latents:
         """Encode what the cache lacks and the clips that are measured; before a model takes the memory for training."""

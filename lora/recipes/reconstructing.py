@@ -107,8 +107,8 @@ class TrainReconstruction(Recipe):
         """Of `inputs`, the dataset. Clips are cut at random, so no one else needs the hashes of its files, which take
         long."""
         data = self.config.data
-        held_out = self.held_out_input()
-        return {f"{data.source} ({data.kind})": dataset_identity(self.dataset, data.sizes, False), **held_out}
+        identity = dataset_identity(self.dataset, data.sizes, False, self.process)
+        return {f"{data.source} ({data.kind})": identity, **self.held_out_input()}
 
     def build(self) -> Any:
         """What is trained, as training starts, for `Reconstruction`."""

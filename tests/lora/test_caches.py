@@ -238,6 +238,10 @@ def test_processes_look_before_one_of_them_writes(tmp_path):
         def wait(self):
             seen.append(encoder.clips)
 
+        def merged(self, own):
+            seen.append(encoder.clips)
+            return own | {number: ("latents",) for number in (1, 3, 5)}
+
         def gathered(self, items):
             latents(TensorCache(tmp_path), Rows(), Words()).fill(HERE)  # the second does its part
             return items
@@ -248,13 +252,14 @@ def test_processes_look_before_one_of_them_writes(tmp_path):
     made = latents(TensorCache(tmp_path), encoder, Words())
     made._texts.fill = lambda *_: None  # it waits as well
     made.fill(First(torch.device("cpu"), 0, 2))
-    assert seen == [0, 3]
+    assert seen == [0, 0, 3]
 
 
 class OfTwo(Process):
-    """The first of two processes; the second says that these clips failed."""
+    """The first of two processes; the second says that these clips failed, and that it finds none of its share."""
 
     others: tuple = ()
+    absent: tuple = ()
 
     def wait(self):
         pass
@@ -265,6 +270,9 @@ class OfTwo(Process):
     def gathered(self, items):
         return [*items, *self.others]
 
+    def merged(self, own):
+        return own | {number: ("latents",) for number in self.absent}
+
 
 def test_a_cache_that_processes_do_not_share(tmp_path, monkeypatch):
     """Each trained without the clips of the others, as if they could not be decoded."""
@@ -273,9 +281,14 @@ def test_a_cache_that_processes_do_not_share(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"data.cache: process 0 of 2 does not find .* one folder that all processes"):
         made.fill(process)
     made._texts.fill(made.dataset.captions(), HERE)
+    object.__setattr__(process, "absent", (1, 3, 5))
     with pytest.raises(ConfigError, match="does not find in .* 3 encodings that others wrote"):
         made.fill(process)
     assert made.members == {0: list(range(6))}
+    # What the other one found on its own disk, which it alone looked for.
+    object.__setattr__(process, "absent", ())
+    with pytest.raises(ConfigError, match="does not find in .* 3 encodings that others wrote"):
+        made.fill(process)
 
 
 def test_what_fails_in_one_process_is_left_out_in_all(tmp_path, caplog):
