@@ -117,6 +117,7 @@ class LoopSettings(Settings):
             validation has the memory that it needs.
         tracker: "auto" (tensorboard where it is installed), "none", or a name that accelerate knows, such as "wandb".
             Numbers always go to log.jsonl as well.
+        tracker_project: name of the project in the tracker; None for that of the recipe.
         threads: CPU threads of torch; None leaves them.
         device: "auto" (a GPU if there is one) or "cpu".
     """
@@ -130,6 +131,7 @@ class LoopSettings(Settings):
     validate_every: int = setting(0, low=0, free=True)
     validate_first: bool = setting(False, free=True)
     tracker: str = setting("auto", free=True)
+    tracker_project: str | None = setting(None, free=True)
     threads: int | None = setting(None, low=1, free=True)
     device: Literal["auto", "cpu"] = setting("auto", free=True)
 

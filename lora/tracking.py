@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import wandb_run
 from .checkpoint import save_text
 from .config import ConfigError, flat
 from .progress import Progress
@@ -76,7 +77,10 @@ class Tracker:
         self._done, self._validates_again, self._goes_on = done, validates_again, False
         if accelerator.log_with:
             simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat(config).items()}
-            accelerator.init_trackers(config.recipe, config=simple)
+            kinds = {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
+            main = accelerator.is_main_process
+            more = {"wandb": wandb_run.arguments(Path(config.out), main)} if "wandb" in kinds else {}
+            accelerator.init_trackers(config.loop.tracker_project or config.recipe, simple, more)
 
     def write(
         self, phase: str, step: int, total_steps: int, values: dict[str, float], steps: int, left: str = ""
@@ -111,14 +115,20 @@ class Tracker:
         self.write(phase, step, total_steps, {f"{_VALIDATION}{k}": v for k, v in values.items()}, steps)
 
     def show(self, phase: str, total_steps: int, folder: Path) -> None:
-        """Give the pictures and videos of a validation, which are in its folder by the step, to tensorboard."""
+        """Give the pictures and videos of a validation, which are in its folder by the step, to the trackers that show
+        such."""
         if not self.accelerator.is_main_process:
             return
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for file in sorted(folder.glob(f"{total_steps:08d}*")):
-                    name = file.stem.removeprefix(f"{total_steps:08d}").strip("_") or "frames"
-                    add_file(tracker.writer, f"{phase}/validation/{name}", file, total_steps)
+            if tracker.name not in ("tensorboard", "wandb"):
+                continue
+            for file in sorted(folder.glob(f"{total_steps:08d}*")):
+                name = file.stem.removeprefix(f"{total_steps:08d}").strip("_") or "frames"
+                tag = f"{phase}/validation/{name}"
+                if tracker.name == "tensorboard":
+                    add_file(tracker.writer, tag, file, total_steps)
+                else:
+                    wandb_run.add_file(tracker.run, tag, file, total_steps)
 
     def say(self, text: str) -> None:
         """A sentence for the user."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from vidaccel.lora.phase_run import PhaseRun
 from vidaccel.lora.pictures import write_picture, write_video
 from vidaccel.lora.progress import Progress, duration, each
 from vidaccel.lora.stopping import Stopped
+from vidaccel.lora.tracking import Tracker
 
 
 def log(settings) -> list[dict]:
@@ -137,6 +141,41 @@ def test_progress_on_a_terminal_is_a_bar_below_the_lines(capsys):
 def test_times_in_words():
     assert [duration(s) for s in (3.4, 99, 600, 12_000)] == ["3 s", "99 s", "10 min", "3 h 20 min"]
     assert [each(s) for s in (2.5, 0.125)] == ["2.5 s each", "8 a second"]
+
+
+def test_a_resumed_run_is_one_run_of_wandb(tiny_settings, tmp_path, monkeypatch):
+    """It began another each time, in a project called after the recipe, with numbers alone."""
+    begun, logged = [], []
+    run = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
+
+    def init_trackers(project, config, more):
+        begun.append((project, more))
+
+    accelerator = SimpleNamespace(
+        log_with=[SimpleNamespace(value="wandb")],
+        is_main_process=True,
+        trackers=[SimpleNamespace(name="wandb", run=run)],
+        init_trackers=init_trackers,
+    )
+    fake = SimpleNamespace(Image=lambda path: ("image", path), Video=lambda path, format: ("video", path, format))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    random.seed(1)
+    before = random.getstate()
+    for project in (None, "films"):
+        settings = tiny_settings("my_run", loop={"tracker_project": project})
+        tracker = Tracker(accelerator, settings, Progress())
+    [(first, one), (second, two)] = begun
+    assert (first, second) == ("tiny", "films") and one == two and random.getstate() == before
+    number = (tmp_path / "my_run" / "tracker" / "wandb_id.txt").read_text().strip()
+    place = str(tmp_path / "my_run" / "tracker")
+    assert one == {"wandb": {"name": "my_run", "id": number, "resume": "allow", "dir": place}} and len(number) == 16
+    for name in ("00000003.png", "00000003_0.mp4", "00000003.txt", "00000009.png"):
+        (tmp_path / name).write_text("")
+    tracker.show("first", 3, tmp_path)
+    assert logged == [
+        ({"first/validation/frames": ("image", str(tmp_path / "00000003.png"))}, 3),
+        ({"first/validation/0": ("video", str(tmp_path / "00000003_0.mp4"), "mp4")}, 3),
+    ]
 
 
 def test_tensorboard_has_the_pictures_and_each_step_once(tiny_settings, run_tiny, monkeypatch, tiny_phase):
