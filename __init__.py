@@ -11,6 +11,7 @@ under any other name this file only finds (or loads) the package ``vidaccel`` an
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -153,12 +154,29 @@ class _Later(ModuleType):
     """
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):  # asked of all loaded modules alike, as by `inspect`
+        # Asked of all loaded modules alike: by `inspect`, and by pickle, which seeks the module that has
+        # `torch.contiguous_format` in it, and crashes where one is loaded meanwhile. torch.compile pickles its graphs.
+        if name.startswith("__") or name not in _defined_in(self.__name__):
             raise AttributeError(f"module {self.__name__!r} is not loaded yet, and has no {name!r}")
         return getattr(_loaded(self), name)
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(_loaded(self), name, value)
+
+
+@functools.cache
+def _defined_in(module: str) -> frozenset[str]:
+    """The names that a module gives to classes, functions and values of its own, without loading it."""
+    import ast
+
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), *module.split(".")[1:]) + ".py"
+    with open(file, encoding="utf-8") as source:
+        statements = ast.parse(source.read()).body
+    names = {each.name for each in statements if isinstance(each, ast.ClassDef | ast.FunctionDef)}
+    for each in statements:
+        targets = getattr(each, "targets", [getattr(each, "target", None)])
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return frozenset(names)
 
 
 _lock = threading.Lock()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from .data.sampler import ClipSampler, Pick
 from .generators import Place
 from .recipes.base import Clips
+from .stopping import SIGNALS
 
 
 class _Picked(Dataset):
@@ -75,6 +76,6 @@ class _Lists:
 
 def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C and torchrun signal the whole group: whether the run ends, and when, is for the process that trains.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Ctrl-C, torchrun and Slurm signal the whole group: whether the run ends, and when, is for the process that trains.
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

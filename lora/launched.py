@@ -30,7 +30,9 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """
     for variable, name in _OTHERS.items():
         if environment.get(variable, "false").lower() in ("true", "1"):
-            raise ConfigError(f"the configuration of accelerate asks for {name} ({variable}), not supported: {_INSTEAD}")
+            raise ConfigError(
+                f"the configuration of accelerate asks for {name} ({variable}), not supported: {_INSTEAD}"
+            )
 
 
 def check_accelerator(accelerator: Accelerator) -> None:

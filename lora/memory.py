@@ -145,8 +145,8 @@ def out_of_memory(config: Settings, where: str, go_on: str, validates: bool) -> 
     fixed.append("smaller clips in data.sizes")
     may = f" A resume may change {', '.join(free)}." if free else ""
     return OutOfMemory(
-        f"the GPU ran out of memory {where}.{may} A new run, in another `out`, may have {', '.join(fixed)}; several GPUs "
-        f"share the weights with FSDP. As it stands: {go_on}"
+        f"the GPU ran out of memory {where}.{may} A new run, in another `out`, may have {', '.join(fixed)}; several "
+        f"GPUs share the weights with FSDP. As it stands: {go_on}"
     )
 
 

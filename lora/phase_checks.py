@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from ..attention.code_generator import missing
 from .config import ConfigError
 from .low_bit import check_linears, check_some
+from .memory import blocks_of
 from .optim import OF_PACKAGES, of_package
 from .recipes.base import Phase
 
@@ -31,6 +35,21 @@ def check_outline(phase: Phase) -> None:
     kind = phase.settings.low_bit_linears
     if kind != "none" and (outline := phase.outline()) is not None:
         check_some(outline, kind, phase.name)
+
+
+def check_compiler(device: torch.device, sharded: bool) -> None:
+    """Raise ConfigError where blocks cannot be compiled, which `loop.compile` asks for."""
+    if why := missing(device):
+        raise ConfigError(f"loop.compile is true, but torch's compiler {why}.")
+    if sharded:
+        raise ConfigError("loop.compile is true under FSDP, which was never tried: set it to false.")
+
+
+def check_some_compile(phases: Sequence[Phase]) -> None:
+    """Raise ConfigError where no phase trains anything with repeated blocks; after `Recipe.prepare`."""
+    outlines = [phase.outline() for phase in phases]
+    if not any(outline is None or blocks_of(outline) for outline in outlines):
+        raise ConfigError("loop.compile is true, but what is trained has no repeated blocks: set it to false.")
 
 
 def _check_sharded(phase: Phase) -> None:

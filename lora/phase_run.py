@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..attention.call_checks import NotFinite
 from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, set_random_state
@@ -78,7 +77,7 @@ class PhaseRun:
             keep: whether this process needs the result; see `PhaseState.result`.
 
         Raises:
-            Stopped: on SIGINT or SIGTERM, after a checkpoint.
+            Stopped: on SIGINT, SIGTERM or SIGUSR1, after a checkpoint.
             Diverged: the loss or a weight is no number any more; no checkpoint is written of it.
             OutOfMemory: of the GPU, in a validation.
             CheckpointError: the last checkpoint cannot be written.
@@ -113,7 +112,9 @@ class PhaseRun:
         optimizer = make_optimizer(self.settings, named, phase.learning_rate_scale)
         accelerator.gradient_accumulation_steps = self.settings.gradient_accumulation_steps
         accelerator.step = 0
-        self.model, self.optimizer = prepare(accelerator, phase, module, optimizer, self.context.tracker.say)
+        self.model, self.optimizer = prepare(
+            accelerator, phase, module, optimizer, self.context.tracker.say, self.loop.compile
+        )
         # Names must be those of the module that `setup` gave, also where torch.compile is around it: results, adapters
         # and checkpoints go by them.
         self.module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -166,8 +167,8 @@ class PhaseRun:
         data = self.context.config.data
         if not data.workers and data.kind != "demo" and self.clips.decodes and self.process.device.type == "cuda":
             self.context.tracker.say(
-                f"phase {self.phase.name}: data.workers is 0, so that the process that trains decodes each clip itself, "
-                "and the GPU waits: set it to 8, or to as many CPU cores as there are for a GPU."
+                f"phase {self.phase.name}: data.workers is 0, so that the process that trains decodes each clip "
+                "itself, and the GPU waits: set it to 8, or to as many CPU cores as there are for a GPU."
             )
         if self._low_bits:
             self.context.tracker.say(

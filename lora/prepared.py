@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..pipelines.presets.compiling import CompiledBlocks
+from ..pipelines.presets.levers import Compile
 from .fsdp import autocast_forward, layers_of, plugin_of, split
+from .memory import blocks_of
 from .recipes.base import Phase
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ def prepare(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     say: Callable[[str], None],
+    compiled: bool = False,
 ) -> tuple[Any, Any]:
     """Module and optimiser, wrapped; and the phase's teachers, put beside them.
 
@@ -29,7 +33,12 @@ def prepare(
         phase: whose they are.
         module, optimizer: what `Phase.setup` gave, and of its parameters.
         say: tells the user a sentence.
+        compiled: the repeated blocks of the module are compiled, each when it is first called. In place, so that names
+            and hooks stay.
     """
+    if compiled and (blocks := blocks_of(module)):
+        CompiledBlocks(blocks, Compile(), below_hooks=False)
+        say(f"phase {phase.name}: {len(blocks)} blocks are compiled, which makes the first steps long.")
     plugin = plugin_of(accelerator)
     for teacher in phase.teachers():
         if plugin is None:

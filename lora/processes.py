@@ -65,8 +65,8 @@ class Process:
         return made if self.is_main else make()  # type: ignore[return-value]
 
     def decided(self, make: Callable[[], T], refusal: type[Exception]) -> T:
-        """What `make` returns in the main process; every process must call this. Each asking the disk itself, they could
-        come to different answers, where it is not one disk or one of them sees a file later.
+        """What `make` returns in the main process; every process must call this. Each asking the disk itself, they
+        could come to different answers, where it is not one disk or one of them sees a file later.
 
         Args:
             make: called in the main process alone.

@@ -108,6 +108,8 @@ class LoopSettings(Settings):
     Args:
         mixed_precision: of the forward pass; trained weights stay float32.
         gradient_checkpointing: trade time for memory.
+        compile: have the repeated blocks of what is trained compiled by torch: the same up to rounding, fewer and
+            larger kernels, and minutes of compilation for each size. Of transformers.
         save_every: steps between checkpoints; one is always written when a phase ends.
         keep_last: how many checkpoints stay.
         keep_adapters: "all" leaves of each older checkpoint the adapter, which is small.
@@ -124,6 +126,7 @@ class LoopSettings(Settings):
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = setting(False, free=True)
+    compile: bool = setting(False, free=True)
     save_every: int = setting(500, low=1, free=True)
     keep_last: int = setting(2, low=1, free=True)
     keep_adapters: Literal["last", "all"] = setting("last", free=True)

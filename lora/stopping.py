@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a request that training sees between micro-batches, and that ends everything else at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1: a request that training sees between micro-batches, and that ends all else at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["StopRequested", "StopSignals", "Stopped"]
+__all__ = ["SIGNALS", "StopRequested", "StopSignals", "Stopped"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+"""Those that ask for a stop. SIGUSR1 is what Slurm sends some time before it ends a job (`--signal=USR1@120`)."""
 
 
 class Stopped(Exception):
@@ -20,7 +23,7 @@ class StopRequested(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Whether the process was asked to stop by SIGINT or SIGTERM.
+    """Whether the process was asked to stop by one of `SIGNALS`.
 
     Attributes:
         requested: True after the first signal.
@@ -28,14 +31,14 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested = False
-        self._at_once = False
+        self._at_once = self._warned = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the two signals inside the block. Where Python cannot (not in the main thread), it changes nothing."""
+        """Take the signals inside the block. Where Python cannot (not in the main thread), it changes nothing."""
         previous = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 previous[number] = signal.signal(number, self._take)
         except ValueError:
             pass
@@ -63,11 +66,13 @@ class StopSignals:
     def _take(self, number: int, _: Any) -> None:
         if self.requested:
             # torchrun forwards what its processes may have got from the terminal or from Slurm already, and kills what
-            # takes too long by itself: there, the second signal is the same request.
-            if "TORCHELASTIC_RUN_ID" not in os.environ:
+            # takes too long by itself: there, the second signal is the same request. So is the SIGTERM with which Slurm
+            # follows its warning.
+            follows, self._warned = self._warned and number == signal.SIGTERM, False
+            if not follows and "TORCHELASTIC_RUN_ID" not in os.environ:
                 raise KeyboardInterrupt
             return
-        self.requested = True
+        self.requested, self._warned = True, number not in (signal.SIGINT, signal.SIGTERM)
         what = "the run ends" if self._at_once else "the run ends after this micro-batch, and what was trained is saved"
         # Not print: the signal may have interrupted one.
         os.write(2, f"{signal.Signals(number).name}: {what}.\n".encode())

@@ -25,7 +25,7 @@ from .config import ConfigError, as_yaml, differences, flat, load
 from .fsdp import check_plugin, plugin_of
 from .launched import check_accelerator, check_environment
 from .memory import out_of_memory
-from .phase_checks import check_outline, check_phase
+from .phase_checks import check_compiler, check_outline, check_phase, check_some_compile
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
 from .recipes.base import Phase, Recipe
@@ -124,7 +124,7 @@ class Trainer:
             ConfigError: what `recipe.prepare` refuses; or another run works in `out`.
             CheckpointError: nothing to resume from, other settings or data than then, or a last checkpoint that cannot
                 be written.
-            Stopped: on SIGINT or SIGTERM; where training had begun, after a checkpoint.
+            Stopped: on SIGINT, SIGTERM or SIGUSR1; where training had begun, after a checkpoint.
             Diverged: the loss or a weight is no number any more.
             OutOfMemory: of a GPU; the message says what takes less.
             OSError: the result cannot be written.
@@ -152,17 +152,21 @@ class Trainer:
     def _run(self, resume: str | None) -> dict[str, Any]:
         with self.process.stop.at_once():
             phases = list(self.recipe.phases())
-            for phase in phases:
-                if phase.settings.steps:  # before long work, and before a checkpoint with its state is read
-                    check_phase(phase, self.process.device, self.process.sharded)
+            trained = [phase for phase in phases if phase.settings.steps]
+            compiles, device, sharded = self.config.loop.compile, self.process.device, self.process.sharded
+            for phase in trained:  # before long work, and before a checkpoint with its state is read
+                check_phase(phase, device, sharded)
+            if compiles:
+                check_compiler(device, sharded)
             self._in_main(lambda: self._take_folder() if self.out.exists() else None)
             start = self._start(resume, phases)
             if start.checkpoint is not None:
                 self.recipe.began_with = start.checkpoint.state.get("inputs", {})
             self.recipe.prepare()
-            for phase in phases:
-                if phase.settings.steps:
-                    check_outline(phase)
+            for phase in trained:
+                check_outline(phase)
+            if compiles:
+                check_some_compile(trained)
             inputs = self.recipe.inputs()
             if start.checkpoint is not None:
                 _check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
@@ -175,10 +179,10 @@ class Trainer:
             for change in self._changed:
                 self.tracker.say(change)
         context = RunContext(self.config, self.accelerator, self.process, self.checkpoints, self.tracker, inputs)
-        trained = self._phases(context, phases, start)
+        results = self._phases(context, phases, start)
         self._doing = "while the result was written"
         with self.process.stop.at_once():
-            result = self._finished(trained) if self.process.is_main else {}
+            result = self._finished(results) if self.process.is_main else {}
             self.process.wait()
         self.tracker.end()
         return result

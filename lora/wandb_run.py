@@ -14,8 +14,8 @@ _NUMBER = "wandb_id.txt"
 
 
 def arguments(out: Path, main: bool) -> dict[str, Any]:
-    """Arguments of `wandb.init` for the run in `out`: the same for one that is resumed there, so that wandb goes on with
-    it and does not begin another.
+    """Arguments of `wandb.init` for the run in `out`: the same for one that is resumed there, so that wandb goes on
+    with it and does not begin another.
 
     Args:
         out: folder of the run; its name is the run's.

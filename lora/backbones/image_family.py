@@ -6,7 +6,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from .base import Encoder, SampleRequest, Text

@@ -197,9 +197,7 @@ class Latents:
         if lost and process.is_main:
             logger.warning("%d of %d clips cannot be decoded and are left out.", lost, len(picks))
 
-    def _decoded(
-        self, asked: tuple[Pick, tuple[str, ...]]
-    ) -> tuple[Pick, tuple[str, ...], torch.Tensor | OSError]:
+    def _decoded(self, asked: tuple[Pick, tuple[str, ...]]) -> tuple[Pick, tuple[str, ...], torch.Tensor | OSError]:
         """What is to be encoded, with its pixels `[3, T, H, W]`, or why it has none."""
         pick, parts = asked
         try:

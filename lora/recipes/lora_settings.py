@@ -154,6 +154,9 @@ class AttentionSettings(Settings):
                 yield f"backend is {self.backend}, of use only with a sparse method: set method, or leave it out."
 
 
+SPARSE_COMPILED = "which has no gradients in compiled blocks: set loop.compile to false."
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(RunSettings):
     """Settings of the recipe `lora`."""
@@ -175,6 +178,13 @@ class LoraSettings(RunSettings):
                 f"model.offload_blocks is {self.model.offload_blocks}: set loop.gradient_checkpointing with it, "
                 "without which all blocks would be on the GPU until the backward pass."
             )
+        if self.model.offload_blocks and self.loop.compile:
+            yield (
+                f"model.offload_blocks is {self.model.offload_blocks} and loop.compile true, but weights that come and "
+                "go would break the graphs: leave one of them out."
+            )
+        if self.attention.method != "dense" and self.loop.compile:
+            yield f"loop.compile is true and attention.method {self.attention.method}, {SPARSE_COMPILED}"
         low_bits = {"model.quantise": self.model.quantise, "train.low_bit_linears": self.train.low_bit_linears}
         for name, value in low_bits.items():
             if self.model.offload_blocks and value != "none":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import Settings, setting
-from .lora_settings import AdapterSettings, LoraSettings
+from .lora_settings import SPARSE_COMPILED, AdapterSettings, LoraSettings
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class SLASettings(LoraSettings):
         yield from super().check()
         if self.attention.method != "dense":
             yield f"attention.method is {self.attention.method}: this recipe trains with SLA, set in sla; leave it out."
+        if self.loop.compile:
+            yield f"loop.compile is true, and this recipe trains with SLA, {SPARSE_COMPILED}"
         if self.sla.train == "full":
             if self.lora != AdapterSettings():
                 yield 'lora is of use only with sla.train "lora": set that, or leave lora out.'

@@ -1,4 +1,4 @@
-"""Many and large files: looked into with progress that is kept, by one process, and decoded while others are encoded."""
+"""Many and large files: looked into with progress that is kept, by one process; decoded while others are encoded."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_a_look_into_many_files_that_is_stopped_is_kept(video_folder, tmp_path, 
         open_dataset(cached, 0, process=process)
     assert "looking into files: 3 of 4, " in capsys.readouterr().out
     asked.clear()
-    monkeypatch.setattr("vidaccel.lora.data.media_index.probe", lambda path, kind: asked.append(path) or probe(path, kind))
+    monkeypatch.setattr(
+        "vidaccel.lora.data.media_index.probe", lambda path, kind: asked.append(path) or probe(path, kind)
+    )
     assert len(open_dataset(cached, 0).entries) == 4
     assert [path.name for path in asked] == ["d.mp4"]
 

@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for: a model that it compiles is trained as any other, and what is not done is refused."""
+"""What `accelerate launch` asks for, and compiled models, which are trained as any other; refusals in words."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.launched import check_accelerator
+from vidaccel.lora.phase_checks import check_compiler
 from vidaccel.lora.trainer import make_accelerator
 
 
@@ -54,6 +55,61 @@ def test_the_lora_of_a_compiled_model_can_be_read(tmp_path, text_base, monkeypat
     pipe = WanPipeline.from_pretrained(text_base)
     pipe.load_lora_weights(Path(result).parent)
     assert "default_0" in pipe.transformer.peft_config
+
+
+@pytest.fixture
+def eager(monkeypatch) -> Iterator[list[str]]:
+    """Compiled into graphs, and no further; the names of the classes of which there are graphs."""
+    compiled, original = [], torch.nn.Module.compile
+
+    def compile(self, *_, **options):
+        compiled.append(type(self).__name__)
+        original(self, backend="eager", dynamic=options["dynamic"])
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    yield compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recipe", ["lora", "gft"])
+def test_the_blocks_alone_are_compiled(tmp_path, text_base, eager, recipe):
+    """The result is that of a plain training, with its names, and one may be resumed as the other."""
+    more = {"gft": {"max_scale": 4}} if recipe == "gft" else {}
+    file = write(tmp_path, text_base, recipe=recipe, validation={"clips": 1, "prompts": []}, **more)
+    plain = load_file(run(recipe, file)["lora"])
+    assert not eager
+    made = torch._dynamo.utils.counters["frames"]["ok"]
+    compiled = load_file(run(recipe, file, ["loop.compile=true", f"out={tmp_path / 'compiled'}"])["lora"])
+    assert eager == ["WanTransformerBlock"] * 2 and torch._dynamo.utils.counters["frames"]["ok"] > made
+    assert compiled.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4)
+    run(recipe, file, [f"out={tmp_path / 'compiled'}", "train.steps=3"], "latest")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.offload_blocks=1", "model.offload_blocks is 1 and loop.compile true"),
+        ("attention.method=radial", "loop.compile is true and attention.method radial, which has no gradients in comp"),
+        ("loop.compile=true", "loop.compile is true, but torch's compiler needs something"),
+    ],
+)
+def test_blocks_that_cannot_be_compiled(tmp_path, text_base, monkeypatch, override, words):
+    monkeypatch.setattr("vidaccel.lora.phase_checks.missing", lambda device: "needs something")
+    with pytest.raises(ConfigError, match=words):
+        run("lora", write(tmp_path, text_base, loop={"compile": True, "gradient_checkpointing": True}), [override])
+    with pytest.raises(ConfigError, match="loop.compile is true, and this recipe trains with SLA, which has no"):
+        run("sla", write(tmp_path, text_base, recipe="sla", loop={"compile": True}, lora={"rank": 32, "alpha": None}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_blocks_is_not_compiled(tiny_settings, run_tiny, tiny_phase, monkeypatch):
+    monkeypatch.setattr(tiny_phase, "outline", lambda self: torch.nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="loop.compile is true, but what is trained has no repeated blocks"):
+        run_tiny(tiny_settings(loop={"compile": True}))
+    with pytest.raises(ConfigError, match="loop.compile is true under FSDP"):
+        check_compiler(torch.device("cpu"), True)
 
 
 @pytest.mark.parametrize(

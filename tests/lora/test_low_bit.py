@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def test_what_fsdp_would_split_is_refused_under_it(tmp_path, text_base, monkeypa
 
 
 def test_no_layer_for_low_bits_is_told_before_anything_is_encoded(tmp_path, text_base, monkeypatch):
-    """The layers of the tiny model are no multiples of 16. It was told when the phase began, hours of encoding later."""
+    """The layers of the tiny model are no multiples of 16. It was told when the phase began, behind the encoding."""
     monkeypatch.setattr("vidaccel.lora.phase_checks.check_linears", lambda *_: None)
     monkeypatch.setattr(Latents, "fill", lambda *_: pytest.fail("clips were encoded"))
     with pytest.raises(ConfigError, match="phase train: low_bit_linears is int8, but what it trains has no linear"):

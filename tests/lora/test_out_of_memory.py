@@ -1,4 +1,4 @@
-"""A GPU whose memory runs out: one line that says what takes less and how to go on, and validations that find it early."""
+"""A GPU whose memory runs out: one line that says what takes less and how to go on; validations that find it early."""
 
 from __future__ import annotations
 

@@ -262,6 +262,22 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         terminate()  # one that the launcher has passed on again
 
 
+def test_slurms_warning_is_a_stop(tiny_settings, run_tiny, monkeypatch, tiny_phase):
+    """`--signal=USR1@120`: by default it ends a process without a word, and without a checkpoint."""
+    straight = run_tiny(tiny_settings("straight"))
+    once(monkeypatch, tiny_phase, "loss", 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(Stopped, match="stopped after step 3 of phase first; continue with --resume latest"):
+        run_tiny(tiny_settings("stopped"))
+    assert equal(straight, run_tiny(tiny_settings("stopped"), "latest"))
+    signals = StopSignals()
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        terminate()  # follows at the end of the job: the same request
+        assert signals.requested
+        with pytest.raises(KeyboardInterrupt):
+            terminate()
+
+
 def test_a_signal_before_a_block_ends_it_too():
     signals = StopSignals()
     with signals.listening():

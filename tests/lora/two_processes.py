@@ -66,7 +66,7 @@ def main(rank: int, jobs: str, port: str) -> None:
         second = os.environ["RANK"] == "1"
         phase_run.time = FastClock(job["fast_clock"]) if second and "fast_clock" in job else time
 
-        def train(self, keep=True, rates=rates):
+        def train(self, keep=True, rates=rates, second=second, done=done):
             found = original_train(self, keep)
             assert keep or (second and not found), "a copy of all weights in a process that needs none"
             torch.save(self.state.result(), f"{self.context.out}/rank{self.process.index}.pt")

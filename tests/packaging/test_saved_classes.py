@@ -50,6 +50,15 @@ def test_pipelines_with_a_scheduler_of_ours(made, scheduler):
     assert made[1][scheduler.__name__].split("\n")[-2:-1] == [f"True {scheduler.__module__}"]
 
 
+def test_pickle_loads_none_of_them(fresh, on_path):
+    """It asks all loaded modules for `torch`, and crashed where one of them loaded others meanwhile: as torch.compile
+    does, where this package was imported before torch."""
+    code = "import vidaccel, sys, torch, pickle\n"
+    code += "print(pickle.loads(pickle.dumps(torch.contiguous_format)) is torch.contiguous_format)\n"
+    code += "print('diffusers' in sys.modules, vidaccel.GridScheduler.__name__)"
+    assert fresh(code, on_path).split("\n")[-3:-1] == ["True", "False GridScheduler"]
+
+
 def test_generate(made):
     assert (made[0] / "out.mp4").is_file()
 
