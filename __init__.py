@@ -166,13 +166,19 @@ class _Later(ModuleType):
 
 @functools.cache
 def _defined_in(module: str) -> frozenset[str]:
-    """The names that a module gives to classes, functions and values of its own, without loading it."""
+    """The names of a module's classes, functions and values, without loading it.
+
+    Those that it imports from others count, such as the mixins by which diffusers knows what a class is; modules that
+    it imports do not.
+    """
     import ast
 
     file = os.path.join(os.path.dirname(os.path.abspath(__file__)), *module.split(".")[1:]) + ".py"
     with open(file, encoding="utf-8") as source:
         statements = ast.parse(source.read()).body
     names = {each.name for each in statements if isinstance(each, ast.ClassDef | ast.FunctionDef)}
+    imported = [alias for each in statements if isinstance(each, ast.ImportFrom) for alias in each.names]
+    names |= {alias.asname or alias.name for alias in imported}
     for each in statements:
         targets = getattr(each, "targets", [getattr(each, "target", None)])
         names |= {target.id for target in targets if isinstance(target, ast.Name)}
