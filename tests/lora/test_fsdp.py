@@ -22,6 +22,7 @@ from vidaccel.lora.config import ConfigError
 from vidaccel.lora.ema import EMA
 from vidaccel.lora.fsdp import autocast_forward, check_plugin, layers_of, split
 from vidaccel.lora.generators import Generators, Place
+from vidaccel.lora.optim import clip_gradients
 from vidaccel.lora.reconstruction import LossSettings, Reconstruction
 from vidaccel.lora.sharding import all_finite, copy_whole, optimizer_state, whole
 
@@ -201,6 +202,22 @@ def test_a_sharded_autoencoder_reconstructs(plugin):
     with torch.no_grad():
         made = module(torch.rand(1, 3, 8, 32, 32), reconstruct=True)
     assert made.shape == (1, 3, 8, 32, 32) and made.isfinite().all()
+
+
+def test_sharded_parts_are_clipped_apart():
+    """As the autoencoder and its discriminator are."""
+    net = fully_shard(nn.ModuleDict({"autoencoder": nn.Linear(4, 3), "discriminator": nn.Linear(4, 3)}))
+    named = dict(net.named_parameters())
+    for name, parameter in named.items():
+        parameter.grad = torch.full_like(parameter, 100.0 if name.startswith("discriminator") else 10.0)
+    accelerator = SimpleNamespace(unscale_gradients=lambda: None)
+    norms = clip_gradients(accelerator, named, lambda name: name.partition(".")[0], 1.0)
+    whole_norms = {name: float(whole(norm)) for name, norm in norms.items()}
+    assert whole_norms == pytest.approx(
+        {"gradient_norm_autoencoder": 10 * 15**0.5, "gradient_norm_discriminator": 100 * 15**0.5}
+    )
+    for gradient in whole({name: parameter.grad for name, parameter in named.items()}).values():
+        torch.testing.assert_close(gradient, torch.full_like(gradient, 15**-0.5), rtol=1e-4, atol=1e-5)
 
 
 def test_sharded_weights_and_optimizer_states_come_back():
