@@ -206,8 +206,14 @@ def test_a_sharded_autoencoder_reconstructs(plugin):
 
 def test_sharded_parts_are_clipped_apart():
     """As the autoencoder and its discriminator are."""
-    net = fully_shard(nn.ModuleDict({"autoencoder": nn.Linear(4, 3), "discriminator": nn.Linear(4, 3)}))
-    named = dict(net.named_parameters())
+    net = fully_shard(nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)))
+    named = dict(
+        zip(
+            ("autoencoder.weight", "autoencoder.bias", "discriminator.weight", "discriminator.bias"),
+            net.parameters(),
+            strict=True,
+        )
+    )
     for name, parameter in named.items():
         parameter.grad = torch.full_like(parameter, 100.0 if name.startswith("discriminator") else 10.0)
     accelerator = SimpleNamespace(unscale_gradients=lambda: None)
