@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import autoencoder
+from .adapter_files import State, state_of
 from .schema import accepted
 
 
@@ -39,6 +40,15 @@ class VidaccelLoadDCAEV(io.ComfyNode):
             outputs=[io.Vae.Output(display_name="vae", tooltip="For VAE Encode and VAE Decode.")],
             **accepted(io.Schema, search_aliases=["vidaccel", "deep compression", "dc-videogen", "dcae"]),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, path: str | None, **chosen: str | None) -> State | None:
+        """Read a file anew once it was changed, such as one that was trained further."""
+        import folder_paths
+
+        named = chosen.get("autoencoder") or autoencoder.BUILT_IN
+        own = None if named == autoencoder.BUILT_IN else folder_paths.get_full_path("vae", named)
+        return state_of((path or "").strip() or own)
 
     @classmethod
     def execute(cls, path: str, **chosen: str) -> io.NodeOutput:
