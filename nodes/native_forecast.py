@@ -83,6 +83,8 @@ class _Cached:
 
     def _forget(self) -> None:
         self._finished = False  # its last step has begun
+        self._names: set[str] = set()  # of context windows
+        self._moved = False  # some came that the first step had not
         self._windows: dict[str, _Window] = {}
         self._steps: set[int] = set()
         self._computed: set[int] = set()
@@ -103,7 +105,10 @@ class _Cached:
         elif count > 1 and self._finished:  # of a sampling that was interrupted, that tells nothing
             known = [error for error in self._refused if math.isfinite(error)]
             best = f"the best forecast is estimated to be off by {min(known):.3g}: raise" if known else "raise"
-            self._tell(logging.WARNING, f"all {count} steps were computed; {best} tolerance, or make more steps.")
+            fix = f"{best} tolerance, or make more steps"
+            if self._moved:
+                fix = "context windows moved from step to step, which leaves none to go on: take static ones"
+            self._tell(logging.WARNING, f"all {count} steps were computed; {fix}.")
         self._forget()
 
     def _tell(self, level: int, text: str) -> None:
@@ -114,8 +119,10 @@ class _Cached:
         self._errors += window.forecasts.errors
         self._refused += window.forecasts.refused
 
-    def _window(self, name: str) -> _Window:
-        """That of a name. Of windows that come and go, those that came last are known."""
+    def _window(self, name: str, step: int) -> _Window:
+        """That of a name, in a step. Of windows that come and go, those that came last are known."""
+        self._moved |= step > min(self._steps, default=step) and name not in self._names
+        self._names.add(name)
         window = self._windows.pop(name, None) or _Window(self._settings)
         self._windows[name] = window
         if len(self._windows) > WINDOWS:
@@ -139,9 +146,9 @@ class _Cached:
         level = level_of(model, sigma) if sigma > 0 else None
         if levels is None or level is None or not level.noise:  # a model of pictures may mix no noise in
             return executor(model, conds, x, timestep, options, *more)
-        window = self._window(window_of(inner))
-        window.at(sigma)
         number, count = step_of(sigma, levels.tolist())
+        window = self._window(window_of(inner), number)
+        window.at(sigma)
         self._steps.add(number)
         self._finished |= number == count - 1
         branches = {

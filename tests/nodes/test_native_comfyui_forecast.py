@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from native_comfyui import defaults, models, patched, sample, tiny
+from native_comfyui import defaults, models, patched, sample, tiny, windowed
 
 from vidaccel import GuidanceCache
 from vidaccel.nodes.native_forecast import cache_steps
@@ -90,6 +90,16 @@ def test_nothing_within_the_tolerance_is_told_with_what_would_be(caplog):
     )
     assert "all 8 steps were computed; the best forecast is estimated to be off by" in caplog.text
     assert sample(cache_steps(model, ANYTHING), description).equal(unpatched)  # 4 steps: three, and the last one
+
+
+@pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform"])
+def test_windows_that_move_are_told(schedule, caplog):
+    description, model, _ = tiny("wan_t2v")
+    clone = cache_steps(windowed(model, schedule, 5, 2), ForecastSettings(0.001))
+    sample(clone, description, latent=(15, *description.latent[1:]), steps=STEPS)
+    moved = "context windows moved from step to step, which leaves none to go on: take static ones."
+    assert (moved in caplog.text) == (schedule == "standard_uniform")
+    assert ("raise tolerance" in caplog.text) != (moved in caplog.text)
 
 
 def test_new_noise_in_each_step_is_no_line():
