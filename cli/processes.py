@@ -7,9 +7,10 @@ import os
 import runpy
 import signal
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,7 +18,7 @@ from ..generation.errors import BadInput
 from ..generation.processes import Process
 
 if TYPE_CHECKING:
-    from torch.multiprocessing.spawn import ProcessExitedException
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 GRACE = 5.0
 """Seconds that the others have to end by themselves, when one has failed."""
@@ -45,14 +46,14 @@ def to_start(wanted: int | None, process: Process) -> int:
 def start(count: int) -> int:
     """Run this very command in so many processes of this machine, and wait for them.
 
-    The first one speaks for all. What another one says is shown where it failed and the first did not.
+    The first one speaks for all. What another one says is shown where it failed, but for bad input, which all find.
 
     Returns:
         The exit code: 0, or that of the first one that failed.
     """
     import torch.multiprocessing as mp
     from torch.distributed.elastic.utils.distributed import get_free_port
-    from torch.multiprocessing.spawn import ProcessExitedException
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
     # As torchrun does, which takes one: each process has its share of the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -63,19 +64,28 @@ def start(count: int) -> int:
         try:
             while not processes.join(grace_period=GRACE):
                 pass
-        except ProcessExitedException as failed:
+        except (ProcessExitedException, ProcessRaisedException) as failed:
             _tell(failed, processes.processes[0].exitcode, count, folder)
-            return failed.exit_code if failed.exit_code > 0 else 1
+            return max(getattr(failed, "exit_code", 1), 1)
         except KeyboardInterrupt:  # the first process tells
             return 128 + signal.SIGINT
         except SystemExit as stopped:  # by SIGTERM, see `one_line_errors`
             return int(stopped.code or 1)
         finally:
-            for process in processes.processes:
-                process.terminate()
-            for process in processes.processes:
-                process.join(GRACE)
+            _end(processes.processes)
     return 0
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """Leave none of these behind: one that waits for another within a collective takes no signal but the last."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + GRACE
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _work(rank: int, count: int, port: int, folder: str) -> None:
@@ -90,7 +100,7 @@ def _work(rank: int, count: int, port: int, folder: str) -> None:
     runpy.run_module(__package__, run_name="__main__")
 
 
-def _tell(failed: ProcessExitedException, first: int | None, count: int, folder: str) -> None:
+def _tell(failed: ProcessExitedException | ProcessRaisedException, first: int | None, count: int, folder: str) -> None:
     """Say what ended the process that failed, where it has not been said.
 
     Args:
@@ -98,7 +108,9 @@ def _tell(failed: ProcessExitedException, first: int | None, count: int, folder:
         folder: of what the others said.
     """
     number = failed.error_index
-    if failed.signal_name:
+    if not hasattr(failed, "signal_name"):  # an error that is none of this package's: with its traceback
+        typer.echo(f"Process {number} of {count}: {failed}", err=True)
+    elif failed.signal_name:
         why = ", as the system does where memory runs out" if failed.signal_name == "SIGKILL" else ""
         typer.echo(f"Error: process {number} of {count} was ended by {failed.signal_name}{why}.", err=True)
     elif number and first != BAD_INPUT:

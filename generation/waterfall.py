@@ -381,11 +381,10 @@ def _measure(
                 taken, videos, passes = [], [], []
                 cut: list[str] = []
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                    handle.reset()
                     made = run(pipe, replace(settings, prompt=prompt, seed=seed))
                     taken.append(made.seconds)
                     account = handle.report()
-                    passes.append(account.counts())  # a cache that goes by content skips more of some
+                    passes.append(account.last().counts())  # a cache that goes by content skips more of some
                     cut += map(worded, made.cut)
                     if not number:
                         videos.append((made.frames * 255).round().astype(np.uint8))

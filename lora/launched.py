@@ -35,8 +35,11 @@ def check_environment(environment: Mapping[str, str]) -> None:
             )
 
 
-def check_accelerator(accelerator: Accelerator) -> None:
+def check_accelerator(accelerator: Accelerator, sparse: bool = False) -> None:
     """Refuse what the loop would run wrongly.
+
+    Args:
+        accelerator: of the run. sparse: it trains with sparse attention.
 
     Raises:
         ConfigError: devices that are used in another way than `_KNOWN`; a model that is split by its matrices or
@@ -53,6 +56,11 @@ def check_accelerator(accelerator: Accelerator) -> None:
     backend = str(getattr(dynamo.backend, "value", dynamo.backend)).lower()
     if backend == "no":
         return
+    if sparse:
+        raise ConfigError(
+            f"the configuration of accelerate asks for the dynamo backend {backend}, and the run trains with sparse "
+            "attention, which has no gradients in compiled models: set dynamo_backend to no."
+        )
     if dynamo.use_regional_compilation:
         raise ConfigError(
             "the configuration of accelerate asks for regional compilation, which copies the model and renames its "

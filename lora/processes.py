@@ -70,7 +70,7 @@ class Process:
 
         Args:
             make: called in the main process alone.
-            refusal: what it may raise, which is then raised in all of them.
+            refusal: what is raised in the others where it raises.
         """
         if self.count == 1:
             return make()
@@ -79,8 +79,9 @@ class Process:
         if self.is_main:
             try:
                 told[0] = make()
-            except refusal as error:
+            except Exception as error:  # whatever it is, the others must not wait for what never comes
                 refused, told[1] = error, str(error)
+        self.wait()  # it may take hours, in which a signal is taken
         torch.distributed.broadcast_object_list(told, 0, group=self.group)
         if told[1] is not None:
             raise refused or refusal(told[1])
@@ -145,19 +146,23 @@ class Process:
 
         Raises:
             StopRequested: any of them was asked to stop; between two rounds at the latest.
+            OSError: in the others, where `make` raised something else in one process.
         """
         together = self.count == 1 or self.sharded
         each = 1 if together else self.count
         rounds, made = range(0, count, each), {}
         for first in self.track(rounds, what, len(rounds)):
-            number, stops = first if together else first + self.index, False
+            number, stops, failed = first if together else first + self.index, False, None
             try:
                 if number < count:
                     made[number] = make(number)
             except StopRequested:
                 stops = True
-            if self.any(stops or self.stop.requested):
-                raise StopRequested
+            except Exception as error:
+                if together:
+                    raise
+                failed = error
+            self._check_round(stops or self.stop.requested, failed)
         if together:
             return list(made.values())
         if everywhere:
@@ -167,6 +172,20 @@ class Process:
             torch.distributed.gather_object(made, parts if self.is_main else None, 0, group=self.group)
             whole = {number: value for part in parts for number, value in part.items()}
         return [whole[number] for number in sorted(whole)]
+
+    def _check_round(self, stops: bool, failed: Exception | None) -> None:
+        """What became of a round of `shared` in all processes: they go on, or end, together.
+
+        Args:
+            stops: this process was asked to stop. failed: what went wrong in it.
+        """
+        told = self.gathered([(stops, failed and f"process {self.index}: {failed}")])
+        if failed is not None:
+            raise failed
+        if texts := [text for _, text in told if text]:
+            raise OSError(f"another process of the run has failed ({texts[0]}).")
+        if any(each for each, _ in told):
+            raise StopRequested
 
     def check_own_stop(self) -> None:
         """A point within `make` of `shared` where this process may end its work.

@@ -251,3 +251,8 @@ class RunSettings(Settings):
     seed: int = setting(0, low=0, high=2**31 - 1)
     loop: LoopSettings = field(default_factory=LoopSettings)
     data: DataSettings = field(default_factory=DataSettings)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the run trains with sparse attention."""
+        return False

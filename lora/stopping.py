@@ -65,6 +65,8 @@ class StopSignals:
 
     def _take(self, number: int, _: Any) -> None:
         if self.requested:
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                return  # a warning that comes twice, as from Slurm to the step and by way of the script
             # torchrun forwards what its processes may have got from the terminal or from Slurm already, and kills what
             # takes too long by itself: there, the second signal is the same request. So is the SIGTERM with which Slurm
             # follows its warning.

@@ -75,11 +75,13 @@ class Tracker:
         self.accelerator, self.progress = accelerator, progress
         self.path = Path(config.out) / "log.jsonl"
         self._done, self._validates_again, self._goes_on = done, validates_again, False
+        self._validates_first = config.loop.validate_first
         if accelerator.log_with:
             simple = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flat(config).items()}
             kinds = {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
             main = accelerator.is_main_process
-            more = {"wandb": wandb_run.arguments(Path(config.out), main)} if "wandb" in kinds else {}
+            anew = main and self._tells_again()
+            more = {"wandb": wandb_run.arguments(Path(config.out), main, anew)} if "wandb" in kinds else {}
             accelerator.init_trackers(config.loop.tracker_project or config.recipe, simple, more)
 
     def write(
@@ -163,12 +165,21 @@ class Tracker:
         if self.accelerator.log_with:
             self.accelerator.end_training()
 
+    def _tells_again(self) -> bool:
+        """Whether the log has numbers that come again."""
+        try:
+            return not all(map(self._stays, self.path.read_text(encoding="utf-8").splitlines()))
+        except OSError:
+            return not self._done
+
     def _stays(self, line: str) -> bool:
         """Whether a line of the log is whole and does not come again."""
         try:
             row = json.loads(line)
             step = row["total_steps"]
-            again = self._validates_again and step == self._done and any(key.startswith(_VALIDATION) for key in row)
+            validation = step == self._done and any(key.startswith(_VALIDATION) for key in row)
+            # That before the first step of a phase is made whenever the phase begins.
+            again = validation and (self._validates_again or (self._validates_first and not row["step"]))
             return step <= self._done and not again
         except (ValueError, KeyError, TypeError, AttributeError):
             return False

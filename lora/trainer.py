@@ -69,7 +69,7 @@ def make_accelerator(config: RunSettings) -> Accelerator:
     except ValueError as error:
         raise ConfigError(f"accelerate refuses the settings: {error}") from error
     try:
-        check_accelerator(accelerator)
+        check_accelerator(accelerator, config.sparse)
     except ConfigError:
         AcceleratorState._reset_state()  # else the next run in this process has it too, whatever it asks for
         raise
@@ -270,6 +270,11 @@ class Trainer:
         if chosen is None:
             return _Start()
         path = self.checkpoints.current = Path(chosen)
+        if self.process.any(not path.is_dir()):
+            raise CheckpointError(
+                f"{path} is not there for all processes: `out` must be one folder that all of them see, on a disk that "
+                "their machines share."
+            )
         try:
             then = load(type(self.config), path / "config.yaml")
         except ConfigError as error:
@@ -281,7 +286,6 @@ class Trainer:
             )
         self._changed = _changed(then, self.config)
         checkpoint = self.checkpoints.load(path)
-        self._check_all_have(checkpoint, path)
         steps = {phase.name: phase.settings.steps for phase in phases}
         if checkpoint.phase not in steps:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, which this recipe does not have.")
@@ -312,16 +316,6 @@ class Trainer:
                 "without a checkpoint to continue it from: choose another `out`, or move that away."
             )
         return None
-
-    def _check_all_have(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Raise CheckpointError where processes have read different ones, of disks that are not one."""
-        read = self.process.gathered([f"step {checkpoint.step} of phase {checkpoint.phase}"])
-        if len(set(read)) > 1:
-            each = ", ".join(f"process {number} {what}" for number, what in enumerate(read))
-            raise CheckpointError(
-                f"{path} is another checkpoint for each process ({each}): `out` must be one folder that all processes "
-                "see, on a disk that their machines share."
-            )
 
     def _how_to_go_on(self) -> str:
         current, cache = self.checkpoints.current, self.recipe.encodings if self._encodes else None

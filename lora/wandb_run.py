@@ -13,12 +13,13 @@ _NUMBER = "wandb_id.txt"
 """In the folder of the tracker: what wandb knows the run by."""
 
 
-def arguments(out: Path, main: bool) -> dict[str, Any]:
+def arguments(out: Path, main: bool, anew: bool) -> dict[str, Any]:
     """Arguments of `wandb.init` for the run in `out`: the same for one that is resumed there, so that wandb goes on
     with it and does not begin another.
 
     Args:
         out: folder of the run; its name is the run's.
+        anew: steps come again that the run has told already. wandb drops these, so it gets another run of that name.
         main: whether this is the main process, which keeps the number, and the only one to ask wandb for a run.
 
     Raises:
@@ -27,7 +28,7 @@ def arguments(out: Path, main: bool) -> dict[str, Any]:
     if not main:
         return {}
     file = out / "tracker" / _NUMBER
-    number = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    number = file.read_text(encoding="utf-8").strip() if file.is_file() and not anew else ""
     if not number:
         number = uuid.uuid4().hex[:16]  # not of `random`, whose state is the training's
         save_text(f"{number}\n", file)

@@ -15,10 +15,12 @@ class SeenHook(CopiedNotPickled):
 
     What torch has compiled does not look at the hooks of modules again (its setting `skip_nnmodule_hook_guards`), so a
     hook that comes later would be passed over without a word, and one that went would still count. It does look at
-    their classes: for as long as the hook is there, the module is of a subclass of its own, which adds nothing.
+    their classes: for as long as the hook is there, the module is of a subclass that adds nothing. Modules with the
+    same hook share one, so that blocks which are alike stay one graph.
 
     Args:
-        module: that gets the hook. hook: as `register_forward_hook` takes it, or `register_forward_pre_hook`.
+        module: that gets the hook.
+        hook: a method, as `register_forward_hook` takes it, or `register_forward_pre_hook`.
         before: it comes before the pass.
     """
 
@@ -26,12 +28,21 @@ class SeenHook(CopiedNotPickled):
         self._module = module
         self._handle = (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
         self._kind = type(module)
-        # A new one each time: what was compiled for another hook is not for this one.
-        facts = {name: getattr(self._kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        self._own = module.__class__ = type(self._kind.__name__, (self._kind,), facts)
+        self._own = module.__class__ = _with_hook(self._kind, getattr(hook, "__func__", hook))
 
     def remove(self) -> None:
         """Take the hook away, and the class, unless somebody has made another of it since (FSDP does)."""
         self._handle.remove()
         if type(self._module) is self._own:
             self._module.__class__ = self._kind
+
+
+_made: dict[tuple[type, Callable[..., Any]], type] = {}
+
+
+def _with_hook(kind: type, hook: Callable[..., Any]) -> type:
+    """A subclass of `kind` for modules that have `hook`, whatever object it is a method of."""
+    if (kind, hook) not in _made:
+        facts = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _made[kind, hook] = type(kind.__name__, (kind,), facts)
+    return _made[kind, hook]

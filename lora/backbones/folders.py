@@ -145,6 +145,8 @@ def write_pipeline(pipe: Any, folder: Path, base: str, untouched: Sequence[str])
     if there and not source.is_dir():
         others = {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and name not in there}
         source = Path(DiffusionPipeline.download(base, **others))
+    if gone := [name for name in there if not (source / name).is_dir()]:
+        raise OSError(f"the base {base} has no {', '.join(gone)} any more, which the pipeline would have from it.")
     with replaced(folder) as draft:
         pipe.save_pretrained(draft, safe_serialization=True)
         for name in there:

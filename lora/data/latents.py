@@ -161,9 +161,12 @@ class Latents:
             return
         picks = [self._pick(size, index) for size, indices in self.members.items() for index in dict.fromkeys(indices)]
         missing = self._all_missing(picks, process)
-        damaged = sum(self.cache.path(*self._key(pick, part)).exists() for pick, parts in missing for part in parts)
-        if damaged and process.is_main:
-            logger.warning("%d files of the cache are damaged, or of an earlier version, and are made again.", damaged)
+        if process.is_main:
+            files = (self.cache.path(*self._key(pick, part)) for pick, parts in missing for part in parts)
+            if damaged := sum(file.exists() for file in files):
+                logger.warning(
+                    "%d files of the cache are damaged, or of an earlier version, and are made again.", damaged
+                )
         process.wait()  # before the first one writes, or that would count as damaged
         own = missing[process.index :: process.count]
         failed = []

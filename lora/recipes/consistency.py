@@ -261,10 +261,12 @@ class ConsistencyLora(GuidedLora):
             return self._own_velocity(model, shown, sigma, texts, batch)
         below, process = sigma < self.recipe.backbone.levels[0], self.recipe.process
         found = torch.zeros_like(shown)
-        # All processes run what one of them needs: weights that are spread are gathered together.
-        if process.any(bool((~below).any())):
+        # In training, and where weights are spread, all processes run what one of them needs. Without that, each
+        # measures clips of its own in a validation, and asks nobody.
+        needed = process.any if process.sharded or model.training else bool
+        if needed(bool((~below).any())):
             found = self._own_velocity(model, shown, sigma, texts, batch)
-        if process.any(bool(below.any())):
+        if needed(bool(below.any())):
             nothing = [self.nothing()] * len(shown)
             own, without = (self.of_frozen(self._beyond, shown, sigma, text, batch) for text in (texts, nothing))
             found = torch.where(_wide(below, shown), without + _wide(batch["scale"], own) * (own - without), found)

@@ -168,6 +168,10 @@ class LoraSettings(RunSettings):
     attention: AttentionSettings = field(default_factory=AttentionSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
+    @property
+    def sparse(self) -> bool:
+        return self.attention.method != "dense"
+
     def check(self) -> Iterator[str]:
         if self.model.dtype != "float32" and self.loop.mixed_precision == "no":
             yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'

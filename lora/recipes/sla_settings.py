@@ -61,6 +61,10 @@ class SLASettings(LoraSettings):
 
     sla: SparseLinearSettings = field(default_factory=SparseLinearSettings)
 
+    @property
+    def sparse(self) -> bool:
+        return True
+
     def check(self) -> Iterator[str]:
         yield from super().check()
         if self.attention.method != "dense":

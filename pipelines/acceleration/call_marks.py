@@ -31,7 +31,12 @@ class _Mark(CopiedNotPickled):
         if self._name != END:
             for clock in self.clocks:
                 clock.call_begins()
-            return method(*args, **kwargs)
+            try:
+                return method(*args, **kwargs)
+            except BaseException:
+                for clock in self.clocks:
+                    clock.call_ended()
+                raise
         try:
             return method(*args, **kwargs)
         finally:

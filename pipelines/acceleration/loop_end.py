@@ -82,6 +82,8 @@ class _Bar:
 
     def __exit__(self, *error: Any) -> Any:
         self._clock.stopped()
+        if error and error[0] is not None:  # then nothing comes after the loop
+            self._clock.call_ended()
         return self._bar.__exit__(*error)
 
     def __iter__(self) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..beside_hooks import beside_hooks
+from ..diffusers_hooks import hooks_of
 from ..guidance_branches import check_outermost, latents_of, tensors_in
 from .pair import Pair
 
@@ -39,6 +40,8 @@ class SplitPasses(ModelHook):
         self._run: object = None
         self.computed, self.received = 0, 0
         """Passes of this process and of the other one."""
+        self.waits = False
+        """Whether the last pass was the other one's."""
 
     def install(self, transformer: Any) -> None:
         """Put it on a transformer."""
@@ -54,6 +57,7 @@ class SplitPasses(ModelHook):
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The pass, or what stands for it until the other process has made it."""
         check_outermost(module, NAME, self._model, "cfg_parallel")
+        self.waits = False
         forward = self.fn_ref.original_forward
         if torch.is_grad_enabled() or not self._guided():
             self._first = None
@@ -75,6 +79,7 @@ class SplitPasses(ModelHook):
             device = tensors_in((args, kwargs))[0].device
             made = tree_map(lambda x: _waiting(x, device) if isinstance(x, torch.Tensor) else x, known)
             self.received += 1
+            self.waits = True
         if second:
             self._fill(first, made)
         else:
@@ -102,6 +107,12 @@ class SplitPasses(ModelHook):
         latents = latents_of(args, kwargs)
         if isinstance(latents, torch.Tensor):
             self._pair.check_alike(latents, self._model)
+
+
+def pass_is_of_another(transformer: Any) -> bool:
+    """Whether the last pass of a transformer was made by another process."""
+    hook = hooks_of(transformer).get(NAME)
+    return isinstance(hook, SplitPasses) and hook.waits
 
 
 def _waiting(like: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
 from ..acceleration.left_out import pass_was_left_out, second_pass_was_left_out
+from ..cfg_parallel.passes import pass_is_of_another
 from .caches import CacheAtWork
 
 
@@ -248,6 +249,9 @@ class Watch(CopiedNotPickled):
     @torch.compiler.disable
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         step = self._step
+        if pass_is_of_another(module):  # the account, as the report, is of what this process computes
+            self._clock.passed()
+            return
         place = (step.run, step.step, step.num_steps, step.branch)
         kept = self._kept if self._cache is not None else ""
         skipped, extrapolated = pass_was_left_out(module), second_pass_was_left_out(module)

@@ -246,6 +246,21 @@ def test_each_transformer_learns_the_steps_that_its_pipeline_makes_with_it(tmp_p
     assert drawn["begin"].bincount(minlength=16).nonzero().flatten().tolist() == [4 * number for number in own]
 
 
+def test_a_validation_asks_no_other_process(tmp_path, wan_bases, monkeypatch):
+    """Each measures clips of its own, and a process that has none left would be waited for."""
+    made = recipe(staged(tmp_path, wan_bases["two stages"], "high_noise"))
+    phase = made.phases()[0]
+    model, asked = phase.setup({}), []
+    monkeypatch.setattr(type(made.process), "any", lambda self, flag: asked.append(flag) or flag)
+    monkeypatch.setattr(made.backbone, "velocity", lambda called, shown, *more: torch.zeros_like(shown))
+    x, texts = torch.zeros(2, 8, 1, 2, 2), made.flowing.texts(["a red circle"] * 2)
+    batch = {"scale": torch.full((2,), 2.0), "latents": x}
+    for training in (True, False):
+        asked.clear()
+        phase._velocity(model.train(training), x, torch.full((2,), 0.5), texts, batch)
+        assert asked == ([False, True] if training else [])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_end_of_a_step_across_the_boundary_is_of_the_other_transformer(tmp_path, wan_bases, stage, monkeypatch):
     """Velocities that tell who made them: 2 above the boundary, and below it 5 with guidance from the other one."""

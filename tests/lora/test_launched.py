@@ -149,4 +149,8 @@ def test_other_ways_to_use_devices_are_refused(kind, parallel, backend, words):
     with pytest.raises(ConfigError, match=words):
         check_accelerator(accelerator)
     dynamo.backend, state.parallelism_config, accelerator.distributed_type = "NO", None, "MULTI_GPU"
+    check_accelerator(accelerator, sparse=True)
+    dynamo.backend, state.fsdp_plugin = "EAGER", None
     check_accelerator(accelerator)
+    with pytest.raises(ConfigError, match="dynamo backend eager, and the run trains with sparse attention"):
+        check_accelerator(accelerator, sparse=True)

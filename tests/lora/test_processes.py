@@ -223,9 +223,15 @@ def test_two_processes_share_a_validation(launched, tmp_path, text_base):
 )
 def test_shares_of_processes(monkeypatch, index, sharded, wanted):
     """A round for each of them, also for one that has nothing left, so that all come to the same questions."""
-    asked, made = [], []
-    monkeypatch.setattr(Process, "any", lambda self, flag: asked.append(flag) or flag)
-    monkeypatch.setattr(Process, "gathered", lambda self, items: [*items, {9: "of the other"}])
+    asked, made, others = [], [], [None]
+
+    def gathered(self, items):
+        if isinstance(items[0], dict):
+            return [*items, {9: "of the other"}]
+        asked.append(items[0])
+        return [*items, (False, others[0])]
+
+    monkeypatch.setattr(Process, "gathered", gathered)
     process = Process(torch.device("cpu"), index, 2, sharded=sharded)
     found = process.shared(5, lambda number: made.append(number) or str(number), "things", everywhere=True)
     assert made == wanted and found == [*map(str, wanted), *([] if sharded else ["of the other"])]
@@ -237,9 +243,19 @@ def test_shares_of_processes(monkeypatch, index, sharded, wanted):
         return "went on"
 
     asked.clear()
+    monkeypatch.setattr(Process, "any", lambda self, flag: flag)
     with pytest.raises(StopRequested):
         process.shared(5, stopped, "things")
-    assert asked[-1] is True
+    assert asked[-1] == (True, None)
+    # What fails in one process ends the others, which would wait for it.
+    process.stop.requested = False
+    with pytest.raises(ZeroDivisionError):
+        process.shared(5, lambda number: 1 / 0, "things")
+    if not sharded:
+        assert asked[-1] == (False, f"process {index}: division by zero")
+        others[0] = "process 7: no such clip"
+        with pytest.raises(OSError, match=r"another process of the run has failed \(process 7: no such clip\)"):
+            process.shared(5, str, "things")
 
 
 def test_samples_of_a_validation_share_a_pipeline(tmp_path, text_base, monkeypatch):
@@ -271,6 +287,25 @@ def test_two_processes_stopped_and_resumed_end_bit_equal(launched):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert losses(launched / "adapt")[-2:] == losses(launched / "resumed")[-2:]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_one_decides_is_told_after_a_wait_that_takes_signals(monkeypatch, index):
+    """Whatever goes wrong in it: the others must not wait for ever."""
+    sent, waited = [["chosen", None]], []
+
+    def broadcast(told, source, group):
+        if index:
+            told[:] = sent[-1]
+        sent.append(list(told))
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(Process, "wait", lambda self: waited.append(len(sent)))
+    process = Process(torch.device("cpu"), index, 2)
+    assert process.decided(lambda: "chosen", KeyError) == "chosen" and waited == [1]
+    sent.append([None, "division by zero"])
+    with pytest.raises(KeyError if index else ZeroDivisionError, match="division by zero"):
+        process.decided(lambda: 1 / 0, KeyError)
 
 
 @pytest.mark.parametrize(("index", "order"), [(0, ["make", "wait"]), (1, ["wait", "make"])])

@@ -272,6 +272,7 @@ def test_slurms_warning_is_a_stop(tiny_settings, run_tiny, monkeypatch, tiny_pha
     signals = StopSignals()
     with signals.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)  # to the step, and by way of the script
         terminate()  # follows at the end of the job: the same request
         assert signals.requested
         with pytest.raises(KeyboardInterrupt):

@@ -143,6 +143,16 @@ def test_times_in_words():
     assert [each(s) for s in (2.5, 0.125)] == ["2.5 s each", "8 a second"]
 
 
+def test_the_validation_before_the_first_step_is_in_the_log_once(tiny_settings, tmp_path):
+    """A phase that begins anew makes it again."""
+    accelerator = SimpleNamespace(log_with=[], is_main_process=True, trackers=[])
+    settings = tiny_settings("my_run", loop={"validate_first": True})
+    (tmp_path / "my_run").mkdir()
+    for _ in range(2):
+        Tracker(accelerator, settings, Progress()).write_validation("first", 0, 0, {"error": 0.5}, 3)
+    assert len((tmp_path / "my_run" / "log.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_resumed_run_is_one_run_of_wandb(tiny_settings, tmp_path, monkeypatch):
     """It began another each time, in a project called after the recipe, with numbers alone."""
     begun, logged = [], []
@@ -161,14 +171,20 @@ def test_a_resumed_run_is_one_run_of_wandb(tiny_settings, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     random.seed(1)
     before = random.getstate()
-    for project in (None, "films"):
+    log = tmp_path / "my_run" / "log.jsonl"
+    for project, done in ((None, 0), ("films", 2)):
         settings = tiny_settings("my_run", loop={"tracker_project": project})
-        tracker = Tracker(accelerator, settings, Progress())
+        tracker = Tracker(accelerator, settings, Progress(), done)
+        log.write_text('{"phase": "first", "step": 2, "total_steps": 2, "loss": 1}\n')
     [(first, one), (second, two)] = begun
     assert (first, second) == ("tiny", "films") and one == two and random.getstate() == before
     number = (tmp_path / "my_run" / "tracker" / "wandb_id.txt").read_text().strip()
     place = str(tmp_path / "my_run" / "tracker")
     assert one == {"wandb": {"name": "my_run", "id": number, "resume": "allow", "dir": place}} and len(number) == 16
+    # wandb drops steps that come again: they are in a run of their own.
+    Tracker(accelerator, settings, Progress(), 1)
+    again = begun.pop()[1]["wandb"]
+    assert again["name"] == "my_run" and again["id"] != number
     for name in ("00000003.png", "00000003_0.mp4", "00000003.txt", "00000009.png"):
         (tmp_path / name).write_text("")
     tracker.show("first", 3, tmp_path)

@@ -362,3 +362,37 @@ def test_compiled_and_run_before_it_comes(pipe, gated, what, merge):
         assert near(made(pipe), before)
     assert [type(module) for module in pipe.transformer.modules()] == kinds
     torch._dynamo.reset()
+
+
+def test_blocks_that_are_alike_stay_one_graph():
+    """However often a LoRA comes and goes, and whichever it is."""
+    from vidaccel.pipelines.guidance_free.low_rank import LowRank
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.to_q(x).relu()
+
+    torch._dynamo.reset()
+    blocks, x = [Block() for _ in range(12)], torch.ones(2, 8)
+    for block in blocks:
+        block.compile(backend="eager", fullgraph=True)
+    graphs = torch._dynamo.utils.counters["frames"]
+    first = graphs["ok"]
+    plain = [block(x) for block in blocks]
+    for seed in range(10):
+        torch.manual_seed(seed)
+        updates = [LowRank("to_q", block.to_q, torch.randn(2, 8), torch.randn(8, 2)) for block in blocks]
+        for update in updates:
+            update.stand_beside(0.5)
+        for block, update in zip(blocks, updates, strict=True):
+            weight = block.to_q.weight + 0.5 * update.up @ update.down
+            wanted = (x @ weight.T + block.to_q.bias).relu()
+            torch.testing.assert_close(block(x), wanted, atol=1e-4, rtol=1e-4)
+            update.remove()
+        assert all(block(x).equal(before) for block, before in zip(blocks, plain, strict=True))
+    assert graphs["ok"] - first <= 3
+    torch._dynamo.reset()
