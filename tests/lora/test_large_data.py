@@ -102,6 +102,7 @@ def test_what_a_data_set_is_is_read_by_one_process(video_folder, monkeypatch):
     wanted = dataset_identity(MediaFolder.open(data(video_folder)), (WIDE, TALL), process=here)
     opened, other = MediaFolder.open(data(video_folder)), Process(torch.device("cpu"), 1, 2)
     monkeypatch.setattr("vidaccel.lora.data.folder.content", lambda path: pytest.fail("read by another one"))
+    monkeypatch.setattr(Process, "wait", lambda self: None)
     monkeypatch.setattr(
         torch.distributed, "broadcast_object_list", lambda told, *_, **__: told.__setitem__(0, "what it is")
     )
