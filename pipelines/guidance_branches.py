@@ -42,12 +42,14 @@ def check_branches(kind: str, family: Family) -> None:
     Args:
         kind: class of the pipeline. family: of its transformer.
     """
-    if family.branches != TWO and family.branches[0] not in BOTH:
-        raise TypeError(f"{other_branches(kind, family)}.")
+    if why := other_branches(kind, family):
+        raise TypeError(f"{why}.")
 
 
 def other_branches(kind: str, family: Family) -> str:
-    """What is wrong with the branches of a family, in words."""
+    """What is wrong with the branches of a family, in words; "" where there are two of guidance."""
+    if family.branches == TWO or family.branches[0] in BOTH:
+        return ""
     return f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..acceleration.families import BOTH, Family, find_transformers
+from ..acceleration.families import Family, find_transformers
 from ..guidance_branches import TWO, check_not_compiled, guidance_of, other_branches
 from ..hooked import HookedPipeline
 from ..undo import CFG_PARALLEL
@@ -117,6 +117,4 @@ def unshared_guidance(kind: type, family: Family, tells: bool) -> str:
             f"a {kind.__name__} does not say whether a step has two passes, so they cannot be shared (its guidance is "
             "embedded, or made by true_cfg_scale)"
         )
-    if family.branches != TWO and family.branches[0] not in BOTH:
-        return other_branches(kind.__name__, family)
-    return ""
+    return other_branches(kind.__name__, family)

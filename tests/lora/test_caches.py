@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from row_encoders import Rows, Words
 
 from vidaccel.lora import run
 from vidaccel.lora.__main__ import main
@@ -33,35 +34,6 @@ SIZE = SizeSettings(4, 32, 32)
 @pytest.fixture(autouse=True, scope="module")
 def _short_texts() -> None:
     """Prompts are as long as the models want them."""
-
-
-class Rows(Encoder):
-    """One part, the means of the rows; counts the clips it was given."""
-
-    parts, identities = ("latents",), {"latents": "rows"}
-
-    def __init__(self) -> None:
-        self.clips = 0
-
-    def encode(self, pixels, parts=None):
-        self.clips += len(pixels)
-        return {"latents": pixels.mean(dim=4)}
-
-
-class Words(TextEncoder):
-    """A state a word, of which it takes five; keeps what it was given."""
-
-    identity, length = "words", 5
-
-    def __init__(self) -> None:
-        self.given: list[str] = []
-
-    def encode(self, prompts):
-        self.given += prompts
-        return [{"states": torch.full((len(prompt.split()), 2), 0.1)} for prompt in prompts]
-
-    def count(self, prompts):
-        return [len(prompt.split()) for prompt in prompts]
 
 
 class Repeated(DemoScenes):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from row_encoders import Rows, Words
 
-from vidaccel.lora.backbones.base import Encoder, TextEncoder
 from vidaccel.lora.data.ahead import ahead
 from vidaccel.lora.data.cache import TensorCache
 from vidaccel.lora.data.dataset import open_dataset
@@ -28,31 +28,6 @@ from vidaccel.lora.settings import DataSettings, SizeSettings
 WIDE, TALL = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32)
 HERE = Process(torch.device("cpu"))
 SIZE = SizeSettings(4, 32, 32)
-
-
-class Rows(Encoder):
-    """One part, the means of the rows; counts the clips it was given."""
-
-    parts, identities = ("latents",), {"latents": "rows"}
-
-    def __init__(self) -> None:
-        self.clips = 0
-
-    def encode(self, pixels, parts=None):
-        self.clips += len(pixels)
-        return {"latents": pixels.mean(dim=4)}
-
-
-class Words(TextEncoder):
-    """A state a word."""
-
-    identity, length = "words", 5
-
-    def encode(self, prompts):
-        return [{"states": torch.full((len(prompt.split()), 2), 0.1)} for prompt in prompts]
-
-    def count(self, prompts):
-        return [len(prompt.split()) for prompt in prompts]
 
 
 def pick(index: int) -> Pick:
