@@ -167,11 +167,12 @@ def check_beside(
         offload: see `pipelines.loading.load_pipeline`.
         device: where it will run, where that is known.
     """
-    from ..pipelines.acceleration.families import FAMILIES
+    from ..pipelines.acceleration.families import family_of
     from ..pipelines.presets.checks import check_source, differences, scheduler_class
     from ..pipelines.presets.packages import check_packages
 
-    family = next((f.name for f in FAMILIES if facts.pipeline_class in f.pipelines), "")
+    known = family_of(facts.pipeline_class)
+    family = known.name if known else ""
     if preset.family and preset.family != family:
         problem = f"{preset.name} is for {preset.family}, and {facts.name} is "
         problem += f"of {family}" if family else f"a {facts.pipeline_class}, of no family that is known"

@@ -155,7 +155,7 @@ def share_out(
 
 def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, beside: Preset | None) -> str:
     """Why no two processes can share the guidance of a request; "" where they can."""
-    from ..pipelines.acceleration.families import FAMILIES
+    from ..pipelines.acceleration.families import family_of
     from ..pipelines.cfg_parallel.handle import unshared_guidance
     from ..pipelines.guidance_branches import tells_guidance
     from ..pipelines.loading import find_class
@@ -169,7 +169,7 @@ def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, be
         return "the guidance cache leaves second passes out, so there is little to share"
     if beside is not None and beside.cache is not None and beside.cache.name == FORECAST:
         return "the forecast cache decides by both branches of a step, and each process would see one"
-    family = next((f for f in FAMILIES if facts.pipeline_class in f.pipelines), None)
+    family = family_of(facts.pipeline_class)
     if family is None:
         return f"the branches of a {facts.pipeline_class} are not known"
     kind = find_class(facts.pipeline_class)

@@ -42,7 +42,7 @@ def run(
         OutOfMemory: of a GPU; the message says what takes less.
         OSError: the result cannot be written, or a clip that is measured is gone.
     """
-    from .config import ConfigError, build, read
+    from .config import ConfigError, build, nearest, read
     from .places import absent
     from .recipes import find
 
@@ -50,9 +50,12 @@ def run(
         raise ConfigError("--encode-only continues no run: leave --resume out; what is encoded already stays.")
     cls = find(recipe)
     file = Path(config_file)
-    ready = config_folder() / f"{file.name.removesuffix('.yaml')}.yaml"
-    if not file.exists() and file.parent == Path() and ready.is_file():
-        file = ready
+    if not file.exists() and file.parent == Path():
+        ready = {known.stem: known for known in sorted(config_folder().glob("*.yaml"))}
+        name = file.name.removesuffix(".yaml")
+        if name not in ready:
+            raise ConfigError(f"{file}: no such file, and no ready settings of that name: {nearest(name, ready)}")
+        file = ready[name]
     content = read(file, overrides)
     # First, or the settings of another recipe would be a long list of unknown names.
     stated = content.get("recipe")

@@ -314,9 +314,10 @@ def _with_preset(made: Tuned, job: Job) -> Tuned:
 
 def _facts_of(job: Job) -> dict[str, Any]:
     """What a preset says of the model that it is for."""
-    from ...pipelines.acceleration.families import FAMILIES
+    from ...pipelines.acceleration.families import family_of
 
-    family = next((f.name for f in FAMILIES if job.facts.pipeline_class in f.pipelines), "")
+    of = family_of(job.facts.pipeline_class)
+    family = of.name if of else ""
     names = ("num_layers", "num_attention_heads", "attention_head_dim")
     transformer = {name: job.facts.transformer[name] for name in names if name in job.facts.transformer}
     told = {"name": "tuned", "family": family, "transformer": transformer, "num_inference_steps": job.settings.steps}

@@ -255,7 +255,7 @@ def _guidance(job: Job, levers: Sequence[str], effort: str, dropped: dict[str, s
 
 def _no_second_passes(job: Job, settings: GuidanceCache) -> str | None:
     """Why there is none to leave out; None where there may be."""
-    from ...pipelines.acceleration.families import FAMILIES
+    from ...pipelines.acceleration.families import family_of
     from ...pipelines.guidance_branches import check_branches
     from ...pipelines.guidance_cache.handle import check_guidance_cache
     from ...pipelines.presets import Preset, PresetError
@@ -266,9 +266,8 @@ def _no_second_passes(job: Job, settings: GuidanceCache) -> str | None:
         return f"no second pass to leave out: guidance_scale must be above 1, and {stated}"
     try:
         Preset(guidance_cache=settings, num_inference_steps=job.settings.steps)
-        for family in FAMILIES:
-            if kind in family.pipelines:
-                check_branches(kind, family)
+        if (family := family_of(kind)) is not None:
+            check_branches(kind, family)
         if job.pipe is not None:
             check_guidance_cache(job.pipe)
     except PresetError as error:

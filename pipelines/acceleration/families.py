@@ -316,6 +316,11 @@ def unshared_sequence(pipeline: str, transformer: str) -> str:
     return f"diffusers cannot share the sequence of {family.name}: {why}" if why else ""
 
 
+def family_of(pipeline: str) -> Family | None:
+    """The family that a class of pipeline is of, by its name; None where it is of no family that is known."""
+    return next((f for f in FAMILIES if pipeline in f.pipelines), None)
+
+
 def supported_pipelines() -> list[str]:
     """Names of the diffusers pipelines that `accelerate` knows."""
     return sorted(name for family in FAMILIES for name in family.pipelines)

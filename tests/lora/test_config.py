@@ -173,6 +173,18 @@ def test_a_run_may_go_on_with_other_prompts_and_more_steps():
     assert differences(start, held) == ["validation.clips: 16 then, 2 now"]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("demo_ltxx_lora", r'did you mean "demo_lora"'),
+        ("zzz.yaml", r"ready settings of that name: known: cogvideox_lora"),
+    ],
+)
+def test_ready_settings_of_no_such_name(name, words):
+    with pytest.raises(ConfigError, match=f"{name}: no such file, and no .*{words}"):
+        run("lora", name)
+
+
 @pytest.mark.parametrize("file", sorted(config_folder().glob("*.yaml")), ids=lambda file: file.stem)
 def test_ready_settings_are_right(file):
     name = next(name for name in sorted(RECIPES, key=len, reverse=True) if name in file.stem)
