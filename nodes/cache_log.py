@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from ..attention import RunReport
 from .news import CACHED, NEVER, News, nothing
 
@@ -12,10 +14,11 @@ class CacheLog:
     Args:
         title: of the node.
         otherwise: what is said of a sampling of which there is nothing to say.
+        logger: of the node's module, which is told the same.
     """
 
-    def __init__(self, title: str, otherwise: str) -> None:
-        self.title, self._otherwise = title, otherwise
+    def __init__(self, title: str, otherwise: str, logger: logging.Logger) -> None:
+        self.title, self._otherwise, self._logger = title, otherwise, logger
         self._told: list[str] = []
         self._queued: str | None = None
         self._sampled = False
@@ -26,8 +29,9 @@ class CacheLog:
             self._told = []
         self._queued, self._sampled = queued, True
 
-    def tell(self, text: str) -> None:
-        """Keep a sentence on the sampling that ends."""
+    def tell(self, level: int, text: str) -> None:
+        """Log a sentence on the sampling that ends, and keep it."""
+        self._logger.log(level, "%s: %s", self.title, text)
         self._told.append(text)
 
     def news(self, queued: str | None = None) -> News:

@@ -30,7 +30,7 @@ WINDOWS = 8  # of context, that latents are kept of: more than fixed ones are in
 
 def forecast_log() -> CacheLog:
     """For a report of one clone's cache."""
-    return CacheLog("Forecast Cache", "no step was left out.")
+    return CacheLog("Forecast Cache", "no step was left out.", logger)
 
 
 def cache_steps(model: Any, settings: ForecastSettings, log: CacheLog | None = None) -> Any:
@@ -97,7 +97,7 @@ class _Cached:
             self._note(window)
         left_out, count = len(self._steps - self._computed), len(self._steps)
         if self._errors:
-            self._tell(
+            self._log.tell(
                 logging.INFO,
                 f"{left_out} of {count} steps were left out. What the model makes in forecasts is estimated to be off "
                 f"by {statistics.fmean(self._errors):.3f} of its size, {max(self._errors):.3f} at most.",
@@ -108,12 +108,8 @@ class _Cached:
             fix = f"{best} tolerance, or make more steps"
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
-            self._tell(logging.WARNING, f"all {count} steps were computed; {fix}.")
+            self._log.tell(logging.WARNING, f"all {count} steps were computed; {fix}.")
         self._forget()
-
-    def _tell(self, level: int, text: str) -> None:
-        logger.log(level, "Forecast Cache: %s", text)
-        self._log.tell(text)
 
     def _note(self, window: _Window) -> None:
         self._errors += window.forecasts.errors

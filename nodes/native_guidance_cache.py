@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def guidance_log() -> CacheLog:
     """For a report of one clone's cache."""
     return CacheLog(
-        "Guidance Cache", "no pass of the negative prompt was left out; with a cfg of 1 there is none to make."
+        "Guidance Cache", "no pass of the negative prompt was left out; with a cfg of 1 there is none to make.", logger
     )
 
 
@@ -85,17 +85,13 @@ class _Cached:
         """A sampler ends, also by an interruption."""
         if self._extrapolated:
             count = self._made + self._extrapolated
-            self._tell(logging.INFO, f"{self._made} of {count} passes of the negative prompt were made.")
+            self._log.tell(logging.INFO, f"{self._made} of {count} passes of the negative prompt were made.")
         elif self._made and self._finished:  # of a sampling that was interrupted, that tells nothing
             fix = "make more steps, or lower first_percent"
             if self._moved:
                 fix = "context windows moved from step to step, which leaves no difference to go on: take a static one"
-            self._tell(logging.WARNING, f"all {self._made} passes of the negative prompt were made: {fix}.")
+            self._log.tell(logging.WARNING, f"all {self._made} passes of the negative prompt were made: {fix}.")
         self._forget()
-
-    def _tell(self, level: int, text: str) -> None:
-        logger.log(level, "Guidance Cache: %s", text)
-        self._log.tell(text)
 
     def _enter(self, number: int, count: int) -> None:
         """A pass of a step begins."""
