@@ -148,7 +148,6 @@ class Installed(CopiedNotPickled):
             )
         if self._clock.lost_its_pipeline:
             check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
-        self._learned.keep_active()
         if self._passes == 1:
             self.check_sites()
         self._calls = sum(site.calls for site in self._sites.values())

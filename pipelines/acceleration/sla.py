@@ -196,11 +196,6 @@ class LearnedAtWork:
             self.remove()
             raise
 
-    def keep_active(self) -> None:
-        """Have the LoRA count in the next forward pass, see `NamedLora.keep_active`."""
-        if self._lora is not None:
-            self._lora.keep_active()
-
     def remark(self, tokens: int) -> str:
         """What to say of videos of so many tokens; empty for those of the training."""
         if self.trained is None or not self.trained.blocks or tokens in self.trained.blocks:

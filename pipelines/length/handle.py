@@ -59,8 +59,6 @@ class Lengthened:
                 self._undo.callback(lora.remove)
                 hook = transformer.register_forward_pre_hook(_FramesChecked(adapter), with_kwargs=True)
                 self._undo.callback(hook.remove)
-                hook = transformer.register_forward_pre_hook(_KeptActive(lora))
-                self._undo.callback(hook.remove)
             if trained.riflex is not None:
                 self._undo.callback(riflex(pipe, trained.riflex).remove)
             if trained.method is not None:
@@ -134,17 +132,6 @@ class _FramesChecked:
     def __call__(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         self.adapter.trained.check_frames(latents.shape[2] // frames_of_a_token(transformer.config))
-
-
-class _KeptActive:
-    """A hook before the forward pass that has the LoRA count in it, whatever LoRAs came and went since."""
-
-    def __init__(self, lora: NamedLora) -> None:
-        self.lora = lora
-
-    @torch.compiler.disable
-    def __call__(self, transformer: Any, args: tuple) -> None:
-        self.lora.keep_active()
 
 
 def _by_part(pipe: Any, parts: dict[str, Any], adapters: Sequence[LengthAdapter]) -> dict[str, LengthAdapter]:

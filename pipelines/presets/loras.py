@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..acceleration.families import unwrap
 from ..adapter_header import facts_of
+from ..kept_loras import KeptLoras, learning_kept, take_out, tuner_layers
 from ..lora_files import TRANSFORMERS, LoraError, LoraFile, attach_loras, check_readable
 from ..lora_targets import check_target
 from .errors import PresetError
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _NAME = "preset"
-"""Begins the names of the LoRAs."""
+"""Begins the names of the LoRAs, before an underscore and their number."""
 _OTHERS = {
     "gft": ("a guidance-free adapter", "Give it as guidance_free."),
     "sla": ("an adapter of SLA", "Give it in attention.adapters, with the method sla."),
@@ -30,35 +32,39 @@ class LorasAtWork:
     """
 
     def __init__(self, pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
-        self._parts = {name: part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
-        self._before = {name: _state(part) for name, part in self._parts.items()}
+        parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
+        before = {name: _state(part) for name, part in parts.items()}
+        self._kept: list[KeptLoras] = []
         try:
-            attach_loras(pipe, loras, _NAME)
-            for name, part in self._parts.items():
-                _restore(part, self._before[name])  # `attach_loras` set those that were there to 1
+            with learning_kept(layer for part in parts.values() for layer in tuner_layers(part).values()):
+                attach_loras(pipe, loras, _NAME)
+                for name, part in parts.items():
+                    _put_back(part, before[name], _ours(part))  # `attach_loras` set those that were there to 1
+            for name, part in parts.items():
+                if ours := _ours(part):
+                    files = {each: loras[int(each.removeprefix(f"{_NAME}_"))].path.name for each in ours}
+                    self._kept.append(KeptLoras(name, part, files, _refused))
         except BaseException as error:
             self.remove()
+            for name, part in parts.items():
+                take_out(part, _ours(part))
+                _put_back(part, before[name])
             if isinstance(error, LoraError):
-                raise PresetError("loras", str(error).rstrip(".")) from error
+                raise _refused(str(error)) from error
             raise
 
     def remove(self) -> None:
-        """Take them out. A second call does nothing."""
-        for name, part in self._parts.items():
-            held = list(getattr(part, "peft_config", None) or {})
-            ours = [adapter for adapter in held if adapter.startswith(f"{_NAME}_")]
-            if ours and len(ours) == len(held):
-                part.unload_lora()  # with the layers that were put round the model's own
-            elif ours:
-                part.delete_adapters(ours)
-                _activate(part, self._before[name])
-        self._parts = {}
+        """Take them out, see `KeptLoras.remove`. A second call does nothing."""
+        for kept in self._kept:
+            kept.remove()
 
 
-def _layers(part: Any) -> dict[str, Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _refused(words: str) -> PresetError:
+    return PresetError("loras", words.rstrip("."))
 
-    return {path: module for path, module in part.named_modules() if isinstance(module, BaseTunerLayer)}
+
+def _ours(part: Any) -> list[str]:
+    return [name for name in getattr(part, "peft_config", None) or {} if name.startswith(f"{_NAME}_")]
 
 
 _State = dict[str, tuple[list[str], dict[str, float]]]
@@ -66,20 +72,17 @@ _State = dict[str, tuple[list[str], dict[str, float]]]
 
 def _state(part: Any) -> _State:
     """Of each layer with LoRAs, those that are active and how strong each is."""
-    return {path: (list(layer.active_adapters), dict(layer.scaling)) for path, layer in _layers(part).items()}
+    return {path: (list(layer.active_adapters), dict(layer.scaling)) for path, layer in tuner_layers(part).items()}
 
 
-def _restore(part: Any, before: _State) -> None:
-    for path, layer in _layers(part).items():
-        layer.scaling.update(before.get(path, ((), {}))[1])
-
-
-def _activate(part: Any, before: _State) -> None:
-    for path, layer in _layers(part).items():
-        if path in before:
-            layer.set_adapter(before[path][0])
-            layer.scaling.update(before[path][1])
-            layer.requires_grad_(False)
+def _put_back(part: Any, before: _State, ours: Sequence[str] = ()) -> None:
+    """Have the LoRAs that were there be as active and as strong as they were, with ours beside them."""
+    layers = {path: layer for path, layer in tuner_layers(part).items() if path in before}
+    with learning_kept(layers.values()):
+        for path, layer in layers.items():
+            active, scaling = before[path]
+            layer.set_adapter([*active, *(name for name in ours if name in layer.scaling)])
+            layer.scaling.update(scaling)
 
 
 def check_loras(pipe: Any, loras: Sequence[LoraFile]) -> list[str]:
@@ -110,7 +113,6 @@ def check_loras(pipe: Any, loras: Sequence[LoraFile]) -> list[str]:
         except LoraError as error:
             raise PresetError("loras", str(error).rstrip(".")) from error
     for name in TRANSFORMERS:
-        held = getattr(getattr(pipe, name, None), "peft_config", None) or {}
-        if taken := [adapter for adapter in held if adapter.startswith(f"{_NAME}_")]:
+        if taken := _ours(getattr(pipe, name, None)):
             raise PresetError("loras", f"the {name} has a LoRA called {taken[0]} already", "Delete it first.")
     return [note for note in notes if note]

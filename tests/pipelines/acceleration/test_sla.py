@@ -195,6 +195,16 @@ def test_the_lora_counts_whatever_other_loras_come_and_go(base, tmp_path):
     assert not getattr(pipe.transformer, "peft_config", None)
 
 
+def test_the_lora_is_taken_out_of_weights_that_it_was_fused_into(base, tmp_path):
+    pipe = WanPipeline.from_pretrained(base)
+    plain = velocity(pipe.transformer)
+    with vidaccel.accelerate(pipe, "sla", adapter=write_adapter(tmp_path, base)):
+        made = velocity(pipe.transformer)
+        pipe.fuse_lora()
+        torch.testing.assert_close(velocity(pipe.transformer), made, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(velocity(pipe.transformer), plain, rtol=1e-4, atol=1e-5)
+
+
 def test_two_transformers(two_stages, tmp_path):
     folder = write_model(tmp_path / "one", two_stages)
     with pytest.raises(SLAError, match="transformer_2 was not trained for SLA"):

@@ -63,6 +63,26 @@ def test_the_lora_counts_after_another_one_was_loaded(tmp_path, base, pipe):
         assert torch.allclose(generate(pipe), made)
 
 
+def test_the_lora_is_taken_out_of_weights_that_it_was_fused_into(tmp_path, base, pipe, caplog):
+    file = write_length(tmp_path, base, pipe.transformer, method=None)
+    plain = generate(pipe)
+    with vidaccel.lengthen(pipe, file):
+        made = generate(pipe)
+        pipe.fuse_lora()
+        assert torch.allclose(generate(pipe), made, atol=1e-5)
+    assert torch.allclose(generate(pipe), plain, atol=1e-5)
+    assert f"{file.name} was fused into the transformer" in caplog.text
+
+
+def test_loras_that_are_disabled_would_leave_it_out(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer, method=None)
+    pipe.load_lora_weights(load_file(file), adapter_name="style")
+    pipe.disable_lora()
+    with pytest.raises(LengthError, match=r"the LoRAs of the transformer are disabled.*enable_lora\(\)"):
+        vidaccel.lengthen(pipe, file)
+    assert list(pipe.transformer.peft_config) == ["style"]
+
+
 @pytest.mark.parametrize("method", [METHOD, LVSA(reference=2), None])
 @pytest.mark.parametrize("riflex", [None, Riflex(2, 1)])
 def test_the_header_says_it_all(method, riflex):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-import json
 import pickle
 import re
 import sys
@@ -23,7 +22,7 @@ from diffusers import (
 )
 from gft_adapters import random_lora, write_adapter
 from gft_calls import loaded, made, saved
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_families import build
 from tiny_pipelines import hunyuan, mochi, run
 from tiny_wan import generate, make_pipe, make_transformer
@@ -32,7 +31,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Preset
 from vidaccel.pipelines import supported_pipelines
-from vidaccel.pipelines.presets import Cache, LoraFile, PresetError, Quantize, SchedulerChoice, loras, save_preset
+from vidaccel.pipelines.presets import Cache, LoraFile, PresetError, Quantize, SchedulerChoice, save_preset
 from vidaccel.pipelines.presets.account import Watch
 from vidaccel.pipelines.presets.applied import quantise_for_good
 from vidaccel.pipelines.presets.tables import GIVEN, UNEVEN
@@ -95,61 +94,6 @@ def test_all_levers_at_once_and_nothing_left_behind(pipe, base, adapter, lora, t
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(made(pipe), plain)
     assert not pipe.transformer._forward_pre_hooks and not pipe.transformer.is_cache_enabled
-
-
-def test_a_lora_beside_another_leaves_its_weight(pipe, lora):
-    pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="mine")
-    pipe.set_adapters(["mine"], [0.3])
-    plain = generate(pipe)
-    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora, 2.0),))):
-        both = generate(pipe)
-        pipe.set_adapters(["mine"], [2.3])
-        assert torch.allclose(generate(pipe), both, atol=1e-4)
-        pipe.set_adapters(["mine", "preset_0"], [0.3, 2.0])
-    assert pipe.get_active_adapters() == ["mine"] and torch.equal(generate(pipe), plain)
-
-
-@pytest.fixture
-def two():
-    return make_pipe(transformer_2=make_transformer(1), boundary_ratio=0.9)
-
-
-def holders(pipe) -> list[str]:
-    """The transformers with a LoRA."""
-    return [name for name in ("transformer", "transformer_2") if getattr(getattr(pipe, name), "peft_config", None)]
-
-
-def test_a_lora_goes_where_its_header_says(two, lora, tmp_path):
-    file = tmp_path / "a.safetensors"
-    save_file(load_file(lora), file, {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.9]})})
-    (tmp_path / "a.yaml").write_text("version: 1\nloras: [a.safetensors]\n")
-    for preset in (tmp_path / "a.yaml", Preset(loras=str(file)), Preset(loras=LoraFile(file, target="transformer_2"))):
-        with vidaccel.apply(two, preset) as handle:
-            assert holders(two) == ["transformer_2"] and handle.report().notes == ()
-    for target in ("transformer", "all"):
-        with pytest.raises(PresetError, match=f"for {target}, and its header says that it was trained for transformer"):
-            vidaccel.apply(two, Preset(loras=LoraFile(file, target=target)))
-
-
-def test_a_lora_is_looked_at_once(two, lora, monkeypatch):
-    """Each look opens its file."""
-    looks = []
-    own = loras.check_readable
-    monkeypatch.setattr(loras, "check_readable", lambda path: looks.append(path) or own(path))
-    with vidaccel.apply(two, Preset(loras=LoraFile(lora))) as handle:
-        assert looks == [lora] and len(handle.report().notes) == 1
-
-
-def test_a_lora_that_does_not_say_where_it_goes(two, lora, tmp_path):
-    with vidaccel.apply(two, Preset(loras=LoraFile(lora))) as handle:
-        assert holders(two) == ["transformer", "transformer_2"]
-        assert "a.safetensors goes into both transformers" in handle.report().notes[0]
-    high = tmp_path / "high_noise.safetensors"
-    save_file(load_file(lora), high)
-    with pytest.raises(PresetError, match="is by its name for one of .* in a preset target: transformer"):
-        vidaccel.apply(two, Preset(loras=LoraFile(high)))
-    with vidaccel.apply(two, Preset(loras=LoraFile(high, target="transformer"))) as handle:
-        assert holders(two) == ["transformer"] and handle.report().notes == ()
 
 
 def test_without_a_method_the_account_is_there_too(pipe):

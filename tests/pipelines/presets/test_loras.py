@@ -1,0 +1,181 @@
+"""The LoRAs of a preset beside others that come and go, in real Wan pipelines at tiny sizes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from gft_adapters import random_lora
+from safetensors.torch import load_file, save_file
+from tiny_wan import generate, make_pipe, make_transformer
+
+import vidaccel
+from vidaccel import Preset
+from vidaccel.pipelines.kept_loras import tuner_layers
+from vidaccel.pipelines.presets import LoraFile, PresetError, loras
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    file = tmp_path_factory.mktemp("lora") / "a.safetensors"
+    save_file(random_lora(make_transformer(), "transformer")[1], file)
+    return file
+
+
+@pytest.fixture
+def pipe():
+    return make_pipe()
+
+
+def test_a_lora_beside_another_leaves_its_weight(pipe, lora):
+    pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="mine")
+    pipe.set_adapters(["mine"], [0.3])
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora, 2.0),))):
+        both = generate(pipe)
+    assert pipe.get_active_adapters() == ["mine"] and torch.equal(generate(pipe), plain)
+    pipe.set_adapters(["mine"], [2.3])
+    assert torch.allclose(generate(pipe), both, atol=1e-4)
+
+
+@pytest.fixture
+def two():
+    return make_pipe(transformer_2=make_transformer(1), boundary_ratio=0.9)
+
+
+def holders(pipe) -> list[str]:
+    """The transformers with a LoRA."""
+    return [name for name in ("transformer", "transformer_2") if getattr(getattr(pipe, name), "peft_config", None)]
+
+
+def test_a_lora_goes_where_its_header_says(two, lora, tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(load_file(lora), file, {"vidaccel": json.dumps({"part": "transformer_2", "levels": [0.0, 0.9]})})
+    (tmp_path / "a.yaml").write_text("version: 1\nloras: [a.safetensors]\n")
+    for preset in (tmp_path / "a.yaml", Preset(loras=str(file)), Preset(loras=LoraFile(file, target="transformer_2"))):
+        with vidaccel.apply(two, preset) as handle:
+            assert holders(two) == ["transformer_2"] and handle.report().notes == ()
+    for target in ("transformer", "all"):
+        with pytest.raises(PresetError, match=f"for {target}, and its header says that it was trained for transformer"):
+            vidaccel.apply(two, Preset(loras=LoraFile(file, target=target)))
+
+
+def test_a_lora_is_looked_at_once(two, lora, monkeypatch):
+    """Each look opens its file."""
+    looks = []
+    own = loras.check_readable
+    monkeypatch.setattr(loras, "check_readable", lambda path: looks.append(path) or own(path))
+    with vidaccel.apply(two, Preset(loras=LoraFile(lora))) as handle:
+        assert looks == [lora] and len(handle.report().notes) == 1
+
+
+def test_a_lora_that_does_not_say_where_it_goes(two, lora, tmp_path):
+    with vidaccel.apply(two, Preset(loras=LoraFile(lora))) as handle:
+        assert holders(two) == ["transformer", "transformer_2"]
+        assert "a.safetensors goes into both transformers" in handle.report().notes[0]
+    high = tmp_path / "high_noise.safetensors"
+    save_file(load_file(lora), high)
+    with pytest.raises(PresetError, match="is by its name for one of .* in a preset target: transformer"):
+        vidaccel.apply(two, Preset(loras=LoraFile(high)))
+    with vidaccel.apply(two, Preset(loras=LoraFile(high, target="transformer"))) as handle:
+        assert holders(two) == ["transformer"] and handle.report().notes == ()
+
+
+def matrices(lora, times: float = 1.0) -> dict[str, torch.Tensor]:
+    return {name: times * matrix for name, matrix in load_file(lora).items()}
+
+
+def test_it_counts_whatever_other_loras_come_and_go(pipe, lora):
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        alone = generate(pipe)
+        pipe.load_lora_weights(matrices(lora, 0.5), adapter_name="style")
+        both = generate(pipe)
+        assert not torch.allclose(both, alone)
+        pipe.set_adapters(["style"], [0.0])
+        assert torch.allclose(generate(pipe), alone)
+        copied = copy.deepcopy(pipe)
+        copied.set_adapters(["style"], [1.0])
+        assert torch.allclose(generate(copied), both)
+        pipe.disable_lora()
+        with pytest.raises(PresetError, match=r"are disabled, a.safetensors among them.*enable_lora\(\)"):
+            generate(pipe)
+        pipe.enable_lora()
+        pipe.fuse_lora(adapter_names=["style"])
+        with pytest.raises(PresetError, match=r"are fused into the transformer, which leaves a.safetensors out: call"):
+            generate(pipe)
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        with pytest.raises(PresetError, match=r"a.safetensors was unloaded from the transformer") as raised:
+            generate(pipe)
+        assert raised.value.lever == "loras"
+    assert torch.allclose(generate(pipe), plain, atol=1e-5)
+    vidaccel.restore(copied)
+    assert copied.get_active_adapters() == ["style"]
+
+
+def test_it_is_refused_where_it_would_not_count(pipe, lora):
+    preset = Preset(loras=(LoraFile(lora),))
+    pipe.load_lora_weights(matrices(lora, 0.5), adapter_name="style")
+    pipe.disable_lora()
+    before = generate(pipe)
+    with pytest.raises(PresetError, match=r"the LoRAs of the transformer are disabled.*enable_lora\(\)"):
+        vidaccel.apply(pipe, preset)
+    assert torch.equal(generate(pipe), before)
+    pipe.enable_lora()
+    assert pipe.get_active_adapters() == ["style"]
+    assert list(pipe.transformer.peft_config) == ["style"] and not pipe.transformer._forward_pre_hooks
+
+
+def test_those_that_were_loaded_or_weighed_meanwhile_stay(pipe, lora):
+    pipe.load_lora_weights(matrices(lora, 0.5), adapter_name="before")
+    learns = {name: parameter.requires_grad for name, parameter in pipe.transformer.named_parameters()}
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        pipe.load_lora_weights(matrices(lora, 2.0), adapter_name="since")
+        pipe.set_adapters(["before", "since"], [0.2, 0.3])
+        assert pipe.get_active_adapters() == ["before", "since"]
+    assert pipe.get_active_adapters() == ["before", "since"]
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    assert layer.scaling == {"before": 0.2, "since": 0.3}
+    pipe.delete_adapters("since")
+    assert {name: parameter.requires_grad for name, parameter in pipe.transformer.named_parameters()} == learns
+
+
+def test_none_is_made_active_that_was_not(pipe, lora):
+    pipe.load_lora_weights(matrices(lora), adapter_name="mine")
+    for layer in tuner_layers(pipe.transformer).values():
+        layer.set_adapter([])
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        assert not torch.allclose(generate(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_it_is_taken_out_of_the_weights_that_it_was_fused_into(pipe, lora, beside, caplog):
+    if beside:
+        pipe.load_lora_weights(matrices(lora, 0.5), adapter_name="mine")
+    plain = generate(pipe)
+    with caplog.at_level(logging.WARNING), vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        made = generate(pipe)
+        pipe.fuse_lora()
+        assert torch.allclose(generate(pipe), made, atol=1e-5)
+    assert torch.allclose(generate(pipe), plain, atol=1e-5)
+    assert "a.safetensors was fused into the transformer" in caplog.text and "rounding" in caplog.text
+    if beside:
+        assert pipe.transformer.blocks[0].attn1.to_q.merged_adapters == ["mine"]
+        pipe.unfuse_lora()
+        assert torch.allclose(generate(pipe), plain, atol=1e-5)
+
+
+def test_fused_and_unloaded_it_counts_and_is_taken_out(pipe, lora):
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        made = generate(pipe)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        assert torch.allclose(generate(pipe), made, atol=1e-5)
+    assert torch.allclose(generate(pipe), plain, atol=1e-5)
