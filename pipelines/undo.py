@@ -8,6 +8,8 @@ import torch
 
 from .acceleration import handle as acceleration
 from .acceleration.rebinding import SparseProcessor
+from .length import rotary
+from .length.handle import LENGTHENED
 
 GUIDANCE_FREE = "_vidaccel_guidance_free"
 """Attribute of a pipeline that holds its guidance-free handle."""
@@ -30,8 +32,8 @@ TINY_DECODER = "_vidaccel_tiny_decoder"
 
 
 def restore(pipe: Any) -> None:
-    """Undo `apply`, `accelerate`, `guidance_free`, `guidance_cache`, `cfg_parallel` and `tiny_decoder` where the handle
-    is lost, as after running a notebook cell twice.
+    """Undo `apply`, `accelerate`, `guidance_free`, `guidance_cache`, `cfg_parallel`, `lengthen`, `riflex` and
+    `tiny_decoder` where the handle is lost, as after running a notebook cell twice.
 
     Does nothing to a pipeline that nothing was done to.
 
@@ -41,7 +43,7 @@ def restore(pipe: Any) -> None:
     preset = getattr(pipe, PRESET, None)
     if preset is not None:
         preset.remove()
-    for name in (CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE):
+    for name in (CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE, LENGTHENED):
         handle = getattr(pipe, name, None)
         if handle is not None:
             handle.remove()
@@ -49,6 +51,7 @@ def restore(pipe: Any) -> None:
     if decoder is not None:
         decoder.remove()
     acceleration.restore(pipe)
+    rotary.restore(pipe)
 
 
 def sparse_at_work(pipe: Any) -> str:

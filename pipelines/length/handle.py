@@ -19,6 +19,9 @@ from .adapter_file import LengthAdapter, read_length
 from .rotary import TRANSFORMERS, frames_of_a_token, riflex
 from .trained import LengthError
 
+LENGTHENED = "_vidaccel_lengthened"
+"""Attribute of a pipeline that holds its handle for longer videos."""
+
 _NAME = "length"
 """Of the LoRA among those of the transformer."""
 
@@ -36,6 +39,11 @@ class Lengthened:
         precision: str | None,
         base: str | Path | None,
     ) -> None:
+        if hasattr(pipe, LENGTHENED):
+            raise RuntimeError(
+                f"this {type(pipe).__name__} is lengthened already: call remove() on its handle, or "
+                "vidaccel.restore(pipe), first."
+            )
         parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
         self.adapters = tuple(_by_part(pipe, parts, adapters)[name] for name in parts)
         trained = self.adapters[0].trained
@@ -52,20 +60,23 @@ class Lengthened:
                 "dense attention; leave precision out."
             )
         self.sparse: Handle | None = None
-        self._undo = contextlib.ExitStack()
+        self._pipe = pipe
+        # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
+        self._undo: list[Any] = []
         try:
             for (name, transformer), adapter in zip(parts.items(), self.adapters, strict=True):
-                lora = NamedLora(pipe, name, transformer, adapter.weights(), _NAME, adapter.path.name, LengthError)
-                self._undo.callback(lora.remove)
-                hook = transformer.register_forward_pre_hook(_FramesChecked(adapter), with_kwargs=True)
-                self._undo.callback(hook.remove)
+                matrices, file = adapter.weights(), adapter.path.name
+                self._undo.append(NamedLora(pipe, name, transformer, matrices, _NAME, file, LengthError))
+                frames = _FramesChecked(adapter)
+                self._undo.append(transformer.register_forward_pre_hook(frames, with_kwargs=True))
             if trained.riflex is not None:
-                self._undo.callback(riflex(pipe, trained.riflex).remove)
+                self._undo.append(riflex(pipe, trained.riflex))
             if trained.method is not None:
                 self.sparse = accelerate(
                     pipe, trained.method, backend=backend, measure_error=measure_error, precision=precision
                 )
-                self._undo.callback(self.sparse.remove)
+                self._undo.append(self.sparse)
+            setattr(pipe, LENGTHENED, self)
         except BaseException:
             self.remove()
             raise
@@ -76,7 +87,12 @@ class Lengthened:
 
     def remove(self) -> None:
         """Put the pipeline back as it was. A second call does nothing."""
-        self._undo.close()
+        with contextlib.ExitStack() as stack:  # all of it, whatever one of them raises
+            for each in self._undo:
+                stack.callback(each.remove)
+            self._undo = []
+            if getattr(self._pipe, LENGTHENED, None) is self:
+                delattr(self._pipe, LENGTHENED)
 
     def __enter__(self) -> Lengthened:
         return self
@@ -117,7 +133,7 @@ def lengthen(
         LengthError: a file that cannot be read, or is for another transformer; another attention than that of the
             training, with the differences named; a precision for dense attention. Later, in calls of the pipeline: a
             video longer than those.
-        RuntimeError: the pipeline is accelerated already, or the precision cannot be had here.
+        RuntimeError: the pipeline is lengthened or accelerated already, or the precision cannot be had here.
     """
     places = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     return Lengthened(pipe, [read_length(place) for place in places], method, backend, measure_error, precision, base)

@@ -113,15 +113,30 @@ def riflex(pipe: Any, settings: Riflex) -> RiflexHandle:
             f"settings is {settings!r}: give a Riflex with the latent frames that the model was trained on, such as "
             "Riflex(frames=21) for 81 frames of Wan."
         )
-    parts = [part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None] or [pipe]
-    transformers = [unwrap(part) for part in parts]
+    transformers = _transformers(pipe)
     for transformer in transformers:
         rope = getattr(transformer, "rope", None)
         if isinstance(rope, RiflexRotary):
-            raise RuntimeError(f"this {type(transformer).__name__} has RIFLEx already: call remove() on its handle.")
+            raise RuntimeError(
+                f"this {type(transformer).__name__} has RIFLEx already: call remove() on its handle, or "
+                "vidaccel.restore(pipe)."
+            )
         if refusal := no_riflex(transformer):
             raise TypeError(refusal)
     return RiflexHandle(transformers, settings)
+
+
+def restore(pipe: Any) -> None:
+    """Undo `riflex` where the handle is lost; pipe: as it takes. Does nothing otherwise."""
+    for transformer in _transformers(pipe):
+        if isinstance(rope := getattr(transformer, "rope", None), RiflexRotary):
+            transformer.rope = rope.own
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    """Those of a pipeline, or the one that is given, without what wraps them."""
+    parts = [part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None]
+    return [unwrap(part) for part in parts or [pipe]]
 
 
 def no_riflex(transformer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -81,6 +82,26 @@ def test_loras_that_are_disabled_would_leave_it_out(tmp_path, base, pipe):
     with pytest.raises(LengthError, match=r"the LoRAs of the transformer are disabled.*enable_lora\(\)"):
         vidaccel.lengthen(pipe, file)
     assert list(pipe.transformer.peft_config) == ["style"]
+
+
+@pytest.mark.parametrize("method", [METHOD, None])
+def test_once_alone_and_restored_where_the_handle_is_lost(tmp_path, base, pipe, method):
+    file = write_length(tmp_path, base, pipe.transformer, method=method, riflex=Riflex(2, 1))
+    plain, own = generate(pipe), pipe.transformer.rope
+    backend = {"backend": "reference"} if method is not None else {}
+    for _ in range(2):
+        vidaccel.lengthen(pipe, file, **backend)
+        with pytest.raises(
+            RuntimeError, match=r"lengthened already: call remove\(\) on its handle, or vidaccel.restore"
+        ):
+            vidaccel.lengthen(pipe, file, **backend)
+        copied = copy.deepcopy(pipe)
+        vidaccel.restore(pipe)
+        assert torch.equal(generate(pipe), plain) and not getattr(pipe.transformer, "peft_config", None)
+        assert pipe.transformer.rope is own and not pipe.transformer._forward_pre_hooks
+        assert not torch.allclose(generate(copied), plain)
+        vidaccel.restore(copied)
+        assert torch.equal(generate(copied), plain)
 
 
 @pytest.mark.parametrize("method", [METHOD, LVSA(reference=2), None])

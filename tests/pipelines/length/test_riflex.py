@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from tiny_wan import make_transformer
+from tiny_wan import make_pipe, make_transformer
 
 import vidaccel
 from vidaccel.pipelines.length import Riflex, riflex
@@ -93,3 +93,16 @@ def test_what_cannot_be_is_refused():
         riflex(torch.nn.Linear(2, 2), 21)
     with pytest.raises(TypeError, match="which a Linear lacks"):
         riflex(torch.nn.Linear(2, 2), Riflex(9))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_restored_where_the_handle_is_lost(alone):
+    pipe = make_pipe(transformer_2=make_transformer(1))
+    parts = (pipe.transformer,) if alone else (pipe.transformer, pipe.transformer_2)
+    own = [part.rope for part in parts]
+    for _ in range(2):
+        handle = riflex(pipe.transformer if alone else pipe, Riflex(2, 1))
+        vidaccel.restore(pipe.transformer if alone else pipe)
+        assert [part.rope for part in parts] == own
+    handle.remove()
+    assert [part.rope for part in parts] == own
