@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .unsaved import TAKE_OUT, Unsaved
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +38,7 @@ class KeptLoras:
         ]
         self.keep_active()
         self._hook = transformer.register_forward_pre_hook(self._before_pass)
+        self._unsaved = Unsaved(transformer, f"it has {' and '.join(files.values())} as a LoRA; {TAKE_OUT}")
 
     @torch.compiler.disable
     def _before_pass(self, transformer: Any, args: tuple) -> None:
@@ -79,6 +82,7 @@ class KeptLoras:
     def remove(self) -> None:
         """Take them out, also of weights that they were fused into. A second call does nothing."""
         self._hook.remove()
+        self._unsaved.remove()
         self._unfuse()
         take_out(self._transformer, list(self._files))
         self._layers, self._files = [], {}

@@ -31,5 +31,6 @@ class CopiedNotPickled:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
             "a model that is accelerated or guidance-free cannot be pickled or saved whole: call handle.remove() (or "
-            "vidaccel.restore(pipe)), save it, and do it again. state_dict() and save_pretrained() work as they are."
+            "vidaccel.restore(pipe)), save it, and do it again. state_dict() works as it is, and save_pretrained() "
+            "does or says what is in its way."
         )

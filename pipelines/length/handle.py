@@ -15,6 +15,7 @@ from ..acceleration.families import unwrap
 from ..acceleration.handle import Handle, accelerate
 from ..base_check import check_base
 from ..named_lora import NamedLora, one_for_each
+from ..unsaved import TAKE_OUT, Unsaved
 from .adapter_file import LengthAdapter, read_length
 from .rotary import TRANSFORMERS, frames_of_a_token, riflex
 from .trained import LengthError
@@ -69,6 +70,8 @@ class Lengthened:
                 self._undo.append(NamedLora(pipe, name, transformer, matrices, _NAME, file, LengthError))
                 frames = _FramesChecked(adapter)
                 self._undo.append(transformer.register_forward_pre_hook(frames, with_kwargs=True))
+            files = " and ".join(adapter.path.name for adapter in self.adapters)
+            self._undo.append(Unsaved(pipe, f"it has {files} as a LoRA; {TAKE_OUT}"))
             if trained.riflex is not None:
                 self._undo.append(riflex(pipe, trained.riflex))
             if trained.method is not None:

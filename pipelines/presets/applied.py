@@ -19,6 +19,7 @@ from ..guidance_cache.handle import CachedGuidance, guidance_cache
 from ..guidance_free.handle import GuidanceFree, guidance_free
 from ..tiny_decoder.handle import TinyDecoder
 from ..undo import PRESET, QUANTISED
+from ..unsaved import TAKE_OUT, Unsaved
 from .account import Account, Watch, accounts
 from .caches import install_cache
 from .checks import Checked, check_preset, chosen_scheduler
@@ -68,6 +69,9 @@ class Applied:
     def _install(self, pipe: Any, checked: Checked, base: str | Path | None, measure_error: int) -> None:
         """From the weights outwards, because each lever works on what the one before it left."""
         preset = self.preset
+        if changed := [name for name in ("scheduler", "loras", "quantize", "sla") if getattr(preset, name)]:
+            given = f"the preset {preset.name} gave it {' and '.join(changed)}"
+            self._undo.append(Unsaved(pipe, f"{given}; {TAKE_OUT}"))
         if preset.scheduler is not None:
             self._undo.append(_Changed(pipe, "scheduler", chosen_scheduler(pipe, preset)))
         if preset.loras:

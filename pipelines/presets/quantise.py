@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from ..acceleration.checks import places_of
 from ..acceleration.families import Family
 from ..group_offloading import is_in_group
+from ..kept_loras import tuner_layers
 from ..undo import QUANTISED
+from ..unsaved import TAKE_OUT, Unsaved
 from .errors import PresetError
 from .levers import Quantize
 
@@ -25,17 +28,63 @@ FP8_CAPABILITY = (8, 9)
 
 
 class Quantised:
-    """The layers of one transformer. Made by `quantise`."""
+    """The layers of one transformer. Made by `quantise`, before they are in 8 bits.
 
-    def __init__(self, originals: dict[torch.nn.Linear, torch.nn.Parameter], kept: bool) -> None:
-        self._originals, self.kept = originals, kept
+    Args:
+        transformer: without what wraps it.
+        originals: weights of its layers; none where they are not kept.
+        kept: whether they are.
+    """
+
+    def __init__(
+        self, transformer: torch.nn.Module, originals: dict[torch.nn.Linear, torch.nn.Parameter], kept: bool
+    ) -> None:
+        self._transformer, self._originals, self.kept = transformer, originals, kept
+        self._others = _others(transformer, originals)
+        fix = TAKE_OUT if kept else "load the model again without quantize"
+        self._unsaved = Unsaved(transformer, f"its layers are in 8 bits{'' if kept else ' for good'}; {fix}")
 
     def remove(self) -> None:
-        """Give the layers their weights back, where they were kept. A second call does nothing."""
+        """Give the layers their weights back, where they were kept, in the dtype that the transformer has now. A second
+        call does nothing."""
+        if not self.kept:
+            return
         for layer, weight in self._originals.items():
-            device = layer.weight.device
-            layer.weight = torch.nn.Parameter(weight.data.to(device), requires_grad=weight.requires_grad)
+            made = weight.data.to(layer.weight.device, self._dtype_now(weight.dtype))
+            layer.weight = torch.nn.Parameter(made, requires_grad=weight.requires_grad)
+        _make_loras_plain(self._transformer, self._originals)
+        self._unsaved.remove()
         self._originals = {}
+
+    def _dtype_now(self, before: torch.dtype) -> torch.dtype:
+        """What `to(dtype)` made of the parameters that had a dtype before; layers in 8 bits do not tell."""
+        module, name = self._others.get(before, (None, ""))
+        now = getattr(module, name, None)
+        return now.dtype if isinstance(now, torch.Tensor) else before
+
+
+def _others(
+    transformer: torch.nn.Module, layers: Container[torch.nn.Module]
+) -> dict[torch.dtype, tuple[torch.nn.Module, str]]:
+    """Of each dtype, a parameter that is not among the weights of layers, by its module and its name there."""
+    found: dict[torch.dtype, tuple[torch.nn.Module, str]] = {}
+    for path, module in transformer.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if ".lora_" not in path and not (module in layers and name == "weight"):
+                found.setdefault(parameter.dtype, (module, name))
+    return found
+
+
+def _make_loras_plain(transformer: torch.nn.Module, layers: Container[torch.nn.Module]) -> None:
+    """Have LoRAs that were put round layers in 8 bits be as others, which can be fused."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.torchao import TorchaoLoraLinear
+
+    for lora in tuner_layers(transformer).values():
+        if type(lora) is TorchaoLoraLinear and lora.get_base_layer() in layers:
+            # The same object, with the same matrices: who keeps a LoRA active has it.
+            lora.__class__ = Linear  # type: ignore[assignment]
+            del lora.get_apply_tensor_subclass
 
 
 def is_to_do(pipe: Any, how: Quantize | None) -> bool:
@@ -73,7 +122,7 @@ def quantise(transformer: Any, family: Family, how: Quantize, device: torch.devi
         layer: torch.nn.Parameter(layer.weight.data.cpu(), requires_grad=layer.weight.requires_grad)
         for layer in (layers.values() if how.keep else ())
     }
-    made = Quantised(originals, how.keep)
+    made = Quantised(transformer, originals, how.keep)
     config = getattr(quantization, _CONFIGS[how.kind, how.activations])()
     try:
         quantization.quantize_(transformer, config, filter_fn=lambda module, path: path in layers, device=device)

@@ -202,6 +202,8 @@ def test_the_lora_is_taken_out_of_weights_that_it_was_fused_into(base, tmp_path)
         made = velocity(pipe.transformer)
         pipe.fuse_lora()
         torch.testing.assert_close(velocity(pipe.transformer), made, rtol=1e-4, atol=1e-5)
+        with pytest.raises(RuntimeError, match="it has transformer.safetensors as a LoRA; call remove"):
+            pipe.transformer.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(velocity(pipe.transformer), plain, rtol=1e-4, atol=1e-5)
 
 

@@ -75,6 +75,16 @@ def test_the_lora_is_taken_out_of_weights_that_it_was_fused_into(tmp_path, base,
     assert f"{file.name} was fused into the transformer" in caplog.text
 
 
+def test_what_is_saved_would_not_load_again(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer, method=None)
+    with vidaccel.lengthen(pipe, file):
+        for part in (pipe, pipe.transformer):
+            with pytest.raises(RuntimeError, match=rf"cannot be saved .* it has {file.name} as a LoRA; call remove"):
+                part.save_pretrained(tmp_path / "saved")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(generate(loaded(tmp_path / "saved")), generate(pipe))
+
+
 def test_loras_that_are_disabled_would_leave_it_out(tmp_path, base, pipe):
     file = write_length(tmp_path, base, pipe.transformer, method=None)
     pipe.load_lora_weights(load_file(file), adapter_name="style")

@@ -9,13 +9,14 @@ import logging
 import pytest
 import torch
 from gft_adapters import random_lora
+from gft_calls import loaded
 from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
 from vidaccel import Preset
 from vidaccel.pipelines.kept_loras import tuner_layers
-from vidaccel.pipelines.presets import LoraFile, PresetError, loras
+from vidaccel.pipelines.presets import LoraFile, PresetError, SchedulerChoice, loras
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,39 @@ def test_fused_and_unloaded_it_counts_and_is_taken_out(pipe, lora):
         pipe.unload_lora_weights()
         assert torch.allclose(generate(pipe), made, atol=1e-5)
     assert torch.allclose(generate(pipe), plain, atol=1e-5)
+
+
+def test_what_is_saved_would_not_load_again(pipe, lora, tmp_path):
+    scheduler = SchedulerChoice("FlowMatchEulerDiscreteScheduler", {"shift": 9.0})
+    with vidaccel.apply(pipe, Preset(name="p", scheduler=scheduler, loras=(LoraFile(lora),))):
+        with pytest.raises(RuntimeError, match=r"the preset p gave it scheduler and loras; call remove\(\)"):
+            pipe.save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match=r"this WanTransformer3DModel cannot be .* has a.safetensors as a LoRA"):
+            pipe.transformer.save_pretrained(tmp_path)
+        copied, alone = copy.deepcopy(pipe), copy.deepcopy(pipe.transformer)
+    assert not list(tmp_path.iterdir())
+    pipe.save_pretrained(tmp_path / "plain")
+    assert type(loaded(tmp_path / "plain").scheduler) is type(pipe.scheduler)
+    assert torch.equal(generate(loaded(tmp_path / "plain")), generate(pipe))
+    with pytest.raises(RuntimeError, match="gave it scheduler and loras"):
+        copied.save_pretrained(tmp_path / "copied")
+    vidaccel.restore(copied)
+    copied.save_pretrained(tmp_path / "copied")
+    assert (tmp_path / "copied" / "model_index.json").exists()
+    with pytest.raises(RuntimeError, match="has a.safetensors as a LoRA"):
+        alone.save_pretrained(tmp_path / "alone")
+
+
+def test_a_shallow_copy_is_saved_once_all_is_taken_out(pipe, lora, tmp_path):
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        copied = copy.copy(pipe)
+        with pytest.raises(RuntimeError, match="gave it loras"):
+            copied.save_pretrained(tmp_path)
+    copied.save_pretrained(tmp_path)
+    assert torch.equal(generate(loaded(tmp_path)), generate(pipe))
+
+
+def test_with_other_levers_it_is_saved(pipe, tmp_path):
+    with vidaccel.apply(pipe, Preset(cache="first_block")):
+        pipe.save_pretrained(tmp_path)
+    assert torch.equal(generate(loaded(tmp_path)), generate(pipe))
