@@ -88,7 +88,8 @@ class KeptLoras:
         self._layers, self._files = [], {}
 
     def _unfuse(self) -> None:
-        unfused, stuck = set(), set()
+        unfused: set[str] = set()
+        stuck: set[str] = set()
         for layer, names in self._layers:
             if not (fused := [name for name in names if name in layer.merged_adapters]):
                 continue

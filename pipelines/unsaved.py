@@ -41,7 +41,7 @@ class _Refusal:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kind = type(self._owner)
         if self.whys:
-            raise RuntimeError(f"this {kind.__name__} cannot be saved so that it loads again: {self.whys[-1]}.")
+            raise RuntimeError(f"this {kind.__name__} cannot be saved as it is: {self.whys[-1]}.")
         # Of a shallow copy of the owner, which still has this after all are gone.
         return (self._former or getattr(kind, _SAVE).__get__(self._owner))(*args, **kwargs)
 

@@ -215,7 +215,8 @@ def accelerate(
             that the method has not; names those that it has.
         ValueError: unknown method, backend or precision, or a `measure_error` or `min_tokens` below 0; a schedule that
             needs the number of steps, or noise levels, where they cannot be known. As an `SLAError` or a `VSAError`: a
-            transformer that was not trained for SLA or VSA, or for other settings.
+            transformer that was not trained for SLA or VSA, or for other settings, or whose LoRAs are disabled where an
+            adapter brings another.
         RuntimeError: the pipeline is accelerated already, or runs under ring attention; a backend that cannot run here,
             or with "auto" none that is faster than dense attention; a precision, or a second stage of Sparge, that
             neither this machine nor the named backend has. Later, in the first call: a gradient is needed, or the dtype

@@ -134,8 +134,9 @@ def lengthen(
 
     Raises:
         LengthError: a file that cannot be read, or is for another transformer; another attention than that of the
-            training, with the differences named; a precision for dense attention. Later, in calls of the pipeline: a
-            video longer than those.
+            training, with the differences named; a precision for dense attention; LoRAs of the transformer that are
+            disabled. Later, in calls of the pipeline: a video longer than those, or the LoRA was unloaded or switched
+            off.
         RuntimeError: the pipeline is lengthened or accelerated already, or the precision cannot be had here.
     """
     places = [adapter] if isinstance(adapter, str | Path) else list(adapter)

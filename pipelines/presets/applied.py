@@ -218,7 +218,8 @@ def apply(pipe: Any, preset: Preset | str | Path, *, base: str | Path | None = N
         A handle with `arguments` for the call, `report()` and `remove()`.
 
     Raises:
-        PresetError: a preset that cannot be read, is for another model, or has a lever that cannot be used here.
+        PresetError: a preset that cannot be read, is for another model, or has a lever that cannot be used here. Later,
+            in calls of the pipeline: a LoRA of the preset was unloaded or switched off.
         RuntimeError: a preset is at work in the pipeline already.
     """
     chosen = preset if isinstance(preset, Preset) else load_preset(preset)

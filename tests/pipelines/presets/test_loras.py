@@ -182,6 +182,17 @@ def test_fused_and_unloaded_it_counts_and_is_taken_out(pipe, lora):
     assert torch.allclose(generate(pipe), plain, atol=1e-5)
 
 
+def test_deleted_while_it_is_fused_it_stays_which_is_said(pipe, lora, caplog):
+    pipe.load_lora_weights(matrices(lora, 0.5), adapter_name="mine")
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        pipe.fuse_lora(adapter_names=["preset_0"])
+        made = generate(pipe)
+        pipe.delete_adapters("preset_0")
+    assert "a.safetensors was fused into the transformer and then deleted, so the weights keep it" in caplog.text
+    pipe.set_adapters(["mine"], [0.0])
+    assert torch.allclose(generate(pipe), made, atol=1e-5)
+
+
 def test_what_is_saved_would_not_load_again(pipe, lora, tmp_path):
     scheduler = SchedulerChoice("FlowMatchEulerDiscreteScheduler", {"shift": 9.0})
     with vidaccel.apply(pipe, Preset(name="p", scheduler=scheduler, loras=(LoraFile(lora),))):

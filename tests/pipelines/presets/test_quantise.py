@@ -83,7 +83,7 @@ def test_layers_that_stay_in_8_bits_keep_their_loras(pipe, lora):
 def test_what_is_saved_would_not_load_again(pipe, tmp_path):
     with vidaccel.apply(pipe, INT8):
         for part in (pipe, pipe.transformer):
-            with pytest.raises(RuntimeError, match=r"cannot be saved so that it loads again: .*; call remove\(\)"):
+            with pytest.raises(RuntimeError, match=r"cannot be saved as it is: .*; call remove\(\)"):
                 part.save_pretrained(tmp_path)
     pipe.save_pretrained(tmp_path)
     assert torch.equal(generate(loaded(tmp_path)), generate(pipe))
