@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .acceleration.families import BOTH, Family
 from .diffusers_hooks import hooks_of
+from .running_pipeline import running_pipeline
 
 TWO = ("cond", "uncond")
 """Branches that have a pass each."""
@@ -19,15 +20,37 @@ _OF_ALL_SAMPLES = ("image_rotary_emb", "rope")
 """Beginnings of names of arguments that are of all samples, whatever their shape."""
 
 
-def guidance_of(pipe: Any) -> Callable[[], bool] | None:
-    """What says, within a step, whether it has both branches; None where nothing does."""
+def guidance_of(pipe: Any) -> Callable[[Any], bool] | None:
+    """What says of a pipeline, within a step of its call, whether that has both branches; None where nothing does."""
     if hasattr(getattr(pipe, "guider", None), "num_conditions"):
-        return lambda: pipe.guider.num_conditions == 2
+        return _guider_says
     if hasattr(type(pipe), "do_classifier_free_guidance"):
-        return lambda: bool(pipe.do_classifier_free_guidance)
+        return _pipeline_says
     if type(pipe).__name__.startswith("Kandinsky5"):
-        return lambda: pipe.guidance_scale > 1.0
+        return _scale_says
     return None
+
+
+def _guider_says(pipe: Any) -> bool:
+    return bool(pipe.guider.num_conditions == 2)
+
+
+def _pipeline_says(pipe: Any) -> bool:
+    return bool(pipe.do_classifier_free_guidance)
+
+
+def _scale_says(pipe: Any) -> bool:
+    return bool(pipe.guidance_scale > 1.0)
+
+
+def step_is_guided() -> bool:
+    """Whether the step that goes on has both branches, as the pipeline says whose call it is of.
+
+    It has not outside of calls, and where the pipeline does not say it.
+    """
+    pipe = running_pipeline()
+    says = guidance_of(pipe)
+    return says is not None and says(pipe)
 
 
 def tells_guidance(kind: type) -> bool:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from ..acceleration.families import Family, find_transformers
-from ..guidance_branches import TWO, check_not_compiled, guidance_of, other_branches
+from ..guidance_branches import TWO, check_not_compiled, guidance_of, other_branches, step_is_guided
 from ..hooked import HookedPipeline
+from ..running_pipeline import table_of_run
 from ..undo import CFG_PARALLEL
 from .pair import Pair
 from .passes import SplitPasses
@@ -38,9 +39,9 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
                 f"this {type(pipe).__name__} is cfg-parallel already: call remove() on the first handle."
             )
         transformers = find_transformers(pipe)
-        guided = guidance_of(pipe)
+        tells = guidance_of(pipe) is not None
         for name, (transformer, family) in transformers.items():
-            if why := unshared_guidance(type(pipe), family, guided is not None):
+            if why := unshared_guidance(type(pipe), family, tells):
                 raise TypeError(f"{why}. Share the sequence instead (Ulysses).")
             check_not_compiled(pipe, name, transformer, "what is exchanged cannot be")
         pair = Pair(group)
@@ -50,17 +51,12 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
         for name, (transformer, family) in transformers.items():
             hook: SplitPasses | SplitBatch
             if family.branches == TWO:
-                assert guided is not None
-                hook = SplitPasses(pair, name, guided, self._run)
+                hook = SplitPasses(pair, name, step_is_guided, table_of_run)
             else:
-                hook = SplitBatch(pair, name)
+                hook = SplitBatch(pair, name, table_of_run)
             hook.install(transformer)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
-
-    def _run(self) -> object:
-        """What is another object in each run: the scheduler's table."""
-        return getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
 
     def note(self) -> str:
         """What this process computed since the start, and what came from the other one."""

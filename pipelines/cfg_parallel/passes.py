@@ -28,7 +28,7 @@ class SplitPasses(ModelHook):
         pair: the processes.
         model: name of the component, for messages.
         guided: whether the step that runs has two passes.
-        started: of the pipeline, something that is another object in each run.
+        started: of the pipeline that runs, something that is another object in each run.
     """
 
     def __init__(self, pair: Pair, model: str, guided: Callable[[], bool], started: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ class SplitBatch:
     Args:
         pair: the processes.
         model: name of the component, for messages.
+        started: of the pipeline that runs, something that is another object in each run; None outside of runs.
     """
 
-    def __init__(self, pair: Pair, model: str) -> None:
-        self._pair, self._model = pair, model
+    def __init__(self, pair: Pair, model: str, started: Callable[[], object]) -> None:
+        self._pair, self._model, self._started = pair, model, started
         self._halved = False
-        self._checked: tuple | None = None
+        self._checked: tuple[object, torch.Size] | None = None  # the run, and the shape in it
         self.computed, self.received = 0, 0
         """Samples of this process and of the other one."""
         self._hooks: list[RemovableHandle] = []
@@ -52,13 +54,18 @@ class SplitBatch:
             self.computed += batch
             return args, kwargs
         latents = latents_of(args, kwargs)
-        if self._checked != latents.shape:
-            self._pair.check_alike(latents, self._model)
-            self._checked = latents.shape
+        self._check_run(latents)
         self.computed += batch // 2
         self.received += batch // 2
         half = slice(self._pair.rank * batch // 2, (self._pair.rank + 1) * batch // 2)
         return of_samples(self._signature, module, args, kwargs, half)
+
+    def _check_run(self, latents: torch.Tensor) -> None:
+        """Once a run, and for each size in it: both processes must be about the same videos."""
+        run = self._started()
+        if run is None or self._checked is None or self._checked[0] is not run or self._checked[1] != latents.shape:
+            self._pair.check_alike(latents, self._model)
+            self._checked = run, latents.shape
 
     @torch.compiler.disable
     def _join(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:

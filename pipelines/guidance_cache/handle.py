@@ -13,6 +13,7 @@ from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family, find_transformers
 from ..guidance_branches import TWO, check_branches, check_not_compiled, guidance_of
 from ..hooked import HookedPipeline
+from ..running_pipeline import running_pipeline
 from ..undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
 from .differences import Differences
 from .passes import LeftOutPasses
@@ -36,7 +37,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
             if family.branches == TWO:
                 hook = LeftOutPasses(name, place, differences)
             else:
-                hook = LeftOutSamples(place, family.branches[0], _Guided(pipe), differences)
+                hook = LeftOutSamples(place, family.branches[0], _Guided(), differences)
             hook.install(transformer)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
@@ -139,18 +140,18 @@ class _Place(CopiedNotPickled):
 
 
 class _Guided(CopiedNotPickled):
-    """Whether a step has both branches of guidance in its batch.
+    """Whether a step has both branches of guidance in its batch, as the pipeline says whose call it is of.
 
     Some pipelines decide that before their first step, by the guidance scale, and change the scale later.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe, self._says = pipe, guidance_of(pipe)
+    def __init__(self) -> None:
         self._run, self._guided = -1, False
 
     def __call__(self, step: StepInfo) -> bool:
-        if self._says is not None:
-            return self._says()
+        pipe = running_pipeline()
+        if (says := guidance_of(pipe)) is not None:
+            return says(pipe)
         if step.run != self._run:
-            self._run, self._guided = step.run, getattr(self._pipe, "guidance_scale", 1.0) > 1.0
+            self._run, self._guided = step.run, getattr(pipe, "guidance_scale", 1.0) > 1.0
         return self._guided

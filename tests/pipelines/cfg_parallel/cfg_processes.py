@@ -29,6 +29,7 @@ from vidaccel.pipelines.presets.levers import Cache
 
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12)
 NEVER_DENSE = DenseSchedule()
+MOCHI = next(case for case in CASES if case.runs == "MochiPipeline")
 
 
 def family(case: Any) -> dict[str, Any]:
@@ -49,9 +50,8 @@ def family(case: Any) -> dict[str, Any]:
 def sparse() -> dict[str, Any]:
     """Sparse attention before and after, in one pass each and in a batch."""
     made: dict[str, Any] = {}
-    mochi = next(case for case in CASES if case.runs == "MochiPipeline")
-    for name, pipe, run in (("two passes", make_pipe(), generate), ("a batch", built(mochi), None)):
-        run = run or (lambda pipe: latents(pipe, mochi, mochi.sizes[0]))
+    for name, pipe, run in (("two passes", make_pipe(), generate), ("a batch", built(MOCHI), None)):
+        run = run or (lambda pipe: latents(pipe, MOCHI, MOCHI.sizes[0]))
         with accelerate(pipe, FEW, schedule=NEVER_DENSE) as handle:
             made[name, "alone"] = run(pipe)
             with cfg_parallel(pipe):
@@ -98,6 +98,23 @@ def beside_others() -> dict[str, torch.Tensor]:
     made["copied", "shared"] = generate(copy.deepcopy(pipe))
     restore(pipe)
     made["restored", "shared"] = generate(pipe)
+    return made | of_from_pipe()
+
+
+def of_from_pipe() -> dict[Any, Any]:
+    """A pipeline that shares the transformer says itself whether it guides; the first one never ran."""
+    pipe, other = make_pipe(), make_pipe()
+    other.register_modules(transformer=pipe.transformer)
+    made: dict[Any, Any] = {}
+    for name, scale in (("from_pipe", 5.0), ("from_pipe, no guidance", 1.0)):
+        made[name, "alone"] = generate(other, guidance_scale=scale)
+    with cfg_parallel(pipe) as handle:
+        made["from_pipe", "shared"] = generate(other)
+        made["from_pipe", "note"] = handle.note()
+        generate(pipe)
+        made["from_pipe, no guidance", "shared"] = generate(other, guidance_scale=1.0)
+        generate(other)
+        made["from_pipe", "seeds"] = text_of(RuntimeError, lambda: generate(other, seed=dist.get_rank()))
     return made
 
 
@@ -177,6 +194,11 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
 
         texts["stopped"] = text_of(KeyboardInterrupt, lambda: generate(pipe, callback_on_step_end=stop))
         texts["and goes on again"] = str(generate(pipe).equal(generate(pipe)))
+        batch, case = built(MOCHI), MOCHI.sizes[0]
+        with cfg_parallel(batch):
+            latents(batch, MOCHI, case)
+            seeded = torch.Generator().manual_seed(rank)
+            texts["seeds of a batch"] = text_of(RuntimeError, lambda: latents(batch, MOCHI, case, generator=seeded))
         _, hook = pipe._vidaccel_cfg_parallel._hooked["transformer"]
         guided, hook._guided = hook._guided, lambda: True  # a pipeline that makes one pass a step all the same
         texts["one pass"] = text_of(RuntimeError, lambda: generate(pipe, guidance_scale=1.0))

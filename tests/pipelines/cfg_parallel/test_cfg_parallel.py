@@ -27,6 +27,8 @@ BESIDE = (
     "compiled blocks",
     "copied",
     "restored",
+    "from_pipe",
+    "from_pipe, no guidance",
 )
 
 
@@ -105,12 +107,20 @@ def test_it_stays_at_work(launched, what):
     ]
 
 
+def test_a_pipeline_that_shares_the_transformer_is_shared_as_it_guides(launched):
+    for process in launched:
+        others = 3 if process is launched[1] else 4  # one more is computed where shapes are learned
+        assert process["beside"]["from_pipe", "note"].endswith(f", {others} by the other process")
+        assert "call transformer with different latents" in process["beside"]["from_pipe", "seeds"]
+
+
 def test_what_cannot_be_shared_is_refused_by_both(launched):
     for texts in (process["refusals"] for process in launched):
         assert "torchrun --nproc-per-node 2" in texts["no processes"]
         assert "this group has 1" in texts["one process"]
         assert "cfg-parallel already" in texts["twice"]
         assert "call transformer with different latents" in texts["seeds"]
+        assert "call transformer with different latents" in texts["seeds of a batch"]
         assert texts["stopped"] == "stopped"
         assert texts["and goes on"] == texts["and goes on again"] == "True"
         assert "called transformer once" in texts["one pass"]

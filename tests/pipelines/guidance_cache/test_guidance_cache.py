@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from families.cogvideo import cogvideox_5b
+from families.others import mochi
 from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
@@ -110,24 +113,54 @@ def test_a_copy_would_compute_with_the_original():
     copy.deepcopy(pipe)
 
 
-def test_a_copy_with_both_branches_in_a_batch_is_apart():
-    from families.cogvideo import cogvideox_5b
+IN_A_BATCH = pytest.mark.parametrize("build", [cogvideox_5b, mochi])
+"""Pipelines with both branches in a batch: the second one tells in each step whether it has them."""
 
-    def run(pipe):
-        made = {"prompt": "a dot", "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 5}
-        return pipe(**made, generator=torch.Generator().manual_seed(0), output_type="latent").frames
 
-    pipe = cogvideox_5b()
-    plain = run(pipe)
+def in_a_batch(pipe, prompts=("a dot",), guidance_scale=6.0):
+    made = {"height": 64, "width": 96, "num_frames": 13, "num_inference_steps": 5, "guidance_scale": guidance_scale}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(list(prompts), **made, generator=generator, output_type="latent").frames
+
+
+def two_unguided(pipe):
+    return in_a_batch(pipe, ("a dot", "a line"), 1.0)
+
+
+@IN_A_BATCH
+def test_a_copy_with_both_branches_in_a_batch_is_apart(build):
+    pipe = build()
+    plain, two = in_a_batch(pipe), two_unguided(pipe)
     with guidance_cache(pipe, 2, first_steps=0) as handle:
-        made, notes = run(pipe), handle.notes()
+        made, notes = in_a_batch(pipe), handle.notes()
         other = copy.deepcopy(pipe)
     assert "made 3 of 5" in notes[0] and not made.equal(plain)
     # On some CPUs the last bits of a product depend on where in memory its weights begin.
-    torch.testing.assert_close(run(other), made, atol=1e-4, rtol=0.0)
+    alike = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=0.0)
+    alike(two_unguided(other), two)
+    two_unguided(pipe)
+    alike(in_a_batch(other), made)
     restore(other)
-    torch.testing.assert_close(run(other), plain, atol=1e-4, rtol=0.0)
-    assert run(pipe).equal(plain) and (made - plain).abs().max() > 1e-2
+    alike(in_a_batch(other), plain)
+    assert in_a_batch(pipe).equal(plain) and (made - plain).abs().max() > 1e-3
+
+
+@IN_A_BATCH
+def test_the_pipeline_that_runs_says_whether_it_guides(build):
+    """Not the one that was given, which may never have run, or with another scale."""
+    first = build()
+    plain = two_unguided(first)
+    pipe, other = type(first).from_pipe(first), type(first).from_pipe(first)
+    with guidance_cache(pipe, 2, first_steps=0) as handle:
+        assert two_unguided(other).equal(plain)
+        made = in_a_batch(pipe)
+        assert two_unguided(other).equal(plain)
+        handle.reset()
+        assert in_a_batch(other).equal(made) and "made 3 of 5" in handle.notes()[0]
+        two_unguided(pipe)
+        handle.reset()
+        assert in_a_batch(other).equal(made) and "made 3 of 5" in handle.notes()[0]
+    assert not in_a_batch(other).equal(made)
 
 
 def test_training_makes_every_pass():
