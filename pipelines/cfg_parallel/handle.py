@@ -9,7 +9,9 @@ import torch.distributed as dist
 
 from ..acceleration.families import Family, find_transformers
 from ..guidance_branches import TWO, check_not_compiled, guidance_of, other_branches, step_is_guided
-from ..hooked import HookedPipeline
+from ..guidance_cache.passes import LeftOutPasses
+from ..guidance_cache.samples import LeftOutSamples
+from ..hooked import HookedPipeline, is_hooked
 from ..running_pipeline import table_of_run
 from ..undo import CFG_PARALLEL
 from .pair import Pair
@@ -34,15 +36,24 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
     attribute = CFG_PARALLEL
 
     def __init__(self, pipe: Any, group: dist.ProcessGroup | None) -> None:
+        kind = type(pipe).__name__
         if hasattr(pipe, CFG_PARALLEL):
-            raise RuntimeError(
-                f"this {type(pipe).__name__} is cfg-parallel already: call remove() on the first handle."
-            )
+            raise RuntimeError(f"this {kind} is cfg-parallel already: call remove() on the first handle.")
         transformers = find_transformers(pipe)
         tells = guidance_of(pipe) is not None
         for name, (transformer, family) in transformers.items():
             if why := unshared_guidance(type(pipe), family, tells):
                 raise TypeError(f"{why}. Share the sequence instead (Ulysses).")
+            if is_hooked(transformer, SplitPasses, SplitBatch):
+                raise RuntimeError(
+                    f"the {name} of this {kind} is cfg-parallel already, with another pipeline that shares it: this "
+                    "one is so with it, or call remove() on its handle first."
+                )
+            if is_hooked(transformer, LeftOutPasses, LeftOutSamples):
+                raise RuntimeError(
+                    f"the {name} of this {kind} has a guidance cache, and in steps without a second pass the other "
+                    "process would have nothing to do: call remove() on its handle, or do without cfg_parallel."
+                )
             check_not_compiled(pipe, name, transformer, "what is exchanged cannot be")
         pair = Pair(group)
         self.rank = pair.rank
@@ -54,7 +65,6 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
                 hook = SplitPasses(pair, name, step_is_guided, table_of_run)
             else:
                 hook = SplitBatch(pair, name, table_of_run)
-            hook.install(transformer)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
 
@@ -88,8 +98,9 @@ def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParall
 
     Raises:
         TypeError: no transformer of the pipeline is known, or it never says whether a step has two passes.
-        RuntimeError: no processes; a pipeline that is cfg-parallel already; a transformer that was compiled as a whole.
-            Later, in calls: processes with different latents, or a hook that came after this one.
+        RuntimeError: no processes; a pipeline that is cfg-parallel already, or has a guidance cache, as such or with
+            another one that shares a transformer; a transformer that was compiled as a whole. Later, in calls:
+            processes with different latents, or a hook that came after this one.
         ValueError: the group has not two processes.
     """
     return CfgParallel(pipe, group)

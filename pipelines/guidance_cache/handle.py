@@ -11,8 +11,10 @@ from ...attention import StepInfo
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family, find_transformers
+from ..cfg_parallel.passes import SplitPasses
+from ..cfg_parallel.samples import SplitBatch
 from ..guidance_branches import TWO, check_branches, check_not_compiled, guidance_of
-from ..hooked import HookedPipeline
+from ..hooked import HookedPipeline, is_hooked
 from ..running_pipeline import running_pipeline
 from ..undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
 from .differences import Differences
@@ -38,7 +40,6 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
                 hook = LeftOutPasses(name, place, differences)
             else:
                 hook = LeftOutSamples(place, family.branches[0], _Guided(), differences)
-            hook.install(transformer)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
 
@@ -86,8 +87,9 @@ def guidance_cache(pipe: Any, settings: GuidanceCache | int | None = None, **oth
     Raises:
         TypeError: no transformer of the pipeline is known, or its steps have other branches than two of guidance.
         ValueError: a setting out of its bounds.
-        RuntimeError: the pipeline has one already, or guidance in one pass, or shares its passes with another process;
-            or a transformer that was compiled as a whole. Later, in calls: a hook that came after this one.
+        RuntimeError: the pipeline, or another one that shares a transformer, has one already, or shares its passes with
+            another process; guidance in one pass; a transformer that was compiled as a whole. Later, in calls: a hook
+            that came after this one.
     """
     if isinstance(settings, GuidanceCache):
         if others:
@@ -104,11 +106,6 @@ def check_guidance_cache(pipe: Any) -> dict[str, tuple[Any, Family]]:
         raise RuntimeError(f"this {kind} has a guidance cache already: call remove() on the first handle.")
     if hasattr(pipe, GUIDANCE_FREE):
         raise RuntimeError(f"this {kind} is guidance-free: its steps have one pass, and there is none to leave out.")
-    if hasattr(pipe, CFG_PARALLEL):
-        raise RuntimeError(
-            f"this {kind} shares its passes with another process (cfg_parallel), which would have nothing to do in "
-            "steps without a second one: call remove() on that handle, or leave the guidance cache out."
-        )
     predictions = getattr(getattr(pipe, "guider", None), "_input_predictions", None)
     if predictions is not None and list(predictions) != ["pred_cond", "pred_uncond"]:
         raise TypeError(
@@ -116,7 +113,18 @@ def check_guidance_cache(pipe: Any) -> dict[str, tuple[Any, Family]]:
             f"{', '.join(predictions)}."
         )
     transformers = find_transformers(pipe)
+    parts = [transformer for transformer, _ in transformers.values()]
+    if hasattr(pipe, CFG_PARALLEL) or any(is_hooked(part, SplitPasses, SplitBatch) for part in parts):
+        raise RuntimeError(
+            f"this {kind} shares its passes with another process (cfg_parallel), which would have nothing to do in "
+            "steps without a second one: call remove() on that handle, or leave the guidance cache out."
+        )
     for name, (transformer, family) in transformers.items():
+        if is_hooked(transformer, LeftOutPasses, LeftOutSamples):
+            raise RuntimeError(
+                f"the {name} of this {kind} has a guidance cache already, of another pipeline that shares it: this one "
+                "has it with it, or call remove() on its handle first."
+            )
         check_branches(kind, family)
         check_not_compiled(pipe, name, transformer, "which of its passes are made is decided outside of it")
     return transformers

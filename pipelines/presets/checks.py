@@ -18,21 +18,25 @@ from .. import few_steps
 from ..acceleration.checks import check_noise_levels, places_of
 from ..acceleration.families import FAMILIES, Family, find_transformers
 from ..acceleration.rebinding import SparseProcessor
+from ..cfg_parallel.passes import SplitPasses
 from ..few_steps.grid import GridScheduler
 from ..few_steps.renoising import RenoisingScheduler
 from ..few_steps.samplers import FEW_STEPS
 from ..forecast.level import tells_levels
 from ..guidance_branches import TWO
 from ..guidance_cache.handle import check_guidance_cache
+from ..guidance_cache.passes import LeftOutPasses
+from ..guidance_cache.samples import LeftOutSamples
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
+from ..hooked import is_hooked
 from ..locations import is_hub_id, is_single_file
 from ..tiny_decoder.source import TinyDecoderError, find_decoder
 from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache, check_none_by_hand
 from .compiling import check_compile
 from .errors import PresetError
-from .levers import FORECAST, SchedulerChoice
+from .levers import CACHES, FORECAST, SchedulerChoice
 from .loras import check_loras
 from .packages import check_packages
 from .preset import OWN, Preset
@@ -77,6 +81,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
             check_compile(pipe, name, transformer, family)
         if preset.cache is not None:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
+            _check_inside(name, transformer, family, preset.cache.name)
         elif preset.method is not None and preset.method.schedule != DenseSchedule():
             check_none_by_hand(name, transformer, "method", preset.method.name)
     if preset.cache is not None and preset.cache.name == FORECAST and not tells_levels(scheduler):
@@ -276,6 +281,18 @@ def apart_from_caches(parts: Mapping[str, tuple[Any, Family]], cache: str) -> st
             problem = f"{family.name} has both branches in a batch, of which the guidance cache takes one out in some"
             return f"{problem} steps, and {cache} compares batches of one size"
     return None
+
+
+def _check_inside(part: str, transformer: Any, family: Family, cache: str) -> None:
+    """Raise PresetError for a cache that would come around what decides which passes are made."""
+    halved, shared = is_hooked(transformer, LeftOutSamples), is_hooked(transformer, SplitPasses)
+    if halved and (problem := apart_from_caches({part: (transformer, family)}, cache)):
+        raise PresetError("cache", problem, "Leave one of both out.", cache)
+    if CACHES[cache].around and (shared or is_hooked(transformer, LeftOutPasses)):
+        what, function = ("cfg_parallel", "cfg_parallel") if shared else ("a guidance cache", "guidance_cache")
+        problem = f"the {part} has {what}, around which it would see passes that are not made here"
+        fix = f"Call remove() on its handle, apply the preset, and call {function} again."
+        raise PresetError("cache", problem, fix, cache)
 
 
 def check_source(decoder: str | None) -> None:

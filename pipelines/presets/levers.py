@@ -43,6 +43,7 @@ class CacheKind:
         package: what must be installed, besides diffusers; "" for nothing.
         bounds: of the threshold.
         skips_more: what has it skip more, in words.
+        around: its hook is on the model as a whole, not on blocks or layers of it.
     """
 
     summary: str
@@ -51,6 +52,7 @@ class CacheKind:
     package: str = ""
     bounds: CacheSetting = CacheSetting()
     skips_more: str = "raise the threshold"
+    around: bool = False
 
 
 _COUNT = CacheSetting(whole=True)
@@ -67,6 +69,7 @@ CACHES: dict[str, CacheKind] = {
         },
         bounds=CacheSetting(1e-6),
         skips_more="raise the threshold, or make more steps",
+        around=True,
     ),
     "first_block": CacheKind("the change of the first block's residual (diffusers' FirstBlockCache)", 0.05),
     "magcache": CacheKind(
@@ -90,6 +93,7 @@ CACHES: dict[str, CacheKind] = {
             "power_exp": CacheSetting(),
         },
         skips_more="raise the threshold, or lower retention_steps or cache_end_steps",
+        around=True,
     ),
     "taylorseer": CacheKind(
         "nothing: one step in so many (the threshold) is computed, and what the model makes in between is extrapolated "

@@ -25,6 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import vidaccel
 from vidaccel import DenseSchedule, Preset, Radial, Tangent, accelerate, cfg_parallel, restore
+from vidaccel.pipelines.diffusers_hooks import hooks_of
+from vidaccel.pipelines.presets.errors import PresetError
 from vidaccel.pipelines.presets.levers import Cache
 
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12)
@@ -186,6 +188,12 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
     texts["one process"] = text_of(ValueError, lambda: cfg_parallel(pipe, alone))
     with cfg_parallel(pipe):
         texts["twice"] = text_of(RuntimeError, lambda: cfg_parallel(pipe))
+        both = make_pipe(transformer_2=pipe.transformer, boundary_ratio=0.9)
+        texts["shared twice"] = text_of(RuntimeError, lambda: cfg_parallel(both))
+        texts["shared, then left out"] = text_of(RuntimeError, lambda: vidaccel.guidance_cache(both))
+        assert not hooks_of(both.transformer)
+        forecast = Preset(cache=Cache("forecast"))
+        texts["cache after"] = text_of(PresetError, lambda: vidaccel.apply(pipe, forecast))
         texts["seeds"] = text_of(RuntimeError, lambda: generate(pipe, seed=rank))
         texts["and goes on"] = str(generate(pipe).equal(generate(pipe)))
 
@@ -205,6 +213,8 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
         hook._guided = guided
         pipe.transformer.enable_cache(diffusers.FasterCacheConfig(current_timestep_callback=lambda: 500))
         texts["hooked after"] = text_of(RuntimeError, lambda: generate(pipe))
+    with vidaccel.guidance_cache(pipe):
+        texts["left out, then shared"] = text_of(RuntimeError, lambda: cfg_parallel(pipe))
     whole = make_pipe()
     whole.transformer.compile(backend="eager")
     texts["compiled"] = text_of(RuntimeError, lambda: cfg_parallel(whole))

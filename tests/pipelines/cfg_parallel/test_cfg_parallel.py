@@ -119,6 +119,10 @@ def test_what_cannot_be_shared_is_refused_by_both(launched):
         assert "torchrun --nproc-per-node 2" in texts["no processes"]
         assert "this group has 1" in texts["one process"]
         assert "cfg-parallel already" in texts["twice"]
+        assert "transformer_2 of this WanPipeline is cfg-parallel already" in texts["shared twice"]
+        assert "shares its passes with another process" in texts["shared, then left out"]
+        assert "Call remove() on its handle, apply the preset, and call cfg_parallel again" in texts["cache after"]
+        assert "has a guidance cache" in texts["left out, then shared"]
         assert "call transformer with different latents" in texts["seeds"]
         assert "call transformer with different latents" in texts["seeds of a batch"]
         assert texts["stopped"] == "stopped"

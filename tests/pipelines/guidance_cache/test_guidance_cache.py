@@ -13,9 +13,12 @@ from families.others import mochi
 from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
-from vidaccel import DenseSchedule, GuidanceCache, Tangent, accelerate, guidance_cache, restore
+from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent, accelerate, guidance_cache, restore
 from vidaccel.attention import StepInfo
+from vidaccel.pipelines.diffusers_hooks import hooks_of
 from vidaccel.pipelines.guidance_cache.differences import Differences
+from vidaccel.pipelines.guidance_cache.passes import LeftOutPasses
+from vidaccel.pipelines.presets import PresetError
 from vidaccel.pipelines.undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
 
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12)
@@ -212,6 +215,40 @@ def test_what_it_refuses():
     pipe.transformer.compile(backend="eager")
     with pytest.raises(RuntimeError, match="compiled as a whole"):
         guidance_cache(pipe)
+
+
+def test_a_transformer_that_another_pipeline_shares_has_one_cache():
+    shared = make_transformer(seed=1)
+    first, both = make_pipe(transformer=shared), make_pipe(transformer_2=shared, boundary_ratio=0.9)
+    handle = guidance_cache(first, 2)
+    before = generate(first, steps=6)
+    with pytest.raises(RuntimeError, match="transformer_2 of this WanPipeline has a guidance cache already"):
+        guidance_cache(both, 2)
+    with pytest.raises(PresetError, match="transformer_2 of this WanPipeline has a guidance cache already"):
+        vidaccel.apply(both, Preset(guidance_cache=2))
+    assert not hooks_of(both.transformer) and not hasattr(both, GUIDANCE_CACHE)
+    assert generate(first, steps=6).equal(before)
+    handle.remove()
+    guidance_cache(both, 2).remove()
+    batch = mochi()
+    with guidance_cache(batch, 2), pytest.raises(RuntimeError, match="has a guidance cache already"):
+        guidance_cache(type(batch).from_pipe(batch), 2)
+
+
+def test_one_that_cannot_be_put_on_the_second_transformer_leaves_the_first(monkeypatch):
+    pipe = make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9)
+    install = LeftOutPasses.install
+
+    def fails(hook, transformer):
+        if transformer is pipe.transformer_2:
+            raise ZeroDivisionError
+        install(hook, transformer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LeftOutPasses, "install", fails)
+        with pytest.raises(ZeroDivisionError):
+            guidance_cache(pipe, 2)
+    assert not hooks_of(pipe.transformer) and not hasattr(pipe, GUIDANCE_CACHE)
 
 
 def test_a_hook_around_it_is_refused():

@@ -14,6 +14,7 @@ import vidaccel
 from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent
 from vidaccel.pipelines.guidance_cache.differences import left_out
 from vidaccel.pipelines.presets import Cache, PresetError, load_preset, save_preset
+from vidaccel.pipelines.undo import PRESET
 
 EVERY_2 = GuidanceCache(2, first_steps=2)
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12, schedule=DenseSchedule())
@@ -52,6 +53,27 @@ def test_the_account_tells_what_was_left_out():
     assert [step.computed for step in told.steps] == [2, 2, 1, 2, 1, 2, 1, 2]
     assert told.notes == ("guidance cache: the transformer made 5 of 8 second passes of guidance",)
     assert generate(pipe, steps=8).equal(plain) and not first.equal(plain)
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
+def test_a_cache_that_comes_after_it_is_inside_or_refused(cache):
+    pipe = make_pipe()
+    with vidaccel.guidance_cache(pipe, EVERY_2):
+        if cache.name in ("forecast", "seacache"):
+            with pytest.raises(PresetError, match=f"cache is {cache.name}: the transformer has a guidance cache"):
+                vidaccel.apply(pipe, Preset(cache=cache))
+        else:
+            with vidaccel.apply(pipe, Preset(cache=cache)) as handle:
+                generate(pipe, steps=8)
+                assert handle.report().counts()["skipped"] > 3
+        assert not hasattr(pipe, PRESET)
+    vidaccel.apply(pipe, Preset(cache=cache)).remove()
+
+
+def test_a_cache_that_comes_after_one_in_a_batch_is_refused():
+    pipe = cogvideox_5b()
+    with vidaccel.guidance_cache(pipe, EVERY_2), pytest.raises(PresetError, match="taylorseer compares batches"):
+        vidaccel.apply(pipe, Preset(cache=CACHES[-1]))
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
