@@ -76,6 +76,20 @@ def other_branches(kind: str, family: Family) -> str:
     return f"a {kind} has other branches than two of guidance: {', '.join(family.branches)}"
 
 
+def apart_from_caches(parts: Mapping[str, tuple[Any, Family]], cache: str) -> str | None:
+    """Why a guidance cache cannot be beside a cache over steps; None where it can.
+
+    Args:
+        parts: the transformers by name, each with its family.
+        cache: what the other is called.
+    """
+    for _, family in parts.values():
+        if family.branches != TWO:
+            problem = f"{family.name} has both branches in a batch, of which the guidance cache takes one out in some"
+            return f"{problem} steps, and {cache} compares batches of one size"
+    return None
+
+
 def is_compiled_whole(pipe: Any, name: str, transformer: torch.nn.Module) -> bool:
     """Whether a transformer was compiled as one, and not block by block.
 

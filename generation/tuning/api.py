@@ -228,7 +228,7 @@ def bench_of(plan: Plan, pipe: Any, journal: Journal, tell: Done, clock: Clock) 
 
 def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, clock: Clock) -> Tuned:
     from ...pipelines.acceleration.families import find_transformers
-    from ...pipelines.presets.checks import apart_from_caches
+    from ...pipelines.guidance_branches import apart_from_caches
 
     job = plan.job
     bench = bench_of(plan, pipe, journal, tell, clock)

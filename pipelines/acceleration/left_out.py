@@ -48,6 +48,12 @@ def a_cache_left_it_out(transformer: torch.nn.Module) -> bool:
     return any(_cache_dit_left_out(context) for context in _cache_dit_contexts(transformer))
 
 
+def has_cache(transformer: torch.nn.Module) -> bool:
+    """Whether a cache over steps is at work in a transformer, which leaves passes or layers of them out."""
+    found = {name for name, _ in _hooks(transformer)}
+    return bool(found & {FORECAST_HOOK, *_DECIDES, *_IN_LAYERS}) or bool(_cache_dit_contexts(transformer))
+
+
 def second_pass_was_left_out(transformer: torch.nn.Module) -> bool:
     """Whether the pass that has just ended was one of guidance that `guidance_cache` left out; asked as above."""
     hook = hooks_of(transformer).get(GUIDANCE_CACHE_HOOK)

@@ -11,9 +11,10 @@ from ...attention import StepInfo
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family, find_transformers
+from ..acceleration.left_out import has_cache
 from ..cfg_parallel.passes import SplitPasses
 from ..cfg_parallel.samples import SplitBatch
-from ..guidance_branches import TWO, check_branches, check_not_compiled, guidance_of
+from ..guidance_branches import TWO, apart_from_caches, check_branches, check_not_compiled, guidance_of
 from ..hooked import HookedPipeline, is_hooked
 from ..running_pipeline import running_pipeline
 from ..undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
@@ -88,8 +89,8 @@ def guidance_cache(pipe: Any, settings: GuidanceCache | int | None = None, **oth
         TypeError: no transformer of the pipeline is known, or its steps have other branches than two of guidance.
         ValueError: a setting out of its bounds.
         RuntimeError: the pipeline, or another one that shares a transformer, has one already, or shares its passes with
-            another process; guidance in one pass; a transformer that was compiled as a whole. Later, in calls: a hook
-            that came after this one.
+            another process; guidance in one pass; a cache over steps, where both branches are in a batch; a transformer
+            that was compiled as a whole. Later, in calls: a hook that came after this one.
     """
     if isinstance(settings, GuidanceCache):
         if others:
@@ -126,6 +127,8 @@ def check_guidance_cache(pipe: Any) -> dict[str, tuple[Any, Family]]:
                 "has it with it, or call remove() on its handle first."
             )
         check_branches(kind, family)
+        if has_cache(transformer) and (why := apart_from_caches({name: (transformer, family)}, "a cache over steps")):
+            raise RuntimeError(f"{why}. Take out the one that the {name} has, or leave the guidance cache out.")
         check_not_compiled(pipe, name, transformer, "which of its passes are made is decided outside of it")
     return transformers
 

@@ -23,7 +23,7 @@ from ..few_steps.grid import GridScheduler
 from ..few_steps.renoising import RenoisingScheduler
 from ..few_steps.samplers import FEW_STEPS
 from ..forecast.level import tells_levels
-from ..guidance_branches import TWO
+from ..guidance_branches import apart_from_caches
 from ..guidance_cache.handle import check_guidance_cache
 from ..guidance_cache.passes import LeftOutPasses
 from ..guidance_cache.samples import LeftOutSamples
@@ -267,20 +267,6 @@ def _check_guidance_cache(pipe: Any, preset: Preset, parts: Mapping[str, tuple[A
         raise PresetError("guidance_cache", str(error).rstrip(".")) from error
     if preset.cache is not None and (problem := apart_from_caches(parts, preset.cache.name)):
         raise PresetError("guidance_cache", problem, "Leave one of both out.")
-
-
-def apart_from_caches(parts: Mapping[str, tuple[Any, Family]], cache: str) -> str | None:
-    """Why a guidance cache cannot be beside a cache over steps; None where it can.
-
-    Args:
-        parts: the transformers by name, each with its family.
-        cache: what the other is called.
-    """
-    for _, family in parts.values():
-        if family.branches != TWO:
-            problem = f"{family.name} has both branches in a batch, of which the guidance cache takes one out in some"
-            return f"{problem} steps, and {cache} compares batches of one size"
-    return None
 
 
 def _check_inside(part: str, transformer: Any, family: Family, cache: str) -> None:

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from diffusers import PyramidAttentionBroadcastConfig
 from families.cogvideo import cogvideox_5b
 from families.ltx import ltx
+from families.others import mochi
 from tiny_wan import generate, make_pipe
 
 import vidaccel
@@ -74,6 +76,15 @@ def test_a_cache_that_comes_after_one_in_a_batch_is_refused():
     pipe = cogvideox_5b()
     with vidaccel.guidance_cache(pipe, EVERY_2), pytest.raises(PresetError, match="taylorseer compares batches"):
         vidaccel.apply(pipe, Preset(cache=CACHES[-1]))
+    with vidaccel.apply(pipe, Preset(cache=CACHES[-1])), pytest.raises(RuntimeError, match="compares batches"):
+        vidaccel.guidance_cache(pipe, EVERY_2)
+    pipe.transformer.enable_cache(PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 500))
+    with pytest.raises(RuntimeError, match="compares batches"):
+        vidaccel.guidance_cache(pipe, EVERY_2)
+    pipe.transformer.disable_cache()
+    other = mochi()
+    with vidaccel.apply(other, Preset(cache=CACHES[0])), pytest.raises(RuntimeError, match="batches"):
+        vidaccel.guidance_cache(other, EVERY_2)
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
