@@ -14,7 +14,7 @@ from ..acceleration.families import unwrap
 from ..base_check import check_base, place_of
 from ..few_steps.grid import GridScheduler
 from ..named_lora import one_for_each
-from ..undo import GUIDANCE_FREE
+from ..undo import GUIDANCE_FREE, PRESET
 from ..weight_files import transformer_file
 from .adapter_file import OWN_FILE, GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from .beta import no_slot
@@ -37,6 +37,7 @@ class GuidanceFree:
         parts = {name: unwrap(getattr(pipe, name)) for name in chosen}
         self.adapters = tuple(chosen.values())
         self.sigmas = _common_sigmas(self.adapters)
+        self._check_scheduler(pipe)
         self._pipe: Any = pipe
         self._class: Any = type(pipe)
         self._installed: list[Installed] = []
@@ -54,6 +55,16 @@ class GuidanceFree:
             self.own_scheduler, pipe.scheduler = pipe.scheduler, GridScheduler(self.sigmas)
         setattr(pipe, GUIDANCE_FREE, self)
         pipe.__class__ = _guidance_free_class(self._class)  # type: ignore[arg-type]  # classes can be hashed
+
+    def _check_scheduler(self, pipe: Any) -> None:
+        """Raise GuidanceFreeError where the adapters bring a scheduler, and a preset has brought one already."""
+        preset = getattr(getattr(pipe, PRESET, None), "preset", None)
+        if self.sigmas is not None and preset is not None and preset.scheduler is not None:
+            raise GuidanceFreeError(
+                f"{self.adapters[0].path.name} was distilled to noise levels of its own, for which it brings a "
+                f"scheduler, and a preset with a scheduler is at work, {preset.name}: call remove() on its handle "
+                "first, and leave scheduler out."
+            )
 
     def scale(self, part: str) -> float:
         """The guidance scale of the call that runs, of one of the transformers; 1 and less are no guidance."""

@@ -188,18 +188,20 @@ class Applied:
 
 
 class _Changed:
-    """An attribute of a pipeline that was set, until it is what it was."""
+    """An attribute of a pipeline that was set, until it is what it was; what somebody else set meanwhile stays."""
 
     def __init__(self, pipe: Any, name: str, value: Any) -> None:
-        self._pipe, self._name = pipe, name
+        self._pipe, self._name, self._value = pipe, name, value
         self._was_there = hasattr(pipe, name)
         self._before = getattr(pipe, name, None)
         setattr(pipe, name, value)
 
     def remove(self) -> None:
+        if getattr(self._pipe, self._name, None) is not self._value:
+            return
         if self._was_there:
             setattr(self._pipe, self._name, self._before)
-        elif hasattr(self._pipe, self._name):
+        else:
             delattr(self._pipe, self._name)
 
 

@@ -151,7 +151,7 @@ def chosen_scheduler(pipe: Any, preset: Preset) -> Any:
     choice = preset.scheduler
     cls = scheduler_class(choice)
     known = _settings_known(cls)
-    _check_replaced(pipe.scheduler, choice, known)
+    _check_replaced(pipe, choice, known)
     stated = _stated(pipe.scheduler, known)
     if issubclass(cls, GridScheduler | RenoisingScheduler) and not isinstance(pipe.scheduler, cls):
         # Others have settings of the same name that mean something else: UniPC's sigma_max is of Karras' levels.
@@ -191,9 +191,12 @@ def _flows(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or bool(has)
 
 
-def _check_replaced(own: Any, choice: SchedulerChoice, known: Sequence[str]) -> None:
+def _check_replaced(pipe: Any, choice: SchedulerChoice, known: Sequence[str]) -> None:
     """Raise PresetError where what the pipeline has cannot give its place to another scheduler."""
-    name = type(own).__name__
+    own, name = pipe.scheduler, type(pipe.scheduler).__name__
+    if getattr(getattr(pipe, GUIDANCE_FREE, None), "sigmas", None) is not None:
+        problem = "the pipeline is guidance-free by an adapter that was distilled to noise levels of its own"
+        raise PresetError("scheduler", problem, "Leave scheduler out.", choice.name)
     if isinstance(own, RenoisingScheduler) and choice.name != name:
         problem = f"the model was distilled for the times and noise of the {name}, and {choice.name} has others"
         raise PresetError("scheduler", problem, "Leave scheduler out.", value=choice.name)

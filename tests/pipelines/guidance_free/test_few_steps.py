@@ -13,7 +13,9 @@ from gft_calls import loaded, made, saved
 from tiny_wan import make_transformer
 
 import vidaccel
+from vidaccel import Preset
 from vidaccel.pipelines.guidance_free import GuidanceFreeError
+from vidaccel.pipelines.presets import PresetError, SchedulerChoice
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
 FEW = {
@@ -58,6 +60,21 @@ def test_a_scheduler_that_was_set_meanwhile_stays(pipe, adapter):
     other = pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     handle.remove()
     assert pipe.scheduler is other
+
+
+def test_a_preset_with_a_scheduler_is_refused_in_either_order(pipe, adapter):
+    """Each would put its own scheduler back over the other's."""
+    own, preset = pipe.scheduler, Preset(name="p", scheduler=SchedulerChoice("UniPCMultistepScheduler"))
+    with vidaccel.guidance_free(pipe, adapter):
+        with pytest.raises(PresetError, match="guidance-free by an adapter that was distilled to noise levels of its"):
+            vidaccel.apply(pipe, preset)
+        vidaccel.apply(pipe, Preset(name="none")).remove()
+    with (
+        vidaccel.apply(pipe, preset),
+        pytest.raises(GuidanceFreeError, match="a preset with a scheduler is at work, p: call remove"),
+    ):
+        vidaccel.guidance_free(pipe, adapter)
+    assert pipe.scheduler is own and torch.isfinite(made(pipe, 2.0)).all()
 
 
 def test_what_is_saved_is_the_pipeline_itself(tmp_path, pipe, adapter):

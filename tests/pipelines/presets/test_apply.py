@@ -159,6 +159,20 @@ def make_quantised(pipe, handle):
     return make_pipe(transformer=pipe.transformer)
 
 
+def test_a_scheduler_that_was_set_meanwhile_stays(pipe):
+    handle = vidaccel.apply(pipe, Preset(scheduler=SchedulerChoice("FlowMatchEulerDiscreteScheduler", {"shift": 9.0})))
+    mine = pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    handle.remove()
+    assert pipe.scheduler is mine
+    copied = copy.deepcopy(pipe)
+    handle = vidaccel.apply(copied, Preset(scheduler=SchedulerChoice("UniPCMultistepScheduler")))
+    other = copy.deepcopy(copied)
+    vidaccel.restore(other)
+    assert type(copied.scheduler).__name__ == "UniPCMultistepScheduler"
+    handle.remove()
+    assert other.scheduler.shift == copied.scheduler.shift == 7.0
+
+
 def test_another_scheduler_keeps_the_noise_levels_of_the_model(pipe):
     """Those of flow matching have two names for one number, and others must be told that it is flow matching."""
     euler, unipc = SchedulerChoice("FlowMatchEulerDiscreteScheduler"), SchedulerChoice("UniPCMultistepScheduler")
