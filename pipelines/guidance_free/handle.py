@@ -234,13 +234,12 @@ class _OnePass(CopiedNotPickled):
         """The first work of every call, and where negative prompts go."""
         encode = super().encode_prompt  # type: ignore[misc]  # of the pipeline
         given = inspect.signature(encode).bind(*args, **kwargs).arguments
-        handle = getattr(self, GUIDANCE_FREE)
-        handle.check_call(given.get("negative_prompt"), given.get("negative_prompt_embeds"))
+        _handle_of(self).check_call(given.get("negative_prompt"), given.get("negative_prompt_embeds"))
         return encode(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """What is saved is the pipeline without the adapter, so also with its own scheduler."""
-        handle, few = getattr(self, GUIDANCE_FREE), self.scheduler  # type: ignore[has-type]  # of the pipeline
+        handle, few = _handle_of(self), self.scheduler  # type: ignore[has-type]  # of the pipeline
         if handle.own_scheduler is None:
             return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         self.scheduler = handle.own_scheduler
@@ -248,6 +247,22 @@ class _OnePass(CopiedNotPickled):
             return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.scheduler = few
+
+
+def _handle_of(pipe: Any) -> GuidanceFree:
+    """That of a pipeline of such a class.
+
+    Raises:
+        GuidanceFreeError: there is none, because the pipeline was made by the class of another one.
+    """
+    handle = getattr(pipe, GUIDANCE_FREE, None)
+    if handle is None:
+        raise GuidanceFreeError(
+            f"this {type(pipe).__name__} has the class of a guidance-free one and no adapter: call remove() on the "
+            "handle of that one before making others by type(pipe), or make them by the class itself, as by "
+            "diffusers.WanPipeline.from_pipe(pipe)."
+        )
+    return handle  # type: ignore[no-any-return]
 
 
 @functools.cache

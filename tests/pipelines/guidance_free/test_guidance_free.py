@@ -153,6 +153,16 @@ def test_a_copy_of_the_pipeline_has_its_own(pipe, adapter):
     torch.testing.assert_close(made(twin, 2.0), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_pipeline_of_its_class_has_no_adapter(tmp_path, pipe, adapter):
+    with vidaccel.guidance_free(pipe, adapter):
+        other = type(pipe).from_pipe(pipe)
+        words = "WanPipeline has the class of a guidance-free one and no adapter: call remove"
+        with pytest.raises(GuidanceFreeError, match=words):
+            made(other)
+        with pytest.raises(GuidanceFreeError, match=words):
+            other.save_pretrained(tmp_path)
+
+
 def test_two_transformers(tmp_path):
     """An adapter for each, and the second has its own scale; both or none."""
     folder = saved(tmp_path / "two", transformer_2=make_transformer(1), boundary_ratio=0.9)
