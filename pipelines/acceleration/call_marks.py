@@ -6,6 +6,7 @@ from typing import Any
 
 from .clock import StepClock
 from .copies import CopiedNotPickled
+from .in_place import InPlace, remove_from
 
 BEGINNINGS = ("check_inputs", "prepare_latents")
 """What a pipeline calls once, before its runs: all of diffusers the first, but LTX for long videos the second."""
@@ -13,7 +14,7 @@ END = "maybe_free_model_hooks"
 """What it calls last."""
 
 
-class _Mark(CopiedNotPickled):
+class _Mark(InPlace):
     """In the place of one of these methods. It is set on the pipeline, not on its class.
 
     Args:
@@ -21,13 +22,11 @@ class _Mark(CopiedNotPickled):
     """
 
     def __init__(self, pipe: Any, name: str) -> None:
-        self._pipe, self._name = pipe, name
-        self._former = vars(pipe).get(name)  # what somebody else set there
         self.clocks: list[StepClock] = []
-        setattr(pipe, name, self)
+        super().__init__(pipe, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        method = self._former or getattr(type(self._pipe), self._name).__get__(self._pipe)
+        method = self._method()
         if self._name != END:
             for clock in self.clocks:
                 clock.call_begins()
@@ -42,15 +41,6 @@ class _Mark(CopiedNotPickled):
         finally:
             for clock in self.clocks:
                 clock.call_ended()
-
-    def remove(self) -> None:
-        """Give the pipeline back what it had."""
-        if vars(self._pipe).get(self._name) is not self:
-            return
-        if self._former is None:
-            delattr(self._pipe, self._name)
-        else:
-            setattr(self._pipe, self._name, self._former)
 
 
 class CallMarks(CopiedNotPickled):
@@ -67,7 +57,7 @@ class CallMarks(CopiedNotPickled):
         begin = next((name for name in BEGINNINGS if callable(getattr(pipe, name, None))), None)
         names = (begin, END) if begin is not None and callable(getattr(pipe, END, None)) else ()
         found = [(name, vars(pipe).get(name)) for name in names]
-        self._marks = [mark if isinstance(mark, _Mark) else _Mark(pipe, name) for name, mark in found]
+        self._marks = [m if isinstance(m, _Mark) and m.is_of(pipe) else _Mark(pipe, name) for name, m in found]
         for mark in self._marks:
             mark.clocks.append(clock)
 
@@ -82,7 +72,4 @@ class CallMarks(CopiedNotPickled):
 
 def remove_call_marks(pipe: Any) -> None:
     """Take all of them out of a pipeline."""
-    for name in (*BEGINNINGS, END):
-        mark = vars(pipe).get(name)
-        if isinstance(mark, _Mark):
-            mark.remove()
+    remove_from(pipe, *BEGINNINGS, END)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from .clock import StepClock
-from .copies import CopiedNotPickled
+from .in_place import InPlace, remove_from
 
 NAME = "progress_bar"
 
@@ -27,7 +27,7 @@ def loops_of(pipe: Any) -> list[Any]:
     return found
 
 
-class LoopEnd(CopiedNotPickled):
+class LoopEnd(InPlace):
     """In the place of a pipeline's `progress_bar`, of which every pipeline of diffusers makes one around its loop.
 
     A run that was interrupted (`pipe.interrupt`, Ctrl-C) or that failed has no last pass that its end could be told by,
@@ -40,31 +40,19 @@ class LoopEnd(CopiedNotPickled):
     """
 
     def __init__(self, pipe: Any, clock: StepClock) -> None:
-        self._pipe, self._clock = pipe, clock
-        self._former = vars(pipe).get(NAME)  # what somebody else set there
-        setattr(pipe, NAME, self)
+        self._clock = clock
+        super().__init__(pipe, NAME)
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Bar:
-        make = self._former or getattr(type(self._pipe), NAME).__get__(self._pipe)
+        make = self._method()
         self._clock.walks(kwargs.get("iterable", args[0] if args else None))
         return _Bar(make(*args, **kwargs), self._clock)
-
-    def remove(self) -> None:
-        """Give the pipeline back what it had. A second call does nothing."""
-        if vars(self._pipe).get(NAME) is not self:
-            return
-        if self._former is None:
-            delattr(self._pipe, NAME)
-        else:
-            setattr(self._pipe, NAME, self._former)
 
 
 def remove_loop_ends(pipe: Any) -> None:
     """Take every `LoopEnd` out of a pipeline."""
     for loop in loops_of(pipe):
-        end = vars(loop).get(NAME)
-        if isinstance(end, LoopEnd):
-            end.remove()
+        remove_from(loop, NAME)
 
 
 class _Bar:

@@ -46,7 +46,7 @@ class _Decode(CopiedNotPickled):
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Decode:
-        self.spans = []  # events of a GPU cannot be copied
+        memo[id(self.spans)] = []  # events of a GPU cannot be copied
         return super().__deepcopy__(memo)
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from tiny_pipelines import helios, run
 from tiny_wan import generate, make_pipe
 
@@ -71,6 +72,38 @@ def test_a_call_that_failed_and_a_loop_of_ones_own_are_calls_too():
         copied = copy.deepcopy(pipe)
         generate(copied, steps=1)
         assert calls(handle.report()) == [(n, n) for n in range(4)]
+
+
+def test_a_shallow_copy_runs_its_own_methods_and_gets_them_back():
+    freed = []
+
+    class Told(WanPipeline):
+        def maybe_free_model_hooks(self):
+            freed.append(self)
+
+    def marks(pipe):
+        return {"check_inputs", "maybe_free_model_hooks", "progress_bar"} & vars(pipe).keys()
+
+    pipe = make_pipe(Told)
+    handle = vidaccel.accelerate(pipe, METHOD)
+    twin, other = copy.copy(pipe), copy.copy(pipe)
+    generate(twin)
+    generate(pipe)
+    assert freed == [twin, pipe] and calls(handle.report()) == [(0, 0), (1, 1)]
+    handle.remove()
+    assert not marks(pipe) and len(marks(twin)) == 3
+    generate(twin)
+    vidaccel.restore(other)
+    assert freed[2:] == [twin] and not marks(twin) and not marks(other)
+    handle = vidaccel.accelerate(pipe, METHOD)
+    twin, other = copy.copy(pipe), copy.copy(pipe)
+    vidaccel.restore(twin)  # they have one transformer
+    assert not marks(pipe) and not marks(twin)
+    with vidaccel.accelerate(other, METHOD) as handle:
+        generate(other)
+        generate(other)
+        assert freed[3:] == [other] * 2 and calls(handle.report()) == [(0, 0), (1, 1)]
+    assert not marks(other)
 
 
 def test_the_account_of_a_preset_is_of_the_whole_video_too(chunked):

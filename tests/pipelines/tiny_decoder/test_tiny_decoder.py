@@ -97,7 +97,9 @@ def test_a_copy_decodes_by_itself_and_keeps_its_decoder():
     pipe = wan_kin.wan()
     handle = tiny_decoder(pipe, decoder_for(pipe.vae))
     frames = made(pipe)
+    seconds = handle.seconds
     twin = copy.deepcopy(pipe)
+    assert handle.seconds == seconds and len(seconds) == 1 and twin.vae.decode.spans == []
     handle.remove()
     assert torch.equal(made(twin), frames)
     assert twin.vae.decode.vae is twin.vae
