@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 
 import pytest
-from benchmark_scripts import ROOT, run
+from benchmark_scripts import imported, run
 
 HERE = {"system": "Linux x86_64", "CPU": "one, 2 cores", "device": "cpu", "torch": "2.13"}
 STEADY = [1.00, 1.01, 0.99, 1.00, 1.01]
@@ -15,17 +13,8 @@ STEADY = [1.00, 1.01, 0.99, 1.00, 1.01]
 
 @pytest.fixture(scope="module")
 def track():
-    file = ROOT / "benchmarks" / "track.py"
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(file.parent))
-        spec = importlib.util.spec_from_file_location("track", file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["track"] = module
-        spec.loader.exec_module(module)
-    yield module
-    for name in {"track", "common"} - before:  # other tests must not find what the scripts share
-        sys.modules.pop(name, None)
+    with imported("track") as module:
+        yield module
 
 
 def times(values, factor):
