@@ -15,10 +15,8 @@ of some rows against float32 under the same plan, and the seconds of the first c
 from __future__ import annotations
 
 import argparse  # not typer: machines with a GPU to measure on often have torch and nothing else
-import csv
 import gc
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -29,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from common import RESULTS, append_row, markdown_table, read_rows, version_of, write_csv, write_whole
+
 SAMPLE = 32  # rows whose error is measured
 FLUSHED = 256 * 2**20  # bytes written between two calls, more than any L2 cache
 
@@ -247,7 +246,7 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
     dtype = getattr(torch, arguments.dtype)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     direction = "backward" if arguments.backward else "forward"
-    rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    rows = read_rows(raw, to_append=True)
     made_with = f"{arguments.dtype}, torch {torch.__version__}"
     if others := {r.get("made_with", "unknown versions") for r in rows} - {made_with}:
         sys.exit(f"{raw} has rows of {', '.join(others)}, not of {made_with}: give another --out, or --fresh.")
@@ -289,8 +288,7 @@ def run(arguments: argparse.Namespace, raw: Path) -> None:
                     result |= measure(contender, tensors, plan, arguments.backward, arguments.repeats)
                 except Exception as error:  # a baseline that cannot run is a result, and says why
                     result["note"] = note_of(error)
-            with raw.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            append_row(raw, result)
             print(
                 *(f"{result.get(c, '')}" for c in ("shape", "plan", "density", "implementation", "ms", "note")),
                 flush=True,
@@ -355,15 +353,10 @@ def figure(table: list[dict], path: Path) -> bool:
     return True
 
 
-def publish(raw: Path, out: Path, versions: str) -> None:
+def publish(rows: list[dict], out: Path, versions: str) -> None:
     """Write the CSV, the page and the picture from the rows, each beside its place and then into it."""
-    table = summarise([json.loads(line) for line in raw.read_text().splitlines()])
-    temporary = out / ".attention.csv"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    os.replace(temporary, out / "attention.csv")
+    table = summarise(rows)
+    write_csv(out / "attention.csv", table)
     drawn = figure(table, out / ".attention.png")
     if drawn and (out / ".attention.png").exists():
         os.replace(out / ".attention.png", out / "attention.png")
@@ -375,11 +368,7 @@ def publish(raw: Path, out: Path, versions: str) -> None:
     lines.append(
         "![TFLOP/s over density](attention.png)" if drawn else "No picture: matplotlib is not installed there."
     )
-    rows = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    rows += ["| " + " | ".join(str(r[c]) for c in COLUMNS) + " |" for r in table]
-    temporary = out / ".attention.md"
-    temporary.write_text("\n\n".join([*lines, "\n".join(rows)]) + "\n")
-    os.replace(temporary, out / "attention.md")
+    write_whole(out / "attention.md", "\n\n".join([*lines, markdown_table(table)]) + "\n")
 
 
 def main() -> None:
@@ -409,13 +398,11 @@ def main() -> None:
         if arguments.fresh:
             raw.unlink(missing_ok=True)
         run(arguments, raw)
-        if not raw.exists():
+        rows = read_rows(raw)
+        if not rows:
             return
-        triton = importlib.util.find_spec("triton")
-        versions = f"torch {torch.__version__}, triton " + (
-            __import__("triton").__version__ if triton else "not installed"
-        )
-        publish(raw, arguments.out, f"{versions}, {arguments.dtype}")
+        versions = f"torch {torch.__version__}, triton {version_of('triton') or 'not installed'}"
+        publish(rows, arguments.out, f"{versions}, {arguments.dtype}")
 
 
 if __name__ == "__main__":

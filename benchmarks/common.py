@@ -29,7 +29,7 @@ def environment_line(device: str = "cpu") -> str:
 def version_of(module: str) -> str | None:
     """What a module says of itself, None where it is not installed.
 
-    Not by the name of the distribution, of which one module can have several: that of triton is `pytorch-triton-rocm` on
+    Not by the name of the distribution, of which a module can have several: that of triton is `pytorch-triton-rocm` on
     ROCm and `triton-windows` on Windows.
     """
     if importlib.util.find_spec(module) is None:
@@ -99,7 +99,9 @@ class Parts:
         goes_on = found.get("left") and found.get("made_with") == made_with
         self.done: dict[str, Any] = {name: found[name] for name in names if name in found} if goes_on else {}
         if self.done:
-            print(f"{file} is of a call that was broken off, and is gone on with (--fresh: not): {', '.join(self.done)}")
+            print(
+                f"{file} is of a call that was broken off, and is gone on with (--fresh: not): {', '.join(self.done)}"
+            )
 
     @property
     def left(self) -> list[str]:

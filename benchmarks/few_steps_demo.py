@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, environment_line, write_csv, write_markdown
+from common import RESULTS, append_row, environment_line, read_rows, write_csv, write_markdown
 from gft_demo import MODELS, loaded, made
 
 UNTRAINED = (20, 6, 4, 2)
@@ -207,7 +207,7 @@ def main(
     few = [read_adapter(place).path for place in (demo.few_steps() if few_steps is None else few_steps)]
     chosen = ways(own if guidance_free is None else read_adapter(guidance_free).path, few)
     raw = out / "few_steps_demo.jsonl"
-    done = {row["key"]: row for row in map(json.loads, raw.read_text().splitlines())} if raw.is_file() else {}
+    done = {row["key"]: row for row in read_rows(raw, to_append=True)}
     table = demo.path(demo.WAN).parent / "accuracy.json" if accuracy is None else accuracy
     reference = work / "two passes"
     reference.mkdir(parents=True, exist_ok=True)
@@ -222,8 +222,7 @@ def main(
             continue
         for row in rows_of(way, missing, reference, keep):
             done[row["key"]] = row
-            with raw.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(raw, row)
         print(way.key, line_of(way, [done[f"{way.key} {n}"] for n in range(prompts)]), flush=True)
         write(chosen, done, prompts, out, table)
     write(chosen, done, prompts, out, table)

@@ -12,7 +12,6 @@ The oracle keeps the best keys of each query, by the true weights, and drops the
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import typer
-from common import RESULTS, environment_line, write_csv, write_markdown
+from common import RESULTS, append_row, environment_line, read_rows, write_csv, write_markdown
 from heads import Tensors, demo_heads, synthetic_heads
 from quality import METHODS
 
@@ -172,16 +171,15 @@ def main(only: str = "", densities: str = "0.05,0.1,0.2,0.35,0.5", out: Path = R
     torch.set_num_threads(1)
     wanted = [float(d) for d in densities.split(",")]
     raw = out / "fidelity.jsonl"
-    rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    rows = read_rows(raw, to_append=True)
     done = {(r["calls"], r["method"], r["wanted"]) for r in rows}
-    with torch.inference_mode(), raw.open("a") as file:
+    with torch.inference_mode():
         for name, load in sets().items():
             if not re.search(only, name):
                 continue
             for row in measure(load, name, wanted, done):
                 rows.append(row)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+                append_row(raw, row)
                 print(row["calls"], row["method"], row["density"], row["error"], row.get("note", ""), flush=True)
     table, lost = pages(rows)
     write_csv(out / "fidelity.csv", table)

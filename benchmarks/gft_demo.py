@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, append_row, environment_line, read_rows, write_markdown
 from prompts import make, psnr
 
 MODELS = {"demo": ("demo_gft", 33), "demo-dc": ("demo_dc_gft", 32)}
@@ -199,7 +199,7 @@ def main(
     models = chosen(adapter or [])
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "gft_demo.jsonl"
-    rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    rows = read_rows(raw, to_append=True)
     pipes: dict[str, Any] = {}
     for row in rows_to_make(models, scale or [2.0], steps or [20, 6], prompts, rows):
         model = row["model"]
@@ -207,8 +207,7 @@ def main(
             pipes = {model: loaded(model)}
         row["ways"] = compared(pipes[model], models[model], model, row["number"], row["scale"], row["steps"])
         rows.append(row)
-        with raw.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(raw, row)
         psnr = ", ".join(f"{way}: {found['psnr']:.1f} dB" for way, found in row["ways"].items() if "psnr" in found)
         print(f"{row['key']}: {psnr}", flush=True)
     digests = {hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in models.values()}

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse  # not typer: machines with a GPU to measure on often have torch and nothing else
 import csv
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import write_markdown
+from common import read_rows, write_markdown
 
 from attention import summarise
 
@@ -47,14 +46,12 @@ class Measured:
         return [r for r in self.calls if r["plan"] == plan and abs(float(r["density"]) - density) < 0.1 * density]
 
     def over_dense(self, plan: str, density: float) -> float | None:
-        """How many times as fast as the fastest dense kernel."""
-        row = self.call(plan, density)
-        return None if row is None else float(row["vs_dense"])
+        """How many times as fast as the fastest dense kernel of others; None until one is measured."""
+        return _figure(self.call(plan, density), "vs_dense")
 
     def rate(self, plan: str, density: float) -> float | None:
         """TFLOP/s."""
-        row = self.call(plan, density)
-        return None if row is None else float(row["tflops"])
+        return _figure(self.call(plan, density), "tflops")
 
     def over_flex(self) -> float | None:
         """The least lead over compiled FlexAttention, of all sparse plans."""
@@ -74,9 +71,14 @@ class Measured:
 
     def extra_memory(self) -> float | None:
         """The largest peak above that of dense attention, in copies of q, k and v together."""
-        dense = [float(r["peak_mib"]) for r in self.calls if r["implementation"].startswith("sdpa")]
-        own = [float(r["peak_mib"]) for r in self.calls if r["implementation"] == "triton"]
+        dense = self._peaks(lambda implementation: implementation.startswith("sdpa"))
+        own = self._peaks(lambda implementation: implementation == "triton")
         return None if not dense or not own else (max(own) - min(dense)) / MIB_OF_QKV
+
+    def _peaks(self, of: Callable[[str], bool]) -> list[float]:
+        """MiB; of calls on a CPU none is known."""
+        peaks = [_figure(row, "peak_mib") for row in self.calls if of(row["implementation"])]
+        return [peak for peak in peaks if peak is not None]
 
     def pass_ms(self, start: str) -> float | None:
         """Milliseconds of a pass beside the forward kernel, by how its name starts."""
@@ -87,11 +89,16 @@ class Measured:
         return next((float(r["ms"]) for r in self.parts.get("planning", ()) if r["method"] == method), None)
 
 
+def _figure(row: dict | None, column: str) -> float | None:
+    """A figure of a row; None without the row, and where the row has none."""
+    return None if row is None or row[column] in ("", None) else float(row[column])
+
+
 def _calls(folder: Path) -> list[dict]:
     """The rows of `attention.py`, of a run that is not at its end too."""
     raw, table = folder / "attention.jsonl", folder / "attention.csv"
     if raw.is_file():
-        return summarise([json.loads(line) for line in raw.read_text().splitlines()])
+        return summarise(read_rows(raw))
     return list(csv.DictReader(table.read_text().splitlines())) if table.is_file() else []
 
 
@@ -154,9 +161,7 @@ def write(folder: Path) -> list[dict[str, str]]:
         f"Targets are for one H100, bfloat16, {SHAPE}; predictions were read from compiled code before any GPU "
         "had run it. Made by `python benchmarks/gpu_targets.py`."
     )
-    beside = folder / "targets.partial"
-    write_markdown(beside, f"Expected and measured: {gpus}", text, rows)
-    os.replace(beside, folder / "targets.md")
+    write_markdown(folder / "targets.md", f"Expected and measured: {gpus}", text, rows)
     return rows
 
 

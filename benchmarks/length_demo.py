@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, append_row, environment_line, read_rows, write_markdown
 from prompts import make
 
 BASE_FRAMES = 9  # latent, of the 33 that the model was trained on
@@ -69,7 +69,7 @@ def measure(
 
     from vidaccel import VideoLayout, demo
 
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_rows(path, to_append=True)
     settings = {"frames": frames, "steps": steps}
     for row in rows:
         if row["settings"] != settings:
@@ -98,8 +98,7 @@ def measure(
                     "settings": settings,
                 }
                 rows.append(row)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(path, row)
                 print(name, number, made.right, f"{row['seconds']:.1f} s", flush=True)
     return rows
 
@@ -187,9 +186,10 @@ def main(
         made = {"environment": environment_line(), "rows": cost(repeats)}
         costs.write_text(json.dumps(made, indent=1) + "\n")
     raw = out / "length_demo.jsonl"
-    rows = [] if cost_of_training else measure(raw, (adapter, dense_adapter), only, prompts, frames, denoising_steps)
-    if cost_of_training and raw.exists():
-        rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    if cost_of_training:
+        rows = read_rows(raw)
+    else:
+        rows = measure(raw, (adapter, dense_adapter), only, prompts, frames, denoising_steps)
     tables = ([summary(rows)] if rows else []) + ([json.loads(costs.read_text())["rows"]] if costs.exists() else [])
     write_markdown(
         out / "length_demo.md",

@@ -5,7 +5,6 @@ For `forecast_cache_demo.py` and `guidance_cache_demo.py`.
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import environment_line, write_csv, write_markdown
+from common import append_row, environment_line, read_rows, write_csv, write_markdown
 from prompts import make, psnr
 
 STEPS, FRAMES = 20, 33
@@ -111,7 +110,7 @@ def run(name: str, title: str, about: str, rows: Mapping[str, Row], plain: str, 
     described = {name: repr(row) for name, row in rows.items()}
     out.mkdir(parents=True, exist_ok=True)
     raw = out / f"{name}.jsonl"
-    done = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    done = read_rows(raw, to_append=True)
     done = [each for each in done if each["settings"] == described]  # those of other settings do not count
     pipe = load(inspect_model("demo"), torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
@@ -119,8 +118,7 @@ def run(name: str, title: str, about: str, rows: Mapping[str, Row], plain: str, 
         if any(each["number"] == number for each in done):
             continue
         done.append({"number": number, "settings": described, "rows": measured(pipe, rows, number)})
-        with raw.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+        append_row(raw, done[-1])
         print(number, {name: row.get("psnr") for name, row in done[-1]["rows"].items()}, flush=True)
     text = (
         f"{environment_line()}, one thread. Made by `benchmarks/{name}.py`.\n\n"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, environment_line, write_csv, write_markdown
+from common import RESULTS, append_row, environment_line, read_rows, write_csv, write_markdown
 
 
 def rows_of() -> dict[str, Any]:
@@ -116,7 +116,7 @@ def main(
     size = {"frames": 9, "height": 64, "width": 64} if small else {}
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "preset_demo.jsonl"
-    done = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    done = read_rows(raw, to_append=True)
     # Those of other settings do not count.
     done = [each for each in done if each["presets"] == described and each.get("size", {}) == size]
     pipes = {}
@@ -129,8 +129,7 @@ def main(
             continue
         each = {"number": number, "size": size, "presets": described, "rows": measured(pipes, rows, number, size)}
         done.append(each)
-        with raw.open("a") as file:
-            file.write(json.dumps(each) + "\n")
+        append_row(raw, each)
         print(
             number, {name: (round(row["seconds"], 2), row["right"]) for name, row in each["rows"].items()}, flush=True
         )

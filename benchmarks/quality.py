@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from common import RESULTS, environment_line, write_csv, write_markdown
+from common import RESULTS, UNFINISHED, environment_line, read_rows, write_csv, write_markdown, write_whole
 
 # Name in the table -> method and settings. A method with one mask for the whole run is to be held against the fixed
 # control, one that plans at every step against the redrawn one.
@@ -295,7 +295,7 @@ def main(
     """
     values = tuple(float(d) for d in densities.split(","))
     raw = out / "quality.jsonl"
-    rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    rows = read_rows(raw)
     settings = {"steps": steps, "dense_steps": dense_steps, "densities": densities, "first_seed": first_seed}
     if size != 128:  # of which nothing was said in the rows that there were before
         settings["size"] = size
@@ -323,7 +323,8 @@ def main(
             made = [{**row, "settings": settings} for row in found]
             again = {(row["seed"], row["configuration"]) for row in made}
             rows = [row for row in rows if (row["seed"], row["configuration"]) not in again] + made
-            raw.write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["seed"])))
+            ordered = sorted(rows, key=lambda row: row["seed"])
+            write_whole(raw, "".join(json.dumps(row) + "\n" for row in ordered))
             print(f"{len(rows)} videos", flush=True)
     table = summarise(rows)
     write_csv(out / "quality.csv", table)
@@ -353,7 +354,7 @@ def main(
     )
     if not finished:
         print("the time is up; call again to go on")
-        raise typer.Exit(1)
+        raise typer.Exit(UNFINISHED)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, environment_line, read_rows, write_markdown
 from prompts import Made, make, psnr
 
 ARMS = {"all": "SLA, linear attention over all keys", "none": "block-sparse alone"}
@@ -50,23 +50,21 @@ def train(
             changes += [f"sla.topk={share(blocks)}", "loop.tracker=none"]
             if start is not None:
                 changes.append(f"sla.start={start / f'sla_{arm}' / 'pipeline'}")
-            if json.loads(_last(work / f"sla_{arm}")).get("step", 0) < upto or upto == steps:
+            if _last(work / f"sla_{arm}").get("step", 0) < upto or upto == steps:
                 found[arm] = Path(run("sla", config_folder() / "demo_sla.yaml", changes, resume="auto")["pipeline"])
     return found
 
 
-def _last(run: Path) -> str:
-    """The last line of a run's log; "{}" without any."""
-    log = run / "log.jsonl"
-    return log.read_text().splitlines()[-1] if log.is_file() else "{}"
+def _last(run: Path) -> dict:
+    """The last row of a run's log; an empty one without any."""
+    return next(reversed(read_rows(run / "log.jsonl")), {})
 
 
 def learned(runs: dict[str, Path]) -> list[dict]:
     """The error of the velocity against that of dense attention, as a share of its square, at each validated step."""
     rows: dict[int, dict] = {}
     for arm, folder in runs.items():
-        log = folder / "log.jsonl"
-        for line in map(json.loads, log.read_text().splitlines() if log.is_file() else ()):
+        for line in read_rows(folder / "log.jsonl"):
             if "validation_off_dense" in line:
                 rows.setdefault(line["step"], {"step": line["step"]} | dict.fromkeys(ARMS.values(), ""))
                 rows[line["step"]][ARMS[arm]] = f"{line['validation_off_dense']:.4f}"
@@ -162,7 +160,7 @@ def main(
         runs = {name: folder.parent for name, folder in trained.items()}
     arms = {name: folder / "pipeline" / "transformer" for name, folder in runs.items()}
     rows = compare(arms, blocks, prompts, denoising_steps, guidance_scale, processes)
-    done = {name: json.loads(_last(folder)).get("step", 0) for name, folder in runs.items()}
+    done = {name: _last(folder).get("step", 0) for name, folder in runs.items()}
     facts = {"environment": environment_line(), "steps": done}
     facts |= {"prompts": prompts, "denoising_steps": denoising_steps, "guidance_scale": guidance_scale}
     facts["went_on"] = start is not None or any(_starts(folder) for folder in runs.values())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from common import RESULTS, environment_line, write_markdown
+from common import RESULTS, append_row, environment_line, read_rows, write_markdown
 
 SAME = 100.0
 """PSNR that a video counts with that is dense to the bit, in dB."""
@@ -129,10 +129,7 @@ def measure(work: Path, found: dict[str, dict[str, Any]], count: int) -> dict[st
         if each["tuned"] is not None:
             rows[each["tuned_label"]] = Preset.from_dict(each["tuned"])
     file = work / "videos.jsonl"
-    done: dict[tuple[int, str], dict[str, Any]] = {}
-    if file.is_file():
-        lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-        done = {(line["prompt"], line["row"]): line for line in lines}
+    done = {(line["prompt"], line["row"]): line for line in read_rows(file, to_append=True)}
     from diffusers import WanPipeline
 
     pipe = WanPipeline.from_pretrained(demo.path())
@@ -165,8 +162,7 @@ def measure(work: Path, found: dict[str, dict[str, Any]], count: int) -> dict[st
                 "computed": counts["computed"],
                 "forwards": counts["forwards"],
             }
-            with file.open("a") as out:
-                out.write(json.dumps(line) + "\n")
+            append_row(file, line)
             done[number, row] = line
         print("prompt", number, flush=True)
     whole = [number for number in others if all((number, row) in done for row in rows)]

@@ -68,7 +68,9 @@ def test_parts_of_a_call_that_was_broken_off_are_gone_on_with(common, tmp_path, 
     assert not list(tmp_path.glob("*.part")) and not capsys.readouterr().out
     again = begin()
     assert again.done == {"a": [{"ms": 1.0}]} and again.left == ["b"]
-    assert "parts.json is of a call that was broken off, and is gone on with (--fresh: not): a" in capsys.readouterr().out
+    assert (
+        "parts.json is of a call that was broken off, and is gone on with (--fresh: not): a" in capsys.readouterr().out
+    )
     assert begin("torch 3").done == {} and begin(fresh=True).done == {}
     again.add("b", [])
     assert json.loads(file.read_text())["left"] == []

@@ -140,6 +140,27 @@ def test_what_was_expected_of_a_gpu_stands_beside_what_was_measured(tmp_path):
         assert line in page
 
 
+def measured_row(**changes):
+    """A row of `attention.py` at the size that the targets are of."""
+    own = {"gpu": "NVIDIA H200", "shape": "wan-14b-720p", "plan": "dense", "wanted": 1.0, "density": 1.0}
+    own |= {"implementation": "triton", "pass": "forward", "ours": True, "ms": 263.3, "tflops": 445, "planning_ms": 0.0}
+    return own | {"peak_mib": 900} | changes
+
+
+def test_targets_of_a_run_that_was_killed_after_its_first_rows(tmp_path):
+    """No dense kernel of others is measured yet, to which ratios would be, and half a row stands at the end."""
+    rows = [measured_row(), measured_row(plan="radial", wanted=0.25, density=0.2496, peak_mib=None)]
+    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"gpu": "NVID')
+    run("gpu_targets.py", "--results", str(tmp_path))
+    page = (tmp_path / "targets.md").read_text()
+    for line in (
+        "| density 1 over the fastest SDPA | target | at least 0.8 times | not yet |  |",
+        "| peak memory above dense, in copies of q, k, v | target | at most 2 copies | not yet |  |",
+        "| forward kernel, Radial at .25 | prediction | at least 420 TFLOP/s | 445 | yes |",
+    ):
+        assert line in page
+
+
 @pytest.mark.slow
 def test_first_gpu_run_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("triton")
