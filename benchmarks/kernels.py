@@ -6,21 +6,23 @@
 
 Needs torch and triton alone. This is what the launch tables in `attention/kernels/` are chosen by; `attention.py` holds
 the whole against other implementations. Random tokens: k-means makes clusters of even sizes of them. Prints as it goes,
-and writes `benchmarks/results/kernels-GPU-SHAPE.md`, and the rows as `.json`, at the end. Without a GPU, to see whether
-it runs: set `TRITON_INTERPRET=1`, and `--shape toy --density 0.8 --device cpu --dtype float32 --chosen`.
+and writes `benchmarks/results/kernels-GPU-SHAPE.md`, and the rows as `.json`, after each part. A call that was broken
+off is gone on with by the next of the same machine, versions and options, unless that has `--fresh`, as after a change
+of a kernel. Without a GPU, to see whether it runs: set `TRITON_INTERPRET=1`, and `--shape toy --density 0.8 --device
+cpu --dtype float32 --chosen`.
 """
 
 from __future__ import annotations
 
 import argparse  # not typer: machines with a GPU to measure on often have torch and nothing else
-import json
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from attention import RESULTS, SHAPES, Shape, find_package, time_calls
+from common import RESULTS, Parts, markdown_table, write_whole
+
+from attention import SHAPES, Shape, find_package, time_calls
 
 PARTS = ("forward", "variants", "passes", "planning")
 DENSITIES = {"radial": 0.25, "svg": 0.3, "svg2": 0.1, "tangent": 0.1}
@@ -37,13 +39,6 @@ def configurations() -> list[Any]:
     return plain + [Tiles(*size, described=True) for size in sizes]
 
 
-def methods(layout, density: float | None) -> Iterator[tuple[str, Any]]:
-    from vidaccel.attention import METHODS
-
-    for name, usual in DENSITIES.items():
-        yield name, METHODS[name].for_density(layout, density or usual)
-
-
 class Bench:
     """Random q, k and v of a shape, and the clock."""
 
@@ -54,6 +49,7 @@ class Bench:
 
         self.layout = VideoLayout(shape.frames, shape.height, shape.width, text_after=shape.text)
         self.repeats, self.density = arguments.repeats, arguments.density
+        self._methods: dict[str, Any] = {}
         self.tried = [] if arguments.chosen else configurations()
         device, dtype = arguments.device, getattr(torch, arguments.dtype)
         generator = torch.Generator(device).manual_seed(0)
@@ -61,6 +57,14 @@ class Bench:
         self.tensors = [
             torch.randn(size, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)
         ]
+
+    def method(self, name: str) -> Any:
+        """A method at the density that is measured, which takes seconds to find for some: when wanted, and once."""
+        from vidaccel.attention import METHODS
+
+        if name not in self._methods:
+            self._methods[name] = METHODS[name].for_density(self.layout, self.density or DENSITIES[name])
+        return self._methods[name]
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
         call()
@@ -75,10 +79,8 @@ class Bench:
         from vidaccel.attention.kernels.stand_ins import stand_ins_of
 
         q, k, v = self.tensors
-        for name, method in methods(self.layout, self.density):
-            if name == "svg":
-                continue
-            plan = method.plan(q, k, v, self.layout, PlanMemory())
+        for name in ("radial", "svg2", "tangent"):
+            plan = self.method(name).plan(q, k, v, self.layout, PlanMemory())
             keys, values, _ = keys_in_order(k, v, plan.kv_order, False)
             stand_ins = None if plan.skipped is None else stand_ins_of(plan, q.dtype)
             operations = 4 * q.shape[-1] * plan.density() * q.shape[1] * plan.n_q * plan.n_kv
@@ -116,10 +118,8 @@ class Bench:
         from vidaccel.attention import PlanMemory
 
         q, k, v = self.tensors
-        for name, method in methods(self.layout, self.density):
-            if name not in (("radial", "tangent") if self.tried else ("radial",)):
-                continue
-            plan = method.plan(q, k, v, self.layout, PlanMemory())
+        for name in ("radial", "tangent") if self.tried else ("radial",):
+            plan = self.method(name).plan(q, k, v, self.layout, PlanMemory())
             plain = sparse_attention(q, k, v, plan, backend="triton")
             for variant, options in VARIANTS.items():
                 formats = {key: value for key, value in options.items() if key != "pv_threshold"}
@@ -139,7 +139,7 @@ class Bench:
         from vidaccel.attention.kernels import kmeans, permute, probe, walk
 
         q, k, v = self.tensors
-        plan = dict(methods(self.layout, self.density))["svg2"].plan(q, k, v, self.layout, PlanMemory())
+        plan = self.method("svg2").plan(q, k, v, self.layout, PlanMemory())
         mean = k.mean(2, keepdim=True).float()
         clusters = plan.selection[1].shape[-1]
         centers = k[:, :, :: max(1, k.shape[2] // clusters)][:, :, :clusters].float()
@@ -168,8 +168,8 @@ class Bench:
 
         q, k, v = self.tensors
         activity = torch.profiler.ProfilerActivity
-        for name, method in methods(self.layout, self.density):
-            memory = PlanMemory()
+        for name in DENSITIES:
+            method, memory = self.method(name), PlanMemory()
 
             def call(method=method, memory=memory):
                 return method.plan(q, k, v, self.layout, memory)
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--density", type=float, default=None, help="of all methods; for short sequences")
     parser.add_argument("--chosen", action="store_true", help="of the forward kernel only the chosen configuration")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with a call that was broken off")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     import torch
@@ -208,33 +209,30 @@ def main() -> None:
         torch.cuda.set_device(torch.device(arguments.device))  # on whose stream events are recorded
     name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "interpreter"
     torch.set_grad_enabled(False)
-    bench = Bench(SHAPES[arguments.shape], arguments)
-    lines = [
-        f"# Parts of a sparse call: {name}, {arguments.shape}",
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    page = arguments.out / f"kernels-{name.replace(' ', '-')}-{arguments.shape}.md"
+    made_with = (
         f"`python benchmarks/kernels.py --shape {arguments.shape} --parts {' '.join(arguments.parts)}`; torch "
         f"{torch.__version__}, triton {triton.__version__}, {arguments.dtype}; medians of {arguments.repeats} with a "
-        "cold L2 cache. Tiles are queries, keys, warps, stages, keys of a tail, and whether keys come through tensor "
-        "descriptors.",
-    ]
-    measured: dict[str, list[dict]] = {}
-    for part in arguments.parts:
-        rows = measured.setdefault(part, [])
+        "cold L2 cache"
+    )
+    options = f"; --density {arguments.density}" + (", --chosen" if arguments.chosen else "")
+    parts = Parts(page.with_suffix(".json"), arguments.parts, made_with + options, arguments.fresh)
+    bench = Bench(SHAPES[arguments.shape], arguments)
+    for part in parts.left:
+        rows = []
         for row in getattr(bench, part)():
             print(*row.values(), flush=True)
             rows.append(row)
-        lines += [f"## {part}", _table(rows)]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"kernels-{name.replace(' ', '-')}-{arguments.shape}.md"
-    for file, text in ((path.with_suffix(".json"), json.dumps(measured, indent=1)), (path, "\n\n".join(lines))):
-        beside = file.with_suffix(".partial")
-        beside.write_text(text + "\n")
-        os.replace(beside, file)
-
-
-def _table(rows: list[dict]) -> str:
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in rows])
+        parts.add(part, rows)
+        text = [
+            f"# Parts of a sparse call: {name}, {arguments.shape}",
+            f"{made_with}. Tiles are queries, keys, warps, stages, keys of a tail, and whether keys come through "
+            "tensor descriptors.",
+        ]
+        text += [f"## {known}\n\n{markdown_table(measured)}" for known, measured in parts.done.items()]
+        text += [f"Not measured yet: {', '.join(parts.left)}."] if parts.left else []
+        write_whole(page, "\n\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

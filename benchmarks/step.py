@@ -8,18 +8,20 @@
 Random weights have the speed of trained ones. k-means takes as long as on real tokens, and plans have the density that
 was asked for; which head is spatial or temporal is meaningless. Needs diffusers. `--layers` measures fewer layers than
 the model has, where memory or time is short; the time outside attention shrinks with them. Results go to
-`benchmarks/results/step-*`, one table per model and size.
+`benchmarks/results/step-*`, one table per model and size, after each method. A call that was broken off is gone on with
+by the next of the same machine, versions and options, unless that has `--fresh`.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from common import RESULTS, environment_line, write_csv, write_markdown
+from common import RESULTS, Parts, environment_line, write_csv, write_markdown
 from step_models import MODELS
 
 METHODS = ("radial", "svg", "svg2", "tangent")
@@ -76,6 +78,7 @@ def main(
     backend: str = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with a call that was broken off.")] = False,
     out: Path = RESULTS,
 ) -> None:
     """Measure dense and every method on random weights."""
@@ -113,27 +116,39 @@ def main(
     ((_, family),) = find_transformers(transformer).values()
     (layout,) = family.layout(transformer, inputs)
     inputs["return_dict"] = False
-    rows = []
-    for name in ("dense", *METHODS):
-        method = CLASSES[METHODS[0] if name == "dense" else name].for_density(layout, density, schedule=DenseSchedule())
-        schedule = DenseSchedule(first_steps=10**6) if name == "dense" else None
-        row = measure(transformer, inputs, method, schedule, backend, steps, device)
-        base = rows[0]["seconds"] if rows else row["seconds"]
-        rows.append({"method": name, "step speed-up": f"{base / row['seconds']:.2f}x", **row})
-        print(name, row["step ms"], "ms", flush=True)
-    table = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     stem = f"step-{model}-{width}x{height}x{frames}"
-    write_csv(out / f"{stem}.csv", table)
-    write_markdown(
-        out / f"{stem}.md",
-        f"One step of {model}, {frames} frames of {width}x{height}: {layout.tokens} tokens",
+    made_with = (
         f"`python benchmarks/step.py --model {model} --frames {frames} --height {height} --width {width} --density "
         f"{density} --layers {layers} --steps {steps}`; random weights, {len(family.modules(transformer))} layers of "
-        f"{config.num_attention_heads} heads of {config.attention_head_dim}, {kind}; {environment_line(device.type)}. "
-        f"Median of {steps} with the smallest and largest in brackets. The first step, which compiles kernels and "
-        "begins k-means, is apart.",
-        table,
+        f"{config.num_attention_heads} heads of {config.attention_head_dim}, {kind}; {environment_line(device.type)}"
     )
+    out.mkdir(parents=True, exist_ok=True)
+    parts = Parts(out / f"{stem}.json", ("dense", *METHODS), f"{made_with}; --backend {backend}", fresh)
+
+    @cache
+    def method(name: str):  # found once: for some that takes seconds at the size of a large model
+        return CLASSES[name].for_density(layout, density, schedule=DenseSchedule())
+
+    for name in parts.left:
+        chosen = method(METHODS[0] if name == "dense" else name)
+        schedule = DenseSchedule(first_steps=10**6) if name == "dense" else None
+        parts.add(name, measure(transformer, inputs, chosen, schedule, backend, steps, device))
+        print(name, parts.done[name]["step ms"], "ms", flush=True)
+        base = parts.done["dense"]["seconds"]
+        table = [
+            {"method": known, "step speed-up": f"{base / row['seconds']:.2f}x", **row}
+            for known, row in parts.done.items()
+        ]
+        table = [{column: value for column, value in row.items() if column != "seconds"} for row in table]
+        write_csv(out / f"{stem}.csv", table)
+        write_markdown(
+            out / f"{stem}.md",
+            f"One step of {model}, {frames} frames of {width}x{height}: {layout.tokens} tokens",
+            f"{made_with}. Median of {steps} with the smallest and largest in brackets. The first step, which compiles "
+            "kernels and begins k-means, is apart."
+            + (f" Not measured yet: {', '.join(parts.left)}." if parts.left else ""),
+            table,
+        )
 
 
 if __name__ == "__main__":

@@ -62,25 +62,20 @@ def test_attention_backward(tmp_path):
 
 @pytest.mark.slow
 def test_step(tmp_path):
-    size = ["--frames", "9", "--height", "64", "--width", "64"]
-    run(
-        "step.py",
-        "--model",
-        "tiny",
-        *size,
-        "--steps",
-        "2",
-        "--density",
-        "0.6",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    )
+    work = ["--model", "tiny", "--frames", "9", "--height", "64", "--width", "64", "--steps", "2", "--density", "0.6"]
+    work += ["--device", "cpu", "--out", str(tmp_path)]
+    run("step.py", *work)
     rows = table(tmp_path / "step-tiny-64x64x9.csv")
     assert [r["method"] for r in rows] == ["dense", "radial", "svg", "svg2", "tangent"]
     assert all(float(r["attention ms"]) > 0 for r in rows) and float(rows[3]["planning ms"]) > 0
     assert float(rows[0]["density"]) == 1 and all(0.4 < float(r["density"]) < 0.8 for r in rows[1:])
+    kept = tmp_path / "step-tiny-64x64x9.json"
+    broken_off = {**json.loads(kept.read_text()), "left": ["tangent"]}
+    del broken_off["tangent"]
+    kept.write_text(json.dumps(broken_off))
+    run("step.py", *work)
+    again = table(tmp_path / "step-tiny-64x64x9.csv")
+    assert again[:4] == rows[:4] and again[4]["method"] == "tangent" and again[4] != rows[4]
 
 
 @pytest.mark.slow
