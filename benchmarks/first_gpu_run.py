@@ -174,7 +174,8 @@ def pack(folder: Path, archive: Path) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """What `pack` made, in a folder."""
     with tarfile.open(archive) as file:
-        file.extractall(folder, filter="data")
+        # The first versions of Python 3.11 have no filters.
+        file.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     print(f"{archive} is unpacked: what it has is gone on with", flush=True)
 
 

@@ -145,10 +145,13 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
+    """The version of a package, "not installed" without it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        # Looked for only now, as it reads every distribution: that of triton has another name on ROCm and on Windows.
+        others = metadata.packages_distributions().get(package)
+        return metadata.version(others[0]) if others else "not installed"
 
 
 def synchronise(device: torch.device) -> None:

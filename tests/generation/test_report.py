@@ -13,6 +13,7 @@ import torch
 
 from vidaccel.attention.records import percent
 from vidaccel.generation.comparison import Comparison, GeneratedVideo, compare, mean_psnr
+from vidaccel.generation.machine import version_of
 from vidaccel.generation.report import (
     cluster_deciles,
     format_psnr,
@@ -267,3 +268,15 @@ class TestMeasuredErrors:
 )
 def test_percents_have_two_digits_that_count(share, shown):
     assert percent(share) == shown
+
+
+def test_a_package_whose_distribution_has_another_name_has_its_version(tmp_path, monkeypatch):
+    """As triton is `pytorch-triton-rocm` on ROCm, and `triton-windows` on Windows."""
+    (tmp_path / "triangles").mkdir()
+    facts = tmp_path / "pytorch_triangles_rocm-3.9.1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: pytorch-triangles-rocm\nVersion: 3.9.1\n")
+    (facts / "top_level.txt").write_text("triangles\n")
+    assert version_of("triangles") == "not installed"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert version_of("triangles") == "3.9.1"
