@@ -171,6 +171,15 @@ def pack(folder: Path, archive: Path) -> None:
     os.replace(beside, archive)
 
 
+def is_whole(archive: Path) -> bool:
+    """Whether a file is an archive that can be read to its end."""
+    try:
+        with tarfile.open(archive) as file:
+            return bool(file.getmembers())
+    except (tarfile.TarError, EOFError, OSError):
+        return False
+
+
 def unpack(archive: Path, folder: Path) -> None:
     """What `pack` made, in a folder."""
     with tarfile.open(archive) as file:
@@ -259,8 +268,8 @@ def main() -> None:
     if archive is not None:
         if archive.resolve().is_relative_to(out.resolve()):
             parser.error(f"--archive {archive} is in --out {out}, which is packed into it: give a place outside.")
-        if archive.exists() and not tarfile.is_tarfile(archive):
-            parser.error(f"--archive {archive} is there and is no archive: give another name, or remove it.")
+        if archive.exists() and not is_whole(archive):
+            parser.error(f"--archive {archive} is there and is no whole archive: give another name, or remove it.")
         archive.parent.mkdir(parents=True, exist_ok=True)
     # As Ctrl-C does: the step is ended with this process, and what it was is written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -137,7 +137,7 @@ def test_results_of_another_machine_are_put_aside(first_gpu_run, calls, capsys):
     assert calls(steps, machine="another GPU", fresh=True) == ["a"] and (calls.out / "earlier-2" / "a.log").exists()
 
 
-def test_archives_that_cannot_be_used_are_refused(tmp_path):
+def test_archives_that_cannot_be_used_are_refused(first_gpu_run, tmp_path):
     def refusal(*arguments):
         command = [sys.executable, ROOT / "benchmarks" / "first_gpu_run.py", "--toy", "--out", tmp_path / "gpu"]
         result = subprocess.run([*command, *arguments], capture_output=True, text=True)
@@ -146,8 +146,14 @@ def test_archives_that_cannot_be_used_are_refused(tmp_path):
 
     within = refusal("--archive", tmp_path / "gpu" / "all.tar.gz")
     assert "which is packed into it: give a place outside" in within
-    (tmp_path / "notes.txt").write_text("no archive")
-    assert "is there and is no archive: give another name" in refusal("--archive", tmp_path / "notes.txt")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "noise").write_bytes(os.urandom(100_000))
+    first_gpu_run.pack(tmp_path / "some", tmp_path / "whole")
+    (tmp_path / "torn").write_bytes((tmp_path / "whole").read_bytes()[:50_000])
+    (tmp_path / "notes").write_text("no archive")
+    for name in ("torn", "notes"):
+        assert "is there and is no whole archive: give another name" in refusal("--archive", tmp_path / name)
+    assert first_gpu_run.is_whole(tmp_path / "whole")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="groups of processes are POSIX's")
