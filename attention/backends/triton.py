@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ..own_kernels import INSTALL_TRITON, MIN_COMPUTE_CAPABILITY, MOST_CHANNELS, has_triton
+from ..own_kernels import INSTALL_TRITON, MOST_CHANNELS, gpu_lacks, has_triton
 from ..plan import BlockPlan
 from .base import AS_INPUTS, Backend, Capability, Precision, Request
 
@@ -58,11 +58,7 @@ class TritonBackend(Backend):
                 "runs on cuda; on the cpu only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before the "
                 "first import of triton"
             )
-        found = _compute_capability(device)
-        if found < MIN_COMPUTE_CAPABILITY:
-            needed = ".".join(map(str, MIN_COMPUTE_CAPABILITY))
-            return f"needs a GPU of compute capability {needed} or higher, and this one has {found[0]}.{found[1]}"
-        return None
+        return gpu_lacks(device)
 
     def declines(self, request: Request) -> str | None:
         reason = super().declines(request)
@@ -170,6 +166,5 @@ def _key_block(plan: BlockPlan) -> int:
 
 
 def _compute_capability(device: torch.device) -> tuple[int, int]:
-    # torch.compile traces through the choice of a backend, and knows this way of asking.
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor

@@ -64,8 +64,13 @@ SCATTERED_TILES = {
     (9, 64, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
     (9, 128, 2): Tiles(64, 64, 4, 3, tail=32, described=True),
 }
-# With a second stage, which is decided for all rows of a program: those of one warp group.
-SECOND_STAGE_TILES = SCATTERED_TILES | {(10, width, 2): Tiles(64, 64, 4, 3) for width in (64, 128)}
+# With a second stage, which is decided for all rows of a program: those of one warp group. Where there are none, what a
+# branch costs is shared by more keys.
+SECOND_STAGE_TILES = SCATTERED_TILES | {
+    (10, 64, 2): Tiles(64, 64, 4, 3),
+    (10, 128, 2): Tiles(64, 64, 4, 3),
+    (0, 128, 2): Tiles(128, 64, 8, 2),
+}
 
 
 # -- the forward kernel ----------------------------------------------------------------------------------------------
@@ -229,7 +234,7 @@ def launch_forward(
             *plan_strides(plan.tile_len.shape), heads, heads // k.shape[1], heads // v.shape[1],
             plan.n_q, plan.n_kv, pieces, plan.tile_len.shape[-1],
             walk.full_start.shape[-1], walk.tail_start.shape[-1], qk_scale, bound,
-            D=dim, D_PAD=d_pad, PART=part_width(major_of(q), d_pad, tiles, v.element_size()),
+            D=dim, D_PAD=d_pad, PART=part_width(major_of(q), d_pad, tiles, v.element_size(), bound is not None),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TAIL_N=tiles.tail_n,
             Q_ORDERED=q_order is not None, GATHER_KV=kv_order is not None,
             DESCRIBED=described is not None, STAND_INS=stand_ins is not None, K_BLOCKED=k_blocked,

@@ -3,7 +3,8 @@
 Where products are of 16 x 8 x 16 (compute capability 8 and 12), the compiler deals the columns of a product to several
 warps once it has fewer rows than columns. The weights of the softmax then go to the other warps through shared memory
 in every tile of keys, which makes half as many instructions again. In parts no wider than the tile has queries, each
-warp keeps its rows. Products of a whole warp group (compute capability 9 and 10) have no need of it: one part.
+warp keeps its rows. Behind a branch (a second stage) it deals them out at any width, and least so in narrow parts.
+Products of a whole warp group (compute capability 9 and 10) have no need of it: one part.
 
 For tiles of 64 queries and a head_dim of 128 on compute capability 8.9: 792 instructions for 64 keys, 1,166 whole.
 """
@@ -17,16 +18,20 @@ from .launch import Tiles
 from .walk import load_rows, store_rows
 
 WARP_GROUPS = (9, 10)  # major compute capabilities
+BRANCHED = 32  # columns
 
 
-def part_width(major: int, d_pad: int, tiles: Tiles, itemsize: int) -> int:
+def part_width(major: int, d_pad: int, tiles: Tiles, itemsize: int, branched: bool = False) -> int:
     """The columns of a part of `d_pad` columns, for a compute capability and for values of so many bytes.
+
+    Args:
+        branched: the product with the values is behind a branch.
 
     Tiles with less than 16 queries a warp stay whole: in parts, warps would repeat one another's work instead of
     sharing it. So do products of float32, for which there are no tensor cores.
     """
     whole = major in WARP_GROUPS or itemsize == 4 or tiles.block_m < 16 * tiles.num_warps
-    return d_pad if whole else min(d_pad, tiles.block_m)
+    return d_pad if whole else min(d_pad, tiles.block_m, BRANCHED if branched else d_pad)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ def attend_rows(
     """Attention of R rows over all keys, and over those of each of two masks.
 
     Args:
-        q: `[B, H, R, D]`, 64 rows at most. k, v: `[B, Hkv, N, D]`, any strides, H a multiple of Hkv.
+        q: `[B, H, R, D]`, 64 rows at most, 32 of float32. k, v: `[B, Hkv, N, D]`, any strides, H a multiple of Hkv.
         masks: `[2, R, N]` bool.
         scale: multiplies the scores.
 
@@ -32,17 +32,23 @@ def attend_rows(
     top = torch.empty(batch, heads, splits, rows, dtype=torch.float32, device=q.device)
     total = torch.empty(batch, heads, splits, 3, rows, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, splits, 3, rows, dim, dtype=torch.float32, device=q.device)
+    rows_width, d_pad = padded(rows), padded(dim)
     with on_device(k):
         _rows_kernel[(splits, batch * heads)](
             q.to(k.dtype).contiguous(), k, v, masks.contiguous().view(torch.int8), top, total, out,
             *k.stride()[:3], *v.stride()[:3], heads, heads // k.shape[1], rows, tokens, splits, scale * LOG2E,
-            D=dim, D_PAD=padded(dim), ROWS=padded(rows), SPLIT=SPLIT, KEYS=KEYS if k.element_size() == 2 else 16,
-            **FUSED, num_warps=8, num_stages=2,
+            D=dim, D_PAD=d_pad, ROWS=rows_width, SPLIT=SPLIT, KEYS=KEYS if k.element_size() == 2 else 16,
+            **FUSED, num_warps=8, num_stages=stages_of(rows_width, d_pad),
         )  # fmt: skip
     weight = (top - top.amax(2, keepdim=True)).exp2().unsqueeze(3)
     total, out = (total * weight).sum(2), (out * weight.unsqueeze(-1)).sum(2)
     out = out / total.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
     return out[:, :, 0], out[:, :, 1:]
+
+
+def stages_of(rows: int, d_pad: int) -> int:
+    """Of the load pipeline; the largest tiles leave room for one in the 99 KiB that some GPUs have."""
+    return 2 if rows * d_pad <= 64 * 128 else 1
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "splits"])

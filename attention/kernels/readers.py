@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..plan import BlockPlan
 from .launch import FUSED, Tiles, on_device
+from .walk import kept_on
 
 CHUNK = 64  # words a program of _key_bits_kernel
 READ_CHUNK = 256  # tiles at a time in _readers_kernel
@@ -137,9 +138,7 @@ def readers_of(plan: BlockPlan, tiles: Tiles) -> list[torch.Tensor]:
     if plan.tile_len.shape[:2] != (1, 1) or _bytes_of_entry(plan, tiles.block_n) > READERS_BYTES:
         return []
     key = ("readers", tiles.block_m, tiles.block_n)
-    if key not in plan._walks:
-        plan._walks[key] = list(make_readers(plan, tiles.block_m, tiles.block_n))
-    return plan._walks[key]
+    return kept_on(plan, key, lambda: make_readers(plan, tiles.block_m, tiles.block_n))
 
 
 def tables_of(

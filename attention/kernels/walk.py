@@ -13,6 +13,7 @@ bytes for every tail key of every query tile) and a gather in place of contiguou
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -69,12 +70,32 @@ def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
     return Walk(start, length, tile, full_start, full_tiles, full_count, tail_start, tail_len, tail_count)
 
 
+def kept_on(plan: BlockPlan, key: tuple, make: Callable[[], Iterable[torch.Tensor]]) -> list[torch.Tensor]:
+    """What `make` makes of a plan, once for each stream, and kept on the plan.
+
+    Another stream has nothing to wait for that says when it is filled. While a CUDA graph is captured nothing is: then
+    it is of the graph alone, and not kept.
+    """
+    stream = _stream(plan.device)
+    if stream is None:
+        return list(make())
+    if (*key, stream) not in plan._walks:
+        plan._walks[*key, stream] = list(make())
+    return plan._walks[*key, stream]
+
+
+def _stream(device: torch.device) -> int | None:
+    """The current stream of a device; None while it is captured."""
+    if device.type != "cuda":
+        return 0
+    with torch.cuda.device(device):
+        return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
+
+
 def walk_of_plan(plan: BlockPlan, tiles: Tiles) -> list[torch.Tensor]:
     """The walk of a plan in such tiles, made once and kept on the plan."""
     key = (tiles.block_m, tiles.block_n, tiles.tail_n)
-    if key not in plan._walks:
-        plan._walks[key] = list(make_walk(plan, *key))
-    return plan._walks[key]
+    return kept_on(plan, key, lambda: make_walk(plan, *key))
 
 
 # -- device code -------------------------------------------------------------------------------------------------------

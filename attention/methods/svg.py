@@ -17,7 +17,9 @@ from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
 ROW_SETS = 4
-KERNEL_ROWS = 64  # profiled by one kernel on a GPU; its accumulators hold no more
+# Profiled by one kernel on a GPU, by the bytes of a number: its accumulators hold no more, and those of float32 with
+# 64 rows neither fit in 99 KiB of shared memory nor are computed exactly by Triton before 3.9 on compute capability 10.
+KERNEL_ROWS = {2: 64, 4: 32}
 PROFILED_HEADS = 4  # at once: float32 copies of all heads would be gigabytes on a large model
 
 
@@ -198,7 +200,7 @@ class _Static:
 
     def profile(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, which: int) -> torch.Tensor:
         """Which heads are temporal, `[B, H]` bool."""
-        if use_kernels(q) and len(self.rows[which]) <= KERNEL_ROWS:
+        if use_kernels(q) and len(self.rows[which]) <= KERNEL_ROWS[q.element_size()]:
             from ..kernels.profile import attend_rows
 
             full, masked = attend_rows(q[:, :, self.rows[which]], k, v, self.masks[which], q.shape[-1] ** -0.5)

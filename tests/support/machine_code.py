@@ -5,6 +5,7 @@ Read with the disassembler that Triton brings along, so it needs no GPU and no C
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)(.*?);")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)(.*?);")
 _LABEL = re.compile(r"^\s*(\.L_x?_?\w+):")
 # Opcodes of products on tensor cores, of every architecture in the tables.
 _PRODUCTS = {"HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA", "OMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
@@ -61,24 +62,26 @@ def _serialised(ptx: str, architecture: int) -> list[str]:
     """Warnings of ptxas that products on tensor cores cannot overlap (C75xx), for compute capability 9."""
     if architecture != 90:
         return []
-    from triton.backends.nvidia.compiler import get_ptxas  # of several, by architecture
+    from triton.backends.nvidia.compiler import get_ptxas
 
+    # Triton 3.6 and later bring several, by architecture.
+    ptxas = get_ptxas(architecture) if inspect.signature(get_ptxas).parameters else get_ptxas()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        call = [get_ptxas(architecture).path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
+        call = [ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"]
         done = subprocess.run(call, capture_output=True, text=True, check=True)
     return re.findall(r"\(C75\d\d\)[^\n]*", done.stderr)
 
 
 def _parse(code: str) -> list[tuple[str | None, str | None, str]]:
-    """Labels and instructions in order: `(label, None, "")` or `(None, opcode, operands)`."""
+    """Labels and instructions in order: `(label, None, "")` or `(None, opcode, operands and the predicate)`."""
     found: list[tuple[str | None, str | None, str]] = []
     for line in code.splitlines():
         if label := _LABEL.match(line):
             found.append((label[1], None, ""))
         elif instruction := _INSTRUCTION.match(line):
-            found.append((None, instruction[1], instruction[2]))
+            found.append((None, instruction[2], instruction[3] + (instruction[1] or "")))
     return found
 
 
@@ -87,8 +90,10 @@ def _loops(code: list[tuple[str | None, str | None, str]]) -> list[dict]:
     spans = []
     for i, (_, opcode, operands) in enumerate(code):
         target = re.search(r"(\.L_x?_?\w+)", operands) if opcode and opcode.startswith("BRA") else None
-        if target and places.get(target[1], i) < i:
-            spans.append((places[target[1]], i))
+        back = places.get(target[1], i) if target else i
+        # Behind the end of the program lie blocks that were moved out of its way, which go back into it.
+        if back < i and not any(name == "EXIT" and not rest.strip() for _, name, rest in code[back:i]):
+            spans.append((back, i))
     found = []
     for first, last in spans:
         counts = Counter(opcode.split(".")[0] for _, opcode, _ in code[first : last + 1] if opcode)

@@ -63,3 +63,4 @@ def test_parts_make_the_same_output(device, monkeypatch, stand_ins, precision, d
 )
 def test_only_where_columns_would_be_dealt_to_several_warps(major, tiles, itemsize, width):
     assert part_width(major, 128, tiles, itemsize) == width
+    assert part_width(major, 128, tiles, itemsize, branched=True) == (width if width == 128 and major in (8, 9) else 32)

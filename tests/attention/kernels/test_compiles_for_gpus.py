@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 from gpu_compiler import SHARED, run_with_compiler
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+version = tuple(map(int, triton.__version__.split(".")[:2]))
 
 SCRIPT = """
 from vidaccel.attention.kernels import block_sparse_backward as backward, block_sparse_forward as forward, columns
@@ -100,6 +101,7 @@ def test_kernels_compile(tmp_path, architecture, dim, dtype, ordered, queries):
 MOST_INSTRUCTIONS = {90: 300, 89: 740, 80: 740, 120: 740, 100: 1000}
 # 784 to 794 in tiles of 64 queries, whose loads are spread over half the warps; 1,140 to 1,166 with columns dealt out.
 MOST_IN_SMALL_TILES = 830
+OLDER = 1.08  # of these, by Triton 3.5: 750 to 790, and 872
 
 
 def check_loops(results, architecture, dim, small):
@@ -111,6 +113,7 @@ def check_loops(results, architecture, dim, small):
     assert not forward["split"], "rows are dealt to several warps, and their sums go through shared memory"
     if dim == 128:
         leanest = min(loop["instructions"] for loop in forward["loops"])
-        assert leanest * 64 / forward["keys"] <= (MOST_IN_SMALL_TILES if small else MOST_INSTRUCTIONS[architecture])
+        most = MOST_IN_SMALL_TILES if small else MOST_INSTRUCTIONS[architecture]
+        assert leanest * 64 / forward["keys"] <= most * (1 if version >= (3, 6) else OLDER)
     for name in ("_query_kernel", "_key_kernel"):
         assert all(loop["spills"] <= 10 for loop in results[name]["loops"]), name

@@ -11,6 +11,7 @@ SCRIPT = """
 from functools import partial
 
 from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, spend, walk
+from vidaccel.attention.methods import svg
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 compile_kernel = partial(compile_kernel, disassembled=False)
@@ -18,6 +19,7 @@ width = {"D": dim, "D_PAD": launch.padded(dim)}
 tiles = kmeans.SINGLE if dtype == "fp32" else kmeans.HALF if dim <= 128 else kmeans.HALF_WIDE
 probing = probe.TILES[dtype != "fp32", max(64, launch.padded(dim))]
 small = launch.Tiles(0, 0, 4, 1)
+rows = svg.KERNEL_ROWS[4 if dtype == "fp32" else 2]
 blocks = {"BLOCK_N": tiles.block_m, "BLOCK_C": tiles.block_n, "HALF": dtype != "fp32"}
 print(json.dumps([
     compile_kernel(kmeans._assign_kernel, architecture, dtype, {**width, **blocks}, tiles, center=dtype,
@@ -38,6 +40,9 @@ print(json.dumps([
                    log_mass="fp32", out="fp32", away="fp32"),
     compile_kernel(profile._rows_kernel, architecture, dtype, {**width, "ROWS": 32, "SPLIT": profile.SPLIT,
                    "KEYS": profile.KEYS if dtype != "fp32" else 16}, launch.Tiles(0, 0, 8, 2), out="fp32"),
+    compile_kernel(profile._rows_kernel, architecture, dtype, {**width, "ROWS": rows, "SPLIT": profile.SPLIT,
+                   "KEYS": profile.KEYS if dtype != "fp32" else 16},
+                   launch.Tiles(0, 0, 8, profile.stages_of(rows, width["D_PAD"])), out="fp32"),
     compile_kernel(permute._permute_kernel, architecture, dtype, {**width, "ROWS": permute.ROWS}, small),
     compile_kernel(runs._merge_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, order="i32"),
     compile_kernel(runs._filled_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, size="i64", order="i32"),

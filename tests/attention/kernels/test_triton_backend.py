@@ -37,6 +37,18 @@ def test_old_gpus_are_declined_with_their_compute_capability(monkeypatch, capabi
     assert reason is None if runs else "8.0 or higher, and this one has 7.5" in reason
 
 
+@pytest.mark.parametrize(
+    ("name", "runs"), [("gfx942:sramecc+:xnack-", True), ("gfx90a", True), ("gfx1100", False), ("gfx906", False)]
+)
+def test_gpus_of_amd_without_matrix_cores_are_declined(monkeypatch, name, runs):
+    pytest.importorskip("triton")
+    properties = SimpleNamespace(major=9 if "gfx9" in name else 11, minor=0, gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    reason = TritonBackend().unavailable(CUDA)
+    assert reason is None if runs else reason.endswith(f"gfx95), not {name}")
+
+
 def test_the_cpu_needs_the_interpreter(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -64,6 +76,23 @@ def test_what_it_does_not_take(monkeypatch, changes, message):
 def test_auto_chooses_it_first_on_cuda_and_never_on_the_cpu():
     for (device, _), names in PREFERENCE.items():
         assert (names[0] == "triton") == (device == "cuda") and ("triton" in names) == (device == "cuda")
+
+
+def test_what_is_made_of_a_plan_is_of_one_stream_and_not_kept_while_a_graph_is_captured(monkeypatch):
+    pytest.importorskip("triton")
+    from plans import KINDS
+
+    from vidaccel.attention.kernels import walk
+
+    plan, made = KINDS["uniform"](70)[0], []
+
+    def make():
+        made.append(None)
+        return [torch.tensor(len(made))]
+
+    for stream, expected in ((1, 1), (1, 1), (2, 2), (1, 1), (None, 3), (None, 4), (2, 2)):
+        monkeypatch.setattr(walk, "_stream", lambda device, stream=stream: stream)
+        assert walk.kept_on(plan, ("key",), make)[0] == expected
 
 
 def test_a_plan_that_serves_many_calls_is_prepared_once(monkeypatch, device):
