@@ -39,9 +39,8 @@ class Span:
         if self._event is None:
             return time.perf_counter()
         event = self._event(enable_timing=True)
-        streams = getattr(torch, self._device.type)
-        if hasattr(streams, "current_stream"):  # not the stream of the device that is the current one
-            event.record(streams.current_stream(self._device))
-        else:
+        if self._device.type == "mps":  # one device; its events are of the stream that is the current one
             event.record()
+        else:  # not of the device that is the current one
+            event.record(getattr(torch, self._device.type).current_stream(self._device))
         return event
