@@ -285,7 +285,7 @@ def generate_command(
             process=process,
             share=share,
         )
-        check_files_of(job, out, page)
+        check_files_of(job, out, page, preset)
         if not method:
             typer.echo(worded(f"method {', '.join(job.methods)}: {job.why}", option))
         # What is cut off pictures and videos is known before the weights are read, and told again with each video.

@@ -86,6 +86,7 @@ def waterfall_command(
 ) -> None:
     """Seconds and error after each lever of PRESET is added to the plain base, all measured in one process."""
     with one_line_errors(arguments=("preset",)):
+        from ..generation.local_files import local_files
         from ..generation.outputs import check_file, check_files
         from ..generation.presets import request_preset
         from ..generation.waterfall import waterfall
@@ -93,7 +94,9 @@ def waterfall_command(
 
         chosen = request_preset(preset)
         check_file("out", out, ".html")
-        check_files("out", out, [out, out.with_suffix(".json")], {} if prompts is None else {"prompts": prompts})
+        of_preset = [preset, chosen.decoder, chosen.model, chosen.base, *(lora.path for lora in chosen.loras)]
+        read = local_files({"preset": of_preset, "prompts": prompts, "model": model})
+        check_files("out", out, [out, out.with_suffix(".json")], read)
         use_threads(threads)
         texts = [*(prompt or ()), *lines_of(prompts)] or built_in_prompts(model or chosen.model)
         made = waterfall(

@@ -17,6 +17,7 @@ from .forecast import decoding_note
 from .guidance import guided_by, placed
 from .job import Job, prepare
 from .length import roped
+from .local_files import local_files
 from .loras import attach
 from .machine import environment
 from .methods import measured_note
@@ -202,7 +203,7 @@ def generate(
         components=components,
         preset=request_preset(preset, cache, quantize, decoder, guidance_cache, compile),
     )
-    check_files_of(job, file, page)
+    check_files_of(job, file, page, preset)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
     with shown as on_stage:
         videos = carry_out(job, out=file, warm=warm_up and compare, on_stage=on_stage)
@@ -224,13 +225,20 @@ def check_outputs(out: Path | None, report: Path | None, compare: bool) -> None:
         check_file("report", report, ".html")
 
 
-def check_files_of(job: Job, out: Path | None, report: Path | None) -> None:
-    """Raise BadInput unless all the files of a job can be written; see `outputs.check_files`."""
+def check_files_of(job: Job, out: Path | None, report: Path | None, preset: Preset | str | Path | None = None) -> None:
+    """Raise BadInput unless all the files of a job can be written; see `outputs.check_files`.
+
+    Args:
+        job: of `prepare`.
+        out, report: what is to be written; None for nothing.
+        preset: of the request, as it was given: its file is read, too.
+    """
+    inputs = {**job.inputs, **local_files({"preset": preset})}
     if out is not None:
-        check_files("out", out, job.files(out).values(), job.inputs)
+        check_files("out", out, job.files(out).values(), inputs)
     if report is not None:
         videos = [video_file(report, name) for name in job.methods] if out is None else []
-        check_files("report", report, [report, *files_beside(report), *videos], job.inputs)
+        check_files("report", report, [report, *files_beside(report), *videos], inputs)
 
 
 def carry_out(

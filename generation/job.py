@@ -19,6 +19,7 @@ from .length import (
     chosen_riflex,
     trained_lengths,
 )
+from .local_files import local_files
 from .lora_fit import check_fits, trained_otherwise
 from .loras import check_targets, lora_files
 from .machine import (
@@ -83,7 +84,7 @@ class Job:
         device, dtype: where and in what the model runs.
         offload, tiling: see `pipelines.loading.load_pipeline`.
         density: what was asked for, None for the methods' own.
-        inputs: field -> file that was read for it.
+        inputs: field -> local files that are read for it.
         pipe: the pipeline, where it was given loaded.
         notes: what a user should know, in sentences.
         measure_error: see `accelerate`.
@@ -109,7 +110,7 @@ class Job:
     offload: bool | str = False
     tiling: bool = False
     density: float | None = None
-    inputs: Mapping[str, Path] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     pipe: DiffusionPipeline | None = None
     notes: tuple[str, ...] = ()
     measure_error: int = 0
@@ -219,6 +220,8 @@ def prepare(
         adapters_given: dict[str, Any] = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
         settings, sparse, filled = with_preset(preset, settings, sparse, adapters_given)
         lora, guidance_free, sla = filled.values()
+    reads: dict[str, Any] = {name: getattr(settings, name) for name in INPUTS}
+    reads |= {"model": model, "components": components, "decoder": preset and preset.decoder}
     check_names(sparse.names, compare)
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
@@ -254,7 +257,6 @@ def prepare(
             problem = "its autoencoder can decode in tiles alone"
             raise BadInput("model", problem, "Call enable_tiling() of its vae first.", value=facts.pipeline_class)
         place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
-    inputs = {name: file for name in INPUTS if isinstance(file := getattr(settings, name), Path)}
     of_weights = placed(facts, pipe)
     if guidance_free is True:
         adapters = own_adapters(of_weights)
@@ -274,6 +276,8 @@ def prepare(
         raise BadInput(
             side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
         )
+    reads |= {"lora": [lora.path for lora in loras]}
+    reads |= {field: [each.path for each in found] for field, found in (("guidance_free", adapters), ("sla", learned))}
     layout = settings.layout(facts)
     rest = None if preset is None else beside(preset)
     sharing = share_out(process.count, share, facts, settings, layout, bool(adapters), rest)
@@ -327,7 +331,7 @@ def prepare(
         offload=offload,
         tiling=tiling,
         density=sparse.density,
-        inputs=inputs,
+        inputs=local_files(reads),
         pipe=pipe,
         notes=tuple(notes),
         measure_error=sparse.measure_error,

@@ -20,22 +20,22 @@ def check_file(field: str, path: Path, suffix: str) -> None:
     check_writable(field, path)
 
 
-def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[str, Path]) -> None:
+def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[str, Iterable[Path]]) -> None:
     """Raise BadInput unless all files that are written for a field can be; those that are there are replaced.
 
     Args:
         field: of the request.
         given: what it is; see `check_file`.
         files: all that is written for it, `given` among them.
-        inputs: field -> file that the request reads, which is not to be lost.
+        inputs: field -> files that the request reads, which are not to be lost; see `local_files`.
     """
     for file in files:
         what = "it" if file == given else f"{file.name}, which is written for it,"
         other = "Give another name."
         if file.is_dir():
             raise BadInput(field, f"{what} is a folder", other, value=given)
-        for name, source in inputs.items():
-            if file.exists() and source.samefile(file):
+        for name, sources in inputs.items():
+            if file.exists() and any(source.samefile(file) for source in sources):
                 raise BadInput(field, f"{what} is the file that {mention(name)} reads", other, value=given)
         try:
             # With a name as long as that of `video.staged`.

@@ -134,6 +134,17 @@ def test_a_waterfall_of_a_cache_that_skips_nothing(vidaccel, tiny_model, tmp_pat
     assert page.read_text().count(f"</strong>: {said}") == 1
 
 
+def test_a_waterfall_does_not_replace_what_it_reads(vidaccel, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vidaccel.generation.waterfall.load", lambda *_, **__: pytest.fail("weights were read"))
+    text = '{"version": 1, "name": "mine", "model": "demo", "cache": {"name": "forecast"}}'
+    Path("mine.json").write_text(text)
+    result = vidaccel("waterfall", "mine.json", "--prompt", "a dot", *SIZE, "--out", "mine.html")
+    said = "Error: --out is mine.html: mine.json, which is written for it, is the file that PRESET reads. Give another "
+    assert result.exit_code == 2 and said in result.stderr, (result.output, result.exception)
+    assert Path("mine.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

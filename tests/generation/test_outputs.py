@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import vidaccel
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.local_files import local_files
 from vidaccel.generation.outputs import check_files
 from vidaccel.generation.video import write_mp4
 
@@ -42,13 +45,44 @@ def test_a_file_that_is_read_is_not_replaced(loads_nothing, tmp_path):
         vidaccel.generate("demo", PROMPT, video=video, out=tmp_path / "clip.mp4", **CHOSEN)
 
 
+def test_the_numbers_of_a_page_do_not_replace_a_preset(loads_nothing, tmp_path):
+    preset, page = tmp_path / "mine.json", tmp_path / "mine.html"
+    preset.write_text('{"version": 1, "name": "mine", "cache": {"name": "forecast"}}')
+    with pytest.raises(BadInput, match=r"mine\.json, which is written for it, is the file that preset reads"):
+        vidaccel.generate("demo", PROMPT, preset=preset, method="svg", compare=True, report=page, **CHOSEN)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.json"]
+
+
+def test_all_local_files_of_a_request_are_known(tmp_path):
+    """By their fields, also those that a preset names."""
+    from vidaccel.generation.job import prepare
+    from vidaccel.generation.request import Settings
+    from vidaccel.generation.sparse import Sparse
+
+    picture, adapter = tmp_path / "first.png", vidaccel.demo.few_steps()[0]
+    Image.new("RGB", (64, 64)).save(picture)
+    decoder = vidaccel.demo.path("demo-dc") / "tiny_decoder"
+    preset = vidaccel.Preset(name="mine", guidance_free=(str(adapter),), decoder=str(decoder))
+    model = str(vidaccel.demo.path("demo-dc"))
+    inputs = prepare(model, Settings(PROMPT), Sparse(), device="cpu", preset=preset).inputs
+    assert inputs == {
+        "model": (Path(model, "adapter.json"),),
+        "guidance_free": (adapter,),
+        "decoder": (decoder / "config.json",),
+    }
+    assert local_files({"image": picture, "lora": [str(picture), "gone.safetensors"], "video": np.zeros(3)}) == {
+        "image": (picture,),
+        "lora": (picture,),
+    }
+
+
 def test_the_contact_sheet_does_not_replace_a_picture(tmp_path):
     """By whatever name: links are followed."""
     Image.new("RGB", (8, 8)).save(tmp_path / "first.png")
     (tmp_path / "page.png").symlink_to("first.png")
     page = tmp_path / "page.html"
     with pytest.raises(BadInput, match=r"page\.png, which is written for it, is the file that image reads"):
-        check_files("report", page, [page, tmp_path / "page.png"], {"image": tmp_path / "first.png"})
+        check_files("report", page, [page, tmp_path / "page.png"], {"image": [tmp_path / "first.png"]})
 
 
 def test_names_that_are_too_long_with_what_is_added(loads_nothing, tmp_path):
