@@ -31,6 +31,9 @@ _UNTOLD = 2
 _HDR = (16, 18)
 """Numbers of the transfer functions PQ and HLG."""
 
+_NEWER_KINDS = 16
+"""How many kinds of side data FFmpeg may have beyond those that PyAV knows."""
+
 _TURNS = {
     (1, 0, 0, 1): (),
     (-1, 0, 0, 1): (("hflip", ""),),
@@ -250,8 +253,6 @@ def _converted(frame: av.VideoFrame, media: Media, cut: Cut, graphs: dict[tuple,
 
 
 def _graph(frame: av.VideoFrame, media: Media, cut: Cut) -> av.filter.Graph:
-    import av
-
     height, width = cut.scaled(media)
     top, left = cut.corner((height, width))
     matrix = _MATRICES.get(frame.colorspace)
@@ -264,6 +265,15 @@ def _graph(frame: av.VideoFrame, media: Media, cut: Cut) -> av.filter.Graph:
     if frame.color_trc in _HDR:
         scale += ":out_primaries=bt709:out_transfer=bt709"
     clear = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
+    steps = (*_turned(frame), ("scale", scale), ("format", "rgba" if clear else "rgb24"))
+    steps += (("crop", f"{cut.width}:{cut.height}:{left}:{top}:exact=1"), ("buffersink", ""))
+    return _linked(frame, steps)
+
+
+def _linked(frame: av.VideoFrame, steps: Sequence[tuple[str, str]]) -> av.filter.Graph:
+    """Filters in a row that take frames such as this one: names with their options."""
+    import av
+
     graph = av.filter.Graph()
     graph.threads = 1  # else it takes all of the machine in each of the processes that prepare clips
     source = graph.add(
@@ -275,8 +285,6 @@ def _graph(frame: av.VideoFrame, media: Media, cut: Cut) -> av.filter.Graph:
         colorspace=str(int(frame.colorspace)),
         range=str(int(frame.color_range)),
     )
-    steps = (*_turned(frame), ("scale", scale), ("format", "rgba" if clear else "rgb24"))
-    steps += (("crop", f"{cut.width}:{cut.height}:{left}:{top}:exact=1"), ("buffersink", ""))
     graph.link_nodes(source, *(graph.add(name, options or None) for name, options in steps)).configure()
     return graph
 
@@ -287,7 +295,7 @@ def _turned(frame: av.VideoFrame) -> tuple[tuple[str, str], ...]:
     Raises:
         ValueError: it is to be turned by less than a quarter.
     """
-    side: Any = frame.side_data.get("DISPLAYMATRIX")
+    side: Any = _side_data(frame).get("DISPLAYMATRIX")
     if side is None:
         return ()
     a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()
@@ -296,6 +304,24 @@ def _turned(frame: av.VideoFrame) -> tuple[tuple[str, str], ...]:
     if signs not in _TURNS:
         raise ValueError(f"it is to be shown turned by {frame.rotation} degrees: turn it by quarters")
     return _TURNS[signs]
+
+
+def _side_data(frame: av.VideoFrame) -> Any:
+    """What a frame carries beside its picture, of the kinds that PyAV has names for.
+
+    It refuses all of it where one kind is newer, such as EXIF, which FFmpeg 8 hands on from the pictures of cameras.
+    `frame.rotation` would still be there, but takes mirrored pictures for turned ones.
+    """
+    from av.sidedata.sidedata import Type
+
+    try:
+        return frame.side_data
+    except ValueError:
+        newer = 1 + max(kind.value for kind in Type)
+        deleted = [("sidedata", f"mode=delete:type={kind}") for kind in range(newer, newer + _NEWER_KINDS)]
+        graph = _linked(frame, (*deleted, ("buffersink", "")))
+        graph.vpush(frame)
+        return graph.vpull().side_data
 
 
 def _lenient(version: str) -> dict[str, Any]:
