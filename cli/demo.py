@@ -40,9 +40,11 @@ def demo_command(
         from ..generation.outputs import check_file, check_files
         from ..generation.showcase import showcase
         from ..generation.showcase_page import write_showcase
+        from ..generation.video import check_encoder
 
         check_file("out", out, ".html")
         check_files("out", out, [out, out.with_suffix(".json"), out.with_suffix(".png")], {})
+        check_encoder()  # the page has videos in it
         use_threads(threads)
         made = showcase(
             prompt,
@@ -51,8 +53,8 @@ def demo_command(
             long_step=long_step,
             on_method=lambda name: typer.echo(f"a step of a long video: {name}", err=True),
         )
+        _print(made)  # first: whatever is wrong with the page takes nothing of what was measured with it
         write_showcase(made, out, shlex.join(["vidaccel", *sys.argv[1:]]))
-        _print(made)
         typer.echo(f"page: {out} (open it in a browser); numbers: {out.with_suffix('.json')}")
 
 

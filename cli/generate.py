@@ -298,14 +298,15 @@ def generate_command(
             if process.first:
                 typer.echo(worded(note, option), err=True)
 
+        files = job.files(out)
         with bars(job.facts.name) if process.first else nullcontext() as on_stage:
-            videos = carry_out(job, out=out, warm=warm_up and compare, on_stage=on_stage, on_note=told)
+            videos = carry_out(job, files, warm=warm_up and compare, on_stage=on_stage, on_note=told)
         if not process.first:
             return
-        files = job.files(out)
         if not compare:
             print_summary(videos, files, said=said)
             return
-        made = write_report(compared(job, videos, tuple(files.values()), command_line(), option), page)
-        print_summary(videos, files, made, said)
+        made = compared(job, videos, tuple(files.values()), command_line(), option)
+        print_summary(videos, files, made, said)  # first: whatever is wrong with the page takes nothing of it
+        write_report(made, page)
         typer.echo(f"comparison: {page} (open it in a browser); numbers: {page.with_suffix('.json')}")

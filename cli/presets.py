@@ -115,8 +115,8 @@ def waterfall_command(
             offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
         )
+        _print_table(made)  # first: whatever is wrong with the page takes nothing of what was measured with it
         write_waterfall(made, out, shlex.join(["vidaccel", *sys.argv[1:]]))
-        _print_table(made)
         typer.echo(f"page: {out} (open it in a browser); numbers: {out.with_suffix('.json')}")
 
 

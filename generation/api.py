@@ -204,13 +204,13 @@ def generate(
         preset=request_preset(preset, cache, quantize, decoder, guidance_cache, compile),
     )
     check_files_of(job, file, page, preset)
+    files = video_files(job, file, page)
     shown = bars("" if job.pipe is not None else job.facts.name) if progress else contextlib.nullcontext()
     with shown as on_stage:
-        videos = carry_out(job, out=file, warm=warm_up and compare, on_stage=on_stage)
+        videos = carry_out(job, files, warm=warm_up and compare, on_stage=on_stage)
     if not compare:
         return replace(videos[0], notes=(*map(worded, job.notes), *videos[0].notes))
-    files = () if file is None else tuple(job.files(file).values())
-    made = compared(job, videos, files, "vidaccel.generate(...)")
+    made = compared(job, videos, tuple(files.values()), "vidaccel.generate(...)")
     return made if page is None else write_report(made, page)
 
 
@@ -218,11 +218,19 @@ def check_outputs(out: Path | None, report: Path | None, compare: bool) -> None:
     """Raise BadInput for files that cannot be written there, and for a report without a comparison."""
     if out is not None:
         check_file("out", out, ".mp4")
-        check_encoder()
     if report is not None and not compare:
         raise BadInput("report", f"is the page of {mention('compare')}", "Give both.")
     if report is not None:
         check_file("report", report, ".html")
+    if out is not None or report is not None:
+        check_encoder()
+
+
+def video_files(job: Job, out: Path | None, report: Path | None) -> dict[str, Path]:
+    """A file for the video of each run: those of `Job.files`, or beside the page where it alone is asked for."""
+    if out is not None:
+        return job.files(out)
+    return {} if report is None else {name: video_file(report, name) for name in job.methods}
 
 
 def check_files_of(job: Job, out: Path | None, report: Path | None, preset: Preset | str | Path | None = None) -> None:
@@ -237,14 +245,14 @@ def check_files_of(job: Job, out: Path | None, report: Path | None, preset: Pres
     if out is not None:
         check_files("out", out, job.files(out).values(), inputs)
     if report is not None:
-        videos = [video_file(report, name) for name in job.methods] if out is None else []
+        videos = video_files(job, None, report).values() if out is None else ()
         check_files("report", report, [report, *files_beside(report), *videos], inputs)
 
 
 def carry_out(
     job: Job,
+    files: Mapping[str, Path] | None = None,
     *,
-    out: Path | None = None,
     warm: bool = False,
     on_stage: StageCallback | None = None,
     on_note: NoteCallback = lambda note: logger.warning(worded(note)),
@@ -255,13 +263,13 @@ def carry_out(
 
     Args:
         job: of `prepare`.
-        out: see `Job.files`; None writes nothing.
+        files: of `video_files`, one for each run; None writes nothing.
         warm: an uncounted step before each run.
         on_stage: told of what happens.
         on_note: told what a user should know before the steps or after the first one, to be `worded`.
     """
     with joined(job) as crew:
-        return _carried_out(job, {} if out is None else job.files(out), warm, on_stage, on_note, crew)
+        return _carried_out(job, files or {}, warm, on_stage, on_note, crew)
 
 
 def _carried_out(

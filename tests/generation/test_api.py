@@ -72,6 +72,23 @@ def test_a_comparison_and_its_page(pipe, dense, tmp_path):
     assert json.loads((tmp_path / "page.json").read_text())["settings"]["methods"] == "dense, radial, svg: as given"
 
 
+def test_a_stop_in_the_last_run_keeps_the_videos_before_it(pipe, tmp_path, monkeypatch):
+    """Also where only a page is asked for, beside which they will lie."""
+    from vidaccel.generation import run as module
+
+    def stopped(pipe, settings, name, *rest, **options):
+        if name == "svg":
+            raise KeyboardInterrupt
+        return make(pipe, settings, name, *rest, **options)
+
+    make = module.make_video
+    monkeypatch.setattr(module, "make_video", stopped)
+    given = {"method": ["radial", "svg"], "compare": True, "report": tmp_path / "page.html", "warm_up": False}
+    with pytest.raises(KeyboardInterrupt):
+        vidaccel.generate(pipe, PROMPT, **given, **{**SMALL, "device": "auto"})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["page.dense.mp4", "page.radial.mp4"]
+
+
 def test_a_pipeline_that_was_loaded_draws_no_bars_of_its_own_and_keeps_its_wish(pipe, capsys):
     for wish in ({"desc": "mine"}, {"disable": True}):
         pipe.set_progress_bar_config(**wish)

@@ -75,6 +75,28 @@ def test_the_page(made, tmp_path):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_encoder_that_cannot_is_known_before_all_is_measured(tmp_path, monkeypatch):
+    from vidaccel.generation import video
+
+    monkeypatch.setattr(module, "showcase", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    video.check_encoder.cache_clear()
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d.html")])
+    video.check_encoder.cache_clear()
+    assert result.exit_code == 1 and "Error: videos cannot be written here" in result.stderr, result.output
+
+
+def test_a_page_that_cannot_be_written_does_not_take_the_table_with_it(made, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "showcase", lambda *_, **__: made)
+    monkeypatch.setattr("vidaccel.generation.showcase_page.write_showcase", full)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d.html")])
+    assert result.exit_code == 1 and "No space left" in result.stderr
+    assert made.in_words() in " ".join(result.stdout.split())
+
+
 def test_only_a_measurement_of_the_same_counts():
     digest = module.file_digest(demo.path(demo.DC) / "transformer" / "guidance_free.safetensors")
     free = row("guidance_free", 1.0, Preset(name="a", guidance_free=("own",)))

@@ -97,6 +97,8 @@ def test_an_encoder_that_cannot_is_known_before_the_steps(tmp_path, monkeypatch)
     video.check_encoder.cache_clear()
     with pytest.raises(EncodingError, match="videos cannot be written here: .*Unset IMAGEIO_FFMPEG_EXE"):
         check_outputs(tmp_path / "a.mp4", None, False)
+    with pytest.raises(EncodingError, match="videos cannot be written here"):
+        check_outputs(None, tmp_path / "a.html", True)
     video.check_encoder.cache_clear()
 
 
