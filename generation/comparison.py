@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .decibel import of_mean_error
+from .errors import BadInput
 from .notebook import Shown, in_html
 from .outputs import check_file
 from .sound import Sound
@@ -195,6 +196,14 @@ class Comparison:
     def others(self) -> tuple[GeneratedVideo, ...]:
         """All but the reference."""
         return self.videos[1:]
+
+
+def check_comparable(height: int, width: int, fix: str = "Give a larger video.") -> None:
+    """Raise BadInput for a size, in pixels, of which frames cannot be compared; `fix` says what to do."""
+    if min(height, width) < MIN_COMPARED:
+        side, value = ("height", height) if height < width else ("width", width)
+        problem = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
+        raise BadInput(side, problem, fix, value=value)
 
 
 def compare(reference: np.ndarray, other: np.ndarray) -> FrameMetrics:

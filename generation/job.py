@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter_places import taken_notes
 from .calls import as_class, check_untouched
-from .comparison import MIN_COMPARED
+from .comparison import check_comparable
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters, own_adapters, placed, suited
 from .length import (
@@ -270,12 +270,9 @@ def prepare(
     check_bases(loras, facts)
     of_loras = check_targets(loras, facts)
     riflex = chosen_riflex(rope, trained, facts)
-    if compare and min(settings.height, settings.width) < MIN_COMPARED:
-        side = "height" if settings.height < settings.width else "width"
-        bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
-        raise BadInput(
-            side, bound, f"Give a larger video, or leave {mention('compare')} out.", value=getattr(settings, side)
-        )
+    if compare:
+        fix = f"Give a larger video, or leave {mention('compare')} out."
+        check_comparable(settings.height, settings.width, fix)
     reads |= {"lora": [lora.path for lora in loras]}
     reads |= {field: [each.path for each in found] for field, found in (("guidance_free", adapters), ("sla", learned))}
     layout = settings.layout(facts)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .calls import check_untouched
-from .comparison import compare, mean_psnr
+from .comparison import check_comparable, compare, mean_psnr
 from .errors import BadInput, mention, worded
 from .machine import choose_device, choose_dtype, environment
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
@@ -255,6 +255,7 @@ def waterfall(
     asked: dict[str, Any] = {"frames": frames, "height": height, "width": width}
     own = {"steps": steps, "guidance_scale": guidance_scale}
     requests = [_settings(stage, models.facts(stage.model), texts[0], asked, own) for stage in plan]
+    check_comparable(requests[0].height, requests[0].width)
     for stage, settings in zip(plan, requests, strict=True):
         check_beside(stage.preset, models.facts(stage.model), settings, offload, models.device)
     models.check_named(plan[-1], requests[-1])

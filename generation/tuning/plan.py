@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...pipelines.nearest_name import nearest
 from ...pipelines.weight_files import stated_config, transformer_files
-from ..comparison import MIN_COMPARED
+from ..comparison import check_comparable
 from ..errors import BadInput, mention
 from ..job import Job, prepare
 from ..machine import environment, version_of
@@ -122,10 +122,7 @@ def planned(
         fix = "Run it as it was trained, with caches or 8 bits of a preset where they are wanted."
         raise BadInput("model", problem, fix, value=job.facts.name)
     size = job.settings
-    if min(size.height, size.width) < MIN_COMPARED:
-        side = "height" if size.height < size.width else "width"
-        bound = f"frames to compare have at least {MIN_COMPARED}x{MIN_COMPARED} pixels, as SSIM needs"
-        raise BadInput(side, bound, "Give a larger video.", value=getattr(size, side))
+    check_comparable(size.height, size.width)
     if size.steps < 2:
         raise BadInput("steps", "a run of one step has nothing to tune", "Give more.", value=size.steps)
     if adapters and "adapter" not in levers:

@@ -229,6 +229,7 @@ def test_the_page_and_its_numbers(made, tmp_path):
         ("demo", FULL, {"prompts": ["a", " "]}, "prompts one of them is empty"),
         ("demo", Preset(decoder="gone.safetensors"), {}, "decoder cannot be used: .*gone.safetensors"),
         ("demo", FULL, {"frames": 10}, "frames is 10"),
+        ("demo-dc", FULL, {"height": 8}, "height is 8: frames to compare have at least 11x11 pixels, .* Give a larger"),
         ("demo", FULL.replace(family="Mochi 1"), {}, "is for Mochi 1"),
         ("demo", Preset(loras="gone.safetensors"), {}, "lora is gone.safetensors: there is no such file or folder"),
         ("demo", Preset(guidance_free="gone.safetensors"), {}, "preset cannot be used: .*gone.safetensors"),
