@@ -145,6 +145,11 @@ def write_numbers(numbers: dict[str, Any], path: str | Path) -> Path:
     return write_bytes(text.encode() + b"\n", path)
 
 
+def write_text(page: str, path: str | Path) -> Path:
+    """Write a page; "?" stands for what is no text in UTF-8, such as bytes of a file's name in its command line."""
+    return write_bytes(page.encode(errors="replace"), path)
+
+
 def write_html(comparison: Comparison, path: str | Path) -> Path:
     """Write the page: one file with videos, pictures, numbers and script in it; it asks no server for anything.
 
@@ -156,7 +161,7 @@ def write_html(comparison: Comparison, path: str | Path) -> Path:
 
 def _write_page(comparison: Comparison, path: str | Path, sheet: bytes) -> Path:
     page = template("report.html.j2").render(_page(comparison, sheet))
-    return write_bytes(page.encode(), path)
+    return write_text(page, path)
 
 
 def template(name: str) -> jinja2.Template:

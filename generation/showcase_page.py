@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import compare
-from .report import template, write_numbers
+from .report import template, write_numbers, write_text
 from .showcase import Showcase
 from .video import contact_sheet, data_url, mp4_url, png, write_bytes
 
@@ -46,7 +46,7 @@ def write_showcase(made: Showcase, page: Path, command: str) -> Path:
         waterfall=made.waterfall,
         command=command,
     )
-    return write_bytes(html.encode(), page)
+    return write_text(html, page)
 
 
 def _rows(made: Showcase) -> list[dict[str, Any]]:

@@ -43,10 +43,17 @@ def count_or_share(field: str, value: Any) -> int | float:
 
 
 def text(field: str, value: Any) -> str:
-    """A text. Raise BadInput for anything else."""
-    if isinstance(value, str):
-        return value
-    raise BadInput(field, "it must be one text", value=repr(value))
+    """A text. Raise BadInput for anything else, and for one that no file could hold."""
+    if not isinstance(value, str):
+        raise BadInput(field, "it must be one text", value=repr(value))
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # surrogates: so Python has bytes of a command line that are of another encoding
+        problem = "it holds bytes that are no text in UTF-8"
+        raise BadInput(
+            field, problem, "Write it in UTF-8, which is what the terminal has to send.", value=repr(value)
+        ) from None
+    return value
 
 
 def file_name(field: str, value: Any) -> Path:

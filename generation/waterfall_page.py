@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .figures import figure_svg, waterfall_chart
-from .report import format_psnr, format_seconds, template, write_numbers
-from .video import contact_sheet, data_url, png, write_bytes
+from .report import format_psnr, format_seconds, template, write_numbers, write_text
+from .video import contact_sheet, data_url, png
 from .waterfall import Row, Waterfall
 
 
@@ -52,7 +52,7 @@ def write_waterfall(made: Waterfall, page: Path, command: str = "vidaccel.waterf
         command=command,
         yaml=yaml.safe_dump(made.preset.to_dict(), sort_keys=False, allow_unicode=True),
     )
-    return write_bytes(html.encode(), page)
+    return write_text(html, page)
 
 
 def _told(made: Waterfall, row: Row, number: int) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..figures import figure_svg, pareto_chart
-from ..report import template, write_numbers
-from ..video import write_bytes
+from ..report import template, write_numbers, write_text
 from .result import Tuned
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def write_page(made: Tuned, page: Path) -> Path:
         rest=rest,
         yaml=made.preset and yaml.safe_dump(made.preset.to_dict(), sort_keys=False, allow_unicode=True),
     )
-    return write_bytes(html.encode(), page)
+    return write_text(html, page)
 
 
 def _front(made: Tuned) -> Figure | None:

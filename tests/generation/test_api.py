@@ -156,6 +156,8 @@ def test_first_and_last_picture(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"prompt": "caf\udce9"}, r"^prompt is 'caf\\udce9': it holds bytes that are no text in UTF-8\. Write it in "),
+        ({"negative_prompt": "\ud800"}, r"^negative_prompt is '\\ud800': it holds bytes that are no text in UTF-8"),
         ({"frames": 34}, r"^frames is 34: .* Give 33 or 37\.$"),
         ({"method": "sgv"}, r"^method is sgv: "),
         ({"method": ["svg", "svg2"]}, r"^method can have several only in a comparison\. Add compare=True, or call"),
@@ -175,7 +177,7 @@ def test_first_and_last_picture(tmp_path):
 )
 def test_what_cannot_be_is_refused_before_weights_are_read(loads_nothing, given, message):
     with pytest.raises(BadInput, match=message):
-        vidaccel.generate("demo", PROMPT, **{**SMALL, "frames": 9, **given})
+        vidaccel.generate("demo", **{"prompt": PROMPT, **SMALL, "frames": 9, **given})
 
 
 def test_a_comparison_of_tiny_frames_is_refused_before_weights_are_read(loads_nothing):

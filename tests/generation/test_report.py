@@ -168,6 +168,13 @@ def test_the_page(comparison, clip, tmp_path):
     assert page.count('src="data:video/mp4;base64,') == 3
 
 
+def test_a_page_with_bytes_that_are_no_text(comparison, clip, tmp_path):
+    """As the names of files may hold, and then the command line in the page."""
+    made = replace(comparison(svg=clip), command="vidaccel generate --out caf\udce9.mp4")
+    write_json(made, tmp_path / "p.json")
+    assert "--out caf?.mp4</pre>" in write_html(made, tmp_path / "p.html").read_text("utf-8")
+
+
 def test_a_page_without_warm_up(comparison, clip, tmp_path):
     made = comparison(svg=clip)
     videos = tuple(replace(v, warm_up_seconds=None, step_seconds=None) for v in made.videos)

@@ -59,7 +59,7 @@ def test_the_gain_in_one_sentence(made):
 
 def test_the_page(made, tmp_path):
     """Whole in one file, with the sentence first, numbers beside it, and no accuracy of what was not measured."""
-    page = write_showcase(made, tmp_path / "demo.html", "vidaccel demo")
+    page = write_showcase(made, tmp_path / "demo.html", "vidaccel demo --out caf\udce9.html")
     text = page.read_text(encoding="utf-8")
     assert f"<h1>{made.in_words()}</h1>" in text and "red &lt;circle&gt;" in text
     assert text.count("<video ") == 4 and not re.search(r'(src|href)="http', text)

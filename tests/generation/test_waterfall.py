@@ -200,7 +200,7 @@ def test_levers_that_did_nothing_gain_nothing():
 
 
 def test_the_page_and_its_numbers(made, tmp_path):
-    page = write_waterfall(made, tmp_path / "w.html", "vidaccel waterfall <x>")
+    page = write_waterfall(made, tmp_path / "w.html", "vidaccel waterfall <x> caf\udce9")
     text = page.read_text()
     numbers = json.loads((tmp_path / "w.json").read_text())
     assert [r["lever"] for r in numbers["rows"]] == [r.stage.name for r in made.rows]
@@ -227,6 +227,7 @@ def test_the_page_and_its_numbers(made, tmp_path):
         ("demo", FULL, {"seeds": 0.5}, "seeds is 0.5: it must be a whole number"),
         ("demo", FULL, {"prompts": []}, "prompts there are none"),
         ("demo", FULL, {"prompts": ["a", " "]}, "prompts one of them is empty"),
+        ("demo", FULL, {"prompts": ["a", "\udce9"]}, r"prompts is '\\udce9': it holds bytes that are no text in UTF-8"),
         ("demo", Preset(decoder="gone.safetensors"), {}, "decoder cannot be used: .*gone.safetensors"),
         ("demo", FULL, {"frames": 10}, "frames is 10"),
         ("demo-dc", FULL, {"height": 8}, "height is 8: frames to compare have at least 11x11 pixels, .* Give a larger"),
