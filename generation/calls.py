@@ -14,6 +14,7 @@ from .rows import PipelineRow, find_row
 from .sound import Sound
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from .request import Settings
@@ -31,6 +32,11 @@ def row_of(pipe: DiffusionPipeline) -> PipelineRow:
     if row is None:
         raise TypeError(f"{type(pipe).__name__} has no row in generation/rows.")
     return row
+
+
+def dtype_of(pipe: DiffusionPipeline) -> torch.dtype:
+    """In what a loaded pipeline runs; one of two transformers may be left out."""
+    return (pipe.transformer or pipe.transformer_2).dtype
 
 
 def check_untouched(pipe: DiffusionPipeline) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter_places import taken_notes
-from .calls import as_class, check_untouched
+from .calls import as_class, check_untouched, dtype_of
 from .comparison import check_comparable
 from .errors import BadInput, mention, refuse_given, worded
 from .guidance import check_guidance, guidance_adapters, own_adapters, placed, suited
@@ -256,7 +256,7 @@ def prepare(
         if facts.row.tiled and not pipe.vae.use_tiling:
             problem = "its autoencoder can decode in tiles alone"
             raise BadInput("model", problem, "Call enable_tiling() of its vae first.", value=facts.pipeline_class)
-        place, chosen_dtype = pipe._execution_device, (pipe.transformer or pipe.transformer_2).dtype
+        place, chosen_dtype = pipe._execution_device, dtype_of(pipe)
     of_weights = placed(facts, pipe)
     if guidance_free is True:
         adapters = own_adapters(of_weights)

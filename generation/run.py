@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .calls import call_arguments, frames_of, guided, parts_of, row_of, sound_of, stepped
+from .calls import call_arguments, dtype_of, frames_of, guided, parts_of, row_of, sound_of, stepped
 from .comparison import GeneratedVideo
 from .errors import BadInput, worded
 from .machine import synchronise
@@ -236,14 +236,23 @@ def _call(
     if not decode:
         return Run(None, seconds, tuple(ends), None, notes, cut=cut)
     frames = frames_of(row, settings, result)
-    if not np.isfinite(frames).all():
-        raise GenerationError(
-            f"the model made NaN or infinite values instead of a video in {pipe.transformer.dtype}: "
-            "another dtype may help (bfloat16 or float32)."
-        )
+    _check_finite(pipe, frames, "a video")
+    sound = sound_of(pipe, row, result)
+    if sound is not None:
+        _check_finite(pipe, sound.samples, "a sound")
     if len(frames) != settings.frames:
         notes = (*notes, f"The pipeline made {len(frames)} frames instead of {settings.frames}.")
-    return Run(frames, seconds, tuple(ends), None, notes, sound_of(pipe, row, result), cut=cut)
+    return Run(frames, seconds, tuple(ends), None, notes, sound, cut=cut)
+
+
+def _check_finite(pipe: DiffusionPipeline, values: np.ndarray, what: str) -> None:
+    if np.isfinite(values).all():
+        return
+    dtype = str(dtype_of(pipe))
+    others = " or ".join(name for name in ("bfloat16", "float32") if dtype != f"torch.{name}")
+    raise GenerationError(
+        f"the model made NaN or infinite values instead of {what} in {dtype}: another dtype may help ({others})."
+    )
 
 
 def make_video(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .calls import check_untouched
+from .calls import check_untouched, dtype_of
 from .comparison import check_comparable, compare, mean_psnr
 from .errors import BadInput, mention, worded
 from .machine import choose_device, choose_dtype, environment
@@ -305,7 +305,7 @@ class _Models:
     def dtype(self, name: str) -> Any:
         """Of a model."""
         if self._is_given(name):
-            return (self.given.transformer or self.given.transformer_2).dtype
+            return dtype_of(self.given)
         return choose_dtype(self._dtype, self.device, name)
 
     def check_named(self, stage: Stage, settings: Settings) -> None:

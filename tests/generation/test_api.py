@@ -16,6 +16,8 @@ from vidaccel.generation.comparison import Comparison, GeneratedVideo
 from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.forecast import decoding_note, memory_to_decode
 from vidaccel.generation.request import Settings
+from vidaccel.generation.run import GenerationError
+from vidaccel.generation.sound import Sound
 from vidaccel.generation.video_reader import read_video
 from vidaccel.pipelines.loading import load_pipeline
 
@@ -105,6 +107,27 @@ def test_a_default_method_that_cannot_do_it_is_left_out(tmp_path):
         assert any(note.startswith(f"{name} is left out: ") for note in made.notes)
     with pytest.raises(BadInput, match=r"^method is radial: "):
         vidaccel.generate("demo", PROMPT, method="radial", density=0.2, **{**SMALL, "frames": 5})
+
+
+@pytest.mark.parametrize(("dtype", "others"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
+def test_nan_is_no_video(dtype, others):
+    """Also of a pipeline whose transformer is the one for low noise; the dtype in use is not recommended."""
+    parts = WanPipeline.from_pretrained(demo.path()).to(dtype).components
+    low = parts.pop("transformer")
+    low.proj_out.bias.data.fill_(torch.nan)
+    pipe = WanPipeline(**{**parts, "transformer": None, "transformer_2": low}, boundary_ratio=1.0)
+    told = rf"NaN or infinite values instead of a video in {dtype}: another dtype may help \({others}\)\.$"
+    with pytest.raises(GenerationError, match=told):
+        vidaccel.generate(pipe, PROMPT, **{**SMALL, "frames": 5, "steps": 2, "device": "auto"})
+
+
+def test_nan_is_no_sound(pipe, monkeypatch):
+    from vidaccel.generation import run as module
+
+    heard = Sound(np.array([[0.5], [np.nan]], np.float32), 800)
+    monkeypatch.setattr(module, "sound_of", lambda *_: heard)
+    with pytest.raises(GenerationError, match="NaN or infinite values instead of a sound in torch.float32: another "):
+        vidaccel.generate(pipe, PROMPT, **{**SMALL, "frames": 5, "steps": 2, "device": "auto"})
 
 
 def test_video_to_video(pipe, dense, tmp_path):
