@@ -153,7 +153,7 @@ def _print_table(made: Waterfall) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..generation.report import format_psnr, format_seconds
+    from ..generation.report import OVER_WHAT_DIFFERS, format_psnr, format_seconds
     from ..generation.waterfall_page import row_name, row_notes
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -165,12 +165,14 @@ def _print_table(made: Waterfall) -> None:
         low, high = made.gain_range(row)
         cells = [f"{row_name(row, number)}: {row.stage.text if number else row.stage.model}"]
         cells += [format_seconds(row.median), f"{made.gain(row):.2f}", f"{low:.2f}-{high:.2f}" if number else "–"]
-        cells += [format_psnr(row.mean_psnr) if number else "–"]
+        cells += [format_psnr(row.mean_psnr, row.identical_frames) if number else "–"]
         cells += [f"{sum(row.right)}/{len(row.right)}"] if checked else []
         computed, skipped = row.forwards
         table.add_row(*cells, f"{computed:g} of {computed + skipped:g}")
     console = Console()
     console.print(table, markup=False)
+    if made.leaves_out:
+        typer.echo(OVER_WHAT_DIFFERS)
     for note in [*made.notes, *(f"{name}: {note}." for name, note in row_notes(made.rows))]:
         typer.echo(note)
     typer.echo(made.in_words())

@@ -35,7 +35,7 @@ def print_summary(
     from rich.console import Console
     from rich.table import Table
 
-    from ..generation.report import format_psnr, format_seconds
+    from ..generation.report import OVER_WHAT_DIFFERS, format_psnr, format_seconds
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("method")
@@ -50,12 +50,15 @@ def print_summary(
         row = [video.name, format_seconds(video.seconds), density]
         if comparison:
             metrics = comparison.metrics.get(video.name)
-            row += [format_psnr(metrics.mean_psnr), f"{metrics.mean_ssim:.3f}"] if metrics else ["–", "–"]
+            near = metrics and format_psnr(metrics.mean_psnr, metrics.leaves_out)
+            row += [near, f"{metrics.mean_ssim:.3f}"] if metrics else ["–", "–"]
         if skipping:
             counts = None if video.account is None else video.account.counts()
             row.append("all" if counts is None else f"{counts['computed']} of {counts['forwards']}")
         table.add_row(*row, str(files[video.name]))
     Console().print(table)
+    if comparison and any(metrics.leaves_out for metrics in comparison.metrics.values()):
+        typer.echo(OVER_WHAT_DIFFERS)
     for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures
         if note not in said:
             typer.echo(note)

@@ -87,11 +87,20 @@ class GeneratedVideo:
 
 
 def mean_psnr(values: Sequence[float]) -> float:
-    """Mean of PSNRs in dB, over what differs; infinite where nothing does, NaN where something cannot be compared."""
+    """Mean of PSNRs in dB, over what differs; infinite where nothing does, NaN where something cannot be compared.
+
+    What is identical has an infinite PSNR, and is left out. So a video that is far off in one frame and the same in all
+    others has a lower mean than one that is a little off in all; `psnr_of_mean_error` counts every frame.
+    """
     if any(map(math.isnan, values)):
         return math.nan
     finite = [value for value in values if math.isfinite(value)]
     return statistics.fmean(finite) if finite else math.inf
+
+
+def over_what_differs(identical: int) -> str:
+    """What to say after a `mean_psnr` that leaves some frames out; "" where it leaves out none."""
+    return f" over the frames that differ ({identical} identical)" if identical else ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,11 @@ class FrameMetrics:
     def mean_psnr(self) -> float:
         """Mean over the frames that differ; infinite when none does."""
         return mean_psnr(self.psnr)
+
+    @property
+    def leaves_out(self) -> int:
+        """Frames without any difference that `mean_psnr` leaves out; 0 where all are, of which it says so itself."""
+        return self.identical_frames % len(self.psnr)
 
     @property
     def psnr_of_mean_error(self) -> float:
@@ -174,7 +188,7 @@ class Comparison:
         told = []
         for video in self.videos:
             own = self.metrics.get(video.name)
-            near = "" if own is None else f", PSNR {own.mean_psnr:.1f} dB"
+            near = "" if own is None else f", PSNR {own.mean_psnr:.1f} dB{over_what_differs(own.leaves_out)}"
             near = f", identical to {self.reference.name}" if own is not None and math.isinf(own.mean_psnr) else near
             told.append(f"{video.name} {video.seconds:.3g} s{near}")
         return told

@@ -185,9 +185,22 @@ def format_seconds(value: float | None) -> str:
     return f"{value:.1f} s" if value < 120 else f"{int(value // 60)} min {value % 60:.0f} s"
 
 
-def format_psnr(value: float | None) -> str:
-    """A PSNR for a reader."""
-    return "–" if value is None or math.isnan(value) else "identical" if math.isinf(value) else f"{value:.1f} dB"
+OVER_WHAT_DIFFERS = "PSNR is the mean over the frames that differ; in brackets, how many are identical."
+"""To be said of a table in which `format_psnr` tells of some."""
+
+
+def format_psnr(value: float | None, identical: int = 0) -> str:
+    """A PSNR for a reader.
+
+    Args:
+        value: in dB; see `comparison.mean_psnr`.
+        identical: frames without any difference, which it leaves out.
+    """
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "identical"
+    return f"{value:.1f} dB ({identical} identical)" if identical else f"{value:.1f} dB"
 
 
 def _metrics_summary(metrics: FrameMetrics) -> dict[str, Any]:
@@ -265,6 +278,7 @@ def _page(comparison: Comparison, sheet: bytes) -> dict[str, Any]:
         "rows": rows,
         "charts": charts,
         "sheet": data_url(sheet, "image/png"),
+        "some_identical": any(m.leaves_out for m in metrics.values()),
         "measured": any(v.report is not None and v.report.measured() for v in comparison.videos),
         "warm": any(v.warm_up_seconds is not None for v in comparison.videos),
     }

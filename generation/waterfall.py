@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .calls import check_untouched, dtype_of
-from .comparison import check_comparable, compare, mean_psnr
+from .comparison import FrameMetrics, check_comparable, compare, mean_psnr, over_what_differs
 from .errors import BadInput, mention, worded
 from .machine import choose_device, choose_dtype, environment
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
@@ -47,11 +47,12 @@ class Row:
         stage: what ran.
         steps, guidance_scale: of its calls.
         seconds: of whole calls of the pipeline, one list a round, one number a prompt.
-        psnr: dB to the first row, one a prompt; infinite where it is the same.
+        psnr: dB to the first row, one a prompt: the mean over the frames that differ; infinite where none does.
         right: whether each video shows what its prompt says; None where nothing checks it.
         forwards: passes of the transformer in a call, computed and skipped, the mean over the prompts.
         sample: frames of the first prompt, `[F, H, W, 3]` uint8.
         notes: of the run, in sentences.
+        identical_frames: of all videos, those without any difference to the first row's.
     """
 
     stage: Stage
@@ -63,6 +64,7 @@ class Row:
     forwards: tuple[float, float]
     sample: np.ndarray
     notes: tuple[str, ...] = ()
+    identical_frames: int = 0
 
     @property
     def median(self) -> float:
@@ -108,6 +110,11 @@ class Waterfall:
 
     def __repr__(self) -> str:
         return f"<vidaccel waterfall, {len(self.rows)} rows. {self.in_words()}>"
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there are identical frames that a PSNR leaves out."""
+        return any(row.identical_frames and math.isfinite(row.mean_psnr) for row in self.rows[1:])
 
     def gain(self, row: Row) -> float:
         """How many times as fast as the first row."""
@@ -160,7 +167,7 @@ class Waterfall:
             counts = (sum(row.right or ()) for row in (last, first))
             text += ", and {} instead of {} of {} videos show what their prompt says".format(*counts, len(self.prompts))
         elif math.isfinite(last.mean_psnr):
-            text += f", at a PSNR of {last.mean_psnr:.1f} dB to it"
+            text += f", at a PSNR of {last.mean_psnr:.1f} dB to it{over_what_differs(last.identical_frames)}"
         return text + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,6 +189,7 @@ class Waterfall:
                     "differs_from_base": self.differs(row),
                     "psnr_mean": row.mean_psnr if math.isfinite(row.mean_psnr) else None,
                     "psnr": finite,
+                    "identical_frames": row.identical_frames,
                     "accuracy": row.accuracy,
                     "right": None if row.right is None else list(row.right),
                     "forwards_computed": row.forwards[0],
@@ -394,17 +402,19 @@ def _measure(
             if number:
                 continue
             reference = reference or videos
+            near = [_metrics(a, b) for a, b in zip(reference, videos, strict=True)]
             rows.append(
                 Row(
                     stage,
                     settings.steps,
                     settings.guidance_scale,
                     (),
-                    tuple(_psnr(a, b) for a, b in zip(reference, videos, strict=True)),
+                    tuple(math.nan if each is None else each.mean_psnr for each in near),
                     None if checker is None else tuple(checker(v, p) for v, p in zip(videos, prompts, strict=True)),
                     (_mean(passes, "computed"), _mean(passes, "skipped")),
                     videos[0],
                     (*account.notes, *dict.fromkeys(cut)),
+                    sum(each.identical_frames for each in near if each is not None),
                 )
             )
     return (replace(row, seconds=tuple(each)) for row, each in zip(rows, seconds, strict=True))
@@ -427,8 +437,9 @@ def _at_work(models: _Models, stage: Stage, settings: Settings) -> Iterator[tupl
         yield pipe, handle
 
 
-def _psnr(reference: np.ndarray, other: np.ndarray) -> float:
+def _metrics(reference: np.ndarray, other: np.ndarray) -> FrameMetrics | None:
+    """Of the frames that both have; None for another size."""
     frames = min(len(reference), len(other))
     if reference.shape[1:] != other.shape[1:]:
-        return math.nan
-    return compare(reference[:frames], other[:frames]).mean_psnr
+        return None
+    return compare(reference[:frames], other[:frames])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -175,6 +176,27 @@ def test_a_page_with_bytes_that_are_no_text(comparison, clip, tmp_path):
     assert "--out caf?.mp4</pre>" in write_html(made, tmp_path / "p.html").read_text("utf-8")
 
 
+def test_a_psnr_that_leaves_frames_out_says_so(comparison, clip, tmp_path):
+    """It is the mean over the frames that differ; with all of them, the infinite ones would be the mean."""
+    from vidaccel.cli.terminal import print_summary
+
+    other = np.roll(clip, 1, axis=1)
+    other[:4] = clip[:4]
+    page = write_html(made := comparison(svg=other), tmp_path / "p.html").read_text()
+    told = f"{made.metrics['svg'].mean_psnr:.1f} dB (4 identical)"
+    assert page.count(told) == 2 and "PSNR over those that differ, and in brackets how many are identical" in page
+    assert f"PSNR {made.metrics['svg'].mean_psnr:.1f} dB over the frames that differ (4 identical)" in repr(made)
+    files = {video.name: file for video, file in zip(made.videos, made.files, strict=True)}
+    with pytest.MonkeyPatch.context() as patch, io.StringIO() as shown:
+        patch.setenv("COLUMNS", "400")
+        patch.setattr("sys.stdout", shown)
+        print_summary(list(made.videos), files, made)
+        assert told in shown.getvalue() and "PSNR is the mean over the frames that differ" in shown.getvalue()
+    assert "identical" not in repr(comparison(svg=np.roll(clip, 1, axis=1)))
+    page = write_html(comparison(svg=np.roll(clip, 1, axis=1)), tmp_path / "p.html").read_text()
+    assert "identical)" not in page
+
+
 def test_a_page_without_warm_up(comparison, clip, tmp_path):
     made = comparison(svg=clip)
     videos = tuple(replace(v, warm_up_seconds=None, step_seconds=None) for v in made.videos)
@@ -211,6 +233,7 @@ def test_formats():
         "12 min 34 s",
     ]
     assert [format_psnr(v) for v in (None, math.inf, 27.345)] == ["–", "identical", "27.3 dB"]
+    assert [format_psnr(*v) for v in ((27.345, 3), (math.inf, 6))] == ["27.3 dB (3 identical)", "identical"]
 
 
 class TestMeasuredErrors:

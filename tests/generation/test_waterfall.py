@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,7 @@ def test_all_is_measured_against_the_plain_base(made):
     first = made.rows[0]
     assert first.psnr == (math.inf, math.inf) and made.gain(first) == 1
     assert all(math.isfinite(value) for row in made.rows[1:] for value in row.psnr)
+    assert [row.identical_frames for row in made.rows] == [18] + [0] * 5
     # The base is what `generate` makes without anything.
     plain = vidaccel.generate("demo", PROMPTS[0], seed=5, device="cpu", **SMALL)
     assert np.array_equal(plain.frames, first.sample)
@@ -183,6 +185,21 @@ def test_a_gain_that_the_rounds_cannot_tell_is_none(base, levers, words, tmp_pat
     assert made.differs(rows[1]) is differs is made.to_dict()["rows"][1]["differs_from_base"]
     chart = write_waterfall(made, tmp_path / "w.html").read_text().split("<table>")[0]
     assert ("no difference" in chart) is not differs
+
+
+def test_a_psnr_that_leaves_frames_out_says_so(tmp_path, capsys, monkeypatch):
+    from vidaccel.cli.presets import _print_table
+
+    monkeypatch.setenv("COLUMNS", "400")
+    rows = (row("base", ((4.0,),), (math.inf,), None), replace(row("cache", ((2.0,),), right=None), identical_frames=7))
+    made = Waterfall(FULL, rows, ("a",), (0,), {"size": "small", "videos": "one"})
+    assert made.in_words().endswith("at a PSNR of 30.0 dB to it over the frames that differ (7 identical).")
+    assert made.to_dict()["rows"][1]["identical_frames"] == 7
+    page = write_waterfall(made, tmp_path / "w.html").read_text()
+    assert "<td>30.0 dB (7 identical)</td>" in page and "of the frames that differ" in page
+    _print_table(made)
+    told = capsys.readouterr().out
+    assert "30.0 dB (7 identical)" in told and "PSNR is the mean over the frames that differ" in told
 
 
 def test_levers_that_did_nothing_gain_nothing():
