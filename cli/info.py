@@ -149,9 +149,11 @@ def _print_forecast(
     from ..generation.forecast import forecast
     from ..generation.machine import choose_dtype
     from ..generation.model_facts import inspect_model
+    from ..generation.pipeline_options import check_options
     from ..generation.request import Settings
 
     facts = inspect_model(model)
+    check_options(options, facts.row)
     settings = Settings("a forecast", frames=frames, height=height, width=width, pipeline_options=options)
     itemsize = choose_dtype(dtype, torch.device("cpu"), model).itemsize
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from vidaccel.attention import METHODS
@@ -155,6 +156,12 @@ def test_threads_are_counted_in_words(monkeypatch):
     for threads, words in ((1, "torch uses 1 thread"), (2, "torch uses 2 threads")):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert environment(torch.device("cpu"))["CPU"].endswith(words)
+
+
+@pytest.mark.parametrize("option", ["max_sequence_length=abc", "max_sequence_length=0", "num_videos_per_prompt=2"])
+def test_options_of_the_pipeline_that_a_plan_refuses(vidaccel, option):
+    result = vidaccel("info", "--forecast", "--pipeline-option", option)
+    assert result.exit_code == 2 and result.stderr.startswith("Error: --pipeline-option is "), result.exception
 
 
 def test_a_plan_of_what_cannot_be_made(vidaccel):
