@@ -33,6 +33,17 @@ def option(field: str) -> str:
     return _NAMES.get(field, "--" + field.replace("_", "-"))
 
 
+def _out_of_memory(error: Exception) -> str:
+    """What to do where an error says that memory ran out; "" for another error."""
+    less = "--vae-tiling where it was in decoding; fewer --frames or a smaller size."
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory: try --offload, or --offload-blocks where the transformer alone is too large; " + less
+    # Torch has no class of its own for that of a CPU, and other words on Windows.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
+        return f"out of main memory: try --dtype bfloat16, in which weights take half as much as in float32; {less}"
+    return ""
+
+
 class _Terminated(SystemExit):
     """SIGTERM came."""
 
@@ -42,7 +53,8 @@ def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: C
     """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C,
     143 for SIGTERM.
 
-    That is every error of a class of this package, and of the system. Others are faults of the program and pass.
+    That is every error of a class of this package, of the system, and where memory ran out. Others are faults of the
+    program and pass.
 
     Args:
         interrupted: what to say after Ctrl-C or SIGTERM.
@@ -66,13 +78,10 @@ def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: C
         typer.echo(interrupted(), err=True)
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from None
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         message = error.worded(name) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
-        if type(error).__name__ == "OutOfMemoryError":
-            message = (
-                "out of GPU memory: try --offload, or --offload-blocks where the transformer alone is too large; "
-                "--vae-tiling where it was in decoding; fewer --frames or a smaller size."
-            )
+        if full := _out_of_memory(error):
+            message = full
         elif type(error).__module__.partition(".")[0] != __name__.partition(".")[0] and not isinstance(error, OSError):
             raise
         typer.echo(f"Error: {message}", err=True)

@@ -291,3 +291,35 @@ def test_values_of_the_wrong_type(vidaccel, tmp_path):
     assert result.exit_code == 2
     assert "--steps" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "Error: out of GPU memory: try --offload, "),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+            ),
+            "Error: out of main memory: try --dtype bfloat16, ",
+        ),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), "Error: out of main memory: try "),
+        (MemoryError("Unable to allocate 1. TiB for an array"), "Error: out of main memory: try --dtype bfloat16, "),
+    ],
+    ids=["GPU", "CPU", "Windows", "Python"],
+)
+def test_out_of_memory_is_one_line(vidaccel, tiny_configs, tmp_path, monkeypatch, error, words):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr("vidaccel.generation.api.load", load)
+    result = vidaccel("generate", "a dot", "--model", tiny_configs, "--out", tmp_path / "a.mp4", "--device", "cpu")
+    told = result.stderr.splitlines()[-1]  # after the bar
+    assert result.exit_code == 1 and told.startswith(words), (result.output, result.exception)
+    assert "Traceback" not in result.stderr and ("offload" in told) == ("GPU" in words)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(vidaccel, tiny_configs, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.api.load", lambda *_, **__: [][0])
+    result = vidaccel("generate", "a dot", "--model", tiny_configs, "--out", tmp_path / "a.mp4", "--device", "cpu")
+    assert isinstance(result.exception, IndexError) and "Error" not in result.stderr
