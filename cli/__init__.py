@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import demo, generate, info, models, presets, tune
+from .terminal import show_what_can_be_shown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -16,6 +17,7 @@ def main() -> None:
     """The entry point of the `vidaccel` command."""
     # Before torch is imported: OpenMP threads that spin between small operations make a small model many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    show_what_can_be_shown()
     app(prog_name="vidaccel")
 
 

@@ -12,6 +12,7 @@ import typer
 from ..generation.errors import BadInput
 from .errors import one_line_errors
 from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
+from .terminal import can_show
 
 if TYPE_CHECKING:
     from ..generation.waterfall import Waterfall
@@ -36,10 +37,10 @@ def presets_command(
         from ..pipelines.presets.files import absolute
 
         if name is not None:
-            # With whole paths: what is printed may be put anywhere.
-            typer.echo(
-                yaml.safe_dump(absolute(load_preset(name)).to_dict(), sort_keys=False, allow_unicode=True), nl=False
-            )
+            # With whole paths, and escapes for what the output cannot show: what is printed may be put anywhere.
+            content = absolute(load_preset(name)).to_dict()
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            typer.echo(text if can_show(text) else yaml.safe_dump(content, sort_keys=False), nl=False)
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="bold", no_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,29 @@ import typer
 
 if TYPE_CHECKING:
     from ..generation.comparison import Comparison, GeneratedVideo
+
+
+def show_what_can_be_shown() -> None:
+    """What the encoding of standard output lacks is printed as "?", where it would end a run that is done.
+
+    Standard error has escapes for it already. Where Python passes bytes of another encoding through, as in the locale
+    C, names of files go out as they came in.
+    """
+    out = sys.stdout
+    if not hasattr(out, "reconfigure"):  # none at all, or that of a test
+        return
+    passes = out.errors == "surrogateescape" and codecs.lookup(out.encoding).name == "utf-8"
+    if out.errors in ("strict", "surrogateescape") and not passes:
+        out.reconfigure(errors="replace")
+
+
+def can_show(text: str) -> bool:
+    """Whether standard output has all characters of a text."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def command_line() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -133,6 +134,31 @@ def test_the_version(vidaccel):
     from vidaccel import __version__
 
     assert vidaccel("--version").stdout == f"vidaccel {__version__}\n"
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "??"), ("cp1252", "–?"), ("utf-8", "–日")])
+def test_what_an_output_cannot_show_ends_no_run(monkeypatch, encoding, shown):
+    from vidaccel import cli
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(cli, "app", lambda **_: print("–日", flush=True))
+    monkeypatch.setattr("sys.stdout", out)
+    cli.main()
+    assert out.buffer.getvalue().decode(encoding).strip() == shown
+    for other in (None, io.StringIO()):  # of a program without a console, of a test
+        monkeypatch.setattr("sys.stdout", other)
+        cli.main()
+
+
+def test_names_of_files_go_out_as_they_came_in(monkeypatch):
+    """In the locale C, Python passes bytes of other encodings through."""
+    from vidaccel import cli
+
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="surrogateescape")
+    monkeypatch.setattr(cli, "app", lambda **_: print("caf\udce9", flush=True))
+    monkeypatch.setattr("sys.stdout", out)
+    cli.main()
+    assert out.buffer.getvalue().strip() == b"caf\xe9"
 
 
 def test_the_order_of_the_commands(vidaccel, monkeypatch):

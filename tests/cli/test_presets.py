@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,17 @@ def test_one_is_printed_with_paths_that_hold_anywhere(vidaccel, tmp_path, monkey
     assert preset.loras[0].path == tmp_path / "mine" / "a.safetensors" and preset.sla == (
         str(tmp_path / "s.safetensors"),
     )
+
+
+def test_one_is_printed_whole_where_the_output_cannot_show_all(tmp_path, child_environment):
+    """What is printed may be kept as a file: escapes, not question marks."""
+    (tmp_path / "a.yaml").write_text("version: 1\nname: 日本\ncache: forecast\n", encoding="utf-8")
+    command = [sys.executable, "-m", "vidaccel", "presets", tmp_path / "a.yaml"]
+    for encoding, kept in (("cp1252", r"\u65E5\u672C"), ("utf-8", "日本")):
+        environment = {**child_environment, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, env=environment, check=True)
+        text = done.stdout.decode(encoding)
+        assert kept in text and Preset.from_dict(yaml.safe_load(text)) == load_preset(tmp_path / "a.yaml")
 
 
 def test_a_cache_says_what_it_skipped(vidaccel, tiny_model, tmp_path):
