@@ -145,7 +145,7 @@ class ChunkConv3d(nn.Conv3d):
 
 
 class ChannelRMSNorm(nn.Module):
-    """RMS norm over channels with weight and bias; `[B, C, T, H, W]`. The mean square is taken in float32."""
+    """RMS norm over channels with weight and bias; `[B, C, T, H, W]`. The mean square is taken in float32 at least."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class ChannelRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # A norm with its own dtype keeps no float32 copy of x, which at 720p would be 9 GB.
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(norm.square() / x.shape[1] + self.eps).to(x.dtype)
         shape = (-1, 1, 1, 1)
         return torch.addcmul(self.bias.view(shape), x * scale, self.weight.view(shape))

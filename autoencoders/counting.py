@@ -38,7 +38,7 @@ def counted_bytes(name: str, config: Mapping[str, Any], frames: int, height: int
     from .live_bytes import LiveBytes
 
     cls = getattr(diffusers, name)
-    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    dtype = {4: torch.float32, 8: torch.float64}.get(itemsize, torch.bfloat16)
     with torch.device("meta"):
         vae = cls.from_config(dict(config)).eval()
         torch.nn.Module.to(vae, dtype)  # diffusers' own warns of modules to keep in float32, and there are none

@@ -63,6 +63,17 @@ def test_what_the_config_tells_pipelines():
     assert model.config.latents_mean == [0.0] * 4 and model.config.latents_std == [2.0] * 4
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+def test_in_float64_it_is_the_same_model(tiled):
+    """The norm takes its mean square in float32 at least, and never in less than what it is given."""
+    model, video = make_autoencoder(), make_video(8, 48, 48)
+    if tiled:
+        model.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=32)
+    with torch.no_grad():
+        single, double = (model.to(dtype)(video.to(dtype)).sample for dtype in (torch.float32, torch.float64))
+    assert double.dtype == torch.float64 and 0 < _error(single.double(), double) < 1e-4
+
+
 def test_save_and_load(tmp_path):
     model, video = make_autoencoder(pad_frames=4, tail="replicate"), make_video(12)
     model.save_pretrained(tmp_path)

@@ -45,6 +45,12 @@ def test_it_is_what_decoding_takes(name):
     assert memory_to_decode(vae, *video.shape[2:]) == live.peak
 
 
+def test_float64_takes_twice_as_much():
+    name = "AutoencoderKLHunyuanVideo15"
+    vae = getattr(diffusers, name)(**TINY[name]).eval()
+    assert counted_bytes(name, vae.config, 9, 64, 96, 8) == 2 * counted_bytes(name, vae.config, 9, 64, 96, 4)
+
+
 def test_hunyuan_at_720p_fits_no_card_of_24_gb_whole():
     """Its published config is diffusers' defaults."""
     assert 50e9 < counted_bytes("AutoencoderKLHunyuanVideo", {}, 129, 720, 1280, 2) < 60e9
