@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,14 @@ class VideoSource:
     given: np.ndarray | None = None
     field: str = "video"
 
+    @property
+    def rate(self) -> float | None:
+        """Frames per second at which a file of a variable rate is sampled by time; None where each frame is taken.
+
+        One frame after the other would be played faster in one place and slower in another.
+        """
+        return float(self.media.fps) if self.media is not None and self.media.variable else None
+
     def read(self, frames: int, width: int, height: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """The first frames at a size, `[frames, height, width, 3]` of bytes, and in words what was left out for it.
 
@@ -80,15 +89,25 @@ class VideoSource:
 
         from .pictures import fit_picture
 
-        notes = (
-            [f"{self.field}: of its {self.frames} frames, the first {frames} are used."] if frames < self.frames else []
-        )
+        notes = list(self._told_of(frames))
         if self.given is None:
             made, note = self._decoded(frames, width, height)
         else:
             fitted = [fit_picture(Image.fromarray(frame), width, height) for frame in self.given[:frames]]
             made, note = np.stack([np.asarray(picture) for picture, _ in fitted]), fitted[0][1]
         return made, (*notes, *([f"{self.field}: {note}"] if note else []))
+
+    def _told_of(self, frames: int) -> Iterator[str]:
+        """In words, which of its frames are used where so many are asked for."""
+        if self.rate is None:
+            if frames < self.frames:
+                yield f"{self.field}: of its {self.frames} frames, the first {frames} are used."
+            return
+        if frames < self.frames:
+            whole, used = self.frames / self.rate, frames / self.rate
+            yield f"{self.field}: of its {whole:.3g} s, the first {used:.3g} s are used."
+        uneven = "its frames are not evenly spaced in time: it is sampled at its mean rate"
+        yield f"{self.field}: {uneven}, {self.rate:.4g} frames per second."
 
     def _decoded(self, frames: int, width: int, height: int) -> tuple[np.ndarray, str]:
         """Scaled while it is read, so that no more is held than the result."""
@@ -100,7 +119,7 @@ class VideoSource:
         assert self.file is not None and self.media is not None
         fit = Fit.of(self.media.width, self.media.height, width, height)
         left, top = fit.left / max(1, fit.wide - width), fit.top / max(1, fit.high - height)
-        cut = Cut(0, frames, None, height, width, left=left, top=top)
+        cut = Cut(0, frames, self.rate, height, width, left=left, top=top)
         try:
             return read_frames(self.file, self.media, cut), fit.words()
         except OSError as error:

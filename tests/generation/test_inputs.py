@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from vidaccel.generation.inputs import open_picture, open_video
 from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.pictures import fit_picture
 from vidaccel.generation.request import Settings
-from vidaccel.generation.video import write_mp4
+from vidaccel.generation.video import encoder, write_mp4
 from vidaccel.generation.video_reader import read_video
 
 PROMPT = "a red circle moves left on a grey background"
@@ -96,6 +97,34 @@ def test_the_least_strength_is_named(noise, steps, strength, least):
 def test_the_least_strength_works(noise):
     made = vidaccel.generate("demo", PROMPT, video=noise[:5], strength=0.334, **SMALL)
     assert made.frames.shape == (5, 64, 64, 3)
+
+
+@pytest.fixture
+def uneven(tmp_path) -> Path:
+    """31 frames whose grey tells when: a second at 20 frames a second, a second of one frame, half a second at 20."""
+    command = [encoder(), "-loglevel", "error", "-f", "lavfi", "-i"]
+    command += ["color=black:s=64x64:r=20,format=gray,geq=lum='4*N',trim=end_frame=50"]
+    command += ["-vf", "select='lt(n,20)+eq(n,20)+gte(n,40)'", "-fps_mode", "vfr", "-crf", "4", tmp_path / "uneven.mkv"]
+    subprocess.run([str(part) for part in command], check=True)
+    return tmp_path / "uneven.mkv"
+
+
+def test_motion_keeps_its_pace_where_the_rate_varies(uneven):
+    """The result has one rate, so it is from moments as far apart as those of its frames."""
+    source = open_video(uneven)
+    read, notes = source.read(31, 64, 64)
+    moments, wanted = read.mean((1, 2, 3)) / 4 / 20, np.arange(31) / 12.4
+    wanted[(wanted > 1) & (wanted < 2)] = 1  # the frame that is shown for a second
+    assert source.frames == 31 and source.fps == pytest.approx(12.4)
+    assert np.abs(moments - wanted).max() < 0.06
+    assert notes == (
+        "video: its frames are not evenly spaced in time: it is sampled at its mean rate, 12.4 frames per second.",
+    )
+    read, notes = source.read(13, 64, 64)
+    assert len(read) == 13 and notes[0] == "video: of its 2.5 s, the first 1.05 s are used."
+    assert (
+        Settings(PROMPT, video=uneven, **{"height": 64, "width": 64, "frames": 29}).checked(inspect_model("demo")).notes
+    )
 
 
 # -- frames per second -------------------------------------------------------------------------------------------------
