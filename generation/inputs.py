@@ -58,7 +58,7 @@ class VideoSource:
 
     Args:
         frames: how many there are.
-        fps: frames per second of a file.
+        fps: frames per second of a file; of a variable rate, the mean.
         file, media: where it is one.
         given: `[F, H, W, 3]` of bytes otherwise.
         field: that it is given for.

@@ -180,9 +180,13 @@ def format_seconds(value: float | None) -> str:
     """A time for a reader."""
     if value is None:
         return "–"
-    if value < 1:
+    # Rounded first: there is no "1000 ms", and no "2 min 60 s".
+    if round(value * 1000) < 1000:
         return f"{value * 1000:.0f} ms"
-    return f"{value:.1f} s" if value < 120 else f"{int(value // 60)} min {value % 60:.0f} s"
+    if round(value, 1) < 120:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds} s"
 
 
 OVER_WHAT_DIFFERS = "PSNR is the mean over the frames that differ; in brackets, how many are identical."

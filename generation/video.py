@@ -7,19 +7,30 @@ import contextlib
 import functools
 import math
 import os
+import re
 import secrets
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .sound import Sound
 
+if TYPE_CHECKING:
+    from PIL import ImageFont
+
 CRF = 16
 """Quality of H.264: 0 is lossless, 23 is x264's default; 16 is hard to tell from the source."""
+
+
+_MOST_LABEL = 0.3
+"""Share of a contact sheet's width that the names have at the most."""
+_LABEL_LINE = 26
+"""Pixels from line to line of a name."""
 
 
 class EncodingError(RuntimeError):
@@ -162,14 +173,17 @@ def contact_sheet(videos: Mapping[str, np.ndarray], columns: int = 7, width: int
     chosen = np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int))
 
     label_font, frame_font = ImageFont.load_default(size=20), ImageFont.load_default(size=16)
-    longest = max(label_font.getlength(name) for name in videos)
+    labels = {name: _wrapped(name, label_font, width * _MOST_LABEL) for name in videos}
+    longest = max(label_font.getlength(line) for label in labels.values() for line in label.split("\n"))
     margin, gap, header = 16, 6, 30
     left = int(margin + longest + 14)
     cell_width = (width - left - margin - gap * (len(chosen) - 1)) // len(chosen)
     # A short video must not fill the page with two huge frames.
     cell_width = max(16, min(cell_width, width // 5))
     cell_height = max(8, round(cell_width * height / frame_width))
-    total = margin + header + len(videos) * (cell_height + gap) - gap + margin
+    breaks = max(label.count("\n") for label in labels.values())
+    row_height = max(cell_height, _LABEL_LINE * (breaks + 1) if breaks else 0)
+    total = margin + header + len(videos) * (row_height + gap) - gap + margin
 
     sheet = Image.new("RGB", (width, total), "white")
     draw = ImageDraw.Draw(sheet)
@@ -177,12 +191,28 @@ def contact_sheet(videos: Mapping[str, np.ndarray], columns: int = 7, width: int
         x = left + column * (cell_width + gap) + cell_width / 2
         draw.text((x, margin + header / 2 - 4), f"frame {frame}", fill="#666666", font=frame_font, anchor="mm")
     for row, (name, frames) in enumerate(videos.items()):
-        y = margin + header + row * (cell_height + gap)
-        draw.text((left - 14, y + cell_height / 2), name, fill="#222222", font=label_font, anchor="rm")
+        y = margin + header + row * (row_height + gap)
+        place = (left - 14, y + cell_height / 2 + (row_height - cell_height) / 2)
+        draw.text(place, labels[name], fill="#222222", font=label_font, anchor="rm", align="right")
         for column, frame in enumerate(chosen):
             picture = Image.fromarray(frames[frame]).resize((cell_width, cell_height), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (left + column * (cell_width + gap), y))
+            sheet.paste(picture, (left + column * (cell_width + gap), y + (row_height - cell_height) // 2))
     return np.asarray(sheet)
+
+
+def _wrapped(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, most: float) -> str:
+    """A name in lines of at most so many pixels, broken where its parts meet; within a part that is too long itself."""
+    lines, line = [], ""
+    for part in re.split(r"(?<=[- ])", name):
+        if line and font.getlength(line + part) > most:
+            lines.append(line)
+            line = ""
+        while font.getlength(part) > most and len(part) > 1:
+            end = next((n for n in range(len(part) - 1, 1, -1) if font.getlength(part[:n]) <= most), 1)
+            lines.append(part[:end])
+            part = part[end:]
+        line += part
+    return "\n".join([*lines, line])
 
 
 def png(image: np.ndarray) -> bytes:

@@ -122,9 +122,9 @@ def test_motion_keeps_its_pace_where_the_rate_varies(uneven):
     )
     read, notes = source.read(13, 64, 64)
     assert len(read) == 13 and notes[0] == "video: of its 2.5 s, the first 1.05 s are used."
-    assert (
-        Settings(PROMPT, video=uneven, **{"height": 64, "width": 64, "frames": 29}).checked(inspect_model("demo")).notes
-    )
+    checked = Settings(PROMPT, video=uneven, height=64, width=64).checked(inspect_model("demo", video=True))
+    assert checked.frames == 29 and checked.fps == pytest.approx(12.4)
+    assert [note.split(" ")[1] for note in checked.notes] == ["the", "of", "its"]
 
 
 # -- frames per second -------------------------------------------------------------------------------------------------

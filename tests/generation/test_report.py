@@ -232,6 +232,8 @@ def test_formats():
         "119.9 s",
         "12 min 34 s",
     ]
+    rounded = {0.9994: "999 ms", 0.9996: "1.0 s", 119.97: "2 min 0 s", 179.7: "3 min 0 s", 3599.8: "60 min 0 s"}
+    assert {s: format_seconds(s) for s in rounded} == rounded
     assert [format_psnr(v) for v in (None, math.inf, 27.345)] == ["–", "identical", "27.3 dB"]
     assert [format_psnr(*v) for v in ((27.345, 3), (math.inf, 6))] == ["27.3 dB (3 identical)", "identical"]
 

@@ -159,6 +159,24 @@ def test_contact_sheet_shows_evenly_spaced_frames():
     assert [240, 176, 120, 64, 0] in rows
 
 
+def test_contact_sheet_with_long_names(clip):
+    """Frames keep most of the width: the names of configs that differ in many settings go over several lines."""
+    longest = (
+        "svg2-q_clusters=64-k_clusters=256-top_p=0.85-iterations=2-init_iterations=20-compensate=True-min_share=0.05"
+    )
+    names = [longest, longest.replace("64", "32"), "dense", "x" * 400]
+    sheet = contact_sheet({name: clip for name in names}, columns=6, width=1400)
+    assert sheet.shape[1] == 1400
+    coloured = (sheet.max(-1).astype(int) - sheet.min(-1)) > 30  # text is grey
+    columns = np.flatnonzero(coloured.any(0))
+    assert columns.min() < 500 and columns.max() < 1400 - 10
+    runs = np.flatnonzero(np.diff(columns) > 1)
+    assert len(runs) == 5, "six frames in a row"
+    assert (sheet[:, :8] == 255).all(), "no name begins beyond the left edge"
+    short = contact_sheet({"dense": clip, "svg2": clip}, columns=6, width=1400)
+    assert (short[40:, :60] < 100).any()  # as before, on one line
+
+
 def test_contact_sheet_of_a_short_video(clip):
     """Fewer frames than columns: each is there once, and not stretched over the page."""
     sheet = contact_sheet({"dense": clip[:1]}, columns=7, width=1000)
