@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from ..generation.comparison import Comparison, GeneratedVideo
+    from ..generation.comparison import Comparison, FrameMetrics, GeneratedVideo
 
 
 def show_what_can_be_shown() -> None:
@@ -59,7 +59,7 @@ def print_summary(
     from rich.console import Console
     from rich.table import Table
 
-    from ..generation.report import OVER_WHAT_DIFFERS, format_psnr, format_seconds
+    from ..generation.report import OVER_WHAT_DIFFERS, format_seconds
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("method")
@@ -74,8 +74,7 @@ def print_summary(
         row = [video.name, format_seconds(video.seconds), density]
         if comparison:
             metrics = comparison.metrics.get(video.name)
-            near = metrics and format_psnr(metrics.mean_psnr, metrics.leaves_out)
-            row += [near, f"{metrics.mean_ssim:.3f}"] if metrics else ["–", "–"]
+            row += ["–", "–"] if metrics is None else [_psnr(metrics), f"{metrics.mean_ssim:.3f}"]
         if skipping:
             counts = None if video.account is None else video.account.counts()
             row.append("all" if counts is None else f"{counts['computed']} of {counts['forwards']}")
@@ -93,6 +92,12 @@ def print_summary(
             typer.echo(note)
         if video.report is not None and (error := video.report.error_in_words()):
             typer.echo(f"{video.name}: {error}.")
+
+
+def _psnr(metrics: FrameMetrics) -> str:
+    from ..generation.report import format_psnr
+
+    return format_psnr(metrics.mean_psnr, metrics.leaves_out)
 
 
 def all_dense(video: GeneratedVideo) -> str:

@@ -317,7 +317,8 @@ def _side_data(frame: av.VideoFrame) -> Any:
     try:
         return frame.side_data
     except ValueError:
-        newer = 1 + max(kind.value for kind in Type)
+        kinds: Any = Type  # by PyAV's stubs it is no enumeration
+        newer = 1 + max(kind.value for kind in kinds)
         deleted = [("sidedata", f"mode=delete:type={kind}") for kind in range(newer, newer + _NEWER_KINDS)]
         graph = _linked(frame, (*deleted, ("buffersink", "")))
         graph.vpush(frame)
