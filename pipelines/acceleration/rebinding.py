@@ -251,10 +251,10 @@ def _under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 # `torch.compile` cannot trace a step that looks at data to decide what to compute, so a compiled block sees one opaque
 # operator. A CUDA graph would repeat in every step what that one has decided in one of them.
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_UNSAFE = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
-@torch.library.custom_op("vidaccel::site_attention", mutates_args=(), **({} if _UNSAFE is None else {"tags": _UNSAFE}))
+@torch.library.custom_op("vidaccel::site_attention", mutates_args=(), tags=_UNSAFE)
 def site_attention(
     q: torch.Tensor,
     k: torch.Tensor,
