@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..generation.calls import as_class
+from ..generation.calls import as_class, dtype_of
 from ..generation.errors import BadInput
 from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters, suited
 from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
@@ -296,8 +296,7 @@ def generate(
             raise BadInput("model", pipeline.facts.only_dense, "Leave Accelerate Pipeline out.")
         limit = ""
         if acceleration is not None:
-            dtype = (pipeline.pipe.transformer or pipeline.pipe.transformer_2).dtype
-            acceleration, limit = acceleration.on(pipeline.facts, pipeline.residency.device, dtype)
+            acceleration, limit = acceleration.on(pipeline.facts, pipeline.residency.device, dtype_of(pipeline.pipe))
             pipeline = replace(pipeline, acceleration=acceleration)
         method = acceleration.method_for(layout) if acceleration else None
         if preset is not None and preset.method is not None:
