@@ -13,7 +13,7 @@ INSTALL_TRITON = "pip install triton (on Windows: triton-windows)"
 _FOUND = importlib.util.find_spec("triton") is not None
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
-# AMD's with matrix cores and registers enough (CDNA): on others, such as RDNA's, what the compiler makes of the kernels
+# AMD's with registers enough (CDNA): on others, such as RDNA's, what the compiler makes of the kernels
 # keeps most of its numbers in memory (gfx1100: 702 to 2,900 spilled registers).
 AMD = ("gfx908", "gfx90a", "gfx94", "gfx95")
 MOST_CHANNELS = 256  # head_dim
@@ -29,7 +29,7 @@ def has_triton() -> bool:
 def use_kernels(x: torch.Tensor) -> bool:
     """Whether the kernels can work on `x [..., D]`, and run where it lies.
 
-    That is on CUDA of compute capability 8.0 and up, with triton installed (if not, that is logged once).
+    That is on a GPU that lacks nothing (`gpu_lacks`), with triton installed (if not, that is logged once).
     """
     if not x.is_cuda or x.dtype == torch.float64 or (x.is_floating_point() and x.shape[-1] > MOST_CHANNELS):
         return False
@@ -42,7 +42,7 @@ def gpu_lacks(device: torch.device) -> str | None:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         name = properties.gcnArchName.split(":")[0]
-        return None if name.startswith(AMD) else f"needs an AMD GPU with matrix cores ({', '.join(AMD)}), not {name}"
+        return None if name.startswith(AMD) else f"needs an AMD GPU of CDNA ({', '.join(AMD)}), not {name}"
     if (properties.major, properties.minor) >= MIN_COMPUTE_CAPABILITY:
         return None
     needed = ".".join(map(str, MIN_COMPUTE_CAPABILITY))

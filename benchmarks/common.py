@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import importlib.util
@@ -38,6 +39,15 @@ def version_of(module: str) -> str | None:
         return str(importlib.import_module(module).__version__)
     except Exception as error:  # it is named as it is; the script that needs it will say more
         return f"that cannot be used ({type(error).__name__})"
+
+
+def gpu_and_versions() -> str:
+    """What a measurement is of: that of another is not to be gone on with."""
+    import torch
+
+    versions = {name: version_of(name) for name in ("torch", "triton", "diffusers")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return ", ".join([gpu, *(f"{name} {version}" for name, version in versions.items() if version is not None)])
 
 
 def read_rows(path: Path, *, to_append: bool = False) -> list[dict[str, Any]]:
@@ -78,6 +88,14 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def _object_in(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where it is none, or not there."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 class Parts:
     """What a script measures in parts, kept after each, so that a call that was broken off is gone on with.
 
@@ -95,7 +113,7 @@ class Parts:
 
     def __init__(self, file: Path, names: Sequence[str], made_with: str, fresh: bool = False) -> None:
         self.file, self.names, self.made_with = file, names, made_with
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and not fresh else {}
+        found = {} if fresh else _object_in(file)
         goes_on = found.get("left") and found.get("made_with") == made_with
         self.done: dict[str, Any] = {name: found[name] for name in names if name in found} if goes_on else {}
         if self.done:

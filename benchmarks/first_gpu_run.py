@@ -15,13 +15,14 @@ A call ends after 25 minutes, or `--seconds`. Each step is a process of its own 
 
 In `benchmarks/results/gpu` are what each step printed (`STEP.log`), what is done (`done.json`) and, after each step,
 what was expected beside what was measured (`targets.md`). A step that was stopped because the call was over has the
-rest of its limit in the next call. One that failed, or took all of its limit, is tried once more when all others have
-had their turn. Each goes on with what it had written. On another GPU, and with other versions of torch, triton or
-diffusers, all is measured anew, and what is there is put aside. `step.py` and `quality.py` need diffusers,
-`gpu_tests.py` pytest.
+rest of its limit in the next call, and one that ended by itself, because its own time was up, when the others have had
+their turn. One that failed, or took all of its limit, is tried once more when all others have had theirs. Each goes on
+with what it had written. On another GPU, and with other versions of torch, triton or diffusers, all is measured anew,
+and what is there is put aside. `step.py` and `quality.py` need diffusers, `gpu_tests.py` pytest.
 
 With `--archive` the folder is packed into that file before and after each step, and a call that finds the file and no
-results in the folder unpacks it first. So on a machine that starts bare: bring the file, and take it away again.
+results in the folder unpacks it first. So on a machine that starts bare: bring the file, and take it away again. An
+archive of other results than those in the folder gets another name, and is not lost.
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_targets
-from common import RESULTS, UNFINISHED, version_of, write_whole
+from common import RESULTS, UNFINISHED, gpu_and_versions, write_whole
 
 HERE = Path(__file__).parent
 TRIES = 2
+BEHIND = "its time was up: behind the others"
 OURS = ("*.log", "done.json", "targets.md", "tests.json", "attention.*", "quality.*", "kernels-*", "step-*")
 
 
@@ -118,10 +121,12 @@ class Record:
         """Go on with what is there; what is of another machine, or not wanted, is put aside."""
         out, file = self.out, self.out / "done.json"
         if self.archive is not None and self.archive.exists():
-            if file.exists():
-                print(f"{out} has results: {self.archive} is not unpacked, but packed anew from it", flush=True)
-            else:
+            if not file.exists():
                 unpack(self.archive, out)
+            elif not is_of(self.archive, file):
+                kept = next(to for n in range(1, 10**6) if not (to := Path(f"{self.archive}.earlier-{n}")).exists())
+                self.archive.rename(kept)
+                print(f"{out} has other results than {self.archive}, which is {kept} now", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if before and (fresh or before["machine"] != self.machine):
@@ -148,19 +153,29 @@ class Record:
             pack(self.out, self.archive)
 
     def next(self, steps: Sequence[Step]) -> Step | None:
-        """The step whose turn it is: no second try of one before all others have had their first."""
+        """The step whose turn it is: no second try of one before all others have had their first, and those that gave
+        the turn up last."""
         to_do = [step for step in steps if self.of(step.name)["what"] != "done" and self.of(step.name)["tries"] < TRIES]
-        return min(to_do, key=lambda step: self.of(step.name)["tries"], default=None)
+        return min(to_do, key=self._turn, default=None)
+
+    def _turn(self, step: Step) -> tuple[int, bool]:
+        entry = self.of(step.name)
+        return entry["tries"], entry["what"] == BEHIND
 
 
 def put_aside(out: Path) -> Path:
     """Move the results of a folder into a folder within it."""
     aside = next(path for n in range(1, 10**6) if not (path := out / f"earlier-{n}").exists())
-    found = [path for pattern in OURS for path in out.glob(pattern)]
+    found = {path for pattern in OURS for path in out.glob(pattern)}
     aside.mkdir()
-    for path in found:
-        path.rename(aside / path.name)
+    _move(found, aside)
     return aside
+
+
+def _move(files: Iterable[Path], folder: Path) -> None:
+    """Into a folder, `done.json` last: where it is, all the others are."""
+    for path in sorted(files, key=lambda path: path.name == "done.json"):
+        path.rename(folder / path.name)
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -180,11 +195,27 @@ def is_whole(archive: Path) -> bool:
         return False
 
 
+def is_of(archive: Path, done: Path) -> bool:
+    """Whether what was packed had this record of what is done, or one before it: of the same machine, and no more."""
+    with tarfile.open(archive) as file:
+        try:
+            packed = json.loads(file.extractfile("./done.json").read())
+        except KeyError:
+            return False
+    here = json.loads(done.read_text(encoding="utf-8"))
+    finished = {name for name, entry in packed["steps"].items() if entry["what"] == "done"}
+    return packed["machine"] == here["machine"] and finished <= {
+        name for name, entry in here["steps"].items() if entry["what"] == "done"
+    }
+
+
 def unpack(archive: Path, folder: Path) -> None:
     """What `pack` made, in a folder."""
-    with tarfile.open(archive) as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as beside, tarfile.open(archive) as file:
         # The first versions of Python 3.11 have no filters.
-        file.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        file.extractall(beside, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        _move(Path(beside).iterdir(), folder)
     print(f"{archive} is unpacked: what it has is gone on with", flush=True)
 
 
@@ -230,30 +261,22 @@ def go_on(steps: Sequence[Step], record: Record, seconds: float, environment: di
         # Written before it begins: should this process be killed, the step is not the first to be tried again.
         entry |= {"what": "begun", "tries": entry["tries"] + 1}
         record.save()
-        over = False
+        over, code = False, None
         try:
             code = run(command, available, record.out / f"{step.name}.log", anew, environment)
-            over = code not in (None, UNFINISHED) or rest <= left
+            over = code not in (None, UNFINISHED) or time.perf_counter() - start >= rest
         finally:
             spent = time.perf_counter() - start
             if over:
                 ended = f"stopped after {step.limit:.0f} s" if code is None else f"exit code {code}"
                 entry |= {"what": "done" if code == 0 else ended, "seconds": 0}
             else:  # the call is over, and not the try
-                entry |= {"what": "to be gone on with", "tries": entry["tries"] - 1}
+                what = BEHIND if code == UNFINISHED else "to be gone on with"
+                entry |= {"what": what, "tries": entry["tries"] - 1}
                 entry["seconds"] = round(entry["seconds"] + spent, 1)
             record.save()
             print(f"{step.name}: {entry['what']}, {spent:.0f} s", flush=True)
     return True
-
-
-def machine(toy: bool) -> str:
-    """What the measurements are of: those of another are not to be gone on with."""
-    import torch
-
-    versions = {name: version_of(name) for name in ("torch", "triton", "diffusers")}
-    gpu = "the interpreter" if toy or not torch.cuda.is_available() else torch.cuda.get_device_name()
-    return ", ".join([gpu, *(f"{name} {version}" for name, version in versions.items() if version is not None)])
 
 
 def main() -> None:
@@ -262,18 +285,20 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="do again what is done")
     parser.add_argument("--archive", type=Path, help="FILE.tar.gz that the results are packed into, and begun from")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
+    parser.add_argument("--out", type=Path, help="folder  [results/gpu; results/gpu_toy of --toy]")
     arguments = parser.parse_args()
-    out, archive = arguments.out, arguments.archive
+    out, archive = arguments.out or RESULTS / ("gpu_toy" if arguments.toy else "gpu"), arguments.archive
     if archive is not None:
         if archive.resolve().is_relative_to(out.resolve()):
             parser.error(f"--archive {archive} is in --out {out}, which is packed into it: give a place outside.")
         if archive.exists() and not is_whole(archive):
             parser.error(f"--archive {archive} is there and is no whole archive: give another name, or remove it.")
         archive.parent.mkdir(parents=True, exist_ok=True)
-    # As Ctrl-C does: the step is ended with this process, and what it was is written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    record = Record(out, machine(arguments.toy), archive)
+    # As Ctrl-C does: the step is ended with this process, and what it was is written. Windows has no hang-ups.
+    for name in ("SIGTERM", "SIGHUP"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    record = Record(out, "the interpreter" if arguments.toy else gpu_and_versions(), archive)
     record.load(arguments.fresh)
     steps = TOY if arguments.toy else STEPS
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **({"TRITON_INTERPRET": "1"} if arguments.toy else {})}

@@ -4,8 +4,9 @@
     python benchmarks/gpu_tests.py --tests tests/attention/kernels --out FOLDER
 
 Files that were not begun yet come first, then those that failed or in which a call was stopped; what passed is not run
-again (delete `tests.json` to start anew). A kernel that writes where it should not takes all further CUDA work of its
-process with it, and one that never ends its whole process: so either costs one file.
+again on the same GPU with the same versions (delete `tests.json` to start anew). A kernel that writes where it should
+not takes all further CUDA work of its process with it, and one that never ends its whole process: so either costs one
+file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import RESULTS, write_whole
+import torch
+from common import RESULTS, gpu_and_versions, write_whole
 
 ROOT = Path(__file__).parents[1]
 BEGUN, PASSED = "begun", "passed"
@@ -36,16 +38,19 @@ def main() -> None:
     parser.add_argument("--tests", type=Path, default=ROOT / "tests" / "attention" / "kernels")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU that torch can use here, so all would be skipped: run it where there is one.")
     files = {file.name: file for file in sorted(arguments.tests.glob("test_*.py"))}
     if not files:
         parser.error(f"--tests {arguments.tests}: no test_*.py there; give a folder of tests.")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / "tests.json"
-    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    kept, here = arguments.out / "tests.json", gpu_and_versions()
+    before = json.loads(kept.read_text()) if kept.is_file() else {}
+    known = before["files"] if before.get("machine") == here else {}
 
     def keep(name: str, what: str) -> None:
         known[name] = what
-        write_whole(kept, json.dumps(known, indent=1) + "\n")
+        write_whole(kept, json.dumps({"machine": here, "files": known}, indent=1) + "\n")
 
     for name in sorted(files, key=known.__contains__):  # of equal ones the order stays
         if known.get(name) == PASSED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,5 +28,6 @@ def local_files(given: Mapping[str, Any]) -> dict[str, tuple[Path, ...]]:
 
 
 def _files_of(place: Path) -> list[Path]:
-    place = place.expanduser()
+    with contextlib.suppress(RuntimeError):  # "~name" of nobody: refused by what reads it
+        place = place.expanduser()
     return [file for file in (place, *(place / name for name in _OF_FOLDERS)) if file.is_file()]

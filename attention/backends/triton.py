@@ -84,6 +84,8 @@ class TritonBackend(Backend):
 
         if torch.compiler.is_compiling():
             return  # the operator has them made, into which a compiled graph does not look
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # nothing is kept then (`walk.kept_on`): they would be in the graph twice
         if precision == AS_INPUTS:
             walk_of(plan, q)
             backward_walk_of(plan, q, k, v)

@@ -85,11 +85,14 @@ def test_a_step_that_the_end_of_a_call_stopped_has_the_rest_of_its_limit(first_g
 
 
 def test_a_script_whose_time_was_up_has_used_a_try_only_of_its_whole_limit(first_gpu_run, calls):
-    words = "-c print('{seconds}');raise(SystemExit(75))"
-    steps = [first_gpu_run.Step("quality", words, 10)]
-    assert calls(steps) == ["quality", "quality"] and calls.steps["quality"]["what"] == "exit code 75"
-    assert (calls.out / "quality.log").read_text().split("\n")[1] == "7"
-    assert calls([first_gpu_run.Step("other", words, 100)], 0.5).count("other") > 1  # until the call is over
+    words = "-c print('{seconds}');__import__('time').sleep(.2);raise(SystemExit(75))"
+    steps = [first_gpu_run.Step("quality", words, 1.5), first_gpu_run.Step("a", WORKS, 9)]
+    ran = calls(steps)
+    assert ran[:3] == ["quality", "a", "quality"] and len(ran) > 5  # behind the other, and more often than it has tries
+    given_up = calls.steps["quality"]
+    assert given_up["tries"] == 2 and given_up["what"] in ("exit code 75", "stopped after 2 s")
+    assert (calls.out / "quality.log").read_text().split("\n")[1] == "1"
+    assert calls([first_gpu_run.Step("other", words, 100)], 1.0).count("other") > 1  # until the call is over
     assert calls.steps["other"]["tries"] == 0
 
 
@@ -121,18 +124,35 @@ def test_results_travel_in_an_archive(first_gpu_run, calls, tmp_path, capsys):
     assert calls.steps["a"]["what"] == calls.steps["c"]["what"] == "done" and calls.steps["b"]["tries"] == 2
     (out / "a.log").write_text("changed here")
     calls(steps, archive=archive)
-    assert "is not unpacked" in capsys.readouterr().out and (out / "a.log").read_text() == "changed here"
+    assert "earlier" not in capsys.readouterr().out and (out / "a.log").read_text() == "changed here"
+    assert {path.name for path in out.iterdir()} == {"a.log", "b.log", "c.log", "done.json", "targets.md"}
+
+
+@pytest.mark.parametrize("machine", ["a GPU", "another GPU"])
+def test_an_archive_of_other_results_is_kept(first_gpu_run, calls, tmp_path, capsys, machine):
+    archive, steps = tmp_path / "gpu.tar.gz", [first_gpu_run.Step(name, WORKS, 9) for name in "ab"]
+    calls(steps, archive=archive)
+    packed = archive.read_bytes()
+    calls.out.rename(tmp_path / "lost")
+    assert calls(steps[:1], machine=machine) == ["a"]  # without the archive
+    assert calls(steps[1:], machine=machine, archive=archive) == ["b"]
+    assert f"which is {archive}.earlier-1 now" in capsys.readouterr().out
+    assert (tmp_path / "gpu.tar.gz.earlier-1").read_bytes() == packed
+    calls(steps, machine=machine, archive=archive)
+    assert not list(tmp_path.glob("*.earlier-2"))
 
 
 def test_results_of_another_machine_are_put_aside(first_gpu_run, calls, capsys):
     steps = [first_gpu_run.Step("a", WORKS, 9)]
     calls(steps)
-    (calls.out / "attention.jsonl").write_text("")
+    names = {"attention.jsonl", *(f"{step.name}.log" for step in first_gpu_run.STEPS)}
+    for name in names:
+        (calls.out / name).write_text("")
     (calls.out / "mine.txt").write_text("a file of the user")
     assert calls(steps, machine="another GPU") == ["a"]
     assert "is of a GPU: that is in" in capsys.readouterr().out
     earlier = {path.name for path in (calls.out / "earlier-1").iterdir()}
-    assert earlier == {"a.log", "attention.jsonl", "done.json", "targets.md"}
+    assert earlier == {"a.log", "done.json", "targets.md", *names}
     assert {path.name for path in calls.out.iterdir()} == {"a.log", "done.json", "targets.md", "mine.txt", "earlier-1"}
     assert calls(steps, machine="another GPU", fresh=True) == ["a"] and (calls.out / "earlier-2" / "a.log").exists()
 
@@ -180,17 +200,18 @@ def alive(pid):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM")
-def test_a_run_that_is_terminated_keeps_what_it_was_at(tmp_path):
+@pytest.mark.parametrize("number", [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)])
+def test_a_run_that_is_terminated_keeps_what_it_was_at(tmp_path, number):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import first_gpu_run as f; "
-        f"f.TOY = (f.Step('long', {SLEEPS!r}, 50),); f.machine = lambda toy: 'here'; f.main()"
+        f"f.TOY = (f.Step('long', {SLEEPS!r}, 50),); f.main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "--toy", "--out", str(tmp_path)])
     until = time.perf_counter() + 60
     while not (tmp_path / "long.log").exists() and time.perf_counter() < until:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
     entry = json.loads((tmp_path / "done.json").read_text())["steps"]["long"]
     assert entry["what"] == "to be gone on with" and entry["tries"] == 0
 
