@@ -78,7 +78,7 @@ class BlockPlan:
     # Of `block_mask.to_block_mask`, by block size: a static plan serves every layer and step, and building one costs
     # milliseconds.
     _block_masks: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
-    _walks: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)  # of `kernels.block_sparse`
+    _walks: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)  # of `kernels.walk.kept_on`
     _masks: dict[torch.dtype, Any] = field(default_factory=dict, init=False, repr=False)  # of `shared_mask`
 
     def __post_init__(self) -> None:

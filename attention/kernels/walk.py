@@ -25,6 +25,7 @@ from .launch import FUSED, Tiles, on_device
 from .runs import cut_runs
 
 PIECES = 256  # at a time
+STREAMS = 4  # that a plan keeps walks for
 
 
 class Walk(NamedTuple):
@@ -71,7 +72,7 @@ def make_walk(plan: BlockPlan, block_m: int, block_n: int, tail_n: int) -> Walk:
 
 
 def kept_on(plan: BlockPlan, key: tuple, make: Callable[[], Iterable[torch.Tensor]]) -> list[torch.Tensor]:
-    """What `make` makes of a plan, once for each stream, and kept on the plan.
+    """What `make` makes of a plan, once for each stream, and kept on the plan for the last few of them.
 
     Another stream has nothing to wait for that says when it is filled. While a CUDA graph is captured nothing is: then
     it is of the graph alone, and not kept.
@@ -79,9 +80,12 @@ def kept_on(plan: BlockPlan, key: tuple, make: Callable[[], Iterable[torch.Tenso
     stream = _stream(plan.device)
     if stream is None:
         return list(make())
-    if (*key, stream) not in plan._walks:
-        plan._walks[*key, stream] = list(make())
-    return plan._walks[*key, stream]
+    kept = plan._walks.setdefault(key, {})
+    if stream not in kept:
+        if len(kept) == STREAMS:
+            del kept[next(iter(kept))]  # torch gives its memory to what comes later on that stream
+        kept[stream] = list(make())
+    return kept[stream]
 
 
 def _stream(device: torch.device) -> int | None:

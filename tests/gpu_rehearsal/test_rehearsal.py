@@ -26,8 +26,9 @@ PIPELINES |= {"deep compression, few steps", "deep compression, guidance-free"}
 FAST_FAMILIES, FAST_PIPELINES = {"hunyuan_video"}, {"radial"}
 
 STEPS, BRANCHES = 4, 2
-# The table of timesteps, once; q and k for NaN, in the first layer of a step; what a cache of diffusers decides by.
+# The table of timesteps, once; q and k for NaN, in the first layer of a step; what caches decide by.
 KNOWN = {"read_table": STEPS, "call_checks.py finite": 2 * STEPS, "> sea_cache.py": 10 * STEPS * BRANCHES}
+KNOWN |= {"forecasts.py jumps": 2 * STEPS}
 
 
 def rehearse(folder, **asked):

@@ -25,7 +25,7 @@ def steps(workflow: str, job: str) -> list[dict]:
 
 def test_the_workflows_are_there():
     assert WORKFLOWS.keys() == {"ci", "docs", "release"}
-    assert WORKFLOWS["ci"]["jobs"].keys() == {"lint", "tests", "docs", "package", "comfyui"}
+    assert WORKFLOWS["ci"]["jobs"].keys() == {"lint", "tests", "versions", "docs", "package", "comfyui"}
 
 
 @pytest.mark.parametrize(("workflow", "job"), JOBS)

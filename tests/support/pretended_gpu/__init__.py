@@ -85,6 +85,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0), compile: bool = False) -
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
         "current_stream": lambda device=None: _Stream(),
+        "is_current_stream_capturing": lambda: False,
         "stream": lambda stream: contextlib.nullcontext(),
         "Stream": _Stream,
         "Event": _Event,
@@ -136,6 +137,8 @@ def _moved(module: torch.nn.Module, move: Callable[[torch.Tensor], torch.Tensor]
 
 class _Stream:
     """All streams are one."""
+
+    cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 

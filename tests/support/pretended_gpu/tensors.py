@@ -65,7 +65,7 @@ class Tensors(TorchDispatchMode):
             self.wait("a number is read")
             return _usual(func, given[0]) if values is None else values
         if func is COPY and not isinstance(given[0], FakeTensor):  # from there to a real one
-            if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
+            if not given[0].is_meta and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
                 self.wait("a copy")
             return given[0]
         out = self._without_values(func, args, kwargs, given, values)
@@ -77,7 +77,8 @@ class Tensors(TorchDispatchMode):
             x._known = value if value is not None and value.numel() <= KNOWN else None
         if all(x.is_cuda for x in made):
             return out
-        if not kwargs.get("non_blocking"):
+        # To meta nothing goes.
+        if not kwargs.get("non_blocking") and not all(x.is_cuda or x.is_meta for x in made):
             self.wait("a copy")
         return tree_map(lambda x: _on_the_host(x) if isinstance(x, FakeTensor) and not x.is_cuda else x, out)
 
