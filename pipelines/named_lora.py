@@ -77,6 +77,14 @@ class NamedLora:
             take_out(transformer, [name])
             raise
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._kept.own()
+
+    def is_apart(self) -> bool:
+        """Whether layers of it are in the transformer, see `KeptLoras.are_apart`."""
+        return self._kept.are_apart()
+
     def remove(self) -> None:
         """Take it out, see `KeptLoras.remove`. A second call does nothing."""
         self._kept.remove()

@@ -64,14 +64,15 @@ class Lengthened:
         self._pipe = pipe
         # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
         self._undo: list[Any] = []
+        self._loras: list[NamedLora] = []
         try:
             for (name, transformer), adapter in zip(parts.items(), self.adapters, strict=True):
                 matrices, file = adapter.weights(), adapter.path.name
-                self._undo.append(NamedLora(pipe, name, transformer, matrices, _NAME, file, LengthError))
+                self._loras.append(NamedLora(pipe, name, transformer, matrices, _NAME, file, LengthError))
+                self._undo.append(self._loras[-1])
                 frames = _FramesChecked(adapter)
                 self._undo.append(transformer.register_forward_pre_hook(frames, with_kwargs=True))
-            files = " and ".join(adapter.path.name for adapter in self.adapters)
-            self._undo.append(Unsaved(pipe, f"it has {files} as a LoRA; {TAKE_OUT}"))
+            self._undo.append(Unsaved(pipe, self._why_not_saved))
             if trained.riflex is not None:
                 self._undo.append(riflex(pipe, trained.riflex))
             if trained.method is not None:
@@ -88,14 +89,24 @@ class Lengthened:
         """What attention did; None where the LoRA was trained with dense attention."""
         return None if self.sparse is None else self.sparse.report()
 
+    def _why_not_saved(self) -> str:
+        if not any(lora.is_apart() for lora in self._loras):
+            return ""
+        return f"it has {' and '.join(adapter.path.name for adapter in self.adapters)} as a LoRA; {TAKE_OUT}"
+
     def remove(self) -> None:
-        """Put the pipeline back as it was. A second call does nothing."""
+        """Put the pipeline back as it was. A second call does nothing.
+
+        Raises:
+            RuntimeError: the LoRA was fused into weights that are offloaded layer by layer. All else is undone; a
+                second call, after the offloading was taken off, undoes it.
+        """
         with contextlib.ExitStack() as stack:  # all of it, whatever one of them raises
             for each in self._undo:
                 stack.callback(each.remove)
-            self._undo = []
-            if getattr(self._pipe, LENGTHENED, None) is self:
-                delattr(self._pipe, LENGTHENED)
+        self._undo, self._loras = [], []
+        if getattr(self._pipe, LENGTHENED, None) is self:
+            delattr(self._pipe, LENGTHENED)
 
     def __enter__(self) -> Lengthened:
         return self

@@ -53,6 +53,8 @@ class Applied:
         self._free: GuidanceFree | None = None
         self._guidance: CachedGuidance | None = None
         self._decoder: TinyDecoder | None = None
+        self._loras: LorasAtWork | None = None
+        self._at_work: _Changed | None = None
         self._watches: list[Watch] = []
         self._notes: list[str] = []
         # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
@@ -61,7 +63,7 @@ class Applied:
             self._say(note)
         try:
             self._install(pipe, checked, base, measure_error)
-            self._undo.append(_Changed(pipe, PRESET, self))
+            self._at_work = _Changed(pipe, PRESET, self)
         except BaseException:
             self.remove()
             raise
@@ -69,13 +71,13 @@ class Applied:
     def _install(self, pipe: Any, checked: Checked, base: str | Path | None, measure_error: int) -> None:
         """From the weights outwards, because each lever works on what the one before it left."""
         preset = self.preset
-        if changed := [name for name in ("scheduler", "loras", "quantize", "sla") if getattr(preset, name)]:
-            given = f"the preset {preset.name} gave it {' and '.join(changed)}"
-            self._undo.append(Unsaved(pipe, f"{given}; {TAKE_OUT}"))
+        if self._changed():
+            self._undo.append(Unsaved(pipe, self._why_not_saved))
         if preset.scheduler is not None:
             self._undo.append(_Changed(pipe, "scheduler", chosen_scheduler(pipe, preset)))
         if preset.loras:
-            self._undo.append(LorasAtWork(pipe, preset.loras))
+            self._loras = LorasAtWork(pipe, preset.loras)
+            self._undo.append(self._loras)
         if preset.guidance_free:
             adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free
             self._free = guidance_free(pipe, adapters, base=base)
@@ -120,6 +122,18 @@ class Applied:
         if preset.guidance_cache is not None:  # around the caches, which must not see passes that are not made
             self._guidance = guidance_cache(pipe, preset.guidance_cache)
             self._undo.append(self._guidance)
+
+    def _changed(self) -> list[str]:
+        """The levers that leave the pipeline with what would not be saved, or not load again."""
+        merged = self._loras is not None and not self._loras.are_apart()  # by the user, for good
+        names = ("scheduler", *(() if merged else ("loras",)), "quantize", "sla")
+        return [name for name in names if getattr(self.preset, name)]
+
+    def _why_not_saved(self) -> str:
+        changed = self._changed()
+        if not changed:
+            return ""
+        return f"the preset {self.preset.name} gave it {' and '.join(changed)}; {TAKE_OUT}"
 
     def warming_up(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block sparse attention is at work in every step; see `Handle.warming_up`."""
@@ -167,11 +181,19 @@ class Applied:
             self.sparse.reset()
 
     def remove(self) -> None:
-        """Put the pipeline back as it was, the last lever first. A second call does nothing."""
+        """Put the pipeline back as it was, the last lever first. A second call does nothing.
+
+        Raises:
+            RuntimeError: LoRAs were fused into weights that are offloaded layer by layer. All else is undone; a second
+                call, after the offloading was taken off, undoes them.
+        """
         with contextlib.ExitStack() as stack:  # all of it, whatever one of them raises
             for each in self._undo:
                 stack.callback(each.remove)
-            self._undo = []
+        self._undo = []
+        if self._at_work is not None:
+            self._at_work.remove()
+        self._at_work = None
 
     def _say(self, note: str) -> None:
         logger.warning("%s", note)

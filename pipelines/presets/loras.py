@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,20 @@ class LorasAtWork:
                 raise _refused(str(error)) from error
             raise
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for kept in self._kept:
+            kept.own()
+
+    def are_apart(self) -> bool:
+        """Whether layers of theirs are in a transformer, see `KeptLoras.are_apart`."""
+        return any(kept.are_apart() for kept in self._kept)
+
     def remove(self) -> None:
         """Take them out, see `KeptLoras.remove`. A second call does nothing."""
-        for kept in self._kept:
-            kept.remove()
+        with contextlib.ExitStack() as stack:  # of all transformers, whatever one of them raises
+            for kept in self._kept:
+                stack.callback(kept.remove)
 
 
 def _refused(words: str) -> PresetError:

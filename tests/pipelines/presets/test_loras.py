@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import json
 import logging
+import weakref
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_module
+from diffusers import WanTransformer3DModel
 from gft_adapters import random_lora
 from gft_calls import loaded
 from safetensors.torch import load_file, save_file
@@ -182,13 +188,127 @@ def test_fused_and_unloaded_it_counts_and_is_taken_out(pipe, lora):
     assert torch.allclose(generate(pipe), plain, atol=1e-5)
 
 
+def test_merged_for_good_it_is_saved(pipe, lora, tmp_path):
+    scheduler = SchedulerChoice("FlowMatchEulerDiscreteScheduler", {"shift": 9.0})
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        made = generate(pipe)
+        copied = copy.deepcopy(pipe)
+        for each in (pipe, copied):
+            each.fuse_lora()
+            with pytest.raises(RuntimeError, match="gave it loras"):
+                each.save_pretrained(tmp_path / "fused")
+            each.unload_lora_weights()
+            each.transformer.save_pretrained(tmp_path / "part")
+            alone = make_pipe(transformer=WanTransformer3DModel.from_pretrained(tmp_path / "part").eval())
+            assert torch.allclose(generate(alone), made, atol=1e-5)
+        pipe.save_pretrained(tmp_path / "whole")
+        assert torch.allclose(generate(loaded(tmp_path / "whole")), made, atol=1e-5)
+    with vidaccel.apply(pipe, Preset(name="p", scheduler=scheduler, loras=(LoraFile(lora),))):
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        with pytest.raises(RuntimeError, match=r"the preset p gave it scheduler; call remove\(\)"):
+            pipe.save_pretrained(tmp_path / "scheduled")
+
+
+def test_of_a_transformer_copied_alone_it_can_be_unloaded(pipe, lora, tmp_path):
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        made = generate(pipe)
+        copied = copy.deepcopy(pipe.transformer)
+        with pytest.raises(RuntimeError, match=r"has a.safetensors as a LoRA; call unload_lora\(\)"):
+            copied.save_pretrained(tmp_path)
+        other = make_pipe(transformer=copied)
+        assert torch.allclose(generate(other), made)
+        other.disable_lora()
+        with pytest.raises(PresetError, match=r"call enable_lora\(\), or unload_lora\(\)"):
+            generate(other)
+        copied.unload_lora()
+        assert torch.equal(generate(other), plain)
+        copied.save_pretrained(tmp_path)
+        assert torch.equal(generate(make_pipe(transformer=WanTransformer3DModel.from_pretrained(tmp_path))), plain)
+        assert torch.equal(generate(pipe), made)
+
+
+def test_weighed_while_it_is_fused_it_is_taken_out_as_it_was_put_in(pipe, lora):
+    pipe.load_lora_weights(matrices(lora, 0.5), adapter_name="mine")
+    plain = generate(pipe)
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        pipe.fuse_lora()
+        pipe.unfuse_lora()
+        pipe.fuse_lora(lora_scale=0.7)
+        pipe.set_adapters(["mine", "preset_0"], [1.0, 0.5])
+    assert "merge" not in vars(pipe.transformer.blocks[0].attn1.to_q)
+    pipe.unfuse_lora()
+    assert torch.allclose(generate(pipe), plain, atol=1e-5)
+
+
+def test_fused_into_weights_that_are_offloaded_it_is_taken_out_after_the_offloading(pipe, lora, caplog):
+    plain = generate(pipe)
+    handle = vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),), cache="first_block"))
+    pipe.fuse_lora()
+    accelerate.cpu_offload(pipe.transformer, execution_device="cpu")
+    with pytest.raises(
+        RuntimeError, match=r"a.safetensors was fused into the transformer, .* the offloading off first"
+    ):
+        handle.remove()
+    assert "out of its weights" not in caplog.text
+    with pytest.raises(RuntimeError, match="at work in this pipeline"):
+        vidaccel.apply(pipe, Preset(cache="first_block"))
+    remove_hook_from_module(pipe.transformer, recurse=True)
+    vidaccel.restore(pipe)
+    assert torch.allclose(generate(pipe), plain, atol=1e-5) and not pipe.transformer._forward_pre_hooks
+    handle.remove()
+
+
+def test_unloaded_it_is_taken_out_of_weights_that_were_moved_since(pipe, lora, monkeypatch):
+    """It is no longer in the transformer, so it did not move with it."""
+    handle = vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),)))
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.to(torch.bfloat16)
+    moved = []
+    for matrices in (layer.lora_A, layer.lora_B):
+        monkeypatch.setattr(matrices, "to", moved.append)
+    handle.remove()
+    assert moved == [torch.device("cpu")] * 2
+    before = make_pipe().transformer.to(torch.bfloat16).state_dict()
+    assert all(
+        torch.allclose(weight, before[name], atol=0.02) for name, weight in pipe.transformer.state_dict().items()
+    )
+
+
+def test_one_layer_that_keeps_it_leaves_no_other_with_it(two, lora, monkeypatch, caplog):
+    plain = generate(two)
+    handle = vidaccel.apply(two, Preset(loras=(LoraFile(lora, target="all"),)))
+    two.fuse_lora(components=["transformer", "transformer_2"])
+    layer = two.transformer.blocks[0].attn1.to_q
+
+    def fails():
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(layer, "unmerge", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        handle.remove()
+    assert holders(two) == []
+    for part in (two.transformer, two.transformer_2):
+        assert not part._forward_pre_hooks and "save_pretrained" not in vars(part)
+    assert "a.safetensors was fused into the transformer and cannot be taken out of all" in caplog.text
+    assert "a.safetensors was fused into the transformer_2, and is out of its weights" in caplog.text
+    handle.remove()
+    monkeypatch.undo()
+    with torch.no_grad():
+        two.transformer.blocks[0].attn1.to_q.weight.copy_(make_pipe().transformer.blocks[0].attn1.to_q.weight)
+    assert torch.allclose(generate(two), plain, atol=1e-5)
+
+
 def test_deleted_while_it_is_fused_it_stays_which_is_said(pipe, lora, caplog):
     pipe.load_lora_weights(matrices(lora, 0.5), adapter_name="mine")
     with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
         pipe.fuse_lora(adapter_names=["preset_0"])
         made = generate(pipe)
         pipe.delete_adapters("preset_0")
-    assert "a.safetensors was fused into the transformer and then deleted, so the weights keep it" in caplog.text
+    assert "a.safetensors was fused into the transformer and cannot be taken out of all its weights" in caplog.text
     pipe.set_adapters(["mine"], [0.0])
     assert torch.allclose(generate(pipe), made, atol=1e-5)
 
@@ -221,6 +341,22 @@ def test_a_shallow_copy_is_saved_once_all_is_taken_out(pipe, lora, tmp_path):
             copied.save_pretrained(tmp_path)
     copied.save_pretrained(tmp_path)
     assert torch.equal(generate(loaded(tmp_path)), generate(pipe))
+
+
+def test_what_refuses_has_the_signature_that_diffusers_looks_at(pipe, lora):
+    owners = (pipe, pipe.transformer)
+    before = [inspect.signature(owner.save_pretrained) for owner in owners]
+    with vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),))):
+        assert [inspect.signature(owner.save_pretrained) for owner in owners] == before
+
+
+def test_a_handle_that_is_kept_keeps_no_model(pipe, lora):
+    handle = vidaccel.apply(pipe, Preset(loras=(LoraFile(lora),)))
+    transformer = weakref.ref(pipe.transformer)
+    handle.remove()
+    pipe.transformer = None
+    gc.collect()
+    assert transformer() is None
 
 
 def test_with_other_levers_it_is_saved(pipe, tmp_path):
