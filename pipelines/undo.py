@@ -8,8 +8,8 @@ import torch
 
 from .acceleration import handle as acceleration
 from .acceleration.rebinding import SparseProcessor
+from .length import handle as length
 from .length import rotary
-from .length.handle import LENGTHENED
 
 GUIDANCE_FREE = "_vidaccel_guidance_free"
 """Attribute of a pipeline that holds its guidance-free handle."""
@@ -35,7 +35,8 @@ def restore(pipe: Any) -> None:
     """Undo `apply`, `accelerate`, `guidance_free`, `guidance_cache`, `cfg_parallel`, `lengthen`, `riflex` and
     `tiny_decoder` where the handle is lost, as after running a notebook cell twice.
 
-    Does nothing to a pipeline that nothing was done to.
+    Does nothing to a pipeline that nothing was done to. What was put into a transformer goes, whichever of the
+    pipelines that share it was given it.
 
     Raises:
         TypeError: no transformer of the pipeline is known.
@@ -43,10 +44,11 @@ def restore(pipe: Any) -> None:
     preset = getattr(pipe, PRESET, None)
     if preset is not None:
         preset.remove()
-    for name in (CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE, LENGTHENED):
+    for name in (CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE):
         handle = getattr(pipe, name, None)
         if handle is not None:
             handle.remove()
+    length.restore(pipe)
     decoder = getattr(getattr(pipe, "vae", None), TINY_DECODER, None)
     if decoder is not None:
         decoder.remove()

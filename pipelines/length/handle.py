@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Lengthened:
                 matrices, file = adapter.weights(), adapter.path.name
                 self._loras.append(NamedLora(pipe, name, transformer, matrices, _NAME, file, LengthError))
                 self._undo.append(self._loras[-1])
-                frames = _FramesChecked(adapter)
+                frames = _FramesChecked(adapter, self)
                 self._undo.append(transformer.register_forward_pre_hook(frames, with_kwargs=True))
             self._undo.append(Unsaved(pipe, self._why_not_saved))
             if trained.riflex is not None:
@@ -93,6 +94,10 @@ class Lengthened:
         if not any(lora.is_apart() for lora in self._loras):
             return ""
         return f"it has {' and '.join(adapter.path.name for adapter in self.adapters)} as a LoRA; {TAKE_OUT}"
+
+    def has(self, transformer: Any) -> bool:
+        """Whether a transformer, without what wraps it, is one of the pipeline's. A copy is not."""
+        return any(unwrap(getattr(self._pipe, name, None)) is transformer for name in TRANSFORMERS)
 
     def remove(self) -> None:
         """Put the pipeline back as it was. A second call does nothing.
@@ -154,11 +159,26 @@ def lengthen(
     return Lengthened(pipe, [read_length(place) for place in places], method, backend, measure_error, precision, base)
 
 
+def restore(pipe: Any) -> None:
+    """Undo `lengthen` where the handle is lost, also of another pipeline that has a transformer in common with this
+    one: all of it, since what lies in the transformer is only a part. Does nothing otherwise."""
+    if (handle := getattr(pipe, LENGTHENED, None)) is not None:
+        handle.remove()
+    for name in TRANSFORMERS:
+        if (part := getattr(pipe, name, None)) is None:
+            continue
+        for hook in list(unwrap(part)._forward_pre_hooks.values()):
+            owner = hook.owner() if isinstance(hook, _FramesChecked) else None
+            if owner is not None and owner.has(unwrap(part)):
+                owner.remove()
+
+
 class _FramesChecked:
     """A hook before the forward pass that refuses videos longer than those of the training."""
 
-    def __init__(self, adapter: LengthAdapter) -> None:
+    def __init__(self, adapter: LengthAdapter, owner: Lengthened) -> None:
         self.adapter = adapter
+        self.owner = weakref.ref(owner)  # else a copy of a transformer would be one of the pipeline
 
     def __call__(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         latents: torch.Tensor = args[0] if args else kwargs["hidden_states"]

@@ -114,6 +114,19 @@ def test_once_alone_and_restored_where_the_handle_is_lost(tmp_path, base, pipe, 
         assert torch.equal(generate(copied), plain)
 
 
+def test_restored_through_a_pipeline_that_shares_the_transformer_all_of_it_goes(tmp_path, base, pipe):
+    file = write_length(tmp_path, base, pipe.transformer, method=None, riflex=Riflex(2, 1))
+    plain = generate(pipe)
+    vidaccel.lengthen(pipe, file)
+    made = generate(pipe)
+    alone = type(pipe).from_pipe(pipe, transformer=copy.deepcopy(pipe.transformer))
+    vidaccel.restore(alone)
+    assert torch.equal(generate(pipe), made)
+    vidaccel.restore(type(pipe).from_pipe(pipe))
+    assert torch.equal(generate(pipe), plain) and not pipe.transformer._forward_pre_hooks
+    vidaccel.lengthen(pipe, file).remove()
+
+
 @pytest.mark.parametrize("method", [METHOD, LVSA(reference=2), None])
 @pytest.mark.parametrize("riflex", [None, Riflex(2, 1)])
 def test_the_header_says_it_all(method, riflex):
