@@ -23,6 +23,8 @@ _CONFIGS = {
     ("fp8", True): "Float8DynamicActivationFloat8WeightConfig",
 }
 """(kind, activations) -> the class of torchao that says how."""
+_REPR = "extra_repr"
+"""Attribute of a layer that torchao sets, beside the weight."""
 FP8_CAPABILITY = (8, 9)
 """Of the first NVIDIA GPUs that multiply float8."""
 
@@ -39,8 +41,10 @@ class Quantised:
     def __init__(
         self, transformer: torch.nn.Module, originals: dict[torch.nn.Linear, torch.nn.Parameter], kept: bool
     ) -> None:
-        self._transformer, self._originals, self.kept = transformer, originals, kept
+        self._transformer: torch.nn.Module | None = transformer
+        self._originals, self.kept = originals, kept
         self._others = _others(transformer, originals)
+        self._reprs = {layer: vars(layer).get(_REPR) for layer in originals}
         fix = TAKE_OUT if kept else "load the model again without quantize"
         self._unsaved = Unsaved(transformer, f"its layers are in 8 bits{'' if kept else ' for good'}; {fix}")
 
@@ -52,9 +56,13 @@ class Quantised:
         for layer, weight in self._originals.items():
             made = weight.data.to(layer.weight.device, self._dtype_now(weight.dtype))
             layer.weight = torch.nn.Parameter(made, requires_grad=weight.requires_grad)
-        _make_loras_plain(self._transformer, self._originals)
+            vars(layer).pop(_REPR, None)  # torchao's, which calls the one before, so that they would pile up
+            if (own := self._reprs[layer]) is not None:
+                vars(layer)[_REPR] = own
+        if self._transformer is not None:
+            _make_loras_plain(self._transformer, self._originals)
         self._unsaved.remove()
-        self._originals = {}
+        self._transformer, self._originals, self._others, self._reprs = None, {}, {}, {}
 
     def _dtype_now(self, before: torch.dtype) -> torch.dtype:
         """What `to(dtype)` made of the parameters that had a dtype before; layers in 8 bits do not tell."""

@@ -73,6 +73,16 @@ def test_a_lora_that_was_loaded_meanwhile_is_an_ordinary_one_afterwards(pipe, lo
     assert torch.allclose(generate(pipe), plain, atol=1e-5)
 
 
+def test_a_layer_is_described_as_before(pipe):
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    other = pipe.transformer.blocks[0].attn1.to_k
+    other.extra_repr = lambda: "of somebody else"
+    before = [(set(vars(each)), repr(each)) for each in (layer, other)]
+    for _ in range(2):
+        vidaccel.apply(pipe, INT8).remove()
+        assert [(set(vars(each)), repr(each)) for each in (layer, other)] == before
+
+
 def test_layers_that_stay_in_8_bits_keep_their_loras(pipe, lora):
     with vidaccel.apply(pipe, Preset(quantize=Quantize("int8", keep=False))):
         pipe.load_lora_weights(dict(lora), adapter_name="mine")
