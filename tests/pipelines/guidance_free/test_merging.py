@@ -87,6 +87,25 @@ def test_it_stays_between_calls_of_one_scale(pipe, adapter, monkeypatch):
         assert len(sums) == 3  # one a layer
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_scale_is_merged_from_the_weights_that_are_kept(pipe, gated, monkeypatch, dtype):
+    from vidaccel.pipelines.guidance_free.low_rank import LowRank
+
+    pipe.transformer.to(dtype)
+    before = weights(pipe)
+    with vidaccel.guidance_free(pipe, gated, merge=True):
+        made(pipe, 3.0)
+        wanted = weights(pipe)
+    sums, original = [], LowRank._merged
+    with vidaccel.guidance_free(pipe, gated, merge=True):
+        made(pipe, 2.0)
+        with monkeypatch.context() as patched:
+            patched.setattr(LowRank, "_merged", lambda self, weight: sums.append(1) or original(self, weight))
+            made(pipe, 3.0)
+        assert len(sums) == 3 and equal(weights(pipe), wanted)  # one a layer
+    assert equal(weights(pipe), before)
+
+
 def test_half_precision_comes_back_to_the_bit(pipe, adapter):
     pipe.transformer.to(torch.bfloat16)
     before = weights(pipe)
@@ -159,6 +178,7 @@ def test_a_lora_that_is_fused_meanwhile_stays(pipe, base, adapter):
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         fused = made(pipe)
+        made(pipe, 2.0)  # merged anew, beside it
     assert all(near(value, weights(twin)[name]) for name, value in weights(pipe).items())
     assert near(made(pipe), made(twin)) and not near(fused, made(twin))
 
