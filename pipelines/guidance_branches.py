@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .acceleration.copies import CopiedNotPickled
 from .acceleration.families import BOTH, Family
 from .diffusers_hooks import hooks_of
-from .running_pipeline import running_pipeline
+from .running_pipeline import PipelineOfPass, running_pipeline
 
 TWO = ("cond", "uncond")
 """Branches that have a pass each."""
@@ -43,14 +44,48 @@ def _scale_says(pipe: Any) -> bool:
     return bool(pipe.guidance_scale > 1.0)
 
 
-def step_is_guided() -> bool:
+class StepIsGuided(CopiedNotPickled):
     """Whether the step that goes on has both branches, as the pipeline says whose call it is of.
 
-    It has not outside of calls, and where the pipeline does not say it.
+    Outside of calls, the pipeline that was given says what it last knew. One that was not called yet knows nothing: the
+    step counts as one without guidance then, and its passes are counted.
+
+    Args:
+        given: the pipeline that hooks were put on.
     """
-    pipe = running_pipeline()
-    says = guidance_of(pipe)
-    return says is not None and says(pipe)
+
+    def __init__(self, given: Any) -> None:
+        self._pipeline = PipelineOfPass(given)
+        self.unknown = 0
+        """Passes outside of calls, of which nobody said whether they are of a step with both branches."""
+
+    def __call__(self, otherwise: Callable[[Any], bool] = lambda pipe: False) -> bool:
+        """Ask it.
+
+        Args:
+            otherwise: says it of a pipeline of which `guidance_of` knows nothing.
+        """
+        pipe = self._pipeline()
+        try:
+            return (guidance_of(pipe) or otherwise)(pipe)
+        except AttributeError:
+            if running_pipeline() is not None:
+                raise
+            self.unknown += 1
+            return False
+
+    def notes(self, model: str) -> list[str]:
+        """What to say of passes of which it is not known; nothing where there are none.
+
+        Args:
+            model: the component that made them.
+        """
+        if not self.unknown:
+            return []
+        return [
+            f"{self.unknown} passes of the {model} were made outside of a call of the pipeline, which has not said yet "
+            "whether it guides: they were computed in full. Call the pipeline once before a loop of your own"
+        ]
 
 
 def tells_guidance(kind: type) -> bool:

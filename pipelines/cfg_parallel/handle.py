@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from ..acceleration.families import Family, find_transformers
-from ..guidance_branches import TWO, check_not_compiled, guidance_of, other_branches, step_is_guided
+from ..guidance_branches import TWO, StepIsGuided, check_not_compiled, guidance_of, other_branches
 from ..guidance_cache.passes import LeftOutPasses
 from ..guidance_cache.samples import LeftOutSamples
 from ..hooked import HookedPipeline, is_hooked
-from ..running_pipeline import table_of_run
+from ..running_pipeline import PipelineOfPass
 from ..undo import CFG_PARALLEL
 from .pair import Pair
 from .passes import SplitPasses
@@ -59,12 +59,14 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
         self.rank = pair.rank
         """The branch that this process computes: 0 the first one of a step, 1 the second."""
         hooked: dict[str, tuple[torch.nn.Module, SplitPasses | SplitBatch]] = {}
+        self._guided = guided = dict[str, StepIsGuided]()
         for name, (transformer, family) in transformers.items():
             hook: SplitPasses | SplitBatch
+            guided[name], table = StepIsGuided(pipe), PipelineOfPass(pipe).table
             if family.branches == TWO:
-                hook = SplitPasses(pair, name, step_is_guided, table_of_run)
+                hook = SplitPasses(pair, name, guided[name], table)
             else:
-                hook = SplitBatch(pair, name, table_of_run)
+                hook = SplitBatch(pair, name, table)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
 
@@ -74,6 +76,7 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
         for name, (_, hook) in self._hooked.items():
             unit = "passes" if isinstance(hook, SplitPasses) else "samples"
             parts.append(f"{name}: {hook.computed} {unit} computed here, {hook.received} by the other process")
+            parts += self._guided[name].notes(name)
         return "; ".join(parts)
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ from ..acceleration.families import Family, find_transformers
 from ..acceleration.left_out import has_cache
 from ..cfg_parallel.passes import SplitPasses
 from ..cfg_parallel.samples import SplitBatch
-from ..guidance_branches import TWO, apart_from_caches, check_branches, check_not_compiled, guidance_of
+from ..guidance_branches import TWO, StepIsGuided, apart_from_caches, check_branches, check_not_compiled
 from ..hooked import HookedPipeline, is_hooked
 from ..running_pipeline import running_pipeline
 from ..undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
@@ -33,6 +33,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
         transformers = check_guidance_cache(pipe)
         self.settings = settings
         hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
+        self._guided = {name: _Guided(pipe) for name in transformers}
         clock = StepClock(pipe)
         for name, (transformer, family) in transformers.items():
             place, differences = _Place(clock, name, transformer, family), Differences(settings)
@@ -40,7 +41,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
             if family.branches == TWO:
                 hook = LeftOutPasses(name, place, differences)
             else:
-                hook = LeftOutSamples(place, family.branches[0], _Guided(), differences)
+                hook = LeftOutSamples(place, family.branches[0], self._guided[name], differences)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
 
@@ -49,14 +50,16 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
         found = []
         for name, (_, hook) in self._hooked.items():
             steps = hook.made + hook.extrapolated
-            if not steps:
+            unknown = self._guided[name].notes(name)
+            found += [f"guidance cache: {note}" for note in unknown]
+            if not steps and not unknown:
                 found.append(f"guidance cache: no step of the {name} had two branches of guidance")
-            elif not hook.extrapolated:
+            elif steps and not hook.extrapolated:
                 found.append(
                     f"guidance cache: all {steps} steps of the {name} made both passes of guidance: make more steps, "
                     "or lower first_steps"
                 )
-            else:
+            elif steps:
                 found.append(f"guidance cache: the {name} made {hook.made} of {steps} second passes of guidance")
         return found
 
@@ -64,6 +67,8 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
         """Count from here."""
         for _, hook in self._hooked.values():
             hook.made = hook.extrapolated = 0
+        for guided in self._guided.values():
+            guided.forget()
 
     def __repr__(self) -> str:
         return f"<vidaccel guidance cache: {self.settings if self._active else 'removed'}>"
@@ -156,13 +161,24 @@ class _Guided(CopiedNotPickled):
     Some pipelines decide that before their first step, by the guidance scale, and change the scale later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pipe: Any) -> None:
+        self._asked = StepIsGuided(pipe)
         self._run, self._guided = -1, False
 
     def __call__(self, step: StepInfo) -> bool:
-        pipe = running_pipeline()
-        if (says := guidance_of(pipe)) is not None:
-            return says(pipe)
-        if step.run != self._run:
-            self._run, self._guided = step.run, getattr(pipe, "guidance_scale", 1.0) > 1.0
+        return self._asked(lambda pipe: self._by_scale(pipe, step.run))
+
+    def _by_scale(self, pipe: Any, run: int) -> bool:
+        if run != self._run:
+            # Outside of calls, an AttributeError says that it is not known.
+            scale = pipe.guidance_scale if running_pipeline() is None else getattr(pipe, "guidance_scale", 1.0)
+            self._run, self._guided = run, scale > 1.0
         return self._guided
+
+    def notes(self, name: str) -> list[str]:
+        """See `StepIsGuided.notes`."""
+        return self._asked.notes(name)
+
+    def forget(self) -> None:
+        """Count from here."""
+        self._asked.unknown = 0

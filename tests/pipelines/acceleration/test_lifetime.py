@@ -20,6 +20,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     LTXEulerAncestralRFScheduler,
     UniPCMultistepScheduler,
+    WanPipeline,
 )
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
@@ -29,8 +30,9 @@ from tiny_wan import generate, make_pipe, make_scheduler, make_transformer
 from torch.utils._pytree import tree_leaves
 
 import vidaccel
-from vidaccel import SVG2, DenseSchedule
+from vidaccel import SVG2, DenseSchedule, Tangent
 from vidaccel.pipelines import find_transformers
+from vidaccel.pipelines.running_pipeline import running_pipeline
 
 METHOD = SVG2(density=0.4, schedule=DenseSchedule(first_steps=1))
 
@@ -364,6 +366,30 @@ def test_nothing_of_a_run_is_remembered_while_its_latents_are_decoded(pipe):
         generate(copied)
         site = copied.transformer.blocks[0].attn1.processor.site
         assert not site.engine._call_memory
+
+
+def test_what_a_pipeline_lets_go_of_in_a_call_is_freed_at_once():
+    """Frames of Python 3.11 and 3.12 keep what is read of their variables."""
+    freed, seen = [], []
+
+    class Big(WanPipeline):
+        def __call__(self, keeps=False):
+            (lambda: self)()  # a variable that others close over
+            mine = locals() if keeps else {}
+            big = torch.zeros(10)
+            alive = weakref.ref(big)
+            with self.progress_bar(total=1):
+                seen.append(running_pipeline())
+            del big
+            freed.append(alive() is None)
+            self.maybe_free_model_hooks()
+            return mine
+
+    pipe = make_pipe(Big)
+    with vidaccel.accelerate(pipe, Tangent(density=0.4, q_clusters=6, k_clusters=12)):
+        pipe()
+        assert pipe(keeps=True)["self"] is pipe  # what somebody else reads of them stays
+    assert freed[0] and seen == [pipe, pipe]
 
 
 def test_the_first_of_two_transformers_forgets_before_the_second_remembers():

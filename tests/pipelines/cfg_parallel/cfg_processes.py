@@ -66,9 +66,9 @@ def sparse() -> dict[str, Any]:
     return made
 
 
-def beside_others() -> dict[str, torch.Tensor]:
+def beside_others() -> dict[Any, Any]:
     """What else is done to pipelines, alone and in two processes."""
-    made = {}
+    made: dict[Any, Any] = {}
 
     def both(name: str, pipe: Any, **more: Any) -> None:
         made[name, "alone"] = generate(pipe, **more)
@@ -100,6 +100,7 @@ def beside_others() -> dict[str, torch.Tensor]:
     made["copied", "shared"] = generate(copy.deepcopy(pipe))
     restore(pipe)
     made["restored", "shared"] = generate(pipe)
+    made |= {("own loop", called): own_loop(called) for called in (True, False)}
     return made | of_from_pipe()
 
 
@@ -118,6 +119,21 @@ def of_from_pipe() -> dict[Any, Any]:
         generate(other)
         made["from_pipe", "seeds"] = text_of(RuntimeError, lambda: generate(other, seed=dist.get_rank()))
     return made
+
+
+def own_loop(called: bool) -> str:
+    """The note after two steps of a loop of one's own.
+
+    Args:
+        called: the pipeline was, before.
+    """
+    pipe = make_pipe()
+    if called:
+        generate(pipe)
+    with cfg_parallel(pipe) as handle, torch.no_grad():
+        for step in (9.0, 9.0, 5.0, 5.0):
+            pipe.transformer(torch.ones(1, 4, 2, 8, 8), torch.tensor([step]), torch.ones(1, 6, 16))
+        return handle.note()
 
 
 class Counting(ModelHook):

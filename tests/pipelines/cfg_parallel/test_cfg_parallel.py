@@ -114,6 +114,17 @@ def test_a_pipeline_that_shares_the_transformer_is_shared_as_it_guides(launched)
         assert "call transformer with different latents" in process["beside"]["from_pipe", "seeds"]
 
 
+def test_a_loop_of_ones_own_is_shared_as_the_pipeline_last_guided(launched):
+    assert [process["beside"]["own loop", True] for process in launched] == [
+        "transformer: 2 passes computed here, 2 by the other process",
+        "transformer: 3 passes computed here, 1 by the other process",
+    ]
+    for process in launched:
+        alone, why = process["beside"]["own loop", False].split("; ")
+        assert alone == "transformer: 4 passes computed here, 0 by the other process"
+        assert why.startswith("4 passes of the transformer were made outside of a call") and "in full" in why
+
+
 def test_what_cannot_be_shared_is_refused_by_both(launched):
     for texts in (process["refusals"] for process in launched):
         assert "torchrun --nproc-per-node 2" in texts["no processes"]

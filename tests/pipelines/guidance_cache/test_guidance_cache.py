@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -164,6 +165,43 @@ def test_the_pipeline_that_runs_says_whether_it_guides(build):
         handle.reset()
         assert in_a_batch(other).equal(made) and "made 3 of 5" in handle.notes()[0]
     assert not in_a_batch(other).equal(made)
+
+
+@IN_A_BATCH
+def test_in_a_loop_of_ones_own_the_pipeline_says_what_it_last_knew(build):
+    pipe, calls = build(), []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
+    in_a_batch(pipe)
+    hook.remove()
+    fresh = build()
+    fresh.scheduler.set_timesteps(5)
+
+    @torch.no_grad()
+    def loop(transformer):
+        for args, kwargs in calls:
+            transformer(*args, **kwargs)
+
+    with guidance_cache(pipe, 2, first_steps=0) as handle:
+        loop(pipe.transformer)
+        assert handle.notes() == ["guidance cache: the transformer made 3 of 5 second passes of guidance"]
+        loop(copy.deepcopy(pipe.transformer))  # which brings no pipeline along, and knows nothing
+        handle.reset()
+        thread = threading.Thread(target=loop, args=(pipe.transformer,))
+        thread.start()
+        thread.join()
+        assert "made 3 of 5" in handle.notes()[0]
+        two_unguided(pipe)
+        handle.reset()
+        loop(pipe.transformer)
+        assert "no step of the transformer" in handle.notes()[0]
+    with guidance_cache(fresh, 2, first_steps=0) as handle:
+        loop(fresh.transformer)
+        (note,) = handle.notes()
+        assert "5 passes of the transformer were made outside of a call" in note and "computed in full" in note
+        handle.reset()
+        assert "no step of the transformer" in handle.notes()[0]
+        in_a_batch(fresh)
+        assert "made 3 of 5" in handle.notes()[0]
 
 
 def test_training_makes_every_pass():
