@@ -223,6 +223,7 @@ class Watch(CopiedNotPickled):
         self._schedule, self._cache, self._whole = schedule, cache, whole
         self._signature = inspect.signature(type(transformer).forward)
         self._run, self._step, self._kept = -1, StepInfo(), ""
+        self._skipped = False  # whether the last pass was; `passes` may have been emptied since
         self._hooks = [
             transformer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             transformer.register_forward_hook(self._leave),
@@ -237,7 +238,7 @@ class Watch(CopiedNotPickled):
         self._kept = "" if self._schedule is None else self._schedule.step_reason(step)
         self._step = step
         if self._cache is not None:
-            alike = step.branch == self._whole and not self.passes[-1].skipped
+            alike = step.branch == self._whole and not self._skipped
             self._cache.enter(step, bool(self._kept) or alike)
 
     def _begin(self, step: StepInfo) -> None:
@@ -255,6 +256,7 @@ class Watch(CopiedNotPickled):
         place = (step.run, step.step, step.num_steps, step.branch)
         kept = self._kept if self._cache is not None else ""
         skipped, extrapolated = pass_was_left_out(module), second_pass_was_left_out(module)
+        self._skipped = skipped
         self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated, step.call))
         self._clock.passed()
 

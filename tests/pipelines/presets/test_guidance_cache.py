@@ -113,6 +113,22 @@ def test_beside_a_cache(cache, caplog):
     assert "non-adjacent" not in caplog.text
 
 
+def test_a_reset_between_the_passes_of_a_step_changes_nothing():
+    pipe = make_pipe()
+    with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 1e3), guidance_cache=EVERY_2)) as handle:
+        made = generate(pipe, steps=8)
+        context = pipe.transformer.cache_context
+
+        def resetting(name, **more):
+            if name == "uncond":
+                handle.reset()
+            return context(name, **more)
+
+        pipe.transformer.cache_context = resetting
+        assert generate(pipe, steps=8).equal(made)
+        assert handle.report().counts()["forwards"] == 1
+
+
 def test_a_cache_that_skips_nothing_is_told_of_all_the_same():
     pipe = make_pipe()
     with vidaccel.apply(pipe, Preset(cache=Cache("first_block", 1e-9), guidance_cache=EVERY_2)) as handle:
