@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -26,7 +28,7 @@ from .layout import VideoLayout
 from .meter import added_in, check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
 from .plan import BlockPlan
-from .records import CallRecord, RunReport, dropped_note, kept_records
+from .records import CallRecord, RunReport, call_of, dropped_note, first_kept, kept_records
 from .schedule import DenseSchedule, StepInfo
 from .timing import Span
 
@@ -60,8 +62,8 @@ class SparseAttention:
     The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
     masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts,
     or where `forget_run` says that it ended.
-    Of the last `KEPT_LAYOUTS` layouts (sizes of videos) and the records of the last runs (`kept_records`), no more is
-    kept.
+    No more is kept than that of the last `KEPT_LAYOUTS` layouts (sizes of videos), and the records and notes of the
+    last runs (`kept_records`).
 
     Args:
         method: a `Method` or the name of one.
@@ -103,9 +105,10 @@ class SparseAttention:
         self.precision, self._formats = precision, precision_of(precision)
         self.step = StepInfo()
         self.layouts: tuple[VideoLayout, ...] = ()
-        self._fitting: dict[VideoLayout, None] = {}  # the last ones that the method was found to be able to do
+        # The last ones that the method was found to be able to do, each with what it remarks of their grid.
+        self._fitting: dict[VideoLayout, str] = {}
         self._checks = CallChecks(self.method, self.backend, self._formats)
-        self._logged: set[str] = set()  # of the notes, which a training forgets at every step
+        self._logged: set[str] = set()  # kinds of notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
         self._entered_with_gradients = False
         self.reset()
@@ -115,7 +118,7 @@ class SparseAttention:
         self.forget()
         self._finished: list[CallRecord] = []
         self._pending: list[_Pending] = []
-        self._notes: list[str] = []
+        self._notes: dict[str, int] = {}  # each with the last call that it was true of
         self.oldest_run = 0  # of which records are kept; above 0 where older ones were dropped
 
     def forget(self) -> None:
@@ -172,21 +175,25 @@ class SparseAttention:
             records = self._all_records()
             self._finished = kept_records(records, step)
             self._pending = []
+            first = first_kept(Counter(map(call_of, records)), step)
+            self._notes = {note: call for note, call in self._notes.items() if call >= first}
             if len(self._finished) < len(records):
                 self.oldest_run = min((r.run for r in self._finished), default=step.run)
-        if step.num_steps != self.step.num_steps or layouts != self.layouts:
+        if step.run != self.step.run or step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
         dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self._blocks))
-        grids = {layout.grid for layout in self._fitting}
+        # Not another one for each length of text, which many prompts would fill the report with.
+        remarks = {layout.grid: remark for layout, remark in self._fitting.items()}
         for layout in () if dense else dict.fromkeys(layouts):
             if layout not in self._fitting:
                 self.method.check(layout)
+            if layout.grid not in remarks:
+                remarks[layout.grid] = self.method.remark(layout)
             self._fitting.pop(layout, None)
-            self._fitting[layout] = None
-            # Not once more for each length of text, which many prompts would fill the report with.
-            if layout.grid not in grids and (remark := self.method.remark(layout)):
-                self.note(remark)
+            self._fitting[layout] = remarks[layout.grid]
+            if remarks[layout.grid]:
+                self.note(remarks[layout.grid], step=step)
         # More than those of one pass: two prompts of unlike length come in turn.
         for old in list(self._fitting)[: -max(KEPT_LAYOUTS, 2 * len(layouts))]:
             del self._fitting[old]
@@ -223,9 +230,9 @@ class SparseAttention:
     def _warn_of_schedule(self, step: StepInfo) -> None:
         warning = self.schedule.warning(step.num_steps, self._blocks)
         if warning:
-            self.note(warning, logging.WARNING)
+            self.note(warning, logging.WARNING, step)
         if remark := self.schedule.remark(step.num_steps):
-            self.note(remark)
+            self.note(remark, step=step)
 
     def __call__(
         self,
@@ -352,12 +359,19 @@ class SparseAttention:
             return f"no backend on {device.type}"
         return reason
 
-    def note(self, text: str, level: int = logging.INFO) -> None:
-        """Log a choice (info) or a fallback (warning) once and keep it for the report."""
-        if text not in self._notes:
-            self._notes.append(text)
-        if text not in self._logged:
-            self._logged.add(text)
+    def note(self, text: str, level: int = logging.INFO, step: StepInfo | None = None) -> None:
+        """Log a choice (info) or a fallback (warning) once, and keep it for the report as long as records are kept.
+
+        Args:
+            text: what is true of the call. One that differs in its numbers alone is not logged again.
+            level: see above.
+            step: of the forward pass; None for that which was entered last.
+        """
+        call = call_of(self.step if step is None else step)
+        if (known := self._notes.get(text)) is None or known < call:
+            self._notes[text] = call
+        if known is None and (kind := re.sub(r"\d[\d.,]*", "0", text)) not in self._logged:
+            self._logged.add(kind)
             logger.log(level, "%s: %s", self.model, text)
 
     def report(self) -> RunReport:
@@ -369,12 +383,17 @@ class SparseAttention:
         if self.precision is not None:
             config["precision"] = self.precision
         notes = (*self._notes, *dropped_note(self.oldest_run))
-        return RunReport(self.method.name, config, tuple(self._all_records()), notes)
+        return RunReport(self.method.name, config, tuple(self._all_records()), notes, dict(self._notes))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was noted, without what the report says of dropped records."""
         return tuple(self._notes)
+
+    @property
+    def noted(self) -> dict[str, int]:
+        """The same, each with the last call that it was true of."""
+        return dict(self._notes)
 
     def _all_records(self) -> list[CallRecord]:
         return self._finished + [self._finish(r) for r in self._pending]

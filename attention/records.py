@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -70,12 +70,14 @@ class RunReport:
         config: its settings.
         records: in the order of the calls.
         notes: choices and fallbacks, in words.
+        noted: the last call of the pipeline (see `CallRecord`) that a note was true of, where it is of calls.
     """
 
     method: str
     config: dict[str, Any]
     records: tuple[CallRecord, ...]
     notes: tuple[str, ...] = ()
+    noted: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def runs(self) -> list[int]:
         """The runs that have records."""
@@ -83,7 +85,9 @@ class RunReport:
 
     def last(self) -> RunReport:
         """The last call of the pipeline alone, with all of its runs; where calls are not known, the last run."""
-        return replace(self, records=of_last_call(self.records))
+        records = of_last_call(self.records)
+        last = call_of(records[0]) if records else 0
+        return replace(self, records=records, notes=tuple(n for n in self.notes if self.noted.get(n, last) >= last))
 
     def density_by_step(self) -> dict[int, float]:
         """Mean density of each step, over layers and branches."""
@@ -168,8 +172,10 @@ class RunReport:
         return dict(Counter(r.reason for r in self.records if r.reason))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows."""
-        return asdict(self)
+        """Everything that is told, in types that JSON knows."""
+        made = asdict(self)
+        del made["noted"]
+        return made
 
     def __repr__(self) -> str:
         calls = f"{len(self.records)} calls, mean density {self.mean_density():.3f}" if self.records else "no call yet"
@@ -241,14 +247,23 @@ def kept_records(records: Sequence[Done], now: OfACall) -> list[Done]:
     Args:
         records: of one engine. now: the run.
     """
-    counts = Counter(map(call_of, records))
-    kept: set[int] = set()
+    first = first_kept(Counter(map(call_of, records)), now)
+    return [record for record in records if call_of(record) >= first]
+
+
+def first_kept(counts: Mapping[int, int], now: OfACall) -> int:
+    """The first of the calls whose records are kept.
+
+    Args:
+        counts: of the records of each call. now: the run that begins.
+    """
+    kept = 0
     for call in sorted(counts, reverse=True):
-        many = now.call is not None and sum(counts[each] for each in (*kept, call)) > KEPT_RECORDS
-        if call <= call_of(now) - KEPT_RUNS or (kept and many):
-            break
-        kept.add(call)
-    return [record for record in records if call_of(record) in kept]
+        kept += counts[call]
+        many = now.call is not None and kept > KEPT_RECORDS and kept > counts[call]
+        if call <= call_of(now) - KEPT_RUNS or many:
+            return call + 1
+    return call_of(now) - KEPT_RUNS + 1
 
 
 def dropped_note(oldest: int, of: str = "runs") -> list[str]:

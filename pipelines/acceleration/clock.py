@@ -224,8 +224,14 @@ class StepClock:
 
     def notes(self) -> list[str]:
         """Where a run's count is not what its scheduler promised, for the runs of the last few calls."""
-        last = self._note()
-        return [*(note for _, note in self._notes.values()), *([last] if last else [])]
+        return list(self.noted())
+
+    def noted(self) -> dict[str, int]:
+        """The same, each with the call of its run."""
+        noted = {note: call for call, note in self._notes.values()}
+        if self._run is not None and (last := self._note()):
+            noted[last] = self._run.call
+        return noted
 
     def forget_notes(self) -> None:
         """Say nothing more of the runs so far."""

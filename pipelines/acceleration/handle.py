@@ -88,10 +88,12 @@ class Handle:
         records = [r for report in reports for r in report.records if r.run >= oldest]
         records.sort(key=lambda r: (r.run, r.step))
         notes = dict.fromkeys(filter(None, [self._why, *self._warnings]))
-        notes |= dict.fromkeys(note for engine in engines for note in engine.notes)
-        notes |= dict.fromkeys([*self._clock.notes(), *self._replaced(), *balance_note(records)])
+        noted: dict[str, int] = {}
+        for told in (*(engine.noted for engine in engines), self._clock.noted()):
+            noted |= {note: max(call, noted.get(note, call)) for note, call in told.items()}
+        notes |= dict.fromkeys([*noted, *self._replaced(), *balance_note(records)])
         notes |= dict.fromkeys(dropped_note(oldest, "calls"))
-        return replace(reports[0], records=tuple(records), notes=tuple(notes))
+        return replace(reports[0], records=tuple(records), notes=tuple(notes), noted=noted)
 
     def reset(self) -> None:
         """Forget all records and everything the method remembers."""

@@ -148,38 +148,38 @@ class Installed(CopiedNotPickled):
             )
         if self._clock.lost_its_pipeline:
             check_without_scheduler(f"{self.name} was copied without its pipeline, so", self.engine.schedule, COPY)
-        if self._passes == 1:
-            self.check_sites()
         self._calls = sum(site.calls for site in self._sites.values())
         step = self._clock.observe(torch.as_tensor(timestep), self.name, self.family.branches)
+        if self._passes == 1 or step.run != self.engine.step.run:
+            self.check_sites(step)
         if step.run != self.engine.step.run:
             self._most_calls = 0
             self._limits = {}  # what was measured since the last run counts
         found = self.family.layout(module, given)
         layouts, unknown = ((), found) if isinstance(found, str) else (found, "")
-        dense = unknown or self._too_short(layouts, given)
+        dense = unknown or self._too_short(layouts, given, step)
         why = dense
         if not dense:
             dense, why = self._distilled() or self._uncounted(step) or self._out_of_reach(layouts) or ("", "")
         if dense:
-            self.engine.note(f"all calls of a forward pass stay dense: {why}", logging.WARNING)
+            self.engine.note(f"all calls of a forward pass stay dense: {why}", logging.WARNING, step)
         dense = dense or self.paused
         shared = Ulysses.of(self.transformer, self.name)
         if shared is not None and layouts:
             shared.check_tokens(layouts[0].tokens, self.name)
         if layouts and (remark := self._learned.remark(layouts[0].video_tokens)):
-            self.engine.note(remark, logging.WARNING)
+            self.engine.note(remark, logging.WARNING, step)
         self.engine.enter(step, *layouts, dense=bool(dense))
         for site in self._sites.values():
             site.enter(trims=self.family.trims and not unknown, dense=dense, shared=shared)
 
-    def _too_short(self, layouts: tuple[VideoLayout, ...], given: dict[str, Any]) -> str:
+    def _too_short(self, layouts: tuple[VideoLayout, ...], given: dict[str, Any], step: StepInfo) -> str:
         """Why a video stays dense for its length; empty where it may be sparse."""
         tokens, least = layouts[0].video_tokens, self._min_tokens
         if least is None:
             found = self._limit(given)
             least = found.tokens
-            self.engine.note(f"min_tokens {least}: {found.why}")
+            self.engine.note(f"min_tokens {least}: {found.why}", step=step)
         return f"min_tokens {least}, above the video's {tokens} tokens" if tokens < least else ""
 
     def _distilled(self) -> tuple[str, str] | None:
@@ -274,8 +274,12 @@ class Installed(CopiedNotPickled):
                 self._clock.call_ended()
             self._inside = False
 
-    def check_sites(self) -> None:
-        """Note the layers that made no attention call of ours in the forward passes so far."""
+    def check_sites(self, step: StepInfo | None = None) -> None:
+        """Note the layers that made no attention call of ours in the forward passes so far.
+
+        Args:
+            step: of the pass that begins; None for that which was entered last.
+        """
         if not self._passes or not self.active:
             return
         replaced = [p for p, module in self._modules.items() if module.processor is not self._own[p]]
@@ -284,18 +288,22 @@ class Installed(CopiedNotPickled):
             str(getattr(b, "value", b)) for p in self._own.values() if (b := getattr(p, "_attention_backend", None))
         }
         if backends:
-            self.engine.note(f"dense calls go through the attention backend set in diffusers: {', '.join(backends)}")
+            self.engine.note(
+                f"dense calls go through the attention backend set in diffusers: {', '.join(backends)}", step=step
+            )
         if replaced:
             self.engine.note(
                 f"the attention processors of {_some(replaced)} were replaced after accelerate, and run dense: "
                 "remove() this handle and accelerate again (after fuse_qkv_projections and the like)",
                 logging.WARNING,
+                step,
             )
         if silent:
             self.engine.note(
                 f"{_some(silent)} made no attention call that sparse attention could take over, and ran as they are"
                 + (f" ({self.family.name}: {self.family.stays_dense})" if self.family.stays_dense else ""),
                 logging.WARNING,
+                step,
             )
 
     def remove(self) -> None:

@@ -107,7 +107,9 @@ class Account:
         """The last call of the pipeline alone, with all of its runs; where calls are not known, the last run."""
         if not self.steps:
             return self
-        return replace(self, steps=of_last_call(self.steps), attention=self.attention and self.attention.last())
+        attention = self.attention and self.attention.last()
+        notes = tuple(n for n in self.notes if attention is None or n in (*self.own_notes, *attention.notes))
+        return replace(self, steps=of_last_call(self.steps), attention=attention, notes=notes)
 
     def counts(self) -> dict[str, int]:
         """Steps and passes: "steps", "forwards", "computed", "skipped", and of steps "dense", "sparse", "mixed"."""

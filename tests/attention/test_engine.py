@@ -199,6 +199,32 @@ def test_records_of_old_runs_are_dropped():
     assert not engine.report().notes
 
 
+def test_notes_are_of_calls_and_go_with_their_records(caplog):
+    engine, wrong = make(), [tokens(VideoLayout(1, 1, n)) for n in range(3, 15)]
+    with caplog.at_level(logging.INFO):
+        for run, others in enumerate(wrong):
+            engine.enter(StepInfo(run, 0, 1), LAYOUT)
+            engine(*tokens(), 0)
+            engine(*others, 0)
+        assert len(caplog.messages) == 2  # the numbers alone are others
+    fits = [note for note in engine.report().notes if "does not fit" in note]
+    assert len(fits) == 8 and "14 tokens" in fits[-1]
+    engine.enter(StepInfo(12, 0, 1), LAYOUT)
+    engine(*tokens(), 0)
+    report = engine.report()
+    assert report.last().notes == ("backend auto: masked for scattered plans on cpu", report.notes[-1])
+    assert len(report.notes) == 9 and "noted" not in report.to_dict()
+
+
+def test_what_stays_true_of_the_schedule_and_the_layout_stays_noted():
+    engine = make(Tangent(probe=False), schedule=DenseSchedule(0.3))
+    for run in range(12):
+        engine.enter(StepInfo(run, 0, 4), LAYOUT)
+        engine(*tokens(), 0)
+    notes = engine.report().last().notes
+    assert "fractions keep 1 of them" in notes[0] and "tangent: ranked" in notes[1]
+
+
 def test_the_fixed_control_keeps_its_plan_for_a_run():
     engine, memories = make(RandomBlocks(redraw=False)), []
     for run, step in ((0, 0), (0, 1), (1, 0)):

@@ -106,6 +106,25 @@ def test_a_shallow_copy_runs_its_own_methods_and_gets_them_back():
     assert not marks(other)
 
 
+def test_the_report_of_the_last_call_says_nothing_of_those_before():
+    pipe = make_pipe()
+    with vidaccel.accelerate(pipe, METHOD, min_tokens=50) as handle:
+        generate(pipe, size=32)
+        generate(pipe)
+        report = handle.report()
+    assert [note for note in report.notes if note not in report.last().notes] == [
+        "all calls of a forward pass stay dense: min_tokens 50, above the video's 20 tokens"
+    ]
+    assert any("backend auto" in note for note in report.last().notes)
+    with vidaccel.apply(pipe, Preset(method=METHOD, num_inference_steps=4)) as handle:
+        generate(pipe, 5, callback_on_step_end=lambda pipe, step, t, kw: setattr(pipe, "_interrupt", step == 1) or kw)
+        pipe._interrupt = False
+        generate(pipe)
+        account = handle.report()
+    assert [note for note in account.notes if note not in account.last().notes] == ["run 0: steps seen 2, expected 5"]
+    assert len(account.own_notes) == 1 and account.last().own_notes == account.own_notes
+
+
 def test_the_account_of_a_preset_is_of_the_whole_video_too(chunked):
     pipe, options = chunked
     with vidaccel.apply(pipe, Preset(method=METHOD)) as handle:
