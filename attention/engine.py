@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
 from .meter import added_in, check_rows, relative_error, sample_rows
 from .methods import Method, PlanMemory, resolve_method
+from .pending import KeptRecords, Pending
 from .plan import BlockPlan
-from .records import CallRecord, RunReport, call_of, dropped_note, first_kept, kept_records
+from .records import RunReport, call_of, dropped_note
 from .schedule import DenseSchedule, StepInfo
 from .timing import Span
 
@@ -40,22 +40,6 @@ KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
 DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass
-class _Pending:
-    """A record whose numbers may still be on their way from the GPU."""
-
-    step: StepInfo
-    layer: int
-    reason: str
-    backend: str
-    plan: tuple[torch.Tensor, int] | None  # pairs that are computed, and those in dense attention; None: dense
-    plan_span: Span | None
-    attention_span: Span
-    details: dict[str, torch.Tensor]
-    error: torch.Tensor | None = None
-    error_span: Span | None = None
-
-
 class SparseAttention:
     """Sparse self-attention for the layers of one model.
 
@@ -63,7 +47,7 @@ class SparseAttention:
     masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts,
     or where `forget_run` says that it ended.
     No more is kept than that of the last `KEPT_LAYOUTS` layouts (sizes of videos), and the records and notes of the
-    last runs (`kept_records`).
+    last runs (`first_kept`).
 
     Args:
         method: a `Method` or the name of one.
@@ -116,10 +100,8 @@ class SparseAttention:
     def reset(self) -> None:
         """Forget every plan, centroid and record."""
         self.forget()
-        self._finished: list[CallRecord] = []
-        self._pending: list[_Pending] = []
+        self._records = KeptRecords(self.model, self.method.name)
         self._notes: dict[str, int] = {}  # each with the last call that it was true of
-        self.oldest_run = 0  # of which records are kept; above 0 where older ones were dropped
 
     def forget(self) -> None:
         """Forget every plan and centroid, which can be gigabytes on a large model; the records stay."""
@@ -149,8 +131,8 @@ class SparseAttention:
         self._grad_plans: dict[tuple, BlockPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Events on a GPU cannot be copied, so a copy gets finished records. It starts with a run, so without a memory.
-        state = {**self.__dict__, "_finished": self._all_records(), "_pending": [], "_backward_plans": []}
+        # A copy starts with a run, so without a memory.
+        state = {**self.__dict__, "_backward_plans": []}
         return state | dict.fromkeys(("_layout_memory", "_call_memory", "_shares", "_run_memory", "_grad_plans"))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -172,13 +154,8 @@ class SparseAttention:
         """
         if step.run != self.step.run:
             self._forget_run()
-            records = self._all_records()
-            self._finished = kept_records(records, step)
-            self._pending = []
-            first = first_kept(Counter(map(call_of, records)), step)
+            first = self._records.begin(step)
             self._notes = {note: call for note, call in self._notes.items() if call >= first}
-            if len(self._finished) < len(records):
-                self.oldest_run = min((r.run for r in self._finished), default=step.run)
         if step.run != self.step.run or step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._drop_grad_plans()
@@ -286,7 +263,7 @@ class SparseAttention:
                 out = stock(q, k, v)
                 if self.method.completes_dense and layout is not None and q.shape[2] == layout.tokens:
                     out = self._completed(out, q, k, v, None, layout, weights)
-            self._pending.append(_Pending(self.step, layer, reason, "dense", None, None, span, {}))
+            self._records.add(Pending(self.step, layer, reason, "dense", None, None, span, {}))
             return out
 
         with Span(q.device) as plan_span, normal_tensors():
@@ -309,7 +286,7 @@ class SparseAttention:
             counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * whole
             details = {**details, "rank_pairs": shares}
         error = self._measured(out, of_plan, q, k, v, rows, heads)
-        self._pending.append(_Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
+        self._records.add(Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
         if self._formats != AS_INPUTS:
             scales, kept = chosen.scales_of(q, plan, self._formats), str(q.dtype).removeprefix("torch.")
             self.note(f"precision {self.precision}: Q K^T of sparse calls in 8 bits, {scales}; dense calls keep {kept}")
@@ -383,7 +360,12 @@ class SparseAttention:
         if self.precision is not None:
             config["precision"] = self.precision
         notes = (*self._notes, *dropped_note(self.oldest_run))
-        return RunReport(self.method.name, config, tuple(self._all_records()), notes, dict(self._notes))
+        return RunReport(self.method.name, config, tuple(self._records.all()), notes, dict(self._notes))
+
+    @property
+    def oldest_run(self) -> int:
+        """Of which records are kept; above 0 where older ones were dropped."""
+        return self._records.oldest_run
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -394,9 +376,6 @@ class SparseAttention:
     def noted(self) -> dict[str, int]:
         """The same, each with the last call that it was true of."""
         return dict(self._notes)
-
-    def _all_records(self) -> list[CallRecord]:
-        return self._finished + [self._finish(r) for r in self._pending]
 
     def _plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int, heads: HeadShare
@@ -476,23 +455,3 @@ class SparseAttention:
             beside = None if of_plan is None else added_in(out, of_plan, rows)
             error = relative_error(out, q, k, v, rows, heads, beside)
         return error, span
-
-    def _finish(self, r: _Pending) -> CallRecord:
-        return CallRecord(
-            run=r.step.run,
-            step=r.step.step,
-            num_steps=r.step.num_steps,
-            branch=r.step.branch,
-            model=self.model,
-            layer=r.layer,
-            method=self.method.name,
-            density=int(r.plan[0]) / r.plan[1] if r.plan else 1.0,
-            reason=r.reason,
-            backend=r.backend,
-            plan_seconds=r.plan_span.seconds() if r.plan_span else 0.0,
-            attention_seconds=r.attention_span.seconds(),
-            details={k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.details.items()},
-            error=None if r.error is None else float(r.error),
-            error_seconds=r.error_span.seconds() if r.error_span else 0.0,
-            call=r.step.call,
-        )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, Tangent, VideoLayout, sparse_attention
-from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, own_kernels
+from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, own_kernels, pending
 from vidaccel.attention.backends import ELSEWHERE
 from vidaccel.attention.timing import Span, event_class
 
@@ -223,6 +224,61 @@ def test_what_stays_true_of_the_schedule_and_the_layout_stays_noted():
         engine(*tokens(), 0)
     notes = engine.report().last().notes
     assert "fractions keep 1 of them" in notes[0] and "tangent: ranked" in notes[1]
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """How many tensors were read, each time."""
+    counts, values = [], pending._values
+
+    def counted(tensors):
+        counts.append(len(tensors))
+        return values(tensors)
+
+    monkeypatch.setattr(pending, "_values", counted)
+    return counts
+
+
+def test_records_are_read_for_a_report_alone_and_once(read):
+    engine = make(SVG(density=0.5), schedule=DenseSchedule(first_steps=1), measure_error=4)
+    for run in range(10):
+        for step in range(2):
+            engine.enter(StepInfo(run, step, 2), LAYOUT)
+            engine(*tokens(), 0)
+    assert not read
+    first = engine.report()
+    assert [r.run for r in first.records] == [run for run in range(2, 10) for _ in range(2)]
+    assert {(type(r.density), type(r.error), len(r.details["temporal"])) for r in first.measured()} == {
+        (float, float, 2)
+    }
+    engine(*tokens(), 1)
+    assert engine.report().records[:-1] == first.records
+    assert engine.report().records == copy.deepcopy(engine).report().records
+    assert read[:3] == [8 * 3, 3, 0]  # pairs, error and kinds of heads
+
+
+def test_calls_of_very_many_runs_are_read_before_they_fill_the_gpu(read, monkeypatch):
+    monkeypatch.setattr(pending, "KEPT_PENDING", 5)
+    engine = make(RandomBlocks())
+    for run in range(13):
+        engine.enter(StepInfo(run, 0, 1, call=0), LAYOUT)
+        engine(*tokens(), 0)
+    assert read == [6, 6] and len(engine.report().records) == 13
+
+
+def test_values_of_a_device_come_in_one_copy(monkeypatch):
+    made = [torch.tensor(3), torch.rand(2, 3), torch.zeros(0), torch.tensor([True]), torch.tensor(7), torch.rand(4)]
+    wanted, copies = [x.tolist() for x in made], []
+
+    class Elsewhere(torch.Tensor):
+        device = property(lambda x: torch.device("meta"))
+
+        def cpu(self):
+            copies.append(self.dtype)
+            return self.as_subclass(torch.Tensor)
+
+    assert pending._values([x.as_subclass(Elsewhere) for x in made]) == wanted
+    assert copies == [torch.int64, torch.float32, torch.bool]
 
 
 def test_the_fixed_control_keeps_its_plan_for_a_run():
