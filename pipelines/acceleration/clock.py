@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import torch
 
 from ...attention import StepInfo
 from ...attention.records import KEPT_RUNS
+from ..running_pipeline import running_pipeline
+from .host_reads import place_in
 from .scheduler_table import Table, Timestep, read_table
 
 logger = logging.getLogger(__name__)
@@ -115,6 +118,8 @@ class StepClock:
         self._run: _Run | None = None
         self._table: Table | None = None
         self._walked: torch.Tensor | None = None  # what the pipeline's loop goes over, where it says so
+        # The last timestep that was told without a look at it, with the version of its tensor.
+        self._told_ahead: tuple[weakref.ref[torch.Tensor], int, Timestep] | None = None
         self._sends_rows: bool | None = None  # whether the models get the timesteps of the table, once it is known
         self._notes: dict[int, tuple[int, str]] = {}  # of runs, each with its call
         self._told = -1  # of this run and those before nothing is said any more
@@ -189,7 +194,7 @@ class StepClock:
         if timestep.numel() == 0:
             raise ValueError(f"{model} was called with an empty timestep, of shape {list(timestep.shape)}.")
         table = self._table = read_table(self.scheduler, self._table)
-        now = Timestep.of(timestep, table)
+        now = self._foretold(timestep, table) or Timestep.of(timestep, table)
         ignored: Table | None = None
         if table is None:
             place, ignored = self._by_count(now, model, branches), self._absent_table()
@@ -221,6 +226,31 @@ class StepClock:
         branch = branches[number] if number < len(branches) else f"pass {number}"
         sigma = None if run.table is None or run.counted else run.table.sigma(run.place)
         return StepInfo(run.number, run.place - run.first, run.total, sigma, branch, run.call)
+
+    def _foretold(self, timestep: torch.Tensor, table: Table | None) -> Timestep | None:
+        """What is in a rounded copy of the table's next row, for which the host would wait in each step; None where the
+        timestep has to be read.
+
+        It is known where the pipeline's own call goes on, the scheduler has moved on by one row, and the model got just
+        the rounded row before.
+        """
+        if table is None or timestep.is_inference() or place_in(table.tensor, timestep) is not None:
+            return None
+        if self._told_ahead is not None:
+            told, version, now = self._told_ahead
+            if told() is timestep and version == timestep._version:
+                return now
+        run = self._run
+        if run is None or run.table is None or run.counted or table.index != run.place + 1:
+            return None
+        last = run.timestep
+        if timestep.ndim > 1 or last.dtype != timestep.dtype or last != table.rounded(run.place, last.dtype):
+            return None
+        if not self._goes_on(run, table) or running_pipeline() is not self._pipe:
+            return None
+        now = table.rounded(table.index, timestep.dtype)
+        self._told_ahead = weakref.ref(timestep), timestep._version, now
+        return now
 
     def notes(self) -> list[str]:
         """Where a run's count is not what its scheduler promised, for the runs of the last few calls."""

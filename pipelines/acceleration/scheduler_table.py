@@ -117,6 +117,11 @@ class Table:
         nearest = min(distances)
         return [i for i, d in enumerate(distances) if d == nearest and d <= ROUNDING * max(1.0, abs(value))]
 
+    def rounded(self, place: int, dtype: torch.dtype) -> Timestep:
+        """A row as a model gets it in a dtype, one for all samples."""
+        value = torch.tensor(self.rows[place]).to(dtype).item()
+        return Timestep(value, value, value, False, dtype)
+
     def start(self, timestep: Timestep) -> int:
         """The row at which a run starts, where only its first timestep tells.
 

@@ -20,9 +20,11 @@ from tiny_pipelines import (
     wan,
     watched,
 )
-from tiny_wan import make_scheduler, make_transformer
+from tiny_wan import make_pipe, make_scheduler, make_transformer
 
 from vidaccel import SVG, DenseSchedule, accelerate, demo
+from vidaccel.attention import StepInfo
+from vidaccel.pipelines.acceleration import scheduler_table
 from vidaccel.pipelines.acceleration.clock import StepClock
 
 
@@ -331,3 +333,52 @@ def test_a_loop_that_starts_at_the_second_of_two_equal_rows(scheduler):
         assert rows[3] == rows[4] and len(rows) == 9
         denoise(pipe, options, first=4)
     assert places(seen, 0) == places(seen, 1) == both(5) and {s.num_steps for s in seen} == {5} and not clock.notes()
+
+
+class Rounding(diffusers.WanPipeline):
+    """Sends each row rounded and for both samples, as HunyuanVideo 1.5 does: no view of the table."""
+
+    @torch.no_grad()
+    def __call__(self, between=lambda step: None):
+        self.scheduler.set_timesteps(6)
+        text, latents = torch.ones(2, 6, 16), torch.ones(2, 4, 2, 4, 4)
+        for step, t in enumerate(self.scheduler.timesteps):
+            t2 = t.expand(2).to(torch.bfloat16)
+            for _ in range(2):
+                noise = self.transformer(latents, t2, text, return_dict=False)[0]
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+            between(step)
+
+
+@pytest.fixture
+def values(monkeypatch) -> list[float]:
+    """The timesteps that were read."""
+    seen, read = [], scheduler_table._read
+
+    def told(timestep):
+        seen.append(timestep[0].item())
+        return read(timestep)
+
+    monkeypatch.setattr(scheduler_table, "_read", told)
+    return seen
+
+
+def test_rounded_rows_are_read_in_the_first_step_alone(values):
+    pipe = make_pipe(Rounding)
+    clock, seen = StepClock(pipe), []
+    listen(clock, seen, pipe.transformer)
+    for number in range(2):
+        pipe()
+        assert places(seen, number) == both(6) and clock.notes() == []
+    first = pipe.scheduler.timesteps[0].bfloat16().item()
+    assert values == [first] * 4
+
+
+def test_the_pass_of_another_pipeline_between_two_steps_is_read(values):
+    pipe = make_pipe(Rounding)
+    other = Rounding.from_pipe(pipe, scheduler=make_scheduler())
+    seen: list[StepInfo] = []
+    listen(StepClock(pipe), seen, pipe.transformer)
+    pipe(between=lambda step: other() if step == 2 else None)
+    assert len(seen) == 24 and {s.run for s in seen[:6]} == {0} and seen[6].run == 1
+    assert len(set(values)) == 6
