@@ -248,7 +248,7 @@ def test_sharded_weights_and_optimizer_states_come_back():
     assert whole(dict(nets[0].named_parameters()), keep=False) == {"weight": None, "bias": None}
     assert all_finite(nets[0].parameters())
     with torch.no_grad():
-        nets[0].weight[0, 0] = float("nan")
+        nets[0].weight.to_local()[0, 0] = float("nan")
     assert not all_finite(nets[0].parameters())
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from vidaccel.lora.checkpoint import CheckpointFolder
 from vidaccel.lora.launch import _encode
@@ -301,7 +302,8 @@ def launch(tmp_path):
         (folder / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
         command += ["--dynamo_backend", "no", "--mixed_precision", "no", "--num_processes", "2"]
-        command += ["--main_process_port", "0", str(SCRIPT), mode, str(tmp_path / "run")]
+        # Not 0, which older versions do not take for "any".
+        command += ["--main_process_port", str(get_free_port()), str(SCRIPT), mode, str(tmp_path / "run")]
         paths = os.pathsep.join([str(folder), str(Path(__file__).parents[2] / "tests" / "lora")])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

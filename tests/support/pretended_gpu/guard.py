@@ -20,7 +20,10 @@ C10_REGISTER_GUARD_IMPL(CUDA, NoOp)
 
 def missing() -> str | None:
     """Why it cannot be done here; None where it can."""
-    if torch.backends.cuda.is_built() or shutil.which("g++"):
+    if torch.backends.cuda.is_built():
+        there = hasattr(torch._C, "_ensureCUDADeviceGuardSet")
+        return None if there else f"torch {torch.__version__} with CUDA cannot be made to believe in a GPU"
+    if shutil.which("g++"):
         return None
     return "torch without CUDA needs a C++ compiler (g++) to believe in a GPU"
 
