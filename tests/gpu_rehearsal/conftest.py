@@ -8,7 +8,7 @@ import pytest
 from pretended_gpu.guard import missing
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _able() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
