@@ -4,6 +4,9 @@ import importlib.util
 
 import pytest
 from eager_caches import EAGER
+from gft_adapters import random_lora
+from safetensors.torch import save_file
+from tiny_wan import make_transformer
 
 from vidaccel.pipelines.presets import Cache
 
@@ -13,3 +16,11 @@ def cache(request) -> Cache:
     if request.param == "cache_dit" and importlib.util.find_spec("cache_dit") is None:
         pytest.skip("cache_dit is not installed")
     return EAGER[request.param]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """The file of a LoRA of the tiny Wan model."""
+    file = tmp_path_factory.mktemp("lora") / "a.safetensors"
+    save_file(random_lora(make_transformer(), "transformer")[1], file)
+    return file

@@ -20,9 +20,8 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
 )
-from gft_adapters import random_lora, write_adapter
+from gft_adapters import write_adapter
 from gft_calls import loaded, made, saved
-from safetensors.torch import save_file
 from tiny_families import build
 from tiny_pipelines import hunyuan, mochi, run
 from tiny_wan import generate, make_pipe, make_transformer
@@ -48,13 +47,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, base):
     return write_adapter(tmp_path_factory.mktemp("adapter"), base, make_transformer())
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    file = tmp_path_factory.mktemp("lora") / "a.safetensors"
-    save_file(random_lora(make_transformer(), "transformer")[1], file)
-    return file
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers import WanTransformer3DModel
-from gft_adapters import random_lora
 from gft_calls import loaded
 from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
@@ -23,13 +22,6 @@ import vidaccel
 from vidaccel import Preset
 from vidaccel.pipelines.kept_loras import tuner_layers
 from vidaccel.pipelines.presets import LoraFile, PresetError, SchedulerChoice, loras
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    file = tmp_path_factory.mktemp("lora") / "a.safetensors"
-    save_file(random_lora(make_transformer(), "transformer")[1], file)
-    return file
 
 
 @pytest.fixture
