@@ -81,10 +81,11 @@ class TritonBackend(Backend):
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, precision: Precision) -> None:
         from ..kernels.block_sparse import backward_walk_of, walk_of
         from ..kernels.block_sparse_int8 import int8_walk_of
+        from ..kernels.walk import stream_of
 
         if torch.compiler.is_compiling():
             return  # the operator has them made, into which a compiled graph does not look
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        if stream_of(q.device) is None:
             return  # nothing is kept then (`walk.kept_on`): they would be in the graph twice
         if precision == AS_INPUTS:
             walk_of(plan, q)

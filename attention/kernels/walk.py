@@ -77,7 +77,7 @@ def kept_on(plan: BlockPlan, key: tuple, make: Callable[[], Iterable[torch.Tenso
     Another stream has nothing to wait for that says when it is filled. While a CUDA graph is captured nothing is: then
     it is of the graph alone, and not kept.
     """
-    stream = _stream(plan.device)
+    stream = stream_of(plan.device)
     if stream is None:
         return list(make())
     kept = plan._walks.setdefault(key, {})
@@ -88,7 +88,7 @@ def kept_on(plan: BlockPlan, key: tuple, make: Callable[[], Iterable[torch.Tenso
     return kept[stream]
 
 
-def _stream(device: torch.device) -> int | None:
+def stream_of(device: torch.device) -> int | None:
     """The current stream of a device; None while it is captured."""
     if device.type != "cuda":
         return 0

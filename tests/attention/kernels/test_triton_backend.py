@@ -93,7 +93,7 @@ def test_what_is_made_of_a_plan_is_of_one_stream_and_not_kept_while_a_graph_is_c
     calls = [(1, 1), (1, 1), (2, 2), (1, 1), (None, 3), (None, 4), (2, 2)]
     calls += [(3, 5), (4, 6), (5, 7), (2, 2), (1, 8)]  # of four streams
     for stream, expected in calls:
-        monkeypatch.setattr(walk, "_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(walk, "stream_of", lambda device, stream=stream: stream)
         assert walk.kept_on(plan, ("key",), make)[0] == expected
 
 
