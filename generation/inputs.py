@@ -62,6 +62,7 @@ class VideoSource:
         file, media: where it is one.
         given: `[F, H, W, 3]` of bytes otherwise.
         field: that it is given for.
+        more: whether it goes on after these frames, which are all that is used.
     """
 
     frames: int
@@ -70,6 +71,7 @@ class VideoSource:
     media: Media | None = None
     given: np.ndarray | None = None
     field: str = "video"
+    more: bool = False
 
     @property
     def rate(self) -> float | None:
@@ -100,8 +102,9 @@ class VideoSource:
     def _told_of(self, frames: int) -> Iterator[str]:
         """In words, which of its frames are used where so many are asked for."""
         if self.rate is None:
-            if frames < self.frames:
-                yield f"{self.field}: of its {self.frames} frames, the first {frames} are used."
+            if frames < self.frames or self.more:
+                whole = "its frames" if self.more else f"its {self.frames} frames"
+                yield f"{self.field}: of {whole}, the first {frames} are used."
             return
         if frames < self.frames:
             whole, used = self.frames / self.rate, frames / self.rate
@@ -139,6 +142,8 @@ def open_video(video: Any, field: str = "video") -> VideoSource:
     from ..pipelines.errors import first_line
     from .video_reader import probe_video
 
+    if isinstance(video, VideoSource):
+        return video
     if isinstance(video, Path):
         try:
             media = probe_video(video)

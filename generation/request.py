@@ -132,7 +132,7 @@ class Settings:
         """
         from .inputs import fitted_picture, open_video
 
-        self._check_inputs(model)
+        self.check_inputs(model)
         check_options(self.pipeline_options, model.row)
         source = None if self.video is None else open_video(self.video)
         whole = self if source is None else self._for_video(source, model)
@@ -158,8 +158,12 @@ class Settings:
             notes += more
         return replace(whole, **read, notes=tuple(notes))
 
-    def _check_inputs(self, model: ModelFacts) -> None:
-        """Pictures and videos are there where the model needs them, and what it has no use for is not given."""
+    def check_inputs(self, model: ModelFacts) -> None:
+        """Pictures and videos are there where the model needs them, and what it has no use for is not given.
+
+        Raises:
+            BadInput: otherwise; none of them is read for that.
+        """
         kind, row = model.pipeline_class, model.row
         for field in self.given:
             if field not in row.takes:
@@ -211,11 +215,12 @@ class Settings:
                     "Give fewer, or a longer video.",
                     value=self.frames,
                 )
-            count, more = model.row.frames.nearest(source.frames, model.frame_factor)
-            if count is None:
-                problem = f"has {source.frames} frames, and this model makes {more or 'others'} at the least"
-                raise BadInput("video", problem, "Give a longer one.")
-            whole = replace(self, frames=count if self.frames is None else self.frames)
+            if self.frames is None:
+                count, more = model.row.frames.nearest(source.frames, model.frame_factor)
+                if count is None:
+                    problem = f"has {source.frames} frames, and this model makes {more or 'others'} at the least"
+                    raise BadInput("video", problem, "Give a longer one.")
+                whole = replace(self, frames=count)
         if self.fps is not None or source.fps is None:
             return whole
         rate = float(source.fps)

@@ -21,6 +21,7 @@ from . import pipelines, previews
 from .acceleration import METHODS, Acceleration
 from .adapter_files import State, state_of_pipeline
 from .defaults import defaults_of
+from .inputs import Clip, first_frames
 from .lora_nodes import Loras
 from .patch import queue_entry
 from .report_node import Report
@@ -296,8 +297,8 @@ class VidaccelGenerateVideo(io.ComfyNode):
             settings,
             image=image,
             last_image=last_image,
-            video=None if video is None else video.get_components().images,
-            face_video=None if face_video is None else face_video.get_components().images,
+            video=_clip(video),
+            face_video=_clip(face_video),
             on_step=_progress(pipeline),
         )
         rate = Fraction(made.fps).limit_denominator(1001)
@@ -305,6 +306,12 @@ class VidaccelGenerateVideo(io.ComfyNode):
             Types.VideoComponents(images=made.frames, audio=made.audio, frame_rate=rate)
         )
         return io.NodeOutput(made.frames, film, replace(made.report, queued=queue_entry()), made.audio)
+
+
+def _clip(video: Any) -> Clip | None:
+    if video is None:
+        return None
+    return functools.partial(first_frames, video, isinstance(video, InputImpl.VideoFromFile))
 
 
 def _residency() -> Residency:

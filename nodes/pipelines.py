@@ -26,13 +26,13 @@ from ..generation.run import Run, StepCallback
 from ..generation.run import load as load_pipeline
 from ..generation.run import run as run_pipeline
 from .acceleration import Acceleration
+from .inputs import Clip, read
 from .loras import Lora, attach
 from .news import GenerationReport, News
 from .residency import Residency
 from .wording import InputError, check_precision, check_stand_ins, chosen_precision, plain, plain_messages
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from diffusers import DiffusionPipeline
 
@@ -254,8 +254,8 @@ def generate(
     *,
     image: torch.Tensor | None = None,
     last_image: torch.Tensor | None = None,
-    video: torch.Tensor | None = None,
-    face_video: torch.Tensor | None = None,
+    video: Clip | None = None,
+    face_video: Clip | None = None,
     on_step: StepCallback,
 ) -> Generation:
     """Make a video. The initial noise comes from a CPU generator, so a seed gives the same one on every device.
@@ -265,9 +265,9 @@ def generate(
         settings: None in a field takes the model's own value.
         image, last_image: `[1, H, W, 3]` in [0, 1], the first and the last frame, for an image-to-video pipeline;
             fitted to the video's size.
-        video: `[F, H, W, 3]` in [0, 1], to start from. A pipeline that takes none then runs as the one that does, with
-            the same weights, where there is one: Wan's as video to video, for example.
-        face_video: `[F, H, W, 3]` in [0, 1], for Wan Animate alone.
+        video: to start from; asked for the frames that are used. A pipeline that takes none then runs as the one that
+            does, with the same weights, where there is one: Wan's as video to video, for example.
+        face_video: likewise, for Wan Animate alone.
         on_step: called at the end of every step; may raise to stop the run.
 
     Raises:
@@ -275,20 +275,15 @@ def generate(
         GenerationError: the model made NaN or infinite values.
     """
     with plain_messages():
-        settings = replace(
-            settings,
-            image=_picture(image),
-            last_image=_picture(last_image),
-            video=None if video is None else _bytes(video),
-            face_video=None if face_video is None else _bytes(face_video),
-        )
+        settings = replace(settings, image=image, last_image=last_image, video=video, face_video=face_video)
         pipeline = pipeline.starting_from(settings.given)
         preset = pipeline.preset
         if preset is not None:
             own: dict[str, Any] = {"steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
             unset = {name: value for name, value in own.items() if getattr(settings, name) is None}
             settings = replace(settings, **unset)
-        settings = suited(settings, pipeline.guidance_free, pipeline.facts).checked(pipeline.facts)
+        settings = suited(settings, pipeline.guidance_free, pipeline.facts)
+        settings = read(settings, pipeline.facts).checked(pipeline.facts)
         check_guidance(pipeline.guidance_free, pipeline.facts, settings)
         layout = settings.layout(pipeline.facts)
         acceleration = pipeline.acceleration
@@ -363,15 +358,3 @@ def _audio(sound: Sound | None, seconds: float) -> dict[str, Any] | None:
         return None
     kept = sound.samples[: round(seconds * sound.rate)]
     return {"waveform": torch.from_numpy(kept.T.copy())[None], "sample_rate": sound.rate}
-
-
-def _picture(image: torch.Tensor | None) -> Any:
-    """The first picture of an IMAGE, as PIL has it."""
-    from PIL import Image
-
-    return None if image is None else Image.fromarray(_bytes(image[:1])[0])
-
-
-def _bytes(images: torch.Tensor) -> np.ndarray:
-    """An IMAGE as `[F, H, W, 3]` bytes, without transparency."""
-    return (images[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.methods import MIN_SPARSE_TOKENS
 from vidaccel.generation.request import Settings
 from vidaccel.generation.tuning.store import store
-from vidaccel.nodes import pipelines
+from vidaccel.nodes import inputs, pipelines
 from vidaccel.nodes.acceleration import METHODS, Acceleration
 from vidaccel.nodes.adapter_files import state_of_pipeline
 from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
@@ -401,17 +403,92 @@ def test_a_video_to_start_from(pipeline, moved):
     made = generate(pipeline, settings(), on_step=ignore).frames
     moved.clear()
     still = torch.full((12, 40, 60, 3), 0.3)
-    again = generate(pipeline, settings(frames=None, steps=4), video=made, on_step=ignore).frames
-    other = generate(pipeline, settings(frames=None, steps=4), video=still, on_step=ignore).frames
+    again = generate(pipeline, settings(frames=None, steps=4), video=clip(made), on_step=ignore).frames
+    other = generate(pipeline, settings(frames=None, steps=4), video=clip(still), on_step=ignore).frames
     assert again.shape == other.shape == (9, 64, 64, 3) and not torch.allclose(again, other)
     assert {name for name, _ in moved} == {"UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"}
-    near = generate(pipeline, settings(frames=None, steps=4, strength=0.25), video=made, on_step=ignore).frames
+    near = generate(pipeline, settings(frames=None, steps=4, strength=0.25), video=clip(made), on_step=ignore).frames
     assert (near - made).abs().mean() < (other - made).abs().mean()
     sparse = pipeline.accelerated(Acceleration(density=0.5))
-    report = generate(sparse, settings(frames=None, steps=4), video=made, on_step=ignore).report.news().report
+    report = generate(sparse, settings(frames=None, steps=4), video=clip(made), on_step=ignore).report.news().report
     assert report.mean_density() < 0.9
     with pytest.raises(InputError, match="^strength is of use only with video"):
         generate(pipeline, settings(strength=0.5), on_step=ignore)
     with pytest.raises(InputError, match="^frames is 17: the input video has 12"):
-        generate(pipeline, settings(frames=17), video=still, on_step=ignore)
+        generate(pipeline, settings(frames=17), video=clip(still), on_step=ignore)
     assert torch.equal(generate(pipeline, settings(), on_step=ignore).frames, made)  # as it was
+    with pytest.raises(InputError, match="^frames is 8: this model makes"):
+        generate(pipeline, settings(frames=8), video=clip(still), on_step=ignore)
+
+
+def clip(images):
+    return lambda most: images
+
+
+def test_no_more_of_a_video_is_read_than_is_used(pipeline):
+    asked = []
+    moving = torch.rand(30, 20, 30, 3)
+
+    def some(most):
+        asked.append(most)
+        return moving[: None if most is None else most + 1]
+
+    made = [generate(pipeline, settings(steps=4), video=each, on_step=ignore) for each in (clip(moving[:9]), some)]
+    assert asked == [9] and torch.equal(made[0].frames, made[1].frames)
+    assert "video: of its frames, the first 9 are used." in made[1].report.news().report.notes
+    assert not any("are used" in note for note in made[0].report.news().report.notes)
+    with pytest.raises(InputError, match="^face_video is of no use"):
+        generate(pipeline, settings(), video=some, face_video=some, on_step=ignore)
+    assert asked == [9]
+
+
+@pytest.mark.parametrize(
+    ("continues", "frames", "most"), [("", 9, 9), ("", None, None), ("inside", None, 33), ("before", 9, None)]
+)
+def test_which_frames_of_a_video_are_used(pipeline, continues, frames, most):
+    facts = pipeline.starting_from(["video"]).facts
+    facts = replace(facts, row=replace(facts.row, continues=continues))
+    asked = []
+    inputs.read(settings(frames=frames, video=lambda most: asked.append(most) or torch.rand(40, 8, 8, 3)), facts)
+    assert asked == [most]
+
+
+class Film:
+    """A VIDEO of a file, whose first frames may be slower than its mean rate says."""
+
+    def __init__(self, times, end=None):
+        self.times, self.end, self.decoded = times, end, 0
+
+    def get_frame_rate(self):
+        return len(self.times) / self.times[-1]
+
+    def get_duration(self):
+        if self.times[-1] == math.inf:
+            raise ValueError("Could not determine duration")
+        return min(self.times[-1], self.end or math.inf)
+
+    def as_trimmed(self, start, duration, strict_duration):
+        assert start == 0 and not strict_duration
+        self.trimmed = Film(self.times, duration)
+        return self.trimmed
+
+    def get_components(self):
+        kept = [time for time in self.times if self.end is None or time < self.end]
+        self.decoded = len(kept)
+        return SimpleNamespace(images=torch.tensor(kept).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 3))
+
+
+@pytest.mark.parametrize("first", [0.1, 1.0, 20.0])
+def test_the_first_frames_of_a_file_are_those_of_all_of_it(first):
+    times = [first * n for n in range(5)] + [4 * first + 0.1 * n for n in range(1, 300)]
+    film = Film(times)
+    found = inputs.first_frames(film, True, 9)
+    assert len(found) > 9 and torch.equal(found[:9], film.get_components().images[:9])
+    if first == 0.1:
+        assert film.trimmed.decoded < 13
+    assert len(inputs.first_frames(film, False, 9)) == len(inputs.first_frames(film, True, None)) == 304
+    assert len(inputs.first_frames(Film(times, 5 * first), True, 303)) == len(
+        Film(times, 5 * first).get_components().images
+    )
+    film.get_duration = Film([math.inf]).get_duration
+    assert len(inputs.first_frames(film, True, 9)) == 304  # a file that does not say how long it is
