@@ -79,7 +79,7 @@ def announce(clone: Any, session: NativeAttention) -> None:
         # Of the noise, video and audio may be one row, and a wrapper before may have cut it to a context window.
         shape = latents[0] if latents else noise_shape
         try:
-            room = needed(session, model, shape, sum(map(len, conds.values())))
+            room = needed(session, model, shape, passes(conds))
         except (AttributeError, TypeError, ValueError) as error:
             # A variant of a model that is built otherwise, or a setting that the first forward pass will refuse.
             session.tell(f"{NOT_TOLD}: it cannot be computed ({error}).", logging.WARNING)
@@ -95,6 +95,27 @@ def announce(clone: Any, session: NativeAttention) -> None:
     clone.add_wrapper_with_key(prepare, KEY, wrapper)
 
 
+def passes(conds: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
+    """How many conditions a step has a forward pass of, at the most.
+
+    Of one with an area, ComfyUI makes another for each other side, unless that has one of the same area.
+
+    Args:
+        conds: "positive", "negative" and others that a guider has -> conditions, as a sampler is given them.
+    """
+    areas = {side: {_area(entry) for entry in entries} - {None} for side, entries in conds.items()}
+    added = (len(of - there) for side, of in areas.items() for other, there in areas.items() if other != side)
+    return sum(map(len, conds.values())) + sum(added)
+
+
+def _area(entry: Mapping[str, Any]) -> Any:
+    """What tells the area of a condition from others; None for all of the video."""
+    if "mask" in entry and entry.get("set_area_to_bounds"):
+        return id(entry["mask"])
+    area = entry.get("area")
+    return None if area is None else tuple(area)
+
+
 def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditions: int) -> Room | None:
     """What sparse attention takes in a sampling; None where nothing in it will be sparse.
 
@@ -102,7 +123,7 @@ def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditio
         session: of the MODEL.
         model: ComfyUI's ModelPatcher.
         latent: shape `[B, C, T, H, W]` of the video's latent.
-        conditions: positive and negative ones together. All count, also where a guidance of 1 leaves some out: who
+        conditions: of all sides together, see `passes`. All count, also where a guidance of 1 leaves some out: who
             samples does not say so before.
 
     Raises:

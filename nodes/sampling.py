@@ -123,25 +123,27 @@ def branches_of(options: Mapping[str, Any], known: dict[Any, str]) -> list[str]:
 
     Args:
         options: `transformer_options` with `cond_or_uncond` (0 is positive, 1 negative) and `uuids`.
-        known: names by uuid that were given before in the same run; new ones are added. The same condition thus has one
-            name, whether it comes alone or in a batch with others. In a context window, and where blocks are replaced,
-            it is another branch: clusters of other frames, or of another pass, say little.
+        known: names by kind and uuid that were given before in the same run; new ones are added. The same condition
+            thus has one name, whether it comes alone or in a batch with others. One with an area is of both kinds:
+            ComfyUI adds it to the other side, with its uuid. In a context window, and where blocks are replaced, it is
+            another branch: clusters of other frames, or of another pass, say little.
     """
     kinds = list(options.get("cond_or_uncond") or [0])
     uuids = options.get("uuids")
     if uuids is None or len(uuids) != len(kinds):
-        uuids = [(kind, kinds[:place].count(kind)) for place, kind in enumerate(kinds)]
+        uuids = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
     window, replaced = window_of(options), replaced_blocks(options)
     beside = (f", {window}" if window else "") + (
         f", {len(replaced)} block{'s' * (len(replaced) > 1)} replaced" if replaced else ""
     )
     names = []
-    for kind, uuid in zip(kinds, uuids, strict=True):
-        if uuid not in known:
+    for key in zip(kinds, uuids, strict=True):
+        if key not in known:
+            kind, _ = key
             base = {0: "cond", 1: "uncond"}.get(kind, f"cond {kind}")
             taken = sum(name == base or name.startswith(f"{base} #") for name in known.values())
-            known[uuid] = base if not taken else f"{base} #{taken + 1}"
-        names.append(known[uuid] + beside)
+            known[key] = base if not taken else f"{base} #{taken + 1}"
+        names.append(known[key] + beside)
     return names
 
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from huggingface_hub import constants
-from native_comfyui import ANCHORED, management, models, patched, sample, tiny, with_override
+from native_comfyui import ANCHORED, conditioning, management, models, patched, sample, tiny, with_override
 
 from vidaccel import SVG, Tangent, VideoLayout
 from vidaccel.generation.tuning.break_even import BreakEven
@@ -114,6 +114,25 @@ def test_in_context_windows_the_tables_are_of_one_and_each_keeps_its_own(order, 
     )
     assert "2 conditions, 2 context windows and" in notes(session)[0]
     assert len({record.branch for record in session.report().records}) == 4
+
+
+def test_prompts_for_areas_have_a_pass_of_either_side(loads):
+    description, model, _ = tiny("wan_t2v")
+    frames, height, width = description.latent
+    half = {"strength": 1.0, "set_area_to_bounds": False}
+    areas = [(frames, height, width // 2, 0, 0, place) for place in (0, width // 2)]
+    prompts = [
+        conditioning(description, seed, {**half, "area": area}) for seed, area in zip((1, 3), areas, strict=True)
+    ]
+    clone, session = patched(model, METHOD)
+    sample(clone, description, steps=1, positive=[*prompts[0], *prompts[1]])
+    records = session.report().records
+    assert {record.branch for record in records} == {"cond", "cond #2", "uncond", "uncond #2", "uncond #3"}
+    assert len(records) == 5 * description.layers
+    assert "5 conditions and" in notes(session)[0]
+    # What both sides have is not added.
+    sample(clone, description, steps=1, positive=prompts[0], negative=prompts[0])
+    assert "2 conditions and" in notes(session)[0]
 
 
 def test_a_comfyui_that_cannot_be_told_is_said_so(loads, monkeypatch):

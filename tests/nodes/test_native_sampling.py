@@ -125,6 +125,17 @@ def test_branches_keep_their_names_in_any_company():
     assert len(set(known.values())) == len(known) == 4
 
 
+def test_the_two_sides_of_one_condition_are_two_branches():
+    """ComfyUI adds a condition with an area to the other side, with its id."""
+    known = {}
+    assert branches_of({"cond_or_uncond": [0, 1], "uuids": ["p", "p"]}, known) == ["cond", "uncond"]
+    assert branches_of({"cond_or_uncond": [1, 0, 1], "uuids": ["n", "p", "p"]}, known) == [
+        "uncond #2",
+        "cond",
+        "uncond",
+    ]
+
+
 def test_branches_without_ids_are_told_by_their_kind():
     known = {}
     assert branches_of({}, known) == ["cond"]

@@ -88,6 +88,7 @@ def sample(
         latent: `(T, H, W)`, the description's unless given. steps, batch: of the sampling.
         add: `[C, T, H, W]`, added to the noise of the video.
         conditions: added to those of the description.
+        options: of ComfyUI's `sample`; positive and negative are prompts in place of the description's.
     """
     latent = latent or tiny.latent
     empty = empty_latent(tiny, latent, batch)
@@ -95,8 +96,9 @@ def sample(
     if add is not None:
         (noise.unbind()[0] if noise.is_nested else noise).add_(add)
     entries = {**tiny.conditions(latent), **(conditions or {})}  # of one object for both prompts, as nodes give them
-    positive, negative = (conditioning(tiny, seed, entries) for seed in (1, 2))
     settings = {"denoise": 1.0, "seed": 0, "disable_pbar": True} | options
+    prompts = {name: conditioning(tiny, seed, entries) for name, seed in (("positive", 1), ("negative", 2))}
+    positive, negative = (settings.pop(name, made) for name, made in prompts.items())
     if tiny.mask is not None:
         settings["noise_mask"] = tiny.mask(latent)
     sampler = settings.pop("sampler", "euler")

@@ -15,14 +15,14 @@ from vidaccel import SVG2, VideoLayout
 if not os.environ.get("COMFYUI_PATH"):
     pytest.skip("set COMFYUI_PATH to the folder of a ComfyUI to run its models", allow_module_level=True)
 try:
-    from comfy_models import MODELS, build, comfy, missing, sample
+    from comfy_models import MODELS, build, comfy, conditioning, missing, sample
 except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
     reason = f"this Python cannot import ComfyUI ({error}): run pytest with the one that ComfyUI runs with"
     pytest.skip(reason, allow_module_level=True)
 from vidaccel.nodes.patch import sparsify
 
 __all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "missing", "models"]
-__all__ += ["ANCHORED", "nodes", "patched", "sample", "tiny", "windowed", "with_override"]
+__all__ += ["ANCHORED", "conditioning", "nodes", "patched", "sample", "tiny", "windowed", "with_override"]
 
 management = comfy.model_management
 # Whether context windows but the first have the video's first frame in front, as in newer versions of ComfyUI.
