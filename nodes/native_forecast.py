@@ -25,7 +25,7 @@ from .sampling import step_of, window_of
 
 logger = logging.getLogger(__name__)
 
-WINDOWS = 8  # of context, that latents are kept of: more than fixed ones are in one video
+WINDOWS = 8  # of context, that latents are kept of where they come and go; of those that stay, all are
 
 
 def forecast_log() -> CacheLog:
@@ -62,11 +62,11 @@ class _Window:
             self._sigma, self.level = sigma, self.level + 1
             self._calls.clear()
 
-    def branch(self, asked: str) -> str:
-        """A name for what is asked of a model, another one for each time it is at this level: guidance after the usual
-        one asks for the same conditions with layers left out."""
+    def times(self, asked: str) -> int:
+        """How many times something is asked of a model at this level, this one included: the second time it is another
+        branch, such as the second evaluation of a step."""
         self._calls[asked] += 1
-        return f"{asked}, {self._calls[asked]}"
+        return self._calls[asked]
 
 
 class _Cached:
@@ -86,8 +86,17 @@ class _Cached:
         self._names: set[str] = set()  # of context windows
         self._moved = False  # some came that the first step had not
         self._windows: dict[str, _Window] = {}
+        self._step = -1
+        # Names of windows: of that step, and of the one before.
+        self._now: set[str] = set()
+        self._before: set[str] = set()
         self._steps: set[int] = set()
-        self._computed: set[int] = set()
+        # A sampler may evaluate the model more than once in a step. An evaluation is told by its noise level, counted
+        # from 0, and by which one there it is, from 1: context windows and prompts that come apart are of the same.
+        self._sigma: float | None = None
+        self._level = -1
+        self._evaluations: set[tuple[int, int]] = set()
+        self._computed: set[tuple[int, int]] = set()
         self._errors: list[float] = []
         self._refused: list[float] = []
 
@@ -95,11 +104,12 @@ class _Cached:
         """A sampler ends, also by an interruption."""
         for window in self._windows.values():
             self._note(window)
-        left_out, count = len(self._steps - self._computed), len(self._steps)
+        left_out, count = len(self._evaluations - self._computed), len(self._evaluations)
+        unit = "steps" if count == len(self._steps) else "evaluations"
         if self._errors:
             self._log.tell(
                 logging.INFO,
-                f"{left_out} of {count} steps were left out. What the model makes in forecasts is estimated to be off "
+                f"{left_out} of {count} {unit} were left out. What the model makes in forecasts is estimated to be off "
                 f"by {statistics.fmean(self._errors):.3f} of its size, {max(self._errors):.3f} at most.",
             )
         elif count > 1 and self._finished:  # of a sampling that was interrupted, that tells nothing
@@ -108,7 +118,7 @@ class _Cached:
             fix = f"{best} tolerance, or make more steps"
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
-            self._log.tell(logging.WARNING, f"all {count} steps were computed; {fix}.")
+            self._log.tell(logging.WARNING, f"all {count} {unit} were computed; {fix}.")
         self._forget()
 
     def _note(self, window: _Window) -> None:
@@ -116,13 +126,18 @@ class _Cached:
         self._refused += window.forecasts.refused
 
     def _window(self, name: str, step: int) -> _Window:
-        """That of a name, in a step. Of windows that come and go, those that came last are known."""
+        """That of a name, in a step. Known are those of this step and of the one before, which fixed ones are, and of
+        others those that came last."""
+        if step != self._step:
+            self._step, self._before, self._now = step, self._now, set()
+        self._now.add(name)
         self._moved |= step > min(self._steps, default=step) and name not in self._names
         self._names.add(name)
         window = self._windows.pop(name, None) or _Window(self._settings)
         self._windows[name] = window
-        if len(self._windows) > WINDOWS:
-            self._note(self._windows.pop(next(iter(self._windows))))
+        idle = [known for known in self._windows if known not in self._now | self._before]
+        for known in idle[: max(0, len(self._windows) - WINDOWS)]:
+            self._note(self._windows.pop(known))
         return window
 
     def conditions(
@@ -145,19 +160,23 @@ class _Cached:
         number, count = step_of(sigma, levels.tolist())
         window = self._window(window_of(inner), number)
         window.at(sigma)
+        if sigma != self._sigma:
+            self._sigma, self._level = sigma, self._level + 1
         self._steps.add(number)
         self._finished |= number == count - 1
+        asked = {place: asked_of(model, cond, sigma, inner) for place, cond in enumerate(conds) if cond is not None}
+        times = {place: window.times(what) for place, what in asked.items()}
         branches = {
-            place: StepInfo(0, window.level, None, None, window.branch(asked_of(model, cond, sigma, inner)))
-            for place, cond in enumerate(conds)
-            if cond is not None
+            place: StepInfo(0, window.level, None, None, f"{what}, {times[place]}") for place, what in asked.items()
         }
+        evaluation = self._level, max(times.values(), default=1)
+        self._evaluations.add(evaluation)
         keep = number < self._settings.first_steps or number >= count - self._settings.last_steps
         forecasts, latents = window.forecasts, level.of_flow(x)
         # All are asked, and none is left out beside one that is computed.
         if any([forecasts.computes(step, level.place, latents, keep) for step in branches.values()]):
             out = executor(model, conds, x, timestep, options, *more)
-            self._computed.add(number)
+            self._computed.add(evaluation)
             for place, step in branches.items():
                 forecasts.add(step, level.place, [level.noise_in(x, out[place])], x.dtype)
             return out

@@ -13,7 +13,7 @@ import torch
 from native_comfyui import defaults, models, patched, sample, tiny, windowed
 
 from vidaccel import GuidanceCache
-from vidaccel.nodes.native_forecast import cache_steps
+from vidaccel.nodes.native_forecast import WINDOWS, _Cached, cache_steps, forecast_log
 from vidaccel.nodes.native_guidance_cache import cache_guidance
 from vidaccel.nodes.tables import report_text
 from vidaccel.nodes.wording import InputError
@@ -102,6 +102,31 @@ def test_windows_that_move_are_told(schedule, caplog):
     assert ("raise tolerance" in caplog.text) != (moved in caplog.text)
 
 
+@pytest.mark.parametrize("frames", [14, 35])
+def test_static_windows_are_forecast_however_many_there_are(frames, caplog):
+    description, model, _ = tiny("wan_t2v")
+    clone = cache_steps(windowed(model, "standard_static", 5, 2), ANYTHING)
+    with caplog.at_level(logging.INFO, LOG):
+        sample(clone, description, latent=(frames, 4, 4), steps=STEPS)
+    assert f"4 of {STEPS} steps were left out" in caplog.text
+
+
+def test_of_windows_that_come_and_go_the_last_are_kept():
+    cache = _Cached(ANYTHING, forecast_log())
+    static = [f"frames {n} to {n + 1}" for n in range(3 * WINDOWS)]
+    kept = [cache._window(name, step) for step in range(2) for name in static]
+    assert kept[: len(static)] == kept[len(static) :]
+    for step in range(2, 5):  # others in each step
+        for name in static:
+            cache._window(f"{name} in step {step}", step)
+    assert len(cache._windows) == 2 * len(static)  # of that step and the one before
+    few = _Cached(ANYTHING, forecast_log())
+    once = few._window("once", 0)
+    for step in range(1, WINDOWS):
+        few._window(f"of step {step}", step)
+    assert few._window("once", WINDOWS) is once  # as few as these are kept, whenever they come again
+
+
 def test_new_noise_in_each_step_is_no_line():
     """The noise that the model sees is another one then."""
     description, model, _ = tiny("wan_t2v")
@@ -156,6 +181,23 @@ def test_a_sampler_with_two_calls_a_step():
     seen = passes(clone)
     torch.testing.assert_close(sample(clone, description, **options), wanted, atol=1e-3, rtol=1e-3)
     assert len(seen) < 10 < passes_of(model, description, "heun")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "evaluations"), [("heun", 15), ("dpm_2", 15), ("exp_heun_2_x0", 15), ("uni_pc", 0)]
+)
+def test_what_is_left_out_of_steps_with_two_evaluations_is_told(sampler, evaluations, caplog):
+    description, model, _ = tiny("wan_t2v")
+    for settings in (ANYTHING, ForecastSettings(1e-9)):
+        caplog.clear()
+        clone = cache_steps(model, settings)
+        seen = passes(clone)
+        with caplog.at_level(logging.INFO, LOG):
+            sample(clone, description, steps=STEPS, sampler=sampler)
+        count, unit = (evaluations, "evaluations") if evaluations else (STEPS, "steps")
+        assert settings is ANYTHING or len(seen) == count
+        left_out = f"{count - len(seen)} of {count} {unit} were left out"
+        assert (left_out if settings is ANYTHING else f"all {count} {unit} were computed") in caplog.text
 
 
 def test_a_pass_with_layers_left_out_is_another():
