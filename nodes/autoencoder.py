@@ -11,6 +11,7 @@ from torch import nn
 from .. import demo
 from ..generation.errors import BadInput
 from .pipelines import require_packages
+from .wording import InputError
 
 if TYPE_CHECKING:
     from ..autoencoders import AutoencoderDCV
@@ -30,7 +31,14 @@ class LatentScale(nn.Module):
         self.autoencoder = autoencoder
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, 3, T, H, W]` in [-1, 1] to `[B, C, ceil(T/4), H/f, W/f]`."""
+        """`[B, 3, T, H, W]` in [-1, 1] to `[B, C, ceil(T/4), H/f, W/f]`.
+
+        Raises:
+            InputError: a side of 0, to which ComfyUI cuts one that is below f.
+        """
+        if 0 in x.shape[-2:]:
+            least = self.autoencoder.spatial_compression_ratio
+            raise InputError(f"pixels are narrower than {least} at a side: this VAE takes at least {least}x{least}.")
         missing = -(x.shape[2] + self.autoencoder.config.pad_frames) % self.autoencoder.temporal_compression_ratio
         x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         return self.autoencoder.encode(x).latent * self.autoencoder.config.scaling_factor

@@ -1,0 +1,20 @@
+"""DC-AE-V with the calls that ComfyUI makes, without a ComfyUI."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vidaccel.nodes.autoencoder import BUILT_IN, LatentScale, load
+from vidaccel.nodes.wording import InputError
+
+
+def test_a_picture_of_which_nothing_is_left_is_refused():
+    """ComfyUI cuts the sides to multiples of what the autoencoder takes."""
+    module = LatentScale(load(BUILT_IN)).eval()
+    factor = module.autoencoder.spatial_compression_ratio
+    with torch.inference_mode():
+        assert module.encode(torch.zeros(1, 3, 1, factor, 2 * factor)).shape[-2:] == (1, 2)
+        for height, width in ((0, 0), (0, factor), (factor, 0)):
+            with pytest.raises(InputError, match=rf"^pixels are narrower than {factor} .* at least {factor}x{factor}"):
+                module.encode(torch.zeros(1, 3, 1, height, width))
