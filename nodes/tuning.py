@@ -37,6 +37,9 @@ SETTINGS = ("negative_prompt", "frames", "height", "width", "steps", "guidance_s
 PACKAGES = ("torchmetrics>=1.4", "jinja2>=3.1")
 """What compares videos and writes the page, besides the packages of pipelines."""
 
+LONGEST = 255
+"""Bytes of a folder's name, in the usual file systems."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -80,8 +83,8 @@ def tuned(
         clock: of all times.
 
     Raises:
-        InputError: levers are there already, a value is out of its bounds, the folder holds measurements of something
-            else, or nothing is within the budget, with the nearest.
+        InputError: levers are there already or none is asked for, a value is out of its bounds, the folder holds
+            measurements of something else, or nothing is within the budget, with the nearest.
     """
     require_packages("tuning needs", PACKAGES)
     _check_plain(pipeline)
@@ -89,6 +92,8 @@ def tuned(
     if not texts:
         raise InputError("prompts is empty: give one a line; four to eight are enough to choose by.")
     with plain_messages():
+        if not levers:
+            raise BadInput("levers", "are all off", "Switch one on.")
         size = Settings(texts[0], **settings).checked(pipeline.facts)
         plan = planned(
             pipeline.pipe,
@@ -118,11 +123,17 @@ def folder_of(name: str, root: Path) -> Path:
     """Where the files of a tuning go: a folder below ComfyUI's output.
 
     Raises:
-        InputError: no name, or one that leads out of there.
+        InputError: no name, one that leads out of there, or one that no folder can have.
     """
     place = PurePath(name.strip())
     if not place.parts or place.is_absolute() or ".." in place.parts or place.drive:
         raise InputError(f"name is {name!r}: it must be the name of a folder below ComfyUI's output, such as tune/wan.")
+    if "\0" in name:
+        raise InputError(f"name is {name!r}: a folder's name has no null byte. Leave it out.")
+    for part in place.parts:
+        if (size := len(part.encode(errors="replace"))) > LONGEST:
+            told = f"name has a part of {size} bytes, {part[:20]}...: a folder's name has {LONGEST} at the most"
+            raise InputError(f"{told}. Shorten it.")
     return root / place
 
 

@@ -118,7 +118,11 @@ def test_what_it_refuses(pipeline, tune, tmp_path):
     for given, changes, message in (
         (pipeline, {"prompts": " \n"}, "prompts is empty: give one a line"),
         (pipeline, {"bounds": {"min_psnr": 0.0, "max_error": 0.0}}, "min_psnr is needed, or another bound"),
-        (pipeline, {"levers": ()}, "sparse, caches, adapters, guidance_cache, compiled_blocks nothing is left to try"),
+        (
+            pipeline,
+            {"levers": ()},
+            "^sparse, caches, adapters, guidance_cache, compiled_blocks are all off. Switch one",
+        ),
         (pipeline, {"settings": SIZE | {"frames": 10}}, "frames is 10: this model makes"),
         (pipeline, {"settings": SIZE | {"steps": 1}}, "steps is 1: a run of one step has nothing to tune"),
         (with_method, {}, "pipeline has Accelerate Pipeline before it: connect the one from before"),
@@ -167,3 +171,14 @@ def test_the_folder(tmp_path):
     for name in ("", " ", "/etc", "../x", "a/../../b"):
         with pytest.raises(InputError, match="it must be the name of a folder below ComfyUI's output"):
             folder_of(name, tmp_path)
+    for name, message in (
+        ("a\0b", r"^name is 'a\\x00b': a folder's name has no null byte. Leave it out."),
+        (
+            "tune/" + "x" * 300,
+            "^name has a part of 300 bytes, xxxx.*: a folder's name has 255 at the most. Shorten it.",
+        ),
+        ("ä" * 128, "a part of 256 bytes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            folder_of(name, tmp_path)
+    assert folder_of("x" * 255, tmp_path).name == "x" * 255
