@@ -113,6 +113,14 @@ def test_what_cannot_be_loaded(files, tmp_path):
     broken.write_bytes(files[0].read_bytes()[:100])
     with pytest.raises(InputError, match="^path: .*broken.safetensors is damaged, or no safetensors file"):
         Lora(broken)
+    for name in ("passwd", "wan.sft", "notes.txt"):
+        (tmp_path / name).write_text("root")
+        with pytest.raises(
+            InputError, match=rf"^path is .*{name}: a LoRA is a .safetensors file, or .* renamed to that"
+        ):
+            Lora(tmp_path / name)
+    (tmp_path / "old.pt").write_text("read by diffusers alone")
+    assert Lora(tmp_path / "old.pt").path.name == "old.pt"
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="^path: the folder .*empty has no weights"):
         Lora(tmp_path / "empty")
