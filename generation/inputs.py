@@ -103,8 +103,8 @@ class VideoSource:
         """In words, which of its frames are used where so many are asked for."""
         if self.rate is None:
             if frames < self.frames or self.more:
-                whole = "its frames" if self.more else f"its {self.frames} frames"
-                yield f"{self.field}: of {whole}, the first {frames} are used."
+                of = "its frames" if self.more else f"its {self.frames} frames"
+                yield f"{self.field}: of {of}, the first {frames} are used."
             return
         if frames < self.frames:
             whole, used = self.frames / self.rate, frames / self.rate

@@ -84,7 +84,8 @@ class VidaccelApplyVSA(io.ComfyNode):
                     options=[BY_PATH, *_names()],
                     default=BY_PATH,
                     tooltip="Where the gates are: the same file as in Load Diffusion Model, when `vidaccel convert "
-                    "fastwan` wrote it, or a pipeline in models/diffusers.",
+                    "fastwan` wrote it (`python -m vidaccel convert fastwan` in custom_nodes, where the pack was "
+                    "copied), or a pipeline in models/diffusers.",
                 ),
                 io.String.Input(
                     "path",
