@@ -21,13 +21,13 @@ class Clusters(NamedTuple):
     Args:
         labels: `[B, H, N]` int64, from the kernels int16 where that holds them.
         sizes: `[B, H, C]` int64; 0 is an empty cluster.
-        means: `[B, H, C, D]` float32.
+        means: `[B, H, C, D]` float32; None where they are of other tokens than those in question.
         order: `[B, H, N]` int64, the tokens sorted by cluster, where it is known: `in_order` gives it.
     """
 
     labels: torch.Tensor
     sizes: torch.Tensor
-    means: torch.Tensor
+    means: torch.Tensor | None
     order: torch.Tensor | None = None
 
 
@@ -73,17 +73,12 @@ def cluster(x: torch.Tensor, count: int, iterations: int, start: torch.Tensor | 
 def renewed(x: torch.Tensor, clusters: Clusters) -> Clusters:
     """The same clusters with the means of other tokens, those of a later step."""
     if use_kernels(x):
-        from .kernels.kmeans import moments
+        from .kernels.kmeans import means_of
 
         mean = x.mean(2, keepdim=True, dtype=torch.float32)
-        means, _ = moments(x, mean, in_order(clusters), clusters.sizes, clusters.means)
-        return clusters._replace(means=means)
-    return clusters._replace(means=_means(x.float(), clusters, clusters.means))
-
-
-def _means(x: torch.Tensor, clusters: Clusters, without: torch.Tensor) -> torch.Tensor:
-    """The mean of `x [B, H, N, D]` over each cluster, `[B, H, C, D]`; that of `without` where it is empty."""
-    return update(x, clusters.labels, without, clusters.sizes, clusters.order)
+        return clusters._replace(means=means_of(x, mean, in_order(clusters), clusters.sizes, clusters.means))
+    means = update(x.float(), clusters.labels, clusters.means, clusters.sizes, clusters.order)
+    return clusters._replace(means=means)
 
 
 def for_heads(keys: Clusters, heads: int) -> Clusters:
@@ -100,26 +95,6 @@ def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: 
     q, k, sizes = (x.flatten(0, 1) for x in (q_centroids.float(), k_centroids.float(), k_sizes.log().unsqueeze(-2)))
     scores = torch.baddbmm(sizes, q, k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)
     return scores.softmax(-1).view(shape)
-
-
-def value_variance(v: torch.Tensor, keys: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean value of each key cluster, `[B, H, C, D]`, and the variance within it, over all channels, `[B, H, C]`.
-
-    Args:
-        v: `[B, H, N, D]`. keys: clusters of the keys.
-    """
-    if use_kernels(v):
-        from .kernels.kmeans import moments
-
-        return moments(v, v.mean(2, keepdim=True, dtype=torch.float32), in_order(keys), keys.sizes)
-    v = v.float()
-    centre = v.mean(2, keepdim=True)
-    v = v - centre
-    means = _means(v, keys, torch.zeros_like(keys.means))
-    squares = torch.linalg.vecdot(v, v).unsqueeze(-1)
-    squares = _means(squares, keys, squares.new_zeros(*keys.sizes.shape, 1)).squeeze(-1)
-    variance = (squares - torch.linalg.vecdot(means, means)).clamp(min=0)
-    return means + centre * (keys.sizes > 0).unsqueeze(-1), variance
 
 
 def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
@@ -147,7 +122,7 @@ def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch
 
 def rank_pairs(
     mass: torch.Tensor,
-    spread: torch.Tensor,
+    score_spread: torch.Tensor,
     value_spread: torch.Tensor,
     away: torch.Tensor,
     q_sizes: torch.Tensor,
@@ -155,12 +130,12 @@ def rank_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the stand-in of a cluster leaves of the output of a query cluster, and by what and at what price it is read.
 
-    Of the score's variance the covariance of weights and values within the cluster depends, and by its curvature the
-    mass.
+    The mean value moves with the query, to first order by `value_spread`. The mass, that of the centroid times what
+    `probe.Spread.curve` adds, is right in the mean over the queries and not for each: where scores deviate as normal
+    numbers do, its relative error has the mean square `score_spread ** 2 / 2`.
 
     Args:
-        mass, spread, away: `[B, H, Cq, Ck]` float32, see `probe.Seen` and `probe.score_variance`.
-        value_spread: `[B, H, Ck]`, see `value_variance`.
+        mass, away: `[B, H, Cq, Ck]` float32, see `probe.Seen`. score_spread, value_spread: see `probe.Spread`.
         q_sizes: `[B, H, Cq]`. k_sizes: `[B, H, Ck]`.
 
     Returns:
@@ -170,8 +145,9 @@ def rank_pairs(
     if use_kernels(k_sizes):  # of the tables the last dimension is clusters, of which there may be many
         from .kernels import spend as kernels
 
-        return kernels.rank_pairs(mass, spread, value_spread, away, q_sizes, k_sizes)
-    left = mass.square() * (spread * value_spread.unsqueeze(-2) + 0.25 * spread.square() * away)
+        return kernels.rank_pairs(mass, score_spread, value_spread, away, q_sizes, k_sizes)
+    mass = mass * (1 + 0.5 * score_spread)
+    left = mass.square() * (value_spread + 0.5 * score_spread.square() * away)
     rows, more = q_sizes.unsqueeze(-1), (k_sizes - 1).clamp(min=0).unsqueeze(-2)
     cost = rows * more
     return rows.float() * left, (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf), cost

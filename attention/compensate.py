@@ -23,7 +23,7 @@ def attend_skipped(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torc
         `([B, H, n_q, D] in the dtype of q, [B, H, n_q] float32)`, output and log-sum-exp, to be merged with those over
         the selected keys. Gradients flow to `q` alone: the stand-ins belong to the plan.
     """
-    return _attend_own(q, plan, scale) if plan.skipped.bias is not None else _attend_shared(q, plan, scale)
+    return _attend_own(q, plan, scale) if plan.skipped.of_each_tile else _attend_shared(q, plan, scale)
 
 
 def _attend_shared(q: torch.Tensor, plan: BlockPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,7 +94,7 @@ def choose_backend(
     """
     grad = wants_gradient(q, k, v)
     shape = (q.device, q.dtype, q.shape[-1], q.shape[2])
-    own = plan.skipped is not None and plan.skipped.bias is not None
+    own = plan.skipped is not None and plan.skipped.of_each_tile
     small = not own and plan.n_q < SMALL_TILE * plan.tile_len.shape[-1]
     second = plan.pv_threshold is not None
     request = Request(

@@ -75,12 +75,12 @@ def kmeans(
         centroids = x[:, :, picks]
     if implementation == "triton" or (implementation == "auto" and use_kernels(x)):
         from .kernels.kmeans import assign as nearest
-        from .kernels.kmeans import in_clusters, moments
+        from .kernels.kmeans import in_clusters, means_of
 
         for _ in range(iterations):
             labels = nearest(x, mean, centroids)
             order, sizes = in_clusters(labels, clusters)
-            centroids, _ = moments(x, mean, order, sizes, centroids)
+            centroids = means_of(x, mean, order, sizes, centroids)
         return Found(labels, centroids, order, sizes)
     points, centers = x - mean, centroids - mean
     labels = assign(points, centers)

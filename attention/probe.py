@@ -293,47 +293,74 @@ def read(seen: Probe) -> Seen:
     return Seen(mass, bias, outputs, away)
 
 
-def score_variance(
-    q: torch.Tensor, k: torch.Tensor, queries: Clusters, keys: Clusters, scale: float, from_zero: bool = False
-) -> torch.Tensor:
-    """Mean square of the scaled score between what a query and a key have beyond their centroids, `[B, H, Cq, Ck]`.
-
-    That is the trace of the product of both covariances, which needs no axes, and so no eigenvectors, whose solver
-    waits for the GPU. Covariances are estimated from `SAMPLE` tokens of each cluster.
+class Spread(NamedTuple):
+    """What queries make of a cluster of keys beyond what their centroid makes of it, `[B, H, Cq, Ck]` float32.
 
     Args:
-        q: `[B, H, N, D]`. k: `[B, Hkv, N, D]`. queries, keys: their clusters.
+        score: mean square of the scaled score between what a query and a key have beyond their centroids.
+        value: mean square, over the queries and added up over the channels, of what the mean value of the keys moves by
+            from the centroid to a query, to first order: the covariance of values and scores.
+    """
+
+    score: torch.Tensor
+    value: torch.Tensor
+
+    @property
+    def curve(self) -> torch.Tensor:
+        """What the log of a mass lacks that was expanded to first order at the centroid, so that the mass is right in
+        the mean over the queries.
+
+        The mean of an exponential is to second order 1 and half of the exponent's mean square. As a logarithm, which
+        grows slowly where that is large and the expansion says little.
+        """
+        return (0.5 * self.score).log1p()
+
+
+def spread_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: Clusters,
+    keys: Clusters,
+    scale: float,
+    from_zero: bool = False,
+) -> Spread:
+    """Both as traces of products of covariances, which need no axes, and so no eigenvectors, whose solver waits for the
+    GPU. Covariances are estimated from `SAMPLE` tokens of each cluster.
+
+    Args:
+        q: `[B, H, N, D]`. k, v: `[B, Hkv, N, D]`. queries, keys: the clusters of q and k.
         from_zero: of the whole query instead, not less its centroid.
     """
     batch, heads, _, dim = q.shape
     group = heads // k.shape[1]
     low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
-    spread = torch.empty(batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], device=q.device)
+    found = torch.empty(2, batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], device=q.device)
     most = max(group * queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
+    queries, keys = with_order(queries), with_order(keys)
     # In 16 bits on a GPU, where a launch for every few heads would cost more than the memory.
     for some in _heads_at_once(k.shape[1], batch * most // (8 if q.is_cuda else 1)):
         readers = slice(group * some.start, group * some.stop)
-        of_q, of_k = (
-            _covariances(x[:, own], Clusters(*(part[:, own] for part in with_order(clusters))), low)
-            for x, clusters, own in ((q, queries, readers), (k, keys, some))
+        own_q, own_k = (
+            Clusters(*(part[:, own] for part in clusters)) for clusters, own in ((queries, readers), (keys, some))
         )
+        of_q, of_k = deviations(q[:, readers], own_q, low), deviations(k[:, some], own_k, low)
+        of_v = deviations(v[:, some], own_k._replace(means=None), low)
+        of_q = of_q.transpose(-1, -2) @ of_q
         if from_zero:
-            means = queries.means[:, readers]
-            of_q = of_q + (means.unsqueeze(-1) * means.unsqueeze(-2)).to(low)
-        spread[:, readers] = group_product(of_q.flatten(-2), of_k.flatten(-2).transpose(-1, -2)).float()
-    return spread.mul_(scale**2).clamp_(min=0)
-
-
-def _covariances(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:
-    """`[B, H, C, D, D]` of tokens `[B, H, N, D]` about the means of their clusters, from tokens spread over each."""
-    some = deviations(x, clusters, dtype)
-    return some.transpose(-1, -2) @ some
+            of_q = of_q + (own_q.means.unsqueeze(-1) * own_q.means.unsqueeze(-2)).to(low)
+        # Of the values, seen by the scores: transposed, times the other way round, so that no matrix has both channels.
+        for table, weighted in zip(found, (of_k, (of_v @ of_v.transpose(-1, -2)) @ of_k), strict=True):
+            of_keys = of_k.transpose(-1, -2) @ weighted
+            table[:, readers] = group_product(of_q.flatten(-2), of_keys.flatten(-2).transpose(-1, -2))
+    return Spread(*found.mul_(scale**2).clamp_(min=0))
 
 
 def deviations(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:
     """What `SAMPLE` tokens spread over each cluster have beyond its mean, over the square root of their number.
 
-    `[B, H, C, SAMPLE, D]`, 0 where a cluster has fewer tokens: the product over tokens is the covariance.
+    `[B, H, C, SAMPLE, D]`, 0 where a cluster has fewer tokens: the product over tokens is the covariance. The mean is
+    that of the sample where the clusters have none.
     """
     order = in_order(clusters)
     if use_kernels(x):
@@ -346,9 +373,11 @@ def deviations(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch
     inside = place < count
     rows = (sizes.cumsum(2) - sizes) + torch.where(inside, place * sizes // count.clamp(min=1), 0)
     rows = rows.flatten(2).clamp(max=x.shape[2] - 1)
-    some = permute(x, order.gather(-1, rows)).float().unflatten(2, inside.shape[2:]) - clusters.means.unsqueeze(3)
-    # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster.
-    return (some * (inside / count.clamp(min=1).sqrt()).unsqueeze(-1)).to(dtype)
+    some = permute(x, order.gather(-1, rows)).float().unflatten(2, inside.shape[2:])
+    # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster, mostly.
+    weights = (inside / count.clamp(min=1).sqrt()).unsqueeze(-1)
+    means = (some * weights.square()).sum(3) if clusters.means is None else clusters.means
+    return ((some - means.unsqueeze(3)) * weights).to(dtype)
 
 
 def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: float) -> torch.Tensor:

@@ -17,16 +17,17 @@ class SkippedClusters:
       Jensen's inequality that is never too much; it is exact where the keys of a cluster are equal. SVG2's selection
       uses the same estimate. SVG-EAR (arXiv 2603.08982) attends to it, and chooses the clusters to skip by the error
       that this leaves, which is the larger half of it: `SVG2(compensate=True, route="error")`.
-    - *One for each tile*, with a bias: `exp(bias + scale * q . k)` stands for that sum. `Tangent` sets the first-order
-      expansion of the log of the sum at the tile's mean query.
+      With a bias for each tile it is `exp(bias + scale * q . mean k)`: `Tangent` without its probe.
+    - *One for each tile*, with a bias: `exp(bias + scale * q . k)` stands for that sum. `Tangent` sets an expansion of
+      the log of the sum at the tile's mean query.
 
     Args:
         key, value: `[B, H, C, D]`, or `[B, H, T, C, D]` for each of the plan's tiles; float32 or the dtype of the
             keys, in the order of the plan's `selection`.
-        bias: `[B, H, T, C]` float32, for the second kind; None for the first, whose bias is the log of the size.
+        bias: `[B, H, T, C]` float32; None is the log of the size, for the first kind alone.
 
     Raises:
-        ValueError: a bias without tables for each tile, or the other way round.
+        ValueError: tables for each tile without a bias.
     """
 
     key: torch.Tensor
@@ -34,12 +35,17 @@ class SkippedClusters:
     bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.key.ndim == 5) != (self.bias is not None) or self.key.shape != self.value.shape:
+        if (self.of_each_tile and self.bias is None) or self.key.shape != self.value.shape:
             bias = None if self.bias is None else list(self.bias.shape)
             raise ValueError(
                 f"SkippedClusters needs key and value [B, H, C, D], or [B, H, T, C, D] with a bias [B, H, T, C], got "
                 f"{list(self.key.shape)}, {list(self.value.shape)} and {bias}."
             )
+
+    @property
+    def of_each_tile(self) -> bool:
+        """Whether each tile has keys and values of its own."""
+        return self.key.ndim == 5
 
     def side_by_side(self) -> torch.Tensor | None:
         """Keys and values as one table, `[..., 2D]`, where they lie so in memory; None where they do not."""

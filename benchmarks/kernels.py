@@ -150,7 +150,7 @@ class Bench:
             "walk": lambda: walk.make_walk(plan, 64, 64, 32),
             f"assignment to {clusters} clusters": lambda: kmeans.assign(k, mean, centers),
             "order of clusters": lambda: kmeans.in_clusters(labels, clusters),
-            "means and variances": lambda: kmeans.moments(v, mean, order, sizes),
+            "means": lambda: kmeans.means_of(v, mean, order, sizes, centers),
         }
         for count in (100, 200, 400):
             q_means = q[:, :, :count].float()

@@ -166,14 +166,14 @@ class _StandIns:
         tables = (plan.skipped.key, plan.skipped.value) if joined is None else (joined,)
         self.tables = [x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in tables]
         self.bias = bias[_entry(bias, 0, own[0]), _entry(bias, 1, own[1])]
-        self.dtype, self.count = dtype, self.bias.shape[-1]
+        self.dtype, self.count, self.of_each_tile = dtype, self.bias.shape[-1], plan.skipped.of_each_tile
 
     def of(self, tile: int) -> torch.Tensor:
         """Keys and values side by side, `[B', H', C, 2D]`.
 
         Tile by tile, since those of all tiles are as large as many copies of k and v.
         """
-        parts = [(x[:, :, tile] if x.ndim == 5 else x).to(self.dtype) for x in self.tables]
+        parts = [(x[:, :, tile] if self.of_each_tile else x).to(self.dtype) for x in self.tables]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def bias_of(self, tile: int) -> torch.Tensor:

@@ -50,7 +50,7 @@ class MaskedBackend(Backend):
         bias = _in_sequence(q.new_zeros((), dtype=wide).masked_fill(~plan.keys_of_tile(), -torch.inf), plan)
         k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
         skipped = plan.skipped
-        columns = skipped is not None and skipped.bias is None
+        columns = skipped is not None and not skipped.of_each_tile
         if columns:
             k, v = (
                 torch.cat([x.to(wide), y.to(wide).expand(*x.shape[:2], -1, -1)], 2)

@@ -72,22 +72,19 @@ def in_clusters(labels: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torc
     return order, sizes
 
 
-def moments(
+def means_of(
     x: torch.Tensor,
     mean: torch.Tensor,
     order: torch.Tensor,
     sizes: torch.Tensor,
-    centers: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of the tokens of each cluster, and their variance. Sums are taken relative to `mean`.
+    centers: torch.Tensor,
+) -> torch.Tensor:
+    """Mean of the tokens of each cluster, `[B, H, C, D]` float32. Sums are taken relative to `mean`.
 
     Args:
         x: `[B, H, N, D]`, any strides. mean: `[B, H, 1, D]` float32.
         order, sizes: as `in_clusters` gives them.
-        centers: `[B, H, C, D]` float32, the mean of a cluster without tokens; 0 when None.
-
-    Returns:
-        `[B, H, C, D]` float32, and the variance, the sum over the channels, `[B, H, C]` float32.
+        centers: `[B, H, C, D]`, the mean of a cluster without tokens.
     """
     x = rows_contiguous(x)
     batch, heads, tokens, dim = x.shape
@@ -95,20 +92,18 @@ def moments(
     start, length, first = cut_clusters(sizes, tokens, PIECE)
     pieces = start.shape[-1]
     sums = torch.empty(batch, heads, pieces, dim, dtype=torch.float32, device=x.device)
-    piece_square = torch.empty(batch, heads, pieces, dtype=torch.float32, device=x.device)
     out = torch.empty(batch, heads, clusters, dim, dtype=torch.float32, device=x.device)
-    square = torch.empty(batch, heads, clusters, dtype=torch.float32, device=x.device)
-    mean, centers, sizes = (None if t is None else t.contiguous() for t in (mean, centers, sizes))
+    mean, centers, sizes = (t.contiguous() for t in (mean, centers, sizes))
     with on_device(x):
         _sum_kernel[(pieces, batch * heads)](
-            x, mean, order, start, length, sums, piece_square, *x.stride()[:3], heads, tokens, pieces,
+            x, mean, order, start, length, sums, *x.stride()[:3], heads, tokens, pieces,
             D=dim, D_PAD=padded(dim), BLOCK=ADDED, **FUSED, num_warps=4,
         )  # fmt: skip
         _mean_kernel[(clusters, batch * heads)](
-            sums, piece_square, first, sizes, mean, centers, out, square, clusters, pieces,
-            D=dim, D_PAD=padded(dim), MOST=PIECE, CENTERS=centers is not None, **FUSED, num_warps=1,
+            sums, first, sizes, mean, centers, out, clusters, pieces,
+            D=dim, D_PAD=padded(dim), MOST=PIECE, **FUSED, num_warps=1,
         )  # fmt: skip
-    return out, square
+    return out
 
 
 @triton.jit(do_not_specialize=["clusters"])
@@ -184,10 +179,10 @@ def _sizes_kernel(ordered_ptr, size_ptr, tokens, clusters, steps, BLOCK: tl.cons
 
 @triton.jit
 def _sum_kernel(
-    x_ptr, mean_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, square_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
+    x_ptr, mean_ptr, order_ptr, start_ptr, length_ptr, sum_ptr, x_sb, x_sh, x_sn, heads, tokens, pieces,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum and the square of the tokens of one piece of a cluster."""
+    """The sum of the tokens of one piece of a cluster."""
     head = tl.program_id(1).to(tl.int64)
     at = head * pieces + tl.program_id(0)
     start = tl.load(start_ptr + at)
@@ -196,41 +191,31 @@ def _sum_kernel(
     mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)[None, :]
     x_ptr += (head // heads) * x_sb + (head % heads) * x_sh
     total = tl.zeros([D_PAD], tl.float32)
-    square = tl.zeros([D_PAD], tl.float32)
     for offset in range(0, length, BLOCK):
         members = offset + tl.arange(0, BLOCK)
         inside = members < length
         rows = tl.load(order_ptr + head * tokens + start + members, mask=inside, other=0)
         x = load_rows(x_ptr, rows, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
-        x = tl.where(inside[:, None], x - mean, 0.0)
-        total += tl.sum(x, 0)
-        square += tl.sum(x * x, 0)
+        total += tl.sum(tl.where(inside[:, None], x - mean, 0.0), 0)
     tl.store(sum_ptr + at * D + d, total, mask=d < D)
-    tl.store(square_ptr + at, tl.sum(square, 0))
 
 
 @triton.jit
 def _mean_kernel(
-    sum_ptr, piece_square_ptr, first_ptr, size_ptr, mean_ptr, center_ptr, out_ptr, square_ptr, clusters, pieces,
-    D: tl.constexpr, D_PAD: tl.constexpr, MOST: tl.constexpr, CENTERS: tl.constexpr,
+    sum_ptr, first_ptr, size_ptr, mean_ptr, center_ptr, out_ptr, clusters, pieces,
+    D: tl.constexpr, D_PAD: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """The center of one cluster, and its variance, from the sums of its pieces."""
+    """The center of one cluster, from the sums of its pieces."""
     head = tl.program_id(1).to(tl.int64)
     at = head * clusters + tl.program_id(0)
     first = tl.load(first_ptr + at)
     size = tl.load(size_ptr + at).to(tl.int32)
     d = tl.arange(0, D_PAD)
     total = tl.zeros([D_PAD], tl.float32)
-    square = tl.full([], 0.0, tl.float32)
     for piece in range(tl.cdiv(size, MOST)):
         place = head * pieces + first + piece
         total += tl.load(sum_ptr + place * D + d, mask=d < D, other=0.0)
-        square += tl.load(piece_square_ptr + place)
-    old = tl.zeros([D_PAD], tl.float32)
-    if CENTERS:
-        old = tl.load(center_ptr + at * D + d, mask=d < D, other=0.0).to(tl.float32)
+    old = tl.load(center_ptr + at * D + d, mask=d < D, other=0.0).to(tl.float32)
     share = 1.0 / tl.maximum(size, 1).to(tl.float32)
     mean = tl.load(mean_ptr + head * D + d, mask=d < D, other=0.0)
-    total *= share
-    tl.store(out_ptr + at * D + d, tl.where(size > 0, total + mean, old), mask=d < D)
-    tl.store(square_ptr + at, tl.maximum(square * share - tl.sum(total * total, 0), 0.0))
+    tl.store(out_ptr + at * D + d, tl.where(size > 0, total * share + mean, old), mask=d < D)

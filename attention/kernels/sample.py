@@ -13,12 +13,18 @@ BLOCK = 256  # sizes at a time
 
 
 def deviations(
-    x: torch.Tensor, order: torch.Tensor, sizes: torch.Tensor, means: torch.Tensor, sample: int, dtype: torch.dtype
+    x: torch.Tensor,
+    order: torch.Tensor,
+    sizes: torch.Tensor,
+    means: torch.Tensor | None,
+    sample: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """`probe.deviations` in one pass, without a table of rows or a copy of the tokens.
 
     Args:
-        x: `[B, H, N, D]`, any strides. order: `[B, H, N]` int64. sizes: `[B, H, C]` int64. means: `[B, H, C, D]`.
+        x: `[B, H, N, D]`, any strides. order: `[B, H, N]` int64. sizes: `[B, H, C]` int64.
+        means: `[B, H, C, D]`; that of the sample when None.
         sample: tokens of a cluster, a power of two.
         dtype: of the result.
 
@@ -30,8 +36,9 @@ def deviations(
     out = torch.empty(batch, heads, clusters, sample, dim, dtype=dtype, device=x.device)
     with on_device(x):
         _deviations_kernel[(clusters, batch * heads)](
-            x, *(t.contiguous() for t in (order, sizes, means)), out, *x.stride()[:3], heads, tokens, clusters,
-            D=dim, D_PAD=padded(dim), SAMPLE=sample, BLOCK=BLOCK, **FUSED, num_warps=4,
+            x, order.contiguous(), sizes.contiguous(), None if means is None else means.contiguous(), out,
+            *x.stride()[:3], heads, tokens, clusters,
+            D=dim, D_PAD=padded(dim), SAMPLE=sample, BLOCK=BLOCK, MEANS=means is not None, **FUSED, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -40,6 +47,7 @@ def deviations(
 def _deviations_kernel(
     x_ptr, order_ptr, size_ptr, mean_ptr, out_ptr, x_sb, x_sh, x_sn, heads, tokens, clusters,
     D: tl.constexpr, D_PAD: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    MEANS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     cluster = tl.program_id(0)
@@ -57,8 +65,12 @@ def _deviations_kernel(
     x_ptr += (head // heads) * x_sb + (head % heads) * x_sh
     x = load_rows(x_ptr, token, x_sn, inside, d, D, D_PAD, True).to(tl.float32)
     at = head * clusters + cluster
-    x -= tl.load(mean_ptr + at * D + d, mask=d < D, other=0.0)[None, :]
-    # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster.
-    x = tl.where(inside[:, None], x * (1.0 / tl.sqrt(tl.maximum(count, 1).to(tl.float32))), 0.0)
+    share = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if MEANS:
+        x -= tl.load(mean_ptr + at * D + d, mask=d < D, other=0.0)[None, :]
+    else:
+        x -= (tl.sum(tl.where(inside[:, None], x, 0.0), 0) * share)[None, :]
+    # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster, mostly.
+    x = tl.where(inside[:, None], x * tl.sqrt(share), 0.0)
     out = out_ptr + (at * SAMPLE + place)[:, None] * D + d[None, :]
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=(d < D)[None, :])

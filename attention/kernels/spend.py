@@ -16,14 +16,14 @@ BLOCK = 1024  # pairs a program, and at a time
 
 def rank_pairs(
     mass: torch.Tensor,
-    spread: torch.Tensor,
+    score_spread: torch.Tensor,
     value_spread: torch.Tensor,
     away: torch.Tensor,
     q_sizes: torch.Tensor,
     k_sizes: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`clusters.rank_pairs` in one pass; the tables are float32."""
-    tables = [x.contiguous() for x in (mass, spread, value_spread, away, q_sizes.long(), k_sizes.long())]
+    tables = [x.contiguous() for x in (mass, score_spread, value_spread, away, q_sizes.long(), k_sizes.long())]
     error, rank = torch.empty_like(tables[0]), torch.empty_like(tables[0])
     cost = torch.empty(mass.shape, dtype=torch.int64, device=mass.device)
     count, clusters = mass.shape[-2:]
@@ -54,7 +54,7 @@ def take(flat: torch.Tensor, order: torch.Tensor, price: torch.Tensor, budget: t
 
 @triton.jit(do_not_specialize=["count", "clusters"])
 def _rank_kernel(
-    mass_ptr, spread_ptr, value_spread_ptr, away_ptr, q_size_ptr, k_size_ptr, error_ptr, rank_ptr, cost_ptr,
+    mass_ptr, score_spread_ptr, value_spread_ptr, away_ptr, q_size_ptr, k_size_ptr, error_ptr, rank_ptr, cost_ptr,
     count, clusters, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -65,11 +65,12 @@ def _rank_kernel(
         inside = at < clusters
         here = row * clusters + at
         mass = tl.load(mass_ptr + here, mask=inside, other=0.0)
-        spread = tl.load(spread_ptr + here, mask=inside, other=0.0)
+        score_spread = tl.load(score_spread_ptr + here, mask=inside, other=0.0)
+        value_spread = tl.load(value_spread_ptr + here, mask=inside, other=0.0)
         away = tl.load(away_ptr + here, mask=inside, other=0.0)
-        value_spread = tl.load(value_spread_ptr + of_keys + at, mask=inside, other=0.0)
         more = tl.maximum(tl.load(k_size_ptr + of_keys + at, mask=inside, other=0) - 1, 0)
-        left = mass * mass * (spread * value_spread + 0.25 * (spread * spread) * away)
+        mass *= 1 + 0.5 * score_spread
+        left = mass * mass * (value_spread + 0.5 * (score_spread * score_spread) * away)
         cost = queries * more
         rank = tl.where(cost == 0, float("-inf"), left / tl.maximum(more, 1).to(tl.float32))
         tl.store(error_ptr + here, queries.to(tl.float32) * left, mask=inside)

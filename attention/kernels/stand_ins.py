@@ -35,7 +35,7 @@ class StandIns(NamedTuple):
 def stand_ins_of(plan: BlockPlan, dtype: torch.dtype) -> StandIns:
     """The stand-ins of a plan that has some; no host sync."""
     tables = (plan.skipped.key.to(dtype), plan.skipped.value.to(dtype))
-    key, value = tables if plan.skipped.bias is not None else (x.unsqueeze(2) for x in tables)
+    key, value = tables if plan.skipped.of_each_tile else (x.unsqueeze(2) for x in tables)
     return StandIns(key, value, plan.stand_in_bias())
 
 

@@ -18,7 +18,6 @@ from ..clusters import (
     rank_pairs,
     renewed,
     spend,
-    value_variance,
     with_order,
 )
 from ..groups import repeat_heads
@@ -26,7 +25,7 @@ from ..heads import HeadShare
 from ..labels import label_dtype
 from ..layout import VideoLayout
 from ..plan import BlockPlan
-from ..probe import probe, read, score_variance
+from ..probe import probe, read, spread_of
 from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
@@ -43,15 +42,19 @@ class Tangent(Method):
 
     The centroid of each query cluster is held against every key (the *probe*): what it sees of a key cluster is the
     log of that cluster's softmax mass, and the mean key and value weighted by that softmax. A cluster that is skipped
-    enters each query's softmax as one pair, with the score `log mass + scale * (q - centroid) . key`: the first-order
-    expansion of the log of the mass at the centroid. Log-sum-exp is convex, so the stand-in never claims more than the
-    true mass, and it is exact at the centroid. What the expansion leaves is of second order; for each pair of clusters
-    it is estimated from the variances of both, and the pairs that leave most per key computed are computed, under one
-    threshold over all heads and rows of a layer. Text tokens stay outside: they read and are read by everything.
+    enters each query's softmax as one pair, with the score `log mass + scale * (q - centroid) . key + curve`. But for
+    the last term that is the first-order expansion of the log of the mass at the centroid, which never claims too much,
+    since log-sum-exp is convex. `curve` is what the second order adds to the mass on average over the queries of the
+    cluster, `log(1 + s / 2)` with `s` the mean square of the scores that queries and keys have beyond their centroids.
 
-    In short sequences the probe costs more than it gives. There a cluster enters through its mean key and value, and
-    what that leaves is estimated from the means and variances alone. Query heads that share a head of k and v share its
-    clusters of keys; what stands for those is each query head's own.
+    What that leaves is estimated for each pair of clusters from their covariances: how the mean value moves with the
+    query, and by how much the mass of single queries differs from the average. The pairs that leave most per key
+    computed are computed, under one threshold over all heads and rows of a layer. Text tokens stay outside: they read
+    and are read by everything.
+
+    In short sequences the probe costs more than it gives. There a cluster enters through its mean key and value, with
+    the same correction of its mass, and what that leaves is estimated from means and covariances alone. Query heads that
+    share a head of k and v share its clusters of keys; what stands for those is each query head's own.
 
     Gradients take selection and stand-ins as constants. An engine keeps the plans of a forward pass with gradients,
     with their stand-ins (`table_bytes` for each layer), until the next one.
@@ -159,7 +162,7 @@ class Tangent(Method):
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
         q_clusters, k_clusters = (n + (layout.text_tokens > 0) for n in self.cluster_counts(layout.video_tokens))
         if not self.probes(layout):
-            return heads * 2 * 4 * k_clusters * head_dim
+            return heads * 4 * k_clusters * (2 * head_dim + q_clusters)
         return heads * q_clusters * k_clusters * (2 * head_dim * min(itemsize, 4) + 4)
 
     def kept_bytes(self, layout: VideoLayout, heads: int, head_dim: int) -> int:
@@ -189,23 +192,24 @@ class Tangent(Method):
             self._clusters(x, count, memory.call, name, anew=calls % self.recluster_every == 0)
             for x, count, name in zip((q, k), self.cluster_counts(layout.video_tokens), ("q", "k"), strict=True)
         )
-        # Of each key-value head; `keys` and what is made of the values, of each query head.
-        keys = for_heads(clusters, q.shape[1])
-        values, value_spread = (repeat_heads(x, q.shape[1]) for x in value_variance(v, clusters))
+        keys = for_heads(clusters, q.shape[1])  # of each query head; `clusters` are of each key-value head
         text = int(layout.text_tokens > 0)  # a tile and a cluster of its own, which skips nothing and is never skipped
+        # A mean key has no first order, so what it leaves begins with the whole query.
+        spread = spread_of(q, k, v, queries, clusters, scale, from_zero=not self.probes(layout))
         if self.probes(layout):
             tables = probe(queries.means, k, v, clusters, scale, text)
             seen = read(tables)
-            skipped = SkippedClusters(tables.key, tables.value, F.pad(seen.bias, (0, text, 0, text)))
+            key, value, bias = tables.key, tables.value, seen.bias + spread.curve
             mass, outputs, away = seen.mass, seen.outputs, seen.away
         else:
-            skipped = SkippedClusters(*(F.pad(x, (0, 0, 0, text)) for x in (keys.means, values)))
+            values = repeat_heads(renewed(v, clusters).means, q.shape[1])
+            key, value = (F.pad(x, (0, 0, 0, text)) for x in (keys.means, values))
+            bias = keys.sizes.log().unsqueeze(-2) + spread.curve
             mass = cluster_mass(queries.means, keys.means, keys.sizes)
             outputs = mass @ values
             away = torch.cdist(outputs, values).square()
-        # A mean key has no first order, so its error begins with the whole query.
-        spread = score_variance(q, k, queries, clusters, scale, from_zero=not self.probes(layout))
-        pairs = rank_pairs(mass, spread, value_spread, away, queries.sizes, keys.sizes)
+        skipped = SkippedClusters(key, value, F.pad(bias, (0, text, 0, text)))
+        pairs = rank_pairs(mass, *spread, away, queries.sizes, keys.sizes)
         selected, predicted = self._spend(pairs, outputs, queries, keys, layout, memory.heads)
         plan = plan_with_text(queries, keys, selected, layout)
         return replace(plan, skipped=skipped).with_details(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from vidaccel.attention import PlanMemory, SparseAttention, StepInfo
 from vidaccel.attention.clusters import Clusters, cluster, renewed
 from vidaccel.attention.kmeans import cluster_sizes, update
 from vidaccel.attention.methods.base import OutOfReach
-from vidaccel.attention.probe import probe, read, score_variance
+from vidaccel.attention.probe import probe, read, spread_of
 
 LAYOUT = VideoLayout(4, 7, 6)
 WITH_TEXT = VideoLayout(4, 7, 6, text_before=3, text_after=5)
@@ -35,7 +37,8 @@ def plan_of(q, k, v, layout, **settings):
 
 
 def written_out(q, k, v, plan, layout) -> torch.Tensor:
-    """The definition in float64, query by query: what is read is itself, and each skipped cluster is its tangent."""
+    """The definition in float64, query by query: what is read is itself, and each skipped cluster is its tangent, with
+    the mass that the queries of the tile see on average."""
     q, k, v = q.double(), k.double(), v.double()
     scale = q.shape[-1] ** -0.5
     out = torch.empty_like(q)
@@ -46,6 +49,7 @@ def written_out(q, k, v, plan, layout) -> torch.Tensor:
             tiles = plan.q_order[b, h].split(plan.tile_len[b, h].tolist())
             for tile, queries in enumerate(tiles):
                 centroid = q[b, h, queries].mean(0)
+                beyond = q[b, h, queries] - centroid
                 for query in queries.tolist():
                     scores, values = [], []
                     for j, keys in enumerate(clusters):
@@ -56,15 +60,23 @@ def written_out(q, k, v, plan, layout) -> torch.Tensor:
                             seen = k[b, h, keys] @ centroid * scale
                             weights = seen.softmax(0)
                             key, value = weights @ k[b, h, keys], weights @ v[b, h, keys]
-                            scores.append((seen.logsumexp(0) + (q[b, h, query] - centroid) @ key * scale)[None])
+                            curve = (beyond @ (k[b, h, keys] - k[b, h, keys].mean(0)).T * scale).square().mean() / 2
+                            tangent = seen.logsumexp(0) + (q[b, h, query] - centroid) @ key * scale
+                            scores.append((tangent + curve.log1p())[None])
                             values.append(value[None])
                     out[b, h, query] = torch.cat(scores).softmax(0) @ torch.cat(values)
     return out
 
 
+@pytest.fixture
+def all_tokens(monkeypatch):
+    """Covariances are those of all tokens of a cluster, not of a sample."""
+    monkeypatch.setattr(PROBES, "SAMPLE", LAYOUT.tokens)
+
+
 @pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
 @pytest.mark.parametrize("backend", ["gather", "reference"])
-def test_equals_its_definition(layout, backend):
+def test_equals_its_definition(all_tokens, layout, backend):
     q, k, v = clustered(layout)
     plan = plan_of(q, k, v, layout, density=0.4).validate()
     out = sparse_attention(q, k, v, plan, backend=backend)
@@ -126,13 +138,26 @@ def test_all_pairs_are_dense_attention_and_equal_keys_are_exact_at_any_density()
     )
 
 
-def test_a_stand_in_never_claims_more_than_the_true_mass():
+def test_the_mass_that_stands_in_is_right_on_average():
+    """The tangent alone, which a convex function is never below, claims too little."""
     q, k, v = clustered(LAYOUT, spread=1.0)
     plan = plan_of(q, k, v, LAYOUT, density=0.35)
-    _, lse = sparse_attention(q, k, v, plan, return_lse=True)
+    of_q, of_k = (cluster(x, count, 4, None) for x, count in ((q, 6), (k, 12)))
+    curve = spread_of(q, k, v, of_q, of_k, 16**-0.5).curve
+    alone = replace(plan, skipped=replace(plan.skipped, bias=plan.skipped.bias - curve))
     true = (q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5).logsumexp(-1)
-    assert (lse.double() - true).max() < 1e-5
-    assert (lse.double() - true).mean() > -0.2
+    over, under = (sparse_attention(q, k, v, p, return_lse=True)[1].double() - true for p in (plan, alone))
+    assert under.max() < 1e-5 and under.exp().mean() < 0.97
+    assert abs(over.exp().mean() - 1) < 0.5 * (1 - under.exp().mean())
+
+
+def test_queries_far_from_their_centroid_do_not_blow_a_stand_in_up():
+    q, k, v = clustered(LAYOUT, spread=1.0)
+    q = 8 * q
+    dense = F.scaled_dot_product_attention(q, k, v)
+    for probes in (True, False):
+        plan = plan_of(q, k, v, LAYOUT, density=0.35, probe=probes)
+        assert (sparse_attention(q, k, v, plan) - dense).norm() < 0.35 * dense.norm()
 
 
 @pytest.mark.parametrize("density", [0.2, 0.35])
@@ -277,7 +302,7 @@ def test_gradients_take_selection_and_stand_ins_as_constants(backend):
 def test_without_a_probe_means_stand_in_and_the_budget_is_met(layout):
     q, k, v = clustered(layout)
     plan = plan_of(q, k, v, layout, density=0.3, probe=False).validate()
-    assert plan.skipped.bias is None and plan.details["probe"] is False and plan.details["planning_pairs"] == 0
+    assert not plan.skipped.of_each_tile and plan.details["probe"] is False and plan.details["planning_pairs"] == 0
     assert (plan.pairs().double().mean(1) / layout.tokens**2 - 0.3).abs().max() < 0.03
     keys = plan.kv_order[0, 0].split(plan.selection[1][0, 0].tolist())
     for table, x in ((plan.skipped.key, k), (plan.skipped.value, v)):
@@ -338,19 +363,26 @@ def test_pieces_and_groups_of_clusters_make_the_same_probe(monkeypatch):
         monkeypatch.undo()
 
 
-def test_the_variance_of_the_score_is_what_the_tokens_have(monkeypatch):
-    q, k, _ = clustered(LAYOUT)
+def test_the_spread_is_what_the_tokens_have(all_tokens, monkeypatch):
+    q, k, v = clustered(LAYOUT)
     of_q, of_k = (cluster(x, count, 3, None) for x, count in ((q, 5), (k, 8)))
     of_q, of_k = renewed(q, of_q), renewed(k, of_k)
-    monkeypatch.setattr(PROBES, "SAMPLE", LAYOUT.tokens)  # all tokens
     for from_zero in (False, True):
-        got = score_variance(q, k, of_q, of_k, 0.25, from_zero)
+        got = spread_of(q, k, v, of_q, of_k, 0.25, from_zero)
         for i in range(5):
             for j in range(8):
                 some = q[1, 0, of_q.labels[1, 0] == i] - (0 if from_zero else of_q.means[1, 0, i])
-                other = k[1, 0, of_k.labels[1, 0] == j] - of_k.means[1, 0, j]
-                expected = (0.25 * some @ other.T).square().mean()
-                torch.testing.assert_close(got[1, 0, i, j], expected.nan_to_num(), atol=1e-5, rtol=1e-4)
+                members = of_k.labels[1, 0] == j
+                scores = 0.25 * some @ (k[1, 0, members] - of_k.means[1, 0, j]).T
+                values = v[1, 0, members] - v[1, 0, members].mean(0)
+                moved = scores @ values / max(1, len(values))  # [queries, channels]
+                for found, expected in (
+                    (got.score, scores.square().mean()),
+                    (got.value, moved.square().sum(-1).mean()),
+                ):
+                    torch.testing.assert_close(found[1, 0, i, j], expected.nan_to_num(), atol=1e-5, rtol=1e-4)
+    whole = spread_of(q, k, v, of_q, of_k, 0.25)
     monkeypatch.setattr(PROBES, "SAMPLE", 16)
-    sampled = score_variance(q, k, of_q, of_k, 0.25)
-    assert 0.3 < sampled.sum() / score_variance(q, k, of_q, of_k, 0.25).sum() < 3
+    sampled = spread_of(q, k, v, of_q, of_k, 0.25)
+    for one, other in zip(sampled, whole, strict=True):
+        assert 0.5 < one.sum() / other.sum() < 2

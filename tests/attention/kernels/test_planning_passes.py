@@ -30,9 +30,8 @@ def sizes_of(*shape, device):
 
 @pytest.mark.parametrize(("count", "clusters"), [(5, 300), (1, 1), (7, 33)])
 def test_ranks_and_what_a_budget_takes(device, in_torch, count, clusters):
-    mass, spread, away = torch.rand(3, 2, 3, count, clusters, device=device)
-    value_spread = torch.rand(2, 3, clusters, device=device)
-    tables = (mass, spread, value_spread, away, *(sizes_of(2, 3, n, device=device) for n in (count, clusters)))
+    mass, score_spread, value_spread, away = torch.rand(4, 2, 3, count, clusters, device=device)
+    tables = (mass, score_spread, value_spread, away, *(sizes_of(2, 3, n, device=device) for n in (count, clusters)))
     found, expected = spend.rank_pairs(*tables), torch_clusters.rank_pairs(*tables)
     assert [x.dtype for x in found] == [torch.float32, torch.float32, torch.int64]
     for one, other in zip(found, expected, strict=True):
@@ -53,10 +52,10 @@ def test_samples_of_clusters(device, in_torch, dtype, dim):
     tokens = int(sizes.sum(-1).max())
     x = torch.randn(2, tokens, 3, dim, device=device).transpose(1, 2).to(dtype)
     order = torch.stack([torch.randperm(tokens) for _ in range(6)]).view(2, 3, tokens).to(device)
-    means = torch.randn(2, 3, 40, dim, device=device)
-    expected = torch_probe.deviations(x, Clusters(order, sizes, means, order), torch.float32)
-    found = sample.deviations(x, order, sizes, means, torch_probe.SAMPLE, torch.float32)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    for means in (torch.randn(2, 3, 40, dim, device=device), None):
+        expected = torch_probe.deviations(x, Clusters(order, sizes, means, order), torch.float32)
+        found = sample.deviations(x, order, sizes, means, torch_probe.SAMPLE, torch.float32)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("clusters", [1, 9, 300])
@@ -84,7 +83,7 @@ def test_many_clusters_do_not_keep_the_kernels_away(monkeypatch):
     """Whether they can work is asked with a tensor whose last dimension, if it is one of floats, is channels."""
     asked = []
     monkeypatch.setattr(torch_clusters, "use_kernels", lambda x: asked.append(x) or False)
-    tables = [*torch.rand(2, 1, 2, 4, 300), torch.rand(1, 2, 300), torch.rand(1, 2, 4, 300)]
+    tables = torch.rand(4, 1, 2, 4, 300)
     sizes = [torch.randint(1, 9, (1, 2, n)) for n in (4, 300)]
     _, rank, cost = torch_clusters.rank_pairs(*tables, *sizes)
     torch_clusters.spend(rank, cost, torch.ones(1))
