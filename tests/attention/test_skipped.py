@@ -160,14 +160,16 @@ def test_gradients_reach_the_queries_through_both_parts():
     torch.testing.assert_close(ours, theirs.float(), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(("own", "biased"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
     ("backend", "slow"),
     [("gather", False), ("gather", True), ("masked", False)],
     ids=["gather", "gather where few rows are slow", "masked"],
 )
-def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters(backend, slow, own, monkeypatch):
-    """Tables for all tiles or for each; a tile that reads no token, one that skips nothing, clusters without any."""
+def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters(
+    backend, slow, own, biased, monkeypatch
+):
+    """Tables for all tiles, also with a bias of each, or for each; a tile that reads no token, one that skips nothing, clusters without any."""
     monkeypatch.setattr(gather, "_few_rows_are_slow", lambda: slow)
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 2, 3, 90, 16, generator=generator, dtype=torch.float64)
@@ -179,9 +181,8 @@ def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters
     plan = BlockPlan.from_clusters(q_sizes, k_sizes, selected, orders[0], orders[1])
     shape = (2, 3, 5, 6, 16) if own else (2, 3, 6, 16)
     tables = torch.randn(2, *shape, generator=generator)
-    plan = replace(
-        plan, skipped=SkippedClusters(*tables, torch.randn(2, 3, 5, 6, generator=generator) if own else None)
-    )
+    bias = torch.randn(2, 3, 5, 6, generator=generator) if biased else None
+    plan = replace(plan, skipped=SkippedClusters(*tables, bias))
     expected, sums = sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
     out, lse = sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
     # The reference merges the stand-ins' part, which is computed in float32.

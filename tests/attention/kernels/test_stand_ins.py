@@ -22,10 +22,10 @@ def case(device, kind, dim, dtype=torch.float32, n=101, heads=2, share=0.4):
         n *= 12
     plan, mask = clusters(1, heads, n, n, 5, 70, share=share, skew=1.5)
     q, k, v = (torch.randn(1, heads, n, dim).to(device, dtype) for _ in range(3))
-    tiles = () if kind == "shared" else (plan.tile_len.shape[-1],)
-    shape = (1, heads, *tiles, 70)
+    tiles = (plan.tile_len.shape[-1],)
+    shape = (1, heads, *(tiles if kind == "own" else ()), 70)
     tables = [torch.randn(*shape, dim).to(dtype).float() for _ in range(2)]
-    bias = None if kind == "shared" else torch.randn(shape)
+    bias = None if kind == "shared" else torch.randn(1, heads, *tiles, 70)
     plan = replace(plan, skipped=SkippedClusters(*tables, bias))
     return [q, k, v], plan.to(device), mask.to(device)
 
@@ -38,8 +38,9 @@ def written_out(q, k, v, plan, mask):
     scale = q.shape[-1] ** -0.5
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     key, value, bias = plan.skipped.key.double(), plan.skipped.value.double(), plan.skipped.bias
-    if bias is None:
+    if not plan.skipped.of_each_tile:
         key, value = (x.unsqueeze(2).expand(-1, -1, selected.shape[2], -1, -1) for x in (key, value))
+    if bias is None:
         bias = sizes.double().log().unsqueeze(2).expand(selected.shape)
     own = torch.where(selected | (sizes == 0).unsqueeze(2), -torch.inf, bias.double())
     outs, sums = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float64, device=q.device)
@@ -58,6 +59,7 @@ def written_out(q, k, v, plan, mask):
     ("kind", "dim", "dtype"),
     [
         ("shared", 64, torch.float32),
+        ("biased", 64, torch.float32),
         ("own", 64, torch.float32),
         ("own", 96, torch.float32),
         ("own", 128, torch.float16),
