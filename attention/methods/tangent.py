@@ -31,8 +31,8 @@ from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
-# Video tokens. With the probe paid out of a density of .20, the error on the demo model is .076 at 576 tokens and .051
-# at 1,088; without it .078 and .078. On imitated heads: .134 and .068, without it .101 and .078.
+# Video tokens. With the probe paid out of a density of .20, the error on the demo model is .070 at 576 tokens and .036
+# at 1,088; without it .055 and .049. On imitated heads: .123 and .054, without it .053 and .051.
 PROBE_PAYS = 768
 
 
