@@ -336,7 +336,7 @@ def spread_of(
     group = heads // k.shape[1]
     low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
     found = q.new_empty(2, batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], dtype=torch.float32)
-    most = max(group * queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
+    most = max(group * queries.sizes.shape[-1], 2 * keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
     queries, keys = with_order(queries), with_order(keys)
     # In 16 bits on a GPU, where a launch for every few heads would cost more than the memory.
     for some in _heads_at_once(k.shape[1], batch * most // (8 if q.is_cuda else 1)):
@@ -349,10 +349,11 @@ def spread_of(
         of_q = of_q.transpose(-1, -2) @ of_q
         if from_zero:
             of_q = of_q + (own_q.means.unsqueeze(-1) * own_q.means.unsqueeze(-2)).to(low)
-        # Of the values, seen by the scores: transposed, times the other way round, so that no matrix has both channels.
-        for table, weighted in zip(found, (of_k, (of_v @ of_v.transpose(-1, -2)) @ of_k), strict=True):
-            of_keys = of_k.transpose(-1, -2) @ weighted
-            table[:, readers] = group_product(of_q.flatten(-2), of_keys.flatten(-2).transpose(-1, -2))
+        # With the covariance of values and keys `c`, `c^T c` is that of the keys between which lie products of values.
+        both = torch.stack([of_k, (of_v @ of_v.transpose(-1, -2)) @ of_k], 2)
+        of_keys = (of_k.transpose(-1, -2).unsqueeze(2) @ both).flatten(2, 3)
+        product = group_product(of_q.flatten(-2), of_keys.flatten(-2).transpose(-1, -2))
+        found[:, :, readers] = product.unflatten(-1, (2, -1)).movedim(-2, 0)
     return Spread(*found.mul_(scale**2).clamp_(min=0))
 
 

@@ -53,8 +53,8 @@ class Tangent(Method):
     and are read by everything.
 
     In short sequences the probe costs more than it gives. There a cluster enters through its mean key and value, with
-    the same correction of its mass, and what that leaves is estimated from means and covariances alone. Query heads that
-    share a head of k and v share its clusters of keys; what stands for those is each query head's own.
+    the same correction of its mass, and what that leaves is estimated from means and covariances alone. Query heads
+    that share a head of k and v share its clusters of keys; what stands for those is each query head's own.
 
     Gradients take selection and stand-ins as constants. An engine keeps the plans of a forward pass with gradients,
     with their stand-ins (`table_bytes` for each layer), until the next one.

@@ -169,7 +169,8 @@ def test_gradients_reach_the_queries_through_both_parts():
 def test_the_cpus_backends_agree_with_the_reference_on_ragged_and_empty_clusters(
     backend, slow, own, biased, monkeypatch
 ):
-    """Tables for all tiles, also with a bias of each, or for each; a tile that reads no token, one that skips nothing, clusters without any."""
+    """Tables for all tiles, also with a bias of each, or for each; a tile that reads no token, one that skips nothing,
+    clusters without any."""
     monkeypatch.setattr(gather, "_few_rows_are_slow", lambda: slow)
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 2, 3, 90, 16, generator=generator, dtype=torch.float64)
