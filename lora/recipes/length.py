@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ... import demo
 from ...generation.model_facts import inspect_model
 from ...pipelines.length.rotary import RiflexHandle, no_riflex, riflex
 from ...pipelines.length.settings import Riflex
@@ -75,8 +76,11 @@ class TrainLength(TrainLora):
         return max(reversed(self.config.data.sizes), key=lambda size: size.frames)
 
     def _base_pixel_frames(self) -> int:
-        given = self.config.length.base_frames
-        return int(inspect_model(self.backbone.base).call_defaults()["frames"]) if given is None else given
+        if self.config.length.base_frames is not None:
+            return self.config.length.base_frames
+        named = self.config.model.base  # the folder of a built-in model does not say how long its videos are
+        model = named if named in demo.MODELS else self.backbone.base
+        return int(inspect_model(model).call_defaults()["frames"])
 
     def _latent_frames(self, frames: int) -> int:
         layout = self.backbone.layout(frames, self.longest.height, self.longest.width)

@@ -14,6 +14,7 @@ from trainable import saved
 
 from vidaccel.lora import config_folder, run
 from vidaccel.lora.recipes import RECIPES
+from vidaccel.lora.trainer import Stopped
 
 WAN = {
     "wan2.1_t2v_1.3b_lora": "text",
@@ -49,6 +50,8 @@ OTHERS = {
     "cogvideox_lora": "cogvideox 5b",
     "ltx_video_lora": "ltx",
 }
+DEMO_QUICK = {"demo_length", "demo_dc_consistency", "demo_autoencoder", "demo_dc_tiny_decoder"}
+"""Of the built-in models, those that no other test is like, or that take a second or two; the others are slow."""
 SMALLER = {
     "length": {"length.base_frames": 5, "attention.density": 0.9, "attention.block_size": 8},
     "sla": {"sla.topk": 0.5, "sla.block_q": 4, "sla.block_k": 4},
@@ -110,6 +113,18 @@ def test_few_steps_of_two_transformers(tmp_path, wan_bases, video_folder):
     base, teacher = wan_bases["two stages"], {"consistency.teacher": str(tmp_path / "gft" / "adapter")}
     check("gft", "wan2.2_a14b_gft", base, video_folder, tmp_path / "gft")
     check("consistency", "wan2.2_a14b_consistency", base, video_folder, tmp_path / "few", **teacher)
+
+
+@pytest.mark.parametrize("name", fast(DEMO_QUICK, sorted(f.stem for f in config_folder().glob("demo_*.yaml"))))
+def test_the_built_in_model(tmp_path, stop_after, name):
+    """As they are up to the first step, but for the number of clips."""
+    content = yaml.safe_load((config_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    fewer = ["data.clips=2", f"data.cache={tmp_path / 'cache'}"] if "clips" in content["data"] else []
+    fewer += ["validation.clips=1"] if "clips" in content.get("validation", {}) else []
+    fewer += ["train.batch_size=1"] if "train" in content else []
+    stop_after(1)
+    with pytest.raises(Stopped):
+        run(content["recipe"], name, [f"out={tmp_path / 'run'}", *fewer])
 
 
 def check(recipe: str, name: str, base: Path, videos: Path, out: Path, **more: Any) -> None:
