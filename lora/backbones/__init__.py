@@ -69,12 +69,13 @@ def open_model(base: str, recipe: str, options: ModelOptions | None = None) -> O
 
 
 def _with_rate(model: Any) -> Any:
-    """The model, with the frame rate of its pipeline where that makes videos."""
+    """The model, with the frame rate of its pipeline where that makes videos; of the clips, where it is told that."""
     from diffusers import DiffusionPipeline
 
     index = {} if is_adapter(Path(model.base)) else DiffusionPipeline.load_config(model.base)
     row = find_row(_class_name(model.base), model.config, index)
-    model.rate = None if row is None else row.fps
+    told = getattr(model, "fps", None) if row is not None and row.rate else None
+    model.rate = None if row is None else told or row.fps
     return model
 
 

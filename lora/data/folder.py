@@ -28,7 +28,7 @@ _PARTS = 2**20
 
 MOST_ENLARGED, LEAST_KEPT, MOST_OFF_RATE = 1.25, 0.6, 0.05
 """What is said of files by name: that they are enlarged more often than that, keep less than this share of their
-picture, or differ by more than this share from the model's frame rate."""
+picture, or differ by more than this share from the model's frame rate (which data.fps may, too)."""
 
 
 @dataclass(frozen=True)
@@ -124,26 +124,29 @@ class MediaFolder:
 
     def members(self, sizes: Sequence[SizeSettings]) -> Mapping[int, Sequence[int]]:
         found: dict[int, list[int]] = {number: [] for number in range(len(sizes))}
-        short = []
+        short, longest = [], 0
         for number, entry in enumerate(self.entries):
             frames = self._frames(entry)
             chosen = self._sizes_of(entry, sizes)
             if not chosen:
                 short.append(f"{entry.path.name} ({frames})")
+                longest = max(longest, frames)
             for size in chosen:
                 clips = frames // sizes[size].frames
                 if self.random_crops:
                     clips = 1  # the start is random
                 parts = range(min(clips, self.data.clips or clips))
                 found[size] += [number * _PARTS + part for part in parts] * entry.repeats
+        least, rate = min(size.frames for size in sizes), f" at data.fps = {self.data.fps:g}" if self.data.fps else ""
         if short:
-            least = min(size.frames for size in sizes)
-            self._warn_once(f"{len(short)} videos have less than {least} frames and are left out: {some(short)}")
+            self._warn_once(
+                f"{len(short)} videos have less than {least} frames{rate} and are left out: {some(short)}; the longest "
+                f"has {longest}: a size of so many frames, or fewer, takes it."
+            )
         if not any(found.values()):
-            least = min(size.frames for size in sizes)
             raise ConfigError(
                 f"{self.data.source}: no video in {_named(self.data)} has the {least} frames of the shortest of the "
-                "sizes: give longer videos, or smaller `frames`."
+                f"sizes: the longest has {longest}{rate}: give longer videos, or smaller `frames`."
             )
         return found
 
@@ -192,15 +195,21 @@ class MediaFolder:
                 f"{len(cut)} {self.data.files} keep less than {LEAST_KEPT:.0%} of their picture: give a size in "
                 f"data.sizes that has their shape, or leave them out: {some(cut)}"
             )
+        videos = [entry for entry in self.entries if self._frames(entry) > 1]
         if rate is not None and self.data.fps is None:
-            other = [entry for entry in self.entries if self._frames(entry) > 1]
-            other = [entry for entry in other if abs(float(entry.media.fps) / rate - 1) > MOST_OFF_RATE]
+            other = [entry for entry in videos if abs(float(entry.media.fps) / rate - 1) > MOST_OFF_RATE]
             if other:
                 named = some([f"{entry.path.name} ({float(entry.media.fps):.4g})" for entry in other])
                 told.append(
                     f"{len(other)} videos do not have the {rate:g} frames a second of the model, and every frame is "
                     f"taken, so that motion is learned slower or faster than it is: set data.fps to {rate:g}: {named}"
                 )
+        elif rate is not None and videos and abs(self.data.fps / rate - 1) > MOST_OFF_RATE:
+            learned = "faster" if self.data.fps < rate else "slower"
+            told.append(
+                f"data.fps is {self.data.fps:g}, and the model makes {rate:g} frames a second, so that motion is "
+                f"learned {learned} than it is: set data.fps to {rate:g}"
+            )
         return told
 
     def identity(self, pick: Pick) -> str:

@@ -190,6 +190,8 @@ def test_ready_settings_are_right(file):
     name = next(name for name in sorted(RECIPES, key=len, reverse=True) if name in file.stem)
     config = load(find(name).Config, file)
     assert config.recipe == name
+    if getattr(config.data, "fps", None) and hasattr(config, "validation"):
+        assert getattr(config.validation, "fps", None) is None  # else another data.fps makes videos of the wrong speed
     if name == "tiny_decoder":
         assert config.model.autoencoder_dtype == ("bfloat16" if file.stem.startswith("wan") else "float32")
     elif file.stem.startswith("wan"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -206,6 +207,10 @@ def test_pictures_that_are_enlarged_or_cut_and_other_frame_rates_are_named(tmp_p
     assert "1 videos keep less than 60% of their picture" in cut and "tall.mp4 (128x64) at 32x64, 25%" in cut
     assert "3 videos do not have the 16 frames a second" in rate and "set data.fps to 16: small.mp4 (24)" in rate
     assert MediaFolder(entries[2:], replace(data, fps=16), False).cautions([WIDE], 16) == []
+    [faster] = MediaFolder(entries[2:], replace(data, fps=16), False).cautions([WIDE], 24)
+    assert "data.fps is 16, and the model makes 24 frames a second" in faster and "faster" in faster
+    [slower] = MediaFolder(entries[2:], replace(data, fps=24), False).cautions([WIDE], 16)
+    assert "slower" in slower and "set data.fps to 16" in slower
 
 
 def test_a_video_can_give_clips_in_every_size_that_it_fits(tmp_path):
@@ -225,7 +230,21 @@ def test_what_is_too_short_is_said_once_a_run(tmp_path, caplog):
     source = MediaFolder(entries, data, False)
     for _ in range(3):
         source.members(data.sizes)
-    assert caplog.messages == ["1 videos have less than 8 frames and are left out: 4.mp4 (4)"]
+    assert caplog.messages == [
+        "1 videos have less than 8 frames and are left out: 4.mp4 (4); the longest has 4: a size of so many "
+        "frames, or fewer, takes it."
+    ]
+
+
+def test_videos_that_are_a_frame_too_short_are_told_what_would_fit(tmp_path, caplog):
+    """10 seconds are 160 frames at 16 a second, and none of 161."""
+    long = replace(WIDE, frames=161)
+    data = DataSettings(kind="videos", folder=str(tmp_path), fps=16, sizes=(long,))
+    media = {n: Media(32, 64, frames=n, fps=Fraction(30), seconds=Fraction(n, 30)) for n in (150, 300)}
+    entries = [Entry(tmp_path / f"{n}.mp4", "x", each) for n, each in media.items()]
+    with pytest.raises(ConfigError, match=r"161 frames of the .*: the longest has 160 at data.fps = 16: give"):
+        MediaFolder(entries, data, False).members(data.sizes)
+    assert "less than 161 frames at data.fps = 16 and are left out" in caplog.text
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -409,6 +409,13 @@ def test_noise_levels_are_the_models_own(tmp_path, bases):
     torch.testing.assert_close(levels, steps / 1000)
 
 
+def test_a_model_that_is_told_the_frame_rate_has_that_of_the_clips(tmp_path, bases):
+    """Any rate is right for it, so none is warned of."""
+    clips = {"data": {"fps": 12}}
+    rates = [recipe(settings(tmp_path, bases[kind], **clips)).backbone.rate for kind in ("ltx", "hunyuan")]
+    assert rates == [12, 24] and recipe(settings(tmp_path, bases["ltx"])).backbone.rate == 25
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
