@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..pipelines.adapter_header import facts_of
 from ..pipelines.lora_files import LoraFile, lora_file
@@ -69,4 +69,29 @@ def trained_otherwise(
         elif isinstance(share, int | float) and share != density:
             asked = "leaves it to the method" if density is None else f"has {density:g}"
             said.append(f"{trained}, and this run {asked}: give {mention('density')} {share:g} for what it learned.")
+        for method in methods.values():
+            if method is not None and method.name == wanted and (differing := _differing(attention, method)):
+                said.append(f"{trained} with other settings than those of this run: {'; '.join(differing)}.")
     return said
+
+
+def _differing(trained: Mapping[str, Any], method: Method) -> list[str]:
+    """ "what A then, B now" of what a training chooses beside the density: dense steps and layers, size of blocks.
+
+    What else a method has follows from the density, and with it from the size of the video.
+
+    Args:
+        trained: what the header of the LoRA says of attention; an older one says none of this.
+        method: of the run.
+    """
+    schedule, settings = trained.get("schedule") or {}, trained.get("settings") or {}
+    pairs = [
+        (mention("dense_steps"), schedule.get("first_steps"), method.schedule.first_steps),
+        (mention("dense_layers"), schedule.get("first_layers"), method.schedule.first_layers),
+    ]
+    found = [f"{name} {then:g} then, {now:g} now" for name, then, now in pairs if then is not None and then != now]
+    sizes = settings.get("block_size"), getattr(method, "block_size", None)
+    if "block_size" in settings and sizes[0] != sizes[1]:
+        then, now = ("the method's own" if size is None else size for size in sizes)
+        found.append(f"{method.name}.block_size {then} then, {now} now")
+    return found

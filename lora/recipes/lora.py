@@ -12,6 +12,8 @@ from torch import nn
 
 from ... import demo
 from ...attention.layout import VideoLayout
+from ...attention.methods.description import describe
+from ...generation.methods import DENSE
 from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.adapter_header import facts_of
 from ...pipelines.locations import is_hub_id, is_single_file
@@ -308,7 +310,7 @@ class TrainLora(EncodedClipsRecipe):
         """What the header of the file says: which model the LoRA is for, and what it was trained with."""
         config, model, size = self.config, self.config.model, self.config.data.sizes[-1]
         named = model.base in demo.MODELS or (is_hub_id(model.base) and not is_single_file(model.base))
-        method = config.attention
+        attention = config.attention
         return {
             "recipe": config.recipe,
             "base": model.base if named else Path(model.base).resolve().name,
@@ -317,7 +319,11 @@ class TrainLora(EncodedClipsRecipe):
             "transformer": str(self.backbone.config["_class_name"]),
             "levels": list(self.backbone.levels),
             "rank": config.lora.rank,
-            "attention": {"method": method.method, "density": method.density, "dense_layers": method.dense_layers},
+            "attention": {
+                **({"method": DENSE} if attention.method == DENSE else describe(self.method)),
+                "density": attention.density,
+                "dense_layers": attention.dense_layers,
+            },
             "guidance_preserving": config.flow.guidance_preserving,
             "unconditional": config.flow.unconditional,
             "size": {"frames": size.frames, "height": size.height, "width": size.width},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from families import wan_kin
 from safetensors.torch import load_file, save_file
 
 import vidaccel
+from vidaccel.attention import DenseSchedule, Radial
+from vidaccel.attention.methods.description import describe
 from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.loras import attach, lora_files
@@ -277,3 +280,26 @@ def test_what_a_lora_was_trained_with_is_compared_with_the_run(file):
     assert notes("radial", density=0.5) == [f"{said}this run has 0.5: give --density 0.3 for what it learned."]
     assert not notes("radial", density=0.3)
     assert not notes("tangent", trained="dense")  # as the model itself
+
+
+def test_block_size_and_dense_steps_of_the_training_are_compared_with_those_of_the_run(file):
+    """A training is sparse in all steps, which a run is where it is asked for."""
+    tensors, trained = load_file(file), Radial(block_size=16, schedule=DenseSchedule(first_layers=1))
+    facts = {"attention": {**describe(trained), "density": 0.6, "dense_layers": None}}
+    save_file(tensors, file, {"vidaccel": json.dumps(facts)})
+
+    def notes(block_size: int, **sparse: Any) -> list[str]:
+        overrides = {"radial": {"block_size": block_size}}
+        asked = Sparse(methods=("radial",), density=0.6, overrides=overrides, **sparse)
+        job = prepare("demo", Settings(prompt="a red circle", steps=2), asked, lora=file)
+        return [worded(note, lambda field: f"--{field}") for note in job.notes if "was trained" in note]
+
+    assert not notes(16, dense_steps=0)
+    [note] = notes(32, dense_layers=2)
+    assert "was trained with radial attention at a density of 0.6 with other settings than those of this run: " in note
+    assert note.endswith(
+        "--dense_steps 0 then, 0.24 now; --dense_layers 1 then, 2 now; radial.block_size 16 then, 32 now."
+    )
+    old = {"attention": {"method": "radial", "density": 0.6, "dense_layers": None}}
+    save_file(tensors, file, {"vidaccel": json.dumps(old)})
+    assert not notes(32)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vidaccel.attention import METHODS
+from vidaccel.attention.methods.description import described
 from vidaccel.lora import run
 from vidaccel.lora.adapter import layers_named
 from vidaccel.lora.backbones.wan_encoding import WanParts, WanTextEncoder
@@ -303,6 +304,7 @@ def test_any_method_is_attention_in_training(tmp_path, text_base, name):
     attention = {"method": name, "density": 0.6, "dense_layers": 1}
     file = write(tmp_path, text_base, attention=attention, data={"sizes": [size]}, flow={"guidance_preserving": 2})
     made = recipe(file)
+    assert described(json.loads(json.dumps(made.facts()["attention"]))) == made.method
     phase = made.phases()[0]
     model = phase.setup({})
     batch = {"latents": torch.randn(1, 8, frames, 16, 16), "caption": ["a red circle"]}
