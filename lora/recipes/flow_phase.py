@@ -53,7 +53,7 @@ class FlowPhase(Phase):
         """The loss of a batch whose noise, levels and texts are drawn, and further numbers for the log.
 
         Args:
-            model, batch: as those of `Phase.loss`, the batch complete.
+            model, batch: as those of `Phase.loss`, the batch complete, and "dropped" `[B]`: whose caption was left out.
             noise: `[B, C, T, H, W]`.
             sigma: `[B]`, as the model can be told them.
             texts: of each clip; that of nothing where its caption was left out.
@@ -73,10 +73,10 @@ class FlowPhase(Phase):
     def _drawn(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         noise = rng.normal(*batch["latents"].shape[1:])
         sigma = self.told_levels(rng, batch["latents"])
-        dropped = (rng.uniform() < self.caption_dropout).tolist()
+        dropped = rng.uniform() < self.caption_dropout
         nothing = self.nothing()
-        texts = [nothing if drop else text for drop, text in zip(dropped, batch["texts"], strict=True)]
-        return self.flow_loss(model, batch, noise, sigma, texts)
+        texts = [nothing if drop else text for drop, text in zip(dropped.tolist(), batch["texts"], strict=True)]
+        return self.flow_loss(model, {**batch, "dropped": dropped}, noise, sigma, texts)
 
     def told_levels(self, rng: Generators, latents: torch.Tensor) -> torch.Tensor:
         """Noise levels `[B]` as the model can be told them; the noise is that of these, not the other way round."""

@@ -109,9 +109,20 @@ class GuidanceFreeLora(GuidedLora):
         else:
             wanted = backbone.target(latents, noise, sigma)
             without = self.guided(model, shown, sigma, nothing, batch, torch.ones_like(beta), gradients=False)
-        made = self.guided(model, shown, sigma, texts, batch, beta)
+        made = self.guided(model, shown, sigma, texts, batch, self._told_beta(batch))
         loss = backbone.error(mixture(made, without, beta), wanted).mean()
         return loss, {"error": loss.detach()}
+
+    def _told_beta(self, batch: Batch) -> torch.Tensor:
+        """What the model is told of the batch's beta `[B]`.
+
+        With the loss of the paper, clips without a caption are all that teaches what guidance turns away from, which
+        the model is asked for at beta 1. A gated one is the base there.
+        """
+        gft, beta = self.recipe.config.gft, batch["beta"]
+        if gft.loss != "data" or gft.is_gated:
+            return beta
+        return torch.where(batch["dropped"], torch.ones_like(beta), beta)
 
     # -- what is measured ----------------------------------------------------------------------------------------------
 

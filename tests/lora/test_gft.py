@@ -125,6 +125,39 @@ def test_the_loss_is_that_of_gft(tmp_path, text_base, monkeypatch, loss):
     )
 
 
+@pytest.mark.parametrize("gft", [{"gated": False}, {"train": "full"}, {}])
+def test_clips_without_a_caption_are_told_beta_1_and_weigh_the_drawn_one(tmp_path, text_base, monkeypatch, gft):
+    """As in the published loss, in which they alone teach what guidance turns away from; gated, that is the base."""
+    full = {"lora": {"rank": 32, "alpha": None}} if gft.get("train") == "full" else {}
+    made = recipe(settings(tmp_path, text_base, gft={"loss": "data", **gft}, flow={"caption_dropout": 0.5}, **full))
+    phase, told, drawn = made.phases()[0], [], []
+    model, loss = phase.setup({}), phase.flow_loss
+    nothing = phase.nothing()["states"]
+    weight = torch.tensor(0.7, requires_grad=True)
+
+    def velocity(model, shown, sigma, texts, conditions):
+        told.append((phase._told, torch.tensor([torch.equal(text["states"], nothing) for text in texts])))
+        return weight * torch.where(told[-1][1], 0.5, 1.0).view(-1, 1, 1, 1, 1) * torch.ones_like(shown)
+
+    def flow_loss(model, batch, *args):
+        drawn.append(batch["beta"])
+        return loss(model, batch, *args)
+
+    monkeypatch.setattr(made.backbone, "velocity", velocity)
+    monkeypatch.setattr(phase, "flow_loss", flow_loss)
+    monkeypatch.setattr(Generators, "normal", lambda self, *shape: torch.ones(len(self), *shape))
+    eight = {"latents": torch.zeros(8, 8, 1, 2, 2), "caption": ["a red circle"] * 8}
+    value, _ = phase.loss(model, eight, Generators(places(8)))
+    value.backward()
+    (beta_of_u, _), (beta_of_f, dropped) = told
+    assert dropped.any() and not dropped.all() and (beta_of_u == 1).all()
+    [beta], share = drawn, torch.where(dropped, 0.5, 1.0)
+    torch.testing.assert_close(beta_of_f, torch.where(dropped, 1.0, beta) if gft else beta)
+    off = beta * 0.7 * share + (1 - beta) * 0.35 - 1
+    assert value.item() == pytest.approx(off.square().mean().item(), rel=1e-5)
+    assert weight.grad.item() == pytest.approx((2 * off * beta * share).mean().item(), rel=1e-5)
+
+
 def test_scales_of_the_training(tmp_path, text_base, monkeypatch):
     made = recipe(settings(tmp_path, text_base, gft={"max_scale": 4, "unguided": 0.2}))
     phase = made.phases()[0]
