@@ -108,8 +108,8 @@ def generate_command(
     sla: Annotated[
         list[Path] | None,
         typer.Option(
-            help="With --method sla: an adapter of the recipe sla, a file, its folder, or that of its training; one "
-            "for each transformer."
+            help="An adapter of the recipe sla, which brings --method sla: a file, its folder, or that of its "
+            "training; one for each transformer."
         ),
     ] = None,
     rope: Annotated[
@@ -120,8 +120,8 @@ def generate_command(
         list[str] | None,
         typer.Option(
             help="dense, lvsa, radial, random, sla, sparge, svg, svg2, tangent, vsa (see `vidaccel methods`); "
-            "repeatable. (default: sla or vsa for a model that was trained for it; tangent for a video of at least "
-            "8192 tokens, otherwise dense; with --compare: tangent, svg2, radial)"
+            "repeatable. (default: sla or vsa for a model that was trained for it, or with --sla; tangent for a video "
+            "of at least 8192 tokens, otherwise dense; with --compare: tangent, svg2, radial)"
         ),
     ] = None,
     compare: Annotated[

@@ -131,7 +131,8 @@ def generate(
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step, or of `consistency`,
             which makes few steps as well: a file, its folder or that of its training, or one for each of two
             transformers; True for what the model has of its own, as the built-in ones do.
-        sla: adapter of the recipe `sla`, for the method "sla": likewise. A model whose weights were trained needs none.
+        sla: adapter of the recipe `sla`, which brings the method "sla": likewise. A model whose weights were trained
+            needs none.
         rope: of Wan and HunyuanVideo: "plain", or "riflex", which keeps a video longer than those of the training from
             beginning anew (RIFLEx, arXiv 2502.15894).
         components: of such a file: folder or hub id of the pipeline of the same model that has text encoder,

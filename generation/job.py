@@ -226,7 +226,7 @@ def prepare(
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
-    asked = bool(loras) or compare or bool(sparse.methods) or any(sparse.given().values()) or rope != "plain"
+    asked = bool(loras or sla or sparse.methods) or compare or any(sparse.given().values()) or rope != "plain"
     own, own_note = built_in_lora(model, settings.frames, asked)
     loras = loras or own
     trained = trained_lengths(loras)
@@ -237,6 +237,8 @@ def prepare(
         problem = "is for a model that is loaded here"
         raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
     learned = sla_adapters(sla, sparse.names)
+    if learned and chosen_here:
+        sparse = replace(sparse, methods=("sla",))
     if isinstance(model, str):
         model = whole_model(model, components)
         place = choose_device(device, offload)
@@ -283,8 +285,8 @@ def prepare(
     limit = limit_of(facts, place, chosen_dtype) if by_length else None
     least = None if limit is None else limit.tokens
     runs, why = choose_runs(sparse.methods, compare, layout.tokens, facts.trained_for, least, few_steps)
-    if trained and chosen_here:
-        why = f"what {trained[0].name} was trained for"
+    if chosen_here and (trained or learned):
+        why = f"what {trained[0].name if trained else learned[0].path.name} was trained for"
     if facts.only_dense:
         runs, why = _dense_alone(facts, sparse, compare)
     names = [name_of(run) for run in runs]

@@ -25,7 +25,7 @@ def sla_adapters(given: str | Path | Sequence[str | Path], names: Sequence[str])
 
     Args:
         given: the files or folders.
-        names: of the methods that are asked for.
+        names: of the methods that are asked for; none where the adapters say the method.
 
     Raises:
         BadInput: one is not there, or is none; or no run would use it.
@@ -36,7 +36,7 @@ def sla_adapters(given: str | Path | Sequence[str | Path], names: Sequence[str])
     from ..pipelines.acceleration.sla import read_adapter
     from ..pipelines.acceleration.sla_weights import SLAError
 
-    if "sla" not in names:
+    if names and "sla" not in names:
         raise BadInput("sla", f"is of use only with {mention('method')} sla", f"Add {mention('method')} sla.")
     try:
         return tuple(read_adapter(place) for place in places)

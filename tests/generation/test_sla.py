@@ -12,6 +12,8 @@ from sla_models import METHOD, write_adapter, write_model
 import vidaccel
 from vidaccel import SLA
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.request import Settings
 from vidaccel.pipelines.run_folder import FILE
 
 SMALL = {"frames": 5, "height": 64, "width": 64, "steps": 2, "progress": False}  # 32 tokens
@@ -47,8 +49,15 @@ def test_an_adapter(adapter, model, tmp_path):
     assert f"{run} is the folder of a training: its {file.relative_to(run)} is used." in made.notes
     page = tmp_path / "report.html"
     more = {"compare": True, "report": page, "warm_up": True}
-    vidaccel.generate("demo", "a red circle", method="sla", sla=[adapter], **more, **SMALL)
+    vidaccel.generate("demo", "a red circle", sla=[adapter], **more, **SMALL)  # which method it is for, it says
     assert "transformer.safetensors" in page.read_text()
+
+
+def test_an_adapter_brings_its_method(adapter):
+    job = prepare("demo", Settings(prompt="a red circle"), Sparse(), sla=adapter)
+    assert list(job.methods) == ["sla"] and job.why == "what transformer.safetensors was trained for"
+    longer = prepare("demo", Settings(prompt="a red circle", frames=65), Sparse(), sla=str(adapter))
+    assert list(longer.methods) == ["sla"] and not longer.loras  # the built-in LoRA for this length has another method
 
 
 def test_block_sparse_attention_needs_no_training():
