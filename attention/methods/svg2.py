@@ -45,7 +45,8 @@ class SVG2(Method):
             `attention/skipped.py`). Those pairs count in the density: one per query and skipped cluster, which is
             little in long sequences and much in short ones. Needs a backend that returns the log-sum-exp.
         density: when given, replaces `top_p` and `min_ratio`: each call finds the `top_p` that computes this share of
-            all pairs, the mean over its heads, in (0, 1]. Each query cluster keeps its best key cluster all the same.
+            all pairs, the mean over its heads, in (0, 1]. Each query cluster keeps its best key cluster all the same,
+            so less than one for each is refused (`check`).
         route: "mass", the paper's; or "error", see above, which needs a density and, with `compensate`, holds the
             centroids of the queries against every key, at `query clusters / 2 / tokens` of the cost of a dense call.
         init_iterations: k-means iterations at the first sparse step of a run.
@@ -97,10 +98,13 @@ class SVG2(Method):
 
     def check(self, layout: VideoLayout) -> None:
         _, clusters = self.cluster_counts(layout.video_tokens)
-        means = clusters * self.compensate
-        fixes = {"compensate": "leave compensate out", "k_clusters": "lower k_clusters"} if means else {}
-        of_means = "compensate=True, which reads the mean of each key cluster,"
-        check_reach("SVG2", self.density, layout, means, of_means, fixes)
+        if self.compensate:
+            of_means = "compensate=True, which reads the mean of each key cluster,"
+            fixes = {"compensate": "leave compensate out", "k_clusters": "lower k_clusters"}
+            check_reach("SVG2", self.density, layout, clusters, of_means, fixes)
+        else:  # of the usual size, rounded down: what the best ones have is known in the call alone
+            one, fixes = "one key cluster for each query", {"k_clusters": "raise k_clusters"}
+            check_reach("SVG2", self.density, layout, layout.video_tokens // clusters, one, fixes)
 
     def expected_density(self, layout: VideoLayout) -> float | None:
         return self.density

@@ -62,7 +62,9 @@ def test_the_density_asked_for_is_computed(layout, density):
 
 
 def test_a_density_below_that_of_the_text_is_refused():
-    said = "density is 0.1, but the text, which stays dense, makes 0.306 of the pairs: raise density to 0.306 or more.$"
+    said = (
+        "density is 0.1, but the text, which stays dense, makes 0.306 of the pairs and one .*: raise density to 0.328"
+    )
     with pytest.raises(OutOfReach, match=said) as refused:
         SVG2(density=0.1).check(VideoLayout(5, 8, 8, 0, 64))
     assert refused.value.eased_by == ()
@@ -82,6 +84,16 @@ def test_a_density_below_that_of_the_means_names_them_and_no_text_where_there_is
     SVG2(density=0.05, compensate=True, k_clusters=20).check(layout)
     with pytest.raises(OutOfReach, match=r"the text, which stays dense, makes 0\.306 of the pairs and compensate=True"):
         SVG2(density=0.32, compensate=True).check(VideoLayout(5, 8, 8, 0, 64))
+
+
+def test_a_density_below_one_cluster_for_each_query_is_refused():
+    """Which would be computed all the same, and told as if it were met."""
+    layout = VideoLayout(9, 8, 8)  # 43 clusters of 576 keys, 13 in each
+    with pytest.raises(OutOfReach, match="one key cluster for each query makes 0.023 of the pairs: raise") as refused:
+        SVG2.for_density(layout, 0.0001)
+    assert refused.value.least == pytest.approx(13 / 576) and refused.value.eased_by == ("k_clusters",)
+    SVG2.for_density(layout, 0.023)
+    SVG2.for_density(layout, 0.01, k_clusters=100)
 
 
 def test_top_p_of_one_is_dense():
