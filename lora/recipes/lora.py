@@ -71,6 +71,7 @@ class TrainLora(EncodedClipsRecipe):
         refusal = self.backbone.check_layers(self.layers)
         if refusal:
             raise ConfigError(f"lora.targets: {refusal}")
+        self._say_where_the_rank_is_too_high(skeleton)
         self._say_what_it_takes(skeleton, layouts)
         self.base_hash = transformer_files(self.backbone.base, self.backbone.part)
         self.start = {} if self.start_file is None else self._started(self.start_file, skeleton)
@@ -192,8 +193,7 @@ class TrainLora(EncodedClipsRecipe):
             layouts: the tokens of the clips, one a size.
         """
         config, train = self.config, self.config.train
-        shapes = [module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)]
-        lora = sum(config.lora.rank * (shape[0] + shape[1:].numel()) for shape in shapes)
+        lora = sum(config.lora.rank * (shape[0] + shape[1:].numel()) for shape in self._shapes(skeleton).values())
         clips = [size.batch_size or train.batch_size for size in config.data.sizes]
         away, at_work = offloaded_numbers(skeleton, config.model.offload_blocks)
         itemsize = getattr(torch, config.model.dtype).itemsize
@@ -215,6 +215,24 @@ class TrainLora(EncodedClipsRecipe):
             checkpointed=config.loop.gradient_checkpointing,
         )
 
+    def _shapes(self, skeleton: nn.Module) -> dict[str, torch.Size]:
+        """Of the weights of the layers that get a LoRA, by their names."""
+        return {name: skeleton.get_submodule(name).weight.shape for name in self.layers}
+
+    def _say_where_the_rank_is_too_high(self, skeleton: nn.Module) -> None:
+        """A product of two matrices can be any matrix from the smaller side of the layer on."""
+        rank = self.config.lora.rank
+        sides = {name: min(shape[0], shape[1:].numel()) for name, shape in self._shapes(skeleton).items()}
+        full = {name: side for name, side in sides.items() if side < rank}
+        if not full or self.trains_all or not self.process.is_main:
+            return
+        least = min(full, key=lambda name: full[name])
+        logger.warning(
+            "lora.rank is %d, and %d of %d layers are smaller: %s has a side of %d, above which a rank adds nothing to "
+            "it. The largest that is of use to any of the layers is %d.",
+            rank, len(full), len(sides), least, full[least], max(sides.values()),
+        )  # fmt: skip
+
     def _say_what_it_takes(self, skeleton: nn.Module, layouts: Sequence[VideoLayout | None]) -> None:
         """Before clips are encoded, which may take hours."""
         if not self.process.is_main:
@@ -232,7 +250,7 @@ class TrainLora(EncodedClipsRecipe):
         setting, lora = "lora.start", self.config.lora
         if self.beside or facts_of(path) or not path.is_file():  # of which diffusers would ask the hub
             return self.earlier(path, setting, self.config.recipe)
-        shapes = {name: module.weight.shape for name, module in skeleton.named_modules() if name in set(self.layers)}
+        shapes = self._shapes(skeleton)
         found = read_foreign(path, self.backbone.lora_loader, shapes, lora.rank, lora.scale, setting)
         if self.process.is_main:
             logger.warning(

@@ -114,6 +114,19 @@ def test_other_layers_get_a_lora_and_load(tmp_path, text_base):
     assert layers == set(recipe(file).layers) and len(layers) == 2 + 4 + 1
 
 
+def test_a_rank_above_the_smaller_side_of_a_layer_is_told(tmp_path, text_base, caplog):
+    layers = {"targets": ["attn1.to_q", "time_embedder.linear_1"]}
+    skeleton = recipe(write(tmp_path, text_base, lora=layers)).backbone.skeleton()
+    least = "condition_embedder.time_embedder.linear_1"
+    side, most = skeleton.get_submodule(least).in_features, skeleton.blocks[0].attn1.to_q.in_features
+    assert side < most and "lora.rank" not in caplog.text
+    recipe(write(tmp_path, text_base, lora={**layers, "rank": side}))
+    assert "lora.rank" not in caplog.text
+    recipe(write(tmp_path, text_base, lora={**layers, "rank": side + 1}))
+    assert f"lora.rank is {side + 1}, and 1 of 3 layers are smaller: {least} has a side of {side}, above" in caplog.text
+    assert f"The largest that is of use to any of the layers is {most}." in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["first frame", "timestep for each token"])
 def test_half_precision(tmp_path, wan_bases, kind):
     """Frozen weights and autoencoder in bfloat16, as on a GPU, with a sample; what is trained stays float32."""
