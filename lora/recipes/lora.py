@@ -217,7 +217,8 @@ class TrainLora(EncodedClipsRecipe):
 
     def _shapes(self, skeleton: nn.Module) -> dict[str, torch.Size]:
         """Of the weights of the layers that get a LoRA, by their names."""
-        return {name: skeleton.get_submodule(name).weight.shape for name in self.layers}
+        layers: dict[str, Any] = dict(skeleton.named_modules())
+        return {name: layers[name].weight.shape for name in self.layers}
 
     def _say_where_the_rank_is_too_high(self, skeleton: nn.Module) -> None:
         """A product of two matrices can be any matrix from the smaller side of the layer on."""
