@@ -19,15 +19,16 @@ import os
 import sys
 import threading
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 # The public API: name -> the submodule that defines it, or the submodule itself where both have one name.
 _PUBLIC = {
     "AutoencoderDCV": ".autoencoders",
-    "LVSA": ".attention",
-    "METHODS": ".attention",
+    "BadInput": ".generation.errors",
     "BlockPlan": ".attention",
+    "Cache": ".pipelines.presets",
     "DCGenPipeline": ".pipelines",
     "DCVideoGenImageToVideoPipeline": ".pipelines",
     "DCVideoGenPipeline": ".pipelines",
@@ -35,17 +36,25 @@ _PUBLIC = {
     "DenseSchedule": ".attention",
     "GridScheduler": ".pipelines.few_steps",
     "GuidanceCache": ".pipelines.guidance_cache",
+    "Handle": ".pipelines",
+    "LVSA": ".attention",
+    "LoraFile": ".pipelines.presets",
+    "METHODS": ".attention",
+    "Method": ".attention",
     "Preset": ".pipelines.presets",
+    "PresetError": ".pipelines.presets",
     "RCMScheduler": ".pipelines.few_steps",
     "Radial": ".attention",
+    "RandomBlocks": ".attention",
     "Riflex": ".pipelines.length",
+    "RunReport": ".attention",
     "SLA": ".attention",
     "SVG": ".attention",
     "SVG2": ".attention",
-    "VSA": ".attention",
     "Sparge": ".attention",
     "SparseAttention": ".attention",
     "Tangent": ".attention",
+    "VSA": ".attention",
     "VideoLayout": ".attention",
     "accelerate": ".pipelines",
     "apply": ".pipelines.presets",
@@ -54,12 +63,16 @@ _PUBLIC = {
     "cfg_parallel": ".pipelines.cfg_parallel",
     "demo": ".demo",
     "generate": ".generation.api",
+    "generation": ".generation",
     "guidance_cache": ".pipelines.guidance_cache",
     "guidance_free": ".pipelines.guidance_free",
     "lengthen": ".pipelines.length",
+    "load_preset": ".pipelines.presets",
+    "lora": ".lora",
     "pipelines": ".pipelines",
     "restore": ".pipelines",
     "riflex": ".pipelines.length",
+    "save_preset": ".pipelines.presets",
     "sparse_attention": ".attention",
     "tiny_decoder": ".pipelines.tiny_decoder",
     "tune": ".generation.tuning.api",
@@ -67,6 +80,61 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    # The same for type checkers, line by line, so that they know what each name is.
+    from . import attention as attention
+    from . import autoencoders as autoencoders
+    from . import demo as demo
+    from . import generation as generation
+    from . import lora as lora
+    from . import pipelines as pipelines
+    from .attention import LVSA as LVSA
+    from .attention import METHODS as METHODS
+    from .attention import SLA as SLA
+    from .attention import SVG as SVG
+    from .attention import SVG2 as SVG2
+    from .attention import VSA as VSA
+    from .attention import BlockPlan as BlockPlan
+    from .attention import DenseSchedule as DenseSchedule
+    from .attention import Method as Method
+    from .attention import Radial as Radial
+    from .attention import RandomBlocks as RandomBlocks
+    from .attention import RunReport as RunReport
+    from .attention import Sparge as Sparge
+    from .attention import SparseAttention as SparseAttention
+    from .attention import Tangent as Tangent
+    from .attention import VideoLayout as VideoLayout
+    from .attention import sparse_attention as sparse_attention
+    from .autoencoders import AutoencoderDCV as AutoencoderDCV
+    from .generation.api import generate as generate
+    from .generation.errors import BadInput as BadInput
+    from .generation.tuning.api import tune as tune
+    from .generation.waterfall import waterfall as waterfall
+    from .pipelines import DCGenPipeline as DCGenPipeline
+    from .pipelines import DCVideoGenImageToVideoPipeline as DCVideoGenImageToVideoPipeline
+    from .pipelines import DCVideoGenPipeline as DCVideoGenPipeline
+    from .pipelines import Handle as Handle
+    from .pipelines import accelerate as accelerate
+    from .pipelines import restore as restore
+    from .pipelines.cfg_parallel import cfg_parallel as cfg_parallel
+    from .pipelines.few_steps import DMDScheduler as DMDScheduler
+    from .pipelines.few_steps import GridScheduler as GridScheduler
+    from .pipelines.few_steps import RCMScheduler as RCMScheduler
+    from .pipelines.guidance_cache import GuidanceCache as GuidanceCache
+    from .pipelines.guidance_cache import guidance_cache as guidance_cache
+    from .pipelines.guidance_free import guidance_free as guidance_free
+    from .pipelines.length import Riflex as Riflex
+    from .pipelines.length import lengthen as lengthen
+    from .pipelines.length import riflex as riflex
+    from .pipelines.presets import Cache as Cache
+    from .pipelines.presets import LoraFile as LoraFile
+    from .pipelines.presets import Preset as Preset
+    from .pipelines.presets import PresetError as PresetError
+    from .pipelines.presets import apply as apply
+    from .pipelines.presets import load_preset as load_preset
+    from .pipelines.presets import save_preset as save_preset
+    from .pipelines.tiny_decoder import tiny_decoder as tiny_decoder
 
 # Modules with classes that saved pipelines name in their `model_index.json`.
 _SAVED = (
@@ -200,16 +268,18 @@ async def comfy_entrypoint() -> object:
     return await importlib.import_module(f"{_NAME}.nodes").comfy_entrypoint()
 
 
-def __getattr__(name: str) -> object:
-    if _package is not None:
-        return getattr(_package, name)
-    submodule = _PUBLIC.get(name)
-    if submodule is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(submodule, __name__)
-    value = module if submodule == f".{name}" else getattr(module, name)
-    globals()[name] = value  # the next look-up does not come here
-    return value
+if not TYPE_CHECKING:  # who checks types would take every name, a misspelt one too, for an object
+
+    def __getattr__(name: str) -> object:
+        if _package is not None:
+            return getattr(_package, name)
+        submodule = _PUBLIC.get(name)
+        if submodule is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(submodule, __name__)
+        value = module if submodule == f".{name}" else getattr(module, name)
+        globals()[name] = value  # the next look-up does not come here
+        return value
 
 
 def __dir__() -> list[str]:

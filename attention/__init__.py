@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .backends import BACKENDS
+from .backends import BACKENDS, Backend, Capability
 from .engine import SparseAttention
 from .functional import sparse_attention
 from .layout import VideoLayout
@@ -34,8 +34,10 @@ __all__ = [
     "SVG",
     "SVG2",
     "VSA",
+    "Backend",
     "BlockPlan",
     "CallRecord",
+    "Capability",
     "DenseSchedule",
     "Method",
     "PlanMemory",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from .backends import Backend, Request, pick, pick_special
@@ -10,6 +12,51 @@ from .compensate import attend_skipped
 from .gradients import wants_gradient
 from .merge import merge
 from .plan import BlockPlan
+
+
+@overload
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    qk: str | None = None,
+    pv: str | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: Literal[True],
+    qk: str | None = None,
+    pv: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool,
+    qk: str | None = None,
+    pv: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def sparse_attention(

@@ -1,14 +1,22 @@
 """diffusers pipelines in rooms: `acceleration`, `guidance_free`, `length` and `presets` of those that exist, and
 `deep_compression` (DC-VideoGen, DC-Gen) and `few_steps` of those that do not.
 
-The names are looked up on first use, because diffusers takes seconds to import.
+The names are looked up on first use, here and in the rooms, because diffusers takes seconds to import.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import deep_compression
+from . import acceleration as acceleration
+from . import cfg_parallel as cfg_parallel
+from . import deep_compression as deep_compression
+from . import few_steps as few_steps
+from . import guidance_cache as guidance_cache
+from . import guidance_free as guidance_free
+from . import length as length
+from . import presets as presets
+from . import tiny_decoder as tiny_decoder
 from .later import looked_up_later
 
 if TYPE_CHECKING:
@@ -18,6 +26,12 @@ if TYPE_CHECKING:
     from .acceleration import accelerate as accelerate
     from .acceleration import find_transformers as find_transformers
     from .acceleration import supported_pipelines as supported_pipelines
+    from .deep_compression import DCGenFluxPipeline as DCGenFluxPipeline
+    from .deep_compression import DCGenPipeline as DCGenPipeline
+    from .deep_compression import DCGenSanaPipeline as DCGenSanaPipeline
+    from .deep_compression import DCVideoGenImageToVideoPipeline as DCVideoGenImageToVideoPipeline
+    from .deep_compression import DCVideoGenPipeline as DCVideoGenPipeline
+    from .deep_compression import convert_repository as convert_repository
     from .undo import restore as restore
 
 _LATER = {
@@ -29,4 +43,5 @@ _LATER = {
 }
 
 __all__ = sorted(_LATER)
-__getattr__ = looked_up_later(globals(), _LATER)
+if not TYPE_CHECKING:  # see the root of the package
+    __getattr__ = looked_up_later(globals(), _LATER)

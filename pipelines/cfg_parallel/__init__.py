@@ -5,9 +5,16 @@ The names are looked up on first use, because diffusers, on which they are built
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..later import looked_up_later
+
+if TYPE_CHECKING:
+    from .handle import CfgParallel as CfgParallel
+    from .handle import cfg_parallel as cfg_parallel
 
 _LATER = {"CfgParallel": ".handle", "cfg_parallel": ".handle"}
 
 __all__ = sorted(_LATER)
-__getattr__ = looked_up_later(globals(), _LATER)
+if not TYPE_CHECKING:  # see the root of the package
+    __getattr__ = looked_up_later(globals(), _LATER)

@@ -5,7 +5,17 @@ The classes are looked up on first use, because diffusers' own, on which they ar
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..later import looked_up_later
+
+if TYPE_CHECKING:
+    from .image_to_video import DCVideoGenImageToVideoPipeline as DCVideoGenImageToVideoPipeline
+    from .published import convert_repository as convert_repository
+    from .text_to_image import DCGenFluxPipeline as DCGenFluxPipeline
+    from .text_to_image import DCGenPipeline as DCGenPipeline
+    from .text_to_image import DCGenSanaPipeline as DCGenSanaPipeline
+    from .text_to_video import DCVideoGenPipeline as DCVideoGenPipeline
 
 _LATER = {
     "DCGenFluxPipeline": ".text_to_image",
@@ -17,4 +27,5 @@ _LATER = {
 }
 
 __all__ = sorted(_LATER)
-__getattr__ = looked_up_later(globals(), _LATER)
+if not TYPE_CHECKING:  # see the root of the package
+    __getattr__ = looked_up_later(globals(), _LATER)

@@ -5,7 +5,17 @@ The names are looked up on first use, because diffusers, on which they are built
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..later import looked_up_later
+
+if TYPE_CHECKING:
+    from .dmd import DMDScheduler as DMDScheduler
+    from .fastwan import convert_fastwan as convert_fastwan
+    from .grid import GridScheduler as GridScheduler
+    from .rcm import RCMScheduler as RCMScheduler
+    from .start import scaled_start as scaled_start
+    from .turbowan import convert_turbowan as convert_turbowan
 
 _LATER = {
     "DMDScheduler": ".dmd",
@@ -17,4 +27,5 @@ _LATER = {
 }
 
 __all__ = sorted(_LATER)
-__getattr__ = looked_up_later(globals(), _LATER)
+if not TYPE_CHECKING:  # see the root of the package
+    __getattr__ = looked_up_later(globals(), _LATER)

@@ -5,7 +5,20 @@ The names are looked up on first use, because diffusers, on which they are built
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..later import looked_up_later
+
+if TYPE_CHECKING:
+    from .adapter_file import GuidanceFreeAdapter as GuidanceFreeAdapter
+    from .adapter_file import GuidanceFreeError as GuidanceFreeError
+    from .adapter_file import read_adapter as read_adapter
+    from .beta import BETA as BETA
+    from .beta import BetaEmbedder as BetaEmbedder
+    from .beta import BetaSlot as BetaSlot
+    from .beta import no_slot as no_slot
+    from .handle import GuidanceFree as GuidanceFree
+    from .handle import guidance_free as guidance_free
 
 _LATER = {
     "BETA": ".beta",
@@ -20,4 +33,5 @@ _LATER = {
 }
 
 __all__ = sorted(_LATER)
-__getattr__ = looked_up_later(globals(), _LATER)
+if not TYPE_CHECKING:  # see the root of the package
+    __getattr__ = looked_up_later(globals(), _LATER)

@@ -45,4 +45,5 @@ _LATER = {
 }
 
 __all__ = sorted(_LATER)
-__getattr__ = looked_up_later(globals(), _LATER)
+if not TYPE_CHECKING:  # see the root of the package
+    __getattr__ = looked_up_later(globals(), _LATER)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method
@@ -22,6 +22,7 @@ VERSION = 1
 """Of the format."""
 OWN = "own"
 """As `guidance_free` and `decoder`: the one that the model has of its own."""
+Place = str | Path
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,34 @@ class Preset:
     guidance_scale: float | None = None
     measured: Mapping[str, Any] = field(default_factory=dict, hash=False)
     version: int = VERSION
+
+    if TYPE_CHECKING:
+        # What is taken, and then put into the kinds above.
+        def __init__(
+            self,
+            name: str = ...,
+            summary: str = ...,
+            model: str = ...,
+            base: str = ...,
+            family: str = ...,
+            transformer: Mapping[str, Any] = ...,
+            method: Method | str | None = ...,
+            backend: str = ...,
+            precision: str | None = ...,
+            sla: Place | Sequence[Place] = ...,
+            guidance_free: Place | Sequence[Place] = ...,
+            loras: Place | LoraFile | Sequence[Place | LoraFile] = ...,
+            cache: Cache | str | None = ...,
+            guidance_cache: GuidanceCache | int | Mapping[str, Any] | None = ...,
+            quantize: Quantize | str | None = ...,
+            compile: Compile | bool | str | Mapping[str, Any] | None = ...,
+            scheduler: SchedulerChoice | str | None = ...,
+            decoder: Place | None = ...,
+            num_inference_steps: int | None = ...,
+            guidance_scale: float | None = ...,
+            measured: Mapping[str, Any] = ...,
+            version: int = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if self.version != VERSION:

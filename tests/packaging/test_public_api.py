@@ -67,3 +67,16 @@ def test_changelog_has_the_version(root):
     assert re.search(
         rf"^## \[{re.escape(vidaccel.__version__)}\]", (root / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
     )
+
+
+def test_rooms_are_there_after_a_plain_import(fresh, on_path):
+    """A path in full, such as those of messages and pages."""
+    out = fresh(
+        """
+        import vidaccel
+        print(vidaccel.pipelines.presets.measure_mag_ratios.__name__, vidaccel.attention.Backend.__name__)
+        print(vidaccel.generation.__name__, vidaccel.lora.run.__name__)
+        """,
+        on_path,
+    )
+    assert out.split() == ["measure_mag_ratios", "Backend", "vidaccel.generation", "run"]
