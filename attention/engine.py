@@ -29,7 +29,7 @@ from .methods import Method, PlanMemory, resolve_method
 from .pending import KeptRecords, Pending
 from .plan import BlockPlan
 from .records import RunReport, call_of, dropped_note
-from .schedule import DenseSchedule, StepInfo
+from .schedule import DenseSchedule, StepInfo, check_kind
 from .timing import Span
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class SparseAttention:
             the model. Dense calls keep that.
 
     Raises:
-        ValueError: unknown method, backend or precision; a `measure_error` below 0.
+        ValueError: unknown method, backend or precision; a `measure_error` below 0, or a `num_layers` below 1.
+        TypeError: what is given is no method, or no schedule.
     """
 
     def __init__(
@@ -79,10 +80,13 @@ class SparseAttention:
         depths: Sequence[int] | None = None,
     ) -> None:
         self.method = resolve_method(method)
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers!r}: it must be a whole number of blocks, 1 or more.")
         self.num_layers = num_layers
         self._depths = depths
         self._blocks = num_layers if depths is None else max(depths, default=-1) + 1  # as the schedule counts them
         self.schedule = schedule if schedule is not None else self.method.schedule
+        check_kind("schedule", self.schedule)
         self.backend = check_backend(backend)
         self.model = model
         self.measure_error = check_rows(measure_error)
@@ -91,6 +95,8 @@ class SparseAttention:
         self.layouts: tuple[VideoLayout, ...] = ()
         # The last ones that the method was found to be able to do, each with what it remarks of their grid.
         self._fitting: dict[VideoLayout, str] = {}
+        # A method of the package keeps the promises of its plans, which its tests see to.
+        self._is_own = type(self.method).__module__.partition(".")[0] != __name__.partition(".")[0]
         self._checks = CallChecks(self.method, self.backend, self._formats)
         self._logged: set[str] = set()  # kinds of notes, which a training forgets at every step
         self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
@@ -113,6 +119,7 @@ class SparseAttention:
         self._call_memory: dict[tuple, dict[str, Any]] = {}
         self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
+        self._seen: set[VideoLayout] = set()  # layouts of which a plan of somebody's own method was looked at
 
     def forget_branches(self, branches: Collection[str]) -> None:
         """Forget what is kept for some branches of the run, which will not come again or not soon."""
@@ -245,10 +252,13 @@ class SparseAttention:
 
         Raises:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k; a method
-                that needs weights, and there are none.
+                that needs weights, and there are none; a layer that the model does not have; a plan of somebody's own
+                method that breaks a promise of `BlockPlan`. TypeError: it is none.
             RuntimeError: a named backend cannot run the call, or nothing can in the precision that was asked for.
         """
         check_tensors(q, k, v)
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer is {layer}: the model has {self.num_layers}, counted from 0.")
         layout = self.layouts[sample] if self.layouts else None
         if not dense and layout is not None and q.shape[2] == layout.tokens:
             self.check_able(q, k, v)
@@ -396,9 +406,24 @@ class SparseAttention:
         # Under autocast, products would lose the float32 that methods compute in.
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             plan = self.method.plan(q, k, v, self.layouts[sample], memory)
+        if self._is_own:
+            self._check_plan(plan, self.layouts[sample])
         if self.with_gradients:
             self._grad_plans[key] = plan if plan.coarse is None else replace(plan, coarse=None)
         return plan
+
+    def _check_plan(self, plan: BlockPlan, layout: VideoLayout) -> None:
+        """Refuse what no shipped method makes; once a run for each layout, since the device has to be waited for."""
+        cls = type(self.method).__name__
+        if not isinstance(plan, BlockPlan):
+            raise TypeError(f"{cls}.plan returned {plan!r}: it must return a BlockPlan, such as BlockPlan.dense(...).")
+        if layout in self._seen:
+            return
+        try:
+            plan.validate()
+        except ValueError as error:
+            raise ValueError(f"{cls}.plan, for {layout}: {error}") from error
+        self._seen.add(layout)
 
     def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int, heads: HeadShare) -> PlanMemory:
         place = (self.layouts[sample], q.device)

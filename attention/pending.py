@@ -7,7 +7,7 @@ all at once for a report.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,7 +130,8 @@ class KeptRecords:
 
     def all(self) -> list[CallRecord]:
         """All of them, call by call, read."""
-        return [record for records in self._read().values() for record in records]
+        made = [record for records in self._read().values() for record in records]
+        return [replace(record, details=dict(record.details)) for record in made]  # theirs to change
 
     def _read(self) -> dict[int, list[CallRecord]]:
         calls = {call: (records, list(records)) for call, records in sorted(self._calls.items())}

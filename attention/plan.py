@@ -94,6 +94,9 @@ class BlockPlan:
                 f"BlockPlan runs must both be [Bp, Hp, T, R] with the tiles' {tuple(lead)} in front, got "
                 f"{tuple(self.run_start.shape)} and {tuple(self.run_len.shape)}."
             )
+        for name in ("tile_start", "tile_len", "run_start", "run_len"):
+            if (dtype := getattr(self, name).dtype) != torch.int32:
+                raise ValueError(f"BlockPlan.{name} must be int32, got {dtype}: cast it with .int().")
         for name, order, length in (("q_order", self.q_order, self.n_q), ("kv_order", self.kv_order, self.n_kv)):
             if order is not None and (order.ndim != 3 or order.shape[-1] != length or order.dtype != torch.int64):
                 raise ValueError(
@@ -133,7 +136,7 @@ class BlockPlan:
             max_runs: as for `from_clusters`.
 
         Raises:
-            ValueError: the mask has other dimensions, or is not bool.
+            ValueError: the mask has other dimensions, or is not bool; a `max_runs` as for `from_clusters`.
         """
         if mask.dtype != torch.bool or not 2 <= mask.ndim <= 4:
             raise ValueError(f"mask must be bool with 2 to 4 dimensions, got {mask.dtype} with {mask.ndim}.")
@@ -172,9 +175,11 @@ class BlockPlan:
                 1|G|H, n_kv]`.
             n_q, n_kv: the sequence lengths; read from the orders or from the sizes (a host sync) when not given.
             max_runs: run slots per tile; when not given, on the CPU what the data need, elsewhere what they can need.
+                It must suffice: further keys of a tile are left out on a GPU, which would have to be waited for.
 
         Raises:
-            ValueError: shapes disagree, or the sizes of some head do not add up to the sequence length.
+            ValueError: shapes disagree, or `max_runs` is below 1. Where that costs no wait, on the CPU: the sizes of
+                some head do not add up to the sequence length, or one is negative; `max_runs` does not suffice.
         """
         expected = (*q_sizes.shape, k_sizes.shape[-1])
         if q_sizes.ndim != 3 or k_sizes.shape[:2] != q_sizes.shape[:2] or selected.shape != expected:
@@ -351,7 +356,7 @@ class BlockPlan:
         """
         ends = self.tile_start + self.tile_len
         covered = self.tile_start[..., 0].eq(0).all() and ends[..., -1].eq(self.n_q).all()
-        if not covered or not (self.tile_start[..., 1:] == ends[..., :-1]).all():
+        if not covered or (self.tile_len < 0).any() or not (self.tile_start[..., 1:] == ends[..., :-1]).all():
             raise ValueError("the tiles of this BlockPlan do not cover each query exactly once.")
         run_ends = self.run_start + self.run_len
         if (self.run_len < 0).any() or (self.run_start < 0).any() or (run_ends > self.n_kv).any():
@@ -407,6 +412,8 @@ def _block_sizes(length: int, block: int, device: torch.device) -> torch.Tensor:
 def _sequence_length(name: str, given: int | None, order: torch.Tensor | None, sizes: torch.Tensor) -> int:
     """The sequence length, checked against the cluster sizes where that costs no GPU sync."""
     length = given if given is not None else order.shape[-1] if order is not None else int(sizes[0, 0].sum())
+    if sizes.device.type == "cpu" and (sizes < 0).any():
+        raise ValueError(f"the {name} cluster sizes must not be negative, got {int(sizes.min())}.")
     if sizes.device.type == "cpu" and not (sizes.sum(-1) == length).all():
         raise ValueError(
             f"the {name} cluster sizes add up to {sorted(set(sizes.sum(-1).flatten().tolist()))}, "

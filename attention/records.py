@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from .plain_values import plain
+
+VERSION = 1
+"""Of what `to_dict` gives, here and of an account."""
 KEPT_RUNS = 8  # a server that runs for weeks must not keep every record
 """Runs whose records are kept; where a pipeline's calls are known, calls, each with all of its runs."""
 KEPT_RECORDS = 100_000
@@ -172,10 +176,9 @@ class RunReport:
         return dict(Counter(r.reason for r in self.records if r.reason))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that is told, in types that JSON knows."""
-        made = asdict(self)
-        del made["noted"]
-        return made
+        """Everything that is told, in types that JSON knows; null for NaN, and for what is none of them, its text."""
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "noted"}
+        return plain({"version": VERSION, **told})
 
     def __repr__(self) -> str:
         calls = f"{len(self.records)} calls, mean density {self.mean_density():.3f}" if self.records else "no call yet"

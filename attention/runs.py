@@ -28,15 +28,21 @@ def merge_segments(
         selected: `[..., T, C]` bool, the segments each of T query tiles reads.
         sizes: `[..., C]` integer, tokens per segment.
         max_runs: number of run slots R. Without it R is on the CPU the largest number of runs, and on other devices,
-            which would have to be waited for, the largest that C segments can make.
+            which would have to be waited for, the largest that C segments can make. There, further runs than R are left
+            out for the same reason.
 
     Returns:
         `(run_start, run_len)`, each `[..., T, R]` int32, unused slots at the end with length 0.
+
+    Raises:
+        ValueError: an R below 1, or one that does not suffice on the CPU.
     """
+    if max_runs is not None and max_runs < 1:
+        raise ValueError(f"max_runs is {max_runs}: it must be at least 1, or None for as many as there can be.")
     if use_kernels(selected):
         from .kernels import runs
 
-        return runs.merge_segments(selected, sizes, max_runs or (selected.shape[-1] + 1) // 2)
+        return runs.merge_segments(selected, sizes, _most_runs(selected) if max_runs is None else max_runs)
     if selected.device.type != "cpu" or selected.numel() <= MOST_AT_ONCE or selected.ndim < 3:
         return _merged(selected, sizes, max_runs)
     lead = selected.shape[:-2]
@@ -48,6 +54,11 @@ def merge_segments(
         for tensors in zip(*made, strict=True)
     )
     return start, length
+
+
+def _most_runs(selected: torch.Tensor) -> int:
+    """The largest number of runs that so many segments can make."""
+    return (selected.shape[-1] + 1) // 2
 
 
 def _merged(selected: torch.Tensor, sizes: torch.Tensor, max_runs: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,10 +73,13 @@ def _merged(selected: torch.Tensor, sizes: torch.Tensor, max_runs: int | None) -
     begins = selected.clone()
     begins[..., 1:] &= ~selected[..., :-1]
     run_of = begins.cumsum(-1) - 1
-    if max_runs is not None:
-        slots = max_runs
+    if begins.device.type == "cpu":
+        needed = max(1, int(begins.sum(-1).max()))
+        slots = needed if max_runs is None else max_runs
+        if needed > slots:
+            raise ValueError(f"max_runs is {max_runs}, but a tile reads {needed} runs of keys: give {needed}, or None.")
     else:
-        slots = max(1, int(begins.sum(-1).max())) if begins.device.type == "cpu" else (begins.shape[-1] + 1) // 2
+        slots = _most_runs(selected) if max_runs is None else max_runs
 
     # One slot more than asked for takes the writes of segments that belong to no run.
     shape = (*selected.shape[:-1], slots + 1)

@@ -76,8 +76,10 @@ class DenseSchedule:
                 )
         for name in ("sigma_above", "sigma_below"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"DenseSchedule.{name} is {value!r}: a noise level lies between 0 and 1.")
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"DenseSchedule.{name} is {value!r}: a noise level is a number from 0 to 1.")
 
     @property
     def needs_num_steps(self) -> bool:
@@ -194,6 +196,12 @@ class DenseSchedule:
         if self.sigma_below is not None and step.sigma < self.sigma_below:
             return f"sigma below {self.sigma_below}"
         return ""
+
+
+def check_kind(name: str, schedule: object) -> None:
+    """Raise a TypeError that names what is given in the place of a schedule."""
+    if not isinstance(schedule, DenseSchedule):
+        raise TypeError(f"{name} is {schedule!r}: give a DenseSchedule, such as DenseSchedule(first_steps=0.2).")
 
 
 def _count(value: int | float, total: int) -> int:

@@ -33,7 +33,7 @@ from .machine import (
 from .methods import (
     DENSE,
     build_method,
-    check_names,
+    check_methods,
     check_sparse_only,
     choose_runs,
     expected_note,
@@ -222,7 +222,7 @@ def prepare(
         lora, guidance_free, sla = filled.values()
     reads: dict[str, Any] = {name: getattr(settings, name) for name in INPUTS}
     reads |= {"model": model, "components": components, "decoder": preset and preset.decoder}
-    check_names(sparse.names, compare)
+    check_methods(sparse.methods, compare)
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")

@@ -29,14 +29,17 @@ _NEAR = 0.04
 """A density that is off by no more than this share of it is met; SVG's temporal heads may be 3 % below theirs."""
 
 
-def check_names(names: Sequence[str], compare: bool) -> None:
-    """Raise BadInput for a method that there is not, and for a comparison of dense with itself."""
+def check_methods(runs: Sequence[str | Method], compare: bool) -> None:
+    """Raise BadInput for the name of a method that there is not, and for a comparison of dense with itself.
+
+    A config may be of a method that has no name here: of somebody's own.
+    """
     from ..attention import METHODS
 
-    for name in names:
-        if name != DENSE and name not in METHODS:
-            raise BadInput("method", f"there is none of that name{nearest(name, [DENSE, *METHODS])}", value=name)
-    if compare and names and set(names) == {DENSE}:
+    for run in runs:
+        if isinstance(run, str) and run != DENSE and run not in METHODS:
+            raise BadInput("method", f"there is none of that name{nearest(run, [DENSE, *METHODS])}", value=run)
+    if compare and runs and set(map(name_of, runs)) == {DENSE}:
         raise BadInput("compare", f"needs a {mention('method')} other than dense, which is always the reference")
 
 
@@ -202,7 +205,7 @@ def labels(methods: Sequence[Method]) -> list[str]:
     made = []
     for method, settings in zip(methods, told, strict=True):
         peers = [other for other, its in zip(told, methods, strict=True) if its.name == method.name]
-        differing = [f"{key}={value}" for key, value in settings.items() if any(p[key] != value for p in peers)]
+        differing = [f"{key}={value}" for key, value in settings.items() if any(p.get(key) != value for p in peers)]
         made.append("-".join([method.name, *differing]))
     return made
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..attention.records import RunReport
 
 
+VERSION = 1
+"""Of the numbers beside a page."""
+
+
 class HeatMap(NamedTuple):
     """Values `[layers, steps]` from 0 to `top`, NaN where there is none, and what they are."""
 
@@ -90,6 +94,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
             entry["attention"] = _attention_summary(video.report)
         videos.append(entry)
     return {
+        "version": VERSION,
         "prompt": comparison.prompt,
         "command": comparison.command,
         "fps": comparison.fps,
@@ -141,7 +146,9 @@ def write_json(comparison: Comparison, path: str | Path) -> Path:
 
 def write_numbers(numbers: dict[str, Any], path: str | Path) -> Path:
     """Write what a page tells as JSON, in which there is no NaN."""
-    text = json.dumps(numbers, indent=2, allow_nan=False, default=str)
+    from ..attention.plain_values import plain
+
+    text = json.dumps(plain(numbers), indent=2, allow_nan=False)
     return write_bytes(text.encode() + b"\n", path)
 
 
@@ -220,12 +227,14 @@ def _metrics_summary(metrics: FrameMetrics) -> dict[str, Any]:
 
 
 def _attention_summary(report: RunReport) -> dict[str, Any]:
+    from ..attention.plain_values import plain
+
     out: dict[str, Any] = {
         "method": report.method,
-        "config": report.config,
+        "config": plain(report.config),
         "mean_density": report.mean_density(),
         "density_by_step": report.density_by_step(),
-        "density_layers_x_steps": _for_json(report.density_map()),
+        "density_layers_x_steps": plain(report.density_map()),
         "plan_seconds": report.plan_seconds,
         "attention_seconds": report.attention_seconds,
         "calls": len(report.records),
@@ -238,24 +247,17 @@ def _attention_summary(report: RunReport) -> dict[str, Any]:
         out["temporal_head_share"] = float(np.nanmean(share))
     if calls := report.measured():
         out["error"] = {
-            "median": _for_json(report.median_error()),
+            "median": plain(report.median_error()),
             "worst": {name: getattr(calls[0], name) for name in ("model", "layer", "step", "branch")}
-            | {"error": _for_json(calls[0].error), "predicted": _for_json(calls[0].predicted_error)},
+            | {"error": plain(calls[0].error), "predicted": plain(calls[0].predicted_error)},
             "calls": len(calls),
             "seconds": report.error_seconds,
-            "layers_x_steps": _for_json(report.error_map()),
-            "predicted_layers_x_steps": _for_json(report.predicted_error_map()),
+            "layers_x_steps": plain(report.error_map()),
+            "predicted_layers_x_steps": plain(report.predicted_error_map()),
         }
     for name, deciles in (cluster_deciles(report) or {}).items():
         out[f"{name}_cluster_size_deciles"] = np.median(deciles, axis=0).tolist()
     return out
-
-
-def _for_json(value: Any) -> Any:
-    """A number or an array with null for what JSON has no number for."""
-    if isinstance(value, np.ndarray | list):
-        return [_for_json(item) for item in value]
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _page(comparison: Comparison, sheet: bytes) -> dict[str, Any]:

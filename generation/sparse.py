@@ -78,11 +78,17 @@ class Sparse:
 
 
 def _check_methods(methods: Sequence[Any]) -> None:
-    """Raise BadInput for what is neither a name nor a config."""
-    from ..attention.methods.base import Method
+    """Raise BadInput for what is neither a name nor a config, and for a config that is none of a method."""
+    from ..attention.methods.base import Method, check_config
 
     for method in methods:
         if isinstance(method, type) and issubclass(method, Method):
-            raise BadInput("method", "it is the class, not a config", f"Give {method.__name__}().", value=method.name)
+            name = getattr(method, "name", method.__name__)
+            raise BadInput("method", "it is the class, not a config", f"Give {method.__name__}().", value=name)
         if not isinstance(method, str | Method):
             raise BadInput("method", "it must be a name, or a config such as SVG2()", value=repr(method))
+        if isinstance(method, Method):
+            try:
+                check_config(method)
+            except TypeError as error:
+                raise BadInput("method", str(error).rstrip("."), value=repr(method)) from error

@@ -8,7 +8,7 @@ from typing import Any
 from ..attention.backends import check_backend
 from ..attention.layout import VideoLayout
 from ..generation.errors import BadInput
-from ..generation.methods import DENSE, build_method, check_names
+from ..generation.methods import DENSE, build_method, check_methods
 from ..pipelines.acceleration.families import FAMILIES
 from .config import ConfigError
 
@@ -42,7 +42,7 @@ def training_method(
         return None
     check_takes_sparse(f"attention.method is {name}", transformer_class, layouts)
     try:
-        check_names([name], compare=False)
+        check_methods([name], compare=False)
         overrides = {} if block_size is None else {"block_size": block_size}
         method = build_method(
             name, layouts[-1], density=density, overrides=overrides, dense_steps=0, dense_layers=dense_layers

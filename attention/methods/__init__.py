@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from .base import Method, PlanMemory
+from .base import Method, PlanMemory, check_config
 from .lvsa import LVSA
 from .radial import Radial
 from .random import RandomBlocks
@@ -27,19 +27,23 @@ def resolve_method(method: Method | str, **settings: Any) -> Method:
 
     Raises:
         ValueError: no method has that name; a setting out of its bounds. TypeError: neither a method nor a name;
-            settings beside a method, or that the named one has not.
+            settings beside a method, or that the named one has not; a config without a name, or with another schedule
+            than a `DenseSchedule`.
     """
     if isinstance(method, Method):
         if settings:
             given, cls = _written(settings), type(method).__name__
             raise TypeError(f"{given} is beside a config, which has its settings itself: give {cls}({given}).")
+        check_config(method)
         return method
     if not isinstance(method, str):
         raise TypeError(f"method must be one of {', '.join(METHODS)} or a config such as SVG2(), got {method!r}.")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose {', '.join(METHODS)}, or leave the pipeline dense.")
     check_settings(METHODS[method], settings)
-    return METHODS[method](**settings)
+    made = METHODS[method](**settings)
+    check_config(made)
+    return made
 
 
 def check_settings(cls: type[Method], settings: Mapping[str, Any]) -> None:
@@ -72,6 +76,7 @@ __all__ = [
     "RandomBlocks",
     "Sparge",
     "Tangent",
+    "check_config",
     "check_settings",
     "resolve_method",
 ]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
 from ..heads import ALL_HEADS, HeadShare
 from ..layout import VideoLayout
 from ..plan import BlockPlan
-from ..schedule import DenseSchedule
+from ..schedule import DenseSchedule, check_kind
 
 M = TypeVar("M", bound="Method")
 
@@ -68,18 +68,20 @@ class Method(abc.ABC):
 
     Args:
         schedule: the steps and layers that stay dense; every method has its own default.
+
+    A class has a `name`, under which it is asked for and reported. The other texts are what users are told of it.
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
-    good_for: ClassVar[str]
-    costs: ClassVar[str]
-    source: ClassVar[str]
+    summary: ClassVar[str] = ""
+    good_for: ClassVar[str] = ""
+    costs: ClassVar[str] = ""
+    source: ClassVar[str] = ""
 
     schedule: DenseSchedule = field(default_factory=DenseSchedule)
 
     @classmethod
-    def for_density(cls, layout: VideoLayout, density: float, **settings: Any) -> Method:
+    def for_density(cls, layout: VideoLayout, density: float, **settings: Any) -> Self:
         """A config of this method that computes about `density` of all pairs on a layout.
 
         Args:
@@ -88,9 +90,15 @@ class Method(abc.ABC):
             settings: further fields.
 
         Raises:
-            ValueError: a density out of range.
+            ValueError: a density out of range, or a method that has no such setting.
             OutOfReach: one that this layout does not allow.
         """
+        known = [f.name for f in fields(cls)]
+        if "density" not in known:
+            raise ValueError(
+                f"{cls.__name__} has no density, it has {', '.join(known)}: give these and not density {density}, or "
+                "write a for_density of its own, which finds those that compute so many pairs."
+            )
         method = cls(**{"density": density, **settings})
         method.check(layout)
         return method
@@ -297,6 +305,16 @@ def blocks_for_density(
             least=computed[0],
         )
     return reading(1 + min(range(blocks), key=lambda place: abs(computed[place] - density)))
+
+
+def check_config(method: Method) -> None:
+    """Raise a TypeError for a config without what every method has, which no class is made to check."""
+    cls, name = type(method).__name__, getattr(method, "name", None)
+    if not isinstance(name, str) or not name:
+        raise TypeError(f'{cls} has no name: write name: ClassVar[str] = "my-method" in it.')
+    if name == "dense":
+        raise TypeError(f"{cls} has the name {name!r}, which stands for attention to all: give it another.")
+    check_kind(f"{cls}.schedule", method.schedule)
 
 
 def either(ways: Sequence[str]) -> str:

@@ -8,13 +8,13 @@ import torch
 
 from ...attention import DenseSchedule, Method
 from ...attention.backends import nothing_is_fast, refusal, special_refusal, with_stand_ins
+from ...attention.schedule import check_kind
 from .scheduler_table import MAX_FLOW_SIGMA, highest_sigma
 
 
 def check_schedule(schedule: Any, pipe: Any) -> None:
     """Refuse what is no schedule, and one that the pipeline's scheduler cannot tell the steps or noise levels of."""
-    if not isinstance(schedule, DenseSchedule):
-        raise TypeError(f"schedule is {schedule!r}: give a DenseSchedule, such as DenseSchedule(first_steps=0.2).")
+    check_kind("schedule", schedule)
     if not hasattr(pipe, "scheduler"):
         fix = "pass schedule=DenseSchedule(first_steps=...) with a whole number."
         check_without_scheduler(f"{type(pipe).__name__} is no pipeline, so", schedule, fix)

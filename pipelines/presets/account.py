@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from ...attention import DenseSchedule, RunReport, StepInfo
-from ...attention.records import CallRecord, kept_records, of_last_call
+from ...attention.plain_values import plain
+from ...attention.records import VERSION, CallRecord, kept_records, of_last_call
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
@@ -130,8 +131,10 @@ class Account:
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows."""
-        return asdict(self)
+        """Everything, in types that JSON knows, null for NaN; the attention as its own `to_dict` gives it."""
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention"}
+        attention = None if self.attention is None else self.attention.to_dict()
+        return {**plain({"version": VERSION, **told}), "attention": attention}
 
     def __repr__(self) -> str:
         return f"<vidaccel account of {self.preset or 'a run'}: {self.in_words()}; print it for a table>"

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ...attention.methods import METHODS, Method
 from ..locations import is_hub_id, is_single_file
 from ..nearest_name import nearest
 from ..plain_content import content_of
@@ -59,13 +60,14 @@ def save_preset(preset: Preset, place: str | Path) -> Path:
         place: a .yaml, .yml or .json file.
 
     Raises:
-        PresetError: another suffix, or a folder that is not there.
+        PresetError: another suffix, or a folder that is not there; a method that a file cannot name.
     """
     file = Path(place).expanduser()
     if file.suffix not in SUFFIXES:
         raise PresetError("", f"{file} has the suffix {file.suffix!r}", f"Give {', '.join(SUFFIXES)}.")
     if not file.parent.is_dir():
         raise PresetError("", f"there is no folder {file.parent}", "Make it first.")
+    _check_named(preset.method)
     content = absolute(preset).to_dict()
     if file.suffix == ".json":
         text = json.dumps(content, indent=2) + "\n"
@@ -75,6 +77,18 @@ def save_preset(preset: Preset, place: str | Path) -> Path:
     part.write_text(text, encoding="utf-8")
     part.replace(file)
     return file
+
+
+def _check_named(method: Method | None) -> None:
+    """Raise a PresetError for a method that would be read from a file as another one, or not at all."""
+    cls = type(method)
+    if method is None or METHODS.get(method.name) is cls:
+        return
+    other = METHODS.get(method.name)
+    problem = f"a file names a method, and {method.name!r} is {other.__name__ if other else 'not in vidaccel.METHODS'}"
+    fix = f'vidaccel.METHODS["{"my-method" if other else method.name}"] = {cls.__name__}.'
+    fix = f"{'Give it a name of its own, and register' if other else 'Register'} it here and where it is read: {fix}"
+    raise PresetError("method", problem, fix, cls.__name__)
 
 
 def absolute(preset: Preset) -> Preset:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...attention.backends import check_backend, precision_of
-from ...attention.methods import Method
+from ...attention.methods import Method, check_config
 from ...attention.methods.description import describe, described
+from ...attention.plain_values import plain
 from ..guidance_cache.settings import GuidanceCache
 from ..locations import is_hub_id
 from ..lora_files import TARGETS, LoraFile
@@ -150,6 +151,11 @@ class Preset:
         if self.method is not None and not isinstance(self.method, Method):
             fix = "Give a config such as Tangent(), or describe it in a file."
             raise PresetError("method", "it must be a config of a method, or None for dense", fix, repr(self.method))
+        if self.method is not None:
+            try:
+                check_config(self.method)
+            except TypeError as error:
+                raise PresetError("method", str(error).rstrip(".")) from error
         try:
             check_backend(self.backend)
         except ValueError as error:
@@ -225,9 +231,9 @@ class Preset:
         made: dict[str, Any] = {"version": self.version}
         for name in ("name", "summary", "model", "base", "family"):
             made[name] = getattr(self, name)
-        made["transformer"] = dict(self.transformer)
+        made["transformer"] = plain(self.transformer)
         if self.method is not None:
-            made["attention"] = {**_plain(describe(self.method)), "backend": self.backend}
+            made["attention"] = {**plain(describe(self.method)), "backend": self.backend}
             made["attention"] |= {"precision": self.precision} if self.precision else {}
             made["attention"] |= {"adapters": list(self.sla)} if self.sla else {}
         made["guidance_free"] = list(self.guidance_free)
@@ -238,12 +244,12 @@ class Preset:
         for name in ("cache", "quantize", "compile", "scheduler"):
             value = getattr(self, name)
             made[name] = (
-                None if value is None else _plain({k: v for k, v in asdict(value).items() if v not in (None, {})})
+                None if value is None else plain({k: v for k, v in asdict(value).items() if v not in (None, {})})
             )
         made["guidance_cache"] = None if self.guidance_cache is None else asdict(self.guidance_cache)
         made["decoder"] = self.decoder
         made |= {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        made["measured"] = _plain(dict(self.measured))
+        made["measured"] = plain(self.measured)
         return {name: value for name, value in made.items() if value not in (None, "", [], {})}
 
     @classmethod
@@ -424,12 +430,3 @@ def _check_names(where: str, stated: Any, known: Iterable[str]) -> None:
     for name in stated:
         if name not in known:
             raise PresetError(where, f"there is no {name}{nearest(str(name), known)}")
-
-
-def _plain(value: Any) -> Any:
-    """In the kinds that YAML and JSON have; a schedule without what is its default."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value

@@ -105,6 +105,27 @@ def test_bad_plans_are_named(make, message):
         make()
 
 
+def test_runs_that_have_no_place_are_refused():
+    crossed = torch.eye(6, dtype=torch.bool) | torch.eye(6, dtype=torch.bool).flip(0)
+    assert BlockPlan.from_block_mask(crossed, 8, 8, 48, 48, max_runs=2).density() == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match=r"max_runs is 1, but a tile reads 2 runs of keys: give 2, or None\."):
+        BlockPlan.from_block_mask(crossed, 8, 8, 48, 48, max_runs=1)
+    with pytest.raises(ValueError, match="max_runs is 0: it must be at least 1"):
+        BlockPlan.from_block_mask(crossed, 8, 8, 48, 48, max_runs=0)
+
+
+def test_negative_clusters_and_wide_numbers_are_refused():
+    sizes = torch.tensor([[[60, -12]]])
+    with pytest.raises(ValueError, match="the q cluster sizes must not be negative, got -12"):
+        BlockPlan.from_clusters(sizes, sizes, torch.ones(1, 1, 2, 2, dtype=torch.bool), n_q=48, n_kv=48)
+    zero = torch.zeros(1, 1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"BlockPlan\.run_len must be int32, got torch\.int64"):
+        BlockPlan(48, 48, zero, zero + 48, zero[..., None], zero[..., None].long() + 48)
+    back = torch.tensor([[[0, 60]]], dtype=torch.int32), torch.tensor([[[60, -12]]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cover each query"):
+        BlockPlan(48, 48, *back, torch.zeros_like(back[0])[..., None], torch.ones_like(back[0])[..., None]).validate()
+
+
 def test_validate_finds_broken_promises():
     plan, _ = clusters(1, 1, 20, 20, 3, 4, share=0.9)
     twice = torch.zeros(1, 1, 20, dtype=torch.int64)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 from diffusers import WanPipeline
 
 import vidaccel
 from vidaccel import SVG2, Radial, Sparge, Tangent, demo
-from vidaccel.attention import DenseSchedule, VideoLayout
+from vidaccel.attention import BlockPlan, DenseSchedule, Method, VideoLayout
 from vidaccel.attention.methods import RandomBlocks
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import Sparse, prepare
@@ -178,8 +179,25 @@ def test_a_config_that_is_its_methods_default_is_the_same_run():
         ([Radial(), SVG2], r"^method is svg2: it is the class"),
         (5, r"^method is 5: it must be a name, or a config such as SVG2\(\)\.$"),
         ([None], r"^method is None: it must be a name"),
+        (SVG2(schedule=None), r"^method is SVG2\(.*\): SVG2\.schedule is None: give a DenseSchedule"),
     ],
 )
 def test_what_is_no_method(loads_nothing, method, message):
     with pytest.raises(BadInput, match=message):
         vidaccel.generate("demo", PROMPT, method=method, compare=True, device="cpu", **SMALL)
+
+
+def test_a_config_of_ones_own_method_runs(pipe):
+    """Its name is no more than a label."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Near(Method):
+        name: ClassVar[str] = "near"
+        reach: int = 1
+
+        def plan(self, q, k, v, layout, memory):
+            return BlockPlan.dense(layout.tokens, layout.tokens)
+
+    made = vidaccel.generate(pipe, PROMPT, method=Near(schedule=DenseSchedule(first_steps=1)), **SMALL)
+    assert made.name == "near" and made.report.method == "near"
+    assert labels([SVG2(), *(type(name, (Near,), {"name": "svg2"})() for name in "A")])[0].startswith("svg2-")

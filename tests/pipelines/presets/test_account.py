@@ -331,7 +331,9 @@ def test_the_report_as_text_and_as_data(pipe):
         text = str(account)
         assert "5 steps: 10 forwards, 6 computed and 4 skipped; attention 0 sparse, 0 mixed, 3 dense" in text
         assert "no step was sparse" in text and "first steps (6)" in text
-        assert json.loads(json.dumps(account.to_dict()))["steps"][2]["skipped"] == 2
+        told = json.loads(json.dumps(account.to_dict(), allow_nan=False))
+        assert told["version"] == 1 and told["attention"] == json.loads(json.dumps(account.attention.to_dict()))
+        assert told["steps"][2]["skipped"] == 2 and told["steps"][2]["density"] is None
         handle.reset()
         assert not handle.report().steps
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
-from vidaccel import METHODS, SLA, DenseSchedule, Preset, Radial, Tangent, demo
+from vidaccel import METHODS, SLA, SVG, DenseSchedule, Method, Preset, Radial, Tangent, demo
 from vidaccel.pipelines.presets import (
     Cache,
     Compile,
@@ -59,6 +63,44 @@ def test_a_file_holds_every_method(tmp_path):
     for name, kind in METHODS.items():
         preset = Preset(method=kind())
         assert load_preset(save_preset(preset, tmp_path / f"{name}.yaml")) == preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Near(Method):
+    """Of nobody's package."""
+
+    name: ClassVar[str] = "near"
+    reach: int = 1
+
+    def plan(self, *given): ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MySVG(SVG):
+    """With the name of another."""
+
+    extra: int = 3
+
+
+def test_a_file_holds_no_method_that_it_cannot_name(tmp_path, monkeypatch):
+    file = tmp_path / "a.yaml"
+    with pytest.raises(
+        PresetError, match=r"method is Near: .* 'near' is not in vidaccel\.METHODS\. Register it .*Near\.$"
+    ):
+        save_preset(Preset(method=Near(reach=2)), file)
+    with pytest.raises(PresetError, match=r"method is MySVG: a file names a method, and 'svg' is SVG\. Give it a name"):
+        save_preset(Preset(method=MySVG()), file)
+    assert not file.exists() and Preset(method=Near()).to_dict()["attention"]["method"] == "near"
+    monkeypatch.setitem(METHODS, "near", Near)
+    assert load_preset(save_preset(Preset(method=Near(reach=2)), file)).method == Near(reach=2)
+
+
+def test_a_file_holds_what_was_measured_in_kinds_of_its_own(tmp_path):
+    measured = {"a": torch.tensor(3.0), "b": np.float32(0.5), "c": (1, 2)}
+    preset = load_preset(
+        save_preset(Preset(measured=measured, transformer={"num_layers": np.int64(6)}), tmp_path / "a.yaml")
+    )
+    assert preset.measured == {"a": 3.0, "b": 0.5, "c": [1, 2]} and preset.transformer == {"num_layers": 6}
 
 
 def test_files_are_beside_the_preset_that_names_them(tmp_path, monkeypatch):
@@ -212,6 +254,7 @@ def test_what_cannot_be_is_named(content, lever, message):
     [
         ({"guidance_free": ("own",), "guidance_scale": 1.0}, "guidance_free: .* guidance_scale 1 has none"),
         ({"guidance_free": True}, "guidance_free is True: it must be a file"),
+        ({"method": SVG(schedule=None)}, r"method: SVG\.schedule is None: give a DenseSchedule"),
         ({"loras": 5}, "loras is 5: it must be a file"),
         ({"cache": 5}, "cache is 5: it must be a Cache, its name or None"),
         ({"precision": "int8"}, "precision: .* there is no method"),
