@@ -33,7 +33,7 @@ PICTURES = (".png", ".jpg", ".svg")
 CONTRIBUTING = {
     "develop/contributing.md": ("Contributing", ("Set up", "On a GPU", "Without a GPU", "House rules", "Clean room")),
     "develop/design.md": ("Design and non-goals", ("The one idea", "Non-goals", "The tree")),
-    "develop/extend.md": ("How to add a method, a family, a recipe", ("How to add",)),
+    "develop/extend.md": ("How to add a method, a family, a recipe", ("Extend it from outside", "How to add")),
 }
 README = {"": "index.md"}  # which is no page, but may be linked to
 

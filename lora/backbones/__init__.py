@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from ...generation.rows import find_row
 from ...pipelines.deep_compression.adapter_folder import is_adapter
 from ..config import ConfigError
+from ..named_class import Row, named_class
 from .base import Backbone, ModelOptions, OwnModel
 
-FAMILIES = {
+FAMILIES: dict[str, Row] = {
     "WanPipeline": ("wan", "WanBackbone"),
     "WanImageToVideoPipeline": ("wan", "WanBackbone"),
     "FluxPipeline": ("flux", "FluxBackbone"),
@@ -20,7 +20,7 @@ FAMILIES = {
 }
 """Class of the base pipeline -> (module, class), for models that are moved to another autoencoder."""
 
-OWN_FAMILIES = {
+OWN_FAMILIES: dict[str, Row] = {
     "WanPipeline": ("wan_own", "WanModel"),
     "WanImageToVideoPipeline": ("wan_own", "WanModel"),
     "DCVideoGenPipeline": ("wan_dc", "DCWanModel"),
@@ -37,7 +37,8 @@ OWN_FAMILIES = {
     "LTX2Pipeline": ("ltx2_own", "LTX2Model"),
     "LTX2ImageToVideoPipeline": ("ltx2_own", "LTX2Model"),
 }
-"""The same for models as they are. A family is one more file and one line here."""
+"""The same for models as they are. A family is one more file and one line here; of one of somebody's own, the class, or
+"package.module:Class"."""
 
 
 def open_backbone(base: str, autoencoder: str, **options: Any) -> Backbone:
@@ -83,12 +84,11 @@ def _class_name(base: str) -> str:
     return "DCVideoGenPipeline" if is_adapter(Path(base)) else _stated_class(base)
 
 
-def _class_of(base: str, families: Mapping[str, tuple[str, str]], recipe: str) -> Any:
+def _class_of(base: str, families: Mapping[str, Row], recipe: str) -> Any:
     name = _class_name(base)
     if name not in families:
         raise ConfigError(f"model.base: {base} is a {name}; {recipe} takes {', '.join(families)}.")
-    module, cls = families[name]
-    return getattr(importlib.import_module(f".{module}", __name__), cls)
+    return named_class(families[name], __name__)
 
 
 def _stated_class(base: str) -> str:

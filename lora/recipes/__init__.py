@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from ..config import ConfigError, nearest
+from ..named_class import Row, named_class
 
 if TYPE_CHECKING:
     from .base import Recipe
 
-RECIPES: dict[str, tuple[str, str]] = {
+RECIPES: dict[str, Row] = {
     "ae_adapt": ("ae_adapt", "AEAdapt"),
     "autoencoder": ("autoencoder", "TrainAutoencoder"),
     "consistency": ("consistency", "TrainConsistency"),
@@ -20,17 +20,16 @@ RECIPES: dict[str, tuple[str, str]] = {
     "sla": ("sla", "TrainSLA"),
     "tiny_decoder": ("tiny_decoder", "TrainTinyDecoder"),
 }
-"""Name -> (module, class)."""
+"""Name -> (module, class); for one of somebody's own, its class, or "package.module:Class"."""
 
 
 def find(name: str) -> type[Recipe]:
     """The class of a recipe; "ae-adapt" is "ae_adapt".
 
     Raises:
-        ConfigError: no such recipe.
+        ConfigError: no such recipe, or its class is not there.
     """
     key = name.replace("-", "_")
     if key not in RECIPES:
         raise ConfigError(f'there is no recipe "{name}": {nearest(key, RECIPES)}')
-    module, cls = RECIPES[key]
-    return getattr(importlib.import_module(f".{module}", __name__), cls)
+    return named_class(RECIPES[key], __name__)

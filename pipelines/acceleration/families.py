@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import torch
 
+from ...attention import VideoLayout
 from .. import head_counts
 from . import layouts
 from .layouts import Given, Layouts
@@ -37,6 +38,9 @@ class Family:
         left_out: the setting of the transformer that says how many of the last sites are left as they are.
         stays_dense: what of it stays dense and why, in words; empty if nothing does.
         heads: config of the transformer -> heads of its self-attention, and their size.
+
+    Raises:
+        ValueError: a field of another kind than above, or an empty one.
     """
 
     name: str
@@ -54,15 +58,64 @@ class Family:
     heads: Callable[[Mapping[str, Any]], tuple[int, int]] = head_counts.usual
     feeds: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("transformers", "pipelines", "sites", "branches"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(each, str) and each for each in value):
+                self._refuse(name, 'it must be a tuple of texts, such as ("WanTransformer3DModel",)')
+            if not value and name != "pipelines":
+                self._refuse(name, "it must have at least one")
+        for path in self.sites:
+            if path.count(".*.") != 1:
+                self._refuse("sites", f'{path!r} needs one "*" for the number of a block, as in "blocks.*.attn1"')
+        if not callable(self.layout):
+            self._refuse("layout", "it must be a function of a transformer and the arguments of its forward pass")
+
+    def _refuse(self, name: str, problem: str) -> NoReturn:
+        raise ValueError(f"Family({self.name!r}).{name} is {getattr(self, name)!r}: {problem}.")
+
     def modules(self, transformer: torch.nn.Module) -> dict[str, Any]:
-        """The self-attention modules of a transformer by path, in running order."""
-        found = {}
+        """The self-attention modules of a transformer by path, in running order.
+
+        Raises:
+            TypeError: the transformer is another one than this row says.
+        """
+        found: dict[str, Any] = {}
         for path in self.sites:
             blocks, inner = path.split(".*.")
-            for number, block in enumerate(transformer.get_submodule(blocks).children()):
-                found[f"{blocks}.{number}.{inner}"] = block.get_submodule(inner)
-        kept = len(found) - (getattr(transformer.config, self.left_out) if self.left_out else 0)
+            try:
+                for number, block in enumerate(transformer.get_submodule(blocks).children()):
+                    found[f"{blocks}.{number}.{inner}"] = block.get_submodule(inner)
+            except AttributeError as error:
+                raise self._other(transformer, f"sites has {path!r}", str(error)) from error
+        wrong = [path for path, module in found.items() if not hasattr(module, "processor")]
+        if wrong or not found:
+            told = f"{wrong[0]} has no processor, as attention of diffusers has" if wrong else "it has no such blocks"
+            raise self._other(transformer, f"sites is {self.sites}", told)
+        kept = len(found) - (self._setting(transformer, "left_out", self.left_out) if self.left_out else 0)
         return dict(list(found.items())[:kept])
+
+    def layouts_of(self, transformer: torch.nn.Module, given: Given) -> Layouts:
+        """What `layout` says of a forward pass.
+
+        Raises:
+            TypeError: it is neither layouts nor a reason.
+        """
+        found = self.layout(transformer, given)
+        is_layouts = isinstance(found, tuple) and found and all(isinstance(each, VideoLayout) for each in found)
+        if not is_layouts and not (isinstance(found, str) and found):
+            told = "a tuple with one VideoLayout, or one for each sample, or why there is none, as a text"
+            raise TypeError(f"the layout of Family({self.name!r}) returned {found!r}: it must return {told}.")
+        return found
+
+    def _setting(self, transformer: Any, field: str, name: str) -> Any:
+        try:
+            return getattr(transformer.config, name)
+        except AttributeError as error:
+            raise self._other(transformer, f"{field} names the setting {name!r}", "its config has none") from error
+
+    def _other(self, transformer: object, told: str, found: str) -> TypeError:
+        return TypeError(f"Family({self.name!r}) does not fit {type(transformer).__name__}: {told}, but {found}.")
 
     def depths(self, transformer: torch.nn.Module) -> list[int]:
         """The block that each module of `modules` counts as in a schedule: its place among the main blocks.
@@ -75,14 +128,14 @@ class Family:
             blocks, number, _ = path.split(".", 2)
             fed = self.feeds.get(blocks)
             # Models hand on what was made for main blocks in the order of these, however the setting has them.
-            made.append(next(main) if fed is None else sorted(getattr(transformer.config, fed))[int(number)])
+            made.append(next(main) if fed is None else sorted(self._setting(transformer, "feeds", fed))[int(number)])
         return made
 
 
 _WAN = ("blocks.*.attn1",)
 _DUAL = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: list[Family] = [
     Family(
         "Wan 2.1 / 2.2",
         ("WanTransformer3DModel",),
@@ -259,7 +312,8 @@ FAMILIES: tuple[Family, ...] = (
         layouts.minimax,
         ("transformer_blocks.*.attn",),
     ),
-)
+]
+"""One row for each kind of model, of which the first that has a class counts; one of somebody's own is appended."""
 
 NOT_SERVED = {  # transformers of diffusers' video pipelines, and why
     "LatteTransformer3DModel": "its attention is factorised: no call sees the whole video",
@@ -294,7 +348,7 @@ _SHARING_FAULTS = {
 
 def _several_gpus(family: Family) -> str:
     """Whether processes can share a sequence, as diffusers' classes say."""
-    classes = {name: getattr(diffusers, name) for name in family.transformers}
+    classes = {name: getattr(diffusers, name, None) for name in family.transformers}
     able = [name for name, cls in classes.items() if shares_sequences(cls)]
     if not able:
         return "no"
@@ -310,7 +364,7 @@ def unshared_sequence(pipeline: str, transformer: str) -> str:
         pipeline: class of the pipeline. transformer: class of its transformer; "" where that is not known.
     """
     family = next((f for f in FAMILIES if transformer in f.transformers or pipeline in f.pipelines), None)
-    if family is None or not shares_sequences(getattr(diffusers, transformer or family.transformers[0])):
+    if family is None or not shares_sequences(getattr(diffusers, transformer or family.transformers[0], None)):
         return f"diffusers cannot share the sequence of a {transformer or pipeline}"
     why = _SHARING_FAULTS.get(family.name)
     return f"diffusers cannot share the sequence of {family.name}: {why}" if why else ""
@@ -377,6 +431,6 @@ def find_transformers(pipe: object) -> dict[str, tuple[torch.nn.Module, Family]]
     why = "; ".join(unknown.values()) or "it has none"
     raise TypeError(
         f"{type(pipe).__name__} has no transformer that vidaccel knows, or not all of them ({why}). Known families: "
-        f"{', '.join(family.name for family in FAMILIES)}. A new one is a row in pipelines/acceleration/families.py: "
-        "where its self-attention modules are, and where the video tokens are in their sequence."
+        f"{', '.join(family.name for family in FAMILIES)}. A new one is a row, vidaccel.pipelines.FAMILIES.append("
+        "Family(...)): where its self-attention modules are, and where the video tokens are in their sequence."
     )

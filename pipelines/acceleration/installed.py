@@ -155,7 +155,7 @@ class Installed(CopiedNotPickled):
         if step.run != self.engine.step.run:
             self._most_calls = 0
             self._limits = {}  # what was measured since the last run counts
-        found = self.family.layout(module, given)
+        found = self.family.layouts_of(module, given)
         layouts, unknown = ((), found) if isinstance(found, str) else (found, "")
         dense = unknown or self._too_short(layouts, given, step)
         why = dense

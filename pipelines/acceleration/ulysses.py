@@ -158,6 +158,6 @@ def share_sequence(transformer: Any, mesh: DeviceMesh, anything: bool) -> None:
         transformer.enable_parallelism(config=config)
 
 
-def shares_sequences(cls: type) -> bool:
-    """Whether diffusers can share the sequences of a transformer class between processes."""
+def shares_sequences(cls: type | None) -> bool:
+    """Whether diffusers can share the sequences of a transformer class between processes; of none that it has, not."""
     return getattr(cls, "_cp_plan", None) is not None

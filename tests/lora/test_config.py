@@ -213,6 +213,23 @@ def test_unknown_recipe():
     assert find("ae-adapt") is find("ae_adapt")
 
 
+def test_a_recipe_of_ones_own_is_its_class_or_names_it(tmp_path, monkeypatch):
+    (tmp_path / "my_recipes.py").write_text("class Mine: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(RECIPES, "mine", "my_recipes:Mine")
+    cls = find("mine")
+    assert cls.__module__ == "my_recipes"
+    monkeypatch.setitem(RECIPES, "mine", cls)
+    assert find("mine") is cls
+    for row in ("my_recipes:Other", "no_recipes:Mine", ("nothing", "Mine")):
+        monkeypatch.setitem(RECIPES, "mine", row)
+        with pytest.raises(ConfigError, match=r"was registered, but there is no \w+ in a module"):
+            find("mine")
+    monkeypatch.setitem(RECIPES, "mine", "my_recipes")
+    with pytest.raises(ConfigError, match=r"'my_recipes' names no class: register the class itself"):
+        find("mine")
+
+
 def test_places_that_are_not_there_are_named_with_all_other_faults(tmp_path):
     """Each was found in a run of its own, the folder behind the loading of the text encoder."""
     file = tmp_path / "a.yaml"

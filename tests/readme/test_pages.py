@@ -66,8 +66,25 @@ def short_calls(monkeypatch):
     monkeypatch.setattr(WanPipeline, "__call__", call)
 
 
+@pytest.fixture
+def tables():
+    """The tables that pages register entries in, which are the whole process's."""
+    from vidaccel.attention import BACKENDS, METHODS
+    from vidaccel.lora.backbones import OWN_FAMILIES
+    from vidaccel.lora.recipes import RECIPES
+    from vidaccel.pipelines import FAMILIES
+
+    named = [(table, dict(table)) for table in (METHODS, BACKENDS, OWN_FAMILIES, RECIPES)]
+    families = list(FAMILIES)
+    yield
+    for table, before in named:
+        table.clear()
+        table.update(before)
+    FAMILIES[:] = families
+
+
 @pytest.mark.parametrize("page", WITH_PYTHON)
-def test_the_python_of_a_page_runs(page, folder, weights, short_calls, monkeypatch):
+def test_the_python_of_a_page_runs(page, folder, weights, short_calls, tables, monkeypatch):
     """Its blocks one after the other, with a pipeline and a prompt at hand."""
     from diffusers import WanPipeline
 
