@@ -119,6 +119,12 @@ def attend(
         result = backend.attend(q, k, v, plan, scale, with_lse)
     else:
         result = backend.attend_quantized(q, k, v, plan, scale, with_lse, precision)
+    if result[0].shape != q.shape or (with_lse and (result[1] is None or result[1].shape != q.shape[:-1])):
+        shapes = ["None" if x is None else list(x.shape) for x in result]
+        raise RuntimeError(
+            f"the backend {backend.name} made an output and a log-sum-exp of shape {shapes[0]} and {shapes[1]} for q "
+            f"{list(q.shape)}: Backend.attend must return [B, H, N, D], and [B, H, N] where return_lse is true."
+        )
     if not merged:
         return result
     with torch.autocast(q.device.type, enabled=False):  # stand-ins are float32

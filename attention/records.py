@@ -94,11 +94,14 @@ class RunReport:
         return replace(self, records=records, notes=tuple(n for n in self.notes if self.noted.get(n, last) >= last))
 
     def density_by_step(self) -> dict[int, float]:
-        """Mean density of each step, over layers and branches."""
+        """Mean density of each step, over layers and branches, and over all runs: `last()` has one call's alone."""
         return {step: float(np.mean(d)) for step, d in sorted(self._densities("step").items())}
 
     def map_of(self, value: Callable[[CallRecord], float | None]) -> np.ndarray:
-        """The mean of a value `[layers, steps]` over branches; several models are stacked; NaN where no call has it."""
+        """The mean of a value `[layers, steps]` over branches, and over all runs: `last()` has one call's alone.
+
+        Several models are stacked; NaN where no call has the value.
+        """
         rows = {key: i for i, key in enumerate(sorted({(r.model, r.layer) for r in self.records}))}
         steps = max((r.step for r in self.records), default=-1) + 1
         total, count = np.zeros((len(rows), steps)), np.zeros((len(rows), steps))

@@ -155,7 +155,8 @@ def run(
             method = method if schedule is None else replace(method, schedule=schedule)
             sla = adapter if method.name == "sla" else ()
             beside = beside.replace(method=method, backend=backend, precision=precision, sla=sla)
-        with refusals(), apply(pipe, beside, base=base, measure_error=measure_error) as applied:
+        rows = 0 if beside.method is None else measure_error
+        with refusals(), apply(pipe, beside, base=base, measure_error=rows) as applied:
             made = _call(pipe, settings, on_step, on_note, decode, crew)
             account = applied.report().last()
             return replace(made, report=account.attention, account=account)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -28,6 +29,35 @@ def check_phase(phase: Phase, device: torch.device, sharded: bool) -> None:
     check_linears(settings.low_bit_linears, phase.name, device)
     if sharded:
         _check_sharded(phase)
+
+
+def check_names(phases: Sequence[Phase]) -> None:
+    """Raise ConfigError for two phases of one name, under which checkpoints and logs tell them apart."""
+    names = [phase.name for phase in phases]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ConfigError(f"the recipe has two phases of the name {twice[0]}: give each a name of its own.")
+
+
+def check_loss(phase: str, made: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    """What `Phase.loss` returned, the loss and the numbers beside it.
+
+    Args:
+        phase: its name.
+
+    Raises:
+        TypeError: it is something else; says what it must be.
+    """
+    wrong = ""
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], Mapping):
+        wrong = f"a {type(made).__name__}"
+    elif not isinstance(made[0], torch.Tensor) or made[0].numel() != 1:
+        wrong = f"a loss of shape {list(made[0].shape)}" if isinstance(made[0], torch.Tensor) else f"{made[0]!r}"
+    elif others := [name for name, value in made[1].items() if not isinstance(value, torch.Tensor)]:
+        wrong = f"{made[1][others[0]]!r} for {others[0]}"
+    if wrong:
+        must = "(loss, numbers), the mean loss as a tensor of one number, and by name those for the log, each a tensor"
+        raise TypeError(f"loss of the phase {phase} returned {wrong}: it must return {must}.")
+    return made
 
 
 def check_outline(phase: Phase) -> None:

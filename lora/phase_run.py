@@ -21,6 +21,7 @@ from .generators import Generators, derive_seed
 from .low_bit import in_low_bits
 from .memory import out_of_memory, peak_gigabytes
 from .optim import clip_gradients, found_rate, learning_rate, make_optimizer, set_learning_rate
+from .phase_checks import check_loss
 from .phase_state import PhaseState
 from .prepared import prepare
 from .progress import duration
@@ -250,7 +251,8 @@ class PhaseRun:
             self.process.check_stop()
             with self.accelerator.accumulate(self.model):
                 batch = to_device(batch, self.accelerator.device)
-                loss, values = self.phase.loss(self.model, batch, Generators(places, self.accelerator.device))
+                made = self.phase.loss(self.model, batch, Generators(places, self.accelerator.device))
+                loss, values = check_loss(self.phase.name, made)
                 self.accelerator.backward(loss)
             for name, value in {"loss": loss, **values}.items():
                 part = value.detach() / self.settings.gradient_accumulation_steps

@@ -25,7 +25,7 @@ from .config import ConfigError, as_yaml, differences, flat, load
 from .fsdp import check_plugin, plugin_of
 from .launched import check_accelerator, check_environment
 from .memory import out_of_memory
-from .phase_checks import check_compiler, check_outline, check_phase, check_some_compile
+from .phase_checks import check_compiler, check_names, check_outline, check_phase, check_some_compile
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
 from .recipes.base import Phase, Recipe
@@ -152,6 +152,7 @@ class Trainer:
     def _run(self, resume: str | None) -> dict[str, Any]:
         with self.process.stop.at_once():
             phases = list(self.recipe.phases())
+            check_names(phases)
             trained = [phase for phase in phases if phase.settings.steps]
             compiles, device, sharded = self.config.loop.compile, self.process.device, self.process.sharded
             for phase in trained:  # before long work, and before a checkpoint with its state is read

@@ -34,6 +34,9 @@ def beside_hooks(model: nn.Module) -> Iterator[None]:
         for reference in _with_own_forward(model):
             if reference.forward is not own.get(reference, reference.forward):
                 reference.original_forward, reference.forward = reference.forward, own[reference]
+        for module in model.modules():
+            if _keeps_its_class_forward(module):
+                del module.forward
         for module, (forward, hook) in above.items():
             module._old_forward, module.forward, module._hf_hook = module.forward, forward, hook
 
@@ -42,6 +45,13 @@ def _offloading_is_outermost(module: nn.Module) -> bool:
     forward = getattr(module.__dict__.get("forward"), "func", None)
     known = {"_hf_hook", "_old_forward"} <= module.__dict__.keys()
     return known and getattr(forward, "__module__", "") == "accelerate.hooks"
+
+
+def _keeps_its_class_forward(module: nn.Module) -> bool:
+    """Whether diffusers put the forward of the class back where it had none of its own, with its last hook."""
+    forward = module.__dict__.get("forward")
+    of_class = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return of_class and "_diffusers_hook" in module.__dict__ and not hooks_of(module)
 
 
 def _with_own_forward(model: nn.Module) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 import torch
 
 from .diffusers_hooks import hooks_of
+from .removed import refuse_removed
 
 
 class PassHook(Protocol):
@@ -59,6 +60,7 @@ class HookedPipeline(Generic[HookT]):
             delattr(self._pipe, self.attribute)
 
     def __enter__(self) -> Self:
+        refuse_removed(self._active, "what made it")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -87,7 +87,10 @@ class _Run:
             )
         if len(self.seen) == self.total and max(self.seen) == self.total - 1:
             return ""
-        return f"run {self.number}: steps seen {len(self.seen)}, expected {self.total}"
+        return (
+            f"run {self.number}: steps seen {len(self.seen)}, expected {self.total}: it was interrupted or failed, "
+            "or its loop leaves steps out; later runs are counted anew"
+        )
 
 
 class StepClock:
@@ -106,10 +109,11 @@ class StepClock:
 
     Args:
         pipe: what is accelerated. Its scheduler is read in each pass, because people swap it between runs.
+        logs: what is wrong with a run; not where another clock of the pipeline does.
     """
 
-    def __init__(self, pipe: object) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: object, logs: bool = True) -> None:
+        self._pipe, self._logs = pipe, logs
         self.lost_its_pipeline = False  # a copy of a transformer without the pipeline that tells its steps
         self._number = 0  # of the next run
         self._call = -1  # of the last run
@@ -175,7 +179,7 @@ class StepClock:
 
     def __deepcopy__(self, memo: dict[int, object]) -> StepClock:
         # A transformer that is copied alone must not bring a copy of its pipeline.
-        new = StepClock(memo.get(id(self._pipe)))
+        new = StepClock(memo.get(id(self._pipe)), self._logs)
         new._number, new._call = self._number, self._call
         new.lost_its_pipeline = new._pipe is None and self._pipe is not None and hasattr(self._pipe, "scheduler")
         return new
@@ -358,7 +362,8 @@ class StepClock:
     def _start(self, table: Table | None, now: Timestep, ignored: Table | None) -> _Run:
         note = self._note()
         if note:
-            logger.warning("%s", note)
+            if self._logs:
+                logger.warning("%s", note)
             self._notes[self._run.number] = self._run.call, note
         number, self._number = self._number, self._number + 1
         self._call += self._new_call

@@ -16,6 +16,7 @@ from ...attention import SLA, DenseSchedule, Method, RunReport
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
+from ..removed import refuse_removed
 from ..trained_for import origins_of
 from .call_marks import CallMarks, remove_call_marks
 from .checks import check_runs, check_schedule
@@ -153,6 +154,7 @@ class Handle:
                 end.remove()
 
     def __enter__(self) -> Handle:
+        refuse_removed(any(installed.active for installed in self._installed), "vidaccel.accelerate")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -30,6 +30,10 @@ from .sla_weights import PROJECTION
 from .ulysses import Ulysses
 from .vsa_gates import GatesAtWork
 
+RUNNING = (
+    "where another thread makes a video with it, wait for that one, or give each thread a pipeline with a copy of the "
+    "transformer: restore would end the sparse attention of its run."
+)
 COPY = "copy the pipeline, or call vidaccel.restore() with the copy and accelerate it again where it is used."
 
 
@@ -75,7 +79,7 @@ class Installed(CopiedNotPickled):
         if any(isinstance(p, SparseProcessor) for p in processors.values()):
             raise RuntimeError(
                 f"{name} is accelerated already: call remove() on the first handle, or vidaccel.restore(pipe), before "
-                "accelerating again."
+                f"accelerating again; {RUNNING}"
             )
         Ulysses.of(transformer, name)  # what cannot be is refused now, where parallelism came first
         self.name, self.transformer, self.family = name, transformer, family

@@ -29,12 +29,12 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
 
     attribute = GUIDANCE_CACHE
 
-    def __init__(self, pipe: Any, settings: GuidanceCache) -> None:
+    def __init__(self, pipe: Any, settings: GuidanceCache, logs: bool = True) -> None:
         transformers = check_guidance_cache(pipe)
         self.settings = settings
         hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
         self._guided = {name: _Guided(pipe) for name in transformers}
-        clock = StepClock(pipe)
+        clock = StepClock(pipe, logs)
         for name, (transformer, family) in transformers.items():
             place, differences = _Place(clock, name, transformer, family), Differences(settings)
             hook: LeftOutPasses | LeftOutSamples

@@ -14,6 +14,7 @@ from ..acceleration.families import unwrap
 from ..base_check import check_base, place_of
 from ..few_steps.grid import GridScheduler
 from ..named_lora import one_for_each
+from ..removed import refuse_removed
 from ..undo import GUIDANCE_FREE, PRESET
 from ..weight_files import transformer_file
 from .adapter_file import OWN_FILE, GuidanceFreeAdapter, GuidanceFreeError, read_adapter
@@ -101,6 +102,7 @@ class GuidanceFree:
         delattr(self._pipe, GUIDANCE_FREE)
 
     def __enter__(self) -> GuidanceFree:
+        refuse_removed(self._active, "vidaccel.guidance_free")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -16,6 +16,7 @@ from ..acceleration.families import unwrap
 from ..acceleration.handle import Handle, accelerate
 from ..base_check import check_base
 from ..named_lora import NamedLora, one_for_each
+from ..removed import refuse_removed
 from ..unsaved import TAKE_OUT, Unsaved
 from .adapter_file import LengthAdapter, read_length
 from .rotary import TRANSFORMERS, frames_of_a_token, riflex
@@ -114,6 +115,7 @@ class Lengthened:
             delattr(self._pipe, LENGTHENED)
 
     def __enter__(self) -> Lengthened:
+        refuse_removed(getattr(self._pipe, LENGTHENED, None) is self, "vidaccel.lengthen")
         return self
 
     def __exit__(self, *error: object) -> None:

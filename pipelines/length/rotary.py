@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..acceleration.families import unwrap
+from ..removed import refuse_removed
 from .settings import Riflex
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -87,6 +88,7 @@ class RiflexHandle:
                 transformer.rope = own
 
     def __enter__(self) -> RiflexHandle:
+        refuse_removed(any(isinstance(each.rope, RiflexRotary) for each in self._transformers), "vidaccel.riflex")
         return self
 
     def __exit__(self, *error: object) -> None:

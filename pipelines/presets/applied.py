@@ -15,8 +15,9 @@ from ..acceleration.call_marks import CallMarks
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate
 from ..guidance_branches import TWO
-from ..guidance_cache.handle import CachedGuidance, guidance_cache
+from ..guidance_cache.handle import CachedGuidance
 from ..guidance_free.handle import GuidanceFree, guidance_free
+from ..removed import refuse_removed
 from ..tiny_decoder.handle import TinyDecoder
 from ..undo import PRESET, QUANTISED
 from ..unsaved import TAKE_OUT, Unsaved
@@ -106,7 +107,7 @@ class Applied:
             below_hooks = preset.cache is not None and preset.cache.name != FORECAST
             for transformer, family in checked.parts.values():
                 self._undo.append(compile_blocks(transformer, family, preset.compile, below_hooks))
-        clock = StepClock(pipe)
+        clock = StepClock(pipe, logs=self.sparse is None)
         self._undo.append(CallMarks(pipe, clock))
         schedule = None if preset.method is None else preset.method.schedule
         # Differences are extrapolated from, so both of their passes have to be computed.
@@ -120,7 +121,7 @@ class Applied:
             self._undo.append(watch)
             self._watches.append(watch)
         if preset.guidance_cache is not None:  # around the caches, which must not see passes that are not made
-            self._guidance = guidance_cache(pipe, preset.guidance_cache)
+            self._guidance = CachedGuidance(pipe, preset.guidance_cache, logs=False)
             self._undo.append(self._guidance)
 
     def _changed(self) -> list[str]:
@@ -200,6 +201,7 @@ class Applied:
         self._notes.append(note)
 
     def __enter__(self) -> Applied:
+        refuse_removed(self._at_work, "vidaccel.apply")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -246,7 +248,13 @@ def apply(pipe: Any, preset: Preset | str | Path, *, base: str | Path | None = N
             in calls of the pipeline: a LoRA of the preset was unloaded or switched off.
         RuntimeError: a preset is at work in the pipeline already.
     """
+    if not isinstance(preset, Preset | str | Path):
+        fix = "Give a Preset, a file or a name; Preset.from_dict makes one of names and values."
+        raise PresetError("", f"a {type(preset).__name__} is no preset", fix)
     chosen = preset if isinstance(preset, Preset) else load_preset(preset)
+    if measure_error and chosen.method is None:
+        problem = f"measure_error is {measure_error}, and a preset without a method has no sparse attention to measure"
+        raise PresetError("method", problem, "Give it a method, or leave measure_error out.")
     return Applied(pipe, chosen, base, measure_error)
 
 

@@ -17,6 +17,7 @@ from ...autoencoders.tiny import TinyVideoDecoder
 from .. import few_steps
 from ..acceleration.checks import check_noise_levels, places_of
 from ..acceleration.families import FAMILIES, Family, find_transformers
+from ..acceleration.installed import RUNNING
 from ..acceleration.rebinding import SparseProcessor
 from ..cfg_parallel.passes import SplitPasses
 from ..few_steps.grid import GridScheduler
@@ -311,7 +312,8 @@ def _check_method(parts: Mapping[str, tuple[Any, Family]], preset: Preset, sched
         return
     for name, (transformer, family) in parts.items():
         if any(isinstance(m.processor, SparseProcessor) for m in family.modules(transformer).values()):
-            raise PresetError("method", f"the {name} is accelerated already", "Call vidaccel.restore(pipe) first.")
+            fix = f"Call vidaccel.restore(pipe) first; {RUNNING}"
+            raise PresetError("method", f"the {name} is accelerated already", fix)
     if method.needs_weights and not isinstance(method, SLA | VSA):
         raise PresetError("method", "it needs weights that were trained for it", value=method.name)
     for transformer, _ in parts.values():

@@ -10,10 +10,11 @@ class PresetError(ValueError):
         lever: the field of the preset ("cache", "quantize"); "" for the preset as a whole.
         problem: with the bound, without a full stop.
         fix: what to do, whole sentences.
-        value: of the field, as text; "" where the problem says it.
+        value: of the field, kept as text; "" where the problem says it.
     """
 
     def __init__(self, lever: str, problem: str, fix: str = "", value: object = "") -> None:
+        value = str(value)
         self.lever, self.problem, self.fix, self.value = lever, problem, fix, value
         head = f"{lever} is {value}: " if value != "" else f"{lever}: " if lever else ""
         super().__init__(f"{head}{problem}.{f' {fix}' if fix else ''}")

@@ -255,12 +255,12 @@ class SchedulerChoice:
 
 
 def settings_of(lever: str, settings: Any) -> Mapping[str, Any]:
-    """Settings by name; none where YAML has nothing behind the colon. PresetError for what is no mapping."""
+    """Settings by name, a copy; none where YAML has nothing behind the colon. PresetError for what is no mapping."""
     if settings is None:
         return {}
     if not isinstance(settings, Mapping):
         raise PresetError(lever, "they must be names and values", value=repr(settings))
-    return settings
+    return dict(settings)
 
 
 def check_number(name: str, value: Any, bounds: CacheSetting) -> None:

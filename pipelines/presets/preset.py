@@ -263,6 +263,9 @@ class Preset:
         Raises:
             PresetError: what is wrong, and where.
         """
+        if not isinstance(content, Mapping):
+            fix = "load_preset reads a file, or one of the package by its name."
+            raise PresetError("", f"a preset must be names and values, and this is a {type(content).__name__}", fix)
         content = dict(content)
         version = content.get("version", "missing")
         if version != VERSION:

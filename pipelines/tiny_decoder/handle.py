@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from ...attention.timing import Span
 from ...autoencoders.tiny import TinyVideoDecoder, frames_of, to_transformer
 from ..acceleration.copies import CopiedNotPickled
+from ..removed import refuse_removed
 from ..undo import TINY_DECODER
 from .source import find_decoder
 
@@ -92,6 +93,7 @@ class TinyDecoder:
             delattr(self._vae, TINY_DECODER)
 
     def __enter__(self) -> TinyDecoder:
+        refuse_removed(getattr(self._vae, TINY_DECODER, None) is self, "vidaccel.tiny_decoder")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -393,3 +393,17 @@ def test_other_devices_get_what_is_made_of_torchs_operators(device):
     if device == "mps":
         with pytest.raises(RuntimeError, match="no float64 on mps"):
             pick("auto", request(torch.float64), scattered=False)
+
+
+@pytest.mark.parametrize("wrong", [(torch.zeros(1), None), (torch.zeros(1, 2, 8, 16), None)])
+def test_what_a_backend_makes_of_another_shape_is_refused(monkeypatch, wrong):
+    class Mine(type(BACKENDS["reference"])):
+        name = "mine"
+
+        def attend(self, *given):
+            return wrong
+
+    monkeypatch.setitem(BACKENDS, "mine", Mine())
+    q = torch.randn(1, 2, 8, 16)
+    with pytest.raises(RuntimeError, match=r"^the backend mine made .* for q \[1, 2, 8, 16\]: Backend\.attend must"):
+        sparse_attention(q, q, q, BlockPlan.dense(8, 8), backend="mine", return_lse=True)

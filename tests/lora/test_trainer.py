@@ -500,3 +500,27 @@ def test_tensorboard_gets_the_numbers(tiny_settings, run_tiny):
     settings = tiny_settings(loop={"tracker": "auto"})
     run_tiny(settings)
     assert list((Path(settings.out) / "tracker").rglob("*tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda loss: loss, "returned a Tensor"),
+        (lambda loss: (loss.expand(2), {}), r"returned a loss of shape \[2\]"),
+        (lambda loss: (1.0, {}), r"returned 1\.0"),
+        (lambda loss: (loss, {"error": 0.5}), r"returned 0\.5 for error"),
+    ],
+)
+def test_a_loss_of_another_kind_is_named(tiny_settings, run_tiny, tiny_recipe, monkeypatch, made, words):
+    phase = type(tiny_recipe(tiny_settings(), Process(torch.device("cpu"))).phases()[0])
+    loss = phase.loss
+    monkeypatch.setattr(phase, "loss", lambda *given: made(loss(*given)[0]))
+    with pytest.raises(TypeError, match=rf"^loss of the phase \w+ {words}: it must return \(loss, numbers\)"):
+        run_tiny(tiny_settings())
+
+
+def test_phases_have_names_of_their_own(tiny_settings, run_tiny, tiny_recipe, monkeypatch):
+    phases = tiny_recipe.phases
+    monkeypatch.setattr(tiny_recipe, "phases", lambda self: [phases(self)[0], phases(self)[0]])
+    with pytest.raises(ConfigError, match=r"two phases of the name \w+: give each a name of its own"):
+        run_tiny(tiny_settings())

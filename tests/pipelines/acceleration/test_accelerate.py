@@ -113,7 +113,7 @@ def test_both_branches_in_one_batch_equal_two_calls():
 
 def test_accelerating_twice_is_refused_and_the_first_stays(pipe):
     handle = vidaccel.accelerate(pipe, "svg2", schedule=SPARSE)
-    with pytest.raises(RuntimeError, match=r"accelerated already.*restore\(pipe\)"):
+    with pytest.raises(RuntimeError, match=r"accelerated already.*restore\(pipe\).*where another thread makes a video"):
         vidaccel.accelerate(pipe, "svg")
     generate(pipe, steps=2)
     assert handle.report().records

@@ -213,7 +213,9 @@ def test_two_pipelines_with_one_transformer_and_a_scheduler_each(broken_off):
     assert [{s.num_steps for s in seen if s.run == n} for n in range(4)] == [{8}, {None}, {None}, {3}]
     notes = clock.notes()
     assert [n for n in notes if "outside the schedule" in n] == [n for n in notes if "run 1" in n or "run 2" in n]
-    assert ("run 0: steps seen 1, expected 8" in notes) == broken_off and len(notes) == 2 + broken_off
+    assert (
+        any("run 0: steps seen 1, expected 8" in note for note in notes) == broken_off and len(notes) == 2 + broken_off
+    )
 
 
 def test_a_scheduler_that_stands_still_is_not_the_one_that_runs(monkeypatch):
@@ -230,7 +232,7 @@ def test_a_scheduler_that_stands_still_is_not_the_one_that_runs(monkeypatch):
     run(pipe, options, 8, callback_on_step_end=stop)
     run(other, options, 5)
     assert {s.branch for s in seen} == {"cond", "uncond"} and places(seen, 1) == both(4)
-    assert clock.notes()[0] == "run 0: steps seen 2, expected 8" and "outside the schedule" in clock.notes()[1]
+    assert clock.notes()[0].startswith("run 0: steps seen 2, expected 8") and "outside the schedule" in clock.notes()[1]
 
 
 def test_a_pipeline_that_never_ran_beside_one_that_does():
@@ -268,12 +270,13 @@ def test_a_run_broken_off_is_told(caplog):
 
     clock, _ = watched(pipe)
     run(pipe, options, callback_on_step_end=stop)
-    assert clock.notes() == ["run 0: steps seen 2, expected 4"]
+    told = "it was interrupted or failed, or its loop leaves steps out; later runs are counted anew"
+    assert clock.notes() == [f"run 0: steps seen 2, expected 4: {told}"]
     pipe._interrupt = False
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             run(pipe, options)
-    assert clock.notes() == ["run 0: steps seen 2, expected 4"]
+    assert len(clock.notes()) == 1
     assert [r.getMessage() for r in caplog.records if "steps seen" in r.getMessage()] == clock.notes()
 
 

@@ -338,3 +338,41 @@ def test_a_difference_that_is_too_old_is_made_anew():
         differences.add(StepInfo(-1, step, 30), [torch.ones(2)], [torch.zeros(2)])
     asked = [differences.wanted(StepInfo(-1, step, 30), [torch.Size([2])]) for step in (2, 3, 4, 22)]
     assert asked == [False, False, True, True]
+
+
+def test_nothing_of_it_is_left_in_the_transformer():
+    """Neither where diffusers' own hooks stay, which keep the forward of theirs."""
+    pipe = make_pipe()
+    for other in (False, True):
+        if other:
+            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        before = pipe.transformer.__dict__.get("forward")
+        guidance_cache(pipe, 2).remove()
+        assert pipe.transformer.__dict__.get("forward") is before
+
+
+def test_a_run_that_failed_is_told_once(caplog):
+    """Sparse attention, the preset and the guidance cache each count its steps."""
+    pipe = make_pipe()
+
+    def fail(*_):
+        raise ArithmeticError
+
+    with vidaccel.apply(pipe, Preset(method=FEW, cache="forecast", guidance_cache=2)), caplog.at_level("WARNING"):
+        with pytest.raises(ArithmeticError):
+            generate(pipe, steps=5, callback_on_step_end=fail)
+        generate(pipe, steps=5)
+    assert len([message for message in caplog.messages if "steps seen 1, expected 5" in message]) == 1
+
+
+def test_a_handle_that_was_removed_is_not_entered():
+    pipe = make_pipe()
+    for make in (
+        lambda: accelerate(pipe, FEW),
+        lambda: guidance_cache(pipe, 2),
+        lambda: vidaccel.apply(pipe, Preset()),
+    ):
+        handle = make()
+        handle.remove()
+        with pytest.raises(RuntimeError, match="this handle was removed, and changes nothing any more"), handle:
+            pass

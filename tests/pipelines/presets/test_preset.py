@@ -20,6 +20,7 @@ from vidaccel.pipelines.presets import (
     PresetError,
     Quantize,
     SchedulerChoice,
+    apply,
     load_preset,
     save_preset,
     shipped_presets,
@@ -315,3 +316,26 @@ def test_the_adapter_of_a_preset_of_the_package_is_in_the_package():
     (place,) = preset.guidance_free
     assert Path(place) == Path(demo.path("demo-dc"), "transformer", "few_steps_4.safetensors").resolve()
     assert preset.levers()["guidance_free"] == "few_steps_4.safetensors" and preset.num_inference_steps == 4
+
+
+def test_what_is_no_preset(tmp_path):
+    with pytest.raises(PresetError, match=r"^a preset must be names and values, and this is a str\. load_preset reads"):
+        Preset.from_dict("svg")
+    for wrong, kind in (({"version": 1}, "dict"), (3, "int")):
+        with pytest.raises(PresetError, match=rf"^a {kind} is no preset\. Give a Preset, a file or a name"):
+            apply(None, wrong)
+    with pytest.raises(PresetError, match="measure_error is 8, and a preset without a method has no sparse attention"):
+        apply(None, Preset(), measure_error=8)
+
+
+def test_settings_are_the_presets_own():
+    given = {"mag_ratios": [1.0] * 5}
+    cache, scheduler = Cache("magcache", settings=given), SchedulerChoice("A", given)
+    given["more"] = 1
+    assert list(cache.settings) == list(scheduler.settings) == ["mag_ratios"]
+
+
+def test_the_value_of_an_error_is_text():
+    with pytest.raises(PresetError) as raised:
+        Preset(version=2)
+    assert raised.value.value == "2"
