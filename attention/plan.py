@@ -178,8 +178,9 @@ class BlockPlan:
                 It must suffice: further keys of a tile are left out on a GPU, which would have to be waited for.
 
         Raises:
-            ValueError: shapes disagree, or `max_runs` is below 1. Where that costs no wait, on the CPU: the sizes of
-                some head do not add up to the sequence length, or one is negative; `max_runs` does not suffice.
+            ValueError: shapes disagree, `selected` is not bool, or `max_runs` is below 1. On the CPU, where that costs
+                no wait: the sizes of some head do not add up to the sequence length, or one is negative; `max_runs`
+                does not suffice.
         """
         expected = (*q_sizes.shape, k_sizes.shape[-1])
         if q_sizes.ndim != 3 or k_sizes.shape[:2] != q_sizes.shape[:2] or selected.shape != expected:
@@ -187,6 +188,8 @@ class BlockPlan:
                 f"from_clusters needs q_sizes [B, H, Cq], k_sizes [B, H, Ck], selected [B, H, Cq, Ck], got "
                 f"{tuple(q_sizes.shape)}, {tuple(k_sizes.shape)}, {tuple(selected.shape)}."
             )
+        if selected.dtype != torch.bool:
+            raise ValueError(f"from_clusters needs selected as bool, got {selected.dtype}: cast it with .bool().")
         n_q = _sequence_length("q", n_q, q_order, q_sizes)
         n_kv = _sequence_length("kv", n_kv, kv_order, k_sizes)
         run_start, run_len = merge_segments(selected, k_sizes, max_runs)

@@ -118,6 +118,8 @@ def test_negative_clusters_and_wide_numbers_are_refused():
     sizes = torch.tensor([[[60, -12]]])
     with pytest.raises(ValueError, match="the q cluster sizes must not be negative, got -12"):
         BlockPlan.from_clusters(sizes, sizes, torch.ones(1, 1, 2, 2, dtype=torch.bool), n_q=48, n_kv=48)
+    with pytest.raises(ValueError, match=r"needs selected as bool, got torch\.int64"):
+        BlockPlan.from_clusters(sizes.abs(), sizes.abs(), torch.ones(1, 1, 2, 2, dtype=torch.int64))
     zero = torch.zeros(1, 1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"BlockPlan\.run_len must be int32, got torch\.int64"):
         BlockPlan(48, 48, zero, zero + 48, zero[..., None], zero[..., None].long() + 48)
