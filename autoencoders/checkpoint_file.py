@@ -18,6 +18,9 @@ Value = TypeVar("Value")
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 """How the names of checkpoint files end."""
 _AVERAGES, _WEIGHTS = "ema_model_state_dict", "model_state_dict"
+_CONFIG = "autoencoder_config"
+UNTOLD = ("chunk_size", "scaling_factor", "pad_frames", "tail")
+"""Fields of the configuration that do not follow from weights. Files that are written here say them."""
 _FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
@@ -44,6 +47,15 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: a file that is missing, truncated or of another kind.
     """
+    return read_stated(path)[0]
+
+
+def read_stated(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """`read_published`, and what the file says of `UNTOLD`: all of it if it was written here, else nothing.
+
+    Raises:
+        CheckpointError: as `read_published`; or what it says cannot be read.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
@@ -53,7 +65,42 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
             f"{', '.join(SUFFIXES)}."
         )
     content = read_file(path)
-    return strip_prefix(content if path.suffix.lower() == ".safetensors" else _parameters(content, path))
+    if path.suffix.lower() == ".safetensors":
+        return strip_prefix(content), _stated(_metadata(path).get(_CONFIG), path)
+    return strip_prefix(_parameters(content, path)), _stated(content.get(_CONFIG), path)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def _stated(config: str | None, path: Path) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        return {name: value for name, value in json.loads(config).items() if name in UNTOLD}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{_CONFIG} of {path} cannot be read as JSON: take it out of the file, or write that again."
+        ) from error
+
+
+def write_stated(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], path: Path, suffix: str) -> None:
+    """A published file of these parameters, which also says `UNTOLD` of their configuration.
+
+    Args:
+        suffix: ".safetensors", or another for a file of `torch.save`; the path may have one of its own.
+    """
+    from safetensors.torch import save_file
+
+    stated = json.dumps({name: config[name] for name in UNTOLD if name in config})
+    if suffix == ".safetensors":
+        save_file(dict(state), path, {"format": "pt", _CONFIG: stated})
+    else:
+        torch.save({_WEIGHTS: dict(state), _CONFIG: stated}, path)
 
 
 def read_file(path: Path) -> Any:
@@ -165,4 +212,14 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     raise CheckpointError(f"{folder} has no weights: neither {' nor '.join(_FOLDER_FILES)}.")
 
 
-__all__ = ["SUFFIXES", "CheckpointError", "read_file", "read_folder", "read_published", "strip_prefix"]
+__all__ = [
+    "SUFFIXES",
+    "UNTOLD",
+    "CheckpointError",
+    "read_file",
+    "read_folder",
+    "read_published",
+    "read_stated",
+    "strip_prefix",
+    "write_stated",
+]

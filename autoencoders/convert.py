@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 import torch
 
 from .autoencoder_dc_v import AutoencoderDCV
-from .checkpoint_file import SUFFIXES, CheckpointError, read_folder, read_published, strip_prefix
+from .checkpoint_file import (
+    SUFFIXES,
+    UNTOLD,
+    CheckpointError,
+    read_folder,
+    read_published,
+    read_stated,
+    strip_prefix,
+    write_stated,
+)
 from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
@@ -33,7 +42,7 @@ _STAGE = re.compile(r"(encoder|decoder)\.stages\.(\d+)\.op_list\.(\d+)\.main\.(.
 
 PUBLISHED_CHUNK = 40
 """Pixel frames of a chunk of every published variant."""
-# What weights do not tell.
+# Of what weights do not tell, what differs between published variants.
 _UNSAID = ("chunk_size", "scaling_factor")
 
 
@@ -220,7 +229,8 @@ def load_published(path: str | Path, dtype: torch.dtype | None = None, **changes
     Args:
         path: `.pt` or `.safetensors`.
         dtype: of the weights; as in the file when None.
-        changes: fields of the configuration that weights do not tell, such as `chunk_size`.
+        changes: fields of the configuration that weights do not tell, such as `chunk_size`, instead of what the file
+            says of them (see `write_published_file`) and of those of the published variants.
 
     Raises:
         CheckpointError: see `read_published` and `check_shapes`. Shapes are checked before weights are read.
@@ -229,11 +239,11 @@ def load_published(path: str | Path, dtype: torch.dtype | None = None, **changes
     if unknown:
         raise CheckpointError(
             f"The configuration of an AutoencoderDCV has no {min(unknown)}; what weights do not tell "
-            f"is {' and '.join(_UNSAID)}."
+            f"is {', '.join(UNTOLD)}."
         )
-    published = read_published(path)
+    published, stated = read_stated(path)
     shapes = {name: value.shape for name, value in published.items()}
-    config = {**infer_config(shapes), **changes}
+    config = {**infer_config(shapes), **stated, **changes}
     check_shapes(shapes, config, str(path))
     _warn_of_guesses(config, path)
     state = convert_state_dict(published, config)
@@ -270,21 +280,18 @@ def load_folder(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 def write_published_file(folder: str | Path, target: Path) -> None:
     """Write the folder of an `AutoencoderDCV` as one published file, whole or not at all.
 
+    The file also says what its weights do not tell (`UNTOLD`), beside them, where published code does not look.
+
     Args:
         folder: see `load_folder`, also for errors.
         target: ends in `.pt` or `.safetensors`; its folder is made where there is none.
     """
-    from safetensors.torch import save_file
-
     state, config = load_folder(folder)
     state = {name: value.contiguous() for name, value in to_published(state, config).items()}
     draft = target.with_name(f".{target.name}.{os.getpid()}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if target.suffix == ".safetensors":
-            save_file(state, draft)
-        else:
-            torch.save({"model_state_dict": state}, draft)
+        write_stated(state, config, draft, target.suffix)
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)

@@ -242,6 +242,24 @@ def test_a_folder_becomes_one_file_of_the_same_numbers(tmp_path, save, suffix):
     assert [path.name for path in (tmp_path / "new").iterdir()] == [file.name]
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_weights_do_not_tell_comes_back(tmp_path, suffix, caplog):
+    """Of a published variant, too, whose own chunks and scale a fine-tuned one would be given."""
+    told = {"scaling_factor": 0.7, "chunk_size": 16, "pad_frames": 3, "tail": "replicate"}
+    make_autoencoder(**told).save_pretrained(tmp_path / "vae")
+    file = tmp_path / f"back{suffix}"
+    convert.write_published_file(tmp_path / "vae", file)
+    assert {name: convert.load_published(file).config[name] for name in told} == told and not caplog.text
+    assert convert.load_published(file, chunk_size=8).config.chunk_size == 8
+
+
+def test_a_file_that_says_nonsense_of_its_configuration(tmp_path):
+    _, published = _published()
+    torch.save({"model_state_dict": published, "autoencoder_config": "[1"}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"autoencoder_config of .*a\.pt cannot be read"):
+        convert.load_published(tmp_path / "a.pt")
+
+
 def test_types_stay_as_they_are_one_by_one(tmp_path):
     model = _folder(tmp_path / "vae", torch.bfloat16)
     model.decoder.norm_out.float()
