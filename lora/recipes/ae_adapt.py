@@ -134,7 +134,8 @@ class AEAdapt(EncodedClipsRecipe):
         autoencoder = self._autoencoder()
         if not is_hub_id(autoencoder):
             autoencoder = "../pipeline/vae" if finished else str(Path(autoencoder).resolve())
-        return {"base": base, "autoencoder": autoencoder, "defaults": self._defaults()}
+        base_hash = transformer_files(self.backbone.base)
+        return {"base": base, "base_hash": base_hash, "autoencoder": autoencoder, "defaults": self._defaults()}
 
     def _defaults(self) -> dict[str, Any]:
         """The size and guidance that the model was made for."""

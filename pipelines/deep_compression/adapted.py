@@ -10,9 +10,13 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from ..errors import first_line
 from ..locations import named_autoencoder
-from .adapter_folder import FULL_FILE, LORA_FILE, LORA_PREFIX, AdapterError, base_location, read_facts
+from ..weight_files import stated_config, transformer_files
+from .adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX, AdapterError, base_location, read_facts
 from .published_files import find_autoencoder, hub_options, load_autoencoder
+
+_LORA = "adapter"
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.Conv3d)
 
@@ -51,12 +55,13 @@ def load_adapter(transformer: Any, folder: Path) -> Any:
     """Load an adapter into a transformer that `retarget` has prepared; its LoRA stays apart.
 
     Raises:
-        AdapterError: it belongs to a model of another shape, or lacks a part of embedder or head.
+        AdapterError: it belongs to a model of another shape, lacks a part of embedder, head or LoRA, or is damaged.
     """
     from safetensors.torch import load_file
 
     facts = read_facts(folder)
     own = dict(transformer.named_parameters())
+    _names(folder / FULL_FILE)
     full = load_file(folder / FULL_FILE)
     missing = sorted(name for name in own if name.startswith(("patch_embedding.", "proj_out.")) and name not in full)
     if missing:
@@ -74,8 +79,58 @@ def load_adapter(transformer: Any, folder: Path) -> Any:
         with torch.no_grad():
             own[name].copy_(value)
     if facts["lora"]:
-        transformer.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=LORA_PREFIX)
+        _load_lora(transformer, folder / LORA_FILE)
     return transformer
+
+
+def _load_lora(transformer: Any, file: Path) -> None:
+    """diffusers only warns of layers that a LoRA lacks, which then do nothing, and of those that it does not know."""
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+    from peft.utils import get_peft_model_state_dict
+
+    names = _names(file)
+    if not any(name.startswith(f"{LORA_PREFIX}.") for name in names):
+        raise AdapterError(f"{file} holds no LoRA of a {LORA_PREFIX}: write or download the adapter again.")
+    stored = {name.removeprefix(f"{LORA_PREFIX}.") for name in names}
+    try:
+        transformer.load_lora_adapter(file.parent, weight_name=file.name, prefix=LORA_PREFIX, adapter_name=_LORA)
+    except (ValueError, RuntimeError, KeyError) as error:  # no layer of such a name, other ranks, no LoRA at all
+        raise AdapterError(f"{file} cannot be put on the transformer: {first_line(error)}") from error
+    put = set(get_peft_model_state_dict(transformer, adapter_name=_LORA))
+    config = transformer.peft_config[_LORA]
+    bare = {
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
+    }
+    bare -= {name for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
+    for problem, found in (
+        ("lacks", bare | (put - stored)),
+        ("has layers that the transformer does not:", stored - put),
+    ):
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise AdapterError(
+                f"{file} {problem} {min(found)}{more}: it was not written as a whole, or is of another model; write or "
+                "download the adapter again."
+            )
+
+
+def _names(file: Path) -> set[str]:
+    """Of the tensors in a file.
+
+    Raises:
+        AdapterError: it is not there, or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            return set(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{file} cannot be read ({first_line(error)}): write or download the adapter again."
+        ) from error
 
 
 def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = None, **hub: Any) -> WanTransformer3DModel:
@@ -88,16 +143,26 @@ def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = Non
         hub: how to reach the hub, as arguments of `from_pretrained`.
 
     Raises:
-        AdapterError: it does not fit the base.
+        AdapterError: it does not fit the base, or is damaged; where the base is a folder, said before it is loaded.
         OSError: the base is not there.
     """
-    facts = read_facts(folder)
+    facts = _checked_facts(folder)
     config = facts["transformer"]
+    if Path(base).is_dir():
+        _check_base(folder, facts, base, base)
     transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", dtype=dtype, **hub)
     if len(transformer.blocks) != config["num_layers"]:
         raise AdapterError(
             f"{folder} belongs to a model of {config['num_layers']} layers, and {base} has {len(transformer.blocks)}: "
             f"give the model it was made from, {facts['base']}, with base=."
+        )
+    if not Path(base).is_dir():
+        _check_base(folder, facts, base, _downloaded(base, hub))
+    kind = ("patch_size", "in_channels", "out_channels")
+    if "base_hash" not in facts and all(_plain(transformer.config[key]) == _plain(config.get(key)) for key in kind):
+        raise AdapterError(
+            f"{base} has been moved to the autoencoder of {folder} already: give the model that it was made from, "
+            f"{facts['base']}, with base=."
         )
     retarget(transformer, config["in_channels"], config["out_channels"])
     load_adapter(transformer, folder)
@@ -105,6 +170,57 @@ def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = Non
         transformer.fuse_lora()
         transformer.unload_lora()
     return transformer.eval()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked_facts(folder: Path) -> dict[str, Any]:
+    """`read_facts`, and that the files are there and whole.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    facts = read_facts(folder)
+    config = facts["transformer"]
+    needed = ("num_layers", "in_channels", "out_channels")
+    missing = [key for key in needed if not isinstance(config, dict) or not isinstance(config.get(key), int)]
+    if missing:
+        raise AdapterError(
+            f"{folder / FACTS_FILE} does not say the {missing[0]} of the transformer as a whole number: write or "
+            "download the adapter again."
+        )
+    for name in (FULL_FILE, *((LORA_FILE,) if facts["lora"] else ())):
+        _names(folder / name)
+    return facts
+
+
+def _check_base(folder: Path, facts: Mapping[str, Any], base: str, files: str) -> None:
+    """AdapterError unless a base is the one that an adapter was trained on; old adapters do not say which that is.
+
+    Args:
+        base: as it was named.
+        files: folder of the pipeline, of which there is the transformer.
+    """
+    wanted = facts.get("base_hash")
+    if wanted is None or stated_config(files) is None:  # no transformer: what loads it says so
+        return
+    if transformer_files(files) != wanted:
+        raise AdapterError(
+            f"{folder} was trained on {facts['base']}, and the transformer of {base} has other weights: give the model "
+            "that it was trained on with base=."
+        )
+
+
+def _downloaded(repository: str, hub: Mapping[str, Any]) -> str:
+    """The folder of a pipeline of the hub whose transformer was loaded."""
+    import huggingface_hub
+
+    options = {name: value for name, value in hub.items() if name in ("cache_dir", "revision", "token")}
+    return huggingface_hub.snapshot_download(
+        repository, allow_patterns=["transformer/*"], local_files_only=True, **options
+    )
 
 
 def own_autoencoder(folder: Path, stated: str) -> str:
@@ -116,6 +232,15 @@ def own_autoencoder(folder: Path, stated: str) -> str:
             f"{folder} was made for the autoencoder in {stated}, which is not there: give its folder with autoencoder=."
         )
     return found
+
+
+def _check_class(pipeline_class: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    """AdapterError where a text-to-video class is asked for an image-to-video adapter, or the other way."""
+    given, made = config.get("in_channels"), config.get("out_channels")
+    image = pipeline_class._sees_image
+    if isinstance(made, int) and given == (made if image else 2 * made + 4):
+        kinds = ("text", "DCVideoGenPipeline") if image else ("image", "DCVideoGenImageToVideoPipeline")
+        raise AdapterError(f"{folder} is an adapter for {kinds[0]} to video: load it with {kinds[1]}.")
 
 
 def load_adapted(
@@ -157,6 +282,7 @@ def load_adapted(
             "device such as 'cuda', or save_pretrained the pipeline once and load that with it."
         )
     facts = read_facts(folder)
+    _check_class(pipeline_class, folder, facts["transformer"])
     location = base_location(str(base if base is not None else facts["base"]))
     dtype = options.get("dtype", options.get("torch_dtype"))
     of = (lambda name: dtype.get(name, dtype.get("default"))) if isinstance(dtype, dict) else (lambda name: dtype)
@@ -164,7 +290,8 @@ def load_adapted(
         vae = options.pop("vae")
     else:
         place = find_autoencoder(autoencoder or own_autoencoder(folder, facts["autoencoder"]), hub_options(options))
-        vae = load_autoencoder(place, of("vae"), autoencoder_config)
+        # A file may be of half precision, in which a base that is loaded in float32 is not meant to run.
+        vae = load_autoencoder(place, of("vae") or torch.float32, autoencoder_config)
     hub = hub_options(options, "revision", "variant", "use_safetensors")
     transformer = adapted_transformer(folder, location, of("transformer"), **hub)
     if base is None:  # else it does not follow from the folder what the weights are

@@ -32,13 +32,15 @@ def is_adapter(folder: Path) -> bool:
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """What an adapter belongs to: `base`, `autoencoder` (a hub id, or a folder, seen from that of the adapter), `lora`,
-    and the config of the transformer.
+    the config of the transformer, and mostly `base_hash`, that of the transformer of the base (`transformer_files`).
 
     Raises:
         AdapterError: `adapter.json` cannot be read, or lacks one of them.
     """
     try:
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError(f"it holds a {type(facts).__name__} and no object")
         missing = {"base", "autoencoder", "lora", "transformer"} - set(facts)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / FACTS_FILE} cannot be read: {error}") from error

@@ -142,6 +142,8 @@ def _check_source(source: Path) -> None:
         raise LayoutError(f"{source} is no folder.")
     if (source / "model_index.json").is_file():
         raise LayoutError(f"{source} is a diffusers pipeline already (model_index.json): it needs no conversion.")
+    if (source / "pipeline" / "model_index.json").is_file():
+        raise LayoutError(f"{source} is the folder of a training, whose model is {source / 'pipeline'}: give that.")
     if is_adapter(source):
         raise LayoutError(
             f"{source} is an adapter (adapter.json), which Python's from_pretrained and `vidaccel generate` take as it "

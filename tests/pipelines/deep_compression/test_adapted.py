@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_adapter import TINY, write_adapter
 
 from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
 from vidaccel.generation.model_facts import inspect_model
-from vidaccel.pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, AdapterError
+from vidaccel.pipelines.deep_compression.adapter_folder import (
+    FACTS_FILE,
+    FULL_FILE,
+    LORA_FILE,
+    AdapterError,
+    read_facts,
+)
+from vidaccel.pipelines.deep_compression.published_files import LayoutError
+from vidaccel.pipelines.weight_files import transformer_files
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -97,6 +109,99 @@ def test_an_adapter_to_another_model(tmp_path):
         AdapterError, match=r"patch_embedding.weight is \[192, 8, 1, 1, 1\] in the adapter and \[192, 9"
     ):
         DCVideoGenPipeline.from_pretrained(tmp_path / "wider")
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_base_that_was_adapted_already(tmp_path, hashed):
+    """It has as many layers, and weights into which the LoRA was merged once."""
+    facts = {"base_hash": transformer_files(str(demo.path()))} if hashed else {}
+    write_adapter(tmp_path / "adapter", **facts)
+    DCVideoGenPipeline.from_pretrained(tmp_path / "adapter").save_pretrained(tmp_path / "whole")
+    said = (
+        "was trained on demo, and the transformer of .*whole has other weights" if hashed else "already: give the mod"
+    )
+    with pytest.raises(AdapterError, match=said):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", base=tmp_path / "whole")
+    DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", base=demo.path())
+
+
+def test_the_built_in_adapter_says_its_base():
+    assert read_facts(demo.path(demo.DC))["base_hash"] == transformer_files(str(demo.path()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda name: None if ".blocks.0." in name else name,
+            r"lacks blocks\.0\.attn1\.to_k and \d+ more: it was",
+        ),
+        (
+            lambda name: name.replace("blocks.5.attn1.to_q", "blocks.5.attnX.to_q"),
+            r"lacks blocks\.5\.attn1\.to_q: it was",
+        ),
+        (lambda name: f"other.{name}", "holds no LoRA of a transformer"),
+    ],
+)
+def test_a_lora_that_does_not_fit_its_layers(tmp_path, change, message):
+    """peft warns of it alone, and the layers do nothing."""
+    shutil.copytree(demo.path(demo.DC), tmp_path / "adapter")
+    file = tmp_path / "adapter" / LORA_FILE
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    changed = {change(name): value for name, value in load_file(file).items()}
+    save_file({name: value for name, value in changed.items() if name}, file, metadata)
+    with pytest.raises(AdapterError, match=message):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+
+
+def test_damaged_files_are_told_of_before_the_base_is_loaded(tmp_path, monkeypatch):
+    write_adapter(tmp_path / "adapter")
+    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", lambda *a, **k: pytest.fail("the base is loaded"))
+    for name in (FULL_FILE, LORA_FILE):
+        file = tmp_path / "adapter" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:2000])
+        with pytest.raises(AdapterError, match=f"{name} cannot be read .*: write or download the adapter again"):
+            DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+        file.unlink()
+        with pytest.raises(AdapterError, match=f"{name} cannot be read"):
+            DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+        file.write_bytes(whole)
+    facts = tmp_path / "adapter" / FACTS_FILE
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "transformer": {}}))
+    with pytest.raises(AdapterError, match="does not say the num_layers of the transformer"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+
+
+def test_the_class_of_another_kind_of_adapter(tmp_path):
+    write_adapter(tmp_path / "text")
+    with pytest.raises(AdapterError, match="is an adapter for text to video: load it with DCVideoGenPipeline"):
+        DCVideoGenImageToVideoPipeline.from_pretrained(tmp_path / "text")
+    write_adapter(tmp_path / "image", in_channels=20)
+    with pytest.raises(AdapterError, match="for image to video: load it with DCVideoGenImageToVideoPipeline"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "image")
+
+
+def test_the_folder_of_a_training_is_not_its_model(tmp_path):
+    write_adapter(tmp_path / "run" / "adapter")
+    DCVideoGenPipeline.from_pretrained(tmp_path / "run" / "adapter").save_pretrained(tmp_path / "run" / "pipeline")
+    with pytest.raises(LayoutError, match="is the folder of a training, whose model is .*pipeline: give that"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "run")
+
+
+def test_a_file_of_half_precision_runs_in_that_of_the_base(tmp_path):
+    """Without a dtype the base is loaded in float32, and so is an autoencoder from a folder."""
+    from vidaccel.autoencoders.convert import write_published_file
+
+    write_adapter(tmp_path / "adapter")
+    AutoencoderDCV.from_pretrained(tmp_path / "adapter" / "vae", dtype=torch.float16).save_pretrained(tmp_path / "half")
+    write_published_file(tmp_path / "half", tmp_path / "half.pt")
+    for place in (tmp_path / "half", tmp_path / "half.pt"):
+        pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder=place)
+        assert pipe.vae.dtype == pipe.transformer.dtype == torch.float32
+    pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder=place, dtype=torch.bfloat16)
+    assert pipe.vae.dtype == torch.bfloat16
 
 
 def test_an_adapter_without_its_head(tmp_path):
