@@ -113,6 +113,11 @@ class PretrainedModel(ABC):
         """What encodes prompts."""
 
 
+def encoded_how(dtype: torch.dtype, tiled: bool) -> str:
+    """Behind the name of an autoencoder, how it encodes; nothing where that is in float32 and whole."""
+    return f"{'' if dtype == torch.float32 else f' {dtype}'}{' tiled' if tiled else ''}"
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """How a model is trained as it is; a model refuses what it cannot do.

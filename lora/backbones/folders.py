@@ -124,7 +124,9 @@ def write_model(model: Any, folder: Path) -> None:
         forget_paths(draft)
 
 
-def write_pipeline(pipe: Any, folder: Path, base: str, untouched: Sequence[str]) -> None:
+def write_pipeline(
+    pipe: Any, folder: Path, base: str, untouched: Sequence[str], autoencoder: str | None = None
+) -> None:
     """Write a pipeline whose other components are those of a base, file by file: loaded and written again, they would
     be rounded to the precision that the training has its frozen weights in.
 
@@ -133,6 +135,8 @@ def write_pipeline(pipe: Any, folder: Path, base: str, untouched: Sequence[str])
         folder: as that of `write_model`.
         base: folder or hub id of the pipeline that has them.
         untouched: their names; those that the base does not have are left out.
+        autoencoder: folder or hub id of the one that the pipeline has; its files are copied, too. None where it is
+            among the untouched.
 
     Raises:
         OSError: it cannot be written, or the base cannot be read any more.
@@ -151,10 +155,30 @@ def write_pipeline(pipe: Any, folder: Path, base: str, untouched: Sequence[str])
         pipe.save_pretrained(draft, safe_serialization=True)
         for name in there:
             shutil.copytree(source / name, draft / name, dirs_exist_ok=True)
+        if autoencoder is not None:
+            _copy_model(autoencoder, draft / "vae")
         file = draft / "model_index.json"
         content = json.loads(file.read_text(encoding="utf-8")) | {name: index[name] for name in there}
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         forget_paths(draft)
+
+
+def _copy_model(location: str, target: Path) -> None:
+    """Put the files of a model of diffusers in place of those in a folder.
+
+    Args:
+        location: folder, or hub id of one that was loaded before.
+    """
+    names = ("config.json", "diffusion_pytorch_model*")
+    source = Path(location)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(location, allow_patterns=list(names), local_files_only=True))
+    shutil.rmtree(target)
+    target.mkdir()
+    for file in sorted(file for name in names for file in source.glob(name)):
+        shutil.copy(file, target / file.name)
 
 
 def forget_paths(folder: Path) -> None:

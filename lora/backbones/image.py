@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import ConfigError
 from ..data.cache import fingerprint
-from .base import Backbone
+from .base import Backbone, encoded_how
 from .folders import load_autoencoder, load_part, read_config, write_pipeline
 from .image_family import ImageFamily, ImageParts
 
@@ -25,6 +25,7 @@ class ImageBackbone(ImageFamily, Backbone):
         base, dtype, device, merge_text_padding, guidance: as those of `ImageFamily`.
         autoencoder: folder or hub id of the `AutoencoderDC`.
         autoencoder_dtype: in which the new autoencoder encodes; it is saved as it was.
+        autoencoder_tiling: both autoencoders encode large pictures in tiles.
 
     Raises:
         ConfigError: something is missing or does not fit together.
@@ -39,6 +40,7 @@ class ImageBackbone(ImageFamily, Backbone):
         device: torch.device | str = "cpu",
         merge_text_padding: bool = False,
         guidance: float | None = None,
+        autoencoder_tiling: bool = False,
     ) -> None:
         super().__init__(base, dtype, device, merge_text_padding, guidance)
         self.autoencoder_path = autoencoder
@@ -48,6 +50,9 @@ class ImageBackbone(ImageFamily, Backbone):
         self.check_base()
         self.autoencoder = load_autoencoder(AutoencoderDC, autoencoder, "model.autoencoder", dtype=autoencoder_dtype)
         self.autoencoder.requires_grad_(False).eval()
+        self.autoencoder_tiling = autoencoder_tiling
+        if autoencoder_tiling:
+            self.autoencoder.enable_tiling()
         self.latent_channels = self.autoencoder.config.latent_channels
         self.factor = self.autoencoder.spatial_compression_ratio
 
@@ -97,9 +102,8 @@ class ImageBackbone(ImageFamily, Backbone):
         """The DC-Gen pipeline, with the other components of the base."""
 
     def save(self, transformer: nn.Module, folder: Path) -> None:
-        vae = AutoencoderDC.from_pretrained(self.autoencoder_path)
-        pipe = self.assemble(self.load("scheduler"), vae, transformer.to("cpu"))
-        write_pipeline(pipe, folder, self.base, self.text_parts)
+        pipe = self.assemble(self.load("scheduler"), self.autoencoder, transformer.to("cpu"))
+        write_pipeline(pipe, folder, self.base, self.text_parts, self.autoencoder_path)
 
     def sampler(self, transformer: nn.Module) -> DiffusionPipeline:
         return self.assemble(self.load("scheduler"), self.autoencoder.to(self.device), transformer)
@@ -129,10 +133,13 @@ class ImageEncoder(ImageParts):
     """ "latents" `[C, 1, H/f, W/f]` of the new autoencoder, scaled, and "teacher", those of the old one."""
 
     def __init__(self, backbone: ImageBackbone, parts: tuple[str, ...]) -> None:
-        super().__init__(backbone)
+        super().__init__(backbone, tiled=backbone.autoencoder_tiling)
         self.autoencoder, self.parts = backbone.autoencoder, parts
         names = {"latents": lambda: fingerprint(self.autoencoder), "teacher": self.name_of_own}
-        self.identities = {name: f"image {name} 1, {names[name]()}" for name in parts}
+        dtypes = {"latents": self.autoencoder.dtype, "teacher": self.dtype}
+        self.identities = {
+            name: f"image {name} 1, {names[name]()}{encoded_how(dtypes[name], self.tiled)}" for name in parts
+        }
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

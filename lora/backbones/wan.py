@@ -41,6 +41,7 @@ class WanBackbone(WanFamily, Backbone):
             prompts are short. Text to video only.
         autoencoder_dtype: in which the new autoencoder encodes; it is saved as it was.
         guidance: must be None: Wan is not told any.
+        autoencoder_tiling: both autoencoders encode large clips in tiles.
 
     Raises:
         ConfigError: something is missing or does not fit together; the message says what fits.
@@ -58,6 +59,7 @@ class WanBackbone(WanFamily, Backbone):
         merge_text_padding: bool = False,
         autoencoder_dtype: torch.dtype = torch.float32,
         guidance: float | None = None,
+        autoencoder_tiling: bool = False,
     ) -> None:
         self.base, self.autoencoder_path = base, autoencoder
         self.dtype, self.device = dtype, torch.device(device)
@@ -90,6 +92,9 @@ class WanBackbone(WanFamily, Backbone):
         self.autoencoder = load_autoencoder(AutoencoderDCV, autoencoder, "model.autoencoder", dtype=autoencoder_dtype)
         self.autoencoder.requires_grad_(False).eval()
         self.autoencoder.enable_slicing()  # the same result, and a batch takes no more memory than a clip
+        self.autoencoder_tiling = autoencoder_tiling
+        if autoencoder_tiling:
+            self.autoencoder.enable_tiling()
 
     @property
     def in_channels(self) -> int:
@@ -135,7 +140,8 @@ class WanBackbone(WanFamily, Backbone):
         return ("latents", *(("condition",) if self.image else ()), *embeds)
 
     def encoder(self, parts: Sequence[str]) -> WanEncoder:
-        return WanEncoder(self.base, self.autoencoder, tuple(parts), self.device, self.fingerprints)
+        tiled = self.autoencoder_tiling
+        return WanEncoder(self.base, self.autoencoder, tuple(parts), self.device, self.fingerprints, tiled)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -156,10 +162,10 @@ class WanBackbone(WanFamily, Backbone):
         pipe = cls(
             **dict.fromkeys(shared),
             scheduler=base_pipeline(self.base, self.image, ("scheduler",)).scheduler,
-            vae=AutoencoderDCV.from_pretrained(self.autoencoder_path),
+            vae=self.autoencoder,
             transformer=transformer.to("cpu"),
         )
-        write_pipeline(pipe, folder, self.base, shared)
+        write_pipeline(pipe, folder, self.base, shared, self.autoencoder_path)
 
 
 class Aligner(nn.Module):

@@ -32,8 +32,6 @@ class DCWanModel(OwnWan):
     def __init__(self, base: str, options: ModelOptions) -> None:
         super().__init__(base, options)
         first_frame = options.first_frame
-        if options.autoencoder_tiling:
-            raise ConfigError(f"model.autoencoder_tiling: the autoencoder of {base} tiles by itself: leave it out.")
         self.adapter = is_adapter(Path(base))
         facts = self._adapter_facts() if self.adapter else {}
         self.index = {} if self.adapter else WanPipeline.load_config(base)
@@ -59,13 +57,13 @@ class DCWanModel(OwnWan):
             raise ConfigError(
                 f"model.base: {base} has a timestep for each token, which DCVideoGenPipeline does not do."
             )
-        self.autoencoder = self._loaded_autoencoder(dtype=options.autoencoder_dtype)
+        location, subfolder = self._vae
+        how = {"subfolder": subfolder, "dtype": options.autoencoder_dtype}
+        self.autoencoder = load_autoencoder(AutoencoderDCV, location, "model.base", **how)
         self.autoencoder.requires_grad_(False).eval()
         self.autoencoder.enable_slicing()  # the same result, and a batch takes no more memory than a clip
-
-    def _loaded_autoencoder(self, **options: Any) -> Any:
-        location, subfolder = self._vae
-        return load_autoencoder(AutoencoderDCV, location, "model.base", subfolder=subfolder, **options)
+        if options.autoencoder_tiling:
+            self.autoencoder.enable_tiling()
 
     def _adapter_facts(self) -> dict[str, Any]:
         """What adapter-only weights belong to, and under "vae" where their autoencoder is."""
@@ -135,9 +133,14 @@ class DCWanModel(OwnWan):
         index = WanPipeline.load_config(self.shared)
         parts = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0]]
         pipe = self._pipeline(("scheduler",))
-        pipe.register_modules(**{self.part: transformer.to("cpu"), "vae": self._loaded_autoencoder()})
-        own = ("scheduler", "vae", self.part)
-        write_pipeline(pipe, folder, self.shared, [name for name in parts if name not in own])
+        pipe.register_modules(**{self.part: transformer.to("cpu")})
+        vae = self._vae[0] if self.adapter else None
+        own = ["scheduler", self.part]
+        if vae is None:
+            pipe.register_modules(vae=None)  # the base's, as the text encoder is
+        else:
+            own.append("vae")
+        write_pipeline(pipe, folder, self.shared, [name for name in parts if name not in own], vae)
 
     def _pipeline(self, keep: Sequence[str]) -> WanPipeline | WanImageToVideoPipeline:
         """The pipeline with the autoencoder, some of the shared components, and no transformer that is trained."""

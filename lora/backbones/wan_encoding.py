@@ -11,7 +11,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from ...pipelines.deep_compression.image_to_video import image_condition
 from ..data.cache import Fingerprints, fingerprint, tokenizer_fingerprint
-from .base import Encoder, Text, TextEncoder
+from .base import Encoder, Text, TextEncoder, encoded_how
 from .folders import to_cpu
 
 
@@ -149,10 +149,10 @@ class WanEncoder(WanParts):
 
     Args:
         base: folder or hub id of the Wan pipeline.
-        autoencoder: the new one.
+        autoencoder: the new one, in its dtype and in tiles or not.
         parts: which of these.
         device: where it runs.
-        fingerprints: as that of `WanParts`.
+        fingerprints, tiled: as those of `WanParts`.
 
     Raises:
         ValueError: a part that there is not.
@@ -166,18 +166,21 @@ class WanEncoder(WanParts):
         parts: tuple[str, ...],
         device: torch.device | str = "cpu",
         fingerprints: Fingerprints | None = None,
+        tiled: bool = False,
     ) -> None:
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise ValueError(f"there are no parts {sorted(unknown)}; known: {', '.join(PARTS)}.")
-        super().__init__(base, device, fingerprints=fingerprints)
+        super().__init__(base, device, fingerprints=fingerprints, tiled=tiled)
         self.autoencoder, self.parts = autoencoder, parts
         self.identities = {name: f"{name} 1, {self._model_of(name)}" for name in parts}
 
     def _model_of(self, part: str) -> str:
         if part in ("latents", "condition"):
-            return fingerprint(self.autoencoder)
-        return self.name_of_own() if part.startswith("teacher") else self.name_of_eye()
+            return fingerprint(self.autoencoder) + encoded_how(self.autoencoder.dtype, self.autoencoder.use_tiling)
+        if part.startswith("teacher"):
+            return self.name_of_own() + encoded_how(self.dtype, self.tiled)
+        return self.name_of_eye()
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, parts: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

@@ -60,6 +60,7 @@ class AEAdapt(EncodedClipsRecipe):
             device=self.process.device,
             merge_text_padding=model.merge_text_padding,
             guidance=model.guidance,
+            autoencoder_tiling=model.autoencoder_tiling,
         )
 
     def _latents(self, align: bool) -> Latents:

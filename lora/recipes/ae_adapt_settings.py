@@ -19,6 +19,8 @@ class ModelSettings(Settings):
         autoencoder: folder or hub id of the deep-compression autoencoder; "demo-dc" is the built-in one.
         dtype: of the frozen weights; what is trained stays float32.
         autoencoder_dtype: in which clips are encoded.
+        autoencoder_tiling: encode large clips in tiles, with both autoencoders: less memory, and other latents near the
+            seams.
         merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;
             for Wan text to video.
         guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training; None for 3.5.
@@ -28,6 +30,7 @@ class ModelSettings(Settings):
     autoencoder: str = setting(free=True)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    autoencoder_tiling: bool = False
     merge_text_padding: bool = False
     guidance: float | None = setting(None, low=0)
 

@@ -28,8 +28,7 @@ class ModelSettings(Settings):
             copied to the GPU where they are needed: the same result, less memory and more time.
         quantise: keep the frozen weights of the linear layers in 8 bits, through torchao, which must be installed.
         autoencoder_dtype: in which clips are encoded.
-        autoencoder_tiling: encode large clips in tiles, as diffusers does: less memory, and other latents near the
-            seams. DC-VideoGen's autoencoder does so by itself.
+        autoencoder_tiling: encode large clips in tiles: less memory, and other latents near the seams.
         merge_text_padding: let one position stand for the padding of a prompt, which changes nothing but the time;
             for Wan without an image encoder.
         guidance: what models that are distilled on a guidance scale are told in training; None for the usual: 3.5 of

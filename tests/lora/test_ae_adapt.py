@@ -24,6 +24,7 @@ from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.trainer import Stopped
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
 from vidaccel.pipelines.deep_compression.adapted import load_adapter
+from vidaccel.pipelines.weight_files import transformer_files
 
 SIZE = {"frames": 8, "height": 64, "width": 64}
 
@@ -90,6 +91,7 @@ def test_the_adapter_is_what_changed(finished, text_base, autoencoder_folder):
     }
     facts = json.loads((adapter / "adapter.json").read_text())
     assert facts["base"] == str(text_base) and facts["autoencoder"] == "../pipeline/vae"
+    assert facts["base_hash"] == transformer_files(str(text_base))
     transformer = load_adapter(WanBackbone(str(text_base), str(autoencoder_folder)).student(), adapter)
     merged = WanTransformer3DModel.from_pretrained(finished[1]["pipeline"], subfolder="transformer")
     inputs = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -196,6 +197,26 @@ def test_the_teacher_gives_the_tokens_of_the_base(bases, name, monkeypatch):
         wanted = pipe.transformer.patch_embed(latents).transpose(1, 2).unflatten(2, (4, 8))
     torch.testing.assert_close(tokens[:, :, 0], wanted)
     assert backbone.aligner()(batch).shape == (1, wanted.shape[1], 1, 2, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_autoencoder_is_saved_as_it_was(bases, tmp_path, name):
+    AutoencoderDC.from_pretrained(bases["new"], dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    backbone = open_backbone(str(bases[name]), str(tmp_path / "half"))
+    backbone.save(backbone.student(), tmp_path / "saved")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "saved" / "vae" / weights).read_bytes() == (tmp_path / "half" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_knows_how_pictures_were_encoded(bases, name):
+    ways: list[dict] = [{}, {"autoencoder_dtype": torch.bfloat16}, {"autoencoder_tiling": True}]
+    parts = ("latents", "teacher")
+    plain, half, tiled = (
+        open_backbone(str(bases[name]), str(bases["new"]), **way).encoder(parts).identities for way in ways
+    )
+    assert half["latents"] != plain["latents"] and half["teacher"] == plain["teacher"]
+    assert len({one["latents"] for one in (plain, half, tiled)}) == 3 and tiled["teacher"] != plain["teacher"]
 
 
 def test_flux_is_told_the_time_of_its_noise_in_half_precision(bases):

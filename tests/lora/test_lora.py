@@ -488,8 +488,6 @@ def test_large_clips_are_encoded_in_tiles(tmp_path, text_base, monkeypatch):
         own, original = encoder.loaded_own(), encoder.loaded_own().tiled_encode
         monkeypatch.setattr(own, "tiled_encode", lambda x, n=name, o=original: calls.append(n) or o(x))
     assert whole.encode(large)["latents"].shape == tiled.encode(large)["latents"].shape and calls == ["tiled"]
-    with pytest.raises(ConfigError, match="model.autoencoder_tiling: the autoencoder of .* tiles by itself"):
-        recipe(write(tmp_path, "demo-dc", data={"sizes": [{"frames": 8, "height": 64, "width": 64}]}), TILED)
 
 
 TILED = ["model.autoencoder_tiling=true"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from vidaccel import AutoencoderDCV
 from vidaccel.lora.backbones.base import SampleRequest
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError
@@ -121,6 +122,32 @@ def test_encoders_are_named_without_taking_memory_of_the_gpu(image_base, autoenc
     parts = ("latents", "teacher", "image_embeds")
     assert backbone.encoder(parts).identities == alike.encoder(parts).identities
     assert backbone.text_encoder().identity == alike.text_encoder().identity
+
+
+def test_the_cache_knows_how_clips_were_encoded(image_base, autoencoder_folder):
+    """In half precision the same weights have other latents, which a cache must not mix; those of float32 keep their
+    name."""
+    parts = ("latents", "condition", "teacher", "image_embeds")
+    ways: list[dict] = [{}, {"autoencoder_dtype": torch.bfloat16}, {"autoencoder_tiling": True}]
+    plain, half, tiled = (
+        WanBackbone(str(image_base), str(autoencoder_folder), **way).encoder(parts).identities for way in ways
+    )
+    assert {name for name in parts if half[name] != plain[name]} == {"latents", "condition"}
+    assert {name for name in parts if tiled[name] != plain[name]} == {"latents", "condition", "teacher"}
+    assert not any("torch." in name for name in plain.values())
+
+
+def test_the_autoencoder_is_saved_as_it_was(tmp_path, text_base, autoencoder_folder):
+    """In half precision, in several files, whatever it encoded in."""
+    half = AutoencoderDCV.from_pretrained(autoencoder_folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", max_shard_size="20KB")
+    backbone = WanBackbone(str(text_base), str(tmp_path / "half"))
+    backbone.save(backbone.student(), tmp_path / "saved")
+    first, second = (
+        {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "config.json"}
+        for folder in (tmp_path / "half", tmp_path / "saved" / "vae")
+    )
+    assert first == second and len(first) > 2
 
 
 def test_samples_see_the_picture_that_training_saw(image_base, autoencoder_folder):

@@ -85,6 +85,22 @@ def test_all_weights(tmp_path, folders):
         assert pipe("a red circle", guidance_scale=3.0, **given).frames.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["text", "adapter"])
+def test_the_autoencoder_is_saved_as_it_was(tmp_path, folders, kind):
+    """In half precision, whatever it encoded in."""
+    shutil.copytree(folders[kind], tmp_path / "base")
+    vae = tmp_path / "base" / "vae"
+    AutoencoderDCV.from_pretrained(vae, dtype=torch.bfloat16).save_pretrained(vae)
+    model = open_model(str(tmp_path / "base"), "lora")
+    model.save(model.transformer(), tmp_path / "saved")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "saved" / "vae" / name).read_bytes() == (vae / name).read_bytes()
+    assert (
+        DCVideoGenPipeline.from_pretrained(tmp_path / "saved").vae.config.scaling_factor
+        == model.autoencoder.config.scaling_factor
+    )
+
+
 def test_first_frames(tmp_path, folders):
     """Their condition and image states are encoded, and the validation's videos start from them."""
     result = run("lora", write(tmp_path, folders["first frame"], data={"sizes": [SIZE]}))
@@ -153,6 +169,19 @@ def test_the_hash_of_adapter_only_weights_is_that_of_all_they_are(tmp_path, fold
 def test_what_does_not_fit(tmp_path, folders, kind, override, words):
     with pytest.raises(ConfigError, match=words):
         recipe(settings(tmp_path, folders[kind]), [override])
+
+
+def test_large_clips_are_encoded_in_tiles(tmp_path, folders):
+    """512 pixels of a side is one tile, whose latents stay as they are."""
+    file = settings(tmp_path, folders["text"])
+    made = [recipe(file, [f"model.autoencoder_tiling={on}"]) for on in ("false", "true")]
+    whole, tiled = (one.flowing._encoder for one in made)
+    assert whole.identities != tiled.identities and made[0].inputs() != made[1].inputs()
+    large = torch.rand(1, 3, 4, 32, 544) * 2 - 1
+    small = large[..., :512]
+    assert torch.equal(whole.encode(small)["latents"], tiled.encode(small)["latents"])
+    first, second = (one.encode(large)["latents"] for one in (whole, tiled))
+    assert first.shape == second.shape and not torch.equal(first, second)
 
 
 def test_adapter_only_weights_cannot_be_quantised(folders):
