@@ -22,7 +22,7 @@ from torch.nn import functional
 from ...autoencoders import AutoencoderDCV
 from .canvas import Canvas
 from .constructor import constructor_of
-from .text_to_video import DCVideoGen, videos_of
+from .text_to_video import DCVideoGen, ToldVideo, videos_of
 
 
 class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
@@ -52,29 +52,32 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         """Generate videos that start with `image`. Arguments are those of `diffusers.WanImageToVideoPipeline`, but for:
 
         Args:
-            image: one, or a list, tensor or array of one for each prompt.
+            image: one, or a list, tensor or array of one for each prompt. Tensors are `[3, H, W]` or `[B, 3, H, W]`,
+                arrays `[H, W, 3]` or `[B, H, W, 3]`, of floats in [0, 1] (or in [-1, 1], where one is below 0) or of
+                bytes. The image encoder sees them as they are given.
             height, width, num_frames, output_type: as for `DCVideoGenPipeline`. Where the canvas is larger, the edge of
                 the picture is repeated outwards.
             last_image: with which the video ends; one, or as many as of `image`. The published weights were not trained
                 with one.
 
         Raises:
-            ValueError: sizes under 1, not as many images as prompts, a `last_image` for a model that does not take
-                one, or what `WanImageToVideoPipeline` refuses.
+            ValueError: sizes under 1, images of other shapes or numbers, not as many as prompts, a `last_image` for a
+                model that does not take one, or what `WanImageToVideoPipeline` refuses.
         """
+        image, last_image = _coloured(image, "image"), _coloured(last_image, "last_image")
         videos = videos_of(prompt, kwargs)
         canvas = self._canvas(num_frames, height, width, videos)
         self._check_images(_count(image), _count(last_image), videos)
-        with one_state_a_video(self.transformer, _count(image), _count(last_image)):
+        with self._pictures_on(canvas), one_state_a_video(self.transformer, _count(image), _count(last_image)):
             output = super().__call__(
-                self._on_canvas(image, canvas),
+                image,
                 prompt,
                 negative_prompt,
                 canvas.height,
                 canvas.width,
                 canvas.causal_frames,
                 *args,
-                last_image=self._on_canvas(last_image, canvas),
+                last_image=last_image,
                 output_type=output_type,
                 return_dict=False,
                 **kwargs,
@@ -101,6 +104,21 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
                 "The transformer looks at one image: leave last_image out, or load a model that takes two."
             )
 
+    @contextmanager
+    def _pictures_on(self, canvas: Canvas) -> Iterator[None]:
+        """While this is open, pictures that the autoencoder encodes are put on a canvas."""
+        usual = self.video_processor
+        self.video_processor = OnCanvas.of(canvas)
+        try:
+            yield
+        finally:
+            self.video_processor = usual
+
+    def check_inputs(self, prompt: Any, negative_prompt: Any, image: Any, *args: Any, **kwargs: Any) -> None:
+        """diffusers refuses lists and arrays here, which it can do."""
+        stand_in = None if image is None else torch.empty(0)
+        super().check_inputs(prompt, negative_prompt, stand_in, *args, **kwargs)
+
     def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
         """States of the image encoder, `[B, N, D]`.
 
@@ -109,23 +127,7 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
                 image encoder's own processor would take numbers in [0, 1] for bytes and divide them by 255 once more.
             device: where the result goes.
         """
-        images = image if isinstance(image, list) else [image]
-        return super().encode_image([picture for one in images for picture in _pictures(one)], device)
-
-    def _on_canvas(self, image: Any, canvas: Canvas) -> Any:
-        """The pictures resized to the video and extended to the canvas. Where the two are the same they stay as they
-        came, but for lists and arrays, which diffusers does not take.
-        """
-        is_picture = isinstance(image, Image)
-        if image is None or (not canvas.is_larger_in_space and (is_picture or isinstance(image, torch.Tensor))):
-            return image
-        # The pipeline's own processor would round the size down to what the autoencoder can do.
-        processor = VideoProcessor(vae_scale_factor=1)
-        pixels = processor.preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
-        extended = functional.pad(pixels.float(), canvas.margins, mode="replicate")
-        if is_picture:
-            return processor.postprocess(extended, output_type="pil")[0]
-        return processor.postprocess(extended, output_type="pt")
+        return super().encode_image(_pictures(image), device)
 
     def prepare_latents(
         self,
@@ -149,6 +151,25 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         )
         condition = image_condition(self.vae, image, latents.shape[2], last_image).to(device, dtype)
         return latents, condition.repeat_interleave(batch_size // image.shape[0], dim=0)
+
+
+class OnCanvas(ToldVideo):
+    """Resizes pictures to the video, whatever size is asked for, and extends them to its canvas."""
+
+    canvas: Canvas
+
+    @classmethod
+    def of(cls, canvas: Canvas) -> OnCanvas:
+        # That of the autoencoder would round the size of the video down.
+        processor = cls(vae_scale_factor=1)
+        processor.canvas = canvas
+        return processor
+
+    def preprocess(self, image: Any, height: int | None = None, width: int | None = None, **_: Any) -> torch.Tensor:
+        """Pixels `[B, 3, H, W]` in [-1, 1]."""
+        canvas = self.canvas
+        pixels = super().preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
+        return functional.pad(pixels.float(), canvas.margins, mode="replicate")
 
 
 @contextmanager
@@ -191,10 +212,42 @@ def _count(image: Any) -> int:
     return image.shape[0] if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4 else 1
 
 
+def _coloured(image: Any, name: str) -> Any:
+    """The pictures with 3 channels, of numbers that mean what diffusers takes them for; tuples become lists.
+
+    Raises:
+        ValueError: see `DCVideoGenImageToVideoPipeline.__call__`.
+    """
+    if isinstance(image, list | tuple):
+        return [_coloured(one, name) for one in image]
+    if isinstance(image, Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image is None:
+        return None
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise ValueError(f"{name} is a {type(image).__name__}: give a PIL picture, a tensor, an array, or a list.")
+    channels = image.shape[-3 if isinstance(image, torch.Tensor) else -1] if image.ndim in (3, 4) else 0
+    if channels != 3:
+        raise ValueError(
+            f"{name} is {list(image.shape)}: a tensor must be [3, H, W] or [B, 3, H, W], and an array [H, W, 3] or "
+            "[B, H, W, 3]."
+        )
+    dtype = str(image.dtype).removeprefix("torch.")
+    if dtype == "uint8":
+        return (image.float() if isinstance(image, torch.Tensor) else image.astype(np.float32)) / 255
+    if not dtype.startswith(("float", "bfloat")):
+        raise ValueError(f"{name} has numbers of {dtype}: give floats in [0, 1], or bytes (uint8).")
+    if image.max() > 2:  # those of a picture that was resized may exceed 1 a little
+        raise ValueError(f"{name} has numbers up to {float(image.max()):g}: give floats in [0, 1], or bytes (uint8).")
+    return image
+
+
 def _pictures(image: Any) -> list:
     """The PIL pictures of a tensor `[B, 3, H, W]` or an array `[B, H, W, 3]` of floats in [0, 1], or in [-1, 1] where
-    one is below 0, as diffusers has it; others as they came.
+    one is below 0, as diffusers has it; others as they came; of lists, those of all that is in them.
     """
+    if isinstance(image, list):
+        return [picture for one in image for picture in _pictures(one)]
     if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
         image = torch.from_numpy(image).movedim(-1, -3)
     if not isinstance(image, torch.Tensor) or not image.is_floating_point():

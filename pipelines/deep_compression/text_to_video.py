@@ -31,6 +31,20 @@ def videos_of(prompt: Any, options: Mapping[str, Any]) -> int:
     return prompts * options.get("num_videos_per_prompt", 1)
 
 
+class ToldVideo(VideoProcessor):
+    """Says of a video that it has no picture; as pixels of PIL it would be black."""
+
+    def postprocess_video(self, video: torch.Tensor, output_type: str = "np") -> Any:
+        low, high = video.aminmax()
+        if not (high - low).isfinite():
+            logger.warning(
+                "The video has NaN or infinite values in %s: load the pipeline in another dtype (bfloat16 or float32); "
+                "float16 overflows in models that were trained in bfloat16.",
+                video.dtype,
+            )
+        return super().postprocess_video(video, output_type)
+
+
 class DCVideoGen(PublishedLayoutMixin):
     """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
 
@@ -51,7 +65,7 @@ class DCVideoGen(PublishedLayoutMixin):
         # Of the autoencoder that is there now: diffusers reads these when a pipeline is made, maybe with another one.
         self.vae_scale_factor_spatial = self.vae.spatial_compression_ratio
         self.vae_scale_factor_temporal = self.vae.temporal_compression_ratio
-        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        self.video_processor = ToldVideo(vae_scale_factor=self.vae_scale_factor_spatial)
         canvas = Canvas.for_video(
             frames,
             height,

@@ -69,6 +69,46 @@ def test_lists_and_arrays_of_pictures(size):
         torch.testing.assert_close(generate_dc(pipe, *size, image=images, prompts=2), wanted, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("size", [(8, 32, 64), (8, 30, 60)])
+def test_a_list_of_one_is_the_picture_itself(size):
+    """To the image encoder, too, which sees it before it is resized."""
+    pipe, picture = with_clip(), make_picture(40, 50)
+    alone = generate_dc(pipe, *size, image=picture)
+    for same in ([picture], (picture,), picture.convert("RGBA")):
+        torch.testing.assert_close(generate_dc(pipe, *size, image=same), alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8, 32, 64), (8, 30, 60)])
+def test_bytes_are_not_taken_for_numbers_up_to_1(size):
+    picture = make_picture(*size[1:])
+    pipe, array = make_dc_pipe(DCVideoGenImageToVideoPipeline), np.asarray(picture)
+    wanted = generate_dc(pipe, *size, image=picture)
+    for image in (array, array[None], torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        torch.testing.assert_close(generate_dc(pipe, *size, image=image), wanted, atol=1e-4, rtol=1e-3)
+    grey = picture.convert("L")
+    wanted = generate_dc(pipe, *size, image=grey.convert("RGB"))
+    torch.testing.assert_close(generate_dc(pipe, *size, image=grey), wanted)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((32, 64), np.uint8), r"image is \[32, 64\]: a tensor must be \[3, H, W\]"),
+        (torch.zeros(1, 4, 32, 64), r"image is \[1, 4, 32, 64\]: a tensor must be"),
+        (torch.zeros(3, 32, 64, dtype=torch.int64), "image has numbers of int64: give floats"),
+        (np.full((32, 64, 3), 255.0), r"image has numbers up to 255: give floats in \[0, 1\]"),
+        ("a.png", "image is a str: give a PIL picture"),
+    ],
+)
+def test_images_whose_meaning_is_not_clear(image, message, monkeypatch):
+    pipe = make_dc_pipe(DCVideoGenImageToVideoPipeline)
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *a, **k: pytest.fail("the text encoder ran"))
+    with pytest.raises(ValueError, match=message):
+        generate_dc(pipe, 8, 32, 64, image=image)
+    with pytest.raises(ValueError, match=f"last_{message}"):
+        generate_dc(pipe, 8, 32, 64, last_image=image)
+
+
 def test_first_and_last_picture_of_every_video():
     """Models for both have a position for each of their states; here those of 5 patches a picture."""
     pipe, pictures = with_clip(pos_embed_seq_len=10), [make_picture(seed=n) for n in range(4)]

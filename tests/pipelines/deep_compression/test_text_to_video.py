@@ -369,3 +369,14 @@ def test_compiled_blocks(text_pipe):
     text_pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     text_pipe.vae = torch.compile(text_pipe.vae, backend="eager")
     torch.testing.assert_close(generate_dc(text_pipe), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_a_video_without_a_picture_is_told_of(output_type, caplog):
+    """As in float16, which overflows; PIL would make it black."""
+    pipe = make_dc_pipe(DCVideoGenPipeline)
+    generate_dc(pipe, output_type=output_type)
+    assert not caplog.text
+    pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
+    generate_dc(pipe, output_type=output_type)
+    assert "The video has NaN or infinite values in torch.float32: load the pipeline in another dtype" in caplog.text
