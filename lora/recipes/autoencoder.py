@@ -70,9 +70,11 @@ class AutoencoderSettings(ReconstructionSettings):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
+        if self.model.start is not None:
+            return  # what it takes is in its own folder, see `TrainAutoencoder.prepare`
         factor = 2 ** (len(self.model.block_out_channels) - 2)
         for name, size in self.named_sizes():
-            if self.model.start is None and (size.height % factor or size.width % factor):
+            if size.height % factor or size.width % factor:
                 yield f"{name}: {size.height}x{size.width} is no multiple of {factor}, the autoencoder's factor."
             if size.frames % 4:
                 yield f"{name}: {size.frames} frames are no multiple of 4."
@@ -87,6 +89,11 @@ class TrainAutoencoder(TrainReconstruction):
 
     Config = AutoencoderSettings
     config: AutoencoderSettings
+
+    def prepare(self) -> None:
+        if self.config.model.start is not None:
+            self.check_sizes(self.build(), "model.start")
+        super().prepare()
 
     def inputs(self) -> dict[str, str]:
         start = {} if self.config.model.start is None else {"model.start": fingerprint(self.build())}

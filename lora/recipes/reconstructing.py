@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Settings, setting
+from ...autoencoders.tiny import compression_of, frames_of
+from ..config import ConfigError, Settings, setting
 from ..data.account import say_what_the_data_are
 from ..data.dataset import ClipDataset, open_dataset, sturdy_pixels
 from ..data.held_out import HeldOut, hold_out
@@ -96,6 +97,34 @@ class TrainReconstruction(Recipe):
             from ..reconstruction import perceptual_network
 
             perceptual_network()
+
+    def check_sizes(self, vae: Any, setting: str) -> None:
+        """Before anything is trained, that an autoencoder takes clips of all sizes.
+
+        Args:
+            setting: where it is from, for messages.
+
+        Raises:
+            ConfigError: a size that it does not take, with what it does.
+        """
+        time, space = compression_of(vae)
+        for name, size in self.config.named_sizes():
+            if size.height % space or size.width % space:
+                fits = "x".join(str(space * max(1, round(side / space))) for side in (size.height, size.width))
+                raise ConfigError(
+                    f"{name}: {size.height}x{size.width} is no multiple of {space}, by which the autoencoder of "
+                    f"{setting} divides height and width: give {fits}."
+                )
+            counts = {frames_of(vae, latents) for latents in range(1, size.frames // time + 4)}
+            if size.frames not in counts:
+                near = [
+                    max((n for n in counts if 0 < n < size.frames), default=0),
+                    min(n for n in counts if n > size.frames),
+                ]
+                raise ConfigError(
+                    f"{name}: {size.frames} frames are no whole number of latent frames of the autoencoder of "
+                    f"{setting}: give {' or '.join(str(n) for n in near if n)}."
+                )
 
     def show_data(self, folder: Path) -> None:
         data = self.config.data

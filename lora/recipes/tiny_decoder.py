@@ -41,7 +41,7 @@ class TrainTinyDecoder(TrainReconstruction):
 
     def prepare(self) -> None:
         self.vae = self._autoencoder()
-        self._check_sizes()
+        self.check_sizes(self.vae, "model.base")
         super().prepare()
 
     def _autoencoder(self) -> Any:
@@ -63,27 +63,6 @@ class TrainTinyDecoder(TrainReconstruction):
         if self.process.device.type != "cpu":
             vae.enable_slicing()  # the same result, and a batch takes no more memory than a clip
         return vae.to(self.process.device).eval().requires_grad_(False)
-
-    def _check_sizes(self) -> None:
-        vae = self.vae
-        time, space = compression_of(vae)
-        for name, size in self.config.named_sizes():
-            if size.height % space or size.width % space:
-                fits = "x".join(str(space * max(1, round(side / space))) for side in (size.height, size.width))
-                raise ConfigError(
-                    f"{name}: {size.height}x{size.width} is no multiple of {space}, by which the autoencoder of "
-                    f"model.base divides height and width: give {fits}."
-                )
-            counts = {frames_of(vae, latents) for latents in range(1, size.frames // time + 4)}
-            if size.frames not in counts:
-                near = [
-                    max((n for n in counts if 0 < n < size.frames), default=0),
-                    min(n for n in counts if n > size.frames),
-                ]
-                raise ConfigError(
-                    f"{name}: {size.frames} frames are no whole number of latent frames of the autoencoder of "
-                    f"model.base: give {' or '.join(str(n) for n in near if n)}."
-                )
 
     def inputs(self) -> dict[str, str]:
         start = {} if self.config.decoder.start is None else {"decoder.start": fingerprint(self.decoder())}

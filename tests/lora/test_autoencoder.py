@@ -197,6 +197,36 @@ def test_settings_that_do_not_fit(tmp_path, sections, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (
+            {"frames": 8, "height": 40, "width": 32},
+            r"data.sizes: 40x32 is no multiple of 32, .* of model.start .* 32x32",
+        ),
+        ({"frames": 8, "height": 32, "width": 32}, "8 frames are no whole number of latent frames .* give 5 or 9"),
+    ],
+)
+def test_sizes_that_the_start_does_not_take(tmp_path, size, words):
+    _padded().save_pretrained(tmp_path / "start")
+    data = {"kind": "demo", "clips": 8, "contact_sheet": 0, "sizes": [{"frames": 9, "height": 32, "width": 32}, size]}
+    with pytest.raises(ConfigError, match=words):
+        run("autoencoder", write(tmp_path, model={"start": str(tmp_path / "start")}, data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_puts_frames_before_a_video(tmp_path):
+    _padded().save_pretrained(tmp_path / "start")
+    data = {"kind": "demo", "clips": 8, "contact_sheet": 0, "sizes": [{"frames": 9, "height": 32, "width": 32}]}
+    result = run("autoencoder", write(tmp_path, model={"start": str(tmp_path / "start")}, data=data))
+    assert AutoencoderDCV.from_pretrained(result["autoencoder"]).config.pad_frames == 3 and result["psnr"] > 0
+
+
+def _padded() -> AutoencoderDCV:
+    torch.manual_seed(0)
+    return AutoencoderDCV(**MODEL, pad_frames=3)
+
+
 def test_the_recipe_must_be_the_one_of_the_settings(tmp_path):
     with pytest.raises(ConfigError, match="is for the recipe autoencoder, not for ae_adapt"):
         run("ae_adapt", write(tmp_path))
