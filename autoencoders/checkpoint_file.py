@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ _CONFIG = "autoencoder_config"
 UNTOLD = ("chunk_size", "scaling_factor", "pad_frames", "tail")
 """Fields of the configuration that do not follow from weights. Files that are written here say them."""
 _FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_FOLDER_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 
 class CheckpointError(ValueError):
@@ -196,9 +198,21 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def variant_in(folder: Path, wanted: str | None = None) -> str | None:
+    """Which variant of the weights in the folder of a model to load with `from_pretrained`: the wanted one if it is
+    there, else the usual weights, and where there are none, the only variant."""
+    found = {match[1] for file in folder.glob("*") if (match := _FOLDER_FILE.fullmatch(file.name))}
+    if wanted in found:
+        return wanted
+    return next(iter(found)) if len(found) == 1 else None
+
+
 def _weight_files(folder: Path) -> Iterator[Path]:
-    for name in _FOLDER_FILES:
-        index = folder / f"{name}.index.json"
+    variant = variant_in(folder)
+    infix = "" if variant is None else f".{variant}"
+    for usual in _FOLDER_FILES:
+        stem, _, kind = usual.partition(".")
+        name, index = f"{stem}{infix}.{kind}", folder / f"{usual}.index{infix}.json"
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -221,5 +235,6 @@ __all__ = [
     "read_published",
     "read_stated",
     "strip_prefix",
+    "variant_in",
     "write_stated",
 ]

@@ -21,6 +21,7 @@ from .checkpoint_file import (
     read_published,
     read_stated,
     strip_prefix,
+    variant_in,
     write_stated,
 )
 from .presets import PRESETS
@@ -309,5 +310,6 @@ __all__ = [
     "read_published",
     "strip_prefix",
     "to_published",
+    "variant_in",
     "write_published_file",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...autoencoders.checkpoint_file import variant_in
 from ...pipelines.locations import is_hub_id
 from ...pipelines.weight_files import transformer_files, transformer_tensors
 from ..checkpoint import replaced
@@ -47,6 +48,11 @@ def located(location: str, setting: str, *built_in: str, part: str = "") -> str:
         return str(demo.path(location) / part)
     if Path(location).is_dir() or is_hub_id(location):
         return location
+    if Path(location).is_file() and part == "vae":
+        raise ConfigError(
+            f"{setting}: {location} is a file, and training takes the folder of an autoencoder: make one of a "
+            f"published file with `vidaccel convert {location} FOLDER`, and give that."
+        )
     named = " or ".join(f'"{name}"' for name in built_in)
     raise ConfigError(
         f"{setting}: {location} is no folder here, no hub id of the form owner/name, and not the built-in {named}: "
@@ -64,7 +70,17 @@ def read_config(cls: Any, location: str, subfolder: str | None = None) -> dict:
         return dict(cls.load_config(location, subfolder=subfolder))
     except (OSError, ValueError) as error:
         where = f"{location}/{subfolder}" if subfolder else location
-        raise ConfigError(f"model: {where} has no readable config.json of a {cls.__name__}: {error}") from error
+        raise ConfigError(
+            f"model: {where} has no readable config.json of a {cls.__name__}: {error}"
+            f"{'' if subfolder else _way(cls, location)}"
+        ) from error
+
+
+def _way(cls: Any, location: str) -> str:
+    """Behind a message, how a published autoencoder becomes one that diffusers loads."""
+    if cls.__name__ != "AutoencoderDCV":
+        return ""
+    return f" If it is a published one, make a folder of it with `vidaccel convert {location} FOLDER`, and give that."
 
 
 def load_autoencoder(cls: Any, location: str, setting: str, **options: Any) -> Any:
@@ -79,10 +95,14 @@ def load_autoencoder(cls: Any, location: str, setting: str, **options: Any) -> A
     Raises:
         ConfigError: it cannot be loaded.
     """
+    folder = Path(location) / (options.get("subfolder") or "")
     try:
-        return cls.from_pretrained(location, **options)
+        return cls.from_pretrained(location, variant=variant_in(folder), **options)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes than the config says
-        raise ConfigError(f"{setting}: {location} is no autoencoder that {cls.__name__} can load: {error}") from error
+        way = "" if (Path(location) / "config.json").is_file() or options.get("subfolder") else _way(cls, location)
+        raise ConfigError(
+            f"{setting}: {location} is no autoencoder that {cls.__name__} can load: {error}{way}"
+        ) from error
 
 
 def load_part(cls: Any, base: str, name: str, dtype: torch.dtype) -> Any:

@@ -291,7 +291,7 @@ def load_adapted(
     else:
         place = find_autoencoder(autoencoder or own_autoencoder(folder, facts["autoencoder"]), hub_options(options))
         # A file may be of half precision, in which a base that is loaded in float32 is not meant to run.
-        vae = load_autoencoder(place, of("vae") or torch.float32, autoencoder_config)
+        vae = load_autoencoder(place, of("vae") or torch.float32, autoencoder_config, options.get("variant"))
     hub = hub_options(options, "revision", "variant", "use_safetensors")
     transformer = adapted_transformer(folder, location, of("transformer"), **hub)
     if base is None:  # else it does not follow from the folder what the weights are

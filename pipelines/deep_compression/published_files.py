@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...autoencoders import AutoencoderDCV
+from ...autoencoders.checkpoint_file import variant_in
 from ...autoencoders.convert import load_published
 from ..errors import first_line
 from ..locations import is_hub_id
@@ -119,13 +120,17 @@ def find_autoencoder(given: str | Path, options: Mapping[str, Any]) -> Path:
 
 
 def load_autoencoder(
-    place: Path, dtype: torch.dtype | None = None, changes: Mapping[str, Any] | None = None
+    place: Path,
+    dtype: torch.dtype | None = None,
+    changes: Mapping[str, Any] | None = None,
+    variant: str | None = None,
 ) -> AutoencoderDCV:
     """The autoencoder in a file or folder of `find_autoencoder`.
 
     Args:
         dtype: of its weights; as they are stored in a file, and float32 from a folder, when None.
         changes: fields of the configuration that the weights in a file do not tell.
+        variant: of the weights in a folder, where it has that; see `variant_in`.
 
     Raises:
         LayoutError: changes to a folder, which has its own.
@@ -134,7 +139,7 @@ def load_autoencoder(
     if place.is_file():
         return load_published(place, dtype, **(changes or {}))
     refuse_changes(place, changes)
-    return AutoencoderDCV.from_pretrained(place, dtype=dtype)
+    return AutoencoderDCV.from_pretrained(place, dtype=dtype, variant=variant_in(place, variant))
 
 
 def refuse_changes(folder: Path, changes: Mapping[str, Any] | None) -> None:

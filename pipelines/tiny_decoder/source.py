@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...autoencoders.checkpoint_file import CheckpointError
+from ...autoencoders.checkpoint_file import CheckpointError, variant_in
 from ...autoencoders.tiny import KNOWN, TinyVideoDecoder, channels_of, compression_of, read_tiny
 from ..locations import is_hub_id
 
@@ -113,7 +113,8 @@ def read_decoder(location: str) -> TinyVideoDecoder:
                     f"the folder {path} has no tiny decoder: give the file, such as taew2_1.safetensors, or a folder "
                     "that the recipe tiny-decoder made."
                 )
-            return TinyVideoDecoder.from_pretrained(location).eval().requires_grad_(False)
+            decoder = TinyVideoDecoder.from_pretrained(location, variant=variant_in(path))
+            return decoder.eval().requires_grad_(False)
     except TinyDecoderError:
         raise
     # ValueError: of a config; RuntimeError: weights of other shapes than it says.

@@ -230,7 +230,16 @@ def _folder(path, dtype=None, **save):
     return model
 
 
-@pytest.mark.parametrize("save", [{}, {"max_shard_size": "20KB"}, {"safe_serialization": False}])
+@pytest.mark.parametrize(
+    "save",
+    [
+        {},
+        {"max_shard_size": "20KB"},
+        {"safe_serialization": False},
+        {"variant": "bf16"},
+        {"variant": "bf16", "max_shard_size": "20KB"},
+    ],
+)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_folder_becomes_one_file_of_the_same_numbers(tmp_path, save, suffix):
     model = _folder(tmp_path / "vae", torch.bfloat16, **save)
@@ -287,6 +296,16 @@ def test_a_folder_that_does_not_fit_its_config_is_refused(tmp_path, change, mess
     with pytest.raises(CheckpointError, match=message):
         convert.write_published_file(tmp_path / "vae", tmp_path / "back.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+def test_which_variant_is_loaded(tmp_path):
+    assert convert.variant_in(tmp_path / "none") is None
+    make_autoencoder().save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    assert convert.variant_in(tmp_path) == convert.variant_in(tmp_path, "bf16") == "fp16"
+    make_autoencoder().save_pretrained(tmp_path, variant="bf16")
+    assert convert.variant_in(tmp_path) is None and convert.variant_in(tmp_path, "bf16") == "bf16"
+    make_autoencoder().save_pretrained(tmp_path)
+    assert convert.variant_in(tmp_path) is None and convert.variant_in(tmp_path, "bf16") == "bf16"
 
 
 def test_a_folder_with_a_part_missing(tmp_path):

@@ -11,7 +11,9 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from vidaccel import AutoencoderDCV
+from vidaccel.autoencoders.convert import write_published_file
 from vidaccel.lora.backbones.base import SampleRequest
+from vidaccel.lora.backbones.folders import load_autoencoder, located, read_config
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError
 
@@ -148,6 +150,17 @@ def test_the_autoencoder_is_saved_as_it_was(tmp_path, text_base, autoencoder_fol
         for folder in (tmp_path / "half", tmp_path / "saved" / "vae")
     )
     assert first == second and len(first) > 2
+
+
+@pytest.mark.parametrize("place", ["dc-ae-v-1.0.pt", ""])
+def test_a_published_autoencoder_is_to_be_converted(tmp_path, autoencoder_folder, place):
+    (tmp_path / "published").mkdir()
+    write_published_file(autoencoder_folder, tmp_path / "published" / "dc-ae-v-1.0.pt")
+    given = str(tmp_path / "published" / place).rstrip("/")
+    with pytest.raises(ConfigError, match=f"`vidaccel convert {given} FOLDER`, and give that"):
+        read_config(AutoencoderDCV, located(given, "model.autoencoder", "demo-dc", part="vae"))
+    with pytest.raises(ConfigError, match=f"`vidaccel convert {given} FOLDER`, and give that"):
+        load_autoencoder(AutoencoderDCV, given, "model.start")
 
 
 def test_samples_see_the_picture_that_training_saw(image_base, autoencoder_folder):

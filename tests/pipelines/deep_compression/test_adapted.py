@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,33 @@ def test_the_folder_of_a_training_is_not_its_model(tmp_path):
     DCVideoGenPipeline.from_pretrained(tmp_path / "run" / "adapter").save_pretrained(tmp_path / "run" / "pipeline")
     with pytest.raises(LayoutError, match="is the folder of a training, whose model is .*pipeline: give that"):
         DCVideoGenPipeline.from_pretrained(tmp_path / "run")
+
+
+def test_the_variant_is_that_of_the_autoencoder_too(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    vae = AutoencoderDCV.from_pretrained(tmp_path / "adapter" / "vae")
+    vae.save_pretrained(tmp_path / "both")
+    vae.decoder.conv_out.bias.data.fill_(7.0)
+    vae.save_pretrained(tmp_path / "both", variant="fp16")
+    vae.save_pretrained(tmp_path / "one", variant="fp16")
+    options = {"text_encoder": None, "tokenizer": None}
+    for folder, variant, is_variant in (("both", None, False), ("both", "fp16", True), ("one", None, True)):
+        place = {"autoencoder": tmp_path / folder, "variant": variant}
+        pipe = DCVideoGenPipeline.from_pretrained(
+            tmp_path / "adapter", base=_with_variant(tmp_path), **place, **options
+        )
+        assert bool((pipe.vae.decoder.conv_out.bias == 7).all()) == is_variant
+
+
+def _with_variant(folder: Path) -> Path:
+    """The built-in model, whose transformer is there in a variant, too."""
+    base = folder / "base"
+    if not base.exists():
+        shutil.copytree(demo.path(), base)
+        WanTransformer3DModel.from_pretrained(base / "transformer").save_pretrained(
+            base / "transformer", variant="fp16"
+        )
+    return base
 
 
 def test_a_file_of_half_precision_runs_in_that_of_the_base(tmp_path):

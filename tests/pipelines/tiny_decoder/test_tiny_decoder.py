@@ -142,11 +142,12 @@ def test_a_published_file_and_a_folder_are_taken(tmp_path):
     decoder = decoder_for(pipe.vae)
     save_file(decoder.state_dict(), tmp_path / "taew2_1.safetensors")
     decoder.save_pretrained(tmp_path / "folder")
+    decoder.save_pretrained(tmp_path / "variant", variant="fp16")
     made_of = []
-    for source in (decoder, tmp_path / "taew2_1.safetensors", tmp_path / "folder"):
+    for source in (decoder, tmp_path / "taew2_1.safetensors", tmp_path / "folder", tmp_path / "variant"):
         with tiny_decoder(pipe, source):
             made_of.append(made(pipe))
-    assert torch.equal(made_of[0], made_of[1]) and torch.equal(made_of[0], made_of[2])
+    assert all(torch.equal(made_of[0], other) for other in made_of[1:])
 
 
 def test_a_decoder_of_another_autoencoder_is_refused(tmp_path):
