@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -145,11 +146,10 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         strides = [tile_sample_stride_height, tile_sample_stride_width]
         for index in range(2):
             sizes[index] = sizes[index] if sizes[index] is not None else default_tile(factor)
+            _check_tile(sizes[index], factor)
             default = max(sizes[index] * 3 // 4 // factor, 1) * factor
             strides[index] = strides[index] if strides[index] is not None else default
-        for value in (*sizes, *strides):
-            if value <= 0 or value % factor:
-                raise ValueError(f"Sizes and strides of tiles must be multiples of {factor} pixels, not {value}.")
+            _check_tile(strides[index], factor)
         self._tile_rows, self._tile_columns = (Tiles(size, stride) for size, stride in zip(sizes, strides, strict=True))
         self.use_tiling = True
 
@@ -283,7 +283,19 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"Latents of {z.shape[2]} frames are nothing but the {self.config.pad_frames} of padding.")
 
 
+def _check_tile(pixels: Any, factor: int) -> None:
+    if not isinstance(pixels, Integral) or pixels <= 0 or pixels % factor:
+        raise ValueError(f"Sizes and strides of tiles must be multiples of {factor} pixels, not {pixels!r}.")
+
+
+def _check_whole(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: it must be a whole number.")
+
+
 def _check_channels(**channels: int) -> None:
+    _check_whole(**channels)
     for name, value in channels.items():
         if value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1.")
@@ -292,6 +304,9 @@ def _check_channels(**channels: int) -> None:
 def _check_config(
     widths: tuple[int, ...], layers: tuple[int, ...], chunk_size: int, scaling_factor: float, pad_frames: int, tail: str
 ) -> None:
+    _check_whole(chunk_size=chunk_size, pad_frames=pad_frames)
+    for name, values in (("block_out_channels", widths), ("layers_per_block", layers)):
+        _check_whole(**{f"{name}[{number}]": value for number, value in enumerate(values)})
     if len(widths) != len(layers) or len(widths) < 3:
         raise ValueError(
             f"block_out_channels has {len(widths)} entries and layers_per_block {len(layers)}: they need the same "
@@ -310,8 +325,8 @@ def _check_config(
             )
     if chunk_size < TEMPORAL_COMPRESSION or chunk_size % TEMPORAL_COMPRESSION:
         raise ValueError(f"chunk_size is {chunk_size}: it must be a positive multiple of {TEMPORAL_COMPRESSION}.")
-    if not 0 < scaling_factor < float("inf"):
-        raise ValueError(f"scaling_factor is {scaling_factor}: it must be positive.")
+    if not isinstance(scaling_factor, Real) or not 0 < scaling_factor < float("inf"):
+        raise ValueError(f"scaling_factor is {scaling_factor!r}: it must be a positive number.")
     if pad_frames < 0:
         raise ValueError(f"pad_frames is {pad_frames}: it must not be negative.")
     if tail not in TAILS:

@@ -92,25 +92,28 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
             latents: `[B, C, T, h, w]`, in the scale that `config.latents` says.
             at_once: latent frames of a chunk; None for as many as memory allows that is small beside that of a
                 transformer. With gradients, all.
-            frames: how many are wanted, the last ones; None for `frames_of(T)`.
+            frames: how many are wanted, the last ones, of T times the growth in time; None for `frames_of(T)`.
 
         Returns:
             `[B, 3, frames, h * f, w * f]` about [-1, 1], in the dtype of the weights; without gradients, within
             it.
 
         Raises:
-            ValueError: latents of other dimensions or channels.
+            ValueError: latents of other dimensions or channels, or frames that are not made of them.
         """
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or not latents.shape[2]:
             raise ValueError(
                 f"{type(self).__name__} takes latents [B, {self.config.latent_channels}, T, h, w], got "
                 f"{tuple(latents.shape)}."
             )
+        wanted = self.frames_of(latents.shape[2]) if frames is None else frames
+        most = latents.shape[2] * self.temporal_compression_ratio
+        if not 1 <= wanted <= most:
+            raise ValueError(f"frames is {wanted}: of {latents.shape[2]} latent frames 1 to {most} are made.")
         chunk = at_once or (latents.shape[2] if torch.is_grad_enabled() else self._frames_at_once(latents))
         past: Past = {}
         made = [self._decode(some, past) for some in latents.to(self.dtype).split(chunk, 2)]
         video = made[0] if len(made) == 1 else torch.cat(made, 1)
-        wanted = self.frames_of(latents.shape[2]) if frames is None else frames
         return video[:, video.shape[1] - wanted :].transpose(1, 2)
 
     def _decode(self, latents: torch.Tensor, past: Past) -> torch.Tensor:

@@ -59,8 +59,8 @@ class Canvas:
             ValueError: a size that is no whole number, or under 1.
         """
         for name, value in (("num_frames", frames), ("height", height), ("width", width)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1 and whole.")
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be at least 1 and whole.")
         latent_frames = _up(frames + pad_frames, temporal * patch[0]) // temporal
         return cls(
             latent_frames * temporal - pad_frames,

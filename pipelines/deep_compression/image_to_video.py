@@ -22,7 +22,7 @@ from torch.nn import functional
 from ...autoencoders import AutoencoderDCV
 from .canvas import Canvas
 from .constructor import constructor_of
-from .text_to_video import DCVideoGen, ToldVideo, videos_of
+from .text_to_video import DCVideoGen, ToldVideo, check_output, videos_of
 
 
 class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
@@ -61,9 +61,10 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
                 with one.
 
         Raises:
-            ValueError: sizes under 1, images of other shapes or numbers, not as many as prompts, a `last_image` for a
-                model that does not take one, or what `WanImageToVideoPipeline` refuses.
+            ValueError: sizes under 1, an unknown `output_type`, images of other shapes or numbers, not as many as
+                prompts, a `last_image` for a model that does not take one, or what `WanImageToVideoPipeline` refuses.
         """
+        check_output(output_type)
         image, last_image = _coloured(image, "image"), _coloured(last_image, "last_image")
         videos = videos_of(prompt, kwargs)
         canvas = self._canvas(num_frames, height, width, videos)

@@ -54,6 +54,12 @@ def _canvas(pipe: Any, height: int, width: int, channels: int, multiple: int = 1
     return Canvas.for_video(1, height, width, patch=(1, 1, 1), spatial=factor, temporal=1)
 
 
+def _transformer(pipe: Any) -> Any:
+    if pipe.transformer is None:
+        raise ValueError(f"{type(pipe).__name__} has no transformer: load it with one.")
+    return pipe.transformer
+
+
 def _check_autoencoder(pipeline_class: str, vae: Any) -> None:
     """ValueError for an autoencoder that does not say how much it compresses, as those of the stock models."""
     if vae is not None and not hasattr(vae, "spatial_compression_ratio"):
@@ -124,7 +130,7 @@ class DCGenFluxPipeline(FluxPipeline):
         Raises:
             ValueError: sizes under 1, or parts that do not belong together.
         """
-        canvas = _canvas(self, height, width, self.transformer.out_channels)
+        canvas = _canvas(self, height, width, _transformer(self).out_channels)
         size = {"height": canvas.height, "width": canvas.width}
         tokens = super().__call__(*args, **size, output_type="latent", return_dict=False, **kwargs)[0]
         factor = self.vae.spatial_compression_ratio
@@ -161,7 +167,7 @@ class DCGenSanaPipeline(SanaPipeline):
         Raises:
             ValueError: sizes under 1, or parts that do not belong together.
         """
-        canvas = _canvas(self, height, width, self.transformer.config.out_channels, multiple=32)
+        canvas = _canvas(self, height, width, _transformer(self).config.out_channels, multiple=32)
         images = super().__call__(
             *args,
             height=canvas.height,

@@ -23,12 +23,22 @@ from .published import PublishedLayoutMixin
 
 logger = logging.getLogger(__name__)
 
+OUTPUTS = ("np", "pt", "pil", "latent")
+
 
 def videos_of(prompt: Any, options: Mapping[str, Any]) -> int:
     """How many videos a call makes."""
     embeds = options.get("prompt_embeds")
     prompts = 1 if isinstance(prompt, str) else len(prompt or ()) if embeds is None else len(embeds)
     return prompts * options.get("num_videos_per_prompt", 1)
+
+
+def check_output(output_type: Any) -> None:
+    """Raise ValueError, before the first step, for what diffusers refuses behind the last one."""
+    if output_type not in OUTPUTS:
+        raise ValueError(
+            f"output_type is {output_type!r}: give {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}."
+        )
 
 
 class ToldVideo(VideoProcessor):
@@ -199,8 +209,9 @@ class DCVideoGenPipeline(DCVideoGen, WanPipeline):
             output_type: "latent" gives `[B, C, T/4, H/f, W/f]` of the canvas, uncropped and scaled.
 
         Raises:
-            ValueError: sizes under 1, or what `WanPipeline` refuses.
+            ValueError: sizes under 1, an unknown `output_type`, or what `WanPipeline` refuses.
         """
+        check_output(output_type)
         canvas = self._canvas(num_frames, height, width, videos_of(prompt, kwargs))
         output = super().__call__(
             prompt,

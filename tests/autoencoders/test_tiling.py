@@ -124,6 +124,8 @@ def test_defaults_are_512_pixels_and_a_quarter_of_overlap():
     ("sizes", "message"),
     [
         ((17, 16), "multiples of 4 pixels, not 17"),
+        ((16.0, 16), "multiples of 4 pixels, not 16.0"),
+        (("16", 16), "multiples of 4 pixels, not '16'"),
         ((16, 0), "multiples of 4 pixels, not 0"),
         ((16, 16, 6), "multiples of 4 pixels, not 6"),
         ((16, 16, 16, 20), "stride of tiles is 20 and their size 16.*at most the size"),

@@ -132,6 +132,13 @@ def test_a_shape_that_cannot_be_is_refused(changes, words):
         TinyVideoDecoder(**{**SMALL, **changes})
 
 
+def test_frames_that_are_not_made_are_refused():
+    decoder = TinyVideoDecoder(**SMALL)
+    for frames in (0, 9):
+        with pytest.raises(ValueError, match=rf"frames is {frames}: of 2 latent frames 1 to 8 are made"):
+            decoder(torch.zeros(1, 4, 2, 3, 3), frames=frames)
+
+
 def test_latents_of_other_channels_are_refused():
     with pytest.raises(ValueError, match=r"takes latents \[B, 4, T, h, w\], got \(1, 16, 2, 3, 3\)"):
         TinyVideoDecoder(**SMALL)(torch.zeros(1, 16, 2, 3, 3))

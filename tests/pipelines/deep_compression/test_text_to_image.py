@@ -166,6 +166,10 @@ def test_the_autoencoder_of_a_stock_model_is_refused():
         pipe.vae = stock
         with pytest.raises(ValueError, match="is AutoencoderKL: DC-Gen is for models with an AutoencoderDC"):
             generate(pipe)
+        transformer, pipe.transformer = pipe.transformer, None
+        with pytest.raises(ValueError, match="has no transformer: load it with one"):
+            generate(pipe)
+        pipe.transformer = transformer
         pipe.vae = None
         with pytest.raises(ValueError, match="has no autoencoder: set pipe.vae"):
             generate(pipe)

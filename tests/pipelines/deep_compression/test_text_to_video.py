@@ -380,3 +380,19 @@ def test_a_video_without_a_picture_is_told_of(output_type, caplog):
     pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
     generate_dc(pipe, output_type=output_type)
     assert "The video has NaN or infinite values in torch.float32: load the pipeline in another dtype" in caplog.text
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"output_type": "foo"}, "output_type is 'foo': give 'np', 'pt', 'pil' or 'latent'"),
+        ({"height": "64"}, "height is '64': it must be at least 1 and whole"),
+        ({"frames": True}, "num_frames is True: it must be at least 1 and whole"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(cls, given, words, monkeypatch):
+    pipe = make_dc_pipe(cls)
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *a, **k: pytest.fail("a step was made"))
+    with pytest.raises(ValueError, match=words):
+        generate_dc(pipe, **given)

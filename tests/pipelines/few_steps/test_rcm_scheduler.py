@@ -224,6 +224,14 @@ def test_a_wan_pipeline_takes_the_published_times():
     assert "prepare_latents" not in vars(pipe)
     assert torch.equal(generate(pipe, guidance_scale=1), made)
 
+    heard.first = None
+    with scaled_start(pipe):
+        with scaled_start(pipe):  # scaled once, and by the outer one behind it, too
+            pass
+        generate(pipe, guidance_scale=1)
+    torch.testing.assert_close(heard.first, plain * (80 / 81))
+    assert "prepare_latents" not in vars(pipe)
+
     other = make_pipe()  # another scheduler: nothing is scaled
     with scaled_start(other):
         assert "prepare_latents" not in vars(other)
