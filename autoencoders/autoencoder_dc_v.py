@@ -16,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from .blocks import Past
 from .coder import Decoder, Encoder
 from .presets import preset
-from .tiling import Tiles, default_tile, run_tiled
+from .tiling import Tiles, default_stride, default_tile, run_tiled
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,9 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
     """DC-AE-V (DC-VideoGen, arXiv 2509.25182, section 3.1): 32x or 64x in space, 4x in time.
 
     Videos are `[B, 3, T, H, W]` in [-1, 1], latents `[B, C, T/4, H/f, W/f]`. A video is run chunk by chunk, each
-    convolution remembering one frame of the chunk before, so memory does not grow with length. There is no first frame
-    of its own: T is 4k, not 4k + 1. Latents come unscaled; a transformer sees `latent * config.scaling_factor`.
+    convolution remembering one frame of the chunk before, so memory grows with length by the video alone. There is no
+    first frame of its own: T is 4k, not 4k + 1. Latents come unscaled; a transformer sees
+    `latent * config.scaling_factor`.
 
     Args:
         in_channels: of pixels.
@@ -130,7 +131,8 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         tile_sample_stride_height: int | None = None,
         tile_sample_stride_width: int | None = None,
     ) -> None:
-        """Encode and decode in overlapping tiles, so that memory does not grow with the frame's size.
+        """Encode and decode in overlapping tiles, so that memory does not grow with the frame's size, but for the
+        result and, in float32, the edges that tiles share.
 
         Args:
             tile_sample_min_height, tile_sample_min_width: pixels of a tile; by default 512, and at least 8 latent
@@ -147,8 +149,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         for index in range(2):
             sizes[index] = sizes[index] if sizes[index] is not None else default_tile(factor)
             _check_tile(sizes[index], factor)
-            default = max(sizes[index] * 3 // 4 // factor, 1) * factor
-            strides[index] = strides[index] if strides[index] is not None else default
+            strides[index] = strides[index] if strides[index] is not None else default_stride(sizes[index], factor)
             _check_tile(strides[index], factor)
         self._tile_rows, self._tile_columns = (Tiles(size, stride) for size, stride in zip(sizes, strides, strict=True))
         self.use_tiling = True
@@ -172,7 +173,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         self._check_video(x)
         if self.config.pad_frames:
             x = torch.cat([x[:, :, :1].expand(-1, -1, self.config.pad_frames, -1, -1), x], dim=2)
-        latent = self._tiled(self._sliced(self._encode, x.shape[0]), x, 1 / self.spatial_compression_ratio)
+        latent = self._run(self._encoded, x, 1 / self.spatial_compression_ratio, x.shape[2] // TEMPORAL_COMPRESSION)
         return EncoderOutput(latent=latent) if return_dict else (latent,)
 
     @apply_forward_hook
@@ -183,7 +184,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: latents of another number of channels.
         """
         self._check_latent(z)
-        sample = self._tiled(self._sliced(self._decode, z.shape[0]), z, self.spatial_compression_ratio)
+        sample = self._run(self._decoded, z, self.spatial_compression_ratio, z.shape[2] * TEMPORAL_COMPRESSION)
         sample = sample[:, :, self.config.pad_frames :]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -209,13 +210,12 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # -- chunks, slices, tiles -----------------------------------------------------------------------------------------
 
-    def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        chunks = self._stream(self.encoder, x, self.config.chunk_size, self.use_framewise_encoding)
-        return torch.cat(list(chunks), dim=2)
+    def _encoded(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        return self._stream(self.encoder, x, self.config.chunk_size, self.use_framewise_encoding)
 
-    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+    def _decoded(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         size = self.config.chunk_size // TEMPORAL_COMPRESSION
-        return torch.cat(list(self._stream(self.decoder, z, size, self.use_framewise_decoding)), dim=2)
+        return self._stream(self.decoder, z, size, self.use_framewise_decoding)
 
     def _stream(self, coder: Encoder | Decoder, x: torch.Tensor, size: int, framewise: bool) -> Iterator[torch.Tensor]:
         """`coder` of each chunk of `size` frames of `x`, in order."""
@@ -225,6 +225,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
             for number in range(whole):
                 out, past = coder(x[:, :, number * size : (number + 1) * size], past)
                 yield out
+                del out  # while the next one is made
         else:
             folded = x[:, :, : whole * size].unflatten(2, (whole, size)).movedim(2, 1).flatten(0, 1)
             out, past = coder(folded, past, whole)
@@ -239,20 +240,18 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         else:
             yield coder(rest, past if self.config.tail == "cached" else None)[0]
 
-    def _sliced(
-        self, function: Callable[[torch.Tensor], torch.Tensor], batch: int
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        if not self.use_slicing or batch == 1:
-            return function
-        return lambda x: torch.cat([function(one) for one in x.split(1)])
-
-    def _tiled(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, scale: float) -> torch.Tensor:
+    def _run(
+        self, chunks: Callable[[torch.Tensor], Iterator[torch.Tensor]], x: torch.Tensor, scale: float, frames: int
+    ) -> torch.Tensor:
+        """What `chunks` makes of `x`, of so many frames, in tiles and slices where these are on."""
         rows, columns = self._tile_rows, self._tile_columns
         if scale > 1:
             rows, columns = rows.scaled(1 / scale), columns.scaled(1 / scale)
-        if not self.use_tiling or (x.shape[-2] <= rows.size and x.shape[-1] <= columns.size):
-            return function(x)
-        return run_tiled(function, x, rows, columns, scale)
+        together = 1 if self.use_slicing else x.shape[0]
+        if self.use_tiling and (x.shape[-2] > rows.size or x.shape[-1] > columns.size):
+            return run_tiled(chunks, x, rows, columns, scale, frames, together)
+        made = [torch.cat(list(chunks(some)), dim=2) for some in x.split(together)]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 

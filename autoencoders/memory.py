@@ -31,6 +31,7 @@ def decoding_bytes(
     width: int,
     itemsize: int,
     tile: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
 ) -> int:
     """The most that decoding one video holds beside the weights: activations, and the video itself.
 
@@ -42,6 +43,7 @@ def decoding_bytes(
         frames, height, width: of the video. DC-AE-V decodes whole latent pixels, so sizes are rounded up to them.
         itemsize: bytes of a value; 2 for bfloat16.
         tile: height and width in pixels of a tile; None decodes frames whole.
+        stride: pixels between the starts of two tiles of DC-AE-V, down and across; None for `default_stride`.
     """
     rows, columns = (height, width) if tile is None else (min(tile[0], height), min(tile[1], width))
     if not _is_dc(vae):
@@ -57,18 +59,25 @@ def decoding_bytes(
     chunk = chunk if vae.get("tail") == "replicate" else min(chunk, frames)
     held = _dc_chunk(vae, chunk, rows, columns) * itemsize
     pixel = channels * frames * itemsize
+    latents = vae["latent_channels"] * frames * height * width // (4 * factor**2) * itemsize
     if (rows, columns) == (height, width):
         # When all chunks are decoded, they are put together.
-        return max(held + pixel * height * width, 2 * pixel * height * width)
-    # A row of tiles is blended in float32, while the last tile's frames are put together.
-    band = channels * frames * max(itemsize, 4) * rows * width
-    return pixel * height * width + band + 2 * pixel * rows * columns + held
+        return latents + max(held + pixel * height * width, 2 * pixel * height * width)
+    # Where tiles overlap, down and across, the sums are kept in float32 until the next tile is added.
+    from .tiling import Tiles, default_stride
+
+    down, across = stride or (default_stride(rows, factor), default_stride(columns, factor))
+    shared = Tiles(rows, min(down, rows)).overlap(height) * width + rows * Tiles(columns, min(across, columns)).overlap(
+        width
+    )
+    return latents + pixel * height * width + channels * frames * max(itemsize, 4) * shared + held
 
 
 def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int) -> int:
     """`decoding_bytes` of an autoencoder as it is now: its dtype, and its tiles if it works in tiles."""
     tile = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
-    return decoding_bytes(vae.config, frames, height, width, vae.dtype.itemsize, tile)
+    stride = (vae._tile_rows.stride, vae._tile_columns.stride) if _is_dc(vae.config) else None
+    return decoding_bytes(vae.config, frames, height, width, vae.dtype.itemsize, tile, stride)
 
 
 def _is_dc(vae: Mapping[str, Any]) -> bool:

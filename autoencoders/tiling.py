@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,12 @@ class Tiles:
             return [0]
         return [*range(0, length - self.size, self.stride), length - self.size]
 
+    def overlap(self, length: int, scale: float = 1) -> int:
+        """The most pixels that a tile shares with the next one, of an output of so many pixels per pixel."""
+        size = round(min(self.size, length) * scale)
+        pairs = itertools.pairwise(round(start * scale) for start in self.starts(length))
+        return max((a + size - b for a, b in pairs), default=0)
+
     def scaled(self, factor: float) -> Tiles:
         """The same tiles in another unit."""
         return Tiles(round(self.size * factor), round(self.stride * factor))
@@ -43,49 +50,75 @@ def default_tile(factor: int) -> int:
     return max(-(-512 // factor), 8) * factor
 
 
+def default_stride(size: int, factor: int) -> int:
+    """Pixels between the starts of two tiles of so many: three quarters, in whole latent pixels."""
+    return max(size * 3 // 4 // factor, 1) * factor
+
+
 def run_tiled(
-    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: Tiles, columns: Tiles, scale: float
+    function: Callable[[torch.Tensor], Iterable[torch.Tensor]],
+    x: torch.Tensor,
+    rows: Tiles,
+    columns: Tiles,
+    scale: float,
+    frames: int,
+    together: int | None = None,
 ) -> torch.Tensor:
     """`function` of `x`, computed tile by tile.
 
     Args:
-        function: maps `[..., h, w]` to `[..., h*scale, w*scale]`.
-        x: `[..., H, W]`.
+        function: maps `[B, ..., h, w]` to the frames of `[B, ..., frames, h*scale, w*scale]` in order, some at a time.
+        x: `[B, ..., H, W]`.
         rows, columns: the tiles, in pixels of `x`.
         scale: pixels of the output per pixel of `x`.
+        frames: of the output.
+        together: of B, how many at a time; None for all.
 
     Returns:
-        In the dtype of `function`'s output. Rows of tiles are blended in float32 at least, one at a time.
+        `[B, ..., frames, H*scale, W*scale]` in the dtype of `function`'s output. Blended in float32 at least, in which
+        the sums of what overlaps with tiles to come are kept, and nothing else.
     """
     height, width = x.shape[-2:]
     down, across = _weights(height, rows, scale, x.device), _weights(width, columns, scale, x.device)
-    total = band = None
-    for number, (top, vertical) in enumerate(down):
-        y = round(top * scale)
-        for left, horizontal in across:
-            tile = function(x[..., top : top + rows.size, left : left + columns.size])
-            if total is None:
-                total = tile.new_empty(*tile.shape[:-2], round(height * scale), round(width * scale))
-            if band is None:
-                precise = torch.promote_types(tile.dtype, torch.float32)
-                band = tile.new_zeros(*tile.shape[:-2], vertical.shape[0], total.shape[-1], dtype=precise)
-            z = round(left * scale)
-            band[..., z : z + tile.shape[-1]].addcmul_(tile, vertical[:, None] * horizontal)
-            del tile
-        # Rows that the next tiles do not reach are done; what they share with this one goes over to them.
-        end = round(down[number + 1][0] * scale) if number + 1 < len(down) else total.shape[-2]
-        total[..., y:end, :] = band[..., : end - y, :]
-        _shift(band, end - y)
+    total = None
+    for first in range(0, x.shape[0], together or x.shape[0]):
+        videos = slice(first, first + (together or x.shape[0]))
+        below = right = None  # sums that the next row of tiles, and the next tile, are added to
+        for row, (top, vertical) in enumerate(down):
+            y, bottom = round(top * scale), _begin(down, row + 1, scale, round(height * scale))
+            upper = 0 if row == 0 else round(down[row - 1][0] * scale) + vertical.shape[0] - y
+            for column, (left, horizontal) in enumerate(across):
+                z, end = round(left * scale), _begin(across, column + 1, scale, round(width * scale))
+                known = 0 if column == 0 else round(across[column - 1][0] * scale) + horizontal.shape[0] - z
+                weight, frame = vertical[:, None] * horizontal, 0
+                for piece in function(x[videos, ..., top : top + rows.size, left : left + columns.size]):
+                    precise = torch.promote_types(piece.dtype, torch.float32)
+                    if total is None:
+                        size = (frames, round(height * scale), round(width * scale))
+                        total = piece.new_empty(x.shape[0], *piece.shape[1:-3], *size)
+                    if below is None:
+                        lead = (*piece.shape[:-3], frames)
+                        below = piece.new_empty(*lead, rows.overlap(height, scale), total.shape[-1], dtype=precise)
+                        right = piece.new_empty(*lead, piece.shape[-2], columns.overlap(width, scale), dtype=precise)
+                    span = slice(frame, frame + piece.shape[-3])
+                    frame = span.stop
+                    summed = torch.zeros_like(piece, dtype=precise)
+                    summed[..., :known] = right[..., span, :, :known]
+                    summed[..., :upper, known:] = below[..., span, :upper, z + known : z + piece.shape[-1]]
+                    summed.addcmul_(piece, weight)
+                    # Pixels that no tile to come reaches are done.
+                    total[videos, ..., span, y:bottom, z:end] = summed[..., : bottom - y, : end - z]
+                    rest = summed[..., bottom - y :, : end - z]
+                    below[..., span, : rest.shape[-2], z:end] = rest
+                    rest = summed[..., end - z :]
+                    right[..., span, :, : rest.shape[-1]] = rest
+                    del piece, summed, rest  # while the next one is made
     return total
 
 
-def _shift(band: torch.Tensor, rows: int) -> None:
-    """Moves `band` up by `rows`, in steps that do not overlap so that nothing is copied aside; zeros come after."""
-    kept = band.shape[-2] - rows
-    for place in range(0, kept, rows):
-        stop = min(place + rows, kept)
-        band[..., place:stop, :] = band[..., place + rows : stop + rows, :]
-    band[..., kept:, :] = 0
+def _begin(tiles: list[tuple[int, torch.Tensor]], number: int, scale: float, end: int) -> int:
+    """Where a tile starts in the output; behind the last one, where the output ends."""
+    return round(tiles[number][0] * scale) if number < len(tiles) else end
 
 
 def _weights(length: int, tiles: Tiles, scale: float, device: torch.device) -> list[tuple[int, torch.Tensor]]:

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
 from ...autoencoders import AutoencoderDCV
-from ...autoencoders.memory import memory_to_decode
+from ...autoencoders.memory import decoding_bytes, default_tile, memory_to_decode
 from .canvas import Canvas
 from .constructor import constructor_of
 from .published import PublishedLayoutMixin
@@ -99,7 +99,10 @@ class DCVideoGen(PublishedLayoutMixin):
         together = 1 if self.vae.use_slicing else videos
         needed = together * memory_to_decode(self.vae, canvas.frames, canvas.height, canvas.width)
         if needed > room:
-            fix = "make it smaller or shorter" if self.vae.use_tiling else "call pipe.vae.enable_tiling()"
+            # Of very long videos the sums where tiles overlap take more than frames that are decoded whole.
+            tile, size = default_tile(self.vae.config), (canvas.frames, canvas.height, canvas.width)
+            tiled = together * decoding_bytes(self.vae.config, *size, self.vae.dtype.itemsize, tile)
+            fix = "call pipe.vae.enable_tiling()" if tiled < needed else "make it smaller or shorter"
             fix = "call pipe.vae.enable_slicing()" if together > 1 else fix
             logger.warning(
                 "Decoding %s%d frames of %dx%d takes about %.0f GiB beside the weights, and %s has %.0f: %s.",

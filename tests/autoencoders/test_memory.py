@@ -90,6 +90,22 @@ def test_a_chunk_holds_two_tensors_of_the_last_stage(monkeypatch, what):
     assert 2 * whole < counted.peak < 2.6 * whole
 
 
+def test_in_tiles_a_long_video_takes_less_than_whole():
+    """With a row of tiles in float32, and a tile of all frames held twice, it took more."""
+    held = {}
+    for tile in (None, 64):
+        model = _meta(AutoencoderDCV, torch.bfloat16, **{**MIDDLE, "layers_per_block": (0, 0, 0, 0)})
+        if tile:
+            model.enable_tiling(tile, tile)
+        for frames in (150, 200):
+            counted, estimate = _decoding(model, frames, 64, 160)
+            assert counted <= 1.01 * estimate <= 1.2 * counted
+            held[frames, tile] = counted
+    video = 3 * 50 * 4 * 64 * 160 * 2
+    assert held[200, None] - held[150, None] > 1.9 * video
+    assert held[200, 64] - held[150, 64] < 1.3 * video and held[200, 64] < held[200, None]
+
+
 def test_blending_in_float32_holds_a_row_of_tiles_and_not_the_video():
     model = _meta(AutoencoderDCV, torch.bfloat16, **{**MIDDLE, "layers_per_block": (0, 0, 0, 0)})
     model.enable_tiling(32, 32, 32, 32)

@@ -13,6 +13,11 @@ def _up(scale: int):
     return lambda x: x.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
 
 
+def _tiled(function, x: torch.Tensor, rows: Tiles, columns: Tiles, scale: float) -> torch.Tensor:
+    """With one frame after the other."""
+    return run_tiled(lambda tile: function(tile).split(1, -3), x, rows, columns, scale, x.shape[-3])
+
+
 # -- the tiles themselves ----------------------------------------------------------------------------------------------
 
 
@@ -40,7 +45,7 @@ def test_weights_sum_to_one(scale, size, stride):
     function = _up(scale) if scale >= 1 else lambda x: x[..., ::2, ::2]
     for height, width in ((4, 22), (14, 18), (30, 6)):
         x = torch.full((1, 2, height, width), 0.7)
-        out = run_tiled(function, x, Tiles(size, stride), Tiles(size, stride), scale)
+        out = _tiled(function, x, Tiles(size, stride), Tiles(size, stride), scale)
         assert out.shape == (1, 2, round(height * scale), round(width * scale))
         torch.testing.assert_close(out, torch.full_like(out, 0.7))
 
@@ -49,7 +54,7 @@ def test_weights_sum_to_one(scale, size, stride):
 def test_blending_loses_no_more_than_the_type_does(dtype):
     """Also in the corners, where the ramps of both axes are near zero; and nothing where there is one tile alone."""
     x = (torch.rand(1, 1, 28, 28) * 2 - 1).to(dtype)
-    error = (run_tiled(_up(32), x, Tiles(16, 12), Tiles(16, 12), 32).float() - _up(32)(x).float()).abs()
+    error = (_tiled(_up(32), x, Tiles(16, 12), Tiles(16, 12), 32).float() - _up(32)(x).float()).abs()
     eps = torch.finfo(dtype).eps
     assert error.max() <= eps and error[..., : 12 * 32, : 12 * 32].max() == 0
 
@@ -59,25 +64,25 @@ def test_what_is_the_same_in_all_tiles_is_exact_in_half_precision(dtype):
     for value in (1.0, 0.7, 0.51, -0.93):
         for tiles in (Tiles(16, 12), Tiles(8, 2)):
             x = torch.full((1, 1, 22, 26), value, dtype=dtype)
-            out = run_tiled(_up(4), x, tiles, tiles, 4)
+            out = _tiled(_up(4), x, tiles, tiles, 4)
             assert out.dtype == dtype and (out == x[0, 0, 0, 0]).all()
 
 
 def test_gradients_flow_through_the_blending():
     x = torch.rand(1, 1, 14, 18, dtype=torch.float64, requires_grad=True)
-    run_tiled(_up(2), x, Tiles(8, 3), Tiles(8, 5), 2).sum().backward()
+    _tiled(_up(2), x, Tiles(8, 3), Tiles(8, 5), 2).sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, 4.0))
 
 
 def test_a_position_is_kept():
     x = torch.arange(20 * 13.0).view(1, 1, 20, 13)
-    torch.testing.assert_close(run_tiled(_up(2), x, Tiles(8, 6), Tiles(5, 3), 2), _up(2)(x))
+    torch.testing.assert_close(_tiled(_up(2), x, Tiles(8, 6), Tiles(5, 3), 2), _up(2)(x))
 
 
 def test_overlaps_are_blended_linearly():
     """Two tiles of different value, of 8 with an overlap of 4: a straight line from one to the other."""
     values = iter([0.0, 1.0])
-    out = run_tiled(lambda t: torch.full_like(t, next(values)), torch.zeros(1, 1, 1, 12), Tiles(1, 1), Tiles(8, 4), 1)
+    out = _tiled(lambda t: torch.full_like(t, next(values)), torch.zeros(1, 1, 1, 12), Tiles(1, 1), Tiles(8, 4), 1)
     torch.testing.assert_close(out.flatten()[:4], torch.zeros(4))
     torch.testing.assert_close(out.flatten()[8:], torch.ones(4))
     torch.testing.assert_close(out.flatten()[4:8], torch.tensor([0.125, 0.375, 0.625, 0.875]))
