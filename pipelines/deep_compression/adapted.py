@@ -10,6 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from ...autoencoders.checkpoint_file import variant_in
 from ..errors import first_line
 from ..locations import named_autoencoder
 from ..weight_files import stated_config, transformer_files
@@ -148,8 +149,7 @@ def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = Non
     """
     facts = _checked_facts(folder)
     config = facts["transformer"]
-    if Path(base).is_dir():
-        _check_base(folder, facts, base, base)
+    known = Path(base).is_dir() and _check_base(folder, facts, base, base)
     transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", dtype=dtype, **hub)
     if len(transformer.blocks) != config["num_layers"]:
         raise AdapterError(
@@ -157,9 +157,9 @@ def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = Non
             f"give the model it was made from, {facts['base']}, with base=."
         )
     if not Path(base).is_dir():
-        _check_base(folder, facts, base, _downloaded(base, hub))
+        known = "base_hash" in facts and _check_base(folder, facts, base, _downloaded(base, hub))
     kind = ("patch_size", "in_channels", "out_channels")
-    if "base_hash" not in facts and all(_plain(transformer.config[key]) == _plain(config.get(key)) for key in kind):
+    if not known and all(_plain(transformer.config[key]) == _plain(config.get(key)) for key in kind):
         raise AdapterError(
             f"{base} has been moved to the autoencoder of {folder} already: give the model that it was made from, "
             f"{facts['base']}, with base=."
@@ -196,8 +196,10 @@ def _checked_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _check_base(folder: Path, facts: Mapping[str, Any], base: str, files: str) -> None:
-    """AdapterError unless a base is the one that an adapter was trained on; old adapters do not say which that is.
+def _check_base(folder: Path, facts: Mapping[str, Any], base: str, files: str) -> bool:
+    """Whether a base is known to be the one that an adapter was trained on; AdapterError where it is another.
+
+    Old adapters do not say which it is; nor can it be told of a base with weights of a variant alone.
 
     Args:
         base: as it was named.
@@ -205,12 +207,15 @@ def _check_base(folder: Path, facts: Mapping[str, Any], base: str, files: str) -
     """
     wanted = facts.get("base_hash")
     if wanted is None or stated_config(files) is None:  # no transformer: what loads it says so
-        return
+        return False
+    if variant_in(Path(files) / "transformer") is not None:
+        return False
     if transformer_files(files) != wanted:
         raise AdapterError(
             f"{folder} was trained on {facts['base']}, and the transformer of {base} has other weights: give the model "
             "that it was trained on with base=."
         )
+    return True
 
 
 def _downloaded(repository: str, hub: Mapping[str, Any]) -> str:

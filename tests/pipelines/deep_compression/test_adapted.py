@@ -126,6 +126,17 @@ def test_a_base_that_was_adapted_already(tmp_path, hashed):
     DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", base=demo.path())
 
 
+def test_a_base_with_weights_of_a_variant_alone(tmp_path):
+    """They are of the same model, rounded, and have another hash."""
+    write_adapter(tmp_path / "adapter", base_hash=transformer_files(str(demo.path())))
+    shutil.copytree(demo.path(), tmp_path / "base")
+    half = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer", dtype=torch.float16)
+    shutil.rmtree(tmp_path / "base" / "transformer")
+    half.save_pretrained(tmp_path / "base" / "transformer", variant="fp16")
+    given = {"base": tmp_path / "base", "variant": "fp16"}
+    assert DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", **given).transformer.config.in_channels == 8
+
+
 def test_the_built_in_adapter_says_its_base():
     assert read_facts(demo.path(demo.DC))["base_hash"] == transformer_files(str(demo.path()))
 

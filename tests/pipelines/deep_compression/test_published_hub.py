@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from fake_hub import FakeHub
 from tiny_adapter import write_adapter
 from tiny_dc import generate_dc, make_clip, make_text, write_published
@@ -14,8 +15,11 @@ from tiny_dc import generate_dc, make_clip, make_text, write_published
 from vidaccel import demo
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
 from vidaccel.pipelines.deep_compression import published_hub
+from vidaccel.pipelines.deep_compression.adapted import adapted_transformer
+from vidaccel.pipelines.deep_compression.adapter_folder import AdapterError
 from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.deep_compression.published_hub import fetch_published
+from vidaccel.pipelines.weight_files import transformer_files
 
 T2V, I2V = DCVideoGenPipeline, DCVideoGenImageToVideoPipeline
 AUTOENCODER = "dc-ai/dc-ae-v-1.0-f32t4c32"
@@ -159,6 +163,24 @@ def test_how_to_reach_the_hub_holds_for_the_base_of_an_adapter(tmp_path, transfo
     chosen = {"token": "secret", "cache_dir": str(tmp_path), "local_files_only": True}
     T2V.from_pretrained(tmp_path / "adapter", **chosen)
     assert {name: transformers_loaded[0].get(name) for name in chosen} == chosen
+
+
+def test_the_base_of_an_adapter_is_compared_on_the_hub_too(fake_hub, tmp_path, monkeypatch):
+    import huggingface_hub
+    from diffusers import WanTransformer3DModel
+
+    fake_hub.repositories["some/base"] = demo.path()
+    write_adapter(tmp_path / "right", base_hash=transformer_files(str(demo.path())))
+    write_adapter(tmp_path / "wrong", base_hash="0123456789abcdef")
+    real = WanTransformer3DModel.from_pretrained
+
+    def load(base: str, subfolder: str, dtype: torch.dtype | None) -> WanTransformer3DModel:
+        return real(huggingface_hub.snapshot_download(base, allow_patterns=[f"{subfolder}/*"]), subfolder=subfolder)
+
+    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", load)
+    assert adapted_transformer(tmp_path / "right", "some/base").config.in_channels == 8
+    with pytest.raises(AdapterError, match="trained on demo, and the transformer of some/base has other weights"):
+        adapted_transformer(tmp_path / "wrong", "some/base")
 
 
 def test_fetching_for_a_conversion(fake_hub, tmp_path, monkeypatch):
