@@ -237,7 +237,7 @@ class SparseAttention:
         Args:
             q: `[B, H, N, D]`, k, v: `[B, Hkv, N, D]`, after normalisation and rotary embedding; H is a multiple of Hkv,
                 and query head h reads head `h // (H // Hkv)`.
-            layer: block number, counted from 0.
+            layer: block number, counted from 0; a model may have more calls than blocks.
             dense: why this call must stay dense, whatever the schedule says; empty if it need not.
             stock: what computes dense calls.
             sample: where samples have a layout each, the one that this call is of.
@@ -252,13 +252,13 @@ class SparseAttention:
 
         Raises:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k; a method
-                that needs weights, and there are none; a layer that the model does not have; a plan of somebody's own
+                that needs weights, and there are none; a layer below 0; a plan of somebody's own
                 method that breaks a promise of `BlockPlan`. TypeError: it is none.
             RuntimeError: a named backend cannot run the call, or nothing can in the precision that was asked for.
         """
         check_tensors(q, k, v)
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer is {layer}: the model has {self.num_layers}, counted from 0.")
+        if layer < 0:
+            raise ValueError(f"layer is {layer}: blocks are counted from 0.")
         layout = self.layouts[sample] if self.layouts else None
         if not dense and layout is not None and q.shape[2] == layout.tokens:
             self.check_able(q, k, v)

@@ -41,7 +41,7 @@ from vidaccel.nodes.wording import said_by
             "wan",
             "density is 0.1, and with a video of 5 frames of 4x4 it must be at least 0.51. Raise it.",
         ),
-        (SVG2(density=0.1), "hunyuan", "density is 0.1, .* it must be at least 0.16. Raise it."),
+        (SVG2(density=0.1), "hunyuan", "density is 0.1, .* it must be at least 0.21. Raise it."),
         (
             SVG2(density=0.5, q_clusters=81),
             "wan",
