@@ -336,7 +336,7 @@ def spread_of(
     group = heads // k.shape[1]
     low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
     found = q.new_empty(2, batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], dtype=torch.float32)
-    most = max(group * queries.sizes.shape[-1], 2 * keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
+    most = max(group * queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
     queries, keys = with_order(queries), with_order(keys)
     # In 16 bits on a GPU, where a launch for every few heads would cost more than the memory.
     for some in _heads_at_once(k.shape[1], batch * most // (8 if q.is_cuda else 1)):
@@ -346,14 +346,14 @@ def spread_of(
         )
         of_q, of_k = deviations(q[:, readers], own_q, low), deviations(k[:, some], own_k, low)
         of_v = deviations(v[:, some], own_k._replace(means=None), low)
-        of_q = of_q.transpose(-1, -2) @ of_q
-        if from_zero:
-            of_q = of_q + (own_q.means.unsqueeze(-1) * own_q.means.unsqueeze(-2)).to(low)
+        if from_zero:  # the mean of squares is the variance and the square of the mean
+            of_q = torch.cat([of_q, own_q.means.unsqueeze(3).to(low)], 3)
+        of_q = (of_q.transpose(-1, -2) @ of_q).flatten(-2)
+        of_keys = of_k.new_empty(*of_k.shape[:3], dim, dim)  # once: new memory costs a CPU more than a product
         # With the covariance of values and keys `c`, `c^T c` is that of the keys between which lie products of values.
-        both = torch.stack([of_k, (of_v @ of_v.transpose(-1, -2)) @ of_k], 2)
-        of_keys = (of_k.transpose(-1, -2).unsqueeze(2) @ both).flatten(2, 3)
-        product = group_product(of_q.flatten(-2), of_keys.flatten(-2).transpose(-1, -2))
-        found[:, :, readers] = product.unflatten(-1, (2, -1)).movedim(-2, 0)
+        for number, seen in enumerate((of_k, (of_v @ of_v.transpose(-1, -2)) @ of_k)):
+            torch.bmm(of_k.transpose(-1, -2).flatten(0, 2), seen.flatten(0, 2), out=of_keys.flatten(0, 2))
+            found[number, :, readers] = group_product(of_q, of_keys.flatten(-2).transpose(-1, -2))
     return Spread(*found.mul_(scale**2).clamp_(min=0))
 
 
@@ -377,8 +377,8 @@ def deviations(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch
     some = permute(x, order.gather(-1, rows)).float().unflatten(2, inside.shape[2:])
     # The weight of the mean is that of the sample, not of n - 1: the centre is that of the whole cluster, mostly.
     weights = (inside / count.clamp(min=1).sqrt()).unsqueeze(-1)
-    means = (some * weights.square()).sum(3) if clusters.means is None else clusters.means
-    return ((some - means.unsqueeze(3)) * weights).to(dtype)
+    means = weights.square().transpose(-1, -2) @ some if clusters.means is None else clusters.means.unsqueeze(3)
+    return some.sub_(means).mul_(weights).to(dtype)
 
 
 def map_error(q_means: torch.Tensor, k: torch.Tensor, keys: Clusters, scale: float) -> torch.Tensor:
