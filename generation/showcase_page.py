@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,7 @@ def _rows(made: Showcase) -> list[dict[str, Any]]:
     same = next((row for row in fall.rows if row.stage.name == "model"), None)
     for number, (row, accuracy) in enumerate(zip(fall.rows, made.accuracy, strict=True)):
         name, does = NAMES.get(row.stage.name, (row.stage.name, row.stage.text))
-        near = None
-        if same is not None and row is not same and number:
-            psnr = compare(same.sample, row.sample).mean_psnr
-            near = psnr if math.isfinite(psnr) else None
+        near = compare(same.sample, row.sample) if same is not None and row is not same and number else None
         found.append(
             {
                 "name": name if not number else f"+ {name}",
@@ -69,7 +65,7 @@ def _rows(made: Showcase) -> list[dict[str, Any]]:
                 "gain": fall.gain(row),
                 "range": fall.gain_range(row),
                 "passes": f"{sum(row.forwards):g}",
-                "psnr": near,
+                "near": near,
                 "accuracy": accuracy,
                 "right": None if row.right is None else row.right[0],
                 "video": mp4_url(row.sample),

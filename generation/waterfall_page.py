@@ -62,5 +62,5 @@ def _told(made: Waterfall, row: Row, number: int) -> str:
     if row.right is not None:
         parts.append(f"{sum(row.right)}/{len(row.right)} right")
     elif number:
-        parts.append(format_psnr(row.mean_psnr))
+        parts.append(format_psnr(row.mean_psnr, row.identical_frames))
     return " · ".join(parts)
