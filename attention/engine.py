@@ -252,8 +252,8 @@ class SparseAttention:
 
         Raises:
             ValueError: q, k and v are empty or disagree in shape, dtype or device; NaN or infinity in q or k; a method
-                that needs weights, and there are none; a layer below 0; a plan of somebody's own
-                method that breaks a promise of `BlockPlan`. TypeError: it is none.
+                that needs weights, and there are none; a layer below 0; a plan of somebody's own method that breaks a
+                promise of `BlockPlan`. TypeError: it is none.
             RuntimeError: a named backend cannot run the call, or nothing can in the precision that was asked for.
         """
         check_tensors(q, k, v)
