@@ -74,6 +74,8 @@ def contact_sheet_png(comparison: Comparison) -> bytes:
 
 def summary(comparison: Comparison) -> dict[str, Any]:
     """The numbers of a comparison, in types that JSON knows (identical frames have a PSNR of null)."""
+    from ..attention.plain_values import plain
+
     videos = []
     for video, file in zip(comparison.videos, comparison.files, strict=True):
         entry: dict[str, Any] = {
@@ -93,17 +95,19 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         if video.report is not None:
             entry["attention"] = _attention_summary(video.report)
         videos.append(entry)
-    return {
-        "version": VERSION,
-        "prompt": comparison.prompt,
-        "command": comparison.command,
-        "fps": comparison.fps,
-        "tokens": comparison.tokens,
-        "settings": comparison.settings,
-        "environment": comparison.environment,
-        "notes": list(comparison.notes),
-        "videos": videos,
-    }
+    return plain(
+        {
+            "version": VERSION,
+            "prompt": comparison.prompt,
+            "command": comparison.command,
+            "fps": comparison.fps,
+            "tokens": comparison.tokens,
+            "settings": comparison.settings,
+            "environment": comparison.environment,
+            "notes": list(comparison.notes),
+            "videos": videos,
+        }
+    )
 
 
 def write_report(comparison: Comparison, page: Path) -> Comparison:
@@ -227,14 +231,12 @@ def _metrics_summary(metrics: FrameMetrics) -> dict[str, Any]:
 
 
 def _attention_summary(report: RunReport) -> dict[str, Any]:
-    from ..attention.plain_values import plain
-
     out: dict[str, Any] = {
         "method": report.method,
-        "config": plain(report.config),
+        "config": report.config,
         "mean_density": report.mean_density(),
         "density_by_step": report.density_by_step(),
-        "density_layers_x_steps": plain(report.density_map()),
+        "density_layers_x_steps": report.density_map(),
         "plan_seconds": report.plan_seconds,
         "attention_seconds": report.attention_seconds,
         "calls": len(report.records),
@@ -247,13 +249,13 @@ def _attention_summary(report: RunReport) -> dict[str, Any]:
         out["temporal_head_share"] = float(np.nanmean(share))
     if calls := report.measured():
         out["error"] = {
-            "median": plain(report.median_error()),
+            "median": report.median_error(),
             "worst": {name: getattr(calls[0], name) for name in ("model", "layer", "step", "branch")}
-            | {"error": plain(calls[0].error), "predicted": plain(calls[0].predicted_error)},
+            | {"error": calls[0].error, "predicted": calls[0].predicted_error},
             "calls": len(calls),
             "seconds": report.error_seconds,
-            "layers_x_steps": plain(report.error_map()),
-            "predicted_layers_x_steps": plain(report.predicted_error_map()),
+            "layers_x_steps": report.error_map(),
+            "predicted_layers_x_steps": report.predicted_error_map(),
         }
     for name, deciles in (cluster_deciles(report) or {}).items():
         out[f"{name}_cluster_size_deciles"] = np.median(deciles, axis=0).tolist()

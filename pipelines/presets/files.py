@@ -81,10 +81,11 @@ def save_preset(preset: Preset, place: str | Path) -> Path:
 
 def _check_named(method: Method | None) -> None:
     """Raise a PresetError for a method that would be read from a file as another one, or not at all."""
-    cls = type(method)
-    if method is None or METHODS.get(method.name) is cls:
+    if method is None:
         return
-    other = METHODS.get(method.name)
+    cls, other = type(method), METHODS.get(method.name)
+    if other is cls:
+        return
     problem = f"a file names a method, and {method.name!r} is {other.__name__ if other else 'not in vidaccel.METHODS'}"
     fix = f'vidaccel.METHODS["{"my-method" if other else method.name}"] = {cls.__name__}.'
     fix = f"{'Give it a name of its own, and register' if other else 'Register'} it here and where it is read: {fix}"
