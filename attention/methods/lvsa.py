@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -11,9 +12,9 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, either
 
-_TOLERANCE = 0.02  # of a density, below what the narrowest mask has
+_TOLERANCE = 0.02  # of a density, beyond what the masks can have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +69,33 @@ class LVSA(Method):
 
     @classmethod
     def for_density(cls, layout: VideoLayout, density: float, **settings: object) -> LVSA:  # type: ignore[override]
-        """The config whose mask on `layout` is nearest to a density, by the interval of the anchors, and by a narrower
-        window where one of 3 frames is too much: down to 1, since with 0 frames would not read themselves, which is
-        only done where it is asked for. A window that is given stays.
+        """The config whose masks on `layout` are nearest to a density in the mean over their turns, by the interval of
+        the anchors, and by a narrower window where one of 3 frames is too much: down to 1, since with 0 frames would
+        not read themselves, which is only done where it is asked for. A window or an interval that is given stays.
+
+        Raises:
+            ValueError: a density out of range, or a setting. OutOfReach: a density that cannot be had.
         """
         check_fraction("LVSA.for_density", "density", density, fix="0.5 is usual")
         given = {"reference": 1, **settings}
-        widest = int(given.pop("window", cls.window))  # type: ignore[call-overload]
-        narrowest = widest if "window" in settings else 1
-        found = [
-            cls(**{**given, "window": window, "interval": interval})  # type: ignore[arg-type]
-            for window in range(widest, narrowest - 1, -1)
-            for interval in range(1, layout.frames + 1)
-        ]
+        base = cls(**given)  # type: ignore[arg-type]
+        windows = [base.window] if "window" in given else range(base.window, 0, -1)
+        intervals = range(1, layout.frames + 1) if base.interval is None else [base.interval]
+        found = [replace(base, window=window, interval=interval) for window in windows for interval in intervals]
         densities = [config.expected_density(layout) for config in found]
-        if density < min(densities) - _TOLERANCE:
+        least, most = min(densities), max(densities)
+        if not least - _TOLERANCE <= density <= most + _TOLERANCE:
+            kept = [name for name in ("window", "interval") if given.get(name) is not None]
+            told = ", ".join(f"{name} {getattr(base, name)}" for name in kept)
             raise OutOfReach(
-                f"LVSA cannot reach density {density:g} with {layout.frames} frames: {min(densities):.3f} is the "
-                "least. Raise it.",
+                f"LVSA cannot reach density {density:g} with {layout.frames} frames{f' and {told}' if kept else ''}: "
+                f"{least:.3f} to {most:.3f} is possible. Give such a density"
+                f"{f', or another {either(kept)}' if kept else ''}.",
                 "density",
                 density,
-                least=min(densities),
+                least=least,
+                most=most,
+                eased_by=tuple(kept),
             )
         return found[min(range(len(found)), key=lambda at: (abs(densities[at] - density), at))]
 
@@ -122,14 +129,17 @@ class LVSA(Method):
         # Anchors come last, and of two frames at one distance the earlier comes first.
         order = (2 * distance + (number > number[:, None]) + anchors * 4 * frames).argsort(-1)
         nearest = torch.zeros(frames, frames, dtype=torch.bool)
-        count = min(2 * self.window + 1 if self.window else 0, int((~anchors).sum()))
+        count = min(self._nearest, int((~anchors).sum()))
         nearest.scatter_(1, order[:, :count], True)
         return nearest | anchors
 
     def expected_density(self, layout: VideoLayout) -> float:
-        share = float(
-            self.frames_read(layout.frames).double().mean()
-        )  # the same in each turn, but for the first frames
+        """The mean over the turns: fewer frames are read where moving anchors are among the first, as in the first."""
+        frames = layout.frames
+        interval = self.interval_of(frames)
+        turns = range(min(interval, frames) if self.rotate else 1)
+        anchors = [len(self._anchors(frames, interval, turn)) for turn in turns]
+        share = fmean(count + min(self._nearest, frames - count) for count in anchors) / frames
         return 1 - (1 - share) * (layout.video_tokens / layout.tokens) ** 2
 
     def plan(
@@ -142,6 +152,11 @@ class LVSA(Method):
         if (self, turn) not in memory.layout:
             memory.layout[self, turn] = self._plan_at(layout, turn).to(q.device).with_details(interval=interval)
         return memory.layout[self, turn]
+
+    @property
+    def _nearest(self) -> int:
+        """Frames beside the anchors that each frame reads, where there are as many."""
+        return 2 * self.window + 1 if self.window else 0
 
     def _anchors(self, frames: int, interval: int, offset: int) -> list[int]:
         """As many at every offset, but for those that are among the first ones anyway."""

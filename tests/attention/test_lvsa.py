@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_each_frame_reads_as_many_frames_and_every_frame_is_an_anchor_once():
 def test_the_published_intervals():
     """Of Wan (reference 21) with a window of 4, from the table that the authors published of what is left out."""
     for frames, sparsity in ((21, 0.0), (33, 0.21), (41, 0.44), (49, 0.55), (65, 0.66), (81, 0.74), (121, 0.82)):
-        read = LVSA(window=4).expected_density(VideoLayout(frames, 1, 1))
+        read = LVSA(window=4, rotate=False).expected_density(VideoLayout(frames, 1, 1))
         assert read == pytest.approx(1 - sparsity, abs=0.006), frames
 
 
@@ -92,9 +93,25 @@ def test_a_video_of_the_usual_length_is_dense():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=lambda layout: f"{layout.frames}+{layout.text_tokens}")
-def test_the_density_told_before_is_that_of_the_first_plan(layout):
+def test_the_density_told_before_is_the_mean_over_the_turns(layout):
+    """In the first turn the moving anchors fall on the first frame, and one frame fewer is read."""
     for config in CONFIGS:
-        assert plan(config, layout, PlanMemory()).density() == pytest.approx(config.expected_density(layout))
+        memory = PlanMemory()
+        turns = [plan(config, layout, memory).density() for _ in range(config.interval_of(layout.frames))]
+        assert sum(turns) / len(turns) == pytest.approx(config.expected_density(layout)), config
+
+
+def test_the_least_density_that_is_told_can_be_had():
+    layout = VideoLayout(9, 4, 4)
+    with pytest.raises(OutOfReach) as refused:
+        LVSA.for_density(layout, 0.1)
+    config, memory = LVSA.for_density(layout, refused.value.least), PlanMemory()
+    turns = [plan(config, layout, memory).density() for _ in range(config.interval)]
+    assert sum(turns) / len(turns) == pytest.approx(refused.value.least)
+
+
+def test_an_interval_beyond_the_video_is_one_round_of_it():
+    assert LVSA(interval=10**12).expected_density(VideoLayout(9, 1, 1)) == pytest.approx((8 + 8 * 9) / 81)
 
 
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.8, 1.0])
@@ -102,7 +119,7 @@ def test_a_density_is_met_as_nearly_as_whole_frames_can(density):
     layout = VideoLayout(21, 2, 2, text_after=3)
     config = LVSA.for_density(layout, density, schedule=DenseSchedule(first_layers=1))
     assert abs(config.expected_density(layout) - density) < 0.04 and config.schedule.first_layers == 1
-    with pytest.raises(OutOfReach, match="is the least"):
+    with pytest.raises(OutOfReach, match="is possible"):
         LVSA.for_density(layout, 0.01)
 
 
@@ -115,8 +132,26 @@ def test_a_frame_reads_itself_at_every_density_that_can_be_reached(frames):
         except OutOfReach:
             continue
         assert config.frames_read(frames).diagonal().all(), density
-    asked = LVSA.for_density(layout, 0.3, window=0)  # anchors alone, as published
+    asked = LVSA.for_density(layout, 0.4, window=0)  # anchors alone, as published
     assert asked.window == 0 and not asked.frames_read(frames).diagonal().all()
+
+
+def test_what_is_given_beside_a_density_is_kept_or_refused():
+    layout = VideoLayout(21, 4, 4)
+    config = LVSA.for_density(layout, 0.7, interval=2)
+    assert config.interval == 2 and config.expected_density(layout) == pytest.approx(0.7, abs=0.05)
+    assert LVSA.for_density(layout, 0.5, interval=None) == LVSA.for_density(layout, 0.5)
+    with pytest.raises(
+        OutOfReach, match=r"0\.2 with 21 frames and interval 2: 0\.\d+ to 0\.\d+ is possible\..*or another interval\."
+    ) as refused:
+        LVSA.for_density(layout, 0.2, interval=2)
+    assert refused.value.eased_by == ("interval",)
+    with pytest.raises(OutOfReach, match=r"0\.9 with 21 frames and window 1, interval 7") as refused:
+        LVSA.for_density(layout, 0.9, window=1, interval=7)
+    assert refused.value.least == pytest.approx(refused.value.most)
+    for name, value in (("window", 2.7), ("window", "3"), ("interval", 2.5), ("reference", "9")):
+        with pytest.raises(ValueError, match=f"LVSA {name} is {value!r}: it must be a whole number"):
+            LVSA.for_density(layout, 0.5, **{name: value})
 
 
 def test_layers_and_guidance_branches_have_the_anchors_of_the_step():
@@ -151,4 +186,4 @@ def test_settings_out_of_bounds_are_refused(settings, words):
 def test_the_interval_makes_the_budget_of_the_training():
     config = LVSA(reference=9)
     assert config.interval_of(17) == 16 and config.frames_read(17).sum(-1).unique().tolist() == [9]
-    assert math.isclose(config.expected_density(VideoLayout(17, 8, 8)), 9 / 17)
+    assert math.isclose(replace(config, rotate=False).expected_density(VideoLayout(17, 8, 8)), 9 / 17)
