@@ -48,8 +48,8 @@ class DenseSchedule:
         first_layers: transformer blocks at the input. Blocks beside the main ones (Wan VACE) count as those that they
             feed.
         last_layers: blocks at the output.
-        sigma_above: dense while the noise level is above this (one schedule for any number of steps).
-        sigma_below: dense once the noise level is below this.
+        sigma_above: dense while the noise level is above this (one schedule for any number of steps); 0 takes in all.
+        sigma_below: dense once the noise level is below this; 1 takes in all, that of the first step, too.
 
     Raises:
         ValueError: a negative count, or a fraction or sigma outside [0, 1].
@@ -111,7 +111,7 @@ class DenseSchedule:
         steps = None if num_steps is None else sum(self.steps_of(num_steps))
         layers = sum(_count(value, num_layers) for value in (self.first_layers, self.last_layers))
         bounds = [b for b in (self.sigma_above, self.sigma_below) if b is not None]
-        all_levels = self.sigma_above == 0 or self.sigma_below == 1 or (len(bounds) == 2 and bounds[0] < bounds[1])
+        all_levels = self._all_above or self._all_below or (len(bounds) == 2 and bounds[0] < bounds[1])
         if layers >= num_layers:
             return f"all {num_layers} layers stay dense"
         if steps is not None and steps >= num_steps:
@@ -191,11 +191,21 @@ class DenseSchedule:
         return ""
 
     def _by_level(self, step: StepInfo) -> str:
-        if self.sigma_above is not None and step.sigma > self.sigma_above:
+        if self.sigma_above is not None and (self._all_above or step.sigma > self.sigma_above):
             return f"sigma above {self.sigma_above}"
-        if self.sigma_below is not None and step.sigma < self.sigma_below:
+        if self.sigma_below is not None and (self._all_below or step.sigma < self.sigma_below):
             return f"sigma below {self.sigma_below}"
         return ""
+
+    # A bound at the far end of all levels includes that end, or the first step of a flow, at 1, would be none of them.
+
+    @property
+    def _all_above(self) -> bool:
+        return self.sigma_above == 0
+
+    @property
+    def _all_below(self) -> bool:
+        return self.sigma_below == 1
 
 
 def check_kind(name: str, schedule: object) -> None:

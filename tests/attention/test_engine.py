@@ -322,6 +322,15 @@ def test_a_schedule_that_leaves_nothing_sparse_is_said_once(caplog):
     assert "nothing will be sparse" in engine.report().notes[0]
 
 
+@pytest.mark.parametrize("bound", [{"sigma_below": 1.0}, {"sigma_above": 0}])
+def test_what_a_method_cannot_do_is_no_matter_where_every_noise_level_is_dense(bound):
+    engine = make(SVG(density=0.01), schedule=DenseSchedule(**bound))
+    for step, sigma in enumerate((1.0, 0.6)):
+        engine.enter(StepInfo(step=step, num_steps=2, sigma=sigma), LAYOUT)
+        engine(*tokens(), 0)
+    assert all(record.reason.startswith("sigma") for record in engine.report().records)
+
+
 def test_a_device_without_a_backend_stays_dense_and_says_so_once(caplog):
     engine = make()
     engine.enter(StepInfo(num_steps=1), LAYOUT)

@@ -37,6 +37,14 @@ def test_sigma_bounds_and_the_reason_given():
     assert reasons == ["sigma above 0.9", "", "sigma below 0.1"]
 
 
+@pytest.mark.parametrize("schedule", [DenseSchedule(sigma_above=0), DenseSchedule(sigma_below=1.0)])
+def test_a_bound_that_takes_in_every_noise_level_takes_in_its_end(schedule):
+    """The first step of a flow has a noise level of exactly 1."""
+    for sigma in (1.0, 0.5, 0.0):
+        assert schedule.dense_reason(StepInfo(step=0, num_steps=4, sigma=sigma), 0, 1), sigma
+    assert "every noise level" in schedule.nothing_sparse(4, 1)
+
+
 @pytest.mark.parametrize("schedule", [DenseSchedule(sigma_above=0.9), DenseSchedule(sigma_below=0.1, first_steps=1)])
 def test_sigma_bounds_are_refused_where_no_noise_level_is_known(schedule):
     with pytest.raises(ValueError, match=r"DenseSchedule.sigma_\w+ needs the noise level.*Use first_steps"):
@@ -50,6 +58,7 @@ def test_sigma_bounds_are_refused_where_no_noise_level_is_known(schedule):
         (DenseSchedule(first_steps=1.0), "all 4 steps stay dense"),
         (DenseSchedule(first_layers=0.5, last_layers=5), "all 10 layers stay dense"),
         (DenseSchedule(sigma_above=0.0), "every noise level stays dense"),
+        (DenseSchedule(sigma_below=1), "every noise level stays dense"),
         (DenseSchedule(sigma_above=0.3, sigma_below=0.5), "every noise level stays dense"),
         (DenseSchedule(sigma_above=1.0), "nothing will be dense"),
         (DenseSchedule(), ""),
