@@ -427,6 +427,7 @@ class SparseAttention:
 
     def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int, heads: HeadShare) -> PlanMemory:
         place = (self.layouts[sample], q.device)
+        # `_of_layout` finds the calls of a layout by the end of this.
         call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
         kept, before = self._call_memory.get(call, {}), self._shares.get(call, heads)
         if heads is not before:
@@ -435,12 +436,14 @@ class SparseAttention:
         return PlanMemory(kept, self._of_layout(place), self._run_memory, heads)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
-        """The memory of a layout on a device, which is now the one used last."""
+        """The memory of a layout on a device, which is now the one used last; what is kept of others goes."""
         self._layout_memory[place] = memory = self._layout_memory.pop(place, {})
         kept = list(dict.fromkeys(layout for layout, _ in reversed(self._layout_memory)))
         kept = kept[: max(KEPT_LAYOUTS, 2 * len(self.layouts))]
         for old in [key for key in self._layout_memory if key[0] not in kept]:
             del self._layout_memory[old]
+            for call in [call for call in self._call_memory if call[-2:] == old]:
+                del self._call_memory[call], self._shares[call]
         return memory
 
     def _measured_rows(self, q: torch.Tensor, layer: int, first: int) -> torch.Tensor | None:

@@ -313,6 +313,18 @@ def test_memory_of_layouts_and_records_of_runs_are_bounded():
     assert len(engine.report().runs()) == 8 and len(engine.report().records) == 8
 
 
+def test_what_is_kept_of_calls_goes_with_its_layout_within_a_run():
+    """A run of many sizes, as texts of ever other lengths make them."""
+    engine = make("svg2")
+    layouts = [VideoLayout(2, 4, 4, text_after=text) for text in range(8)]
+    for step, layout in enumerate([*layouts, layouts[-4]]):
+        engine.enter(StepInfo(0, step, 9), layout)
+        for layer in range(2):
+            engine(*tokens(layout), layer)
+    assert [call[-2] for call in engine._call_memory] == [layout for layout in layouts[-4:] for _ in range(2)]
+    assert engine._call_memory.keys() == engine._shares.keys() and all(engine._call_memory.values())
+
+
 def test_a_schedule_that_leaves_nothing_sparse_is_said_once(caplog):
     engine = make(schedule=DenseSchedule(first_steps=3, last_steps=1))
     with caplog.at_level(logging.WARNING):
