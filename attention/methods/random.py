@@ -10,7 +10,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, check_count, check_flag, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class RandomBlocks(Method):
     that is the control of methods that plan anew at each step. `redraw=False` is the control of fixed masks.
 
     Args:
-        density: share of the key blocks each query block reads, in (0, 1].
+        density: share of the key blocks each query block reads, in (0, 1], rounded to whole blocks.
         block_size: tokens per block.
         redraw: new blocks at every step; else those of a layer's first call in a run stay, the same for a whole batch.
         seed: of the generator, which starts anew with each run.
@@ -44,8 +44,28 @@ class RandomBlocks(Method):
         check_count("RandomBlocks", "block_size", self.block_size, 1)
         check_flag("RandomBlocks", "redraw", self.redraw)
 
-    def expected_density(self, layout: VideoLayout) -> float | None:
-        return self.density
+    def check(self, layout: VideoLayout) -> None:
+        blocks = self._blocks(layout.tokens)
+        if self.density < 0.5 / blocks:
+            raise OutOfReach(
+                f"RandomBlocks density {self.density:g} is below {1 / blocks:.3f}, which is one block of "
+                f"{self.block_size} tokens for each query: raise it, or use smaller blocks.",
+                "density",
+                self.density,
+                least=1 / blocks,
+                eased_by=("block_size",),
+            )
+
+    def expected_density(self, layout: VideoLayout) -> float:
+        blocks = self._blocks(layout.tokens)
+        return self._kept(blocks) / blocks
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _kept(self, blocks: int) -> int:
+        """Of so many blocks, those that each query block reads."""
+        return max(1, round(self.density * blocks))
 
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
@@ -56,8 +76,8 @@ class RandomBlocks(Method):
             memory.run["generator"] = torch.Generator("cpu").manual_seed(self.seed)
         batch, heads, length = q.shape[:3]
         batch = batch if self.redraw else 1
-        blocks = -(-length // self.block_size)
-        kept = max(1, round(self.density * blocks))
+        blocks = self._blocks(length)
+        kept = self._kept(blocks)
         mask = torch.zeros(batch, memory.heads.total(heads), blocks, blocks, dtype=torch.bool, device="cpu")
         for of_head in mask.flatten(0, 1):  # scores of all heads at once would be gigabytes in a long video
             scores = torch.rand(of_head.shape, generator=memory.run["generator"], device="cpu")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vidaccel import VideoLayout
-from vidaccel.attention import PlanMemory, RandomBlocks, runs
+from vidaccel import SparseAttention, VideoLayout
+from vidaccel.attention import PlanMemory, RandomBlocks, StepInfo, runs
+from vidaccel.attention.methods.base import OutOfReach
 from vidaccel.attention.runs import merge_segments
 
 
@@ -19,6 +21,30 @@ def test_its_blocks_are_the_largest_of_one_draw():
         scores = torch.rand(2, 3, 10, 10, generator=generator)
         kept = torch.zeros_like(scores).scatter_(-1, scores.topk(4).indices, 1).bool()
         assert made.to_dense_mask().equal(kept.repeat_interleave(16, -1).repeat_interleave(16, -2))
+
+
+def test_the_density_that_is_promised_is_that_of_whole_blocks():
+    """The last block may be short: over all draws it is read as often as any other."""
+    layout, memory = VideoLayout(5, 5, 5, text_after=3), PlanMemory()  # 8 blocks of 16
+    method = RandomBlocks.for_density(layout, 0.3)
+    assert method.density == 0.3 and method.expected_density(layout) == 2 / 8
+    q = torch.zeros(4, 8, layout.tokens, 1)
+    made = [method.plan(q, q, q, layout, memory).density() for _ in range(20)]
+    assert sum(made) / len(made) == pytest.approx(2 / 8, abs=0.002)
+
+
+def test_less_than_one_block_is_refused():
+    layout = VideoLayout(10, 4, 4)
+    RandomBlocks.for_density(layout, 0.06)  # one of ten is the nearest
+    said = (
+        "density 0.04 is below 0.100, which is one block of 16 tokens for each query: raise it, or use smaller blocks"
+    )
+    with pytest.raises(OutOfReach, match=said) as refused:
+        RandomBlocks.for_density(layout, 0.04)
+    assert refused.value.least == 0.1 and refused.value.eased_by == ("block_size",)
+    with pytest.raises(OutOfReach, match="density 0.04"):
+        SparseAttention(RandomBlocks(density=0.04), num_layers=1).enter(StepInfo(num_steps=1), layout)
+    RandomBlocks(density=0.04, block_size=4).check(layout)
 
 
 class Largest(TorchDispatchMode):
