@@ -218,9 +218,14 @@ def first_frame_pays(layout: VideoLayout, density: float) -> bool:
     return layout.tokens_per_frame / layout.tokens <= SINK_SHARE * density
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number: a text or True is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_fraction(owner: str, name: str, value: float, *, fix: str) -> None:
     """Raise a `ValueError` unless `0 < value <= 1`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"{owner} {name} is {value!r}: it must be above 0 and at most 1; {fix}.")
 
 
@@ -228,6 +233,19 @@ def check_count(owner: str, name: str, value: int, least: int) -> None:
     """Raise a `ValueError` unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.")
+
+
+def check_seed(owner: str, seed: int) -> None:
+    """Raise a `ValueError` unless a seed is a whole number that torch takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{owner} seed is {seed!r}: it must be a whole number of 64 bits, such as 0.")
+
+
+def check_undecided(owner: str, density: float, settings: Mapping[str, Any], *names: str) -> None:
+    """Raise a `ValueError` for settings beside a density that decides them, or puts them out of use."""
+    for name in names:
+        if settings.get(name) is not None:
+            raise ValueError(f"{owner} has density {density} and {name} {settings[name]!r}: give one of them.")
 
 
 def check_flag(owner: str, name: str, value: bool | None, or_none: bool = False) -> None:

@@ -22,7 +22,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays
+from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays, is_number
 
 _THIN_BELOW = 128  # tokens; the published generator uses it at any block size
 _BLOCKS_PER_FRAME = 8  # at least so many where a size is chosen here
@@ -96,12 +96,12 @@ class Radial(Method):
             check_count("Radial", "block_size", self.block_size, 8)
             if self.block_size > 1024:
                 raise ValueError(f"Radial block_size is {self.block_size}: it must be at most 1024 tokens; try 128.")
-        if not _is_number(self.decay) or self.decay <= 0:
+        if not is_number(self.decay) or self.decay <= 0:
             raise ValueError(
                 f"Radial decay is {self.decay!r}: it must be a finite number above 0; 0.2 is published for Wan 2.1, "
                 "1 for long videos."
             )
-        if not _is_number(self.min_window) or self.min_window < 0:
+        if not is_number(self.min_window) or self.min_window < 0:
             raise ValueError(
                 f"Radial min_window is {self.min_window!r}: it must be a finite number of blocks, 0 or more; "
                 "1 is published."
@@ -319,10 +319,6 @@ class Radial(Method):
         mask = torch.zeros(count, count, dtype=torch.bool)
         mask[:blocks, :blocks] = video.reshape(blocks, blocks)
         return mask
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _fitting_size(tokens_per_frame: int) -> int:

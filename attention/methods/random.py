@@ -10,7 +10,7 @@ import torch
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class RandomBlocks(Method):
         check_fraction("RandomBlocks", "density", self.density, fix="0.3 keeps 30 % of the pairs")
         check_count("RandomBlocks", "block_size", self.block_size, 1)
         check_flag("RandomBlocks", "redraw", self.redraw)
+        check_seed("RandomBlocks", self.seed)
 
     def check(self, layout: VideoLayout) -> None:
         blocks = self._blocks(layout.tokens)

@@ -15,7 +15,7 @@ from ..groups import group_product, repeat_heads
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, PlanMemory, blocks_for_density, check_count, check_fraction
+from .base import Method, PlanMemory, blocks_for_density, check_count, check_fraction, check_undecided, is_number
 
 LinearScope = Literal["all", "non_critical", "marginal", "none"]
 FeatureMap = Literal["softmax", "elu", "relu"]
@@ -87,7 +87,7 @@ class SLA(Method):
             raise ValueError(f'SLA skip is {self.skip}, of use only with linear_scope "marginal": leave it out.')
         for name, below in (("skip", 1.0), ("eps", math.inf)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not 0 <= value < below):
+            if value is not None and (not is_number(value) or not 0 <= value < below):
                 raise ValueError(
                     f"SLA {name} is {value!r}: it must be at least 0{' and below 1' if below == 1 else ' and finite'}."
                 )
@@ -97,9 +97,11 @@ class SLA(Method):
         """A config whose `topk` reads `density` of all pairs by softmax, text included.
 
         Raises:
-            ValueError: a density out of range. OutOfReach: one below what text and one key block a query block cost.
+            ValueError: a density out of range, or a `topk` beside it. OutOfReach: one below what text and one key block
+                a query block cost.
         """
-        method = cls(**{"topk": 1.0, **settings})
+        check_undecided("SLA", density, settings, "topk")
+        method = cls(**{**settings, "topk": 1.0})
         blocks = method.key_blocks(layout.video_tokens)
 
         def reading(count: int) -> SLA:

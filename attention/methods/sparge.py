@@ -14,7 +14,7 @@ from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..running_sum import running_sum
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction
+from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction, check_undecided, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,12 @@ class Sparge(Method):
             check_fraction("Sparge", "topk", self.topk, fix="0.5 reads half of the key blocks")
         if self.cdf is not None:
             check_fraction("Sparge", "cdf", self.cdf, fix="0.97 keeps 97 % of the estimated mass")
-        if isinstance(self.similarity, bool) or not -1 <= self.similarity <= 1:
+        if not is_number(self.similarity) or not -1 <= self.similarity <= 1:
             raise ValueError(
                 f"Sparge similarity is {self.similarity!r}: it is a mean cosine, from -1 to 1; below 0 it is off."
             )
         bound = self.pv_threshold
-        if bound is not None and (isinstance(bound, bool) or not 0 < bound < float("inf")):
+        if bound is not None and (not is_number(bound) or bound <= 0):
             raise ValueError(
                 f"Sparge pv_threshold is {bound!r}: it must be above 0, such as 10, which leaves out weights below "
                 "exp(-10) of the largest; None leaves out nothing."
@@ -97,12 +97,14 @@ class Sparge(Method):
         What `sink` and `published` add is in it, to a key block for each query block: the sink may be among the best.
 
         Raises:
-            ValueError: a density out of range. OutOfReach: one below what text and one key block a query block cost; a
-                similarity that is not off, with which the density depends on the content.
+            ValueError: a density out of range, or a `topk` or `cdf` beside it. OutOfReach: one below what text and one
+                key block a query block cost; a similarity that is not off, with which the density depends on the
+                content.
         """
         check_fraction("Sparge", "density", density, fix="0.3 computes 30 % of the pairs")
         video = (layout.video_tokens / layout.tokens) ** 2
-        method = cls(**{"topk": 1.0, **settings})
+        check_undecided("Sparge", density, settings, "topk", "cdf")
+        method = cls(**{**settings, "topk": 1.0})
         if method.similarity >= 0:
             raise OutOfReach(
                 f"Sparge similarity is {method.similarity}: which blocks are read in full then depends on the content, "

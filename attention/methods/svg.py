@@ -12,7 +12,16 @@ from ..layout import VideoLayout
 from ..own_kernels import use_kernels
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction, first_frame_pays
+from .base import (
+    Method,
+    OutOfReach,
+    PlanMemory,
+    check_count,
+    check_flag,
+    check_fraction,
+    check_seed,
+    first_frame_pays,
+)
 
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
 # one for every call would pay for its masks again.
@@ -71,6 +80,7 @@ class SVG(Method):
         check_flag("SVG", "sink", self.sink, or_none=True)
         if self.tile is not None:
             check_count("SVG", "tile", self.tile, 1)
+        check_seed("SVG", self.seed)
 
     def check(self, layout: VideoLayout) -> None:
         self.band_width(layout)

@@ -17,7 +17,7 @@ from ..probe import map_error
 from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
+from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class SVG2(Method):
             check_fraction(
                 "SVG2", "density", self.density, fix="0.3 computes 30 % of the pairs, None leaves it to top_p"
             )
-        if isinstance(self.min_ratio, bool) or not 0 <= self.min_ratio <= 1:
+        if not is_number(self.min_ratio) or not 0 <= self.min_ratio <= 1:
             raise ValueError(f"SVG2 min_ratio is {self.min_ratio!r}: it must lie between 0 and 1; 0.1 is the paper's.")
         check_flag("SVG2", "compensate", self.compensate)
         if self.route not in ("mass", "error"):

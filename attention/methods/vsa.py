@@ -65,7 +65,8 @@ class VSA(Method):
 
     @classmethod
     def for_density(cls, layout: VideoLayout, density: float, **settings: Any) -> VSA:
-        """A config that computes `density` of all pairs in the fine branch, text included.
+        """A config that computes about `density` of all pairs in the fine branch, text included; mostly less where
+        cubes at the edges are not full, see `expected_density`.
 
         Raises:
             ValueError: a density out of range. OutOfReach: one below what text and one key cube a query cube cost.
@@ -99,7 +100,9 @@ class VSA(Method):
         return self.gated
 
     def expected_density(self, layout: VideoLayout) -> float:
-        # A cube at the edge is as likely to be read as any other.
+        """An estimate, mostly too high where cubes at the edges are not full: a mean of fewer tokens is longer, so that
+        they are chosen more often. At 0.2 calls of 21x30x52 tokens compute 0.17 to 0.18.
+        """
         video = layout.video_tokens**2
         share = self.cubes_read(layout) / math.prod(self.cubes(layout))
         return (layout.tokens**2 - video + share * video) / layout.tokens**2

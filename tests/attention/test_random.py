@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vidaccel import SparseAttention, VideoLayout
+from vidaccel import SVG, SparseAttention, VideoLayout
 from vidaccel.attention import PlanMemory, RandomBlocks, StepInfo, runs
 from vidaccel.attention.methods.base import OutOfReach
 from vidaccel.attention.runs import merge_segments
@@ -45,6 +47,18 @@ def test_less_than_one_block_is_refused():
     with pytest.raises(OutOfReach, match="density 0.04"):
         SparseAttention(RandomBlocks(density=0.04), num_layers=1).enter(StepInfo(num_steps=1), layout)
     RandomBlocks(density=0.04, block_size=4).check(layout)
+
+
+@pytest.mark.parametrize("method", [RandomBlocks, SVG])
+def test_a_seed_is_a_whole_number_that_torch_takes(method):
+    for seed in ("a", 1.5, True, None, 2**64, -(2**63) - 1):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{method.__name__} seed is {seed!r}: it must be a whole number")
+        ):
+            method(seed=seed)
+    for seed in (-(2**63), 2**64 - 1):
+        q = torch.zeros(1, 1, 160, 8)
+        method(seed=seed).plan(q, q, q, VideoLayout(10, 4, 4), PlanMemory())
 
 
 class Largest(TorchDispatchMode):

@@ -224,6 +224,11 @@ def test_a_density_that_cannot_be():
         SLA.for_density(VideoLayout(4, 8, 8), 0.01)
 
 
+def test_a_density_and_what_it_decides_are_not_both_given():
+    with pytest.raises(ValueError, match=r"^SLA has density 0\.5 and topk 0\.1: give one of them\.$"):
+        SLA.for_density(VideoLayout(21, 8, 8), 0.5, topk=0.1)
+
+
 def test_missing_weights_are_refused():
     q, k, v = torch.randn(3, 1, 2, 64, 8)
     with pytest.raises(ValueError, match='linear_scope "all" needs the projection that was trained for the layer'):
@@ -241,6 +246,8 @@ def test_missing_weights_are_refused():
         ({"skip": 0.1}, 'skip is 0.1, of use only with linear_scope "marginal"'),
         ({"skip": 1.0, "linear_scope": "marginal"}, "skip is 1.0: it must be at least 0 and below 1"),
         ({"eps": -1.0}, "eps is -1.0: it must be at least 0 and finite"),
+        ({"eps": "0.1"}, "eps is '0.1': it must be at least 0 and finite"),
+        ({"skip": "0.1", "linear_scope": "marginal"}, "skip is '0.1': it must be at least 0 and below 1"),
     ],
 )
 def test_bad_settings(settings, message):

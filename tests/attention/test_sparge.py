@@ -106,6 +106,8 @@ def test_it_plans_without_reading_anything_on_the_host():
         ({"topk": 0.0}, "topk is 0.0: it must be above 0 and at most 1"),
         ({"cdf": 1.5}, "cdf is 1.5: it must be above 0"),
         ({"similarity": 2}, "similarity is 2: it is a mean cosine, from -1 to 1"),
+        ({"similarity": "0.5"}, "similarity is '0.5': it is a mean cosine"),
+        ({"pv_threshold": "10"}, "pv_threshold is '10': it must be above 0"),
         ({"sink": 1}, "sink is 1: it must be True or False"),
         ({"block": 64}, r"block is 64: it is \(queries, keys\)"),
         ({"block": (64, 0)}, r"block\[1\] is 0: it must be a whole number of at least 1"),
@@ -122,6 +124,13 @@ def test_a_density_that_cannot_be():
         Sparge.for_density(VideoLayout(4, 8, 8), 0.01)
     with pytest.raises(ValueError, match="and the text"):
         Sparge.for_density(VideoLayout(16, 8, 8, text_after=300), 0.2)
+
+
+def test_a_density_and_what_it_decides_are_not_both_given():
+    for name in ("topk", "cdf"):
+        with pytest.raises(ValueError, match=rf"^Sparge has density 0\.5 and {name} 0\.1: give one of them\.$"):
+            Sparge.for_density(VideoLayout(21, 8, 8), 0.5, **{name: 0.1})
+    assert Sparge.for_density(VideoLayout(21, 8, 8), 0.5, topk=None, cdf=None).topk == pytest.approx(0.5, abs=0.03)
 
 
 def test_all_of_the_mass_is_all_blocks():

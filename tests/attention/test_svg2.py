@@ -153,6 +153,7 @@ def test_cluster_counts_scale_with_the_sequence(tokens, expected):
         ({"q_clusters": 0}, "q_clusters is 0"),
         ({"init_iterations": 0}, "init_iterations is 0"),
         ({"compensate": "false"}, "compensate is 'false': it must be True or False"),
+        ({"min_ratio": "0.1"}, "min_ratio is '0.1': it must lie between 0 and 1"),
     ],
 )
 def test_bad_values_are_named(values, message):
