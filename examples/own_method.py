@@ -1,6 +1,7 @@
 """A method of your own: which keys each block of queries reads. It then works with every model and backend.
 
-This one reads the frame itself and the ones beside it.
+This one reads the frame itself and the ones beside it. Some models have text before or after the video in the sequence:
+it reads all and is read by all.
 """
 
 from dataclasses import dataclass, field
@@ -38,9 +39,11 @@ class NearFrames(Method):
     ) -> BlockPlan:
         if "plan" not in memory.layout:  # it depends on nothing but the layout, so all layers and steps share it
             frame = torch.arange(layout.frames)
-            mask = (frame[:, None] - frame).abs() <= self.reach
-            per_frame = layout.height * layout.width
-            plan = BlockPlan.from_block_mask(mask[None, None], per_frame, per_frame, layout.tokens, layout.tokens)
+            sizes = [layout.text_before, *[layout.tokens_per_frame] * layout.frames, layout.text_after]
+            reads = torch.ones(len(sizes), len(sizes), dtype=torch.bool)
+            reads[1:-1, 1:-1] = (frame[:, None] - frame).abs() <= self.reach
+            tiles, n = torch.tensor(sizes).view(1, 1, -1), layout.tokens
+            plan = BlockPlan.from_clusters(tiles, tiles, reads[None, None], n_q=n, n_kv=n)
             memory.layout["plan"] = plan.to(q.device)
         return memory.layout["plan"]
 

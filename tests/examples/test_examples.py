@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vidaccel import VideoLayout
+from vidaccel.attention import PlanMemory
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
 
@@ -28,6 +32,18 @@ def test_an_example_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script.name, *(["--steps", "2"] if "--steps" in code else [])])
     runpy.run_path(script.name, run_name="__main__")
     assert capsys.readouterr().out.strip(), "an example says what it did"
+
+
+@pytest.mark.parametrize("text", [(0, 0), (3, 0), (0, 5), (3, 5)])
+def test_text_in_the_sequence_is_read_by_all_and_reads_all_in_a_method_of_ones_own(text):
+    script = next(path for path in EXAMPLES if path.stem == "own_method")
+    method, layout = runpy.run_path(str(script))["NearFrames"](reach=1), VideoLayout(4, 2, 3, *text)
+    q = torch.zeros(1, 2, layout.tokens, 8)
+    plan = method.plan(q, q, q, layout, PlanMemory()).validate()
+    frame = torch.arange(4).repeat_interleave(6)
+    expected = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    expected[layout.video, layout.video] = (frame[:, None] - frame).abs() <= 1
+    assert plan.to_dense_mask()[0, 0].equal(expected)
 
 
 @pytest.mark.slow
