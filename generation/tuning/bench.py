@@ -144,7 +144,10 @@ class Bench:
         return replace(made, attention=measured(ROWS).attention)  # by itself: the meter takes time
 
     def confirm(self, candidate: Candidate) -> Confirmed | str:
-        """The video of each prompt with a candidate; why it cannot be, where the pipeline refuses it."""
+        """The video of each prompt with a candidate, and what turns with dense told of it, where they were made.
+
+        Why it cannot be, where the pipeline refuses it.
+        """
         error = None
         if candidate.adapter is None:
             whole = self.probe(candidate, whole=True)
@@ -152,7 +155,9 @@ class Bench:
                 return whole
             error = whole.error
         made = self._tried(_videos(candidate), lambda: self._confirm(candidate, error).to_dict())
-        return made if isinstance(made, str) else Confirmed.from_dict(made)
+        if isinstance(made, str):
+            return made
+        return replace(Confirmed.from_dict(made), gain=tuple(self.journal.get(_turns(candidate)) or ()))
 
     def knows(self, candidate: Candidate) -> bool:
         """Whether `confirm` has been asked about a candidate before."""
@@ -184,7 +189,7 @@ class Bench:
         """
         from ...pipelines.presets import apply
 
-        key = f"turns {candidate.key}"
+        key = _turns(candidate)
         found = self.journal.get(key)
         if found is None:
             found = []
@@ -263,6 +268,10 @@ class Bench:
 
 def _videos(candidate: Candidate) -> str:
     return f"mean error of videos {candidate.key}"  # journals of before it was that say "videos"
+
+
+def _turns(candidate: Candidate) -> str:
+    return f"turns {candidate.key}"
 
 
 def _with(candidate: Candidate, request: Settings) -> Settings:

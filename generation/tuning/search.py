@@ -24,7 +24,8 @@ TooBad = str
 
 
 DOUBTED = 2
-"""Candidates that are measured in turns with dense before nothing is said to gain."""
+"""Candidates that are measured in turns with dense before nothing is said to gain, or those nearer to dense than the
+chosen to take too long."""
 
 BORDERLINE = 0.5
 """Of what seems to miss a budget by so little (`Budget.excess`: 3 dB), videos are made until one misses it: predictions
@@ -35,6 +36,8 @@ UNKNOWN = 1.0
 
 UNKNOWN_DECIBEL = 6.0
 """As much in dB (`Budget.excess`)."""
+
+NOT_BETTER = "no videos were made of it: by what the others taught, it would not have been better"
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ class Search:
             key = candidate.key  # takes longer than a prediction: of the few that are kept alone
             why = "another of its kind is predicted to be as fast and nearer"
             if promising:
-                why = "no videos were made of it: by what the others taught, it would not have been better"
+                why = NOT_BETTER
                 pool[key] = (candidate, predicted)
             self._tried[key] = Tried(candidate, predicted, why=slow or why)
         return pool
@@ -269,13 +272,14 @@ class Search:
         """
         for key in [key for key, (candidate, _) in left.items() if self.measures.known(candidate)]:
             self._take(key, left, taught)
-        while (key := self._next(left, taught)) is not None:
-            if self.already >= self.most:
-                self.ran_out = True
-                return
+        while (key := self._next(left, taught)) is not None and self.already < self.most:
             self._take(key, left, taught)
             self.already += 1
             self.measures.asked(self.already)
+        self.ran_out = key is not None
+        used_up = f"no videos were made of it: confirm, which is {self.most}, was used up"
+        for rest in left:
+            self._tried[rest] = replace(self._tried[rest], why=used_up if self.ran_out else NOT_BETTER)
 
     def _take(self, key: str, left: dict[str, tuple[Candidate, Prediction]], taught: Calibration) -> None:
         candidate, predicted = left.pop(key)
@@ -345,19 +349,37 @@ class Search:
         """The choice among whole videos, by turns with dense.
 
         The dense videos were made first, maybe days before: a machine that was busy then, or is now, would be taken for
-        a gain, or hide one. So what is chosen is measured once more, and so are the fastest few before it is said that
-        nothing gains.
+        a gain, or hide one. So what is chosen is measured once more, and so are the best few before it is said that
+        nothing gains, or that they take too long.
         """
         doubted = 0
         while True:
             self._confirm(left, taught)
             outcome, chosen, tried = self._choose()
-            doubtful = chosen if outcome == FOUND else self._best() if doubted < DOUBTED else None
-            if self.measures.turns is None or doubtful is None or doubtful.confirmed.gain:
+            doubtful = chosen if outcome == FOUND and not chosen.confirmed.gain else None
+            if doubtful is None and doubted < DOUBTED:
+                doubtful = self._doubtful()
+                doubted += 1
+            if self.measures.turns is None or doubtful is None:
                 return outcome, chosen, tried
-            doubted += outcome != FOUND
             made = replace(doubtful.confirmed, gain=self.measures.turns(doubtful.candidate))
             self._tried[doubtful.candidate.key] = replace(doubtful, confirmed=made)
+
+    def _doubtful(self) -> Tried | None:
+        """What seems too slow by the dense times of another hour alone, and would be the choice if it is not."""
+        best = self._best()
+        if best is not None and not best.confirmed.gain:
+            return best
+        if not self.budget.wants_nearest:
+            return None
+        own = -math.inf if best is None else best.confirmed.mean_psnr
+        late = [t for t in self._tried.values() if t.confirmed is not None and not t.confirmed.gain]
+        late = [t for t in late if t.confirmed.mean_psnr > own and self._is_late_alone(t.confirmed)]
+        return min(late, key=lambda t: t.confirmed.ratio, default=None)
+
+    def _is_late_alone(self, made: Confirmed) -> bool:
+        """Whether a bound of time is all that it misses."""
+        return bool(self._over(made)) and not self.budget.misses(made.error, made.mean_psnr, 0.0)
 
     def _choose(self) -> tuple[str, Tried | None, tuple[Tried, ...]]:
         best = self._best()

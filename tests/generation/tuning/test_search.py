@@ -160,6 +160,34 @@ def test_turns_hold_a_bound_of_time():
     assert outcome == FOUND and chosen.confirmed.ratio == pytest.approx(1 / 1.5)
 
 
+def test_too_slow_is_not_said_by_the_dense_times_of_another_hour():
+    """The nearest seems to take too long beside what the machine did meanwhile; in turns it does not."""
+    machine, timed = Machine(), []
+    honest = machine.confirm
+
+    def busy(candidate: Candidate) -> Confirmed:
+        made = honest(candidate)
+        return replace(made, seconds=tuple(s * (3 if candidate.cache.limit < 0.2 else 1) for s in made.seconds))
+
+    machine.confirm = busy
+    request = Budget(max_time_ratio=0.75), (), caches(0.15, 0.2, 0.4)
+    outcome, chosen, _ = machine.search(*request)
+    assert outcome == FOUND and chosen.candidate.cache.limit == 0.2
+
+    def turns(candidate: Candidate) -> tuple[float, ...]:
+        timed.append(candidate.cache.limit)
+        return (1.5,)
+
+    machine.turns = turns
+    outcome, chosen, _ = machine.search(*request)
+    assert outcome == FOUND and chosen.candidate.cache.limit == 0.15 and timed == [0.2, 0.15]
+    # What is over another bound, too, is not timed, and of what takes too long in turns, too, no more than two are.
+    timed.clear()
+    assert machine.search(Budget(max_time_ratio=0.75, min_psnr=90), *request[1:])[0] == NOTHING and not timed
+    machine.turns = lambda candidate: timed.append(candidate.cache.limit) or (1.1,)
+    assert machine.search(*request)[0] == NOTHING and len(timed) == 3  # the chosen, and two that are doubted
+
+
 def test_nothing_gains_is_not_said_by_the_dense_times_of_another_hour():
     machine = Machine()
     honest = machine.confirm
@@ -252,6 +280,15 @@ def test_what_another_budget_had_made_costs_nothing_and_teaches():
     again = Search(Budget(min_psnr=34), DENSE, measures, 2, already=2)
     found = again.run(given["sparse"], given["caches"])[2]
     assert {each.candidate.key for each in found if each.confirmed is not None} == its & made
+
+
+def test_what_confirm_leaves_no_videos_for_says_so():
+    given = {"sparse": levers(0.2, 0.4, 0.6), "caches": caches(0.02, 0.05, 0.1)}
+    unmade = [t.why for t in Machine().search(Budget(min_psnr=90), most=1, **given)[2].values() if not t.confirmed]
+    assert "no videos were made of it: confirm, which is 1, was used up" in unmade
+    assert not any("what the others taught" in why for why in unmade)
+    unmade = [t.why for t in Machine().search(Budget(min_psnr=30), most=20, **given)[2].values() if not t.confirmed]
+    assert any("what the others taught" in why for why in unmade) and not any("used up" in why for why in unmade)
 
 
 def test_layers_in_8_bits_are_taken_where_they_are_faster():

@@ -203,6 +203,21 @@ def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, t
         vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options | {"steps": 5})
 
 
+def test_turns_of_an_earlier_call_hold_for_another_budget(pipe, layers, tmp_path):
+    """Videos that were made while the machine was busy take long beside the dense ones, and turns have told better."""
+    options = {"out": tmp_path / "t", "clock": layers, **CACHE_ALONE, **TINY}
+    first = vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options)
+    lines = [json.loads(line) for line in (tmp_path / "t" / FILE).read_text().splitlines()]
+    for line in lines:
+        if line.get("key", "").startswith("mean error of videos"):
+            line["value"]["seconds"] = [100.0 for _ in line["value"]["seconds"]]
+    (tmp_path / "t" / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran = layers()
+    made = vidaccel.tune(pipe, PROMPTS, max_time_ratio=0.9, **options | {"confirm": 1})
+    assert made.outcome == "found" and made.gain == first.gain and layers() == ran
+    assert {t.confirmed.gain for t in made.confirmed} == {first.gain}
+
+
 def test_one_at_a_time_in_a_folder(pipe, layers, tmp_path):
     """Two would write into one journal; what a process that was killed leaves is in nobody's way."""
     folder = tmp_path / "t"
