@@ -114,7 +114,7 @@ def tune_command(
         _print_table(made)
         typer.echo(f"page: {out / PAGE} (open it in a browser); numbers: {(out / PAGE).with_suffix('.json')}")
         if made.outcome == FOUND:
-            typer.echo(f'preset: {out / PRESET} (vidaccel generate "..." --preset {out / PRESET})')
+            typer.echo(f"preset: {out / PRESET} ({made.command})")
         typer.echo(made.in_words())
         if made.outcome == NOTHING:
             raise typer.Exit(1)

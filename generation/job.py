@@ -42,7 +42,7 @@ from .methods import (
     trained_note,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
-from .presets import beside, check_beside, check_guidance_cache, check_scheduler, with_preset
+from .presets import beside, check_beside, check_guidance_cache, check_scheduler, size_note, with_preset
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
 from .request import INPUTS, Settings
 from .single_file import whole_model
@@ -313,6 +313,7 @@ def prepare(
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
     notes += filter(None, [trained_note(facts.trained_for, methods, compare)])
+    notes += filter(None, [size_note(preset, settings) if preset is not None else ""])
     notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .request import Settings
     from .sparse import Sparse
 
+_EXTENT = re.compile(r"\d+ frames of \d+x\d+")
 LEVERS = ("cache", "quantize", "compile", "decoder", "guidance_cache")
 """Levers that a request has fields for, which no other part of this layer carries out."""
 
@@ -150,6 +152,17 @@ def beside(preset: Preset) -> Preset | None:
         decoder=preset.decoder,
     )
     return rest if rest.levers() else None
+
+
+def size_note(preset: Preset, settings: Settings) -> str:
+    """What to say of a preset of `tune` for a video of another size than those that it was measured with; else ""."""
+    measured = str(preset.measured.get("size", "")).partition(",")[0]
+    if not _EXTENT.fullmatch(measured) or measured == settings.extent:
+        return ""
+    return (
+        f"The preset {preset.name} was measured with videos of {measured}; for this one, of {settings.extent}, its "
+        "gain and its distance from dense may be others."
+    )
 
 
 def check_beside(

@@ -112,6 +112,11 @@ class Settings:
         """The fields of what the video starts from that are given."""
         return tuple(name for name in INPUTS if getattr(self, name) is not None)
 
+    @property
+    def extent(self) -> str:
+        """Frames and pixels, in words."""
+        return f"{self.frames} frames of {self.width}x{self.height}"
+
     def layout(self, model: ModelFacts) -> VideoLayout:
         """The sequence in self-attention that the video makes; see `ModelFacts.layout`."""
         text = self.pipeline_options.get("max_sequence_length")
@@ -250,7 +255,7 @@ class Settings:
         layout = whole.layout(model)
         longest = max(layout.frames, layout.height, layout.width)
         if model.max_positions is not None and longest > model.max_positions:
-            wanted = f"{whole.frames} frames of {whole.width}x{whole.height}"
+            wanted = whole.extent
             raise BadInput(
                 "frames" if longest == layout.frames else "width" if longest == layout.width else "height",
                 f"is too large: {wanted} make {longest} tokens along an axis, above the {model.max_positions} "

@@ -278,7 +278,7 @@ def waterfall(
         notes.append(f"The models make {counts} frames; PSNR is of those that all have.")
     notes += models.notes
     told = {
-        "size": f"{first.frames} frames of {first.width}x{first.height}",
+        "size": first.extent,
         "videos": in_words(texts, numbers, rounds),
         "dtype": str(models.dtype(plan[0].model)).removeprefix("torch."),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from ...pipelines.presets import Preset
+
+REMOVED = (
+    f"The {PRESET} of an earlier call was removed, since it is no answer to this one; that call, made again, writes it "
+    "from what is kept."
+)
 Shown = contextlib.AbstractContextManager[tuple[Done, Callable[[int], None]]]
 
 
@@ -210,7 +217,9 @@ def carried_out(
             made = _searched(plan, pipe, journal, tell, expect, clock)
         preset_file = folder / PRESET
         if made.preset is None:
-            preset_file.unlink(missing_ok=True)  # of another budget: it must not pass for an answer to this one
+            if preset_file.exists():  # of another budget: it must not pass for an answer to this one
+                preset_file.unlink()
+                made = replace(made, notes=(*made.notes, REMOVED))
         else:
             from ...pipelines.presets import save_preset
 
@@ -268,10 +277,11 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
     size = job.settings
     settings = {
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",
-        "size": f"{size.frames} frames of {size.width}x{size.height}, {job.layout.tokens:,} tokens",
+        "size": f"{size.extent}, {job.layout.tokens:,} tokens",
         "steps": str(size.steps),
         "guidance scale": "none" if size.guidance_scale is None else f"{size.guidance_scale:g}",
         "budget": str(plan.budget),
+        "negative prompt": size.negative_prompt or "none",
         "videos": in_words(plan.prompts, plan.seeds),
         "effort": plan.effort,
         "dtype": str(job.dtype).removeprefix("torch."),
@@ -289,10 +299,10 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         plan.prompts,
         tuple(notes),
     )
-    return made if outcome != FOUND else _with_preset(made, job)
+    return made if outcome != FOUND else _with_preset(made, job, plan.out)
 
 
-def _with_preset(made: Tuned, job: Job) -> Tuned:
+def _with_preset(made: Tuned, job: Job, folder: Path) -> Tuned:
     own = made.chosen.confirmed
     measured = {
         "times_as_fast": round(statistics.median(made.gain), 3),
@@ -300,6 +310,7 @@ def _with_preset(made: Tuned, job: Job) -> Tuned:
         **({} if own.error is None else {"error_a_step": round(own.error, 5)}),
         "prompts": len(made.prompts),
         **({} if job.settings.guidance_scale is None else {"guidance_scale": job.settings.guidance_scale}),
+        **({"negative_prompt": job.settings.negative_prompt} if job.settings.negative_prompt else {}),
         "size": made.settings["size"],
         "dtype": made.settings["dtype"],
         "machine": made.environment.get("GPU", made.environment["CPU"]),
@@ -309,7 +320,18 @@ def _with_preset(made: Tuned, job: Job) -> Tuned:
     # The model's own is what a call without one has, under whatever name the pipeline takes it.
     if made.chosen.candidate.adapter is not None or scale != job.facts.call_defaults().get("guidance_scale"):
         facts["guidance_scale"] = scale
-    return replace(made, preset=made.chosen.candidate.preset(**facts, measured=measured))
+    preset = made.chosen.candidate.preset(**facts, measured=measured)
+    return replace(made, preset=preset, command=_command(preset, job, folder))
+
+
+def _command(preset: Preset, job: Job, folder: Path) -> str:
+    """What makes a video like those that the preset was measured with, for a shell."""
+    size = job.settings
+    words: list[object] = [] if preset.model else ["--model", "..."]
+    words += ["--preset", folder / PRESET]
+    words += ["--frames", size.frames, "--height", size.height, "--width", size.width]
+    words += ["--negative-prompt", size.negative_prompt] if size.negative_prompt else []
+    return f'vidaccel generate "..." {shlex.join(map(str, words))}'
 
 
 def _facts_of(job: Job) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class Tuned:
         settings, environment: name -> value, shown as they are.
         prompts: of the videos.
         notes: in sentences.
+        command: for a shell, to make a video with the preset, of the size and with the negative prompt of these; ""
+            without one.
     """
 
     outcome: str
@@ -134,6 +136,7 @@ class Tuned:
     environment: Mapping[str, str] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    command: str = ""
 
     def __repr__(self) -> str:
         return f"<vidaccel tune: {self.outcome}. {self.in_words()}>"
@@ -181,6 +184,7 @@ class Tuned:
             "in_words": self.in_words(),
             "budget": vars(self.budget),
             "preset": None if self.preset is None else self.preset.to_dict(),
+            "command": self.command,
             "gain": list(self.gain),
             "dense_seconds": self.dense_seconds,
             "tried": rows,

@@ -49,7 +49,8 @@ class Preset:
         scheduler: instead of the pipeline's.
         decoder: tiny one in the place of the autoencoder's, see `tiny_decoder`: a file, a folder or a hub id, or "own".
         num_inference_steps, guidance_scale: for the call; see `Applied.arguments`.
-        measured: what was found of it, in whatever words; nothing reads it.
+        measured: what was found of it, in whatever words; of its `size`, as `tune` writes it, `generate` tells a video
+            of another.
         version: of the format.
 
     Raises:

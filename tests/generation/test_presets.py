@@ -97,6 +97,16 @@ def test_what_is_of_the_method_of_a_preset_goes_with_it(pipe, tmp_path):
         prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("sla",)), preset=learned)
 
 
+def test_a_video_of_another_size_than_a_preset_was_measured_with_is_told(pipe):
+    preset = Preset(name="a", cache=EAGER, measured={"size": "9 frames of 64x64, 48 tokens"})
+    sizes = {"height": 64, "width": 64}
+    asked = [(9, preset), (13, preset), (13, preset.replace(measured={"size": "small"}))]
+    notes = [prepare(pipe, Settings(PROMPT, frames=f, **sizes), Sparse(), preset=p).notes for f, p in asked]
+    (note,) = notes[1]
+    assert note.startswith("The preset a was measured with videos of 9 frames of 64x64; for this one, of 13 frames")
+    assert not notes[0] and not notes[2]
+
+
 def test_a_preset_without_a_method_is_dense_and_a_cache_alone_changes_no_method(pipe, monkeypatch):
     monkeypatch.setattr("vidaccel.pipelines.default_method.MIN_SPARSE_TOKENS", 1)
     assert generate(pipe, preset=Preset(name="a", cache=EAGER), steps=2).name == "dense"

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from html import unescape
 from types import SimpleNamespace
 
 import filelock
@@ -98,6 +100,8 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     again = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=preset, progress=False, **TINY)
     assert again.account.counts()["computed"] == own.computed
     page = (tmp_path / "t" / "tune.html").read_text()
+    assert made.command.endswith(f"--preset {tmp_path / 't' / 'preset.yaml'} --frames 5 --height 32 --width 32")
+    assert f"<code>{made.command}</code>" in unescape(page)
     assert repr(made) == f"<vidaccel tune: found. {made.in_words()}>"
     assert "<h1>The fastest preset within PSNR at least 1 dB</h1>" in page
     assert made.in_words() in page and "<svg" in page and "first_block 0.001" in page
@@ -199,8 +203,18 @@ def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, t
     nothing = vidaccel.tune(pipe, PROMPTS, min_psnr=99.0, **options)
     assert nothing.outcome == "nothing within the budget" and nothing.preset is None and nothing.chosen is not None
     assert not (tmp_path / "t" / "preset.yaml").exists()
+    assert any("preset.yaml of an earlier call was removed" in note for note in nothing.notes)
     with pytest.raises(BadInput, match=r"measurements of something else: steps was 4 and is 5\. Give another folder"):
         vidaccel.tune(pipe, PROMPTS, min_psnr=1.0, **options | {"steps": 5})
+
+
+def test_the_negative_prompt_of_what_was_measured_is_told(pipe, layers, tmp_path):
+    options = {"min_psnr": 1.0, "clock": layers, "negative_prompt": "it's grey", **CACHE_ALONE, **TINY}
+    made = vidaccel.tune(pipe, PROMPTS[:1], 3, out=tmp_path / "t", **options)
+    assert load_preset(tmp_path / "t" / "preset.yaml").measured["negative_prompt"] == "it's grey"
+    assert shlex.split(made.command)[-2:] == ["--negative-prompt", "it's grey"]
+    page = (tmp_path / "t" / "tune.html").read_text()
+    assert "<dt>negative prompt</dt><dd>it&#39;s grey</dd>" in page
 
 
 def test_turns_of_an_earlier_call_hold_for_another_budget(pipe, layers, tmp_path):
