@@ -216,6 +216,7 @@ def prepare(
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
     """
     of_preset = preset is not None and not guidance_free
+    preset_method = None if preset is None or sparse.methods else preset.method
     if preset is not None:
         adapters_given: dict[str, Any] = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
         settings, sparse, filled = with_preset(preset, settings, sparse, adapters_given)
@@ -300,7 +301,9 @@ def prepare(
         overrides = sparse.overrides.get("sla", {})
         return trained_method(learned, facts, pipe, layout, sparse.density, overrides, schedule)
 
-    methods, left_out = _methods(runs, sparse, layout, place, sla_method, lambda: trained_settings(facts, pipe))
+    methods, left_out = _methods(
+        runs, sparse, layout, place, sla_method, lambda: trained_settings(facts, pipe), preset_method
+    )
     if left_out and not any(methods.values()):
         why = f"{next(iter(left_out))} is the choice, but cannot do this video"
     check_trained(trained, methods, layout)
@@ -390,8 +393,14 @@ def _methods(
     device: torch.device,
     sla: Trained,
     vsa: TrainedSettings,
+    preset_method: Method | None,
 ) -> tuple[dict[str, Method | None], dict[str, str]]:
-    """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why."""
+    """The methods of the runs by their labels; and of a default choice those that cannot do this video, with why.
+
+    Args:
+        preset_method: that of `runs` whose settings are a preset's, before which those of the request go.
+        sla, vsa: see `_as_named`.
+    """
     from ..attention.methods.base import OutOfReach
 
     names, alone = [name_of(run) for run in runs], len(runs) == 1
@@ -406,9 +415,12 @@ def _methods(
             found[None] = None
             continue
         try:
-            method = (
-                _as_given(run, sparse, layout) if not isinstance(run, str) else _as_named(run, sparse, layout, sla, vsa)
-            )
+            if isinstance(run, str):
+                method = _as_named(run, sparse, layout, sla, vsa)
+            elif run is preset_method:
+                method = _of_preset(run, sparse, layout)
+            else:
+                method = _as_given(run, sparse, layout)
             check_stand_ins(sparse.backend, device, method)
             check_second_stage(sparse.backend, device, method)
         except BadInput as error:
@@ -433,12 +445,11 @@ def _as_named(name: str, sparse: Sparse, layout: VideoLayout, sla: Trained, vsa:
     """A method by its name, with what is asked for; `sla` and `vsa` are asked for what a model was trained for."""
     if name == "sla" and (method := sla()) is not None:
         return method
-    values = {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
     overrides, learned = dict(sparse.overrides.get(name, {})), vsa() if name == "vsa" else None
     for setting, value in (learned or {}).items():
         if setting != "density" or sparse.density is None:
             overrides.setdefault(setting, value)
-    method = build_method(name, layout, **values, overrides=overrides)
+    method = build_method(name, layout, **_amounts(sparse), overrides=overrides)
     if method.needs_weights and learned is None:
         fixes = {
             "sla": f"Train it with vidaccel adapt sla, or give an adapter as {mention('sla')}; without training there "
@@ -450,11 +461,29 @@ def _as_named(name: str, sparse: Sparse, layout: VideoLayout, sla: Trained, vsa:
     return method
 
 
+def _amounts(sparse: Sparse) -> dict[str, Any]:
+    return {"density": sparse.density, "dense_steps": sparse.dense_steps, "dense_layers": sparse.dense_layers}
+
+
+def _of_preset(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
+    """The config of a preset, with what is asked for in the place of its own settings."""
+    from ..attention import METHODS
+
+    amounts, overrides = _amounts(sparse), sparse.overrides.get(method.name, {})
+    asked = bool(overrides) or any(value is not None for value in amounts.values())
+    # What a model was trained for, and a config of one's own, are taken as they are.
+    if not asked or method.needs_weights or type(method) is not METHODS.get(method.name):
+        return _as_given(method, sparse, layout)
+    return build_method(method.name, layout, **amounts, overrides=overrides, base=method)
+
+
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
     """A config, which has all its settings already."""
     of_methods = ("density", "dense_steps", "dense_layers", "settings")
     given = {name: is_given for name, is_given in sparse.given().items() if name in of_methods}
-    refuse_given(given, f"for a method's name, and a {type(method).__name__} was given", "Set its own fields")
+    refuse_given(
+        given, f"for a method's name, and {type(method).__name__} came with its settings", "Set its own fields"
+    )
     try:
         method.check(layout)
     except ValueError as error:

@@ -23,8 +23,11 @@ _SET_BY_DENSITY = {
     "svg2": ("top_p", "min_ratio"),
     "sparge": ("topk", "cdf"),
     "sla": ("topk",),
+    "tangent": ("tolerance",),
 }
 """Method -> the settings, beside `density`, that a density decides or puts out of use."""
+_ONE_OF = {"sparge": ("topk", "cdf")}
+"""Method -> settings of which each stands instead of the others."""
 _NEAR = 0.04
 """A density that is off by no more than this share of it is met; SVG's temporal heads may be 3 % below theirs."""
 
@@ -123,6 +126,7 @@ def build_method(
     overrides: Mapping[str, Any] | None = None,
     dense_steps: int | float | None = None,
     dense_layers: int | float | None = None,
+    base: Method | None = None,
 ) -> Method:
     """A method with the settings of a request.
 
@@ -132,6 +136,8 @@ def build_method(
         density: pairs computed over pairs in dense attention, in the sparse steps; None keeps the method's own default.
         overrides: further fields of the method, none that the density decides.
         dense_steps, dense_layers: first steps and layers that stay dense (count or fraction); None keeps the default.
+        base: of this name, whose own settings and schedule hold where the request says nothing. None for the method as
+            it is by default.
 
     Raises:
         BadInput: a field the method lacks, one that the density decides, or a value it refuses.
@@ -142,12 +148,15 @@ def build_method(
     method_class = METHODS[name]
     settings = dict(overrides or {})
     check_settings(name, settings, density)
+    schedule = method_class().schedule if base is None else base.schedule
+    if base is not None:
+        settings = {**_kept(base, settings, density), "schedule": schedule, **settings}
     try:
         # All at once: one setting can decide what another may be, and what a method makes of those that are left out.
         changed = {"first_steps": dense_steps, "first_layers": dense_layers}
         changed = {field: value for field, value in changed.items() if value is not None}
         if changed:
-            settings["schedule"] = replace(method_class().schedule, **changed)
+            settings["schedule"] = replace(schedule, **changed)
         if density is None:
             method = method_class(**settings)
         else:
@@ -156,6 +165,19 @@ def build_method(
         return method
     except (ValueError, TypeError) as error:
         raise BadInput("method", first_line(error).rstrip("."), value=name) from error
+
+
+def _kept(base: Method, overrides: Mapping[str, Any], density: float | None) -> dict[str, Any]:
+    """What a config has other than its method by default, but those that a setting which is asked for is instead of."""
+    of_density = _SET_BY_DENSITY.get(base.name, ())
+    gone: set[str] = set()
+    if density is not None or "density" in overrides:
+        gone = {"density", *of_density}
+    elif any(name in of_density for name in overrides):
+        gone = {"density", *_ONE_OF.get(base.name, ())}
+    default = type(base)()
+    own = {f.name: getattr(base, f.name) for f in fields(base) if f.name != "schedule" and f.name not in gone}
+    return {name: value for name, value in own.items() if value != getattr(default, name)}
 
 
 def check_settings(name: str, settings: Mapping[str, Any], density: float | None) -> None:

@@ -185,7 +185,7 @@ def test_first_and_last_picture(tmp_path):
         ({"method": "sgv"}, r"^method is sgv: "),
         ({"method": ["svg", "svg2"]}, r"^method can have several only in a comparison\. Add compare=True, or call"),
         ({"negative_prompt": "a", "guidance_scale": 1}, r"^negative_prompt is of no use: guidance_scale is 1, and"),
-        ({"method": SVG2(), "density": 0.2}, r"^density is for a method's name, and a SVG2 was given"),
+        ({"method": SVG2(), "density": 0.2}, r"^density is for a method's name, and SVG2 came with its settings"),
         ({"method": "dense", "density": 0.2}, r"^density is of use only with a sparse method"),
         ({"method": "svg", "measure_error": -1}, r"^measure_error is -1: it must be a whole number"),
         ({"method": "svg", "precision": "int4"}, r'^precision is int4: choose "int8", or None'),

@@ -43,6 +43,7 @@ def pipe() -> WanPipeline:
         ("radial", {"rule": "published"}),
         ("sparge", {"topk": 0.2}),
         ("sparge", {"cdf": 0.9}),
+        ("tangent", {"tolerance": 0.1}),
     ],
 )
 def test_what_a_density_decides_cannot_be_set_too(name, setting):

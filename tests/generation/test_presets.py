@@ -14,7 +14,7 @@ import torch
 from diffusers import WanPipeline
 
 import vidaccel
-from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial, demo
+from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial, Sparge, Tangent, demo
 from vidaccel.generation.api import carry_out
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import Sparse, prepare
@@ -84,6 +84,37 @@ def test_what_is_given_goes_before_the_preset(pipe):
     plain = generate(pipe, steps=2, guidance_scale=1.0)
     assert np.array_equal(made.frames, plain.frames)
     assert generate(pipe, preset=preset, cache="first_block=0", steps=2).account.counts()["skipped"] == 0
+
+
+def test_settings_that_are_given_go_before_those_of_the_method_of_a_preset(pipe):
+    schedule = DenseSchedule(first_steps=0.3, last_steps=1)
+    preset = Preset(name="a", method=SVG2(top_p=0.8, min_ratio=0.2, compensate=True, schedule=schedule))
+
+    def method(preset=preset, **given):
+        (found,) = prepare(pipe, Settings(PROMPT), Sparse(**given), preset=preset).methods.values()
+        return found
+
+    assert method(backend="gather") == preset.method
+    more = replace(schedule, first_steps=2, first_layers=1)
+    assert method(dense_steps=2, dense_layers=1) == replace(preset.method, schedule=more)
+    made = method(density=0.4, overrides={"svg2": {"q_clusters": 4}})
+    assert made == SVG2(density=0.4, q_clusters=4, compensate=True, schedule=schedule)
+    assert method(overrides={"svg2": {"top_p": 0.5}}) == replace(preset.method, top_p=0.5)
+    of_share = preset.replace(method=Sparge(cdf=0.9, block=(16, 16)))
+    assert method(of_share, overrides={"sparge": {"topk": 0.5}}) == Sparge(topk=0.5, block=(16, 16))
+    of_density = preset.replace(method=Tangent(density=0.5, k_clusters=4))
+    assert method(of_density, density=0.3) == Tangent(density=0.3, k_clusters=4)
+    assert method(of_density, overrides={"tangent": {"tolerance": 0.1}}) == Tangent(tolerance=0.1, k_clusters=4)
+    radial = preset.replace(method=Radial(decay=3.0, sink=False))
+    made = prepare(pipe, Settings(PROMPT), Sparse(density=0.6), preset=radial)
+    assert made.methods["radial"].sink is False
+    assert made.methods["radial"].expected_density(made.layout) == pytest.approx(0.6, abs=0.05)
+    with pytest.raises(BadInput, match=r"^settings is radial\.sink: this method is not among those to run \(svg2\)"):
+        method(overrides={"radial": {"sink": 1}})
+    with pytest.raises(BadInput, match=r"^settings is svg2\.top_p: density 0\.4 decides it"):
+        method(density=0.4, overrides={"svg2": {"top_p": 0.5}})
+    with pytest.raises(BadInput, match=r"^density is for a method's name, and SLA came with its settings"):
+        method(Preset(name="a", method=SLA()), density=0.4)
 
 
 def test_what_is_of_the_method_of_a_preset_goes_with_it(pipe, tmp_path):
