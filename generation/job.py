@@ -40,6 +40,7 @@ from .methods import (
     labels,
     name_of,
     trained_note,
+    whole_note,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .presets import beside, check_beside, check_guidance_cache, check_scheduler, size_note, with_preset
@@ -315,6 +316,7 @@ def prepare(
     notes += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     made = [(label, method) for label, method in methods.items() if method is not None]
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
+    notes += filter(None, (whole_note(label, method, layout, sparse.density) for label, method in made))
     notes += filter(None, [trained_note(facts.trained_for, methods, compare)])
     notes += filter(None, [size_note(preset, settings) if preset is not None else ""])
     notes += trained_otherwise(loras, methods, sparse.density)

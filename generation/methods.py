@@ -213,6 +213,14 @@ def expected_note(label: str, method: Method, layout: VideoLayout, asked: float 
     return f"{label}: density {asked:g} cannot be met on this video; the nearest is {expected:.3f}."
 
 
+def whole_note(label: str, method: Method, layout: VideoLayout, asked: float | None) -> str:
+    """That a method skips nothing of a video, where the grid alone decides it and no density was asked for; else ""."""
+    settings = {field.name for field in fields(method)}
+    if asked is not None or "density" in settings or method.expected_density(layout) != 1:
+        return ""
+    return f"{label}: its plan covers all pairs of this video, so nothing is skipped; give {mention('density')}."
+
+
 def measured_note(label: str, measured: float, expected: float) -> str:
     """What the density of the sparse calls of a run was, where it is not the one expected; else ""."""
     if abs(measured - expected) <= _NEAR * expected:

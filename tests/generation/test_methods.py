@@ -12,7 +12,7 @@ import vidaccel
 from vidaccel import SVG2, Radial, Sparge, Tangent, demo
 from vidaccel.attention import BlockPlan, DenseSchedule, Method, VideoLayout
 from vidaccel.attention.methods import RandomBlocks
-from vidaccel.generation.errors import BadInput
+from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.methods import build_method, labels
 from vidaccel.generation.request import Settings
@@ -85,6 +85,16 @@ def test_a_density_that_is_known_to_be_another_is_said_before_the_run():
     assert abs(reached - 0.6) > 0.01
     assert job.notes == (f"radial: density 0.6 cannot be met on this video; the nearest is {reached:.3f}.",)
     assert prepare("demo", size, Sparse(["svg2"], 0.6), device="cpu").notes == ()
+
+
+def test_a_plan_that_covers_all_pairs_is_said_before_the_run():
+    size = Settings(PROMPT, frames=9, height=64, width=64)
+    said = ("{}: its plan covers all pairs of this video, so nothing is skipped; give density.",)
+    for name in ("radial", "lvsa"):
+        job = prepare("demo", size, Sparse([name]), device="cpu")
+        assert tuple(worded(note) for note in job.notes) == tuple(note.format(name) for note in said)
+    for asked in (Sparse(["radial"], 0.8), Sparse(["svg2"]), Sparse([SVG2(density=1.0)])):
+        assert not any("covers all pairs" in note for note in prepare("demo", size, asked, device="cpu").notes)
 
 
 def test_a_density_of_whole_blocks_is_said_before_the_run(pipe):
