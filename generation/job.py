@@ -43,7 +43,15 @@ from .methods import (
     whole_note,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
-from .presets import beside, check_beside, check_guidance_cache, check_scheduler, size_note, with_preset
+from .presets import (
+    beside,
+    check_beside,
+    check_guidance_cache,
+    check_scheduler,
+    levers_alone,
+    size_note,
+    with_preset,
+)
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
 from .request import INPUTS, Settings
 from .single_file import whole_model
@@ -224,7 +232,8 @@ def prepare(
         lora, guidance_free, sla = filled.values()
     reads: dict[str, Any] = {name: getattr(settings, name) for name in INPUTS}
     reads |= {"model": model, "components": components, "decoder": preset and preset.decoder}
-    check_methods(sparse.methods, compare)
+    rest = None if preset is None else beside(preset)
+    check_methods(sparse.methods, compare, rest is not None)
     loras = lora_files(lora)
     if loras and not isinstance(model, str):
         raise BadInput("lora", "is for a model that is loaded here", "Load it with load_lora_weights of the pipeline.")
@@ -280,7 +289,6 @@ def prepare(
     reads |= {"lora": [lora.path for lora in loras]}
     reads |= {field: [each.path for each in found] for field, found in (("guidance_free", adapters), ("sla", learned))}
     layout = settings.layout(facts)
-    rest = None if preset is None else beside(preset)
     sharing = share_out(process.count, share, facts, settings, layout, bool(adapters), rest)
     few_steps = None if facts.trained_for else facts.most_steps
     by_length = not (sparse.methods or facts.only_dense or (few_steps is not None and not compare))
@@ -290,7 +298,7 @@ def prepare(
     if chosen_here and (trained or learned):
         why = f"what {trained[0].name if trained else learned[0].path.name} was trained for"
     if facts.only_dense:
-        runs, why = _dense_alone(facts, sparse, compare)
+        runs, why = _dense_alone(facts, sparse, compare and rest is None)
     names = [name_of(run) for run in runs]
     check_sparse_only(names, bool(sparse.methods), sparse.given(), least, few_steps)
     check_runs(sparse.backend, place, sparse=any(name != DENSE for name in names))
@@ -305,6 +313,8 @@ def prepare(
     methods, left_out = _methods(
         runs, sparse, layout, place, sla_method, lambda: trained_settings(facts, pipe), preset_method
     )
+    if compare and len(methods) == 1 and rest is not None:
+        methods[levers_alone(rest)] = None
     if left_out and not any(methods.values()):
         why = f"{next(iter(left_out))} is the choice, but cannot do this video"
     check_trained(trained, methods, layout)

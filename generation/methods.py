@@ -32,18 +32,21 @@ _NEAR = 0.04
 """A density that is off by no more than this share of it is met; SVG's temporal heads may be 3 % below theirs."""
 
 
-def check_methods(runs: Sequence[str | Method], compare: bool) -> None:
+def check_methods(runs: Sequence[str | Method], compare: bool, levers: bool = False) -> None:
     """Raise BadInput for the name of a method that there is not, and for a comparison of dense with itself.
 
-    A config may be of a method that has no name here: of somebody's own.
+    A config may be of a method that has no name here: of somebody's own. With `levers`, which the reference has not,
+    dense is another run than that.
     """
     from ..attention import METHODS
 
     for run in runs:
         if isinstance(run, str) and run != DENSE and run not in METHODS:
             raise BadInput("method", f"there is none of that name{nearest(run, [DENSE, *METHODS])}", value=run)
-    if compare and runs and set(map(name_of, runs)) == {DENSE}:
-        raise BadInput("compare", f"needs a {mention('method')} other than dense, which is always the reference")
+    if compare and runs and set(map(name_of, runs)) == {DENSE} and not levers:
+        problem = f"needs a {mention('method')} other than dense, which is always the reference"
+        fix = f"Give one, or {mention('cache')} or {mention('compile')}; all of a preset is for vidaccel waterfall."
+        raise BadInput("compare", problem, fix)
 
 
 def choose_runs(

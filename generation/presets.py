@@ -135,6 +135,12 @@ def with_preset(
     return settings, sparse, {name: value or of_preset[name] for name, value in given.items()}
 
 
+def levers_alone(rest: Preset) -> str:
+    """A name for dense with what a request has beside a method, which can be part of a file's name."""
+    fields = (*LEVERS, "scheduler")
+    return "-".join([DENSE, *(name for name in fields if getattr(rest, name) is not None)])
+
+
 def beside(preset: Preset) -> Preset | None:
     """What of a preset no other part of this layer carries out; None for nothing."""
     from ..pipelines.presets import Preset

@@ -312,7 +312,7 @@ def warm_up(
     if method is None:
         with contextlib.nullcontext() if applied is None else applied.warming_up():
             crew = options.get("crew")
-            return run(pipe, single, crew=crew, decode=crew is None or crew.process.first).seconds
+            return run(pipe, single, **options, decode=crew is None or crew.process.first).seconds
     schedule = None if method.needs_weights else DenseSchedule()
     return run(pipe, single, method, schedule=schedule, decode=False, **options).seconds
 

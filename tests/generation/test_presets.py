@@ -157,6 +157,26 @@ def test_the_reference_of_a_comparison_has_no_cache(pipe, tmp_path):
     assert "account" not in numbers[0] and numbers[1]["account"]["skipped"] == 6
 
 
+def test_what_a_preset_has_beside_dense_is_compared_with_it(pipe, tmp_path):
+    made = generate(pipe, preset=Preset(name="a", cache=EAGER), compare=True, steps=4, report=tmp_path / "page.html")
+    plain, cached = made.videos
+    assert [video.name for video in made.videos] == ["dense", "dense-cache"]
+    assert plain.account is None and cached.account.counts()["skipped"] == 6
+    assert np.array_equal(plain.frames, generate(pipe, steps=4).frames)
+    assert "dense-cache" in (tmp_path / "page.html").read_text() and (tmp_path / "page.dense-cache.mp4").is_file()
+    both = prepare(pipe, Settings(PROMPT), Sparse(["dense"]), compare=True, preset=Preset(cache=EAGER, compile=True))
+    assert both.methods == {"dense": None, "dense-cache-compile": None} and both.first == "dense-cache-compile"
+    with pytest.raises(BadInput, match=r"^compare needs a method other than dense.*vidaccel waterfall"):
+        prepare(pipe, Settings(PROMPT), Sparse(), compare=True, preset=Preset(name="a", num_inference_steps=4))
+
+
+@pytest.mark.compiler
+def test_compiled_blocks_are_compiled_before_the_run_that_is_timed(pipe):
+    torch._dynamo.reset()
+    made = generate(pipe, method="dense", compile=True, compare=True, steps=2, warm_up=True)
+    assert made.videos[1].name == "dense-compile" and not any("compiled on the way" in note for note in made.notes)
+
+
 def test_a_comparison_warms_up_in_as_many_steps_as_the_scheduler_of_a_preset_makes(pipe):
     levels = SchedulerChoice("GridScheduler", {"sigmas": [1.0, 0.5]})
     preset = Preset(name="a", method=Radial(), scheduler=levels, num_inference_steps=2)
