@@ -46,27 +46,30 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
         super().__init__(pipe, hooked)
 
     def notes(self) -> list[str]:
-        """Of each transformer, how many second passes were made since the start."""
+        """Of each transformer, how many second passes were computed since the start."""
         found = []
         for name, (_, hook) in self._hooked.items():
-            steps = hook.made + hook.extrapolated
+            steps = hook.made + hook.extrapolated + hook.skipped
             unknown = self._guided[name].notes(name)
             found += [f"guidance cache: {note}" for note in unknown]
             if not steps and not unknown:
                 found.append(f"guidance cache: no step of the {name} had two branches of guidance")
-            elif steps and not hook.extrapolated:
+            elif hook.made and hook.made == steps:
                 found.append(
                     f"guidance cache: all {steps} steps of the {name} made both passes of guidance: make more steps, "
                     "or lower first_steps"
                 )
             elif steps:
-                found.append(f"guidance cache: the {name} made {hook.made} of {steps} second passes of guidance")
+                told = f"guidance cache: the {name} made {hook.made} of {steps} second passes of guidance"
+                if hook.skipped:
+                    told += f", and a cache over steps left out {hook.skipped}"
+                found.append(told)
         return found
 
     def reset(self) -> None:
         """Count from here."""
         for _, hook in self._hooked.values():
-            hook.made = hook.extrapolated = 0
+            hook.made = hook.extrapolated = hook.skipped = 0
         for guided in self._guided.values():
             guided.forget()
 

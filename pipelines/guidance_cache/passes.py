@@ -31,8 +31,8 @@ class LeftOutPasses(ModelHook):
         self._first: tuple[StepInfo, Any, bool] | None = None  # what the first pass gave, and whether it was computed
         self.left_out = False
         """Whether the last pass was."""
-        self.made, self.extrapolated = 0, 0
-        """Second passes that were made, and those that were left out."""
+        self.made, self.extrapolated, self.skipped = 0, 0, 0
+        """Second passes that were computed, that were extrapolated, and that a cache over steps left out."""
 
     def install(self, transformer: torch.nn.Module) -> None:
         """Put it on a transformer."""
@@ -68,16 +68,21 @@ class LeftOutPasses(ModelHook):
             return made
         if first is None or step.branch != TWO[1] or (first[0].run, first[0].step) != (step.run, step.step):
             return forward(*args, **kwargs)
-        return self._second(step, *first[1:], lambda: forward(*args, **kwargs))
+        return self._second(module, step, *first[1:], lambda: forward(*args, **kwargs))
 
-    def _second(self, step: StepInfo, first: Any, computed: bool, make: Callable[[], Any]) -> Any:
+    def _second(
+        self, module: torch.nn.Module, step: StepInfo, first: Any, computed: bool, make: Callable[[], Any]
+    ) -> Any:
         tensors = tensors_in(first)
         if not self._differences.wanted(step, [x.shape for x in tensors], computed):
             self.left_out = True
             self.extrapolated += 1
             return with_tensors(first, self._differences.second(step, tensors))
         made = make()
-        self.made += 1
+        if a_cache_left_it_out(module):
+            self.skipped += 1
+        else:
+            self.made += 1
         if computed:
             self._differences.add(step, tensors, tensors_in(made))
         return made

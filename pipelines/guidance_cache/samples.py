@@ -42,8 +42,8 @@ class LeftOutSamples:
         self._shapes: list[torch.Size] = []  # of what a branch gives
         self.left_out = False
         """Whether half of the last pass was."""
-        self.made, self.extrapolated = 0, 0
-        """Halves that were computed, and those that were left out."""
+        self.made, self.extrapolated, self.skipped = 0, 0, 0
+        """Halves that were computed, that were left out, and that a cache over steps left out, which is refused."""
         self._hooks: list[RemovableHandle] = []
 
     def install(self, transformer: torch.nn.Module) -> None:

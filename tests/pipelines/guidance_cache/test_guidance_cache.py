@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import threading
 
 import pytest
@@ -58,6 +59,21 @@ def test_the_passes_that_are_made(settings, steps, made):
         assert "no step" in handle.notes()[0]
     told = f"made {made} of {steps} second passes" if made < steps else f"all {steps} steps"
     assert len(notes) == 1 and told in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "told"),
+    [(0.0, "made 4 of 10 second passes"), (1e9, "made 1 of 10 .*, and a cache over steps left out 9")],
+)
+def test_what_a_cache_over_steps_leaves_out_is_not_counted_as_made(threshold, told):
+    pipe = make_pipe()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    with guidance_cache(pipe) as handle:
+        generate(pipe, steps=10)
+        (note,) = handle.notes()
+        assert re.search(told, note)
+        handle.reset()
+        assert "no step" in handle.notes()[0]
 
 
 def test_without_guidance_nothing_changes():
