@@ -37,7 +37,9 @@ def demo_command(
 ) -> None:
     """Make a video with the built-in models, lever by lever, and a page that shows what each lever gains here."""
     with one_line_errors():
+        from ..generation.model_places import DEMOS
         from ..generation.outputs import check_file, check_files
+        from ..generation.prompts import unknown_note
         from ..generation.showcase import showcase
         from ..generation.showcase_page import write_showcase
         from ..generation.video import check_encoder
@@ -46,6 +48,8 @@ def demo_command(
         check_files("out", out, [out, out.with_suffix(".json"), out.with_suffix(".png")], {})
         check_encoder()  # the page has videos in it
         use_threads(threads)
+        if note := unknown_note(DEMOS[0], prompt):
+            typer.echo(note, err=True)  # before what takes a while
         made = showcase(
             prompt,
             seed,

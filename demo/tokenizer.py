@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from .world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
@@ -9,6 +10,7 @@ from .world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_SIGNS, _OTHER_GREY = r"[^\w\s]", r"\bgray\b"
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 
 
@@ -16,6 +18,13 @@ def vocabulary() -> dict[str, int]:
     """Token -> id; the padding is 0 and the end mark 1, as the text encoder's config says."""
     words = ["a", "moves", "on", "background", *SHAPES, *COLOURS, *MOTIONS, *BACKGROUNDS]
     return {token: i for i, token in enumerate([PAD, EOS, UNK, *words])}
+
+
+def unknown_words(text: str) -> list[str]:
+    """The words of a text that are all one to the model, each once: those that its tokenizer has no token of."""
+    words = re.sub(_OTHER_GREY, "grey", re.sub(_SIGNS, " ", text.lower())).split()
+    known = vocabulary()
+    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -28,8 +37,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"[^\w\s]"), " "),
-            normalizers.Replace(Regex(r"\bgray\b"), "grey"),
+            normalizers.Replace(Regex(_SIGNS), " "),
+            normalizers.Replace(Regex(_OTHER_GREY), "grey"),
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

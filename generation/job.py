@@ -53,6 +53,7 @@ from .presets import (
     with_preset,
 )
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
+from .prompts import unknown_note
 from .request import INPUTS, Settings
 from .single_file import whole_model
 from .sla import sla_adapters, trained_method
@@ -319,7 +320,8 @@ def prepare(
         why = f"{next(iter(left_out))} is the choice, but cannot do this video"
     check_trained(trained, methods, layout)
     of_runs = [*taken_notes(lora, loras), *taken_notes(guidance_free, adapters), *taken_notes(sla, learned)]
-    notes = [*filter(None, [own_note]), *of_runs, *of_loras]
+    unknown = unknown_note(facts.name, settings.prompt, settings.negative_prompt or "")
+    notes = [*filter(None, [own_note, unknown]), *of_runs, *of_loras]
     told = "" if limit is None or compare or facts.trained_for else limit.why
     if told and limit.measured:
         notes.append(told)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .errors import BadInput
+from .model_places import DEMOS
 from .values import check_seed, text, whole_number
+
+_SHOWN = 8
+"""Words that are shown of those that a model does not know."""
 
 
 def prompts_with_seeds(
@@ -36,6 +40,26 @@ def prompts_with_seeds(
     for seed in numbers:
         check_seed("seeds", seed)
     return texts, numbers
+
+
+def unknown_note(model: str, *prompts: str) -> str:
+    """What to say of the words of prompts that a built-in model was not trained with; "" for none, and other models.
+
+    Args:
+        model: its name, as `ModelFacts` has it.
+    """
+    if model not in DEMOS:
+        return ""
+    from ..demo import HELD_OUT_PROMPTS
+    from ..demo.tokenizer import unknown_words
+
+    words = unknown_words(" ".join(prompts))
+    if not words:
+        return ""
+    shown = ", ".join(words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")
+    return (
+        f'The built-in model does not know {shown}: it makes videos of prompts such as "{HELD_OUT_PROMPTS[0]}" alone.'
+    )
 
 
 def in_words(prompts: Sequence[str], seeds: Sequence[int], rounds: int | None = None) -> str:

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from vidaccel.demo import modeling, world
 from vidaccel.demo.text import SEQUENCE_LENGTH, encode_text, ignore_padding_at_first, use_padded_cross_attention
-from vidaccel.demo.tokenizer import build_tokenizer, vocabulary
+from vidaccel.demo.tokenizer import build_tokenizer, unknown_words, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,13 @@ def test_case_punctuation_and_spelling_do_not_matter(tokenizer):
     expected = tokenizer("a red circle moves left on a grey background").input_ids
     assert tokenizer("A RED circle moves left, on a gray background.").input_ids == expected
     assert tokenizer("a purple circle").input_ids[1] == tokenizer.unk_token_id
+
+
+def test_words_without_a_token_are_named(tokenizer):
+    prompt = "A purple CIRCLE surfs, and surfs on a gray wave!"
+    assert unknown_words(prompt) == ["purple", "surfs", "and", "wave"]
+    for text in (prompt, *unknown_words(prompt), *world.held_out_prompts()[:3]):
+        assert bool(unknown_words(text)) == (tokenizer.unk_token_id in tokenizer(text).input_ids)
 
 
 def test_the_tokenizer_reloads_without_trust(tokenizer, tmp_path):

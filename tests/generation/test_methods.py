@@ -97,6 +97,14 @@ def test_a_plan_that_covers_all_pairs_is_said_before_the_run():
         assert not any("covers all pairs" in note for note in prepare("demo", size, asked, device="cpu").notes)
 
 
+def test_words_that_a_built_in_model_does_not_know_are_said_before_the_run(pipe):
+    size = {"frames": 9, "height": 64, "width": 64}
+    for model in ("demo", "demo-dc", pipe):
+        (note,) = prepare(model, Settings("a cat surfs a wave", **size), Sparse()).notes
+        assert note.startswith("The built-in model does not know cat, surfs, wave: it makes videos of prompts such as ")
+        assert prepare(model, Settings(PROMPT, **size), Sparse()).notes == ()
+
+
 def test_a_density_of_whole_blocks_is_said_before_the_run(pipe):
     """48 tokens are 3 blocks of 16: a share of 0.27 becomes one of them."""
     made = vidaccel.generate(pipe, PROMPT, method="random", density=0.27, dense_steps=1, backend="gather", **SMALL)
