@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 AUTOMATIC = "automatic"
 """In the node: the transformer that the file says that it was trained for."""
-FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Of files that can be LoRAs; all but the first are torch's."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,6 @@ class Lora(LoraFile):
             check_readable(self.path)
         except LoraError as error:
             raise InputError(f"path: {error}") from error
-        if not self.path.is_dir() and self.path.suffix not in FORMATS:
-            rest = f"{', '.join(FORMATS[1:-1])} or {FORMATS[-1]}"
-            fix = f"A {FORMATS[0]} file with another ending, such as .sft, must be renamed to that."
-            raise InputError(f"path is {self.path}: a LoRA is a {FORMATS[0]} file, or one of torch's ({rest}). {fix}")
 
 
 def attach(pipe: DiffusionPipeline, loras: Sequence[Lora]) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TRANSFORMERS = ("transformer", "transformer_2")
 TARGETS = ("all", *TRANSFORMERS)
+FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Of files that can be LoRAs; all but the first are torch's."""
 
 
 class LoraError(ValueError):
@@ -59,7 +61,7 @@ def target_of(lora: LoraFile) -> str:
 
 
 def check_readable(path: Path) -> None:
-    """Raise LoraError for a folder without weights, and a safetensors file whose header cannot be read."""
+    """Raise LoraError for a folder without weights, a safetensors file whose header cannot be read, and other kinds."""
     from safetensors import SafetensorError, safe_open
 
     file = _chosen(path)
@@ -74,6 +76,10 @@ def check_readable(path: Path) -> None:
             raise LoraError(
                 f"{file} is damaged, or no safetensors file ({error}): copy or download it again."
             ) from error
+    elif file.suffix not in FORMATS:
+        rest = f"{', '.join(FORMATS[1:-1])} or {FORMATS[-1]}"
+        fix = f"A {FORMATS[0]} file with another ending, such as .sft, must be renamed to that."
+        raise LoraError(f"{file} is none by its name: a LoRA is a {FORMATS[0]} file, or one of torch's ({rest}). {fix}")
 
 
 def lora_file(path: Path) -> Path | None:

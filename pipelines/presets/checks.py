@@ -32,7 +32,7 @@ from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError,
 from ..guidance_free.handle import chosen_adapters
 from ..hooked import is_hooked
 from ..locations import is_hub_id, is_single_file
-from ..tiny_decoder.source import TinyDecoderError, find_decoder
+from ..tiny_decoder.source import TinyDecoderError, check_own, find_decoder
 from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache, check_none_by_hand
 from .compiling import check_compile
@@ -285,8 +285,18 @@ def _check_inside(part: str, transformer: Any, family: Family, cache: str) -> No
         raise PresetError("cache", problem, fix, cache)
 
 
-def check_source(decoder: str | None) -> None:
-    """Raise PresetError for a tiny decoder that is no file, no folder and no hub id; one that is has to be read."""
+def check_source(decoder: str | None, location: str | None = None) -> None:
+    """Raise PresetError for a tiny decoder that is no file, no folder and no hub id; one that is has to be read.
+
+    Args:
+        decoder: of the preset.
+        location: of the pipeline that is yet to be loaded, whose own one it may be.
+    """
+    if decoder == OWN and location is not None:
+        try:
+            check_own(Path(location).expanduser())
+        except TinyDecoderError as error:
+            raise PresetError("decoder", str(error).rstrip(".")) from error
     if decoder is None or decoder == OWN or Path(decoder).expanduser().exists():
         return
     if is_hub_id(decoder) and not is_single_file(decoder):

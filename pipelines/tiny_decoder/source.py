@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,30 @@ def _autoencoder(pipe: Any) -> Any:
 def _own(pipe: Any) -> str:
     """The folder of the decoder that a pipeline's autoencoder has of its own."""
     stated = [str(getattr(part, "config", {}).get("_name_or_path") or "") for part in (pipe.vae, pipe)]
-    for place in filter(None, stated):
-        for folder in (Path(place), Path(place).parent):
+    return _own_beside([Path(place) for place in stated if place], f"this {type(pipe).__name__}")
+
+
+def check_own(location: Path) -> None:
+    """See that the folder of a pipeline has a decoder of its own, before weights are read.
+
+    Args:
+        location: of its model_index.json and its autoencoder; others are passed over, as those of adapters, whose
+            autoencoder may be elsewhere.
+
+    Raises:
+        TinyDecoderError: there is none.
+    """
+    if (location / "model_index.json").is_file():
+        _own_beside([location / "vae", location], location.name)
+
+
+def _own_beside(places: Sequence[Path], whose: str) -> str:
+    for place in places:
+        for folder in (place, place.parent):
             if (folder / OWN_FOLDER / "config.json").is_file():
                 return str(folder / OWN_FOLDER)
     raise TinyDecoderError(
-        f"this {type(pipe).__name__} has no tiny decoder of its own: its folder has no {OWN_FOLDER}. Give one, such as "
+        f"{whose} has no tiny decoder of its own: its folder has no {OWN_FOLDER}. Give one, such as "
         "taew2_1.safetensors for Wan (github.com/madebyollin/taehv)."
     )
 

@@ -30,7 +30,8 @@ def test_it_is_small():
     assert weights < 2.5 * 2**20
 
 
-def test_what_cannot_be_is_bad_input_of_its_own_field():
+def test_what_cannot_be_is_bad_input_of_its_own_field(monkeypatch):
+    monkeypatch.setattr("vidaccel.generation.api.load", lambda *_, **__: pytest.fail("weights were about to be loaded"))
     with pytest.raises(BadInput, match="decoder .*has no tiny decoder of its own"):
         vidaccel.generate("demo", PROMPT, decoder="own", **{**SMALL, "frames": 9})
     with pytest.raises(BadInput, match="decoder .*nowhere: there is no such file or folder. Give a file"):

@@ -205,6 +205,9 @@ def test_a_file_that_cannot_be_read_is_refused_before_a_model_is_loaded(tmp_path
     monkeypatch.setattr(api, "load", load)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:100])
+    movie, page = tmp_path / "movie.mp4", tmp_path / "page.json"
+    movie.write_bytes(b"\0\0\0 ftypisom")
+    page.write_text('{"version": 1}')
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / file.name).write_bytes(b"page not found")
@@ -212,6 +215,8 @@ def test_a_file_that_cannot_be_read_is_refused_before_a_model_is_loaded(tmp_path
         (cut, "lora cannot be used: .*cut.safetensors is damaged, or no safetensors file"),
         (tmp_path / "empty", "lora cannot be used: the folder .*empty has no weights"),
         (f"{tmp_path / 'folder'}=0.5", "lora cannot be used: .*pytorch_lora_weights.safetensors is damaged"),
+        (movie, "lora cannot be used: .*movie.mp4 is none by its name: a LoRA is a .safetensors file, or one of"),
+        (page, "lora cannot be used: .*page.json is none by its name"),
         (5, "lora is 5: it must be a file or folder, or a list of them"),
         ([(cut, 0.5)], "lora is .*: it must be a file or folder, or a list of them"),
         ("", "lora is empty. Give a file or folder"),

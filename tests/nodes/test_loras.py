@@ -116,7 +116,8 @@ def test_what_cannot_be_loaded(files, tmp_path):
     for name in ("passwd", "wan.sft", "notes.txt"):
         (tmp_path / name).write_text("root")
         with pytest.raises(
-            InputError, match=rf"^path is .*{name}: a LoRA is a .safetensors file, or .* renamed to that"
+            InputError,
+            match=rf"^path: .*{name} is none by its name: a LoRA is a .safetensors file, or .* renamed to that",
         ):
             Lora(tmp_path / name)
     (tmp_path / "old.pt").write_text("read by diffusers alone")
