@@ -25,6 +25,7 @@ from ..schedule import DenseSchedule
 from .base import Method, OutOfReach, PlanMemory, check_count, check_fraction, first_frame_pays, is_number
 
 _THIN_BELOW = 128  # tokens; the published generator uses it at any block size
+_LEAST_BLOCK = 8  # tokens
 _BLOCKS_PER_FRAME = 8  # at least so many where a size is chosen here
 _CHUNK = 64  # parts of the query axis worked on at once: bounds the memory
 _TOLERANCE = 0.005  # of a density that is searched for
@@ -93,7 +94,7 @@ class Radial(Method):
 
     def __post_init__(self) -> None:
         if self.block_size is not None:
-            check_count("Radial", "block_size", self.block_size, 8)
+            check_count("Radial", "block_size", self.block_size, _LEAST_BLOCK)
             if self.block_size > 1024:
                 raise ValueError(f"Radial block_size is {self.block_size}: it must be at most 1024 tokens; try 128.")
         if not is_number(self.decay) or self.decay <= 0:
@@ -225,12 +226,15 @@ class Radial(Method):
             if abs(found - density) <= _TOLERANCE:
                 return best
         if not min(reached) - _TOLERANCE <= density <= max(reached) + _TOLERANCE:
+            block, given = (
+                base.resolved_block_size(layout),
+                {"near": near, "min_window": min_window, "thinning": thinning},
+            )
+            held = [name for name, value in given.items() if value is not None]
             raise OutOfReach(
                 f"Radial cannot reach density {density:g} with {layout.frames} frames of {layout.tokens_per_frame} "
-                f"and {layout.text_tokens} tokens of {layout.beside}, blocks of "
-                f"{base.resolved_block_size(layout)}, sink={sink}: "
-                f"{min(reached):.3f} to {max(reached):.3f} is possible. For less, use smaller blocks or sink=False; "
-                "leave near, min_window and thinning to the search.",
+                f"and {layout.text_tokens} tokens of {layout.beside}, blocks of {block}, sink={sink}: "
+                f"{min(reached):.3f} to {max(reached):.3f} is possible{_advice(block, sink, held)}.",
                 "density",
                 density,
                 least=min(reached),
@@ -319,6 +323,14 @@ class Radial(Method):
         mask = torch.zeros(count, count, dtype=torch.bool)
         mask[:blocks, :blocks] = video.reshape(blocks, blocks)
         return mask
+
+
+def _advice(block: int, sink: bool | int, held: list[str]) -> str:
+    """What would let a search reach other densities, of what is not so already; "" for nothing."""
+    fewer = (["smaller blocks"] if block > _LEAST_BLOCK else []) + (["sink=False"] if sink else [])
+    told = [f"for less, use {' or '.join(fewer)}"] if fewer else []
+    told += [f"leave {', '.join(held)} to the search"] if held else []
+    return "".join(f"; {each}" for each in told)
 
 
 def _fitting_size(tokens_per_frame: int) -> int:

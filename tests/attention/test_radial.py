@@ -315,6 +315,18 @@ def test_for_density_says_what_is_reachable() -> None:
     layout = VideoLayout(9, 8, 8)
     with pytest.raises(ValueError, match=r"density 0\.05 .* blocks of 8, sink=True: 0\.182 to 1\.000 is possible"):
         Radial.for_density(layout, 0.05, sink=True)
+    # What is so already is not advised.
+    for settings, advice in (
+        ({"block_size": 8, "sink": False}, ""),
+        ({"block_size": 8, "sink": True}, "; for less, use sink=False"),
+        ({"block_size": 16, "sink": False}, "; for less, use smaller blocks"),
+        (
+            {"block_size": 16, "sink": 1, "near": 1.0},
+            "; for less, use smaller blocks or sink=False; leave near to the search",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"1\.000 is possible{advice}\.$"):
+            Radial.for_density(layout, 0.01, **settings)
     with pytest.raises(ValueError, match=r"density 0\.99 .* to 0\.[0-9]+ is possible"):
         Radial.for_density(layout, 0.99, near=0.1)
 
