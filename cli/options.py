@@ -24,6 +24,7 @@ OffloadBlocks = Annotated[
 Tiling = Annotated[bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")]
 
+TWICE = "it is given twice, and one of the two would count for nothing"
 _CONSTANTS = {"true": True, "false": False, "none": None}
 
 
@@ -38,7 +39,7 @@ def amount(field: str, text: str | None) -> int | float | None:
 
 
 def method_settings(texts: list[str]) -> dict[str, dict[str, Any]]:
-    """`["svg2.top_p=0.8"]` -> `{"svg2": {"top_p": 0.8}}`; BadInput for what has another form."""
+    """`["svg2.top_p=0.8"]` -> `{"svg2": {"top_p": 0.8}}`; BadInput for what has another form, or stands twice."""
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
         target, equals, value = text.partition("=")
@@ -47,17 +48,21 @@ def method_settings(texts: list[str]) -> dict[str, dict[str, Any]]:
             raise BadInput(
                 "settings", "it has the form METHOD.SETTING=VALUE, such as tangent.tolerance=0.02", value=text
             )
-        found.setdefault(method, {})[field] = _value(value.strip())
+        if field in found.setdefault(method, {}):
+            raise BadInput("settings", TWICE, value=f"{method}.{field}")
+        found[method][field] = _value(value.strip())
     return found
 
 
 def pipeline_arguments(texts: list[str]) -> dict[str, Any]:
-    """`["true_cfg_scale=6"]` -> `{"true_cfg_scale": 6}`; BadInput for what has another form."""
+    """`["true_cfg_scale=6"]` -> `{"true_cfg_scale": 6}`; BadInput for what has another form, or stands twice."""
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (equals and name.strip().isidentifier()):
             raise BadInput("pipeline_options", "it has the form ARGUMENT=VALUE, such as true_cfg_scale=6", value=text)
+        if name.strip() in found:
+            raise BadInput("pipeline_options", TWICE, value=name.strip())
         found[name.strip()] = _value(value.strip())
     return found
 

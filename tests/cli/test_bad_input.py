@@ -90,6 +90,11 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
             ["--set is sparge.cdf: --density 0.4 decides it. Give one of the two."],
         ),
         (["--set", "svg2.topp=0.5", "--method", "svg2"], ["svg2 has no such setting", "top_p"]),
+        (["--set", "svg2.top_p=0.9", "--set", "svg2.top_p=0.5"], ["--set is svg2.top_p: it is given twice"]),
+        (
+            ["--pipeline-option", "a=1", "--pipeline-option", "a=2"],
+            ["--pipeline-option is a: it is given twice, and one of the two would count for nothing"],
+        ),
         (["--set", "svg2.top_p"], ["METHOD.SETTING=VALUE"]),
         (["--set", "radial.decay=1"], ["--set is radial.decay", "not among those to run (tangent)"]),
         (["--set", "svg2.top_p=0.5"], ["--set is svg2.top_p", "not among those to run (tangent)"]),
