@@ -130,9 +130,10 @@ def rank_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the stand-in of a cluster leaves of the output of a query cluster, and by what and at what price it is read.
 
-    The mean value moves with the query, to first order by `value_spread`. The mass, that of the centroid times what
-    `probe.Spread.curve` adds, is right in the mean over the queries and not for each: where scores deviate as normal
-    numbers do, its relative error has the mean square `score_spread ** 2 / 2`.
+    How the mean value moves with the query, by `value_spread`, is followed to first order (`slopes.py`), with the mass
+    of the centroid: what is left is of second order, that move times what the mass of a query differs by. The mass, that
+    of the centroid times what `probe.Spread.curve` adds, is right in the mean over the queries and not for each: where
+    scores deviate as normal numbers do, its relative error has the mean square `score_spread ** 2 / 2`.
 
     Args:
         mass, away: `[B, H, Cq, Ck]` float32, see `probe.Seen`. score_spread, value_spread: see `probe.Spread`.
@@ -147,7 +148,7 @@ def rank_pairs(
 
         return kernels.rank_pairs(mass, score_spread, value_spread, away, q_sizes, k_sizes)
     mass = mass * (1 + 0.5 * score_spread)
-    left = mass.square() * (value_spread + 0.5 * score_spread.square() * away)
+    left = mass.square() * score_spread * (value_spread + 0.5 * score_spread * away)
     rows, more = q_sizes.unsqueeze(-1), (k_sizes - 1).clamp(min=0).unsqueeze(-2)
     cost = rows * more
     return rows.float() * left, (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf), cost

@@ -12,6 +12,7 @@ from .compensate import attend_skipped
 from .gradients import wants_gradient
 from .merge import merge
 from .plan import BlockPlan
+from .slopes import follow
 
 
 @overload
@@ -112,7 +113,9 @@ def attend(
     return_lse: bool = False,
     precision: Precision = AS_INPUTS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none."""
+    """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none, and
+    what moves with the queries is added to that of all backends.
+    """
     merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
     with_lse = return_lse or merged
     if precision == AS_INPUTS:
@@ -125,10 +128,12 @@ def attend(
             f"the backend {backend.name} made an output and a log-sum-exp of shape {shapes[0]} and {shapes[1]} for q "
             f"{list(q.shape)}: Backend.attend must return [B, H, N, D], and [B, H, N] where return_lse is true."
         )
-    if not merged:
+    if merged:
+        with torch.autocast(q.device.type, enabled=False):  # stand-ins are float32
+            result = merge(*result, *attend_skipped(q, plan, scale))
+    if plan.skipped is None or plan.skipped.slope is None:
         return result
-    with torch.autocast(q.device.type, enabled=False):  # stand-ins are float32
-        return merge(*result, *attend_skipped(q, plan, scale))
+    return follow(result[0], q, plan), result[1]
 
 
 def choose_backend(

@@ -21,18 +21,27 @@ class SkippedClusters:
     - *One for each tile*, with a bias: `exp(bias + scale * q . k)` stands for that sum. `Tangent` sets an expansion of
       the log of the sum at the tile's mean query.
 
+    A stand-in has one value for all queries of a tile, but the mean value of a cluster moves with the query. To first
+    order what all skipped clusters move by together is linear in the query, so one matrix for each tile holds it: with
+    `slope`, `(q - centre) @ slope` is added to the output.
+
     Args:
         key, value: `[B, H, C, D]`, or `[B, H, T, C, D]` for each of the plan's tiles; float32 or the dtype of the
             keys, in the order of the plan's `selection`.
         bias: `[B, H, T, C]` float32; None is the log of the size, for the first kind alone.
+        slope: `[B, H, S, D, D]`, of the first S tiles (others have none), a query's channels before those of the
+            output; float32 or the dtype of the keys. None adds nothing.
+        centre: `[B, H, S, D]`, the query at which nothing is added; None is 0.
 
     Raises:
-        ValueError: tables for each tile without a bias.
+        ValueError: tables for each tile without a bias, a slope that is not square, a centre without a slope.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     bias: torch.Tensor | None = None
+    slope: torch.Tensor | None = None
+    centre: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.of_each_tile and self.bias is None) or self.key.shape != self.value.shape:
@@ -40,6 +49,14 @@ class SkippedClusters:
             raise ValueError(
                 f"SkippedClusters needs key and value [B, H, C, D], or [B, H, T, C, D] with a bias [B, H, T, C], got "
                 f"{list(self.key.shape)}, {list(self.value.shape)} and {bias}."
+            )
+        lead, dim = self.key.shape[:2], self.key.shape[-1]
+        slope, centre = (None if x is None else tuple(x.shape) for x in (self.slope, self.centre))
+        right = slope is None or (len(slope) == 5 and slope[:2] == lead and slope[3:] == (dim, dim))
+        if not right or (centre is not None and (slope is None or centre != slope[:4])):
+            raise ValueError(
+                f"SkippedClusters needs slope [B, H, S, D, D] and centre [B, H, S, D] with key {list(self.key.shape)}, "
+                f"got {slope} and {centre}."
             )
 
     @property
@@ -62,5 +79,5 @@ class SkippedClusters:
 
     def to(self, device: torch.device | str) -> SkippedClusters:
         """The same on another device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return SkippedClusters(self.key.to(device), self.value.to(device), bias)
+        tables = (self.key, self.value, self.bias, self.slope, self.centre)
+        return SkippedClusters(*(None if x is None else x.to(device) for x in tables))

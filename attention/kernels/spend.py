@@ -70,7 +70,7 @@ def _rank_kernel(
         away = tl.load(away_ptr + here, mask=inside, other=0.0)
         more = tl.maximum(tl.load(k_size_ptr + of_keys + at, mask=inside, other=0) - 1, 0)
         mass *= 1 + 0.5 * score_spread
-        left = mass * mass * (value_spread + 0.5 * (score_spread * score_spread) * away)
+        left = mass * mass * score_spread * (value_spread + 0.5 * score_spread * away)
         cost = queries * more
         rank = tl.where(cost == 0, float("-inf"), left / tl.maximum(more, 1).to(tl.float32))
         tl.store(error_ptr + here, queries.to(tl.float32) * left, mask=inside)

@@ -29,6 +29,7 @@ from ..probe import probe, read, spread_of
 from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
+from ..slopes import slopes_of
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 # Video tokens. With the probe paid out of a density of .20, the error on the demo model is .070 at 576 tokens and .036
@@ -160,10 +161,13 @@ class Tangent(Method):
         return True
 
     def table_bytes(self, layout: VideoLayout, heads: int, head_dim: int, itemsize: int) -> int:
+        own = self.cluster_counts(layout.video_tokens)[0]
         q_clusters, k_clusters = (n + (layout.text_tokens > 0) for n in self.cluster_counts(layout.video_tokens))
+        slopes = own * head_dim * head_dim * min(itemsize, 4)
         if not self.probes(layout):
-            return heads * 4 * k_clusters * (2 * head_dim + q_clusters)
-        return heads * q_clusters * k_clusters * (2 * head_dim * min(itemsize, 4) + 4)
+            return heads * (4 * k_clusters * (2 * head_dim + q_clusters) + slopes)
+        tables = q_clusters * k_clusters * (2 * head_dim * min(itemsize, 4) + 4)
+        return heads * (tables + slopes + 4 * own * head_dim)
 
     def kept_bytes(self, layout: VideoLayout, heads: int, head_dim: int) -> int:
         counts = self.cluster_counts(layout.video_tokens)
@@ -208,9 +212,12 @@ class Tangent(Method):
             mass = cluster_mass(queries.means, keys.means, keys.sizes)
             outputs = mass @ values
             away = torch.cdist(outputs, values).square()
-        skipped = SkippedClusters(key, value, F.pad(bias, (0, text, 0, text)))
-        pairs = rank_pairs(mass, *spread, away, queries.sizes, keys.sizes)
+        pairs = rank_pairs(mass, spread.score, spread.value, away, queries.sizes, keys.sizes)
         selected, predicted = self._spend(pairs, outputs, queries, keys, layout, memory.heads)
+        dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
+        slope = slopes_of(mass.masked_fill(selected, 0.0), spread.moves, dtype)
+        centre = queries.means if self.probes(layout) else None
+        skipped = SkippedClusters(key, value, F.pad(bias, (0, text, 0, text)), slope, centre)
         plan = plan_with_text(queries, keys, selected, layout)
         return replace(plan, skipped=skipped).with_details(
             predicted_error=predicted, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
