@@ -131,9 +131,9 @@ def rank_pairs(
     """What the stand-in of a cluster leaves of the output of a query cluster, and by what and at what price it is read.
 
     How the mean value moves with the query, by `value_spread`, is followed to first order (`slopes.py`), with the mass
-    of the centroid: what is left is of second order, that move times what the mass of a query differs by. The mass, that
-    of the centroid times what `probe.Spread.curve` adds, is right in the mean over the queries and not for each: where
-    scores deviate as normal numbers do, its relative error has the mean square `score_spread ** 2 / 2`.
+    of the centroid: what is left is that move times what the mass of a query differs by, which is of second order. The
+    mass, that of the centroid times what `probe.Spread.curve` adds, is right in the mean over the queries and not for
+    each: where scores deviate as normal numbers do, its relative error has the mean square `score_spread ** 2 / 2`.
 
     Args:
         mass, away: `[B, H, Cq, Ck]` float32, see `probe.Seen`. score_spread, value_spread: see `probe.Spread`.

@@ -339,8 +339,7 @@ def spread_of(
     batch, heads, _, dim = q.shape
     group = heads // k.shape[1]
     low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
-    found = q.new_empty(2, batch, heads, queries.sizes.shape[-1], keys.sizes.shape[-1], dtype=torch.float32)
-    moves = []
+    scores, values, moves = [], [], []
     most = max(group * queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
     queries, keys = with_order(queries), with_order(keys)
     # In 16 bits on a GPU, where a launch for every few heads would cost more than the memory.
@@ -354,14 +353,20 @@ def spread_of(
         if from_zero:  # the mean of squares is the variance and the square of the mean
             of_q = torch.cat([of_q, own_q.means.unsqueeze(3).to(low)], 3)
         of_q = (of_q.transpose(-1, -2) @ of_q).flatten(-2)
-        moves.append(of_k.transpose(-1, -2) @ of_v)
-        of_keys = of_k.new_empty(*of_k.shape[:3], dim, dim)  # once: new memory costs a CPU more than a product
         # With the covariance of keys and values `c`, `c c^T` is that of the keys between which lie products of values.
-        for number, seen in enumerate((of_k.transpose(-1, -2), moves[-1])):
-            torch.bmm(seen.flatten(0, 2), seen.transpose(-1, -2).flatten(0, 2), out=of_keys.flatten(0, 2))
-            found[number, :, readers] = group_product(of_q, of_keys.flatten(-2).transpose(-1, -2))
-    of_each = moves[0] if len(moves) == 1 else torch.cat(moves, 1)
-    return Spread(*found.mul_(scale**2).clamp_(min=0), of_each.mul_(scale))
+        moves.append(_product(of_k.transpose(-1, -2), of_v, scale))
+        for found, seen, factor in ((scores, of_k.transpose(-1, -2), scale**2), (values, moves[-1], 1.0)):
+            of_keys = _product(seen, seen.transpose(-1, -2), factor)
+            found.append(group_product(of_q, of_keys.flatten(-2).transpose(-1, -2)).float())
+    return Spread(*(parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in (scores, values, moves)))
+
+
+def _product(x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
+    """`factor * x @ y` of `x [B, H, C, R, K]` and `y [B, H, C, K, M]`, in one launch."""
+    out = x.new_empty(*x.shape[:-1], y.shape[-1])
+    flat = out.flatten(0, 2)
+    torch.baddbmm(flat, x.flatten(0, 2), y.flatten(0, 2), beta=0, alpha=factor, out=flat)
+    return out
 
 
 def deviations(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch.Tensor:

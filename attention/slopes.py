@@ -13,7 +13,7 @@ NUMBERS = 2**26  # held at once in float32, over the heads that are worked on to
 
 
 def slopes_of(share: torch.Tensor, moves: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """By what the mean value of all that a tile skips moves with its query, `[B, H, T, D, D]`, a query's channels first.
+    """By what the mean value of all that a tile skips moves with its query, `[B, H, T, D, D]`, channels of q first.
 
     Args:
         share: `[B, H, T, C]`, of each cluster in the softmax of the tile; 0 of those that are read.
@@ -65,7 +65,7 @@ def add_slopes(
     if use_kernels(x):
         from .kernels import slopes
 
-        return slopes.add_slopes(out, x, slope, centre, start, length, tile, order)
+        return slopes.add_slopes(out, x, slope, centre, start, length, tile, order, rows)
     (batch, heads, tokens, dim), tiles = x.shape, slope.shape[2]
     start, length, tile = (part.expand(batch, heads, -1).long() for part in (start, length, tile))
     offsets = torch.arange(rows, device=x.device)
@@ -75,7 +75,7 @@ def add_slopes(
     token = (start.unsqueeze(-1) + offsets).clamp(max=tokens - 1).flatten(2)
     if order is not None:
         token = order.expand(batch, heads, -1).gather(-1, token)
-    own = (tile.clamp(max=tiles - 1).flatten(0, 1) + tiles * torch.arange(batch * heads, device=x.device).unsqueeze(-1))
+    own = tile.clamp(max=tiles - 1).flatten(0, 1) + tiles * torch.arange(batch * heads, device=x.device).unsqueeze(-1)
     own, pieces = own.flatten(), own.shape[-1]
     found = permute(x, token).to(torch.promote_types(x.dtype, torch.float32)).view(-1, rows, dim)
     if centre is not None:
@@ -88,7 +88,8 @@ def add_slopes(
         torch.bmm(found[some], slope.flatten(0, 2).index_select(0, own[some]).to(found.dtype), out=moved[some])
     # In which row each token is; one more takes the padding.
     place = token.new_empty(batch, heads, tokens + 1)
-    place.scatter_(-1, torch.where(inside, token, tokens), torch.arange(token.shape[-1], device=x.device).expand(token.shape))
+    numbers = torch.arange(token.shape[-1], device=x.device)
+    place.scatter_(-1, torch.where(inside, token, tokens), numbers.expand(token.shape))
     return (out + permute(moved.view(batch, heads, -1, dim), place[..., :-1])).to(out.dtype)
 
 

@@ -257,8 +257,11 @@ class Tangent(Method):
             selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
         else:
             text = layout.tokens**2 - layout.video_tokens**2
-            stand_ins = layout.video_tokens * heads.gather(keys.sizes > 0).sum((1, 2))
-            budget = rank.shape[1] * (self.density * layout.tokens**2 - text) - stand_ins
+            stand_ins = heads.gather(keys.sizes > 0).sum((1, 2))
+            pairs = rank.shape[1] * (self.density * layout.tokens**2 - text)
+            budget = torch.rsub(stand_ins, pairs, alpha=layout.video_tokens)
             selected = spend(rank, cost, budget)
         remaining = (error * ~selected).sum((1, 2, 3))
-        return heads.mine(selected), (remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        # Rounding leaves a little below 0 of products of covariances that are 0.
+        share = remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)
+        return heads.mine(selected), share.clamp(min=0).sqrt()

@@ -10,9 +10,10 @@ from fast_set import fast
 from planned_calls import LAYOUT, METHODS, tokens
 
 from vidaccel import Radial
-from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs
+from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs, slopes
 from vidaccel.attention import plan as plans
 from vidaccel.attention.backends.triton import TritonBackend
+from vidaccel.attention.functional import attend
 from vidaccel.attention.methods import svg
 
 # As counted, and a few for a version of torch that splits an operator.
@@ -25,7 +26,7 @@ def test_launches_of_a_steady_call(device, monkeypatch, name):
         pytest.skip("counted in the interpreter")
     from launches import Launches
 
-    for module in (clusters, kmeans, probe, runs, svg):
+    for module in (clusters, kmeans, probe, runs, slopes, svg):
         monkeypatch.setattr(module, "use_kernels", lambda x: True)
     # On a GPU sizes are not checked, since that would wait for it.
     monkeypatch.setattr(plans, "_sequence_length", lambda name, given, order, sizes: given or order.shape[-1])
@@ -36,7 +37,7 @@ def test_launches_of_a_steady_call(device, monkeypatch, name):
         q, k, v = (x.half() for x in tokens(device, step + 1))  # of float32, a cast is none
         with Launches() as launches:
             plan = method.plan(q, k, v, LAYOUT, memory)
-            TritonBackend().attend(q, k, v, plan, 0.1, False)
+            attend(TritonBackend(), q, k, v, plan, 0.1)
         if step:
             worst = max(worst, launches.counts, key=lambda counts: sum(counts.values()))
     assert sum(worst.values()) <= MOST[name], worst

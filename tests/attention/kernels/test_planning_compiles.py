@@ -10,8 +10,10 @@ pytest.importorskip("triton")
 SCRIPT = """
 from functools import partial
 
-from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, spend, walk
+from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, slopes, spend, walk
 from vidaccel.attention.methods import svg
+from vidaccel.attention.probe import SAMPLE
+from vidaccel.attention.slopes import ROWS
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 compile_kernel = partial(compile_kernel, disassembled=False)
@@ -19,6 +21,7 @@ width = {"D": dim, "D_PAD": launch.padded(dim)}
 tiles = kmeans.SINGLE if dtype == "fp32" else kmeans.HALF if dim <= 128 else kmeans.HALF_WIDE
 probing = probe.TILES[dtype != "fp32", max(64, launch.padded(dim))]
 small = launch.Tiles(0, 0, 4, 1)
+columns = slopes.columns_of(dim, 4 if dtype == "fp32" else 2)
 rows = svg.KERNEL_ROWS[4 if dtype == "fp32" else 2]
 blocks = {"BLOCK_N": tiles.block_m, "BLOCK_C": tiles.block_n, "HALF": dtype != "fp32"}
 print(json.dumps([
@@ -47,14 +50,17 @@ print(json.dumps([
     compile_kernel(runs._filled_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, size="i64", order="i32"),
     compile_kernel(runs._starts_kernel, architecture, dtype, {"BLOCK": runs.BLOCK}, small, size="i64"),
     compile_kernel(permute._text_last_kernel, architecture, dtype, {"BLOCK": permute.ENTRIES}, small, out="i64"),
-    compile_kernel(sample._deviations_kernel, architecture, dtype, {**width, "SAMPLE": 32, "BLOCK": sample.BLOCK,
+    compile_kernel(sample._deviations_kernel, architecture, dtype, {**width, "SAMPLE": SAMPLE, "BLOCK": sample.BLOCK,
                    "MEANS": True}, small, size="i64", mean="fp32"),
-    compile_kernel(sample._deviations_kernel, architecture, dtype, {**width, "SAMPLE": 32, "BLOCK": sample.BLOCK,
+    compile_kernel(sample._deviations_kernel, architecture, dtype, {**width, "SAMPLE": SAMPLE, "BLOCK": sample.BLOCK,
                    "MEANS": False, "mean_ptr": None}, small, size="i64"),
     compile_kernel(spend._rank_kernel, architecture, dtype, {"BLOCK": 512}, small, score_spread="fp32",
                    value_spread="fp32", away="fp32", q_size="i64", k_size="i64", error="fp32", rank="fp32", cost="i64"),
     compile_kernel(spend._take_kernel, architecture, dtype, {"BLOCK": spend.BLOCK}, small, flat="fp32", price="i64",
                    total="i64", budget="fp32", taken="i8"),
+    compile_kernel(slopes._slopes_kernel, architecture, dtype, {**width, "ROWS": ROWS, "COLUMNS": columns}, small,
+                   slope=dtype, centre="fp32", out=dtype, result=dtype, piece_start="i32", piece_len="i32",
+                   piece_tile="i32"),
     compile_kernel(walk._work_kernel, architecture, dtype, {"BLOCK": walk.PIECES}, small),
     compile_kernel(walk._reorder_kernel, architecture, dtype, {"BLOCK": walk.PIECES}, small),
     compile_kernel(runs._cut_kernel, architecture, dtype, {"BLOCK_N": 128, "TAIL_N": 64, "BLOCK": runs.BLOCK}, small),
@@ -77,5 +83,10 @@ def test_planning_kernels_compile(tmp_path, architecture, dim, dtype):
     found = run_with_compiler(SCRIPT, tmp_path, architecture, dim, dtype)
     for result in found:
         assert result["shared"] <= SHARED[architecture], result
-        if dtype != "fp32" and result["kernel"] in ("_assign_kernel", "_probe_kernel", "_rows_kernel"):
+        if dtype != "fp32" and result["kernel"] in (
+            "_assign_kernel",
+            "_probe_kernel",
+            "_rows_kernel",
+            "_slopes_kernel",
+        ):
             assert result["tensor_cores"] > 0, result
