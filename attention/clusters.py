@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .groups import repeat_heads
+from .groups import group_product, repeat_heads
 from .kmeans import chain_order, cluster_sizes, kmeans, update
 from .labels import sort_labels
 from .layout import VideoLayout
@@ -91,10 +91,29 @@ def for_heads(keys: Clusters, heads: int) -> Clusters:
 
 def cluster_mass(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
     """Estimated softmax mass of each key cluster for each query cluster, `[B, H, Cq, Ck]`; rows sum to 1."""
+    return log_mass_of_means(q_centroids, k_centroids, k_sizes).softmax(-1)
+
+
+def log_mass_of_means(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_sizes: torch.Tensor) -> torch.Tensor:
+    """The log of the mass of each key cluster, were all of its keys its mean, `[B, H, Cq, Ck]` float32."""
     shape = (*q_centroids.shape[:3], k_centroids.shape[2])
     q, k, sizes = (x.flatten(0, 1) for x in (q_centroids.float(), k_centroids.float(), k_sizes.log().unsqueeze(-2)))
-    scores = torch.baddbmm(sizes, q, k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)
-    return scores.softmax(-1).view(shape)
+    return torch.baddbmm(sizes, q, k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5).view(shape)
+
+
+def share_of_video(
+    q_centroids: torch.Tensor, k: torch.Tensor, layout: VideoLayout, log_mass: torch.Tensor
+) -> torch.Tensor:
+    """Which share of what a query cluster sees is video, and not text, `[B, H, Cq, 1]`.
+
+    Args:
+        q_centroids: `[B, H, Cq, D]`. k: `[B, Hkv, N, D]`, of the whole sequence, which has text.
+        log_mass: `[B, H, Cq, Ck]`, of the clusters of the video.
+    """
+    before, after = k[:, :, : layout.text_before], k[:, :, layout.video.stop :]
+    text = before if not layout.text_after else after if not layout.text_before else torch.cat([before, after], 2)
+    scores = group_product(q_centroids.float(), text.float().transpose(-1, -2)) * k.shape[-1] ** -0.5
+    return (log_mass.logsumexp(-1, keepdim=True) - scores.logsumexp(-1, keepdim=True)).sigmoid()
 
 
 def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:

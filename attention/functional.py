@@ -113,8 +113,9 @@ def attend(
     return_lse: bool = False,
     precision: Precision = AS_INPUTS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none. How
-    their values move with the query is added, which no backend does.
+    """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none.
+
+    How their values move with the query is added here, which no backend does.
     """
     merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
     with_lse = return_lse or merged

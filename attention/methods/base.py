@@ -169,7 +169,10 @@ class Method(abc.ABC):
         return self.table_bytes(layout, heads, head_dim, itemsize) + kept
 
     def planning_pairs(self, layout: VideoLayout) -> float:
-        """What planning computes, in pairs of dense attention and as a share of them; not in the density."""
+        """What the probe of a plan computes, in pairs of dense attention and as a share of them; not in the density.
+
+        It is not all that planning multiplies: `benchmarks/planning_work.py` counts that.
+        """
         return 0.0
 
     def remark(self, layout: VideoLayout) -> str:

@@ -1,4 +1,4 @@
-"""Tangent: what is skipped enters by its tangent, and pairs are computed where they change the output most."""
+"""Tangent: what is skipped enters to first order, and pairs are computed where they change the output most."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from ..clusters import (
     Clusters,
     cluster,
-    cluster_mass,
     clusters_of,
     for_heads,
+    log_mass_of_means,
     plan_with_text,
     rank_pairs,
     renewed,
+    share_of_video,
     spend,
     with_order,
 )
@@ -39,7 +40,7 @@ PROBE_PAYS = 768
 
 @dataclass(frozen=True, kw_only=True)
 class Tangent(Method):
-    """Clusters as in SVG2, a first-order stand-in for each cluster that is skipped, and a budget spent on output error.
+    """Clusters as in SVG2, what is skipped to first order in the query, and a budget spent on what that leaves.
 
     The centroid of each query cluster is held against every key (the *probe*): what it sees of a key cluster is the
     log of that cluster's softmax mass, and the mean key and value weighted by that softmax. A cluster that is skipped
@@ -48,40 +49,44 @@ class Tangent(Method):
     since log-sum-exp is convex. `curve` is what the second order adds to the mass on average over the queries of the
     cluster, `log(1 + s / 2)` with `s` the mean square of the scores that queries and keys have beyond their centroids.
 
-    What that leaves is estimated for each pair of clusters from their covariances: how the mean value moves with the
-    query, and by how much the mass of single queries differs from the average. The pairs that leave most per key
-    computed are computed, under one threshold over all heads and rows of a layer. Text tokens stay outside: they read
-    and are read by everything.
+    The mean value of a cluster moves with the query, too: to first order by `(q - centroid)` times the covariance of
+    its keys and values. All skipped clusters together move the output by one matrix for each cluster of queries, their
+    covariances weighted by the shares that the centroid sees, and `(q - centroid) @ matrix` is added to the output. It
+    costs as much as D / 2 further keys for each query, of D channels, which no density counts.
+
+    What is left is of second order, and is estimated for each pair of clusters from the same covariances. The pairs
+    that leave most per key computed are computed, under one threshold over all heads and rows of a layer. Text tokens
+    stay outside: they read and are read by everything.
 
     In short sequences the probe costs more than it gives. There a cluster enters through its mean key and value, with
-    the same correction of its mass, and what that leaves is estimated from means and covariances alone. Query heads
-    that share a head of k and v share its clusters of keys; what stands for those is each query head's own.
+    the same correction of its mass, and its value moves with the whole query. Query heads that share a head of k and v
+    share its clusters of keys; what stands for those is each query head's own.
 
     Gradients take selection and stand-ins as constants. An engine keeps the plans of a forward pass with gradients,
     with their stand-ins (`table_bytes` for each layer), until the next one.
 
     Args:
         density: pairs computed over all pairs, stand-ins and text included, the mean over heads, in (0, 1]. The probe
-            is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning.
+            is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning. Nor is the matrix.
         tolerance: instead: pairs are taken until the estimated error of the output, relative to the output, is below
             this, in (0, 1]. Density then follows the content.
         q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 3 times the query clusters
             as long as they have 128 queries each: 300 and 495 at 75,600 tokens, with which the stand-ins of 40 heads of
-            128 channels are 2.9 GiB in half precision (`table_bytes`), and 66 and 165 at 8,448.
+            128 channels are 3.2 GiB in half precision (`table_bytes`), and 66 and 165 at 8,448.
         probe: whether to probe; when None from 768 video tokens up, where it pays at a density of 0.2.
         recluster_every: k-means runs at every so many steps, and in between the labels stay and the means are renewed.
         init_iterations, step_iterations: of k-means at the first sparse step of a run, and at later ones.
         schedule: dense steps and layers; 20 % of the steps.
 
-    In training the tables of each layer's plan are kept for the backward pass, `table_bytes` of them: 50 GiB over the
-    40 layers of Wan 14B at 32,760 tokens, 11 GiB over the 30 of Wan 1.3B. `SVG2(compensate=True)` keeps almost nothing.
+    In training the tables of each layer's plan are kept for the backward pass, `table_bytes` of them: 59 GiB over the
+    40 layers of Wan 14B at 32,760 tokens, 13 GiB over the 30 of Wan 1.3B. `SVG2(compensate=True)` keeps almost nothing.
 
     Raises:
         ValueError: `density` and `tolerance` together or neither, or a value out of its bounds.
     """
 
     name: ClassVar[str] = "tangent"
-    summary: ClassVar[str] = "key clusters that change the output most, and the tangent of the others"
+    summary: ClassVar[str] = "key clusters that change the output most, and the others to first order"
     good_for: ClassVar[str] = "low densities: nearest to the dense output of one call at every density"
     costs: ClassVar[str] = "a probe of the query clusters at every call, k-means at every third step"
     source: ClassVar[str] = "this project"
@@ -189,6 +194,7 @@ class Tangent(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         scale = q.shape[-1] ** -0.5
+        sequence = k
         q, k, v = (x[:, :, layout.video] for x in (q, k, v))
         calls = memory.call.get("tangent_calls", 0)
         memory.call["tangent_calls"] = calls + 1
@@ -204,14 +210,17 @@ class Tangent(Method):
             tables = probe(queries.means, k, v, clusters, scale, text)
             seen = read(tables)
             key, value, bias = tables.key, tables.value, seen.bias + spread.curve
-            mass, outputs, away = seen.mass, seen.outputs, seen.away
+            log_mass, mass, outputs, away = tables.log_mass, seen.mass, seen.outputs, seen.away
         else:
             values = repeat_heads(renewed(v, clusters).means, q.shape[1])
             key, value = (F.pad(x, (0, 0, 0, text)) for x in (keys.means, values))
             bias = keys.sizes.log().unsqueeze(-2) + spread.curve
-            mass = cluster_mass(queries.means, keys.means, keys.sizes)
+            log_mass = log_mass_of_means(queries.means, keys.means, keys.sizes)
+            mass = log_mass.softmax(-1)
             outputs = mass @ values
             away = torch.cdist(outputs, values).square()
+        if text:
+            mass = mass * share_of_video(queries.means, sequence, layout, log_mass)
         pairs = rank_pairs(mass, spread.score, spread.value, away, queries.sizes, keys.sizes)
         selected, predicted = self._spend(pairs, outputs, queries, keys, layout, memory.heads)
         dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
@@ -246,7 +255,7 @@ class Tangent(Method):
         heads: HeadShare,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The pairs of clusters to compute, and the estimated relative error of what is left in all heads, `[B]`."""
-        norm = (queries.sizes * outputs.square().sum(-1)).sum(-1)
+        norm = (queries.sizes.unsqueeze(-1) * outputs.square()).sum((-1, -2))
         error, rank, cost, norm = (heads.gather(x) for x in (*pairs, norm))  # one budget for all heads of the layer
         norm = norm.sum(-1)
         if self.tolerance is not None:
@@ -261,7 +270,7 @@ class Tangent(Method):
             pairs = rank.shape[1] * (self.density * layout.tokens**2 - text)
             budget = torch.rsub(stand_ins, pairs, alpha=layout.video_tokens)
             selected = spend(rank, cost, budget)
-        remaining = (error * ~selected).sum((1, 2, 3))
+        remaining = error.masked_fill(selected, 0.0).sum((1, 2, 3))
         # Rounding leaves a little below 0 of products of covariances that are 0.
         share = remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)
         return heads.mine(selected), share.clamp(min=0).sqrt()

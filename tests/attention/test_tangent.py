@@ -52,7 +52,7 @@ def written_out(q, k, v, plan, layout) -> torch.Tensor:
                 beyond = q[b, h, queries] - centroid
                 for query in queries.tolist():
                     scores, values, moved = [], [], 0.0
-                    whole = (k[b, h, layout.video] @ centroid * scale).logsumexp(0)
+                    whole = (k[b, h] @ centroid * scale).logsumexp(0)  # text and all
                     for j, keys in enumerate(clusters):
                         if selected[tile, j]:
                             scores.append(k[b, h, keys] @ q[b, h, query] * scale)
