@@ -339,7 +339,9 @@ def spread_of(
     batch, heads, _, dim = q.shape
     group = heads // k.shape[1]
     low = torch.bfloat16 if q.is_cuda and q.dtype.itemsize < 4 else torch.float32
-    scores, values, moves = [], [], []
+    scores: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    moves: list[torch.Tensor] = []
     most = max(group * queries.sizes.shape[-1], keys.sizes.shape[-1]) * max(SAMPLE, dim) * dim
     queries, keys = with_order(queries), with_order(keys)
     # In 16 bits on a GPU, where a launch for every few heads would cost more than the memory.

@@ -267,8 +267,8 @@ class Tangent(Method):
         else:
             text = layout.tokens**2 - layout.video_tokens**2
             stand_ins = heads.gather(keys.sizes > 0).sum((1, 2))
-            pairs = rank.shape[1] * (self.density * layout.tokens**2 - text)
-            budget = torch.rsub(stand_ins, pairs, alpha=layout.video_tokens)
+            wanted = rank.shape[1] * (self.density * layout.tokens**2 - text)
+            budget = torch.rsub(stand_ins, wanted, alpha=layout.video_tokens)
             selected = spend(rank, cost, budget)
         remaining = error.masked_fill(selected, 0.0).sum((1, 2, 3))
         # Rounding leaves a little below 0 of products of covariances that are 0.
