@@ -33,8 +33,8 @@ from ..skipped import SkippedClusters
 from ..slopes import slopes_of
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
-# Video tokens. With the probe paid out of a density of .20, the error on the demo model is .070 at 576 tokens and .036
-# at 1,088; without it .055 and .049. On imitated heads: .123 and .054, without it .053 and .051.
+# Video tokens. With the probe paid out of a density of .20, the error on the demo model is .054 at 576 tokens and .024
+# at 1,088; without it .030 and .028. On imitated heads: .102 and .047, without it .046 and .045.
 PROBE_PAYS = 768
 
 
