@@ -99,10 +99,11 @@ def test_a_plan_says_what_a_video_takes(vidaccel):
 
 
 def test_a_plan_counts_what_the_default_method_holds(vidaccel):
-    """3 heads of 64 channels, 66 x 165 pairs of clusters, bfloat16; a bias each."""
+    """3 heads of 64 channels, 66 x 165 pairs of clusters, bfloat16; a bias each; a matrix and a centre for each of 66."""
     text = _words(vidaccel("info", "--forecast", "--frames", "129", "--height", "256", "--width", "256").stdout)
     assert "8,448 (33 x 16 x 16)" in text
-    assert f"tables of a tangent call {3 * 66 * 165 * (2 * 64 * 2 + 4) / 1e6:.1f} MB" in text
+    tables = 3 * 66 * (165 * (2 * 64 * 2 + 4) + 64 * 64 * 2 + 64 * 4)
+    assert f"tables of a tangent call {tables / 1e6:.1f} MB" in text
     kept = 3 * (2 * 2 * 8448 + 4 * (66 + 165) * 64)  # labels of queries and keys, and the means of their clusters
     assert f"kept during a run {kept / 1e6:.1f} MB for each layer and guidance branch" in text
 
