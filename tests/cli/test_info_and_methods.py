@@ -99,7 +99,7 @@ def test_a_plan_says_what_a_video_takes(vidaccel):
 
 
 def test_a_plan_counts_what_the_default_method_holds(vidaccel):
-    """3 heads of 64 channels, 66 x 165 pairs of clusters, bfloat16; a bias each; a matrix and a centre for each of 66."""
+    """3 heads of 64 channels, 66 x 165 pairs of clusters, bfloat16; a bias each, a matrix and a centre a tile."""
     text = _words(vidaccel("info", "--forecast", "--frames", "129", "--height", "256", "--width", "256").stdout)
     assert "8,448 (33 x 16 x 16)" in text
     tables = 3 * 66 * (165 * (2 * 64 * 2 + 4) + 64 * 64 * 2 + 64 * 4)
