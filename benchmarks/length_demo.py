@@ -1,12 +1,14 @@
 """Longer videos with the built-in Wan model: what a LoRA of the recipe `length` does at twice its length.
 
     python benchmarks/length_demo.py --adapter runs/demo_length/adapter
+    python benchmarks/length_demo.py --adapter runs/demo_length_129/adapter --frames 129
     python benchmarks/length_demo.py --cost
 
 Videos of held-out prompts are made at 65 frames, of which the model saw 33, and read from their pixels: by the model
 as it is, dense and by Radial Attention, with RIFLEx, with LVSA, and with the LoRAs. Each video is a line of
 `benchmarks/results/length_demo.jsonl`, and a call makes those that are missing. `--cost` measures a step of training
-instead, sparse beside dense. Tables go to `benchmarks/results/length_demo.md`.
+instead, sparse beside dense. Tables go to `benchmarks/results/length_demo.md`; of another length, to
+`length_demo_129.*`.
 """
 
 from __future__ import annotations
@@ -185,27 +187,30 @@ def main(
     if cost_of_training:
         made = {"environment": environment_line(), "rows": cost(repeats)}
         costs.write_text(json.dumps(made, indent=1) + "\n")
-    raw = out / "length_demo.jsonl"
+    name = "length_demo" if frames == 65 else f"length_demo_{frames}"
+    raw = out / f"{name}.jsonl"
     if cost_of_training:
         rows = read_rows(raw)
     else:
         rows = measure(raw, (adapter, dense_adapter), only, prompts, frames, denoising_steps)
-    tables = ([summary(rows)] if rows else []) + ([json.loads(costs.read_text())["rows"]] if costs.exists() else [])
-    write_markdown(
-        out / "length_demo.md",
-        "Longer videos with the built-in model",
+    tables = [summary(rows)] if rows else []
+    text = (
         f"{environment_line()}, one thread, on a machine with other work. Made by `python "
         "benchmarks/length_demo.py`.\n\n"
-        f"First table: videos of {frames} frames of 128x128 (1,088 tokens at 65), twice the 33 that the model was "
-        f"trained on; held-out prompts, {denoising_steps} steps, guidance 2, the same seeds in each row, read from "
-        "their pixels. The numbers count videos. *Radial* computes 29 % of the pairs, in blocks of 32 tokens, with the "
-        "first of six layers dense and all steps sparse; *RIFLEx* and *LVSA* need no training; the LoRAs are named "
-        "with the step of their training.\n\n"
-        "Second table: CPU-seconds of a step of the training of one clip, forward and backward, a LoRA of rank 64 on "
-        "the projections of self-attention; dense, and by Radial Attention at a density of about 0.3 (the real one in "
-        "brackets; *from* is the least that blocks of this size reach), with the first layer dense.",
-        *tables,
+        f"First table: videos of {frames} frames of 128x128 ({64 * ((frames - 1) // 4 + 1):,} tokens), where the model "
+        f"was trained on 33; held-out prompts, {denoising_steps} steps, guidance 2, the same seeds in each row, read "
+        "from their pixels. The numbers count videos. *Radial* computes about 29 % of the pairs, in blocks of 32 "
+        "tokens (64 with the LoRA of 129 frames), with the first of six layers dense and all steps sparse; *RIFLEx* "
+        "and *LVSA* need no training; the LoRAs are named with the step of their training."
     )
+    if costs.exists() and frames == 65:
+        tables.append(json.loads(costs.read_text())["rows"])
+        text += (
+            "\n\nSecond table: CPU-seconds of a step of the training of one clip, forward and backward, a LoRA of rank "
+            "64 on the projections of self-attention; dense, and by Radial Attention at a density of about 0.3 (the "
+            "real one in brackets; *from* is the least that blocks of this size reach), with the first layer dense."
+        )
+    write_markdown(out / f"{name}.md", "Longer videos with the built-in model", text, *tables)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,9 @@ def path(model: str = WAN) -> Path:
     return folder
 
 
-def length_lora() -> Path | None:
-    """The LoRA with which "demo" makes longer videos (recipe `length`); None where none is installed."""
-    file = Path(__file__).resolve().parent / "weights_length" / "pytorch_lora_weights.safetensors"
-    return file if file.is_file() else None
+def length_loras() -> list[Path]:
+    """The LoRAs with which "demo" makes longer videos (recipe `length`), up to 65 frames and up to 129."""
+    return sorted((Path(__file__).resolve().parent / "weights_length").glob("*.safetensors"), key=lambda p: len(p.name))
 
 
 def few_steps() -> list[Path]:

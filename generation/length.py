@@ -23,7 +23,8 @@ _HUNYUAN = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
 
 
 def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple[LoraFile, ...], str]:
-    """The LoRA of the built-in model for a video longer than it was trained on, and what to say of it.
+    """The LoRA of the built-in model for a video longer than it was trained on, the first that was trained on as long
+    ones, and what to say of it.
 
     Args:
         model: as it was given.
@@ -34,18 +35,19 @@ def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple
     from ..pipelines.lora_files import LoraFile
     from .model_facts import inspect_model
 
-    path = demo.length_lora()
-    if model != demo.WAN or asked or path is None or not isinstance(frames, int):
+    if model != demo.WAN or asked or not isinstance(frames, int):
         return (), ""
-    facts, lora = inspect_model(demo.WAN), LoraFile(path)
-    (trained,) = trained_lengths([lora])
-    if not facts.call_defaults()["frames"] < frames <= (trained.frames - 1) * facts.frame_factor + 1:
+    facts = inspect_model(demo.WAN)
+    if frames <= facts.call_defaults()["frames"]:
         return (), ""
-    note = (
-        f"{frames} frames are more than the built-in model was trained on: its LoRA for longer videos is used "
-        f"({trained}); {mention('method')} dense is without it."
-    )
-    return (lora,), note
+    for lora in map(LoraFile, demo.length_loras()):
+        (trained,) = trained_lengths([lora])
+        if frames <= (trained.frames - 1) * facts.frame_factor + 1:
+            return (lora,), (
+                f"{frames} frames are more than the built-in model was trained on: its LoRA for longer videos is used "
+                f"({trained}); {mention('method')} dense is without it."
+            )
+    return (), ""
 
 
 def trained_lengths(loras: Sequence[LoraFile]) -> tuple[TrainedLength, ...]:

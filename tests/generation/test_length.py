@@ -93,20 +93,28 @@ def test_a_lora_of_another_base_is_refused(tmp_path, transformer):
 
 def test_the_built_in_model_uses_its_own_lora_for_longer_videos(tmp_path, transformer, monkeypatch):
     file = write_length(tmp_path, demo.path(), transformer, frames=10)
-    monkeypatch.setattr(demo, "length_lora", lambda: file)
+    monkeypatch.setattr(demo, "length_loras", lambda: [file])
     video = made(frames=37)
     assert video.name == "radial" and "its LoRA for longer videos is used (radial" in " ".join(video.notes)
     for other in ({"frames": 33}, {"frames": 41}, {"frames": 37, "method": "dense"}, {"frames": 37, "rope": "riflex"}):
         assert made(**other).name == "dense"
 
 
-def test_the_shipped_lora_is_small_and_of_the_shipped_model():
+def test_the_shipped_loras_are_small_and_of_the_shipped_model():
     from vidaccel.pipelines.length import read_length
     from vidaccel.pipelines.weight_files import transformer_files
 
-    path = demo.length_lora()
-    if path is None:
-        pytest.skip("none is shipped")
-    adapter = read_length(path)
-    assert path.stat().st_size <= 2_000_000
-    assert adapter.base_hash == transformer_files(str(demo.path()), "transformer") and adapter.trained.frames >= 17
+    adapters = [read_length(path) for path in demo.length_loras()]
+    assert [adapter.trained.frames for adapter in adapters] == [17, 33]  # 65 and 129 frames
+    for path, adapter in zip(demo.length_loras(), adapters, strict=True):
+        assert path.stat().st_size <= 2_000_000
+        assert adapter.base_hash == transformer_files(str(demo.path()), "transformer")
+
+
+@pytest.mark.parametrize(("frames", "most"), [(37, 17), (65, 17), (69, 33), (129, 33), (133, 0), (33, 0)])
+def test_the_shortest_lora_that_is_long_enough_is_taken(frames, most):
+    from vidaccel.generation.length import built_in_lora, trained_lengths
+
+    found, note = built_in_lora("demo", frames, asked=False)
+    assert [one.frames for one in trained_lengths(found)] == ([most] if most else [])
+    assert bool(note) == bool(most)

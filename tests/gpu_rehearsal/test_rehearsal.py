@@ -28,7 +28,7 @@ FAST_FAMILIES, FAST_PIPELINES = {"hunyuan_video"}, {"radial"}
 STEPS, BRANCHES = 4, 2
 # The table of timesteps, once; q and k for NaN, in the first layer of a step; what caches decide by.
 KNOWN = {"read_table": STEPS, "call_checks.py finite": 2 * STEPS, "> sea_cache.py": 10 * STEPS * BRANCHES}
-KNOWN |= {"forecasts.py jumps": 2 * STEPS}
+KNOWN |= {"forecasts.py jumps": 2 * STEPS, "postprocess_video": 1}
 
 
 def rehearse(folder, **asked):

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, Callable[[DiffusionPipeline], Any]]] = {
     "radial": ("demo", _sparse("radial")),
     "svg2, int8": ("demo", _sparse("svg2", precision="int8", init_iterations=3)),
     "cache": ("demo", _preset("demo-cache")),
-    "longer": ("demo", lambda pipe: vidaccel.lengthen(pipe, vidaccel.demo.length_lora())),
+    "longer": ("demo", lambda pipe: vidaccel.lengthen(pipe, vidaccel.demo.length_loras()[0])),
     "deep compression, few steps": ("demo-dc", _preset("demo-dc-four-steps")),
     "deep compression, guidance-free": ("demo-dc", _preset("demo-dc-fast")),
 }
