@@ -226,10 +226,8 @@ class Radial(Method):
             if abs(found - density) <= _TOLERANCE:
                 return best
         if not min(reached) - _TOLERANCE <= density <= max(reached) + _TOLERANCE:
-            block, given = (
-                base.resolved_block_size(layout),
-                {"near": near, "min_window": min_window, "thinning": thinning},
-            )
+            block = base.resolved_block_size(layout)
+            given = {"near": near, "min_window": min_window, "thinning": thinning}
             held = [name for name, value in given.items() if value is not None]
             raise OutOfReach(
                 f"Radial cannot reach density {density:g} with {layout.frames} frames of {layout.tokens_per_frame} "
