@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .gradients import wants_gradient
 from .groups import group_product
 from .own_kernels import use_kernels
 from .plan import BlockPlan, permute
 
-ROWS = 64  # queries of a tile at a time
+ROWS = 64  # queries of a tile at a time, of at most 512 bytes each
 NUMBERS = 2**26  # held at once in float32, over the heads that are worked on together
 
 
@@ -33,9 +36,18 @@ def follow(out: torch.Tensor, q: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
     """
     skipped = plan.skipped
     mean = -(-plan.n_q // plan.tile_len.shape[-1])
-    rows = min(ROWS, 2 ** (mean - 1).bit_length())  # or short tiles would be padded to several times their length
+    most = rows_at_once(q.shape[-1], q.element_size())
+    rows = min(most, 2 ** (mean - 1).bit_length())  # or short tiles would be padded to several times their length
+    tables: tuple[Any, ...] = (skipped.slope, skipped.centre, *plan.cut(rows), plan.q_order)
+    if wants_gradient(out, q):  # autograd keeps none that was made in inference mode
+        tables = tuple(x.clone() if x is not None and x.is_inference() else x for x in tables)
     with torch.autocast(q.device.type, enabled=False):
-        return add_slopes(out, q, skipped.slope, skipped.centre, *plan.cut(rows), plan.q_order, rows)
+        return add_slopes(out, q, *tables, rows)
+
+
+def rows_at_once(dim: int, itemsize: int) -> int:
+    """Queries of a tile that are worked on together, of so many channels of so many bytes."""
+    return ROWS if dim * itemsize <= 512 else ROWS // 2
 
 
 @torch.library.custom_op("vidaccel::add_slopes", mutates_args=())

@@ -167,17 +167,32 @@ def expected_rows(tensors, plan, rows):
         if plan.skipped is not None:
             own = tile[0, h]
             key, value = (
-                (x[0, h] if plan.skipped.bias is None else x[0, h, own]).float().expand(len(rows), -1, -1)
+                (x[0, h, own] if plan.skipped.of_each_tile else x[0, h]).float().expand(len(rows), -1, -1)
                 for x in (plan.skipped.key, plan.skipped.value)
             )
             extra = (key @ some[0].unsqueeze(-1)).squeeze(-1) * scale + bias[0, h, own]
             total = torch.cat([scores[0], extra], -1).logsumexp(-1, keepdim=True)
             out = ((extra - total).exp().unsqueeze(-2) @ value).squeeze(-2)
             weights = (scores - total).exp()
+            out = out + moved(some[0], plan.skipped, h, own)
         else:
             weights = scores.softmax(-1)
         heads.append(weights @ v[:, h].float() + out)
     return torch.stack(heads, 1)
+
+
+def moved(queries, skipped, head, tile):
+    """What moves with queries `[R, D]` of one head, of those tiles `[R]`: `SkippedClusters.slope`, in float32."""
+    import torch
+
+    slope, centre = skipped.slope, skipped.centre
+    if slope is None:
+        return 0.0
+    inside = tile < slope.shape[2]
+    tile = tile.clamp(max=slope.shape[2] - 1)
+    beyond = queries if centre is None else queries - centre[0, head, tile].float()
+    added = (beyond.unsqueeze(-2) @ slope[0, head, tile].float()).squeeze(-2)
+    return torch.where(inside.unsqueeze(-1), added, 0.0)
 
 
 def measure(contender, tensors, plan, backward: bool, repeats: int) -> dict[str, Any]:

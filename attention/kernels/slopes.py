@@ -9,8 +9,9 @@ import triton.language as tl
 from .launch import FUSED, on_device, order_args, padded, plan_strides, rows_contiguous
 from .walk import find_piece, load_rows, store_rows, token_rows
 
-COLUMNS = 64  # of a matrix at a time: 32 KiB of shared memory at 256 channels of 16 bits
-WIDE = 32 * 1024  # bytes of a matrix's columns above which they are halved, for GPUs with 99 KiB
+COLUMNS = 64  # of a matrix at a time
+WIDE = 32 * 1024  # bytes of a matrix's columns above which they are halved, for GPUs with 99 KiB of shared memory
+STAGES = 1  # more would hold columns several times over
 
 
 def add_slopes(
@@ -25,8 +26,8 @@ def add_slopes(
     rows: int,
 ) -> torch.Tensor:
     """`attention.slopes.add_slopes`; products in the dtype of x, sums in float32."""
-    out, x = rows_contiguous(out), rows_contiguous(x)
-    result = torch.empty_like(out)
+    made = torch.empty_like(out)
+    out, x, result = rows_contiguous(out), rows_contiguous(x), rows_contiguous(made)
     (batch, heads, _, dim), tiles, pieces = x.shape, slope.shape[2], tile.shape[-1]
     slope = slope.to(x.dtype).contiguous()
     columns = columns_of(dim, x.element_size())
@@ -36,9 +37,9 @@ def add_slopes(
             slope, None if centre is None else centre.contiguous(),
             *order_args(order, heads), start.contiguous(), length.contiguous(), tile.contiguous(),
             *plan_strides(tile.shape[:2]), heads, pieces, tiles,
-            D=dim, D_PAD=padded(dim), ROWS=max(16, rows), COLUMNS=columns, **FUSED, num_warps=4,
+            D=dim, D_PAD=padded(dim), ROWS=max(16, rows), COLUMNS=columns, **FUSED, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
-    return result
+    return made if result is made else made.copy_(result)
 
 
 def columns_of(dim: int, itemsize: int) -> int:

@@ -34,14 +34,14 @@ def test_compiled_blocks(tmp_path):
 @pytest.mark.slow
 def test_attention_goes_on_where_it_stopped(tmp_path):
     arguments = ["--shapes", "tiny", "--densities", "0.5", "--dtype", "float32", "--repeats", "3", "--device", "cpu"]
-    arguments += ["--methods", "dense", "svg", "--out", str(tmp_path)]
+    arguments += ["--methods", "dense", "svg", "tangent", "--out", str(tmp_path)]
     run("attention.py", *arguments, "--budget-seconds", "0")
     assert not (tmp_path / "attention.jsonl").exists() or not (tmp_path / "attention.jsonl").read_text()
     run("attention.py", *arguments)
     rows = table(tmp_path / "attention.csv")
     gather = {r["plan"]: r for r in rows if r["implementation"] == "gather"}
-    assert set(gather) == {"dense", "svg"}
-    assert all(float(r["ms"]) > 0 and float(r["max_error"]) < 1e-5 and r["note"] == "" for r in gather.values())
+    assert set(gather) == {"dense", "svg", "tangent"}
+    assert all(float(r["ms"]) > 0 and float(r["max_error"]) < 1e-4 and r["note"] == "" for r in gather.values())
     assert 0.45 < float(gather["svg"]["density"]) < 0.55 and float(gather["svg"]["vs_dense"]) > 0
     assert "| cpu | tiny | svg |" in (tmp_path / "attention.md").read_text()
     assert (tmp_path / "attention.png").stat().st_size > 5000

@@ -13,15 +13,17 @@ from functools import partial
 from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, slopes, spend, walk
 from vidaccel.attention.methods import svg
 from vidaccel.attention.probe import SAMPLE
-from vidaccel.attention.slopes import ROWS
+from vidaccel.attention.slopes import rows_at_once
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 compile_kernel = partial(compile_kernel, disassembled=False)
 width = {"D": dim, "D_PAD": launch.padded(dim)}
-tiles = kmeans.SINGLE if dtype == "fp32" else kmeans.HALF if dim <= 128 else kmeans.HALF_WIDE
+narrow, wide = (kmeans.SINGLE, kmeans.SINGLE_WIDE) if dtype == "fp32" else (kmeans.HALF, kmeans.HALF_WIDE)
+tiles = narrow if dim <= 128 else wide
 probing = probe.TILES[dtype != "fp32", max(64, launch.padded(dim))]
 small = launch.Tiles(0, 0, 4, 1)
-columns = slopes.columns_of(dim, 4 if dtype == "fp32" else 2)
+itemsize = 4 if dtype == "fp32" else 2
+columns, moved = slopes.columns_of(dim, itemsize), rows_at_once(dim, itemsize)
 rows = svg.KERNEL_ROWS[4 if dtype == "fp32" else 2]
 blocks = {"BLOCK_N": tiles.block_m, "BLOCK_C": tiles.block_n, "HALF": dtype != "fp32"}
 print(json.dumps([
@@ -58,9 +60,9 @@ print(json.dumps([
                    value_spread="fp32", away="fp32", q_size="i64", k_size="i64", error="fp32", rank="fp32", cost="i64"),
     compile_kernel(spend._take_kernel, architecture, dtype, {"BLOCK": spend.BLOCK}, small, flat="fp32", price="i64",
                    total="i64", budget="fp32", taken="i8"),
-    compile_kernel(slopes._slopes_kernel, architecture, dtype, {**width, "ROWS": ROWS, "COLUMNS": columns}, small,
-                   slope=dtype, centre="fp32", out=dtype, result=dtype, piece_start="i32", piece_len="i32",
-                   piece_tile="i32"),
+    compile_kernel(slopes._slopes_kernel, architecture, dtype, {**width, "ROWS": moved, "COLUMNS": columns},
+                   small._replace(num_stages=slopes.STAGES), slope=dtype, centre="fp32", out=dtype, result=dtype,
+                   piece_start="i32", piece_len="i32", piece_tile="i32"),
     compile_kernel(walk._work_kernel, architecture, dtype, {"BLOCK": walk.PIECES}, small),
     compile_kernel(walk._reorder_kernel, architecture, dtype, {"BLOCK": walk.PIECES}, small),
     compile_kernel(runs._cut_kernel, architecture, dtype, {"BLOCK_N": 128, "TAIL_N": 64, "BLOCK": runs.BLOCK}, small),
@@ -77,6 +79,8 @@ print(json.dumps([
         pytest.param(90, 64, "fp32", marks=pytest.mark.slow),
         pytest.param(120, 128, "bf16", marks=pytest.mark.slow),
         pytest.param(89, 256, "bf16", marks=pytest.mark.slow),
+        pytest.param(120, 128, "fp32", marks=pytest.mark.slow),
+        pytest.param(120, 256, "fp32", marks=pytest.mark.slow),
     ],
 )
 def test_planning_kernels_compile(tmp_path, architecture, dim, dtype):

@@ -72,6 +72,26 @@ def test_gradients_flow_to_the_output_and_to_q(device, way):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_a_plan_of_inference_mode_serves_in_training_too(device):
+    out, q, plan = case(device, 16)
+    with torch.inference_mode():
+        tables = [x.clone() for x in (plan.skipped.slope, plan.skipped.centre)]
+        within = replace(plan, skipped=replace(plan.skipped, slope=tables[0], centre=tables[1]))
+    grads = []
+    for each in (plan, within):
+        x = q.detach().requires_grad_()
+        grads += torch.autograd.grad(slopes.follow(out, x, each).sum(), x)
+    assert torch.equal(*grads)
+
+
+def test_the_memory_layout_is_that_of_the_output(device, way):
+    out, q, plan = case(device, 16)
+    strange = out.transpose(-1, -2).contiguous().transpose(-1, -2)
+    found = slopes.follow(strange, q, plan)
+    assert found.stride() == strange.stride()
+    torch.testing.assert_close(found, slopes.follow(out, q, plan))
+
+
 def test_it_is_in_what_every_backend_makes(device):
     """Under autocast too, and beside a log-sum-exp, which it leaves alone."""
     _, q, plan = case(device, 32)
