@@ -47,7 +47,7 @@ SCANT = 0.05  # below what the stand-ins of the usual 43 key clusters cost at 57
 TOLERANCES = (0.05, 0.1, 0.2)  # of `tangent`, whose density then follows
 DENSE_STEPS = (0, 1, 2)  # first steps that stay dense, beside the share that all methods are compared at
 GREY = "#7f7f7f"
-FIRST_ORDER = ", first order"  # ends the name of Tangent in rows that were made before its masses were corrected
+EARLIER = ", earlier"  # ends the name of Tangent in rows that were made before values moved with the query
 PAID_FOR = 0.106  # what is left of a density of .2 at 576 tokens when the probe is paid out of it
 RIVAL = "svg2, compensated"  # what the others are held against, prompt by prompt
 BATCH = 8
@@ -331,14 +331,13 @@ def main(
     write_csv(out / "quality.csv", table)
     figure(table, out / "quality.png")
     paid_for = any(line["wanted"] == PAID_FOR for line in table)
-    older = any(line["method"].endswith(FIRST_ORDER) for line in table)
+    older = any(line["method"].endswith(EARLIER) for line in table)
     write_markdown(
         out / "quality.md",
         "Quality of the methods on the demo model",
         f"`python benchmarks/quality.py --prompts {prompts} --steps {steps} --dense-steps {dense_steps} "
         f"--densities {densities} --device {device}"
-        + (f" --only '{only}'" if only else "")
-        + f"`; {environment_line(device)}.\n\n"
+        f"`, configurations after one another by `--only`; {environment_line(device)}.\n\n"
         f"Each configuration makes the same {prompts} held-out prompts from the same seeds, {first_seed} and up (33 "
         f"frames of {size}x{size}, {9 * (size // 16) ** 2} tokens, {steps} steps; *dense*: how many of the first ones "
         "are dense). *Right* is the share of videos in which the checker finds the shape, colour and motion asked for. "
@@ -348,7 +347,11 @@ def main(
         f"*psnr - rival* is the mean difference to *{RIVAL}* of the same seed, density and dense steps, and its "
         "standard error. *tangent* takes its rank without a probe at so few tokens, *tangent, probed* with it"
         + ("; its row at .106 is what a density of .2 leaves when the probe is paid out of it" if paid_for else "")
-        + ("; *first order*: Tangent before its masses were corrected, not made anew yet" if older else "")
+        + (
+            "; *earlier*: Tangent before its masses were corrected and values moved with the query, not made anew yet"
+            if older
+            else ""
+        )
         + ". The controls keep random blocks of 16 tokens: *random* draws them anew at each step, so that its errors "
         "partly cancel over the run, and is what methods must beat that plan at each step; *random, fixed* keeps them "
         "for the run, as `radial` does.\n\n"
