@@ -193,17 +193,17 @@ def main(
         rows = read_rows(raw)
     else:
         rows = measure(raw, (adapter, dense_adapter), only, prompts, frames, denoising_steps)
-    tables = [summary(rows)] if rows else []
+    tables, priced = [summary(rows)] if rows else [], costs.exists() and frames == 65
     text = (
         f"{environment_line()}, one thread, on a machine with other work. Made by `python "
         "benchmarks/length_demo.py`.\n\n"
-        f"First table: videos of {frames} frames of 128x128 ({64 * ((frames - 1) // 4 + 1):,} tokens), where the model "
+        f"{'First table: videos' if priced else 'Videos'} of {frames} frames of 128x128 ({64 * ((frames - 1) // 4 + 1):,} tokens), where the model "
         f"was trained on 33; held-out prompts, {denoising_steps} steps, guidance 2, the same seeds in each row, read "
         "from their pixels. The numbers count videos. *Radial* computes about 29 % of the pairs, in blocks of 32 "
         "tokens (64 with the LoRA of 129 frames), with the first of six layers dense and all steps sparse; *RIFLEx* "
         "and *LVSA* need no training; the LoRAs are named with the step of their training."
     )
-    if costs.exists() and frames == 65:
+    if priced:
         tables.append(json.loads(costs.read_text())["rows"])
         text += (
             "\n\nSecond table: CPU-seconds of a step of the training of one clip, forward and backward, a LoRA of rank "
