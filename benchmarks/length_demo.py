@@ -197,8 +197,9 @@ def main(
     text = (
         f"{environment_line()}, one thread, on a machine with other work. Made by `python "
         "benchmarks/length_demo.py`.\n\n"
-        f"{'First table: videos' if priced else 'Videos'} of {frames} frames of 128x128 ({64 * ((frames - 1) // 4 + 1):,} tokens), where the model "
-        f"was trained on 33; held-out prompts, {denoising_steps} steps, guidance 2, the same seeds in each row, read "
+        f"{'First table: videos' if priced else 'Videos'} of {frames} frames of 128x128 "
+        f"({64 * ((frames - 1) // 4 + 1):,} tokens), where the model was trained on 33; held-out prompts, "
+        f"{denoising_steps} steps, guidance 2, the same seeds in each row, read "
         "from their pixels. The numbers count videos. *Radial* computes about 29 % of the pairs, in blocks of 32 "
         "tokens (64 with the LoRA of 129 frames), with the first of six layers dense and all steps sparse; *RIFLEx* "
         "and *LVSA* need no training; the LoRAs are named with the step of their training."
