@@ -194,7 +194,7 @@ class Tangent(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         scale = q.shape[-1] ** -0.5
-        sequence = k
+        with_text = k
         q, k, v = (x[:, :, layout.video] for x in (q, k, v))
         calls = memory.call.get("tangent_calls", 0)
         memory.call["tangent_calls"] = calls + 1
@@ -220,7 +220,7 @@ class Tangent(Method):
             outputs = mass @ values
             away = torch.cdist(outputs, values).square()
         if text:
-            mass = mass * share_of_video(queries.means, sequence, layout, log_mass)
+            mass = mass * share_of_video(queries.means, with_text, layout, log_mass)
         pairs = rank_pairs(mass, spread.score, spread.value, away, queries.sizes, keys.sizes)
         selected, predicted = self._spend(pairs, outputs, queries, keys, layout, memory.heads)
         dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
