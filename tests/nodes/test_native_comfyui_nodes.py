@@ -63,7 +63,7 @@ def test_tangent_by_tolerance_follows_the_content():
     description, model, _ = tiny("wan_t2v")
     node = nodes()["VidaccelSparseAttentionTangent"]
     densities = []
-    for tolerance in (0.3, 1e-5):  # random weights attend to everything alike, so even clusters are hardly wrong
+    for tolerance in (0.3, 1e-8):  # random weights attend to everything alike, so even clusters are hardly wrong
         values = {"min_tokens": 0, "budget": "tolerance", "tolerance": tolerance, "measure_error": 64}
         clone, session = node.execute(model, **(defaults(node) | values)).result
         sample(clone, description, latent=(9, 16, 16))
