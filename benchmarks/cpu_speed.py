@@ -140,6 +140,8 @@ def main(
 
     from vidaccel.generation.step_times import MEASURED_STEPS
 
+    out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
+
     if threads:
         torch.set_num_threads(threads)
     layouts = layouts_of(videos)
