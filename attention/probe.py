@@ -355,17 +355,17 @@ def spread_of(
         if from_zero:  # the mean of squares is the variance and the square of the mean
             of_q = torch.cat([of_q, own_q.means.unsqueeze(3).to(low)], 3)
         of_q = (of_q.transpose(-1, -2) @ of_q).flatten(-2)
+        of_keys = of_k.new_empty(*of_k.shape[:3], dim, dim)  # once: new memory costs a CPU more than a product
         # With the covariance of keys and values `c`, `c c^T` is that of the keys between which lie products of values.
-        moves.append(_product(of_k.transpose(-1, -2), of_v, scale))
+        moves.append(_product(of_k.transpose(-1, -2), of_v, scale, torch.empty_like(of_keys)))
         for found, seen, factor in ((scores, of_k.transpose(-1, -2), scale**2), (values, moves[-1], 1.0)):
-            of_keys = _product(seen, seen.transpose(-1, -2), factor)
+            _product(seen, seen.transpose(-1, -2), factor, of_keys)
             found.append(group_product(of_q, of_keys.flatten(-2).transpose(-1, -2)).float())
     return Spread(*(parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in (scores, values, moves)))
 
 
-def _product(x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
-    """`factor * x @ y` of `x [B, H, C, R, K]` and `y [B, H, C, K, M]`, in one launch."""
-    out = x.new_empty(*x.shape[:-1], y.shape[-1])
+def _product(x: torch.Tensor, y: torch.Tensor, factor: float, out: torch.Tensor) -> torch.Tensor:
+    """`factor * x @ y` of `x [B, H, C, R, K]` and `y [B, H, C, K, M]`, in one launch, into a contiguous `out`."""
     flat = out.flatten(0, 2)
     torch.baddbmm(flat, x.flatten(0, 2), y.flatten(0, 2), beta=0, alpha=factor, out=flat)
     return out

@@ -51,7 +51,7 @@ def path(model: str = WAN) -> Path:
 
 def length_loras() -> list[Path]:
     """The LoRAs with which "demo" makes longer videos (recipe `length`), up to 65 frames and up to 129."""
-    return sorted((Path(__file__).resolve().parent / "weights_length").glob("*.safetensors"), key=lambda p: len(p.name))
+    return sorted((Path(__file__).resolve().parent / "weights_length").glob("*.safetensors"))
 
 
 def few_steps() -> list[Path]:
