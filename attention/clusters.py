@@ -101,18 +101,20 @@ def log_mass_of_means(q_centroids: torch.Tensor, k_centroids: torch.Tensor, k_si
     return torch.baddbmm(sizes, q, k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5).view(shape)
 
 
-def share_of_video(
-    q_centroids: torch.Tensor, k: torch.Tensor, layout: VideoLayout, log_mass: torch.Tensor
-) -> torch.Tensor:
+def text_of(x: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+    """The text's tokens of `x [B, H, N, D]`, those before the video first."""
+    before, after = x[:, :, : layout.text_before], x[:, :, layout.video.stop :]
+    return before if not layout.text_after else after if not layout.text_before else torch.cat([before, after], 2)
+
+
+def share_of_video(q_centroids: torch.Tensor, text_k: torch.Tensor, log_mass: torch.Tensor) -> torch.Tensor:
     """Which share of what a query cluster sees is video, and not text, `[B, H, Cq, 1]`.
 
     Args:
-        q_centroids: `[B, H, Cq, D]`. k: `[B, Hkv, N, D]`, of the whole sequence, which has text.
+        q_centroids: `[B, H, Cq, D]`. text_k: `[B, Hkv, T, D]`.
         log_mass: `[B, H, Cq, Ck]`, of the clusters of the video.
     """
-    before, after = k[:, :, : layout.text_before], k[:, :, layout.video.stop :]
-    text = before if not layout.text_after else after if not layout.text_before else torch.cat([before, after], 2)
-    scores = group_product(q_centroids.float(), text.float().transpose(-1, -2)) * k.shape[-1] ** -0.5
+    scores = group_product(q_centroids.float(), text_k.float().transpose(-1, -2)) * text_k.shape[-1] ** -0.5
     return (log_mass.logsumexp(-1, keepdim=True) - scores.logsumexp(-1, keepdim=True)).sigmoid()
 
 

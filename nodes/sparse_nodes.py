@@ -283,7 +283,7 @@ class VidaccelSparseAttentionTangent(io.ComfyNode):
                 options=["density", "tolerance"],
                 default="density",
                 tooltip="What sets the amount of work. density: the same share of the pairs in every call. tolerance: "
-                "as many pairs as the estimated error of a call needs, so that the work follows the content.",
+                "as many pairs as the error of a call asks for, measured on some queries: work follows the content.",
             ),
             io.Float.Input(
                 "tolerance",
@@ -291,8 +291,8 @@ class VidaccelSparseAttentionTangent(io.ComfyNode):
                 min=0.001,
                 max=1.0,
                 step=0.001,
-                tooltip="With the budget tolerance alone, in place of density: the estimated error of a call's output, "
-                "relative to the output; 0.02 is 2 %.",
+                tooltip="With the budget tolerance alone, in place of density: the error of a call's output, relative "
+                "to the output; 0.02 is 2 %.",
             ),
             *_cluster_inputs(),
         ]

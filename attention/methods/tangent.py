@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..budget import Budget
 from ..clusters import (
     Clusters,
     cluster,
@@ -18,19 +19,18 @@ from ..clusters import (
     rank_pairs,
     renewed,
     share_of_video,
-    spend,
+    text_of,
     with_order,
 )
 from ..groups import repeat_heads
-from ..heads import HeadShare
 from ..labels import label_dtype
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..probe import probe, read, spread_of
-from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from ..slopes import slopes_of
+from ..tolerance import FIRST_ROUNDS, LATER_ROUNDS, ROWS, Measured, within
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 # Video tokens. With the probe paid out of a density of .20, the error on the demo model is .054 at 576 tokens and .024
@@ -68,8 +68,9 @@ class Tangent(Method):
     Args:
         density: pairs computed over all pairs, stand-ins and text included, the mean over heads, in (0, 1]. The probe
             is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning. Nor is the matrix.
-        tolerance: instead: pairs are taken until the estimated error of the output, relative to the output, is below
-            this, in (0, 1]. Density then follows the content.
+        tolerance: instead: the error of the output, relative to the output, in (0, 1]; density then follows the
+            content. At each call it is measured on 32 queries of each head, and so many pairs are taken that it is
+            this. What all queries have differs from that as a sample does.
         q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 3 times the query clusters
             as long as they have 128 queries each: 300 and 495 at 75,600 tokens, with which the stand-ins of 40 heads of
             128 channels are 3.2 GiB in half precision (`table_bytes`), and 66 and 165 at 8,448.
@@ -149,17 +150,22 @@ class Tangent(Method):
         return layout.video_tokens >= PROBE_PAYS if self.probe is None else self.probe
 
     def planning_pairs(self, layout: VideoLayout) -> float:
-        return self._probe_pairs(layout) if self.probes(layout) else 0.0
+        return (self._probe_pairs(layout) if self.probes(layout) else 0.0) + self._measured_pairs(layout)
 
     def _probe_pairs(self, layout: VideoLayout) -> float:
         return 1.5 * self.cluster_counts(layout.video_tokens)[0] * layout.video_tokens / layout.tokens**2
 
+    def _measured_pairs(self, layout: VideoLayout) -> float:
+        rows = 0 if self.tolerance is None else min(ROWS, layout.video_tokens)
+        return 1.5 * rows * layout.video_tokens / layout.tokens**2
+
     def remark(self, layout: VideoLayout) -> str:
-        share = self._probe_pairs(layout)
+        share, measured = self._probe_pairs(layout), self._measured_pairs(layout)
+        measures = f", and measures the error on {measured:.1%} of them" if measured else ""
         if self.probes(layout):
-            return f"tangent: beside the density, planning probes {share:.1%} of the pairs of dense attention"
+            return f"tangent: beside the density, planning probes {share:.1%} of the pairs of dense attention{measures}"
         fewer = "" if self.probe is False else f", in a video of fewer than {PROBE_PAYS} tokens"
-        return f"tangent: ranked by mean keys, without the probe of {share:.1%} of the pairs{fewer}"
+        return f"tangent: ranked by mean keys, without the probe of {share:.1%} of the pairs{fewer}{measures}"
 
     @property
     def uneven_heads(self) -> bool:
@@ -194,7 +200,7 @@ class Tangent(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
         scale = q.shape[-1] ** -0.5
-        with_text = k
+        of_text = (text_of(k, layout), text_of(v, layout)) if layout.text_tokens else None
         q, k, v = (x[:, :, layout.video] for x in (q, k, v))
         calls = memory.call.get("tangent_calls", 0)
         memory.call["tangent_calls"] = calls + 1
@@ -203,7 +209,7 @@ class Tangent(Method):
             for x, count, name in zip((q, k), self.cluster_counts(layout.video_tokens), ("q", "k"), strict=True)
         )
         keys = for_heads(clusters, q.shape[1])  # of each query head; `clusters` are of each key-value head
-        text = int(layout.text_tokens > 0)  # a tile and a cluster of its own, which skips nothing and is never skipped
+        text = int(of_text is not None)  # a tile and a cluster of its own, which skips nothing and is never skipped
         # A mean key has no first order, so what it leaves begins with the whole query.
         spread = spread_of(q, k, v, queries, clusters, scale, from_zero=not self.probes(layout))
         if self.probes(layout):
@@ -219,16 +225,29 @@ class Tangent(Method):
             mass = log_mass.softmax(-1)
             outputs = mass @ values
             away = torch.cdist(outputs, values).square()
-        if text:
-            mass = mass * share_of_video(queries.means, with_text, layout, log_mass)
+        if of_text is not None:
+            mass = mass * share_of_video(queries.means, of_text[0], log_mass)
         pairs = rank_pairs(mass, spread.score, spread.value, away, queries.sizes, keys.sizes)
-        selected, predicted = self._spend(pairs, outputs, queries, keys, layout, memory.heads)
+        centre = queries.means if self.probes(layout) else None
+        skipped = SkippedClusters(key, value, F.pad(bias, (0, text, 0, text)))
+        budget = Budget(pairs, outputs, queries, keys, memory.heads)
+        if self.tolerance is None:
+            selected, predicted = budget.of_density(self.density, layout)
+        else:
+            measured = Measured(q, k, v, of_text, queries, clusters, skipped, mass, spread.moves, centre, scale, calls)
+            before = memory.call.get("tangent_asked")
+            selected, predicted, asked = within(
+                self.tolerance,
+                budget.of_error,
+                lambda selected: measured.error(selected, memory.heads),
+                budget.started(self.tolerance) if before is None else before[:, 0],
+                FIRST_ROUNDS if before is None else LATER_ROUNDS,
+            )
+            memory.call["tangent_asked"] = asked.unsqueeze(-1).expand(-1, q.shape[1])  # as all that is kept: by head
         dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
         slope = slopes_of(mass.masked_fill(selected, 0.0), spread.moves, dtype)
-        centre = queries.means if self.probes(layout) else None
-        skipped = SkippedClusters(key, value, F.pad(bias, (0, text, 0, text)), slope, centre)
         plan = plan_with_text(queries, keys, selected, layout)
-        return replace(plan, skipped=skipped).with_details(
+        return replace(plan, skipped=replace(skipped, slope=slope, centre=centre)).with_details(
             predicted_error=predicted, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
         )
 
@@ -244,33 +263,3 @@ class Tangent(Method):
             clusters = with_order(cluster(x, count, iterations, None if kept is None else kept[1]))
         memory[f"tangent_{name}"] = (clusters.labels.to(label_dtype(count)), clusters.means)
         return clusters
-
-    def _spend(
-        self,
-        pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        outputs: torch.Tensor,
-        queries: Clusters,
-        keys: Clusters,
-        layout: VideoLayout,
-        heads: HeadShare,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pairs of clusters to compute, and the estimated relative error of what is left in all heads, `[B]`."""
-        norm = (queries.sizes.unsqueeze(-1) * outputs.square()).sum((-1, -2))
-        error, rank, cost, norm = (heads.gather(x) for x in (*pairs, norm))  # one budget for all heads of the layer
-        norm = norm.sum(-1)
-        if self.tolerance is not None:
-            flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
-            # Added up from the smallest: what is left of the error when all pairs before this one are computed.
-            before = running_sum(error.flatten(1).gather(-1, order).flip(-1)).flip(-1)
-            keep = (before > (self.tolerance**2 * norm).unsqueeze(-1)) & (flat > -torch.inf)
-            selected = torch.zeros_like(keep).scatter_(-1, order, keep).view(rank.shape)
-        else:
-            text = layout.tokens**2 - layout.video_tokens**2
-            stand_ins = heads.gather(keys.sizes > 0).sum((1, 2))
-            wanted = rank.shape[1] * (self.density * layout.tokens**2 - text)
-            budget = torch.rsub(stand_ins, wanted, alpha=layout.video_tokens)
-            selected = spend(rank, cost, budget)
-        remaining = error.masked_fill(selected, 0.0).sum((1, 2, 3))
-        # Rounding leaves a little below 0 of products of covariances that are 0.
-        share = remaining / norm.clamp(min=torch.finfo(torch.float32).tiny)
-        return heads.mine(selected), share.clamp(min=0).sqrt()
