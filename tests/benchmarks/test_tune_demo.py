@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from benchmark_scripts import ROOT
+from benchmark_scripts import imported
 
 
-@pytest.fixture
-def tune_demo(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    import tune_demo
-
-    return tune_demo
+@pytest.fixture(scope="module")
+def tune_demo():
+    with imported("tune_demo") as module:
+        yield module
 
 
 def rows(seconds: float, *psnrs: float | None, computed: int = 40) -> list[dict]:
