@@ -18,7 +18,7 @@ ROWS = 32  # queries of each head that are measured
 FIRST_ROUNDS, LATER_ROUNDS = 4, 2  # of correction, from nothing and from what the call before came to
 AIM = 0.97  # of a tolerance, so that a round that is nearly right is on its right side
 REACH, MOST = 1.5, 16.0  # how far a round goes beyond what is known, as a power of what is missing; and the most
-ASKED = (1e-6, 100.0)  # bounds of what is asked of an estimate
+ASKED = (1e-9, 100.0)  # bounds of what is asked of an estimate
 
 
 class Measured:

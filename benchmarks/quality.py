@@ -44,7 +44,7 @@ FEW_CLUSTERS: dict[str, tuple[str, dict[str, Any]]] = {
     for name in ("tangent, probed", "svg2, error route", "svg2, compensated")
 }
 SCANT = 0.05  # below what the stand-ins of the usual 43 key clusters cost at 576 tokens, .075
-TOLERANCES = (0.05, 0.1, 0.2)  # of `tangent`, whose density then follows
+TOLERANCES = (0.01, 0.02, 0.05, 0.1)  # of `tangent, probed`, whose density then follows
 DENSE_STEPS = (0, 1, 2)  # first steps that stay dense, beside the share that all methods are compared at
 GREY = "#7f7f7f"
 EARLIER = ", earlier"  # ends the name of Tangent in rows that were made before values moved with the query
