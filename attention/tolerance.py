@@ -14,7 +14,7 @@ from .plan import permute
 from .probe import probe
 from .skipped import SkippedClusters
 
-ROWS = 32  # queries of each head that are measured
+ROWS, OF_LAYER = 32, 512  # queries that are measured, the most of each head, and of many heads together
 FIRST_ROUNDS, LATER_ROUNDS = 4, 2  # of correction, from nothing and from what the call before came to
 AIM = 0.97  # of a tolerance, so that a round that is nearly right is on its right side
 REACH, MOST = 1.5, 16.0  # how far a round goes beyond what is known, as a power of what is missing; and the most
@@ -35,6 +35,7 @@ class Measured:
             `[B, H, Cq, D]`, 0 when None: what slopes are made of (`slopes.py`).
         scale: multiplies the scores.
         turn: other queries for another number.
+        heads: whose heads these are.
     """
 
     def __init__(
@@ -51,39 +52,41 @@ class Measured:
         centre: torch.Tensor | None,
         scale: float,
         turn: int,
+        heads: HeadShare,
     ) -> None:
-        batch, heads, tokens, _ = q.shape
+        batch, own, tokens, _ = q.shape
+        self._heads, rows = heads, max(ROWS // 4, min(ROWS, OF_LAYER // heads.total(own)))
         count = share.shape[-1]
         # Places in the order of the clusters: each has as many of the rows as of all queries.
-        token = in_order(queries).index_select(-1, sample_rows(tokens, ROWS, turn, q.device))
-        rows = permute(q, token).float()
+        token = in_order(queries).index_select(-1, sample_rows(tokens, rows, turn, q.device))
+        some = permute(q, token).float()
         tile = queries.labels.long().gather(-1, token)
-        whose = (torch.arange(n, device=q.device) for n in (batch, heads))
+        whose = (torch.arange(n, device=q.device) for n in (batch, own))
         self._of_rows = (next(whose).view(-1, 1, 1), next(whose).view(-1, 1), tile)
-        read = probe(rows, k, v, keys, scale)
+        read = probe(some, k, v, keys, scale)
         self._read_mass, self._read_value = read.log_mass, read.value.float()
         if skipped.of_each_tile:
             key, value = (x[self._of_rows][..., :count, :].float() for x in (skipped.key, skipped.value))
-            scores = (key @ rows.unsqueeze(-1)).squeeze(-1)
+            scores = (key @ some.unsqueeze(-1)).squeeze(-1)
         else:
             key, value = (x[:, :, :count].float() for x in (skipped.key, skipped.value))
-            scores, value = rows @ key.transpose(-1, -2), value.unsqueeze(2)
+            scores, value = some @ key.transpose(-1, -2), value.unsqueeze(2)
         self._skipped_mass, self._skipped_value = scores * scale + skipped.bias[self._of_rows][..., :count], value
-        beyond = by_group(rows if centre is None else rows - centre[self._of_rows], moves.shape[1])
+        beyond = by_group(some if centre is None else some - centre[self._of_rows], moves.shape[1])
         moved = (beyond.unsqueeze(2).to(moves.dtype) @ moves).transpose(2, 3)
-        self._moved = by_head(moved, heads).float() * share[self._of_rows].unsqueeze(-1)
+        self._moved = by_head(moved, own).float() * share[self._of_rows].unsqueeze(-1)
         self._text: tuple[torch.Tensor, torch.Tensor] | None = None
         if text is not None:
-            scores = group_product(rows, text[0].float().transpose(-1, -2)) * scale
+            scores = group_product(some, text[0].float().transpose(-1, -2)) * scale
             value = group_product(scores.softmax(-1), text[1].float())
             self._text = scores.logsumexp(-1, keepdim=True), value
         self._dense = self._output(torch.ones_like(self._read_mass, dtype=torch.bool))
 
-    def error(self, selected: torch.Tensor, heads: HeadShare) -> torch.Tensor:
+    def error(self, selected: torch.Tensor) -> torch.Tensor:
         """Relative error of the output over all heads of the layer, `[B]`, with `selected [B, H, Cq, Ck]` clusters."""
         read = selected[self._of_rows] | self._read_mass.isneginf()  # of empty ones nothing is left out
         wrong = (self._output(read) - self._dense).square().sum((-1, -2))
-        wrong, whole = (heads.gather(x).sum(1) for x in (wrong, self._dense.square().sum((-1, -2))))
+        wrong, whole = (self._heads.gather(x).sum(1) for x in (wrong, self._dense.square().sum((-1, -2))))
         return (wrong / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
 
     def _output(self, read: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Tangent(Method):
         density: pairs computed over all pairs, stand-ins and text included, the mean over heads, in (0, 1]. The probe
             is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning. Nor is the matrix.
         tolerance: instead: the error of the output, relative to the output, in (0, 1]; density then follows the
-            content. At each call it is measured on 32 queries of each head, and so many pairs are taken that it is
+            content. At each call it is measured on up to 32 queries of each head, and pairs are taken until it is
             this. What all queries have differs from that as a sample does.
         q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 3 times the query clusters
             as long as they have 128 queries each: 300 and 495 at 75,600 tokens, with which the stand-ins of 40 heads of
@@ -234,12 +234,14 @@ class Tangent(Method):
         if self.tolerance is None:
             selected, predicted = budget.of_density(self.density, layout)
         else:
-            measured = Measured(q, k, v, of_text, queries, clusters, skipped, mass, spread.moves, centre, scale, calls)
+            measured = Measured(
+                q, k, v, of_text, queries, clusters, skipped, mass, spread.moves, centre, scale, calls, memory.heads
+            )
             before = memory.call.get("tangent_asked")
             selected, predicted, asked = within(
                 self.tolerance,
                 budget.of_error,
-                lambda selected: measured.error(selected, memory.heads),
+                measured.error,
                 budget.started(self.tolerance) if before is None else before[:, 0],
                 FIRST_ROUNDS if before is None else LATER_ROUNDS,
             )
