@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .acceleration import handle as acceleration
 from .acceleration.rebinding import SparseProcessor
+from .hooked import handles_on, take_off_alone
 from .length import handle as length
 from .length import rotary
 
@@ -36,18 +38,18 @@ def restore(pipe: Any) -> None:
     `tiny_decoder` where the handle is lost, as after running a notebook cell twice.
 
     Does nothing to a pipeline that nothing was done to. What was put into a transformer goes, whichever of the
-    pipelines that share it was given it.
+    pipelines that share it was given it; and with it all else that its handle undoes, in that pipeline too.
 
     Raises:
         TypeError: no transformer of the pipeline is known.
     """
-    preset = getattr(pipe, PRESET, None)
-    if preset is not None:
-        preset.remove()
-    for name in (CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE):
-        handle = getattr(pipe, name, None)
-        if handle is not None:
+    modules = list(_modules(pipe))
+    for name in (PRESET, CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE):
+        own = getattr(pipe, name, None)
+        for handle in ([] if own is None else [own]) + [each for on in modules for each in handles_on(on, name)]:
             handle.remove()
+    for module in modules:
+        take_off_alone(module)
     length.restore(pipe)
     decoder = getattr(getattr(pipe, "vae", None), TINY_DECODER, None)
     if decoder is not None:
@@ -61,6 +63,12 @@ def sparse_at_work(pipe: Any) -> str:
     preset = getattr(pipe, PRESET, None)
     if preset is not None:
         return f"the preset {preset.preset.name}"
-    parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, torch.nn.Module)]
-    processors = (getattr(module, "processor", None) for part in parts for module in part.modules())
+    processors = (getattr(module, "processor", None) for module in _modules(pipe))
     return "sparse attention" if any(isinstance(processor, SparseProcessor) for processor in processors) else ""
+
+
+def _modules(pipe: Any) -> Iterator[torch.nn.Module]:
+    """Those of all components of a pipeline, or of a transformer alone."""
+    for part in (getattr(pipe, "components", None) or {"transformer": pipe}).values():
+        if isinstance(part, torch.nn.Module):
+            yield from part.modules()

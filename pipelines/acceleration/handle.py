@@ -10,13 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from ...attention import SLA, DenseSchedule, Method, RunReport
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
 from ..removed import refuse_removed
+from ..replaced import Replaced
 from ..trained_for import origins_of
 from .call_marks import CallMarks, remove_call_marks
 from .checks import check_runs, check_schedule
@@ -56,14 +55,13 @@ class Handle:
         for transformer, _ in transformers.values():
             check_runs(transformer, chosen, backend, precision)
         least = _least_tokens(min_tokens, method, chosen)
-        self._pipe = pipe
         self._why = "; ".join(filter(None, ["" if method is not None else _why_chosen(chosen, least), choice.why]))
         if self._why:
             logger.info(self._why)
         self._warnings = choice.warnings
         for warning in self._warnings:
             logger.warning(warning)
-        self._told: set[str] = set()
+        self._replacements = Replaced(pipe, "accelerate", "runs dense", "accelerate again")
         self._clock = StepClock(pipe)
         self._installed: list[Installed] = []
         self._loop_ends: list[LoopEnd | CallMarks] = []
@@ -130,18 +128,7 @@ class Handle:
 
     def _replaced(self) -> list[str]:
         """What to say of transformers that the pipeline had when it was accelerated and has no more; logged once."""
-        components = getattr(self._pipe, "components", None) or {}
-        notes = [
-            f"{i.name} was replaced after accelerate, and the new one runs dense: remove() this handle and accelerate "
-            "again"
-            for i in self._installed
-            if i.active and i.name in components and not _contains(components[i.name], i.transformer)
-        ]
-        for note in notes:
-            if note not in self._told:
-                self._told.add(note)
-                logger.warning(note)
-        return notes
+        return self._replacements.notes({i.name: i.transformer for i in self._installed if i.active})
 
     def remove(self) -> None:
         """Put every original processor back. A second call does nothing."""
@@ -262,8 +249,3 @@ def _why_chosen(method: Method, least: int | None) -> str:
     if method.needs_weights:
         return f"no method was given: {method.name}, which the model was trained for"
     return f"no method was given: {method.name}" + ("" if least is None else f", from {least:,} tokens up")
-
-
-def _contains(component: object, transformer: torch.nn.Module) -> bool:
-    """Whether a component is a transformer, in whatever wrapper."""
-    return isinstance(component, torch.nn.Module) and any(module is transformer for module in component.modules())

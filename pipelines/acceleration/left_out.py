@@ -39,8 +39,9 @@ def a_cache_left_it_out(transformer: torch.nn.Module) -> bool:
     """Whether a cache left out most layers of the forward pass that has just ended; asked as above, or right after it
     inside of the forward pass of the transformer.
     """
-    if (forecast := hooks_of(transformer).get(FORECAST_HOOK)) is not None:
-        return forecast.left_out
+    forecast = hooks_of(transformer).get(FORECAST_HOOK)
+    if forecast is not None and forecast.left_out:
+        return True  # otherwise another cache, within it, may have left out what it had computed
     for name, hook in _hooks(transformer):
         decides = _DECIDES.get(name)
         if decides is not None and hook.state_manager._context is not None:

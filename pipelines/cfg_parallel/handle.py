@@ -34,6 +34,8 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
     """Guidance shared by two processes. Made by `cfg_parallel`; a context manager that removes itself."""
 
     attribute = CFG_PARALLEL
+    function = "cfg_parallel"
+    without = "is shared with no other process"
 
     def __init__(self, pipe: Any, group: dist.ProcessGroup | None) -> None:
         kind = type(pipe).__name__
@@ -47,7 +49,7 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
             if is_hooked(transformer, SplitPasses, SplitBatch):
                 raise RuntimeError(
                     f"the {name} of this {kind} is cfg-parallel already, with another pipeline that shares it: this "
-                    "one is so with it, or call remove() on its handle first."
+                    "one is so with it, or call remove() on its handle, or vidaccel.restore(pipe), first."
                 )
             if is_hooked(transformer, LeftOutPasses, LeftOutSamples):
                 raise RuntimeError(
@@ -72,7 +74,7 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
 
     def note(self) -> str:
         """What this process computed since the start, and what came from the other one."""
-        parts = []
+        parts = self._replaced()
         for name, (_, hook) in self._hooked.items():
             unit = "passes" if isinstance(hook, SplitPasses) else "samples"
             parts.append(f"{name}: {hook.computed} {unit} computed here, {hook.received} by the other process")

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import hooks_of
 from ..guidance_branches import check_outermost, latents_of, tensors_in
+from ..hooked import HandleOf
 from .pair import Pair
 
 NAME = "vidaccel_cfg_parallel"
@@ -30,6 +31,8 @@ class SplitPasses(ModelHook):
         guided: whether the step that runs has two passes.
         started: of the pipeline that runs, something that is another object in each run.
     """
+
+    handle: HandleOf
 
     def __init__(self, pair: Pair, model: str, guided: Callable[[], bool], started: Callable[[], object]) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..guidance_branches import latents_of, of_samples, samples_in, tensors_in, with_tensors
+from ..hooked import HandleOf
 from .pair import Pair
 
 
@@ -24,6 +25,8 @@ class SplitBatch:
         model: name of the component, for messages.
         started: of the pipeline that runs, something that is another object in each run; None outside of runs.
     """
+
+    handle: HandleOf
 
     def __init__(self, pair: Pair, model: str, started: Callable[[], object]) -> None:
         self._pair, self._model, self._started = pair, model, started

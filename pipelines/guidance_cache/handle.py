@@ -28,10 +28,12 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
     """Second passes left out of a pipeline. Made by `guidance_cache`; a context manager that removes itself."""
 
     attribute = GUIDANCE_CACHE
+    function = "guidance_cache"
+    without = "makes all passes"
 
     def __init__(self, pipe: Any, settings: GuidanceCache, logs: bool = True) -> None:
         transformers = check_guidance_cache(pipe)
-        self.settings = settings
+        self.settings, self._logs = settings, logs
         hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
         self._guided = {name: _Guided(pipe) for name in transformers}
         clock = StepClock(pipe, logs)
@@ -47,7 +49,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
 
     def notes(self) -> list[str]:
         """Of each transformer, how many second passes were computed since the start."""
-        found = []
+        found = self._replaced()
         for name, (_, hook) in self._hooked.items():
             steps = hook.made + hook.extrapolated + hook.skipped
             unknown = self._guided[name].notes(name)
@@ -65,6 +67,9 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
                     told += f", and a cache over steps left out {hook.skipped}"
                 found.append(told)
         return found
+
+    def _replaced(self) -> list[str]:
+        return super()._replaced() if self._logs else []  # else the preset tells it
 
     def reset(self) -> None:
         """Count from here."""
@@ -132,7 +137,7 @@ def check_guidance_cache(pipe: Any) -> dict[str, tuple[Any, Family]]:
         if is_hooked(transformer, LeftOutPasses, LeftOutSamples):
             raise RuntimeError(
                 f"the {name} of this {kind} has a guidance cache already, of another pipeline that shares it: this one "
-                "has it with it, or call remove() on its handle first."
+                "has it with it, or call remove() on its handle, or vidaccel.restore(pipe), first."
             )
         check_branches(kind, family)
         if has_cache(transformer) and (why := apart_from_caches({name: (transformer, family)}, "a cache over steps")):

@@ -13,6 +13,7 @@ from ..acceleration.left_out import a_cache_left_it_out
 from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import GUIDANCE_CACHE_HOOK
 from ..guidance_branches import TWO, check_outermost, tensors_in, with_tensors
+from ..hooked import HandleOf
 from .differences import Differences
 
 
@@ -24,6 +25,8 @@ class LeftOutPasses(ModelHook):
         place: tells the step of a pass from its arguments.
         differences: of this transformer.
     """
+
+    handle: HandleOf
 
     def __init__(self, model: str, place: Callable[[Any, tuple, dict[str, Any]], StepInfo], differences: Differences):
         super().__init__()

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...attention import StepInfo
 from ..guidance_branches import of_samples, samples_in, tensors_in, with_tensors
+from ..hooked import HandleOf
 from .differences import Differences
 
 
@@ -29,6 +30,8 @@ class LeftOutSamples:
         guided: whether the step that runs has them.
         differences: of this transformer.
     """
+
+    handle: HandleOf
 
     def __init__(
         self,

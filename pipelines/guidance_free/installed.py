@@ -14,7 +14,9 @@ from ..acceleration.copies import CopiedNotPickled
 from ..errors import first_line
 from ..group_offloading import is_on_disk, is_streamed
 from ..guidance_branches import is_compiled_whole
+from ..hooked import HandleOf
 from ..seen_hook import SeenHook
+from ..undo import GUIDANCE_FREE
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError
 from .beta import BetaEmbedder, time_embedder, width_of
 from .low_rank import LowRank, gate_of, low_ranks
@@ -47,6 +49,7 @@ class Installed(CopiedNotPickled):
         merge: bool | None,
     ) -> None:
         self.name, self.transformer, self.adapter = name, transformer, adapter
+        self.handle = HandleOf(pipe, GUIDANCE_FREE)
         self._scale, self._merge = scale, merge
         self._embedder, self._updates = _parts(pipe, name, transformer, adapter)
         self._attentions = _attentions(transformer, self._updates)

@@ -22,6 +22,8 @@ from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
 from ..acceleration.left_out import pass_was_left_out, second_pass_was_left_out
 from ..cfg_parallel.passes import pass_is_of_another
+from ..hooked import HandleOf
+from ..undo import PRESET
 from .caches import CacheAtWork
 
 
@@ -224,6 +226,7 @@ class Watch(CopiedNotPickled):
         whole: str = "",
     ) -> None:
         self.passes: list[PassRecord] = []
+        self.handle = HandleOf(pipe, PRESET)
         self._pipe, self._name, self._family, self._clock = pipe, name, family, clock
         self._schedule, self._cache, self._whole = schedule, cache, whole
         self._signature = inspect.signature(type(transformer).forward)

@@ -18,6 +18,7 @@ from ..guidance_branches import TWO
 from ..guidance_cache.handle import CachedGuidance
 from ..guidance_free.handle import GuidanceFree, guidance_free
 from ..removed import refuse_removed
+from ..replaced import Replaced
 from ..tiny_decoder.handle import TinyDecoder
 from ..undo import PRESET, QUANTISED
 from ..unsaved import TAKE_OUT, Unsaved
@@ -30,6 +31,7 @@ from .files import load_preset
 from .idle import idle_note
 from .levers import FORECAST
 from .loras import LorasAtWork
+from .only_cache import OnlyCache
 from .preset import OWN, Preset
 from .quantise import is_to_do, quantise
 
@@ -57,6 +59,10 @@ class Applied:
         self._loras: LorasAtWork | None = None
         self._at_work: _Changed | None = None
         self._watches: list[Watch] = []
+        self._only: list[OnlyCache] = []
+        self._changes: list[str] = []
+        self._replacements = Replaced(pipe, "apply", "runs without the preset", "apply it again")
+        self._parts = {name: transformer for name, (transformer, _) in checked.parts.items()}
         self._notes: list[str] = []
         # Objects with `remove()`, and no closures: a copy of the pipeline must undo what it has, not the original's.
         self._undo: list[Any] = []
@@ -117,6 +123,7 @@ class Applied:
             if preset.cache is not None:
                 cache = install_cache(name, transformer, preset.cache, family, clock)
                 self._undo.append(cache)
+                self._only.append(OnlyCache(name, transformer, preset.cache.name))
             watch = Watch(pipe, name, transformer, family, clock, schedule, cache, whole)
             self._undo.append(watch)
             self._watches.append(watch)
@@ -164,13 +171,22 @@ class Applied:
         last = max((each.run for each in passes), default=None)
         for watch in self._watches:
             notes += watch.notes(last)
-        if self.preset.cache is not None and (idle := idle_note(self.preset.cache, passes)):
+        if changed := self._changed_since():
+            notes += changed
+        elif self.preset.cache is not None and (idle := idle_note(self.preset.cache, passes)):
             notes.append(idle)
         if sparse is not None:
             notes += sparse.notes
             if steps and all(step.attention in ("dense", "-") for step in steps):
                 notes.append("no step was sparse: the schedule kept some dense, and the cache skipped all others")
         return Account(self.preset.name, self.preset.levers(), steps, sparse, tuple(dict.fromkeys(notes)))
+
+    def _changed_since(self) -> list[str]:
+        """What to say of what others made of the transformers while the preset was at work; logged once."""
+        if self._at_work is not None:
+            replaced = [] if self.sparse is not None else self._replacements.notes(self._parts)  # it says so itself
+            self._changes = [*replaced, *(note for only in self._only for note in only.notes())]
+        return self._changes
 
     def reset(self) -> None:
         """Forget what was done so far."""
@@ -191,7 +207,8 @@ class Applied:
         with contextlib.ExitStack() as stack:  # all of it, whatever one of them raises
             for each in self._undo:
                 stack.callback(each.remove)
-        self._undo = []
+            stack.callback(self._changed_since)  # first: who never asks for a report hears of it here at the latest
+        self._undo, self._only, self._parts = [], [], {}
         if self._at_work is not None:
             self._at_work.remove()
         self._at_work = None

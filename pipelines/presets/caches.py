@@ -20,7 +20,6 @@ from diffusers import (
     MagCacheConfig,
     SeaCacheConfig,
     TaylorSeerCacheConfig,
-    TextKVCacheConfig,
 )
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -41,6 +40,7 @@ from .dbcache import DBCache, check_dbcache
 from .errors import PresetError
 from .levers import CACHES, FORECAST, Cache, forecast_settings
 from .loops import mend_loop
+from .only_cache import check_no_cache
 
 
 class CacheAtWork(Protocol):
@@ -93,10 +93,20 @@ class _OfDiffusers:
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         """Name the branch where the pipeline does not (Kandinsky 5, Wan video to video, modular ones): each has what is
-        kept for itself."""
+        kept for itself. And have a step computed that is to be kept."""
+        if not self._is_there():
+            return  # the account says so, see `OnlyCache`
         self._names = self._names or self.hook.state_manager._context is None
         if self._names:
             self._tell(CacheContext(name=step.branch), step)
+        self._decide(step, keep)
+
+    def _decide(self, step: StepInfo, keep: bool) -> None:
+        """Have a step computed that is to be kept."""
+
+    def _is_there(self) -> bool:
+        """Whether nobody else took it out of the transformer."""
+        return self._transformer is not None and self._transformer._cache_config is self.config
 
     def _tell(self, context: CacheContext, step: StepInfo) -> None:
         """Tell all hooks of the cache where the loop is."""
@@ -111,7 +121,7 @@ class _OfDiffusers:
         return self.hook.state_manager.get_state()
 
     def remove(self) -> None:
-        if self._transformer is not None:
+        if self._is_there():  # otherwise it may be another's
             self._transformer._reset_stateful_cache()
             with beside_hooks(self._transformer):
                 self._transformer.disable_cache()
@@ -127,8 +137,7 @@ class _FirstBlock(_OfDiffusers):
         # Of this hook alone, which goes with the cache.
         self.hook._should_compute_remaining_blocks = lambda residual: decide(residual) or self._keep
 
-    def enter(self, step: StepInfo, keep: bool) -> None:
-        super().enter(step, keep)
+    def _decide(self, step: StepInfo, keep: bool) -> None:
         self._keep = keep
 
 
@@ -147,8 +156,7 @@ class _Mag(_OfDiffusers):
             self.config.num_inference_steps = steps
             self.config.mag_ratios = nearest_interp(self._ratios, steps)
 
-    def enter(self, step: StepInfo, keep: bool) -> None:
-        super().enter(step, keep)
+    def _decide(self, step: StepInfo, keep: bool) -> None:
         state = self.state()
         # It counts its own passes, which are not the steps of a run that was broken off, or of a second transformer.
         state.step_index = min(step.step, self.config.num_inference_steps - 1)
@@ -160,8 +168,7 @@ class _Sea(_OfDiffusers):
     def __init__(self, transformer: Any, cache: Cache) -> None:
         super().__init__(transformer, SeaCacheConfig(threshold=cache.limit, **cache.settings), "sea_cache_root")
 
-    def enter(self, step: StepInfo, keep: bool) -> None:
-        super().enter(step, keep)
+    def _decide(self, step: StepInfo, keep: bool) -> None:
         context = self.hook.state_manager._context
         # Of the pipelines of Wan, only text to video says more than the branch.
         if context.sigma is None:
@@ -189,19 +196,18 @@ class _Taylor(_OfDiffusers):
         self._keep = False
         self._hooks = list(_hooks_named(transformer, _TAYLORSEER_CACHE_HOOK))
         for hook in self._hooks:
-            hook._measure_should_compute = functools.partial(self._decide, hook._measure_should_compute)
+            hook._measure_should_compute = functools.partial(self._computes, hook._measure_should_compute)
 
     def begin(self, steps: int | None) -> None:
         for hook in self._hooks:  # each layer has its own states
             _forget(hook)
 
     @torch.compiler.disable
-    def _decide(self, own: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
+    def _computes(self, own: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
         compute, state = own()
         return compute or self._keep, state
 
-    def enter(self, step: StepInfo, keep: bool) -> None:
-        super().enter(step, keep)
+    def _decide(self, step: StepInfo, keep: bool) -> None:
         self._keep = keep
 
 
@@ -251,7 +257,7 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
         layers: blocks of it with self-attention.
         cache: for it.
     """
-    check_none_by_hand(part, transformer, "cache", cache.name)
+    check_no_cache(part, transformer, "cache", cache.name)
     if cache.name == FORECAST:
         if not reads_latents(transformer):
             problem = f"a {type(transformer).__name__} ({part}) does not say which of its inputs are the latents"
@@ -284,28 +290,6 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
     if cache.name == "seacache" and not _sea_reads(transformer):
         problem = f"diffusers' SeaCache reads Wan without channels beside its own, and Cosmos 3, not this {kind}"
         raise PresetError("cache", problem, "Take first_block.", cache.name)
-
-
-def check_none_by_hand(part: str, transformer: Any, lever: str, value: str) -> None:
-    """Raise PresetError where somebody else put a cache into a transformer: nobody would tell it what is kept dense.
-
-    Args:
-        part: name of the transformer.
-        transformer: without what wraps it.
-        lever: of the preset, which it gets in the way of. value: of that.
-    """
-    config = getattr(transformer, "_cache_config", None)
-    if config is None and not getattr(transformer, "_is_cached", False):
-        return
-    if isinstance(config, TextKVCacheConfig):
-        return  # leaves nothing out that would be another in the next step
-    found = "cache-dit" if config is None else type(config).__name__
-    undo = f"cache_dit.disable_cache({part})" if config is None else f"{part}.disable_cache()"
-    problem, fix = f"the {part} has {found} already", f"Call {undo} first"
-    if lever == "method":
-        problem += ", which skips attention of steps that the schedule keeps dense, too"
-        fix += ", and give the preset a cache instead, if it shall have one"
-    raise PresetError(lever, problem, f"{fix}.", value)
 
 
 def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache, instead: str) -> None:

@@ -34,11 +34,12 @@ from ..hooked import is_hooked
 from ..locations import is_hub_id, is_single_file
 from ..tiny_decoder.source import TinyDecoderError, check_own, find_decoder
 from ..undo import GUIDANCE_FREE, TINY_DECODER
-from .caches import check_cache, check_none_by_hand
+from .caches import check_cache
 from .compiling import check_compile
 from .errors import PresetError
 from .levers import CACHES, FORECAST, SchedulerChoice
 from .loras import check_loras
+from .only_cache import check_no_cache
 from .packages import check_packages
 from .preset import OWN, Preset
 from .quantise import check_quantize, is_to_do
@@ -84,7 +85,7 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
             check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
             _check_inside(name, transformer, family, preset.cache.name)
         elif preset.method is not None and preset.method.schedule != DenseSchedule():
-            check_none_by_hand(name, transformer, "method", preset.method.name)
+            check_no_cache(name, transformer, "method", preset.method.name)
     if preset.cache is not None and preset.cache.name == FORECAST and not tells_levels(scheduler):
         problem = f"a {type(scheduler).__name__} does not tell how much noise is in a step"
         raise PresetError("cache", problem, "Take another cache, such as taylorseer.", FORECAST)

@@ -11,6 +11,7 @@ from ...attention import StepInfo
 from ..beside_hooks import beside_hooks
 from .errors import PresetError
 from .levers import Cache
+from .only_cache import library_cache
 
 
 class DBCache:
@@ -46,12 +47,16 @@ class DBCache:
         self._manager.can_cache = torch.compiler.disable(lambda *a, **k: not self._keep and decide(*a, **k))
 
     def begin(self, steps: int | None) -> None:
+        if not library_cache(self._transformer):
+            return  # it was taken out by somebody else, which the account says, see `OnlyCache`
         # Not enabled anew: a forward pass that has begun would run without it.
         self._branches = {}
         self._library.refresh_context(self._transformer, cache_config=self._config)
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         self._keep = keep
+        if not library_cache(self._transformer):
+            return
         contexts = self._manager._cached_context_manager
         if step.branch not in self._branches:
             fresh = {n: self._manager.new_context(**contexts[n]._init_kwargs) for n in self._transformer._context_names}

@@ -98,8 +98,9 @@ def beside_others() -> dict[Any, Any]:
     made["copied", "alone"] = made["restored", "alone"] = generate(pipe)
     cfg_parallel(pipe)
     made["copied", "shared"] = generate(copy.deepcopy(pipe))
-    restore(pipe)
+    restore(type(pipe).from_pipe(pipe))  # which shares the transformer
     made["restored", "shared"] = generate(pipe)
+    made["restored", "hooks"] = list(hooks_of(pipe.transformer))
     made |= {("own loop", called): own_loop(called) for called in (True, False)}
     return made | of_from_pipe()
 

@@ -98,6 +98,10 @@ def test_beside_other_levers(launched, what):
         assert alone.isfinite().all() and shared.equal(alone)
 
 
+def test_restore_by_a_pipeline_that_shares_the_transformer_leaves_no_hook(launched):
+    assert [process["beside"]["restored", "hooks"] for process in launched] == [[], []]
+
+
 @pytest.mark.parametrize("what", STAYS)
 def test_it_stays_at_work(launched, what):
     """In the second call, too: of 16 passes in two, the second process computes one that the first one does."""

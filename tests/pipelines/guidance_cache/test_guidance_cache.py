@@ -289,6 +289,18 @@ def test_a_transformer_that_another_pipeline_shares_has_one_cache():
         guidance_cache(type(batch).from_pipe(batch), 2)
 
 
+def test_a_transformer_that_is_replaced_is_told(caplog):
+    pipe = make_pipe()
+    handle = guidance_cache(pipe, 2)
+    generate(pipe, steps=4)
+    assert not any("replaced" in note for note in handle.notes())
+    pipe.transformer = make_transformer(seed=1)
+    (note,) = [note for note in handle.notes() if "replaced" in note]
+    assert note.startswith("transformer was replaced after guidance_cache, and the new one makes all passes: remove()")
+    handle.remove()
+    assert [record.getMessage() for record in caplog.records].count(note) == 1
+
+
 def test_one_that_cannot_be_put_on_the_second_transformer_leaves_the_first(monkeypatch):
     pipe = make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9)
     install = LeftOutPasses.install
