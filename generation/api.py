@@ -285,7 +285,8 @@ def _carried_out(
     if pipe is None:
         place = "cpu" if job.is_quantised_first else job.device
         pipe = load(job.facts, job.dtype, place, offload=job.offload, tiling=job.tiling)
-        attach(pipe, job.loras)
+        for note in attach(pipe, job.loras):
+            on_note(note)
         if job.is_quantised_first:
             from ..pipelines.presets.applied import quantise_for_good
 

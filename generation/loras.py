@@ -125,14 +125,17 @@ def check_targets(loras: Sequence[LoraFile], facts: ModelFacts) -> list[str]:
         raise _refused(error) from error
 
 
-def attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> None:
+def attach(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> list[str]:
     """Load LoRAs into a pipeline that was loaded for a request.
+
+    Returns:
+        See `attach_loras`.
 
     Raises:
         BadInput: one does not fit the pipeline.
     """
     try:
-        attach_loras(pipe, loras)
+        return attach_loras(pipe, loras)
     except LoraError as error:
         raise _refused(error) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,12 +120,15 @@ def check_part(lora: LoraFile, parts: Sequence[str]) -> str:
     return target
 
 
-def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: str = "lora") -> None:
+def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: str = "lora") -> list[str]:
     """Load LoRAs into a pipeline, beside those that it has already.
 
     Args:
         pipe: the pipeline. loras: to load.
         name_as: begins their names, under which the pipeline knows them.
+
+    Returns:
+        What of them has no place in the pipeline, a sentence for each that has such.
 
     Raises:
         LoraError: the pipeline takes none, lacks the transformer that one is for, or a file does not fit it.
@@ -134,32 +137,68 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: st
         raise LoraError(f"a {type(pipe).__name__} takes none. Leave them out.")
     parts = {name: part for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
     weights: dict[str, dict[str, float]] = {name: dict.fromkeys(_active(part), 1.0) for name, part in parts.items()}
+    notes = []
     for number, given in enumerate(loras):
         lora = of_run(given)
         target = check_part(lora, list(parts))
         for name, part in parts.items():
             if target in ("all", name):
                 adapter = f"{name_as}_{number}"
-                _load(pipe, lora, adapter, name, part)
+                notes += _load(pipe, lora, adapter, name, part)
                 weights[name][adapter] = lora.weight
     for name, part in parts.items():
         if loras and weights[name]:
             part.set_adapters(list(weights[name]), list(weights[name].values()))
+    return notes
 
 
-def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> None:
-    from .errors import first_line
+def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> list[str]:
+    """Load one into one transformer; returns and raises as `attach_loras`."""
+    from .acceleration.families import unwrap
+    from .lora_contents import DORA, biases_some, layers_of, missing_layers, other_kind, translated
 
     file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
     folder = str(lora.path.parent if file else lora.path)
-    second = {"load_into_transformer_2": True} if name == "transformer_2" else {}
+    options: dict[str, Any] = {"load_into_transformer_2": True} if name == "transformer_2" else {}
+    matrices, transformer = translated(pipe, lora.path), unwrap(part)
+    modules = layers_of(transformer)
+    if biases_some(matrices):  # else those that it lacks would have no numbers, where they are 0
+        options["low_cpu_mem_usage"] = False
     try:
-        pipe.load_lora_weights(folder, adapter_name=adapter, **file, **second)
+        pipe.load_lora_weights(folder, adapter_name=adapter, **file, **options)
     except (OSError, ValueError, RuntimeError, LookupError) as error:
-        raise LoraError(f"{lora.path.name} cannot be loaded: {first_line(error)}") from error
+        raise LoraError(f"{lora.path.name} {_why_not(pipe, lora, matrices, modules, transformer, error)}") from error
     # diffusers only logs it when nothing in a file is of this model.
     if adapter not in getattr(part, "peft_config", {}):
-        raise LoraError(f"nothing in {lora.path.name} is for the {type(part).__name__} of this pipeline.")
+        raise LoraError(f"nothing in {lora.path.name} is for the {type(transformer).__name__} of this pipeline.")
+    notes = []
+    if missing := missing_layers(matrices, modules):
+        few = ", ".join(missing[:2]) + (f" and {len(missing) - 2} more" if len(missing) > 2 else "")
+        notes.append(f"{lora.path.name} is not whole here: it is also for layers that the {name} does not have ({few})")
+    if other_kind(lora_file(lora.path)) == DORA:
+        notes.append(f"{lora.path.name} is not whole here: it is of DoRA, whose scales diffusers leaves out")
+    return notes
+
+
+def _why_not(
+    pipe: DiffusionPipeline,
+    lora: LoraFile,
+    matrices: Mapping[str, torch.Tensor],
+    modules: Mapping[str, torch.nn.Module],
+    transformer: torch.nn.Module,
+    error: Exception,
+) -> str:
+    """Why diffusers does not load a LoRA, in words behind its name; what it says itself, where that is all."""
+    from .errors import first_line
+    from .lora_contents import misfit, other_kind
+
+    if matrices and (why := misfit(matrices, modules, type(transformer).__name__)):
+        return why
+    if kind := other_kind(lora_file(lora.path)):
+        return f"has matrices of {kind}, which diffusers does not load into a {type(pipe).__name__}: give a LoRA"
+    if isinstance(error, KeyError):
+        return f"lacks {error.args[0]}, without which diffusers reads no file whose layers are named like this one's"
+    return f"cannot be loaded: {first_line(error)}"
 
 
 def _active(part: Any) -> list[str]:

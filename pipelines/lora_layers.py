@@ -10,6 +10,8 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 
+from .lora_contents import misfit, translated
+
 
 class LoraLayers:
     """The layers of a pipeline's transformer that a LoRA may have.
@@ -31,31 +33,8 @@ class LoraLayers:
 
     def misfit(self, file: Path) -> str:
         """Why a safetensors file is not for them, in words behind its name; "" where some of it is."""
-        modules = self._modules()
-        found = 0
-        for key, value in self._translated(file).items():
-            name = key.removeprefix("transformer.")
-            layer, first, _ = name.partition(".lora_A.")
-            while layer not in modules and "." in layer:  # matrices of other kinds than a LoRA's are named otherwise
-                layer = layer.rpartition(".")[0]
-            module = modules.get(layer)
-            if module is None or next(module.children(), None) is not None:
-                continue
-            found += 1
-            width = getattr(module, "in_features", None)
-            if first and width is not None and value.shape[1] != width:
-                return f"is for layers of width {value.shape[1]}, and {layer} of this {self.name} has {width}"
-        return "" if found else f"has nothing for a {self.name}: it is for another family"
+        return misfit(translated(self._loader, file), self._modules(), str(self.name))
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         with init_empty_weights():
             return dict(getattr(diffusers, str(self.name)).from_config(self._config).named_modules())
-
-    def _translated(self, file: Path) -> Mapping[str, torch.Tensor]:
-        """The matrices by diffusers' names; none where its loader for this pipeline cannot translate them."""
-        loader: Any = self._loader
-        try:
-            made = loader.lora_state_dict(str(file.parent), weight_name=file.name)
-        except (OSError, ValueError, RuntimeError, LookupError):
-            return {}
-        return made[0] if isinstance(made, tuple) else made

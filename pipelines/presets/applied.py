@@ -85,6 +85,8 @@ class Applied:
         if preset.loras:
             self._loras = LorasAtWork(pipe, preset.loras)
             self._undo.append(self._loras)
+            for note in self._loras.notes:
+                self._say(note)
         if preset.guidance_free:
             adapters = None if preset.guidance_free == (OWN,) else preset.guidance_free
             self._free = guidance_free(pipe, adapters, base=base)

@@ -36,9 +36,11 @@ class LorasAtWork:
         parts = {name: unwrap(part) for name in TRANSFORMERS if (part := getattr(pipe, name, None)) is not None}
         before = {name: _state(part) for name, part in parts.items()}
         self._kept: list[KeptLoras] = []
+        self.notes: list[str] = []
+        """What of them has no place in the pipeline, in sentences."""
         try:
             with learning_kept(layer for part in parts.values() for layer in tuner_layers(part).values()):
-                attach_loras(pipe, loras, _NAME)
+                self.notes = attach_loras(pipe, loras, _NAME)
                 for name, part in parts.items():
                     _put_back(part, before[name], _ours(part))  # `attach_loras` set those that were there to 1
             for name, part in parts.items():
