@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import vidaccel
 from vidaccel.attention import DenseSchedule, Radial
 from vidaccel.attention.methods.description import describe
+from vidaccel.generation.api import carry_out
 from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.loras import attach, lora_files
@@ -130,9 +131,10 @@ def test_a_pair_for_two_transformers_goes_where_it_is_said(two, tmp_path, monkey
     seen = []
 
     def attached(pipe, loras):
-        attach(pipe, loras)
+        notes = attach(pipe, loras)
         parts = (pipe.transformer, pipe.transformer_2)
         seen.append([list(getattr(part, "peft_config", None) or {}) for part in parts])
+        return notes
 
     monkeypatch.setattr("vidaccel.generation.api.attach", attached)
     asked = [f"transformer:{high}", f"transformer_2:{low}=0.5"]
@@ -166,6 +168,16 @@ def test_what_goes_into_both_transformers_is_told(two, tmp_path):
     ]
     assert not any("both" in note for note in prepare(two, settings, sparse, lora=f"all:{high}").notes)
     assert not any("both" in note for note in prepare("demo", settings, sparse, lora=high_of_the_demo(tmp_path)).notes)
+
+
+def test_layers_that_the_model_lacks_are_told_before_the_steps(file):
+    """In Python by the log, in the command line as a line of its own."""
+    more = load_file(file)
+    save_file(more | {name.replace("blocks.0", "blocks.77"): x.clone() for name, x in more.items()}, file)
+    told: list[str] = []
+    settings = Settings(prompt="a dot", frames=5, height=32, width=32, steps=1)
+    carry_out(prepare("demo", settings, Sparse(methods=("dense",)), lora=file), on_note=told.append)
+    assert any(note.startswith(f"{file.name} is not whole here: it is also for layers") for note in told), told
 
 
 def high_of_the_demo(folder: Path) -> Path:

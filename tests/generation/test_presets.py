@@ -263,7 +263,7 @@ def test_a_model_is_in_8_bits_before_it_is_on_its_device(more, monkeypatch):
     done = []
     made = SimpleNamespace()
     monkeypatch.setattr("vidaccel.generation.api.load", lambda facts, dtype, device, **_: done.append(device) or made)
-    monkeypatch.setattr("vidaccel.generation.api.attach", lambda pipe, loras: None)
+    monkeypatch.setattr("vidaccel.generation.api.attach", lambda pipe, loras: [])
     monkeypatch.setattr(
         "vidaccel.pipelines.presets.applied.quantise_for_good", lambda pipe, preset, device, base: done.append(device)
     )

@@ -78,17 +78,16 @@ def own_names(matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_layers_that_the_model_lacks_are_told(folder, lora, tmp_path):
-    more = lora | {
-        k.replace("blocks.0", f"blocks.{n}"): x.clone() for n in (7, 8, 9) for k, x in lora.items() if ".0." in k
-    }
+    of_first = {k: x for k, x in lora.items() if ".0." in k}
+    more = lora | {k.replace(".0.", f".{n}."): x.clone() for n in (7, 8, 9) for k, x in of_first.items()}
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(more, file)
     place = tmp_path if folder else file
     handle = vidaccel.apply(make_pipe(), Preset(loras=[LoraFile(place)]))
     (note,) = handle.report().notes
     assert note == (
-        f"{place.name} is not whole here: it is also for layers that the transformer does not have, blocks.7.attn1.to_q, "
-        "blocks.8.attn1.to_q and 1 more"
+        f"{place.name} is not whole here: it is also for layers that the transformer does not have "
+        "(blocks.7.attn1.to_q, blocks.8.attn1.to_q and 1 more)"
     )
     save_file(lora, file)
     assert vidaccel.apply(make_pipe(), Preset(loras=[LoraFile(place)])).report().notes == ()
