@@ -352,3 +352,25 @@ def test_the_ratios_that_magcache_needs_are_measured(pipe):
     )
     generate(pipe, 5)
     assert told[6] == pytest.approx(ratios[:4], abs=1e-5)  # of the fourth step, before the last one forgets them
+
+
+def test_ratios_are_measured_of_one_run_with_nothing_left_out(pipe):
+    """Others would be stretched over the steps of a run all the same."""
+    measured = measure_mag_ratios(pipe, lambda: generate(pipe, 4))
+    with pytest.raises(PresetError, match="2 runs were made, and the ratios are those of the steps of one"):
+        measure_mag_ratios(pipe, lambda: (generate(pipe, 4), generate(pipe, 4)))
+    with (
+        vidaccel.guidance_cache(pipe, 2),
+        pytest.raises(PresetError, match=r"the transformer has a guidance cache, .* Call remove\(\) on its handle"),
+    ):
+        measure_mag_ratios(pipe, lambda: generate(pipe, 4))
+    for cache in (EAGER["forecast"], EAGER["first_block"]):
+        with (
+            vidaccel.apply(pipe, Preset(cache=cache)),
+            pytest.raises(PresetError, match=f"the transformer has the cache {cache.name} of the preset"),
+        ):
+            measure_mag_ratios(pipe, lambda: generate(pipe, 4))
+    assert not pipe.transformer.is_cache_enabled and not pipe.transformer._forward_pre_hooks
+    assert measure_mag_ratios(pipe, lambda: generate(pipe, 4)) == measured
+    two = make_pipe(transformer_2=make_transformer(1), boundary_ratio=0.9)
+    assert len(measure_mag_ratios(two, lambda: generate(two, 6))) == 6
