@@ -11,13 +11,16 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from .acceleration.copies import CopiedNotPickled
 
 
-def running_pipeline() -> Any | None:
+def running_pipeline(thread: int | None = None) -> Any | None:
     """The pipeline of diffusers whose call goes on here, the innermost one; None outside of calls.
+
+    Args:
+        thread: another one to look into, by its identifier.
 
     Read from the interpreter's stack, which alone knows: what a pipeline keeps of a call stays when that has failed,
     and one that shares a model may have come after the hooks on it.
     """
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1) if thread is None else sys._current_frames().get(thread)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_argcount:  # locals of others are not touched
@@ -49,11 +52,11 @@ class PipelineOfPass(CopiedNotPickled):
     """
 
     def __init__(self, given: Any) -> None:
-        self._given = given
+        self.given = given
 
     def __call__(self) -> Any | None:
         running = running_pipeline()
-        return self._given if running is None else running
+        return self.given if running is None else running
 
     def table(self) -> object:
         """What is another object in each run: the scheduler's table; None where there is none."""
@@ -61,4 +64,4 @@ class PipelineOfPass(CopiedNotPickled):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineOfPass:
         # A transformer that is copied alone must not bring a copy of its pipeline.
-        return PipelineOfPass(memo.get(id(self._given)))
+        return PipelineOfPass(memo.get(id(self.given)))

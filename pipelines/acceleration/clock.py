@@ -15,8 +15,9 @@ import torch
 
 from ...attention import StepInfo
 from ...attention.records import KEPT_RUNS
-from ..running_pipeline import running_pipeline
+from ..running_pipeline import PipelineOfPass, running_pipeline
 from .host_reads import place_in
+from .one_thread import OneThread
 from .scheduler_table import Table, Timestep, read_table
 
 logger = logging.getLogger(__name__)
@@ -108,12 +109,13 @@ class StepClock:
     run: video-to-video at half strength starts at step 0 of half as many.
 
     Args:
-        pipe: what is accelerated. Its scheduler is read in each pass, because people swap it between runs.
+        pipe: what is accelerated. Its scheduler is read in each pass, because people swap it between runs; in the calls
+            of another pipeline that shares a transformer, it is that one's.
         logs: what is wrong with a run; not where another clock of the pipeline does.
     """
 
     def __init__(self, pipe: object, logs: bool = True) -> None:
-        self._pipe, self._logs = pipe, logs
+        self._pipe, self._logs = PipelineOfPass(pipe), logs
         self.lost_its_pipeline = False  # a copy of a transformer without the pipeline that tells its steps
         self._number = 0  # of the next run
         self._call = -1  # of the last run
@@ -128,11 +130,12 @@ class StepClock:
         self._notes: dict[int, tuple[int, str]] = {}  # of runs, each with its call
         self._told = -1  # of this run and those before nothing is said any more
         self._forgetful: dict[str, WeakMethod] = {}
+        self.threads = OneThread()
 
     @property
     def scheduler(self) -> Any:
-        """That of the pipeline now; None where there is none."""
-        return getattr(self._pipe, "scheduler", None)
+        """That of the pipeline whose pass it is; None where there is none."""
+        return getattr(self._pipe(), "scheduler", None)
 
     def forgets(self, model: str, forget: Callable[[], None]) -> None:
         """Have a method called where a model makes no more passes in a run.
@@ -153,6 +156,21 @@ class StepClock:
     def call_ended(self) -> None:
         """It ended, or failed: a run that comes now is none of it."""
         self._in_call, self._new_call = False, True
+
+    def enter(self, module: torch.nn.Module, model: str) -> None:
+        """A forward pass begins, before it is observed; raises RuntimeError where another thread is in its way.
+
+        Args:
+            module: that is called. model: the component.
+        """
+        self.threads.enter(module, model, self._run_goes_on())
+
+    def is_taken(self, module: torch.nn.Module) -> bool:
+        """Whether `enter` would raise."""
+        return self.threads.is_taken(module, self._run_goes_on())
+
+    def _run_goes_on(self) -> bool:
+        return self._run is not None and not self._run.ended()
 
     def passed(self) -> None:
         """A forward pass ended. After the last one of a run, what all of its models remember is forgotten."""
@@ -179,9 +197,10 @@ class StepClock:
 
     def __deepcopy__(self, memo: dict[int, object]) -> StepClock:
         # A transformer that is copied alone must not bring a copy of its pipeline.
-        new = StepClock(memo.get(id(self._pipe)), self._logs)
+        was = self._pipe.given
+        new = StepClock(memo.get(id(was)), self._logs)
         new._number, new._call = self._number, self._call
-        new.lost_its_pipeline = new._pipe is None and self._pipe is not None and hasattr(self._pipe, "scheduler")
+        new.lost_its_pipeline = new._pipe.given is None and hasattr(was, "scheduler")
         return new
 
     def observe(self, timestep: torch.Tensor, model: str, branches: tuple[str, ...]) -> StepInfo:
@@ -250,7 +269,7 @@ class StepClock:
         last = run.timestep
         if timestep.ndim > 1 or last.dtype != timestep.dtype or last != table.rounded(run.place, last.dtype):
             return None
-        if not self._goes_on(run, table) or running_pipeline() is not self._pipe:
+        if not self._goes_on(run, table) or running_pipeline() is None:
             return None
         now = table.rounded(table.index, timestep.dtype)
         self._told_ahead = weakref.ref(timestep), timestep._version, now
@@ -349,7 +368,7 @@ class StepClock:
 
     def _passes_a_row(self, branches: tuple[str, ...]) -> int | None:
         """The passes of a model in a row, as far as the pipeline says whether it guides."""
-        guided = getattr(self._pipe, "do_classifier_free_guidance", None)
+        guided = getattr(self._pipe(), "do_classifier_free_guidance", None)
         if len(branches) == 1:
             return 1
         return None if len(branches) > 2 or not isinstance(guided, bool) else 1 + guided
@@ -379,7 +398,7 @@ class StepClock:
         if run.table is None:
             return None
         if run.counted or (now.per_frame and run.table.index is None):
-            told = getattr(self._pipe, "num_timesteps", None)  # what the pipeline's own loop will do
+            told = getattr(self._pipe(), "num_timesteps", None)  # what the pipeline's own loop will do
             if isinstance(told, int) and told > 0 and (run.counted or told != len(run.table.rows)):
                 return told
             if run.counted:

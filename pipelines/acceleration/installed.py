@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -132,15 +131,8 @@ class Installed(CopiedNotPickled):
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the engine the grid and the step of this forward pass."""
-        thread = threading.get_ident()
-        # One that was ended in the midst of a pass, other than by an exception, never said so.
-        if self._thread not in (None, thread) and _calls(self._thread, module):
-            raise RuntimeError(
-                f"{self.name} is called by two threads at once, and what sparse attention remembers is of one run: let "
-                "one wait for the other (a threading.Lock around the pipeline's call), or give each thread a pipeline "
-                "with a copy of the transformer, accelerated by itself."
-            )
-        self._thread, self._inside = thread, True
+        self._clock.enter(module, self.name)
+        self._thread, self._inside = threading.get_ident(), True
         given = self._signature.bind(module, *args, **kwargs).arguments
         timestep, latents = given.get(self.family.timestep), given.get("hidden_states")
         empty = isinstance(latents, torch.Tensor) and latents.numel() == 0
@@ -324,16 +316,6 @@ class Installed(CopiedNotPickled):
         self._gates.remove()
         self.engine.forget()
         self.active = False
-
-
-def _calls(thread: int, module: torch.nn.Module) -> bool:
-    """Whether a thread is in a call of a module now: one that was interrupted (Ctrl-C) never said that it left it."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _some(paths: list[str]) -> str:

@@ -6,7 +6,7 @@ import inspect
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -18,7 +18,7 @@ from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import FORECAST_HOOK
 from ..guidance_branches import tensors_in, with_tensors
 from .forecasts import Forecasts
-from .level import Level, level_of
+from .level import Level, level_of, tells_levels
 
 LATENTS = ("hidden_states", "audio_hidden_states")
 """Arguments of forward passes, in the order of what is made of them."""
@@ -33,6 +33,8 @@ class Forecast(ModelHook):
         clock: of the pipeline, which knows its scheduler.
         forecasts: which passes, and by what.
     """
+
+    one_context: ClassVar[bool] = False
 
     def __init__(self, name: str, transformer: Any, timestep: str, clock: StepClock, forecasts: Forecasts) -> None:
         super().__init__()
@@ -70,6 +72,11 @@ class Forecast(ModelHook):
             f"forecast: {len(errors)} steps of the {self._name} in the last run; what it makes in them is estimated to "
             f"be off by {mean:.3f} of its size, {most:.3f} at most"
         ]
+
+    @property
+    def could_not(self) -> bool:
+        """Whether no step of the last run could be forecast, whatever the threshold."""
+        return bool(self._why)
 
     def let_go(self) -> None:
         """Of all tensors: the transformer makes no more passes in this run, and others have need of the memory."""
@@ -116,8 +123,11 @@ class Forecast(ModelHook):
 
     def _level(self, step: StepInfo, given: Mapping[str, Any]) -> Level | None:
         timestep = Timestep.of(torch.as_tensor(given[self._timestep])).value if step.sigma is None else 0.0
-        level = level_of(self._clock.scheduler, step.sigma, timestep)
-        if level is None:
+        scheduler = self._clock.scheduler
+        level = level_of(scheduler, step.sigma, timestep)
+        if level is None and step.num_steps is None and scheduler is not None and tells_levels(scheduler):
+            self._why = "it was called outside of calls of the pipeline, with another scheduler than its own"
+        elif level is None:
             self._why = "the scheduler does not tell how much noise is in a step"
         return level
 

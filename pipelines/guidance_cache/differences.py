@@ -22,6 +22,8 @@ class Differences:
         self._run = -1
         self._kept: list[tuple[int, list[torch.Tensor]]] = []  # step, and first minus second pass, in float32
         self._left_out = 0  # steps since the last of them
+        self.uncounted = 0
+        """Steps that have to make both passes because it is not known how many there are."""
 
     def wanted(self, step: StepInfo, shapes: Sequence[torch.Size], computed: bool = True) -> bool:
         """Whether a step has to make both passes.
@@ -30,9 +32,6 @@ class Differences:
             step: that runs. shapes: of the tensors that its passes give.
             computed: no cache left its first pass out. What a cache makes of one pass alone is off by as much as of
                 both, and their difference by more: the next difference is made where both are computed.
-
-        Raises:
-            ValueError: the first steps are a fraction, and how many steps there are is unknown.
         """
         if step.run != self._run or (self._kept and [x.shape for x in self._kept[-1][1]] != list(shapes)):
             self._run = step.run
@@ -41,6 +40,9 @@ class Differences:
             return True
         if not computed:
             return False
+        if step.num_steps is None and self._schedule.needs_num_steps:
+            self.uncounted += 1
+            return True
         if self._schedule.step_reason(step):
             return True
         # A step may have left nothing out and made no difference either, as where a sampler makes one pass alone.

@@ -36,9 +36,10 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
         self.settings, self._logs = settings, logs
         hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
         self._guided = {name: _Guided(pipe) for name in transformers}
+        self._differences = {name: Differences(settings) for name in transformers}
         clock = StepClock(pipe, logs)
         for name, (transformer, family) in transformers.items():
-            place, differences = _Place(clock, name, transformer, family), Differences(settings)
+            place, differences = _Place(clock, name, transformer, family), self._differences[name]
             hook: LeftOutPasses | LeftOutSamples
             if family.branches == TWO:
                 hook = LeftOutPasses(name, place, differences)
@@ -56,6 +57,13 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
             found += [f"guidance cache: {note}" for note in unknown]
             if not steps and not unknown:
                 found.append(f"guidance cache: no step of the {name} had two branches of guidance")
+            elif uncounted := self._differences[name].uncounted:
+                found.append(
+                    f"guidance cache: {uncounted} of {steps} steps of the {name} made both passes of guidance, because "
+                    f"first_steps={self.settings.first_steps} is a fraction of a run, and outside of calls of the "
+                    "pipeline, with another scheduler than its own, it is not known how many steps that has: give a "
+                    "whole number of first_steps"
+                )
             elif hook.made and hook.made == steps:
                 found.append(
                     f"guidance cache: all {steps} steps of the {name} made both passes of guidance: make more steps, "
@@ -77,6 +85,8 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
             hook.made = hook.extrapolated = hook.skipped = 0
         for guided in self._guided.values():
             guided.forget()
+        for differences in self._differences.values():
+            differences.uncounted = 0
 
     def __repr__(self) -> str:
         return f"<vidaccel guidance cache: {self.settings if self._active else 'removed'}>"
@@ -159,6 +169,7 @@ class _Place(CopiedNotPickled):
         self._signature = inspect.signature(type(transformer).forward)
 
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> StepInfo:
+        self._clock.enter(module, self._name)
         given = self._signature.bind(module, *args, **kwargs).arguments
         return self._clock.observe(torch.as_tensor(given[self._family.timestep]), self._name, self._family.branches)
 

@@ -60,10 +60,11 @@ class LeftOutPasses(ModelHook):
         """The pass, or what stands for it."""
         check_outermost(module, GUIDANCE_CACHE_HOOK, self._model, "guidance_cache")
         forward = self.fn_ref.original_forward
-        self.left_out = False
         if torch.is_grad_enabled():
+            self.left_out = False
             return forward(*args, **kwargs)
-        step = self._place(module, args, kwargs)
+        step = self._place(module, args, kwargs)  # first: a thread that it refuses must not touch another's pass
+        self.left_out = False
         first, self._first = self._first, None  # an error leaves no half step behind
         if step.branch == TWO[0]:
             made = forward(*args, **kwargs)

@@ -64,10 +64,11 @@ class LeftOutSamples:
 
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # First: a thread that it refuses must not touch another's pass.
+        step = None if torch.is_grad_enabled() else self._place(module, args, kwargs)
         self._step, self.left_out = None, False
-        if torch.is_grad_enabled():
+        if step is None:
             return args, kwargs
-        step = self._place(module, args, kwargs)
         batch = samples_in(args, kwargs)
         if step.branch != self._branch or batch % 2 or not self._guided(step):
             return args, kwargs

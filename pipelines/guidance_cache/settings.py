@@ -18,7 +18,8 @@ class GuidanceCache:
     Args:
         every: after the first steps, one second pass in so many is made; 2 at the least.
         first_steps: at the start of a run, of which both passes are made: a count, or a fraction from 0.0 to 1.0 as of
-            `DenseSchedule`. Two at the least, whatever it says.
+            `DenseSchedule`. Two at the least, whatever it says; all of them where it is a fraction and how many steps
+            there are is not known.
         extrapolation: how far the difference goes on along its last change, from 0 (it is kept) to 1 (in full).
 
     Raises:

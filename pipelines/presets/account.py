@@ -22,6 +22,7 @@ from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family
 from ..acceleration.left_out import pass_was_left_out, second_pass_was_left_out
 from ..cfg_parallel.passes import pass_is_of_another
+from ..forecast.hook import Forecast
 from ..hooked import HandleOf
 from ..undo import PRESET
 from .caches import CacheAtWork
@@ -231,6 +232,8 @@ class Watch(CopiedNotPickled):
         self._schedule, self._cache, self._whole = schedule, cache, whole
         self._signature = inspect.signature(type(transformer).forward)
         self._run, self._step, self._kept = -1, StepInfo(), ""
+        self._mixed = False  # whether two threads made passes at once
+        self._refused = 0  # passes of other threads, when this one began
         self._skipped = False  # whether the last pass was; `passes` may have been emptied since
         self._hooks = [
             transformer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
@@ -239,6 +242,12 @@ class Watch(CopiedNotPickled):
 
     @torch.compiler.disable
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        remembers = self._cache is not None or self._schedule is not None or bool(self._whole)
+        if not remembers and self._clock.is_taken(module):
+            self._mixed = True  # nothing but the account depends on it
+        else:
+            self._clock.enter(module, self._name)
+        self._refused = self._clock.threads.refused
         given = self._signature.bind(module, *args, **kwargs).arguments
         step = self._clock.observe(torch.as_tensor(given[self._family.timestep]), self._name, self._family.branches)
         if step.run != self._run:
@@ -258,6 +267,12 @@ class Watch(CopiedNotPickled):
     @torch.compiler.disable
     def _leave(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         step = self._step
+        if self._cache is not None and self._cache.one_context and self._clock.threads.refused > self._refused:
+            raise RuntimeError(
+                f"{self._name} was called by another thread in this pass, which was refused, but told diffusers' cache "
+                "of another branch before: what this pass made is wrong. Let one thread wait for the other (a "
+                "threading.Lock around the pipeline's call)."
+            )
         if pass_is_of_another(module):  # the account, as the report, is of what this process computes
             self._clock.passed()
             return
@@ -269,9 +284,21 @@ class Watch(CopiedNotPickled):
         self._clock.passed()
 
     def notes(self, run: int | None) -> list[str]:
-        """What the cache says of a run, the last one; nothing where the transformer made no passes in it."""
+        """What the cache says of a run, the last one; nothing where the transformer made no passes in it. And whether
+        runs cannot be told apart."""
         here = self._cache is not None and self.passes and self.passes[-1].run == run
-        return self._cache.notes() if here else []
+        mixed = f"two threads made passes of the {self._name} at once: steps of both are counted as one run, or as many"
+        return [*(self._cache.notes() if here else ()), *([mixed] if self._mixed else ())]
+
+    def reset(self) -> None:
+        """Forget the passes so far."""
+        self.passes.clear()
+        self._mixed = False
+
+    @property
+    def could_not_skip(self) -> bool:
+        """Whether the cache says that it could skip nothing, whatever its threshold."""
+        return isinstance(self._cache, Forecast) and self._cache.could_not
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         if self._cache is not None:

@@ -173,9 +173,10 @@ class Applied:
         last = max((each.run for each in passes), default=None)
         for watch in self._watches:
             notes += watch.notes(last)
+        could = not any(watch.could_not_skip for watch in self._watches)  # else their notes say why
         if changed := self._changed_since():
             notes += changed
-        elif self.preset.cache is not None and (idle := idle_note(self.preset.cache, passes)):
+        elif self.preset.cache is not None and could and (idle := idle_note(self.preset.cache, passes)):
             notes.append(idle)
         if sparse is not None:
             notes += sparse.notes
@@ -193,7 +194,7 @@ class Applied:
     def reset(self) -> None:
         """Forget what was done so far."""
         for watch in self._watches:
-            watch.passes.clear()
+            watch.reset()
         if self._guidance is not None:
             self._guidance.reset()
         if self.sparse is not None:

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from diffusers import (
@@ -46,6 +46,9 @@ from .only_cache import check_no_cache
 class CacheAtWork(Protocol):
     """A cache in one transformer."""
 
+    one_context: ClassVar[bool]
+    """Pipelines tell it the branch that runs (`cache_context`), one for all threads, before a pass can be refused."""
+
     def begin(self, steps: int | None) -> None:
         """A run of so many steps begins; None where their number is unknown."""
 
@@ -78,6 +81,8 @@ def _forget(hook: Any) -> None:
 
 class _OfDiffusers:
     """What the caches of diffusers share."""
+
+    one_context: ClassVar[bool] = True
 
     def __init__(self, transformer: Any, config: Any, leader: str) -> None:
         self._transformer: Any = transformer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,8 @@ class DBCache:
     Raises:
         ValueError: cache-dit's own forward pass of the model does not take what diffusers' pipelines give.
     """
+
+    one_context: ClassVar[bool] = False
 
     def __init__(self, transformer: Any, cache: Cache) -> None:
         import cache_dit

@@ -23,7 +23,6 @@ from tiny_pipelines import (
 from tiny_wan import make_pipe, make_scheduler, make_transformer
 
 from vidaccel import SVG, DenseSchedule, accelerate, demo
-from vidaccel.attention import StepInfo
 from vidaccel.pipelines.acceleration import scheduler_table
 from vidaccel.pipelines.acceleration.clock import StepClock
 
@@ -192,56 +191,68 @@ def test_a_scheduler_swapped_between_runs():
     assert [places(seen, n) for n in range(3)] == [both(2), both(5), both(3)] and not clock.notes()
 
 
+def stop(pipe, step, timestep, kwargs):
+    pipe._interrupt = True
+    return kwargs
+
+
+def own_loop(pipe, options, steps: int) -> None:
+    pipe.scheduler.set_timesteps(steps)
+    denoise(pipe, options)
+
+
 @pytest.mark.parametrize("broken_off", [False, True])
-def test_two_pipelines_with_one_transformer_and_a_scheduler_each(broken_off):
-    """The other's steps are counted from its timesteps, in runs of their own, and the report says so."""
+@pytest.mark.parametrize("calls", [run, own_loop])
+def test_two_pipelines_with_one_transformer_and_a_scheduler_each(broken_off, calls):
+    """Outside of its calls the other's steps are counted from its timesteps, in runs of their own, and the report says
+    so."""
     pipe, options = wan()
     other, _ = wan(diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0), transformer=pipe.transformer)
     clock, seen = watched(pipe)
-
-    def stop(pipe, step, timestep, kwargs):
-        pipe._interrupt = True
-        return kwargs
-
     run(pipe, options, 8, **({"callback_on_step_end": stop} if broken_off else {}))
     pipe._interrupt = False
     for _ in range(2):
-        run(other, options, 20)
+        calls(other, options, 20)
     run(pipe, options, 3)
-    first = 1 if broken_off else 8
+    first, told = 1 if broken_off else 8, 20 if calls is run else None
     assert [places(seen, n) for n in range(4)] == [both(first), both(20), both(20), both(3)]
-    assert [{s.num_steps for s in seen if s.run == n} for n in range(4)] == [{8}, {None}, {None}, {3}]
-    notes = clock.notes()
-    assert [n for n in notes if "outside the schedule" in n] == [n for n in notes if "run 1" in n or "run 2" in n]
-    assert (
-        any("run 0: steps seen 1, expected 8" in note for note in notes) == broken_off and len(notes) == 2 + broken_off
-    )
+    assert [{s.num_steps for s in seen if s.run == n} for n in range(4)] == [{8}, {told}, {told}, {3}]
+    outside = [note for note in clock.notes() if "outside the schedule" in note]
+    assert len(outside) == (0 if calls is run else 2) and all("run 1" in n or "run 2" in n for n in outside)
+    assert len(clock.notes()) == len(outside) + broken_off
+    assert any("run 0: steps seen 1, expected 8" in note for note in clock.notes()) == broken_off
 
 
 def test_a_scheduler_that_stands_still_is_not_the_one_that_runs(monkeypatch):
-    """Cosmos sends no timesteps of its table, so another pipeline's run is known by a place that does not move."""
+    """Cosmos sends no timesteps of its table, so the run of a loop of one's own with another one is known by a place
+    that does not move."""
     pipe, options = cosmos2(monkeypatch)
     other, _ = cosmos2(monkeypatch)
     other.transformer = pipe.transformer
     clock, seen = watched(pipe)
-
-    def stop(pipe, step, timestep, kwargs):
-        pipe._interrupt = True
-        return kwargs
-
+    given = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *call: given.append(call[2]), with_kwargs=True)
     run(pipe, options, 8, callback_on_step_end=stop)
     run(other, options, 5)
-    assert {s.branch for s in seen} == {"cond", "uncond"} and places(seen, 1) == both(4)
-    assert clock.notes()[0].startswith("run 0: steps seen 2, expected 8") and "outside the schedule" in clock.notes()[1]
+    hook.remove()
+    assert places(seen, 0) == both(1) and places(seen, 1) == both(5) and {s.num_steps for s in seen[2:]} == {5}
+    assert [note[:30] for note in clock.notes()] == ["run 0: steps seen 1, expected "]
+    run(pipe, options, 8, callback_on_step_end=stop)
+    with torch.no_grad():
+        for arguments in given[2:]:
+            pipe.transformer(**arguments)
+    assert {s.branch for s in seen} == {"cond", "uncond"} and places(seen, 3) == both(4)
+    assert "run 2: steps seen 2, expected 8" in clock.notes()[1] and "outside the schedule" in clock.notes()[2]
 
 
-def test_a_pipeline_that_never_ran_beside_one_that_does():
+@pytest.mark.parametrize("calls", [run, own_loop])
+def test_a_pipeline_that_never_ran_beside_one_that_does(calls):
     pipe, options = wan(diffusers.FlowMatchEulerDiscreteScheduler())
     other, _ = wan(diffusers.FlowMatchEulerDiscreteScheduler(), transformer=pipe.transformer)
     clock, seen = watched(pipe)
-    run(other, options, 4)
-    assert places(seen) == both(4) and {s.num_steps for s in seen} == {None}
-    assert "run 0: called outside the schedule" in clock.notes()[0]
+    calls(other, options, 4)
+    assert places(seen) == both(4) and {s.num_steps for s in seen} == {4 if calls is run else None}
+    assert [note[:28] for note in clock.notes()] == ([] if calls is run else ["run 0: called outside the sc"])
 
 
 def test_a_transformer_alone():
@@ -377,11 +388,13 @@ def test_rounded_rows_are_read_in_the_first_step_alone(values):
     assert values == [first] * 4
 
 
-def test_the_pass_of_another_pipeline_between_two_steps_is_read(values):
+def test_the_pass_of_another_pipeline_between_two_steps_is_its_own(values):
     pipe = make_pipe(Rounding)
     other = Rounding.from_pipe(pipe, scheduler=make_scheduler())
-    seen: list[StepInfo] = []
-    listen(StepClock(pipe), seen, pipe.transformer)
+    clock, seen = StepClock(pipe), []
+    listen(clock, seen, pipe.transformer)
     pipe(between=lambda step: other() if step == 2 else None)
-    assert len(seen) == 24 and {s.run for s in seen[:6]} == {0} and seen[6].run == 1
-    assert len(set(values)) == 6
+    assert len(seen) == 24 and places(seen, 0) == both(3) and places(seen, 1) == both(6)
+    assert [(s.run, s.step) for s in seen[18:]] == [(2, step) for step in (0, 0, 1, 1, 2, 2)]
+    rows = pipe.scheduler.timesteps.bfloat16().tolist()
+    assert sorted(set(values), reverse=True) == [rows[0], rows[3]]  # the first of each run
